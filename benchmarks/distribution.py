@@ -45,7 +45,8 @@ from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_server.executor.slab_chains import SlabChains
-from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import BlobDownloads as Answers
 from fedprune_server.transfer.multicast import Audience, Sharing
 
@@ -232,7 +233,7 @@ class Server:
         sharing = Sharing(self.store, Audience(self.state))
         wire: Any = link
         registry: Any = Traffic()
-        self.post = Post(Line(wire, TOPICS, JOB), registry, Answers(BlobSender(self.store)), sharing)
+        self.post = Outbox(SiteLink(wire, TOPICS), JOB, registry, Answers(BlobSender(self.store)), sharing)
         self.here: set[str] = set()
         self.left = list(names)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/goodput.py [--output benchmarks/results/goodput.json] [--repeats 9]
 
-A run is a transfer of 46 MB to one device. *Ours* is what happens in the field: `Post` and `Downloads` of the server
+A run is a transfer of 46 MB to one device. *Ours* is what happens in the field: `Outbox` and `Downloads` of the server
 answer the wants of the board's `BlobDownloads` and `Uplink`, through a `Link` each; each leaf is verified and written,
 the whole is flushed to the disk. *Bare* is paho that publishes the same bytes in chunks of the same size at QoS 0 as
 fast as it can, and paho that counts what arrives. *Stored* is bare paho that hashes, writes and flushes what arrives:
@@ -41,7 +41,8 @@ from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Channel
 from fedprune_device.network.connection import Connection as BoardConnection
 from fedprune_device.network.uplink import Uplink
-from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Audience, Sharing
 
@@ -71,7 +72,7 @@ def serve(url: str, folder: str, leaves: int, pipe: Connection) -> None:
         link.start()
         downloads = Downloads(BlobSender(store), leaves * LEAF + PACKET_OVERHEAD)
         sharing = Sharing(store, Audience(State("0" * 64)))
-        post = Post(Line(link, TOPICS, "job"), Uncounted(), downloads, sharing)  # type: ignore[arg-type]
+        post = Outbox(SiteLink(link, TOPICS), "job", Uncounted(), downloads, sharing)  # type: ignore[arg-type]
         pipe.send("ready")
         while not pipe.poll():
             item = link.get(0.0 if post.ready else 0.01 if post.waiting else 0.1)

@@ -30,8 +30,10 @@ from fedprune.wire.messages import BlobRequest, Refusal, parse
 from fedprune.wire.topics import Topics
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.importing import import_onnx
-from fedprune_server.engine.daemon import Daemon
+from fedprune_server.engine.job_runner import JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
 from fedprune_server.executor.worker import Worker
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
@@ -152,18 +154,22 @@ def test_every_board_trains_to_the_numbers_of_standard_operators(tmp_path: Path)
             threads.append(threading.Thread(target=agents[-1].run, args=(True,)))
         stack.callback(lambda: [t.join(20) for t in threads])
         stack.callback(lambda: [a.stop() for a in agents])
-        daemon = Daemon(JOB, model.architecture, state, storage, store, worker, air, keep=None)
-        offer = daemon._errands.offer
+        site = SiteLink(air, Topics("default"))
+        job = RunnableJob(JOB, model.architecture, state, storage, store, worker, keep=None)
+        runner = JobRunner(job, site)
+        daemon = Server([runner], site)
+        offer = runner._dispatcher.offer
 
-        def noted(command: Any, **more: Any) -> None:
+        def noted(command: Any, **more: Any) -> Any:
             offers[command.device].append(command.offer)
-            offer(command, **more)
+            return offer(command, **more)
 
-        daemon._errands.offer = noted  # type: ignore[method-assign]
+        runner._dispatcher.offer = noted  # type: ignore[method-assign]
         for thread in threads:
             thread.start()
         stack.callback(threading.Timer(120, daemon.stop).cancel)
-        final = daemon.run(until_finished=True)
+        daemon.run(until_finished=True)
+        final = runner.state
 
     assert len(final.history) == JOB.rounds
     assert all(d["progress"] == "folded" for r in final.history for d in r["devices"].values())

@@ -24,8 +24,10 @@ from fedprune.wire.topics import EVERYONE, Topics
 from fedprune_device.network import blob_download
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.importing import import_onnx
-from fedprune_server.engine.daemon import Daemon
+from fedprune_server.engine.job_runner import JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
 from fedprune_server.executor.worker import Worker
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.transfer.multicast import shareable
 from support.fakes.agent_harness import agent_on
@@ -178,15 +180,18 @@ class Run:
             link = stack.enter_context(Link(url, "server"))
             self.wire = Watched(link, set(NAMES) - set(old))
             wire: Any = self.wire
-            daemon = Daemon(JOB, model.architecture, state, storage, self.store, worker, wire, keep=None)
-            offer = daemon._errands.offer
+            site = SiteLink(wire, TOPICS)
+            job = RunnableJob(JOB, model.architecture, state, storage, self.store, worker, keep=None)
+            runner = JobRunner(job, site)
+            daemon = Server([runner], site)
+            offer = runner._dispatcher.offer
 
-            def noted(command: Any, **more: Any) -> None:
+            def noted(command: Any, **more: Any) -> Any:
                 self.offers.append(command.offer)
                 self.wire.offer(command.device, command.round, command.offer)
-                offer(command, **more)
+                return offer(command, **more)
 
-            daemon._errands.offer = noted  # type: ignore[method-assign]
+            runner._dispatcher.offer = noted  # type: ignore[method-assign]
             link.subscribe(daemon.subscriptions)
             link.start()
             threads, agents = [], []
@@ -214,7 +219,8 @@ class Run:
             for thread in threads:
                 thread.start()
             stack.callback(threading.Timer(120, daemon.stop).cancel)
-            self.final = daemon.run(until_finished=True)
+            daemon.run(until_finished=True)
+        self.final = runner.state
         assert len(self.final.history) == JOB.rounds
         assert all(d["progress"] == "folded" for r in self.final.history for d in r["devices"].values())
 

@@ -22,10 +22,15 @@ from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.terminal.tables import print_verdicts, progress
 from fedprune.wire.mqtt.link import Link
+from fedprune.wire.topics import Topics
 from fedprune_server.config.config import ServerConfig
-from fedprune_server.engine.daemon import Daemon
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.engine.job_runner import JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.rate_limit import RateLimitedLink
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.observer import DisplayObserver, Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.children import Children
@@ -200,24 +205,28 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
         link = Link(broker.url, f"fedprune-server-{_SITE}")
         stack.callback(link.close)
         meter = _Watch(children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch)
-        daemon = Daemon(
-            job,
-            opened.model.architecture,
-            opened.state,
-            state.storage,
-            state.store,
-            opened.worker,
-            link,
-            site=_SITE,
+        quarantine = Quarantine()
+        site = SiteLink(RateLimitedLink(link, quarantine), Topics(_SITE), quarantine)
+        runner = JobRunner(
+            RunnableJob(
+                job,
+                opened.model.architecture,
+                opened.state,
+                state.storage,
+                state.store,
+                opened.worker,
+                opened.model.frozen,
+            ),
+            site,
             profiles=(folder.profiles,),
-            broker=broker,
-            frozen=opened.model.frozen,
             observers=[meter, DisplayObserver(make_display())],
         )
-        link.subscribe(daemon.subscriptions)
+        server = Server([runner], site, broker)
+        link.subscribe(server.subscriptions)
         link.start()
         began = time.time()
-        final = daemon.run(until_finished=True)
+        server.run(until_finished=True)
+        final = opened.state
         ranking = final.ranking
         return record_of(
             title,

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -175,34 +173,14 @@ def _add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from fedprune.planning.profile_store import find as find_profile
-    from fedprune.planning.profile_store import names as names_of_profiles
+    from fedprune_server.app import StartOptions, build_app
     from fedprune_server.cli.configuration import configured
-    from fedprune_server.devices.board_logs import BoardLogs
-    from fedprune_server.engine.daemon import Daemon
-    from fedprune_server.engine.further_jobs import further, hosted
-    from fedprune_server.engine.further_jobs import opened as open_job
-    from fedprune_server.engine.host import Host
     from fedprune_server.engine.state_directory import StateFolder
-    from fedprune_server.engine.upload_workers import alone_receives, receiving
-    from fedprune_server.enrollment.shared_identity import shared_identity
-    from fedprune_server.maintenance.restored_record import restored_from
-    from fedprune_server.messaging.broker.revocations import delivering
-    from fedprune_server.messaging.connection import connection, identity_of
-    from fedprune_server.messaging.leadership import leadership
-    from fedprune_server.monitoring.alert_book import AlertBook
     from fedprune_server.monitoring.health import Pulse
-    from fedprune_server.monitoring.monitor import restored
-    from fedprune_server.monitoring.notifications import channels
-    from fedprune_server.monitoring.observer import DisplayObserver
-    from fedprune_server.monitoring.setup import monitoring, watching
-    from fedprune_server.ota.store import RolloutStore
-    from fedprune_server.terminal.log_lines import JSON, logged_to_stdout
-    from fedprune_server.terminal.table import Lines, make_display
-    from fedprune_server.transfer.http import web_blobs
-    from fedprune_server.web.setup import check_console, jobs_of, with_console
+    from fedprune_server.terminal.log_lines import logged_to_stdout
 
     config = configured(arguments).config
+    options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
     with ExitStack() as stack:
         stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
         pulse, waited = Pulse(), None
@@ -211,163 +189,24 @@ def _run(arguments: argparse.Namespace) -> int:
                 waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
             # The other server may have been started with other settings meanwhile.
             config = configured(arguments).config
-        check_console(config)  # before another server is asked to end, as by a take-over
-        channels(config.alerts)
-        identity = stack.enter_context(identity_of(config, insecure=arguments.insecure))
-        folder = waited or stack.enter_context(StateFolder(config.state, config.database))
-        if copy := restored_from(config.state):
-            log.info("%s was %s", config.state, copy)
-        profiles = () if config.profiles is None else (config.profiles,)
-        for name in names_of_profiles(profiles) if profiles else ():
-            find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
-        logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
-        alerts = AlertBook(restored(config.state))
-        watch = stack.enter_context(watching(config, {"database": folder.lease.trouble}, alerts.counts))
-        jobs = [open_job(stack, config, folder), *(open_job(stack, c) for c in further(config, arguments.job))]
-        reached = stack.enter_context(connection(config, identity))
-        if reached.broker is not None:
-            log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
-        leader = None
-        if identity is not None:
-            if folder.lease.shared is not None:
-                stack.enter_context(shared_identity(folder.database_url, folder.lease, config.state, identity))
-            at = leadership(
-                reached.url,
-                identity,
-                config.state,
-                config.ca,
-                folder.lease.shared,
-                embedded=reached.broker is not None,
-            )
-            leader = stack.enter_context(at)
-        rollouts = None if arguments.insecure else stack.enter_context(RolloutStore(config.state))
-        members = None if identity is None else identity.store.members
-        web = stack.enter_context(web_blobs(config, identity, folder.store))
-        daemon: Daemon | Host
-        if len(jobs) > 1:
-            alone_receives(config)
-            daemon = hosted(
-                jobs, reached, lambda kept, desk: _say_what_next(kept.config.state, arguments.until_finished, desk),
-                profiles=profiles, rollouts=rollouts, members=members, blobs_at=web.url, logs=logs,
-                watch=watch,
-            )  # fmt: skip
-            first: Daemon = daemon.first
-        else:
-            kept = jobs[0]
-            daemon = alone = Daemon(
-                kept.opened.job,
-                kept.opened.model.architecture,
-                kept.opened.state,
-                folder.storage,
-                folder.store,
-                kept.worker,
-                reached.wire,
-                site=reached.site,
-                keep=config.kept,
-                uploads=stack.enter_context(receiving(config, reached, identity, folder.store)),
-                pulls=config.pulls,
-                profiles=profiles,
-                max_devices=config.max_devices,
-                max_packet=config.max_packet,
-                broker=reached.broker,
-                rollouts=rollouts,
-                members=members,
-                blobs_at=web.url,
-                quarantine=reached.quarantine,
-                logs=logs,
-                frozen=kept.opened.model.frozen,
-                observers=[
-                    DisplayObserver(Lines() if config.log_format == JSON else make_display()),
-                    *watch(kept.opened.job.name),
-                ],
-            )
-            first = alone
-            alone.when_finished = lambda: _say_what_next(config.state, arguments.until_finished, alone)
-        web.give(first)
-        for kept in jobs:
-            _say_what_runs(kept)
-            kept.folder.lease.lost = daemon.stop
-        if leader is not None and identity is not None:
-            # Until here a copy that was started by mistake has changed nothing outside its own folder.
-            leader.lost = daemon.stop
-            leader.enter(identity.epochs, take_over=arguments.take_over, alone=reached.broker is not None)
-            crl = identity.authority.crl_path
-            stack.enter_context(delivering(config.on_revocation, config.state, crl))
-        for line in chain.from_iterable(kept.opened.changed for kept in jobs):
-            log.warning("setting changed since the last start: %s", line)
-        given = rollouts is not None
-        here = (lambda: daemon.connected) if isinstance(daemon, Host) else None
-        watched = [(desk, kept.config.state) for desk, kept in zip(jobs_of(daemon)[0], jobs, strict=True)]
-        others = tuple if leader is None else leader.candidates
-        stack.enter_context(monitoring(config, watched, alerts, here, others))
-        stack.enter_context(
-            with_console(config, reached, identity, daemon, releases_given=given, logs=logs, alerts=alerts)
-        )
-        reached.start(daemon.subscriptions)
-        for kept in jobs:
-            kept.folder.keep(kept.opened)  # a broker that can't be reached is not one to remember
-        first.observers.each_turn(pulse.beat)  # of several jobs each has its turn in every turn of the loop
-        stack.callback(pulse.stop)
-        with _stopped_by_signals(daemon) as signals:
-            daemon.run(until_finished=arguments.until_finished)
-        for kept in jobs:
-            kept.folder.lease.confirm()
-        if leader is not None:
-            leader.confirm()
-        if reached.broker is not None:
-            traffic = reached.broker.traffic()
-            log.info(
-                "the broker took in %d and delivered %d payload bytes",
-                sum(traffic.received.values()),
-                sum(traffic.delivered.values()),
-            )
-        if signals and not daemon.finished:
+        app = stack.enter_context(build_app(config, options, waited, pulse))
+        with _stopped_by_signals(app.server) as signals:
+            app.run()
+        interrupted = bool(signals) and not app.server.finished
+        if interrupted:
             log.info("stopped: the same command goes on with what %s holds", config.state)
-    # SIGTERM is how a service is stopped; Ctrl-C is somebody who didn't wait for the end.
-    return int(ExitCode.INTERRUPTED if signal.SIGINT in signals and not daemon.finished else ExitCode.OK)
-
-
-def _say_what_runs(kept: Any) -> None:
-    """A job as it begins, or goes on."""
-    opened = kept.opened
-    for note in opened.model.notes:
-        log.info("model: %s", note)
-    log.info(
-        "job %s, round %d of %d, state in %s, %d groups of channels, %s",
-        opened.job.name,
-        opened.state.round,
-        opened.job.rounds,
-        kept.config.state,
-        len(opened.model.architecture.groups),
-        opened.state.phase.value,
-    )
-
-
-def _say_what_next(state: Path, until_finished: bool, daemon: Any) -> None:
-    """What to do with a job that is finished, and what the server still waits for."""
-    from fedprune_server.executor.divergence import of_history
-
-    if spoilt := of_history(daemon.state.history, daemon.job.recipe.to_dict()):
-        log.warning("%s", spoilt)
-    log.info(
-        "to take the model out: fedprune-server export-model --state %s --out global.onnx", shlex.quote(str(state))
-    )
-    if not until_finished:
-        log.info(
-            "the server keeps running, so that boards that connect later learn that the job is finished. "
-            "Ctrl-C ends it; with --until-finished it ends by itself. "
-            "For more rounds, start it again with a higher --rounds."
-        )
+    # SIGTERM is how a service is stopped; Ctrl-C means that the operator didn't wait for the end.
+    return int(ExitCode.INTERRUPTED if interrupted and signal.SIGINT in signals else ExitCode.OK)
 
 
 @contextmanager
-def _stopped_by_signals(daemon: Any) -> Iterator[list[int]]:
-    """Stop the daemon at SIGTERM or Ctrl-C; the signals that came are in the list."""
+def _stopped_by_signals(server: Any) -> Iterator[list[int]]:
+    """Stop the server at SIGTERM or Ctrl-C; the signals that came are in the list."""
     came: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
         came.append(number)  # and nothing slow: the loop may be in the middle of anything
-        daemon.stop()
+        server.stop()
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -17,8 +17,6 @@ from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
 from fedprune.wire.messages import Progress
 from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, CloneDetector
-from fedprune_server.devices.presence import Presence
-from fedprune_server.devices.shutdown import GracefulShutdown
 from fedprune_server.terminal.table import Row, Snapshot
 
 log = logging.getLogger("fedprune.server")
@@ -76,17 +74,11 @@ class DeviceRegistry:
         self.prefix = ""
         """What begins a line about a device's place in the job, where that is one of several."""
         self.clones = CloneDetector()
-        self.presence = Presence(self._session)
         self.outsiders: dict[str, dict[str, Any]] = {}
         """Devices that announced themselves and can't even be planned for, and why."""
         for name, body in (outsiders or {}).items():
             self.outsiders[name] = {**body, "online": False}
             self._contacts.setdefault(name, Contact(problem=str(body.get("excluded", ""))))
-
-    def _session(self, device: str) -> int | None:
-        """The number of a device's connection, or None if it isn't there."""
-        known = self._state.devices.get(device)
-        return known.session if known is not None and known.online else None
 
     def __getitem__(self, device: str) -> Contact:
         """A device's contact; for one that was never admitted a blank that nobody keeps."""
@@ -174,7 +166,7 @@ class DeviceRegistry:
         if contact.offered_at is not None:
             contact.seconds, contact.offered_at = now - contact.offered_at, None
 
-    def born(self, device: str, session: int, profile: str, samples: int, now: float) -> None:
+    def born(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
         """A device announces itself: see whether it is the one that had this name before.
 
         Args:
@@ -182,10 +174,10 @@ class DeviceRegistry:
             session: Number of its connection.
             profile: What it says that it is.
             samples: Its training samples.
-            now: Seconds of a clock that nobody sets.
+            now: Monotonic clock, seconds.
+            connected: Whether the device was connected before.
         """
-        known = self._state.devices.get(device)
-        reason = self.clones.born(device, session, (profile, samples), known is not None and known.online, now)
+        reason = self.clones.born(device, session, (profile, samples), connected, now)
         if reason:
             log.warning(
                 "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
@@ -232,7 +224,6 @@ class DeviceRegistry:
 
     def gone(self, device: str) -> None:
         """A device's connection has ended."""
-        self.presence.left(device)
         if device in self.outsiders:
             self.outsiders[device]["online"] = False
 
@@ -263,16 +254,6 @@ class DeviceRegistry:
             kept = costs_at(self._architecture, device.widths).parameters / self.whole
             by = "job" if device.density == self._job.density else "strategy"
             log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
-
-    def shutdown(self, now: float) -> GracefulShutdown:
-        """Whom to wait for, now that the job is done.
-
-        Args:
-            now: Seconds of a clock that nobody sets.
-        """
-        devices = self._state.devices
-        away = (n for n, d in devices.items() if not d.online and not d.excluded)
-        return GracefulShutdown((n for n, d in devices.items() if d.online), away, lambda n: devices[n].online, now)
 
     def bars(self, device: str) -> bool:
         """Whether a device can take no part in the job, as far as is known."""

@@ -1,10 +1,10 @@
-"""What a coordinator's commands lead to outside: what is said to devices, and what is fetched from them."""
+"""Carries out what a coordinator orders about devices: messages to them, and updates to fetch."""
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from collections.abc import Set as AbstractSet
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
@@ -18,32 +18,33 @@ from fedprune.wire.messages import Accepted, Cancelled, Finished
 from fedprune.wire.offer import Offer
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.update_size import misfit, sent
-from fedprune_server.messaging.outbox import Post
+from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.transfer.s3_sync import Shipping
 from fedprune_server.transfer.uploads import Arrived, Uploads
 
 log = logging.getLogger("fedprune.server")
 
 _UNHEARD_OFFER_S = 30.0
-"""An offer of which a device shows nothing for so long is said again: a broker's acknowledgement is no device's."""
+"""Seconds after which an offer is repeated: the broker's acknowledgement is not the device's."""
 
-Errand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished
+DeviceCommand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished
 
 
-class Errands:
-    """Says and fetches what commands ask for; what comes of it is an event.
+class CommandDispatcher:
+    """Carries out a coordinator's commands that concern a device; what happens at once is returned as events.
 
     Args:
         job: The job.
         state: The coordinator's state; read, never changed.
         registry: The devices.
-        uploads: Updates on their way here.
-        post: The way out.
-        out: Devices that were shut out.
-        happen: Takes in an event.
-        monotonic: Seconds of a clock that nobody sets.
-        shipping: Brings updates where they are kept.
-        blobs_at: Where blobs lie on the web, too; None for nowhere.
+        uploads: Updates that are being received.
+        outbox: Sends messages to devices.
+        shipping: Copies updates to where they are kept.
+        blobs_at: URL under which boards find blobs over HTTP; None for none.
+        monotonic: Monotonic clock, seconds.
+
+    Attributes:
+        revoked: Devices that are no longer members and have not announced themselves since.
     """
 
     def __init__(
@@ -52,88 +53,74 @@ class Errands:
         state: State,
         registry: DeviceRegistry,
         uploads: Uploads,
-        post: Post,
-        out: AbstractSet[str],
-        happen: Callable[[on.Event], None],
-        monotonic: Callable[[], float],
+        outbox: Outbox,
         shipping: Shipping,
         blobs_at: str | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._shipping = shipping
-        self._job = job
-        self._state = state
-        self._registry = registry
-        self._uploads = uploads
-        self._post = post
-        self._out = out
-        self._happen = happen
-        self._monotonic = monotonic
-        self._blobs_at = blobs_at
+        self._job, self._state, self._registry = job, state, registry
+        self._uploads, self._outbox, self._shipping = uploads, outbox, shipping
+        self._blobs_at, self._monotonic = blobs_at, monotonic
+        self.revoked: set[str] = set()
 
-    def run(self, command: Errand) -> None:
+    def run(self, command: DeviceCommand) -> list[on.Event]:
         """Carry out a command.
 
         Raises:
             StorageError: The disk fails.
         """
-        job = self._job.name
+        job, device = self._job.name, command.device
         match command:
             case do.SendOffer():
-                self.offer(command)
+                return self.offer(command)
             case do.PullUpdate():
-                self._pull(command)
+                return self._pull(command)
             case do.Acknowledge():
-                self._post.send(command.device, Accepted(job, command.round, command.attempt, command.weights), job)
+                self._outbox.send(device, Accepted(job, command.round, command.attempt, command.weights), job)
             case do.Cancel():
-                found = (self._registry.prefix, command.device, command.round, command.reason)
+                found = (self._registry.prefix, device, command.round, command.reason)
                 log.debug("%sdevice %s: round %d is void: %s", *found)
-                self._post.send(command.device, Cancelled(job, command.round, command.attempt, command.reason), job)
+                self._outbox.send(device, Cancelled(job, command.round, command.attempt, command.reason), job)
             case do.TellFinished():
-                self._post.send(command.device, Finished(job), job)
+                self._outbox.send(device, Finished(job), job)
+        return []
 
-    def offer(self, command: do.SendOffer, *, again: bool = False) -> None:
-        """Offer a device its part.
-
-        Args:
-            command: The offer.
-            again: Whether it was offered before, and nothing was heard of it.
-        """
+    def offer(self, command: do.SendOffer, *, again: bool = False) -> list[on.Event]:
+        """Offer a device its part of the round, `again` if it has shown nothing of an earlier offer."""
         body, job = sent(command.offer), self._job.name
-        if command.device in self._out:  # while its offer was made
-            self._happen(on.OfferRefused(command.device, command.round, command.attempt, "it was shut out"))
-            return
+        if command.device in self.revoked:  # while its offer was made
+            return [on.OfferRefused(command.device, command.round, command.attempt, "it was shut out")]
         try:
             blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
             body |= {**blobs, "widths": tuple(body["widths"]), "blobs_at": self._blobs_at}
-            self._post.send(command.device, Offer(job, command.round, command.attempt, **body), job)
-        except ProtocolError as error:  # a model that no message holds: nobody can take part with it
-            self._happen(on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error))))
-            return
+            self._outbox.send(command.device, Offer(job, command.round, command.attempt, **body), job)
+        except ProtocolError as error:  # a model that fits no message: no device can take part with it
+            return [on.OfferRefused(command.device, command.round, command.attempt, one_line(str(error)))]
         if not again:
             self._registry.offered(command.device, self._monotonic())
+        return []
 
-    def repeat(self, now: float) -> None:
-        """Say offers again of which nothing was heard.
-
-        Args:
-            now: Seconds of a clock that nobody sets.
-        """
+    def repeat(self, now: float) -> list[on.Event]:
+        """Repeat offers of which devices have shown nothing; `now` is monotonic."""
+        events: list[on.Event] = []
         for device in self._registry.silent(now, _UNHEARD_OFFER_S):
             task = self._state.tasks[device]
             if task.offer is not None:
-                self.offer(do.SendOffer(device, self._state.round_of(task), task.attempt, task.offer), again=True)
+                command = do.SendOffer(device, self._state.round_of(task), task.attempt, task.offer)
+                events += self.offer(command, again=True)
+        return events
 
-    def let_go(self, *, anew: bool) -> list[str]:
-        """Stop fetching what no part awaits any more.
+    def let_go(self, *, everywhere: bool) -> list[str]:
+        """Stop receiving updates that no part awaits any more.
 
         Args:
-            anew: Whether to look at all that is fetched, not only at parts that have changed.
+            everywhere: Look at all that are received, not only at parts that have changed.
 
         Returns:
             Digests of what was dropped.
         """
         state, dropped = self._state, list[str]()
-        for name in self._uploads.devices() if anew else state.tasks.changed:
+        for name in self._uploads.devices() if everywhere else state.tasks.changed:
             task = state.tasks.get(name)
             if task is None or task.progress is not Part.PULLING or not state.awaits(task):
                 dropped += self._uploads.drop(name)
@@ -141,23 +128,28 @@ class Errands:
                 dropped += self._uploads.keep(name, state.round_of(task), task.attempt)
         return dropped
 
-    def collect_uploads(self) -> None:
-        """Turn ended pulls into events."""
+    def arriving(self) -> set[str]:
+        """Digests of updates that are being received, or copied to where they are kept."""
+        return self._uploads.digests() | self._shipping.digests
+
+    def collect_uploads(self) -> list[on.Event]:
+        """Events of updates that have arrived or failed."""
+        events: list[on.Event] = []
         for outcome in self._shipping.through(self._uploads.outcomes()):
             device, round_, attempt = outcome.device, outcome.round, outcome.attempt
             if isinstance(outcome, Arrived):
                 self._registry.delivered(device, self._monotonic())
-                self._happen(on.UpdateStored(device, round_, attempt, outcome.weights))
+                events.append(on.UpdateStored(device, round_, attempt, outcome.weights))
             else:
-                self._happen(on.UpdateRejected(device, round_, attempt, one_line(outcome.reason)))
+                events.append(on.UpdateRejected(device, round_, attempt, one_line(outcome.reason)))
+        return events
 
-    def _pull(self, command: do.PullUpdate) -> None:
+    def _pull(self, command: do.PullUpdate) -> list[on.Event]:
         task = self._state.tasks.get(command.device)
         if task is None or (self._state.round_of(task), task.attempt) != (command.round, command.attempt):
-            return  # the server has gone on meanwhile, which is no fault of the device
+            return []  # the server has gone on meanwhile, which is no fault of the device
         ref = BlobRef.from_dict(command.weights)
         if reason := misfit(task.offer, ref):
-            self._happen(on.UpdateRejected(command.device, command.round, command.attempt, reason))
-            return
-        self._post.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))
-        self.collect_uploads()
+            return [on.UpdateRejected(command.device, command.round, command.attempt, reason)]
+        self._outbox.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))
+        return self.collect_uploads()

@@ -1,4 +1,4 @@
-"""Which job of a server has which device, kept by what changes: nobody looks at a fleet where nothing has happened."""
+"""Assigns connected devices to a server's jobs, looking only at devices that have changed."""
 
 from __future__ import annotations
 
@@ -6,104 +6,123 @@ from collections.abc import Mapping, Sequence
 
 from fedprune.coordination.device_scheduler import FairScheduler, JobDemand
 from fedprune.wire.messages import Birth
-from fedprune_server.engine.job_runner import JobDesk
+from fedprune_server.engine.job_runner import JobRunner
 
 
-class Loans:
-    """Takes devices back that have done their part, and lends those that are free.
+class SoleJob:
+    """Assigns all devices to the only job of a server, at once.
 
     Args:
-        desks: The jobs by name.
-        here: The devices that are there, with what they say of themselves; whoever changes it says so.
-
-    Attributes:
-        lent: Which job has which device; free ones are left out.
+        runner: The job's runner.
+        connected: The devices that are connected, with their births.
     """
 
-    def __init__(self, desks: Mapping[str, JobDesk], here: Mapping[str, Birth]) -> None:
-        self._desks, self._here = desks, here
+    def __init__(self, runner: JobRunner, connected: Mapping[str, Birth]) -> None:
+        self._runner, self._connected = runner, connected
+
+    def holder(self, device: str) -> str | None:
+        """Name of the job, for a device that is connected."""
+        return self._runner.job.name if device in self._connected else None
+
+    def came(self, device: str, *, reconnected: bool) -> None:
+        """A device has announced itself."""
+        self._runner.assign([self._connected[device]])
+
+    def left(self, device: str, session: int) -> None:
+        """A device's connection has ended."""
+        self._runner.release(device, session)
+
+    def share(self, now: float, *, finished: bool) -> None:
+        """Nothing: no device waits for a job."""
+
+
+class DeviceScheduler:
+    """Shares devices out among several jobs: takes back those that have done their part, and assigns free ones.
+
+    Args:
+        runners: The runners of the jobs by name.
+        connected: The devices that are connected, with their births.
+
+    Attributes:
+        lent: Names of the jobs by device; free devices are left out.
+    """
+
+    def __init__(self, runners: Mapping[str, JobRunner], connected: Mapping[str, Birth]) -> None:
+        self._runners, self._connected = runners, connected
         self._scheduler = FairScheduler()
         self.lent: dict[str, str] = {}
         self._at_work: dict[str, str] = {}
         self._free: set[str] = set()
-        self._takers: dict[str, set[str]] = {job: set() for job in desks}  # who is there and can take part in a job
-        self._unfit: dict[str, set[str]] = {}  # jobs that can make nothing of a device
-        self._stale: set[str] = set()  # whom to look at
+        self._takers: dict[str, set[str]] = {job: set() for job in runners}  # connected devices that suit a job
+        self._unfit: dict[str, set[str]] = {}  # jobs that can't use a device
+        self._stale: set[str] = set()  # devices to look at
         self._alone: str | None = None
+        self._charged_at: float | None = None
+        for runner in runners.values():
+            runner.track_changes()
 
-    def came(self, device: str, *, anew: bool) -> None:
-        """A device has announced itself.
+    def holder(self, device: str) -> str | None:
+        """Name of the job that has a device; None for a free one."""
+        return self.lent.get(device)
 
-        Args:
-            device: Its name.
-            anew: Whether on another connection than before.
-        """
+    def came(self, device: str, *, reconnected: bool) -> None:
+        """A device has announced itself, on a new connection if `reconnected`."""
         self._stale.add(device)
-        if anew:
+        if reconnected:
             self._unfit.pop(device, None)
+        if device in self.lent:
+            self._assign(self.lent[device], [device])
 
-    def left(self, device: str, session: int | None) -> None:
-        """A device isn't there any more.
-
-        Args:
-            device: Its name.
-            session: The number of the connection that it had.
-        """
+    def left(self, device: str, session: int) -> None:
+        """A device's connection has ended."""
         self._stale.add(device)
         job = self.lent.pop(device, None)
-        if job is not None and session is not None:
-            self._desks[job].recall(device, session)
+        if job is not None:
+            self._runners[job].release(device, session)
 
-    def renew(self, device: str) -> None:
-        """Let the job that has a device hear how it describes itself now."""
-        if device in self.lent:
-            self._hand(self.lent[device], [device])
-
-    def charge(self, seconds: float) -> None:
-        """Note that devices have been at work for so long."""
-        self._scheduler.charge(self._at_work, seconds)
-
-    def end(self) -> None:
-        """All jobs are finished: nobody is at work."""
-        self._at_work = {}
-
-    def share(self) -> None:
-        """Take back who has done its part, and lend who is free, until nothing changes any more."""
+    def share(self, now: float, *, finished: bool) -> None:
+        """Take devices back and assign free ones until nothing changes; `finished` once all jobs are done."""
+        if self._charged_at is not None:
+            self._scheduler.charge(self._at_work, max(0.0, now - self._charged_at))
+        self._charged_at = now
+        if finished:
+            self._at_work = {}
+            return
         seen = set[str]()
-        for _ in range(len(self._desks) + len(self._here)):
+        for _ in range(len(self._runners) + len(self._connected)):
             if not self._share_once(seen):
                 break
         for device in seen | self._stale | self._changed():
             job = self.lent.get(device)
-            if job is not None and self._desks[job].works(device):
+            if job is not None and self._runners[job].works(device):
                 self._at_work[device] = job
             else:
                 self._at_work.pop(device, None)
 
     def _changed(self) -> set[str]:
-        """Devices that something may have changed about; whose part in a job it is, is seen to here."""
-        for desk in self._desks.values():
-            self._stale |= desk.changes()
+        """Devices that may have changed, after noting which jobs they suit."""
+        for runner in self._runners.values():
+            self._stale |= runner.changes()
         for device in self._stale:
             for job, takers in self._takers.items():
-                if device in self._here and self._takes(job, device):
+                if device in self._connected and self._takes(job, device):
                     takers.add(device)
                 else:
                     takers.discard(device)
         return self._stale
 
     def _able(self) -> tuple[list[JobDemand], list[JobDemand]]:
-        """The jobs that are not finished, and those of them that enough devices are there for."""
-        borrowers = [b for d in self._desks.values() if (b := d.borrower()) is not None]
-        return borrowers, [b for b in borrowers if b.able(len(self._takers[b.job]))]
+        """The jobs that are not finished, and those of them that have enough devices."""
+        demands = [b for d in self._runners.values() if (b := d.demand()) is not None]
+        return demands, [b for b in demands if b.able(len(self._takers[b.job]))]
 
     def _share_once(self, seen: set[str]) -> bool:
-        """Share out what is free; returns whether a job got something."""
+        """Share out free devices; returns whether a job got any."""
         stale = self._changed()
         _, able = self._able()
         alone = able[0].job if len(able) == 1 else None
         if alone != self._alone:
-            self._alone, stale = alone, stale | self._here.keys()
+            self._alone, stale = alone, stale | self._connected.keys()
         self._stale = set()
         seen |= stale
         for device in sorted(stale):
@@ -112,39 +131,39 @@ class Loans:
             found = {alone: sorted(d for d in self._free if self._takes(alone, d))}
         else:
             self._changed()
-            borrowers, able = self._able()
-            found = self._scheduler.assign(borrowers, self._free, self._here, self._takes, self._fits, able)
+            demands, able = self._able()
+            found = self._scheduler.assign(demands, self._free, self._connected, self._takes, self._fits, able)
         for job, devices in found.items():
-            self._hand(job, devices)
+            self._assign(job, devices)
         return any(found.values())
 
     def _look(self, device: str) -> None:
-        """See whether a device is free, or at which job's part it is."""
+        """Find out whether a device is free, or which job's part it works on."""
         self._free.discard(device)
-        birth, job = self._here.get(device), self.lent.get(device)
-        if birth is None or (job is not None and (job == self._alone or self._desks[job].works(device))):
+        birth, job = self._connected.get(device), self.lent.get(device)
+        if birth is None or (job is not None and (job == self._alone or self._runners[job].works(device))):
             return
         if job is not None:
             del self.lent[device]
-            self._desks[job].recall(device, birth.session)
-        # After a restart of either side a part may be under way: it is gone on with.
-        mine = next((n for n, d in self._desks.items() if d.works(device)), None)
+            self._runners[job].release(device, birth.session)
+        # After a restart of either side a part may be under way: the device goes on with it.
+        mine = next((n for n, d in self._runners.items() if d.works(device)), None)
         if mine is None:
             self._free.add(device)
         elif mine not in self._unfit.get(device, ()):
-            self._hand(mine, [device])
+            self._assign(mine, [device])
 
     def _takes(self, job: str, device: str) -> bool:
         unfit = self._unfit.get(device, ())
-        return job not in unfit and self._desks[job].takes(device, self._here[device].session)
+        return job not in unfit and self._runners[job].takes(device, self._connected[device].session)
 
     def _fits(self, job: str, device: str) -> bool:
-        return self._takes(job, device) and self._desks[job].fits(device)
+        return self._takes(job, device) and self._runners[job].fits(device)
 
-    def _hand(self, job: str, devices: Sequence[str]) -> None:
-        """Let a job have devices, all at once."""
+    def _assign(self, job: str, devices: Sequence[str]) -> None:
+        """Assign devices to a job, all at once."""
         self._stale |= set(devices)
-        fit = self._desks[job].lend([self._here[d] for d in devices])
+        fit = self._runners[job].assign([self._connected[d] for d in devices])
         for device in devices:
             if device in fit:
                 self.lent[device] = job

@@ -1,182 +1,437 @@
-"""One of several jobs of a server: a daemon whose connection, and whose devices, are lent to it by a host."""
+"""Runs one job of a server: a coordinator with its database, its blobs and a thread for heavy commands.
+
+A turn of the server's loop is one transaction of each job. What happened is saved first, then commands are carried out
+and messages sent. Heavy commands go to a thread, and their results are events like any other. Whatever gets lost (a
+message, a connection, this process) is repeated: devices repeat their updates, the server its offers.
+"""
 
 from __future__ import annotations
 
+import heapq
 import logging
-from collections import deque
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from fedprune.coordination import Phase, State
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import Phase, State, coordinate
+from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.device_scheduler import JobDemand
 from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
+from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
+from fedprune.model.architecture import Architecture
 from fedprune.strategies import compose
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Birth
-from fedprune_server.devices.presence import Presence
-from fedprune_server.engine.daemon import Daemon
-from fedprune_server.messaging.transport import Item, Relay, Wire
+from fedprune.wire.messages import Birth, Finished
+from fedprune.wire.transfer import BlobSender
+from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.engine.command_dispatcher import CommandDispatcher
+from fedprune_server.engine.journal import Journal
+from fedprune_server.engine.message_handler import Envelope, MessageHandler
+from fedprune_server.engine.steady_clock import SteadyClock
+from fedprune_server.executor import divergence
+from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
+from fedprune_server.executor.retention import Garbage
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.monitoring.observer import DisplayObserver, Observer, Observers
+from fedprune_server.monitoring.view import OFFLINE, JobView
+from fedprune_server.ota.coordinator import RolloutCoordinator
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.storage import Storage
+from fedprune_server.terminal.log_lines import about
+from fedprune_server.terminal.table import Lines
+from fedprune_server.transfer.downloads import Downloads
+from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
+from fedprune_server.transfer.multicast import Audience, Sharing
+from fedprune_server.transfer.s3_sync import Shipping
+from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
 
 ELSEWHERE = "not at this job"
-"""A device that is free, works for another job, or isn't there."""
+"""State of a device that is free, works for another job, or is offline, where a server has several jobs."""
+
+_TIMELESS = (Phase.WAITING, Phase.FINISHED, Phase.SCORING, Phase.EVALUATING)
+"""Phases without a deadline; asynchronous jobs have none in the first two only."""
 
 _UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
+_TICK_S = 0.5
 
 
-class Extension(Relay):
-    """A job's end of the server's connection: it says all itself, and hears what the host passes on.
+@dataclass(frozen=True)
+class RunnableJob:
+    """A job with everything that running it needs.
 
-    Args:
-        link: The server's connection.
+    Attributes:
+        job: Its settings.
+        architecture: The global model's.
+        state: The coordinator's state from which it goes on.
+        storage: Where events and states are saved.
+        store: The job's blobs.
+        worker: Carries out heavy commands.
+        frozen: Tensors that the model's author froze.
+        keep: How many of the latest global models stay on the disk; None for all.
+        pulls: From how many devices updates are pulled at a time.
+        weight: Its share of the devices in comparison with other jobs; 0 to pause it.
+        beside_others: Whether its server has further jobs.
     """
 
-    def __init__(self, link: Wire) -> None:
-        super().__init__(link)
-        self.inbox: deque[Item] = deque()
+    job: Job
+    architecture: Architecture
+    state: State
+    storage: Storage
+    store: BlobStore
+    worker: CommandExecutor
+    frozen: Collection[str] = ()
+    keep: int | None = 3
+    pulls: int = 4
+    weight: float = 1.0
+    beside_others: bool = False
 
-    def get(self, timeout: float | None = 0.0) -> Item | None:
-        """What was passed on next; it is never waited for."""
-        return self.inbox.popleft() if self.inbox else None
+
+@dataclass(frozen=True)
+class DeviceServices:
+    """What a server offers its devices in addition to jobs; the runner of the first job provides it.
+
+    Attributes:
+        rollouts: Releases for boards, if this server distributes any.
+        members: Names of the fleet's members, where not every device may take part; others leave a rollout.
+        logs: Stores boards' logs and crash reports; None to ask for none.
+        blobs: Blobs over HTTP.
+        uploads: Receives updates, if upload workers do.
+    """
+
+    rollouts: RolloutStore | None = None
+    members: Callable[[], Collection[str]] | None = None
+    logs: BoardLogs | None = None
+    blobs: WebBlobs = NO_BLOBS
+    uploads: Uploads | None = None
 
 
-class JobDesk(Daemon):
-    """A job beside others. Who is there is the host's business: this job hears of the devices that it is lent.
+NO_SERVICES = DeviceServices()
+
+
+class JobRunner:
+    """Runs a job on the devices that the server assigns to it.
 
     Args:
-        job: As for a `Daemon`, like all arguments that are not named here.
-        architecture: The global model's.
-        state: Where to go on.
-        storage: Where events and states are saved.
-        store: Where blobs lie.
-        worker: Carries out heavy commands.
-        link: The server's connection.
-        weight: The job's share of the devices in comparison with the others'; 0 to pause it.
-        options: The other options of a `Daemon`, but for the broker, which is the host's.
+        job: The job.
+        site: The server's connection.
+        services: What this runner provides in addition to the job.
+        profiles: Folders of hardware profiles in addition to the shipped ones.
+        max_devices: How many devices may ever take part.
+        observers: Observers of the job; None for lines in the log. More may join before the start.
     """
 
     def __init__(
         self,
-        job: Any,
-        architecture: Any,
-        state: State,
-        storage: Any,
-        store: Any,
-        worker: Any,
-        link: Wire,
+        job: RunnableJob,
+        site: SiteLink,
+        services: DeviceServices = NO_SERVICES,
         *,
-        weight: float = 1.0,
-        **options: Any,
+        profiles: Sequence[Path] = (),
+        max_devices: int = 1000,
+        observers: Sequence[Observer] | None = None,
     ) -> None:
-        self._extension = Extension(link)
-        super().__init__(job, architecture, state, storage, store, worker, self._extension, **options)
-        self.weight = weight
+        self.job, self.state, self.weight = job.job, job.state, job.weight
+        self._monotonic, self._steady = site.monotonic, SteadyClock(site.clock, site.monotonic)
+        self._link, self._services = site.link, services
+        self._coordinator = coordinate(job.job, job.architecture, job.state, job.frozen)
+        self._schedule = compose(job.job).schedule or SYNCHRONOUS
+        self.observers = Observers([DisplayObserver(Lines())] if observers is None else observers)
+        with about(job=job.job.name):
+            self._executor = BackgroundExecutor(job.worker)
+        self.registry = DeviceRegistry(
+            job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders()
+        )
+        if job.beside_others:
+            self.registry.prefix = f"{job.job.name}: "
+        self._shipping = Shipping(job.store)
+        near = self._shipping.near
+        self._uploads = services.uploads or Uploads(near, job.pulls, site.max_packet)
+        stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
+        self.outbox = Outbox(
+            site,
+            job.job.name,
+            self.registry,
+            Downloads(BlobSender(*stores), site.max_packet),
+            Sharing(near, Audience(job.state), site.max_packet),
+            self._shipping.coming,
+        )
+        self._rollouts = (
+            None
+            if services.rollouts is None
+            else RolloutCoordinator(services.rollouts, self.outbox.send, services.members, site.clock, site.monotonic)
+        )
+        self._messages = MessageHandler(
+            job.job,
+            job.state,
+            self.registry,
+            self._uploads,
+            self.outbox,
+            site.quarantine,
+            profiles,
+            self._rollouts,
+            services.logs,
+            site.monotonic,
+        )
+        self._dispatcher = CommandDispatcher(
+            job.job,
+            job.state,
+            self.registry,
+            self._uploads,
+            self.outbox,
+            self._shipping,
+            services.blobs.url,
+            site.monotonic,
+        )
+        self._journal = Journal(
+            job.state, job.storage, Garbage(job.store, job.keep), self.registry, self._dispatcher, site.monotonic
+        )
+        self._timeless = _TIMELESS[:2] if self._schedule.asynchronous else _TIMELESS
+        self._alarms: list[float] = []
+        self._taken: list[on.Event] = []
+        self._commands: list[do.Command] = []
+        self._now, self._begun, self._ticked = self._steady(), site.monotonic(), 0.0
+        self.finished = False
         self.moved = True
-        """Whether something has happened since the host looked."""
+        """Whether an event has happened since the server assigned devices."""
         self._changed: set[str] = set()
         self._seen: Phase | None = None
-        self._reception.asks = False
-        self._registry.presence = Presence(lambda device: None)  # nobody: the host knows who is there
-        self._registry.prefix = f"{job.name}: "
-        self._schedule = compose(job).schedule or SYNCHRONOUS
-        self.observers.noticed.add(self._note)
-        self.view = replace(self.view, weight=lambda: self.weight, away=ELSEWHERE)
+        self.view = JobView(
+            job.job,
+            self._coordinator.architecture,
+            job.state,
+            self.registry,
+            site.quarantine,
+            self._uploads.progress,
+            self._connected,
+            self._weight,
+            self.pause,
+            near,
+            self._queues,
+            self._steady,
+            ELSEWHERE if job.beside_others else OFFLINE,
+        )
+        """What observers may read of the job."""
 
-    # What the host does with it.
+    def _connected(self) -> bool:
+        return self._link.connected
 
-    def open(self) -> None:
-        """Go on where the last process ended."""
-        self._resume()
+    def _weight(self) -> float:
+        return self.weight
 
-    def turn(self) -> None:
-        """Take in what was passed on, save what it leads to, and only then say what follows."""
-        self._turn()
+    def _queues(self) -> Mapping[str, int]:
+        return {
+            "workshop": self._executor.waiting,
+            "uploads": len(self._uploads.devices()),
+            "messages": self.outbox.queued,
+        }
 
-    def close(self) -> None:
-        """End; what is not saved is done again by the next process."""
-        self._close()
+    # The loop's turn.
 
-    def hear(self, item: Item) -> None:
-        """Pass something on, for the next turn."""
-        self._extension.inbox.append(item)
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way that doesn't wait for devices or time."""
+        return self._executor.busy or bool(self._taken) or self.outbox.waiting or self._shipping.waiting
+
+    @property
+    def computing(self) -> bool:
+        """Whether a heavy command is under way, such as a last evaluation."""
+        return self._executor.busy
 
     @property
     def pause_s(self) -> float:
-        """For how long its next turn may wait, as far as this job is concerned."""
-        return 0.0 if self._extension.inbox or self._taken else self._pause()
+        """Seconds for which the next turn may wait for a message."""
+        if self.outbox.ready or self._taken:
+            return 0.0
+        longest = 0.01 if self._executor.busy or self.outbox.waiting or self._shipping.waiting else 0.1
+        if not self._alarms or self._shipping.stuck:  # no deadline counts then, so one that is over mustn't wake it
+            return longest
+        return max(0.0, min(longest, self._alarms[0] - self._steady()))
 
-    @property
-    def quiet(self) -> bool:
-        """Whether nothing is under way, such as a last evaluation."""
-        return not self.busy and not self._extension.inbox
+    def open(self) -> None:
+        """Go on where the last process ended."""
+        self._ticked = self._monotonic()
+        self._begin()
+        self._shipping.prepare(self.state.references())
+        self._handle(on.Resumed())
+        self._commit()
 
-    def lend(self, births: Iterable[Birth]) -> set[str]:
-        """Let the job have devices, all at once; which of them are given work is its own business.
+    def begin_turn(self) -> None:
+        """Begin a turn; messages of the turn follow."""
+        self._begun = self._monotonic()
+        self._begin()
+
+    def receive(self, envelope: Envelope) -> None:
+        """Handle a device's message or chunk.
+
+        Raises:
+            ProtocolError: A device doesn't send such messages.
+            StorageError: The disk fails.
+        """
+        with self._about(envelope.device):
+            event = self._messages.receive(envelope)
+            self._collect_uploads()
+            if event is not None:
+                self._handle(event)
+
+    def end_turn(self) -> None:
+        """Save what the turn's messages led to, and only then act on it.
+
+        Raises:
+            FedpruneError: A heavy command failed for another reason than a device's update, or the disk fails.
+        """
+        with self._about():
+            self._messages.gather()
+            self._collect_uploads()
+            while (result := self._executor.collect()) is not None:
+                self._handle(result)
+            if self._monotonic() - self._ticked >= _TICK_S:
+                self._ticked = self._monotonic()
+                self._tick(self._ticked)
+            if not self._shipping.stuck and self._alarm_due():
+                self._handle(on.Ticked())  # while the bucket is away, updates would be late only because of that
+            self._commit()
+            self.outbox.send_chunks()
+            self.observers.turned(self._turn_seconds, self.view)
+
+    def close(self) -> None:
+        """Stop; what is not saved is done again by the next process."""
+        self._shipping.close()
+        self._executor.close()
+        self.observers.ended()
+
+    def pause(self, paused: bool) -> None:
+        """Begin nothing new in the job, or go on with it; it is remembered. Call it from the loop's thread."""
+        self._begin()
+        self._handle(on.Paused(paused))
+
+    def connection_changed(self, up: bool) -> None:
+        """The server's connection to the broker is up, or is lost.
+
+        Raises:
+            StorageError: The disk fails or is full.
+        """
+        if up:
+            self._uploads.interrupted(self._monotonic())
+        if self._rollouts is not None:
+            self._rollouts.connected(up)
+
+    def _about(self, device: str | None = None) -> about:
+        return about(job=self.job.name, round=self.state.round, trace_id=self.observers.trace_id, device=device)
+
+    def _turn_seconds(self) -> float:
+        return self._monotonic() - self._begun
+
+    # Devices.
+
+    def greet(self, birth: Birth, size: int, *, connected: bool) -> None:
+        """Handle what a device's birth means apart from jobs: its name, its log, a release for it.
 
         Args:
-            births: What they say of themselves.
+            birth: The device's message.
+            size: Bytes of the message.
+            connected: Whether the device was connected before.
+
+        Raises:
+            ProtocolError: The fleet has as many devices as it may have.
+        """
+        self.registry.admit(birth.device, one_line(birth.software), size)
+        profile = one_line(birth.profile, 64)
+        self.registry.born(birth.device, birth.session, profile, birth.samples, self._monotonic(), connected=connected)
+        if self._rollouts is not None:
+            self._rollouts.born(birth.device)
+        self._messages.request_log(birth)
+
+    def assign(self, births: Iterable[Birth]) -> set[str]:
+        """Assign devices to the job, all at once; the coordinator decides which of them get work.
+
+        Args:
+            births: The devices' births.
 
         Returns:
-            Those that it can make something of.
+            Names of the devices that can take part.
         """
         self._begin()
         events = []
         for birth in births:
-            self._reception.out.discard(birth.device)
             try:
-                self._registry.admit(birth.device, one_line(birth.software), 0)
+                self.registry.admit(birth.device, one_line(birth.software), 0)
             except ProtocolError as error:
-                log.warning("%s%s", self._registry.prefix, error)
+                log.warning("%s%s", self.registry.prefix, error)
                 continue
-            answer_s = birth.answer_s or 0.0
-            self._post.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic()))
-            event = self._reception.described(birth, one_line(birth.profile, 64))
+            answer_s, abilities = birth.answer_s or 0.0, birth.abilities or ()
+            with self._about(birth.device):
+                self.outbox.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic(), abilities))
+                event = self._messages.described(birth)
             events += [event] if event is not None else []
-        self._errands.collect_uploads()
+        self._collect_uploads()
         for i, event in enumerate(events):
-            self._handle(replace(event, more=i + 1 < len(events)))
-            self._registry.introduce(event.device)
+            with self._about(event.device):
+                self._handle(replace(event, more=i + 1 < len(events)))
+                self.registry.introduce(event.device)
         return {e.device for e in events if not self.state.devices[e.device].excluded}
 
-    def recall(self, device: str, session: int) -> None:
-        """Take a device away: it is gone, or works for another job."""
+    def release(self, device: str, session: int) -> None:
+        """Take a device away from the job: its connection `session` has ended, or it works for another job."""
         self._begin()
-        event = self._reception.ended(device, session, again=False)
+        event = self._messages.ended(device, session)
         known = self.state.devices.get(device)
         if known is not None and known.online:
             self._handle(event)
 
-    def welcome(self, birth: Birth, size: int) -> None:
-        """See to what a device's announcement means beside jobs: its name, a release for it.
+    def remove(self, device: str, reason: str) -> None:
+        """Void a device's part in the round: the server doesn't listen to it any more."""
+        self._begin()
+        for event in self._messages.removed(device, reason):
+            self._handle(event)
 
-        Raises:
-            ProtocolError: It is one device too many.
-        """
-        self._registry.admit(birth.device, one_line(birth.software), size)
-        self._quarantine.born(birth.device)
-        self._registry.born(birth.device, birth.session, one_line(birth.profile, 64), birth.samples, self._monotonic())
-        self._reception.wants_log(birth)
-        if self._desk is not None:
-            self._desk.born(birth.device)
+    def revoke(self, device: str) -> None:
+        """Forget a device that is no longer a member."""
+        if self._rollouts is not None:
+            self._rollouts.without([device])
+        log.warning("%sdevice %s was shut out", self.registry.prefix, device)
+        self.registry.clones.forget(device)
+        self._dispatcher.revoked.add(device)
+        self.remove(device, "it was shut out")
 
-    def void(self, device: str, held: Any) -> None:
-        """Tell a device to let go of what it holds, if that can't count any more."""
-        self._reception.void(device, **held)
+    def readmit(self, device: str) -> None:
+        """A device has announced itself: if it was revoked, it is a member again."""
+        self._dispatcher.revoked.discard(device)
+
+    def void(self, device: str, held: Mapping[str, Any]) -> None:
+        """Cancel the part of a round that a device holds, if that can't count any more."""
+        self._messages.void(device, **held)
 
     def dismiss(self, devices: Iterable[str]) -> None:
-        """Say to devices that the job is finished."""
-        super()._dismiss(devices)
+        """Tell devices that the job is finished."""
+        for device in devices:
+            self.outbox.send(device, Finished(self.job.name), self.job.name)
 
-    # What the host asks of it.
+    def offered(self, device: str) -> frozenset[str]:
+        """Digests that a device's offer names; may be called from any thread."""
+        return self._messages.offered(device)
+
+    def may_fetch(self, device: str | None, sha256: str) -> bool:
+        """Whether a device may fetch a blob of its offer; for None, whether any device may. Called from any thread."""
+        devices = list(self.state.tasks) if device is None else [device]
+        return any(sha256 in self.offered(name) for name in devices)
+
+    def offers(self, device: str, sha256: str) -> bool:
+        """Whether a device may fetch a blob, for its part in this job or as a release."""
+        return sha256 in self._messages.readable(device)
+
+    # What the server's scheduler asks.
 
     def works(self, device: str) -> bool:
-        """Whether something of a round is awaited of a device."""
+        """Whether a part of a round is awaited from a device."""
         task = self.state.tasks.get(device)
         if task is None or task.progress not in _UNDER_WAY:
             return False
@@ -184,33 +439,32 @@ class JobDesk(Daemon):
             return self.state.phase is not Phase.FINISHED
         return self.state.phase in (Phase.SCORING, Phase.TRAINING)
 
-    def offers(self, device: str, sha256: str) -> bool:
-        """Whether a device may fetch a blob, as its part in this job or as a release."""
-        release = frozenset[str]() if self._desk is None else self._desk.files(device)
-        return sha256 in self.offered(device) | release
-
     def takes(self, device: str, session: int) -> bool:
         """Whether a device can take part in the job, as far as is known."""
         known = self.state.devices.get(device)
         return known is None or known.session != session or not known.excluded
 
     def bars(self, device: str) -> bool:
-        """Whether the job has turned a device away."""
-        return self._registry.bars(device)
+        """Whether the job has excluded a device."""
+        return self.registry.bars(device)
 
     def fits(self, device: str) -> bool:
-        """Whether the job would give a device something to do now: an asynchronous one not twice on one model."""
+        """Whether the job would give a device work now: an asynchronous one never twice on one model."""
         task = self.state.tasks.get(device)
         return task is None or task.basis is None or (task.progress is Progress.REFUSED and task.deadline is None)
 
+    def track_changes(self) -> None:
+        """Collect which devices change, for `changes`."""
+        self.observers.noticed.add(self._note)
+
     def changes(self) -> set[str]:
-        """Devices of which the answers above may be others than at the last call."""
+        """Devices whose answers above may differ from those at the last call."""
         self._note(self.state.devices.changed | self.state.tasks.changed)
         found, self._changed = self._changed, set()
         return found
 
-    def borrower(self) -> JobDemand | None:
-        """What the job needs now; None if it is finished."""
+    def demand(self) -> JobDemand | None:
+        """How many devices the job needs now; None if it is finished."""
         state = self.state
         if state.phase is Phase.FINISHED:
             return None
@@ -224,30 +478,95 @@ class JobDesk(Daemon):
         return JobDemand(self.job.name, weight, 1, room, holds)
 
     def _note(self, devices: Collection[str]) -> None:
-        """Keep who has changed, before that is settled; with the phase it may be anybody who has a part."""
-        state = self.state
+        """Collect changed devices; a change of the phase may concern all that have a part."""
         self._changed.update(devices)
-        if state.phase is not self._seen:
-            self._seen = state.phase
-            self._changed |= state.tasks.keys()
+        if self.state.phase is not self._seen:
+            self._seen = self.state.phase
+            self._changed |= self.state.tasks.keys()
 
-    # What it leaves to the host.
+    # Events and commands.
+
+    def _begin(self) -> None:
+        """Fix the time of the events that follow: all of one transaction happen at one time."""
+        if self._taken:
+            return
+        if self.state.phase in self._timeless:
+            self._steady.follow()
+        self._now = self._steady()
 
     def _handle(self, event: on.Event) -> None:
-        super()._handle(event)
+        """Let the coordinator handle an event; it is saved, and its commands carried out, as the turn ends."""
+        self._commands += self._coordinator.handle(event, self._now)
+        self._taken.append(event)
         self.moved = True
+        self.observers.event(event, self._now)
+        self._messages.judged(event)
+        self._journal.heard(event)
+        if isinstance(event, on.UpdateRejected):
+            reasons = [task.reason for task in self.state.tasks.values()]
+            divergence.warn(event, self.job, self.registry.prefix, reasons)
 
-    def _take(self, item: Any) -> None:
-        if isinstance(item, ConnectionUp):
-            self._uploads.interrupted(self._monotonic())
-        if isinstance(item, (ConnectionUp, ConnectionDown)):
-            if self._desk is not None:
-                self._desk.connected(isinstance(item, ConnectionUp))
-        else:
-            super()._take(item)
+    def _collect_uploads(self) -> None:
+        for event in self._dispatcher.collect_uploads():
+            self._handle(event)
 
-    def _greet(self, now: float) -> None:
-        """The host does."""
+    def _commit(self) -> None:
+        """End the transaction: save what happened, then carry out its commands; that may lead to more."""
+        while self._taken:
+            events, self._taken = self._taken, []
+            commands, self._commands = self._commands, []
+            self._save(events)
+            self._carry_out(commands)
+        self.outbox.deliver()
 
-    def _dismiss(self, devices: Iterable[str]) -> None:
-        """Devices are told when all jobs are finished: until then they stay."""
+    def _save(self, events: Sequence[on.Event]) -> None:
+        if self.observers.noticed:
+            self.observers.noticed(self.state.devices.changed | self.state.tasks.changed)
+        seconds = self._journal.save(events, self._now)
+        if seconds is not None:
+            self.observers.saved(seconds)
+        for summary in self._journal.ended():
+            self.observers.round_over(summary, self._now, self.view)
+
+    def _carry_out(self, commands: list[do.Command]) -> None:
+        self._executor.expect(commands)
+        for command in commands:
+            self.observers.command(command, self._now)
+            match command:
+                case do.Wake():
+                    heapq.heappush(self._alarms, command.at)
+                case do.Finish():
+                    self._finish(command)
+                case do.Score() | do.Extract() | do.Fold() | do.Close() | do.Evaluate():
+                    self._executor.order(command)
+                case _:
+                    for event in self._dispatcher.run(command):
+                        self._handle(event)
+
+    def _finish(self, command: do.Finish) -> None:
+        if not self.finished:
+            self.finished = self.moved = True
+            log.info("job %s is finished: global model %s", self.job.name, command.model)
+            self.observers.finished(self.view)
+
+    # Time.
+
+    def _alarm_due(self) -> bool:
+        """Whether a time at which the coordinator wants to be called has come; removes those that have."""
+        due = False
+        while self._alarms and self._alarms[0] <= self._now:
+            heapq.heappop(self._alarms)
+            due = True
+        return due
+
+    def _tick(self, now: float) -> None:
+        for device, size in self._services.blobs.taken().items():
+            self.registry.sent(device, size)
+        if self._rollouts is not None:
+            self._rollouts.tick()
+        self.registry.clones.settle(now)
+        self._messages.keep_logs()
+        for event in self._dispatcher.repeat(now):
+            self._handle(event)
+        self.outbox.ask(self._uploads.tick(now))
+        self._collect_uploads()

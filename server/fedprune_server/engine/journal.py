@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
 from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.engine.command_dispatcher import CommandDispatcher
 from fedprune_server.executor.retention import Garbage
 from fedprune_server.storage.storage import PARTS_KEPT, Storage
 
@@ -22,9 +22,8 @@ class Journal:
         storage: Where they are saved.
         garbage: Deletes blobs.
         registry: The devices, whose traffic is saved, too.
-        let_go: Digests that the server's errands no longer need; told whether a phase of the round has just begun.
-        arriving: Digests of blobs on their way here.
-        monotonic: Seconds that only grow.
+        dispatcher: Knows which updates are being received.
+        monotonic: Monotonic clock, seconds.
     """
 
     def __init__(
@@ -33,12 +32,11 @@ class Journal:
         storage: Storage,
         garbage: Garbage,
         registry: DeviceRegistry,
-        let_go: Callable[[bool], Iterable[str]],
-        arriving: Callable[[], AbstractSet[str]],
+        dispatcher: CommandDispatcher,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._state, self._storage, self._garbage, self._registry = state, storage, garbage, registry
-        self._let_go, self._arriving, self._monotonic = let_go, arriving, monotonic
+        self._dispatcher, self._monotonic = dispatcher, monotonic
         self._at = (state.round, state.phase)
         self._told = len(state.history)
 
@@ -64,7 +62,7 @@ class Journal:
         """
         state = self._state
         self._garbage.follow(state)
-        self._garbage.suspect(self._let_go(state.phase is not self._at[1]))
+        self._garbage.suspect(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
         begun, took = self._monotonic(), None
         if self._storage.save(state, events, now, self._registry.moved):
@@ -75,7 +73,7 @@ class Journal:
         if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
             # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
-            self._garbage.collect(state, self._arriving())
+            self._garbage.collect(state, self._dispatcher.arriving())
         return took
 
     def ended(self) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The daemon's way in: what devices say, checked, and turned into events of the job."""
+"""What devices report about their work for one job: checked, and turned into events of the job."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import news, share_of
-from fedprune.core.errors import ProfileError, ProtocolError, UnknownMessageError
+from fedprune.core.errors import ProfileError, ProtocolError
 from fedprune.core.metrics import believable, served
 from fedprune.core.text import one_line
 from fedprune.jobs.job import Job
@@ -23,181 +24,160 @@ from fedprune.planning.profile_store import find
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.log_messages import LOG, CrashReport, LogReport
 from fedprune.wire.messages import (
-    Alive,
     Birth,
     BlobNotFound,
     BlobRequest,
     Cancelled,
-    Death,
-    Hello,
+    Message,
     Progress,
     Refusal,
     Update,
     parse,
 )
-from fedprune.wire.rejected_messages import RejectedMessageLog
 from fedprune.wire.release_messages import ReleaseReport
-from fedprune.wire.topics import Topics
 from fedprune_server.devices.board_logs import BoardLogs
-from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
+from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.devices.registry import DeviceRegistry
-from fedprune_server.messaging.outbox import Post
-from fedprune_server.messaging.transport import Noticed, ShutOut
+from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
 
-_AGAIN_S = 10.0
-"""At most so often a device that counts as offline, and speaks, is asked to announce itself."""
-
-_SHOWN = 10
-
 _PROFILE_S = 10.0
-"""A hardware profile that was read is good for so long."""
+"""How long a hardware profile that was read is used before it is looked up again."""
 
 
-class Reception:
-    """Takes in messages and chunks. What needs no decision (bytes asked for, bytes that came) it sees to itself.
+@dataclass(frozen=True)
+class Envelope:
+    """A decoded message, with the device that sent it.
+
+    Attributes:
+        device: The device.
+        job: The job that the topic names.
+        body: The message, or a chunk of an update.
+        size: Bytes of the payload.
+    """
+
+    device: str
+    job: str
+    body: Message | Chunk
+    size: int
+
+    @classmethod
+    def decode(cls, device: str, job: str, channel: str, payload: bytes) -> Envelope:
+        """Decode a payload.
+
+        Raises:
+            ProtocolError: It is malformed, or names another device than its topic.
+        """
+        if channel == "up/blob":
+            return cls(device, job, Chunk.parse(payload), len(payload))
+        if channel != "up":
+            raise ProtocolError("channel", expected="up or up/blob", got=channel)
+        message = parse(payload)
+        sender = getattr(message, "device", device)
+        if sender != device:
+            raise ProtocolError("device of a message", expected=device, got=sender)
+        return cls(device, job, message, len(payload))
+
+
+class MessageHandler:
+    """Handles the messages of a job's devices, except those by which they come and go.
+
+    Blob requests and chunks need no decision of the coordinator; they are handled here.
 
     Args:
         job: The job.
         state: The coordinator's state; read, never changed.
-        topics: The site's topics.
         registry: The devices.
-        uploads: Updates on their way here.
-        post: The way out.
-        profiles: Folders of hardware profiles beside the shipped ones.
-        monotonic: Seconds of a clock that nobody sets.
-        desk: Runs rollouts of releases, if there is one.
-        clock: Seconds since 1970, as devices are told.
-        quarantine: Is told who sends what can't be used.
-        logs: Keeps what boards tell of their logs; None to ask for nothing of that.
-
-    Attributes:
-        out: Devices that were shut out and have not been born again.
-        asks: Whether devices that count as offline and speak are asked to announce themselves; not where somebody else
-            says who is there.
+        uploads: Updates that are being received.
+        outbox: Sends messages to devices.
+        quarantine: Counts what devices send that can't be used.
+        profiles: Folders of hardware profiles in addition to the shipped ones.
+        rollouts: Runs rollouts of releases, if this job's runner does.
+        logs: Stores boards' logs; None to ask for none.
+        monotonic: Monotonic clock, seconds.
     """
 
     def __init__(
         self,
         job: Job,
         state: State,
-        topics: Topics,
         registry: DeviceRegistry,
         uploads: Uploads,
-        post: Post,
-        profiles: Sequence[Path],
-        monotonic: Callable[[], float],
-        desk: RolloutCoordinator | None = None,
-        clock: Callable[[], float] = time.time,
-        quarantine: Quarantine | None = None,
+        outbox: Outbox,
+        quarantine: Quarantine,
+        profiles: Sequence[Path] = (),
+        rollouts: RolloutCoordinator | None = None,
         logs: BoardLogs | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._quarantine = quarantine or Quarantine(monotonic)
-        self._job = job
-        self._state = state
-        self._topics = topics
-        self._registry = registry
-        self._uploads = uploads
-        self._post = post
+        self._job, self._state, self._registry = job, state, registry
+        self._uploads, self._outbox, self._quarantine = uploads, outbox, quarantine
         self._profiles = tuple(profiles)
-        self._monotonic = monotonic
-        self._clock = clock
-        self._desk = desk
-        self._logs = logs
-        self._complaints = RejectedMessageLog(log, monotonic)
-        self._asked: dict[str, float] = {}
+        self._rollouts, self._logs, self._monotonic = rollouts, logs, monotonic
         self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
-        self.out: set[str] = set()
-        self.asks = True
 
-    def receive(self, topic: str, payload: bytes) -> on.Event | None:
-        """Take in what came over the wire; what is wrong is logged, the first few times, and dropped.
-
-        Returns:
-            What happened to the job, if anything did.
+    def receive(self, envelope: Envelope) -> on.Event | None:
+        """Handle a message or chunk; returns what happened to the job, if anything did.
 
         Raises:
+            ProtocolError: A device doesn't send such messages.
             StorageError: The disk fails.
         """
-        device = ""
-        try:
-            device, _, channel = self._topics.parse(topic)
-            self._registry.received(device, len(payload))
-            if channel == "up/blob":
-                self._post.ask(self._uploads.chunk(device, Chunk.parse(payload), self._monotonic()))
-                return None
-            if channel != "up":
-                raise ProtocolError("channel", expected="up or up/blob", got=channel)
-            return self._message(device, payload)
-        except ProtocolError as error:
-            self._complaints.about(topic, error)
-            if not isinstance(error, UnknownMessageError):
-                self._quarantine.bad(device)
-            return None
+        device, now = envelope.device, self._monotonic()
+        self._registry.received(device, envelope.size)
+        match envelope.body:
+            case Chunk() as chunk:
+                self._outbox.ask(self._uploads.chunk(device, chunk, now))
+            case BlobRequest() as want:
+                self._registry.heard(device, now)
+                self._outbox.fetched(device, want, self.readable(device))
+            case ReleaseReport() as report:
+                if self._rollouts is not None:
+                    self._rollouts.reported(report)
+            case LogReport() as lines:
+                if self._keeps_log(device) and self._logs is not None:
+                    self._logs.lines(lines)
+            case CrashReport() as crash:
+                if self._keeps_log(device) and self._logs is not None:
+                    self._logs.crashed(crash)
+            case BlobNotFound() as gone:
+                self._outbox.ask(self._uploads.gone(device, gone.sha256, now))
+            case Progress() | Refusal() | Update() as report:
+                if report.job == self._job.name:
+                    return self._report(device, report)
+                if isinstance(report, Update):
+                    self.void(device, report.job, report.round, report.attempt)
+            case message:
+                raise ProtocolError("message of a device", got=message.kind)
+        return None
 
     def gather(self) -> None:
-        """Take in what receivers say, and charge devices for what those took in.
+        """Take in what upload workers report, and charge devices for what those received.
 
         Raises:
             StorageError: The disk fails.
         """
-        self._post.ask(self._uploads.collect(self._monotonic()))
+        self._outbox.ask(self._uploads.collect(self._monotonic()))
         for device, size in self._uploads.taken():
             self._registry.received(device, size)
             self._quarantine.hears(device, size, chunk=True)
 
     def judged(self, event: on.Event) -> None:
-        """Note what became of a device's update."""
+        """Tell the quarantine whether a device's update counted."""
         if isinstance(event, on.UpdateRejected):
             self._quarantine.refused(event.device, event.reason)
         elif isinstance(event, on.Folded):
             self._quarantine.counted(event.device)
 
-    def noticed(self, item: Noticed) -> list[on.Event]:
-        """Take in what the connection noticed about a device, and nobody said."""
-        if isinstance(item, ShutOut):
-            return self._shut_out(item.device)
-        if isinstance(item, Quarantined):
-            return self._left(item.device, f"it is in quarantine: {item.reason}", again=False)
-        if isinstance(item, Released):
-            self._ask(item.device)
-        else:
-            self._registry.doubled(item.device, self._monotonic())
-        return []
-
-    def missed(self, caught_up: float) -> list[on.Event]:
-        """Devices that were asked whether they are there, and haven't answered.
-
-        Args:
-            caught_up: When no message waited, lastly.
-        """
-        gone = self._registry.presence.gone(caught_up)
-        if gone:
-            names = ", ".join(sorted(gone)[:_SHOWN]) + (" ..." if len(gone) > _SHOWN else "")
-            log.info("%d devices don't answer and are taken for gone: %s", len(gone), names)
-        for device in gone:
-            self._uploads.drop(device)
-            self._post.forget(device)
-        return [on.DeviceDied(device, session) for device, session in gone.items()]
-
-    def _shut_out(self, device: str) -> list[on.Event]:
-        """A device is no member any more: what it wanted or was handing in is void, and nobody waits for it."""
-        if self._desk is not None:
-            self._desk.without([device])
-        log.warning("%sdevice %s was shut out", self._registry.prefix, device)
-        self._registry.clones.forget(device)
-        self.out.add(device)
-        return self._left(device, "it was shut out", again=False)
-
-    def _left(self, device: str, reason: str, *, again: bool) -> list[on.Event]:
-        """A device isn't there for the job any more: its part in the round is void."""
+    def removed(self, device: str, reason: str) -> list[on.Event]:
+        """Events that void a device's part in the round, because the server no longer listens to it."""
         known, task = self._state.devices.get(device), self._state.tasks.get(device)
         if known is None:
             return []
-        events: list[on.Event] = [self.ended(device, known.session, again=again)]
+        events: list[on.Event] = [self.ended(device, known.session)]
         if task is not None:
             part = device, self._state.round_of(task), task.attempt, reason
             if task.progress is Part.OFFERED:
@@ -206,108 +186,31 @@ class Reception:
                 events.append(on.UpdateRejected(*part))
         return events
 
-    def ended(self, device: str, session: int, *, again: bool = True) -> on.Event:
-        """A device's connection has ended.
-
-        Args:
-            device: The device.
-            session: The connection.
-            again: Whether it may announce itself anew.
-        """
+    def ended(self, device: str, session: int) -> on.Event:
+        """A device's connection `session` has ended."""
         known = self._state.devices.get(device)
         if known is not None and known.session == session:
             self._uploads.drop(device)
-            self._post.forget(device)
-            if again and device not in self.out:
-                self._ask(device)  # a will tells of one connection, and another may stand
+            self._outbox.forget(device)
         self._registry.gone(device)
         return on.DeviceDied(device, session)
 
-    def _message(self, device: str, payload: bytes) -> on.Event | None:
-        message = parse(payload)
-        said = getattr(message, "device", device)
-        if said != device:
-            raise ProtocolError("device of a message", expected=device, got=said)
-        if not isinstance(message, Death):
-            self._registry.presence.heard(device, self._monotonic())
-        known = self._state.devices.get(device)
-        # A birth that got lost between two brokers is not said again by itself.
-        missed = isinstance(message, Alive) if known is None else not known.online
-        if missed and not isinstance(message, (Birth, Death)):
-            self._ask(device)
-        match message:
-            case Birth():
-                return self._born(message, len(payload))
-            case Death():
-                return self.ended(device, message.session)
-            case BlobRequest():
-                self._registry.heard(device, self._monotonic())
-                self._post.fetched(device, message, self._offered(device))
-            case ReleaseReport():
-                if self._desk is not None:
-                    self._desk.reported(message)
-            case LogReport() | CrashReport():
-                self._told(message)
-            case Alive():
-                pass
-            case BlobNotFound():
-                self._post.ask(self._uploads.gone(device, message.sha256, self._monotonic()))
-            case Progress() | Refusal() | Update():
-                if message.job == self._job.name:
-                    return self._report(device, message)
-                if isinstance(message, Update):
-                    self.void(device, message.job, message.round, message.attempt)
-            case _:
-                raise ProtocolError("message of a device", got=message.kind)
-        return None
-
-    def _ask(self, device: str) -> None:
-        """Let a device announce itself, if it is there."""
-        now = self._monotonic()
-        if self.asks and now >= self._asked.get(device, now):
-            self._asked[device] = now + _AGAIN_S
-            self._post.send(device, Hello(int(self._clock())))
-
-    def _born(self, birth: Birth, size: int) -> on.Event | None:
-        self.out.discard(birth.device)
-        self._registry.admit(birth.device, one_line(birth.software), size)
-        self._quarantine.born(birth.device)
-        name = one_line(birth.profile, 64)
-        self._registry.born(birth.device, birth.session, name, birth.samples, self._monotonic())
-        answer_s, abilities = birth.answer_s or 0.0, birth.abilities or ()
-        self._post.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic(), abilities))
-        if self._desk is not None:
-            self._desk.born(birth.device)
-        self.wants_log(birth)
-        if birth.held is not None:
-            self.void(birth.device, **birth.held)
-        return self.described(birth, name)
-
-    def wants_log(self, birth: Birth) -> None:
-        """Tell a board that is there what of its log it may tell, if it knows how to."""
+    def request_log(self, birth: Birth) -> None:
+        """Ask a board that has just connected for its log, if it can send it."""
         if self._logs is not None and LOG in (birth.abilities or ()):
-            self._post.send(birth.device, self._logs.wanted(birth.device))
+            self._outbox.send(birth.device, self._logs.wanted(birth.device))
 
     def keep_logs(self) -> None:
-        """Write down what boards told of their logs, and tell them that it is here."""
+        """Save what boards sent of their logs, and acknowledge it."""
         for device, answer in ({} if self._logs is None else self._logs.save()).items():
-            self._post.send(device, answer)
+            self._outbox.send(device, answer)
 
-    def _told(self, message: LogReport | CrashReport) -> None:
-        if self._logs is None or not self._registry.admitted(message.device):
-            return  # anybody can think of names
-        if isinstance(message, CrashReport):
-            self._logs.crashed(message)
-        else:
-            self._logs.lines(message)
+    def _keeps_log(self, device: str) -> bool:
+        return self._registry.admitted(device)  # anybody can invent names
 
-    def described(self, birth: Birth, name: str) -> on.DeviceBorn | None:
-        """What a device says of itself, checked, as an event; None where it can't even be planned for.
-
-        Args:
-            birth: Its announcement.
-            name: Its profile's name, as it may be shown.
-        """
+    def described(self, birth: Birth) -> on.DeviceBorn | None:
+        """The event of a device's birth, checked; None where the device can't even be planned for."""
+        name = one_line(birth.profile, 64)
         try:
             profile = self._profile(_plain_name(birth.profile))
             # What is kept is what we know how to check, and no more.
@@ -331,7 +234,7 @@ class Reception:
         return known
 
     def _report(self, device: str, message: Progress | Refusal | Update) -> on.Event | None:
-        """What a device says about its part in a round."""
+        """The event of a device's report on its part in a round."""
         if isinstance(message, Progress):
             task = self._state.tasks.get(device)
             if task is not None and (message.round, message.attempt) == (self._state.round_of(task), task.attempt):
@@ -350,8 +253,8 @@ class Reception:
         contact.accuracy = contact.accuracy if accuracy is None else accuracy
         contact.loss = contact.loss if loss is None else loss
         if self._uploads.fetching(device, message.round, message.attempt, message.weights):
-            self._post.ask(self._uploads.heard(device, self._monotonic()))
-            return None  # said again while it waits its turn: in a large fleet that is most of what is announced
+            self._outbox.ask(self._uploads.heard(device, self._monotonic()))
+            return None  # repeated while it waits its turn: in a large fleet most announcements are
         return on.UpdateAnnounced(
             device,
             message.round,
@@ -372,14 +275,14 @@ class Reception:
             reason = "the round is over"  # an earlier attempt of this round may be going on as the present one
         else:
             return
-        self._post.send(device, Cancelled(job, round, attempt, reason), job)
+        self._outbox.send(device, Cancelled(job, round, attempt, reason), job)
 
-    def _offered(self, device: str) -> frozenset[str]:
-        """Digests of what a device may fetch: only what its own offer names, and the release that it is given."""
-        return self.offered(device) | (frozenset() if self._desk is None else self._desk.files(device))
+    def readable(self, device: str) -> frozenset[str]:
+        """Digests that a device may fetch: those of its own offer, and of the release that it is given."""
+        return self.offered(device) | (frozenset() if self._rollouts is None else self._rollouts.files(device))
 
     def offered(self, device: str) -> frozenset[str]:
-        """Digests of what a device's own offer names; may be asked from any thread."""
+        """Digests that a device's own offer names; may be called from any thread."""
         task = self._state.tasks.get(device)
         offer: Mapping[str, Any] = (task.offer if task else None) or {}
         named = [*offer.values(), *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values()]

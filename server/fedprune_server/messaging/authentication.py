@@ -37,8 +37,7 @@ from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import JoinDesk
-from fedprune_server.messaging.intake import TURN_S
-from fedprune_server.messaging.transport import Doubled, Item, Relay, ShutOut, Unheard, Wire
+from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DuplicateIdentity, Item, Relay, Unheard, Wire
 
 log = logging.getLogger("fedprune.server")
 
@@ -119,7 +118,7 @@ class SignedLink(Relay):
         self._hello_at: dict[str, float] = {}
         self._clock = clock
         self._complaints = RejectedMessageLog(log, clock)
-        self._news: deque[ShutOut | Doubled] = deque()
+        self._news: deque[DeviceRevoked | DuplicateIdentity] = deque()
         self._asked: dict[str, int] = {}
         self._births: dict[str, int] = {}
         self._joins, self._joins_at = JOINS_PER_S, clock()
@@ -280,7 +279,7 @@ class SignedLink(Relay):
             body = unseal(opener.key, topic, payload).body
             if not isinstance(parse(body), Death):
                 if isinstance(error, TwoSignersError):
-                    self._news.append(Doubled(device))
+                    self._news.append(DuplicateIdentity(device))
                 self._repeat_hello(device)
                 raise
             return body
@@ -310,7 +309,7 @@ class SignedLink(Relay):
         if self._asked.get(device, 0):
             self._asked[device] -= 1
         elif session == known:
-            self._news.append(Doubled(device))
+            self._news.append(DuplicateIdentity(device))
         else:
             self._repeat_hello(device)
 
@@ -340,7 +339,7 @@ class SignedLink(Relay):
             if version != self._version:
                 before, self._version, self._members = self._members, version, self._store.members()
                 self._quarantine.know(self._members)
-                self._news.extend(ShutOut(n) for n, key in before.items() if self._members.get(n) != key)
+                self._news.extend(DeviceRevoked(n) for n, key in before.items() if self._members.get(n) != key)
         return self._members
 
     def _opener(self, device: str) -> Opener:

@@ -21,7 +21,7 @@ from fedprune_server.enrollment.host_names import names_of
 from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
 from fedprune_server.messaging.authentication import SignedLink
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles
-from fedprune_server.messaging.rate_limit import Guarded
+from fedprune_server.messaging.rate_limit import RateLimitedLink
 from fedprune_server.messaging.transport import Wire
 
 log = logging.getLogger("fedprune.server")
@@ -92,7 +92,7 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
         quarantine, joins = Quarantine(path=config.state / QUARANTINE), None
         if identity is None:
             link = Link(url, f"fedprune-server-{config.site}"[:64], ignores=quarantine.ignores)
-            wire: Wire = Guarded(link, quarantine)
+            wire: Wire = RateLimitedLink(link, quarantine)
         else:
             link = Link(
                 url,
@@ -109,7 +109,7 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
                 wake=link.wake,
             )
             stack.callback(joins.close)
-            wire = SignedLink(Guarded(link, quarantine), identity, joins=joins, quarantine=quarantine)
+            wire = SignedLink(RateLimitedLink(link, quarantine), identity, joins=joins, quarantine=quarantine)
         stack.callback(link.close)
         yield Connection(wire, link, joins, broker, site, quarantine, url)
 

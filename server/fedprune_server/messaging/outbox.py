@@ -1,12 +1,10 @@
-"""What the daemon sends: messages at once, chunks of blobs as fast as the connection takes them, all of it counted."""
+"""What a job's runner sends: messages at once, chunks of blobs as fast as the connection takes them."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
 
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.checked_message import MAX_MESSAGE
@@ -18,10 +16,8 @@ from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.offer import Offer
 from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.request_ids import SeenRequests, with_request_id
-from fedprune.wire.topics import Topics
-from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.devices.registry import DeviceRegistry
-from fedprune_server.messaging.transport import Wire
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Publication, Sharing
 from fedprune_server.transfer.uploads import Wants
@@ -32,61 +28,38 @@ _ANSWERED = (Hello, Offer, LogRequest, ReleaseOffer)
 """Messages that a device answers."""
 
 
-@dataclass(frozen=True)
-class Line:
-    """What leads to the devices of a job.
-
-    Attributes:
-        link: The connection.
-        topics: The site's topics.
-        job: The job's name.
-        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
-    """
-
-    link: Wire
-    topics: Topics
-    job: str
-    max_packet: int = MAX_PACKET
-
-    @property
-    def longest(self) -> int:
-        """Bytes of the longest message that may be sent."""
-        return MAX_MESSAGE if self.max_packet >= MAX_PACKET else self.max_packet - PACKET_OVERHEAD
-
-
-class Post:
-    """The way out to the devices of one site.
+class Outbox:
+    """Sends messages and chunks to a job's devices, and counts the bytes.
 
     Args:
-        line: What leads there.
+        site: The server's connection.
+        job: The job's name.
         registry: Counts the bytes.
-        downloads: Cuts blobs into chunks.
-        sharing: Says what is published to all devices of the job.
-        clock: Seconds of a monotonic clock.
-        quarantine: Counts what devices are asked for, and what they fetch.
+        downloads: Cuts blobs into chunks for one device.
+        sharing: Cuts blobs into chunks that are published to all devices of the job.
         coming: Whether a blob that isn't here will be in a moment.
     """
 
     def __init__(
         self,
-        line: Line,
+        site: SiteLink,
+        job: str,
         registry: DeviceRegistry,
         downloads: Downloads,
         sharing: Sharing,
-        clock: Callable[[], float] = time.monotonic,
-        quarantine: Quarantine | None = None,
         coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
+        self._link, self._topics, self._quarantine, self._clock = (
+            site.link,
+            site.topics,
+            site.quarantine,
+            site.monotonic,
+        )
+        self._most = MAX_MESSAGE if site.max_packet >= MAX_PACKET else site.max_packet - PACKET_OVERHEAD
         self._is_duplicate = SeenRequests().is_duplicate
         self._coming = coming
-        self._most = line.longest
-        self._quarantine = quarantine or Quarantine(clock)
-        self._link, self._topics, self._job = line.link, line.topics, line.job
-        self._registry = registry
-        self._downloads = downloads
+        self._job, self._registry, self._downloads, self._sharing = job, registry, downloads, sharing
         self._outbox: deque[tuple[str, str, bytes]] = deque()
-        self._sharing = sharing
-        self._clock = clock
 
     @property
     def waiting(self) -> bool:

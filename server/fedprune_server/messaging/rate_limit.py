@@ -6,7 +6,7 @@ from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.messaging.transport import Item, Relay, Unheard, Wire
 
 
-class Guarded(Relay):
+class RateLimitedLink(Relay):
     """A connection that hears whom a quarantine hears. Signatures are not looked at before: each would cost as much as
     a dozen messages that are dropped here.
 

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Protocol
 
+from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.connection_events import Event
-from fedprune_server.devices.quarantine import Quarantined, Released
+from fedprune.wire.topics import Topics
+from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
+
+TURN_S = 0.02
+"""Seconds for which messages are taken in before what they led to is saved, in one transaction, and answered."""
 
 
 @dataclass(frozen=True)
-class ShutOut:
+class DeviceRevoked:
     """A device is no member any more, or another key has its name: nothing is said to it, and it is not heard."""
 
     device: str
 
 
 @dataclass(frozen=True)
-class Doubled:
+class DuplicateIdentity:
     """A sign that two boards sign with the key of one device; a message that was overtaken looks the same."""
 
     device: str
@@ -28,7 +35,7 @@ class Unheard:
     """Something came that doesn't count or was answered at once; more may wait behind it."""
 
 
-Noticed = ShutOut | Doubled | Quarantined | Released
+Noticed = DeviceRevoked | DuplicateIdentity | Quarantined | Released
 """What the connection notices about a device, and nobody said."""
 
 Item = tuple[str, bytes] | Event | Noticed
@@ -64,6 +71,27 @@ class Wire(Protocol):
     def flush(self, timeout: float) -> bool:
         """Wait until what was published is sent."""
         ...
+
+
+@dataclass(frozen=True)
+class SiteLink:
+    """The server's connection to its site, as the runners of all jobs share it.
+
+    Attributes:
+        link: The connection, subscribed and not necessarily up yet.
+        topics: The site's topics.
+        quarantine: Decides which devices `link` listens to.
+        max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
+        clock: The system's clock, seconds since 1970, as devices are told.
+        monotonic: Monotonic clock, seconds.
+    """
+
+    link: Wire
+    topics: Topics
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    max_packet: int = MAX_PACKET
+    clock: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
 
 
 class Relay:

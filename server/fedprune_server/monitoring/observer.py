@@ -58,6 +58,9 @@ class Observer:
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """A round has been finished."""
 
+    def finished(self, seen: JobView) -> None:
+        """The job is finished, or was already as the server started."""
+
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         """A turn of the loop is over, which took so long until now, beside waiting."""
 
@@ -65,7 +68,7 @@ class Observer:
         """The daemon ends."""
 
 
-_CALLS = ("event", "command", "noticed", "saved", "round_over", "turned", "ended")
+_CALLS = ("event", "command", "noticed", "saved", "round_over", "finished", "turned", "ended")
 
 
 class Observers:
@@ -82,6 +85,7 @@ class Observers:
         self.noticed: Calls[[Collection[str]]] = Calls()
         self.saved: Calls[[float]] = Calls()
         self.round_over: Calls[[dict[str, Any], float, JobView]] = Calls()
+        self.finished: Calls[[JobView]] = Calls()
         self.turned: Calls[[Callable[[], float], JobView]] = Calls()
         self.ended: Calls[[]] = Calls()
         for observer in observers:

@@ -9,10 +9,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.coordination import State
 from fedprune.core.errors import IdentityError
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.blob_url import BlobUrl
@@ -23,18 +21,6 @@ from fedprune_server.storage.s3.local_copy import near
 from fedprune_server.transfer.http_server import BlobServer
 
 log = logging.getLogger("fedprune.server")
-
-
-class Offering(Protocol):
-    """Who knows what devices are offered; `Daemon` does."""
-
-    state: State
-    web_bytes: Callable[[], Mapping[str, int]]
-    """What devices have fetched since it was last called, in bytes."""
-
-    def offered(self, device: str) -> frozenset[str]:
-        """Digests of what a device may fetch; asked from any thread."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -49,16 +35,17 @@ class WebBlobs:
     url: str | None = None
     server: BlobServer | None = None
 
-    def give(self, daemon: Offering) -> None:
-        """From now on boards get what they are offered; without certificates anybody gets what anybody is offered."""
-
-        def allowed(device: str | None, sha256: str) -> bool:
-            devices = list(daemon.state.tasks) if device is None else [device]
-            return any(sha256 in daemon.offered(name) for name in devices)
-
+    def serve(self, allowed: Callable[[str | None, str], bool]) -> None:
+        """From now on give out blobs that a device, or without certificates any device, is allowed to fetch."""
         if self.server is not None:
             self.server.allowed = allowed
-            daemon.web_bytes = self.server.taken
+
+    def taken(self) -> Mapping[str, int]:
+        """Bytes that devices have fetched since the last call."""
+        return {} if self.server is None else self.server.taken()
+
+
+NO_BLOBS = WebBlobs()
 
 
 @contextmanager

@@ -19,12 +19,13 @@ from fedprune import __version__
 from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, reason
 from fedprune_server.config.config import ServerConfig, without_password
 from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.engine.job_runner import JobRunner
+from fedprune_server.engine.server import Server
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.setup import WatchedJob
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.web.database import FILE, ConsoleDatabase
@@ -113,12 +114,10 @@ class ConsoleObserver(Observer):
             log.error("the console isn't up to date: %s", text)
 
 
-def jobs_of(server: Any) -> tuple[list[WatchedJob], Callable[[str], str | None], Callable[[str], bool] | None]:
-    """The jobs of a daemon or of a host, which of them has a device, and whether a device is connected."""
-    desks = getattr(server, "desks", None)
-    if desks is None:
-        return [server], lambda device: None, None
-    return list(desks.values()), server.holder, server.present
+def jobs_of(server: Server) -> tuple[list[JobRunner], Callable[[str], str | None], Callable[[str], bool] | None]:
+    """The jobs of a server and, where there are several, which of them has a device, and whether it is connected."""
+    runners = list(server.runners.values())
+    return (runners, server.holder, server.present) if len(runners) > 1 else (runners, lambda device: None, None)
 
 
 @contextmanager
@@ -126,7 +125,7 @@ def with_console(
     config: ServerConfig,
     reached: Connection,
     identity: IdentityFolder | None,
-    server: Any,
+    server: Server,
     *,
     releases_given: bool,
     logs: BoardLogs | None = None,
@@ -138,7 +137,7 @@ def with_console(
         config: The configuration.
         reached: The server's connection.
         identity: The server's; None for one without.
-        server: The daemon, or the host of several jobs.
+        server: The server.
         releases_given: Whether this server gives boards releases.
         logs: Logs of boards.
         alerts: The open alerts.

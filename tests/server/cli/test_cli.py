@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,17 +23,15 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, ModelError
 from fedprune.jobs.job import Job
 from fedprune.runtime.session import Session
+from fedprune_server import app
 from fedprune_server.cli.main import main
 from fedprune_server.config.config import ServerConfig
-from fedprune_server.engine.daemon import Daemon
+from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.messaging.broker import revocations
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.messaging.leadership import Leadership, OtherServerError
-from fedprune_server.monitoring import setup as observation
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.web import setup as console
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +204,7 @@ def test_a_restart_with_the_folder_alone_uses_the_broker_of_before(
 ) -> None:
     with monkeypatch.context() as there:
         there.setattr(Connection, "start", lambda *_: None)
-        there.setattr(Daemon, "run", lambda *_, **__: None)
+        there.setattr(Server, "run", lambda *_, **__: None)
         command = ["run", "--insecure", "--state", str(state), "--broker", f"mqtt://127.0.0.1:{closed_port}"]
         assert main(command) == ExitCode.OK
     capsys.readouterr()
@@ -299,12 +298,12 @@ def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def run(daemon: Daemon, **_: object) -> None:
-        daemon._finished = finished
+    def run(server: Server, **_: object) -> None:
+        server.first.finished = finished
         signal.raise_signal(number)
-        assert daemon._stopping
+        assert server._stopping.is_set()
 
-    monkeypatch.setattr(Daemon, "run", run)
+    monkeypatch.setattr(Server, "run", run)
     assert main(["run", "--insecure", "--state", str(state), "--port", "0"]) == code
     assert (f"stopped: the same command goes on with what {state} holds" in capsys.readouterr().out) is not finished
 
@@ -320,13 +319,13 @@ def test_a_server_whose_job_is_finished_says_what_next(
         done.phase, done.round = Phase.FINISHED, 5
         folder.storage.save(done, (), 2.0)
     if stays:
-        finish = Daemon._finish
+        share = Server._share
 
-        def and_stop(daemon: Daemon, command: do.Finish) -> None:
-            finish(daemon, command)
-            daemon.stop()
+        def and_stop(server: Server, now: float) -> None:
+            share(server, now)
+            server.stop()
 
-        monkeypatch.setattr(Daemon, "_finish", and_stop)
+        monkeypatch.setattr(Server, "_share", and_stop)
     assert (
         main(["run", "--insecure", "--state", str(state), "--port", "0", *([] if stays else ["--until-finished"])])
         == ExitCode.OK
@@ -363,17 +362,19 @@ def test_a_copy_that_is_refused_has_reached_nobody(
     def reaches(name: str) -> Callable[..., AbstractContextManager[None]]:
         return lambda *_, **__: (outward.append(name), nullcontext())[1]
 
-    for module, name in ((revocations, "delivering"), (observation, "monitoring"), (console, "with_console")):
-        monkeypatch.setattr(module, name, reaches(name))
+    for name in ("delivering", "monitoring", "with_console"):
+        monkeypatch.setattr(app, name, reaches(name))
 
     def refuse(leader: Leadership, *_: object, **__: object) -> None:
-        assert isinstance(getattr(leader.lost, "__self__", None), Daemon), "a take-over from now on ends the daemon"
+        assert isinstance(getattr(leader.lost, "__self__", None), threading.Event), (
+            "a take-over from now on ends the daemon"
+        )
         raise OtherServerError("another server runs this fleet")
 
     monkeypatch.setattr(Leadership, "enter", refuse)
     monkeypatch.setattr("fedprune_server.engine.state_directory._changes", lambda *_: ["rounds: 5 is now 77"])
     warned: list[object] = []
-    monkeypatch.setattr("fedprune_server.cli.main.log.warning", lambda *said: warned.append(said))
+    monkeypatch.setattr("fedprune_server.app.log.warning", lambda *said: warned.append(said))
     assert main(["run", "--state", str(state), "--port", "0"]) == ExitCode.OTHER_SERVER
     assert "another server runs this fleet" in capsys.readouterr().err
     assert warned == [], "a start that is refused changes no setting"
@@ -537,7 +538,7 @@ def test_a_missing_package_names_the_extra(
         "fedprune_server.cli.status",
         "fedprune_server.storage.storage",
         "fedprune_server.engine.state_directory",
-        "fedprune_server.engine.daemon",
+        "fedprune_server.engine.server",
     ):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "sqlalchemy", None)

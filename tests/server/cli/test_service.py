@@ -102,7 +102,7 @@ def test_the_libraries_compute_where_memory_is_never_writable_and_executable() -
 import ctypes, sys
 if ctypes.CDLL(None, use_errno=True).prctl(65, 1, 0, 0, 0):
     sys.exit(77)
-import fedprune_server.cli.main, fedprune_server.engine.daemon
+import fedprune_server.cli.main, fedprune_server.engine.server
 import fedprune_server.engine.state_directory, fedprune_server.messaging.connection
 import scipy.optimize, sqlalchemy, pyarrow, onnx, psycopg, numpy as np
 from fedprune_device.releases.release_trial import _run_small_graph

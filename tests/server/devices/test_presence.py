@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Alive, Hello
 from fedprune_server.devices.presence import ANSWER_S, QUIET_S, Presence
-from fedprune_server.messaging import intake
+from fedprune_server.engine import server
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB, NAMES
 
@@ -87,7 +87,7 @@ def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict
             for device in fleet.air.devices.values():
                 if device is not ghost or now <= 100 or back(now):
                     device.say(Alive(device.name, device.session))
-        if "c" in daemon.state.devices and not daemon.state.devices["c"].online:
+        if "c" in daemon.first.state.devices and not daemon.first.state.devices["c"].online:
             found[0] = found[0] or now
         if now > 3000:
             daemon.stop()
@@ -96,7 +96,8 @@ def vanished(fleet: Fleet, speaks_after: float | None = None) -> tuple[Any, dict
         return speaks_after is not None and now > speaks_after
 
     fleet.air.on_idle = idle
-    state = daemon.run()
+    daemon.run()
+    state = daemon.first.state
     return daemon, {n: d.online for n, d in state.devices.items()}, found[0]
 
 
@@ -128,7 +129,7 @@ def test_a_board_whose_birth_got_lost_is_asked_for_it(waiting: Fleet) -> None:
 def test_answers_that_wait_to_be_heard_are_answers(
     waiting: Fleet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(intake, "TURN_S", -1.0)  # a message each turn
+    monkeypatch.setattr(server, "TURN_S", -1.0)  # a message each turn
     caplog.set_level(logging.INFO)
     daemon, get, idle = waiting.daemon(), waiting.air.get, iter(range(2))
 
@@ -146,7 +147,8 @@ def test_answers_that_wait_to_be_heard_are_answers(
         waiting.air.get = slowly  # type: ignore[method-assign]
 
     waiting.air.on_idle = again
-    state = daemon.run()
+    daemon.run()
+    state = daemon.first.state
     assert waiting.air.now > 2 * ANSWER_S
     assert {n: d.online for n, d in state.devices.items()} == dict.fromkeys(NAMES, True)
     assert "taken for gone" not in caplog.text

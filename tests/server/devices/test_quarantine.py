@@ -54,7 +54,7 @@ from fedprune_server.devices.quarantine import (
     Released,
     read_rows,
 )
-from fedprune_server.messaging.rate_limit import Guarded
+from fedprune_server.messaging.rate_limit import RateLimitedLink
 from support.fakes.fleet import Fleet, larger
 from support.fakes.tiny_job import JOB
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
@@ -368,7 +368,7 @@ def test_answers_to_a_flood_do_not_pay_for_it(fleet: Fleet, caplog: pytest.LogCa
     fleet.air.on_idle = lambda: idle() if left[0] else daemon.stop()
     daemon.run()
     assert "device a is in quarantine for 60 s" in caplog.text
-    assert daemon._quarantine.rows()["a"]["dropped"] > 10_000 - 1.2 * BURST
+    assert daemon._site.quarantine.rows()["a"]["dropped"] > 10_000 - 1.2 * BURST
 
 
 def test_chunks_that_nobody_asked_for_end_in_quarantine(fleet: Fleet) -> None:
@@ -386,7 +386,7 @@ def test_chunks_that_nobody_asked_for_end_in_quarantine(fleet: Fleet) -> None:
     daemon = fleet.daemon()
     fleet.air.on_idle = daemon.stop
     daemon.run()
-    row = daemon._quarantine.rows()["a"]
+    row = daemon._site.quarantine.rows()["a"]
     assert row["reason"] == "chunks that the server didn't ask for"
     assert row["unasked"] * 4 * LEAF < 17 * 2**20
     assert row["dropped"] > 300
@@ -409,10 +409,11 @@ def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_ov
             daemon.stop()
 
     fleet.air.on_idle = idle
-    state = daemon.run()
+    daemon.run()
+    state = daemon.first.state
     assert "3 updates in a row that no board makes" in caplog.text
     assert "device a is listened to again" in caplog.text
-    assert daemon._quarantine.rows()["a"]["refused"] >= STRIKES
+    assert daemon._site.quarantine.rows()["a"]["refused"] >= STRIKES
     assert all("a" not in names for names in folded(state))
     assert len(folded(state)) == 12
 
@@ -420,16 +421,16 @@ def test_a_device_whose_updates_no_board_makes_is_not_heard_until_its_time_is_ov
 def test_the_servers_own_lag_is_no_strike(fleet: Fleet) -> None:
     """An order to fetch an update is carried out after the device got a new attempt, whose offer is of another size."""
     daemon = fleet.daemon()
-    daemon._quarantine.know(["a"])
-    daemon.state.tasks["a"] = Task(2, (4,), Part.OFFERED, offer={"weights": {"size": 4000}})
+    daemon._site.quarantine.know(["a"])
+    daemon.first.state.tasks["a"] = Task(2, (4,), Part.OFFERED, offer={"weights": {"size": 4000}})
     update = fleet.store.put(bytes(1000)).to_dict()
     for attempt in (1, 1, 1):
-        daemon._errands.run(do.PullUpdate("a", daemon.state.round, attempt, update))
-    daemon._errands.run(do.PullUpdate("b", daemon.state.round, 1, update))
-    assert daemon._quarantine.rows() == {}
-    assert not daemon._uploads.devices()
-    daemon._errands.run(do.PullUpdate("a", daemon.state.round, 2, update))
-    assert daemon._quarantine.rows()["a"]["refused"] == 1
+        daemon.first._dispatcher.run(do.PullUpdate("a", daemon.first.state.round, attempt, update))
+    daemon.first._dispatcher.run(do.PullUpdate("b", daemon.first.state.round, 1, update))
+    assert daemon._site.quarantine.rows() == {}
+    assert not daemon.first._uploads.devices()
+    daemon.first._dispatcher.run(do.PullUpdate("a", daemon.first.state.round, 2, update))
+    assert daemon._site.quarantine.rows()["a"]["refused"] == 1
 
 
 def test_birth_floods_do_not_reach_the_coordinator(fleet: Fleet) -> None:
@@ -438,7 +439,7 @@ def test_birth_floods_do_not_reach_the_coordinator(fleet: Fleet) -> None:
         fleet.air.to_server(SITE.up("a"), Birth("a", session, "raspberry-pi-5", 10, "test").to_bytes())
     fleet.air.on_idle = daemon.stop
     daemon.run()
-    assert daemon.state.devices["a"].session < 2 * BURST / BIRTH
+    assert daemon.first.state.devices["a"].session < 2 * BURST / BIRTH
 
 
 def test_messages_of_a_newer_version_are_no_offence(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:
@@ -449,11 +450,11 @@ def test_messages_of_a_newer_version_are_no_offence(fleet: Fleet, caplog: pytest
             fleet.air.to_server(SITE.up("a"), json.dumps(body).encode())
     fleet.air.on_idle = daemon.stop
     daemon.run()
-    assert "a" not in daemon._quarantine.rows()
+    assert "a" not in daemon._site.quarantine.rows()
 
 
 def test_a_wire_is_guarded_before_anything_is_parsed(quarantine: Quarantine, fleet: Fleet) -> None:
-    guarded = Guarded(fleet.air, quarantine)
+    guarded = RateLimitedLink(fleet.air, quarantine)
     guarded.get()  # the connection is up
     for _ in range(5000):
         fleet.air.to_server(SITE.up("a"), Death("a", 1).to_bytes())
@@ -477,7 +478,7 @@ def test_what_a_device_in_quarantine_sends_does_not_even_reach_the_inbox(quarant
 
 def test_only_messages_that_need_an_answer_earn_anything(fleet: Fleet) -> None:
     daemon = fleet.daemon()
-    quarantine, post = daemon._quarantine, daemon._post
+    quarantine, post = daemon._site.quarantine, daemon.first.outbox
     quarantine.know(["a"])
     heard(quarantine, "a", 100)
     ledger = quarantine._ledgers["a"]

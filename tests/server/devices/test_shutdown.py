@@ -6,56 +6,51 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.coordination import Phase, State
+from fedprune.coordination import Phase
 from fedprune.jobs.state import Device
 from fedprune.wire.messages import Finished
-from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.devices.shutdown import LEAST_S, MOST_S, GracefulShutdown
 from support.fakes.fleet import NAMES, Fleet
 from support.fakes.several_jobs import SeveralJobs, named
-from support.fakes.tiny_job import ARCHITECTURE, JOB
+from support.fakes.tiny_job import JOB
 
 
-def state(**online: bool) -> State:
-    made = State(model="m")
-    for name, there in online.items():
-        made.devices[name] = Device(1, there, {}, None, 1)
-    return made
-
-
-def farewell_of(known: State, now: float) -> GracefulShutdown:
-    return DeviceRegistry(JOB, ARCHITECTURE, known, {}).shutdown(now)
+def shutdown_of(online: dict[str, bool], now: float) -> GracefulShutdown:
+    there = [name for name, here in online.items() if here]
+    return GracefulShutdown(there, online.keys() - set(there), online.__getitem__, now)
 
 
 def test_who_is_there_was_told_and_is_not_waited_for() -> None:
-    shutdown = farewell_of(state(a=True, b=True), 10.0)
+    shutdown = shutdown_of({"a": True, "b": True}, 10.0)
     assert not shutdown.over(10.0)
     assert not shutdown.over(10.0 + LEAST_S - 0.1)
     assert shutdown.over(10.0 + LEAST_S)
 
 
 def test_who_was_away_is_waited_for_until_it_comes_or_for_good() -> None:
-    known = state(a=True, b=False)
-    shutdown = farewell_of(known, 0.0)
+    known = {"a": True, "b": False}
+    shutdown = shutdown_of(known, 0.0)
     assert not shutdown.over(MOST_S - 0.1)
     assert shutdown.over(MOST_S)
-    known.devices["b"].online = True
-    assert farewell_of(known, 0.0).over(LEAST_S)
+    known["b"] = True
+    assert shutdown_of(known, 0.0).over(LEAST_S)
 
 
 def test_who_has_just_gone_may_come_back_in_a_moment() -> None:
-    known = state(a=True)
-    shutdown = farewell_of(known, 0.0)
-    known.devices["a"].online = False
+    known = {"a": True}
+    shutdown = shutdown_of(known, 0.0)
+    known["a"] = False
     assert not shutdown.over(1.0)
     assert not shutdown.over(1.0 + LEAST_S - 0.1)
     assert shutdown.over(1.0 + LEAST_S)
 
 
-def test_a_shut_out_device_is_not_waited_for() -> None:
-    known = state(a=True, b=False)
-    known.devices["b"].excluded = "its profile"
-    assert farewell_of(known, 0.0).over(LEAST_S)
+def test_an_excluded_device_is_not_waited_for(tmp_path: Path) -> None:
+    server = Fleet(tmp_path).daemon()
+    server.first.state.devices["b"] = Device(1, False, {}, None, 1)
+    assert not server._begin_shutdown().over(LEAST_S)
+    server.first.state.devices["b"].excluded = "its profile"
+    assert server._begin_shutdown().over(LEAST_S)
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["the server runs", "it was killed at the end"])
@@ -122,7 +117,7 @@ def test_a_device_that_is_away_as_the_last_of_several_jobs_ends_is_told_of_all(t
         if air.devices.pop(late.name, None) is not None:
             late.die()
 
-    several.desks["two"].when_finished = leaves
+    several.desks["two"].observers.finished.add(lambda seen: leaves())
 
     def idle() -> None:
         if not host.busy:

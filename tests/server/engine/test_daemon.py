@@ -19,10 +19,10 @@ from fedprune.jobs.state import Task
 from fedprune.wire.messages import Accepted, Birth, BlobRequest, Cancelled, Finished, Progress, Refusal, Update
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
-from fedprune_server.engine.daemon import Daemon
 from fedprune_server.executor.retention import sweep
 from fedprune_server.executor.update_size import UPDATE_SIZE
 from fedprune_server.storage.storage import Storage
+from fedprune_server.transfer.http import WebBlobs
 from support.fakes.fleet import SIZE, Fleet, ToyDevice, fill, folded, larger
 from support.fakes.tiny_job import JOB
 
@@ -134,7 +134,7 @@ def test_a_device_that_works_in_vain_is_told_so_as_it_comes_back(
     birth = Birth("a", 7, "raspberry-pi-5", 10, "test", held=held)
     daemon._take((Topics("default").up("a"), birth.to_bytes()))
     assert not fleet.air.devices["a"].heard  # nothing is said before what it follows from is saved
-    daemon._commit()
+    daemon.first._commit()
     reasons = [m.reason for m in fleet.air.devices["a"].heard if isinstance(m, Cancelled)]
     assert reasons == ([told] if told else [])
 
@@ -187,7 +187,7 @@ def test_an_update_without_what_is_frozen_counts_and_one_of_the_offers_size_does
 
 def test_what_a_failed_event_leaves_behind_stops_nothing(fleet: Fleet) -> None:
     daemon = fleet.daemon()
-    handle, failed = daemon._coordinator.handle, []
+    handle, failed = daemon.first._coordinator.handle, []
 
     def failing(event: on.Event, now: float) -> list[object]:
         if not failed:
@@ -195,11 +195,11 @@ def test_what_a_failed_event_leaves_behind_stops_nothing(fleet: Fleet) -> None:
             raise ProtocolError("our own fault")
         return list(handle(event, now))
 
-    daemon._coordinator.handle = failing  # type: ignore[method-assign, assignment]
+    daemon.first._coordinator.handle = failing  # type: ignore[method-assign, assignment]
     with pytest.raises(ProtocolError):
-        daemon._handle(on.DeviceDied("a", 1))
-    daemon._handle(on.DeviceBorn("a", 1, {"name": "raspberry-pi-5"}, 10))
-    assert "a" in daemon.state.devices
+        daemon.first._handle(on.DeviceDied("a", 1))
+    daemon.first._handle(on.DeviceBorn("a", 1, {"name": "raspberry-pi-5"}, 10))
+    assert "a" in daemon.first.state.devices
 
 
 def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet) -> None:
@@ -209,22 +209,17 @@ def test_an_offer_that_gets_lost_is_said_again_before_the_deadline(fleet: Fleet)
     assert fleet.air.now < JOB.deadline_s
 
 
-def test_what_is_fetched_over_the_web_counts_as_sent(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_fetched_over_the_web_counts_as_sent(fleet: Fleet) -> None:
     fleet.air.lost = [Topics("default").down("b", JOB.name)]  # so that time passes
-    make, asked = fleet.daemon, 0
+    asked = 0
 
-    def fetched() -> dict[str, int]:
-        nonlocal asked
-        asked += 1
-        return {"a": 10**9, "stranger": 5}
+    class Web(WebBlobs):
+        def taken(self) -> dict[str, int]:
+            nonlocal asked
+            asked += 1
+            return {"a": 10**9, "stranger": 5}
 
-    def daemon(**options: object) -> Daemon:
-        made = make(**options)
-        made.web_bytes = fetched
-        return made
-
-    monkeypatch.setattr(fleet, "daemon", daemon)
-    fleet.run()
+    fleet.run(blobs=Web())
     down = {name: bytes_ for name, (bytes_, _) in fleet.storage.traffic().items()}
     assert down.keys() == {"a", "b", "c"}
     assert 10**9 <= down["a"] < asked * 10**9 + 10**8

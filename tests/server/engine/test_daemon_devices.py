@@ -92,7 +92,7 @@ def test_the_table_shows_why_a_device_takes_no_part(fleet: Fleet) -> None:
     daemon = fleet.daemon()
     fleet.air.on_idle = daemon.stop
     daemon.run()
-    row = next(r for r in daemon.view.snapshot().rows if r.device == "a")
+    row = next(r for r in daemon.first.view.snapshot().rows if r.device == "a")
     assert row.profile == "toaster"
     assert row.state.startswith("excluded: there is no hardware profile")
 
@@ -114,7 +114,7 @@ def test_two_boards_of_one_name_are_warned_of_and_shown(fleet: Fleet, caplog: py
     warnings = [r.getMessage() for r in caplog.records if "another board called a" in r.getMessage()]
     assert len(warnings) == 1
     assert "now it is a jetson-orin-nano with 7 samples" in warnings[0]
-    assert "two boards of this name?" in next(r.state for r in daemon.view.snapshot().rows if r.device == "a")
+    assert "two boards of this name?" in next(r.state for r in daemon.first.view.snapshot().rows if r.device == "a")
 
 
 def test_the_end_of_one_connection_leaves_a_board_online_that_has_another(fleet: Fleet) -> None:
@@ -131,7 +131,8 @@ def test_the_end_of_one_connection_leaves_a_board_online_that_has_another(fleet:
 
     fleet.job = replace(JOB, devices=9)
     fleet.air.on_idle = idle
-    state = daemon.run()
+    daemon.run()
+    state = daemon.first.state
     assert ended
     assert state.devices["a"].online
 
@@ -155,7 +156,8 @@ def test_a_board_that_counts_as_offline_and_speaks_is_asked_to_announce_itself(f
             daemon.stop()
 
     fleet.air.on_idle = idle
-    assert daemon.run().devices["a"].online
+    daemon.run()
+    assert daemon.first.state.devices["a"].online
 
 
 @pytest.mark.parametrize("profile", ["x" * 256, "../x", ".", "raspberry-pi-5.json", "a\nb", "Ä", ""])

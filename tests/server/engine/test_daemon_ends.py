@@ -209,8 +209,8 @@ def test_a_command_that_was_saved_but_not_done_is_repeated(fleet: Fleet) -> None
 
 def test_a_missing_blob_ends_the_daemon_with_an_error_that_names_it(fleet: Fleet) -> None:
     daemon = fleet.daemon()
-    fleet.store.delete(daemon.state.model)
-    with pytest.raises(StorageError, match=daemon.state.model):
+    fleet.store.delete(daemon.first.state.model)
+    with pytest.raises(StorageError, match=daemon.first.state.model):
         daemon.run(until_finished=True)
 
 

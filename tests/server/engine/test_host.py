@@ -15,8 +15,8 @@ from fedprune.wire.messages import Cancelled, Finished, Update
 from fedprune.wire.offer import Offer
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.devices.presence import ANSWER_S
+from fedprune_server.engine import server
 from fedprune_server.engine.further_jobs import further
-from fedprune_server.messaging import intake
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import Fleet, fill
 from support.fakes.several_jobs import KilledError, SeveralJobs, named
@@ -72,7 +72,7 @@ def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None
     jobs = [named(JOB, "one"), named(JOB, "two")]
     several = SeveralJobs(tmp_path, jobs, "abc", {"two": 0.0})
     host = several.host()
-    several.desks["one"].when_finished = host.stop
+    several.desks["one"].observers.finished.add(lambda seen: host.stop())
     states = several.run(host)
     assert [s.phase for s in states.values()] == [Phase.FINISHED, Phase.WAITING]
     assert states["two"].round == 0
@@ -84,7 +84,7 @@ def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None
 def test_a_job_that_needs_more_devices_than_there_are_holds_none(tmp_path: Path) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, "large", devices=4), named(JOB, "small")], "abc")
     host = several.host()
-    several.desks["small"].when_finished = host.stop
+    several.desks["small"].observers.finished.add(lambda seen: host.stop())
     states = several.run(host)
     assert folded(states["small"]) == [["a", "b", "c"]] * 3
     assert states["large"].round == 0
@@ -163,7 +163,7 @@ def test_devices_that_do_not_come_back_after_an_outage_are_lent_no_more(tmp_path
     gone.take = vanish  # type: ignore[method-assign]
     states = several.run(host)
     assert all(s.phase is Phase.FINISHED for s in states.values())
-    assert "c" not in host.lent
+    assert host.holder("c") is None
     assert several.clashes == []
 
 
@@ -221,7 +221,7 @@ def test_a_device_that_vanishes_without_a_word_is_missed_in_the_end(tmp_path: Pa
 
 
 def test_answers_that_wait_to_be_heard_are_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(intake, "TURN_S", -1.0)  # a message each turn
+    monkeypatch.setattr(server, "TURN_S", -1.0)  # a message each turn
     several = SeveralJobs(tmp_path, [named(JOB, n, devices=9) for n in ("one", "two")], "abc")
     host, air, gone = several.host(), several.air, list[str]()
     get, give_up, idle = air.get, host._gone, iter(range(2))
@@ -247,5 +247,5 @@ def test_answers_that_wait_to_be_heard_are_answers(tmp_path: Path, monkeypatch: 
     air.on_idle = again
     host.run()
     assert air.now > 2 * ANSWER_S
-    assert set(host._here) == set("abc")
+    assert set(host._connected) == set("abc")
     assert gone == []

@@ -43,11 +43,11 @@ def test_further_devices_than_allowed_are_ignored(fleet: Fleet, caplog: pytest.L
         fleet.air.to_server(Topics("default").up(stranger.device), stranger.to_bytes())
     fleet.job = replace(JOB, devices=5, rounds=1, deadline_s=10)
     daemon = fleet.daemon(max_devices=5)
-    state = daemon.state
+    state = daemon.first.state
     fleet.air.on_idle = daemon.stop
     daemon.run()
     assert len(state.devices) <= 5
-    assert len(daemon.view.snapshot().rows) == 5
+    assert len(daemon.first.view.snapshot().rows) == 5
     assert "at most 5 devices" in caplog.text
 
 
@@ -60,7 +60,7 @@ def test_reports_of_strangers_leave_nothing_behind(fleet: Fleet) -> None:
         Update("x", JOB.name, 1, 1, "0" * 64, BlobRef.of(b"x"), 1, 1),
     ):
         daemon._take((up, message.to_bytes()))
-    assert daemon.view.snapshot().rows == ()
+    assert daemon.first.view.snapshot().rows == ()
     assert list(fleet.storage.log.events()) == []
 
 
@@ -137,7 +137,7 @@ def test_no_valid_message_ends_the_daemon(
 
     fleet.air.on_idle = idle
     daemon.run(until_finished=True)
-    assert State.from_json(daemon.state.to_json()) == daemon.state
+    assert State.from_json(daemon.first.state.to_json()) == daemon.first.state
 
 
 @pytest.mark.slow

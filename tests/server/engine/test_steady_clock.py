@@ -46,8 +46,8 @@ def test_boards_and_rollouts_get_the_time_as_it_was_set(tmp_path: Path, monkeypa
         daemon = fleet.daemon(rollouts=rollouts)
         late = DAY  # as after a suspended laptop's clock was set, in the middle of a round
         sent: list[Hello] = []
-        monkeypatch.setattr(daemon._post, "broadcast", sent.append)
+        monkeypatch.setattr(daemon.first.outbox, "broadcast", sent.append)
         daemon._greet(fleet.air.now)
-        assert daemon._desk is not None
-        assert [hello.time for hello in sent] == [int(daemon._desk._clock())] == [int(fleet.air.now + DAY)]
-        assert daemon.view.clock() == fleet.air.now, "a round's deadline stays where it was"
+        assert daemon.first._rollouts is not None
+        assert [hello.time for hello in sent] == [int(daemon.first._rollouts._clock())] == [int(fleet.air.now + DAY)]
+        assert daemon.first.view.clock() == fleet.air.now, "a round's deadline stays where it was"

@@ -35,7 +35,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.identity_check import check_identity
 from fedprune_server.maintenance.site_doctor import rotation
 from fedprune_server.messaging import authentication as server_side
-from fedprune_server.messaging.transport import Doubled, ShutOut
+from fedprune_server.messaging.transport import DeviceRevoked, DuplicateIdentity
 
 DAY = 24 * 3600
 TOPICS = Topics("lab")
@@ -82,9 +82,9 @@ class Server:
         while (item := self.link.get()) is not None:
             if isinstance(item, tuple):
                 found.append(item)
-            elif isinstance(item, ShutOut):
+            elif isinstance(item, DeviceRevoked):
                 self.shut_out.append(item.device)
-            elif isinstance(item, Doubled):
+            elif isinstance(item, DuplicateIdentity):
                 self.doubled.append(item.device)
         return found
 
@@ -298,7 +298,7 @@ def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is
     with IdentityFolder(lab.folder / "state") as elsewhere:
         elsewhere.revoke("pi-1")
     lab.now = 3.0
-    assert server.link.get() == ShutOut("pi-1")
+    assert server.link.get() == DeviceRevoked("pi-1")
 
 
 def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
@@ -594,7 +594,7 @@ def test_what_was_opened_of_a_board_that_is_shut_out_meanwhile_is_dropped(lab: L
     with IdentityFolder(lab.identity.path.parent) as other:
         other.revoke("pi-1")
     lab.now += 2
-    assert lab.server.link.get() == ShutOut("pi-1")
+    assert lab.server.link.get() == DeviceRevoked("pi-1")
     assert not isinstance(lab.server.link.get(), tuple)
 
 

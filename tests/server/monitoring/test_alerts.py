@@ -186,7 +186,7 @@ def test_an_alert_that_gets_better_or_worse_stays_the_same_alert() -> None:
 def test_clients_that_flood_the_joins_under_ever_new_names_are_one_alert_after_a_while(tmp_path: Path) -> None:
     daemon, now, changes = Fleet(tmp_path, JOB).daemon(), [1000.0], []
     quarantine = Quarantine(lambda: now[0])
-    view = replace(daemon.view, quarantine=quarantine)
+    view = replace(daemon.first.view, quarantine=quarantine)
     clock = lambda: now[0]  # noqa: E731
     tell = lambda change: changes.append((now[0], change.alert.kind))  # noqa: E731
     monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, tell=tell, clock=clock, monotonic=clock)
@@ -213,7 +213,7 @@ def test_an_alert_about_predictions_names_each_board_up_to_a_few() -> None:
 def test_a_flood_of_joins_from_many_clients_is_the_same_alert_without_a_name(tmp_path: Path) -> None:
     daemon, now = Fleet(tmp_path, JOB).daemon(), [1000.0]
     quarantine = Quarantine(lambda: now[0])
-    view = replace(daemon.view, quarantine=quarantine)
+    view = replace(daemon.first.view, quarantine=quarantine)
     clock = lambda: now[0]  # noqa: E731
     monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
     for now[0] in range(1000, 1100):
@@ -320,9 +320,9 @@ def alarmed(
         assert trouble.at is not None, "alerts of a healthy fleet"
         changes.append((clock() - trouble.at, change.alert.kind, change.closed_at is None))
 
-    monitor = Monitor(folder, {}, [(daemon.view, folder)], tell=tell, clock=clock, monotonic=clock)
+    monitor = Monitor(folder, {}, [(daemon.first.view, folder)], tell=tell, clock=clock, monotonic=clock)
     for observer in (trouble, monitor.watches[JOB.name], monitor):
-        daemon.observers.join(observer)
+        daemon.first.observers.join(observer)
 
     def idle() -> None:
         if daemon.busy:
@@ -419,7 +419,7 @@ def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda _: usage(ROOM, 0, int(free[0] * ROOM)))
     daemon, told = Fleet(tmp_path, JOB).daemon(), []
-    monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3)
+    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3)
     for free[0] in (0.5, 0.09, 0.02, 0.034, 0.04, 0.11, 0.13):
         monitor.read_site()
         monitor.look()
@@ -433,16 +433,16 @@ def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda _: usage(ROOM, 0, int(free[0] * ROOM)))
     daemon, others, told = Fleet(tmp_path, JOB).daemon(), list[Candidate](), list[tuple[str, str]]()
     monitor = Monitor(
-        tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3, others=lambda: others,
+        tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, others=lambda: others,
         tell=lambda change: told.append((change.alert.kind, change.alert.severity)),
     )  # fmt: skip
-    daemon.observers.join(monitor)
+    daemon.first.observers.join(monitor)
     monitor.read_site()
-    daemon.observers.turned(lambda: 0.0, daemon.view)
+    daemon.first.observers.turned(lambda: 0.0, daemon.first.view)
     assert told == []
     free[0] = 0.0
     others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
-    daemon.observers.ended()
+    daemon.first.observers.ended()
     assert told == [("second-server", "critical"), ("disk", "critical")]
 
 
@@ -467,12 +467,12 @@ def test_rollouts_that_are_only_read_are_not_changed(tmp_path: Path) -> None:
 
 def test_a_loop_that_hangs_is_told_though_it_looks_at_nothing(tmp_path: Path) -> None:
     daemon, now = Fleet(tmp_path, JOB).daemon(), [0.0]
-    monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)], here=lambda: 3, monotonic=lambda: now[0])
-    monitor.turned(lambda: 0.0, daemon.view)
+    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, monotonic=lambda: now[0])
+    monitor.turned(lambda: 0.0, daemon.first.view)
     now[0] = 59.0
     assert not monitor.hangs
     assert monitor.open() == []
     now[0] = 61.0
     assert [a.kind for a in monitor.open()] == ["server-hangs"]
-    monitor.turned(lambda: 0.0, daemon.view)
+    monitor.turned(lambda: 0.0, daemon.first.view)
     assert monitor.open() == []

@@ -116,7 +116,7 @@ def test_the_loops_beat_in_every_turn(tmp_path: Path) -> None:
     )
     daemon, host = fleet.daemon(), several.host()
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
-    runs = ((daemon, fleet.air, fleet.run), (host.first, several.air, lambda: several.run(host)))
+    runs = ((daemon.first, fleet.air, fleet.run), (host.first, several.air, lambda: several.run(host)))
     for desk, air, run in runs:
         beats: list[float] = []
         desk.observers.each_turn(lambda beats=beats, air=air: beats.append(air.now))  # type: ignore[misc]

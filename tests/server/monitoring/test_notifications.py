@@ -362,7 +362,7 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_of_what_quiet_hours_he
         settings = AlertSettings(webhook=url, quiet_hours=quiet_hours)
         config = ServerConfig(state=tmp_path, alerts=settings)
         book = AlertBook(restored(tmp_path))
-        with monitoring(config, [(daemon, tmp_path)], book):
+        with monitoring(config, [(daemon.first, tmp_path)], book):
             book.update(opened, 0.0, NOON)
 
     now = datetime.now().hour

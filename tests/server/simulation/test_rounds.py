@@ -93,7 +93,8 @@ def run(fleet: Fleet, *slow: Slow) -> State:
             device.live()
 
     fleet.air.on_idle = idle
-    return daemon.run(until_finished=True)
+    daemon.run(until_finished=True)
+    return daemon.first.state
 
 
 def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_kill_in_the_line_loses_nobody(tmp_path: Path) -> None:
     daemon = fleet.daemon()
 
     def idle() -> None:
-        if any(t.progress.value == "folded" for t in daemon.state.tasks.values()):
+        if any(t.progress.value == "folded" for t in daemon.first.state.tasks.values()):
             daemon.stop()
 
     fleet.air.on_idle = idle

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -199,11 +198,10 @@ class Fleet:
     def __init__(self, root: Path, store: BlobStore) -> None:
         self.root, self.store = root, store
         self.identity = IdentityFolder.make(root / "state", "default")
-        self.daemon = SimpleNamespace(state=SimpleNamespace(tasks={}), offered=self._offered)
         self.offers: dict[str, set[str]] = {}
 
-    def _offered(self, device: str) -> frozenset[str]:
-        return frozenset(self.offers.get(device, ()))
+    def allowed(self, device: str | None, sha256: str) -> bool:
+        return sha256 in self.offers.get(device or "", ())
 
     def certify(self, device: str) -> None:
         key = make_tls_key()
@@ -240,7 +238,7 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
         assert web.url is not None
         assert web.url.startswith("https://127.0.0.1:")
         assert "answers 404" in fleet.fetch("attic", web)  # nothing is given yet
-        web.give(fleet.daemon)  # type: ignore[arg-type]
+        web.serve(fleet.allowed)
         assert fleet.fetch("attic", web) == ""
         assert "answers 404" in fleet.fetch("cellar", web)
         assert "answers 404" in fleet.fetch("attic", web, SECRET)
@@ -248,11 +246,11 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
         assert fleet.fetch(None, web) != ""
         assert web.server is not None
         assert web.server.sent > len(BLOB)
-        taken = fleet.daemon.web_bytes()
+        taken = web.taken()
         assert sum(taken.values()) == web.server.sent
         assert len(BLOB) < taken["attic"] < len(BLOB) + 2 * LEAF
         assert 0 < taken["cellar"] < LEAF
-        assert fleet.daemon.web_bytes() == {}
+        assert web.taken() == {}
         fleet.identity.revoke("attic")
         assert "answers" not in (refused := fleet.fetch("attic", web))
         assert refused
@@ -261,9 +259,7 @@ def test_each_board_gets_what_it_is_offered_until_it_is_revoked(fleet: Fleet, st
 
 def test_without_identities_anybody_on_this_machine_gets_what_is_offered(store: BlobStore) -> None:
     with web_blobs(ServerConfig(serve_blobs="127.0.0.1:0"), None, store) as web:
-        tasks = {"attic": None}
-        offered = {"attic": frozenset({REF.sha256})}
-        web.give(SimpleNamespace(state=SimpleNamespace(tasks=tasks), offered=offered.__getitem__))  # type: ignore[arg-type]
+        web.serve(lambda device, sha256: device is None and sha256 == REF.sha256)
         assert web.url is not None
         assert web.url.startswith("http://127.0.0.1:")
         assert web.server is not None

@@ -18,7 +18,8 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
-from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Audience, Sharing
 
@@ -82,8 +83,8 @@ def digest(store: BlobStore) -> str:
 def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: BlobStore, digest: str) -> None:
     link, devices = Slow(), [f"pi{i}" for i in range(20)]
     registry: Any = SimpleNamespace(sent=lambda *_: None)
-    post = Post(
-        Line(link, TOPICS, "job"), registry, Downloads(BlobSender(store)), Sharing(store, Audience(State("0" * 64)))
+    post = Outbox(
+        SiteLink(link, TOPICS), "job", registry, Downloads(BlobSender(store)), Sharing(store, Audience(State("0" * 64)))
     )
     for device in devices:
         for first in range(0, LEAVES, 50):

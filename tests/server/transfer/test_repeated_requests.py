@@ -15,7 +15,8 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
-from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.multicast import Audience, Sharing
 
@@ -44,10 +45,10 @@ class Kept:
         raise NotImplementedError
 
 
-def posted(link: Kept, store: BlobStore) -> Post:
+def posted(link: Kept, store: BlobStore) -> Outbox:
     registry: Any = SimpleNamespace(sent=lambda *_: None)
-    return Post(
-        Line(link, TOPICS, "job"), registry, Downloads(BlobSender(store)), Sharing(store, Audience(State("0" * 64)))
+    return Outbox(
+        SiteLink(link, TOPICS), "job", registry, Downloads(BlobSender(store)), Sharing(store, Audience(State("0" * 64)))
     )
 
 

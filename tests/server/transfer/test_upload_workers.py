@@ -24,9 +24,9 @@ from fedprune.wire.messages import TO, BlobRequest
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
+from fedprune_server.app import upload_workers
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.devices.quarantine import BURST, BYTES_PER_POINT, Quarantine
-from fedprune_server.engine.upload_workers import alone_receives
 from fedprune_server.process.line_process import TRIES
 from fedprune_server.transfer.upload_workers.child import MOST_NAMES, Receiving
 from fedprune_server.transfer.upload_workers.messages import (
@@ -368,9 +368,11 @@ def test_receivers_with_a_bucket_or_several_jobs_are_one_clear_error() -> None:
         ServerConfig(blobs="s3://bucket/prefix", receivers=2)
     with pytest.raises(ConfigError, match="receivers"):
         ServerConfig(receivers=65)
+    nothing: tuple[None, ...] = (None, None, None)
     with pytest.raises(ConfigError, match="several jobs"):
-        alone_receives(ServerConfig(receivers=1))
-    alone_receives(ServerConfig())
+        upload_workers(ServerConfig(receivers=1), *nothing, jobs=2).__enter__()
+    with upload_workers(ServerConfig(), *nothing, jobs=2) as workers:
+        assert workers is None
 
 
 # Its process.

@@ -84,7 +84,7 @@ def test_details_hold_the_very_channels_of_the_ranking_and_every_figure_once(tmp
     daemon = fleet.daemon()
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     state = fleet.run()
-    view = daemon.view
+    view = daemon.first.view
     found = details(view, "a", 1e9)
     assert json.loads(encoded(found))["widths"]
     sizes = view.architecture.sizes

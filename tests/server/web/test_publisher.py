@@ -104,16 +104,16 @@ def test_a_console_sees_a_job_from_beginning_to_end(tmp_path: Path) -> None:
     rows = {r["name"]: r for r in view.devices().items}
     assert set(rows) == set(state.devices)
     for name, row in rows.items():
-        assert (row["bytes_down"], row["bytes_up"]) == daemon.traffic[name]
+        assert (row["bytes_down"], row["bytes_up"]) == daemon.first.registry.traffic[name]
         assert row["samples"] == state.devices[name].samples
         assert row["staleness"] == 0, "a board whose round is under way is not late"
-    assert sum(r["bytes_up"] for r in rounds) <= sum(up for _, up in daemon.traffic.values())
+    assert sum(r["bytes_up"] for r in rounds) <= sum(up for _, up in daemon.first.registry.traffic.values())
 
 
 def test_a_waiting_board_is_waiting_on_its_page_too(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     member = Member("waiting", "ab12", "signing key")
-    view = fleet.daemon().view
+    view = fleet.daemon().first.view
     row = rows.device_row(view, "stranger", job=None, here=False, member=member, traffic=(0, 0), now=None)
     assert (row["state"], row["doing"]) == ("waiting", "waiting")
     assert (row["key"], row["behind"]) == ("ab12", "signing key")
@@ -251,14 +251,14 @@ def test_a_job_is_paused_and_goes_on_and_ends_with_the_same_model(tmp_path: Path
 
     def watching() -> None:
         if fleet.air.now > 120.0 and len(numbers) == 1:
-            assert daemon.state.phase is Phase.WAITING
-            assert daemon.state.paused
+            assert daemon.first.state.phase is Phase.WAITING
+            assert daemon.first.state.paused
             job = console.view.job(JOB.name)
             assert job is not None
             assert job["paused"]
             numbers.append(console.order("resume", job=JOB.name))
 
-    daemon.observers.each_turn(watching)
+    daemon.first.observers.each_turn(watching)
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     assert fleet.run().model == expected
     assert [(console.answer(n) or (False,))[0] for n in numbers] == [True, True]
@@ -271,7 +271,7 @@ def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path) -> No
     number = console.order("pause", job=JOB.name)
     console.flush()
     assert console.answer(number) is None
-    daemon._commit()
+    daemon.first._commit()
     console.flush()
     assert console.answer(number) == (True, f"job {JOB.name} is paused")
 
@@ -279,12 +279,12 @@ def test_that_a_job_is_paused_is_answered_once_it_is_saved(tmp_path: Path) -> No
 def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    daemon.pause(True)
-    daemon._commit()
+    daemon.first.pause(True)
+    daemon.first._commit()
     fleet.restart()
     again = fleet.daemon()
-    assert again.state.paused
-    again.pause(False)
+    assert again.first.state.paused
+    again.first.pause(False)
     fleet.daemon = lambda **options: again  # type: ignore[method-assign]
     assert fleet.run().phase is Phase.FINISHED
 
@@ -321,17 +321,17 @@ def test_an_order_that_comes_too_late_is_not_carried_out(tmp_path: Path) -> None
     timely = console.order("coverage", fleet.air.now + 1.5, job=JOB.name)
     console.flush(3)
     assert (console.answer(late), console.answer(timely)) == (None, (True, "coverage"))
-    assert not daemon.state.paused
+    assert not daemon.first.state.paused
 
 
 def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    monitor = Monitor(tmp_path, {}, [(daemon.view, tmp_path)])
+    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)])
     console = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
     fleet.daemon = lambda **options: daemon  # type: ignore[method-assign]
     state = fleet.run()
-    quarantine = daemon.view.quarantine
+    quarantine = daemon.first.view.quarantine
     quarantine.know("a")
     for _ in range(200):
         quarantine.bad("a")
@@ -366,12 +366,12 @@ def test_a_console_shows_what_the_monitor_finds(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
     up, clock = [False], lambda: fleet.air.now
-    view = replace(daemon.view, connected=lambda: up[0])
+    view = replace(daemon.first.view, connected=lambda: up[0])
     monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
     console = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
     for up[0], open_alerts in ((False, ["broker"]), (True, [])):
         for _ in range(20):
-            monitor.turned(lambda: 0.0, daemon.view)
+            monitor.turned(lambda: 0.0, daemon.first.view)
             console.flush()
         assert [a["alert"] for a in console.view.alerts(gone=False).items] == open_alerts
         assert monitor.book.counts()["broker", "critical"] == len(open_alerts)
@@ -380,7 +380,7 @@ def test_a_console_shows_what_the_monitor_finds(tmp_path: Path) -> None:
     assert "To do: see that the broker runs" in row["text"]
     up[0] = False
     for _ in range(20):
-        monitor.turned(lambda: 0.0, daemon.view)
+        monitor.turned(lambda: 0.0, daemon.first.view)
         console.flush()
     again = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
     again.flush()

@@ -36,7 +36,11 @@ from fedprune.wire.messages import (
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune_server.engine.daemon import Daemon
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
+from fedprune_server.messaging.rate_limit import RateLimitedLink
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.storage.storage import Storage
 from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
 
@@ -263,6 +267,23 @@ def quick(folder: Path) -> Storage:
     return storage
 
 
+def server_of(jobs: list[tuple[RunnableJob, dict[str, Any]]], air: Any, clock: Callable[[], float]) -> Server:
+    """A server of jobs, each with options for its runner, for the connection or for the server."""
+    options = {k: v for _, own in jobs for k, v in own.items()}
+    quarantine = options.get("quarantine") or Quarantine(lambda: air.now)
+    link = air if "quarantine" in options else RateLimitedLink(air, quarantine)
+    packet = {k: options[k] for k in ("max_packet",) if k in options}
+    site = SiteLink(link, Topics("default"), quarantine, clock=clock, monotonic=lambda: air.now, **packet)
+    runners = []
+    for job, own in jobs:
+        services = DeviceServices(
+            **{k: own[k] for k in ("rollouts", "members", "logs", "blobs", "uploads") if k in own}
+        )
+        kept = {k: own[k] for k in ("profiles", "max_devices", "observers") if k in own}
+        runners.append(JobRunner(job, site, services, **kept))
+    return Server(runners, site, options.get("broker"))
+
+
 class Fleet:
     """A server's folder, an air and devices, out of which daemons are made."""
 
@@ -280,27 +301,19 @@ class Fleet:
         for name in names:
             self.air.devices[name] = ToyDevice(name, folder / "devices", self.air)
 
-    def daemon(self, **options: object) -> Daemon:
-        """A daemon on what the folder holds, as a new process would make it."""
+    def daemon(self, **options: Any) -> Server:
+        """A server on what the folder holds, as a new process would make it."""
         state = self.storage.load()
         if state is None:
             state = State(model=self.worker.initial())
             self.storage.save(state, (), 0.0)
-        link = self.air
-        return Daemon(
-            self.job,
-            ARCHITECTURE,
-            state,
-            self.storage,
-            self.store,
-            self.worker,
-            link,
-            clock=self.clock or (lambda: self.air.now),
-            monotonic=lambda: self.air.now,
-            **options,  # type: ignore[arg-type]
-        )
+        job = RunnableJob(
+            self.job, ARCHITECTURE, state, self.storage, self.store, self.worker,
+            **{k: options.pop(k) for k in ("keep", "pulls", "frozen") if k in options},
+        )  # fmt: skip
+        return server_of([(job, options)], self.air, self.clock or (lambda: self.air.now))
 
-    def run(self, **options: object) -> State:
+    def run(self, **options: Any) -> State:
         """Run a daemon until its job is done, letting time pass only when nothing else can happen."""
         daemon = self.daemon(**options)
 
@@ -314,7 +327,8 @@ class Fleet:
                 raise TimeoutError("the job doesn't come to an end")
 
         self.air.on_idle = idle
-        return daemon.run(until_finished=True)
+        daemon.run(until_finished=True)
+        return daemon.first.state
 
     def restart(self) -> None:
         """What a new process of the server finds: its folder, and a new connection."""

@@ -14,10 +14,9 @@ from fedprune.jobs.job import Job
 from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Birth, Finished
 from fedprune.wire.offer import Offer
-from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.engine.host import Host
-from fedprune_server.engine.job_runner import JobDesk
-from support.fakes.fleet import Air, ToyDevice, ToyWorker, quick
+from fedprune_server.engine.job_runner import JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
+from support.fakes.fleet import Air, ToyDevice, ToyWorker, quick, server_of
 from support.fakes.tiny_job import ARCHITECTURE
 
 
@@ -63,15 +62,14 @@ class SeveralJobs:
         self.folder, self.jobs, self.weights = folder, jobs, weights or {}
         folder.mkdir(exist_ok=True)
         self.air = Air()
-        self.desks: dict[str, JobDesk] = {}
+        self.desks: dict[str, JobRunner] = {}
         self.workers: dict[str, ToyWorker] = {}
         for name in names:
             self.air.devices[name] = JobsDevice(name, folder / "devices", self.air)
 
-    def host(self, **first: Any) -> Host:
-        """A host on what the folders hold, as a new process would make it; with options for the first job's desk."""
-        quarantine = Quarantine(lambda: self.air.now)
-        desks: list[JobDesk] = []
+    def host(self, **first: Any) -> Server:
+        """A server on what the folders hold, as a new process would make it; `first` are options of the first job."""
+        jobs: list[tuple[RunnableJob, dict[str, Any]]] = []
         for job in self.jobs:
             path = self.folder / job.name
             path.mkdir(exist_ok=True)
@@ -82,17 +80,16 @@ class SeveralJobs:
             if state is None:
                 state = State(model=worker.initial())
                 storage.save(state, (), 0.0)
+            weight = self.weights.get(job.name, 1.0)
+            made = RunnableJob(
+                job, ARCHITECTURE, state, storage, store, worker, keep=None, weight=weight, beside_others=True
+            )
+            jobs.append((made, {} if jobs else first))
+        server = server_of(jobs, self.air, lambda: self.air.now)
+        self.desks = server.runners
+        return server
 
-            def clock() -> float:
-                return self.air.now
-
-            options: dict[str, Any] = {"quarantine": quarantine, "weight": self.weights.get(job.name, 1.0)}
-            options |= {"clock": clock, "monotonic": clock, "keep": None, **({} if desks else first)}
-            desks.append(JobDesk(job, ARCHITECTURE, state, storage, store, worker, self.air, **options))
-        self.desks = {d.job.name: d for d in desks}
-        return Host(desks, self.air, quarantine, clock=lambda: self.air.now, monotonic=lambda: self.air.now)
-
-    def run(self, host: Host | None = None) -> dict[str, State]:
+    def run(self, host: Server | None = None) -> dict[str, State]:
         """Run until all jobs are done, letting time pass only when nothing else can happen."""
         host = host or self.host()
 

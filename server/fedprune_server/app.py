@@ -1,0 +1,322 @@
+"""Builds a server from its configuration: the one place where its parts are put together."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.errors import ConfigError
+from fedprune.planning.profile_store import find as find_profile
+from fedprune.planning.profile_store import names as names_of_profiles
+from fedprune.security.tls import SYSTEM
+from fedprune.wire.topics import Topics
+from fedprune_server.config.config import ServerConfig
+from fedprune_server.devices.board_logs import BoardLogs
+from fedprune_server.engine.further_jobs import further
+from fedprune_server.engine.job_runner import NO_SERVICES, DeviceServices, JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
+from fedprune_server.engine.state_directory import OpenJob, StateFolder
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.shared_identity import shared_identity
+from fedprune_server.executor import divergence
+from fedprune_server.executor.background import CommandExecutor
+from fedprune_server.executor.worker_pool import helped
+from fedprune_server.maintenance.restored_record import restored_from
+from fedprune_server.messaging.broker.revocations import delivering
+from fedprune_server.messaging.connection import Connection, connection, identity_of
+from fedprune_server.messaging.leadership import Leadership, leadership
+from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.monitoring.alert_book import AlertBook
+from fedprune_server.monitoring.health import Pulse
+from fedprune_server.monitoring.monitor import restored
+from fedprune_server.monitoring.notifications import channels
+from fedprune_server.monitoring.observer import DisplayObserver, Observer
+from fedprune_server.monitoring.setup import Watcher, monitoring, watching
+from fedprune_server.monitoring.view import JobView
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.terminal.log_lines import JSON
+from fedprune_server.terminal.table import Lines, make_display
+from fedprune_server.transfer.http import web_blobs
+from fedprune_server.transfer.upload_workers.messages import Begin
+from fedprune_server.transfer.upload_workers.receivers import Receivers
+from fedprune_server.web.setup import check_console, with_console
+
+log = logging.getLogger("fedprune.server")
+
+
+@dataclass(frozen=True)
+class StartOptions:
+    """How a server is started, apart from its configuration.
+
+    Attributes:
+        jobs: Configuration files of further jobs.
+        insecure: Do without identity, TLS and signatures, on this machine alone.
+        take_over: Replace another server of this identity.
+        until_finished: End when all jobs are done.
+    """
+
+    jobs: Sequence[Path] = ()
+    insecure: bool = False
+    take_over: bool = False
+    until_finished: bool = False
+
+
+@dataclass(frozen=True)
+class App:
+    """A server that is ready to run.
+
+    Attributes:
+        server: The server.
+        folders: The state folders of its jobs.
+        leader: Its claim to be the one that serves its site; None without an identity.
+        connection: Its connection.
+        until_finished: End when all jobs are done.
+    """
+
+    server: Server
+    folders: Sequence[StateFolder]
+    leader: Leadership | None
+    connection: Connection
+    until_finished: bool
+
+    def run(self) -> None:
+        """Run the server until it is stopped.
+
+        Raises:
+            FedpruneError: As `Server.run`; or another server has taken over.
+        """
+        self.server.run(until_finished=self.until_finished)
+        for folder in self.folders:
+            folder.lease.confirm()
+        if self.leader is not None:
+            self.leader.confirm()
+        if self.connection.broker is not None:
+            traffic = self.connection.broker.traffic()
+            log.info(
+                "the broker took in %d and delivered %d payload bytes",
+                sum(traffic.received.values()),
+                sum(traffic.delivered.values()),
+            )
+
+
+@contextmanager
+def build_app(
+    config: ServerConfig, options: StartOptions, folder: StateFolder | None = None, pulse: Pulse | None = None
+) -> Iterator[App]:
+    """A server with its connections, open and ready to run; closed in reverse order at the end.
+
+    Args:
+        config: The configuration of the server and its first job.
+        options: How it is started.
+        folder: The state folder, if it is held already.
+        pulse: Reports that the loop turns.
+
+    Raises:
+        FedpruneError: A part of the configuration can't be used, or another server runs on the same state.
+    """
+    with ExitStack() as stack:
+        check_console(config)  # before another server is asked to end, as by a take-over
+        channels(config.alerts)
+        identity = stack.enter_context(identity_of(config, insecure=options.insecure))
+        folder = folder or stack.enter_context(StateFolder(config.state, config.database))
+        if copy := restored_from(config.state):
+            log.info("%s was %s", config.state, copy)
+        profiles = () if config.profiles is None else (config.profiles,)
+        for name in names_of_profiles(profiles) if profiles else ():
+            find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
+        logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
+        alerts = AlertBook(restored(config.state))
+        watch = stack.enter_context(watching(config, {"database": folder.lease.trouble}, alerts.counts))
+        jobs = [_open(stack, config, folder), *(_open(stack, c) for c in further(config, options.jobs))]
+        reached = stack.enter_context(connection(config, identity))
+        if reached.broker is not None:
+            log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
+        leader = _leader(stack, config, identity, folder, reached)
+        rollouts = None if identity is None else stack.enter_context(RolloutStore(config.state))
+        services = DeviceServices(
+            rollouts,
+            None if identity is None else identity.store.members,
+            logs,
+            stack.enter_context(web_blobs(config, identity, folder.store)),
+            stack.enter_context(upload_workers(config, reached, identity, folder.store, jobs=len(jobs))),
+        )
+        site = SiteLink(reached.wire, Topics(reached.site), reached.quarantine, config.max_packet)
+        runners = [
+            JobRunner(
+                job.runnable(beside_others=len(jobs) > 1),
+                site,
+                NO_SERVICES if i else services,
+                profiles=profiles,
+                max_devices=config.max_devices,
+                observers=_observers(job, watch, options, beside_others=len(jobs) > 1),
+            )
+            for i, job in enumerate(jobs)
+        ]
+        stopping = threading.Event()
+        server = Server(runners, site, reached.broker, stopping)
+        services.blobs.serve(server.first.may_fetch)
+        for job in jobs:
+            job.log_start()
+            job.folder.lease.lost = stopping.set
+        if leader is not None and identity is not None:
+            # Until here a copy that was started by mistake has changed nothing outside its own folder.
+            leader.lost = stopping.set
+            leader.enter(identity.epochs, take_over=options.take_over, alone=reached.broker is not None)
+            stack.enter_context(delivering(config.on_revocation, config.state, identity.authority.crl_path))
+        for line in chain.from_iterable(job.opened.changed for job in jobs):
+            log.warning("setting changed since the last start: %s", line)
+        watched = [(runner, job.config.state) for runner, job in zip(runners, jobs, strict=True)]
+        here = server.count_connected if len(jobs) > 1 else None
+        others = tuple if leader is None else leader.candidates
+        stack.enter_context(monitoring(config, watched, alerts, here, others))
+        stack.enter_context(
+            with_console(
+                config, reached, identity, server, releases_given=rollouts is not None, logs=logs, alerts=alerts
+            )
+        )
+        reached.start(server.subscriptions)
+        for job in jobs:
+            job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
+        if pulse is not None:
+            server.first.observers.each_turn(pulse.beat)
+            stack.callback(pulse.stop)
+        yield App(server, [job.folder for job in jobs], leader, reached, options.until_finished)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A job, and the state folder that holds it."""
+
+    config: ServerConfig
+    folder: StateFolder
+    opened: OpenJob
+    worker: CommandExecutor
+
+    def runnable(self, *, beside_others: bool) -> RunnableJob:
+        """What a runner of the job needs."""
+        opened, config = self.opened, self.config
+        if beside_others:
+            opened.worker.prefix = f"{opened.job.name}: "
+        return RunnableJob(
+            opened.job,
+            opened.model.architecture,
+            opened.state,
+            self.folder.storage,
+            self.folder.store,
+            self.worker,
+            opened.model.frozen,
+            keep=config.kept,
+            pulls=config.pulls,
+            weight=config.weight,
+            beside_others=beside_others,
+        )
+
+    def log_start(self) -> None:
+        """Log the job as it begins, or goes on."""
+        opened = self.opened
+        for note in opened.model.notes:
+            log.info("model: %s", note)
+        log.info(
+            "job %s, round %d of %d, state in %s, %d groups of channels, %s",
+            opened.job.name,
+            opened.state.round,
+            opened.job.rounds,
+            self.config.state,
+            len(opened.model.architecture.groups),
+            opened.state.phase.value,
+        )
+
+
+class _NextSteps(Observer):
+    """Logs what to do with a job that is finished, and what the server still waits for."""
+
+    def __init__(self, state: Path, *, until_finished: bool) -> None:
+        self._state, self._until_finished = state, until_finished
+
+    def finished(self, seen: JobView) -> None:
+        """Log it."""
+        if spoilt := divergence.of_history(seen.state.history, seen.job.recipe.to_dict()):
+            log.warning("%s", spoilt)
+        state = shlex.quote(str(self._state))
+        log.info("to take the model out: fedprune-server export-model --state %s --out global.onnx", state)
+        if not self._until_finished:
+            log.info(
+                "the server keeps running, so that boards that connect later learn that the job is finished. "
+                "Ctrl-C ends it; with --until-finished it ends by itself. "
+                "For more rounds, start it again with a higher --rounds."
+            )
+
+
+def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder | None = None) -> _Job:
+    folder = folder or stack.enter_context(StateFolder(config.state, config.database))
+    opened = folder.read_job(config)
+    worker = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
+    return _Job(config, folder, opened, worker)
+
+
+def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_others: bool) -> list[Observer]:
+    lines = beside_others or job.config.log_format == JSON
+    display = Lines(of_several=beside_others) if lines else make_display()
+    steps = _NextSteps(job.config.state, until_finished=options.until_finished)
+    return [DisplayObserver(display), *watch(job.opened.job.name), steps]
+
+
+def _leader(
+    stack: ExitStack,
+    config: ServerConfig,
+    identity: IdentityFolder | None,
+    folder: StateFolder,
+    reached: Connection,
+) -> Leadership | None:
+    if identity is None:
+        return None
+    if folder.lease.shared is not None:
+        stack.enter_context(shared_identity(folder.database_url, folder.lease, config.state, identity))
+    embedded = reached.broker is not None
+    return stack.enter_context(
+        leadership(reached.url, identity, config.state, config.ca, folder.lease.shared, embedded=embedded)
+    )
+
+
+@contextmanager
+def upload_workers(
+    config: ServerConfig, reached: Connection, identity: IdentityFolder | None, store: BlobStore, *, jobs: int
+) -> Iterator[Receivers | None]:
+    """The processes that receive updates; None where the server does it itself.
+
+    Raises:
+        ConfigError: There are several jobs.
+    """
+    if not config.receivers:
+        yield None
+        return
+    if jobs > 1:
+        raise ConfigError(
+            "server: receivers", expected="0 where a server has several jobs", got=config.receivers,
+            hint="Leave out --job and [[jobs]], or --receivers.",
+        )  # fmt: skip
+
+    def begin(tag: str) -> Begin:
+        files = (None, None, None) if identity is None else identity.client(config.ca)
+        authority, certificate, key = (
+            None if path is None else str(path if path == SYSTEM else path.absolute()) for path in files
+        )
+        floor = 0 if identity is None else identity.authority.now()
+        return Begin(
+            reached.url, reached.site, tag, str(store.root.absolute()), config.pulls, config.max_packet,
+            authority, certificate, key, floor, os.getpid(),
+        )  # fmt: skip
+
+    with Receivers(
+        store, begin, config.receivers, reached.link.wake, time.monotonic, config.pulls, config.max_packet
+    ) as receivers:
+        yield receivers

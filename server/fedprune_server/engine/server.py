@@ -1,0 +1,325 @@
+"""The server's loop: one connection, the devices that are connected, and a runner for each job.
+
+Each job has a coordinator, a database and blobs of its own (`engine.job_runner`). The server decodes messages, knows
+which devices are connected, assigns each to one job at a time (`engine.device_scheduler`) and passes on what concerns a
+job. It remembers nothing itself: after a crash devices announce themselves, those with a
+part under way go on with it, and the others are free.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
+from fedprune.wire.chunk import Chunk
+from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Death, Hello
+from fedprune.wire.rejected_messages import RejectedMessageLog
+from fedprune.wire.topics import NO_JOB
+from fedprune_server.devices.presence import Presence
+from fedprune_server.devices.quarantine import Quarantined, Released
+from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
+from fedprune_server.engine.device_scheduler import DeviceScheduler, SoleJob
+from fedprune_server.engine.job_runner import JobRunner
+from fedprune_server.engine.message_handler import Envelope
+from fedprune_server.messaging.embedded_broker import Supervised, Supervisor
+from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DuplicateIdentity, Item, SiteLink, Unheard
+from fedprune_server.terminal.log_lines import about
+
+log = logging.getLogger("fedprune.server")
+
+_TICK_S = 0.5
+_GREETING_S = 24 * 3600.0
+
+_ASKED_AGAIN_S = 10.0
+"""Seconds between two requests to a device that counts as offline, and sends messages, to announce itself."""
+
+_SHOWN = 10
+
+
+class Server:
+    """Runs jobs over one connection.
+
+    Args:
+        runners: The runners of the jobs, by different names. The first also serves what concerns no job, such as
+            releases and logs.
+        site: The connection.
+        broker: The embedded broker, if there is one; it is restarted if it dies.
+        stopping: Ends the loop when set, from any thread.
+
+    Raises:
+        ConfigError: Two jobs have one name.
+    """
+
+    def __init__(
+        self,
+        runners: Sequence[JobRunner],
+        site: SiteLink,
+        broker: Supervised | None = None,
+        stopping: threading.Event | None = None,
+    ) -> None:
+        self.runners = {r.job.name: r for r in runners}
+        if len(self.runners) != len(runners):
+            names = [r.job.name for r in runners]
+            raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(names))
+        self.first = runners[0]
+        self._site, self._link, self._topics = site, site.link, site.topics
+        self._supervisor = Supervisor(broker)
+        self._stopping = stopping or threading.Event()
+        self._complaints = RejectedMessageLog(log, site.monotonic)
+        self._connected: dict[str, Birth] = {}
+        self._presence = Presence(self._session)
+        several = len(runners) > 1
+        self._scheduler: DeviceScheduler | SoleJob = (
+            DeviceScheduler(self.runners, self._connected) if several else SoleJob(self.first, self._connected)
+        )
+        self._several = several
+        self._greet_at = self._ticked = self._caught_up = 0.0
+        self._asked: dict[str, float] = {}
+        self._moved = True
+        self._shutdown: GracefulShutdown | None = None
+        site.quarantine.know(self.first.registry.traffic)
+
+    @property
+    def subscriptions(self) -> list[str]:
+        """Topics to which the connection must be subscribed."""
+        return self._topics.server_subscriptions()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all jobs are done; one that is paused is not."""
+        return all(r.finished for r in self.runners.values())
+
+    @property
+    def busy(self) -> bool:
+        """Whether something is under way that doesn't wait for devices or time."""
+        return any(r.busy for r in self.runners.values())
+
+    def count_connected(self) -> int:
+        """Number of connected devices."""
+        return len(self._connected)
+
+    def present(self, device: str) -> bool:
+        """Whether a device is connected."""
+        return device in self._connected
+
+    def holder(self, device: str) -> str | None:
+        """Name of the job that has a device; None for one that is free or offline."""
+        return self._scheduler.holder(device)
+
+    def stop(self) -> None:
+        """End the loop soon; may be called from a signal handler or another thread."""
+        self._stopping.set()
+
+    def run(self, *, until_finished: bool = False) -> None:
+        """Run until `stop` is called or, with `until_finished`, until all jobs are done and devices know it.
+
+        Raises:
+            FedpruneError: A command of a job failed for another reason than a device's update, or the disk fails. Every
+                job's state on the disk is that of its last complete transaction.
+        """
+        try:
+            for runner in self.runners.values():
+                runner.open()
+            self._ticked = self._site.monotonic()
+            while not self._stopping.is_set():
+                self._turn()
+                if until_finished and self.finished and not self._computing():
+                    self._linger()
+                    break
+        finally:
+            self._supervisor.close()
+            for runner in self.runners.values():
+                runner.close()
+
+    def _computing(self) -> bool:
+        runners = self.runners.values()
+        return any(r.busy for r in runners) if self._several else self.first.computing
+
+    def _turn(self) -> None:
+        """Take in what has come, let every job save what it leads to and act on it, and assign free devices."""
+        clock, runners = self._site.monotonic, self.runners.values()
+        item = self._link.get(min(r.pause_s for r in runners))
+        until = clock() + TURN_S
+        for runner in runners:
+            runner.begin_turn()
+        while item is not None and not self._stopping.is_set():
+            if not isinstance(item, Unheard):
+                self._take(item)
+            if clock() > until:
+                break
+            item = self._link.get()
+        if item is None:
+            self._caught_up = clock()
+        now = clock()
+        if now - self._ticked >= _TICK_S:
+            self._ticked = now
+            self._tick(now)
+        for runner in runners:
+            runner.end_turn()
+        if self._moved or any(r.moved for r in runners):
+            self._moved = False
+            self._share(now)
+            for runner in runners:
+                runner.moved = False
+
+    def _linger(self) -> None:
+        """Send the last messages, and tell devices that come back now that the jobs are finished."""
+        shutdown = self._shutdown or self._begin_shutdown()
+        while not self._stopping.is_set() and not shutdown.over(self._site.monotonic()):
+            self._turn()
+        self._link.flush(FLUSH_S)
+
+    # What comes in.
+
+    def _take(self, item: Item) -> None:
+        now = self._site.monotonic()
+        match item:
+            case (str(topic), bytes(payload)):
+                self._receive(topic, payload)
+            case ConnectionUp():
+                log.info("connected to the broker")
+                self._greet(now)
+                self._presence.connected(now, self._connected)
+                for runner in self.runners.values():
+                    runner.connection_changed(True)
+            case ConnectionDown():
+                log.warning("connection to the broker lost: %s", item.reason)
+                self._presence.lost()
+                for runner in self.runners.values():
+                    runner.connection_changed(False)
+            case DeviceRevoked():
+                for runner in self.runners.values():
+                    runner.revoke(item.device)
+                self._gone(item.device)
+            case Quarantined():
+                for runner in self.runners.values():
+                    runner.remove(item.device, f"it is in quarantine: {item.reason}")
+                self._gone(item.device)
+            case Released():
+                self._ask(item.device)
+            case DuplicateIdentity():
+                self.first.registry.doubled(item.device, now)
+
+    def _receive(self, topic: str, payload: bytes) -> None:
+        """Decode a message and pass it on; what is wrong is logged, the first few times, and dropped."""
+        device = ""
+        try:
+            device, job, channel = self._topics.parse(topic)
+            with about(device=device):
+                try:
+                    envelope = Envelope.decode(device, job, channel, payload)
+                except ProtocolError:
+                    self.first.registry.received(device, len(payload))
+                    raise
+                self._pass_on(envelope)
+        except ProtocolError as error:
+            self._complaints.about(topic, error)
+            if not isinstance(error, UnknownMessageError):
+                self._site.quarantine.bad(device)
+
+    def _pass_on(self, envelope: Envelope) -> None:
+        device, body = envelope.device, envelope.body
+        if isinstance(body, (Alive, Birth, Death)):
+            self.first.registry.received(device, envelope.size)
+        if isinstance(body, Birth):
+            self._born(body, envelope.size)
+        elif isinstance(body, Death):
+            known = self._connected.get(device)
+            if known is not None and known.session == body.session:
+                self._gone(device)
+                self._ask(device)  # a will tells of one connection, and there may be another one
+        else:
+            if device in self._connected:
+                self._presence.heard(device, self._site.monotonic())
+            elif isinstance(body, Alive) or any(device in r.state.devices for r in self.runners.values()):
+                self._ask(device)  # a birth that got lost between two brokers isn't repeated by itself
+            if not isinstance(body, Alive):
+                for runner in self._concerned(envelope):
+                    runner.receive(envelope)
+
+    def _concerned(self, envelope: Envelope) -> list[JobRunner]:
+        """Runners of the jobs that a message or chunk may be for."""
+        body, device = envelope.body, envelope.device
+        named = self.runners.get(getattr(body, "job", envelope.job))
+        if not self._several or named is not None:
+            return [named or self.first]
+        if isinstance(body, (Chunk, BlobNotFound)):
+            return list(self.runners.values())  # each knows what it waits for
+        if isinstance(body, BlobRequest) and envelope.job == NO_JOB:
+            return [r for r in self.runners.values() if r.offers(device, body.sha256)][:1] or [self.first]
+        return [self.first]
+
+    # Connected devices.
+
+    def _session(self, device: str) -> int | None:
+        birth = self._connected.get(device)
+        return None if birth is None else birth.session
+
+    def _born(self, birth: Birth, size: int) -> None:
+        device, known = birth.device, self._connected.get(birth.device)
+        for runner in self.runners.values():
+            runner.readmit(device)
+        self.first.greet(birth, size, connected=known is not None)
+        self._site.quarantine.born(device)
+        if known is not None and birth.session < known.session:
+            return  # an earlier connection's, delivered late
+        self._connected[device] = birth
+        self._presence.heard(device, self._site.monotonic())
+        self._moved = True
+        if birth.held:
+            self.runners.get(birth.held["job"], self.first).void(device, birth.held)
+        if self._shutdown is not None and self._several:
+            for runner in self.runners.values():
+                runner.dismiss([device])
+        else:
+            self._scheduler.came(device, reconnected=known is None or known.session != birth.session)
+
+    def _gone(self, device: str) -> None:
+        self._presence.left(device)
+        birth = self._connected.pop(device, None)
+        self._moved = True
+        if birth is not None:
+            self._scheduler.left(device, birth.session)
+
+    def _ask(self, device: str) -> None:
+        """Ask a device to announce itself, if it is there."""
+        now = self._site.monotonic()
+        if now >= self._asked.get(device, now):
+            self._asked[device] = now + _ASKED_AGAIN_S
+            self.first.outbox.send(device, Hello(int(self._site.clock())))
+
+    def _greet(self, now: float) -> None:
+        """Tell all devices that this server is there, and what time it is."""
+        self._greet_at = now + _GREETING_S
+        self.first.outbox.broadcast(Hello(int(self._site.clock())))
+
+    def _tick(self, now: float) -> None:
+        self._supervisor.tick()
+        for device in self._presence.silent(now):
+            self.first.outbox.send(device, Hello(int(self._site.clock())))
+        if missing := self._presence.gone(self._caught_up):
+            names = ", ".join(sorted(missing)[:_SHOWN]) + (" ..." if len(missing) > _SHOWN else "")
+            log.info("%d devices don't answer and are taken for gone: %s", len(missing), names)
+        for device in missing:
+            self._gone(device)
+        self._site.quarantine.save()
+        if self._link.connected and now >= self._greet_at:
+            self._greet(now)
+
+    # Assignment of devices to jobs, and the end.
+
+    def _share(self, now: float) -> None:
+        self._scheduler.share(now, finished=self.finished)
+        if self.finished and self._shutdown is None:
+            self._shutdown = self._begin_shutdown()
+            for runner in self.runners.values():
+                runner.dismiss(self._connected)
+
+    def _begin_shutdown(self) -> GracefulShutdown:
+        """Wait for devices that take part in a job, as far as is known, or have announced themselves."""
+        known = self.first.registry.names | {n for r in self.runners.values() for n in r.state.devices}
+        away = (n for n in known - self._connected.keys() if not all(r.bars(n) for r in self.runners.values()))
+        return GracefulShutdown(self._connected, away, self._connected.__contains__, self._site.monotonic())

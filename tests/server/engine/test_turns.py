@@ -1,0 +1,62 @@
+"""What a turn of the server's loop takes in."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.wire.connection_events import ConnectionUp
+from fedprune_server.engine.server import Server
+from fedprune_server.messaging.transport import TURN_S, Item, Unheard
+from support.fakes.fleet import Fleet
+
+
+class Waiting:
+    """A connection on which all of this has come."""
+
+    connected, room, unsent = True, True, 0
+
+    def __init__(self, items: list[Item | Unheard]) -> None:
+        self.items = deque(items)
+
+    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+        return self.items.popleft() if self.items else None
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Any:
+    return Fleet(tmp_path).daemon()
+
+
+def test_what_is_dropped_neither_ends_a_turn_nor_counts_as_silence(server: Server, monkeypatch: Any) -> None:
+    """A flood that is dropped before others' answers must not make those seem silent."""
+    items: list[Item | Unheard] = [ConnectionUp(), Unheard(), ("a", b"1"), Unheard(), Unheard(), ("b", b"2")]
+    taken: list[Item] = []
+
+    def take(item: Item) -> None:
+        taken.append(item)
+        assert server._caught_up == 0.0
+
+    monkeypatch.setattr(server, "_link", Waiting(items))
+    monkeypatch.setattr(server, "_site", replace(server._site, monotonic=lambda: 5.0))
+    monkeypatch.setattr(server, "_take", take)
+    server._turn()
+    assert taken == [i for i in items if not isinstance(i, Unheard)]
+    assert server._caught_up == 5.0
+
+
+@pytest.mark.parametrize("item", [("a", b"1"), Unheard()])
+def test_a_turn_ends_in_time_and_knows_that_more_may_wait(server: Server, item: Any, monkeypatch: Any) -> None:
+    link, taken = Waiting([item] * 100), list[Item]()
+    monkeypatch.setattr(server, "_link", link)
+    monkeypatch.setattr(server, "_site", replace(server._site, monotonic=itertools.count(1.0, TURN_S / 2).__next__))
+    monkeypatch.setattr(server, "_take", taken.append)
+    server._turn()
+    assert len(taken) < 10
+    assert len(link.items) > 90
+    assert server._caught_up == 0.0
