@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from fedprune.core.disk import sync_folder
 from fedprune.core.errors import IdentityError, SignatureError, StorageError, StorageFullError
 from fedprune.releases.release import signed
 from fedprune.security import authority as authority_module
+from fedprune.security import succession
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.envelope import seal
 from fedprune.security.join_token import Claim
@@ -713,6 +715,16 @@ def test_an_answer_that_was_kept_from_before_takes_no_board_back(lab: Lab) -> No
     assert device.server == lab.identity.key.verifying
 
 
+def torn(broken: Callable[[Callable[..., object]], Callable[..., object]]) -> Callable[[Path, Path], None]:
+    """A durable rename that may break off before it, and before it is on the disk."""
+
+    def move(source: Path, path: Path) -> None:
+        broken(source.replace)(path)
+        broken(sync_folder)(path.parent)
+
+    return move
+
+
 @pytest.mark.parametrize("writes", range(5))
 def test_a_rotation_that_a_crash_breaks_off_leaves_a_server_that_every_board_hears(
     lab: Lab, writes: int, monkeypatch: pytest.MonkeyPatch
@@ -731,11 +743,9 @@ def test_a_rotation_that_a_crash_breaks_off_leaves_a_server_that_every_board_hea
 
     before = lab.identity.key.verifying
     with monkeypatch.context() as patch:
-        for name in ("write_whole", "sync_folder"):
-            patch.setattr(f"fedprune_server.enrollment.pki.{name}", broken(getattr(folder_module, name)))
+        patch.setattr(folder_module, "write_public", broken(folder_module.write_public))
         patch.setattr(SigningKey, "save", broken(SigningKey.save))
-        renamed, whole = broken(Path.replace), Path.replace
-        patch.setattr(Path, "replace", lambda p, to: (renamed if p.name == "signing.key.new" else whole)(p, to))
+        patch.setattr(succession, "move", torn(broken))
         if writes < 4:
             with pytest.raises(KeyboardInterrupt):
                 lab.identity.rotate()
@@ -976,10 +986,9 @@ def test_a_rotation_of_the_authority_that_a_crash_breaks_off_can_go_on(
         boards_come()
     old = lab.identity.authority.pin
     with monkeypatch.context() as patch:
-        for name in ("write_whole", "save_tls_key", "sync_folder"):
-            patch.setattr(f"fedprune.security.authority.{name}", broken(getattr(authority_module, name)))
-        renamed, whole = broken(Path.replace), Path.replace
-        patch.setattr(Path, "replace", lambda p, to: (renamed if p.name == "authority.key.new" else whole)(p, to))
+        for name in ("write_public", "save_tls_key"):
+            patch.setattr(authority_module, name, broken(getattr(authority_module, name)))
+        patch.setattr(authority_module, "move", torn(broken))
         with suppress(KeyboardInterrupt):
             (lab.identity.retire_authority if end else lab.identity.rotate_authority)()
     with IdentityFolder(lab.folder / "state", read_only=True) as seen:
