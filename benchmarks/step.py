@@ -78,14 +78,14 @@ def torch_step(name: str, tensors: Tensors, x: Any, y: Any, threads: int) -> Ste
     net = network(name)
     net.train()
     net.take({n: torch.tensor(v) for n, v in tensors.items()})
-    optimiser = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
+    optimizer = torch.optim.SGD(net.parameters(), LR, MOMENTUM, weight_decay=DECAY)
     images, labels = torch.tensor(x), torch.tensor(y)
 
     def run() -> float:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         value = loss(net, images, labels)
         value.backward()
-        optimiser.step()
+        optimizer.step()
         return float(value.detach())
 
     return run

@@ -102,13 +102,13 @@ def trained(make: Callable[[tuple[int, ...], int], Any], shape: tuple[int, ...],
     data = federation.load(*federation.names)
     x, y = torch.from_numpy(data.x_train), torch.from_numpy(data.y_train)
     net, epochs, batch = make(shape, 100), 5, 64
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs * (len(y) // batch))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * (len(y) // batch))
     for _ in range(epochs):
         for rows in torch.randperm(len(y))[: len(y) // batch * batch].split(batch):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             functional.cross_entropy(net(x[rows]), y[rows]).backward()
-            optimiser.step()
+            optimizer.step()
             decay.step()
     net[-1] = nn.Linear(net[-1].in_features, classes)
     return net

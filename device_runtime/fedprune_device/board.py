@@ -30,7 +30,7 @@ from fedprune_device.api.options import answering, local_address, open_samples
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.sample_source import SampleSource
 from fedprune_device.engines.accelerator_options import accelerator_of
-from fedprune_device.enrolment.membership import checked_urls, join_first, membership
+from fedprune_device.enrollment.membership import checked_urls, join_first, membership
 from fedprune_device.hardware.board_facts import facts
 from fedprune_device.hardware.probe import check_runtime, probe_apart, process_memory, table_summaries
 from fedprune_device.hardware.readings import condition, own_memory

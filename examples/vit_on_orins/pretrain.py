@@ -34,18 +34,18 @@ def main() -> None:
     y = torch.from_numpy(samples.labels[rows])
     torch.manual_seed(0)
     model = SmallViT(samples.classes)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     steps = -(-len(y) // 128) * epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for epoch in range(epochs):
         right = 0
         for batch in torch.randperm(len(y)).split(128):
             images = x[batch].flip(3) if torch.rand(()) < 0.5 else x[batch]
             logits = model(images)
             loss = functional.cross_entropy(logits, y[batch])
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            optimiser.step()
+            optimizer.step()
             schedule.step()
             right += int((logits.argmax(1) == y[batch]).sum())
         print(f"epoch {epoch + 1}: {right / len(y):.1%} right while training", flush=True)

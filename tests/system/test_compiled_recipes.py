@@ -97,7 +97,7 @@ def mixed_loss(recipe: Recipe, net: nn.Module, x: Any, y: Any, weights: Any, row
     return criterion(recipe, z, share * y[rows].to(z.dtype) + (1 - share) * y[others].to(z.dtype), weights)
 
 
-def optimiser(recipe: Recipe, parameters: list[Any]) -> Any:
+def optimizer(recipe: Recipe, parameters: list[Any]) -> Any:
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(parameters, recipe.lr, recipe.momentum, weight_decay=recipe.weight_decay)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
@@ -111,7 +111,7 @@ def oracle(recipe: Recipe, model: Model, tensors: Tensors, widths: tuple[int, ..
     names = {t.name for t in trained_tensors(model.architecture, recipe.features)}
     leaves = [p for n, p in net.named_parameters() if n in names]
     start = [p.detach().clone() for p in leaves]
-    made = optimiser(recipe, leaves)
+    made = optimizer(recipe, leaves)
     weights = None
     if recipe.balance_classes:
         found = positive_weights(local.y_train) if recipe.loss == "bce" else class_weights(local.y_train, CLASSES)
@@ -220,7 +220,7 @@ def test_words_are_read_and_what_the_author_froze_stays(thawed: bool) -> None:
     got = trainer.train(model.tensors, local, recipe, seed=7, device="d", round=1, classes=CLASSES).tensors
     net = net.double().train()
     net.words.weight.requires_grad_(thawed)
-    made = optimiser(recipe, [p for p in net.parameters() if p.requires_grad])
+    made = optimizer(recipe, [p for p in net.parameters() if p.requires_grad])
     for epoch in range(3):
         order = keyed(7, 1, "d", "batches", epoch).permutation(SAMPLES)
         for at in range(0, SAMPLES, 8):

@@ -8,7 +8,7 @@ import shutil
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ExitCode, UsageError
-from fedprune_device.enrolment.membership import IDENTITY, checked_urls, join_first, membership
+from fedprune_device.enrollment.membership import IDENTITY, checked_urls, join_first, membership
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 

@@ -1,7 +1,7 @@
 """What a board is told about itself: server, site, name, data, and the authority that it trusts.
 
 It lies on a memory card that anybody may read, so that nothing in it is worth stealing: no password and no key. A
-claim, which is good for one enrolment, is a file of its own, and the installer deletes it.
+claim, which is good for one enrollment, is a file of its own, and the installer deletes it.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.board
         (Recipe(trainable=("b",)), 1),
     ],
 )
-def test_the_state_of_the_optimiser_counts(
+def test_the_state_of_the_optimizer_counts(
     tmp_path: Path, graphs: Path, weights: Tensors, recipe: Recipe, copies: int
 ) -> None:
     server = MemoryServer(tmp_path / "server", graphs, weights, time.monotonic)

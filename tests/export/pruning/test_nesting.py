@@ -125,14 +125,14 @@ def learnt(net: nn.Module, steps: int) -> nn.Module:
     """The net after some steps on four blobs of pixels."""
     torch.manual_seed(1)
     places = torch.randn(4, *net.input_shape)  # type: ignore[arg-type]
-    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     net.train()
     for _ in range(steps):
         y = torch.randint(4, (32,))
         loss = nn.functional.cross_entropy(net(places[y] + torch.randn(32, *places.shape[1:])), y)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return net.eval()
 
 

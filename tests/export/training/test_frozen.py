@@ -83,13 +83,13 @@ def oracle(model: Model, trained: set[str], moving: set[str], fed: Arrays, dtype
     leaves = {n: p for n, p in net.named_parameters() if n in trained}
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name in trained)
-    optimiser = torch.optim.SGD(leaves.values(), 0.1, 0.9, weight_decay=0.01)
+    optimizer = torch.optim.SGD(leaves.values(), 0.1, 0.9, weight_decay=0.01)
     loss = nn.functional.cross_entropy(
         net(torch.tensor(fed[step_contract.X], dtype=dtype)), torch.tensor(fed[step_contract.Y])
     )
     loss.backward()
     out = {step_contract.gradient(n): p.grad.numpy().copy() for n, p in leaves.items() if p.grad is not None}
-    optimiser.step()
+    optimizer.step()
     state = net.state_dict()
     return (
         out

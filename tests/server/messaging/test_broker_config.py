@@ -30,7 +30,7 @@ from fedprune.security.trusted_time import BUILT
 from fedprune.wire.join_messages import JoinAnswer
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
-from fedprune_device.enrolment.enrolment import Renewal
+from fedprune_device.enrollment.enrollment import Renewal
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import JoinDesk
 from fedprune_server.messaging.broker.config import (

@@ -81,13 +81,13 @@ def oracle(net: torch.nn.Module, model: Model, tensors: Arrays, x: Any, y: Any, 
     """The first step of torch.optim.SGD from these tensors, of any width."""
     state = {n: torch.tensor(v, dtype=dtype) for n, v in tensors.items()}
     leaves = {t.name: state[t.name].requires_grad_() for t in model.architecture.trainable}
-    optimiser = torch.optim.SGD(list(leaves.values()), LR, MOMENTUM, weight_decay=DECAY)
+    optimizer = torch.optim.SGD(list(leaves.values()), LR, MOMENTUM, weight_decay=DECAY)
     given = torch.tensor(x, dtype=dtype if x.dtype.kind == "f" else None)
     logits = torch.func.functional_call(net, state, given)
     loss = torch.nn.functional.cross_entropy(logits, torch.tensor(y))
     loss.backward()
     gradients = {step_contract.gradient(n): w.grad.numpy().copy() for n, w in leaves.items() if w.grad is not None}
-    optimiser.step()
+    optimizer.step()
     return {
         step_contract.LOSS: loss.detach().numpy(),
         **gradients,

@@ -184,7 +184,7 @@ def test_features_that_hold_arrays_take_memory(feature: str) -> None:
 
 
 @pytest.mark.board
-def test_an_optimisers_second_state_takes_memory_and_frozen_weights_take_less() -> None:
+def test_an_optimizers_second_state_takes_memory_and_frozen_weights_take_less() -> None:
     costs = costs_at(NET, NET.sizes)
     sgd, adam = (costs.training_memory(8, replace(PLAIN, optimizer=o), 10).total for o in ("sgd", "adam"))
     assert adam - sgd == pytest.approx(2 * costs.parameter_bytes, abs=1)

@@ -81,7 +81,7 @@ def unpinned_context() -> ssl.SSLContext:
     """What a board joins with that has a claim and nothing else: it encrypts, to whoever answers.
 
     Only for joining: a request holds no secret, and its answer proves by itself that it comes from the claim's server.
-    No user and no password may be given to whoever answers (`fedprune_device.enrolment.enrolment` sees to it).
+    No user and no password may be given to whoever answers (`fedprune_device.enrollment.enrollment` sees to it).
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -24,9 +24,9 @@ from fedprune.security.keys import grouped
 from fedprune.wire.mqtt.link import Link
 from fedprune_device.cli.main import main
 from fedprune_device.cli.options import add_membership
-from fedprune_device.enrolment import enrolment
-from fedprune_device.enrolment.enrolment import Renewal, enrol, join_urls
-from fedprune_device.enrolment.membership import join_first, membership
+from fedprune_device.enrollment import enrollment
+from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls
+from fedprune_device.enrollment.membership import join_first, membership
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -64,8 +64,8 @@ class Server:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Boards that ask again soon."""
-    monkeypatch.setattr(enrolment, "_AGAIN_S", 0.3)
-    monkeypatch.setattr(enrolment, "_WAITING_S", 0.3)
+    monkeypatch.setattr(enrollment, "_AGAIN_S", 0.3)
+    monkeypatch.setattr(enrollment, "_WAITING_S", 0.3)
 
 
 @pytest.fixture

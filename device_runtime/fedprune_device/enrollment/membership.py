@@ -18,7 +18,7 @@ from fedprune.security.join_token import Claim
 from fedprune.security.tls import SYSTEM, insecure_allowed
 from fedprune.wire.broker_url import BrokerUrl, tls_context
 from fedprune.wire.mqtt.link import Link
-from fedprune_device.enrolment.enrolment import Renewal, enrol, join_urls, one_claim, read_claim
+from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls, one_claim, read_claim
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.signed_channel import SignedChannel
 

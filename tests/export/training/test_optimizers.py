@@ -17,7 +17,7 @@ from fedprune.training.features import Features
 from fedprune.training.recipe import OPTIMIZERS
 from fedprune_export.autodiff.tape import port
 from fedprune_export.ir.graph import Graph
-from fedprune_export.training.optimisers import Trained, add_inputs, write_updates
+from fedprune_export.training.optimizers import Trained, add_inputs, write_updates
 
 pytestmark = pytest.mark.torch
 
@@ -219,7 +219,7 @@ def test_a_norm_below_the_limit_changes_no_bit() -> None:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_pull_and_mask_act_with_every_optimiser(optimizer: str) -> None:
+def test_pull_and_mask_act_with_every_optimizer(optimizer: str) -> None:
     """A masked element stays, whatever its gradient; the pull's gradient is µ · (w − anchor)."""
     run = session(optimizer, proximal=True, element_mask=True, clip=True, gradients=True)
     rng = np.random.default_rng(8)
