@@ -1,4 +1,4 @@
-"""Simulations from Python: run a fleet, look at its curves, compare it with others."""
+"""Simulations from Python: run a fleet, plot its curves, compare it with other runs."""
 
 from __future__ import annotations
 
@@ -25,16 +25,11 @@ _HEIGHT = 620
 
 @dataclass(frozen=True, repr=False)
 class Page:
-    """An HTML page that needs no other file; a notebook shows it.
-
-    Attributes:
-        html: Its text.
-    """
+    """A self-contained HTML page, which a notebook displays. `html` is its text."""
 
     html: str
 
     def save(self, path: str | Path) -> Path:
-        """Write it to a file."""
         Path(path).write_text(self.html, encoding="utf-8")
         return Path(path)
 
@@ -44,20 +39,16 @@ class Page:
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A simulated run; prints as the table of its results.
-
-    Attributes:
-        record: All its numbers.
-    """
+    """A simulated run, printed as a table of its results. `record` has all its numbers."""
 
     record: Record
 
     @property
     def curves(self) -> dict[str, list[float | None]]:
-        """Columns with an entry per round, as pandas and pyarrow take them.
+        """Columns with an entry per round, ready for pandas or pyarrow.
 
-        They are round, seconds and MB so far, and accuracy (loss, where numbers are predicted) of the global model and
-        of the devices' own models on average.
+        Columns: round, seconds and MB since the start, and the accuracy (loss for regression) of the global model and
+        the mean of the devices' own models.
         """
         rounds, kind = self.record.rounds, self.record.measure
         return {
@@ -69,11 +60,11 @@ class Run:
         }
 
     def plot(self) -> Page:
-        """Its curves, by rounds, bytes and simulated time."""
+        """The run's curves over rounds, bytes and simulated time."""
         return self.compare().plot()
 
     def compare(self, *others: Run) -> Comparison:
-        """This run and others; speed-ups and titles are relative to this one."""
+        """A comparison whose speed-ups are relative to this run."""
         return Comparison((self.record, *(other.record for other in others)))
 
     def __str__(self) -> str:
@@ -84,11 +75,7 @@ class Run:
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Several runs; prints as the table of their results.
-
-    Attributes:
-        runs: Their records.
-    """
+    """Several runs, printed as a table of their results. `runs` has their records."""
 
     runs: tuple[Record, ...]
 
@@ -98,7 +85,7 @@ class Comparison:
         return final_rows(self.runs)
 
     def plot(self) -> Page:
-        """The curves of all runs over each other, and the table."""
+        """The overlaid curves of all runs, and the table."""
         title = ", ".join(run.title for run in self.runs)
         return Page(page.document(title, [html_table(self.table), charts.curves(self.runs)]))
 
@@ -121,13 +108,13 @@ def simulate(
     """Run a fleet on a virtual clock.
 
     Args:
-        fleet: A `fleet.toml`, or its tables; paths in tables count from the current folder.
-        model: The model, instead of that of the table [model]; see `fedprune_export.load`.
-        strategy: Instead of the job's: a name, or a function of a module that composes one.
-        seed: Instead of the job's.
-        rounds: Instead of the job's.
+        fleet: A `fleet.toml`, or its tables; paths in tables are relative to the current folder.
+        model: Replaces the model of the table [model]; see `fedprune_export.load`.
+        strategy: Replaces the job's: a name, or a module's function that composes one.
+        seed: Replaces the job's.
+        rounds: Replaces the job's.
         title: The run's name; by default that of `strategy`, else of the job.
-        folder: Where the run is kept, so that it goes on after a kill; by default nothing is kept.
+        folder: Where the run is saved, so that it resumes after a kill; by default nothing is saved.
 
     Raises:
         ConfigError: A setting is missing, unknown or wrong; the message names it.

@@ -1,4 +1,4 @@
-"""Saving a simulation: when, in which folder, and the global models that it leaves behind."""
+"""Saving a simulation: its state while it runs, and its global models as checkpoints."""
 
 from __future__ import annotations
 

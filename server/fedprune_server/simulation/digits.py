@@ -1,6 +1,6 @@
-"""The demo's data: 1,797 small images of digits, dealt out to devices that each see their own mixture of them.
+"""The demo's data: 1,797 images of digits, split unevenly among the devices.
 
-Images and labels lie in the package (`assets/README.md` names their source and licence), so nothing is downloaded.
+Images and labels are part of the package (`assets/README.md` names source and licence), so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from fedprune_device.data.splits import TEST_SHARE
 
 CLASSES = 10
 ALPHA = 0.5
-"""Concentration of the Dirichlet shares: the smaller, the more one-sided is what a device sees."""
+"""Concentration of the Dirichlet shares: the smaller, the more uneven the split."""
 
 SERVER_SHARE = 0.25
-"""Share of all images that no device gets: the global model is measured on them."""
+"""Share of all images on which the server evaluates the global model."""
 
 CALIBRATION_SHARE = 0.05
-"""Share that the server keeps to measure batch-norm statistics on: never tested on, labels not looked at."""
+"""Share on which the server measures batch-norm statistics; its labels are not used."""
 
 _BRIGHTEST = 16
 _TRIES = 1000
@@ -41,8 +41,8 @@ class Federation:
     Attributes:
         x: The server's test inputs.
         y: Their labels.
-        calibration: Inputs on which the server measures batch-norm statistics.
-        devices: Every device's own data.
+        calibration: Inputs for batch-norm statistics.
+        devices: Each device's own data.
     """
 
     x: npt.NDArray[np.float32]
@@ -63,25 +63,24 @@ DIGITS = "handwritten digits, 8 × 8 (UCI)"
 
 
 def digits_model() -> bytes:
-    """The demo's model as the bytes of an ONNX file."""
+    """The demo's model, an ONNX file."""
     return _asset("digits_net.onnx")
 
 
 def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: int = 0) -> Federation:
-    """Deal the digits out.
+    """Split the digits among devices, with Dirichlet shares of each class (Hsu et al., arXiv:1909.06335).
 
-    Of every class each device gets a share drawn from a Dirichlet distribution (Hsu et al., arXiv:1909.06335); a
-    fifth of what a device gets is its own test data.
+    A fifth of each device's samples is its own test data.
 
     Args:
         devices: Names of the devices.
-        seed: The same seed and names always give the same hands.
+        seed: Seed of the split.
         alpha: Concentration of the shares.
-        least: Samples that every device must get, test data included: hands are drawn until it is so. Half of a fair
-            share by default.
+        least: Minimum samples per device, test data included; half of a fair share by default. Splits are redrawn until
+            it holds.
 
     Raises:
-        DataError: There are too many devices for so few images, or names come twice.
+        DataError: There are too many devices for the images, or names repeat.
     """
     if not devices or len(set(devices)) != len(devices):
         raise DataError("devices to deal digits to", expected="one or more different names", got=list(devices))
@@ -105,7 +104,7 @@ def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: 
 
 
 def write_hand(path: Path, data: LocalData) -> None:
-    """Write a device's data as the `.npz` file that `fedprune-device --data` reads."""
+    """Write a device's data as an `.npz` file for `fedprune-device --data`."""
     np.savez(path, x_train=data.x_train, y_train=data.y_train, x_test=data.x_test, y_test=data.y_test)
 
 

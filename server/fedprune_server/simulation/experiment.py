@@ -1,4 +1,4 @@
-"""What is to be simulated: a job with its fleet, its data and its circumstances."""
+"""A simulation's input: a job with its fleet, data and network."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ REFERENCE = "FedAvg"
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
-    """What is to be simulated.
+    """A simulation's input.
 
     Attributes:
-        title: For people.
+        title: Title of reports.
         job: The job.
         model: The model.
         devices: The fleet.
-        evaluation: The server's own samples, or None.
-        calibration: Samples on which it measures batch-norm statistics, or None.
-        dropouts: How devices vanish.
-        weather: How links and boards vary.
-        availability: When devices are there.
-        measure: What is measured of the global model, in the simulation alone.
-        checkpoints: After every so many rounds the global model is kept; 0 for never.
-        workers: In how many processes.
-        cuda: Whether devices train on an NVIDIA GPU, if that works. Its numbers differ from a processor's by rounding.
+        evaluation: The server's test samples, or None.
+        calibration: The server's samples for batch-norm statistics, or None.
+        dropouts: Devices that disconnect during a round.
+        weather: Variation of links and boards.
+        availability: Windows of time in which devices are connected.
+        measure: Additional measurements of the global model.
+        checkpoints: Rounds between two saved global models; 0 for none.
+        workers: Number of processes.
+        cuda: Whether devices train on an NVIDIA GPU where that works; results differ from a CPU's by rounding.
         partition: The fleet's data as reports show it.
     """
 
@@ -65,21 +65,19 @@ class Experiment:
 
     @property
     def extends(self) -> bool:
-        """Whether a finished run can be given more rounds and equals a run that had them from the start.
+        """Whether a finished run can be continued with more rounds as if it had had them from the start.
 
-        An asynchronous job drops trainings under way when it ends, and a user's own strategy may depend on the number
-        of rounds.
+        An asynchronous job drops unfinished trainings at its end, and a user's strategy may depend on the number of
+        rounds.
         """
         schedule = compose(self.job).schedule
         return ":" not in self.job.strategy and not (schedule is not None and schedule.asynchronous)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of all that decides the run, but not when it ends where it `extends`.
+        """Digest of everything that decides the run, except the number of rounds where it `extends`.
 
-        The model counts with its graph as well as its architecture, which says nothing about activations; our own code
-        by its version, and a user's own strategy by its files. It is worked out once: that takes a while with a large
-        model and much data.
+        The model counts with its graph, fedprune's code by its version, a user's strategy by its files.
         """
         code = [__version__, own_code(self.job)]
         job = self.job.to_dict()
@@ -97,7 +95,7 @@ class Experiment:
         return digest.hexdigest()
 
     def settings(self) -> dict[str, Any]:
-        """All that decides the run, as JSON: what is large (model, data) by its digest."""
+        """Everything that decides the run, as JSON; model and data by their digests."""
         return {
             "fedprune": __version__,
             "title": self.title,
@@ -131,7 +129,7 @@ class Experiment:
 
 
 def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
-    """Add arrays with their types and shapes, so that no two lists of arrays add the same bytes."""
+    """Add arrays with types and shapes, so that different lists never add the same bytes."""
     arrays = list(arrays)
     digest.update(json.dumps([[a.dtype.str, a.shape] for a in arrays]).encode())
     for array in arrays:
@@ -139,13 +137,10 @@ def _add(digest: hashlib._Hash, arrays: Iterable[npt.NDArray[Any]]) -> None:
 
 
 def fedavg(job: Job) -> Job:
-    """The reference of narrow models: the whole model on every device, plain local training and the plain mean.
+    """The reference run: the whole model on every device, plain local training and the plain mean (arXiv:1602.05629).
 
-    (McMahan et al., arXiv:1602.05629.)
-
-    Seed, rounds, devices, participation and deadline are those of the given job; of its recipe so are steps, the batch
-    and its parts (`accumulate`), the loss with `label_smoothing`, the optimiser with `clip_norm`, what is frozen, and
-    how often boards measure themselves.
+    It keeps the job's seed, rounds, devices, participation and deadline, and of its recipe the steps, batch, loss,
+    optimiser, frozen parts and measurement interval.
     """
     plain = replace(
         job.recipe,

@@ -1,7 +1,6 @@
-"""What a simulation measures of its global model at the end of a round, for experiments alone.
+"""Measurements of the global model after each round of a simulation.
 
-Nothing of it reaches the coordinator, so nothing that decides (an allocator, a schedule, early stopping) can see it: a
-test set may be used here without leaking into the run.
+The coordinator never sees them, so a test set used here can't leak into allocators, schedules or early stopping.
 """
 
 from __future__ import annotations
@@ -31,16 +30,16 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Moment:
-    """A round that has just closed, as a measurement sees it.
+    """A closed round as a measurement sees it.
 
     Attributes:
         job: The job's settings.
-        imported: The imported model; its weights are those that the job began with.
+        imported: The imported model with its initial weights.
         round: The round, from 1.
-        clock: Virtual seconds since the beginning.
-        before: The clock when the round before ended; 0 in the first.
+        clock: Virtual seconds since the start.
+        before: The clock at the previous round's end; 0 in the first round.
         parts: The devices' parts whose updates made the new model.
-        basis: What the round's submodels were cut from; its `model` is the one before the round.
+        basis: The source of the round's submodels; its `model` is the previous one.
         digest: Digest of the new global model.
         archive: Reads models, rankings and memories.
     """
@@ -57,7 +56,6 @@ class Moment:
 
     @property
     def architecture(self) -> Architecture:
-        """The model's architecture."""
         return self.imported.architecture
 
     @cached_property
@@ -67,22 +65,22 @@ class Moment:
 
     @cached_property
     def ranking(self) -> Selection:
-        """The round's ranking of channels, at full width."""
+        """The round's channel ranking, at full width."""
         return self.archive.selection(self.basis.ranking, self.architecture.sizes)
 
     @cached_property
     def memory(self) -> Memory:
-        """What the job remembered when the round began."""
+        """The strategy's memory at the round's start."""
         return self.archive.memory(self.basis.memory)
 
     def submodel(self, density: float) -> Submodel:
-        """What the job's strategy cuts out of the new model for a device of this density that was never there.
+        """The submodel that the strategy would cut from the new model for an unseen device.
 
-        It keeps the same share of each group or, where the strategy's densities are those of elements, all channels and
-        that share of elements.
+        It keeps the same share of each channel group or, if the strategy's densities count elements, that share of
+        elements.
 
         Args:
-            density: Share of the model, above 0 and at most 1.
+            density: Kept share, above 0 and at most 1.
         """
         sizes = self.architecture.sizes
         strategy = compose(self.job)
@@ -97,11 +95,11 @@ class Moment:
 
 
 Hook = Callable[[Moment], Mapping[str, float]]
-"""Measures; the names are the caller's. `Measure` is one."""
+"""Returns named measurements of a round; see `Measure`."""
 
 
 def described(measure: Hook | None) -> Mapping[str, Any] | str | None:
-    """What a measurement measures, as JSON; of another function than `Measure` its name."""
+    """A measurement's settings as JSON; the function's name for a user's own."""
     if isinstance(measure, Measure):
         sizes = {"samples": len(measure.y), "sets": {k: len(y) for k, (_, y) in measure.sets.items()}}
         return {"densities": list(measure.densities), "every": measure.every, **sizes}
@@ -110,18 +108,18 @@ def described(measure: Hook | None) -> Mapping[str, Any] | str | None:
 
 @dataclass(eq=False)
 class Measure:
-    """Measures the global model, and its submodels of given densities, on samples.
+    """Evaluates the global model and its submodels.
 
     Attributes:
         x: Inputs.
-        y: Their labels.
-        densities: Densities of submodels; the whole model is always measured.
-        calibration: Samples on which batch-norm statistics are measured anew, at each width; None leaves them.
-        every: In every so many rounds, and in the last.
+        y: Labels.
+        densities: Densities of submodels, in addition to the whole model.
+        calibration: Samples to re-estimate batch-norm statistics at each width; None keeps them.
+        every: Rounds between two measurements; the last round is always measured.
         sets: Further inputs and labels, by name.
 
     Raises:
-        ConfigError: A density is out of range, or `every` is, or there are no samples in a set.
+        ConfigError: A density or `every` is out of range, or a set has no samples.
     """
 
     x: Array
@@ -143,11 +141,11 @@ class Measure:
         self._evaluators: dict[str, Evaluator] = {}
 
     def __call__(self, moment: Moment) -> dict[str, float]:
-        """Accuracy and loss under `global`, `sub@0.5` and so on; of a further set under `global/name`.
+        """Accuracy and loss as `global`, `sub@0.5` and so on; of a further set as `global/name`.
 
         Returns:
-            Accuracy (where classes are predicted) as `global`, mean loss as `global_loss`; what isn't finite is left
-            out.
+            Accuracy (classification only) under the name itself, mean loss under `..._loss`. Values that are not finite
+            are omitted.
 
         Raises:
             FedpruneError: The samples don't fit the model.
@@ -162,7 +160,7 @@ class Measure:
         return found
 
     def _begin(self, model: Model, recipe: Recipe) -> None:
-        """Let go of what was made for another model or recipe: one `Measure` may serve several experiments."""
+        """Drop what was built for another model or recipe: one `Measure` may serve several experiments."""
         if self._of is not None and self._of[0] is model and self._of[1] == recipe:
             return
         sessions = Sessions(model, 1 + len(self.densities))  # what one round asks for

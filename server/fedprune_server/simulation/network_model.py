@@ -1,8 +1,7 @@
-"""What a simulated fleet has to live with: links and boards that vary, a server's own link, devices that are away.
+"""The simulated environment: varying links and boards, the server's own link, devices that disconnect.
 
-All chance is keyed by the job's seed and by what it is for, so the same settings give the same run, in whatever order
-things happen. Speeds vary as the mean of a few log-normal draws (PR-FL's simulation: mean of 20, σ = 0.3 for devices
-and 0.1 for the server).
+Random numbers are keyed by the job's seed and their purpose, so a run doesn't depend on the order of events. Speeds
+vary by the mean of log-normal draws (PR-FL's simulation: 20 draws, σ = 0.3 for devices and 0.1 for the server).
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from fedprune.core.rng import keyed
 from fedprune.planning.profile_sections import Link
 
 ALWAYS = math.inf
-"""The end of a window that never closes."""
+"""End of a window that never closes."""
 
 
 @dataclass(frozen=True)
 class DropOuts:
-    """Devices that vanish during a round.
+    """Devices that disconnect during a round.
 
     Attributes:
-        probability: That a device vanishes while it works on an offer.
-        away_s: Mean time until it is back, in virtual seconds.
+        probability: Probability that a device disconnects while it works on an offer.
+        away_s: Mean virtual seconds until it reconnects.
     """
 
     probability: float = 0.0
@@ -41,14 +40,14 @@ class DropOuts:
 
 @dataclass(frozen=True)
 class Availability:
-    """Windows of time in which devices are there, such as the hours in which they are plugged in.
+    """Periodic windows in which devices are connected, such as the hours in which they are plugged in.
 
-    Every device has its own place in the period, and its own share of it between `least` and `most`.
+    Each device has its own phase, and its own share of the period between `least` and `most`.
 
     Attributes:
-        period_s: Seconds from one window's begin to the next one's; 0 for devices that are always there.
-        least: The smallest share of the period that a window may have, above 0.
-        most: The largest.
+        period_s: Period in seconds; 0 for devices that are always connected.
+        least: Smallest share of the period, above 0.
+        most: Largest share.
     """
 
     period_s: float = 0.0
@@ -64,15 +63,9 @@ class Availability:
             )
 
     def window(self, seed: int, device: str, at: float) -> tuple[float, float]:
-        """The window that is open at a time, or else the next one.
+        """Begin and end of the window that is open at `at` seconds, else of the next one.
 
-        Args:
-            seed: The job's seed.
-            device: The device's name.
-            at: Virtual seconds since the beginning.
-
-        Returns:
-            When it begins and when it ends; a device that is always there has one that begins now and never ends.
+        The window of a device that is always connected begins now and never ends.
         """
         period = self.period_s
         chance = keyed(seed, device, "availability")
@@ -88,16 +81,16 @@ class Availability:
 
 @dataclass(frozen=True)
 class Weather:
-    """How fast devices and their links are in a round, and what the server's link can carry.
+    """Variation of devices and links, and the capacity of the server's link.
 
     Attributes:
-        links_sigma: σ of the log-normal factor on a device's link speeds, drawn anew for every round and direction.
-        compute_sigma: The same for how fast it trains.
-        links_spread: σ of a factor on both link speeds of a device that stays the same for the whole run.
-        compute_spread: The same for how fast it trains.
-        draws: Every factor of a round is the mean of so many draws.
-        server_up_bytes_s: What the server can send to all devices together; 0 for no limit.
-        server_down_bytes_s: What it can receive from them; 0 for no limit.
+        links_sigma: σ of the log-normal factor on a device's link speed, drawn for every round and direction.
+        compute_sigma: σ of the factor on its training speed, drawn for every round.
+        links_spread: σ of a factor on both link speeds of a device, constant over the run.
+        compute_spread: σ of a factor on its training speed, constant over the run.
+        draws: Number of draws whose mean is a round's factor.
+        server_up_bytes_s: Bytes/s that the server can send to all devices together; 0 for no limit.
+        server_down_bytes_s: Bytes/s that it can receive; 0 for no limit.
         server_sigma: σ of the factor on both in a round.
     """
 
@@ -118,33 +111,28 @@ class Weather:
                 raise ConfigError(f"weather: {field.name}", expected=f"a number from {low} to {high}", got=shown(value))
 
     def link(self, seed: int, number: int, device: str, way: str) -> float:
-        """Factor on a device's link speed in a round.
-
-        Args:
-            seed: The job's seed.
-            number: The round.
-            device: The device's name.
-            way: `down` or `up`.
-        """
+        """Factor on a device's link speed in a round; `way` is `down` or `up`."""
         return self._spread(seed, device, "links", self.links_spread) * self._drawn(
             self.links_sigma, seed, number, device, way
         )
 
     def compute(self, seed: int, number: int, device: str) -> float:
-        """Factor on how fast a device trains in a round."""
+        """Factor on a device's training speed in a round."""
         return self._spread(seed, device, "compute", self.compute_spread) * self._drawn(
             self.compute_sigma, seed, number, device, "compute"
         )
 
     def server(self, seed: int, number: int, way: str) -> float:
-        """What the server's link carries in a round, in bytes/s; `way` is the devices' (`down` is what it sends)."""
+        """Bytes/s that the server's link carries in a round; `way` is seen from the devices, so `down` is what it
+        sends.
+        """
         rate = self.server_up_bytes_s if way == "down" else self.server_down_bytes_s
         return rate * self._drawn(self.server_sigma, seed, number, "server", way) if rate else math.inf
 
     def arrives(
         self, seed: int, number: int, device: str, link: Link, way: str, size: int, now: float, free: float
     ) -> tuple[float, float]:
-        """Send bytes between the server and a device.
+        """Transfer bytes between the server and a device.
 
         Args:
             seed: The job's seed.
@@ -152,12 +140,12 @@ class Weather:
             device: The device's name.
             link: Its profile's link.
             way: `down` or `up`.
-            size: How many bytes.
-            now: When they are ready.
-            free: When the server's link is free.
+            size: Bytes.
+            now: Time at which they are ready, in virtual seconds.
+            free: Time at which the server's link is free.
 
         Returns:
-            When all of them are there, and when the server's link is free again.
+            Time of arrival of the last byte, and the new time at which the server's link is free.
         """
         rate = (link.down_bytes_s if way == "down" else link.up_bytes_s) * self.link(seed, number, device, way)
         arrived, free = transfer(now, free, size, rate, self.server(seed, number, way))
@@ -174,20 +162,19 @@ class Weather:
 
 
 def transfer(now: float, free: float, size: int, rate: float, limit: float) -> tuple[float, float]:
-    """Send bytes through a server's link, in the order in which transfers begin, and over a device's.
+    """Transfer bytes over the server's link, first come first served, and over a device's link (PR-FL's simulation).
 
-    The server's link takes one transfer after the other; a device that is slower than it hears the rest at its own
-    pace while the next one's bytes already leave (PR-FL's simulation).
+    While a slow device still receives the end of one transfer, the server's link already serves the next.
 
     Args:
-        now: When the bytes are ready.
-        free: When the server's link is free.
-        size: How many bytes.
-        rate: What the device's link carries, in bytes/s.
-        limit: What the server's link carries.
+        now: Time at which the bytes are ready, in seconds.
+        free: Time at which the server's link is free.
+        size: Bytes.
+        rate: Capacity of the device's link, in bytes/s.
+        limit: Capacity of the server's link, in bytes/s.
 
     Returns:
-        When the last byte has arrived, and when the server's link is free again.
+        Time of arrival of the last byte, and the new time at which the server's link is free.
     """
     begin = max(now, free)
     return begin + size / min(rate, limit), begin + size / limit
@@ -200,4 +187,4 @@ PR_FL_LINKS = (
 """Down and up, in MB/s, of the ten clients of PR-FL's simulation (arXiv:2403.15439, public code)."""
 
 PR_FL = Weather(links_sigma=0.3, draws=20, server_up_bytes_s=10e6, server_down_bytes_s=50e6, server_sigma=0.1)
-"""How their speeds vary, and the server's."""
+"""Variation of the same simulation's devices and server."""

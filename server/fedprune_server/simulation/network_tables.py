@@ -1,4 +1,4 @@
-"""The tables [dropouts], [weather], [availability] and [simulation] of a `fleet.toml`: what only a simulation reads."""
+"""The tables [dropouts], [weather], [availability] and [simulation] of a `fleet.toml`, which only simulations read."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _LIKE: dict[str, tuple[Weather, tuple[Link, ...]]] = {
         tuple({"down_mb_s": down, "up_mb_s": up, "latency_s": 0.0} for down, up in PR_FL_LINKS),
     ),
 }
-"""Weather and links of published simulations."""
+"""Environments of published simulations."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a simulation is told beside job, model and fleet.
+    """The table [simulation].
 
     Attributes:
-        workers: In how many processes.
+        workers: Number of processes.
         cuda: Whether devices train on an NVIDIA GPU, through onnxruntime.
-        checkpoints: After every so many rounds the global model is kept; 0 for never.
+        checkpoints: Rounds between two saved global models; 0 for none.
         densities: Densities of submodels that are measured on the server's samples.
-        every: In every so many rounds.
+        every: Rounds between two measurements.
     """
 
     workers: int = 1
@@ -41,7 +41,7 @@ class Settings:
 
 
 def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple[Link, ...]]:
-    """The table [weather], and links for devices that bring none.
+    """The table [weather], and links for devices that have none of their own.
 
     Raises:
         ConfigError: A key is unknown or a value wrong; the message names it.
@@ -65,7 +65,7 @@ def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple
 
 
 def read_availability(body: Mapping[str, object], path: Path) -> Availability:
-    """The table [availability]; errors are those of `read_weather`."""
+    """The table [availability]; raises as `read_weather`."""
     table = _table(body, "availability", path)
     where = f"{path}: [availability]"
     validation.only([f.name for f in fields(Availability)], table, where)
@@ -78,7 +78,7 @@ def read_availability(body: Mapping[str, object], path: Path) -> Availability:
 
 
 def read_dropouts(body: Mapping[str, object], path: Path) -> DropOuts:
-    """The table [dropouts]; errors are those of `read_weather`."""
+    """The table [dropouts]; raises as `read_weather`."""
     table = _table(body, "dropouts", path)
     where = f"{path}: [dropouts]"
     validation.only([f.name for f in fields(DropOuts)], table, where)
@@ -90,7 +90,7 @@ def read_dropouts(body: Mapping[str, object], path: Path) -> DropOuts:
 
 
 def read_settings(body: Mapping[str, object], path: Path) -> Settings:
-    """The table [simulation]; errors are those of `read_weather`."""
+    """The table [simulation]; raises as `read_weather`."""
     table = _table(body, "simulation", path)
     where = f"{path}: [simulation]"
     validation.only([f.name for f in fields(Settings)], table, where)

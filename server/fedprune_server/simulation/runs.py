@@ -1,8 +1,7 @@
-"""Many runs, each in a process of its own: side by side on this machine, or on a Ray cluster.
+"""Many runs, each in a process of its own: on this machine or on a Ray cluster.
 
-A run is a name and settings, and leaves its results in a folder of its own. What has finished is not done again; a
-run that fails, or whose process is killed, costs no other run. Nothing but files passes between the processes, so that
-it makes no difference how many there are or where they are.
+A run has a name and settings, and writes its results into its own folder. A finished run is not repeated; a failed or
+killed one doesn't affect the others. Processes exchange nothing but files, so their number and place don't matter.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ _REPORT_S = 0.5
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be done.
+    """One run.
 
     Attributes:
-        name: Its name, which is its folder's.
+        name: Its name, and its folder's.
         settings: Everything that decides it, as JSON types.
 
     Raises:
-        ConfigError: The name can't be one of a folder.
+        ConfigError: The name is not valid for a folder.
     """
 
     name: str
@@ -57,13 +56,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """What came of a run.
+    """A run's result.
 
     Attributes:
         name: The run.
-        result: What its work returned; None where it failed.
-        error: Why it failed; empty where it didn't.
-        seconds: How long it took, when it was done.
+        result: Return value of its work; None if it failed.
+        error: Reason of the failure.
+        seconds: Duration.
     """
 
     name: str
@@ -74,13 +73,13 @@ class Ended:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a run stands.
+    """A run's status.
 
     Attributes:
         name: The run.
         state: `waiting`, `running`, `done` or `failed`.
-        share: How much of it is done, from 0 to 1.
-        note: For people.
+        share: Finished share, from 0 to 1.
+        note: A note for the display.
     """
 
     name: str
@@ -90,10 +89,10 @@ class Standing:
 
 
 Report = Callable[[float, str], None]
-"""Takes the share of a run that is done, and a note for people."""
+"""Takes a run's finished share and a note for the display."""
 
 WorkOf = Callable[[Run, Path, Report], Mapping[str, Any]]
-"""Does a run in a folder and returns its result, as JSON types; a module's function, which other processes import."""
+"""Does a run in a folder and returns its result as JSON types; a module-level function that other processes import."""
 
 Watch = Callable[[Sequence[Standing]], None]
 
@@ -104,20 +103,20 @@ def carry_out(
     """Do runs, each in a process of its own.
 
     Args:
-        work: What a run is.
+        work: What a run does.
         runs: The runs.
-        out: Their folders' folder. On a cluster all machines must see it.
-        workers: How many at a time; on Ray the cluster's cores decide, unless a cluster is started here.
-        ray: Whether Ray does them.
-        watch: Told now and then where all runs stand.
+        out: Folder of the runs' folders. On a cluster all machines must share it.
+        workers: Number of processes; on an existing Ray cluster its cores decide.
+        ray: Whether to use Ray.
+        watch: Called periodically with the status of all runs.
 
     Returns:
-        What came of each, in their order.
+        The results, in the order of `runs`.
 
     Raises:
         ConfigError: Two runs have the same name.
-        MissingExtraError: Ray is wanted and not installed.
-        StorageError: A folder holds another run, another process does runs there, or the disk fails.
+        MissingExtraError: Ray is asked for and not installed.
+        StorageError: A folder holds another run, another process uses `out`, or the disk fails.
     """
     names = [r.name for r in runs]
     if len(set(names)) < len(names):
@@ -165,17 +164,15 @@ class _Processes:
 
     @property
     def free(self) -> bool:
-        """Whether another run may start."""
         return len(self.active) < self._workers
 
     def start(self, work: WorkOf, run: Run, out: Path) -> None:
-        """Start a run."""
         process = self._context.Process(target=_do_here, args=(os.getpid(), work, run, out), name=run.name)
         process.start()
         self.active[run.name] = (run, process)
 
     def ended(self) -> list[tuple[Run, str]]:
-        """Runs whose processes are over, and what may be wrong with them."""
+        """Finished processes, each with the error to report if it left no result."""
         over = [(run, process) for run, process in self.active.values() if not process.is_alive()]
         for run, process in over:
             process.join()
@@ -183,7 +180,6 @@ class _Processes:
         return [(run, f"its process ended with exit code {process.exitcode}") for run, process in over]
 
     def close(self) -> None:
-        """End what still runs."""
         for _, process in self.active.values():
             process.terminate()
         for _, process in self.active.values():
@@ -191,7 +187,7 @@ class _Processes:
 
 
 class _Ray:
-    """Runs on a Ray cluster; on one that is started here where there is none."""
+    """Runs on a Ray cluster, which is started on this machine if there is none."""
 
     def __init__(self, workers: int) -> None:
         try:
@@ -212,15 +208,14 @@ class _Ray:
 
     @property
     def free(self) -> bool:
-        """Ray lets runs wait itself."""
+        """Ray queues runs itself."""
         return True
 
     def start(self, work: WorkOf, run: Run, out: Path) -> None:
-        """Start a run."""
         self.active[run.name] = (run, self._do.remote(work, run, out.resolve()))
 
     def ended(self) -> list[tuple[Run, str]]:
-        """Runs that are over, and what may be wrong with them."""
+        """Finished tasks, each with the error to report if it left no result."""
         found = []
         for run, task in list(self.active.values()):
             if not self._ray.wait([task], timeout=0)[0]:
@@ -234,7 +229,6 @@ class _Ray:
         return found
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
         for _, task in self.active.values():
             self._ray.cancel(task, force=True)
         if self._mine:
@@ -247,7 +241,7 @@ def _do_here(parent: int, work: WorkOf, run: Run, out: Path) -> None:
 
 
 def _do(work: WorkOf, run: Run, out: Path) -> None:
-    """Do one run and leave its result, or why it failed; in a process of its own."""
+    """Do one run in a process of its own; write its result, or the reason of its failure."""
     folder = out / run.name
     began = last = time.monotonic()
 
@@ -267,7 +261,6 @@ def _do(work: WorkOf, run: Run, out: Path) -> None:
 
 
 def _finished(run: Run, folder: Path) -> dict[str, Any] | None:
-    """What a finished run left."""
     path = folder / DONE
     try:
         body = json.loads(path.read_bytes())

@@ -1,8 +1,7 @@
 """A fleet on a virtual clock: the coordinator, the worker and the boards' own training, without network and waiting.
 
-It is the second shell round the coordinator; the daemon is the first. Events wait in a queue ordered by time and, at
-the same time, by the order in which they were made, so a run is the same every time. What a run needs to go on after a
-kill are two files and the blobs beside them.
+Like the daemon, it drives the coordinator. Events are ordered by time and then by creation, so a run is deterministic.
+It resumes after a kill from two files and the blobs next to them.
 """
 
 from __future__ import annotations
@@ -42,15 +41,15 @@ log = logging.getLogger("fedprune.server")
 
 
 class Simulation:
-    """An experiment's job on virtual devices.
+    """Simulates an experiment.
 
     Args:
-        experiment: What is to be simulated.
-        store: A blob store of this simulation's own: what is no longer needed is deleted from it.
-        folder: Where the state is saved, and looked for, and where checkpoints are put; without it nothing is.
+        experiment: The experiment.
+        store: A blob store for this simulation alone: superseded blobs are deleted from it.
+        folder: Where state and checkpoints are saved; None saves nothing.
 
     Raises:
-        ConfigError: There are no devices, or names come twice.
+        ConfigError: There are no devices, or names repeat.
         StorageError: The folder's state is damaged or belongs to another simulation.
     """
 
@@ -78,17 +77,16 @@ class Simulation:
 
     @property
     def state(self) -> State:
-        """The coordinator's state."""
         return self.coordinator.state
 
     @property
     def clock(self) -> float:
-        """Virtual seconds since the beginning."""
+        """Virtual seconds since the start."""
         return self._run.clock
 
     @property
     def measured(self) -> dict[int, dict[str, float]]:
-        """What `measure` found, by round."""
+        """Measurements by round."""
         return {number: notes.measured for number, notes in self._run.rounds.items()}
 
     def run(
@@ -96,19 +94,19 @@ class Simulation:
         progress: Callable[[Simulation], None] | None = None,
         begun: Callable[[Simulation], None] | None = None,
     ) -> list[dict[str, Any]]:
-        """Run the job to its end, from wherever it stands; a finished one that was given more rounds goes on.
+        """Run the job to its end, from its last saved state; a finished one that was given more rounds continues.
 
         Args:
             progress: Called after every training and every round.
-            begun: Called once all is ready, before anything is trained.
+            begun: Called once, before the first training.
 
         Returns:
             The coordinator's history: a summary per round.
 
         Raises:
-            StorageError: Another process runs it in the same folder, or the disk fails.
+            StorageError: Another process uses the folder, or the disk fails.
             PlanError: No device can take part, or none ever makes its deadline.
-            FedpruneError: The worker can't do what it is told to.
+            FedpruneError: The worker can't carry out a command.
         """
         with (
             self._locked(),
@@ -148,7 +146,6 @@ class Simulation:
         return self.state.history
 
     def record(self) -> Record:
-        """The run so far, as a record."""
         ranking = self.state.ranking
         return record_of(
             self.experiment.title,
@@ -162,7 +159,7 @@ class Simulation:
         )
 
     def _take_up(self) -> bool:
-        """Begin where the folder's state stands; else anew. Returns whether there is one."""
+        """Load the folder's state, or start from the beginning. Returns whether a state was loaded."""
         self._stalls = StallDetector(len(self._devices))
         self._prepared: set[tuple[int, ...]] = set()
         saved = self._folder.load()
@@ -180,7 +177,7 @@ class Simulation:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """The folder is this process's own meanwhile; what another one did there before is taken up."""
+        """Hold the folder's lock; load what another process saved there in the meantime."""
         with self._folder.locked() as changed:
             if changed:
                 self._begun = self._take_up()
@@ -188,7 +185,7 @@ class Simulation:
 
     @contextmanager
     def _crew(self) -> Iterator[None]:
-        """Helpers for the worker, while the simulation runs."""
+        """Worker processes, while the simulation runs."""
         alone = self._worker
         try:
             with helped(alone, self.experiment.workers) as self._worker:
@@ -203,7 +200,7 @@ class Simulation:
         return PooledBench(workers, self.store, scratch, cuda=cuda)
 
     def _event(self, bench: Bench, key: int, item: Item) -> on.Event | None:
-        """What the coordinator is told of something that has happened; None for nothing."""
+        """The coordinator's event for an item of the queue, or None."""
         run = self._run
         if isinstance(item, Trained):
             self._stalls.trained()
@@ -299,7 +296,7 @@ class Simulation:
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
 
     def _reports(self, command: do.SendOffer, begun: float, took: float, until: float) -> None:
-        """What a board says of its training, where that decides anything."""
+        """Schedule a board's progress reports, where the job's pace uses them."""
         for part in range(PARTS if self.job.pace else 0):
             at = begun + took * part / PARTS
             if at < until:
@@ -334,7 +331,7 @@ class Simulation:
         return event
 
     def _prepare(self, bench: Bench, key: int, item: Trained) -> None:
-        """Let a bench that works out several trainings at once hear of those that are under way."""
+        """Announce the trainings under way to a runner that computes several at once."""
         if bench.together < 2:
             return
         group = self._run.group(key, item, bench.together)
@@ -349,7 +346,7 @@ class Simulation:
         return self._run.now.devices.setdefault(device, [0, 0, 0])
 
     def _birth(self, name: str, at: float) -> None:
-        """Let a device appear, as soon as its window of time is open."""
+        """Connect a device as soon as its window is open."""
         session = self._run.sessions.get(name, 0) + 1
         device = self._devices[name]
         begin, end = self.experiment.availability.window(self.job.seed, name, at)
@@ -360,7 +357,7 @@ class Simulation:
         self._run.push(max(at, begin), on.DeviceBorn(name, session, profile, device.samples, codecs=CODECS))
 
     def _leave(self, item: Left) -> on.Event | None:
-        """A device's window closes; what it trains is lost, what it has announced is sent once more when it is back."""
+        """Close a device's window: its training is lost, an announced update is sent again when it reconnects."""
         run, name = self._run, item.device
         if name not in run.online or run.sessions[name] != item.session:
             return None
@@ -377,7 +374,7 @@ class Simulation:
             self._folder.write_checkpoint(self.model, number, self.store.read(self.state.model))
 
     def _keep(self, ended: bool) -> None:
-        """Save where it is due, and delete what is needed no more."""
+        """Save where it is due, then delete superseded blobs."""
         if self._folder.due(round_ended=ended):
             self._save()
             if ended:

@@ -1,8 +1,7 @@
-"""What a simulation knows beside the coordinator's state: the events to come, who is there, what was sent.
+"""The state of a simulation besides the coordinator's: queued events, connections, traffic.
 
-One JSON file holds what changes, a second one, to which only ever something is added, the finished rounds: so a run
-that was killed goes on, and saving it doesn't get dearer with every round. A digest of everything that decides a run is
-in there, too: a run is never continued with other settings, another model or other data.
+One JSON file holds the current state; finished rounds are appended to a second file, so the cost of saving doesn't grow
+with the run. A digest of everything that decides a run prevents resuming it with other settings, model or data.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class OtherRunError(StorageError):
 
 @dataclass(frozen=True)
 class Trained:
-    """A virtual device's training has come to its end (the numbers are worked out only now)."""
+    """The end of a virtual device's training; the numbers are computed when it is taken from the queue."""
 
     device: str
     round: int
@@ -47,7 +46,7 @@ class Trained:
 
 @dataclass(frozen=True)
 class Left:
-    """A device's window of time has come to its end; counts only for the connection that it names."""
+    """The end of a device's window of time, valid for one connection."""
 
     device: str
     session: int
@@ -64,32 +63,32 @@ _ITEMS: dict[str, type[Any]] = {
 }  # fmt: skip
 
 _WORK = (Trained, on.Progressed, on.UpdateAnnounced, on.UpdateStored)
-"""What comes of a device's part in a round."""
+"""Items that belong to a device's part in a round."""
 
 
 @dataclass
 class SimulationState:
-    """Everything of a run that is not the coordinator's.
+    """The state of a run besides the coordinator's.
 
     Attributes:
-        clock: Virtual seconds since the beginning.
-        sequence: Number of the last event that was put into the queue; it orders events of the same time.
-        queue: Events to come, by number, and when they come.
+        clock: Virtual seconds since the start.
+        sequence: Number of the last queued item; it orders items of the same time.
+        queue: Queued items with their times, by number.
         sessions: Number of each device's latest connection.
-        online: Devices that are there.
-        leaves: When the window of time ends in which each of them is there.
-        held: Digests that each device holds.
-        unsent: Updates that were announced and are not yet at the server, by device.
-        sizes: Bytes of the update that each device was asked for last.
-        bounds: The most bytes that it has in the codec that was offered, where one was.
-        boards: Digest of what each board keeps between its rounds.
-        groups: Numbers of trainings that are worked out together, with what they are.
-        free: When the server's link is free, for sending and for receiving.
+        online: Connected devices.
+        leaves: End of each device's window of time.
+        held: Digests of the blobs that each device holds.
+        unsent: Announced updates that the server doesn't have yet, by device.
+        sizes: Bytes of the update last requested from each device.
+        bounds: Maximum bytes of that update in the offered codec.
+        boards: Digest of each board's state between rounds.
+        groups: Trainings that are computed together, by number.
+        free: Times at which the server's link is free, for sending and for receiving.
         down: Bytes sent to devices.
         up: Bytes sent by devices.
-        now: Notes of the round under way.
-        rounds: Notes of finished rounds, by their number.
-        refusal: Why a device refused an offer, last.
+        now: Notes of the current round.
+        rounds: Notes of finished rounds, by number.
+        refusal: Reason of the last refused offer.
         logged: Length of the file of finished rounds, in bytes.
     """
 
@@ -117,7 +116,7 @@ class SimulationState:
     _saved: int = 0
 
     def push(self, at: float, item: Item) -> None:
-        """Let something happen at a time."""
+        """Queue an item for a time."""
         self.sequence += 1
         self._put(at, self.sequence, item)
 
@@ -128,13 +127,10 @@ class SimulationState:
             self._work.setdefault(item.device, set()).add(number)
 
     def pop(self) -> tuple[int, Item]:
-        """Go on to the next event.
-
-        Returns:
-            Its number, and what it is.
+        """Advance to the next item and return its number and the item.
 
         Raises:
-            IndexError: There is none.
+            IndexError: The queue is empty.
         """
         while True:
             at, number = heapq.heappop(self._order)
@@ -153,7 +149,7 @@ class SimulationState:
             del self._work[device]
 
     def forget(self, device: str, number: int | None = None) -> None:
-        """Stop whatever a device still does, for one round or for all."""
+        """Remove a device's work from the queue, for one round or for all."""
         for key in sorted(self._work.get(device, ())):
             item = self.queue[key][1]
             if isinstance(item, _WORK) and number in (None, item.round):
@@ -161,14 +157,14 @@ class SimulationState:
                 self._done(device, key)
 
     def group(self, key: int, item: Trained, size: int) -> dict[int, Trained]:
-        """The trainings that are worked out together with one: of the same round, as many as are under way.
+        """The trainings of the same round that are computed together with one.
 
-        Once put together they stay together, so that they are the same after a kill.
+        A group stays the same once formed, so that it is the same after a kill.
 
         Args:
             key: The training's number in the queue, which it has just left.
             item: The training.
-            size: How many at most.
+            size: Maximum size of the group.
         """
         self.groups = [g for g in self.groups if key in g or not self.queue.keys().isdisjoint(g)]
         for group in self.groups:
@@ -185,13 +181,12 @@ class SimulationState:
         return self.groups[-1]
 
     def finish_round(self, number: int) -> None:
-        """Close the notes of the round under way."""
         self.now.down, self.now.up = self.down, self.up
         self.rounds[number] = self.now
         self.now = Notes()
 
     def references(self) -> set[str]:
-        """Every text of the events to come that may name a blob."""
+        """All texts of queued items that may name a blob."""
         found: set[str] = set(self.boards.values())
         for _, item in self.queue.values():
             if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
@@ -204,10 +199,10 @@ class SimulationState:
         return found
 
     def save(self, folder: Path, coordinator: State, fingerprint: str) -> None:
-        """Write it, and the coordinator's state with it.
+        """Save the state together with the coordinator's.
 
         Raises:
-            StorageFullError: There is no room; what was saved before is untouched.
+            StorageFullError: The disk is full; the previous state is untouched.
             StorageError: The disk fails.
         """
         logged = self._log(folder / ROUNDS, coordinator.history)
@@ -237,7 +232,7 @@ class SimulationState:
         self.logged, self._saved = logged, len(coordinator.history)
 
     def _log(self, path: Path, history: Sequence[dict[str, Any]]) -> int:
-        """Add the rounds that finished since the last time; returns the file's length."""
+        """Append the rounds that finished since the last save; returns the file's length."""
         rows = [json.dumps([row, asdict(self.rounds[row["round"]])]) + "\n" for row in history[self._saved :]]
         if not rows:
             return self.logged
@@ -252,7 +247,7 @@ class SimulationState:
 
     @staticmethod
     def stamp(folder: Path) -> tuple[int, ...] | None:
-        """What tells whether something was saved in a folder since; None before anything was."""
+        """Identity of the last save in a folder; None before the first."""
         try:
             found = (folder / FILE).stat()
         except OSError:
@@ -261,11 +256,10 @@ class SimulationState:
 
     @classmethod
     def load(cls, folder: Path, fingerprint: str, rounds: int) -> tuple[SimulationState, State] | None:
-        """What `save` wrote, and the coordinator's state; None where nothing was saved.
+        """The saved state and the coordinator's, or None.
 
         Raises:
-            StorageError: It is damaged, of another version, of a run with another fingerprint, or has come further than
-                `rounds`.
+            StorageError: It is damaged, of another format, of a run with another fingerprint, or further than `rounds`.
         """
         path = folder / FILE
         try:
@@ -324,7 +318,7 @@ def _anew(folder: Path) -> str:
 
 
 def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, Notes]]:
-    """The coordinator's and our own notes of the finished rounds."""
+    """The coordinator's history and the simulation's notes of finished rounds."""
     if not count:
         return [], {}
     try:
@@ -340,10 +334,10 @@ def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]]
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """A folder, made where there is none, that no other simulation uses meanwhile.
+    """Create a folder if needed and hold its lock.
 
     Raises:
-        StorageError: Another one does, or the disk fails.
+        StorageError: Another simulation holds it, or the disk fails.
     """
     with storage_errors(f"can't make {folder}"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -33,16 +33,16 @@ _KEYS = ("config", "seeds", "runs")
 _OWN = ("name", "seeds")
 _MOST_SEEDS = 1000
 _FOLDERS = ("source", "data", "path")
-"""Keys that may name a folder; what else is called like one, such as the runs' own, is none of a run's."""
+"""Keys that may name a folder of a run's input."""
 _LONGEST = 1000
-"""No path is longer; a text may be."""
+"""Longer texts can't be paths."""
 
 
 def read_sweep(path: Path) -> list[Run]:
-    """The runs of a sweep's file: each variant with each of its seeds.
+    """The runs of a sweep's file: each variant with each seed.
 
     Raises:
-        ConfigError: It can't be read, or a key is missing, unknown or wrong, in a variant's own tables, too.
+        ConfigError: It can't be read, or a key is missing, unknown or wrong, also in a variant's tables.
     """
     body = read_toml(path, ConfigError)
     validation.only(_KEYS, body, str(path))
@@ -64,7 +64,7 @@ def read_sweep(path: Path) -> list[Run]:
 
 
 class _Files:
-    """A `fleet.toml` and the files that it names, by their digests."""
+    """A `fleet.toml` and the files that it names, by digest."""
 
     def __init__(self, config: Path) -> None:
         self.config = config
@@ -72,7 +72,7 @@ class _Files:
         self._digests: dict[Path, str] = {}
 
     def digest(self, changes: Mapping[str, Any]) -> str:
-        """Digest of the file, and of every file and folder that it or these changes name.
+        """Digest of the file, and of every file and folder that it or the changes name.
 
         Raises:
             StorageError: One can't be read.
@@ -109,7 +109,7 @@ class _Files:
 
 
 def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts, each with the key under which it stands."""
+    """All texts, each with its key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):
@@ -135,7 +135,7 @@ def _variant(row: object, common: Sequence[int], files: _Files, where: str) -> l
 
 
 def _check(config: Path, changes: Mapping[str, Any], where: str) -> None:
-    """Read the `fleet.toml` with a variant's changes, and say in an error whose fault it is."""
+    """Read the `fleet.toml` with a variant's changes; an error names the file at fault."""
     from fedprune_server.simulation.fleet.simulated_fleet import read_tables
 
     try:
@@ -148,7 +148,7 @@ def _check(config: Path, changes: Mapping[str, Any], where: str) -> None:
 
 
 def _wrong(config: Path) -> str:
-    """What is wrong with a `fleet.toml` without any changes; empty if nothing is."""
+    """The error of a `fleet.toml` without changes; empty if it is valid."""
     from fedprune_server.simulation.fleet.simulated_fleet import read_tables
 
     try:
@@ -170,7 +170,7 @@ def _seeds(value: object, where: str) -> list[int]:
 
 
 def simulated(run: Run, folder: Path, report: Report) -> dict[str, Any]:
-    """Simulate one run of a sweep, from wherever it stands, and write its report.
+    """Simulate one run of a sweep from its last saved state, and write its report.
 
     Raises:
         FedpruneError: As `simulated_fleet.read_plan` and `run_folder.simulate`.
