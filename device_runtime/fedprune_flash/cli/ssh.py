@@ -56,11 +56,9 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _ssh(arguments: argparse.Namespace) -> int:
     from fedprune_flash.kit.kit import open_kit, server_signer
-    from fedprune_flash.ssh.board_setup_run import RolloutOrder
-    from fedprune_flash.ssh.claims import Claims, read_claims
     from fedprune_flash.ssh.inventory import read_inventory
-    from fedprune_flash.ssh.journal import Journal
-    from fedprune_flash.ssh.rollout import SshRollout, print_outcomes
+    from fedprune_flash.ssh.journal import Claims, Journal, read_claims
+    from fedprune_flash.ssh.rollout import RolloutOrder, SshRollout, print_outcomes
 
     if arguments.purge and not arguments.remove:
         raise UsageError("--purge without --remove")

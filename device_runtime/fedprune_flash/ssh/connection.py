@@ -1,4 +1,4 @@
-"""A board over SSH: the system's own `ssh`, at whose other end the board's python3 runs `on_board.far_side`."""
+"""A connection to a board: the system's own `ssh`, with the board's python3 running `on_board.remote_agent`."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from typing import Any
 
 from fedprune.core.errors import BoardError, shown
 from fedprune.core.text import one_line
-from fedprune_flash.on_board import far_side
+from fedprune_flash.on_board import remote_agent
 from fedprune_flash.ssh.inventory import BoardRow
 
 OLDEST = (3, 10)
-"""Python that the runtime needs."""
+"""The oldest Python that the runtime supports."""
 
-# Nothing in it is the inventory's, so that nothing is to be quoted for a remote shell.
+# It holds nothing of the inventory, so that nothing needs quoting for the remote shell.
 _BEGIN = (
     "import sys; print('fedprune: [%d, %d]' % sys.version_info[:2]); sys.stdout.flush(); "
-    "exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'far_side', 'exec'))"
+    "exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'remote_agent', 'exec'))"
 )
 INSTALL_S = 1800.0
-"""Within which an installer ends, but for the time in which the service is to run."""
+"""Limit of an installer, without the wait for the service."""
 
 _CONNECT_S = 20
 _ANSWER_S = 180.0
@@ -40,11 +40,11 @@ _HINT = "Is it on, and is the address right?"
 
 
 def ssh_command(row: BoardRow, *, accept_new: bool, length: int) -> list[str]:
-    """What is run for a board.
+    """The command line for a board.
 
     Args:
         row: The board.
-        accept_new: Whether the key of a host that was never seen is believed; one that has changed never is.
+        accept_new: Accept the key of an unknown host; a changed key is never accepted.
         length: Bytes of the program that follows on standard input.
     """
     options = {
@@ -75,21 +75,21 @@ def ssh_command(row: BoardRow, *, accept_new: bool, length: int) -> list[str]:
 
 
 class BoardLink:
-    """An open connection to a board.
+    """An open connection to a board. Every method raises `BoardError` if it breaks or the board reports an error.
 
     Args:
         row: The board.
-        accept_new: Whether the key of a host that was never seen is believed.
+        accept_new: Accept the key of an unknown host.
 
     Raises:
-        BoardError: It can't be reached, lets nobody in, or has no Python that will do.
+        BoardError: The board can't be reached, refuses the login, or has no suitable Python.
     """
 
     def __init__(self, row: BoardRow, *, accept_new: bool) -> None:
         self._root = row.root
         self._said = bytearray()
         self._slow = ""
-        source = Path(far_side.__file__).read_bytes()
+        source = Path(remote_agent.__file__).read_bytes()
         try:
             self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # ssh with words that the inventory's checks let through
                 ssh_command(row, accept_new=accept_new, length=len(source)),
@@ -114,36 +114,22 @@ class BoardLink:
             raise
 
     def ask(self, op: str, **values: Any) -> dict[str, Any]:
-        """Have the far side do something.
-
-        Args:
-            op: A function of `far_side`.
-            values: Its arguments, but for `root`.
-
-        Raises:
-            BoardError: The connection breaks, or it can't be done.
-        """
+        """Call a function of `remote_agent` with these arguments and `root`; returns its answer."""
         self._send(json.dumps({"op": op, "root": self._root, **values}).encode() + b"\n")
         return self._answer(_ANSWER_S)
 
     def put(
         self, path: str, data: bytes | Path, sha256: str, size: int, offset: int, told: Callable[[int], None]
     ) -> bool:
-        """Copy the rest of a file of a kit.
+        """Copy a file of a kit, from an offset on; False if the board got something else, which it has deleted.
 
         Args:
             path: Its path in the kit.
             data: Its content, or a file with it.
             sha256: Its digest.
-            size: Bytes that it has.
-            offset: Bytes that are there already.
-            told: Is told how many more bytes are on their way.
-
-        Returns:
-            Whether what is there now is what was sent; if not, it is gone.
-
-        Raises:
-            BoardError: The connection breaks, or the board's disk is full or fails.
+            size: Its size.
+            offset: Bytes that the board has already.
+            told: Takes the number of bytes of each piece that was sent.
         """
         request = {"op": "put", "root": self._root, "path": path, "sha256": sha256, "size": size, "offset": offset}
         self._send(json.dumps(request).encode() + b"\n")
@@ -160,18 +146,12 @@ class BoardLink:
         return self._answer(_ANSWER_S).get("put") is True
 
     def install(self, words: list[str], told: Callable[[str], None], seconds: float = INSTALL_S) -> tuple[int, str]:
-        """Run the installer that was copied.
+        """Run the installer that was copied; returns its exit code and its last line.
 
         Args:
             words: Its arguments.
-            told: Is told what it says.
-            seconds: How long it may take altogether.
-
-        Returns:
-            Its exit code, and its last line.
-
-        Raises:
-            BoardError: The connection breaks, or it takes longer.
+            told: Takes each line of its output.
+            seconds: Limit of the whole run.
         """
         self._send(json.dumps({"op": "install", "root": self._root, "words": words}).encode() + b"\n")
         end = time.monotonic() + seconds
@@ -183,7 +163,6 @@ class BoardLink:
             told(one_line(str(body["line"])))
 
     def close(self) -> None:
-        """End the connection."""
         with suppress(OSError), self._within(_CLOSE_S):
             if self._process.stdin is not None:
                 self._process.stdin.close()
@@ -197,7 +176,6 @@ class BoardLink:
         self._listener.join(_CLOSE_S)
 
     def kill(self) -> None:
-        """Break the connection at once."""
         self._process.kill()
 
     def _send(self, data: bytes) -> None:
@@ -220,7 +198,7 @@ class BoardLink:
         return body
 
     def _heard(self, seconds: float) -> Any:
-        """The next line of the far side; what a login shell prints is passed over."""
+        """The next line of the remote agent; other lines, such as a login shell's, are skipped."""
         try:
             with self._within(seconds):
                 source = self._process.stdout
@@ -229,15 +207,15 @@ class BoardLink:
                     if not raw:
                         raise self._lost()
                     line = raw.decode("utf-8", "replace")
-                    if line.startswith(far_side.MARK):
-                        return json.loads(line[len(far_side.MARK) :])
+                    if line.startswith(remote_agent.MARK):
+                        return json.loads(line[len(remote_agent.MARK) :])
         except (ValueError, RecursionError) as error:
             raise BoardError("the board's answer can't be read") from error
-        raise BoardError("the board's login says too much", hint="Its shell must not print when nobody looks.")
+        raise BoardError("the board's login says too much", hint="Its shell must not print where there is no terminal.")
 
     @contextmanager
     def _within(self, seconds: float) -> Iterator[None]:
-        """Break the connection if this takes longer: a board that neither reads nor answers holds up nobody."""
+        """Close the connection if the block takes longer, so that a stuck board doesn't hold up the others."""
         timer = threading.Timer(max(seconds, 0.0), self._late, [seconds])
         timer.daemon = True
         timer.start()
@@ -251,7 +229,7 @@ class BoardLink:
         self.kill()
 
     def _listen(self) -> None:
-        """Keep the end of what ssh and the board's login say beside the answers, of which there may be any amount."""
+        """Keep the end of the error output of ssh and the board's login, of any length."""
         source = self._process.stderr
         if source is None:
             return
@@ -261,7 +239,7 @@ class BoardLink:
                 del self._said[:-_KEPT]
 
     def _lost(self) -> BoardError:
-        """Why the connection is no more."""
+        """The error for a closed connection, by what ssh reported."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=_CLOSE_S)
         self._listener.join(_CLOSE_S)
@@ -272,14 +250,14 @@ class BoardLink:
         if "HOST IDENTIFICATION HAS CHANGED" in text:
             return BoardError(
                 "its host key is not the one that is known",
-                hint="Was it set up anew? Then `ssh-keygen -R` its address. If not, somebody stands in between.",
+                hint="Was it set up anew? Then `ssh-keygen -R` its address. If not, another machine answers.",
             )
         if "Host key verification failed" in text:
             return BoardError(
                 "its host key is not known", hint="Log in by hand and compare it, or use --accept-new-hosts."
             )
         if "Permission denied" in text:
-            return BoardError(f"it lets nobody in: {line}", hint="See `user` and `key` in the inventory.")
+            return BoardError(f"it refuses the login: {line}", hint="See `user` and `key` in the inventory.")
         if self._process.returncode in (126, 127):
             return BoardError("it has no python3", hint="sudo apt install python3")
         return BoardError(f"no connection: {line}", hint=_HINT)

@@ -1,6 +1,6 @@
-"""The inventory of boards that are installed over SSH: a TOML file, checked before anything of it is used.
+"""The inventory of boards that are installed over SSH: a TOML file, checked as a whole before it is used.
 
-[defaults]                       what all boards have unless they say otherwise
+[defaults]                       of all boards
 user = "ann"
 
 [[board]]
@@ -33,9 +33,9 @@ _USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}")
 _FILE = re.compile(r"[^-\x00-\x1f\x7f\"%][^\x00-\x1f\x7f\"%]{0,300}")
 _ROOT = re.compile(r"/|(/[A-Za-z0-9_.+-]{1,100}){1,20}")
 _SETTING = re.compile(r"(?:port of )?(\w*)")
-"""What an error of a row begins with: the key, in most cases."""
+"""The beginning of an error of a row: the key, in most cases."""
 _OWN = ("device", "host")
-"""What no two boards share, so that it has no default."""
+"""Keys that no two boards share, and which have no default."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,13 @@ class BoardRow:
 
     Attributes:
         device: Its name in the fleet.
-        host: Name or address by which SSH reaches it.
+        host: Its name or address for SSH.
         board: The hardware profile that it must have.
-        port: Its SSH port; None for what SSH's own configuration says.
-        user: Who logs in; empty for whom SSH's own configuration says.
-        key: The private key to log in with; empty for what SSH's own configuration and agent have.
+        port: Its SSH port; None for that of SSH's configuration.
+        user: The user to log in as; empty for that of SSH's configuration.
+        key: The private key to log in with; empty for those of SSH's configuration and agent.
         known_hosts: A file of host keys, in place of the user's own.
-        server, join, site, data: As of the kit, unless they say otherwise.
+        server, join, site, data: In place of the kit's.
         root: Where the board's file system begins; anything but / is a trial.
     """
 
@@ -97,20 +97,16 @@ class BoardRow:
         self.told(BoardSettings("mqtts://example", self.device))
 
     def check_files(self) -> None:
-        """Make sure that the files are there which SSH is to read.
-
-        Raises:
-            ConfigError: One isn't.
-        """
+        """Raise `ConfigError` if a file that SSH is to read is missing."""
         for name in ("key", "known_hosts"):
             if getattr(self, name) and not Path(getattr(self, name)).is_file():
                 raise ConfigError(f"board {shown(self.device)}: {name}: there is no file {getattr(self, name)}")
 
     def told(self, kit: BoardSettings) -> BoardSettings:
-        """What the board is told, where a kit says the rest.
+        """The board's settings: those of a kit, with its own in their place.
 
         Raises:
-            ConfigError: A value is none.
+            ConfigError: A value is invalid.
         """
         try:
             return BoardSettings(
@@ -130,11 +126,11 @@ class BoardRow:
 
 
 def read_inventory(path: Path) -> tuple[BoardRow, ...]:
-    """The boards of an inventory; paths in it count from its folder.
+    """The boards of an inventory; relative paths in it begin at its folder.
 
     Raises:
-        ConfigError: It can't be read, has a value that is none, or two boards of one name or at one address; the
-            message says file, line and column.
+        ConfigError: It can't be read, has an invalid value, or two boards of one name or address; the message has file,
+            line and column.
     """
     body, text = read_toml_text(path, ConfigError)
     places = _Places(path, text)
@@ -156,14 +152,14 @@ def read_inventory(path: Path) -> tuple[BoardRow, ...]:
                 place = places.at("board", i, named)
                 raise ConfigError(f"{place}: two boards with the {what} {shown(key(board))}")
             seen.add(key(board))
-    for i, board in enumerate(boards):  # at last, so that no missing file hides what is misspelt
+    for i, board in enumerate(boards):  # last, so that a missing file hides no misspelt key
         with places.of_row(rows[i], defaults, i, f"board {shown(board.device)}"):
             board.check_files()
     return boards
 
 
 class _Places:
-    """Where tables and keys of an inventory stand."""
+    """Lines and columns of an inventory's tables and keys."""
 
     def __init__(self, path: Path, text: str) -> None:
         self.path = path
@@ -183,13 +179,13 @@ class _Places:
         who: str,
         noun: str = "key",
     ) -> None:
-        """Make sure that a table has no other keys, as `fedprune.core.validation.only` does."""
+        """Raise `ConfigError` if a table has other keys."""
         other = next((k for k in body if k not in allowed), "")
         only(allowed, body, f"{self.at(*table, other)}{who and ': '}{who}", noun)
 
     @contextmanager
     def of_row(self, own: Mapping[str, Any], defaults: Mapping[str, Any], number: int, who: str) -> Iterator[None]:
-        """Let errors of a row say where the setting stands: in the row itself, or among the defaults."""
+        """Add the setting's place to errors of a row: in the row itself, or among the defaults."""
         try:
             yield
         except ConfigError as error:

@@ -1,26 +1,34 @@
-"""The journal of an installation over SSH: which board is how far, and which claim is whose. It outlives a kill.
+"""How far each board is, and whose each claim is: the journal of a roll-out, and the claims that it gives out.
 
-A claim is written down before it is sent, so that a run that is killed and started again gives the same one to the same
-board. Once the board has it, only its digest stays.
+A claim is recorded before it is sent, so that a run that was killed gives the same claim to the same board when it is
+started again. Once the board has its claim, only the claim's digest is kept.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
+import subprocess  # nosec B404  # lists of words, never a shell
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.disk import locked
-from fedprune.core.errors import StorageError, remedy, shown
+from fedprune.core.disk import locked, storage_errors
+from fedprune.core.errors import JoinError, StorageError, reason, remedy, shown
+from fedprune.security.join_token import Claim
 
 DONE, BEGUN, REMOVED = "done", "begun", "removed"
 _VERSION = 1
 _MAX_BYTES = 2**24
+_SERVER_S = 120.0
+_Row = TypeVar("_Row")
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,8 @@ class JournalEntry:
     Attributes:
         state: `DONE`, `BEGUN` or `REMOVED`.
         work: Digest of what was done there.
-        claim: The claim that is its own and on its way; empty where there is none.
-        used: Digests of claims that it has had.
+        claim: The claim that was recorded for it and not yet delivered; empty if there is none.
+        used: Digests of the claims that it has had.
     """
 
     state: str = BEGUN
@@ -41,10 +49,12 @@ class JournalEntry:
 
 
 class Journal:
-    """Entries by board, on the disk at every change. Threads may use it together, processes one at a time.
+    """Entries by board, on the disk at every change. Threads may share it; one process at a time uses it.
+
+    Every method that changes it raises `StorageError` if the disk fails or is full.
 
     Args:
-        path: The file, which only this user may read; made where there is none.
+        path: The file, readable to this user alone; made if it is missing.
 
     Raises:
         StorageError: It is damaged or can't be read.
@@ -57,10 +67,10 @@ class Journal:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other runs away. What one before has written down counts, whenever this was made.
+        """Keep other runs away, and read again what an earlier one has recorded.
 
         Raises:
-            StorageError: There is one, or what it has written is damaged.
+            StorageError: Another run uses it, or it is damaged.
         """
         lock = self.path.with_name(f"{self.path.name}.lock")
         with locked(lock, f"another run uses {self.path}", "Wait until it is done."):
@@ -69,27 +79,17 @@ class Journal:
             yield
 
     def entry(self, device: str) -> JournalEntry:
-        """What is known of a board."""
         with self._guard:
             return self._entries.get(device, JournalEntry())
 
-    def note(self, device: str, *, state: str | None = None, work: str | None = None) -> None:
-        """Write down how far a board is.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+    def note(self, device: str, *, state: str, work: str) -> None:
+        """Record how far a board is."""
         with self._guard:
-            entry = self._entries.get(device, JournalEntry())
-            self._write(device, replace(entry, state=state or entry.state, work=entry.work if work is None else work))
+            self._write(device, replace(self._entries.get(device, JournalEntry()), state=state, work=work))
 
     def give(self, device: str, claim: str) -> bool:
-        """Write down that a claim is a board's; False if it is another's, or was used.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
-        digest = mark(claim)
+        """Record that a claim is a board's; False if it is another board's, or was used."""
+        digest = _digest(claim)
         with self._guard:
             if any(claim == e.claim or digest in e.used for e in self._entries.values()):
                 return False
@@ -97,50 +97,158 @@ class Journal:
             return True
 
     def handed(self, device: str) -> None:
-        """Write down that a board has its claim, which is forgotten here.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Record that a board has its claim, and keep only the claim's digest."""
         with self._guard:
             entry = self._entries.get(device, JournalEntry())
             if entry.claim:
-                self._write(device, replace(entry, claim="", used=(*entry.used, mark(entry.claim))))
+                self._write(device, replace(entry, claim="", used=(*entry.used, _digest(entry.claim))))
 
     def _write(self, device: str, entry: JournalEntry) -> None:
         entries = {**self._entries, device: entry}
-        body = {"version": _VERSION, "boards": {name: asdict(e) for name, e in sorted(entries.items())}}
-        write_whole(self.path, (json.dumps(body, indent=1) + "\n").encode(), private=True)
+        _save(self.path, {"version": _VERSION, "boards": {name: asdict(e) for name, e in sorted(entries.items())}})
         self._entries = entries
 
 
-def mark(claim: str) -> str:
-    """What may be kept of a claim when it has been handed over: its digest."""
+class Claims:
+    """Gives claims to boards that have not joined; no claim is given to two boards.
+
+    Args:
+        journal: Records whose they are.
+        texts: Claims; the first that is free is given.
+        server: The state folder of a server on this machine, which makes a claim for each board's name.
+        hours: The lifetime of claims that the server makes.
+        used: A file of which claims of `texts` were given to which board of which journal, if other runs use them, too.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        texts: Iterable[str] = (),
+        server: Path | None = None,
+        hours: int = 72,
+        used: Path | None = None,
+    ) -> None:
+        self._journal, self._texts, self._used = journal, tuple(texts), used
+        self._server, self._hours = server, hours
+
+    @property
+    def there(self) -> bool:
+        """Whether there is a source of claims."""
+        return bool(self._texts) or self._server is not None
+
+    def claim(self, device: str) -> str:
+        """The claim that was recorded for a board, else a new one, which is recorded first.
+
+        Raises:
+            JoinError: None is left, or the server makes none.
+            StorageError: The disk fails or is full.
+        """
+        kept = self._journal.entry(device).claim
+        if kept:
+            return kept
+        if self._server is not None:
+            made = self._made(device, self._server)
+            if self._journal.give(device, made):
+                return made
+        owner = f"{self._journal.path.resolve()}: {device}"
+        for text in self._texts:
+            # In this order: after a power cut in between it is still this board's alone.
+            if (self._used is None or _take(self._used, text, owner)) and self._journal.give(device, text):
+                return text
+        raise JoinError(
+            f"there is no claim left for {device}", hint="Make some: fedprune-server claim --count N --out FILE"
+        )
+
+    def _made(self, device: str, server: Path) -> str:
+        command = [sys.executable, "-m", "fedprune_server.cli.main", "claim", "--state", str(server)]
+        command += ["--device", device, "--hours", str(self._hours)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SERVER_S)  # noqa: S603  # nosec B603  # our own server's command, in this Python
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise JoinError(f"can't run fedprune-server: {reason(error)}") from error
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            raise JoinError(f"the server makes no claim for {device}: {said.removeprefix('error: ')[:300]}")
+        return Claim.parse(done.stdout).text
+
+
+def read_claims(path: Path) -> tuple[str, ...]:
+    """The claims of a file, one per line.
+
+    Raises:
+        JoinError: A line is not a claim, or is there twice.
+        StorageError: It can't be read.
+    """
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    found: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            text = Claim.parse(line).text
+        except JoinError as error:
+            raise JoinError(f"{path}, line {number}: {error.what}", expected=error.expected, got=error.got) from error
+        if text in found:
+            raise JoinError(f"{path}, line {number}: this claim is there twice")
+        found.append(text)
+    return tuple(found)
+
+
+def _take(path: Path, claim: str, owner: str) -> bool:
+    """Record a claim's owner in a file that several runs share; False if it has another owner."""
+    digest, lock = _digest(claim), path.with_name(f"{path.name}.lock")
+    with storage_errors(f"can't open {lock}"):
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        rows = _read(path, _used_rows, "It shows which claims were given: use new claims, in another file.")
+        if digest not in rows:
+            _save(path, {"used": dict(sorted({**rows, digest: owner}.items()))})
+        return rows.get(digest, owner) == owner
+    finally:
+        os.close(descriptor)
+
+
+def _digest(claim: str) -> str:
     return hashlib.sha256(claim.encode()).hexdigest()
 
 
+def _save(path: Path, body: dict[str, Any]) -> None:
+    write_whole(path, (json.dumps(body, indent=1) + "\n").encode(), private=True)
+
+
 def _entries(path: Path) -> dict[str, JournalEntry]:
+    return _read(path, _journal_rows, "It shows whose the claims are: look into it first.")
+
+
+def _read(path: Path, rows: Callable[[Any], dict[str, _Row]], hint: str) -> dict[str, _Row]:
+    """The rows of a file; none if it doesn't exist."""
     try:
-        return _read(path) if path.exists() else {}
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return {}
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
-
-
-def _read(path: Path) -> dict[str, JournalEntry]:
-    raw = path.read_bytes()
     try:
-        body = json.loads(raw[:_MAX_BYTES])
-        if body["version"] != _VERSION:
-            raise ValueError(f"version {shown(body['version'])}")
-        entries = {}
-        for name, row in body["boards"].items():
-            entry = JournalEntry(**{**row, "used": tuple(row["used"])})
-            if not all(isinstance(v, str) for v in (entry.state, entry.work, entry.claim, *entry.used)):
-                raise ValueError(f"the entry of {shown(name)}")
-            entries[str(name)] = entry
+        return rows(json.loads(raw[:_MAX_BYTES]))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise StorageError(
-            f"{path} is no journal of this version ({error})",
-            hint="It knows whose the claims are: look first.",
-        ) from error
+        raise StorageError(f"{path} is damaged or of another version ({error})", hint=hint) from error
+
+
+def _used_rows(body: Any) -> dict[str, str]:
+    return {str(digest): str(owner) for digest, owner in body["used"].items()}
+
+
+def _journal_rows(body: Any) -> dict[str, JournalEntry]:
+    if body["version"] != _VERSION:
+        raise ValueError(f"version {shown(body['version'])}")
+    entries = {}
+    for name, row in body["boards"].items():
+        entry = JournalEntry(**{**row, "used": tuple(row["used"])})
+        if not all(isinstance(v, str) for v in (entry.state, entry.work, entry.claim, *entry.used)):
+            raise ValueError(f"the entry of {shown(name)}")
+        entries[str(name)] = entry
     return entries

@@ -1,39 +1,83 @@
-"""Many boards over SSH at once: what each is doing is shown as it goes, and what became of each at the end."""
+"""Many boards over SSH at once: what each is given, how far each is, and what became of each."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from fedprune.core.errors import BoardError, ConfigError, FedpruneError, JoinError, KitError, StorageError
+from fedprune.core.errors import (
+    BoardError,
+    ConfigError,
+    FedpruneError,
+    JoinError,
+    KitError,
+    ProfileError,
+    StorageError,
+)
+from fedprune.core.text import one_line, quantity
+from fedprune.planning.identification import Facts, identify
+from fedprune.planning.jetpack import l4t_release
 from fedprune.terminal.tables import BAD, GOOD, Column, print_table
-from fedprune_flash.ssh.board_setup_run import ProgressReport, RolloutOrder, provision
-from fedprune_flash.ssh.claims import Claims
-from fedprune_flash.ssh.connection import BoardLink
+from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
+from fedprune_flash.kit.kit import Kit, Signer, files_for_board
+from fedprune_flash.kit.target import PYTHONS
+from fedprune_flash.on_board.kit_folder import CLAIM
+from fedprune_flash.ssh.connection import INSTALL_S, BoardLink
 from fedprune_flash.ssh.inventory import BoardRow
-from fedprune_flash.ssh.journal import DONE, REMOVED, Journal
+from fedprune_flash.ssh.journal import BEGUN, DONE, REMOVED, Claims, Journal
 
 _HEAD = ("board", "state", "reason", "what to do")
+_PLANNED = "planned"
+_TRIES = 3
+_SPARE = 64 * 2**20
+"""Bytes that must stay free after a kit has been copied; the installer checks again what it unpacks."""
+
+
+@dataclass(frozen=True)
+class RolloutOrder:
+    """What is to be done with every board.
+
+    Attributes:
+        kits: Each board gets the one that is made for its kind.
+        remove: Undo an installation.
+        purge: With it: delete the board's state, too.
+        dry: Change nothing, and report what would be done.
+        wait: Seconds within which the service must run.
+        accept_new: Accept the key of an unknown host.
+        new_claims: Give another claim to boards that have one and haven't joined.
+        signer: The server's key, which signs each board's settings; None to install without signatures.
+    """
+
+    kits: tuple[Kit, ...] = ()
+    remove: bool = False
+    purge: bool = False
+    dry: bool = False
+    wait: float = 120.0
+    accept_new: bool = False
+    new_claims: bool = False
+    signer: Signer | None = None
+
+    def work(self, row: BoardRow) -> str:
+        """A digest of what is done with a board; a board whose digest in the journal differs is done again."""
+        signer = None if self.signer is None else self.signer.key.verifying.hex
+        body = [asdict(row), sorted(kit.digest for kit in self.kits), self.remove, self.purge, signer]
+        return hashlib.sha256(json.dumps(body).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class BoardOutcome:
-    """What became of a board.
-
-    Attributes:
-        row: The board.
-        state: In a word or two.
-        reason: Why, or what was done.
-        remedy: What to do; empty where there is nothing.
-        good: Whether it is as it was ordered.
-    """
+    """What became of a board: its state in a word or two, why, what to do, and whether it is as ordered."""
 
     row: BoardRow
     state: str
@@ -42,15 +86,32 @@ class BoardOutcome:
     good: bool = True
 
 
+class ProgressReport(NamedTuple):
+    """Takes a board's steps as text, and bytes copied with bytes in all."""
+
+    say: Callable[[str], None]
+    copied: Callable[[int, int], None]
+
+
+class _Content(NamedTuple):
+    data: bytes | Path
+    sha256: str
+    size: int
+
+    @classmethod
+    def of(cls, data: bytes) -> _Content:
+        return cls(data, hashlib.sha256(data).hexdigest(), len(data))
+
+
 class SshRollout:
-    """An order that is carried out on many boards.
+    """Carries an order out on many boards, `jobs` at once.
 
     Args:
         order: The order.
-        claims: Where claims come from.
-        journal: Where it is written down how far each board is.
-        jobs: How many boards at once.
-        again: Look at boards, too, that are done.
+        claims: The source of claims.
+        journal: Keeps how far each board is.
+        jobs: Boards at once.
+        again: Visit boards that the journal knows as done, too.
     """
 
     def __init__(
@@ -63,19 +124,15 @@ class SshRollout:
         self._stopped = False
 
     def run(self, rows: Sequence[BoardRow]) -> list[BoardOutcome]:
-        """Go through all boards; what is done already is passed over.
-
-        Returns:
-            What became of each, in their order.
+        """Visit all boards that are not done; returns one outcome per row, in their order.
 
         Raises:
-            KeyboardInterrupt: Somebody wanted it to end; connections are broken, and boards that are not done say so
-                in the journal.
+            KeyboardInterrupt: The run was interrupted; connections are closed, and the journal shows what is not done.
         """
-        with _shown() as told, ThreadPoolExecutor(self._jobs) as pool:
-            futures = {pool.submit(self._outcome, row, told(row)): row for row in rows}
+        with _shown() as report_for, ThreadPoolExecutor(self._jobs) as pool:
+            futures = {pool.submit(self._outcome, row, report_for(row)): row.device for row in rows}
             try:
-                return self._gathered(futures, rows)
+                found = {futures[future]: future.result() for future in as_completed(futures)}
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 with self._guard:
@@ -83,40 +140,225 @@ class SshRollout:
                     for link in self._links:
                         link.kill()
                 raise
-
-    def _gathered(self, futures: dict[Future[BoardOutcome], BoardRow], rows: Sequence[BoardRow]) -> list[BoardOutcome]:
-        found = {futures[future].device: future.result() for future in as_completed(futures)}
         return [found[row.device] for row in rows]
 
-    def _outcome(self, row: BoardRow, telling: ProgressReport) -> BoardOutcome:
-        entry, wanted = self._journal.entry(row.device), REMOVED if self._order.remove else DONE
-        if not self._again and (entry.state, entry.work) == (wanted, self._order.work(row)):
+    def _outcome(self, row: BoardRow, report: ProgressReport) -> BoardOutcome:
+        order, entry = self._order, self._journal.entry(row.device)
+        wanted = REMOVED if order.remove else DONE
+        if not self._again and (entry.state, entry.work) == (wanted, order.work(row)):
             return BoardOutcome(row, wanted, "nothing has changed since")
-        telling.say("connecting")
+        report.say("connecting")
         try:
-            done = self._provisioned(row, telling)
-            outcome = BoardOutcome(row, "planned" if self._order.dry else wanted, done)
+            done = self._connected(row, report)
+            outcome = BoardOutcome(row, _PLANNED if order.dry else wanted, done)
         except FedpruneError as error:
             outcome = BoardOutcome(row, _state(error), _reason(error), error.hint, good=False)
-        telling.say(f"{outcome.state}: {outcome.reason}")
+        report.say(f"{outcome.state}: {outcome.reason}")
         return outcome
 
-    def _provisioned(self, row: BoardRow, telling: ProgressReport) -> str:
+    def _connected(self, row: BoardRow, report: ProgressReport) -> str:
         link = BoardLink(row, accept_new=self._order.accept_new)
         try:
             with self._guard:
                 if self._stopped:
                     raise BoardError("interrupted")
                 self._links.add(link)
-            return provision(row, link, self._order, self._claims, self._journal, telling)
+            return _Visit(row, link, self._order, self._claims, self._journal, report).run()
         finally:
             with self._guard:
                 self._links.discard(link)
             link.close()
 
 
+@dataclass(frozen=True)
+class _Visit:
+    """One board over an open connection: probe it, copy what is missing, install, and see the service run."""
+
+    row: BoardRow
+    link: BoardLink
+    order: RolloutOrder
+    claims: Claims
+    journal: Journal
+    report: ProgressReport
+
+    def run(self) -> str:
+        """What was done, in words.
+
+        Raises:
+            FedpruneError: It is another board than the inventory's, or something fails there.
+        """
+        row, order = self.row, self.order
+        found = self.link.ask("probe", free=True)
+        _check_access(found)
+        if order.remove:
+            return self._remove()
+        profile = _check_model(row, found)
+        _check_name(row, found)
+        kit = _kit_for(order.kits, found)
+        needs = found.get("joined") is not True and (order.new_claims or found.get("claimed") is not True)
+        if needs and not self.claims.there:
+            raise JoinError(
+                f"{row.device} has not joined yet, and there is no claim for it",
+                hint="Use --claims or --server-state.",
+            )
+        if order.dry:
+            return self._planned(kit, profile, needs)
+        self.journal.note(row.device, state=BEGUN, work="")
+        if not needs or order.new_claims:
+            self.journal.handed(row.device)  # a run that was killed may not have recorded it
+        self._copy(self._files(kit, self.claims.claim(row.device) if needs else None), found)
+        words = ["--wait", f"{order.wait:g}", *([] if order.signer else ["--unsigned"])]
+        code, last = self.link.install(words, self.report.say, INSTALL_S + order.wait)
+        after = self.link.ask("probe")
+        if code == 0 or after.get("claimed") is True or after.get("joined") is True:
+            self.journal.handed(row.device)
+        _check_installer(code, last)
+        self.journal.note(row.device, state=DONE, work=order.work(row))
+        return f"{profile}, {kit.target}"
+
+    def _remove(self) -> str:
+        order, device = self.order, self.row.device
+        words = ["--remove", *(["--purge"] if order.purge else [])]
+        if order.dry:
+            return f"run install.pyz {' '.join(words)}, delete the kit"
+        self.journal.note(device, state=BEGUN, work="")
+        self.report.say("removing")
+        self._copy({INSTALLER: _Content.of(installer_archive())}, {"free": 2**62})
+        _check_installer(*self.link.install(words, self.report.say))
+        self.link.ask("drop")
+        if order.purge:
+            self.journal.handed(device)  # its claim is given to no other board, but isn't kept
+        self.journal.note(device, state=REMOVED, work=order.work(self.row))
+        return "all is gone" if order.purge else "what was learnt stays"
+
+    def _files(self, kit: Kit, claim: str | None) -> dict[str, _Content]:
+        """The kit as this board gets it. The claim is copied last, so that it is there no longer than it must be."""
+        own = files_for_board(kit, self.row.told(kit.board), claim, self.order.signer)
+        files = {f.path: _Content(kit.folder / f.path, f.sha256, f.bytes) for f in kit.files if f.path != CLAIM}
+        for path, data in sorted(own.items(), key=lambda item: item[0] == CLAIM):
+            files[path] = _Content.of(data)
+        return files
+
+    def _copy(self, files: Mapping[str, _Content], found: Mapping[str, Any]) -> None:
+        for _ in range(_TRIES):
+            missing = self._missing(files, dry=False)
+            if not missing:
+                return
+            total = sum(files[path].size - offset for path, offset in missing.items())
+            free = _whole(found.get("free"))
+            if free < total + _SPARE:
+                raise BoardError(
+                    "there is no room for the kit", expected=f"{(total + _SPARE) >> 20} MB", got=f"{free >> 20} MB",
+                    hint="Free some space there.",
+                )  # fmt: skip
+            self.report.say(f"copying {len(missing)} of {quantity(len(files), 'file')}, {total / 1e6:.1f} MB")
+            sent = 0
+
+            def told(count: int, total: int = total) -> None:
+                nonlocal sent
+                sent += count
+                self.report.copied(sent, total)
+
+            for path, offset in missing.items():
+                self.link.put(path, *files[path], offset, told)
+        raise BoardError(
+            "copied files arrive damaged", hint="Its card may be failing, or a file of the kit has changed."
+        )
+
+    def _missing(self, files: Mapping[str, _Content], *, dry: bool) -> dict[str, int]:
+        """Bytes that are there already of each file that is missing, in the order in which files are sent."""
+        rows = [[path, f.sha256, f.size] for path, f in files.items()]
+        answer = self.link.ask("have", files=rows, dry=dry, free=dry).get("missing")
+        try:
+            found = {str(path): int(offset) for path, offset in answer}  # type: ignore[union-attr]
+        except (TypeError, ValueError) as error:
+            raise BoardError("the board's answer can't be read") from error
+        if any(path not in files or not 0 <= offset <= files[path].size for path, offset in found.items()):
+            raise BoardError("the board's answer makes no sense")
+        return {path: found[path] for path in files if path in found}
+
+    def _planned(self, kit: Kit, profile: str, needs: bool) -> str:
+        files = self._files(kit, None)
+        missing = self._missing(files, dry=True)
+        total = sum(files[path].size - offset for path, offset in missing.items())
+        count = quantity(len(missing) + needs, "file") + (", its claim among them" if needs else "")
+        return f"{profile}: copy {count}, {total / 1e6:.1f} MB, run install.pyz, start the service"
+
+
+def _check_access(found: Mapping[str, Any]) -> None:
+    if found.get("sudo") is not True:
+        raise BoardError(
+            "its user may not install",
+            expected="sudo without a password",
+            hint="Allow it in /etc/sudoers.d for the installation.",
+        )
+    if found.get("wide") is not True:
+        raise BoardError("its Python has 32 bits", hint="Put a 64-bit system on it: onnxruntime needs one.")
+
+
+def _check_model(row: BoardRow, found: Mapping[str, Any]) -> str:
+    """The name of the board's profile, which must be the one in the inventory."""
+    facts = Facts(
+        model=one_line(str(found.get("model", "")), 200),
+        compatible=tuple(str(e)[:200] for e in list(found.get("compatible", ()))[:20]),
+        l4t=l4t_release(str(found.get("l4t", ""))),
+        machine=one_line(str(found.get("machine", "")), 32),
+        memory_total=_whole(found.get("memory")) or None,
+    )
+    try:
+        profile = identify(facts).profile.name
+    except ProfileError as error:
+        raise BoardError(f"no profile fits it: {error.what}", got=error.got) from error
+    if profile != row.board:
+        raise BoardError(
+            f"{row.device} is another board", expected=row.board, got=f"{profile} ({facts.model or facts.machine})",
+            hint="Correct its host or its board in the inventory.",
+        )  # fmt: skip
+    return profile
+
+
+def _check_name(row: BoardRow, found: Mapping[str, Any]) -> None:
+    name = found.get("device")
+    if name and name != row.device:
+        raise BoardError(
+            f"it is installed as another device than {row.device}", got=one_line(str(name), 64),
+            hint="Is the host right? To give the board another name, --remove --purge it first.",
+        )  # fmt: skip
+
+
+def _check_installer(code: int, last: str) -> None:
+    if code:
+        raise BoardError(
+            f"its installer ended with exit code {code}: {last.removeprefix('error: ')}",
+            hint="Resolve it and run the same command again.",
+        )
+
+
+def _kit_for(kits: Sequence[Kit], found: Mapping[str, Any]) -> Kit:
+    version = found.get("python")
+    python = f"{version[0]}.{version[1]}" if isinstance(version, list) and len(version) == 2 else ""
+    jetson = bool(l4t_release(str(found.get("l4t", ""))))
+    machine = one_line(str(found.get("machine", "")), 32)
+    for kit in kits:
+        target = kit.target
+        if (target.python, target.architecture, target.jetson) == (python, machine, jetson):
+            return kit
+    if python not in PYTHONS:
+        raise BoardError(f"there are no kits for Python {python[:10]}", expected=" or ".join(PYTHONS))
+    words = f"--python {python} --architecture {machine}{' --jetson' if jetson else ''}"
+    raise KitError(
+        f"no kit for Python {python} on {machine}{', Jetson' if jetson else ''}",
+        got="; ".join(str(kit.target) for kit in kits),
+        hint=f"Make one with `fedprune-flash kit {words} ...` and name it with --kit, too.",
+    )
+
+
+def _whole(value: object) -> int:
+    return value if isinstance(value, int) and 0 <= value < 2**63 else 0
+
+
 def print_outcomes(outcomes: Sequence[BoardOutcome]) -> None:
-    """Print what became of the boards: a table on a terminal, lines elsewhere."""
+    """Print a table on a terminal, and lines elsewhere."""
     if not sys.stdout.isatty():
         print(table(outcomes))
         return
@@ -125,22 +367,18 @@ def print_outcomes(outcomes: Sequence[BoardOutcome]) -> None:
 
 
 def table(outcomes: Sequence[BoardOutcome]) -> str:
-    """What became of the boards, a line each."""
+    """One line per board. Reason and remedy are sentences, so that they have no column of their own width."""
     rows = [_HEAD, *((str(o.row), o.state, o.reason, o.remedy) for o in outcomes)]
     wide = [max(len(row[i]) for row in rows) for i in range(2)]
-    # The last two are sentences: a column as wide as the longest of them would be no column.
     lines = [f"{r[0]:<{wide[0]}}  {r[1]:<{wide[1]}}  {r[2]}{' -> ' if r[3] else ''}{r[3]}" for r in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 
+_FAILURES = {JoinError: "no claim", KitError: "no kit", ConfigError: "stopped", StorageError: "stopped"}
+
+
 def _state(error: FedpruneError) -> str:
-    if isinstance(error, JoinError):
-        return "no claim"
-    if isinstance(error, KitError):
-        return "no kit"
-    if isinstance(error, (ConfigError, StorageError)):
-        return "stopped"
-    return "failed"
+    return next((state for kind, state in _FAILURES.items() if isinstance(error, kind)), "failed")
 
 
 def _reason(error: FedpruneError) -> str:
@@ -154,7 +392,7 @@ def _reason(error: FedpruneError) -> str:
 
 @contextmanager
 def _shown() -> Iterator[Callable[[BoardRow], ProgressReport]]:
-    """On a terminal a line for each board that is at work, with a bar; else a line for each step, on stderr."""
+    """On a terminal a bar for each board that is at work; else a line for each step, on stderr."""
     if not sys.stderr.isatty():
         yield _line
         return
@@ -171,7 +409,7 @@ def _bar(bars: Progress, row: BoardRow) -> ProgressReport:
     task: TaskID = bars.add_task(row.device, total=1, step="", visible=False)
 
     def say(text: str) -> None:
-        ended = text.partition(":")[0] in (DONE, REMOVED, "planned", "no claim", "no kit", "stopped", "failed")
+        ended = text.partition(":")[0] in (DONE, REMOVED, _PLANNED, "failed", *_FAILURES.values())
         bars.update(task, step=text[:80], visible=not ended)
 
     return ProgressReport(say, lambda done, total: bars.update(task, completed=done, total=total))

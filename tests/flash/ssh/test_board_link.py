@@ -16,7 +16,7 @@ import pytest
 from fedprune.core.errors import BoardError, ExitCode
 from fedprune_flash import Kit
 from fedprune_flash.cli import main as cli
-from fedprune_flash.on_board import far_side
+from fedprune_flash.on_board import remote_agent
 from fedprune_flash.ssh.connection import BoardLink
 from fedprune_flash.ssh.inventory import BoardRow
 
@@ -197,9 +197,9 @@ def test_the_far_side_runs_on_every_python_that_kits_are_for() -> None:
     request = json.dumps({"op": "probe", "root": "/", "free": True}) + "\n"
     for python in pythons:
         done = subprocess.run(
-            [python, "-I", far_side.__file__], input=request, capture_output=True, text=True, check=True
+            [python, "-I", remote_agent.__file__], input=request, capture_output=True, text=True, check=True
         )
-        assert json.loads(done.stdout.removeprefix(far_side.MARK))["wide"] is True
+        assert json.loads(done.stdout.removeprefix(remote_agent.MARK))["wide"] is True
 
 
 def test_what_a_board_says_beside_its_answers_fills_no_disk_and_no_memory(fake: Fake) -> None:
@@ -245,11 +245,11 @@ def test_a_disk_that_takes_less_than_it_is_given_gets_the_rest(tmp_path: Path) -
     """A file in memory that grows by no more than 1000 bytes at once, in the far side's process."""
     data = os.urandom(300_000)
     sha256 = hashlib.sha256(data).hexdigest()
-    source = Path(far_side.__file__).read_text().replace("file.write(piece)", "file.write(piece[:1000])")
+    source = Path(remote_agent.__file__).read_text().replace("file.write(piece)", "file.write(piece[:1000])")
     request = {"op": "put", "root": str(tmp_path), "path": "a", "sha256": sha256, "size": len(data), "offset": 0}
     done = subprocess.run(
         [sys.executable, "-I", "-c", source],
         input=json.dumps(request).encode() + b"\n" + data, capture_output=True, check=True,
     )  # fmt: skip
-    assert done.stdout.decode() == f'{far_side.MARK}{{"put": true}}\n', done.stderr
+    assert done.stdout.decode() == f'{remote_agent.MARK}{{"put": true}}\n', done.stderr
     assert (tmp_path / "home/.cache/fedprune-kit/a").read_bytes() == data

@@ -18,10 +18,9 @@ from fedprune.core.errors import ConfigError, ExitCode, JoinError, StorageError
 from fedprune.security.join_token import Claim
 from fedprune_flash import BoardSettings
 from fedprune_flash.cli import main as cli
-from fedprune_flash.ssh.claims import Claims, read_claims
 from fedprune_flash.ssh.connection import ssh_command
 from fedprune_flash.ssh.inventory import BoardRow, read_inventory
-from fedprune_flash.ssh.journal import DONE, Journal
+from fedprune_flash.ssh.journal import DONE, Claims, Journal, read_claims
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -281,7 +280,7 @@ def test_a_journal_is_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1, "boards": {"a": {"used": [1]}}}', "\0"])
 def test_a_damaged_journal_is_not_taken_for_an_empty_one(text: str, tmp_path: Path) -> None:
     (tmp_path / "journal").write_text(text)
-    with pytest.raises(StorageError, match="no journal"):
+    with pytest.raises(StorageError, match="is damaged or of another version"):
         Journal(tmp_path / "journal")
 
 

@@ -302,7 +302,7 @@ def test_a_board_without_python_or_for_another_key_is_said_so(
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(stranger)], check=True)
         inventory = made.inventory(key=f'"{stranger}"')
         assert cli.main(command(inventory, kit)) == ExitCode.BOARD
-        assert "it lets nobody in" in capsys.readouterr().out
+        assert "it refuses the login" in capsys.readouterr().out
     finally:
         made.stop()
 

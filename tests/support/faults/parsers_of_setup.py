@@ -25,11 +25,11 @@ from fedprune_flash.image.partitions import Region, read_partitions
 from fedprune_flash.image.unpacking import unpack
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities
 from fedprune_flash.kit.kit import open_kit
-from fedprune_flash.on_board import far_side
+from fedprune_flash.on_board import remote_agent
 from fedprune_flash.on_board.kit_folder import KitFolder
-from fedprune_flash.ssh.claims import read_claims
 from fedprune_flash.ssh.connection import BoardLink
 from fedprune_flash.ssh.inventory import read_inventory
+from fedprune_flash.ssh.journal import read_claims
 from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
 
 _FILES = 2 * 2**20
@@ -83,7 +83,7 @@ board = "raspberry-pi-5"
         "AllDisksAndPartitions": [{"DeviceIdentifier": "disk4", "Partitions": [{"MountPoint": "/x"}]}],
     }
     plists = tuple(plistlib.dumps({**info, **listed}, fmt=fmt) for fmt in (plistlib.FMT_XML, plistlib.FMT_BINARY))
-    answers = tuple(far_side.MARK.encode() + raw + b"\n" for raw in dumped({"put": True}, {"x": [1]}))
+    answers = tuple(remote_agent.MARK.encode() + raw + b"\n" for raw in dumped({"put": True}, {"x": [1]}))
 
     def mac(raw: bytes) -> object:
         return disk_names(raw), from_diskutil(raw, raw)

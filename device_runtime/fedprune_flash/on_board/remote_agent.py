@@ -1,7 +1,7 @@
-"""The far side of `fedprune-flash ssh`: sent to a board over SSH, run by its python3, gone when the connection is.
+"""The remote end of `fedprune-flash ssh`: sent to a board over SSH and run by its python3 until the connection ends.
 
 It answers one line of JSON with another, which begins with `MARK`, because a login shell may print lines of its own.
-Python's standard library alone.
+It imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _Body = dict[str, Any]
 
 
 def probe(root: str) -> _Body:
-    """What the board is, what there is room for, and whether this user may install."""
+    """The board's identity, its free space, and whether this user may install."""
     top, user = Path(root), os.geteuid()
     live = root == "/"
     sudo = not live or user == 0 or _runs("sudo", "-n", "true")
@@ -54,12 +54,9 @@ def probe(root: str) -> _Body:
 
 
 def have(root: str, files: list[tuple[str, str, int]], dry: bool) -> _Body:
-    """Which files of a kit are missing here, and how much of each has come already.
+    """Which files of a kit (path, sha256 and size of each) are missing, and how many bytes of each have arrived.
 
-    Args:
-        root: Where the board's file system begins.
-        files: Path, sha256 and size of each.
-        dry: Whether to leave all as it is; else files that are none of these are deleted.
+    Unless `dry`, files that are not of the kit are deleted.
     """
     folder = _folder(root, dry=dry)
     missing: list[tuple[str, int]] = []
@@ -78,13 +75,13 @@ def have(root: str, files: list[tuple[str, str, int]], dry: bool) -> _Body:
 
 
 def put(root: str, path: str, sha256: str, size: int, offset: int) -> _Body:
-    """Take the rest of a file, which follows the request; it gets its name when it is whole and right."""
+    """Take the rest of a file, which follows the request; it gets its name once it is complete and correct."""
     folder = _folder(root)
     partial, target = folder / f".{sha256}.partial", _inside(folder, path)
     left, trouble = size - offset, ""
     try:
         descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(descriptor, "r+b", buffering=0) as file:  # what has come counts, should the connection break
+        with os.fdopen(descriptor, "r+b", buffering=0) as file:  # what has arrived stays if the connection breaks
             file.truncate(offset)
             file.seek(offset)
             while left:
@@ -95,7 +92,7 @@ def put(root: str, path: str, sha256: str, size: int, offset: int) -> _Body:
             os.fsync(descriptor)
     except OSError as error:
         trouble = str(error)
-    while left:  # what is on its way must be taken nevertheless
+    while left:  # the rest of the file must be read nevertheless
         left -= len(_next(left))
     if trouble:
         return {"error": trouble}
@@ -108,7 +105,7 @@ def put(root: str, path: str, sha256: str, size: int, offset: int) -> _Body:
 
 
 def install(root: str, words: list[str]) -> _Body:
-    """Run the installer that was put here, and pass on what it says."""
+    """Run the installer that was copied, and pass on its output."""
     command = [sys.executable, str(_folder(root) / "install.pyz"), *words]
     if root != "/":
         command += ["--root", root]
@@ -120,13 +117,12 @@ def install(root: str, words: list[str]) -> _Body:
     last = ""
     for raw in process.stdout or ():
         last = raw.decode("utf-8", "replace").strip()[:2000]
-        with suppress(OSError):  # where nobody listens any more the installer shall come to its end
+        with suppress(OSError):  # the installer runs to its end even if the connection is gone
             _say({"line": last})
     return {"code": process.wait(), "last": last}
 
 
 def drop(root: str) -> _Body:
-    """Delete what was put here."""
     shutil.rmtree(_folder(root))
     return {}
 
@@ -135,7 +131,7 @@ _WORK: dict[str, Callable[..., _Body]] = {"probe": probe, "have": have, "put": p
 
 
 def main() -> None:
-    """Answer requests until there are no more. What changes anything waits until no other connection does."""
+    """Answer requests until there are no more; those that change anything wait for other connections to end."""
     held = False
     while line := sys.stdin.buffer.readline():
         request = json.loads(line)
@@ -157,12 +153,12 @@ def _say(body: _Body) -> None:
 def _next(left: int) -> bytes:
     piece = sys.stdin.buffer.read(min(_PIECE, left))
     if not piece:
-        raise SystemExit(1)  # the connection broke; what has come is kept
+        raise SystemExit(1)  # the connection broke; what has arrived is kept
     return piece
 
 
 def _folder(root: str, *, dry: bool = False) -> Path:
-    """Where kits are put: a folder of this user's that nobody else may write to; one above it if that isn't there."""
+    """The folder of kits, which only this user may write to; with `dry` its nearest parent that exists."""
     home = Path.home() if root == "/" else Path(root) / "home"
     folder = home / ".cache/fedprune-kit"
     if not dry:
@@ -176,7 +172,7 @@ def _folder(root: str, *, dry: bool = False) -> Path:
 
 
 def _hold(folder: Path) -> None:
-    """Keep others away while this process lives, and wait for an installer that an earlier one has left."""
+    """Keep other connections away, and wait for an installer that an earlier one has left running."""
     descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     end = time.monotonic() + _WAIT_S
     while not _locked(descriptor):
@@ -212,7 +208,7 @@ def _digest(path: Path) -> tuple[str, int]:
 
 
 def _device(top: Path) -> str:
-    """As whom this board was installed; empty where it wasn't."""
+    """The name under which this board was installed; empty if it wasn't."""
     rows = dict(line.partition("=")[::2] for line in _text(top / "etc/fedprune/device.env").splitlines())
     return rows.get("FEDPRUNE_DEVICE", "")
 
@@ -226,7 +222,7 @@ def _text(path: Path) -> str:
 
 
 def _there(path: Path, live: bool) -> bool:
-    """Whether a file is there that only root may see."""
+    """Whether a file exists that only root may see."""
     return path.exists() if not live or os.geteuid() == 0 else _runs("sudo", "-n", "test", "-e", str(path))
 
 
