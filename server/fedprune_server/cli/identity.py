@@ -145,7 +145,7 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _identity(arguments: argparse.Namespace) -> int:
     from fedprune_server.enrollment.pki import IdentityFolder
-    from fedprune_server.storage.folder_lock import folder_lock
+    from fedprune_server.storage.state_folder import folder_lock
 
     action: str = arguments.action
     if arguments.force and action != _RETIRE_CA:

@@ -19,9 +19,7 @@ from fedprune_server.enrollment.store import REVOKED
 from fedprune_server.executor.accountant import costs
 from fedprune_server.monitoring.alerts import Snapshot, evaluate
 from fedprune_server.monitoring.monitor import read_open
-from fedprune_server.storage.folder_lock import LOCK
-from fedprune_server.storage.further_folders import folders
-from fedprune_server.storage.place import FILE, kept
+from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
 from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.table import metric_texts
 

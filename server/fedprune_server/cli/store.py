@@ -49,8 +49,7 @@ def _check(arguments: argparse.Namespace) -> int:
     from fedprune_server.maintenance.finding import Finding, Weight
     from fedprune_server.maintenance.repair import repair
     from fedprune_server.maintenance.state_check import check, size_of
-    from fedprune_server.storage.folder_lock import LOCK, folder_lock
-    from fedprune_server.storage.further_folders import folders
+    from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
     from fedprune_server.terminal.shown_bytes import shown_bytes
 
     folder: Path = arguments.state
@@ -95,7 +94,7 @@ def _backup(arguments: argparse.Namespace) -> int:
     from fedprune_server.maintenance.backup import back_up
     from fedprune_server.maintenance.backup_record import record_backup
     from fedprune_server.maintenance.state_check import size_of
-    from fedprune_server.storage.further_folders import folders
+    from fedprune_server.storage.state_folder import folders
     from fedprune_server.terminal.shown_bytes import shown_bytes
 
     state: Path = arguments.state
@@ -123,7 +122,7 @@ def _backup(arguments: argparse.Namespace) -> int:
 
 def _restore(arguments: argparse.Namespace) -> int:
     from fedprune_server.maintenance.restoring import check_target, opened, read_manifest, restore, verify
-    from fedprune_server.storage.further_folders import folders
+    from fedprune_server.storage.state_folder import folders
     from fedprune_server.terminal.shown_bytes import shown_bytes
 
     target: Path = arguments.state

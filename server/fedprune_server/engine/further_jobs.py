@@ -16,7 +16,7 @@ from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.layers import file_layer, located
 from fedprune_server.config.tables import TABLES, parse_config
 from fedprune_server.engine.state_directory import stored_config
-from fedprune_server.storage.further_folders import FOLDER, folders
+from fedprune_server.storage.state_folder import FOLDER, folders
 from fedprune_server.storage.storage import Storage
 
 _OWN = ("archive", "blobs", "cache_mib", "database", "keep", "pulls", "slabs", "weight", "workers")

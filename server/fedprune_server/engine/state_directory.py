@@ -28,11 +28,10 @@ from fedprune_server.executor.retention import kept_models, sweep
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader
 from fedprune_server.storage.database import check_url, shown
-from fedprune_server.storage.folder_lock import folder_lock
 from fedprune_server.storage.lease import Lease
-from fedprune_server.storage.place import MODEL, url_of
-from fedprune_server.storage.place import keep as keep_place
 from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.state_folder import MODEL, folder_lock, url_of
+from fedprune_server.storage.state_folder import keep as keep_place
 from fedprune_server.storage.storage import Storage
 
 log = logging.getLogger("fedprune.server")

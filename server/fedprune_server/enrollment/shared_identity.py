@@ -23,7 +23,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import CLAIM_ROW, DEVICE_ROW, EPOCH_ROW, REVOKED, SharedRow
 from fedprune_server.storage.database import Database
 from fedprune_server.storage.lease import Lease, LeaseLostError
-from fedprune_server.storage.schema import IDENTITY, encoded, upsert
+from fedprune_server.storage.tables import IDENTITY, encoded, upsert
 
 log = logging.getLogger("fedprune.server")
 

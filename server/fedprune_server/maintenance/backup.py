@@ -31,9 +31,9 @@ from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import reader
 from fedprune_server.storage.copying import snapshot
 from fedprune_server.storage.database import copy_sqlite, translated
-from fedprune_server.storage.further_folders import FOLDER as FURTHER
-from fedprune_server.storage.place import MODEL
 from fedprune_server.storage.s3.store import BucketStore, NotThereError
+from fedprune_server.storage.state_folder import FOLDER as FURTHER
+from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.shown_bytes import Advance
 

@@ -20,9 +20,7 @@ from fedprune_server.maintenance.fleet_doctor import Case, ailments
 from fedprune_server.monitoring.alerts import Snapshot, at, command, evaluate
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.monitoring.site_facts import site_facts
-from fedprune_server.storage.folder_lock import LOCK
-from fedprune_server.storage.further_folders import folders
-from fedprune_server.storage.place import MODEL
+from fedprune_server.storage.state_folder import LOCK, MODEL, folders
 from fedprune_server.storage.storage import Storage
 
 

@@ -23,7 +23,7 @@ from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Weight
 from fedprune_server.maintenance.inventory import Inventory
 from fedprune_server.maintenance.replay import event_of
-from fedprune_server.storage.place import MODEL
+from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
 
 

@@ -27,7 +27,7 @@ from fedprune_server.executor.evaluation_data import load_calibration
 from fedprune_server.executor.retention import texts
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.blob_place import reader
-from fedprune_server.storage.place import MODEL
+from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
 
 _KINDS: dict[str, Callable[..., on.Event]] = {kind.__name__: kind for kind in get_args(on.Event)}

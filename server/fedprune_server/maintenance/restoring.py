@@ -20,8 +20,8 @@ from fedprune_server.maintenance.backup_manifest import NAME, Entry, Manifest
 from fedprune_server.maintenance.inventory import inventory
 from fedprune_server.maintenance.restored_record import record_restore
 from fedprune_server.storage.copying import fill
-from fedprune_server.storage.place import keep as keep_place
-from fedprune_server.storage.place import url_of
+from fedprune_server.storage.state_folder import keep as keep_place
+from fedprune_server.storage.state_folder import url_of
 from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.shown_bytes import Advance
 

@@ -28,8 +28,8 @@ from fedprune_server.ota.store import FILE as ROLLOUTS
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import BLOBS, bucket_of
 from fedprune_server.storage.database import reading_uri
-from fedprune_server.storage.place import MODEL
 from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.shown_bytes import Advance
 

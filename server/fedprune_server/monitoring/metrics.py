@@ -16,10 +16,9 @@ from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress
-from fedprune_server.monitoring.facts import Facts
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.reasons import KINDS, kind_of
-from fedprune_server.monitoring.view import JobView
+from fedprune_server.monitoring.view import Facts, JobView
 
 PARTS = ("score", "extract", "train", "pull", "aggregate", "close", "evaluate", "round")
 """Of a round, of which seconds are counted: `train` is from an offer to its update's announcement."""

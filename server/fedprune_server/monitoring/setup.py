@@ -57,8 +57,8 @@ def watching(
         place = config.metrics_place
         if place is not None:
             try:
+                from fedprune_server.monitoring.http import served
                 from fedprune_server.monitoring.metrics import Metrics
-                from fedprune_server.monitoring.web import served
             except ModuleNotFoundError as error:
                 raise _missing("metrics", "console", error) from error
             metrics = Metrics(config.state, alerts)

@@ -10,8 +10,8 @@ from fedprune.core.errors import ConfigError
 from fedprune_server.storage.database import MARK, Database, copy_sqlite, translated
 from fedprune_server.storage.lease import DATABASE_ID
 from fedprune_server.storage.lease import ROW as LEASE
-from fedprune_server.storage.schema import EVENTS, IDENTITY, META, TABLES
 from fedprune_server.storage.storage import Storage
+from fedprune_server.storage.tables import EVENTS, IDENTITY, META, TABLES
 
 RESTORED = "restored"
 """Row of `meta`: digest of the backup that a database was filled from."""

@@ -21,7 +21,7 @@ import sqlalchemy as sql
 
 from fedprune.core.atomic_file import appearing
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
-from fedprune_server.storage.schema import META
+from fedprune_server.storage.tables import META
 
 log = logging.getLogger("fedprune.server")
 

@@ -25,7 +25,7 @@ import sqlalchemy as sql
 
 from fedprune.core.errors import BusyError, StorageError
 from fedprune_server.storage.database import Database, LostConnectionError
-from fedprune_server.storage.schema import META
+from fedprune_server.storage.tables import META
 
 log = logging.getLogger("fedprune.server")
 

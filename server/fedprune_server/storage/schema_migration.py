@@ -14,7 +14,7 @@ import sqlalchemy as sql
 
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.migrations import versions
-from fedprune_server.storage.schema import TABLES
+from fedprune_server.storage.tables import TABLES
 
 if TYPE_CHECKING:
     from alembic.config import Config

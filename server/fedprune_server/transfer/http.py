@@ -17,7 +17,7 @@ from fedprune.wire.blob_url import BlobUrl
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.enrollment.host_names import addresses_of, names_of
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.storage.s3.local_copy import near
+from fedprune_server.storage.s3.store import near
 from fedprune_server.transfer.http_server import BlobServer
 
 log = logging.getLogger("fedprune.server")

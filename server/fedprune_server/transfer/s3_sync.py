@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError, StorageFullError
-from fedprune_server.storage.s3.local_copy import near
-from fedprune_server.storage.s3.retry import StoppedError
-from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.s3.bucket import StoppedError
+from fedprune_server.storage.s3.store import BucketStore, near
 from fedprune_server.transfer.uploads import Arrived, Outcome
 
 log = logging.getLogger("fedprune.server")

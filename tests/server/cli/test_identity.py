@@ -18,7 +18,7 @@ from fedprune.security.join_token import Claim
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import JoinDesk
-from fedprune_server.storage.folder_lock import folder_lock
+from fedprune_server.storage.state_folder import folder_lock
 
 Captured = pytest.CaptureFixture[str]
 

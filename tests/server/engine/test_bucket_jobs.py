@@ -20,7 +20,7 @@ from fedprune_server.maintenance.finding import Finding, Weight
 from fedprune_server.maintenance.restoring import opened, read_manifest, restore, verify
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.storage.blob_place import BLOBS
-from fedprune_server.storage.s3 import retry as bucket_patience
+from fedprune_server.storage.s3 import bucket as bucket_patience
 from fedprune_server.storage.s3.bucket import BucketError, parse
 from fedprune_server.storage.s3.layout import digest_of
 from fedprune_server.storage.s3.store import BucketStore

@@ -24,7 +24,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import JoinDesk
 from fedprune_server.enrollment.shared_identity import SharedIdentity, shared_identity
 from fedprune_server.storage.lease import ROW, LeaseLostError
-from fedprune_server.storage.schema import IDENTITY, META
+from fedprune_server.storage.tables import IDENTITY, META
 from support.processes.postgres import Postgres
 
 pytestmark = pytest.mark.postgresql

@@ -16,13 +16,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError
-from fedprune_server.monitoring import web
+from fedprune_server.monitoring import http
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import KINDS as ALERTS
+from fedprune_server.monitoring.http import HANGS_S, served
 from fedprune_server.monitoring.metrics import PARTS, Metrics
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.reasons import KINDS, OTHER, kind_of
-from fedprune_server.monitoring.web import HANGS_S, served
 from support.fakes.static_job_view import StillJob
 from support.paths import ROOT
 
@@ -178,7 +178,7 @@ def test_every_figure_is_explained_on_the_page() -> None:
 
 
 def test_who_only_connects_takes_no_more_threads_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(web, "MOST", 2)
+    monkeypatch.setattr(http, "MOST", 2)
     metrics = Metrics()
     metrics.turned_at = metrics.clock()
     with served(("127.0.0.1", 0), metrics, {}) as port, ExitStack() as stack:

@@ -44,7 +44,7 @@ def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.Monk
     transaction = storage.database.transaction
     monkeypatch.setattr(storage.database, "transaction", lambda: asked.append(1) or transaction())
     for page in (1, 3, 7):
-        monkeypatch.setattr("fedprune_server.storage.event_log._PAGE", page)
+        monkeypatch.setattr("fedprune_server.storage.storage._PAGE", page)
         asked.clear()
         assert list(storage.log.events()) == whole
         assert len(asked) == 7 // page + 1 + (7 % page > 0)

@@ -8,9 +8,8 @@ import pytest
 from fedprune.core.disk import held
 from fedprune.core.errors import StorageError
 from fedprune_server.engine.state_directory import StateFolder
-from fedprune_server.storage import folder_lock as module
-from fedprune_server.storage.folder_lock import LOCK, folder_lock
-from fedprune_server.storage.place import MODEL
+from fedprune_server.storage import state_folder as module
+from fedprune_server.storage.state_folder import LOCK, MODEL, folder_lock
 
 
 def test_who_comes_second_is_told_and_the_lock_ends_with_its_block(

@@ -21,13 +21,11 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
 from fedprune_server.storage.s3 import bucket
-from fedprune_server.storage.s3 import retry as bucket_patience
+from fedprune_server.storage.s3 import bucket as bucket_patience
 from fedprune_server.storage.s3 import store as bucket_store
-from fedprune_server.storage.s3.bucket import Bucket, BucketError, parse
+from fedprune_server.storage.s3.bucket import Bucket, BucketError, StoppedError, parse
 from fedprune_server.storage.s3.layout import BLOBS, digest_of
-from fedprune_server.storage.s3.local_copy import LocalCopy
-from fedprune_server.storage.s3.retry import StoppedError
-from fedprune_server.storage.s3.store import BucketStore
+from fedprune_server.storage.s3.store import BucketStore, LocalCopy
 from support.processes.s3 import S3, SECRETS
 
 

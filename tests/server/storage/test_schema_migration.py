@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from fedprune.coordination import events as on
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune_server.storage import schema_migration
-from fedprune_server.storage.schema import TABLES
 from fedprune_server.storage.storage import FILE, FORMAT, Storage
+from fedprune_server.storage.tables import TABLES
 from support.paths import TESTS
 from support.processes.postgres import Postgres
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedprune_server.monitoring.facts import Facts
+from fedprune_server.monitoring.view import Facts
 from fedprune_server.terminal.table import Snapshot
 from support.fakes.tiny_job import JOB
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from fedprune_server.storage.schema import TABLES
+from fedprune_server.storage.tables import TABLES
 
 context.configure(connection=context.config.attributes["connection"], target_metadata=TABLES, compare_type=True)
 with context.begin_transaction():

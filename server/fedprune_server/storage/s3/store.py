@@ -12,8 +12,8 @@ import logging
 import secrets
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,60 @@ from fedprune.blobs.leaf_cache import SUFFIX
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, StorageFullError
 from fedprune.core.validation import is_digest
-from fedprune_server.storage.s3.bucket import Bucket
-from fedprune_server.storage.s3.deletions import Deletions
+from fedprune_server.storage.s3.bucket import WRITE, Bucket, RetryPolicy, StoppedError
 from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, OWNER_LIMIT, Owner, digest_of
-from fedprune_server.storage.s3.retry import WRITE, RetryPolicy
+
+
+class Deletions:
+    """Deletes objects one by one, in a thread that lives while there are any.
+
+    Args:
+        bucket: Where they are.
+        patience: How long a bucket is waited for that can't be used.
+    """
+
+    def __init__(self, bucket: Bucket, patience: RetryPolicy) -> None:
+        self._bucket = bucket
+        self._patience = patience
+        self._lock = threading.Lock()
+        self._doomed: deque[str] = deque()
+        self._thread: threading.Thread | None = None
+
+    def add(self, keys: Iterable[str]) -> None:
+        """Have objects deleted; they need not be there."""
+        with self._lock:
+            self._doomed.extend(keys)
+            if self._doomed and self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="fedprune-bucket", daemon=True)
+                self._thread.start()
+
+    def wait(self, patience_s: float) -> None:
+        """Let it come to an end, but don't take longer than this."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join(patience_s)
+
+    def _run(self) -> None:
+        while (key := self._next()) is not None:
+            try:
+                self._patience("delete", partial(self._bucket.delete, key))
+            except StoppedError:  # noqa: PERF203 - each turn waits for the network anyway
+                self._forget()
+            except StorageError:  # where there is no patience, this one is left and the others have their turn
+                continue
+
+    def _next(self) -> str | None:
+        with self._lock:
+            if self._doomed:
+                return self._doomed.popleft()
+            self._thread = None
+            return None
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._doomed.clear()
+
 
 log = logging.getLogger("fedprune.server")
 
@@ -386,3 +436,41 @@ class BucketStore(BlobStore):
     def away(self) -> bool:
         """Whether something waits to be written, since the bucket can't be used."""
         return self.patience.writing
+
+
+class LocalCopy(BlobStore):
+    """What of a bucket's blobs lies in the folder: whoever may not wait for the bucket looks here.
+
+    Args:
+        store: The store.
+    """
+
+    def __init__(self, store: BucketStore) -> None:
+        super().__init__(store.root, max_size=store.max_size, reserve=store.reserve, durable=store.durable)
+        self._store = store
+        self._checked = store._checked  # what is let go of is forgotten there
+
+    def has(self, sha256: str) -> bool:
+        """Whether a blob is in the folder."""
+        found = super().has(sha256)
+        if found:
+            self._store.touch(sha256)
+        return found
+
+    def map(self, sha256: str) -> memoryview:
+        """A blob's bytes as a view on its file."""
+        self._store.touch(sha256)
+        return super().map(sha256)
+
+    def size(self, sha256: str) -> int:
+        """Bytes of a blob, which may be let go of at any moment."""
+        return self._store.known_size(sha256) or super().size(sha256)
+
+    def check_room(self, size: int) -> None:
+        """Make room for so many bytes more."""
+        self._store.check_room(size)
+
+
+def near(store: BlobStore) -> BlobStore:
+    """The blobs of a store that nobody has to wait for: of a bucket's, those in the folder."""
+    return LocalCopy(store) if isinstance(store, BucketStore) else store

@@ -5,25 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-DEVICE_STATES = (
-    "offline",
-    "ready",
-    "queued",
-    "extracting",
-    "offered",
-    "training",
-    "pulling",
-    "stored",
-    "folded",
-    "refused",
-    "excluded",
-    "elsewhere",
-    "waiting",
-    "revoked",
-    "unknown",
-)
-"""Values of a device's `state`, by which pages filter; `doing` is the text for people."""
-
 LEVELS = ("debug", "info", "warning", "error")
 
 Row = dict[str, Any]
@@ -31,23 +12,28 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Record:
-    """A record; a later one with the same kind, `scope` and `key` replaces it."""
+    """A record; a later one of the same kind, `scope` and `key` replaces it."""
 
     kind: ClassVar[str]
+    _scope: ClassVar[str]
+    _key: ClassVar[str]
+
+    def __init_subclass__(cls, *, kind: str, scope: str = "", key: str = "") -> None:
+        cls.kind, cls._scope, cls._key = kind, scope, key
 
     @property
     def scope(self) -> str:
         """The job or device that the record is about; empty for the server."""
-        return ""
+        return str(getattr(self, self._scope)) if self._scope else ""
 
     @property
-    def key(self) -> str | int | None:
-        """What tells the record from others of its scope; None for one that replaces no other."""
-        return ""
+    def key(self) -> str | int:
+        """What tells the record from others of its kind and scope."""
+        return getattr(self, self._key) if self._key else ""
 
 
 @dataclass(frozen=True)
-class Site(Record):
+class Site(Record, kind="site"):
     """The server as a whole."""
 
     version: str
@@ -60,11 +46,9 @@ class Site(Record):
     blobs: str
     insecure: bool
 
-    kind: ClassVar[str] = "site"
-
 
 @dataclass(frozen=True)
-class PublishedJob(Record):
+class PublishedJob(Record, kind="job", scope="name"):
     """A job's current state. `parts` counts the devices of the round by progress."""
 
     name: str
@@ -80,16 +64,9 @@ class PublishedJob(Record):
     parts: dict[str, int]
     parameters: int
 
-    kind: ClassVar[str] = "job"
-
-    @property
-    def scope(self) -> str:
-        """The job."""
-        return self.name
-
 
 @dataclass(frozen=True)
-class FinishedRound(Record):
+class FinishedRound(Record, kind="round", scope="job", key="round"):
     """A finished round.
 
     `refused` counts rejected updates by reason. Bytes are those of all devices since the previous round ended. Fields
@@ -109,21 +86,9 @@ class FinishedRound(Record):
     staleness: dict[str, float] | None
     model: str
 
-    kind: ClassVar[str] = "round"
-
-    @property
-    def scope(self) -> str:
-        """The job."""
-        return self.job
-
-    @property
-    def key(self) -> int:
-        """The round's number."""
-        return self.round
-
 
 @dataclass(frozen=True)
-class DeviceDetails(Record):
+class DeviceDetails(Record, kind="device", scope="name"):
     """A device's plan, its predictions next to its measurements, its latest rounds and its channels.
 
     Attributes:
@@ -145,32 +110,18 @@ class DeviceDetails(Record):
     widths: tuple[Row, ...]
     at: float
 
-    kind: ClassVar[str] = "device"
-
-    @property
-    def scope(self) -> str:
-        """The device."""
-        return self.name
-
 
 @dataclass(frozen=True)
-class BoardLog(Record):
+class BoardLog(Record, kind="board_log", scope="name"):
     """A board's latest log lines and crashes, newest first."""
 
     name: str
     lines: tuple[Row, ...]
     crashes: tuple[Row, ...]
 
-    kind: ClassVar[str] = "board_log"
-
-    @property
-    def scope(self) -> str:
-        """The device."""
-        return self.name
-
 
 @dataclass(frozen=True)
-class Coverage(Record):
+class Coverage(Record, kind="coverage", scope="job"):
     """Which share of the devices holds which channels: per group, runs of channels in the order of their rank."""
 
     job: str
@@ -178,26 +129,17 @@ class Coverage(Record):
     groups: tuple[Row, ...]
     at: float
 
-    kind: ClassVar[str] = "coverage"
-
-    @property
-    def scope(self) -> str:
-        """The job."""
-        return self.job
-
 
 @dataclass(frozen=True)
-class Rollouts(Record):
+class Rollouts(Record, kind="rollouts"):
     """The latest rollouts, newest first, and the names of releases that can be rolled out."""
 
     rows: tuple[Row, ...]
     releases: tuple[str, ...] = ()
 
-    kind: ClassVar[str] = "rollouts"
-
 
 @dataclass(frozen=True)
-class AlertStatus(Record):
+class AlertStatus(Record, kind="alert", key="id"):
     """An alert; `gone_at` is set once it is closed."""
 
     id: str
@@ -209,16 +151,9 @@ class AlertStatus(Record):
     text: str
     gone_at: float | None = None
 
-    kind: ClassVar[str] = "alert"
-
-    @property
-    def key(self) -> str:
-        """The alert's id."""
-        return self.id
-
 
 @dataclass(frozen=True)
-class LogLine(Record):
+class LogLine(Record, kind="log"):
     """A line of the server's log or, with `board`, of a board's."""
 
     at: float
@@ -228,10 +163,3 @@ class LogLine(Record):
     job: str | None = None
     round: int | None = None
     board: bool = False
-
-    kind: ClassVar[str] = "log"
-
-    @property
-    def key(self) -> None:
-        """Lines don't replace each other."""
-        return None

@@ -131,7 +131,7 @@ class StatusWriter:
             self._connection.execute("BEGIN IMMEDIATE")
             for record, body in records:
                 self._change += 1
-                key = self._change if record.key is None else record.key
+                key = self._change if record.kind == "log" else record.key  # lines replace no others
                 self._connection.execute(
                     "INSERT OR REPLACE INTO records VALUES (?, ?, ?, ?, ?)",
                     (record.kind, record.scope, key, self._change, body),

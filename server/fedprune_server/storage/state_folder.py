@@ -1,0 +1,143 @@
+"""A state folder: its lock, the folders of further jobs, and where its database is.
+
+The database is the file `server.db` in the folder or, as the file `database` in it says, elsewhere.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.disk import storage_errors
+from fedprune.core.errors import StorageError
+from fedprune_server.storage.database import check_url
+
+FILE = "server.db"
+MODEL = "model.onnx"
+"""The model that the job began with."""
+PLACE = "database"
+"""Holds a URL, perhaps with a password: its owner's alone."""
+
+_LONGEST = 4096
+
+
+def url_of(folder: Path, chosen: str | None = None) -> str:
+    """The URL of a folder's database, which need not be there yet.
+
+    Args:
+        folder: The state folder.
+        chosen: The URL that somebody gave; it wins.
+
+    Raises:
+        ConfigError: It is no URL that can be used; so for one in the folder.
+        StorageError: The folder can't be read.
+    """
+    url = chosen or kept(folder)
+    if url is None:
+        return f"sqlite:///{folder.resolve() / FILE}"
+    return check_url(url).render_as_string(hide_password=False)
+
+
+def kept(folder: Path) -> str | None:
+    """The URL that `keep` wrote, or None.
+
+    Raises:
+        StorageError: It can't be read, or is damaged.
+    """
+    path = folder / PLACE
+    with storage_errors(f"can't read {path}", missing=True):
+        try:
+            raw = path.read_bytes()
+        except FileNotFoundError:
+            return None
+    try:
+        text = raw.decode().strip()
+    except UnicodeDecodeError:
+        text = ""
+    if not text or len(text) > _LONGEST or not text.isprintable():
+        raise StorageError(f"{path} is damaged", expected="a database's URL", hint="Write it, or give --database.")
+    return text
+
+
+def keep(folder: Path, url: str) -> None:
+    """Note where a folder's database is, for the next start and for commands that look at the folder.
+
+    Raises:
+        StorageError: The disk fails or is full.
+    """
+    if url != f"sqlite:///{folder.resolve() / FILE}" and kept(folder) != url:
+        write_whole(folder / PLACE, f"{url}\n".encode(), private=True)
+
+
+FOLDER = "jobs"
+
+
+def folders(state: Path) -> list[Path]:
+    """Folders of the further jobs of a state folder, by name.
+
+    Raises:
+        StorageError: They can't be read.
+    """
+    root = state / FOLDER
+    with storage_errors(f"can't read {root}"):
+        found = [p for p in root.iterdir() if not p.name.startswith(".")] if root.is_dir() else []
+    return sorted(p for p in found if p.is_dir())
+
+
+log = logging.getLogger("fedprune.server")
+
+LOCK = "lock"
+"""Held by the server that runs on the folder."""
+
+_PATIENCE_S = 3.0
+
+
+@contextmanager
+def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
+    """Keep servers off a state folder.
+
+    Args:
+        path: The folder.
+        standby: Wait until no server has it, however long that takes.
+
+    Raises:
+        StorageError: One runs on it, or it can't be used.
+    """
+    descriptor = _taken(path, standby=standby)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _taken(path: Path, *, standby: bool) -> int:
+    """The descriptor of a folder's lock, held."""
+    with storage_errors(f"can't use state folder {path}"):
+        descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    until = time.monotonic() + (math.inf if standby else _PATIENCE_S)
+    said = False
+    try:
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return descriptor
+            except OSError as error:
+                # A server that was killed a moment ago may still have a child that holds the file open.
+                if time.monotonic() > until:
+                    raise StorageError(
+                        f"another server runs on {path}", hint="Stop it, or give another --state folder."
+                    ) from error
+                if standby and not said:
+                    log.info("standing by: another server runs on %s", path)
+                    said = True
+            time.sleep(0.1)
+    except BaseException:
+        os.close(descriptor)
+        raise
