@@ -16,9 +16,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
+from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, read_table_file
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.blobs.leaf_cache import unkept
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
@@ -154,7 +153,7 @@ class HttpFetch:
         raw = bytearray()
         while len(raw) < length:
             raw += self._read(answer, min(LEAF, length - len(raw)))
-        found = unkept(bytes(raw), ref.leaf_count)
+        found = read_table_file(bytes(raw), ref.leaf_count)
         present = partial.count
         if found is None or not partial.set_table(found):
             raise HttpFetchError(f"the leaf table of blob {ref.sha256[:12]} there is another one than the offer's")

@@ -6,8 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedprune.blobs.blob_ref import leaf_table
-from fedprune.blobs.leaf_cache import kept
+from fedprune.blobs.blob_ref import leaf_table, table_file
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError
 from fedprune_server.maintenance.finding import Cure, Finding, Weight
@@ -136,7 +135,7 @@ def _folder(there: Lying) -> Iterator[Finding]:
         if hashlib.sha256(data).hexdigest() != digest:
             what = f"{path}, a copy of what the bucket has, is damaged: it is fetched again"
             yield Finding(Weight.NOTE, what, "", Cure.DELETE, files, digest)
-        elif table is not None and found not in (kept(leaf_table(data)), leaf_table(data)):
+        elif table is not None and found not in (table_file(leaf_table(data)), leaf_table(data)):
             yield Finding(
                 Weight.NOTE, f"leaf table {table} is damaged: it is made again", "", Cure.DELETE, (table,), digest
             )

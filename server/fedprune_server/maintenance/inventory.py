@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.blobs.leaf_cache import SUFFIX
+from fedprune.blobs.blob_ref import SUFFIX
 from fedprune.coordination import State
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from fedprune.blobs.blob_ref import leaf_table
-from fedprune.blobs.leaf_cache import SUFFIX, kept
+from fedprune.blobs.blob_ref import SUFFIX, leaf_table, table_file
 from fedprune.core import tensorfile
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
@@ -155,7 +154,7 @@ def _blob(digest: str, path: Path, table: Path | None, advance: Advance, *, need
             yield Finding(Weight.WRONG, f"blob {path} is damaged, and not needed", _REPAIR, Cure.DELETE, files, digest)
     elif table is not None and (found := _bytes(table)) is not None:
         right = leaf_table(data)
-        if found not in (kept(right), right):  # an older version kept it bare
+        if found not in (table_file(right), right):  # an older version table_file it bare
             yield Finding(
                 Weight.NOTE, f"leaf table {table} is damaged: it is made again", "", Cure.DELETE, (table,), digest
             )

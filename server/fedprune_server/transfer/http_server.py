@@ -21,9 +21,8 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import IO, Any
 
-from fedprune.blobs.blob_ref import LEAF
+from fedprune.blobs.blob_ref import LEAF, SUFFIX, table_file
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.blobs.leaf_cache import SUFFIX, kept
 from fedprune.core.errors import ConfigError, FedpruneError, StorageError
 
 log = logging.getLogger("fedprune.server")
@@ -263,7 +262,7 @@ class BlobHandler(BaseHTTPRequestHandler):
             return
         try:
             store = self.server.store
-            view = memoryview(kept(store.table(found[2]))) if found[3] == SUFFIX else store.map(found[2])
+            view = memoryview(table_file(store.table(found[2]))) if found[3] == SUFFIX else store.map(found[2])
         except StorageError as error:
             log.debug("the web server of blobs: %s", error)
             self.send_error(HTTPStatus.NOT_FOUND)

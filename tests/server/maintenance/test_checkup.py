@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedprune.blobs.blob_ref import SUFFIX
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.blobs.leaf_cache import SUFFIX
 from fedprune.core.errors import ExitCode, FedpruneError, IdentityError
 from fedprune.security.keys import SigningKey
 from fedprune.security.succession import Succession

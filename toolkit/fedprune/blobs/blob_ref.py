@@ -21,6 +21,9 @@ LEAF = 32 * 1024
 DIGEST = 32
 """Bytes of a leaf's digest in the leaf table."""
 
+SUFFIX = ".leaves"
+"""What follows a blob's name in that of its leaf table's file."""
+
 MAX_BLOB = 2**40
 """Size that no reference may exceed; a store's own limit is usually far lower."""
 
@@ -84,6 +87,21 @@ class BlobRef:
             if name not in body:
                 raise ProtocolError(f"blob reference: field {name}", expected="a value", got="nothing")
         return cls(body["sha256"], body["size"], body["leaves"])
+
+
+def table_file(table: bytes) -> bytes:
+    """The file of a leaf table: its sha256, then the table.
+
+    No file of a table is flushed: whatever a power cut leaves of one is recognised by the digest, and the table is made
+    or pulled again.
+    """
+    return hashlib.sha256(table).digest() + table
+
+
+def read_table_file(raw: bytes, leaf_count: int) -> bytes | None:
+    """The leaf table in a file's bytes; None where they are no such table, or damaged."""
+    digest, table = raw[:DIGEST], raw[DIGEST:]
+    return table if len(table) == leaf_count * DIGEST and hashlib.sha256(table).digest() == digest else None
 
 
 def leaf_table(data: bytes | memoryview) -> bytes:

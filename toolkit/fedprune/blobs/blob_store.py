@@ -1,7 +1,6 @@
-"""Blob stores: folders of files that are named by the sha256 of what they hold.
+"""Blob stores: folders of files that are named by the sha256 of their content.
 
-A file appears under its name only when it is whole and on the disk; what arrives bit by bit grows in `partial/` until
-it is.
+A file appears under its name only when it is whole and on the disk; until then it grows in `partial/`.
 """
 
 from __future__ import annotations
@@ -9,18 +8,16 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
-import secrets
-import shutil
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, leaf_table
-from fedprune.blobs.leaf_cache import SUFFIX, kept, unkept
+from fedprune.blobs.blob_folder import BlobFolder
+from fedprune.blobs.blob_ref import DIGEST, LEAF, SUFFIX, BlobRef, leaf_table, read_table_file, table_file
 from fedprune.blobs.partial_blob import PartialBlob
-from fedprune.core.disk import read_file, storage_errors, sync_folder, write_all
-from fedprune.core.errors import StorageError, StorageFullError
+from fedprune.core.disk import read_file, storage_errors
+from fedprune.core.errors import StorageError
 from fedprune.core.validation import is_digest
 
 MAX_SIZE = 2**30
@@ -32,17 +29,13 @@ RESERVE = 1024 * 1024
 _LOST = "Was the folder copied in part, or something in it deleted? Restore a backup of it, or begin in a new one."
 
 
-class BlobStore:
-    """A content-addressed folder: `<root>/<first two hex digits>/<sha256>`, with the leaf table beside it of each that
-    has several leaves (`fedprune.blobs.leaf_cache`).
+class BlobStore(BlobFolder):
+    """A content-addressed folder, with a file of the leaf table next to each blob that has several leaves.
 
     Args:
-        root: The folder; made if missing.
-        max_size: Bytes that no blob may exceed.
-        reserve: Bytes that must stay free on the disk when a blob is written.
-        durable: Flush files to the disk before they appear. A simulation can do without.
-        sweep: Remove what processes of this machine that are no more left half written. Whoever shares the folder with
-            another machine must not: it can't tell that one's processes from those that are gone.
+        root, max_size, reserve, durable: As of `BlobFolder`.
+        sweep: Remove unfinished files of this machine's dead processes. Not for a folder that machines share: a process
+            of another machine would look dead.
 
     Raises:
         StorageError: The folder can't be made.
@@ -57,17 +50,12 @@ class BlobStore:
         durable: bool = True,
         sweep: bool = True,
     ) -> None:
-        self.root = root
-        self.max_size = max_size
-        self.reserve = reserve
-        self.durable = durable
+        super().__init__(root, max_size, reserve, durable=durable)
         self._checked: dict[str, tuple[int, int, int]] = {}
-        with storage_errors(f"can't make blob store {root}"):
-            for folder in (root, root / "tmp", root / "partial"):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if sweep and os.geteuid() == root.stat().st_uid:  # an earlier version let others read
-                root.chmod(0o700)
         if sweep:
+            with storage_errors(f"can't make blob store {root}"):
+                if os.geteuid() == root.stat().st_uid:  # an earlier version let others read
+                    root.chmod(0o700)
             self._sweep()
 
     def put(self, data: bytes | memoryview) -> BlobRef:
@@ -93,20 +81,6 @@ class BlobStore:
         """
         size = self.size(sha256)
         return BlobRef(sha256, size, hashlib.sha256(self.table(sha256)).hexdigest())
-
-    def has(self, sha256: str) -> bool:
-        """Whether the blob is here."""
-        return self.path(sha256).is_file()
-
-    def path(self, sha256: str) -> Path:
-        """Where the blob is, or would be.
-
-        Raises:
-            StorageError: `sha256` is no digest.
-        """
-        if not is_digest(sha256):
-            raise StorageError("name of a blob", expected="64 hex digits", got=repr(sha256)[:80])
-        return self.root / sha256[:2] / sha256
 
     def size(self, sha256: str) -> int:
         """Bytes of a blob that is here.
@@ -190,7 +164,7 @@ class BlobStore:
         count = -(-self.size(sha256) // LEAF)
         path = self._table_path(sha256)
         with suppress(FileNotFoundError), storage_errors(f"can't read {path}", missing=True):
-            found = unkept(path.read_bytes(), count) if count > 1 else bytes.fromhex(sha256) * count
+            found = read_table_file(path.read_bytes(), count) if count > 1 else bytes.fromhex(sha256) * count
             if found is not None:
                 return found
         table = leaf_table(self.read(sha256))
@@ -240,73 +214,6 @@ class BlobStore:
         """Digests of all blobs that are here, sorted."""
         return sorted(p.name for p in self.root.glob("[0-9a-f][0-9a-f]/*") if is_digest(p.name))
 
-    def check_size(self, size: int) -> None:
-        """Make sure that a blob may be this large.
-
-        Raises:
-            StorageFullError: It may not.
-        """
-        if size > self.max_size:
-            raise StorageFullError(
-                "blob is larger than this store allows", expected=f"at most {self.max_size} bytes", got=size
-            )
-
-    def check_room(self, size: int) -> None:
-        """Make sure that this many more bytes fit.
-
-        Raises:
-            StorageFullError: They don't, or no blob may be that large.
-        """
-        self.check_size(size)
-        free = shutil.disk_usage(self.root).free
-        if size + self.reserve > free:
-            raise StorageFullError(
-                f"no room in {self.root}",
-                expected=f"{size + self.reserve} bytes",
-                got=f"{free} free",
-                hint="Free some space; nothing was written.",
-            )
-
-    def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
-        """Write a file so that it appears whole or not at all.
-
-        Args:
-            path: The file.
-            data: What shall be in it.
-            flush: Flush it to the disk before it appears; without, a power cut may leave an empty file.
-
-        Raises:
-            StorageFullError: The disk is full; nothing is left behind.
-            StorageError: The disk fails.
-        """
-        temporary = self.root / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
-        try:
-            with storage_errors(f"can't write {path}"):
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-                try:
-                    write_all(descriptor, data)
-                    if self.durable and flush:
-                        os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                self.move(temporary, path, flush=flush)
-        except StorageError:
-            temporary.unlink(missing_ok=True)
-            raise
-
-    def move(self, source: Path, target: Path, *, flush: bool = True) -> None:
-        """Put a finished file in its place.
-
-        Args:
-            source: The file.
-            target: Its place.
-            flush: Flush the folder, so that it is there after a power cut.
-        """
-        target.parent.mkdir(mode=0o700, exist_ok=True)
-        source.replace(target)
-        if self.durable and flush:
-            sync_folder(target.parent)
-
     def _whole(self, ref: BlobRef) -> bool:
         """Whether the blob is here with the right length (a file cut short by a failing disk is written again)."""
         try:
@@ -318,7 +225,7 @@ class BlobStore:
         """Keep a leaf table beside its blob, if there is room for it: it is made again where it is missing."""
         if len(table) > DIGEST:
             with suppress(StorageError):
-                self.write_file(self._table_path(sha256), kept(table), flush=False)
+                self.write_file(self._table_path(sha256), table_file(table), flush=False)
 
     def _table_path(self, sha256: str) -> Path:
         path = self.path(sha256)

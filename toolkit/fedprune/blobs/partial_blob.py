@@ -1,7 +1,7 @@
-"""Blobs that arrive bit by bit.
+"""Blobs that arrive in pieces.
 
-They can be resumed after any kind of death, because each leaf is verified against the blob's leaf table when a partial
-blob is opened again. Nothing but the leaf table needs to be remembered for that.
+They can be resumed after any crash: each leaf is verified against the blob's leaf table when a partial blob is opened
+again, so that only the leaf table has to be kept.
 """
 
 from __future__ import annotations
@@ -11,11 +11,9 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import groupby
-from pathlib import Path
-from typing import Protocol
 
-from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, leaf_table
-from fedprune.blobs.leaf_cache import SUFFIX, kept, unkept
+from fedprune.blobs.blob_folder import BlobFolder
+from fedprune.blobs.blob_ref import DIGEST, LEAF, SUFFIX, BlobRef, leaf_table, read_table_file, table_file
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import ProtocolError, StorageError
 
@@ -23,59 +21,25 @@ _FLUSH_BYTES = 4 * 2**20
 """After so many bytes the disk begins to write what has come, so that it is not all left to the flush at the end."""
 
 
-class Home(Protocol):
-    """What a partial blob needs of the store that it grows in; `BlobStore` has it."""
-
-    root: Path
-    durable: bool
-
-    def has(self, sha256: str) -> bool:
-        """Whether a blob is there, whole."""
-        ...
-
-    def path(self, sha256: str) -> Path:
-        """Where a whole blob is, or would be."""
-        ...
-
-    def check_size(self, size: int) -> None:
-        """Make sure that a blob may be this large."""
-        ...
-
-    def check_room(self, size: int) -> None:
-        """Make sure that this many more bytes fit."""
-        ...
-
-    def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
-        """Write a file so that it appears whole or not at all."""
-        ...
-
-    def move(self, source: Path, target: Path, *, flush: bool = True) -> None:
-        """Put a finished file in its place."""
-        ...
-
-
 class PartialBlob:
     """A blob on its way into a store.
 
     Leaves are written in any order, each verified before it is written; `finish` verifies the whole and gives it its
-    name. The digest of the whole grows with the leaves, as far as there is no gap, so that little is left for the end.
-    Two of the same blob may grow at once: they write the same bytes.
-
-    Right leaves of a right table are the bytes that whoever named the table meant; the digest of the whole says beyond
-    that only whether the name is theirs. Where one who is trusted has named both, it is left to who reads the blob.
+    name. The digest of the whole is computed as leaves arrive without a gap, so that little is left for the end. Two
+    partials of the same blob may grow at once: they write the same bytes.
 
     Args:
         store: Where it grows.
         ref: What it shall become.
-        vouched: Whether `ref` comes from one who is trusted with the name, as a signed offer does: then the whole is
-            not hashed. Never for a blob that its sender has named.
+        vouched: Whether a trusted party, such as a signed offer, has named both digests: verified leaves then suffice,
+            and the whole is not hashed. Never for a blob that its sender has named.
 
     Raises:
         StorageFullError: There is no room for it.
         StorageError: The disk fails.
     """
 
-    def __init__(self, store: Home, ref: BlobRef, *, vouched: bool = False) -> None:
+    def __init__(self, store: BlobFolder, ref: BlobRef, *, vouched: bool = False) -> None:
         self._descriptor: int | None = None
         store.check_size(ref.size)
         self.store = store
@@ -111,7 +75,7 @@ class PartialBlob:
             return False
         # Not flushed: whoever opens the partial again verifies it, and it is small to pull once more.
         if self.ref.leaf_count > 1:
-            self.store.write_file(self._leaves, kept(table), flush=False)
+            self.store.write_file(self._leaves, table_file(table), flush=False)
         if self.table is None:
             self.table = table
             with storage_errors(f"can't read {self._data}"):
@@ -224,7 +188,7 @@ class PartialBlob:
     def _resume(self) -> None:
         with storage_errors(f"can't read {self._data}"):
             raw = self._leaves.read_bytes() if self._leaves.is_file() else b""
-            table = unkept(raw, self.ref.leaf_count)
+            table = read_table_file(raw, self.ref.leaf_count)
             if table is None or hashlib.sha256(table).hexdigest() != self.ref.leaves:
                 if self.ref.leaf_count > 1:
                     return

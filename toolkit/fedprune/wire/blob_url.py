@@ -2,7 +2,7 @@
 
 Below such an address blobs lie as in a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in
 front of one will do: `{base}/{first two digits}/{sha256}`, and beside it, with `.leaves` behind its name, the file of
-its leaf table (`fedprune.blobs.leaf_cache`).
+its leaf table (`fedprune.blobs.blob_ref`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ipaddress
 import re
 from dataclasses import dataclass
 
-from fedprune.blobs.leaf_cache import SUFFIX
+from fedprune.blobs.blob_ref import SUFFIX
 from fedprune.core.errors import ProtocolError, shown
 
 MAX_URL = 512

@@ -19,9 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fedprune.blobs.blob_ref import BlobRef, leaf_table
+from fedprune.blobs.blob_ref import SUFFIX, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.blobs.leaf_cache import SUFFIX
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, StorageFullError
 from fedprune.core.validation import is_digest
