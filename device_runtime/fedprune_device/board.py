@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fedprune.core.errors import ProfileError, RuntimeUnavailableError
 from fedprune.planning import profile_store
@@ -32,8 +33,9 @@ from fedprune_device.data.sample_source import SampleSource
 from fedprune_device.engines.accelerator_options import accelerator_of
 from fedprune_device.enrollment.membership import checked_urls, join_first, membership
 from fedprune_device.hardware.board_facts import facts
-from fedprune_device.hardware.probe import check_runtime, probe_apart, process_memory, table_summaries
-from fedprune_device.hardware.readings import condition, own_memory
+from fedprune_device.hardware.probe import process_memory, table_summaries
+from fedprune_device.hardware.readings import condition
+from fedprune_device.hardware.runtime_process import RuntimeProcess
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.launcher.sd_notify import starting
 from fedprune_device.network.connection import Connection
@@ -174,12 +176,17 @@ def run_board(arguments: argparse.Namespace) -> None:
         FedpruneError: A setting is wrong, the runtime doesn't load, the state directory can't be used, or the board
             can't join.
     """
+    with RuntimeProcess() as runtime:
+        _run_board(arguments, runtime)
+
+
+def _run_board(arguments: argparse.Namespace, runtime: RuntimeProcess) -> None:
     checked_urls(arguments, insecure=arguments.insecure)
     policy = read_policy(arguments.privacy)
     guard = ThermalGuard(arguments.pause_above, arguments.resume_below)
     trial = ReleaseTrial.current()
     if trial is not None:
-        trial.check(arguments.state / "serving")
+        _check_trial(trial, runtime, arguments.state / "serving")
     profile = _profile(arguments.profile)
     accelerator = accelerator_of(arguments, profile)
     address = local_address(arguments)
@@ -195,8 +202,7 @@ def run_board(arguments: argparse.Namespace) -> None:
             _LOG.info("privacy: %s", store.privacy.describe())
         log, crashes = stack.enter_context(reporting(arguments.state, arguments.device, lambda: store.privacy.private))
         data = open_samples(arguments, stack) if fixed is None else fixed
-        if trial is None:  # a release on trial has checked it
-            check_runtime()  # before this process loads it, which may end the process
+        runtime.check()  # before this process loads it, which may end the process
         stack.enter_context(
             answering(
                 address,
@@ -208,13 +214,16 @@ def run_board(arguments: argparse.Namespace) -> None:
             )
         )
         member = membership(arguments, insecure=arguments.insecure)
+        if arguments.no_probe or (member.identity is not None and not member.identity.joined):
+            runtime.close()  # to join may take days
         with starting("waiting to be let into the fleet"):
             if not join_first(member, arguments, patient=arguments.patient, stopped=stopping):
                 return
         if member.identity is not None:
             owner.claim(arguments.state)
         connection = member.connection(store.next_session)
-        probe = None if arguments.no_probe else _probed(arguments, data, cuda=accelerator.cuda)
+        probe = None if arguments.no_probe else _probed(arguments, runtime, data, cuda=accelerator.cuda)
+        runtime.close()
         _LOG.info("board: %s", condition())
         settings = AgentSettings(
             profile,
@@ -242,15 +251,21 @@ def run_board(arguments: argparse.Namespace) -> None:
         agent.run(arguments.until_finished)
 
 
-def _probed(arguments: argparse.Namespace, data: SampleSource, *, cuda: bool) -> ProbeReport:
-    held_back = own_memory()  # before onnxruntime is loaded here, which takes memory that the probe finds free
-    report = probe_apart(arguments.threads, memory_file=arguments.state / "layer_times.json")
+def _check_trial(trial: ReleaseTrial, runtime: RuntimeProcess, serving: Path) -> None:
+    def health() -> None:
+        runtime.check_model(serving)
+        trial.check_packages()
+
+    trial.check(health)
+
+
+def _probed(arguments: argparse.Namespace, runtime: RuntimeProcess, data: SampleSource, *, cuda: bool) -> ProbeReport:
+    report = runtime.probe(arguments.threads, memory_file=arguments.state / "layer_times.json")
     # A plan counts this process and its samples, which hold memory already.
     held = data.bytes if isinstance(data, LocalData) else 0
     taken = process_memory()
     report = replace(
         report,
-        memory_available=min(report.memory_total, report.memory_available + held_back),
         block=0 if cuda else report.block,  # there are no blocks on a GPU
         process_bytes=None if taken is None else max(taken - held, 2**20),
     )

@@ -69,6 +69,6 @@ def test_a_wheel_that_the_processor_can_t_run_is_said_so(processor: str, board: 
 
 def test_the_same_wheel_runs_where_the_processor_can(board: Board, broken_wheel: Path) -> None:
     """So what was said above is the processor's doing, not that of the wheel or of this emulation."""
-    program = "from fedprune_device.hardware.probe import check_runtime; print(check_runtime())"
+    program = "from fedprune_device.hardware.runtime_process import check_runtime; print(check_runtime())"
     done = on(board, "cortex-a76", OLD, SITE).run("/usr/bin/python3", "-c", program)
     assert (done.returncode, done.stdout.strip()) == (0, broken_wheel.name.split("-")[1]), done.stderr

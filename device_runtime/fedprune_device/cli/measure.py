@@ -12,6 +12,7 @@ from fedprune.planning.identification import identify
 from fedprune.runtime.blocks import turned_off
 from fedprune_device.hardware.board_facts import facts
 from fedprune_device.hardware.probe import probe, table_summaries
+from fedprune_device.hardware.runtime_process import check_runtime
 
 
 def identify_board(arguments: argparse.Namespace) -> int:
@@ -28,6 +29,7 @@ def identify_board(arguments: argparse.Namespace) -> int:
 def probe_board(arguments: argparse.Namespace) -> int:
 
     turned_off()  # what is wrong with the setting comes first
+    check_runtime()
     report = probe(arguments.threads, begin=_begin)
     if arguments.json:
         print(json.dumps(report.to_dict(), sort_keys=True))

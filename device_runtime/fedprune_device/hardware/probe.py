@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess  # nosec B404  # lists of words, never a shell
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ import numpy as np
 
 from fedprune import __version__
 from fedprune.core import tensorfile
-from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.core.rng import keyed
 from fedprune.planning.form_times import FormTimes
 from fedprune.planning.latency_model import LatencyTable
@@ -36,8 +32,6 @@ from fedprune_device.hardware.layer_timing import measure_table, remembered_tabl
 from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
-_IMPORT_TIMEOUT = 120
-_PROBE_TIMEOUT = 1800
 _MIN_RUNS = 3
 
 FORM_FILE = "form_times.json"
@@ -66,7 +60,7 @@ def probe(
             out.
         memory_file: Where the layers' times are kept, so that the next start need not measure them again; beside it
             those of forms.
-        runtime: onnxruntime's version, where this process has loaded it; else another process tries that first.
+        runtime: onnxruntime's version; by default that which is loaded here.
         begin: Called before each measurement that is made, with its name and about how long it takes.
 
     Raises:
@@ -75,11 +69,11 @@ def probe(
         ModelError: The shipped graphs don't run.
     """
     began = time.monotonic()
+    runtime = runtime or onnxruntime_version()
     total, available = memory(root)
-    version = runtime or check_runtime()
     begin("training and predicting", seconds)
     train, infer = _rates(threads, seconds)
-    about = f"fedprune {__version__}, onnxruntime {version}, {threads} threads, {board(root)}"
+    about = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board(root)}"
     latency = forms = None
 
     def of_layers() -> LatencyTable:
@@ -100,7 +94,7 @@ def probe(
         memory_total=total,
         memory_available=min(available, total),
         seconds=time.monotonic() - began,
-        onnxruntime=version,
+        onnxruntime=runtime,
         board=board(root),
         clock_hz=clock_hz(root),
         train_rate=train,
@@ -111,93 +105,6 @@ def probe(
         block=block_size(),
         forms=forms,
     )
-
-
-def probe_apart(
-    threads: int = 1,
-    seconds: float = 2.0,
-    *,
-    layer_seconds: float = 10.0,
-    form_seconds: float = 10.0,
-    memory_file: Path | None = None,
-    python: str = sys.executable,
-) -> ProbeReport:
-    """`probe` in a process of its own, so that what it takes is neither kept by this one nor in its peak memory.
-
-    The free memory is what this process sees: the other one's own is free again when it has ended.
-
-    Args:
-        threads: Threads inside an operator.
-        seconds: Time for the measurements of speed.
-        layer_seconds: Time for the layers' measurements; 0 leaves them out.
-        form_seconds: Time for those of convolutions' forms; 0 leaves them out.
-        memory_file: Where the layers' times are kept, and beside it those of forms.
-        python: The interpreter.
-
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        RuntimeUnavailableError: It can't be loaded here, or the measurements fail.
-    """
-    total, available = memory()
-    settings: dict[str, Any] = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds}
-    settings["form_seconds"] = form_seconds
-    settings["memory_file"] = None if memory_file is None else str(memory_file)
-    hint = "Start without the probe (`--no-probe`): the profile's figures are believed then."
-    command = [python, "-c", "from fedprune_device.hardware.probe import _answer; _answer()"]
-    try:
-        done = subprocess.run(  # noqa: S603  # nosec B603  # our own code, in this Python
-            command, input=json.dumps(settings), capture_output=True, text=True, timeout=_PROBE_TIMEOUT, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeUnavailableError(f"the probe isn't done within {_PROBE_TIMEOUT} s", hint=hint) from error
-    except OSError as error:
-        raise RuntimeUnavailableError(f"can't start {python}: {error.strerror}") from error
-    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no message"]
-    if done.returncode:
-        check_runtime(python)  # says it better, if it is the reason
-        why = f"killed by signal {-done.returncode}" if done.returncode < 0 else lines[-1][:300]
-        raise RuntimeUnavailableError(f"the probe failed ({why})", hint=hint)
-    report = ProbeReport.from_dict(json.loads(lines[-1]))
-    return replace(report, memory_total=total, memory_available=min(available, total))
-
-
-def check_runtime(python: str = sys.executable) -> str:
-    """Load onnxruntime in a process of its own, and return its version.
-
-    Some wheels contain instructions that some boards don't have (1.21.0 on a Raspberry Pi 4:
-    https://github.com/microsoft/onnxruntime/issues/23957). That kills the process which loads them, so it must not
-    be this one.
-
-    Args:
-        python: The interpreter.
-
-    Raises:
-        MissingExtraError: It is not installed.
-        RuntimeUnavailableError: It crashes, fails or hangs.
-    """
-    command = [python, "-c", "import onnxruntime; print(onnxruntime.__version__)"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_TIMEOUT, check=False)  # noqa: S603  # nosec B603  # our own code, in this Python
-    except subprocess.TimeoutExpired as error:
-        raise RuntimeUnavailableError(f"onnxruntime doesn't load within {_IMPORT_TIMEOUT} s") from error
-    except OSError as error:
-        raise RuntimeUnavailableError(f"can't start {python}: {error.strerror}") from error
-    if done.returncode < 0:
-        raise RuntimeUnavailableError(
-            f"onnxruntime kills the process that loads it (signal {-done.returncode})",
-            hint="This version uses instructions that this processor lacks. Install another one; on a Raspberry Pi 4 "
-            "anything but 1.21: pip install 'onnxruntime!=1.21.*'.",
-        )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1][:300]
-        if "No module named 'onnxruntime'" in reason:
-            raise MissingExtraError(
-                "onnxruntime is not installed",
-                hint="On a Jetson it is JetPack's onnxruntime-gpu.",
-                extra="board",
-            )
-        raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({reason})")
-    return (done.stdout.strip().splitlines() or [""])[-1][:200]
 
 
 def process_memory() -> int | None:
@@ -225,21 +132,6 @@ def table_summaries(report: ProbeReport) -> dict[str, str]:
         measured = sum(len(times) for _, times in forms.rows)
         found["forms"] = f"{measured} measurements of {len(forms.rows)} shapes"
     return found
-
-
-def _answer() -> None:
-    """The other side of `probe_apart`: settings from stdin, the report to stdout."""
-    asked = json.loads(sys.stdin.read())
-    file = asked["memory_file"]
-    report = probe(
-        asked["threads"],
-        asked["seconds"],
-        layer_seconds=asked["layer_seconds"],
-        form_seconds=asked["form_seconds"],
-        memory_file=None if file is None else Path(file),
-        runtime=onnxruntime_version(),
-    )
-    print(json.dumps(report.to_dict()))
 
 
 def _rates(threads: int, seconds: float) -> tuple[float, float]:

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fedprune.training.recipe import Recipe
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior
-from fedprune_device.hardware.probe import check_runtime
+from fedprune_device.hardware.runtime_process import RuntimeProcess
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
@@ -251,23 +251,46 @@ def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes:
     return main.main(["run", *insecure, *(part for row in values.items() for part in row if row[1])])
 
 
+REPORT = ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0)
+
+
+class Runtime(RuntimeProcess):
+    """In place of the process that loads onnxruntime: what was asked of it."""
+
+    report = REPORT
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        made.append(self)
+
+    def check(self) -> str:
+        self.asked.append("check")
+        return "1"
+
+    def check_model(self, serving: Path | None = None) -> None:
+        self.asked.append("check_model")
+
+    def probe(self, *_: Any, **__: Any) -> ProbeReport:
+        self.asked.append("probe")
+        return self.report
+
+
+made: list[Runtime] = []
+
+
 @pytest.fixture
-def probed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """In place of a probe: the threads of every one that was made."""
-    made: list[int] = []
-
-    def probe(threads: int, **_: object) -> ProbeReport:
-        made.append(threads)
-        return ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0)
-
-    monkeypatch.setattr("fedprune_device.board.probe_apart", probe)
+def probed(monkeypatch: pytest.MonkeyPatch) -> list[Runtime]:
+    """In place of the processes that check and measure: those that were started."""
+    made.clear()
+    monkeypatch.setattr("fedprune_device.board.RuntimeProcess", Runtime)
     return made
 
 
-def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[int], capsys: Capture) -> None:
+def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[Runtime], capsys: Capture) -> None:
     assert run(tmp_path) == ExitCode.BROKER
     assert "127.0.0.1:9" in capsys.readouterr().err
-    assert len(probed) == 1
+    assert [p.asked for p in probed] == [["check", "probe"]]
 
 
 def test_a_board_without_tensorrt_imports_none_of_its_modules() -> None:
@@ -291,26 +314,27 @@ def test_parsing_options_loads_neither_numpy_nor_onnxruntime_nor_cryptography() 
     assert done.stdout.split() == []
 
 
-def test_a_release_on_trial_that_has_checked_onnxruntime_does_not_load_it_once_more(
-    tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch
+def test_one_process_checks_a_release_on_trial_and_measures(
+    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Checked:
-        def check(self, serving: Path) -> None:
+        def check(self, health: Callable[[], object]) -> None:
+            health()
+
+        def check_packages(self) -> None:
             pass
 
-    checked: list[str] = []
-    monkeypatch.setattr("fedprune_device.board.check_runtime", lambda: checked.append("apart"))
     monkeypatch.setattr("fedprune_device.board.ReleaseTrial.current", lambda: Checked())
     assert run(tmp_path) == ExitCode.BROKER
-    assert not checked
+    assert [p.asked for p in probed] == [["check_model", "check", "probe"]]
     monkeypatch.setattr("fedprune_device.board.ReleaseTrial.current", lambda: None)
     assert run(tmp_path) == ExitCode.BROKER
-    assert checked == ["apart"]
+    assert probed[-1].asked == ["check", "probe"]
 
 
-@pytest.mark.parametrize("child", ["check_runtime", "probe_apart"])
+@pytest.mark.parametrize("child", ["check", "probe"])
 def test_a_stop_during_a_measurement_is_no_crash(
-    tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch, child: str
+    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch, child: str
 ) -> None:
     """The service manager's signal ends the measuring process as well."""
 
@@ -318,7 +342,7 @@ def test_a_stop_during_a_measurement_is_no_crash(
         os.kill(os.getpid(), signal.SIGTERM)
         raise RuntimeUnavailableError("the probe failed (killed by signal 15)")
 
-    monkeypatch.setattr(f"fedprune_device.board.{child}", killed)
+    monkeypatch.setattr(Runtime, child, killed)
     before = signal.getsignal(signal.SIGTERM)
     try:
         assert run(tmp_path) == ExitCode.OK
@@ -328,11 +352,11 @@ def test_a_stop_during_a_measurement_is_no_crash(
 
 
 def test_the_log_counts_what_was_probed_instead_of_printing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = tuple((Shape(3, 1, n, 8, 64), (("kernel.taps", 1.0), ("kernel.products", 2.0))) for n in range(1, 24))
     report = ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0, forms=FormTimes(rows))
-    monkeypatch.setattr("fedprune_device.board.probe_apart", lambda *_, **__: report)
+    monkeypatch.setattr(Runtime, "report", report)
     with caplog.at_level("INFO"):
         assert run(tmp_path) == ExitCode.BROKER
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("probe: ")]
@@ -340,7 +364,7 @@ def test_the_log_counts_what_was_probed_instead_of_printing_it(
 
 
 def test_a_process_and_samples_that_a_plan_counts_are_not_counted_as_taken_memory(
-    tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[ProbeReport] = []
 
@@ -349,11 +373,10 @@ def test_a_process_and_samples_that_a_plan_counts_are_not_counted_as_taken_memor
         raise KeyboardInterrupt
 
     monkeypatch.setattr("fedprune_device.board.build_agent", agent)
-    monkeypatch.setattr("fedprune_device.board.own_memory", lambda: 60_000_000)
     monkeypatch.setattr("fedprune_device.board.process_memory", lambda: 90_000_000)
     assert run(tmp_path) == ExitCode.INTERRUPTED
     (report,) = told
-    assert (report.memory_available, report.process_bytes) == (160_000_000, 90_000_000 - (5 * 6 * 4 + 5 * 8))
+    assert (report.memory_available, report.process_bytes) == (100_000_000, 90_000_000 - (5 * 6 * 4 + 5 * 8))
 
 
 def test_without_a_broker_there_is_nothing_to_do(
@@ -375,11 +398,11 @@ def test_without_a_broker_there_is_nothing_to_do(
     ],
 )
 def test_bad_arguments_end_before_anything_is_measured_or_connected(
-    tmp_path: Path, changes: dict[str, str], code: int, probed: list[int], capsys: Capture
+    tmp_path: Path, changes: dict[str, str], code: int, probed: list[Runtime], capsys: Capture
 ) -> None:
     assert run(tmp_path, insecure=() if "ca" in changes else ("--insecure",), **changes) == code
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
-    assert not probed
+    assert not any(p.asked for p in probed)
 
 
 @pytest.mark.parametrize("changes", [{"device": "a b"}, {"device": "all"}, {"site": "a/b"}, {"device": ".."}])
@@ -407,7 +430,7 @@ def test_a_device_is_called_like_its_host(monkeypatch: pytest.MonkeyPatch, host:
 
 
 def test_a_board_that_waits_to_be_let_in_asks_systemd_for_more_time(
-    tmp_path: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(str(tmp_path / "notify"))
@@ -425,33 +448,33 @@ def test_a_board_that_waits_to_be_let_in_asks_systemd_for_more_time(
 
 
 def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_serves(
-    tmp_path: Path, state: Path, probed: list[int], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tmp_path: Path, state: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nkill -ILL $$\n")
     python.chmod(0o755)
     loaded: list[object] = []
-    monkeypatch.setattr("fedprune_device.board.check_runtime", lambda: check_runtime(str(python)))
+    monkeypatch.setattr("fedprune_device.board.RuntimeProcess", lambda: RuntimeProcess(str(python)))
     monkeypatch.setattr("fedprune_device.api.options.LiveModel", loaded.append)
     assert run(tmp_path, state=str(state), local="127.0.0.1:0") == ExitCode.RUNTIME
     assert "signal 4" in capsys.readouterr().err
     assert not loaded, "this process has not loaded it"
 
 
-def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[int], capsys: Capture) -> None:
+def test_another_devices_state_folder_is_refused(tmp_path: Path, probed: list[Runtime], capsys: Capture) -> None:
     (tmp_path / "state").mkdir()
     DirectoryOwner("shed", "default").claim(tmp_path / "state")
     assert run(tmp_path) == ExitCode.STORAGE
-    assert not probed
+    assert not any(p.asked for p in probed)
     assert "expected device d of site default, got device shed of site default" in capsys.readouterr().err
 
 
-def test_a_start_that_fails_leaves_the_state_folder_to_another_name(tmp_path: Path, probed: list[int]) -> None:
+def test_a_start_that_fails_leaves_the_state_folder_to_another_name(tmp_path: Path, probed: list[Runtime]) -> None:
     assert run(tmp_path, device="atic") == ExitCode.BROKER
     assert run(tmp_path) == ExitCode.BROKER
 
 
-def test_a_password_is_never_shown(tmp_path: Path, probed: list[int], capsys: Capture) -> None:
+def test_a_password_is_never_shown(tmp_path: Path, probed: list[Runtime], capsys: Capture) -> None:
     run(tmp_path, broker="mqtt://me:geheim@127.0.0.1:9")
     shown = capsys.readouterr()
     assert "geheim" not in shown.out + shown.err

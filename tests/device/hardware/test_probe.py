@@ -15,10 +15,11 @@ from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.planning.form_times import FormTimes
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
+from fedprune_device.hardware import runtime_process
 from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
-from fedprune_device.hardware.probe import check_runtime, probe, probe_apart
+from fedprune_device.hardware.probe import probe
 from fedprune_device.hardware.readings import board, clock_hz, memory, temperature_c, throttled
-from fedprune_device.releases.release_trial import check_health
+from fedprune_device.hardware.runtime_process import RuntimeProcess, check_runtime
 
 pytestmark = pytest.mark.board
 
@@ -55,14 +56,15 @@ def test_a_probe_measures_this_machine() -> None:
 
 PEAK = """
 from fedprune_device.hardware.readings import peak_memory
-from fedprune_device.hardware.probe import {0}
+from fedprune_device.hardware.probe import probe
+from fedprune_device.hardware.runtime_process import RuntimeProcess
 before = peak_memory()
 assert {0}(seconds=0.05, layer_seconds=0.0, form_seconds=0.0).train_rate > 1e6
 print(peak_memory() - before)
 """
 
 
-@pytest.mark.parametrize(("made_by", "kept"), [("probe", False), ("probe_apart", True)])
+@pytest.mark.parametrize(("made_by", "kept"), [("probe", False), ("RuntimeProcess().probe", True)])
 def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, kept: bool) -> None:
     done = subprocess.run([sys.executable, "-c", PEAK.format(made_by)], capture_output=True, text=True, check=True)
     assert (float(done.stdout) < 10e6) is kept
@@ -71,36 +73,51 @@ def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, k
 @pytest.mark.slow
 def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
     file = tmp_path / "layer_times.json"
-    report = probe_apart(seconds=0.05, layer_seconds=0.5, form_seconds=0.1, memory_file=file)
+    with RuntimeProcess() as runtime:
+        report = runtime.probe(seconds=0.05, layer_seconds=0.5, form_seconds=0.1, memory_file=file)
     assert report.latency == LatencyTable.from_dict(json.loads(file.read_text())["latency"])
     kept = json.loads((tmp_path / "form_times.json").read_text())["forms"]
     assert report.forms == FormTimes.from_dict(kept)
     assert report.memory_total == memory()[0]
 
 
-def test_a_probe_apart_and_a_release_check_start_one_interpreter_each(
+def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started = tmp_path / "started"
     (tmp_path / "sitecustomize.py").write_text(f"open({str(started)!r}, 'a').write('one\\n')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    assert probe_apart(seconds=0.05, layer_seconds=0, form_seconds=0).onnxruntime == onnxruntime.__version__
+    with RuntimeProcess() as runtime:
+        assert runtime.check() == onnxruntime.__version__
+        runtime.check_model()
+        assert runtime.probe(seconds=0.05, layer_seconds=0, form_seconds=0).onnxruntime == onnxruntime.__version__
+        process = runtime._process
     assert started.read_text().splitlines() == ["one"]
-    check_health()
-    assert started.read_text().splitlines() == ["one"] * 2
+    assert process is not None
+    assert process.poll() == 0, "it ends with its standard input"
 
 
 @pytest.mark.parametrize(
     ("script", "says"),
     [
-        ("""case "$2" in *probe*) kill -KILL $$;; *) echo 1;; esac""", "the probe failed.*signal 9.*--no-probe"),
-        ("""case "$2" in *probe*) echo odd >&2; exit 1;; *) echo 1;; esac""", "the probe failed.*odd.*--no-probe"),
-        ("kill -ILL $$", "onnxruntime kills the process"),
+        ("kill -KILL $$", "the probe failed.*signal 9.*--no-probe"),
+        ("echo odd >&2; exit 1", "the probe failed.*odd.*--no-probe"),
+        ("""echo '{"error": "no room"}'""", "the probe failed.*no room.*--no-probe"),
     ],
 )
 def test_a_probe_apart_that_fails_says_why(tmp_path: Path, script: str, says: str) -> None:
-    with pytest.raises(RuntimeUnavailableError, match=says):
-        probe_apart(python=python(tmp_path, script))
+    started = """echo 'a line of a library'; echo '{"version": "1"}'; read line; """
+    runtime = RuntimeProcess(python(tmp_path, started + script))
+    with runtime, pytest.raises(RuntimeUnavailableError, match=says):
+        runtime.probe()
+
+
+def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_process, "_START_S", 0.1)
+    with RuntimeProcess(python(tmp_path, "exec sleep 600")) as runtime:
+        with pytest.raises(RuntimeUnavailableError, match="doesn't load within"):
+            runtime.check()
+        assert runtime._process is None
 
 
 def test_layers_are_measured_by_the_given_clock() -> None:
@@ -211,9 +228,8 @@ def test_onnxruntime_that_kills_its_process_is_a_clear_error(tmp_path: Path) -> 
 
 
 def test_onnxruntime_that_is_not_installed_names_the_extra(tmp_path: Path) -> None:
-    script = """echo "ModuleNotFoundError: No module named 'onnxruntime'" >&2; exit 1"""
     with pytest.raises(MissingExtraError, match=r"\[board\]"):
-        check_runtime(python(tmp_path, script))
+        check_runtime(python(tmp_path, f"exit {int(MissingExtraError.exit_code)}"))
 
 
 def test_onnxruntime_that_fails_to_load_says_why(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class Board:
         end, health, _ = self.bad if record.version == 3 else (SlotExit("", 0), healthy, "")
         if health is not None:
             try:
-                trial.check(None, health)
+                trial.check(lambda: health(None))
             except FedpruneError:
                 return end
         if record.version != 3:

@@ -113,8 +113,8 @@ except PermissionError:
 import numpy as np
 from pathlib import Path
 from fedprune_device.hardware.probe import _rates
-from fedprune_device.releases.release_trial import _run_small_graph
-_run_small_graph()
+from fedprune_device.hardware.runtime_process import _check_model
+_check_model(None)
 train, infer = _rates(2, 0.1)
 assert train > 0 and infer > 0
 import paho.mqtt.client, cryptography.hazmat.primitives.asymmetric.ed25519 as ed

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from fedprune.core.errors import RuntimeUnavailableError
+from fedprune_device.hardware.runtime_process import RuntimeProcess
 from fedprune_device.launcher.launcher import decide
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, UpdateOutcome
 from fedprune_device.releases.installer import ReleaseInstaller
-from fedprune_device.releases.release_trial import PACKAGES, ReleaseTrial, check_health, check_packages
+from fedprune_device.releases.release_trial import PACKAGES, ReleaseTrial, check_packages
 from fedprune_device.releases.watchdog import Watchdog
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
@@ -19,6 +21,11 @@ from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, source
 from support.faults.power_cuts import power
 
 pytestmark = pytest.mark.board
+
+
+def check_model(serving: Path | None, python: str = sys.executable) -> None:
+    with RuntimeProcess(python) as runtime:
+        runtime.check_model(serving)
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: ReleaseI
         raise RuntimeUnavailableError("onnxruntime kills the process that loads it (signal 4)")
 
     with pytest.raises(RuntimeUnavailableError):
-        trial.check(None, ill)
+        trial.check(lambda: ill(None))
     assert outcome(board.home) == UpdateOutcome(
         2, ROLLED_BACK, "onnxruntime kills the process that loads it (signal 4)"
     )
@@ -112,7 +119,7 @@ def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: ReleaseI
 def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: Path, tmp_path: Path) -> None:
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
-    check_health(tmp_path / "serving")
+    check_model(tmp_path / "serving")
     slots.stage(model / "inference.onnx", model / "weights.safetensors")
     from fedprune.core.disk import file_digest
 
@@ -121,7 +128,7 @@ def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: 
     slots.install(Serving("job", 1, 3, *digests))
     trial = trial_of(board)
     assert trial is not None
-    trial.check(tmp_path / "serving")
+    trial.check(lambda: check_model(tmp_path / "serving"))
     state = board.home.load()
     assert state is not None
     assert (state.phase, "not reached the broker" in state.trouble) == (TRIAL, True)
@@ -136,19 +143,19 @@ def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tm
     graph.write_bytes(b"a graph of an operator that this onnxruntime doesn't know")
     slots.stage(graph, model / "weights.safetensors")
     slots.install(Serving("job", 1, 3, file_digest(graph), file_digest(model / "weights.safetensors")))
-    with pytest.raises(RuntimeUnavailableError, match=r"the check failed: .*onnxruntime doesn't load it"):
-        check_health(tmp_path / "serving")
+    with pytest.raises(RuntimeUnavailableError, match=r"failed \(.*onnxruntime doesn't load it"):
+        check_model(tmp_path / "serving")
 
 
 def test_an_interpreter_that_dies_of_an_illegal_instruction_is_said_to(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$2" in *version*) echo 1.23; exit 0;; esac\nkill -ILL $$\n')
+    python.write_text('#!/bin/sh\necho \'{"version": "1.23"}\'\nread line\nkill -ILL $$\n')
     python.chmod(0o755)
-    with pytest.raises(RuntimeUnavailableError, match=r"runs a small graph \(SIGILL\).*lacks"):
-        check_health(None, str(python))
+    with pytest.raises(RuntimeUnavailableError, match=r"a small graph failed .*signal 4.*lacks"):
+        check_model(None, str(python))
     python.write_text("#!/bin/sh\nkill -ILL $$\n")
-    with pytest.raises(RuntimeUnavailableError, match="signal 4"):
-        check_health(None, str(python))
+    with pytest.raises(RuntimeUnavailableError, match=r"kills the process that loads it .signal 4"):
+        check_model(None, str(python))
 
 
 def test_a_package_that_comes_from_outside_the_release_fails_the_check(
@@ -176,7 +183,7 @@ def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) 
     trial = trial_of(board)
     assert trial is not None
     with pytest.raises(RuntimeUnavailableError):
-        trial.check(None)
+        trial.check(trial.check_packages)
     found = outcome(board.home)
     assert found is not None
     assert (found.version, found.result) == (3, ROLLED_BACK)

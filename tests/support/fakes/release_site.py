@@ -141,7 +141,7 @@ class Board:
             if record.version == self.crashes and self.health is healthy:
                 return self.end
             try:
-                trial.check(None, self.health if record.version == self.crashes else healthy)
+                trial.check(lambda: (self.health if record.version == self.crashes else healthy)(None))
             except FedpruneError:
                 return SlotExit("ended with exit code 51")
         self.serve(trial)

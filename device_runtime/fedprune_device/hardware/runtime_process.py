@@ -1,0 +1,270 @@
+"""A process that loads onnxruntime before this one does, checks models with it and measures the board.
+
+Some wheels contain instructions that some boards lack (1.21.0 on a Raspberry Pi 4:
+https://github.com/microsoft/onnxruntime/issues/23957). They kill the process that loads them. And what a measurement
+takes is neither kept by this process nor counted in its peak memory.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import signal
+import subprocess  # nosec B404  # lists of words, never a shell
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import FedpruneError, MissingExtraError, RuntimeUnavailableError
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.runtime.session import version
+from fedprune_device.hardware.probe import probe
+from fedprune_device.hardware.readings import memory, own_memory
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
+
+_START_S = 120.0
+_CHECK_S = 300.0
+_PROBE_S = 1800.0
+_END_S = 5.0
+_NO_PROBE = "Start without the probe (`--no-probe`): the profile's figures are believed then."
+
+
+class RuntimeProcess:
+    """Started by the first request, and again by a request after `close`. Not for several threads.
+
+    Args:
+        python: The interpreter.
+    """
+
+    def __init__(self, python: str = sys.executable) -> None:
+        self._python = python
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+        self._version = ""
+        self._memory = 0, 0
+
+    def __enter__(self) -> RuntimeProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def check(self) -> str:
+        """Load onnxruntime there, and return its version.
+
+        Raises:
+            MissingExtraError: It is not installed.
+            RuntimeUnavailableError: It crashes, fails or hangs.
+        """
+        if self._process is None:
+            self._memory = memory()[0], memory()[1] + own_memory()
+            self._start()
+        return self._version
+
+    def check_model(self, serving: Path | None = None) -> None:
+        """Check that a small graph and the active model compute what they should.
+
+        Args:
+            serving: The folder of the models that serve, if there is one.
+
+        Raises:
+            MissingExtraError: onnxruntime is not installed.
+            RuntimeUnavailableError: It can't be loaded or computes wrong results.
+        """
+        self._ask({"check": None if serving is None else str(serving)}, _CHECK_S, "a small graph")
+
+    def probe(
+        self,
+        threads: int = 1,
+        seconds: float = 2.0,
+        *,
+        layer_seconds: float = 10.0,
+        form_seconds: float = 10.0,
+        memory_file: Path | None = None,
+    ) -> ProbeReport:
+        """Measure the board (`fedprune_device.hardware.probe.probe`).
+
+        The available memory is what this process and the system had free when the other one was started.
+
+        Raises:
+            MissingExtraError: onnxruntime is not installed.
+            RuntimeUnavailableError: It can't be loaded here, or the measurements fail.
+        """
+        settings = {
+            "threads": threads,
+            "seconds": seconds,
+            "layer_seconds": layer_seconds,
+            "form_seconds": form_seconds,
+        }
+        file = None if memory_file is None else str(memory_file)
+        found = self._ask({"probe": settings, "memory_file": file}, _PROBE_S, "the probe", _NO_PROBE)
+        total, available = self._memory
+        return replace(ProbeReport.from_dict(found), memory_total=total, memory_available=min(available, total))
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.stdin is not None:
+            process.stdin.close()
+        try:
+            process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+        if self._errors is not None:
+            self._errors.close()
+
+    def _start(self) -> None:
+        command = [self._python, "-c", "from fedprune_device.hardware.runtime_process import serve; serve()"]
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
+        try:
+            self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own code, in this Python
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
+            )
+        except OSError as error:
+            self._errors.close()
+            raise RuntimeUnavailableError(f"can't start {self._python}: {error.strerror}") from error
+        try:
+            answer = self._answer(_START_S)
+        except TimeoutError as error:
+            self._kill()
+            raise RuntimeUnavailableError(f"onnxruntime doesn't load within {_START_S:g} s") from error
+        if answer is None:
+            code, reason = self._ended()
+            if code == MissingExtraError.exit_code:
+                raise MissingExtraError(
+                    "onnxruntime is not installed", hint="On a Jetson it is JetPack's onnxruntime-gpu.", extra="board"
+                )
+            if code < 0:
+                raise RuntimeUnavailableError(
+                    f"onnxruntime kills the process that loads it (signal {-code})",
+                    hint="This version uses instructions that this processor lacks. Install another one; on a "
+                    "Raspberry Pi 4 anything but 1.21: pip install 'onnxruntime!=1.21.*'.",
+                )
+            raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({reason})")
+        self._version = str(answer.get("version", ""))[:200]
+
+    def _ask(self, request: dict[str, Any], seconds: float, what: str, hint: str = "") -> Any:
+        self.check()
+        process = self._process
+        try:
+            if process is not None and process.stdin is not None:
+                process.stdin.write(json.dumps(request).encode() + b"\n")
+                process.stdin.flush()
+            answer = self._answer(seconds)
+        except BrokenPipeError:
+            answer = None
+        except TimeoutError as error:
+            self._kill()
+            raise RuntimeUnavailableError(f"{what} isn't done within {seconds:g} s", hint=hint) from error
+        if answer is None:
+            code, reason = self._ended()
+            if code < 0:
+                reason = f"killed by signal {-code}"
+                if -code == signal.SIGILL:
+                    hint = "This version of onnxruntime uses instructions that this processor lacks."
+            raise RuntimeUnavailableError(f"{what} failed ({reason})", hint=hint)
+        if "error" in answer:
+            raise RuntimeUnavailableError(f"{what} failed ({answer['error']})", hint=hint)
+        return answer.get("answer")
+
+    def _answer(self, seconds: float) -> dict[str, Any] | None:
+        """The next answer; None if the process has ended.
+
+        Raises:
+            TimeoutError: There is none in time.
+        """
+        until, pending = time.monotonic() + seconds, b""
+        pipe = None if self._process is None else self._process.stdout
+        while pipe is not None:
+            ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            piece = pipe.read1(65536)  # type: ignore[attr-defined]
+            if not piece:
+                return None
+            pending += piece
+            while b"\n" in pending:
+                line, _, pending = pending.partition(b"\n")
+                if line.startswith(b"{"):
+                    found: dict[str, Any] = json.loads(line)
+                    return found
+        return None
+
+    def _ended(self) -> tuple[int, str]:
+        """The exit status, and the last line of the error output."""
+        process, errors = self._process, self._errors
+        code, text = 1, ""
+        if process is not None and errors is not None:
+            try:
+                code = process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            errors.seek(0)
+            text = errors.read()[-10_000:].decode(errors="replace").strip()
+        self.close()
+        return code, (text.splitlines() or ["no message"])[-1][:300]
+
+    def _kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+        self.close()
+
+
+def check_runtime(python: str = sys.executable) -> str:
+    """Load onnxruntime in a process of its own, and return its version; see `RuntimeProcess.check`."""
+    with RuntimeProcess(python) as runtime:
+        return runtime.check()
+
+
+def serve() -> None:
+    """The other side of `RuntimeProcess`: one request per line of standard input, one answer per line."""
+    try:
+        loaded = version()
+    except MissingExtraError as error:
+        print(error, file=sys.stderr)
+        sys.exit(int(error.exit_code))
+    _print({"version": loaded})
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if "probe" in request:
+                file = request["memory_file"]
+                report = probe(**request["probe"], memory_file=None if file is None else Path(file), runtime=loaded)
+                _print({"answer": report.to_dict()})
+            else:
+                _check_model(request["check"])
+                _print({"answer": None})
+        except FedpruneError as error:
+            _print({"error": str(error)})
+
+
+def _print(answer: dict[str, Any]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+def _check_model(serving: str | None) -> None:
+    assets = resources.files("fedprune_device") / "assets"
+    reference = json.loads((assets / "probe.json").read_text())
+    tensors = {name: np.full(shape, 0.01, np.float32) for name, shape in reference["tensors"].items()}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / GRAPH).write_bytes((assets / "probe_inference.onnx").read_bytes())
+        (Path(folder) / WEIGHTS).write_bytes(tensorfile.encode(tensors))
+        Predictor(Path(folder)).check(reference["classes"])
+    if serving is not None:
+        slots = ModelSlots(Path(serving))
+        if slots.current() is not None:
+            predictor, record = slots.open()
+            predictor.check(record.classes)
