@@ -21,9 +21,9 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
 from fedprune_export.channels import analyse
 from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.model_file import parse
 from fedprune_export.importing.normalise import normalise
-from fedprune_export.importing.preparation import prepared
 from fedprune_export.pruning.cut import cut
 from support.nets.published_nets import timm_model
 

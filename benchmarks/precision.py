@@ -195,8 +195,8 @@ def ways(samples: dict[str, Array], epochs: int) -> list[dict[str, Any]]:
     from fedprune_export.ir.graph import Port
     from fedprune_export.precision import lower
     from fedprune_export.precision.folding import fold
-    from fedprune_export.precision.pair import Pair
     from fedprune_export.precision.quantisation import planned, settle
+    from fedprune_export.precision.weight_prep import Pair
 
     model = import_onnx(export_torch(trained(samples, epochs), name="resnet20"), "resnet20")
     pair = Pair(model, model.architecture.sizes)

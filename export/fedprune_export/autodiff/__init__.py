@@ -3,12 +3,11 @@
 Not here: losses and optimisers (`training`). Importing the package registers all rules.
 """
 
-from fedprune_export.autodiff import indexing, scatter  # noqa: F401 (they register)
+from fedprune_export.autodiff import indexing  # noqa: F401 (they register)
 from fedprune_export.autodiff.rules import (  # noqa: F401 (they register)
     arithmetic,
     convolutions,
     elementwise,
-    group_norms,
     layer_norms,
     norms,
     padding,

@@ -22,7 +22,7 @@ from fedprune_export.autodiff.intents import Intentions
 from fedprune_export.autodiff.static_info import Knowledge, describe
 from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Purpose
 from fedprune_export.ir.graph import Graph, Node, Port
-from fedprune_export.ir.registry import registrar
+from fedprune_export.ir.operators import registrar
 from fedprune_export.ir.trace import sample_sizes
 from fedprune_export.pruning.model import Model
 

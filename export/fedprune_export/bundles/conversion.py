@@ -22,7 +22,7 @@ from fedprune.model.architecture import TensorKind
 from fedprune.runtime.bundle import WEIGHTS, Bundle
 from fedprune.runtime.session import Session
 from fedprune.training.step_contract import LOGITS, X
-from fedprune_export.bundles.graph import check_origin
+from fedprune_export.bundles.inference import check_origin
 from fedprune_export.checks.parity import LIMIT, SAMPLES, distance
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.metadata import PARAMETERS_KEY, tied

@@ -18,7 +18,7 @@ from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
 from fedprune.training import step_contract as step
-from fedprune_export.bundles.graph import check_origin, inference_graph
+from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, distance, parity
 from fedprune_export.checks.step_feeds import Array, loss, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph

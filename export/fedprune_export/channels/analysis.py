@@ -1,28 +1,239 @@
 """From a normalised graph to its `Architecture`: channel groups, tensors, cost table, activations.
 
-The rules run over the graph until no choice is left that leaves nothing to cut; what hangs together then is a unit, and
-units become groups (see `grouping`).
+The rules run over the graph until no choice is left that leaves nothing to cut; what is tied then is a *unit*. Units
+on the same axes of the same tensors (with the same *footprint*) form a group. Submodels store a group's channels in
+rank order, so every axis must hold a group as whole passes over its channels in one and the same order. Units for
+which that fails are split into smaller groups by the runs in which they occur, and stay where even that doesn't help.
+A group needs at least two channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune.model.architecture import Architecture, Axis, ChannelGroup, TensorKind, TensorSpec
+from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.training.step_contract import LOGITS
 from fedprune_export.channels.atoms import AtomRow
-from fedprune_export.channels.choices import Choices, Prefer
 from fedprune_export.channels.cost_table import ValueAxes, activations, layers
-from fedprune_export.channels.grouping import grouped
-from fedprune_export.channels.rule import Channels, Pick, walk
-from fedprune_export.channels.targets import TARGETS
+from fedprune_export.channels.rule import TARGETS, Channels, Choices, Pick, Prefer, walk
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.shape_arithmetic import follow, origins
 from fedprune_export.ir.trace import Trace
+
+Rows = Mapping[str, Sequence[AtomRow]]
+"""Per value its axes, by unit."""
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Channel groups.
+
+    Attributes:
+        group_of: Per unit its group, -1 for those that stay.
+        position: Per unit its channel in the group.
+        sizes: Channels per group.
+        notes: Why channels stay, for people.
+    """
+
+    group_of: AtomRow
+    position: AtomRow
+    sizes: list[int]
+    notes: list[str] = field(default_factory=list)
+    _axes: dict[bytes, Axis] = field(default_factory=dict, repr=False)
+
+    def axis(self, row: AtomRow) -> Axis:
+        """An axis as segments."""
+        key = row.tobytes()
+        if key not in self._axes:
+            self._axes[key] = _axis(self.group_of[row], self.position[row])
+        return self._axes[key]
+
+
+def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Grouping:
+    """Form groups of units.
+
+    Args:
+        rows: The axes of all values.
+        parameters: Which of them are tensors of the model.
+        picks: Where indices are taken from an axis; rows of units.
+    """
+    names = list(parameters)
+    stay: dict[str, int] = {}
+    unit = np.arange(1 + max((int(r.max(initial=0)) for value in rows.values() for r in value), default=0))
+    while True:
+        axes = list({r.tobytes(): r for value in rows.values() for row in value if (r := unit[row]).any()}.values())
+        found, unfit, alone = _groups(axes, unit.size)
+        why = "no tensor's shape would tell how many of them are kept"
+        lost = _untold({frozenset(found.group_of[unit[r]].tolist()) for n in names for r in rows[n]}, found.sizes)
+        if lost is None:
+            why = "they are taken from other places of some channels than of others"
+            lost = _shifted(found, [Pick(unit[p.source], p.taken, unit[p.made]) for p in picks])
+        if lost is None:
+            break
+        stay[why] = stay.get(why, 0) + found.sizes[lost]
+        unit = np.where(found.group_of[unit] == lost, 0, unit)
+    if unfit:
+        stay = {"their order differs between layers": unfit, **stay}
+    notes = [f"{count} channels stay, because {why}." for why, count in stay.items()]
+    if alone:
+        notes.append(f"{alone} sets of channels stay, because each could only be kept or cut as a whole.")
+    return Grouping(found.group_of[unit], found.position[unit], found.sizes, notes)
+
+
+def _shifted(found: Grouping, picks: Sequence[Pick]) -> int | None:
+    """The first group whose channels lose different parts of themselves where indices are taken; None if there is none.
+
+    Which of them are kept would then change the places of what is taken: no graph serves all selections.
+    """
+    for pick in picks:
+        groups = found.group_of[pick.made]
+        if not (groups != FIXED).any():
+            continue
+        pairs = np.stack([_places(found.axis(pick.made)), _places(found.axis(pick.source))[pick.taken]])
+        pairs = np.unique(pairs[:, groups != FIXED], axis=1)
+        made, count = np.unique(pairs[0], return_counts=True)
+        if (count > 1).any():
+            at = np.flatnonzero(_places(found.axis(pick.made)) == made[count > 1][0])[0]
+            return int(groups[at])
+    return None
+
+
+def _places(axis: Axis) -> AtomRow:
+    """Per index the place within its channel and segment: the same number for all channels of a segment."""
+    out, offset = [], 0
+    for s in axis.segments:
+        inner = np.arange(s.inner if s.group != FIXED else s.length, dtype=np.int64) + offset
+        out.append(np.tile(inner, s.count) if s.group != FIXED else inner)
+        offset += s.length
+    return np.concatenate(out) if out else np.zeros(0, np.int64)
+
+
+def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
+    """Groups of units that every axis holds in whole passes.
+
+    Returns:
+        The groups; how many units had to be fixed because of their order, and how many because they were alone.
+    """
+    footprint: dict[int, list[tuple[int, int]]] = {}
+    for i, row in enumerate(axes):
+        found, counts = np.unique(row, return_counts=True)
+        for u, n in zip(found.tolist(), counts.tolist(), strict=True):
+            if u:
+                footprint.setdefault(u, []).append((i, n))
+    keys: dict[int, object] = {u: tuple(f) for u, f in footprint.items()}
+    divided: set[int] = set()
+    unfit = alone = 0
+    while True:
+        members: dict[object, list[int]] = {}
+        for u in footprint:  # by first appearance: graph order
+            if u in keys:
+                members.setdefault(keys[u], []).append(u)
+        lists = list(members.values())
+        group_of, position = np.full(size, FIXED, np.int64), np.zeros(size, np.int64)
+        for g, units in enumerate(lists):
+            group_of[units], position[units] = g, np.arange(len(units))
+        runs, broken = _check_passes(axes, group_of, position, [len(m) for m in lists])
+        single = {g for g, units in enumerate(lists) if len(units) == 1}
+        if not broken and not single:
+            return Grouping(group_of, position, [len(m) for m in lists]), unfit, alone
+        for g in broken - single:
+            parts = {u: runs.get(u, ()) for u in lists[g]}
+            if len(set(parts.values())) > 1:
+                for u, part in parts.items():
+                    keys[u] = (keys[u], part)
+                divided.update(parts)
+                continue
+            unfit += len(lists[g])
+            for u in lists[g]:
+                del keys[u]
+        for g in single:
+            unfit += lists[g][0] in divided
+            alone += lists[g][0] not in divided
+            del keys[lists[g][0]]
+
+
+def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
+    """The smallest of the groups whose widths don't follow from the shapes of tensors; None if all do.
+
+    A training graph serves all widths: it reads them from the shapes of the tensors that it is given.
+
+    Args:
+        axes: Groups on every axis of a tensor.
+        sizes: Channels per group.
+    """
+    told = {FIXED}
+    while True:
+        found = {g for axis in axes if len(axis - told) == 1 for g in axis - told}
+        if not found:
+            break
+        told |= found
+    return min((g for g in range(len(sizes)) if g not in told), key=lambda g: sizes[g], default=None)
+
+
+def _check_passes(
+    axes: Sequence[AtomRow], group_of: AtomRow, position: AtomRow, sizes: Sequence[int]
+) -> tuple[dict[int, tuple[tuple[int, int], ...]], set[int]]:
+    """Which groups are not whole passes in order on some axis, and in which runs their units occur."""
+    broken: set[int] = set()
+    spots: dict[int, list[tuple[int, int]]] = {}
+    for i, row in enumerate(axes):
+        at = 0
+        for g, start, stop in _stretches(group_of[row]):
+            at += 1
+            if g == FIXED:
+                continue
+            part = row[start:stop]
+            if _passes(position[part], sizes[g]) is None:
+                broken.add(g)
+                # Where the order breaks, another run begins: its units may form a group of their own.
+                step = np.diff(position[part])
+                for run in np.split(part, np.flatnonzero((step != 0) & (step != 1)) + 1):
+                    at += 1
+                    for u in np.unique(run).tolist():
+                        spots.setdefault(u, []).append((i, at))
+                continue
+            for u in np.unique(part).tolist():
+                spots.setdefault(u, []).append((i, at))
+    return {u: tuple(s) for u, s in spots.items()}, broken
+
+
+def _stretches(groups: AtomRow) -> Iterable[tuple[int, int, int]]:
+    """Runs of equal numbers as (number, start, stop)."""
+    if not groups.size:
+        return
+    cuts = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), groups.size]
+    for start, stop in itertools.pairwise(cuts):
+        yield int(groups[start]), start, stop
+
+
+def _passes(positions: AtomRow, size: int) -> tuple[int, int] | None:
+    """How often and with which inner length a run goes over all positions in order; None if it doesn't."""
+    inner = int(np.argmax(positions != positions[0])) if (positions != positions[0]).any() else positions.size
+    if positions.size % (inner * size):
+        return None
+    passes = positions.size // (inner * size)
+    if not np.array_equal(positions, np.tile(np.repeat(np.arange(size), inner), passes)):
+        return None
+    return passes, inner
+
+
+def _axis(groups: AtomRow, positions: AtomRow) -> Axis:
+    segments: list[Segment] = []
+    for g, start, stop in _stretches(groups):
+        if g == FIXED:
+            segments.append(Segment(FIXED, 0, stop - start))
+            continue
+        run = positions[start:stop]
+        size = int(run.max()) + 1
+        passes, inner = _passes(run, size) or (1, 1)
+        segments += [Segment(g, 0, size, inner)] * passes
+    return Axis(tuple(segments)) if segments else Axis.fixed(0)
+
 
 _MOST_RUNS = 40
 """Runs of the rules: a choice or two per layer are settled in fewer than ten."""

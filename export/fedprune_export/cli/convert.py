@@ -167,7 +167,7 @@ def _source(arguments: argparse.Namespace) -> _Source:
         FedpruneError: It can't be read.
     """
     from fedprune_export.bundles import conversion
-    from fedprune_export.bundles.graph import inference_graph
+    from fedprune_export.bundles.inference import inference_graph
 
     folder = Path(arguments.source)
     if folder.is_dir():

@@ -9,15 +9,12 @@ in a training graph weights are inputs, so layouts are written into the graph.
 from fedprune_export.formulation import (
     convolutions,
     elementwise,
-    group_norms,
     kernel_gradients,
     norms,
-    pooling,
-    updates,
 )
 from fedprune_export.formulation.forms import Forms
 from fedprune_export.formulation.formulator import formulated, intended
 
-RULE_MODULES = (convolutions, elementwise, group_norms, kernel_gradients, norms, pooling, updates)
+RULE_MODULES = (convolutions, elementwise, kernel_gradients, norms)
 
 __all__ = ["Forms", "formulated", "intended"]

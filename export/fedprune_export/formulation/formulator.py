@@ -11,7 +11,7 @@ from fedprune_export.autodiff.intents import Intentions
 from fedprune_export.formulation.forms import Forms
 from fedprune_export.formulation.layouts import Layouts, Sizes
 from fedprune_export.ir.graph import Graph, Node, Port
-from fedprune_export.ir.registry import registrar
+from fedprune_export.ir.operators import registrar
 
 Rule = Callable[["Formulator", Node], bool]
 """Writes a node's operators and says whether it has; else the node is copied, with its inputs in plain layout."""

@@ -12,10 +12,10 @@ import onnx
 from fedprune.core.errors import ModelError, reason, shape_text, shown
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
+from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
-from fedprune_export.importing.preparation import prepared
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
 from fedprune_export.pruning.model import Model

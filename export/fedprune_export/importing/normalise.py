@@ -17,16 +17,19 @@ import onnx
 from fedprune.core.errors import ModelError
 from fedprune.runtime.session import Session
 from fedprune.training.step_contract import LOGITS, RESERVED, X
-from fedprune_export.importing.comparison import compare
-from fedprune_export.importing.fills import narrow_constants, part_fills
+from fedprune_export.importing.checks import check_indices, check_nodes, compare
 from fedprune_export.importing.metadata import shown_names
-from fedprune_export.importing.norm_patterns import find_norms
-from fedprune_export.importing.patterns import find_activations
-from fedprune_export.importing.roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
-from fedprune_export.importing.simplification import bypass, drop_idle, simplify
-from fedprune_export.importing.soundness import check_indices, check_nodes
+from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
+from fedprune_export.importing.patterns import find_activations, find_norms
+from fedprune_export.importing.simplification import (
+    bypass,
+    drop_idle,
+    merge_transpositions,
+    narrow_constants,
+    part_fills,
+    simplify,
+)
 from fedprune_export.importing.translation import translate, upgraded
-from fedprune_export.importing.transpositions import merge_transpositions
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.shape_arithmetic import follow
 from fedprune_export.ir.trace import Trace, check_batch, sample_input, trace

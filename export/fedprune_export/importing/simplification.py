@@ -1,15 +1,174 @@
-"""Operators that can be written in several ways, brought into one; those that do nothing, taken out."""
+"""Operators that can be written in several ways, brought into one; those that do nothing, taken out.
+
+Transpositions in disguise are axes merged by a reshape, transposed, and split again. torch writes the keys of an
+attention so: (batch, heads, places, dims) as (batch × heads, places, dims), these transposed, and back. As one
+transposition no axis of heads is ever merged with the batch, so that heads can be cut.
+
+Filled values are constants that are larger than what they say, such as the first state of a recurrent layer. Exporters
+make one for several readers. Every reader gets its own, so that the hidden units of two layers can be cut on their
+own although both begin with zeros. A constant with equal numbers for all channels is stored once, so that it fits any
+number of channels.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Container
+from collections.abc import Collection, Container, Mapping, Sequence
 
 import numpy as np
 
 from fedprune.core.errors import ModelError
+from fedprune_export.channels.reshapes import common_factors, extents
 from fedprune_export.ir.graph import Graph, Node
-from fedprune_export.ir.trace import Trace
+from fedprune_export.ir.operators import MANY_TO_ONE, REARRANGEMENTS
+from fedprune_export.ir.shape_arithmetic import SOURCES
+from fedprune_export.ir.trace import BATCH_EXTENT, Trace
+
+
+def merge_transpositions(graph: Graph, seen: Trace) -> None:
+    """Write a reshape, transpositions and a reshape as one transposition of all factors, where they are one."""
+    makers = {name: node for name, node in graph.producers().items() if not node.domain}
+    nodes, graph.nodes = graph.nodes, []
+    for node in nodes:
+        if node.op == "Reshape" and not node.domain:
+            _merge(graph, node, makers, seen)
+        graph.nodes.append(node)
+    graph.prune()
+
+
+def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) -> None:
+    """Look at what lies between this reshape and the one before it."""
+    after = _extents(seen, node.outputs[0])
+    name, perm = node.inputs[0], list(range(len(_extents(seen, node.inputs[0]) or [])))
+    while True:
+        maker = makers.get(name)
+        if maker is None or maker.op not in ("Reshape", "Transpose"):
+            return
+        before, between = _extents(seen, maker.inputs[0]), _extents(seen, name)
+        if before is None or between is None or after is None or len(between) != len(perm):
+            return
+        if maker.op == "Transpose":
+            own = list(maker.attrs.get("perm", range(len(perm))[::-1]))
+            perm = [own[i] for i in perm]
+        elif before != between:
+            break
+        name = maker.inputs[0]
+    found = common_factors(before, between)
+    if found is None or perm == sorted(perm):
+        return
+    factors, spans = found
+    order = [factor for place in perm for factor in spans[place]]
+    moved = [factors[f] for f in order]
+    exact = moved == after
+    parted = _hides_batch(before, between) and not _hides_batch(factors, after)
+    if not exact and not (parted and _merges(moved, after)):
+        return
+    if sum(f % BATCH_EXTENT == 0 for f in factors) > 1:
+        return
+    source = maker.inputs[0]
+    if factors != before:
+        source = graph.emit("Reshape", source, _target(graph, factors))
+    if exact:
+        node.op, node.inputs, node.attrs = "Transpose", [source], {"perm": order}
+    else:
+        node.inputs = [graph.emit("Transpose", source, attrs={"perm": order}), _target(graph, after)]
+        node.attrs.pop("allowzero", None)
+
+
+def _hides_batch(before: Sequence[int], between: Sequence[int]) -> bool:
+    """Whether a reshape merges the batch with another axis."""
+    return any(b % BATCH_EXTENT == 0 and b not in before for b in between)
+
+
+def _merges(fine: Sequence[int], coarse: Sequence[int]) -> bool:
+    """Whether every coarse axis is made of whole fine ones."""
+    found = common_factors(fine, coarse)
+    return found is not None and found[0] == list(fine)
+
+
+def _target(graph: Graph, sizes: Sequence[int]) -> str:
+    """A target of a reshape with the batch free."""
+    return graph.ints(*(-1 if n % BATCH_EXTENT == 0 else n for n in sizes))
+
+
+def _extents(seen: Trace, name: str) -> list[int] | None:
+    """Sizes of a value by which shapes can be told apart; None where it wasn't traced."""
+    return extents(seen, name) if name in seen.shapes else None
+
+
+_PASSING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
+_MOST_COPIES = 64
+"""A value with more readers than that is no state of layers."""
+
+
+def part_fills(graph: Graph, constants: Collection[str]) -> None:
+    """Give every reader of a filled value a copy of the nodes that make it.
+
+    Args:
+        graph: The graph.
+        constants: Names of initialisers that are constants.
+    """
+    fixed, sizes = set(constants), set[str]()
+    filled: set[str] = set()
+    outputs = {p.name for p in graph.outputs}
+    for node in graph.nodes:
+        if node.domain:
+            continue
+        reads = [i for i in node.inputs if i]
+        if node.op in SOURCES or all(i in sizes or i in fixed for i in reads):
+            fills = node.op in ("Expand", "ConstantOfShape") and any(i in sizes for i in reads)
+            (filled if fills else sizes).update(o for o in node.outputs if o)
+        elif node.op in _PASSING and all(i in filled or i in sizes or i in fixed for i in reads):
+            filled.update(o for o in node.outputs if o)
+    nodes: list[Node] = []
+    readers: dict[str, list[Node]] = {}
+    for node in reversed(graph.nodes):
+        copies = [node]
+        made = [o for o in node.outputs if o]
+        if made and filled.issuperset(made) and not outputs.intersection(made):
+            reading = list({id(n): n for name in made for n in readers.get(name, [])}.values())
+            copies += [_copied(graph, node, reader) for reader in reading[1:_MOST_COPIES]]
+        for copy in copies[::-1]:
+            nodes.append(copy)
+            for name in copy.inputs:
+                readers.setdefault(name, []).append(copy)
+    graph.nodes = nodes[::-1]
+
+
+def narrow_constants(graph: Graph, seen: Trace, constants: set[str]) -> None:
+    """Shorten constants along axes on which they are all equal, where another operand says how long the axis is.
+
+    Args:
+        graph: The graph.
+        seen: Its shapes.
+        constants: Names of initialisers that are constants; gets those that are new.
+    """
+    for node in graph.nodes:
+        if node.domain or node.op not in MANY_TO_ONE or not all(i in seen.shapes for i in node.inputs):
+            continue
+        for place, name in enumerate(node.inputs):
+            value = graph.initializers.get(name)
+            if value is None or name not in constants or value.size < 2:
+                continue
+            others = [seen.shapes[i] for i in node.inputs if i not in constants]
+            short = value
+            for axis, size in enumerate(value.shape):
+                back = value.ndim - axis
+                told = any(len(shape) >= back and shape[-back] == size for shape in others)
+                if size > 1 and told and (value == value.take([0], axis)).all():
+                    short = short.take([0], axis)
+            if short.size < value.size:
+                node.inputs[place] = graph.constant(short, short.dtype)
+                constants.add(node.inputs[place])
+
+
+def _copied(graph: Graph, node: Node, reader: Node) -> Node:
+    """A copy of a node whose outputs one reader reads instead."""
+    names = {name: graph.fresh(node.op) for name in node.outputs if name}
+    reader.inputs = [names.get(i, i) for i in reader.inputs]
+    outputs = [names.get(o, "") for o in node.outputs]
+    return Node(node.op, list(node.inputs), outputs, dict(node.attrs), outputs[0])
+
 
 _KEEPING = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
 _ENDLESS = 2**31 - 1

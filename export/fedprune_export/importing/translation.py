@@ -15,7 +15,7 @@ import onnx
 
 from fedprune.core.errors import ModelError, reason
 from fedprune_export.importing.attention import emit_attention
-from fedprune_export.importing.resizing import emit_pad, emit_resize
+from fedprune_export.importing.pad_resize import emit_pad, emit_resize
 from fedprune_export.ir.composites import COMPOSITES
 from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node
 from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form

@@ -3,7 +3,7 @@
 Not here: the rule by which a lower precision may serve (`fedprune.runtime.quantization_check`).
 """
 
-from fedprune_export.precision.lowered import Lowered, lower
-from fedprune_export.precision.trial import Trial, Trials
+from fedprune_export.precision.accuracy_check import Trial, Trials
+from fedprune_export.precision.lowering import Lowered, lower
 
 __all__ = ["Lowered", "Trial", "Trials", "lower"]

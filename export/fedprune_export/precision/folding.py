@@ -7,7 +7,7 @@ layer y = W x + c that is the layer with the weights a · W and the bias a · c 
 from __future__ import annotations
 
 from fedprune_export.ir.graph import Node
-from fedprune_export.precision.pair import Pair
+from fedprune_export.precision.weight_prep import Pair
 
 _CHANNELS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
 """Axis of a weight that its output channels are on."""

@@ -10,7 +10,7 @@ import numpy as np
 from onnx import TensorProto
 
 from fedprune_export.ir.graph import Node
-from fedprune_export.precision.pair import Pair
+from fedprune_export.precision.weight_prep import Pair
 
 _HALF = frozenset(
     {

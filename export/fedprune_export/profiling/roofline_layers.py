@@ -22,7 +22,7 @@ from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import VIEWS
 from fedprune_export.ir.opset_lowering import at_opset
 from fedprune_export.ir.trace import inferred
-from fedprune_export.pruning.fixed_width import pinned
+from fedprune_export.pruning.cut import pinned
 from fedprune_export.pruning.model import Model
 
 BACKWARD = "backward"

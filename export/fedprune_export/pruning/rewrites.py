@@ -15,8 +15,8 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import Axis
 from fedprune.model.selection import Selection
+from fedprune_export.channels.rule import TARGETS
 from fedprune_export.channels.shapes import sliced
-from fedprune_export.channels.targets import TARGETS
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.pruning.model import Model
 

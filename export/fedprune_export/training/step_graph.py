@@ -13,7 +13,7 @@ from fedprune_export.autodiff.tape import Tape, port, sample_shape
 from fedprune_export.formulation import Forms, formulated, intended
 from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.ir.graph import Graph
-from fedprune_export.pruning.fixed_width import pinned
+from fedprune_export.pruning.cut import pinned
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.losses import target_shape, write_loss

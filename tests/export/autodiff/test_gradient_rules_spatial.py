@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.runtime.session import Session
-from fedprune_export.autodiff import im2col
+from fedprune_export.autodiff import conv_geometry
 from fedprune_export.autodiff.conv_geometry import Window
 from fedprune_export.autodiff.rules import dense, depthwise
 from fedprune_export.autodiff.rules.dense import Formulation
@@ -176,7 +176,7 @@ def test_every_formulation_of_a_convolution(weight_gradient: Any, case: dict[str
     for input_gradient in kinds:
         chosen = Formulation(input_gradient, weight_gradient)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(im2col, "SMALL_MAP", 0)
+            patch.setattr(conv_geometry, "SMALL_MAP", 0)
             patch.setattr(dense, "formulation", lambda *_, chosen=chosen: chosen)
             check_convolution(case)
 
@@ -185,7 +185,7 @@ def test_every_formulation_of_a_convolution(weight_gradient: Any, case: dict[str
 @given(case=convolution_cases((1, 2, 2, 3)))
 def test_convolution_of_a_small_map(case: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(im2col, "SMALL_MAP", 1000)
+        patch.setattr(conv_geometry, "SMALL_MAP", 1000)
         check_convolution(case)
 
 
@@ -225,7 +225,7 @@ def test_depthwise_convolution_of_a_long_signal() -> None:
 def test_convolution_in_groups(cut: str, case: dict[str, Any], groups: int, taken: int, made: int) -> None:
     case = {**case, "inputs": groups * taken, "outputs": groups * made}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(im2col, "SMALL_MAP", 8)  # so that both ways occur
+        patch.setattr(conv_geometry, "SMALL_MAP", 8)  # so that both ways occur
         if cut == "groups":
             check_convolution(case, groups, f"g*{taken}", f"g*{made}", taken)
         elif cut == "positions":

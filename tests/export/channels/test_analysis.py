@@ -11,7 +11,7 @@ import pytest
 
 from fedprune.model.architecture import FIXED, Architecture, TensorKind
 from fedprune.model.selection import Selection
-from fedprune_export.channels.grouping import _passes
+from fedprune_export.channels.analysis import _passes
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.cut import cut

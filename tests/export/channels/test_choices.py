@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedprune_export.channels.choices import Choices
+from fedprune_export.channels.rule import Choices
 
 ROW = np.array([1, 1, 2, 2])
 TWO = np.array([0, 1, 2])

@@ -22,7 +22,7 @@ from fedprune.training.features import Features
 from fedprune_device.training.step_graph import StepGraph
 from fedprune_export.autodiff import intents
 from fedprune_export.autodiff.conv_geometry import Window
-from fedprune_export.formulation import Forms, formulated, pointwise
+from fedprune_export.formulation import Forms, formulated, kernel_gradients
 from fedprune_export.formulation.layouts import Layouts
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph, Port
@@ -259,8 +259,8 @@ class OfOnePlace(nn.Module):
 def test_gradients_of_kernels_of_one_place(
     inputs: int, outputs: int, full: int, stride: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written, write = [], pointwise.kernel_gradient
-    monkeypatch.setattr(pointwise, "kernel_gradient", lambda *a: written.append(a) or write(*a))
+    written, write = [], kernel_gradients.pointwise_kernel_gradient
+    monkeypatch.setattr(kernel_gradients, "pointwise_kernel_gradient", lambda *a: written.append(a) or write(*a))
     torch.manual_seed(0)
     net = OfOnePlace(inputs, outputs, stride)
     model = import_onnx(export_torch(net, input_shape=(3, size * stride, size * stride)), "net")

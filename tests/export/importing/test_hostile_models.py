@@ -16,8 +16,8 @@ from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune_export.importing import PARAMETERS_KEY, import_onnx, load
+from fedprune_export.importing.inlining import MOST_NODES
 from fedprune_export.importing.metadata import TIED_KEY, write
-from fedprune_export.importing.preparation import MOST_NODES
 
 Nodes = list[onnx.NodeProto]
 Tensors = dict[str, np.ndarray[Any, Any]]

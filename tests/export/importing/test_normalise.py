@@ -13,7 +13,7 @@ from fedprune.core.errors import ModelError
 from fedprune.runtime.session import Session
 from fedprune.training.step_contract import RESERVED
 from fedprune_export.importing import import_onnx
-from fedprune_export.importing.roles import CONSTANT_PREFIX
+from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from support.oracles.cutting import distance, outputs

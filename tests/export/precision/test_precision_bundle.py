@@ -24,7 +24,7 @@ from fedprune_export.checks.labelled_data import LabelledData
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_export.precision import Trials, lower
-from fedprune_export.precision import trial as trials
+from fedprune_export.precision import accuracy_check as trials
 from fedprune_server.simulation.digits import digits_model
 from support.paths import ROOT
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune_export.importing.torchvision_placeholder import torchvision_or_placeholder
+from fedprune_export.importing.timm_models import torchvision_or_placeholder
 from support.nets import small_nets as nets
 
 NETS = ("lenet", "vgg11_bn", "resnet20_bn", "concat_net", "resnet18")

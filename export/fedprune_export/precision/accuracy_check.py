@@ -20,7 +20,7 @@ from fedprune.runtime.session import Array, Session
 from fedprune.training.step_contract import LOGITS, X
 from fedprune_export.checks.labelled_data import LabelledData
 from fedprune_export.ir.trace import sample_feeds
-from fedprune_export.precision.lowered import Lowered, lower
+from fedprune_export.precision.lowering import Lowered, lower
 from fedprune_export.pruning.model import Model
 
 _AT_ONCE = 64

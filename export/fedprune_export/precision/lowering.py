@@ -11,11 +11,10 @@ from fedprune.core.errors import ModelError
 from fedprune.runtime.precision import RANGES, packed, prepare
 from fedprune.runtime.precision_files import PRECISIONS, calibrate_file, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
-from fedprune_export.precision.calibration import calibration_graph
 from fedprune_export.precision.folding import fold
 from fedprune_export.precision.half import halve
-from fedprune_export.precision.pair import Pair
-from fedprune_export.precision.quantisation import planned, quantise, settle
+from fedprune_export.precision.quantisation import calibration_graph, planned, quantise, settle
+from fedprune_export.precision.weight_prep import Pair
 from fedprune_export.pruning.model import Model
 
 

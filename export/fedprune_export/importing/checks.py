@@ -1,0 +1,139 @@
+"""Checks of an imported graph.
+
+One refuses what neither onnx's checker nor onnxruntime refuses, and what makes one of them crash or differ from the
+standard. The other compares a normalised graph's outputs with the original's, and its shapes with the inferred ones.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from fedprune.core.errors import ModelError, shown
+from fedprune.runtime.session import Session
+from fedprune.training.step_contract import LOGITS, X
+from fedprune_export.ir.graph import Graph, Node, Port
+from fedprune_export.ir.trace import Trace, inferred, sample_feeds
+
+_FLAGS = frozenset({"keepdims", "is_causal", "linear_before_reset", "layout", "count_include_pad", "ceil_mode"})
+_LONGEST = 20_000
+_INDEXED = frozenset({"Gather", "GatherElements", "ScatterElements"})
+
+
+def check_nodes(graph: Graph) -> None:
+    """Make sure that operators leave out only what may be left out, that flags are 0 or 1, and that there is
+    a group at least.
+
+    Raises:
+        ModelError: Something else is the case.
+    """
+    for node in graph.nodes:
+        for name, value in node.attrs.items():
+            if name in _FLAGS and value not in (0, 1):
+                raise ModelError(f"attribute {name} of {_label(node)}", expected="0 or 1", got=shown(value))
+        if node.op in ("Conv", "ConvTranspose") and node.attrs.get("group", 1) < 1:
+            raise ModelError(f"attribute group of {_label(node)}", expected="1 or more", got=node.attrs["group"])
+        if max(map(len, (*node.inputs, *node.outputs, node.name)), default=0) > _LONGEST:
+            raise ModelError(f"a name of {_label(node)}", expected=f"at most {_LONGEST} characters")
+        if not any(node.outputs):
+            raise ModelError(f"{_label(node)} has no output")
+        if "" in node.inputs:
+            _check_missing(graph, node)
+
+
+def check_indices(graph: Graph, seen: Trace) -> None:
+    """Make sure that constant places lie within what they are places of.
+
+    Raises:
+        ModelError: One doesn't.
+    """
+    for node in graph.nodes:
+        places = graph.initializers.get(node.inputs[1]) if node.op in _INDEXED and len(node.inputs) > 1 else None
+        if places is None or not places.size or node.domain:
+            continue
+        dims, axis = seen.dims(node.inputs[0]), int(node.attrs.get("axis", 0))
+        size = dims[axis] if -len(dims) <= axis < len(dims) else None
+        low, high = int(places.min()), int(places.max())
+        if size is not None and not -size <= low <= high < size:
+            raise ModelError(
+                f"an index of {_label(node)}", expected=f"from {-size} to {size - 1}", got=high if high >= size else low
+            )
+
+
+def _check_missing(graph: Graph, node: Node) -> None:
+    try:
+        schema = onnx.defs.get_schema(node.op, graph.opset, node.domain)
+    except onnx.defs.SchemaError:
+        return
+    optional = onnx.defs.OpSchema.FormalParameterOption.Optional
+    for i, name in enumerate(node.inputs):
+        formal = schema.inputs[min(i, len(schema.inputs) - 1)] if schema.inputs else None
+        if not name and formal is not None and formal.option != optional:
+            raise ModelError(f"{_label(node)} lacks an input", expected=formal.name)
+
+
+def _label(node: Node) -> str:
+    return f"{shown(node.op)} {shown(node.name)}"
+
+
+_TOLERANCE = 1e-4
+_BATCHES = (2, 1, 8)
+"""Batch sizes at which results are compared: one sample, and even batches. At the first, shapes are compared too."""
+
+_LARGE = 2**22
+"""Numbers of all values of one sample from which on the last batch size is left out: it would take seconds."""
+
+_SHAPE = "shape~of~"
+
+
+def compare(before: Session, name: str, graph: Graph, softmax: str) -> None:
+    """Compare outputs before and after on random numbers, and shapes with what was inferred.
+
+    Args:
+        before: The model as it came; it is fed by the order of its inputs.
+        name: Its output.
+        graph: The normalised graph.
+        softmax: The operator that was removed from the end, if any.
+
+    Raises:
+        ModelError: They differ, or the output is not finite.
+    """
+    known = inferred(graph, _BATCHES[0])
+    values = [o for n in graph.nodes for o in n.outputs if o]
+    probe = graph.copy()
+    for value in values:
+        probe.emit("Shape", value, out=_SHAPE + value)
+        probe.outputs.append(Port(_SHAPE + value, np.dtype(np.int64), (len(known.shapes[value]),)))
+    after = Session(probe.to_bytes())
+    large = sum(math.prod(known.shapes[v]) for v in values) > _BATCHES[0] * _LARGE
+    for batch in _BATCHES[:2] if large else _BATCHES:
+        x = sample_feeds(graph, batch, seed=batch)[X]
+        old = before.run({next(iter(before.inputs)): x}, [name])[name]
+        wanted = [LOGITS, *(_SHAPE + v for v in values)] if batch == _BATCHES[0] else [LOGITS]
+        found = after.run({X: x}, wanted)
+        _check_close(old, found[LOGITS], softmax, batch)
+        for value in values if len(wanted) > 1 else ():
+            shape = tuple(found[_SHAPE + value].tolist())
+            if shape != known.shapes[value]:
+                raise ModelError(f"shape of value {value}", expected=known.shapes[value], got=shape)
+
+
+def _check_close(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], softmax: str, batch: int) -> None:
+    if old.dtype.kind != "f" or not np.isfinite(old).all():
+        raise ModelError("the model's output is not finite for random inputs", expected="finite numbers")
+    if softmax and new.shape == old.shape:
+        new = new - new.max(-1, keepdims=True)
+        new = new - np.log(np.exp(new).sum(-1, keepdims=True))
+        new = np.exp(new) if softmax == "Softmax" else new
+    scale = max(float(np.abs(old).max(initial=0)), 1e-6)
+    worst = float(np.abs(old - new).max(initial=0)) / scale if old.shape == new.shape else float("inf")
+    if not worst <= _TOLERANCE:
+        raise ModelError(
+            "the model computes something else after normalisation",
+            expected=f"outputs equal to {_TOLERANCE:g} for {batch} samples",
+            got=f"{worst:.2g}",
+            hint="Please report this with the model.",
+        )
