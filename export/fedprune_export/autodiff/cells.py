@@ -27,11 +27,10 @@ def scan(
     """Take one step per index of the first axis.
 
     Args:
-        g: The graph.
         states: What is carried from step to step.
         sliced: Values of which each step gets one index of the first axis.
         step: The step; all of its values are float32.
-        backwards: Whether it goes from the last index to the first; the outputs lie in the order of the inputs.
+        backwards: Whether it goes from the last index to the first; the outputs are in the order of the inputs.
 
     Returns:
         The last states, and the slices that went out, stacked.
@@ -104,7 +103,7 @@ class Direction:
     kept: dict[str, str] = field(default_factory=dict)
 
     def projected(self, x: str, *, both: bool = True) -> str:
-        """The gates' part that comes of the input, with its bias, and the other one too where it may join."""
+        """The gates' part that depends on the input, with its bias, and the other one too where it may join."""
         g = self.g
         out = g.emit("MatMul", x, turned(g, self.weight))
         if not self.bias:

@@ -51,7 +51,7 @@ class Window:
 
     @property
     def tiles(self) -> bool:
-        """Whether windows lie side by side and cover the input exactly."""
+        """Whether windows are adjacent and cover the input exactly."""
         return (
             self.kernel == self.strides
             and all(d == 1 for d in self.dilations)
@@ -147,7 +147,6 @@ def answers(read: Indices, places: int) -> Indices:
 
     Args:
         read: What each output reads: [outputs, elements].
-        places: How many there are to read.
     """
     back = np.full((places, read.shape[1]), -1, np.int64)
     output, element = np.nonzero(read >= 0)
@@ -172,7 +171,7 @@ def add_bias(g: Graph, y: str, bias: list[str], rank: int) -> str:
 
 
 SMALL_MAP = 16
-"""Up to so many positions of the window columns are faster than operators.
+"""Most positions of the window up to which columns are faster than operators.
 
 Measured with layers of ResNets and RegNets on x86 (`benchmarks/layers.py`).
 """

@@ -1,7 +1,7 @@
 """Sizes that vary: the batch, widths of channel groups, and whatever is computed from them.
 
 A dimension is a number, or the name of a polynomial with whole coefficients in the batch and the groups' widths. Names
-are canonical (`g0*192`, `g1+16`, `N*g0*4`), so that equal sizes are the same dimension. What a name stands for at run
+are canonical (`g0*192`, `g1+16`, `N*g0*4`), so that equal sizes are the same dimension. What a name represents at run
 time is read off the shape of a value that has it.
 """
 
@@ -50,7 +50,7 @@ class Dimensions:
         """An axis of a tensor or value.
 
         Raises:
-            ModelError: Channels of a group lie unevenly on the axis, so that its size is no multiple of the width.
+            ModelError: Channels of a group are uneven on the axis: its size is no multiple of the width.
         """
         lengths: dict[int, int] = {}
         for s in axis.segments:
@@ -60,7 +60,7 @@ class Dimensions:
             group = architecture.groups[number]
             times, rest = divmod(length, group.size)
             if rest:
-                raise ModelError(f"channels of group {group.name} lie unevenly on an axis", got=f"{length} indices")
+                raise ModelError(f"channels of group {group.name} are uneven on an axis", got=f"{length} indices")
             if group.size == 1:
                 # One channel always stays: a size of 1 that would look as if it varied couldn't be broadcast.
                 form[()] += times
@@ -72,7 +72,7 @@ class Dimensions:
     # -- arithmetic -------------------------------------------------------------------------------------------------
 
     def form(self, dim: Dim) -> Form:
-        """The polynomial that a dimension stands for."""
+        """The polynomial that a dimension represents."""
         return {(): dim} if isinstance(dim, int) else self._forms[dim]
 
     def dim(self, form: Form) -> Dim:
@@ -119,7 +119,7 @@ class Dimensions:
         return self.total([whole, self.product([-1, part])])
 
     def quotient(self, whole: Dim, part: Dim) -> Dim | None:
-        """The dimension that gives `whole` when it is merged with `part`; None where there is none."""
+        """The dimension that gives `whole` when it is merged with `part`; or None."""
         rest, by = dict(self.form(whole)), self.form(part)
         lead = max(by, key=_order)
         out: Form = {}
@@ -154,7 +154,7 @@ class Dimensions:
         found = self._size(dim, set())
         if found is None:
             raise ModelError(
-                f"the size {dim} can't be told from any tensor of the model",
+                f"the size {dim} can't be computed from any tensor of the model",
                 got=", ".join(self._sources) or "no size that varies",
                 hint="A training graph reads widths off shapes of weights: give one an axis of this size alone.",
             )

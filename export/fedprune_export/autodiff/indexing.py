@@ -46,7 +46,7 @@ def scatter(tape: Tape, node: Node) -> Pull:
 
 @rule("Trilu")
 def triangle(tape: Tape, node: Node) -> Pull:
-    """A triangle of each matrix, zeros beside it; dy in the same triangle."""
+    """A triangle of each matrix, zeros elsewhere; dy in the same triangle."""
     name, g = node.inputs[0], tape.graph
     offset = [tape.value(i) for i in node.inputs[1:] if i]
     tape.enter(node.outputs[0], g.emit("Trilu", tape.value(name), *offset, attrs=node.attrs), tape.shape(name))
@@ -177,10 +177,6 @@ def scattered(tape: Tape, dy: str, shape: Shape, axis: int, picked: Array, size:
     """The gradient of a value of which elements were picked along an axis.
 
     Args:
-        tape: The tape.
-        dy: The gradient of what was picked.
-        shape: Its shape.
-        axis: The axis.
         picked: Which indices were picked, in order; some maybe several times or never.
         size: How many indices the axis had before.
     """
@@ -350,7 +346,7 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
     def pull(dy: str) -> None:
         at = places
         for axis in reversed(range(batches)):
-            # Scattering knows no batches: an index says its place in them, too.
+            # Scattering has no batch axes: an index includes its place in them, too.
             numbers = _counted(tape, shape[axis])
             ones = [1] * len(where)
             ones[axis] = -1

@@ -1,4 +1,4 @@
-"""Intents: operators of a training graph that say what is to be computed, but not how.
+"""Intents: operators of a training graph that define what is to be computed, but not how.
 
 A graph for one board at fixed widths (`pruning.fixed_width`) is written with them, and `formulation` turns each into
 the operators that are fastest there. They exist between those two passes only.
@@ -12,7 +12,7 @@ the operators that are fastest there. They exist between those two passes only.
 | `GroupNormalise` | x, scale, shift | y, and one over every group's deviation |
 | `GroupNormaliseGradient` | dy, x, scale, what that is called | dx, dscale, dshift |
 | `Rectified` | dy, y | dy where y > 0, or between the bounds that it has |
-| `PoolGradient` | dy, x, y | dx of a maximum over windows that lie side by side |
+| `PoolGradient` | dy, x, y | dx of a maximum over adjacent windows |
 | `ScaledSum` | a, b, a number | a + b · number |
 """
 

@@ -1,4 +1,4 @@
-"""What is known of a model before it is differentiated: axes of values, constants, shape arithmetic, dimensions."""
+"""Static facts about a model: axes of values, constants, shape arithmetic, dimensions."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ Array = npt.NDArray[Any]
 
 
 class Knowledge:
-    """What the channel analysis and a trace say of a model's values.
-
-    Args:
-        model: The model.
-        dims: The dimensions of its training graph.
-    """
+    """What the channel analysis and a trace found about a model's values."""
 
     def __init__(self, model: Model, dims: Dimensions) -> None:
         self.dims = dims
@@ -45,7 +40,7 @@ class Knowledge:
         return tuple(None if a is None else self.dims.of_axis(a, self._architecture) for a in axes)
 
     def axis(self, name: str, index: int) -> Axis | None:
-        """What lies on an axis of a value at full width; None where it follows the batch or was not analysed."""
+        """The axis of a value at full width; None where it follows the batch or was not analysed."""
         axes = self._analysed.get(name)
         return axes[index] if axes is not None else None
 
@@ -101,7 +96,7 @@ class Knowledge:
         return out
 
     def target_shape(self, node: Node, index: int) -> Array | None:
-        """The target shape at a node's input with multiples of the batch at its `extent`, None where there is none.
+        """The target shape at a node's input with multiples of the batch at its `extent`, None if unknown.
 
         Raises:
             ModelError: The input is computed from data, or depends on the batch in another way than as a multiple.

@@ -31,7 +31,7 @@ __all__ = ["BATCH", "RULES", "Dim", "Pull", "Rule", "Shape", "Tape", "describe",
 Array = npt.NDArray[Any]
 
 Pull = Callable[..., None]
-"""Takes the gradients of a node's outputs (None where there is none) and adds those of its inputs."""
+"""Takes the gradients of a node's outputs (None for an output without one) and adds those of its inputs."""
 
 Rule = Callable[["Tape", Node], "Pull | None"]
 
@@ -59,8 +59,6 @@ class Tape(Knowledge):
     """A training graph in the making.
 
     Args:
-        model: The model to differentiate.
-        graph: The graph that is written to.
         frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
             statistics are frozen normalises by them.
         scaled: Names of values that are multiplied by the input `output_scale` as soon as they are computed.
@@ -206,7 +204,7 @@ class Tape(Knowledge):
     # -- shapes -----------------------------------------------------------------------------------------------------
 
     def reshape(self, value: str, shape: Shape, target: Shape) -> str:
-        """A value of `shape` reshaped to `target`, by constants as far as these say it."""
+        """A value of `shape` reshaped to `target`, by constants as far as possible."""
         if shape == target:
             return value
         entries = [d if isinstance(d, int) else 0 if shape[i : i + 1] == (d,) else -1 for i, d in enumerate(target)]
@@ -307,7 +305,7 @@ class Tape(Knowledge):
         return scaled
 
     def _check_shapes(self, node: Node) -> None:
-        """What a rule says of its outputs' shapes must be what the channel analysis says."""
+        """A rule's output shapes must equal those of the channel analysis."""
         for name in node.outputs:
             known, shape = self.known(name) if name else None, self._shapes.get(name)
             if known is None or shape is None:

@@ -28,8 +28,6 @@ def bundle_files(
     """The files of a bundle by name, without the manifest.
 
     Args:
-        model: The whole model.
-        selection: What of it the board holds.
         recipe: The local training that the training step is for.
         training: The training step, where it is not the model's own (`training_step`).
         opset: The opset of the inference graph; by default one that every supported onnxruntime loads.
@@ -63,9 +61,6 @@ def blocked_step(
     """The training step of a model at these widths and for whole batches alone.
 
     Args:
-        model: The model.
-        recipe: How it is trained.
-        widths: Channels of every group.
         block: Channels that the processor computes at once.
         times: What forms of layers take there; None if that isn't known.
 

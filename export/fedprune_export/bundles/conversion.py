@@ -34,14 +34,13 @@ from fedprune_export.pruning.model import Model
 Array = npt.NDArray[Any]
 
 _COUNTER = "num_batches_tracked"
-"""What torch's batch norms count beside their statistics; a strict `load_state_dict` misses it."""
+"""What torch's batch norms count in addition to their statistics; a strict `load_state_dict` misses it."""
 
 
 def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Model:
     """A model with other weights, such as the server's global ones.
 
     Args:
-        model: The whole model.
         tensors: All its tensors by name; further ones, such as torch's counters, are left out.
         where: Where they come from, for messages.
 
@@ -67,8 +66,6 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
 
     Args:
         graph: The model, with its weights.
-        names: Its weights and statistics.
-        name: What it is called.
         opset: The opset of the file; by default the graph's own, or one that every supported onnxruntime loads.
 
     Raises:
@@ -90,7 +87,6 @@ def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Arra
 
     Args:
         bundle: A bundle whose files have been checked.
-        into: The whole model.
         keep: Whether the model's own weights stay in the channels that the bundle lacks. Otherwise these weights are 0,
             so that the channels add nothing; statistics stay in any case.
 
@@ -111,7 +107,7 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
         graph: A graph of the model, which says what other names tensors have.
 
     Raises:
-        ModelError: What it says is damaged.
+        ModelError: It is damaged.
     """
     out: dict[str, Array] = {}
     others = tied(graph.metadata)
@@ -144,11 +140,7 @@ def state_parity(
     """How far the outputs of a model with the tensors of a state dict are from a reference's, on random samples.
 
     Args:
-        state: The state dict.
-        graph: The model that takes it.
-        reference: The model whose outputs are expected.
         module: The same model in torch, which loads the state dict, too; None for none.
-        hint: What to do where they differ.
 
     Raises:
         ModelError: They are too far from it, or the module doesn't load the state dict.
@@ -209,7 +201,6 @@ def write_state_dict(path: Path, state: Mapping[str, Array]) -> int:
 
     Args:
         path: A name that ends in `.safetensors`, or in `.pt` or `.pth` for `torch.load(..., weights_only=True)`.
-        state: Tensors by name.
 
     Raises:
         UsageError: The name ends in something else.

@@ -1,4 +1,4 @@
-"""Inference graphs whose weights lie beside them in a file that a board can replace without any ONNX library.
+"""Inference graphs whose weights are in a file next to them that a board can replace without any ONNX library.
 
 The graph refers to ranges of `weights.safetensors`. Canonical tensor files put tensors of given names and shapes at
 given offsets, so new weights of the same widths fit the same graph.
@@ -21,15 +21,13 @@ from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model
 
 WEIGHTS_FILE = "weights.safetensors"
-"""The file that an inference graph expects beside it."""
+"""The file of weights that an inference graph refers to."""
 
 
 def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = None) -> bytes:
     """The inference graph at these widths, as ONNX bytes without weights.
 
     Args:
-        model: The whole model.
-        widths: Kept channels per group.
         opset: The opset of what is written; by default one that every supported onnxruntime loads.
 
     Raises:
@@ -42,10 +40,9 @@ def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = 
 
 
 def with_weights(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> bytes:
-    """The bytes of a model whose weights lie in `WEIGHTS_FILE`.
+    """The bytes of a model whose weights are in `WEIGHTS_FILE`.
 
     Args:
-        proto: The model without them.
         shapes: All tensors of the file, in its order.
     """
     offset = len(tensorfile.header([(n, "F32", s) for n, s in shapes.items()]))
@@ -58,14 +55,9 @@ def with_weights(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) ->
 def add_external(
     proto: onnx.ModelProto, name: str, dtype: np.dtype[Any], shape: Sequence[int], file: str, offset: int
 ) -> int:
-    """Add an initialiser that lies in a file beside the model.
+    """Add an initialiser that is stored in a file next to the model.
 
     Args:
-        proto: The model.
-        name: The initialiser's name.
-        dtype: Its type.
-        shape: Its shape.
-        file: The file's name.
         offset: Where in it the tensor begins, in bytes.
 
     Returns:
@@ -114,7 +106,7 @@ def inference_graph(folder: Path) -> Graph:
     proto.graph.initializer.extend(inside)
     try:
         graph = Graph.from_proto(proto)
-        graph.to_bytes()  # what protobuf lets in and doesn't let out again, such as text that is none
+        graph.to_bytes()  # what protobuf lets in and doesn't let out again, such as invalid text
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise BundleError(
             f"{path} is damaged ({type(error).__name__}: {error})", hint="Export the bundle again."

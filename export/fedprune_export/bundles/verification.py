@@ -1,4 +1,4 @@
-"""Is a bundle whole, and does it compute what it should? Every check says what it found, or raises what is wrong."""
+"""Verification of a bundle: its files, its graphs, a training step. Each check returns a finding or raises an error."""
 
 from __future__ import annotations
 
@@ -55,16 +55,15 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
     """Check a bundle, one thing after the other.
 
     Args:
-        folder: The bundle's folder.
         model: The whole model that it was cut from, to compare with.
 
     Raises:
-        ConfigError: The environment doesn't say whether there are blocks here.
+        ConfigError: The environment variable that switches blocks off is invalid.
         BundleError: A file is missing, changed, or doesn't fit the others.
         ModelError: onnxruntime doesn't take a graph, or a graph computes nonsense.
         TrainingError: The training step computes nonsense.
     """
-    turned_off()  # says what is wrong with the setting before the work begins
+    turned_off()  # refuses an invalid setting before the work begins
     bundle = open_bundle(folder)
     files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)), *map(blocked_file, bundle.blocks))
     size = sum(bundle.path(n).stat().st_size for n in files)
@@ -149,7 +148,7 @@ class _Trial:
 
     def check_step(self) -> str:
         """A step gives a finite loss, moves weights, and keeps all shapes."""
-        # A recipe may say a rate of 0, at which nothing ought to move: the step is tried all the same.
+        # A recipe may set a rate of 0, at which nothing ought to move: the step is tried all the same.
         out = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else _RATES[0]))
         if not np.isfinite(out[step.LOSS]):
             raise TrainingError(f"{TRAINING}: the loss of random samples", expected="a finite number", got=self.loss)

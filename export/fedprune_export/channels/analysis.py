@@ -58,7 +58,6 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
     """Form groups of units.
 
     Args:
-        rows: The axes of all values.
         parameters: Which of them are tensors of the model.
         picks: Where indices are taken from an axis; rows of units.
     """
@@ -68,7 +67,7 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
     while True:
         axes = list({r.tobytes(): r for value in rows.values() for row in value if (r := unit[row]).any()}.values())
         found, unfit, alone = _groups(axes, unit.size)
-        why = "no tensor's shape would tell how many of them are kept"
+        why = "no tensor's shape would show how many of them are kept"
         lost = _untold({frozenset(found.group_of[unit[r]].tolist()) for n in names for r in rows[n]}, found.sizes)
         if lost is None:
             why = "they are taken from other places of some channels than of others"
@@ -86,7 +85,7 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
 
 
 def _shifted(found: Grouping, picks: Sequence[Pick]) -> int | None:
-    """The first group whose channels lose different parts of themselves where indices are taken; None if there is none.
+    """The first group whose channels lose different parts of themselves where indices are taken, or None.
 
     Which of them are kept would then change the places of what is taken: no graph serves all selections.
     """
@@ -164,7 +163,6 @@ def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
 
     Args:
         axes: Groups on every axis of a tensor.
-        sizes: Channels per group.
     """
     told = {FIXED}
     while True:
@@ -258,10 +256,6 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str,
     """Find the channel groups of a normalised graph.
 
     Args:
-        graph: The graph.
-        parameters: Kind of every weight and statistic.
-        seen: Shapes of its values.
-        name: The architecture's name.
         prefer: Which channels to cut where only one kind can be: "coarse" for whole heads, convolution groups and norm
             groups, "fine" for positions within all of them. Where one leaves nothing to cut, the other is taken.
 
@@ -314,7 +308,7 @@ def _settle(graph: Graph, parameters: Mapping[str, str], seen: Trace, prefer: Pr
 
 
 def _footprints(channels: Channels, unit: AtomRow) -> AtomRow:
-    """Per unit a number that stands for the axes of tensors that it is on: the same for units that may form a group."""
+    """Per unit a hash of the axes of tensors that it is on: equal for units that may form a group."""
     rows = [row for name in channels.parameters for row in channels.rows[name] if row.any()]
     out = np.zeros(unit.size, np.int64)
     numbers = np.random.default_rng(0).integers(1, 2**62, len(rows))
@@ -337,7 +331,7 @@ def _owned(channels: Channels) -> AtomRow:
 def _fix_measured(channels: Channels) -> list[str]:
     """Fix channels whose number the graph computes with.
 
-    Sizes of targets that `rewrites` writes anew may say it, except where they follow the batch as well.
+    Shape inputs that `rewrites` replaces may contain it, except where they follow the batch as well.
 
     Returns:
         A note per place where such a number is read.

@@ -48,14 +48,7 @@ _STEP_VALUES = {"LSTM": 6, "GRU": 4, "RNN": 1}
 
 
 def layers(graph: Graph, parameters: Mapping[str, str], values: ValueAxes, seen: Trace) -> Iterable[Layer]:
-    """A row per node that takes time, in the order of the graph: what multiplies by a weight, and all else.
-
-    Args:
-        graph: The graph.
-        parameters: Names of weights and statistics.
-        values: Axes of every value.
-        seen: Shapes of its values.
-    """
+    """A row per node that takes time, in the order of the graph: what multiplies by a weight, and all else."""
     producers = graph.producers()
     for node in graph.nodes:
         weights = [] if node.domain else list(_weights(node, parameters, producers, seen))
@@ -109,7 +102,7 @@ def _sources(name: str, parameters: Mapping[str, str], producers: Mapping[str, N
 
 
 def _work(node: Node, values: ValueAxes, seen: Trace, weighted: bool) -> dict[str, Any]:
-    """What a row says beside its weight."""
+    """A row of the table without its weight."""
     moved = [i for i in node.inputs if i and _moving(i, values, seen)]
     window = node.attrs.get("kernel_shape", ())
     if not window and node.op.startswith("Conv"):
@@ -138,7 +131,7 @@ def _volume(name: str, values: ValueAxes) -> Volume:
 def _origin(node: Node, place: int, producers: Mapping[str, Node], seen: Trace) -> tuple[str, int]:
     """The initialiser that a layer's input is arranged or computed from, and its axis that makes the output's channels.
 
-    The operator says the axis of its input; transpositions between the weight and the operator are followed back.
+    The operator's attributes give the axis of its input; transpositions before it are followed back to the weight.
     """
     name = node.inputs[place]
     rank = len(seen.shapes[name])

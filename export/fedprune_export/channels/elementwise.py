@@ -76,7 +76,7 @@ def broadcast(channels: Channels, node: Node) -> None:
         for other in rows[1:]:
             channels.atoms.tie(first, other)
         held = held or bool(any(r.any() for r in rows) and any(not r.any() for r in rows))
-        # Of atoms that are tied any stands for all; what stays is best known at once.
+        # Any of several tied atoms represents all; the fixed one is preferred.
         out.append(np.minimum.reduce(rows) if size > 1 else still(size))
     if held and any(channels.constant(name) for name in node.inputs):
         channels.notes.append(f"{node.op} {node.name} has a constant for each channel: its channels stay.")

@@ -50,12 +50,8 @@ def _grouped(
     """Tie what a grouped convolution can only lose together.
 
     Args:
-        channels: The atoms.
-        node: The convolution.
-        taken: Input channels of all groups.
         made: Output channels of all groups, where the weight has an axis of them (Conv).
         inside: The weight's axis of one group's channels: inputs (Conv) or outputs (ConvTranspose).
-        groups: Number of groups.
 
     Returns:
         The output's channels.

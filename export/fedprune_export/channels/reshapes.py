@@ -171,7 +171,6 @@ def assignments(run: Run, grids: Sequence[AtomRow], free: Sequence[bool]) -> lis
     """Ways to give the atoms of old axes to new ones, leading axes first; none where no axis can take any.
 
     Args:
-        run: The run.
         grids: Atoms of the old axes by factor.
         free: Per new axis of the value whether it follows the batch: then it can't take atoms.
     """

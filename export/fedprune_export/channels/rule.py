@@ -69,11 +69,11 @@ class Choices:
         return None
 
     def watch(self, key: str, option: Hashable, rows: Sequence[AtomRow]) -> None:
-        """Say in which rows the option picked last must leave channels to choose from."""
+        """Register the rows in which the option picked last must leave channels to choose from."""
         self._watched[key] = (option, list(rows))
 
     def advance(self, unit: AtomRow, footprint: AtomRow) -> bool:
-        """Advance what left no row with two units that could be a group; say whether another run is worth it.
+        """Advance what left no row with two units that could be a group; returns whether another run is worth it.
 
         A node that has run out of options gets one more round, since it may have failed for another one's choice.
 
@@ -131,10 +131,7 @@ class Channels:
     """What rules read and write: atoms of all values seen so far.
 
     Args:
-        graph: The graph.
-        seen: Its shapes.
         parameters: Names of weights and statistics; only these get atoms of their own.
-        choices: Options that were tried before.
     """
 
     def __init__(
@@ -179,7 +176,7 @@ class Channels:
         return bool((value == value.reshape(-1)[0]).all())
 
     def number(self, node: Node, index: int) -> npt.NDArray[Any] | None:
-        """The constant at a node's input, flattened; None if it is none, or not there."""
+        """The constant at a node's input, flattened; None if it is missing or not a constant."""
         if not self.has(node, index) or node.inputs[index] in self.parameters:
             return None
         value = self.graph.initializers.get(node.inputs[index])

@@ -96,9 +96,6 @@ def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: s
     """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`.
 
     Args:
-        path: The file.
-        architecture: The model that will be measured.
-        dtype: Type of its input.
         labels: What the labels are, one of `LABELS`.
 
     Raises:

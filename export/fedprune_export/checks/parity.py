@@ -35,11 +35,6 @@ LIMIT = 1e-4
 def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:
     """How far the files of a bundle are from the masked whole model on random inputs.
 
-    Args:
-        model: The whole model.
-        selection: What the bundle holds of it.
-        files: The bundle's files by name.
-
     Raises:
         ModelError: They are too far from it, or onnxruntime doesn't load or run the inference graph.
     """
@@ -62,12 +57,6 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
 
 def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str = TRAINING) -> None:
     """Take a training step of a bundle with random samples: whether it runs is seen at the bundle's own widths.
-
-    Args:
-        model: The whole model.
-        recipe: The bundle's recipe.
-        files: The bundle's files by name.
-        name: The step's file.
 
     Raises:
         ModelError: onnxruntime doesn't load or run the step, or a tensor comes out of it in another shape.

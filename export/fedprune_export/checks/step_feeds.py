@@ -16,17 +16,11 @@ from fedprune.training.recipe import Recipe
 Array = npt.NDArray[Any]
 
 _SHARE = 0.7
-"""λ on trial: a step that ignores it, or the partners beside it, has another loss."""
+"""λ on trial: a step that ignores it, or the partners, has another loss."""
 
 
 def random_labels(recipe: Recipe, samples: int, outputs: int, seed: int = 0) -> Array:
     """Labels that a recipe's loss takes.
-
-    Args:
-        recipe: The local training.
-        samples: How many.
-        outputs: Entries of the model's output.
-        seed: Of the random numbers.
 
     Returns:
         int64 [samples] for classes, else float32 [samples, outputs].
@@ -46,11 +40,7 @@ def step_feeds(
 
     Args:
         inputs: Names of the training graph's inputs.
-        recipe: The local training.
         tensors: Weights and statistics; the anchors are the same.
-        x: Samples.
-        y: Their labels.
-        outputs: Entries of the model's output.
 
     Raises:
         ModelError: The graph has an input that is not in the contract, or lacks x, y or a tensor.
@@ -76,7 +66,6 @@ def loss(recipe: Recipe, logits: Array, feeds: Mapping[str, Array]) -> float:
     """The data loss of a recipe, of the model's outputs, in float64; all classes weigh the same.
 
     Args:
-        recipe: The local training.
         logits: [n, outputs].
         feeds: What the step was fed, as `step_feeds` makes it: labels and, with mixup, those of the partners.
     """

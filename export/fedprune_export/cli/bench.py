@@ -22,7 +22,7 @@ def register(subparsers: Any) -> None:
         "bench",
         help="time a bundle on this machine",
         description="Time training steps and predictions of a bundle on this machine, with random samples, each in a "
-        "process of its own. With --target, what the planner predicts for a board stands beside it.",
+        "process of its own. With --target, the planner's predictions for a board are shown next to it.",
     )
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="the bundle's folder")
     parser.add_argument("--runs", type=whole_number, default=30, metavar="N", help="timed runs of each (default: 30)")
@@ -47,11 +47,11 @@ def bench(arguments: argparse.Namespace) -> int:
         FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile; or the environment
             doesn't say whether there are blocks here.
     """
-    turned_off()  # says what is wrong with the setting before the work begins
+    turned_off()  # refuses an invalid setting before the work begins
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     probe = read_probe(arguments)
     if probe is not None and profile is None:
-        raise UsageError("--probe says what a board measured", expected="its --target, too")
+        raise UsageError("--probe is the measurement of a board", expected="its --target, too")
     from fedprune_export.profiling.benchmark import Stopwatch
     from fedprune_export.reports.bench_report import Benchmark
 

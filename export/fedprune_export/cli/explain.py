@@ -51,7 +51,7 @@ def register(subparsers: Any) -> None:
         "--block",
         type=int,
         choices=(0, *BLOCKS[1:]),
-        help="explain the graph for one board, with so many channels in a block, or 0 for standard operators (default: "
+        help="explain the graph for one board, with N channels in a block, or 0 for standard operators (default: "
         "the graph of bundles, which serves every width)",
     )
     add_probe_option(parser)

@@ -86,10 +86,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="N,N",
         help="write a training step for x86 boards that compute blocks of 16 (AVX-512) or 8 channels, too (default: "
-        "what --probe says)",
+        "what --probe found)",
     )
     parser.add_argument(
-        "--explain", action="store_true", help="say where the time of a training step goes (one target; see explain)"
+        "--explain", action="store_true", help="show where the time of a training step goes (one target; see explain)"
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     add_probe_option(parser)
@@ -99,7 +99,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class _Boards:
-    """What the command line says about boards, checked before the model is read.
+    """The boards of a command line, checked before the model is read.
 
     Attributes:
         profiles: The boards.
@@ -163,7 +163,7 @@ def _boards(arguments: argparse.Namespace) -> _Boards:
         got = ", ".join(sorted({p.arch for p in profiles}))
         raise UsageError("--block is for x86 boards", expected="a target of x86_64", got=got)
     if arguments.block and arguments.memory_limit is not None:
-        raise UsageError("--memory-limit is for training.onnx", expected="no --block beside it")
+        raise UsageError("--memory-limit is for training.onnx", expected="no --block")
     if arguments.explain and len(profiles) > 1:
         raise UsageError("--explain is of one board", expected="one --target", got=len(profiles))
     return _Boards(profiles, _folders(arguments.out, [p.name for p in profiles]), recipe, probe)

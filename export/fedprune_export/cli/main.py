@@ -20,7 +20,7 @@ COMMANDS = {
     "to-torch": ("cli.convert", "a bundle's weights as a torch state dict"),
     "profiles": ("cli.profiles", "list, show, check and identify hardware profiles"),
 }
-"""Commands beside the export, by the first word of the command line: their module and what they do."""
+"""Commands other than the export, by the first word of the command line: their module and help text."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -47,7 +47,7 @@ def operators(arguments: argparse.Namespace) -> int:
 
 
 def table() -> list[dict[str, Any]]:
-    """One row per operator: its name, and in a line each what the rules say of themselves; None where there is none."""
+    """One row per operator: its name and the first line of each rule's docstring, or None."""
     from fedprune_export.autodiff.tape import RULES as GRADIENTS
     from fedprune_export.channels.rule import RULES as CHANNELS
 

@@ -26,7 +26,7 @@ _LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how a model is imported; `read_model` reads them."""
+    """Add the options of a model's import, which `read_model` reads."""
     group = parser.add_argument_group("the model")
     group.add_argument("--input-shape", type=shape, metavar="C,H,W", help="one sample's shape, for torch modules")
     group.add_argument("--token-ids", action="store_true", help="a torch module takes whole numbers: token ids")
@@ -46,7 +46,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how a board trains; `read_recipe` reads them."""
+    """Add the options of local training, which `read_recipe` reads."""
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="local training as JSON; the options below win")
     group.add_argument("--loss", choices=tuple(LABELS_OF), help="what training minimises (default: cross_entropy)")
@@ -74,7 +74,6 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
     """Import the model that a command line names.
 
     Args:
-        arguments: The parsed command line.
         source: The model, where it is not `arguments.model`.
         name: What to call it where the command line doesn't say; an architecture is only equal under the same name.
 
@@ -95,7 +94,7 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
 
 
 def add_profiles_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says where a user's own profiles lie."""
+    """Add the option for folders with a user's own profiles."""
     parser.add_argument(
         "--profiles",
         type=Path,
@@ -107,7 +106,7 @@ def add_profiles_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_precision_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says at which lower precisions a bundle can predict, too."""
+    """Add the option for lower precisions to predict at."""
     parser.add_argument(
         "--precision",
         type=precisions,
@@ -127,7 +126,7 @@ def precisions(text: str) -> tuple[str, ...]:
 
 
 def add_probe_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says what a board measured of itself; `read_probe` reads it."""
+    """Add the option for a board's own measurements, which `read_probe` reads."""
     parser.add_argument(
         "--probe",
         type=Path,
@@ -152,7 +151,7 @@ def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a command line: that of the file, with what the options say in its place.
+    """The recipe of a command line: that of the file, with the options in its place.
 
     Raises:
         ConfigError: The file can't be read, or a setting is unknown or makes no sense.
@@ -261,7 +260,7 @@ def targets(texts: Sequence[str]) -> tuple[str, ...]:
     """Names of profiles, given one by one or separated by commas, each once.
 
     Raises:
-        UsageError: There is none, or one of them comes twice.
+        UsageError: There is no target, or one comes twice.
     """
     found = [n.strip() for text in texts for n in text.split(",") if n.strip()]
     if not found:

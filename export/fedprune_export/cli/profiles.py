@@ -31,8 +31,8 @@ def register(subparsers: Any) -> None:
     checking = actions.add_parser("check", help="check files of profiles")
     checking.add_argument("files", nargs="+", type=Path, metavar="FILE")
     checking.set_defaults(function=check_profiles)
-    finding = actions.add_parser("identify", help="the profile for a board, from what the board says of itself")
-    finding.add_argument("--model", default="", help="what its /proc/device-tree/model says")
+    finding = actions.add_parser("identify", help="the profile for a board, from what the board reports about itself")
+    finding.add_argument("--model", default="", help="the content of its /proc/device-tree/model")
     finding.add_argument(
         "--compatible",
         action="append",
@@ -43,7 +43,7 @@ def register(subparsers: Any) -> None:
     finding.add_argument("--l4t", default="", metavar="RELEASE", help="a Jetson's L4T release, such as 36.4.3")
     finding.add_argument("--memory", type=whole_number, metavar="BYTES", help="its MemTotal")
     finding.add_argument("--clock", type=whole_number, metavar="HZ", help="the highest clock of its processor")
-    finding.add_argument("--machine", default="aarch64", help="what uname -m says (default: aarch64)")
+    finding.add_argument("--machine", default="aarch64", help="the output of uname -m (default: aarch64)")
     finding.set_defaults(function=identify_profile)
     for action in (listing, showing, checking, finding):
         action.add_argument("--json", action="store_true", help="print JSON")
@@ -114,7 +114,7 @@ def show_profile(arguments: argparse.Namespace) -> int:
     """Print one profile.
 
     Raises:
-        ProfileError: There is none of that name, or it doesn't make sense.
+        ProfileError: There is no profile of that name, or it is invalid.
     """
     profile = profile_store.chosen(arguments.name, arguments.folder)
     if arguments.json:

@@ -18,7 +18,7 @@ def convolution(to: Formulator, node: Node) -> bool:
     x, kernel, *bias = node.inputs
     image, shape = to.layouts.image(x), to.layouts.shapes.get(kernel)
     out = to.layouts.image(node.outputs[0])
-    if image is None or shape is None or out is None or to.layouts.owed(x) is not None:
+    if image is None or shape is None or out is None or to.layouts.deferred(x) is not None:
         return False
     many_of_each = image[0] > 1 and shape[1] == 1 and shape[0] != image[0]
     if int(node.attrs.get("group", 1)) not in (1, image[0]) or many_of_each:
@@ -45,9 +45,9 @@ def input_gradient(to: Formulator, node: Node) -> bool:
     deep = node.attrs["group"] > 1
     inputs, outputs = int(shape[0] if deep else shape[1]), int(shape[0])
     held = layouts.plain(kernel)
-    owed = layouts.owed(dy)
-    if owed is not None:
-        held = g.emit("Mul", held, g.emit("Unsqueeze", owed, g.ints(1, 2, 3)))
+    deferred = layouts.deferred(dy)
+    if deferred is not None:
+        held = g.emit("Mul", held, g.emit("Unsqueeze", deferred, g.ints(1, 2, 3)))
     form = to.forms.dense(w, inputs, outputs)
     dense = Dense(g, w, held, Formulation("flipped", form.weight_gradient))
     made = 1 if deep else outputs
@@ -55,14 +55,14 @@ def input_gradient(to: Formulator, node: Node) -> bool:
         flipped = dense.flipped_kernel(swapped=not deep)
         layouts.shapes[flipped] = (inputs, 1 if deep else outputs, *w.kernel)
         return _convolved(to, dense.back_window(), dy, flipped, bias, out)
-    value, shifts = layouts.unpaid(dy, blocked=False), [layouts.plain(b) for b in bias]
+    value, shifts = layouts.without_scale(dy, blocked=False), [layouts.plain(b) for b in bias]
     layer: Convolution = Depthwise(g, w, held) if deep else Dense(g, w, held, form)
     to.name(layer.back(value, shifts), out)
     return True
 
 
 def _convolved(to: Formulator, w: Window, x: str, kernel: str, bias: list[str], out: str) -> bool:
-    """A convolution of x, less what x owes; the kernel is in plain layout."""
+    """A convolution of x without its deferred scale; the kernel is in plain layout."""
     layouts, g = to.layouts, to.graph
     outputs, inputs = (int(d) for d in layouts.shapes[kernel][:2])
     deep = inputs == 1 and layouts.sizes(x)[0] > 1
@@ -70,7 +70,7 @@ def _convolved(to: Formulator, w: Window, x: str, kernel: str, bias: list[str], 
         return False
     # There is an operator that reads few channels, an image's, in plain layout.
     few = inputs < layouts.block and not deep and not layouts.in_blocks(x)
-    value = layouts.unpaid(x, blocked=not few)
+    value = layouts.without_scale(x, blocked=not few)
     held = filter_of_few(to, kernel) if few or deep else filter_in_blocks(to, kernel)
     shifts = [layouts.vector(layouts.plain(b), outputs) for b in bias]
     attrs = operator_attrs(w, layouts.filled(outputs) if deep else 1)

@@ -123,7 +123,7 @@ def _absorbed(to: Formulator, node: Node) -> bool:
     """A sum with what a convolution makes, which the convolution adds by itself."""
     layouts = to.layouts
     for one, other in (node.inputs, node.inputs[::-1]):
-        alone = to.only_reader(one) is node and layouts.owed(one) is None
+        alone = to.only_reader(one) is node and layouts.deferred(one) is None
         both = layouts.in_blocks(one) and layouts.in_blocks(other)
         if alone and both and layouts.absorb(one, add=layouts.blocked(other)):
             layouts.put(node.outputs[0], layouts.blocked(one))

@@ -58,9 +58,6 @@ class Forms:
         that follows.
 
         Args:
-            w: Its window.
-            inputs: Channels that each output reads.
-            outputs: Channels that it makes.
             depthwise: Whether every channel has a filter of its own.
         """
         if not self.block or outputs < self.full:
@@ -70,13 +67,7 @@ class Forms:
         return self._best(part, shape, "blocks", _LAYOUTS, ways) == "blocks"
 
     def dense(self, w: Window, inputs: int, outputs: int) -> Formulation:
-        """How a layer in one group is computed by standard operators.
-
-        Args:
-            w: Its window.
-            inputs: Its input channels.
-            outputs: Its output channels.
-        """
+        """How a layer in one group is computed by standard operators."""
         usual = formulation(w, inputs)
         if w.flips:  # else only the transposed one serves
             form = self._best("input", _shape(w, inputs, outputs), usual.input_gradient, ("flipped", "transposed"))
@@ -84,13 +75,7 @@ class Forms:
         return usual
 
     def kernel_gradient(self, w: Window, inputs: int, outputs: int) -> KernelForm | Literal["blocked"]:
-        """How the gradient of a kernel is computed.
-
-        Args:
-            w: The layer's window.
-            inputs: Its input channels.
-            outputs: Its output channels.
-        """
+        """How the gradient of a kernel is computed."""
         area, taps = math.prod(w.output), math.prod(w.kernel)
         shape = _shape(w, inputs, outputs)
         # Strides would be gaps in the kernel, which are slow; samples of few don't fill blocks.
@@ -106,10 +91,8 @@ class Forms:
         """The form that was clearly the fastest, else the usual one.
 
         Args:
-            part: The part of the layer.
             shape: The layer, None if it is like none that is measured.
             usual: What is taken where the table is silent.
-            forms: What can be taken.
             converted: How many inputs of the layer all forms but the one in blocks convert first.
         """
         near = self.times.near(shape) if self.times is not None and shape is not None else {}

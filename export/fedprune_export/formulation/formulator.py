@@ -14,7 +14,7 @@ from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.operators import registrar
 
 Rule = Callable[["Formulator", Node], bool]
-"""Writes a node's operators and says whether it has; else the node is copied, with its inputs in plain layout."""
+"""Writes a node's operators; if it returns False, the node is copied with its inputs in plain layout."""
 
 RULES: dict[str, Rule] = {}
 rule = registrar(RULES, "formulation")
@@ -25,9 +25,7 @@ class Formulator:
     """A graph on its way from intents to operators.
 
     Args:
-        source: The graph with intents.
         shapes: Shapes of its values, as far as they are known.
-        forms: How layers are computed.
 
     Attributes:
         graph: What is written.
@@ -105,6 +103,5 @@ def formulated(graph: Graph, shapes: Mapping[str, Sizes], forms: Forms) -> Graph
     Args:
         graph: The graph, whose widths are fixed.
         shapes: Shapes of its values, as far as they are known: all numbers but the batch.
-        forms: How layers are computed.
     """
     return Formulator(graph, shapes, forms).run()

@@ -34,21 +34,14 @@ def serves_pointwise(layouts: Layouts, w: Window, x: str, dy: str) -> bool:
 
 
 def pointwise_kernel_gradient(layouts: Layouts, w: Window, x: str, dy: str) -> str:
-    """The gradient [O, I, 1, 1] of a layer's kernel, without what dy owes.
-
-    Args:
-        layouts: The values of the graph.
-        w: The layer's window.
-        x: Its input.
-        dy: The gradient of its output.
-    """
+    """The gradient [O, I, 1, 1] of a layer's kernel, without the deferred scale of dy."""
     g = layouts.graph
     places = w.output[0] * w.output[1]
     value = layouts.blocked(x) if layouts.in_blocks(x) else layouts.plain(x)
     image = _Side(layouts, layouts.sizes(x)[0], places, value, layouts.in_blocks(x))
     if any(s != 1 for s in w.strides):
         image = image.strided(w)
-    value = layouts.unpaid(dy, blocked=layouts.in_blocks(dy))
+    value = layouts.without_scale(dy, blocked=layouts.in_blocks(dy))
     slope = _Side(layouts, layouts.sizes(dy)[0], places, value, layouts.in_blocks(dy))
     outputs, inputs = slope.channels, image.channels
     if places < _MANY or (slope.as_it_is and image.as_it_is):
@@ -83,7 +76,7 @@ class _Side:
 
     @property
     def as_it_is(self) -> bool:
-        """Whether its channels lie last already: it is one whole block."""
+        """Whether its channels are last already: it is one whole block."""
         return self.blocked and self.channels == self.layouts.block
 
     def last(self) -> str:
@@ -124,25 +117,25 @@ _CACHED = 2**13
 
 @rule(KERNEL_GRADIENT)
 def kernel_gradient(to: Formulator, node: Node) -> bool:
-    """The gradient of a kernel in the form that is chosen; what dy owes is paid on the result."""
+    """The gradient of a kernel in the form that is chosen; the deferred scale of dy is applied to the result."""
     x, dy, kernel = node.inputs
     w: Window = node.attrs["window"]
     layouts, g, out = to.layouts, to.graph, node.outputs[0]
-    owed = layouts.owed(dy)
+    deferred = layouts.deferred(dy)
     if node.attrs["group"] > 1 and to.forms.in_blocks(w, 1, layouts.sizes(x)[0], depthwise=True):
         result = _of_depthwise(to, w, x, dy)
     elif node.attrs["group"] > 1:
         deep = Depthwise(g, w, layouts.plain(kernel))
-        result = deep.kernel_gradient(layouts.plain(x), layouts.unpaid(dy, blocked=False))
+        result = deep.kernel_gradient(layouts.plain(x), layouts.without_scale(dy, blocked=False))
     elif serves_pointwise(layouts, w, x, dy):
         result = pointwise_kernel_gradient(layouts, w, x, dy)
     elif (form := to.forms.kernel_gradient(w, layouts.sizes(x)[0], layouts.sizes(dy)[0])) == "blocked":
         result = _in_blocks(to, w, x, dy)
     else:
         dense = Dense(g, w, "", Formulation("flipped", form))
-        result = dense.kernel_gradient(layouts.plain(x), layouts.unpaid(dy, blocked=False))
-    if owed is not None:
-        result = g.emit("Mul", result, g.emit("Unsqueeze", owed, g.ints(1, 2, 3)))
+        result = dense.kernel_gradient(layouts.plain(x), layouts.without_scale(dy, blocked=False))
+    if deferred is not None:
+        result = g.emit("Mul", result, g.emit("Unsqueeze", deferred, g.ints(1, 2, 3)))
     to.name(result, out)
     return True
 
@@ -153,7 +146,7 @@ def _in_blocks(to: Formulator, w: Window, x: str, dy: str) -> str:
     blocked = layouts.in_blocks(x)
     image = layouts.blocked(x) if blocked else layouts.plain(x)
     layer = _OverBatch(layouts, w, layouts.sizes(x)[0], layouts.sizes(dy)[0], image, blocked)
-    return layer.write(layouts.unpaid(dy, blocked=True))
+    return layer.write(layouts.without_scale(dy, blocked=True))
 
 
 def _of_depthwise(to: Formulator, w: Window, x: str, dy: str) -> str:
@@ -161,7 +154,7 @@ def _of_depthwise(to: Formulator, w: Window, x: str, dy: str) -> str:
     layouts, g, b = to.layouts, to.graph, to.layouts.block
     channels, filled = layouts.sizes(x)[0], layouts.filled(layouts.sizes(x)[0])
     found = _found(w)
-    each = layouts.correlated(layouts.blocked(x), layouts.unpaid(dy, blocked=True), w, filled)
+    each = layouts.correlated(layouts.blocked(x), layouts.without_scale(dy, blocked=True), w, filled)
     total = g.emit("ReduceSum", g.emit("Reshape", each, g.ints(layouts.batch, -1)), g.ints(0), attrs={"keepdims": 0})
     apart = g.emit("Reshape", total, g.ints(filled // b, math.prod(found), b))
     kernel = g.emit("Reshape", g.emit("Transpose", apart, attrs={"perm": [0, 2, 1]}), g.ints(filled, 1, *found))
@@ -174,7 +167,7 @@ def _of_depthwise(to: Formulator, w: Window, x: str, dy: str) -> str:
 class _OverBatch:
     """The convolution of a layer's input with dy.
 
-    Input channels lie beside each other in the width, so that a convolution makes a tap's outputs for many of them at
+    Input channels are side by side in the width, so that a convolution makes a tap's outputs for many of them at
     once, and reads dy once for all of them.
 
     Attributes:
@@ -209,7 +202,7 @@ class _OverBatch:
 
     @property
     def _beside(self) -> int:
-        """How many channels lie beside each other: those of a block, or all of them."""
+        """Channels side by side: those of a block, or all of them."""
         return self.layouts.block if self.blocked else self.inputs
 
     @property

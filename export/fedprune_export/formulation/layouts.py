@@ -1,4 +1,4 @@
-"""Where the values of a graph lie in memory: as [N, C, H, W], or with channels in blocks.
+"""Memory layouts of a graph's values: [N, C, H, W], or channels in blocks.
 
 In blocks a value is [N, C/b, H, W, b]: b neighbouring channels of a place are neighbours in memory, so that one vector
 instruction computes with all of them. Channels are filled up to whole blocks: with zeros, of which operators may make
@@ -24,7 +24,7 @@ Sizes = tuple[int | str, ...]
 """A value's shape: all numbers but the batch."""
 
 _ALIGNED = 4
-"""ReorderInput takes a multiple of so many channels."""
+"""ReorderInput takes multiples of this number of channels."""
 
 
 class _Shapes(dict[str, Sizes]):
@@ -52,16 +52,13 @@ class Made:
 
 
 class Layouts:
-    """The values of a graph in both layouts, converted when somebody asks for the other one.
+    """The values of a graph in both layouts, converted when the other one is read.
 
-    A value may still have to be multiplied by a vector, one number per channel (`owe`): a convolution does that to its
-    kernel, which is far smaller.
+    A value may have a deferred scale, one number per channel (`defer`); a convolution applies it to its kernel,
+    which is far smaller.
 
     Args:
-        graph: The graph that is written to.
         shapes: Shapes of values, as far as they are known.
-        block: Channels of a block.
-        batch: Samples of a batch.
     """
 
     def __init__(self, graph: Graph, shapes: Mapping[str, Sizes], block: int, batch: int) -> None:
@@ -69,7 +66,7 @@ class Layouts:
         self.shapes = _Shapes(shapes)
         self._blocked: dict[str, str] = {}
         self._plain: dict[str, str] = {}
-        self._owed: dict[str, str] = {}
+        self._deferred: dict[str, str] = {}
         self._masks: set[str] = set()
         self._convolutions: dict[str, Made] = {}
 
@@ -105,20 +102,20 @@ class Layouts:
         return name in self._blocked
 
     def put(self, name: str, value: str) -> None:
-        """Say which value in blocks a name stands for."""
+        """Register the value in blocks of a name."""
         self._blocked[name] = value
 
     def mask(self, name: str) -> None:
-        """Say that a value is one of truth values, which can't be reordered as they are."""
+        """Register a value as boolean, which can't be reordered as it is."""
         self._masks.add(name)
 
     def rename(self, name: str, value: str) -> None:
-        """Say which value in plain layout a name stands for."""
+        """Register the value in plain layout of a name."""
         self._plain[name] = value
 
     def plain(self, name: str) -> str:
         """A value in plain layout."""
-        self._pay(name)
+        self._apply_deferred(name)
         if name in self._blocked and name not in self._plain:
             channels = self.sizes(name)[0]
             value, attrs = self._blocked[name], {"channels": channels, "channels_last": 0}
@@ -132,7 +129,7 @@ class Layouts:
 
     def blocked(self, name: str) -> str:
         """A value in blocks."""
-        self._pay(name)
+        self._apply_deferred(name)
         if name not in self._blocked:
             g, channels = self.graph, self.sizes(name)[0]
             value = self.plain(name)
@@ -155,34 +152,34 @@ class Layouts:
         more = self.filled(channels) - channels
         return self.graph.emit("Pad", value, self.graph.ints(0, more)) if more else value
 
-    # -- what is owed -----------------------------------------------------------------------------------------------
+    # -- deferred scales ---------------------------------------------------------------------------------------------
 
-    def owe(self, name: str, vector: str) -> None:
-        """Let a value stand for itself times a vector [C]."""
-        self._owed[name] = vector
+    def defer(self, name: str, vector: str) -> None:
+        """Defer the multiplication of a value by a vector [C]."""
+        self._deferred[name] = vector
 
-    def owed(self, name: str) -> str | None:
-        """What a value must still be multiplied by."""
-        return self._owed.get(name)
+    def deferred(self, name: str) -> str | None:
+        """The deferred scale of a value, if it has one."""
+        return self._deferred.get(name)
 
-    def unpaid(self, name: str, *, blocked: bool) -> str:
-        """A value in one of the layouts without the factor that is owed."""
-        owed = self._owed.pop(name, None)
+    def without_scale(self, name: str, *, blocked: bool) -> str:
+        """A value in one of the layouts, without its deferred scale."""
+        deferred = self._deferred.pop(name, None)
         value = self.blocked(name) if blocked else self.plain(name)
-        if owed is not None:
-            self._owed[name] = owed
+        if deferred is not None:
+            self._deferred[name] = deferred
         return value
 
-    def _pay(self, name: str) -> None:
-        owed = self._owed.pop(name, None)
-        if owed is None:
+    def _apply_deferred(self, name: str) -> None:
+        deferred = self._deferred.pop(name, None)
+        if deferred is None:
             return
         channels, g = self.sizes(name)[0], self.graph
         if name in self._blocked:
-            self._blocked[name] = self.affine(self._blocked[name], channels, owed)
+            self._blocked[name] = self.affine(self._blocked[name], channels, deferred)
             self._plain.pop(name, None)
         else:
-            column = g.emit("Unsqueeze", owed, g.ints(1, 2))
+            column = g.emit("Unsqueeze", deferred, g.ints(1, 2))
             self._plain[name] = g.emit("Mul", self._plain.get(name, name), column)
 
     # -- operators in blocks ----------------------------------------------------------------------------------------
@@ -199,12 +196,10 @@ class Layouts:
         """Value · scale + shift + add within bounds: one pass, as a convolution of 1×1.
 
         Args:
-            value: A value in blocks.
-            channels: Its channels.
             scale: A vector [C].
             shift: Another one, or nothing.
             add: Another value in blocks, or nothing.
-            bounds: The least result, which is 0 if it stands alone, and the greatest.
+            bounds: The least result, which is 0 if it is the only bound, and the greatest.
         """
         scale, shift = (self.vector(v, channels) if v else "" for v in (scale, shift))
         return self._pointwise(value, self.filled(channels), scale, shift, add, bounds)
@@ -215,9 +210,6 @@ class Layouts:
         """`affine` with numbers of their own for every sample: the vectors are [N, C].
 
         Args:
-            value: A value in blocks.
-            name: Whose sizes it has.
-            scale: What its channels are multiplied by.
             shift: What is added to them, or nothing.
             add: Another value in blocks, or nothing.
             bounds: As `affine` has them.
@@ -254,15 +246,15 @@ class Layouts:
         return g.emit("Conv", *inputs, attrs=attrs, domain=BLOCKED)
 
     def summed(self, name: str) -> str:
-        """The sums of a value over all but its channels, [C]; what is owed is paid on the sums."""
-        owed = self._owed.get(name)
-        value = self.unpaid(name, blocked=self.in_blocks(name))
+        """The sums of a value over all but its channels, [C]; the deferred scale is applied to the sums."""
+        deferred = self._deferred.get(name)
+        value = self.without_scale(name, blocked=self.in_blocks(name))
         g, (channels, height, width) = self.graph, self.sizes(name)
         if self.in_blocks(name):
             total = self.total(value, channels, height * width)
         else:
             total = g.emit("ReduceSum", value, g.ints(0, 2, 3), attrs={"keepdims": 0})
-        return total if owed is None else g.emit("Mul", total, owed)
+        return total if deferred is None else g.emit("Mul", total, deferred)
 
     def total(self, value: str, channels: int, places: int) -> str:
         """The sums over batch and places of a value in blocks, [C]."""
@@ -283,13 +275,7 @@ class Layouts:
         return self.graph.emit("Slice", vector, self.graph.ints(0), self.graph.ints(channels), self.graph.ints(0))
 
     def dot(self, first: str, second: str, name: str) -> str:
-        """The sums over batch and places of the products of two values in blocks, [C].
-
-        Args:
-            first: One of them.
-            second: The other.
-            name: Whose sizes they have.
-        """
+        """The sums over batch and places of the products of two values in blocks, [C]."""
         each, g = self.dot_each(first, second, name), self.graph
         return self._first(g.emit("ReduceSum", each, g.ints(0), attrs={"keepdims": 0}), self.sizes(name)[0])
 
@@ -308,8 +294,6 @@ class Layouts:
 
         Args:
             x: A value in blocks with the window's input sizes.
-            dy: One with its output sizes.
-            w: The window.
             filled: Channels, filled up.
         """
         g, number = self.graph, self.batch * filled

@@ -4,7 +4,7 @@ In blocks one value of each channel is taken off all of them: the one at the mid
 near the batch's mean as measured by the batch's deviation, so the mean square less the squared mean is the variance
 without a loss of digits. The convolution that makes the values subtracts it in its bias, at no cost, and another
 convolution of that one place computes it first. Where there is no such convolution, the subtraction costs a pass. The
-per-channel scale of the gradient is deferred (`Layouts.owe`) and usually fused into the next kernel.
+per-channel scale of the gradient is deferred (`Layouts.defer`) and usually fused into the next kernel.
 
 Group and instance normalisation have a scale and a shift per sample and channel. With c = x − mean, s = 1/√(var + ε),
 z = c · s and means over a group of one sample: y = γ·z + β, dγ = Σ dy·z, dβ = Σ dy,
@@ -137,7 +137,7 @@ def normalise_gradient(to: Formulator, node: Node) -> bool:
         line = g.emit("Div", g.emit("Mul", of_scale, kept.inverse), kept.count)
         base = g.emit("Sub", g.emit("Mul", kept.mean, line), g.emit("Div", of_shift, kept.count))
         layouts.put(dx, layouts.affine(kept.shifted, channels, g.emit("Neg", line), base, slope))
-        layouts.owe(dx, kept.steepness)
+        layouts.defer(dx, kept.steepness)
     else:
         return False
     to.name(of_scale, dscale)
@@ -155,13 +155,7 @@ class _Kept:
 
 
 class _Groups:
-    """Numbers per sample and group, and per sample and channel.
-
-    Args:
-        to: The graph in the making.
-        name: The value that is normalised.
-        groups: How many groups its channels have.
-    """
+    """Numbers per sample and group, and per sample and channel."""
 
     def __init__(self, to: Formulator, name: str, groups: int) -> None:
         self.g, self.layouts = to.graph, to.layouts

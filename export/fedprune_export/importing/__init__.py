@@ -1,4 +1,4 @@
-"""A user's model brought in: read, checked, normalised, weights told from constants.
+"""Import of a user's model: read, checked, normalised, weights separated from constants.
 
 Not here: writing models back out (`bundles.conversion`).
 """

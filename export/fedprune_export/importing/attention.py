@@ -1,4 +1,4 @@
-"""Attention in primitives: products, a softmax, and reshapes where heads lie side by side."""
+"""Attention in primitives: products, a softmax, and reshapes that separate the heads."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _heads(node: Node, seen: Trace) -> tuple[int, int]:
     try:
         return int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
     except KeyError as error:
-        raise ModelError(f"operator Attention ({node.name}) doesn't say its number of heads") from error
+        raise ModelError(f"operator Attention ({node.name}) has no number of heads") from error
 
 
 def _apart(graph: Graph, name: str, heads: int, seen: Trace) -> str:

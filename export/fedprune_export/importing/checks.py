@@ -45,7 +45,7 @@ def check_nodes(graph: Graph) -> None:
 
 
 def check_indices(graph: Graph, seen: Trace) -> None:
-    """Make sure that constant places lie within what they are places of.
+    """Make sure that constant indices are within range.
 
     Raises:
         ModelError: One doesn't.
@@ -94,8 +94,6 @@ def compare(before: Session, name: str, graph: Graph, softmax: str) -> None:
 
     Args:
         before: The model as it came; it is fed by the order of its inputs.
-        name: Its output.
-        graph: The normalised graph.
         softmax: The operator that was removed from the end, if any.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What must be gone from a file before it is a graph: local functions, branches that are never taken, sequences."""
+"""Inlining of local functions, and removal of branches that are never taken and of sequences."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequ
 from fedprune_export.ir.graph import read_tensor
 
 MOST_NODES = 40_000
-"""Operators of a model, its functions written out: so many are imported in about a minute."""
+"""Operators of a model, with functions inlined; more would take over a minute to import."""
 
 _DEEPEST = 20
 """Functions that call functions, and branches within branches."""
@@ -118,7 +118,7 @@ def _take_branches(graph: onnx.GraphProto) -> None:
             return
         del graph.node[:]
         graph.node.extend(nodes)
-    raise ModelError(f"branches lie more than {_DEEPEST} deep in each other")
+    raise ModelError(f"branches are nested more than {_DEEPEST} deep")
 
 
 def _branch(graph: onnx.GraphProto, branch: onnx.GraphProto, node: onnx.NodeProto, prefix: str) -> list[onnx.NodeProto]:

@@ -67,7 +67,7 @@ def load(
 
 
 def check_input(source: str, model: Model, input_shape: Sequence[int] | None) -> None:
-    """Make sure that a model takes the samples that were asked for: an ONNX file says its shape itself.
+    """Make sure that a model takes the samples that were asked for: an ONNX file has a shape of its own.
 
     Args:
         source: Where it comes from, for the message.

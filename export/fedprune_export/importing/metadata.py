@@ -41,7 +41,7 @@ def write(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
 
 
 def names(texts: Mapping[str, str], key: str, held: AbstractSet[str]) -> tuple[str, ...] | None:
-    """A list of tensor names; None where there is none.
+    """A list of tensor names, or None.
 
     Raises:
         ModelError: It is no list of names, or a tensor isn't held.

@@ -1,4 +1,4 @@
-"""ONNX files: reading one with what lies beside it, and refusing what is damaged or reaches elsewhere."""
+"""Reading ONNX files with their external data, and refusing what is damaged or refers to other places."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")
 
 
 def read_model_file(path: Path) -> bytes:
-    """A model as one ONNX file, with the weights that lie beside it.
+    """A model as one ONNX file, with the weights next to it.
 
     Raises:
         ModelError: It can't be read, is no model, or its weights aren't there.
@@ -49,7 +49,6 @@ def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
     """The model that a file holds.
 
     Args:
-        raw: The file.
         whole: Whether to check it as well.
 
     Raises:
@@ -81,7 +80,7 @@ def check(model: onnx.ModelProto | bytes) -> None:
     except Exception as error:
         raise ModelError(
             f"the model is not valid ONNX ({reason(error)})",
-            hint="Mend it where it was made; onnx.checker.check_model says the same of it.",
+            hint="Mend it where it was made; onnx.checker.check_model finds the same.",
         ) from error
 
 
@@ -100,7 +99,7 @@ def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _fill(tensors: list[onnx.TensorProto], folder: Path) -> None:
-    """Read what tensors refer to; each range must lie in a plain file of the folder and fit the tensor."""
+    """Read what tensors refer to; each range must be within a plain file of the folder and fit the tensor."""
     total = 0
     for tensor in tensors:
         entry = {e.key: e.value for e in tensor.external_data}

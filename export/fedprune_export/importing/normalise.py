@@ -65,7 +65,6 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     """Bring a model into the compiler's form and check that it still computes the same.
 
     Args:
-        model: The model.
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
             nodes are truly tied. Otherwise parameters are recognised by their use.
         raw: The model's bytes, where they are at hand.
@@ -97,7 +96,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     listed = set(graph.initializers) - constants if parameters is not None else None
     softmax = _drop_output_softmax(graph, notes)
     graph.prune()
-    seen = trace(graph)  # before anything is run: what a file says about sizes is bounded here
+    seen = trace(graph)  # before anything is run: sizes in a file are bounded here
     check_indices(graph, seen)
     before = Session(raw if raw is not None and usable else reference.to_bytes())
     _drop_casts(graph, seen)
@@ -175,7 +174,7 @@ def _drop_casts(graph: Graph, seen: Trace) -> None:
 
 
 def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, str]:
-    """Name input and output as the contract says, and everything that clashes with a reserved name another way."""
+    """Give input and output the contract's names, and rename everything that clashes with a reserved name."""
     taken = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs), graph.inputs[0].name}
     names: dict[str, str] = {}
     renamed: list[str] = []
@@ -229,7 +228,7 @@ def _drop_output_softmax(graph: Graph, notes: list[str]) -> str:
 def _fold(graph: Graph, seen: Trace, constants: set[str]) -> None:
     """Turn what depends neither on the data nor on weights into constants.
 
-    Shape arithmetic that doesn't follow the batch is one; it then says full widths, also in a cut graph.
+    Shape arithmetic that doesn't follow the batch is one; it then has full widths, also in a cut graph.
     """
     known = {n: graph.initializers[n] for n in constants if n in graph.initializers}
     for name, marks in follow(graph, seen, known, seen.batched).items():

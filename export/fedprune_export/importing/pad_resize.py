@@ -1,4 +1,4 @@
-"""Pad and Resize in one form each: what later opsets leave out is written out, sizes are scales where that is exact."""
+"""Pad and Resize in one form each: defaults of later opsets are explicit, sizes become scales where that is exact."""
 
 from __future__ import annotations
 

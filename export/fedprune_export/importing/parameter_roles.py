@@ -1,6 +1,6 @@
-"""Which initialisers are weights, what each is for, and which are constants.
+"""Roles of initialisers: weights, statistics and constants.
 
-An author who knows says so in the file's metadata; otherwise weights are recognised by their use.
+A file's metadata may list the weights; otherwise they are recognised by their use.
 """
 
 from __future__ import annotations
@@ -69,8 +69,6 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
     is added to the model's input or multiplied by it normalises data: it is a constant.
 
     Args:
-        graph: The graph.
-        constants: Names known to be constants.
         listed: The parameters, where the source knows them: then each counts, scalars and those of unknown use too.
         notes: Gets a sentence for every tensor that could be a weight and is taken for a constant, and one for all that
             could be constants and are taken for weights.
@@ -132,9 +130,7 @@ def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
     """A note on single numbers that scale or shift and aren't trained.
 
     Args:
-        graph: The graph.
         scalars: Names of numbers that are taken for constants and could be weights.
-        notes: Gets the note.
     """
     made, readers = _from_data(graph), graph.consumers()
     used = [

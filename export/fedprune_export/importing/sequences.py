@@ -184,7 +184,7 @@ class _Writer:
         return int(found.reshape(-1)[0])
 
     def _number(self, node: onnx.NodeProto, index: int) -> Array | None:
-        """The constant at an input; None where there is none."""
+        """The constant at an input, or None."""
         if len(node.input) <= index or not node.input[index]:
             return None
         tensor = self._tensors.get(node.input[index])
@@ -196,7 +196,6 @@ class _Writer:
         return found
 
     def _size(self, value: str, axis: int) -> int | None:
-        """The size of an axis."""
         if self._shapes is None:
             self._shapes = _inferred(self.model)
         shape = self._shapes.get(value)

@@ -37,7 +37,7 @@ def merge_transpositions(graph: Graph, seen: Trace) -> None:
 
 
 def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) -> None:
-    """Look at what lies between this reshape and the one before it."""
+    """Examine the nodes between this reshape and the one before it."""
     after = _extents(seen, node.outputs[0])
     name, perm = node.inputs[0], list(range(len(_extents(seen, node.inputs[0]) or [])))
     while True:
@@ -92,7 +92,7 @@ def _target(graph: Graph, sizes: Sequence[int]) -> str:
 
 
 def _extents(seen: Trace, name: str) -> list[int] | None:
-    """Sizes of a value by which shapes can be told apart; None where it wasn't traced."""
+    """Sizes of a value, to compare shapes by; None where it wasn't traced."""
     return extents(seen, name) if name in seen.shapes else None
 
 
@@ -102,12 +102,7 @@ _MOST_COPIES = 64
 
 
 def part_fills(graph: Graph, constants: Collection[str]) -> None:
-    """Give every reader of a filled value a copy of the nodes that make it.
-
-    Args:
-        graph: The graph.
-        constants: Names of initialisers that are constants.
-    """
+    """Give every reader of a filled value a copy of the nodes that make it."""
     fixed, sizes = set(constants), set[str]()
     filled: set[str] = set()
     outputs = {p.name for p in graph.outputs}
@@ -136,11 +131,9 @@ def part_fills(graph: Graph, constants: Collection[str]) -> None:
 
 
 def narrow_constants(graph: Graph, seen: Trace, constants: set[str]) -> None:
-    """Shorten constants along axes on which they are all equal, where another operand says how long the axis is.
+    """Shorten constants along axes on which they are all equal, where another operand gives the length of the axis.
 
     Args:
-        graph: The graph.
-        seen: Its shapes.
         constants: Names of initialisers that are constants; gets those that are new.
     """
     for node in graph.nodes:

@@ -156,7 +156,7 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
 
 
 def _cached(settings: Any) -> str | None:
-    """Where pretrained weights lie on this machine."""
+    """The file of pretrained weights on this machine."""
     source = getattr(settings, "hf_hub_id", None)
     if not source:
         return None

@@ -38,7 +38,6 @@ def export_torch(
         input_shape: One sample's shape; else that of the example, else the module's attribute `input_shape`. The
             module's attribute `input_dtype` says that the input is int64.
         token_ids: Whether the input is int64, where neither the example nor the module says it.
-        name: What to call it in messages.
 
     Raises:
         ModelError: It can't be exported, or weights were lost on the way.
@@ -212,12 +211,12 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     """Translations in place of the exporter's own.
 
     Views of memory become reshapes: the exporter gathers by computed places, which no analysis sees through. Pooling
-    channels-last data to one place ends in such a view. A view that lies in memory in its own order reads what it views
+    channels-last data to one place ends in such a view. A view that is contiguous in its own order reads what it views
     in order, so a reshape is the same.
 
     A 3-D convolution without a bias gets one zero per channel: the exporter's zeros are a matrix.
 
-    A clamp is a maximum and a minimum: as a Clip it couldn't be told from a hardtanh, whose gradient at a bound is 0.
+    A clamp is a maximum and a minimum: a Clip would look like a hardtanh, whose gradient at a bound is 0.
     The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0.
     """
     torch = torch_package()
@@ -339,7 +338,7 @@ class _OtherThreads:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What an error comes from in the end: the exporter's own speak of its steps."""
+    """The root cause of an error: the exporter's own errors only name its steps."""
     seen = {id(error)}
     while error.__cause__ is not None and id(error.__cause__) not in seen:
         error = error.__cause__

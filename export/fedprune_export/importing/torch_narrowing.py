@@ -22,7 +22,7 @@ _HINT = "Build the module at this width yourself, and load the tensors into it."
 def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Module:
     """Cut a torch module down to the shapes of a submodel's tensors, and load these.
 
-    Layers say their new sizes (`out_channels`, `num_features`, ...), too; what the module's own `forward` says in
+    Layers get their new sizes (`out_channels`, `num_features`, ...), too; what the module's own `forward` has in
     numbers (a `view` to 128 features) stays as it is. Parameters stay on their device and of their type.
 
     Args:
@@ -35,7 +35,7 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     Raises:
         ModelError: Names don't fit, a tensor is larger than the module's, or a layer is of a kind whose size its
             weights don't tell: grouped convolutions that aren't depthwise, group norms of several groups, recurrent
-            layers, attention, and whoever else holds parameters.
+            layers, attention, and any other module with parameters.
         MissingExtraError: torch is not installed.
     """
     torch = torch_package()
@@ -99,7 +99,7 @@ def _own(part: Any) -> Iterator[tuple[str, str, Any]]:
 
 
 def _fit(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str, Shape], *, change: bool) -> None:
-    """Check, or set, the sizes that a layer says of itself."""
+    """Check, or set, a layer's attributes for its sizes."""
     if old == new:
         return
     for name, shape in new.items():
@@ -112,10 +112,10 @@ def _fit(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str
 
 
 def _sizes(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
-    """What a layer of these weights says of itself.
+    """A layer's attributes for weights of these sizes.
 
     Raises:
-        ModelError: Its kind isn't known here, or its weights don't tell.
+        ModelError: Its kind is unknown, or its weights don't determine them.
     """
     nn = torch.nn
     one = next(iter(new.values()))

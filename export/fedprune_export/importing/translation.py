@@ -85,7 +85,6 @@ def translate(graph: Graph, seen: Trace, notes: list[str]) -> None:
 
     Args:
         graph: The graph, with shape arithmetic folded; it is changed.
-        seen: Shapes of its values.
         notes: Gets what people may want to know.
 
     Raises:
@@ -129,7 +128,7 @@ def _reduction(state: Translation, node: Node) -> None:
 
 
 def _default(name: str, *values: object) -> _Rule:
-    """Leave out an attribute that opset 17 doesn't have, where it says what opset 17 does."""
+    """Leave out an attribute that opset 17 doesn't have, where its value is what opset 17 does."""
 
     def rule(state: Translation, node: Node) -> None:
         if name in node.attrs and node.attrs[name] in values:
@@ -173,7 +172,7 @@ def _batch_norm(state: Translation, node: Node) -> None:
 
 
 def _norm(state: Translation, node: Node) -> None:
-    """Axes counted from the end, float32 inside, and no output that nobody reads."""
+    """Axes counted from the end, float32 inside, and no unread output."""
     rank = len(state.seen.shapes[node.inputs[0]])
     axis = int(node.attrs.get("axis", -1))
     node.attrs["axis"] = axis - rank if axis >= 0 else axis

@@ -125,11 +125,11 @@ def read_tensor(tensor: onnx.TensorProto) -> Array:
     """The numbers of a tensor.
 
     Raises:
-        ModelError: They lie in another file, are of no known type, or are more or fewer than its shape says.
+        ModelError: They are in another file, of an unknown type, or more or fewer than its shape has.
     """
     name = shown(tensor.name)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
-        raise ModelError(f"tensor {name} lies in another file", hint="Load the model with its external data.")
+        raise ModelError(f"tensor {name} is in another file", hint="Load the model with its external data.")
     try:
         return np.array(numpy_helper.to_array(tensor), order="C")  # 0-d stays 0-d, unlike ascontiguousarray
     except (KeyError, TypeError, ValueError) as error:

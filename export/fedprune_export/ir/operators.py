@@ -37,7 +37,7 @@ ELEMENTWISE = frozenset({*ONE_TO_ONE, *MANY_TO_ONE})
 """Operators that compute every index of the output from the same index of the inputs."""
 
 REARRANGEMENTS = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"})
-"""Operators that only arrange their first input anew."""
+"""Operators that only rearrange their first input."""
 
 VIEWS = frozenset({"Flatten", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 """Operators whose output is the input's memory."""
@@ -48,10 +48,6 @@ _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 
 def registrar(rules: dict[str, _Rule], kind: str) -> Callable[..., Callable[[_Rule], _Rule]]:
     """A decorator factory that takes operators and registers a rule for them.
-
-    Args:
-        rules: Where the rules are kept.
-        kind: What they are called in messages.
 
     Raises:
         ModelError: (when a rule is registered) One of the operators has a rule already.

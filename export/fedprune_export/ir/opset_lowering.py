@@ -153,7 +153,7 @@ def _batch_norm(out: Draft, node: Node) -> None:
 
 
 def _without(*defaults: tuple[str, object]) -> _Rule:
-    """Leave out attributes that say what an earlier opset does anyway."""
+    """Leave out attributes with the behaviour that an earlier opset has anyway."""
 
     def rule(out: Draft, node: Node) -> None:
         for name, value in defaults:

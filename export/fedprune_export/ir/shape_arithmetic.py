@@ -31,9 +31,6 @@ def follow(
     """All values that are computed from shapes and constants alone.
 
     Args:
-        graph: The graph.
-        seen: Shapes of its values.
-        constants: Names of initialisers that are constants.
         marked: Which axes of a value to follow.
 
     Returns:
@@ -53,7 +50,7 @@ def follow(
             continue
         reads = [i for i in node.inputs if i]
         if node.op == "ConstantOfShape" or (node.op == "Expand" and node.inputs[0] not in out):
-            continue  # sizes say how long it is, not what is in it
+            continue  # sizes give its length, not its content
         if any(i in out for i in reads) and all(i in out or i in constants for i in reads):
             for name in node.outputs:
                 if name:

@@ -32,7 +32,7 @@ MOST_WORK = 2**40
 """MACs of one sample: the largest image networks take a fifth of it."""
 
 _GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
-"""Operators whose output is as large as their arguments say."""
+"""Operators whose arguments give the size of their output."""
 
 
 @dataclass
@@ -56,7 +56,6 @@ def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None)
     """The shapes of all values.
 
     Args:
-        graph: The graph.
         batch: Size of the first axis of its inputs.
         measured: Values that were computed at this batch size, where their shapes can't be told otherwise.
 
@@ -108,7 +107,7 @@ def follow(graph: Graph, out: Inferred, node: Node, wanted: Sequence[str]) -> No
         if name not in found:
             if node.op in _GROWING and not node.domain:
                 raise ModelError(
-                    f"the size of {node.op} {shown(node.name)} can't be told without running it",
+                    f"the size of {node.op} {shown(node.name)} can't be inferred without running it",
                     hint="Export the model with sizes that follow from the input's.",
                 )
             out.missing.append(name)
@@ -130,7 +129,7 @@ _Kinds = dict[str, tuple[tuple[int, ...], "np.dtype[Any]"]]
 
 
 def _by_onnx(graph: Graph, out: Inferred, node: Node) -> _Kinds:
-    """Shapes and types of outputs, as far as onnx can tell them."""
+    """Shapes and types of outputs, as far as onnx can infer them."""
     opset = graph.opset
     try:
         schema = onnx.defs.get_schema(node.op, opset, node.domain)
@@ -198,7 +197,7 @@ def _work(node: Node, out: Inferred) -> int:
 
 
 def _einsum_work(equation: str, shapes: Sequence[tuple[int, ...]]) -> int:
-    """The product of all sizes that an equation names; an ellipsis counts as the axes that no letter stands for."""
+    """The product of all sizes that an equation names; an ellipsis counts as the axes without a letter."""
     sizes: dict[str, int] = {}
     rest = 1
     for term, shape in zip(equation.partition("->")[0].replace(" ", "").split(","), shapes, strict=False):

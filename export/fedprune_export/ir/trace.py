@@ -109,13 +109,10 @@ def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Ar
     """An array for a graph input: random normal numbers, or random identifiers for int64.
 
     Args:
-        port: The input.
-        batch: Number of samples.
-        seed: Seed of the random numbers.
         below: How many identifiers there are; see `vocabulary`.
 
     Raises:
-        ModelError: See `sample_sizes`; or a size is none, or the array would be huge.
+        ModelError: See `sample_sizes`; or a size is invalid, or the array would be huge.
     """
     sizes = sample_sizes(port)
     if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_NUMBERS:

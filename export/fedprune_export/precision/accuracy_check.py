@@ -77,8 +77,6 @@ class Trials:
     """Lowers one submodel.
 
     Args:
-        model: The whole model.
-        widths: Kept channels per group.
         files: The bundle's files: its inference graph and its weights are read.
         data: Samples to measure ranges on and to compare on.
     """

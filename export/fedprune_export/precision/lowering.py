@@ -1,4 +1,4 @@
-"""A model at lower precision: the graph that a board runs, and those by which it makes its tensors anew."""
+"""A model at lower precision: the graph that a board runs, and those that make its tensors from new weights."""
 
 from __future__ import annotations
 
@@ -55,8 +55,6 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
     """Lower a submodel; weights are not looked at.
 
     Args:
-        model: The whole model.
-        widths: Kept channels per group.
         precision: One of `fedprune.runtime.precision_files.PRECISIONS`.
         keep: With int8, outputs of layers that stay in float32.
 

@@ -5,8 +5,8 @@ weights are signed, symmetric and have a scale per output channel; a bias is int
 this combination onnxruntime has kernels on all processors that boards have: VNNI and AMX on x86, dot product and matrix
 instructions on Arm (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 
-What is quantised begins at the layers with weights. What lies between two of them goes along where all that it reads is
-quantised anyway; everything else stays in float32.
+What is quantised begins at the layers with weights. Operators between two of them are quantised if all their inputs are
+already; everything else stays in float32.
 """
 
 from __future__ import annotations
@@ -34,8 +34,6 @@ def calibration_graph(model: Model, widths: Sequence[int], plan: Plan) -> bytes:
     Its weights are those of the inference graph, in the same file.
 
     Args:
-        model: The whole model.
-        widths: Kept channels per group.
         plan: Which activations, in this order.
 
     Raises:
@@ -86,7 +84,6 @@ def planned(pair: Pair, keep: Collection[str] = ()) -> Plan:
     """What of a folded graph is quantised.
 
     Args:
-        pair: The graph.
         keep: Outputs of layers that stay in float32.
     """
     plan = Plan()
@@ -185,7 +182,7 @@ def _scales(pair: Pair, plan: Plan) -> None:
 
 
 def _rounded(pair: Pair, name: str, plan: Plan) -> str:
-    """A value as 8 bits can say it."""
+    """A value rounded to 8 bits."""
     scale, zero = f"{plan.scales[name]}~scale", f"{plan.scales[name]}~zero"
     return pair.graph.emit("DequantizeLinear", pair.graph.emit("QuantizeLinear", name, scale, zero), scale, zero)
 
@@ -202,7 +199,7 @@ def _layer(pair: Pair, node: Node, plan: Plan) -> None:
     scale = make.emit("Max", make.emit("Div", largest, make.scalar(127)), make.scalar(_SMALLEST))
     above = pair.read(f"{plan.scales[node.inputs[0]]}~scale")
     if bias:
-        # Beside weights that are almost zero, a bias may be more than an int32 can say at their scale.
+        # With weights that are almost zero, a bias may exceed an int32 at their scale.
         least = make.emit("Div", make.emit("Abs", bias), make.emit("Mul", above, make.scalar(2.0**30)))
         scale = make.emit("Max", scale, least)
     zeros = make.emit("ConstantOfShape", make.emit("Shape", scale), attrs={"value": np.zeros(1, np.int8)})

@@ -1,4 +1,4 @@
-"""A model that is being lowered: the graph that a board will run, beside the graph that makes its tensors.
+"""A model that is being lowered: the graph that a board will run, and the graph that makes its tensors.
 
 Weights change after every round, so whatever is done to them is not done here but written down: every tensor that the
 lowered graph reads is an output of the `prepare` graph, which takes the float32 weights by name. A board runs it with
@@ -26,10 +26,6 @@ Array = npt.NDArray[Any]
 
 class Pair:
     """A graph and the one that prepares its tensors.
-
-    Args:
-        model: The whole model.
-        widths: Kept channels per group.
 
     Attributes:
         graph: What a board will run; passes rewrite it. Its weights are not among its initialisers.
@@ -91,7 +87,6 @@ class Pair:
         Args:
             name: Its name; nothing else may have it.
             value: The value of `prepare` that it is.
-            dtype: Its type.
             like: A tensor of the same shape, where it is one that passes may look at.
         """
         self.tensors[name], self._dtypes[name] = value, np.dtype(dtype)
@@ -153,7 +148,7 @@ class Pair:
 
         Args:
             made: All tensors of the file, of which types and shapes are taken.
-            file: The file beside the graph that holds them.
+            file: The file next to the graph that holds them.
         """
         proto = self.graph.to_proto()
         offset = len(tensorfile.header_of(made))

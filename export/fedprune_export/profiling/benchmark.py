@@ -71,7 +71,6 @@ class Stopwatch:
 
     Args:
         bundle: A bundle whose files have been checked.
-        runs: How often each graph is timed.
     """
 
     def __init__(self, bundle: Bundle, runs: int) -> None:
@@ -83,8 +82,6 @@ class Stopwatch:
         """Time a training step on random samples.
 
         Args:
-            batch: Samples of the step.
-            threads: Threads inside an operator.
             block: Channels of a block, for which the bundle has a step of its own; 0 for standard operators.
 
         Raises:

@@ -24,10 +24,8 @@ def measure(graph: Path, feeds: Path, *, training: bool, threads: int, runs: int
     """Time a graph.
 
     Args:
-        graph: The graph's file.
         feeds: A tensor file with all its inputs.
         training: Whether it is a training graph.
-        threads: Threads inside an operator.
         runs: How often it is timed, after some runs that don't count.
 
     Returns:
@@ -51,7 +49,7 @@ def measure(graph: Path, feeds: Path, *, training: bool, threads: int, runs: int
 def _peak_bytes() -> int:
     """Most memory that this process ever had."""
     try:
-        # Not what getrusage says: it counts what the parent had when it forked.
+        # Not getrusage's figure, which counts what the parent had when it forked.
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     except (OSError, StopIteration, ValueError):

@@ -42,7 +42,6 @@ def promised(profile: HardwareProfile, threads: int = 0) -> Speed:
     """What a profile promises.
 
     Args:
-        profile: The board.
         threads: Threads that compute, which have their share of the cores' peak; 0 for all cores.
     """
     share = min(1.0, threads / profile.cpu.cores) if threads else 1.0
@@ -58,9 +57,6 @@ def bounds(profile: HardwareProfile | None, threads: int) -> Speed:
 
 def measured(threads: int = 1) -> Speed:
     """What this machine reaches with a product of matrices and a sum of long vectors; the fastest of some runs counts.
-
-    Args:
-        threads: Threads inside an operator.
 
     Raises:
         ModelError: onnxruntime doesn't run the graphs.

@@ -148,14 +148,8 @@ def explain(
     """Explain a training step.
 
     Args:
-        model: The whole model.
-        widths: Channels of every group.
-        recipe: How it is trained.
-        speed: The machine's bounds.
-        batch: Samples of the step.
         forms: How layers are computed; None for the graph that serves every width.
         runs: How many steps are timed on this machine; none by default.
-        threads: Threads inside an operator.
 
     Raises:
         ModelError: The model can't be trained, or this machine can't run its step.

@@ -85,13 +85,10 @@ class Piece:
 
 
 def pieces(model: Model, graph: Graph, widths: Sequence[int], batch: int) -> list[Piece]:
-    """The pieces of a step in the order in which they are computed; what is computed with another's is none.
+    """The pieces of a step in the order in which they are computed; a part that is computed with another's is left out.
 
     Args:
-        model: The whole model.
         graph: Its training graph, as `training_graph` made it.
-        widths: Channels of every group.
-        batch: Samples of the step.
     """
     layers = _Layers(model, widths, batch)
     found: dict[tuple[str, str], list[Node]] = {}
@@ -124,8 +121,6 @@ def form(op: str, part: str, operators: Sequence[str], *, depthwise: bool = Fals
     """How a part of a layer is computed, in the words of `autodiff.dense` and `autodiff.depthwise`.
 
     Args:
-        op: The layer's operator.
-        part: The part.
         operators: What computes it; those in blocks begin with the name of their domain.
         depthwise: Whether every channel has a filter of its own.
     """
@@ -180,7 +175,7 @@ class _Layers:
         return BACKWARD if gradient and layer and not products else part
 
     def title(self, layer: str) -> str:
-        """What people know a layer by."""
+        """A layer's name in tables: its weight's, else its node's."""
         node = self.nodes[layer]
         weight = self._weights.get(layer) or next((i for i in node.inputs if i in self._tensors), "")
         return weight.removesuffix(".weight") or layer
@@ -226,7 +221,7 @@ class _Layers:
 
 
 def _running(node: Node) -> Iterator[tuple[str, str]]:
-    """Names and operators of what a node runs: of a loop what is inside, since the profiler tells that apart, too."""
+    """Names and operators of what a node runs: of a loop its body, which the profiler times separately."""
     if not node.bodies:
         yield node.name, _operator(node.domain, node.op)
     for body in node.bodies:

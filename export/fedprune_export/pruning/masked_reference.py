@@ -27,12 +27,7 @@ Mask = npt.NDArray[np.float32]
 
 
 def masked(model: Model, selection: Selection) -> Graph:
-    """The whole graph with the channels masked that the submodel lacks.
-
-    Args:
-        model: The whole model.
-        selection: What the submodel keeps.
-    """
+    """The whole graph with the channels masked that the submodel lacks."""
     graph = model.graph.copy()
     masks = _Masks(model, selection, graph)
     nodes, graph.nodes = graph.nodes, []

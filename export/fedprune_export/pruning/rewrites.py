@@ -1,4 +1,4 @@
-"""What a cut changes in a node: attributes and constants that say a number of channels, by operator.
+"""Attributes and constants that depend on a number of channels, rewritten by operator in a cut.
 
 Entries that depend on the batch are never written as numbers: they would freeze the batch of the analysis. To support
 an operator that says a number of channels, add a function here.
@@ -22,12 +22,7 @@ from fedprune_export.pruning.model import Model
 
 
 class Sizes:
-    """Axes of values before and after a cut.
-
-    Args:
-        model: The whole model.
-        widths: Kept channels per group.
-    """
+    """Axes of values before and after a cut."""
 
     def __init__(self, model: Model, widths: Sequence[int]) -> None:
         self._values = model.values
@@ -50,7 +45,7 @@ class Sizes:
     def kept(self, name: str, axis: int) -> npt.NDArray[np.int64]:
         """Which indices of an axis are left where the first channels of every group are kept.
 
-        Other channels may be kept, in another order; but always this many, and these places of the axis stand for them.
+        Other channels may be kept, in another order; but always this many, and at these places of the axis.
         """
         found = self._axes(name)[axis]
         if found is None:

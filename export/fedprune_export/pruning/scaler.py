@@ -1,4 +1,4 @@
-"""Which values HeteroFL's scaler multiplies: what layers with weights make, but for the last layer.
+"""Values that HeteroFL's scaler multiplies: outputs of layers with weights, except the last layer.
 
 A device that holds a share r of the channels sums over fewer inputs, so that its activations are smaller than the
 whole model's; while it trains, the outputs of its layers are therefore multiplied by 1/r (Diao et al. 2021, Sec. 3.3,

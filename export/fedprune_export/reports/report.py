@@ -88,7 +88,7 @@ class Accuracy:
     after: float
 
     def shown(self) -> tuple[str, str]:
-        """Both scores, for people."""
+        """Both scores as text."""
         form = ".1%" if "accuracy" in self.measure else ".4g"
         return f"{self.before:{form}}", f"{self.after:{form}}"
 
@@ -228,7 +228,7 @@ class Report:
         lines = [f"replaced: the bundle that was in {self.folder}"] if self.replaced else []
         lines += [] if self.memory is None else [self.memory.describe()]
         lines += [
-            f"no step in blocks of {b} channels, which --probe says: --memory-limit is for {TRAINING}"
+            f"no step in blocks of {b} channels, which --probe found: --memory-limit is for {TRAINING}"
             for b in self.skipped_blocks
         ]
         lines += [

@@ -72,7 +72,6 @@ def table(explanation: Explanation, *, fold: bool = False) -> Table:
     """A row per piece in the order of computation.
 
     Args:
-        explanation: The step.
         fold: Give pieces that take less than a hundredth of the step (measured, else by their bounds) one row.
     """
     columns = list(_COLUMNS)

@@ -1,4 +1,4 @@
-"""Activations that are computed a second time instead of being kept: less memory for more work.
+"""Activation checkpointing: values are computed a second time instead of being kept, less memory for more work.
 
 The backward pass reads what the forward pass has made, layers earlier. A value that waits for that is dropped, and its
 node (and those before it, up to values that are there) is written a second time right before the value is read again.
@@ -28,7 +28,7 @@ _NEVER = frozenset({"If", "Loop", "Scan", "Bernoulli", "Dropout", "Multinomial",
 """Operators that aren't run twice: control flow, and what draws random numbers."""
 
 _SMALL = 64
-"""A value is small beside one of so many times its bytes: it is kept for a second computation."""
+"""A value is small compared with one of this many times its bytes: it is kept for a second computation."""
 
 _DEEPEST = 400
 """Nodes that are written a second time for one value."""
@@ -57,10 +57,9 @@ class Recomputed:
 
 
 def recomputed(graph: Graph, sizes: ValueSizes, limit: int, *, most_work: float = math.inf) -> Recomputed:
-    """A training graph whose values take no more than so many bytes, as far as that can be reached.
+    """A training graph whose values take at most `limit` bytes, or as few as possible above it.
 
     Args:
-        graph: The training graph.
         sizes: Sizes of its values, at the widths and batch for which the limit is meant.
         limit: Bytes of values that may live at once; 0 for as few as can be.
         most_work: Work that may be added, as a share of the step's.
@@ -181,7 +180,7 @@ class _Search:
         return True
 
     def _apply(self, drop: _Drop) -> bool:
-        """Drop a value if that lowers the memory; says whether it did."""
+        """Drop a value if that lowers the memory; returns whether it did."""
         copies = {id(c) for c in drop.copies}
         fresh = {n: o for o, n in drop.names.items() if n not in self.made}
         for copy, value in fresh.items():

@@ -42,7 +42,6 @@ def write_loss(g: Graph, logits: str, outputs: int, features: Features) -> str:
     Args:
         g: The training graph; its inputs and outputs grow.
         logits: The model's output [N, K].
-        outputs: K.
         features: Which loss, and what of it.
 
     Returns:
@@ -126,10 +125,8 @@ def _mixed(g: Graph, expected: str, weight: str, outputs: int) -> str:
     """What two labels and their shares make the model aim at [N, K].
 
     Args:
-        g: The graph.
         expected: 1 where a class is the sample's label, else 0.
         weight: The weight of each sample's label [N, 1], or empty.
-        outputs: K.
     """
     partner = g.emit("Unsqueeze", step_contract.Y_PARTNER, g.ints(1))
     is_partner = g.emit("Equal", partner, g.constant(np.arange(outputs)[None], np.int64))

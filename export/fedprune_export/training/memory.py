@@ -35,7 +35,7 @@ class TrainingMemory:
         process: Interpreter, libraries, the loaded graph.
         inputs: What the step is fed: weights, state, samples.
         values: Most that lives at once while it runs: activations, gradients, next weights and state.
-        gaps: What of the allocator's memory lies idle then.
+        gaps: Idle memory of the allocator then.
     """
 
     process: int
@@ -78,12 +78,7 @@ class Fitted:
 
 
 def training_memory(graph: Graph, sizes: ValueSizes) -> TrainingMemory:
-    """What a step of a training graph takes.
-
-    Args:
-        graph: The training graph.
-        sizes: Sizes of its values.
-    """
+    """What a step of a training graph takes."""
     live = live_bytes(execution_order(graph), sizes.bytes, [p.name for p in graph.outputs])
     return taken(graph, sizes, max(live, default=0), GAPS)
 
@@ -95,7 +90,6 @@ def fitted(
 
     Args:
         graph: The training graph: of these widths, or of all.
-        architecture: The whole model.
         widths: Channels of every group for which the limit is meant.
         batch: Samples that are worked on at once.
         limit: Bytes that the training process may take at its peak.
@@ -131,10 +125,8 @@ def taken(graph: Graph, sizes: ValueSizes, values: int, gaps: float) -> Training
     """What a step takes whose values are known.
 
     Args:
-        graph: The training graph.
-        sizes: Sizes of its inputs.
         values: Most bytes of values that live at once.
-        gaps: What of the allocator's memory lies idle then, as a share of that.
+        gaps: Idle memory of the allocator, as a share of that.
     """
     inputs = sum(sizes.bytes.get(p.name, 0) for p in graph.inputs)
     return TrainingMemory(PROCESS_BYTES + NODE_BYTES * len(graph.nodes), inputs, values, round(gaps * values))

@@ -27,7 +27,7 @@ def passed(g: Graph, name: str, gradient: str, features: Features) -> str:
 
     With a threshold, the step 1[|w| ≥ θ] is taken to rise by 2θ/(|w| + θ)² per unit of |w| where it is 1, and not at
     all where it is 0 (FIARSE, Wu et al., NeurIPS 2024), so that ∂L/∂w = g · 1[|w| ≥ θ] · (1 + 2θ|w|/(|w| + θ)²). A
-    mask is left to whoever sums the gradients up.
+    mask is left to the code that sums the gradients.
     """
     if not features.threshold:
         return gradient

@@ -42,8 +42,6 @@ def training_graph(
     are given it serves these alone, and is faster.
 
     Args:
-        model: What to train.
-        features: What the step can do.
         widths: Channels of every group, or None for all widths.
         forms: How layers are computed at these widths.
 

@@ -34,8 +34,6 @@ def value_sizes(
 
     Args:
         graph: A training graph: of these widths, or of all.
-        architecture: The whole model.
-        widths: Channels of every group.
         batch: Samples that are worked on at once.
         block: Channels of a block, for graphs that have operators in blocks.
 

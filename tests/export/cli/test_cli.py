@@ -102,7 +102,7 @@ def test_a_memory_limit_leaves_blocks_out_and_says_so(
     probe = tmp_path / "probe.json"
     probe.write_text(json.dumps(ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()))
     given = ("--density", "0.5", "--memory-limit", "1GB", "--probe", str(probe))
-    said = "no step in blocks of 16 channels, which --probe says: --memory-limit is for training.onnx\n"
+    said = "no step in blocks of 16 channels, which --probe found: --memory-limit is for training.onnx\n"
     assert export(lenet_file, tmp_path / "a", *given, target=X86) == ExitCode.OK
     assert said in capsys.readouterr().out
     assert open_bundle(tmp_path / "a").blocks == ()

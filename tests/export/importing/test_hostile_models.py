@@ -169,7 +169,7 @@ def test_a_size_that_data_decide_is_refused() -> None:
         {"w": W, "one": np.array([1], np.int64)}, [*most, *grown, *total, helper.make_node("Gemm", ["t", "w"], ["y"])]
     )
 
-    with pytest.raises(ModelError, match="the size of ConstantOfShape 'c' can't be told"):
+    with pytest.raises(ModelError, match="the size of ConstantOfShape 'c' can't be inferred"):
         import_onnx(raw, "net")
 
 

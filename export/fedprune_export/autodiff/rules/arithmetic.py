@@ -64,7 +64,7 @@ def sums(tape: Tape, node: Node) -> Pull:
 def extremes(tape: Tape, node: Node) -> Pull:
     """The larger or smaller of two or more values, which gets dy; equals share it, as in torch.
 
-    One number beside a value is a bound of torch's clamp: the value gets all of dy at the bound, too.
+    A single number with a value is a bound of torch's clamp: the value gets all of dy at the bound, too.
     """
     g, names = tape.graph, node.inputs
     shapes = [tape.shape(n) for n in names]

@@ -39,11 +39,7 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
     """How a layer is computed.
 
     Args:
-        tape: The tape.
         node: The layer; its second input is the kernel.
-        w: The window.
-        number: How many groups there are.
-        lengths: Inputs and outputs of a group.
     """
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
@@ -174,9 +170,6 @@ class Intended:
     """A convolution of whose maps only the forward one is an operator (see `Convolution`).
 
     Args:
-        g: The graph that is written to.
-        w: The window.
-        kernel: The kernel's value.
         groups: 1, or as many as there are channels.
     """
 
@@ -193,6 +186,5 @@ class Intended:
         return self.g.emit(INPUT_GRADIENT, dy, self.kernel, *bias, attrs=attrs, domain=DOMAIN)
 
     def kernel_gradient(self, x: str, dy: str) -> str:
-        """The gradient of the kernel."""
         attrs = {"window": self.w, "group": self.groups}
         return self.g.emit(KERNEL_GRADIENT, x, dy, self.kernel, attrs=attrs, domain=DOMAIN)

@@ -36,12 +36,7 @@ _SMALL_MAP, _LARGE_KERNEL, _IMAGE_CHANNELS = 64, 25, 3
 
 
 def formulation(w: Window, channels: int) -> Formulation:
-    """The formulation for a layer.
-
-    Args:
-        w: The layer's window.
-        channels: Its input channels at full width.
-    """
+    """The formulation for a layer."""
     area, elements = math.prod(w.output), math.prod(w.kernel)
     large = elements >= _LARGE_KERNEL
     if large and channels <= _IMAGE_CHANNELS:
@@ -52,14 +47,7 @@ def formulation(w: Window, channels: int) -> Formulation:
 
 
 class Dense:
-    """A convolution in one group (see `convolutions.Convolution`).
-
-    Args:
-        g: The graph that is written to.
-        w: The layer's window.
-        kernel: The kernel's value.
-        form: How it is computed.
-    """
+    """A convolution in one group (see `convolutions.Convolution`)."""
 
     def __init__(self, g: Graph, w: Window, kernel: str, form: Formulation) -> None:
         self.g, self.w, self.kernel, self.form = g, w, kernel, form

@@ -146,9 +146,6 @@ def where_positive(g: Graph, dy: str, y: str, *, finite: bool) -> str:
     """Dy where y, which is never below 0, is above it, else 0.
 
     Args:
-        g: The graph that is written to.
-        dy: The gradient of y.
-        y: The value.
         finite: Whether dy is finite. Its product with a mask is then the same, and faster than a choice: the mask is a
             line so steep that it is 1 from the least normal number on.
     """
@@ -158,7 +155,7 @@ def where_positive(g: Graph, dy: str, y: str, *, finite: bool) -> str:
 
 
 def between(g: Graph, dy: str, y: str, low: str, high: str) -> str:
-    """Dy where y lies between two numbers, else 0, also where dy is infinite."""
+    """Dy where y is between two numbers, else 0, also where dy is infinite."""
     inside = g.emit("And", g.emit("Greater", y, low), g.emit("Less", y, high))
     return g.emit("Where", inside, dy, g.scalar(0))
 
@@ -286,7 +283,7 @@ def mish(tape: Tape, node: Node) -> Pull:
 def clip(tape: Tape, node: Node) -> Pull:
     """Dx = dy where low < x < high, torch's hardtanh (ReLU6); one bound alone is torch's clamp, dy at the bound, too.
 
-    With two bounds ONNX doesn't say which of torch's operators it was. Only at exactly a bound do the two differ.
+    With two bounds ONNX doesn't record which of torch's operators it was. Only at exactly a bound do the two differ.
     """
     name = node.inputs[0]
     x = tape.value(name)

@@ -93,12 +93,7 @@ class Normal:
     exact statistics; `_rest` is what it was off by.
 
     Args:
-        g: The graph that is written to.
-        x: The values.
         scale: One number per channel, [C].
-        shift: Another one.
-        epsilon: What is added to the variance.
-        rank: Axes of x.
 
     Attributes:
         y: The values, normalised.
@@ -154,12 +149,7 @@ class Normal:
 
 
 class _Channels:
-    """What is done channel by channel to values whose second axis has the channels.
-
-    Args:
-        graph: The graph that is written to.
-        rank: How many axes the values have.
-    """
+    """What is done channel by channel to values whose second axis has the channels."""
 
     def __init__(self, graph: Graph, rank: int) -> None:
         self._graph = graph
@@ -247,7 +237,7 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     flat = tape.reshape(x, shape, rows.of_groups)
     rough = g.emit("ReduceMean", flat, attrs={"axes": [2], "keepdims": 1})
     centred = g.emit("Sub", flat, rough)
-    # Scratch arrays for the operator (`norms.Normal` says why), made of what no other norm has: equal ones are merged.
+    # Scratch arrays for the operator (see `norms.Normal`), made of what no other norm has: equal ones are merged.
     own = g.emit("Reshape", rough, g.ints(-1))
     twice = g.emit("Add", own, own)
     scratch = g.emit("Sub", own, own), g.emit("Sub", twice, twice)
@@ -298,14 +288,7 @@ def _intended(tape: Tape, node: Node, groups: Dim, epsilon: float) -> Pull:
 
 
 class _Rows:
-    """Values [N, C, ...] as one sample with N · C channels, or with N · groups.
-
-    Args:
-        tape: The tape.
-        shape: The values' shape.
-        number: How many groups there are.
-        length: Channels of a group.
-    """
+    """Values [N, C, ...] as one sample with N · C channels, or with N · groups."""
 
     def __init__(self, tape: Tape, shape: Shape, number: Dim, length: Dim) -> None:
         self._tape, self._graph, self._shape = tape, tape.graph, shape

@@ -83,7 +83,7 @@ def max_pool(tape: Tape, node: Node) -> Pull:
 
 
 def tiled_gradient(g: Graph, w: Window, x: str, y: str, dy: str) -> str:
-    """The gradient where windows lie side by side, without the slow indices.
+    """The gradient of adjacent windows, without the slow indices.
 
     Candidates (equal to their window's maximum) get distinct marks, highest for the first; the highest mark in each
     window wins. Exact, and much faster than pooling with indices.

@@ -25,7 +25,7 @@ def flatten(tape: Tape, node: Node) -> Pull:
 
 @rule("Reshape")
 def reshape(tape: Tape, node: Node) -> Pull:
-    """Any reshape; sizes that vary are computed at run time where 0 and -1 don't say them."""
+    """Any reshape; sizes that vary are computed at run time where 0 and -1 can't express them."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     known = tape.known(node.outputs[0])
@@ -172,7 +172,7 @@ def expand(tape: Tape, node: Node) -> Pull:
     x, shape = tape.value(name), tape.shape(name)
     out = _expanded(tape, node, shape)
     padded = (1,) * (len(out) - len(shape)) + shape
-    # An axis that isn't repeated keeps its size whatever the target says, if that is 1.
+    # An axis that isn't repeated keeps its size whatever the target is, if that is 1.
     target = tape.sizes([1 if d == p else d for d, p in zip(out, padded, strict=True)])
     tape.enter(node.outputs[0], tape.graph.emit("Expand", x, target), out)
     return lambda dy: tape.add(name, tape.reduced(dy, out, shape))
@@ -205,7 +205,7 @@ def _expanded(tape: Tape, node: Node, shape: Shape) -> Shape:
 
 
 def multiple_of_batch(tape: Tape, size: int) -> Dim:
-    """A size in which the batch stands as its extent."""
+    """A size in which the batch is replaced by its extent."""
     times, rest = divmod(size, tape.extent(BATCH))
     return tape.product([BATCH, times]) if times and not rest else size
 
