@@ -8,7 +8,7 @@ import numpy as np
 
 from fedprune.planning.form_times import Shape
 from fedprune_export.autodiff.conv_geometry import Window, operator_attrs
-from fedprune_export.autodiff.intents import Intended
+from fedprune_export.autodiff.rules.convolutions import Intended
 from fedprune_export.autodiff.rules.dense import Dense, Formulation
 from fedprune_export.autodiff.rules.depthwise import Depthwise
 from fedprune_export.formulation import Forms
