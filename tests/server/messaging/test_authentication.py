@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import logging
 import shutil
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,7 @@ from fedprune.core.disk import sync_folder
 from fedprune.core.errors import IdentityError, SignatureError, StorageError, StorageFullError
 from fedprune.releases.release import signed
 from fedprune.security import authority as authority_module
-from fedprune.security import succession
+from fedprune.security import device_identity, succession
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.envelope import seal
 from fedprune.security.join_token import Claim
@@ -866,6 +868,39 @@ def test_a_server_that_does_not_know_the_new_authority_takes_it_from_no_board(la
     assert board.identity.pins == both
     board.identity.follow_authorities([both[-1].hex()])
     assert board.identity.pins == both[1:]
+
+
+def test_a_renewal_and_a_retired_authority_at_once_leave_the_renewal_s_authorities(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The certificate is renewed in a thread, while the loop forgets authorities that the server no longer names."""
+    board = lab.boards["pi-1"].identity
+    lab.identity.rotate_authority()
+    lab.new_server()
+    meet(lab.server, lab.boards["pi-1"])
+    renew(lab, lab.boards["pi-1"])
+    middle = board.pins[-1]
+    lab.identity.retire_authority(force=True)
+    lab.identity.rotate_authority()
+    lab.new_server()
+    request = board.request()
+    lab.server.hears((TOPICS.join(request.nonce), request.to_bytes()))
+    answer = parse(lab.server.end.sent.pop()[1])
+    assert isinstance(answer, JoinAnswer)
+    renewal = threading.Thread(target=board.admit, args=(answer, board.pins[0]))
+    load = device_identity.load_authorities
+
+    def interrupted(path: Path) -> list[Any]:
+        known = load(path)
+        monkeypatch.setattr(device_identity, "load_authorities", load)
+        renewal.start()
+        renewal.join(0.3)
+        return known
+
+    monkeypatch.setattr(device_identity, "load_authorities", interrupted)
+    board.follow_authorities([middle.hex()])
+    renewal.join(20)
+    assert board.pins == lab.identity.authority.pins
 
 
 def test_a_new_authority_replaces_the_old_one_when_all_boards_have_its_certificates(lab: Lab) -> None:

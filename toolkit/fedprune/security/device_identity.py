@@ -97,6 +97,7 @@ class DeviceIdentity:
         self._time: TrustedTime | None = None
         self._issuer: str | None = None
         self.renew_now, self.renewed = threading.Event(), threading.Event()
+        self._admitting = threading.Lock()  # a thread renews the certificate while the loop follows authorities
 
     @property
     def joined(self) -> bool:
@@ -184,14 +185,15 @@ class DeviceIdentity:
             raise
         if admission is None:
             return None
-        write_public(self.folder / _AUTHORITY, admission.authority.encode())
-        if self.joined and self.server.hex != admission.server.hex:
-            with storage_errors(f"can't write {self.folder}"):
-                (self.folder / _HEARD).unlink(missing_ok=True)  # another sender's
-        write_public(self.folder / _SERVER, admission.server.hex.encode())
-        write_whole(self.folder / _ADMITTED, str(admission.time).encode())
-        write_public(self.folder / _CERTIFICATE, admission.certificate.encode())
-        self._finish()
+        with self._admitting:
+            write_public(self.folder / _AUTHORITY, admission.authority.encode())
+            if self.joined and self.server.hex != admission.server.hex:
+                with storage_errors(f"can't write {self.folder}"):
+                    (self.folder / _HEARD).unlink(missing_ok=True)  # another sender's
+            write_public(self.folder / _SERVER, admission.server.hex.encode())
+            write_whole(self.folder / _ADMITTED, str(admission.time).encode())
+            write_public(self.folder / _CERTIFICATE, admission.certificate.encode())
+            self._finish()
         self.renewed.set()
         self.times.learn(admission.time)
         return admission
@@ -234,10 +236,11 @@ class DeviceIdentity:
             IdentityError: A file is missing or damaged.
             StorageError: The disk fails or is full.
         """
-        known = load_authorities(self.folder / _AUTHORITY)
-        older = next((i for i, authority in enumerate(known) if pin_of(authority).hex() in pins), 0)
-        if older:
-            write_public(self.folder / _AUTHORITY, "".join(map(pem_of, known[older:])).encode())
+        with self._admitting:
+            known = load_authorities(self.folder / _AUTHORITY)
+            older = next((i for i, authority in enumerate(known) if pin_of(authority).hex() in pins), 0)
+            if older:
+                write_public(self.folder / _AUTHORITY, "".join(map(pem_of, known[older:])).encode())
         self._issuer = pins[-1] if pins else None
         if self._is_replaced():
             self.renew_now.set()
