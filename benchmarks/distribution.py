@@ -48,7 +48,7 @@ from fedprune_server.executor.slab_chains import SlabChains
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import BlobDownloads as Answers
-from fedprune_server.transfer.multicast import Audience, Sharing
+from fedprune_server.transfer.multicast import Audience, Multicast
 
 DEVICES, PROCESSES = 100, 4
 DENSITIES = (0.1, 0.2, 0.3, 0.4, 0.5)
@@ -230,7 +230,7 @@ class Server:
         self.chains.expect(list(self.commands.values()))
         self.state = State(model="0" * 64)
         self.state.tasks = {n: Task(1, c.part.widths) for n, c in self.commands.items()}
-        sharing = Sharing(self.store, Audience(self.state))
+        sharing = Multicast(self.store, Audience(self.state))
         wire: Any = link
         registry: Any = Traffic()
         self.post = Outbox(SiteLink(wire, TOPICS), JOB, registry, Answers(BlobSender(self.store)), sharing)

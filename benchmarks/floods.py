@@ -37,7 +37,7 @@ from fedprune.security.signed_channel import Sealer
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.enrollment.service import EnrollmentService
 from support.processes.real_site import Site, write_material
 
 HOSTILE = "mallory"
@@ -127,7 +127,7 @@ def enrol(site: Site) -> None:
     with IdentityFolder(site.state) as identity:
         claim = Claim.parse(identity.claim(HOSTILE, 3600).text)
         device = DeviceIdentity(site.folder / HOSTILE, "default", HOSTILE)
-        device.admit(JoinDesk(identity).answer(device.request(claim)), claim.pin)
+        device.admit(EnrollmentService(identity).answer(device.request(claim)), claim.pin)
 
 
 def rounds(site: Site) -> int:

@@ -44,7 +44,7 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Audience, Sharing
+from fedprune_server.transfer.multicast import Audience, Multicast
 
 SIZE = 46_000_000
 TOPICS = Topics("bench")
@@ -71,7 +71,7 @@ def serve(url: str, folder: str, leaves: int, pipe: Connection) -> None:
         link.subscribe(TOPICS.server_subscriptions())
         link.start()
         downloads = Downloads(BlobSender(store), leaves * LEAF + PACKET_OVERHEAD)
-        sharing = Sharing(store, Audience(State("0" * 64)))
+        sharing = Multicast(store, Audience(State("0" * 64)))
         post = Outbox(SiteLink(link, TOPICS), "job", Uncounted(), downloads, sharing)  # type: ignore[arg-type]
         pipe.send("ready")
         while not pipe.poll():

@@ -25,7 +25,7 @@ from fedprune.wire.mqtt.unsent import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_server.transfer.upload_workers.messages import Begin
-from fedprune_server.transfer.upload_workers.receivers import Receivers
+from fedprune_server.transfer.upload_workers.workers import UploadWorkers
 from fedprune_server.transfer.uploads import Wants
 
 _TOPICS = Topics("default")
@@ -68,7 +68,7 @@ def measure(port: int, folder: Path, refs: list[BlobRef], count: int) -> dict[st
         for device, want in wants:
             link.publish(_TOPICS.down(device), want.to_bytes())
 
-    with closing(link), Receivers(store, begin, count, link.wake, time.monotonic) as uploads:
+    with closing(link), UploadWorkers(store, begin, count, link.wake, time.monotonic) as uploads:
         link.start()
         time.sleep(3.0)  # receivers start
         began, cpu = time.monotonic(), time.process_time()

@@ -47,7 +47,7 @@ from fedprune_server.terminal.log_lines import JSON
 from fedprune_server.terminal.table import Lines, make_display
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.transfer.upload_workers.messages import Begin
-from fedprune_server.transfer.upload_workers.receivers import Receivers
+from fedprune_server.transfer.upload_workers.workers import UploadWorkers
 from fedprune_server.web.setup import check_console, with_console
 
 log = logging.getLogger("fedprune.server")
@@ -290,7 +290,7 @@ def _leader(
 @contextmanager
 def upload_workers(
     config: ServerConfig, reached: Connection, identity: IdentityFolder | None, store: BlobStore, *, jobs: int
-) -> Iterator[Receivers | None]:
+) -> Iterator[UploadWorkers | None]:
     """The processes that receive updates; None where the server does it itself.
 
     Raises:
@@ -316,7 +316,7 @@ def upload_workers(
             authority, certificate, key, floor, os.getpid(),
         )  # fmt: skip
 
-    with Receivers(
+    with UploadWorkers(
         store, begin, config.receivers, reached.link.wake, time.monotonic, config.pulls, config.max_packet
     ) as receivers:
         yield receivers

@@ -19,7 +19,7 @@ from fedprune.wire.offer import Offer
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.update_size import misfit, sent
 from fedprune_server.messaging.outbox import Outbox
-from fedprune_server.transfer.s3_sync import Shipping
+from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.uploads import Arrived, Uploads
 
 log = logging.getLogger("fedprune.server")
@@ -54,7 +54,7 @@ class CommandDispatcher:
         registry: DeviceRegistry,
         uploads: Uploads,
         outbox: Outbox,
-        shipping: Shipping,
+        shipping: BucketSync,
         blobs_at: str | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -48,8 +48,8 @@ from fedprune_server.terminal.log_lines import about
 from fedprune_server.terminal.table import Lines
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
-from fedprune_server.transfer.multicast import Audience, Sharing
-from fedprune_server.transfer.s3_sync import Shipping
+from fedprune_server.transfer.multicast import Audience, Multicast
+from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
@@ -152,7 +152,7 @@ class JobRunner:
         )
         if job.beside_others:
             self.registry.prefix = f"{job.job.name}: "
-        self._shipping = Shipping(job.store)
+        self._shipping = BucketSync(job.store)
         near = self._shipping.near
         self._uploads = services.uploads or Uploads(near, job.pulls, site.max_packet)
         stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
@@ -161,7 +161,7 @@ class JobRunner:
             job.job.name,
             self.registry,
             Downloads(BlobSender(*stores), site.max_packet),
-            Sharing(near, Audience(job.state), site.max_packet),
+            Multicast(near, Audience(job.state), site.max_packet),
             self._shipping.coming,
         )
         self._rollouts = (

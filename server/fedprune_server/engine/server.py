@@ -24,8 +24,8 @@ from fedprune_server.devices.shutdown import FLUSH_S, GracefulShutdown
 from fedprune_server.engine.device_scheduler import DeviceScheduler, SoleJob
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
-from fedprune_server.messaging.embedded_broker import Supervised, Supervisor
-from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DuplicateIdentity, Item, SiteLink, Unheard
+from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
+from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DroppedMessage, DuplicateIdentity, Item, SiteLink
 from fedprune_server.terminal.log_lines import about
 
 log = logging.getLogger("fedprune.server")
@@ -57,7 +57,7 @@ class Server:
         self,
         runners: Sequence[JobRunner],
         site: SiteLink,
-        broker: Supervised | None = None,
+        broker: EmbeddedBroker | None = None,
         stopping: threading.Event | None = None,
     ) -> None:
         self.runners = {r.job.name: r for r in runners}
@@ -66,7 +66,7 @@ class Server:
             raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(names))
         self.first = runners[0]
         self._site, self._link, self._topics = site, site.link, site.topics
-        self._supervisor = Supervisor(broker)
+        self._supervisor = BrokerSupervisor(broker)
         self._stopping = stopping or threading.Event()
         self._complaints = RejectedMessageLog(log, site.monotonic)
         self._connected: dict[str, Birth] = {}
@@ -146,7 +146,7 @@ class Server:
         for runner in runners:
             runner.begin_turn()
         while item is not None and not self._stopping.is_set():
-            if not isinstance(item, Unheard):
+            if not isinstance(item, DroppedMessage):
                 self._take(item)
             if clock() > until:
                 break

@@ -17,7 +17,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 log = logging.getLogger("fedprune.server")
 
 
-class JoinDesk:
+class EnrollmentService:
     """Answers requests to join. Whoever asks the same twice gets the same certificate twice.
 
     Args:

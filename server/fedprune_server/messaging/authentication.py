@@ -36,8 +36,16 @@ from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import JoinDesk
-from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DuplicateIdentity, Item, Relay, Unheard, Wire
+from fedprune_server.enrollment.service import EnrollmentService
+from fedprune_server.messaging.transport import (
+    TURN_S,
+    DeviceRevoked,
+    DroppedMessage,
+    DuplicateIdentity,
+    Item,
+    Relay,
+    Wire,
+)
 
 log = logging.getLogger("fedprune.server")
 
@@ -73,14 +81,14 @@ class Joins(Protocol):
         ...
 
 
-class SignedLink(Relay):
+class AuthenticatedLink(Relay):
     """A connection that signs the server's messages and passes on each signed message of a member once.
 
     Args:
         link: The connection, subscribed to the server's topics.
         identity: The server's identity.
         clock: Monotonic clock, seconds.
-        joins: A connection subscribed to `JoinDesk.subscription`, so that a flood of requests to join delays no
+        joins: A connection subscribed to `EnrollmentService.subscription`, so that a flood of join requests delays no
             member; by default `link` has that subscription, too.
         quarantine: Learns the members.
     """
@@ -101,7 +109,7 @@ class SignedLink(Relay):
         self._store = identity.store
         self._time = identity.authority.now
         self._topics = Topics(identity.site)
-        self._desk = JoinDesk(identity)
+        self._desk = EnrollmentService(identity)
         self._sealer = Sealer(identity.key, identity.epochs)
         self._key = identity.key
         self._successions = identity.successions
@@ -146,7 +154,7 @@ class SignedLink(Relay):
             payload = self._sealer.seal(topic, payload)
         return self._link.publish(topic, payload, qos)
 
-    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+    def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
         """The next message or event; None if nothing waits.
 
         Raises:
@@ -166,7 +174,7 @@ class SignedLink(Relay):
             device, opened = self._opened.popleft()
             if not device or device in self._members:  # as of now: it may have changed since
                 return opened
-        return Unheard()
+        return DroppedMessage()
 
     def _signed_again(self, offer: ReleaseOffer) -> ReleaseOffer:
         """A stored release with the present key's signature.
@@ -186,14 +194,14 @@ class SignedLink(Relay):
             log.error("%s", error)
         return offer
 
-    def _read(self, item: Item | Unheard | None) -> None:
+    def _read(self, item: Item | DroppedMessage | None) -> None:
         """Open the waiting messages, for a turn's time at most, and store the epochs they begin in one transaction.
 
         A server whose boards all come back at once waits for the disk once, not once for each of them.
         """
         until = self._clock() + TURN_S
         while item is not None:
-            if not isinstance(item, Unheard):
+            if not isinstance(item, DroppedMessage):
                 self._take(item)
             item = self._link.get() if self._clock() < until and len(self._opened) < _READ_AHEAD else None
         if self._begun or self._to_follow:

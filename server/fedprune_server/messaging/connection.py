@@ -19,7 +19,7 @@ from fedprune_server.devices.quarantine import FILE as QUARANTINE
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.host_names import names_of
 from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
-from fedprune_server.messaging.authentication import SignedLink
+from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles
 from fedprune_server.messaging.rate_limit import RateLimitedLink
 from fedprune_server.messaging.transport import Wire
@@ -109,7 +109,7 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
                 wake=link.wake,
             )
             stack.callback(joins.close)
-            wire = SignedLink(RateLimitedLink(link, quarantine), identity, joins=joins, quarantine=quarantine)
+            wire = AuthenticatedLink(RateLimitedLink(link, quarantine), identity, joins=joins, quarantine=quarantine)
         stack.callback(link.close)
         yield Connection(wire, link, joins, broker, site, quarantine, url)
 

@@ -19,7 +19,7 @@ from fedprune.wire.request_ids import SeenRequests, with_request_id
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Publication, Sharing
+from fedprune_server.transfer.multicast import Multicast, Publication
 from fedprune_server.transfer.uploads import Wants
 
 _CHUNKS_PER_TURN = 4
@@ -46,7 +46,7 @@ class Outbox:
         job: str,
         registry: DeviceRegistry,
         downloads: Downloads,
-        sharing: Sharing,
+        sharing: Multicast,
         coming: Callable[[str], bool] = lambda sha256: False,
     ) -> None:
         self._link, self._topics, self._quarantine, self._clock = (

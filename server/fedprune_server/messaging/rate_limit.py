@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.messaging.transport import Item, Relay, Unheard, Wire
+from fedprune_server.messaging.transport import DroppedMessage, Item, Relay, Wire
 
 
 class RateLimitedLink(Relay):
@@ -19,7 +19,7 @@ class RateLimitedLink(Relay):
         super().__init__(link)
         self._quarantine = quarantine
 
-    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+    def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
         """The next message or event; None if nothing waits."""
         news = self._quarantine.news()
         if news is not None:
@@ -28,7 +28,7 @@ class RateLimitedLink(Relay):
         if isinstance(item, tuple):
             topic, payload = item
             if not self._quarantine.hears(_device(topic), len(payload), chunk=topic.endswith("/blob")):
-                return Unheard()
+                return DroppedMessage()
         return item
 
 

@@ -31,7 +31,7 @@ class DuplicateIdentity:
 
 
 @dataclass(frozen=True)
-class Unheard:
+class DroppedMessage:
     """Something came that doesn't count or was answered at once; more may wait behind it."""
 
 
@@ -64,7 +64,7 @@ class Wire(Protocol):
         """Send without waiting."""
         ...
 
-    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+    def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
         """The next message or event; None if nothing waits."""
         ...
 
@@ -123,7 +123,7 @@ class Relay:
         """Send without waiting."""
         return self._link.publish(topic, payload, qos)
 
-    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+    def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
         """The next message or event; None if nothing waits."""
         return self._link.get(timeout)
 

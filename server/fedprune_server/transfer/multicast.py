@@ -133,7 +133,7 @@ class _Share:
         return [front for front, at in self.fronts.values() if now - at < LIVE_S]
 
 
-class Sharing:
+class Multicast:
     """What is published to all. Does no network I/O.
 
     Args:

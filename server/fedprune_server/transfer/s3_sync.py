@@ -18,7 +18,7 @@ log = logging.getLogger("fedprune.server")
 _THREADS = 4
 
 
-class Shipping:
+class BucketSync:
     """Brings updates that have arrived into the bucket, and blobs out of it that devices ask for.
 
     Without a bucket all of that is done already.

@@ -33,7 +33,7 @@ class Arrived:
 
 
 @dataclass(frozen=True)
-class Spoilt:
+class FailedUpload:
     """An update can't be had."""
 
     device: str
@@ -42,7 +42,7 @@ class Spoilt:
     reason: str
 
 
-Outcome = Arrived | Spoilt
+Outcome = Arrived | FailedUpload
 Wants = list[tuple[str, BlobRequest]]
 
 
@@ -117,7 +117,7 @@ class Uploads:
         try:
             wants = upload.pull.on_chunk(chunk, now)
         except ProtocolError as error:
-            return self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+            return self._end(device, FailedUpload(device, upload.round, upload.attempt, str(error)), now)
         if upload.pull.done:
             return self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
         leaves = upload.pull.progress[0]
@@ -131,7 +131,7 @@ class Uploads:
         if upload is None or upload.ref.sha256 != sha256:
             return []
         reason = "the device no longer has the update that it announced"
-        return self._end(device, Spoilt(device, upload.round, upload.attempt, reason), now)
+        return self._end(device, FailedUpload(device, upload.round, upload.attempt, reason), now)
 
     def tick(self, now: float) -> Wants:
         """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""
@@ -148,7 +148,7 @@ class Uploads:
             try:
                 wants += [(device, w) for w in upload.pull.on_tick(now)]
             except ProtocolError as error:
-                wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+                wants += self._end(device, FailedUpload(device, upload.round, upload.attempt, str(error)), now)
         return wants + self._start(now)
 
     def interrupted(self, now: float) -> None:
@@ -292,7 +292,7 @@ class Uploads:
                 upload.leaves = upload.began_with = upload.pull.progress[0]
                 first = upload.pull.start(now)
             except ProtocolError as error:
-                wants += self._end(device, Spoilt(device, upload.round, upload.attempt, str(error)), now)
+                wants += self._end(device, FailedUpload(device, upload.round, upload.attempt, str(error)), now)
                 continue
             if upload.pull.done:  # it was already here
                 wants += self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)

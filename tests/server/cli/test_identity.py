@@ -17,7 +17,7 @@ from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.join_token import Claim
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.storage.state_folder import folder_lock
 
 Captured = pytest.CaptureFixture[str]
@@ -35,7 +35,7 @@ def asks(state: str, folder: Path, name: str, claim: Claim | None = None) -> tup
     """A board asks; its identity, and what it is told."""
     device = DeviceIdentity(folder, "lab", name)
     with IdentityFolder(Path(state)) as identity:
-        answer = JoinDesk(identity).answer(device.request(claim))
+        answer = EnrollmentService(identity).answer(device.request(claim))
         if answer.status == "approved":
             device.admit(answer, identity.authority.pin)
     return device, answer.status

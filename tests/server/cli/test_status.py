@@ -21,7 +21,7 @@ from fedprune_server.cli.main import main
 from fedprune_server.cli.status import status
 from fedprune_server.devices.quarantine import FILE, Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.storage.storage import Storage
 
 
@@ -167,7 +167,7 @@ def test_a_device_that_was_shut_out_is_revoked_and_not_online(
 ) -> None:
     with IdentityFolder.make(fleet_state, "lab") as identity:
         board = DeviceIdentity(fleet_state / "board", "lab", "good")
-        JoinDesk(identity).answer(board.request(identity.claim("good", 3600)))
+        EnrollmentService(identity).answer(board.request(identity.claim("good", 3600)))
         assert status(fleet_state)["devices"][1]["online"]
         identity.revoke("good")
     body = {d["name"]: d for d in status(fleet_state)["devices"]}

@@ -26,7 +26,7 @@ from fedprune_server.storage.s3.layout import digest_of
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 from fedprune_server.terminal.shown_bytes import silent
-from fedprune_server.transfer.s3_sync import Shipping
+from fedprune_server.transfer.s3_sync import BucketSync
 from support.fakes.fleet import NAMES, Fleet
 from support.fakes.recorded_job import play_job
 from support.fakes.tiny_job import JOB
@@ -333,7 +333,7 @@ def test_a_full_disk_loses_nothing(url: str, tmp_path: Path, monkeypatch: pytest
     store = BucketStore(tmp_path, url)
     ref = store.put(b"an old model")
     store._unlink(ref.sha256)
-    shipping = Shipping(store)
+    shipping = BucketSync(store)
 
     def full(size: int) -> None:
         raise StorageFullError("no room")

@@ -12,7 +12,7 @@ import pytest
 
 from fedprune.wire.connection_events import ConnectionUp
 from fedprune_server.engine.server import Server
-from fedprune_server.messaging.transport import TURN_S, Item, Unheard
+from fedprune_server.messaging.transport import TURN_S, DroppedMessage, Item
 from support.fakes.fleet import Fleet
 
 
@@ -21,10 +21,10 @@ class Waiting:
 
     connected, room, unsent = True, True, 0
 
-    def __init__(self, items: list[Item | Unheard]) -> None:
+    def __init__(self, items: list[Item | DroppedMessage]) -> None:
         self.items = deque(items)
 
-    def get(self, timeout: float | None = 0.0) -> Item | Unheard | None:
+    def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
         return self.items.popleft() if self.items else None
 
 
@@ -35,7 +35,14 @@ def server(tmp_path: Path) -> Any:
 
 def test_what_is_dropped_neither_ends_a_turn_nor_counts_as_silence(server: Server, monkeypatch: Any) -> None:
     """A flood that is dropped before others' answers must not make those seem silent."""
-    items: list[Item | Unheard] = [ConnectionUp(), Unheard(), ("a", b"1"), Unheard(), Unheard(), ("b", b"2")]
+    items: list[Item | DroppedMessage] = [
+        ConnectionUp(),
+        DroppedMessage(),
+        ("a", b"1"),
+        DroppedMessage(),
+        DroppedMessage(),
+        ("b", b"2"),
+    ]
     taken: list[Item] = []
 
     def take(item: Item) -> None:
@@ -46,11 +53,11 @@ def test_what_is_dropped_neither_ends_a_turn_nor_counts_as_silence(server: Serve
     monkeypatch.setattr(server, "_site", replace(server._site, monotonic=lambda: 5.0))
     monkeypatch.setattr(server, "_take", take)
     server._turn()
-    assert taken == [i for i in items if not isinstance(i, Unheard)]
+    assert taken == [i for i in items if not isinstance(i, DroppedMessage)]
     assert server._caught_up == 5.0
 
 
-@pytest.mark.parametrize("item", [("a", b"1"), Unheard()])
+@pytest.mark.parametrize("item", [("a", b"1"), DroppedMessage()])
 def test_a_turn_ends_in_time_and_knows_that_more_may_wait(server: Server, item: Any, monkeypatch: Any) -> None:
     link, taken = Waiting([item] * 100), list[Item]()
     monkeypatch.setattr(server, "_link", link)

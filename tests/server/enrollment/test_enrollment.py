@@ -30,7 +30,7 @@ from fedprune_device.enrollment.membership import join_first, membership
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.messaging.authentication import SignedLink
+from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles
 from fedprune_server.messaging.connection import identity_of
 from support.processes.machine import free_port
@@ -50,7 +50,7 @@ class Server:
         link.subscribe(["fedprune/1/lab/+/-/join"])
         link.start()
         running = stack.enter_context(IdentityFolder(folder))  # as another process has it
-        self._signed, self._stop = SignedLink(link, running), threading.Event()
+        self._signed, self._stop = AuthenticatedLink(link, running), threading.Event()
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
         stack.callback(self._thread.join)

@@ -16,7 +16,7 @@ from fedprune.wire.join_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import Birth, Hello, parse
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.enrollment.service import EnrollmentService
 from support.faults.power_cuts import KINDS, CutError, power
 
 TOPICS = Topics("lab")
@@ -35,7 +35,7 @@ class Server:
         self.heard: list[bytes] = []
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
-        given = JoinDesk(self.identity).answer(request)
+        given = EnrollmentService(self.identity).answer(request)
         assert isinstance(given, JoinAnswer)
         key = self.identity.store.key_of("attic")
         if key is not None and (self.opener is None or self.opener.key.hex != key):

@@ -30,7 +30,7 @@ from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment import store as identity_store
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.enrollment.service import EnrollmentService
 
 HOUR, DAY = 3600, 24 * 3600
 NOW = [float(BUILT + 30 * DAY)]
@@ -51,7 +51,7 @@ def ask(identity: IdentityFolder) -> Ask:
 
     def asked(device: DeviceIdentity, claim: Claim | None = None) -> JoinAnswer:
         request = device.request(claim)
-        topic, answer = JoinDesk(identity).receive(Topics("lab").join(request.nonce), request.to_bytes())
+        topic, answer = EnrollmentService(identity).receive(Topics("lab").join(request.nonce), request.to_bytes())
         assert topic == Topics("lab").joined(request.nonce)
         assert parse(answer.to_bytes()) == answer
         return answer
@@ -68,7 +68,7 @@ def bare(claim: Claim | None, name: str = "pi-1", site: str = "lab", key: Signin
 
 
 def answer(identity: IdentityFolder, request: JoinRequest) -> tuple[str, str]:
-    given = JoinDesk(identity).answer(request)
+    given = EnrollmentService(identity).answer(request)
     return given.status, given.reason
 
 
@@ -114,7 +114,7 @@ def test_without_a_claim_a_board_waits_until_the_operator_says_yes(
 def test_a_claim_works_once_for_one_request_which_may_be_repeated(identity: IdentityFolder) -> None:
     claim = identity.claim(None, HOUR)
     request = bare(claim)
-    desk = JoinDesk(identity)
+    desk = EnrollmentService(identity)
     first = desk.answer(request)
     NOW[0] += 2 * DAY
 
@@ -139,12 +139,12 @@ def test_a_crash_between_use_and_answer_costs_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(identity.authority if lost == "issue_device" else identity.store, lost, crash)
         with pytest.raises(StorageError, match="power"):
-            JoinDesk(identity).answer(request)
+            EnrollmentService(identity).answer(request)
     with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as restarted:
         assert answer(restarted, bare(claim))[0] == REFUSED
-        given = JoinDesk(restarted).answer(request)
+        given = EnrollmentService(restarted).answer(request)
         assert given.status == APPROVED
-        assert JoinDesk(restarted).answer(request) == given
+        assert EnrollmentService(restarted).answer(request) == given
         assert len(restarted.authority.of_device("pi-1")) == 1
 
 
@@ -203,11 +203,11 @@ def test_an_old_request_that_somebody_repeats_gets_no_second_certificate(
     monkeypatch.setattr(identity_store, "KEPT_ANSWERS", 1)
     key = SigningKey.make()
     requests = [bare(identity.claim(None, HOUR), key=key), *(bare(None, key=key) for _ in range(3))]
-    first = [JoinDesk(identity).answer(request) for request in requests]
+    first = [EnrollmentService(identity).answer(request) for request in requests]
     assert {given.status for given in first} == {APPROVED}
     before = len(identity.authority.of_device("pi-1"))
 
-    again = [JoinDesk(identity).answer(request) for request in requests]
+    again = [EnrollmentService(identity).answer(request) for request in requests]
 
     assert [(a.status, a.certificate) for a in again] == [(a.status, a.certificate) for a in first]
     assert len(identity.authority.of_device("pi-1")) == before
@@ -332,7 +332,7 @@ def test_only_so_many_wait_and_an_approved_one_clears_its_name(
 
 
 def test_what_is_no_request_or_was_changed_is_not_answered(identity: IdentityFolder) -> None:
-    desk, request = JoinDesk(identity), bare(identity.claim(None, HOUR))
+    desk, request = EnrollmentService(identity), bare(identity.claim(None, HOUR))
     topic = Topics("lab").join(request.nonce)
     for where, raw in (
         (topic, b"nonsense"),

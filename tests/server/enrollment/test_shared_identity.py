@@ -21,7 +21,7 @@ from fedprune.security.keys import SigningKey
 from fedprune.wire.join_messages import APPROVED, JoinRequest
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.enrollment.shared_identity import SharedIdentity, shared_identity
 from fedprune_server.storage.lease import ROW, LeaseLostError
 from fedprune_server.storage.tables import IDENTITY, META
@@ -47,7 +47,7 @@ def request(claim: Claim, name: str) -> JoinRequest:
 
 def join(identity: IdentityFolder, name: str) -> JoinRequest:
     asked = request(Claim.parse(identity.claim(name, 3600).text), name)
-    assert JoinDesk(identity).answer(asked).status == APPROVED
+    assert EnrollmentService(identity).answer(asked).status == APPROVED
     return asked
 
 
@@ -67,7 +67,7 @@ def test_a_stale_standby_knows_who_was_shut_out_and_heard_since(tmp_path: Path, 
     shutil.copytree(first, second)  # as it was copied by hand, long ago
 
     with serving(first, url) as identity:
-        assert JoinDesk(identity).answer(request(open_claim, "pi-3")).status == APPROVED
+        assert EnrollmentService(identity).answer(request(open_claim, "pi-3")).status == APPROVED
         identity.store.hear([(kept.key, STREAM, 77)])
         with IdentityFolder(first) as command:  # an operator at a terminal
             command.revoke("pi-1")
@@ -80,7 +80,7 @@ def test_a_stale_standby_knows_who_was_shut_out_and_heard_since(tmp_path: Path, 
         assert len(identity.authority.of_device("pi-3")) == 1
         with pytest.raises(UsedClaimError):
             identity.store.use_claim(request(open_claim, "pi-4"), "00" * 32, 0)
-        assert JoinDesk(identity).answer(lost).status != APPROVED
+        assert EnrollmentService(identity).answer(lost).status != APPROVED
         identity.revoke("pi-2")
 
     with serving(first, url) as identity:

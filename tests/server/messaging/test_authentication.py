@@ -71,7 +71,7 @@ class End:
 class Server:
     def __init__(self, identity: IdentityFolder, now: Callable[[], float]) -> None:
         self.end = End()
-        self.link = server_side.SignedLink(self.end, identity, now)
+        self.link = server_side.AuthenticatedLink(self.end, identity, now)
         self.shut_out: list[str] = []
         self.doubled: list[str] = []
 
@@ -329,7 +329,7 @@ class Joining(End):
 def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are_named(lab: Lab) -> None:
     joining, quarantine = Joining(), Quarantine(lambda: lab.now + 1)
     server = lab.new_server()
-    server.link = server_side.SignedLink(
+    server.link = server_side.AuthenticatedLink(
         server.end, lab.identity, lambda: lab.now, joins=joining, quarantine=quarantine
     )
     joining.inbox.extend((TOPICS.join("ab" * 16), b"x") for _ in range(30_000))
@@ -360,7 +360,7 @@ def test_many_boards_that_join_at_once_are_all_answered_and_none_is_blamed(
 ) -> None:
     joining, quarantine = Joining(), Quarantine(lambda: lab.now + 1)
     server = lab.new_server()
-    server.link = server_side.SignedLink(
+    server.link = server_side.AuthenticatedLink(
         server.end, lab.identity, lambda: lab.now, joins=joining, quarantine=quarantine
     )
     device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
@@ -395,7 +395,7 @@ def test_requests_to_join_that_approve_nobody_do_not_read_the_members_again(
 
 def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     joining, server = Joining(), lab.new_server()
-    server.link = server_side.SignedLink(server.end, lab.identity, lambda: lab.now, joins=joining)
+    server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, joins=joining)
     server.link.get()
     claim = Claim.parse(lab.identity.claim("pi-9", DAY).text)
     device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
@@ -419,7 +419,7 @@ def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkey
 def test_members_are_known_before_they_announce_themselves(lab: Lab) -> None:
     quarantine = Quarantine(lambda: lab.now + 1)
     server = lab.new_server()
-    server.link = server_side.SignedLink(server.end, lab.identity, lambda: lab.now, quarantine=quarantine)
+    server.link = server_side.AuthenticatedLink(server.end, lab.identity, lambda: lab.now, quarantine=quarantine)
     server.link.get()
     forged = (TOPICS.up("pi-1"), b"unsigned")
     for _ in range(int(BURST)):

@@ -32,7 +32,7 @@ from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_device.enrollment.enrollment import Renewal
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import JoinDesk
+from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.messaging.broker.config import (
     ACL,
     CONFIG,
@@ -88,7 +88,7 @@ class Site:
         """A device that has joined."""
         device = DeviceIdentity(self.folder / "boards" / secrets.token_hex(4), "lab", name)
         claim = self.identity.claim(name, 60)
-        device.admit(JoinDesk(self.identity).answer(device.request(claim)), claim.pin)
+        device.admit(EnrollmentService(self.identity).answer(device.request(claim)), claim.pin)
         return device
 
     @contextmanager
@@ -362,7 +362,7 @@ def test_a_board_joins_over_the_broker_with_nothing_but_a_claim(site: Site, tmp_
     claim = Claim.parse(site.identity.claim("attic", 60).text)
     device = DeviceIdentity(tmp_path / "board", "lab", "attic", clock=lambda: 0.0)
     request = device.request(claim)
-    desk = JoinDesk(site.identity)
+    desk = EnrollmentService(site.identity)
     with (
         site.client(site.identity.context(), [desk.subscription]) as server,
         site.client(unpinned_context(), [LAB.joined(request.nonce)], joining=True, client_id=request.nonce) as joining,
@@ -383,12 +383,12 @@ def test_a_board_joins_over_the_broker_with_nothing_but_a_claim(site: Site, tmp_
 def test_where_nobody_is_heard_without_a_certificate_a_member_renews_with_its_own(site: Site) -> None:
     board, stop = site.device("renews"), threading.Event()
     members = f"mqtts://127.0.0.1:{site.broker.port}"  # as at EMQX, which has no other listener
-    with site.client(site.identity.context(), [JoinDesk(site.identity).subscription]) as server:
+    with site.client(site.identity.context(), [EnrollmentService(site.identity).subscription]) as server:
 
         def answer() -> None:
             while not stop.is_set():
                 with suppress(queue.Empty):
-                    topic, answered = JoinDesk(site.identity).receive(*server.got.get(timeout=0.1))
+                    topic, answered = EnrollmentService(site.identity).receive(*server.got.get(timeout=0.1))
                     server.publish(topic, answered.to_bytes())
 
         thread = threading.Thread(target=answer)

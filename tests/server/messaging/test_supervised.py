@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import BrokerError
-from fedprune_server.messaging.embedded_broker import Supervisor
+from fedprune_server.messaging.broker.embedded import BrokerSupervisor
 from support.fakes.fleet import Fleet
 
 
@@ -31,7 +31,7 @@ class Slow:
 
 def test_a_restart_is_not_waited_for_and_one_that_fails_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
     broker = Slow()
-    supervisor = Supervisor(broker)
+    supervisor = BrokerSupervisor(broker)
     for _ in range(50):
         supervisor.tick()  # at once, though the restart hangs
     assert broker.restarts == 1
@@ -60,6 +60,6 @@ def test_a_loop_turns_while_its_broker_is_started_again(tmp_path: Path) -> None:
 
 
 def test_nobody_supervises_a_broker_of_somebody_elses() -> None:
-    supervisor = Supervisor(None)
+    supervisor = BrokerSupervisor(None)
     supervisor.tick()
     supervisor.close()

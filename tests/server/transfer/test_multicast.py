@@ -18,7 +18,15 @@ from fedprune.jobs.state import Progress, Task
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobNotFound, BlobRequest
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune_server.transfer.multicast import GATHER_S, HOLD_S, ON_ITS_WAY_S, Audience, Publication, Sharing, shareable
+from fedprune_server.transfer.multicast import (
+    GATHER_S,
+    HOLD_S,
+    ON_ITS_WAY_S,
+    Audience,
+    Multicast,
+    Publication,
+    shareable,
+)
 
 LEAVES = 100
 DATA = random.Random(0).randbytes(LEAVES * LEAF - 5)
@@ -34,7 +42,7 @@ class Site:
         offer = {"weights": self.ref.to_dict(), "slabs": [self.ref.to_dict()]}
         tasks = {n: Task(1, (1,), progress=Progress.OFFERED, offer=offer) for n in self.names}
         self.state = State(model="0" * 64, tasks=tasks)
-        self.sharing = Sharing(self.store, Audience(self.state))
+        self.sharing = Multicast(self.store, Audience(self.state))
         self.folder = folder
         self.now = 0.0
         self.to_all = self.to_one = 0

@@ -21,7 +21,7 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Audience, Sharing
+from fedprune_server.transfer.multicast import Audience, Multicast
 
 TOPICS = Topics("lab")
 LEAVES = 400
@@ -84,7 +84,11 @@ def test_a_server_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: 
     link, devices = Slow(), [f"pi{i}" for i in range(20)]
     registry: Any = SimpleNamespace(sent=lambda *_: None)
     post = Outbox(
-        SiteLink(link, TOPICS), "job", registry, Downloads(BlobSender(store)), Sharing(store, Audience(State("0" * 64)))
+        SiteLink(link, TOPICS),
+        "job",
+        registry,
+        Downloads(BlobSender(store)),
+        Multicast(store, Audience(State("0" * 64))),
     )
     for device in devices:
         for first in range(0, LEAVES, 50):

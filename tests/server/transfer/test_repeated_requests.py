@@ -18,7 +18,7 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Audience, Sharing
+from fedprune_server.transfer.multicast import Audience, Multicast
 
 TOPICS = Topics("lab")
 
@@ -48,7 +48,11 @@ class Kept:
 def posted(link: Kept, store: BlobStore) -> Outbox:
     registry: Any = SimpleNamespace(sent=lambda *_: None)
     return Outbox(
-        SiteLink(link, TOPICS), "job", registry, Downloads(BlobSender(store)), Sharing(store, Audience(State("0" * 64)))
+        SiteLink(link, TOPICS),
+        "job",
+        registry,
+        Downloads(BlobSender(store)),
+        Multicast(store, Audience(State("0" * 64))),
     )
 
 

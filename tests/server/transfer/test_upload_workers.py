@@ -44,16 +44,15 @@ from fedprune_server.transfer.upload_workers.messages import (
     parse_line,
     read,
 )
-from fedprune_server.transfer.upload_workers.receiver import Receiver
-from fedprune_server.transfer.upload_workers.receivers import Receivers
-from fedprune_server.transfer.uploads import Arrived, Spoilt, Uploads
+from fedprune_server.transfer.upload_workers.workers import UploadWorker, UploadWorkers
+from fedprune_server.transfer.uploads import Arrived, FailedUpload, Uploads
 from support.fakes.fleet import Air, Fleet
 from support.processes.machine import find_mosquitto, free_port
 
 DIGEST = "ab" * 32
 
 
-class Played(Receiver):
+class Played(UploadWorker):
     """A receiver without a process: all that it is told and says is written and read as between processes."""
 
     def __init__(self, number: int, folder: Path, now: Callable[[], float]) -> None:
@@ -129,7 +128,7 @@ class Helped:
         for device in self.air.devices.values():
             device.air = self.air
         self.fleet.air = self.air
-        self.uploads = Receivers(
+        self.uploads = UploadWorkers(
             self.fleet.store, lambda tag: pytest.fail(tag), 0, lambda: None, lambda: self.air.now, 2
         )
         self.air.receivers = [Played(i, folder / "blobs", lambda: self.air.now) for i in range(count)]
@@ -207,7 +206,7 @@ def test_receivers_that_never_start_leave_the_rest_to_the_server(helped: Helped,
 
 
 @pytest.fixture
-def pair(helped: Helped) -> Iterator[tuple[Receivers, Played, BlobRef]]:
+def pair(helped: Helped) -> Iterator[tuple[UploadWorkers, Played, BlobRef]]:
     with helped.uploads as uploads:
         ref = BlobStore(helped.fleet.folder / "elsewhere", durable=False).put(b"w" * (3 * LEAF))
         uploads.born("a", 7, 0.0, 0.0, (TO,))
@@ -216,7 +215,7 @@ def pair(helped: Helped) -> Iterator[tuple[Receivers, Played, BlobRef]]:
         yield uploads, receiver, ref
 
 
-def test_wants_name_the_receiver(pair: tuple[Receivers, Played, BlobRef]) -> None:
+def test_wants_name_the_receiver(pair: tuple[UploadWorkers, Played, BlobRef]) -> None:
     uploads, receiver, ref = pair
     wants = uploads.collect(0.0)
     assert [(d, w.sha256, w.to) for d, w in wants] == [("a", ref.sha256, receiver.tag)]
@@ -230,7 +229,7 @@ def test_wants_name_the_receiver(pair: tuple[Receivers, Played, BlobRef]) -> Non
     ],
     ids=lambda w: str(w)[:60],
 )  # fmt: skip
-def test_what_is_not_of_its_part_is_dropped(pair: tuple[Receivers, Played, BlobRef], word: ToServer) -> None:
+def test_what_is_not_of_its_part_is_dropped(pair: tuple[UploadWorkers, Played, BlobRef], word: ToServer) -> None:
     uploads, receiver, ref = pair
     uploads.collect(0.0)
     receiver.said.append(line(word))
@@ -239,7 +238,9 @@ def test_what_is_not_of_its_part_is_dropped(pair: tuple[Receivers, Played, BlobR
     assert uploads.fetching("a", 1, 1, ref)
 
 
-def test_what_another_receiver_says_of_it_is_dropped(helped: Helped, pair: tuple[Receivers, Played, BlobRef]) -> None:
+def test_what_another_receiver_says_of_it_is_dropped(
+    helped: Helped, pair: tuple[UploadWorkers, Played, BlobRef]
+) -> None:
     uploads, _, _ = pair
     uploads.collect(0.0)
     helped.air.receivers[1].said.append(line(Failed("a", 1, 1, "no")))
@@ -247,7 +248,7 @@ def test_what_another_receiver_says_of_it_is_dropped(helped: Helped, pair: tuple
     assert uploads.outcomes() == []
 
 
-def test_an_update_that_isn_t_there_is_fetched_by_the_server(pair: tuple[Receivers, Played, BlobRef]) -> None:
+def test_an_update_that_isn_t_there_is_fetched_by_the_server(pair: tuple[UploadWorkers, Played, BlobRef]) -> None:
     uploads, receiver, ref = pair
     uploads.collect(0.0)
     receiver.said.append(line(Stored("a", 1, 1, ref.sha256)))
@@ -256,13 +257,13 @@ def test_an_update_that_isn_t_there_is_fetched_by_the_server(pair: tuple[Receive
     assert uploads.outcomes() == []
 
 
-def test_one_that_is_gone_or_dropped_ends(pair: tuple[Receivers, Played, BlobRef]) -> None:
+def test_one_that_is_gone_or_dropped_ends(pair: tuple[UploadWorkers, Played, BlobRef]) -> None:
     uploads, receiver, ref = pair
     assert uploads.devices() == ["a"]
     assert uploads.digests() == {ref.sha256}
     assert uploads.progress("a") == (0, 3)
     uploads.gone("a", ref.sha256, 0.0)
-    assert [type(o) for o in uploads.outcomes()] == [Spoilt]
+    assert [type(o) for o in uploads.outcomes()] == [FailedUpload]
     uploads.add("a", 1, 2, ref, 0.0)
     assert uploads.keep("a", 1, 2) == []
     assert uploads.keep("a", 1, 3) == [ref.sha256]
@@ -271,7 +272,7 @@ def test_one_that_is_gone_or_dropped_ends(pair: tuple[Receivers, Played, BlobRef
 
 
 def test_the_same_blob_goes_to_the_same_receiver_and_others_elsewhere(
-    helped: Helped, pair: tuple[Receivers, Played, BlobRef]
+    helped: Helped, pair: tuple[UploadWorkers, Played, BlobRef]
 ) -> None:
     uploads, _, ref = pair
     for name in "bc":
@@ -282,7 +283,7 @@ def test_the_same_blob_goes_to_the_same_receiver_and_others_elsewhere(
 
 
 def test_a_board_that_was_set_back_to_an_older_version_is_fetched_from_by_the_server(
-    pair: tuple[Receivers, Played, BlobRef],
+    pair: tuple[UploadWorkers, Played, BlobRef],
 ) -> None:
     uploads, receiver, ref = pair
     wants = uploads.born("a", 8, 0.0, 0.0, ())
@@ -390,7 +391,7 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while(tmp_path: Path) -
         object.__setattr__(made, "parent", -1)
         return made
 
-    receiver = Receiver(broken, lambda: None)
+    receiver = UploadWorker(broken, lambda: None)
     for turn in range(TRIES):
         assert receiver.start(float(turn))
         until = time.monotonic() + 20
@@ -399,7 +400,7 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while(tmp_path: Path) -
             time.sleep(0.01)
         assert not receiver.alive
     assert not receiver.start(10.0)
-    assert Receiver(begin(BlobStore(tmp_path), 1), lambda: None).pid is None
+    assert UploadWorker(begin(BlobStore(tmp_path), 1), lambda: None).pid is None
 
 
 @pytest.mark.slow
@@ -417,7 +418,7 @@ def test_a_receiver_s_process_takes_in_an_update_and_a_new_one_goes_on_after_kil
     killed = 0
     try:
         link.start(patient=True)
-        with Receivers(store, begin(store, port), 1, link.wake, time.monotonic) as uploads:
+        with UploadWorkers(store, begin(store, port), 1, link.wake, time.monotonic) as uploads:
             uploads.born("a", 1, 0.0, time.monotonic(), (TO,))
             wants = uploads.add("a", 1, 1, ref, time.monotonic())
             until, outcomes = time.monotonic() + 30, uploads.outcomes()

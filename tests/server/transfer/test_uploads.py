@@ -14,7 +14,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.transfer import BlobSender
-from fedprune_server.transfer.uploads import STALLED_S, Arrived, Spoilt, Uploads
+from fedprune_server.transfer.uploads import STALLED_S, Arrived, FailedUpload, Uploads
 
 
 class World:
@@ -167,7 +167,7 @@ def test_a_reference_that_contradicts_itself_spoils_the_update(world: World) -> 
     small = BlobRef.of(b"small")
     world.uploads.add("a", 1, 1, BlobRef(small.sha256, small.size, "0" * 64), 0.0)
     (outcome,) = world.uploads.outcomes()
-    assert isinstance(outcome, Spoilt)
+    assert isinstance(outcome, FailedUpload)
     assert "contradicts itself" in outcome.reason
 
 
@@ -180,7 +180,7 @@ def test_a_device_s_name_for_its_update_is_not_taken_on_trust(world: World) -> N
         payload = leaf_table(data) if want.part == "leaves" else data
         wants += world.uploads.chunk("a", Chunk(named.sha256, want.part, 0, payload), 0.0)
     (outcome,) = world.uploads.outcomes()
-    assert isinstance(outcome, Spoilt)
+    assert isinstance(outcome, FailedUpload)
     assert "don't make up the blob" in outcome.reason
     assert not world.store.has(named.sha256)
 
@@ -193,14 +193,14 @@ def test_a_device_that_keeps_sending_damage_spoils_its_update(world: World) -> N
             size = LEAF if want.part == "data" else ref.leaf_count * 32
             wants = world.uploads.chunk("a", Chunk(ref.sha256, want.part, want.first, b"x" * size), 0.0)
     (outcome,) = world.uploads.outcomes()
-    assert isinstance(outcome, Spoilt)
+    assert isinstance(outcome, FailedUpload)
     assert "damaged" in outcome.reason
 
 
 def test_an_update_that_is_gone_is_spoilt(world: World) -> None:
     world.announce("a")
     world.uploads.gone("a", world.ref("a").sha256, 0.0)
-    assert isinstance(world.uploads.outcomes()[0], Spoilt)
+    assert isinstance(world.uploads.outcomes()[0], FailedUpload)
 
 
 def test_a_chunk_that_nobody_waits_for_is_ignored(world: World) -> None:

@@ -28,9 +28,10 @@ from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.uplink import Uplink
-from fedprune_server.messaging.outbox import Line, Post
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads
-from fedprune_server.transfer.multicast import Audience, Sharing
+from fedprune_server.transfer.multicast import Audience, Multicast
 from fedprune_server.transfer.uploads import Arrived, Uploads
 
 TOPICS = Topics("lab")
@@ -120,9 +121,11 @@ def test_a_message_that_the_broker_would_drop_is_refused_by_name(tmp_path: Path)
     ref = store.put(b"x")
     offer = Offer("job", 0, 0, 0, DIGEST, DIGEST, (1,) * 40_000, 2, ref, ref, ref, {})
 
-    sharing = Sharing(store, Audience(State("0" * 64)))
-    Post(Line(link, TOPICS, "job"), registry, Downloads(BlobSender(store)), sharing).send("pi", offer, "job")
-    limited = Post(Line(link, TOPICS, "job", 65_536), registry, Downloads(BlobSender(store), 65_536), sharing)
+    sharing = Multicast(store, Audience(State("0" * 64)))
+    Outbox(SiteLink(link, TOPICS), "job", registry, Downloads(BlobSender(store)), sharing).send("pi", offer, "job")
+    limited = Outbox(
+        SiteLink(link, TOPICS, max_packet=65_536), "job", registry, Downloads(BlobSender(store), 65_536), sharing
+    )
     with pytest.raises(ProtocolError, match=r"offer: message is too long for the broker.*65024.*max_packet"):
         limited.send("pi", offer, "job")
 
@@ -154,8 +157,12 @@ def test_a_model_arrives_and_an_update_returns_through_a_broker_with_a_limit_of_
             stack.callback(link.close)
             link.start()
         registry: Any = SimpleNamespace(sent=lambda *_: None)
-        post = Post(
-            Line(server, TOPICS, "job"), registry, Downloads(BlobSender(here)), Sharing(here, Audience(State("0" * 64)))
+        post = Outbox(
+            SiteLink(server, TOPICS),
+            "job",
+            registry,
+            Downloads(BlobSender(here)),
+            Multicast(here, Audience(State("0" * 64))),
         )
         outbox = Uplink(Connection(board, Channel("pi", TOPICS.site)), BlobSender(there))
         uploads = Uploads(here)

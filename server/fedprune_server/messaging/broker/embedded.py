@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import select
 import socket
@@ -23,9 +24,11 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from fedprune.core.errors import BrokerError
+from fedprune.core.errors import BrokerError, reason
 from fedprune.security.tls import unpinned_context
 from fedprune.terminal.extras import install_command
+
+log = logging.getLogger("fedprune.server")
 
 _CONNECT = bytes.fromhex("100e00044d515454040200050002") + b"fp"
 """An MQTT 3.1.1 CONNECT: clean session, keepalive 5 s, client id `fp`."""
@@ -269,3 +272,37 @@ def _free_port(host: str) -> int:
 
 def _sum(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
     return {key: a.get(key, 0) + b.get(key, 0) for key in {**a, **b}}
+
+
+class BrokerSupervisor:
+    """Starts a dead broker again, on a thread of its own: the server's loop doesn't wait for it.
+
+    Args:
+        broker: The embedded broker; None for an external broker.
+    """
+
+    def __init__(self, broker: EmbeddedBroker | None) -> None:
+        self._broker = broker
+        self._thread: threading.Thread | None = None
+
+    def tick(self) -> None:
+        """Begin a restart if the broker is dead and none is under way; one that failed is tried again."""
+        broker = self._broker
+        if broker is None or (self._thread is not None and self._thread.is_alive()) or broker.alive:
+            return
+        log.warning("the embedded broker has died and is started again")
+        self._thread = threading.Thread(target=self._restart, args=(broker,), name="fedprune-broker", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for a restart that is under way, so that the broker that is stopped next is the last one."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def _restart(self, broker: EmbeddedBroker) -> None:
+        try:
+            broker.restart()
+        except BrokerError as error:
+            log.error("%s", error)
+        except Exception as error:
+            log.error("the embedded broker: %s: %s", type(error).__name__, reason(error), exc_info=error)

@@ -1,8 +1,8 @@
-"""The process of a receiver: it takes in updates from the broker, verifies them and brings them onto the disk.
+"""The process of an upload worker: it receives updates from the broker, verifies them and writes them to the disk.
 
-It is started by `fedprune_server.transfer.upload_workers.receiver.Receiver` and talks to it over its standard streams,
-in `fedprune_server.transfer.upload_workers.messages`. To devices it says nothing: what it wants of them the server
-signs and says. It holds no signing key, and ends with the server.
+`transfer.upload_workers.workers.UploadWorker` starts it and exchanges lines with it over its standard streams
+(`transfer.upload_workers.messages`). It sends devices nothing: the server signs and sends its requests. It holds no
+signing key, and ends with the server.
 """
 
 from __future__ import annotations

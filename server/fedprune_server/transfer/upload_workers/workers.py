@@ -8,15 +8,18 @@ one dies, what it had not brought to an end is given to another one, or fetched 
 from __future__ import annotations
 
 import logging
+import secrets
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.messages import TO, BlobRequest
+from fedprune_server.process.line_process import ChildProcess
 from fedprune_server.transfer.upload_workers.messages import (
     Asks,
     Beat,
@@ -31,11 +34,79 @@ from fedprune_server.transfer.upload_workers.messages import (
     Took,
     ToReceiver,
     ToServer,
+    line,
+    read,
 )
-from fedprune_server.transfer.upload_workers.receiver import Receiver
-from fedprune_server.transfer.uploads import Arrived, Outcome, Spoilt, Uploads, Wants
+from fedprune_server.transfer.uploads import Arrived, FailedUpload, Outcome, Uploads, Wants
 
 log = logging.getLogger("fedprune.server")
+
+SILENT_S = 30.0
+"""A receiver that has said for so long nothing, or that it has no connection, is ended and started again."""
+
+_END_S = 5.0
+
+
+class UploadWorker:
+    """A receiver's process. A new one has a tag of its own: what was meant for the last one reaches nobody.
+
+    Args:
+        begin: The first word to a process with a tag.
+        wake: Called from another thread when it has said something.
+    """
+
+    def __init__(self, begin: Callable[[str], Begin], wake: Callable[[], None]) -> None:
+        self._begin = begin
+        self._child: ChildProcess[ToReceiver | ToServer] = ChildProcess(
+            [sys.executable, "-m", "fedprune_server.transfer.upload_workers.child"],
+            "a receiver",
+            read,
+            end_s=_END_S,
+            wake=wake,
+        )
+        self.tag = ""
+        self.load = 0
+        """Bytes of updates that it was told to fetch and hasn't."""
+        self._heard = 0.0
+
+    @property
+    def alive(self) -> bool:
+        """Whether there is a process."""
+        return self._child.alive
+
+    @property
+    def pid(self) -> int | None:
+        """The process."""
+        return self._child.pid
+
+    def start(self, now: float) -> bool:
+        """Start a process, unless it has been tried too often lately; returns whether there is a new one."""
+        started = self._child.start(self._first, now)
+        if started:
+            self._heard = now
+        return started
+
+    def say(self, word: ToReceiver) -> None:
+        """Tell it something, without waiting."""
+        self._child.tell(line(word))
+
+    def words(self, now: float) -> Iterator[ToReceiver | ToServer]:
+        """What it has said since the last call; at its end, and when it was silent for too long, it is ended."""
+        for word in self._child.words(now):
+            if not isinstance(word, Beat) or word.up:
+                self._heard = now
+            yield word
+        if self.alive and now - self._heard > SILENT_S:
+            why = f"it said nothing, or had no connection to the broker, for {SILENT_S:.0f} s"
+            self._child.give_up(now, why)
+
+    def stop(self) -> None:
+        """End the process; may be called twice."""
+        self._child.stop()
+
+    def _first(self) -> bytes:
+        self.tag, self.load = secrets.token_hex(8), 0
+        return line(self._begin(self.tag))
 
 
 @dataclass
@@ -43,11 +114,11 @@ class _Given:
     round: int
     attempt: int
     ref: BlobRef
-    receiver: Receiver
+    receiver: UploadWorker
     leaves: int = 0
 
 
-class Receivers(Uploads):
+class UploadWorkers(Uploads):
     """Takes in updates with the help of receivers. Use it as a context, in which their processes run.
 
     Args:
@@ -75,9 +146,9 @@ class Receivers(Uploads):
         self._clock = clock
         self._wake = wake
         self._news = threading.Event()
-        self._receivers = [Receiver(begin, self._spoke) for _ in range(count)]
+        self._receivers = [UploadWorker(begin, self._spoke) for _ in range(count)]
         self._given: dict[str, _Given] = {}
-        self._by_blob: dict[str, Receiver] = {}
+        self._by_blob: dict[str, UploadWorker] = {}
         self._fetchers = Counter[str]()
         self._able: set[str] = set()
         self._births: dict[str, tuple[int, float]] = {}
@@ -88,11 +159,11 @@ class Receivers(Uploads):
         self._stored = 0
 
     @property
-    def receivers(self) -> Sequence[Receiver]:
+    def receivers(self) -> Sequence[UploadWorker]:
         """The receivers."""
         return self._receivers
 
-    def __enter__(self) -> Receivers:
+    def __enter__(self) -> UploadWorkers:
         for receiver in self._receivers:
             receiver.start(self._clock())
         return self
@@ -128,7 +199,7 @@ class Receivers(Uploads):
             return super().gone(device, sha256, now)
         self.drop(device)
         reason = "the device no longer has the update that it announced"
-        self._ended.append(Spoilt(device, given.round, given.attempt, reason))
+        self._ended.append(FailedUpload(device, given.round, given.attempt, reason))
         return []
 
     def interrupted(self, now: float) -> None:
@@ -221,7 +292,7 @@ class Receivers(Uploads):
             self._news.set()
             self._wake()
 
-    def _hear(self, receiver: Receiver, tag: str, word: ToReceiver | ToServer, now: float) -> Wants:
+    def _hear(self, receiver: UploadWorker, tag: str, word: ToReceiver | ToServer, now: float) -> Wants:
         if isinstance(word, Beat):
             return []
         if isinstance(word, Took):
@@ -244,7 +315,7 @@ class Receivers(Uploads):
         part = word.device, word.round, word.attempt
         if isinstance(word, Failed):
             self._take_back(word.device)
-            self._ended.append(Spoilt(*part, word.reason))
+            self._ended.append(FailedUpload(*part, word.reason))
         elif word.sha256 == given.ref.sha256:
             self._take_back(word.device)
             if self._blobs.has(word.sha256) and self._blobs.size(word.sha256) == given.ref.size:
@@ -255,7 +326,7 @@ class Receivers(Uploads):
                 return super().add(*part, given.ref, now)
         return []
 
-    def _choose(self, device: str, ref: BlobRef) -> Receiver | None:
+    def _choose(self, device: str, ref: BlobRef) -> UploadWorker | None:
         """Who fetches a device's update: whoever fetches the same blob, so that no two write it, or has least to do."""
         if device not in self._able:
             return None
@@ -282,7 +353,7 @@ class Receivers(Uploads):
                 del self._fetchers[given.ref.sha256], self._by_blob[given.ref.sha256]
         return given
 
-    def _give_anew(self, dead: Receiver, now: float) -> Wants:
+    def _give_anew(self, dead: UploadWorker, now: float) -> Wants:
         """What a receiver had under way as it died is given to others, in the same order."""
         mine = {n: g for n, g in self._given.items() if g.receiver is dead}
         for device in mine:
