@@ -1,1 +1,1 @@
-"""Data sets for simulations: files read, dealt out to devices, loaded when they train."""
+"""Data sets for simulations: reading files, splitting them among devices, loading a device's share while it trains."""

@@ -1,7 +1,7 @@
-"""A data set dealt out: which rows each device trains, validates and tests on. Samples are copied only when asked for.
+"""A data set split among devices: the rows that each device trains, validates and tests on.
 
-A thousand devices cost a thousand lists of rows, not a thousand copies of images: `load` makes a device's data anew
-each time, from arrays that may be mapped files.
+A thousand devices cost a thousand lists of rows: `load` copies a device's samples each time, from arrays that may be
+memory-mapped files.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Holding:
-    """What one device holds: rows of the data set, each in ascending order.
+    """One device's rows of the data set, each in ascending order.
 
     Attributes:
-        train: Trained on.
-        validation: Looked at while training (for stopping, for choices); may be empty.
-        test: Only tested on; may be empty.
+        train: Training rows.
+        validation: Rows for early stopping and choices; may be empty.
+        test: Test rows; may be empty.
     """
 
     train: Rows
@@ -41,22 +41,22 @@ class Holding:
 
     @property
     def rows(self) -> Rows:
-        """All of them, in ascending order."""
+        """All rows, in ascending order."""
         return np.sort(np.concatenate([self.train, self.validation, self.test]))
 
 
 @dataclass(frozen=True, eq=False)
 class Federation:
-    """A data set and who holds what of it.
+    """A data set and its split.
 
     Attributes:
         samples: The data set.
         holdings: Every device's rows, by its name.
-        server: Rows of the server's own, for evaluation; may be empty.
-        preparation: What is done to inputs on their way out.
+        server: The server's rows, for evaluation; may be empty.
+        preparation: Conversion of inputs when they are loaded.
 
     Raises:
-        DataError: There are no devices, a row is held twice, or a device has nothing to train on.
+        DataError: There are no devices, two of them hold the same row, or a device has no training rows.
     """
 
     samples: Samples
@@ -78,33 +78,33 @@ class Federation:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The devices, in the order in which rows were dealt."""
+        """Devices in the order of the split."""
         return tuple(self.holdings)
 
     def count(self, name: str) -> int:
-        """Training samples of a device, without making its data."""
+        """Training samples of a device, without loading them."""
         return len(self.holdings[name].train)
 
     def load(self, name: str) -> LocalData:
-        """Make a device's data.
+        """Load a device's data.
 
         Raises:
-            DataError: Samples can't be prepared, or are no usable data.
+            DataError: Samples can't be prepared, or are not usable.
         """
         holding = self.holdings[name]
         validation = self._pair(holding.validation) if len(holding.validation) else ()
         return LocalData(*self._pair(holding.train), *self._pair(holding.test), *validation)
 
     def evaluation(self) -> tuple[Array, Array] | None:
-        """The server's own samples and labels; None where it has none."""
+        """The server's samples and labels, or None."""
         return self._pair(self.server) if len(self.server) else None
 
     def tests(self) -> tuple[Array, Array]:
-        """All devices' test samples together, and their labels: what global models are compared on."""
+        """The test samples and labels of all devices together, for comparisons of global models."""
         return self._pair(np.sort(np.concatenate([h.test for h in self.holdings.values()])))
 
     def fingerprint(self, name: str) -> str:
-        """Digest of a device's data: of the data set, its rows and what is done to them. Cheap after the first."""
+        """Digest of a device's data: the data set, its rows and the preparation. Cheap after the first call."""
         holding = self.holdings[name]
         digest = hashlib.sha256(json.dumps([self._source, asdict(self.preparation)]).encode())
         for rows in (holding.train, holding.validation, holding.test):
@@ -135,20 +135,20 @@ def federate(
     server: Rows | None = None,
     preparation: Preparation | None = None,
 ) -> Federation:
-    """Split what devices were dealt.
+    """Split each device's rows into training, validation and test rows.
 
     Args:
         samples: The data set.
         hands: Rows of every device.
         seed: The seed.
         names: The devices' names; by default `device-000` and so on.
-        test: Share of a device's rows that it only tests on.
-        validation: Share of the rest that it validates on.
-        server: Rows of the server's own.
-        preparation: What is done to inputs on their way out.
+        test: Share of a device's rows for tests.
+        validation: Share of the remaining rows for validation.
+        server: Rows of the server.
+        preparation: Conversion of inputs when they are loaded.
 
     Raises:
-        DataError: Names come twice or are too few, or a device has too few samples to split.
+        DataError: Names repeat or are too few, or a device has too few samples to split.
     """
     given = list(names) if names is not None else default_names(len(hands))
     if len(given) != len(hands) or len(set(given)) != len(given):
@@ -166,6 +166,6 @@ def federate(
 
 
 def default_names(devices: int) -> list[str]:
-    """`device-000` and so on, with as many digits as are needed, three at least: they sort in their order."""
+    """`device-000` and so on, with as many digits (three at least) as sorting needs."""
     digits = max(3, len(str(devices - 1)))
     return [f"device-{i:0{digits}}" for i in range(devices)]

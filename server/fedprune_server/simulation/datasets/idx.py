@@ -1,4 +1,4 @@
-"""Data sets in idx files, the format of MNIST and its relatives (yann.lecun.com/exdb/mnist), plain or gzipped."""
+"""Data sets in idx files, the format of MNIST (yann.lecun.com/exdb/mnist), plain or gzipped."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MOST = 2**36
-"""Bytes of an array beyond which a header is taken for damaged."""
+"""Bytes of an array beyond which a header is considered damaged."""
 
 _MOST_INFLATED, _MOST_RATIO = 2**30, 100
-"""An array that a packed file makes of more than so many bytes, and so many times its own length, isn't unpacked."""
+"""A packed array above both limits, in bytes and in its ratio to the packed length, is not unpacked."""
 
 _DEFLATE = 1032
-"""Bytes that deflate makes of one, at most (zlib.net/zlib_tech.html)."""
+"""Maximum ratio of deflate (zlib.net/zlib_tech.html)."""
 
 _FILES = {"train": "train", "test": "t10k"}
 
@@ -45,7 +45,7 @@ def read_idx_folder(folder: Path) -> Samples:
 
 
 def has_idx(folder: Path) -> bool:
-    """Whether a folder looks as if it held such files."""
+    """Whether a folder looks like it has such files."""
     return _file(folder, "train-images-idx3-ubyte") is not None
 
 

@@ -1,4 +1,4 @@
-"""Data sets as folders of images: one folder per class, below that of a split or an owner where there is one."""
+"""Data sets as folders of images: one folder per class, below that of a split or an owner if there is one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
-"""What Pillow may take a file for, whatever its name ends in: some of its other formats run programs on the file."""
+"""Formats that Pillow may open, whatever the file's extension: some of its other formats run programs on the file."""
 
 _TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
 _MOST_SIDE = 4096
@@ -24,20 +24,20 @@ _MOST_BYTES = 2**34
 def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
     """Read images.
 
-    Three arrangements are understood: `CLASS/image`, `train/CLASS/image` beside `test/CLASS/image`, and
-    `OWNER/CLASS/image`, of which the owner may be a person or a domain. Classes, owners and files are taken in the
-    order of their names, so the same folder gives the same samples everywhere.
+    Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
+    where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
+    every machine.
 
     Args:
         folder: The folder.
-        size: Height and width to which images are scaled (bilinear, with antialiasing); None if all are alike already.
-        colour: Three colours, else grey.
+        size: Height and width to which images are scaled (bilinear, antialiased); None if all have the same size.
+        colour: Three channels, else grey.
 
     Returns:
         Inputs uint8 [n, height, width, 3], or [n, height, width] if grey.
 
     Raises:
-        DataError: There are no images, one can't be read, is too large, or has another size than the first.
+        DataError: There are no images, one can't be read, is too large, or differs in size from the first.
         MissingExtraError: Pillow is not installed.
     """
     top = _folders(folder)

@@ -1,4 +1,4 @@
-"""Data sets in `.npz` files. Arrays that lie uncompressed in the file are mapped, not read."""
+"""Data sets in `.npz` files. Arrays that are not compressed are memory-mapped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedprune_server.simulation.datasets.samples import Samples, assembled
 Array = npt.NDArray[Any]
 
 _OWNERS = ("owner", "subject", "writer", "domain", "user")
-"""Names that the array of owners may have."""
+"""Accepted names of the array of owners."""
 
 _KNOWN = frozenset(
     {"x", "y", "x_train", "y_train", "x_test", "y_test", "is_test", "class_names"}
@@ -29,7 +29,7 @@ _KNOWN = frozenset(
 """Names of the arrays that are read."""
 
 _MOST_INFLATED, _MOST_RATIO = 2**30, 100
-"""An array that grows beyond so many bytes, and to so many times what it takes in the file, isn't unpacked."""
+"""A compressed array above both limits, in bytes and in its ratio to the compressed length, is not unpacked."""
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 """A member's header inside a zip archive (APPNOTE.TXT, 4.3.7)."""
@@ -41,10 +41,9 @@ def read_npz(path: Path) -> Samples:
     """Read a data set.
 
     Args:
-        path: A file with x_train, y_train, x_test and y_test, or with x, y and, if there is one, the mark is_test
-            (numbers other than 0 are test samples); `owner` (or subject, writer, domain, user) says whose samples
-            they are, `owner_train` and `owner_test` in the first form, and `class_names` what the classes are called.
-            Other arrays are not looked at.
+        path: A file with x_train, y_train, x_test and y_test; or with x, y and optionally is_test, where nonzero marks
+            test samples. Optional are `owner` (also subject, writer, domain, user; `owner_train` and `owner_test` in
+            the first form) and `class_names`. Other arrays are ignored.
 
     Raises:
         DataError: It can't be read, an array is missing, or arrays don't fit each other.
@@ -82,15 +81,14 @@ def read_npz(path: Path) -> Samples:
 
 
 def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
-    """Arrays of a file; those that lie uncompressed in it are mapped read-only. Nothing is unpickled.
+    """Arrays of a file, memory-mapped read-only where they are not compressed. Nothing is unpickled.
 
     Args:
         path: The file.
-        names: Which arrays are read, if they are there; None for all. The others are not even unpacked.
+        names: Arrays to read, if present; None for all. Others are not unpacked.
 
     Raises:
-        DataError: It can't be read, is no `.npz` file of plain arrays, or an array is packed so tightly that it would
-            fill the memory.
+        DataError: It can't be read, is not an `.npz` file of plain arrays, or a compressed array exceeds the limits.
     """
     try:
         arrays: dict[str, Array] = {}
@@ -120,7 +118,7 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
 
 
 def _mapped(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:
-    """The array as a read-only map of the file; None where it is compressed, encrypted, tiny or of objects."""
+    """The array as a read-only map of the file; None if it is compressed, encrypted, tiny or of objects."""
     if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size < 2**16:
         return None
     raw.seek(member.header_offset)
@@ -156,6 +154,6 @@ def _need(path: Path, arrays: dict[str, Array], names: tuple[str, ...]) -> None:
 
 
 def _listed(path: Path) -> str:
-    """Names of all arrays of a file that has been read."""
+    """Names of all arrays of a file."""
     with zipfile.ZipFile(path) as archive:
         return ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"

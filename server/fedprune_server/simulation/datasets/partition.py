@@ -1,7 +1,7 @@
-"""Who gets which samples: partitions of a data set among devices, the same for the same seed everywhere.
+"""Partitions of a data set among devices.
 
-Every function returns one sorted array of rows per device. They are disjoint, and together they are the rows that were
-given. All chance is keyed by what it decides, so a partition does not depend on what else is drawn.
+Every function returns one sorted array of rows per device; the arrays are disjoint and cover the given rows. Random
+numbers are keyed by their purpose, so the same seed gives the same partition on every machine.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _TRIES = 100
 
 
 def iid(rows: Rows, devices: int, *, seed: int, spread: float = 0.0) -> list[Rows]:
-    """Rows at random.
+    """Random rows.
 
     Args:
-        rows: The rows to deal out.
-        devices: How many devices there are.
+        rows: The rows to split.
+        devices: Number of devices.
         seed: The seed.
         spread: 0 for sizes that differ by one at most; else sizes are proportional to exp(spread · normal).
 
@@ -49,18 +49,17 @@ def dirichlet(
 ) -> list[Rows]:
     """Of every class, each device gets a share drawn from a Dirichlet distribution (Hsu et al., arXiv:1909.06335).
 
-    Up to 100 draws are made until every device has `least` samples. If none has it (as with a thousand devices and a
-    small alpha), the last draw is mended: devices that have too few take over samples of those that have the most.
+    Up to 100 draws are made until every device has `least` samples. If none succeeds (a thousand devices and a small
+    alpha), devices with too few samples take some from those with the most.
 
     Args:
-        rows: The rows to deal out.
-        labels: Labels of all samples, of which `rows` are some.
-        devices: How many devices there are.
-        alpha: Concentration: the smaller, the more one-sided is what a device sees.
+        rows: The rows to split.
+        labels: Labels of all samples, [n].
+        devices: Number of devices.
+        alpha: Concentration: the smaller, the more uneven the split.
         seed: The seed.
-        least: Samples that every device has at least.
-        balance: A device that has a fair share already gets nothing of further classes (as in PFLlib): sizes differ
-            less.
+        least: Minimum samples per device.
+        balance: Whether a device that has a fair share gets no further classes (as in PFLlib), which evens out sizes.
 
     Raises:
         DataError: alpha is not above 0, or there are too few rows.
@@ -95,20 +94,20 @@ def dirichlet(
 def pathological(
     rows: Rows, labels: Labels, devices: int, *, classes: int, seed: int, spread: float = 0.0
 ) -> list[Rows]:
-    """Every device sees samples of so many classes only (McMahan et al., arXiv:1602.05629), no class twice.
+    """Every device sees samples of `classes` different classes (McMahan et al., arXiv:1602.05629).
 
-    Every class goes to as many devices as any other, or to one more or less, and is split evenly among them.
+    Every class goes to the same number of devices, plus or minus one, and is split evenly among them.
 
     Args:
-        rows: The rows to deal out.
-        labels: Labels of all samples.
-        devices: How many devices there are.
-        classes: Classes of a device.
+        rows: The rows to split.
+        labels: Labels of all samples, [n].
+        devices: Number of devices.
+        classes: Classes per device.
         seed: The seed.
         spread: 0 to split a class evenly; else parts are proportional to exp(spread · normal).
 
     Raises:
-        DataError: There are not so many classes, some class would go to nobody, or a class has too few samples.
+        DataError: There are fewer classes, a class would go to no device, or a class has too few samples.
     """
     _check(rows, devices)
     own = labels[rows]
@@ -136,13 +135,13 @@ def pathological(
 
 
 def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, seed: int) -> list[Rows]:
-    """What belongs together stays together: people, writers, or one domain per device.
+    """Keep the samples of a person, writer or domain together.
 
     Args:
-        rows: The rows to deal out.
-        owners: Owners of all samples.
-        devices: 0 for a device per owner, in the owners' order. Fewer devices than owners: each gets several owners,
-            at random and as equal in number as can be. More: owner k's samples go to the devices k, k + owners, ...
+        rows: The rows to split.
+        owners: Owners of all samples, [n].
+        devices: 0 for a device per owner, in the owners' order. With fewer devices than owners each gets several owners
+            at random; with more, owner k's samples are split among the devices k, k + owners, ...
 
     Raises:
         DataError: An owner has fewer samples than devices.
@@ -166,23 +165,23 @@ def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, see
 
 
 def chosen(rows: Rows, most: int, *, seed: int) -> Rows:
-    """So many of the rows, at random; all of them if there are no more, or `most` is 0."""
+    """`most` of the rows at random; all of them if there are no more, or `most` is 0."""
     if not 0 < most < len(rows):
         return np.sort(rows)
     return np.sort(rows[keyed(seed, "chosen").permutation(len(rows))[:most]])
 
 
 def split(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> list[Rows]:
-    """A device's rows in several parts, such as validation and test; the last one gets the rest.
+    """Split a device's rows into parts, such as validation and test; the last part gets the rest.
 
     Args:
         rows: The device's rows.
         shares: Shares of the parts before the last; each above 0 gets one sample at least.
         seed: The seed.
-        device: The device's name: it keys the split.
+        device: The device's name, which keys the split.
 
     Raises:
-        DataError: Shares are not 0 or above, not below 1 in all, or nothing is left for the last part.
+        DataError: A share is negative, they sum to 1 or more, or nothing is left for the last part.
     """
     if any(not 0 <= s < 1 for s in shares) or sum(shares) >= 1:
         raise DataError("shares of a split", expected="numbers of 0 or more, below 1 in all", got=list(shares))
@@ -223,14 +222,14 @@ def _shares(rng: np.random.Generator, devices: int, alpha: float) -> npt.NDArray
 
 
 def _cuts(total: int, shares: npt.NDArray[np.float64], least: int = 0) -> npt.NDArray[np.int64]:
-    """Where to cut `total` things into parts with these shares; every part gets `least` at least."""
+    """Cut points that divide `total` items into parts of these shares, with at least `least` items each."""
     free = total - least * len(shares)
     given = least * np.arange(1, len(shares))
     return (np.floor(np.cumsum(shares)[:-1] * free + 1e-9).clip(0, free) + given).astype(np.int64)
 
 
 def _holders(classes: int, devices: int, each: int, rng: np.random.Generator) -> list[set[int]]:
-    """Classes of every device: always those with the most places left, which never runs into a dead end."""
+    """Classes of every device. Taking those with the most places left never runs into a dead end."""
     places = np.full(classes, devices * each // classes)
     places[rng.permutation(classes)[: devices * each % classes]] += 1
     out: list[set[int]] = [set() for _ in range(devices)]
@@ -242,7 +241,7 @@ def _holders(classes: int, devices: int, each: int, rng: np.random.Generator) ->
 
 
 def _mended(hands: list[Rows], labels: Labels, least: int, rng: np.random.Generator) -> list[Rows]:
-    """Hands of which each has `least` samples: whoever has the most gives, of the class that it has most of."""
+    """Partition in which each device has `least` samples: the largest one gives, of its most frequent class."""
     hands = list(hands)
     sizes = np.array([len(h) for h in hands])
     for device in map(int, np.flatnonzero(sizes < least)):

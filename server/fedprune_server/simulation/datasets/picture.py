@@ -1,4 +1,4 @@
-"""The partition of a data set among devices: samples per device and class, as a heat map and as a table."""
+"""The partition of a data set among devices, as a heat map and as a table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.datasets.federation import Federation
 
 DEVICES = 300
-"""Devices that a heat map shows; of larger fleets these many, evenly spread."""
+"""Devices that a heat map shows; larger fleets are sampled evenly."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Partition:
     """The data of a fleet.
 
     Attributes:
-        data: The data set's name; empty where devices brought samples of their own.
-        classes: Names of its classes; empty where they are numbers.
-        counts: Per device its samples of each class; empty where labels are no classes, or unknown.
+        data: The data set's name; empty if devices have their own samples.
+        classes: Names of its classes; empty if they are numbers.
+        counts: Samples per class of each device; empty if labels are not classes, or unknown.
     """
 
     data: str = ""
@@ -34,13 +34,13 @@ class Partition:
 
     @classmethod
     def of_federation(cls, federation: Federation, data: str = "") -> Partition:
-        """The partition of a data set that was dealt out."""
+        """The partition of a data set."""
         rows = zip(federation.names, federation.counts(), strict=True)
         return cls(data, federation.samples.class_names, {name: tuple(map(int, row)) for name, row in rows})
 
     @classmethod
     def of_devices(cls, devices: Mapping[str, LocalData], data: str = "") -> Partition:
-        """The partition of devices whose samples are at hand; without counts where a label is not a class."""
+        """The partition of loaded samples; without counts if labels are not classes."""
         labels = {n: np.concatenate([d.y_train, d.y_val, d.y_test]) for n, d in devices.items() if d.y_train.ndim == 1}
         if len(labels) < len(devices) or any(y.dtype.kind != "i" for y in labels.values()):
             return cls(data)
@@ -48,11 +48,10 @@ class Partition:
         return cls(data, (), {name: tuple(map(int, np.bincount(y, minlength=most))) for name, y in labels.items()})
 
     def named(self, label: int) -> str:
-        """Name of a class."""
         return self.classes[label] if label < len(self.classes) else str(label)
 
     def heat_map(self) -> str:
-        """A row per device and a tile per class, as HTML; empty where nothing is known."""
+        """HTML with a row per device and a tile per class; empty without counts."""
         if not self.counts:
             return ""
         most = max(max(counts, default=0) for counts in self.counts.values()) or 1
@@ -76,10 +75,10 @@ class Partition:
 
 
 def draw_partition(federation: Federation, path: Path, title: str = "Data of the devices") -> Path:
-    """Write the heat map of a partition as a page that needs no other file.
+    """Write the heat map of a partition as a self-contained page.
 
     Args:
-        federation: The data and who holds it.
+        federation: The data set and its split.
         path: An `.html` file.
         title: The page's heading.
 
@@ -94,7 +93,7 @@ def draw_partition(federation: Federation, path: Path, title: str = "Data of the
 
 
 def partition_table(federation: Federation) -> str:
-    """The same as text: a line per device with its samples and the classes that it has most of, as Markdown."""
+    """The partition as Markdown: samples of each device, and its most frequent classes."""
     counts, names = federation.counts(), federation.samples.class_names
     lines = ["| device | train | validation | test | classes, most first |", "|---|---:|---:|---:|---|"]
     for row, (name, holding) in zip(counts, federation.holdings.items(), strict=True):

@@ -1,4 +1,4 @@
-"""Samples as a data set's files hold them: arrays that may lie on disk, gathered and scaled where they are used."""
+"""The samples of a data set: arrays that may be memory-mapped, copied and scaled on use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
 _CHUNK = 4096
-"""Samples that are in memory at once where all are looked at."""
+"""Samples per chunk when all are read."""
 
 _COLOURS = (1, 3, 4)
 
@@ -27,13 +27,13 @@ class Samples:
     """All samples of a data set. Rows count through the parts, one after the other.
 
     Attributes:
-        parts: Inputs [n_i, ...], of one type and shape: uint8 images, floats, or whole numbers (token ids).
+        parts: Inputs [n_i, ...], of one type and shape: uint8 images, floats, or integers (token ids).
         labels: Classes, int64 [n].
-        testing: Which samples the data set's authors keep for tests, bool [n].
-        owners: Whose sample it is (a person, a writer, a domain), as an index into `owner_names`, int64 [n]; None
-            where nobody owns any.
+        testing: Marks of the data set's own test samples, bool [n].
+        owners: Index of each sample's owner (a person, a writer, a domain) in `owner_names`, int64 [n]; None without
+            owners.
         owner_names: Names of the owners.
-        class_names: Names of the classes; numbers as text where the files have no names.
+        class_names: Names of the classes; numbers as text if the files have no names.
 
     Raises:
         DataError: Lengths, types or shapes don't fit each other, or a number is out of range.
@@ -79,22 +79,21 @@ class Samples:
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
         return len(self.class_names)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """One sample's shape as the files have it."""
+        """Shape of one sample in the files."""
         return self.parts[0].shape[1:]
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of the inputs as the files have it."""
+        """Type of the inputs in the files."""
         return self.parts[0].dtype
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of all inputs, labels, owners and marks: it tells data sets apart. Reads everything once."""
+        """SHA-256 of all inputs, labels, owners and marks. Reads everything once."""
         digest = hashlib.sha256(f"{self.dtype.str} {self.shape} {len(self)}".encode())
         for part in self.parts:
             for at in range(0, len(part), _CHUNK):
@@ -104,13 +103,13 @@ class Samples:
         return digest.hexdigest()
 
     def take(self, rows: npt.ArrayLike) -> Array:
-        """A copy of some inputs, as the files have them.
+        """Copy inputs as the files have them.
 
         Args:
-            rows: Which, each from 0 to below the number of samples.
+            rows: Indices, each from 0 to below the number of samples.
 
         Raises:
-            DataError: There is no such row.
+            DataError: A row does not exist.
         """
         wanted = np.asarray(rows, np.int64)
         if len(wanted) and not (int(wanted.min()) >= 0 and int(wanted.max()) < len(self)):
@@ -125,7 +124,7 @@ class Samples:
         return out
 
     def subset(self, rows: npt.ArrayLike) -> Samples:
-        """Some of the samples, copied, as a data set of their own with the same names."""
+        """A copy of some samples, as a data set with the same names."""
         wanted = np.asarray(rows, np.int64)
         return replace(
             self,
@@ -138,15 +137,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is done to inputs on their way to a model: whole sets are never converted, only what a device trains on.
+    """Conversion of inputs for a model, applied only to the samples in use.
 
-    Images, uint8 with 1, 3 or 4 colours last, first or none at all, become float32 [n, colours, height, width] from 0
-    to 1. Floats become float32, whole numbers int64 (token ids).
+    Images (uint8 with 1, 3 or 4 channels last, first or omitted) become float32 [n, channels, height, width] from 0 to
+    1. Floats become float32, integers int64 (token ids).
 
     Attributes:
-        pool: Images shrink by this factor, by averages over squares.
+        pool: Factor by which images shrink, by averages over squares.
         mean: Subtracted afterwards, one number per channel (the first axis of a sample); empty for none.
-        deviation: What is left is divided by these.
+        deviation: Divisors after that, one number per channel.
 
     Raises:
         DataError: A number is out of range.
@@ -165,13 +164,10 @@ class Preparation:
             )
 
     def __call__(self, raw: Array) -> Array:
-        """Prepare some inputs.
-
-        Args:
-            raw: As the files have them, [n, ...].
+        """Convert inputs as the files have them, [n, ...].
 
         Raises:
-            DataError: They are no images where images are asked for, can't be divided into squares, or have another
+            DataError: They are not images where images are needed, can't be divided into squares, or have another
                 number of channels than `mean`.
         """
         if raw.dtype.kind in "iu" and raw.dtype != np.uint8:
@@ -189,14 +185,14 @@ class Preparation:
         return np.ascontiguousarray(x)
 
     def standardised(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
-        """The same, with mean and deviation measured per channel.
+        """This preparation with mean and deviation measured per channel.
 
         Args:
             samples: The data set.
-            rows: Which samples to look at; None for all that are not kept for tests.
+            rows: Samples to measure; None for all but the data set's test samples.
 
         Raises:
-            DataError: Inputs are token ids, or a channel is the same number everywhere.
+            DataError: Inputs are token ids, or a channel is constant.
         """
         plain = replace(self, mean=(), deviation=())
         looked = np.flatnonzero(~samples.testing) if rows is None else np.asarray(rows, np.int64)
@@ -230,9 +226,9 @@ def assembled(
     """A data set made of splits.
 
     Args:
-        splits: Inputs, labels and whether they are kept for tests.
-        owners: Per split the owners, in any numbers or texts; `owner_names` are then made of them.
-        owner_names: Names, where `owners` are indices into them already.
+        splits: Inputs, labels and whether they are test samples.
+        owners: Owners per split, as any numbers or texts from which `owner_names` are made.
+        owner_names: Names, if `owners` are indices already.
         class_names: Names of the classes.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which reader a data set's files need."""
+"""The choice of a reader for a data set's files."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fedprune_server.simulation.datasets.npz import read_npz
 from fedprune_server.simulation.datasets.samples import Samples
 
 VARIABLE = "FEDPRUNE_DATA"
-"""Environment variable with a folder in which sources are looked for that aren't there otherwise."""
+"""Environment variable with a folder in which missing sources are searched."""
 
 _INNER = ("cifar-10-batches-bin", "cifar-100-binary", "cifar-10-batches-py", "cifar-100-python", "raw", "MNIST/raw")
-"""Where archives and torchvision put the files below the folder that people name."""
+"""Folders of archives and of torchvision, below the folder that a user names."""
 
 
 def read_samples(source: str | Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
     """Read a data set.
 
     Args:
-        source: A `.npz` file, or a folder: MNIST's idx files, CIFAR's binary files, or images in a folder per
-            class. A path that doesn't exist is looked for under `FEDPRUNE_DATA`, also with `.npz` behind it.
+        source: A `.npz` file, or a folder: MNIST's idx files, CIFAR's binary files, or images in a folder per class. A
+            path that doesn't exist is searched in `FEDPRUNE_DATA`, also with the extension `.npz`.
         size: Height and width to which images of a folder are scaled.
         colour: Whether images of a folder are read in colour.
 
     Raises:
-        DataError: It is not there, or can't be read; the message names the file.
+        DataError: It doesn't exist, or can't be read; the message names the file.
     """
     path = found(source)
     with _named(path):
@@ -52,7 +52,7 @@ def _read(path: Path, size: tuple[int, int] | None, colour: bool) -> Samples:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Puts the file's name before an error that doesn't have it."""
+    """Add the file's name to an error that doesn't have it."""
     try:
         yield
     except DataError as error:
@@ -62,10 +62,10 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def found(source: str | Path) -> Path:
-    """Where a source lies.
+    """The path of a source.
 
     Raises:
-        DataError: Nowhere; the message says where it was looked for.
+        DataError: It doesn't exist; the message names the searched places.
     """
     named = Path(source)
     places = [named]

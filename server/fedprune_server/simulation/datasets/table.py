@@ -1,4 +1,4 @@
-"""The table [data] of a `fleet.toml`: which data set a simulated fleet has, and how it is dealt out."""
+"""The table [data] of a `fleet.toml`: the data set of a simulated fleet, and its split."""
 
 from __future__ import annotations
 
@@ -25,29 +25,27 @@ KINDS = get_args(Kind)
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Settings of a federation.
+    """Settings of a data set's split.
 
     Attributes:
-        source: A data set, as `read_samples` takes it.
-        devices: How many devices there are; 0 for one per owner.
-        partition: `iid`, `dirichlet` (of every class a share by a Dirichlet distribution), `pathological` (a few
-            classes each) or `owners` (people, writers, domains).
+        source: A data set, see `read_samples`.
+        devices: Number of devices; 0 for one per owner.
+        partition: `iid`, `dirichlet`, `pathological` (a few classes each) or `owners` (people, writers, domains).
         alpha: Concentration of the Dirichlet shares.
-        least: Samples that every device has at least (dirichlet).
-        balance: Whether a device with a fair share gets nothing of further classes (dirichlet).
-        classes: Classes of a device (pathological).
-        spread: How much sizes differ: parts are proportional to exp(spread · normal) (iid, pathological).
-        most: Samples that are used, at random; 0 for all.
-        pooled: Whether the data set's own test samples are dealt out with the others. If not, devices get none of
-            them, and they are the server's.
-        test: Share of a device's samples that it only tests on.
-        validation: Share of the rest that it validates on.
-        server: Share of the samples that are dealt out to nobody and kept for the server's evaluation.
-        pool: Images shrink by this factor.
-        standardise: Whether channels get mean 0 and deviation 1, measured on what is not the server's.
-        size: Height and width of images of a folder; empty for as they are.
+        least: Minimum samples per device (dirichlet).
+        balance: Whether a device with a fair share gets no further classes (dirichlet).
+        classes: Classes per device (pathological).
+        spread: Parts are proportional to exp(spread · normal) (iid, pathological).
+        most: Samples to use, at random; 0 for all.
+        pooled: Whether the data set's own test samples are split with the others; if not, the server gets them.
+        test: Share of a device's samples for tests.
+        validation: Share of the remaining samples for validation.
+        server: Share of the samples for the server's evaluation.
+        pool: Factor by which images shrink.
+        standardise: Whether channels get mean 0 and deviation 1, measured on the devices' samples.
+        size: Height and width of images of a folder; empty to keep theirs.
         colour: Whether images of a folder are read in colour.
-        ascending: Whether devices are numbered by how much they hold, least first.
+        ascending: Whether devices are numbered by their samples, fewest first.
         seed: The partition's seed; None for the job's.
     """
 
@@ -103,8 +101,8 @@ class DataPlan:
 
         Args:
             body: The table.
-            where: The file's name and the table's, for errors.
-            folder: What a source's path counts from, if there is such a file.
+            where: Names of file and table, for errors.
+            folder: Base of a relative source.
 
         Raises:
             ConfigError: An unknown key or a wrong value; the message names it.
@@ -124,19 +122,19 @@ class DataPlan:
             raise ConfigError(f"{where} {what}", expected=error.expected, got=error.got, hint=error.hint) from error
 
     def read(self, seed: int = 0) -> Federation:
-        """Read the data set and deal it out.
+        """Read the data set and split it.
 
         Args:
-            seed: The job's seed, where the plan has none of its own.
+            seed: The job's seed, used if the table has none.
 
         Raises:
-            DataError: The source can't be read, or can't be dealt out like this.
+            DataError: The source can't be read, or can't be split like this.
         """
         size = (self.size[0], self.size[1]) if self.size else None
         return self.deal(read_samples(self.source, size=size, colour=self.colour), seed)
 
     def deal(self, samples: Samples, seed: int = 0) -> Federation:
-        """Deal out samples that are read already; arguments and errors are those of `read`."""
+        """Split samples; arguments and errors as `read`."""
         own = seed if self.seed is None else self.seed
         everything = np.arange(len(samples)) if self.pooled else np.flatnonzero(~samples.testing)
         if self.partition == "owners" and samples.owners is None:
@@ -184,7 +182,7 @@ class DataPlan:
         )
 
     def _names(self, samples: Samples, rows: Rows, devices: int) -> list[str]:
-        """An owner's own name where each device is one owner and the names can be devices' names."""
+        """The owners' names if each device is one owner and the names are valid for devices."""
         if self.partition == "owners" and samples.owners is not None and not self.ascending:
             present = [samples.owner_names[int(o)] for o in np.unique(samples.owners[rows])]
             if len(present) == devices and all(n.isascii() and n.isidentifier() for n in present):

@@ -1,7 +1,7 @@
 """The demo's fleet: six boards of five kinds, their links, and the two jobs that are compared.
 
-No width is written here. The boards are shipped hardware profiles; what differs from board to board is the link that it
-hangs on, as in the field: a modem with a data plan, a shared uplink, a cable. The planner makes widths of that.
+Widths are not set here. The boards are shipped hardware profiles with different links (a modem with a data plan, a
+shared uplink, a cable), from which the planner derives widths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedprune_server.simulation.experiment import fedavg
 ROUNDS = 24
 QUICK_ROUNDS = 2
 BYTE_BUDGET = 430_000
-"""Bytes that the fleet's job lets one device cause per round, both ways."""
+"""Bytes per device and round, both ways, that the fleet's job allows."""
 
 _DEADLINE_S = 60.0
 
@@ -29,8 +29,8 @@ class Board:
     Attributes:
         name: Its name.
         kind: Name of a shipped profile.
-        link: What it hangs on.
-        bytes_per_round: What that link may carry per round, both ways; None for the shipped profile's figure.
+        link: Its link.
+        bytes_per_round: Bytes per round, both ways, that the link may carry; None for the profile's figure.
     """
 
     name: str
@@ -66,7 +66,7 @@ BOARDS = (
 
 
 def fleet_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
-    """Narrow models by plan, with the strategy that this project recommends, as it is."""
+    """The fleet's job: planned widths and the recommended strategy."""
     return Job(
         name="fleet",
         seed=seed,
@@ -80,12 +80,12 @@ def fleet_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
 
 
 def too_few(rounds: int) -> str:
-    """Why a demo of so many rounds is not judged by its claims; empty if it is."""
+    """Reason not to judge a demo of so few rounds; empty if it is judged."""
     if rounds >= ROUNDS:
         return ""
     return f"Too few rounds to judge accuracies and bytes by: {rounds}; the demo takes {ROUNDS}."
 
 
 def reference_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
-    """FedAvg on the same boards, for as many rounds and steps."""
+    """FedAvg on the same boards, with the same rounds and steps."""
     return fedavg(fleet_job(seed, rounds))

@@ -1,4 +1,4 @@
-"""The table [[devices]] of a `fleet.toml`: from its rows to virtual devices, one by one or a thousand at once."""
+"""The table [[devices]] of a `fleet.toml`: its rows as virtual devices, one by one or a thousand at once."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualD
 MEGABYTE = 1e6
 
 HELD = 32
-"""Fleets of up to so many devices hold their samples in memory; larger ones read them when they are needed."""
+"""Fleets of up to this size hold their samples in memory; larger ones read them on use."""
 
 _KEYS = ("name", "count", "profile", "data", "link", "validation")
 _LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
 
 Link = Mapping[str, float]
-"""Speeds in MB/s and latency in seconds, as far as they differ from the profile's."""
+"""Speeds in MB/s and latency in seconds that differ from the profile's."""
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One device to be, and where it stands in the file."""
+    """One future device and its place in the file."""
 
     where: str
     name: str
@@ -55,11 +55,11 @@ def read_devices(
 
     Args:
         rows: The table's rows.
-        seed: The job's seed: it keys the split of samples.
+        seed: The job's seed, which keys the split of samples.
         path: The file, for errors and relative paths.
-        federation: The samples of the table [data], dealt out; None where every row names its own.
-        links: Links that devices without their own get, in turn.
-        check: Raises `DataError` where a device's samples don't fit the model.
+        federation: The split data set of the table [data]; None if every row names its own.
+        links: Links for devices without their own, in turn.
+        check: Raises `DataError` if a device's samples don't fit the model.
 
     Raises:
         ConfigError: A key is missing, unknown or wrong; the message names row and key.
@@ -93,7 +93,7 @@ def read_devices(
 
 @contextmanager
 def named(where: str) -> Iterator[None]:
-    """Say in an error where in the file the thing stands that it is about."""
+    """Add the place in the file to an error."""
     try:
         yield
     except FedpruneError as error:
@@ -128,7 +128,7 @@ def _expanded(rows: object, path: Path, federation: Federation | None) -> Iterat
 def _names(
     row: Mapping[str, Any], where: str, federation: Federation | None, started: int, *, alone: bool
 ) -> tuple[str, ...]:
-    """The names of a row's devices: its own, or numbered ones, or those that came with the data."""
+    """Names of a row's devices: its own, numbered ones, or those of the data."""
     count = row.get("count")
     if count is not None:
         setting_checks.whole(f"{where}: count", count, 1, 10**6)
@@ -153,7 +153,7 @@ def _own_name(name: str, where: str) -> str:
 
 
 def _links(value: object, where: str) -> list[Link]:
-    """The links of a row's devices: one, or several in turn."""
+    """Links of a row's devices: one, or several in turn."""
     tables = value if isinstance(value, list) and value else [value]
     found: list[Link] = []
     for table in tables:
@@ -168,7 +168,7 @@ def _links(value: object, where: str) -> list[Link]:
 
 
 class _Boards:
-    """Profiles by name and link; devices of one kind share theirs."""
+    """Profiles by name and link, shared by devices of one kind."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -178,7 +178,7 @@ class _Boards:
         """A profile with another link.
 
         Raises:
-            FedpruneError: There is none of this name.
+            FedpruneError: No profile has this name.
         """
         key = (name, tuple(sorted(link.items())))
         if key not in self._known:
@@ -190,7 +190,7 @@ class _Boards:
 
 
 def with_link(profile: HardwareProfile, link: Link) -> HardwareProfile:
-    """The same board on another link; what isn't said stays as it is."""
+    """The same board on another link; missing values stay."""
     if not link:
         return profile
     known = profile.link

@@ -1,4 +1,4 @@
-"""What `fedprune-simulate` is to simulate: a `fleet.toml` with its [[devices]], or the demo's fleet."""
+"""Input of `fedprune-simulate`: a `fleet.toml` with its [[devices]], or the demo's fleet."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from fedprune_server.simulation.network_tables import (
 
 @dataclass(frozen=True, eq=False)
 class Plan(Experiment):
-    """What is to be simulated, and what it is compared with.
+    """An experiment and its reference.
 
     Attributes:
-        reference: The job that it is compared with on the same devices, or None.
+        reference: The reference's job on the same devices, or None.
     """
 
     reference: Job | None = None
 
     def compared(self) -> Experiment | None:
-        """The experiment that it is compared with."""
+        """The reference's experiment, or None."""
         return None if self.reference is None else replace(self, title=REFERENCE, job=self.reference, reference=None)
 
 
@@ -61,22 +61,22 @@ def read_plan(
     tables: Mapping[str, Any] | None = None,
     model: Model | None = None,
 ) -> Plan:
-    """Read a `fleet.toml` with a [[devices]] table. What only a server needs, [server], is not looked at.
+    """Read a `fleet.toml` with a [[devices]] table. The table [server] is ignored.
 
     Args:
         path: The file.
         reference: Whether the job is compared with FedAvg.
-        strategy: Instead of the job's.
-        seed: Instead of the job's.
-        rounds: Instead of the job's.
-        changes: Tables of which single keys replace those of the file's.
-        title: Instead of the job's name.
-        tables: The file's tables, where they are not read from it; `path` then only names them in errors.
-        model: Instead of that of [model].
+        strategy: Replaces the job's.
+        seed: Replaces the job's.
+        rounds: Replaces the job's.
+        changes: Tables whose keys replace those of the file.
+        title: Replaces the job's name.
+        tables: The tables, if they don't come from a file; `path` then appears in errors alone.
+        model: Replaces that of [model].
 
     Raises:
         ConfigError: It can't be read, or a key is missing, unknown or wrong; the message names it.
-        FedpruneError: Model, data or a profile can't be read; the message names the table and the key.
+        FedpruneError: Model, data or a profile can't be read; the message names table and key.
     """
     found = read_tables(path, changes, tables)
     with located(found.layers, str(path)):
@@ -85,7 +85,7 @@ def read_plan(
 
 
 def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, model: Model | None) -> Plan:
-    """The plan of a file's tables; arguments and errors are those of `read_plan`."""
+    """The plan of a file's tables; arguments and errors as `read_plan`."""
     config, settings = found.config, found.settings
     federation = None
     if found.data is not None:
@@ -146,18 +146,18 @@ def _partition(devices: Sequence[VirtualDevice], federation: Federation | None, 
 
 @dataclass(frozen=True)
 class Tables:
-    """What a `fleet.toml` says, before any model, profile or data is read.
+    """A `fleet.toml` before models, profiles or data are read.
 
     Attributes:
         body: Its tables, with the changes.
         layers: The file, and the changes.
-        config: Those that a server reads, too, but [server].
+        config: The tables that a server reads, except [server].
         data: The table [data], or None.
-        dropouts: How devices vanish.
-        availability: When devices are there.
-        weather: How links and boards vary.
-        links: Links of devices that bring none.
-        settings: What the simulation is told beside that.
+        dropouts: Devices that disconnect.
+        availability: Windows of time in which devices are connected.
+        weather: Variation of links and boards.
+        links: Links for devices that have none.
+        settings: The table [simulation].
     """
 
     body: Mapping[str, Any]
@@ -174,7 +174,7 @@ class Tables:
 def read_tables(
     path: Path, changes: Mapping[str, Any] | None = None, tables: Mapping[str, Any] | None = None
 ) -> Tables:
-    """Read a `fleet.toml` alone; arguments and errors are those of `read_plan`."""
+    """Read a `fleet.toml` alone; arguments and errors as `read_plan`."""
     file = file_layer(path) if tables is None else Layer(str(path), dict(tables))
     layers = (file, Layer(str(path), dict(changes or {}), {p: str(path) for p in _keys((), changes or {})}))
     body = _with(file.tables, changes or {})
@@ -205,7 +205,7 @@ def _with(body: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _data(body: object, devices: object, path: Path) -> DataPlan:
-    """The table [data]; how many devices there are may also be said by [[devices]]."""
+    """The table [data]; [[devices]] may set the number of devices, too."""
     if isinstance(body, Mapping) and "devices" not in body and isinstance(devices, list):
         counts = [r.get("count", 1) for r in devices if isinstance(r, Mapping) and {"name", "count"} & set(r)]
         if len(counts) == len(devices) and all(isinstance(c, int) for c in counts):
@@ -217,9 +217,9 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
     """The fleet of `fedprune-server demo`, and FedAvg on the same devices.
 
     Args:
-        strategy: Instead of the demo's; FedAvg stays what it is compared with.
-        seed: Instead of 0.
-        rounds: Instead of the demo's.
+        strategy: Replaces the demo's; the reference stays FedAvg.
+        seed: Replaces 0.
+        rounds: Replaces the demo's.
 
     Raises:
         ConfigError: One of them is wrong.
@@ -246,7 +246,7 @@ def _overridden(job: Job, strategy: str | None, seed: int | None, rounds: int | 
 
 
 def _present(body: Mapping[str, object], job: Job, devices: int) -> int:
-    """How many devices a round waits for: what the configuration says, if there are as many; all if it says nothing."""
+    """Devices that a round waits for: the configured number, capped at the fleet's; all by default."""
     if "devices" not in body:
         return devices
     if job.devices > devices:

@@ -1,4 +1,4 @@
-"""Several runs side by side: one page with their curves, their finals, and what a target cost each of them."""
+"""Several runs on one page: their curves, final results, and the cost of a target."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _MOST_VALUES = 5
 
 
 def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
-    """Runs from their folders or `metrics.json` files; runs of the same title are told apart by where they lie.
+    """Runs from their folders or `metrics.json` files; equal titles are distinguished by path.
 
     Args:
-        places: Folders or files; a folder that has a reference brings only the run itself.
+        places: Folders or files; of a folder with a reference only the run itself is read.
 
     Raises:
-        StorageError: There is no run, or none of its rounds has ended, or they measure different things.
+        StorageError: There is no run, none of its rounds has ended, or they measure different things.
     """
     runs = [(p, Record.load(p / RECORD.format("") if p.is_dir() else p)) for p in places]
     for place, run in runs:
@@ -46,7 +46,7 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
 
 
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
-    """What each run came to; the first row is the header. Accuracies and losses are means over the last rounds."""
+    """Final results, means over the last rounds; the first row is the header."""
     kind = runs[0].measure
     own = [f"{kind}_{m}" for m in beside(runs)]
     names: dict[str, None] = {}
@@ -75,9 +75,9 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
 
 
 def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
-    """What it cost each run until its global model was as good as a target; the first row is the header.
+    """Cost until each run's global model reached a target; the first row is the header.
 
-    Speed-ups are the first run's simulated time over each one's.
+    Speed-up is the first run's simulated time over each run's.
     """
     reached = [run.reached(target, run.global_values()) for run in runs]
     rows: list[tuple[str, ...]] = [("run", "round", "seconds", "speed-up", "MB down and up", "training TMACs")]
@@ -113,7 +113,7 @@ def print_comparison(runs: Sequence[Record], targets: Sequence[float] = ()) -> N
 
 
 def _column(title: str) -> Column:
-    """A column of the printed tables; the run and what it achieved stay at any width."""
+    """A column of the printed tables; the run and its result stay at any width."""
     if title == "run":
         return Column(title, wrap=16)
     stays = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
@@ -124,11 +124,11 @@ _DROPS = {"training TMACs": 3, "rounds": 4}
 
 
 def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[float] = ()) -> Path:
-    """Write `comparison.html`, which needs no other file, and `comparison.md`.
+    """Write `comparison.html`, a self-contained page, and `comparison.md`.
 
     Args:
-        folder: Where to; it is made if missing.
-        runs: The runs, the one to compare with first.
+        folder: The output folder, which is created if missing.
+        runs: The runs; the first is the baseline.
         targets: Accuracies (losses) whose cost is compared.
 
     Returns:
@@ -159,7 +159,7 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
 
 
 def _shared(runs: Sequence[Record]) -> dict[str, str]:
-    """The header: each fact with the values that the runs have."""
+    """The header: each fact with the runs' values."""
     found = [run.facts() for run in runs]
     values = {key: list(dict.fromkeys(f[key] for f in found if f[key])) for key in found[0]}
     return {k: ", ".join(v) if len(v) <= _MOST_VALUES else f"{len(v)} different" for k, v in values.items()}

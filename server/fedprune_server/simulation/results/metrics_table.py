@@ -1,4 +1,4 @@
-"""A run's numbers as two Parquet tables, which pandas, polars, DuckDB and R read as they are."""
+"""A run's numbers as two Parquet tables, for pandas, polars, DuckDB and R."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fedprune.core.disk import storage_errors
 from fedprune_server.simulation.results.record import Record, RoundRow
 
 METRICS = "metrics{}.parquet"
-"""Long: a row per round, device and metric."""
+"""Long format: a row per round, device and metric."""
 
 ROUNDS = "rounds{}.parquet"
-"""Wide: a row per round."""
+"""Wide format: a row per round."""
 
 SPENT = ("bytes_down", "bytes_up", "training_macs")
-"""Metrics of what a device cost since the round before."""
+"""Costs of a device since the previous round."""
 
 _PIECE = 50_000
 
@@ -40,14 +40,14 @@ _LONG = pa.schema(
 def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
     """Write both tables of a run.
 
-    `metrics.parquet` has round, simulated time, bytes down and up since the run began, device (null for the global
-    model), metric and value. `rounds.parquet` has a row per round with the global model's numbers, the means over
-    devices of what each measured last (`mean_...`), bytes and MACs. Both carry title and job as metadata.
+    `metrics.parquet` has round, simulated time, bytes down and up since the start, device (null for the global model),
+    metric and value. `rounds.parquet` has a row per round with the global model's numbers, the devices' mean latest
+    measurements (`mean_...`), bytes and MACs. Both have title and job as metadata.
 
     Args:
-        folder: Where to.
+        folder: The output folder.
         record: The run.
-        suffix: Put before the ending of the files' names.
+        suffix: Suffix of the files' stems.
 
     Raises:
         StorageError: The disk fails.
@@ -80,7 +80,7 @@ def _pieces(rounds: Sequence[RoundRow]) -> Iterator[tuple[list[Any], ...]]:
 
 
 def _metrics(row: RoundRow) -> Iterator[tuple[str | None, str, float]]:
-    """Device, metric and value of everything that a round has."""
+    """Device, metric and value of all numbers of a round."""
     for name, value in (("accuracy", row.accuracy), ("loss", row.loss)):
         if value is not None:
             yield None, name, value

@@ -1,6 +1,6 @@
-"""A run's record: what is left of a job when it is over, in numbers, for reports and comparisons.
+"""A run's record: its numbers after the end, for reports and comparisons.
 
-The daemon's history and the simulator's have the same shape, so both end up here; `metrics.json` is a record on disk.
+The daemon's history and the simulator's have the same format; `metrics.json` is a record on disk.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class DeviceRow:
         profile: Its profile's name.
         samples: Training samples.
         widths: Kept channels per group.
-        density: Kept share that was planned; 1 for the whole model.
-        bound: The limit that kept it from being wider; empty where nobody planned.
-        parameters: Numbers in its model.
-        excluded: Why it takes no part; empty if it does.
-        compared: Per metric what was predicted of its rounds and what it measured, see `devices.plan_vs_actual`.
-        missed: Rounds that asked it and got nothing that counts.
-        why: Why that was so in the last of them.
+        density: Planned share of the model; 1 for the whole model.
+        bound: The limit that binds its width; empty without a plan.
+        parameters: Parameters of its model.
+        excluded: Reason of its exclusion; empty if it takes part.
+        compared: Predicted and measured values per metric, see `devices.plan_vs_actual`.
+        missed: Rounds in which it was asked and delivered nothing that counts.
+        why: Reason in the last of them.
     """
 
     name: str
@@ -76,22 +76,20 @@ class RoundRow:
 
     Attributes:
         round: Its number, from 1.
-        at: When it ended, in seconds since the run began.
+        at: Its end, in seconds since the run's start.
         model: Digest of the global model.
-        accuracy: Accuracy of the global model on the server's data, None without any.
-        loss: Its loss there.
-        local: Accuracy per device that delivered (loss, where numbers are predicted): the model that it serves, on its
-            own test data.
-        asked: Devices that were asked.
-        down: Bytes from server to devices since the run began.
-        up: Bytes from devices to server since the run began.
-        own: Whatever else devices that delivered measured, per metric and device.
-        density: Share of the model that each device that delivered had.
-        measured: What a simulation measured of the global model, by name; of a private job also its `epsilon`.
-        spent: Per device bytes down, bytes up and MACs of its training, since the round before; in
-            simulations.
-        updates: How many updates the model is made of; in simulations.
-        coverage: How many of them held each channel, per group; empty where it wasn't noted.
+        accuracy: Accuracy of the global model on the server's data, or None.
+        loss: Its loss there, or None.
+        local: Accuracy (loss for regression) of each delivering device's served model on its own test data.
+        asked: Number of devices asked.
+        down: Bytes from server to devices since the start.
+        up: Bytes from devices to server since the start.
+        own: Other measurements of delivering devices, per metric and device.
+        density: Share of the model of each delivering device.
+        measured: A simulation's measurements of the global model, by name; of a private job also its `epsilon`.
+        spent: Bytes down, bytes up and training MACs of each device since the previous round; in simulations.
+        updates: Number of aggregated updates; in simulations.
+        coverage: Number of updates that held each channel, per group; empty if not recorded.
     """
 
     round: int
@@ -112,7 +110,7 @@ class RoundRow:
 
     @property
     def macs(self) -> int:
-        """Multiplications of all training since the round before."""
+        """Training MACs since the previous round."""
         return sum(macs for _, _, macs in self.spent.values())
 
 
@@ -121,15 +119,15 @@ class Record:
     """A run.
 
     Attributes:
-        title: For people.
+        title: Title of reports.
         job: The job's settings.
-        groups: The layer that makes each group's channels, and their number.
+        groups: Producing layer and size of each channel group.
         devices: The fleet.
         rounds: Finished rounds, in order.
-        channels: Per device and group the channels it held in the last round, most important first.
+        channels: Channels that each device held in the last round, per group, most important first.
         measured: Where bytes were counted, such as "payload at the broker".
-        partition: The fleet's data, as far as it is known.
-        version: fedprune's version; empty in records of versions that didn't write it.
+        partition: The fleet's data, if known.
+        version: fedprune's version; empty in old records.
     """
 
     title: str
@@ -174,39 +172,38 @@ class Record:
 
     @property
     def measure(self) -> str:
-        """What tells how good a model is: `accuracy`, or `loss` where numbers are predicted."""
+        """Quality measure of the models: `accuracy`, or `loss` for regression."""
         recipe = self.job.get("recipe", {})
         return "loss" if isinstance(recipe, Mapping) and recipe.get("loss") in REGRESSIONS else "accuracy"
 
     def global_values(self) -> tuple[float | None, ...]:
-        """Per round the global model's measure on the server's data; None without any."""
+        """The global model's measure per round; None without data of the server."""
         return tuple(r.loss if self.measure == "loss" else r.accuracy for r in self.rounds)
 
     def local_values(self) -> tuple[dict[str, float], ...]:
-        """Per round each device's own measure, as it was measured last, in that round or an earlier one.
+        """The latest measure of each device, per round.
 
-        A round may ask only some devices, and not all that were asked deliver. A mean over whoever did would be another
-        fleet's in every round.
+        Rounds ask different devices, so a mean over those of one round would compare different fleets.
         """
         return tuple(_latest(row.local for row in self.rounds))
 
     def own_means(self, metric: str) -> tuple[float | None, ...]:
-        """Per round the mean of a metric of devices' own, as each device measured it last; None before the first."""
+        """Mean over devices of their latest value of a metric, per round; None before the first."""
         return _running_means(row.own.get(metric, {}) for row in self.rounds)
 
     def measured_values(self, name: str) -> tuple[float | None, ...]:
-        """Per round what was measured of the global model under a name; None where it wasn't."""
+        """A measurement of the global model per round; None where missing."""
         return tuple(r.measured.get(name) for r in self.rounds)
 
     def macs(self) -> int:
-        """Multiplications of all training."""
+        """Training MACs of the whole run."""
         return sum(r.macs for r in self.rounds)
 
     def reached(self, target: float, values: Sequence[float | None]) -> RoundRow | None:
-        """The first round whose value is as good as a target, or None.
+        """The first round that reaches a target, or None.
 
         Args:
-            target: An accuracy, or a loss where numbers are predicted.
+            target: An accuracy, or a loss for regression.
             values: A value per round.
         """
         for row, value in zip(self.rounds, values, strict=True):
@@ -215,19 +212,19 @@ class Record:
         return None
 
     def mean_locals(self) -> tuple[float | None, ...]:
-        """Per round the mean of `local_values`, every device counting alike; None before the first."""
+        """Unweighted mean of `local_values` per round; None before the first."""
         return _running_means(row.local for row in self.rounds)
 
     @property
     def latest(self) -> dict[str, float]:
-        """Each device's own measure as it was measured last; devices that never delivered are missing."""
+        """The latest measure of each device that ever delivered."""
         found: dict[str, float] = {}
         for row in self.rounds:
             found.update(row.local)
         return found
 
     def final(self, rounds: int = 1) -> tuple[float, float]:
-        """Mean local measure and global measure over the last `rounds` rounds; NaN where nothing was measured."""
+        """Mean local and global measure over the last `rounds` rounds; NaN without measurements."""
         local = [v for v in self.mean_locals()[-rounds:] if v is not None]
         whole = [v for v in self.global_values()[-rounds:] if v is not None]
         return (
@@ -236,15 +233,14 @@ class Record:
         )
 
     def to_json(self) -> str:
-        """As JSON text."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str, where: str = "record") -> Record:
-        """Read what `to_json` wrote.
+        """Read the output of `to_json`.
 
         Raises:
-            StorageError: It is damaged or of another version.
+            StorageError: It is damaged or of another format.
         """
         try:
             body = json.loads(text)
@@ -264,16 +260,16 @@ class Record:
             raise StorageError(f"{where} is damaged ({type(error).__name__}: {error})") from error
 
     def save(self, path: Path) -> None:
-        """Write it to a file.
+        """Write the record to a file.
 
         Raises:
-            StorageError: The disk fails; what was there before is untouched.
+            StorageError: The disk fails; an older file is untouched.
         """
         write_whole(path, (self.to_json() + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read it from a file.
+        """Read a record's file.
 
         Raises:
             StorageError: It can't be read or is damaged; the message names it.
@@ -299,16 +295,16 @@ def record_of(
     """The record of a job.
 
     Args:
-        title: For people.
+        title: Title of reports.
         job: Its settings.
         architecture: Its model's architecture.
         state: The coordinator's state.
-        traffic: Bytes down and up since the run began, at the end of each round, by its number.
-        notes: What a simulation noted of each round, by its number; instead of `traffic`.
+        traffic: Bytes down and up since the start at the end of each round, by number.
+        notes: A simulation's notes by round; replaces `traffic`.
         ranking: The last round's selection as JSON, for the channel map.
         measured: Where bytes were counted.
-        began: When the run began, on the clock of the state's history.
-        partition: The fleet's data, as far as it is known.
+        began: The run's start, on the clock of the state's history.
+        partition: The fleet's data, if known.
     """
     rounds = tuple(
         _round(entry, (traffic or {}).get(entry["round"], (0, 0)), began, job.recipe.loss) for entry in state.history
@@ -347,14 +343,14 @@ def record_of(
 
 
 def beside(runs: Sequence[Record]) -> tuple[str, ...]:
-    """Which models devices measured beside those that they serve: as received, and as trained if averages serve."""
+    """Models measured in addition to the served one: as received, and as trained if averages are served."""
     kind, measured = runs[0].measure, {name for run in runs for row in run.rounds for name in row.own}
     pairs = (("before", "before"), (TRAINED, AVERAGED))
     return tuple(moment for moment, sign in pairs if f"{kind}_{sign}" in measured)
 
 
 def _missed(state: State) -> dict[str, list[str]]:
-    """Per device why nothing came of its part, for every finished round in which that was so."""
+    """Reasons of refusals per device, one for each finished round."""
     found: dict[str, list[str]] = {}
     for row in state.history:
         for name, part in row["devices"].items():
@@ -369,7 +365,7 @@ def _device_row(body: Mapping[str, Any]) -> DeviceRow:
 
 
 def _label(architecture: Architecture, group: int) -> str:
-    """A group under the name of the layer that makes its channels, which says more than its own."""
+    """The name of the layer that produces a group's channels."""
     members = architecture.members(group)
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
 

@@ -1,4 +1,4 @@
-"""The report of a run: tables and charts as one HTML page that needs no other file, and the tables as Markdown."""
+"""The report of a run: tables and charts as a self-contained HTML page, and the tables as Markdown."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import DeviceRow, Record
 
 TAIL = 5
-"""Final accuracies (losses) are means over this many last rounds: a single round of a small test set is a coin toss."""
+"""Rounds in a final mean: single rounds of a small test set are noisy."""
 
 POINTS = 2.0
-"""How far the fleet's accuracies may lie below the reference's, in percentage points."""
+"""Points by which the fleet's accuracies may fall below the reference's."""
 
 EXCESS = 0.05
-"""How far the fleet's losses may lie above the reference's, where numbers are predicted."""
+"""Relative excess of the fleet's losses over the reference's, for regression."""
 
 ROWS = 100
-"""Devices that a table in Markdown lists at most; those of a page, which can be searched, list ten times as many."""
+"""Devices in a Markdown table; a page's table, which can be searched, has ten times as many."""
 
 _NAMED = 10
-"""Most devices that the terminal is told about one by one."""
+"""Devices that the terminal names individually."""
 
 SHARE = 0.5
-"""What share of the reference's bytes the fleet may use, each way."""
+"""Share of the reference's bytes that the fleet may use, each way."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about two runs, and whether it held.
+    """A statement about two runs and its verdict.
 
     Attributes:
-        text: What was claimed.
-        measured: What was seen.
-        held: Whether the claim is true of what was seen.
+        text: The claim.
+        measured: The measured values.
+        held: Whether it holds.
     """
 
     text: str
@@ -51,7 +51,6 @@ class Claim:
 
     @property
     def verdict(self) -> str:
-        """PASS or FAIL."""
         return "PASS" if self.held else "FAIL"
 
 
@@ -69,7 +68,7 @@ class Report:
 
 
 def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
-    """What narrow models promise, held against a reference that trains the whole model everywhere."""
+    """Claims about narrow models, relative to a reference that trains the whole model on every device."""
     mine, theirs = run.final(TAIL), reference.final(TAIL)
     lost = [_worse(run, a, b) for a, b in zip(mine, theirs, strict=True)]
     limit = EXCESS if run.measure == "loss" else POINTS / 100
@@ -130,7 +129,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
 
 
 def _privacy(run: Record) -> str:
-    """What a run has cost of privacy: ε of the board that it cost most."""
+    """Privacy cost: ε of the board with the highest."""
     settings = run.job.get("privacy")
     if not settings:
         return "none"
@@ -166,7 +165,7 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
 
 
 def absences(run: Record) -> list[str]:
-    """Of every device that takes no part any more, or never delivered anything that counts, a sentence on why."""
+    """A sentence for each device that no longer takes part, or never delivered an update that counts."""
     latest = set().union(*(r.density.keys() | r.local.keys() for r in run.rounds))
     lost = [d for d in run.devices if d.excluded or (d.missed and d.name not in latest)]
     said = [f"{d.name}: {_absence(run, d)}" for d in lost[:_NAMED]]
@@ -174,13 +173,13 @@ def absences(run: Record) -> list[str]:
 
 
 def diverged(run: Record) -> str:
-    """Whether training ran away, and what to change; empty where it didn't."""
+    """Whether training diverged, with advice; empty if it didn't."""
     measured = [r.loss for r in run.rounds if r.loss is not None or r.accuracy is not None]
     return advice(measured, [d.why for d in run.devices], run.job.get("recipe", {}))
 
 
 def _absence(run: Record, device: DeviceRow) -> str:
-    """Why a device took no part, or none in some rounds; empty where it always did."""
+    """Why a device took no part, in some rounds or all; empty if it always did."""
     if device.excluded:
         return device.excluded
     text = f"no update in {device.missed} of {quantity(len(run.rounds), 'round')}" if device.missed else ""
@@ -188,24 +187,24 @@ def _absence(run: Record, device: DeviceRow) -> str:
 
 
 def foresight_rows(run: Record) -> list[tuple[str, ...]]:
-    """Rows of the table of predictions beside measurements; the first is the header."""
+    """Rows of the table of predictions and measurements; the first is the header."""
     return _filled(plan_vs_actual.table([(d.name, d.compared) for d in run.devices if d.widths]))
 
 
 def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """A table without the columns in which nothing is known of anything."""
+    """A table without its empty columns."""
     kept = [i for i in range(len(rows[0])) if not i or any(row[i] not in ("", "–") for row in rows[1:])]
     return [tuple(row[i] for i in kept) for row in rows]
 
 
 def _some(rows: list[tuple[str, ...]], most: int = ROWS) -> list[tuple[str, ...]]:
-    """The first rows of a table, and how many more there are."""
+    """The first rows of a table, and the number of the rest."""
     more = len(rows) - 1 - most
     return rows if more <= 0 else [*rows[: most + 1], (f"and {more:,} more", *[""] * (len(rows[0]) - 1))]
 
 
 def summary_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
-    """Summary for a terminal, and the verdicts if the run is to be judged."""
+    """Summary for a terminal, with the verdicts if the run is judged."""
     rows = summary(run, reference)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
@@ -222,13 +221,13 @@ def summary_text(run: Record, reference: Record | None = None, *, judged: bool =
 
 
 def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:
-    """Write `report.html` and `report.md` into `folder`.
+    """Write `report.html` and `report.md`.
 
     Args:
-        folder: Where to; it is made if missing.
+        folder: The output folder, which is created if missing.
         run: The run.
         reference: A run to compare with.
-        judged: Whether the comparison is a test of the claims.
+        judged: Whether the comparison tests the claims.
 
     Raises:
         StorageError: The run has no finished round.
@@ -293,7 +292,7 @@ def html_table(rows: Sequence[tuple[str, ...]], words: Sequence[int] = ()) -> st
 
 
 def _part(run: Record) -> str:
-    """Over how many devices a mean goes, where it is not all."""
+    """Number of devices in a mean, if not all."""
     measured, all_ = len(run.latest), len(run.devices)
     return f" ({measured} of {quantity(all_, 'device')})" if measured < all_ else ""
 
@@ -307,7 +306,7 @@ def _over(rounds: int) -> str:
 
 
 def _change(ratio: float) -> str:
-    """By how much an amount is more or less than another."""
+    """Relative change of an amount."""
     return f"{0 + round(100 * (ratio - 1)):+d}%" if math.isfinite(ratio) else "–"
 
 
@@ -323,7 +322,7 @@ def shown(run: Record, value: float) -> str:
 
 
 def _worse(run: Record, mine: float, theirs: float) -> float:
-    """By how much a measure is worse than another: a difference of accuracies, a share of the other loss."""
+    """How much worse a measure is: a difference of accuracies, a relative difference of losses."""
     if run.measure == "accuracy":
         return theirs - mine
     return (mine - theirs) / theirs if theirs else math.nan

@@ -1,4 +1,4 @@
-"""What a simulation notes of every round, beside what the coordinator keeps: costs, channels, measurements."""
+"""A simulation's notes of every round, besides the coordinator's: costs, channels, measurements."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ from fedprune_server.executor.archive import Archive
 from fedprune_server.simulation.measure import Hook, Moment
 
 _MAPS = 100
-"""In about so many of a run's rounds it is noted which channels were trained."""
+"""Approximate number of rounds whose channel coverage is recorded."""
 
 
 @dataclass
 class Notes:
-    """What the simulation keeps of a finished round.
+    """Notes of a round.
 
     Attributes:
-        down: Bytes sent to devices since the run began.
-        up: Bytes sent by devices since the run began.
-        devices: Of each device, since the round before ended: bytes sent to it, bytes that it sent, MACs of
-            its training.
-        measured: What was measured of the global model, in the simulation alone.
-        updates: How many updates the round's model is made of.
-        coverage: How many of them held each channel, per group; empty in rounds that were left out.
+        down: Bytes sent to devices since the start.
+        up: Bytes sent by devices since the start.
+        devices: Bytes down, bytes up and training MACs of each device since the previous round.
+        measured: Measurements of the global model.
+        updates: Number of aggregated updates.
+        coverage: Number of updates that held each channel, per group; empty if not recorded.
     """
 
     down: int = 0
@@ -49,12 +48,12 @@ class Notes:
 
 
 class RoundRecorder:
-    """Fills in notes while a round's blobs are there.
+    """Records a round's notes while its blobs exist.
 
     Args:
         job: The job's settings.
         model: The imported model.
-        store: Where the blobs lie.
+        store: Blob store of the simulation.
         measure: Measures the global model, or None.
     """
 
@@ -68,15 +67,15 @@ class RoundRecorder:
     def close(
         self, notes: Notes, command: do.Close, event: on.Closed, basis: do.Basis, clock: float, before: float
     ) -> None:
-        """Note a round that has just closed.
+        """Record a closed round.
 
         Args:
-            notes: Where.
-            command: What closed it.
-            event: What came of that.
-            basis: What submodels were cut from last; for a round that no update entered.
-            clock: Virtual seconds since the beginning.
-            before: The clock when the round before ended; 0 in the first.
+            notes: Notes to fill in.
+            command: The command that closed it.
+            event: Its result.
+            basis: Source of the last submodels, for a round without updates.
+            clock: Virtual seconds since the start.
+            before: The clock at the previous round's end; 0 in the first round.
 
         Raises:
             FedpruneError: The measurement fails.
@@ -103,17 +102,17 @@ class RoundRecorder:
         notes.measured = {k: v for k, v in found.items() if math.isfinite(v)}
 
     def _mapped(self, number: int) -> bool:
-        """Whether channels are noted in a round."""
+        """Whether a round's channels are recorded."""
         return number % max(1, self._job.rounds // _MAPS) == 0 or number in (1, self._job.rounds)
 
     def macs(self, device: str, number: int, offer: Mapping[str, Any], steps: int, samples: int) -> int:
-        """MACs of a training, forward and backward, each step at the widths that it trained at.
+        """MACs of a training, forward and backward, with each step at its own widths.
 
         Args:
             device: The device's name.
             number: The round.
-            offer: What it was offered.
-            steps: Steps that it took.
+            offer: Its offer.
+            steps: Steps taken.
             samples: Its training samples.
         """
         widths, recipe = tuple(offer["widths"]), Recipe.from_dict(offer["recipe"])
@@ -139,7 +138,7 @@ class RoundRecorder:
         return TensorAxes.from_json(axes_json(self._model.architecture))
 
     def _coverage(self, parts: Sequence[do.Contribution]) -> list[list[int]]:
-        """How many updates held each channel, per group."""
+        """Number of updates that held each channel, per group."""
         counts = [np.zeros(size, np.int64) for size in self._model.architecture.sizes]
         for found in parts:
             selection = self._archive.selection(found.ranking or found.basis.ranking, found.widths or found.part.widths)

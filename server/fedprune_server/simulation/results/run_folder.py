@@ -1,4 +1,4 @@
-"""The folder of a simulated run: its settings, its numbers and the state that it goes on from after a kill."""
+"""The folder of a simulated run: its settings, its numbers, and the state from which it resumes after a kill."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fedprune_server.simulation.state import OtherRunError
 
 CONFIG = "config{}.json"
 RECORD = "metrics{}.json"
-"""Files of a run's folder; a reference's are marked."""
+"""Files of a run's folder; a reference's have a suffix."""
 
 _UNDECIDED = ("fingerprint", "title", "checkpoints")
-"""Settings that say nothing of what a run computes, or nothing to a reader."""
+"""Settings that don't affect the result, or mean nothing to a reader."""
 
 
 def simulate(
@@ -36,16 +36,16 @@ def simulate(
     suffix: str = "",
     state: str = "run",
 ) -> Record:
-    """Run an experiment to its end, from wherever it stands, and leave its numbers in a folder.
+    """Run an experiment to its end, from its last saved state, and write its numbers into a folder.
 
     Args:
         experiment: The experiment.
-        folder: Where `config.json`, `metrics.json`, `metrics.parquet` and `rounds.parquet` are written, and where the
-            state lies that a killed run goes on from. Without it nothing stays.
+        folder: Folder of `config.json`, `metrics.json`, `metrics.parquet`, `rounds.parquet` and the saved state. None
+            saves nothing.
         progress: Called after every training and every round.
-        begun: Called once all is ready, before anything is trained.
-        suffix: Put before the ending of those files' names, where one folder has several runs.
-        state: The folder's folder of the run's state.
+        begun: Called once, before the first training.
+        suffix: Suffix of those files' stems, for a folder with several runs.
+        state: Subfolder of the saved state.
 
     Returns:
         The run's record.
@@ -77,12 +77,12 @@ def simulate(
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, also after its state was deleted so that it begins anew."""
+    """Whether a folder is that of a run, also after its state was deleted to start again."""
     return (folder / "run").is_dir() or "fingerprint" in _settings(folder / CONFIG.format(""))
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """A run's settings as it wrote them; empty where they can't be read."""
+    """A run's settings; empty if they can't be read."""
     try:
         body = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

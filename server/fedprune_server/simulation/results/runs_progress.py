@@ -1,4 +1,4 @@
-"""Progress of runs: drawn on a terminal, a line now and then elsewhere."""
+"""Progress of runs: bars on a terminal, periodic lines elsewhere."""
 
 from __future__ import annotations
 
@@ -25,15 +25,11 @@ from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.terminal.table import logged_above
 
 LINE_S = 10.0
-"""Seconds between two lines where nothing can be drawn in place."""
+"""Seconds between two lines."""
 
 
 class _Lines:
-    """Progress lines where nothing can be drawn in place: pipes, files and simple terminals.
-
-    Args:
-        console: Where they are printed.
-    """
+    """Periodic progress lines for pipes, files and simple terminals."""
 
     def __init__(self, console: Console) -> None:
         self._console, self._at = console, time.monotonic()
@@ -46,7 +42,7 @@ class _Lines:
 
 
 class Following:
-    """A bar on standard error for one run, and a spinner while it is prepared; log lines scroll by above them.
+    """A progress bar for one run, with a spinner while it is prepared; log lines scroll above.
 
     Args:
         title: The run's.
@@ -75,7 +71,7 @@ class Following:
         self._open.close()
 
     def begin(self, simulation: Simulation) -> None:
-        """Begin, with what an earlier start has done: that tells nothing about how long the rest takes."""
+        """Start the bar. Rounds of an earlier start are excluded from the time estimate."""
         self._preparing.close()
         rounds, done = simulation.job.rounds, len(simulation.state.history)
         if simulation.state.phase is Phase.FINISHED:
@@ -87,7 +83,6 @@ class Following:
         self._bar.reset(self._rounds, total=rounds, completed=done)
 
     def show(self, simulation: Simulation) -> None:
-        """Show where the run stands."""
         state, rounds = simulation.state, simulation.job.rounds
         done = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
         metrics = state.history[-1]["metrics"] if state.history else {}
@@ -103,7 +98,7 @@ class Following:
 
 
 class Watching:
-    """Bars on standard error: one for all runs, and one for each that is under way."""
+    """A progress bar for all runs, and one for each running one."""
 
     def __init__(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -124,7 +119,6 @@ class Watching:
         self._bars.stop()
 
     def show(self, standings: Sequence[Standing]) -> None:
-        """Show where all runs stand."""
         over = sum(s.state in ("done", "failed") for s in standings)
         if self._before is None:  # what an earlier start has done tells nothing about what is left
             self._before = float(over)
