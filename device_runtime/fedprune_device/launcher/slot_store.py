@@ -119,11 +119,7 @@ class SlotStore:
         return max(found, key=lambda s: s.sequence, default=None)
 
     def save(self, state: LauncherState) -> None:
-        """Write a state twice; after a cut at any moment the old or the new one counts.
-
-        Raises:
-            OSError: The disk fails or is full.
-        """
+        """Write a state twice; after a cut at any moment the old or the new one counts."""
         state = replace(state, sequence=state.sequence + 1)
         for name in ("copy.json", "state.json"):
             _write(self.folder / name, asdict(state))
@@ -151,19 +147,11 @@ class SlotStore:
         return made
 
     def write_record(self, slot: str, record: SlotRecord) -> None:
-        """Say what is in a slot, which makes it whole.
-
-        Raises:
-            OSError: The disk fails or is full.
-        """
+        """Say what is in a slot, which makes it whole."""
         _write(self.folder / f"{slot}.json", asdict(record))
 
     def drop_record(self, slot: str) -> None:
-        """Let a slot count as empty, durably, before it is changed.
-
-        Raises:
-            OSError: The disk fails.
-        """
+        """Let a slot count as empty, durably, before it is changed."""
         with suppress(FileNotFoundError):
             (self.folder / f"{slot}.json").unlink()
         _sync(self.folder)
@@ -291,11 +279,7 @@ def _read(path: Path) -> Any:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file's content: after a cut at any moment it has the old content or the new one.
-
-    Raises:
-        OSError: The disk fails or is full.
-    """
+    """Replace a file's content: after a cut at any moment it has the old content or the new one."""
     new = path.with_name(f".{path.name}.new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:

@@ -121,20 +121,11 @@ class ReleaseInstaller:
         return False
 
     def pulled(self) -> BlobStore:
-        """Where files of a release grow that come over the network; made where there is none.
-
-        Raises:
-            StorageError: It can't be made.
-        """
+        """Where files of a release grow that come over the network; made where there is none."""
         return BlobStore(self._incoming / PULLED, max_size=MAX_FILE)
 
     def take(self, release: Release) -> None:
-        """Hand what was pulled of a release to `stage`, without a copy where the disk has links.
-
-        Raises:
-            StorageFullError: There is no room.
-            StorageError: The disk fails, or a file isn't there.
-        """
+        """Hand what was pulled of a release to `stage`, without a copy where the disk has links."""
         store = self.pulled()
         for file in release.files:
             place(store.path(file.sha256), self._incoming / file.sha256)
@@ -159,11 +150,7 @@ class ReleaseInstaller:
         return release
 
     def clear(self) -> None:
-        """Delete what was left over of files that had arrived.
-
-        Raises:
-            StorageError: The disk fails, or another process updates this board.
-        """
+        """Delete what was left over of files that had arrived."""
         with self._alone(), storage_errors(f"can't write {self._incoming}"):
             self._clear_incoming(None)
 
@@ -173,9 +160,6 @@ class ReleaseInstaller:
         Args:
             number: The release's number.
             reason: Why.
-
-        Raises:
-            StorageError: The disk fails.
         """
         with storage_errors(f"can't write {self.home.root}"), self.home.changing():
             state = self._state()
@@ -215,9 +199,6 @@ class ReleaseInstaller:
         Args:
             attempts: How often it may be started before it is rolled back.
             seconds: How long each of them may take until it is healthy.
-
-        Raises:
-            StorageError: Nothing is staged, or the disk fails.
         """
         if not 1 <= attempts <= 100 or not 1 <= seconds <= LONGEST_S:
             raise StorageError("a trial", expected=f"1 to 100 attempts of 1 to {LONGEST_S:g} s each")
@@ -380,9 +361,6 @@ def write_launcher(path: Path) -> None:
 
     Args:
         path: The file.
-
-    Raises:
-        OSError: The disk fails or is full.
     """
     here, data = Path(str(launcher.__file__)).parent, io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:

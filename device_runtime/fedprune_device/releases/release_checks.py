@@ -69,9 +69,6 @@ def own_packages(names: Collection[str]) -> frozenset[str]:
 
     Args:
         names: Names of packages.
-
-    Raises:
-        StorageError: The interpreter can't be started, or doesn't answer.
     """
     if not names:
         return frozenset()

@@ -151,9 +151,6 @@ def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> 
     Args:
         updater: Installs releases.
         keep: The release whose files stay.
-
-    Raises:
-        StorageError: The disk fails.
     """
     store = updater.pulled()
     kept = set() if keep is None else {f.sha256 for f in keep.files}

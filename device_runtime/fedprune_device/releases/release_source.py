@@ -37,27 +37,15 @@ class FolderSource:
         self._folder = folder
 
     def manifest(self) -> bytes:
-        """The manifest.
-
-        Raises:
-            StorageError: It can't be read.
-        """
+        """The manifest."""
         return _read(self._folder / MANIFEST, 0, MAX_MANIFEST + 1)
 
     def signature(self) -> bytes:
-        """Its signature.
-
-        Raises:
-            StorageError: It can't be read.
-        """
+        """Its signature."""
         return _read(self._folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
 
     def read(self, sha256: str, at: int, limit: int) -> bytes:
-        """Some bytes of a file.
-
-        Raises:
-            StorageError: It can't be read.
-        """
+        """Some bytes of a file."""
         return _read(self._folder / FILES / sha256, at, limit)
 
 
@@ -84,11 +72,7 @@ class DownloadedSource:
         return self._signature
 
     def read(self, sha256: str, at: int, limit: int) -> bytes:
-        """Some bytes of a file.
-
-        Raises:
-            StorageError: It isn't there or can't be read.
-        """
+        """Some bytes of a file."""
         return _read(self._files.path(sha256), at, limit)
 
 

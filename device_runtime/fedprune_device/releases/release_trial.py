@@ -71,11 +71,7 @@ class ReleaseTrial:
         self._change(lambda s: s.note("its checks passed, but it had not reached the broker"))
 
     def commit(self) -> None:
-        """The release is healthy: it stays.
-
-        Raises:
-            StorageError: The disk fails; the trial goes on.
-        """
+        """The release is healthy: it stays."""
         self._change(LauncherState.commit)
         _LOG.info("release %d is healthy and stays", self.number)
 

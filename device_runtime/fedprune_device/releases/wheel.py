@@ -194,11 +194,7 @@ def install_wheels(
 
 
 def empty(folder: Path) -> None:
-    """Delete what is in a folder; links are deleted, never followed.
-
-    Raises:
-        OSError: The disk fails.
-    """
+    """Delete what is in a folder; links are deleted, never followed."""
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

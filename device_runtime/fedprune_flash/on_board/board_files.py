@@ -23,9 +23,6 @@ def write(path: Path, data: bytes, mode: int, owner: Owner | None = None) -> Non
         data: The new content.
         mode: Its permissions, from its first byte on.
         owner: Whose it is; this user's by default.
-
-    Raises:
-        OSError: The disk fails or is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.partial")
@@ -51,11 +48,7 @@ def holds(path: Path, data: bytes, mode: int) -> bool:
 
 
 def sync(folder: Path) -> None:
-    """Make renames and deletions in a folder survive a power cut.
-
-    Raises:
-        OSError: The disk fails.
-    """
+    """Make renames and deletions in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -67,9 +60,6 @@ def blacken(path: Path) -> None:
     """Overwrite a file and delete it. FAT writes in place, so that a secret doesn't stay on a card.
 
     After a power cut the file may be there with zeros in it, so that nobody may expect anything of its content.
-
-    Raises:
-        OSError: The disk fails.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
@@ -97,9 +87,6 @@ def give(paths: Iterable[Path], owner: Owner | None) -> None:
     """Give these, and what lies in them, to somebody; links themselves, never what they lead to.
 
     What vanishes meanwhile is passed over.
-
-    Raises:
-        OSError: One of the paths is missing, or this is not root.
     """
     if owner is not None:
         for path in paths:
@@ -110,12 +97,7 @@ def give(paths: Iterable[Path], owner: Owner | None) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Delete a folder and what is in it; one that isn't there is fine.
-
-    Raises:
-        StorageError: It is a link, which somebody has put there.
-        OSError: The disk fails.
-    """
+    """Delete a folder and what is in it; one that isn't there is fine."""
     if folder.is_symlink():
         raise StorageError(
             f"{folder} is a link to {folder.readlink()}",

@@ -71,9 +71,6 @@ class KitFolder:
     def blacken_claim(self) -> None:
         """Overwrite and delete the claim, which was handed over. It loses its name first, durably: zeros in its place
         would be a damaged kit.
-
-        Raises:
-            OSError: The disk fails.
         """
         if self.claimed:
             (self.folder / CLAIM).replace(self.folder / SPENT)

@@ -69,11 +69,7 @@ class RuntimeSlot:
         return False
 
     def lay_out(self) -> None:
-        """Make folders and launcher, which stays root's.
-
-        Raises:
-            OSError: The disk fails or is full.
-        """
+        """Make folders and launcher, which stays root's."""
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
         write_file(self.home.root / LAUNCHER, self._kit.read(LAUNCHER))

@@ -37,9 +37,6 @@ class ServiceControl:
         Args:
             words: Arguments of systemctl.
             must: Whether it has to succeed.
-
-        Raises:
-            StorageError: It had to, and didn't.
         """
         if self.there:
             call([self._systemctl, *words], must=must)
@@ -110,9 +107,6 @@ def call(command: list[str], *, must: bool = True) -> str:
     Args:
         command: The program and its arguments.
         must: Whether it has to succeed.
-
-    Raises:
-        StorageError: It had to, and didn't; the last line that it said is in the message.
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:

@@ -67,11 +67,7 @@ class Journal:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other runs away, and read again what an earlier one has recorded.
-
-        Raises:
-            StorageError: Another run uses it, or it is damaged.
-        """
+        """Keep other runs away, and read again what an earlier one has recorded."""
         lock = self.path.with_name(f"{self.path.name}.lock")
         with locked(lock, f"another run uses {self.path}", "Wait until it is done."):
             with self._guard:

@@ -25,7 +25,7 @@ from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS,
 from fedprune_server.cli.state import add_state
 
 if TYPE_CHECKING:
-    from fedprune_server.ota.start import RolloutTerms
+    from fedprune_server.ota.rollouts import RolloutTerms
     from fedprune_server.ota.store import RolloutEntry
 
 _LOCK = "lock"
@@ -87,7 +87,7 @@ def add_rollout_command(commands: Any) -> None:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.start import start_rollout
+    from fedprune_server.ota.rollouts import start_rollout
 
     if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
@@ -111,7 +111,7 @@ def _named_boards(given: str | None) -> list[str] | None:
 
 
 def _terms(arguments: argparse.Namespace) -> RolloutTerms:
-    from fedprune_server.ota.start import RolloutTerms
+    from fedprune_server.ota.rollouts import RolloutTerms
 
     return RolloutTerms(
         arguments.groups or (),
@@ -195,7 +195,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _back(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.back import ALL_AT_ONCE, take_back
+    from fedprune_server.ota.rollouts import ALL_AT_ONCE, take_back
 
     _latest(arguments.state)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)

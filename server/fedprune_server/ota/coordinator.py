@@ -1,11 +1,10 @@
-"""The desk that runs rollouts: what boards report and the clock go in, offers of a release go out.
+"""The coordinator of rollouts: boards' reports and the clock come in, offers of a release go out.
 
-What to do next `fedprune.releases.rollout` decides. Here it is kept on the disk before it is done, said again to
-boards that are silent, and every state of a board gets its deadline: to be heard of, to get on with the download, to
-find a quiet moment, and to end the trial.
+`fedprune.releases.rollout` decides what to do next. Here each decision is saved before it is carried out, offers are
+repeated to silent boards, and each state of a board gets a deadline.
 
-A rollout's seconds are those of a clock that nobody sets. Without a connection no time passes for it, because no board
-could say anything, and when the connection is back those that were at it get their time anew.
+A rollout's time is that of the monotonic clock, and stands still without a connection, because no board could report.
+Once the connection is back, boards that were given the release get their full time again.
 """
 
 from __future__ import annotations
@@ -36,24 +35,24 @@ from fedprune_server.ota.store import RolloutEntry, RolloutStore
 log = logging.getLogger("fedprune.server")
 
 _LOOK_S = 1.0
-"""At most so often it is looked whether somebody began, paused or stopped a rollout."""
+"""Between two looks for rollouts that were started, paused or stopped."""
 
 _AGAIN_S = 60.0
-"""A board that is silent for so long is offered the release again: a broker's acknowledgement is no board's."""
+"""A board that is silent for so long is offered the release again: a PUBACK is the broker's, not the board's."""
 
 _START_S = 60.0
-"""What an attempt of a trial may take beyond its own limit: the service's restart, and the start."""
+"""What an attempt of a trial may take beyond its own limit, for the restart of the service."""
 
 
 class RolloutCoordinator:
-    """Runs the rollout that is under way.
+    """Runs the rollout that is under way. Every method raises `StorageError` if the disk fails or is full.
 
     Args:
-        store: Where rollouts are kept.
+        store: Keeps rollouts.
         send: Sends a message to a board.
-        members: Who is in the fleet; without it everybody always is.
+        members: The boards of the fleet; None takes every board for a member.
         clock: Seconds since 1970, for the record alone.
-        monotonic: Seconds of a clock that nobody sets, for deadlines.
+        monotonic: Seconds of the monotonic clock, for deadlines.
     """
 
     def __init__(
@@ -72,34 +71,26 @@ class RolloutCoordinator:
         self._files: frozenset[str] = frozenset()
         self._offered: set[int] = set()
         self._version: int | None = None
-        self._look_at = 0.0
-        self._wake_at = math.inf
+        self._next_look = 0.0
+        self._wake_time = math.inf
         self._zero = 0.0
         self._connected = False
-        self._said: dict[str, float] = {}
-        self._bad: dict[str, ReleaseReport] = {}
+        self._heard_at: dict[str, float] = {}
+        self._failures: dict[str, ReleaseReport] = {}
 
     def connected(self, up: bool) -> None:
-        """The connection is up, or is lost; before it is up nothing is done.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """The connection is up, or is lost. Nothing is sent before it is up."""
         self._connected = up
         if up and self._entry is not None:
             self._do(self._entry, lambda r, now: r.resumed(now))
         self.tick()
 
     def files(self, device: str) -> frozenset[str]:
-        """Digests of what a device may pull: a release's files, while it is given that release."""
+        """Digests that a device may download: the release's files, while it is given that release."""
         return self._files if self._fate(device) is Fate.GIVEN else frozenset()
 
     def born(self, device: str) -> None:
-        """A board is there, perhaps after a restart: it hears again what it is to do.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Offer the release again to a board that has connected, perhaps after a restart."""
         entry = self._entry
         if entry is None or (self._members is not None and device not in self._members()):
             return
@@ -109,11 +100,7 @@ class RolloutCoordinator:
             self._offer(entry, device)
 
     def without(self, devices: Iterable[str]) -> None:
-        """Boards are no members any more: those that had not ended leave the rollout. Said twice, it changes nothing.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Take boards that are no longer members out of the rollout, unless they have ended it."""
         entry = self._entry
         gone = sorted(n for n in devices if self._fate(n) in (Fate.WAITING, Fate.GIVEN))
         if entry is not None and gone:
@@ -121,18 +108,14 @@ class RolloutCoordinator:
             self._do(entry, lambda r, now: r.without(gone, now))
 
     def reported(self, report: ReleaseReport) -> None:
-        """A board says where a release stands.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Take in where a release stands on a board."""
         device, entry = report.device, self._entry
         reason = one_line(report.reason)
-        if report.state in (ROLLED_BACK, REFUSED) and self._bad.get(device) != report:
-            self._bad[device] = report  # it is said again at every birth
+        if report.state in (ROLLED_BACK, REFUSED) and self._failures.get(device) != report:
+            self._failures[device] = report  # it is repeated at every birth
             log.warning("device %s: release %d is %s: %s", device, report.number, report.state, reason)
         if entry is not None and report.number == entry.leaves and report.state in (TRIAL, COMMITTED):
-            # It was given what is left after it was ordered to leave that, or was taken for one that had failed.
+            # It installed the release that boards go back from after the way back began, or had been taken for failed.
             if self._members is None or device in self._members():
                 self._do(entry, lambda r, now: r.join(device, now))
             return
@@ -140,10 +123,10 @@ class RolloutCoordinator:
             self._withdraw_if_ours(report)
             return
         before = entry.reports.get(device, {})
-        told = {"state": report.state, "reason": reason, "done": report.done, "total": report.total}
-        moved = any(before.get(k) != told[k] for k in ("state", "done"))
-        entry.reports[device] = {**told, "at": self._clock()}
-        self._said[device] = self._monotonic()
+        report_row = {"state": report.state, "reason": reason, "done": report.done, "total": report.total}
+        moved = any(before.get(k) != report_row[k] for k in ("state", "done"))
+        entry.reports[device] = {**report_row, "at": self._clock()}
+        self._heard_at[device] = self._monotonic()
         if report.state == COMMITTED:
             self._do(entry, lambda r, now: r.well(device, now))
         elif report.state in (ROLLED_BACK, REFUSED):
@@ -152,20 +135,16 @@ class RolloutCoordinator:
             self._withdraw_if_ours(report)
         elif moved:
             seconds = self._patience(entry, report.state)
-            news = before.get("state") != report.state  # a download's progress alone need not survive
+            news = before.get("state") != report.state  # progress of a download need not survive a crash
             self._do(entry, lambda r, now: r.heard(device, now, seconds), keep=news)
 
     def tick(self) -> None:
-        """Time has passed; it doesn't count as long as the connection is lost.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Take in changed rollouts and the time that has passed while the connection was up."""
         if not self._connected:
             return
         now = self._monotonic()
-        if self._version is None or now >= self._look_at:
-            self._look_at = now + _LOOK_S
+        if self._version is None or now >= self._next_look:
+            self._next_look = now + _LOOK_S
             version = self._store.version()
             if version != self._version:
                 self._version = version
@@ -173,28 +152,28 @@ class RolloutCoordinator:
             if self._entry is not None and self._members is not None:
                 self.without(set(self._entry.rollout.boards) - set(self._members()))
         entry = self._entry
-        if entry is not None and self._now() >= self._wake_at:
+        if entry is not None and self._now() >= self._wake_time:
             self._do(entry, lambda r, at: r.tick(at))
         if entry is not None:
             for device, board in entry.rollout.boards.items():
-                if board.fate is Fate.GIVEN and now >= self._said.get(device, 0.0) + _AGAIN_S:
+                if board.fate is Fate.GIVEN and now >= self._heard_at.get(device, 0.0) + _AGAIN_S:
                     self._offer(entry, device)
 
     def _look(self) -> None:
-        """Take in what the command line wrote. Of several the last one goes on: it takes the place of the others."""
+        """Take in what the command line has written. The last rollout replaces the others."""
         for latest in self._store.under_way():
             fresh = self._entry is None or self._entry.number != latest.number
             if not fresh or self._begin(latest):
                 self._follow(latest, fresh=fresh)
 
     def _begin(self, entry: RolloutEntry) -> bool:
-        """Take a rollout up; whether it can go on."""
+        """Take up a rollout; False if it can't go on."""
         try:
             release = Release.from_bytes(entry.offer.manifest.encode())
-        except ReleaseError as error:  # what was kept isn't what this version writes
+        except ReleaseError as error:  # written by another version
             log.error("rollout %d can't go on: %s", entry.number, error)
             return False
-        self._entry, self._said, self._wake_at = entry, {}, math.inf
+        self._entry, self._heard_at, self._wake_time = entry, {}, math.inf
         self._zero = self._monotonic() - entry.rollout.now
         self._files = frozenset(f.sha256 for f in release.files)
         self._offered = self._store.releases()
@@ -203,7 +182,7 @@ class RolloutCoordinator:
         return True
 
     def _follow(self, wanted: RolloutEntry, *, fresh: bool) -> None:
-        """Do what somebody wants of the rollout: how it is, and not what was said when, so that nothing is missed."""
+        """Bring the rollout into the state that is asked for, whichever requests led to it."""
         entry = self._entry
         if entry is None:
             return
@@ -222,12 +201,12 @@ class RolloutCoordinator:
     def _do(
         self, entry: RolloutEntry, step: Callable[[Rollout, float], list[RolloutCommand]], *, keep: bool = True
     ) -> None:
-        """Let the rollout take a step; it is on the disk before anything of it is said."""
+        """Let the rollout take a step, and save it before any message of it is sent."""
         rollout = entry.rollout
         stage, phase, failed = rollout.stage, rollout.phase, set(rollout.failures())
         commands = step(rollout, self._now())
         wakes = [c.at for c in commands if isinstance(c, Wake)]
-        self._wake_at = min(wakes, default=self._wake_at)
+        self._wake_time = min(wakes, default=self._wake_time)
         late = set(rollout.failures()) - failed
         if keep or late or any(not isinstance(c, Wake) for c in commands):
             self._store.save(entry.number, rollout, entry.reports)
@@ -253,11 +232,11 @@ class RolloutCoordinator:
                 self._send(device, ReleaseWithdrawn(number, one_line(rollout.boards[device].reason)))
 
     def _offer(self, entry: RolloutEntry, device: str) -> None:
-        self._said[device] = self._monotonic()
+        self._heard_at[device] = self._monotonic()
         self._send(device, entry.offer)
 
     def _withdraw_if_ours(self, report: ReleaseReport) -> None:
-        """A board is at what nobody wants it to install any more; what came from a stick is not ours to stop."""
+        """Withdraw a superseded release. Releases installed from a USB stick are left alone."""
         if report.state in (DOWNLOADING, STAGED) and report.number in (self._offered or self._store.releases()):
             self._send(report.device, ReleaseWithdrawn(report.number, "its rollout is over"))
 
@@ -266,12 +245,12 @@ class RolloutCoordinator:
         return None if board is None else board.fate
 
     def _now(self) -> float:
-        """The rollout's time: it goes on from where the last process left it."""
+        """The rollout's time, which continues from where the last process left it."""
         return self._monotonic() - self._zero
 
     @staticmethod
     def _patience(entry: RolloutEntry, state: str) -> float:
-        """Seconds after which a board in a state has failed unless something happens."""
+        """Seconds after which a board in a state has failed unless it reports progress."""
         offer: ReleaseOffer = entry.offer
         trial = offer.attempts * (offer.seconds + _START_S) if state == TRIAL else 0.0
         return entry.rollout.plan.board_seconds + trial

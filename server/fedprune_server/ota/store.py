@@ -1,7 +1,7 @@
-"""Rollouts on the disk: what goes to which boards, how far it is, and the files of the release that is under way.
+"""Rollouts on the disk: the release, its boards, how far each is, and the files of the release that is under way.
 
-`<state>/releases`, apart from the job's database because rollouts are the fleet's, and outlive jobs. The command line
-begins rollouts and asks for their end, the daemon runs them: each writes columns of its own, and looks at the other's.
+They are in `<state>/releases`, not in a job's database, because they belong to the fleet and outlive jobs. The command
+line starts rollouts and asks for their end, the daemon runs them: each writes its own columns and reads the other's.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ CREATE TABLE IF NOT EXISTS rollouts (
     joins INTEGER NOT NULL, phase TEXT NOT NULL, rollout TEXT NOT NULL, reports TEXT NOT NULL, wish TEXT)
 """
 _LATER = {"hold": "TEXT", "prior": "INTEGER", "leaves": "INTEGER"}
-"""Columns that older versions don't know, and do without."""
+"""Columns that were added later."""
 
 _ENTRIES = "SELECT number, at, offer, joins, rollout, reports, wish, hold, prior, leaves FROM rollouts"
 _LATEST = f"{_ENTRIES} ORDER BY number DESC LIMIT 1"
 _UNDER_WAY = f"phase IN ('{RolloutPhase.RUNNING.value}', '{RolloutPhase.PAUSED.value}')"
 
 Reports = dict[str, dict[str, Any]]
-"""By board, what it said last: state, reason, done, total, and when."""
+"""By board, its last report: state, reason, done, total, and when."""
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class RolloutEntry:
 
     Attributes:
         number: Counts rollouts.
-        at: When it was begun, in seconds since 1970.
-        offer: What boards are sent.
-        joins: Whether boards that come later belong to it.
-        rollout: How far it is.
-        reports: What boards said last.
-        wish: Why somebody wants it stopped; None if nobody does.
-        hold: Why somebody wants it paused; None if nobody does.
-        prior: Number of the rollout whose release its boards had before; None if they had none, or nobody knows.
-        leaves: Number of the release from which it takes boards back; None for one that goes ahead.
+        at: When it was started, in seconds since 1970.
+        offer: The message to its boards.
+        joins: Whether boards that join the fleet later belong to it.
+        rollout: Its state.
+        reports: Each board's last report.
+        wish: Why it is to stop; None if it isn't.
+        hold: Why it is to pause; None if it isn't.
+        prior: Number of the rollout whose release its boards had before; None if they had none, or it is not known.
+        leaves: Number of the release from which it takes boards back; None otherwise.
     """
 
     number: int
@@ -75,11 +75,12 @@ class RolloutEntry:
 
 
 class RolloutStore:
-    """The rollouts of a fleet.
+    """The rollouts of a fleet. Every method raises `StorageError` if the database is damaged or the disk fails or is
+    full.
 
     Args:
         state: The server's state folder.
-        read_only: Only look: nothing is made or changed, and the lock of those who write isn't taken.
+        read_only: Change nothing, and don't take the lock of those who write.
 
     Attributes:
         blobs: The files of the release that is under way; not with `read_only`.
@@ -113,7 +114,6 @@ class RolloutStore:
             connection.execute(f"PRAGMA user_version={_FORMAT}")
 
     def close(self) -> None:
-        """Close the database."""
         self._connection.close()
 
     def __enter__(self) -> RolloutStore:
@@ -123,11 +123,7 @@ class RolloutStore:
         self.close()
 
     def starting(self) -> AbstractContextManager[None]:
-        """Hold what a rollout's start needs alone: from `check_free`, over the files in `blobs`, to `begin`.
-
-        Raises:
-            StorageError: Another start holds it, or the disk fails.
-        """
+        """Keep other starts away, from `check_free` to `begin`, while files are written to `blobs`."""
         return locked(self._path.parent / _LOCK, "another `rollout start` is under way", "Wait until it is done.")
 
     def check_free(self, release: int, manifest: str) -> None:
@@ -135,45 +131,36 @@ class RolloutStore:
 
         Raises:
             ConfigError: A rollout is under way.
-            ReleaseError: A higher number was rolled out before, so that no board would take this one, or another
-                release under this number.
-            StorageError: The disk fails.
+            ReleaseError: Boards would refuse it, because they know a higher number or another release under this
+                number.
         """
         with self._transaction() as connection:
             self._check_free(connection, release, manifest)
 
     def begin(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, joins: bool, prior: int | None = None) -> int:
-        """Begin a rollout, whose files are in `blobs`.
-
-        Returns:
-            Its number.
+        """Start a rollout, whose files are in `blobs`; returns its number.
 
         Raises:
-            ConfigError: One is under way.
+            ConfigError: A rollout is under way.
             ReleaseError: As `check_free`.
-            StorageError: The disk fails or is full.
         """
         with self._transaction() as connection:
             self._check_free(connection, offer.number, offer.manifest)
             return _insert(connection, offer, rollout, now, joins=joins, prior=prior)
 
     def begin_back(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, leaves: int, why: str) -> int:
-        """Begin a rollout that takes boards back, in the place of the last one, which ends if it is under way.
+        """Start a rollout that takes boards back, in place of the last one; returns its number.
 
         Args:
-            offer: The release, made anew of an earlier one whose files are in `blobs`.
-            rollout: To the boards that took the last one.
+            offer: The earlier release under a new number; its files are in `blobs`.
+            rollout: To the boards that have the last release.
             now: Seconds since 1970.
             leaves: The last rollout's number.
             why: Why that one ends.
 
-        Returns:
-            Its number.
-
         Raises:
-            ConfigError: Another one was begun meanwhile.
+            ConfigError: Another one was started meanwhile.
             ReleaseError: A number as high as the release's was rolled out.
-            StorageError: The disk fails or is full.
         """
         with self._transaction() as connection:
             last, highest = connection.execute("SELECT max(number), max(release) FROM rollouts").fetchone()
@@ -186,24 +173,16 @@ class RolloutStore:
             return _insert(connection, offer, rollout, now, joins=False, leaves=subject)
 
     def save(self, number: int, rollout: Rollout, reports: Mapping[str, Any]) -> None:
-        """Write down how far a rollout is; it is on the disk when this returns.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Save a rollout's state and its boards' reports durably."""
         with self._transaction() as connection:
             change = "UPDATE rollouts SET phase = ?, rollout = ?, reports = ? WHERE number = ?"
             connection.execute(change, (rollout.phase.value, _json(rollout.to_dict()), _json(reports), number))
 
     def stop(self, reason: str) -> int:
-        """Ask for the end of the rollout that is under way; the daemon sees to it.
-
-        Returns:
-            The rollout's number.
+        """Ask for the end of the rollout that is under way, which the daemon carries out; returns its number.
 
         Raises:
             ConfigError: None is under way.
-            StorageError: The disk fails or is full.
         """
         with self._transaction() as connection:
             number, _ = _running(connection)
@@ -211,16 +190,12 @@ class RolloutStore:
             return number
 
     def pause(self, reason: str) -> int:
-        """Ask that the rollout that is under way gives the release to no further board until `resume`.
+        """Ask the daemon to give the release to no further board until `resume`; returns the rollout's number.
 
-        One that is paused stays so, for the reason that was given first.
-
-        Returns:
-            The rollout's number.
+        A paused rollout keeps its first reason.
 
         Raises:
             ConfigError: None is under way, or it is to stop.
-            StorageError: The disk fails or is full.
         """
         with self._transaction() as connection:
             number, hold = _running(connection)
@@ -228,14 +203,10 @@ class RolloutStore:
             return number
 
     def resume(self) -> int:
-        """Ask that a paused rollout goes on.
-
-        Returns:
-            The rollout's number.
+        """Ask that a paused rollout goes on; returns its number.
 
         Raises:
             ConfigError: None is under way, or it isn't paused.
-            StorageError: The disk fails or is full.
         """
         with self._transaction() as connection:
             number, hold = _running(connection)
@@ -245,41 +216,25 @@ class RolloutStore:
             return number
 
     def entries(self) -> list[RolloutEntry]:
-        """All rollouts, the oldest first.
-
-        Raises:
-            StorageError: One is damaged.
-        """
+        """All rollouts, the oldest first."""
         with self._transaction() as connection:
             rows = connection.execute(f"{_ENTRIES} ORDER BY number").fetchall()
         return [self._entry(row) for row in rows]
 
     def under_way(self) -> list[RolloutEntry]:
-        """Those that have not ended: one, or with it those whose place it takes, which are to stop.
-
-        Raises:
-            StorageError: One is damaged.
-        """
+        """Rollouts that have not ended: the last one, and those that it replaces and that are to stop."""
         with self._transaction() as connection:
             rows = connection.execute(f"{_ENTRIES} WHERE {_UNDER_WAY} ORDER BY number").fetchall()
         return [self._entry(row) for row in rows]
 
     def offer(self, number: int) -> ReleaseOffer | None:
-        """What a rollout's boards are sent; None if there is no such rollout.
-
-        Raises:
-            StorageError: It is damaged.
-        """
+        """The message to a rollout's boards; None if there is no such rollout."""
         with self._transaction() as connection:
             row = connection.execute(f"{_ENTRIES} WHERE number = ?", (number,)).fetchone()
         return None if row is None else self._entry(row).offer
 
     def latest(self) -> RolloutEntry | None:
-        """The rollout that was begun last.
-
-        Raises:
-            StorageError: It is damaged.
-        """
+        """The rollout that was started last."""
         with self._transaction() as connection:
             row = connection.execute(_LATEST).fetchone()
         return None if row is None else self._entry(row)
@@ -290,7 +245,7 @@ class RolloutStore:
             return {int(row[0]) for row in connection.execute("SELECT release FROM rollouts")}
 
     def version(self) -> int:
-        """A number that is another one after another connection has changed anything."""
+        """A number that changes when another connection has changed anything."""
         with self._translated():
             return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
@@ -343,11 +298,7 @@ class RolloutStore:
 
 
 def _running(connection: sqlite3.Connection) -> tuple[int, str | None]:
-    """The rollout that is under way and isn't to stop: its number, and why it is to be paused.
-
-    Raises:
-        ConfigError: There is none.
-    """
+    """The number of the rollout that is under way and isn't to stop, and why it is to pause."""
     found = connection.execute(f"SELECT number, wish, hold FROM rollouts WHERE {_UNDER_WAY} ORDER BY number DESC")  # noqa: S608  # nosec B608  # ours
     number, wish, hold = found.fetchone() or (None, None, None)
     if number is None:
@@ -367,7 +318,6 @@ def _insert(
     prior: int | None = None,
     leaves: int | None = None,
 ) -> int:
-    """A new rollout's row; its number."""
     row = (now, offer.number, offer.to_bytes(), joins, rollout.phase.value, _json(rollout.to_dict()), prior, leaves)
     insert = (
         "INSERT INTO rollouts (at, release, offer, joins, phase, rollout, reports, prior, leaves) "

@@ -1,6 +1,6 @@
-"""The wheels of a release, looked at before it is signed: each runs on the boards, and what they require is there.
+"""The wheels of a release, checked before it is signed: each runs on the boards, and its requirements are there.
 
-What is wrong with them would be seen on the first board otherwise, after its download.
+Otherwise the first board would find the error, after its download.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _MODULES = {"pillow": "pil", "paho-mqtt": "paho", "onnxruntime-gpu": "onnxruntim
 
 
 def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequence[str] = ()) -> None:
-    """Make sure that wheels run on the boards, have fedprune among them, and lack nothing.
+    """Make sure that wheels run on the boards, include fedprune, and lack nothing.
 
     Args:
         wheels: The files.
         python: The boards' Python, such as cp311.
-        machine: Their processor, as `uname -m` says it.
+        machine: Their processor, as `uname -m` prints it.
         system: Modules that are taken from the boards' own Python.
 
     Raises:
-        ReleaseError: One is no wheel, or for other boards, is there twice, or requires what isn't there; or fedprune
-            is missing.
+        ReleaseError: A file is not a wheel, is for other boards, or is there twice; or a requirement or fedprune is
+            missing.
     """
     version = re.fullmatch(r"cp3([0-9]{1,2})", python)
     if version is None:

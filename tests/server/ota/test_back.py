@@ -16,9 +16,8 @@ from fedprune.releases.rollout import Fate, RolloutPhase
 from fedprune.security.keys import SigningKey
 from fedprune.wire.release_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.back import take_back
 from fedprune_server.ota.coordinator import RolloutCoordinator
-from fedprune_server.ota.start import RolloutTerms, start_rollout
+from fedprune_server.ota.rollouts import RolloutTerms, start_rollout, take_back
 from fedprune_server.ota.store import FILE, FOLDER, RolloutEntry, RolloutStore
 from support.fakes.runtime_releases import make_release
 

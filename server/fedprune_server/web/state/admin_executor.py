@@ -20,8 +20,7 @@ from fedprune.wire.release_messages import MAX_MANIFEST
 from fedprune.wire.topics import check_name
 from fedprune_server.enrollment.approval import approve, deny, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.back import take_back
-from fedprune_server.ota.start import RolloutTerms, start_rollout
+from fedprune_server.ota.rollouts import RolloutTerms, start_rollout, take_back
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 

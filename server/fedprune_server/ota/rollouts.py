@@ -1,0 +1,308 @@
+"""Starting a rollout: of a new release, or back to the release that boards had before.
+
+The command line and the console call these functions; the server that runs on the state folder does the rest. A board
+refuses every number that is not above all that it has seen, which protects it from replayed releases. So going back is
+a release of its own, with the earlier release's content under a new number, that boards install like any other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fedprune.core.errors import ConfigError, ReleaseError, StorageError
+from fedprune.core.text import quantity
+from fedprune.releases.release import FILES, Release, read_release, signed
+from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPlan, Stage
+from fedprune.wire.release_messages import COMMITTED, MAX_NUMBER, STAGED, TRIAL, ReleaseOffer
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.ota.store import RolloutEntry, RolloutStore
+
+_BY_HAND = "Make one of an older release's folder: fedprune-server release --again; then `rollout start` it."
+
+
+@dataclass(frozen=True)
+class RolloutTerms:
+    """How careful a rollout is.
+
+    Attributes:
+        shares: Shares of the boards, one per stage; empty for one board, a tenth, all.
+        success: Share of a stage that must have succeeded before the next stage.
+        errors: Share of a stage that may fail.
+        board_seconds: After which a board without news has failed.
+        stage_seconds: The limit of a stage.
+        attempts: Starts of a trial.
+        deadline_s: Seconds of each start until it is healthy.
+        seed: Draws which boards are early.
+    """
+
+    shares: Sequence[float] = ()
+    success: float = 0.9
+    errors: float = 0.1
+    board_seconds: float = 3600.0
+    stage_seconds: float = 86_400.0
+    attempts: int = 3
+    deadline_s: float = 600.0
+    seed: int = 0
+
+    def plan(self, release: Release) -> RolloutPlan:
+        shares = self.shares or [s.share for s in CAREFUL]
+        stages = tuple(Stage(share, self.success, self.errors, self.stage_seconds) for share in shares)
+        return RolloutPlan("release", str(release.number), stages, board_seconds=self.board_seconds, seed=self.seed)
+
+
+ALL_AT_ONCE = RolloutTerms((1.0,), success=0.01, errors=0.99, board_seconds=86_400.0, stage_seconds=7 * 86_400.0)
+"""How boards go back: all at once, whatever other boards do, and within a day for one that is off."""
+
+
+@dataclass(frozen=True)
+class StartedRollout:
+    """A rollout that was started.
+
+    Attributes:
+        number: The rollout's.
+        release: The release that boards are given.
+        rollout: Its boards and stages.
+        left: Number of the release from which it takes boards back; None otherwise.
+        again: Number of the earlier release whose content it has; None as before.
+    """
+
+    number: int
+    release: Release
+    rollout: Rollout
+    left: int | None = None
+    again: int | None = None
+
+    def told_back(self) -> str:
+        """A line about a rollout that takes boards back."""
+        boards = quantity(len(self.rollout.boards), "board")
+        return (
+            f"rollout {self.number}: back from release {self.left} to what release {self.again} "
+            f"({self.release.version}) holds, as release {self.release.number}, for {boards}"
+        )
+
+
+def start_rollout(
+    state: Path,
+    folder: Path,
+    terms: RolloutTerms,
+    devices: Collection[str] | None = None,
+    clock: Callable[[], float] = time.time,
+) -> StartedRollout:
+    """Start a rollout.
+
+    Args:
+        state: The server's state folder.
+        folder: The release's folder.
+        terms: How careful it is.
+        devices: The boards; None for all members, now and later.
+        clock: Seconds since 1970.
+
+    Raises:
+        FedpruneError: The release is damaged or not this server's, a rollout is under way, a board is not a member, or
+            the disk fails.
+    """
+    with IdentityFolder(state) as identity:
+        release, manifest, signature = read_release(folder, identity.key.verifying)
+        boards = _boards(devices, sorted(identity.store.members()))
+    rollout = Rollout.of(terms.plan(release), boards)
+    with RolloutStore(state) as store, store.starting():
+        store.check_free(release.number, manifest.decode())  # so that nobody pulls what is deleted here
+        entries = store.entries()
+        before = earlier_rollout(entries, release, boards)
+        leaves = _kept(store, folder, release, worth_keeping(entries, before))
+        offer = ReleaseOffer(
+            release.number, manifest.decode(), signature.hex(), leaves, terms.attempts, terms.deadline_s
+        )
+        before_it = None if before is None else before.number
+        number = store.begin(offer, rollout, clock(), joins=devices is None, prior=before_it)
+    return StartedRollout(number, release, rollout)
+
+
+def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:
+    if not members:
+        raise ConfigError("no board is let in yet", hint="`fedprune-server claim` lets boards in.")
+    if names is None:
+        return members
+    strange = sorted(set(names) - set(members))
+    if strange or not names:
+        raise ConfigError(
+            "--devices", expected="names of boards, as `fedprune-server devices` shows them", got=", ".join(strange)
+        )
+    return list(names)
+
+
+def _kept(store: RolloutStore, folder: Path, release: Release, others: set[str]) -> tuple[str, ...]:
+    """Store a release's files, from which the daemon serves them; returns the digests of their leaf tables, in order.
+
+    All other files but `others` are deleted.
+    """
+    wanted = {f.sha256 for f in release.files} | others
+    for old in store.blobs.names():
+        if old not in wanted:
+            store.blobs.delete(old)
+    return tuple(store.blobs.put((folder / FILES / f.sha256).read_bytes()).leaves for f in release.files)
+
+
+def take_back(
+    state: Path,
+    reason: str,
+    *,
+    release: int | None = None,
+    number: int | None = None,
+    above: int = 0,
+    terms: RolloutTerms = ALL_AT_ONCE,
+    clock: Callable[[], float] = time.time,
+) -> StartedRollout:
+    """Start a rollout that takes boards from the release that was rolled out last to the one before.
+
+    The last rollout ends if it is under way. Boards that have its release, or are installing it, go back.
+
+    Args:
+        state: The server's state folder.
+        reason: For the record, and for boards that are installing the release that is left.
+        release: The release that must be the last one, so that an order that arrives twice goes back once; None for
+            any.
+        number: Of the new release; None for the next free one.
+        above: A number that releases that were not rolled out yet may have used.
+        terms: How careful it is; attempts and their seconds are those of the last rollout.
+        clock: Seconds since 1970.
+
+    Raises:
+        ConfigError: There is no release to go back from or to, no board has it, or another rollout was started since.
+        ReleaseError: The earlier release's files are gone, or the number isn't above all that were rolled out.
+        FedpruneError: There is no identity, or the disk fails.
+    """
+    with IdentityFolder(state) as identity:
+        key, members = identity.key, identity.store.members()
+    with RolloutStore(state) as store, store.starting():
+        entries = store.entries()
+        last, before = _ends(entries, release)
+        boards = sorted(boards_with(entries, last.offer.number) & set(members))
+        if not boards:
+            raise ConfigError(
+                f"no board has release {last.offer.number} or is at it", hint="To end its rollout: `rollout stop`."
+            )
+        old = release_of(before)
+        highest = max(above, *(e.offer.number for e in entries))
+        made = replace(old, number=_number(number, highest), created=_day(clock()))
+        leaves = _leaves(store, old)
+        manifest = made.to_bytes()
+        offer = ReleaseOffer(
+            made.number, manifest.decode(), signed(manifest, key).hex(), leaves, last.offer.attempts, last.offer.seconds
+        )
+        rollout = Rollout.of(terms.plan(made), boards)
+        begun = store.begin_back(offer, rollout, clock(), leaves=last.number, why=f"boards go back: {reason}")
+    return StartedRollout(begun, made, rollout, left=last.offer.number, again=old.number)
+
+
+def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntry, RolloutEntry]:
+    """The rollout that is left, and the one whose release boards had before."""
+    if not entries:
+        raise ConfigError("nothing was rolled out yet")
+    last = entries[-1]
+    number = last.offer.number
+    if release is not None and release != number:
+        raise ConfigError(f"release {release} isn't the one that was rolled out last", expected=number, got=release)
+    if last.leaves is not None:
+        raise ConfigError(f"release {number} is itself the way back from release {last.leaves}", hint=_BY_HAND)
+    before = next((e for e in entries if e.number == last.prior), None)
+    if before is None:
+        files = release_of(last).files
+        same = next((e.offer.number for e in reversed(entries[:-1]) if release_of(e).files == files), None)
+        if same is not None:
+            raise ConfigError(
+                f"release {number} has the same files as release {same}, so that going back would change nothing",
+                hint="To rehearse a way back, roll out a release with another file, such as a newer wheel.",
+            )
+        raise ConfigError(f"no board of release {number} had one of this server's before", hint=_BY_HAND)
+    return last, before
+
+
+def _number(wanted: int | None, highest: int) -> int:
+    number = highest + 1 if wanted is None else wanted
+    if not highest < number <= MAX_NUMBER:
+        raise ReleaseError("number of a release", expected=f"above {highest}, at most {MAX_NUMBER}", got=number)
+    return number
+
+
+def _leaves(store: RolloutStore, release: Release) -> tuple[str, ...]:
+    """Digests of the leaf tables of a release's files, which must all be stored."""
+    try:
+        found = []
+        for file in release.files:
+            store.blobs.read(file.sha256)  # which compares it with its name
+            found.append(store.blobs.ref(file.sha256).leaves)
+        return tuple(found)
+    except StorageError as error:
+        name = f"release {release.number} ({release.version})"
+        raise ReleaseError(f"{name}, which boards had before, is not here any more", hint=_BY_HAND) from error
+
+
+def _day(now: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
+
+
+def release_of(entry: RolloutEntry) -> Release:
+    return Release.from_bytes(entry.offer.manifest.encode())
+
+
+def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: Collection[str]) -> RolloutEntry | None:
+    """The rollout whose release most of these boards have now; None if no board has one of this server's.
+
+    It must be for the same Python and processor, a board must have reported success with it, and boards must not have
+    been taken back from it. Of two with equally many boards it is the one with the higher number.
+
+    Args:
+        entries: All rollouts before this one, the oldest first.
+        release: The release that the boards are given.
+        boards: Their names.
+    """
+    return _usual(entries, release, boards, beside=release)
+
+
+def boards_with(entries: Iterable[RolloutEntry], number: int) -> set[str]:
+    """Boards that have a release, or may come to have it."""
+    boards = set()
+    for entry in entries:
+        if entry.offer.number != number:
+            continue
+        for name, board in entry.rollout.boards.items():
+            said = entry.reports.get(name, {}).get("state")
+            # One that fell silent, or heard of the end too late, may have tried it all the same.
+            if board.fate in (Fate.WELL, Fate.GIVEN) or said in (COMMITTED, TRIAL, STAGED):
+                boards.add(name)
+    return boards
+
+
+def worth_keeping(entries: Sequence[RolloutEntry], before: RolloutEntry | None) -> set[str]:
+    """Digests of the files that boards may be taken back to.
+
+    Args:
+        entries: All rollouts, the oldest first.
+        before: The one whose release the next one's boards have. For other boards it is the release that most boards of
+            their Python and processor have.
+    """
+    everybody = {name for entry in entries for name in entry.rollout.boards}
+    kinds = {(r.python, r.machine): r for r in map(release_of, entries)}
+    kept = [before, *(_usual(entries, kind, everybody) for kind in kinds.values())]
+    return {f.sha256 for entry in kept if entry is not None for f in release_of(entry).files}
+
+
+def _usual(
+    entries: Sequence[RolloutEntry], kind: Release, boards: Collection[str], beside: Release | None = None
+) -> RolloutEntry | None:
+    left = {entry.leaves for entry in entries}
+    had: dict[str, RolloutEntry] = {}
+    for entry in entries:
+        release = release_of(entry)
+        same = beside is not None and (release.number == beside.number or release.files == beside.files)
+        if same or release.number in left or (release.python, release.machine) != (kind.python, kind.machine):
+            continue
+        had.update({name: entry for name, board in entry.rollout.boards.items() if board.fate is Fate.WELL})
+    counts = Counter(had[name].offer.number for name in boards if name in had)
+    best = max(((n, number) for number, n in counts.items()), default=None)
+    return None if best is None else next(e for e in reversed(entries) if e.offer.number == best[1])
