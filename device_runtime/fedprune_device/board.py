@@ -28,13 +28,11 @@ from fedprune_device.agent.birth import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.api.address import LOCAL
 from fedprune_device.api.options import answering, local_address, open_samples
-from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.sample_source import SampleSource
+from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.engines.accelerator_options import accelerator_of
 from fedprune_device.enrollment.membership import checked_urls, join_first, membership
-from fedprune_device.hardware.board_facts import facts
 from fedprune_device.hardware.probe import process_memory, table_summaries
-from fedprune_device.hardware.readings import condition
+from fedprune_device.hardware.readings import condition, facts
 from fedprune_device.hardware.runtime_process import RuntimeProcess
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.launcher.sd_notify import starting
@@ -53,9 +51,9 @@ from fedprune_device.telemetry.crash_reports import CrashReports
 from fedprune_device.telemetry.log_buffer import LogBuffer
 from fedprune_device.telemetry.reporter import LogReporter, reporting
 from fedprune_device.training.graph_choice import GraphChoice
-from fedprune_device.training.loaded import TrainerCache
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
+from fedprune_device.training.trainer import TrainerCache
 
 _LOG = logging.getLogger("fedprune.device")
 

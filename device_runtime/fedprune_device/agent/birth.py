@@ -13,7 +13,7 @@ from fedprune.updates import CODECS
 from fedprune.wire.log_messages import LOG
 from fedprune.wire.messages import TO, Birth, Update
 from fedprune.wire.offer import Offer
-from fedprune_device.data.sample_source import SampleSource
+from fedprune_device.data.dataset import SampleSource
 from fedprune_device.launcher.slot_store import running
 from fedprune_device.network.connection import Connection
 

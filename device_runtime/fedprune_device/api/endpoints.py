@@ -12,8 +12,7 @@ import numpy as np
 
 from fedprune.core.errors import shown
 from fedprune_device.api.live_model import LiveModel, LoadedModel
-from fedprune_device.api.request import Answer, Request, RequestError
-from fedprune_device.api.request_body import KINDS, array, batch, document
+from fedprune_device.api.request import KINDS, Answer, Request, RequestError, array, batch, document
 from fedprune_device.data.dataset import Array
 from fedprune_device.data.image_decoding import TYPES, Pixels
 from fedprune_device.data.sample import MAX_LABEL, Added, NoSampleError, SampleConflictError

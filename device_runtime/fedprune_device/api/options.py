@@ -12,11 +12,10 @@ from fedprune_device.api.address import LOCAL, SOCKET, Address
 from fedprune_device.api.endpoints import Endpoints
 from fedprune_device.api.http_server import LocalServer
 from fedprune_device.api.live_model import LiveModel
-from fedprune_device.data.dataset import load_data
+from fedprune_device.data.dataset import SampleSource, load_data
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.image_folder import ImageFolder
 from fedprune_device.data.reservoir import Limits
-from fedprune_device.data.sample_source import SampleSource
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.hardware.readings import temperature_c

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedprune.core.errors import DataError, FedpruneError, ModelError, StorageFullError
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core import tensorfile
+from fedprune.core.errors import (
+    BundleError,
+    DataError,
+    FedpruneError,
+    ModelError,
+    StorageFullError,
+    reason,
+    shape_text,
+    shown,
+)
+from fedprune_device.data.dataset import Shape
 
 
 class RequestError(FedpruneError):
@@ -82,3 +98,162 @@ def _status(error: FedpruneError) -> int:
     if isinstance(error, DataError):
         return 422
     return 503 if isinstance(error, ModelError) else 500
+
+
+Array = npt.NDArray[Any]
+
+JSON = "application/json"
+SAFETENSORS = "application/safetensors"
+NPY = "application/x-npy"
+RAW = "application/octet-stream"
+KINDS = (JSON, SAFETENSORS, NPY, RAW)
+
+_JSON_BYTES = 2**20
+"""Numbers in JSON take some thirty times their room in memory while they are read."""
+
+_HEAD_BYTES = 4096
+_TYPES = ("<f2", "<f4", "<f8", "<i4", "<i8")
+
+
+def document(request: Request, *names: str) -> dict[str, Any]:
+    """The body as a JSON object with these entries.
+
+    Raises:
+        RequestError: It is none.
+    """
+    if len(request.body) > _JSON_BYTES:
+        hint = "Send safetensors, .npy or raw numbers."
+        raise RequestError(
+            413, "size of JSON", expected=f"at most {_JSON_BYTES} bytes", got=len(request.body), hint=hint
+        )
+    wanted = "an object with " + " and ".join(map(repr, names))
+    try:
+        found = json.loads(request.body.decode(), parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(400, "the body is no JSON", expected=wanted, got=shown(request.body)) from error
+    if not isinstance(found, dict) or set(found) != set(names):
+        raise RequestError(400, "the body", expected=wanted, got=shown(request.body))
+    return found
+
+
+def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
+    """The numbers of a body.
+
+    Args:
+        request: The request.
+        shape: One sample's shape as the model takes it; None where there is no model yet.
+        tokens: Whether the model takes whole numbers.
+
+    Raises:
+        RequestError: The body is of no known kind, or no JSON.
+        DataError: It isn't what its kind says.
+    """
+    if request.kind == JSON:
+        return _rows(document(request, "x")["x"], tokens)
+    if request.kind == SAFETENSORS:
+        return _safetensors(request.body)
+    if request.kind == NPY:
+        return _npy(request.body)
+    return _raw(request.body, shape, tokens)
+
+
+def batch(x: Array, shape: Shape, most: int, *, tokens: bool) -> Array:
+    """One sample, or several, as a batch for a model.
+
+    Args:
+        x: One sample, or [n, ...].
+        shape: One sample's shape as the model takes it; names and None stand for any size.
+        most: Samples that a batch may have.
+        tokens: Whether the model takes whole numbers.
+
+    Raises:
+        DataError: It fits neither, is empty or too long, or holds a number that is not finite.
+    """
+    if x.ndim == len(shape):
+        x = x[None]
+    wanted = shape_text(*shape)
+    if x.ndim != len(shape) + 1 or any(isinstance(w, int) and w != f for f, w in zip(x.shape[1:], shape, strict=True)):
+        raise DataError("shape of the input", expected=f"{wanted}, or [n, ...] of them", got=shape_text(*x.shape))
+    if not 1 <= len(x) <= most:
+        raise DataError("number of samples", expected=f"1 to {most}", got=len(x))
+    if not x.size:
+        raise DataError("the input is empty", expected=wanted, got=shape_text(*x.shape))
+    if tokens:
+        if x.dtype.kind != "i" or int(x.min()) < 0:
+            raise DataError("type of the input", expected="whole numbers from 0 (token ids)", got=x.dtype)
+        return np.ascontiguousarray(x, np.int64)
+    if x.dtype.kind != "f":
+        raise DataError("type of the input", expected="float32", got=x.dtype)
+    with np.errstate(over="ignore"):
+        x = np.ascontiguousarray(x, np.float32)
+    if not np.isfinite(x).all():
+        raise DataError("the input holds numbers that are not finite")
+    return x
+
+
+def _rows(rows: object, tokens: bool) -> Array:
+    try:
+        found = np.asarray(rows)
+    except ValueError as error:  # rows of different lengths
+        raise DataError("x", expected="numbers in rows of one length", got=reason(error)) from error
+    if found.dtype.kind not in "if":
+        raise DataError("x", expected="numbers in rows of one length", got=shown(rows))
+    return found if tokens else found.astype(np.float64)
+
+
+def _safetensors(body: bytes) -> Array:
+    try:
+        found = tensorfile.decode(body)
+    except BundleError as error:
+        raise DataError("the body is no safetensors file", got=str(error)) from error
+    if list(found) != ["x"]:
+        raise DataError("tensors in the body", expected="one, named x", got=shown(", ".join(found)))
+    return _known(found["x"], found["x"].dtype.newbyteorder("<").str)
+
+
+def _npy(body: bytes) -> Array:
+    file = io.BytesIO(body)
+    try:
+        version = np.lib.format.read_magic(file)
+        # The head says how long it is; a longer one than numpy's parser is meant for never gets there.
+        if int.from_bytes(body[8 : 10 if version == (1, 0) else 12], "little") > _HEAD_BYTES:
+            raise ValueError("the head is too long")
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, kind = read(file)
+    except Exception as error:  # what is damaged makes numpy's parser raise anything
+        hint = "Write it with numpy.save, without objects."
+        raise DataError("the body is no .npy file", got=reason(error), hint=hint) from error
+    data = memoryview(body)[file.tell() :]
+    wanted = math.prod(shape) * max(kind.itemsize, 1)
+    if kind.hasobject or len(data) != wanted or min(shape, default=0) < 0:
+        raise DataError(f"bytes of {kind} {shape_text(*shape)}", expected=wanted, got=len(data))
+    flat = np.frombuffer(data, np.uint8).view(kind) if kind.str in _TYPES else np.zeros(0, kind)
+    found = _known(flat, kind.str)
+    return found.reshape(shape[::-1]).T if fortran else found.reshape(shape)
+
+
+def _raw(body: bytes, shape: Shape | None, tokens: bool) -> Array:
+    if shape is None:
+        raise RequestError(503, "no model says of what shape raw numbers are", hint="Send safetensors, .npy or JSON.")
+    kind = np.dtype("<i8" if tokens else "<f4")
+    sizes = [s for s in shape if isinstance(s, int)]
+    one = math.prod(sizes) * kind.itemsize
+    if len(sizes) < len(shape) or not one:
+        raise DataError(f"raw numbers for {shape_text(*shape)}", hint="Send safetensors, .npy or JSON.")
+    if not body or len(body) % one:
+        wanted = f"{one} for each sample of {kind.name} {shape_text(*shape)}"
+        raise DataError("bytes of raw numbers", expected=wanted, got=len(body))
+    return np.frombuffer(body, kind).reshape(-1, *sizes)
+
+
+def _known(x: Array, kind: str) -> Array:
+    if kind not in _TYPES:
+        raise DataError(
+            "type of the numbers", expected="float32 (or int64 for token ids)", got=x.dtype,
+            hint="Scale images as the model expects them, such as x.astype('float32') / 255.",
+        )  # fmt: skip
+    return x
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")

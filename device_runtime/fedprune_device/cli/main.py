@@ -25,7 +25,7 @@ from fedprune_device.cli.options import (
     add_sample_options,
     threads,
 )
-from fedprune_device.hardware.board_facts import TEGRA
+from fedprune_device.hardware.readings import TEGRA
 from fedprune_device.hardware.thermal_guard import COOL_C, HOT_C
 from fedprune_device.releases.unit import ServiceUnit
 

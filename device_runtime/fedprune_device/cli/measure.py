@@ -10,8 +10,8 @@ from dataclasses import asdict, fields
 from fedprune.core.errors import ExitCode
 from fedprune.planning.identification import identify
 from fedprune.runtime.blocks import turned_off
-from fedprune_device.hardware.board_facts import facts
 from fedprune_device.hardware.probe import probe, table_summaries
+from fedprune_device.hardware.readings import facts
 from fedprune_device.hardware.runtime_process import check_runtime
 
 

@@ -19,8 +19,7 @@ from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.api.options import fixed_samples
 from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
-from fedprune_device.data.labels import targets
-from fedprune_device.data.logit_adjustment import LogitAdjustment
+from fedprune_device.data.labels import LogitAdjustment, targets
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.prediction_text import described, judged

@@ -26,7 +26,7 @@ from fedprune.training.recipe import Recipe
 from fedprune_device.api.options import fixed_samples
 from fedprune_device.cli.options import threads
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.logit_adjustment import LogitAdjustment
+from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import PrecisionCheck
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation

@@ -6,7 +6,7 @@ import inspect
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -446,3 +446,22 @@ def _assemble(arrays: object, seed: int, device: str) -> LocalData:
 
 def _inputs(found: object) -> Inputs:
     return found if isinstance(found, StoredArray) else np.asarray(found)
+
+
+class SampleSource(Protocol):
+    """Samples that may become more or other ones: each round takes those that there are when it begins."""
+
+    @property
+    def samples(self) -> int:
+        """Training samples now; the agent's loop asks for it, so that it must be known already."""
+
+    def snapshot(self, shape: Shape | None = None) -> LocalData:
+        """The samples of a round.
+
+        Args:
+            shape: One sample's shape as the model takes it; names and None stand for any size.
+
+        Raises:
+            DataError: There is nothing to train on.
+            StorageError: The disk fails.
+        """

@@ -23,8 +23,7 @@ from fedprune_device.engines.build_process import BuildProcess, BuildRequest, Bu
 from fedprune_device.engines.engine import Array, Engine
 from fedprune_device.engines.engine_cache import BASE, ENGINE, TIMINGS, CachedEngine, EngineCache, EnginePlatform
 from fedprune_device.engines.engine_check import WrongOutputError, answers, deviation, trial_inputs
-from fedprune_device.hardware.board_facts import facts
-from fedprune_device.hardware.readings import power_mode
+from fedprune_device.hardware.readings import facts, power_mode
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 

@@ -24,8 +24,7 @@ from fedprune.core.rng import keyed
 from fedprune.planning.form_times import FormTimes, Shape
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
-from fedprune_device.hardware.layer_timing import Clock, median_seconds
-from fedprune_device.hardware.measurement_cache import remembered
+from fedprune_device.hardware.layer_timing import Clock, median_seconds, remembered
 
 ARCHIVE = "probe_forms.tar.gz"
 """The asset: `index.json` and a graph per shape, length of a block and form."""

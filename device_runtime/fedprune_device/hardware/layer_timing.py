@@ -6,6 +6,8 @@ jobs do; predictions have a graph per width, since onnxruntime lays out constant
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import tarfile
@@ -16,19 +18,62 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from fedprune.core import tensorfile
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.errors import ProfileError, StorageError
 from fedprune.core.rng import keyed
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.runtime.session import Session
 from fedprune.training import step_contract
-from fedprune_device.hardware.measurement_cache import remembered
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
+
+
+class Measured(Protocol):
+    """A measurement that can be written down."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types."""
+
+
+_Measured = TypeVar("_Measured", bound=Measured)
+
+
+def remembered(
+    path: Path,
+    about: str,
+    asset: bytes,
+    key: str,
+    read: Callable[[Any], _Measured],
+    make: Callable[[], _Measured],
+) -> _Measured:
+    """The measurement of an earlier start, as long as nothing has changed that it depends on.
+
+    Args:
+        path: Where it is kept; nothing is kept where the folder isn't there yet.
+        about: What it depends on: board, versions, threads.
+        asset: The graphs that are measured; it depends on these, too.
+        key: What it is called in the file.
+        read: Reads it from plain JSON types, and raises a `ProfileError` where they are damaged.
+        make: Measures.
+    """
+    depends = f"{about} {hashlib.sha256(asset).hexdigest()}"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if body["about"] == depends:
+            return read(body[key])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
+        pass  # there is none, or it is damaged: it can be measured again
+    found = make()
+    with contextlib.suppress(StorageError):
+        write_whole(path, json.dumps({"about": depends, key: found.to_dict()}).encode())
+    return found
+
 
 ARCHIVE = "probe_layers.tar.gz"
 """The asset: `index.json` and a folder per net."""

@@ -1,18 +1,314 @@
-"""Where an offer's blobs come from first: from the web server that it names, and what that doesn't give over MQTT."""
+"""Blobs over HTTPS: a thread downloads what an offer's web server has, and MQTT the rest.
+
+Nothing is trusted: the leaf table must be the one that the offer names, and every leaf is hashed before it is written.
+MQTT goes on with what was downloaded (`fedprune.blobs.partial_blob`), so that the two can take turns. Any error ends
+the thread with one line that names it; what has arrived stays.
+"""
 
 from __future__ import annotations
 
+import http.client
 import logging
+import math
+import socket
 import ssl
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef, read_table_file
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.core.errors import FedpruneError
+from fedprune.core.text import one_line
 from fedprune.wire.blob_url import BlobUrl
-from fedprune.wire.broker_url import tls_context
+from fedprune.wire.broker_url import failure, tls_context
 from fedprune.wire.offer import Offer
-from fedprune_device.network.http_fetch import LEAST_BYTES_PER_S, STALL_S, HttpFetch
+from fedprune_device.network.blob_download import LeafReuse
+
+SILENT_S = 10.0
+"""How long the server may take to connect, and to send nothing."""
+
+STALL_S = 30.0
+"""How long a leaf may take, or an answer to begin; who looks at `stalled` ends it then."""
+
+LEAST_BYTES_PER_S = 8192.0
+"""What must come, or the fetch falls behind; at `STALL_S` behind it ends, too. What came faster before is no credit."""
+
+_ANSWER_S = 1.0
+"""How long an answer's beginning may take without the fetch falling behind."""
+
+_BATCH = 8
+"""Leaves that are held in memory at a time."""
+
+_CUTS = 5
+"""Connections that may break in the middle of a blob, if each brought something."""
+
+
+class HttpFetchError(Exception):
+    """A web server doesn't give what an offer says."""
+
+
+class HttpFetch:
+    """Fetches blobs into a store, beginning at once.
+
+    Args:
+        store: Where they end up.
+        base: Where they lie.
+        refs: The blobs; what is there of them already is not asked for.
+        context: Gives TLS, with what vouches for web servers.
+        clock: Seconds that only grow.
+
+    Attributes:
+        base: Where they lie.
+        failure: Why it ended early, in one line; empty where it didn't.
+        done: Leaves of the blobs that are there.
+        total: Leaves of the blobs.
+        bytes: What came over the web: verified leaves.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        base: BlobUrl,
+        refs: Sequence[BlobRef],
+        context: Callable[[], ssl.SSLContext],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.base = base
+        self.failure = ""
+        self.done, self.total = 0, sum(r.leaf_count for r in refs)
+        self.bytes = 0
+        self._store, self._refs = store, tuple(refs)
+        self._shared = LeafReuse(store)
+        self._clock = clock
+        self._moved_at = clock()
+        self._behind = 0.0
+        self._ending = threading.Event()
+        self._cuts = 0
+        self._connection = _Connection(base, context)
+        self._thread = threading.Thread(target=self._run, name="fedprune-web", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still at it; not once it was told to stop, though its thread may take a moment to end."""
+        return self._thread.is_alive() and not self._ending.is_set()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether nothing has come for too long, or too little."""
+        return self._behind + self._clock() - self._moved_at > STALL_S
+
+    def stop(self, why: str = "") -> None:
+        """End at once, also in the middle of an answer; nothing more is written but what is being written now."""
+        if self._thread.is_alive() and not self._ending.is_set():
+            self.failure = why
+        self._ending.set()
+        self._connection.cut()
+
+    def join(self, timeout: float) -> None:
+        """Wait for its end, but no longer than `timeout` seconds."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            for ref in self._refs:
+                self._blob(ref)
+        except (OSError, FedpruneError) as error:
+            self._fail(failure(error))
+        except (HttpFetchError, http.client.HTTPException, ValueError) as error:
+            self._fail(str(error) or type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - it is handed to the loop, and MQTT goes on
+            self._fail(f"unexpected error: {type(error).__name__}: {error}")
+        finally:
+            self._connection.close()
+
+    def _fail(self, why: str) -> None:
+        if not self._ending.is_set():  # else that is why
+            self.failure = one_line(why)  # it may be the server's own words
+
+    def _blob(self, ref: BlobRef) -> None:
+        with self._at_the_disk():
+            partial = self._store.partial(ref, vouched=True)  # a signed offer has named both of its digests
+        try:
+            self.done += partial.count
+            if partial.complete:
+                return
+            if partial.table is None:
+                self._table(partial)
+            with self._at_the_disk():
+                self.done += self._shared.lend(partial)
+            while partial.count < ref.leaf_count:
+                self._missing(partial)
+            self._check()
+            with self._at_the_disk():
+                partial.finish()
+        finally:
+            partial.close()
+
+    def _table(self, partial: PartialBlob) -> None:
+        ref = partial.ref
+        length = DIGEST * (1 + ref.leaf_count)
+        answer = self._ask(self.base.table(ref.sha256), length)
+        raw = bytearray()
+        while len(raw) < length:
+            raw += self._read(answer, min(LEAF, length - len(raw)))
+        found = read_table_file(bytes(raw), ref.leaf_count)
+        present = partial.count
+        if found is None or not partial.set_table(found):
+            raise HttpFetchError(f"the leaf table of blob {ref.sha256[:12]} there is another one than the offer's")
+        self.done += partial.count - present
+
+    def _missing(self, partial: PartialBlob) -> None:
+        """Fetch what is missing, or a part of it where the connection breaks."""
+        before = partial.count
+        try:
+            for first, end in _gaps(partial.present):
+                self._leaves(partial, first, end)
+        except (OSError, http.client.HTTPException):
+            self._connection.close()
+            self._cuts += 1
+            if self._ending.is_set() or partial.count == before or self._cuts > _CUTS:
+                raise
+
+    def _leaves(self, partial: PartialBlob, first: int, end: int) -> None:
+        ref = partial.ref
+        start, stop = first * LEAF, min(end * LEAF, ref.size)
+        answer = self._ask(self.base.blob(ref.sha256), stop - start, (start, ref.size))
+        if answer.status == http.client.OK:
+            first, end = 0, ref.leaf_count  # ranges mean nothing to it: all of the blob comes
+        for at in range(first, end, _BATCH):
+            last = min(at + _BATCH, end)
+            payload = b"".join(self._read(answer, ref.leaf_size(i)) for i in range(at, last))
+            before = partial.count
+            wrong = partial.write_leaves(at, payload)
+            self.done += partial.count - before
+            self.bytes += len(payload)
+            if wrong:
+                raise HttpFetchError(f"leaf {wrong[0]} of blob {ref.sha256[:12]} there is not what the offer says")
+
+    def _ask(self, path: str, length: int, range_: tuple[int, int] | None = None) -> http.client.HTTPResponse:
+        """Ask for something; the answer is as long as it must be, and its body not read yet.
+
+        Args:
+            path: What.
+            length: Bytes that are wanted.
+            range_: Where they begin, and how long the whole is; None for a whole.
+        """
+        headers = {"Accept-Encoding": "identity", "User-Agent": "fedprune"}
+        whole = range_ is None or length == range_[1]
+        start, size = range_ or (0, length)
+        if not whole:
+            headers["Range"] = f"bytes={start}-{start + length - 1}"
+        answer = self._connection.answer(path, headers, self._check)
+        self._came(_ANSWER_S)
+        if 300 <= answer.status < 400:
+            raise HttpFetchError(f"it redirects {path} ({answer.status}), which is not followed")
+        if answer.status not in (200, 206) or (answer.status == 206 and whole):
+            raise HttpFetchError(f"it answers {answer.status} to {path}")
+        expected = size if answer.status == 200 else length
+        if answer.getheader("Content-Encoding", "identity") != "identity" or answer.length != expected:
+            got = answer.getheader("Content-Length", "nothing")[:40]
+            raise HttpFetchError(f"it says that {path} has {got!r} bytes, and not the {expected} that the offer says")
+        if answer.status == 206:
+            said, right = answer.getheader("Content-Range", ""), f"bytes {start}-{start + length - 1}/{size}"
+            if said != right:
+                raise HttpFetchError(f"it gives {said[:80]!r} of {path}, and not {right}")
+        return answer
+
+    def _read(self, answer: http.client.HTTPResponse, length: int) -> bytes:
+        self._check()
+        data = answer.read(length)
+        if len(data) != length:
+            raise http.client.IncompleteRead(data, length - len(data))
+        self._came(length / LEAST_BYTES_PER_S)
+        return data
+
+    def _came(self, seconds: float) -> None:
+        """Something came that may have taken so long."""
+        now = self._clock()
+        self._behind = max(0.0, self._behind + now - self._moved_at - seconds)
+        self._moved_at = now
+
+    @contextmanager
+    def _at_the_disk(self) -> Iterator[None]:
+        """It is not the server that takes so long."""
+        self._moved_at = math.inf
+        yield
+        self._moved_at = self._clock()
+
+    def _check(self) -> None:
+        if self._ending.is_set():
+            raise HttpFetchError("it was told to stop")
+
+
+class _Connection(http.client.HTTPConnection):
+    """One connection, kept as long as it goes, which another thread may cut at any moment."""
+
+    def __init__(self, base: BlobUrl, context: Callable[[], ssl.SSLContext]) -> None:
+        super().__init__(base.host, base.port, timeout=SILENT_S)
+        self._tls = context if base.tls else None
+        if base.tls:
+            self.default_port = 443  # else the header Host would name it
+        self._is_cut = False
+
+    def connect(self) -> None:
+        plain = socket.create_connection((self.host, self.port), self.timeout)
+        plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            # The handshake comes when the other thread can see the socket, and cut it.
+            secured = self._tls and self._tls().wrap_socket(
+                plain, server_hostname=self.host, do_handshake_on_connect=False
+            )
+        except BaseException:
+            plain.close()
+            raise
+        self.sock = secured or plain
+        if self._is_cut:
+            raise ConnectionAbortedError("the connection was cut")
+        if isinstance(self.sock, ssl.SSLSocket):
+            self.sock.do_handshake()
+
+    def answer(self, path: str, headers: dict[str, str], check: Callable[[], None]) -> http.client.HTTPResponse:
+        """Ask, once more where a connection that was kept has ended meanwhile.
+
+        Args:
+            path: What is asked for.
+            headers: What is said with it.
+            check: Raises an error if nothing is to be asked any more.
+        """
+        while True:
+            check()
+            fresh = self.sock is None
+            try:
+                self.request("GET", path, headers=headers)
+                return self.getresponse()
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if fresh or not isinstance(error, (ConnectionError, ssl.SSLError)):
+                    raise
+
+    def cut(self) -> None:
+        """End it from another thread: whoever reads from it or writes to it gets an error."""
+        self._is_cut = True
+        found = self.sock
+        if found is not None:
+            with suppress(OSError):  # it may not be connected any more
+                # Not that of TLS, which isn't made for another thread.
+                socket.socket.shutdown(found, socket.SHUT_RDWR)
+
+
+def _gaps(present: bytearray) -> Iterator[tuple[int, int]]:
+    """Runs of what isn't there, each from its first leaf up to behind its last; asked again after each."""
+    first = present.find(0)
+    while first >= 0:
+        end = present.find(1, first)
+        end = len(present) if end < 0 else end
+        yield first, end
+        first = present.find(0, end)
+
 
 _LOG = logging.getLogger("fedprune.device")
 

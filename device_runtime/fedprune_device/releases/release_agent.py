@@ -28,7 +28,7 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
-from fedprune_device.hardware.board_facts import TEGRA
+from fedprune_device.hardware.readings import TEGRA
 from fedprune_device.launcher import state as on_disk
 from fedprune_device.network.connection import Connection
 from fedprune_device.releases.installer import KEPT, ReleaseInstaller

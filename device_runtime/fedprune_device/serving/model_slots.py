@@ -18,7 +18,7 @@ from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ModelError, StorageError
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, served_files
 from fedprune.training.recipe import LOSSES
-from fedprune_device.data.logit_adjustment import LogitAdjustment
+from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import clear
 

@@ -12,8 +12,7 @@ import numpy.typing as npt
 from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import targets
-from fedprune_device.data.logit_adjustment import LogitAdjustment
+from fedprune_device.data.labels import LogitAdjustment, targets
 from fedprune_device.data.losses import data_loss, hits, loss_terms
 from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.serving.predictor import Predictor

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
@@ -18,14 +20,46 @@ from fedprune.training.recipe import Recipe
 from fedprune.updates import Codec, encode
 from fedprune.updates.gaussian_noise import GaussianNoise
 from fedprune.updates.privacy_mechanism import noised
+from fedprune.updates.remap import relocated
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState, RoundState, StateStore
-from fedprune_device.training.error_feedback import carried
 from fedprune_device.training.evaluation import PROBE_SAMPLES
 from fedprune_device.training.moving_average import averaged, blended
 from fedprune_device.training.received_weights import unpacked
 from fedprune_device.training.trainer import Trainer, TrainingResult
+
+
+def carried(
+    base: LocalState | None, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: Callable[[BlobRef], bytes]
+) -> Tensors:
+    """What the last update left out of tensors that are trained now.
+
+    In another selection it is that of the channels that both have, where the offer says how these have moved;
+    otherwise nothing is known to be the same, and nothing is left.
+
+    Args:
+        base: What the round before left; None where there is none.
+        offer: The offer: where the tensors lie.
+        tensors: The submodel's tensors, with all elements in their places.
+        read: Gives a blob of the offer.
+
+    Returns:
+        Arrays of the tensors' shapes, for some of them.
+
+    Raises:
+        StorageError: A blob can't be read.
+    """
+    found = {} if base is None else base.residual
+    if base is not None and found and base.selection != offer.selection:
+        if offer.moved is None or offer.moved_from != base.selection:
+            return {}
+        try:
+            found = relocated(found, read(offer.moved), 2 * max(v.nbytes for v in tensors.values()) + 2**20)
+        except ProtocolError:
+            return {}
+    return {n: v for n, v in found.items() if n in tensors and tensors[n].shape == v.shape}
+
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError
+from fedprune.core.errors import BundleError, ConfigError, ProtocolError
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.selection import Tensors
 from fedprune.training.recipe import Recipe
+from fedprune.updates import Codec, weights
+from fedprune.updates.remap import relocated
+from fedprune.wire.offer import Offer
 
 
 def unpacked(
@@ -60,3 +63,33 @@ def unpacked(
         return known.unpack(tensors), known
     except BundleError as error:
         raise BundleError(f"mask and weights of the offer don't fit each other: {error}") from error
+
+
+def decoded(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:
+    """The weights file of an offer.
+
+    Args:
+        offer: The offer.
+        read: Gives a blob by its digest.
+
+    Returns:
+        The file; None where what came doesn't make it, so that it must be pulled as it is.
+
+    Raises:
+        StorageError: A blob can't be read.
+    """
+    if offer.coded is None:
+        return None
+    raw = read(offer.coded.sha256)
+    base = None if offer.held is None else read(offer.held)
+    try:
+        codec = Codec.parse(offer.weights_codec, "offer: weights_codec")
+        if codec is None:
+            return None
+        held = None if base is None else tensorfile.decode(base)
+        if held is not None and offer.moved is not None:
+            held = relocated(held, read(offer.moved.sha256), 2 * offer.weights.size + 2**20)
+        file = tensorfile.encode(weights.decode(codec, raw, held, offer.weights.size))
+    except (BundleError, ConfigError, ProtocolError):
+        return None
+    return file if tensorfile.digest(file) == offer.weights.sha256 else None

@@ -16,17 +16,16 @@ from fedprune.training.recipe import Recipe
 from fedprune.updates.gaussian_noise import GaussianNoise
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
-from fedprune_device.data.logit_adjustment import LogitAdjustment
-from fedprune_device.data.sample_source import SampleSource
+from fedprune_device.data.dataset import SampleSource
+from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.local_state import MemoryStateStore, RoundState, StateStore
-from fedprune_device.training.decoding import decoded
 from fedprune_device.training.evaluation import MEASURED, Evaluation, training_metrics
-from fedprune_device.training.loaded import TrainerCache
 from fedprune_device.training.local_update import LocalUpdate
-from fedprune_device.training.trainer import TrainingResult, TrainingStoppedError
+from fedprune_device.training.received_weights import decoded
+from fedprune_device.training.trainer import TrainerCache, TrainingResult, TrainingStoppedError
 
 __all__ = ["MEASURED", "DamagedBlobError", "RoundResult", "RoundRunner", "TrainerCache"]
 

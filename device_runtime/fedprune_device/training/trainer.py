@@ -20,15 +20,57 @@ from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
 from fedprune.training import step_contract
 from fedprune.training.recipe import Recipe
-from fedprune_device.data.batches import Batches, Part, even_parts
+from fedprune_device.data.batches import Batches, Part, even_parts, mixed
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import targets
-from fedprune_device.data.mixup import mixed
+from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.batch_norm import measured
-from fedprune_device.training.early_stopping import EarlyStopping
 from fedprune_device.training.step_graph import StepGraph, weight_of
 
 Array = npt.NDArray[Any]
+
+
+class EarlyStopping:
+    """Says when the validation loss has not fallen for long enough, and keeps the weights of its lowest.
+
+    Args:
+        epochs: So many without a lower loss are enough.
+        keep: Whether the best epoch's weights will be asked for; if not, the attributes stay empty.
+
+    Attributes:
+        tensors: The best epoch's.
+        steps: Optimiser steps that led to them.
+        squares: What else belongs to that epoch: the squared gradients of its last step.
+    """
+
+    def __init__(self, epochs: int, *, keep: bool = True) -> None:
+        self._epochs, self._keep = epochs, keep
+        self._lowest: float | None = None
+        self._waited = 0
+        self.tensors: dict[str, Array] = {}
+        self.steps = 0
+        self.squares: dict[str, Array] = {}
+
+    def over(self, loss: float, tensors: Mapping[str, Array], steps: int, squares: Mapping[str, Array]) -> bool:
+        """Take in an epoch's end.
+
+        Args:
+            loss: The validation loss.
+            tensors: The weights; nobody may write into them.
+            steps: Optimiser steps so far.
+            squares: Squared gradients of the last one, where they are reported.
+
+        Returns:
+            Whether training should end.
+        """
+        if self._lowest is None or loss < self._lowest:
+            self._lowest, self._waited = loss, 0
+            if self._keep:
+                self.tensors, self.steps, self.squares = dict(tensors), steps, dict(squares)
+            return False
+        self._waited += 1
+        return self._waited >= self._epochs
+
 
 _FAR = "The learning rate may be too high for this device's data: try a lower lr, or a smaller momentum."
 
@@ -355,3 +397,55 @@ class Trainer:
                 f"ordered dropout: {error}", hint="The training graph must be made for this recipe."
             ) from error
         return plans
+
+
+class TrainerCache:
+    """The training graph that was used last: another bench's round usually needs it again.
+
+    Args:
+        threads: Threads inside an operator.
+        keep: Whether it stays loaded after training. A board lets it go: its memory is needed for the new model, and
+            loading it again takes less than a step or two.
+        cuda: Whether to compute on an NVIDIA GPU, if that works.
+    """
+
+    def __init__(self, threads: int = 1, *, keep: bool = False, cuda: bool = False) -> None:
+        self.threads = threads
+        self._cuda = cuda
+        self._keep = keep
+        self._loaded: tuple[str, Trainer] | None = None
+
+    def of(self, sha256: str, read: Callable[[], bytes], blocked: Callable[[], bytes] | None = None) -> Trainer:
+        """A trainer for a graph.
+
+        Args:
+            sha256: The graph.
+            read: Gives its bytes, if they are needed.
+            blocked: Gives those of a graph for whole batches on this processor, if there is one. It is read anew for
+                every round, since it serves one round's widths alone.
+
+        Raises:
+            ModelError: onnxruntime doesn't accept the graph.
+            TrainingError: It is not a training graph.
+        """
+        if self._loaded is None or self._loaded[0] != sha256 or blocked is not None:
+            self._loaded = None  # two loaded models are more than a small board has memory for
+            whole = None if blocked is None else blocked()
+            self._loaded = (sha256, Trainer(read(), blocked=whole, threads=self.threads, cuda=self._cuda))
+        return self._loaded[1]
+
+    def predictor(self, model: Path) -> Predictor:
+        """A staged model, opened.
+
+        Args:
+            model: Its folder.
+
+        Raises:
+            ModelError: onnxruntime doesn't accept it.
+        """
+        return Predictor(model, threads=self.threads, cuda=self._cuda)
+
+    def release(self) -> None:
+        """Training is over."""
+        if not self._keep:
+            self._loaded = None

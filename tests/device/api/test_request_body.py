@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedprune.core.errors import DataError
-from fedprune_device.api.request import Request, RequestError
-from fedprune_device.api.request_body import JSON, NPY, RAW, SAFETENSORS, array, batch
+from fedprune_device.api.request import JSON, NPY, RAW, SAFETENSORS, Request, RequestError, array, batch
 from fedprune_device.client import _body
 
 pytestmark = pytest.mark.board

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.logit_adjustment import LogitAdjustment
+from fedprune_device.data.labels import LogitAdjustment
 from support.fakes.hidden_board import HiddenBoard, hidden_weights, logits
 
 pytestmark = pytest.mark.board

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.rng import keyed
-from fedprune_device.data.batches import Part
-from fedprune_device.data.mixup import mixed
+from fedprune_device.data.batches import Part, mixed
 
 pytestmark = pytest.mark.board
 

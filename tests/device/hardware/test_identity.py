@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.planning.identification import identify
-from fedprune_device.hardware.board_facts import facts
+from fedprune_device.hardware.readings import facts
 
 pytestmark = pytest.mark.board
 

@@ -22,8 +22,8 @@ from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune_device.network import http_fetch
-from fedprune_device.network.http_fetch import HttpFetch
+from fedprune_device.network import http_download
+from fedprune_device.network.http_download import HttpFetch
 from support.fakes.web_server import Handler, WebPlace
 
 pytestmark = pytest.mark.board
@@ -197,7 +197,7 @@ def test_a_range_that_was_not_asked_for_is_not_believed(store: BlobStore, web: W
 
 
 def test_who_drips_is_left(store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_fetch, "STALL_S", 0.3)
+    monkeypatch.setattr(http_download, "STALL_S", 0.3)
 
     def drip(handler: Handler, data: bytes) -> bool:
         if handler.path.endswith(".leaves"):
@@ -222,8 +222,8 @@ def test_who_drips_is_left(store: BlobStore, web: WebPlace, monkeypatch: pytest.
 def test_who_drips_leaf_by_leaf_is_left_and_was_fast_before_in_vain(
     store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_fetch, "STALL_S", 1.0)
-    monkeypatch.setattr(http_fetch, "LEAST_BYTES_PER_S", 1000.0 * LEAF)
+    monkeypatch.setattr(http_download, "STALL_S", 1.0)
+    monkeypatch.setattr(http_download, "LEAST_BYTES_PER_S", 1000.0 * LEAF)
     first, dripped = 8, 0
 
     def drip(handler: Handler, data: bytes) -> bool:
@@ -253,13 +253,13 @@ def test_who_drips_leaf_by_leaf_is_left_and_was_fast_before_in_vain(
 def test_who_never_ends_the_head_of_an_answer_is_left(
     store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_fetch, "STALL_S", 0.2)
+    monkeypatch.setattr(http_download, "STALL_S", 0.2)
     web.behave = lambda h, data: not h.drip(b"HTTP/1.1 200 OK\r\nX-Slow: ", 20)
     assert fetched(store, web.url).failure == "it stalls"
 
 
 def test_it_ends_at_once_when_it_is_stopped(store: BlobStore, web: WebPlace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_fetch, "SILENT_S", 600.0)  # nothing else ends it
+    monkeypatch.setattr(http_download, "SILENT_S", 600.0)  # nothing else ends it
     web.behave = lambda h, data: not h.drip(b"", 600)
     fetch = HttpFetch(store, BlobUrl.parse(web.url), [REF], tls_context)
     while not web.asked:
@@ -321,7 +321,7 @@ class TestTls:
     def test_a_handshake_that_hangs_is_cut(
         self, store: BlobStore, tmp_path: Path, authority: Authority, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(http_fetch, "SILENT_S", 600.0)  # nothing else ends it
+        monkeypatch.setattr(http_download, "SILENT_S", 600.0)  # nothing else ends it
         with socket.create_server(("127.0.0.1", 0)) as silent:
             url = BlobUrl.parse(f"https://127.0.0.1:{silent.getsockname()[1]}")
             fetch = HttpFetch(store, url, [REF], self.trust(tmp_path))

@@ -18,7 +18,7 @@ from fedprune.core.errors import StorageError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.offer import Offer
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune_device.network.leaf_reuse import LeafReuse
+from fedprune_device.network.blob_download import LeafReuse
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board

@@ -19,7 +19,7 @@ from fedprune.wire.messages import BlobRequest, Cancelled, Refusal, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.network import http_fetch
+from fedprune_device.network import http_download
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.trainer import Trainer
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
@@ -59,7 +59,7 @@ class Board:
 @pytest.fixture(autouse=True)
 def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The agent's clock goes fast: half a second in which this machine stands still would be a stall."""
-    monkeypatch.setattr(http_fetch, "STALL_S", 1e6)
+    monkeypatch.setattr(http_download, "STALL_S", 1e6)
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def hangs(board: Board) -> Callable[[Handler, bytes], bool]:
 def test_a_web_server_that_hangs_is_given_up(
     board: Board, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_fetch, "STALL_S", 0.3)
+    monkeypatch.setattr(http_download, "STALL_S", 0.3)
     board.server.plan = [board.offer(1)]
     board.web.behave = hangs(board)
     board.run()

@@ -25,7 +25,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.error_feedback import carried
+from fedprune_device.training.local_update import carried
 from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
 from support.fakes.hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
 

@@ -22,9 +22,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import class_weights, positive_weights, targets
 from fedprune_device.data.losses import data_loss, hits, loss_terms
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.early_stopping import EarlyStopping
 from fedprune_device.training.round_runner import RoundRunner
-from fedprune_device.training.trainer import Trainer, TrainingResult
+from fedprune_device.training.trainer import EarlyStopping, Trainer, TrainingResult
 from support.fakes.agent_fleet import MemoryServer
 
 pytestmark = pytest.mark.board

@@ -24,7 +24,7 @@ from fedprune.training.recipe import Recipe
 from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode, packing
 from fedprune.wire.messages import Birth, parse
 from fedprune.wire.offer import Offer
-from fedprune_device.training.decoding import decoded
+from fedprune_device.training.received_weights import decoded
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

@@ -19,8 +19,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.wire.log_messages import CrashReport
 from fedprune_device.api.address import Address
 from fedprune_device.api.http_server import _Handler
-from fedprune_device.api.request import Answer, Request
-from fedprune_device.api.request_body import array, batch, document
+from fedprune_device.api.request import Answer, Request, array, batch, document
 from fedprune_device.cli.predict import _samples as samples_to_predict
 from fedprune_device.data.dataset import load_data, read_arrays
 from fedprune_device.data.image_decoding import Pixels
