@@ -88,7 +88,6 @@ class BoardReport:
     body: Mapping[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
         return dict(vars(self))
 
     def __str__(self) -> str:
@@ -98,7 +97,7 @@ class BoardReport:
 
 
 class BoardLogs:
-    """What boards tell, in a state folder.
+    """Boards' log lines and crashes in a state folder.
 
     Args:
         folder: The folder.
@@ -143,7 +142,6 @@ class BoardLogs:
             raise
 
     def close(self) -> None:
-        """Close the file."""
         self._connection.close()
 
     def __enter__(self) -> BoardLogs:
@@ -153,11 +151,11 @@ class BoardLogs:
         self.close()
 
     def wanted(self, device: str) -> LogRequest:
-        """What a board is told that it may tell, and what is here of it."""
+        """The request that is sent to a board: its quota, and what has arrived."""
         return LogRequest(self._lines, BYTES, self._kept.get(device))
 
     def lines(self, message: LogReport) -> None:
-        """A board told lines of its log; more than it may are left out."""
+        """Take a board's lines; those above its quota are dropped."""
         device, now = message.device, self._clock()
         allowed = self._allowance(device, len(message.lines))
         for line in message.lines[:allowed]:
@@ -166,7 +164,7 @@ class BoardLogs:
         self._answers.add(device)
 
     def crashed(self, message: CrashReport) -> None:
-        """A board told how its last run ended."""
+        """Take a board's crash report."""
         now, text = self._clock(), one_line(message.text, 1000)
         where = [{**f, "module": one_line(f["module"], 128), "function": one_line(f["function"], 128)}
                  for f in message.frames]  # fmt: skip
@@ -187,7 +185,7 @@ class BoardLogs:
         self._put((message.device, *row))
 
     def save(self) -> dict[str, LogRequest]:
-        """Write what has come; a disk that fails costs these lines, and boards tell them again.
+        """Save new lines; if the disk fails they are lost here, and boards send them again.
 
         Returns:
             What to answer boards, by name.
@@ -221,7 +219,7 @@ class BoardLogs:
             self._waiting.append(row)
 
     def _allowance(self, device: str, wanted: int) -> int:
-        """How many of so many lines a board may tell: twice of what it was told, since clocks differ."""
+        """A board's quota of lines: twice the announced one, since clocks differ."""
         now = self._monotonic()
         since, used = self._hours.get(device, (now, 0))
         if now - since >= _HOUR_S:
@@ -247,7 +245,7 @@ _SELECT = "SELECT id, device, kind, at, received, level, count, text, body FROM 
 
 
 def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int = 1000) -> list[BoardReport]:
-    """What a state folder has of boards' logs, the oldest first.
+    """Boards' logs of a state folder, oldest first.
 
     Args:
         folder: The folder.
@@ -274,7 +272,7 @@ def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int
 
 
 def frames_of(told: BoardReport) -> list[str]:
-    """Where a crash happened, as lines for people."""
+    """A crash's stack frames, as lines."""
     rows = []
     for frame in told.body.get("frames", ()):
         at = f"{frame['module']}:{frame['line']} in {frame['function']}" if frame["line"] else frame["module"]

@@ -42,7 +42,7 @@ class _Seen:
 
 
 class CloneDetector:
-    """Watches announcements for names that more than one board uses."""
+    """Detects names that more than one board uses."""
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
@@ -84,7 +84,7 @@ class CloneDetector:
         return reason if reason and self._tell(device, now) else ""
 
     def doubled(self, device: str, now: float) -> bool:
-        """Take in a sign that two boards sign with one key.
+        """Take a sign that two boards sign with one key.
 
         Returns:
             Whether the signs suffice and that is news: it is once an hour.
@@ -95,7 +95,7 @@ class CloneDetector:
         return len(signs) == SIGNS and now - signs[0] <= SIGNS_WITHIN_S and self._tell(device, now)
 
     def _tell(self, device: str, now: float) -> bool:
-        """Suspect a device; whether that is news."""
+        """Suspect a device; returns whether that is new."""
         self._suspected[device] = now
         if now - self._told.get(device, -AGAIN_S) < AGAIN_S:
             return False
@@ -103,7 +103,7 @@ class CloneDetector:
         return True
 
     def forget(self, device: str) -> None:
-        """Another board has a name now."""
+        """Forget a name, which another board has now."""
         for known in (self._seen, self._suspected, self._told, self._signs):
             known.pop(device, None)
 
@@ -112,7 +112,7 @@ class CloneDetector:
         return device in self._suspected
 
     def settle(self, now: float) -> None:
-        """Forget suspicions that nothing has happened to for long."""
+        """Forget old suspicions."""
         self._suspected = {n: at for n, at in self._suspected.items() if now - at < QUIET_S}
 
 

@@ -30,7 +30,7 @@ Compared = dict[str, tuple[float | None, float | None]]
 
 
 def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None) -> Compared:
-    """A device's predictions beside its latest measurements at the same widths.
+    """A device's predictions and its latest measurements at the same widths.
 
     Args:
         name: The device.
@@ -43,12 +43,12 @@ def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None
 
 
 def planned(plan: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The figures of a plan without what rounds taught: a measurement that corrected them would always agree."""
+    """A plan's figures without corrections by measurements, which would always agree with them."""
     return vars(Plan.from_dict(plan).before_rounds)
 
 
 def predicted(name: str, device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
-    """The cost of a device's rounds as predicted before any of them: by its plan, or for the widths that the job gives.
+    """Predicted cost of a device's rounds before any of them: by its plan, or at the job's widths.
 
     Args:
         name: The device.
@@ -70,7 +70,6 @@ def predicted(name: str, device: Device, job: Job, architecture: Architecture) -
 
 
 def described(rows: Compared) -> str:
-    """One line for people; empty where nothing was measured."""
     parts = []
     for metric, (expected, seen) in rows.items():
         if seen is None:
@@ -82,7 +81,7 @@ def described(rows: Compared) -> str:
 
 
 def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
-    """Devices and their comparisons as rows for a report; the first is the header."""
+    """Comparisons as rows of a report; the first is the header."""
     names = [f"{title} {word}" for title, *_ in QUANTITIES.values() for word in ("predicted", "measured", "off by")]
     out: list[tuple[str, ...]] = [("device", *names)]
     for name, pairs in rows:
@@ -96,7 +95,7 @@ def table(rows: Sequence[tuple[str, Compared]]) -> list[tuple[str, ...]]:
 
 
 def _measured(name: str, state: State | None) -> Mapping[str, Any]:
-    """Metrics of a device's latest update at the widths that it has now."""
+    """Metrics of a device's latest update at its present widths."""
     if state is None or name not in state.devices:
         return {}
     widths = list(state.devices[name].widths)

@@ -19,7 +19,7 @@ ANSWER_S = 75.0
 
 
 class Presence:
-    """When devices were last heard of.
+    """When devices were heard last.
 
     Args:
         session: The number of a device's connection, or None if it isn't here.
@@ -36,19 +36,17 @@ class Presence:
         self._asked: OrderedDict[str, tuple[float, int]] = OrderedDict()  # when, and the connection that was meant
 
     def heard(self, device: str, now: float) -> None:
-        """A device has said something."""
         self._asked.pop(device, None)
         if self._session(device) is not None:
             self._heard[device] = now
             self._heard.move_to_end(device)
 
     def left(self, device: str) -> None:
-        """A device's connection has ended."""
         self._heard.pop(device, None)
         self._asked.pop(device, None)
 
     def connected(self, now: float, devices: Iterable[str]) -> None:
-        """The broker is there, and all are asked who is there: while it was away nobody told who died.
+        """The broker is connected, and all devices are asked: it may have lost their death messages.
 
         Args:
             now: The time.
@@ -59,12 +57,12 @@ class Presence:
         self._asked = OrderedDict((name, (now, session)) for name, session in sessions if session is not None)
 
     def lost(self) -> None:
-        """The broker is away: nobody can be heard."""
+        """The broker is away."""
         self._heard.clear()
         self._asked.clear()
 
     def silent(self, now: float) -> list[str]:
-        """Whom to ask; each once, before it is heard again."""
+        """Devices to ask; each once until it is heard again."""
         names = []
         while self._heard:
             name, at = next(iter(self._heard.items()))
@@ -78,7 +76,7 @@ class Presence:
         return names
 
     def gone(self, now: float) -> dict[str, int]:
-        """Who hasn't answered in time, and the connection that it had; each once."""
+        """Devices that haven't answered in time, with their connections; each once."""
         found = {}
         while self._asked:
             name, (at, session) = next(iter(self._asked.items()))

@@ -95,14 +95,14 @@ class Quarantined:
 
 @dataclass(frozen=True)
 class Released:
-    """A device's quarantine has ended; it may have been connected all the time."""
+    """A device's quarantine has ended; it may have been connected all along."""
 
     device: str
 
 
 @dataclass
 class Counts:
-    """What a device sent that didn't count, since the server's start."""
+    """A device's messages that were not used, since the server's start."""
 
     dropped: int = 0
     bad: int = 0
@@ -125,7 +125,7 @@ class _Ledger:
 
 
 class Quarantine:
-    """The allowances of all devices.
+    """Message allowances of all devices, and their quarantine.
 
     Args:
         clock: Seconds that only grow, above 0.
@@ -150,13 +150,13 @@ class Quarantine:
         self._save_at = self._tell_at = clock()
 
     def know(self, devices: Iterable[str]) -> None:
-        """Give devices allowances of their own. The caller bounds their number."""
+        """Give devices allowances; the caller limits their number."""
         for device in devices:
             if device not in self._ledgers:
                 self._ledgers[device] = _Ledger(at=self._clock())
 
     def hears(self, device: str, size: int, *, chunk: bool = False) -> bool:
-        """Charge a device for a message, and decide whether to read it.
+        """Charge a device for a message; returns whether to read it.
 
         Args:
             device: The topic's device name.
@@ -185,7 +185,7 @@ class Quarantine:
         return heard
 
     def ignores(self, topic: str) -> bool:
-        """Whether a topic's messages are dropped before they cost anything more; may be called from any thread."""
+        """Whether a topic's messages are dropped unread; may be called from any thread."""
         parts = topic.split("/", 4)
         ledger = self._ledgers.get(parts[3]) if len(parts) > 3 else None
         if ledger is None or self._clock() >= ledger.until:
@@ -195,13 +195,13 @@ class Quarantine:
         return True
 
     def sends(self, device: str) -> None:
-        """The server sends a device a message that needs an answer."""
+        """Credit a device for a message that needs an answer."""
         if (ledger := self._ledgers.get(device)) is not None:
             self._refill(ledger, self._clock())
             ledger.points = min(BURST, ledger.points + EARNED)
 
     def fetches(self, device: str, sha256: str, leaves: int) -> None:
-        """A device requests part of a blob that it was offered: the message costs nothing, a few times over.
+        """Charge a request for part of an offered blob, which is free a few times over.
 
         Args:
             device: The device.
@@ -220,18 +220,18 @@ class Quarantine:
             del ledger.fetching[next(iter(ledger.fetching))]
 
     def asked(self, device: str, leaves: int) -> None:
-        """The server requests leaves of a blob from a device; each may come twice."""
+        """Credit a device for requested leaves; each may come twice."""
         if (ledger := self._ledgers.get(device)) is not None:
             ledger.credit = min(CREDIT, ledger.credit + 2 * leaves * (LEAF + 64))
 
     def born(self, device: str) -> None:
-        """A device that is let in has announced itself."""
+        """Charge an announcement."""
         self.know([device])
         ledger = self._ledgers[device]
         self._charge(device, ledger, BIRTH, self._clock(), "it announces itself again and again")
 
     def bad(self, device: str) -> None:
-        """A device has sent an invalid message."""
+        """Charge an invalid message."""
         if (ledger := self._ledgers.get(device)) is not None:
             ledger.counts.bad += 1
             self._charge(device, ledger, BAD, self._clock(), "messages that make no sense")
@@ -239,7 +239,7 @@ class Quarantine:
             self._stranger(BAD, self._clock())
 
     def crowded(self, client: str) -> None:
-        """Report that requests to join fill their inbox, and that its connection is closed for a while.
+        """Note that requests to join fill their inbox, and that its connection is closed for a while.
 
         Args:
             client: MQTT client id of the one that floods; empty if many clients send a few requests each. Only the
@@ -264,7 +264,7 @@ class Quarantine:
         self._crowd = client, now + CROWDED_S
 
     def floods_joins(self) -> str | None:
-        """The MQTT client id that flooded the requests to join within the last `CROWDED_S`.
+        """The MQTT client id that flooded the requests to join within `CROWDED_S`.
 
         Returns:
             Empty if only many clients together did; None if none did.
@@ -275,7 +275,7 @@ class Quarantine:
         return "" if now < self._crowded_at + CROWDED_S else None
 
     def refused(self, device: str, reason: str) -> None:
-        """A device's update doesn't count."""
+        """A device's update was rejected."""
         ledger = self._ledgers.get(device)
         if ledger is None or not _NO_BOARDS.search(reason):
             return
@@ -286,12 +286,12 @@ class Quarantine:
             self._sentence(device, ledger, f"{STRIKES} updates in a row that no board makes, lastly: {reason[:200]}")
 
     def counted(self, device: str) -> None:
-        """A device's update counts."""
+        """A device's update was aggregated."""
         if (ledger := self._ledgers.get(device)) is not None:
             ledger.strikes = 0
 
     def news(self) -> Quarantined | Released | None:
-        """Who was put into quarantine or has come out of it; once each."""
+        """Devices whose quarantine has begun or ended; each once."""
         now = self._clock()
         while self._ends and self._ends[0][0] <= now:
             _, device = heapq.heappop(self._ends)
@@ -301,18 +301,17 @@ class Quarantine:
         return self._news.pop(0) if self._news else None
 
     def held(self, device: str) -> tuple[float, str] | None:
-        """Until when a device is in quarantine, in seconds since 1970, and why; None for one that is listened to."""
+        """End of a device's quarantine in seconds since 1970, and its reason; None without one."""
         ledger, now = self._ledgers.get(device), self._clock()
         if ledger is None or ledger.until <= now:
             return None
         return self._wall() + ledger.until - now, ledger.reason
 
     def all_held(self) -> list[str]:
-        """All devices in quarantine."""
         return sorted(device for device in {name for _, name in self._ends} if self.held(device) is not None)
 
     def release(self, device: str) -> bool:
-        """End a device's quarantine before its time; returns whether it was in one."""
+        """End a device's quarantine early; returns whether it was in one."""
         if self.held(device) is None or device not in self._ledgers:
             return False
         ledger, now = self._ledgers[device], self._clock()
@@ -323,7 +322,7 @@ class Quarantine:
         return True
 
     def rows(self) -> dict[str, dict[str, Any]]:
-        """Counts of devices' messages that were not used, and the end of their quarantine, as JSON."""
+        """Unused messages and quarantine of each device, as JSON."""
         now, wall = self._clock(), self._wall()
         return {
             device: {
@@ -336,7 +335,7 @@ class Quarantine:
         }
 
     def save(self) -> None:
-        """Keep for `status` what has changed, every few seconds at most; a disk that fails costs no more than that."""
+        """Save changes for `status`, every few seconds at most."""
         now = self._clock()
         if self._path is None or not self._dirty or now < self._save_at:
             return
@@ -400,7 +399,7 @@ class Quarantine:
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """The rows that a server saved in its state folder; empty if the file is damaged."""
+    """The rows in a state folder; empty if the file is damaged."""
     try:
         body = json.loads((folder / FILE).read_bytes())
         return {str(device): {**_BLANK, **dict(row)} for device, row in body.items()}

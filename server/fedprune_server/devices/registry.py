@@ -24,7 +24,7 @@ log = logging.getLogger("fedprune.server")
 
 @dataclass
 class Contact:
-    """What the daemon knows of a device beside the coordinator's state; nothing here need survive."""
+    """A device's volatile state, in addition to the coordinator's."""
 
     down: int = 0
     up: int = 0
@@ -42,7 +42,7 @@ class Contact:
 
 
 class DeviceRegistry:
-    """The devices of a job beside the coordinator's state.
+    """A job's devices, in addition to the coordinator's state.
 
     Args:
         job: The job.
@@ -81,11 +81,11 @@ class DeviceRegistry:
             self._contacts.setdefault(name, Contact(problem=str(body.get("excluded", ""))))
 
     def __getitem__(self, device: str) -> Contact:
-        """A device's contact; for one that was never admitted a blank that nobody keeps."""
+        """A device's contact; blank for one that was never admitted."""
         return self._contacts.get(device) or Contact()
 
     def admit(self, device: str, software: str, size: int) -> None:
-        """Make the acquaintance of a device that announces itself.
+        """Admit a device that announces itself.
 
         Args:
             device: Its name.
@@ -107,12 +107,10 @@ class DeviceRegistry:
         self._contacts[device].software = software
 
     def admitted(self, device: str) -> bool:
-        """Whether a device has ever announced itself."""
         return device in self._contacts
 
     @property
     def names(self) -> set[str]:
-        """All that were ever admitted."""
         return set(self._contacts)
 
     @property
@@ -121,21 +119,19 @@ class DeviceRegistry:
         return {n: (c.down, c.up) for n, c in sorted(self._contacts.items())}
 
     def received(self, device: str, size: int) -> None:
-        """Count bytes from a device; not a stranger's, who might flood us with names."""
+        """Count bytes from an admitted device; unknown names are unlimited."""
         if device in self._contacts:
             contact = self._contacts[device]
             contact.up += size
             self.moved[device] = (contact.down, contact.up)
 
     def sent(self, device: str, size: int) -> None:
-        """Count bytes to a device."""
         if device in self._contacts:
             contact = self._contacts[device]
             contact.down += size
             self.moved[device] = (contact.down, contact.up)
 
     def offered(self, device: str, now: float) -> None:
-        """A device has been offered a round."""
         contact = self[device]
         contact.offered_at, contact.progress, contact.heard_at = now, None, now
 
@@ -145,7 +141,7 @@ class DeviceRegistry:
         contact.heard_at, contact.progress = now, progress or contact.progress
 
     def silent(self, now: float, patience_s: float) -> list[str]:
-        """Devices that have an offer, are there, and haven't shown for so long that they know of it.
+        """Connected devices with an offer that have shown no sign of it for too long.
 
         Each of them is named again only after another `patience_s`.
         """
@@ -161,13 +157,12 @@ class DeviceRegistry:
         return sorted(names)
 
     def delivered(self, device: str, now: float) -> None:
-        """A device's update is here."""
         contact = self[device]
         if contact.offered_at is not None:
             contact.seconds, contact.offered_at = now - contact.offered_at, None
 
     def born(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
-        """A device announces itself: see whether it is the one that had this name before.
+        """Note a device's announcement, and whether another board seems to use its name.
 
         Args:
             device: Its name; it has been admitted.
@@ -190,7 +185,7 @@ class DeviceRegistry:
             )
 
     def doubled(self, device: str, now: float) -> None:
-        """Take in a sign that two boards sign with one device's key; the log warns once there are enough.
+        """Take a sign that two boards sign with one key; enough of them are logged.
 
         Args:
             device: Its name.
@@ -209,7 +204,7 @@ class DeviceRegistry:
             )
 
     def exclude(self, device: str, problem: str, profile: str, samples: int) -> None:
-        """A device can't even be planned for; said once.
+        """Note that a device can't be planned for; logged once.
 
         Args:
             device: Its name; it has been admitted.
@@ -223,12 +218,11 @@ class DeviceRegistry:
         self.outsiders[device] = {"online": True, "profile": profile, "samples": samples, "excluded": problem}
 
     def gone(self, device: str) -> None:
-        """A device's connection has ended."""
         if device in self.outsiders:
             self.outsiders[device]["online"] = False
 
     def introduce(self, name: str) -> None:
-        """Say who joined and how wide its model is, once for each plan."""
+        """Log a joined device and its plan, once per plan."""
         contact, device = self[name], self._state.devices[name]
         contact.problem = ""
         self.outsiders.pop(name, None)
@@ -256,12 +250,12 @@ class DeviceRegistry:
             log.info("  density %.3g, as the %s says: keeps %.0f%% of the weights", device.density, by, 100 * kept)
 
     def bars(self, device: str) -> bool:
-        """Whether a device can take no part in the job, as far as is known."""
+        """Whether a device is known to be unable to take part."""
         known = self._state.devices.get(device)
         return device in self.outsiders if known is None else bool(known.excluded)
 
     def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> Snapshot:
-        """The job as it stands.
+        """The job as a table.
 
         Args:
             now: The clock of deadlines.
@@ -282,7 +276,7 @@ class DeviceRegistry:
         )
 
     def row(self, name: str, pulled: tuple[int, int] | None) -> Row:
-        """A device as it stands.
+        """A device's row of the table.
 
         Args:
             name: The device.
@@ -331,7 +325,7 @@ class DeviceRegistry:
 
 
 def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
-    """Trainable numbers at these widths."""
+    """Number of trainable parameters at these widths."""
     total = 0
     for spec in architecture.trainable:
         size = 1

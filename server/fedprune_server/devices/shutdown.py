@@ -16,7 +16,7 @@ connect go up to a minute."""
 
 
 class GracefulShutdown:
-    """Watches who still has to be told.
+    """Waits, at the end of a job, for devices to be told.
 
     Devices that are there are told at once, others as they announce themselves. One that ends with the job goes as soon
     as it was told; one that was away when the job ended (it was started again, or has just lost its connection) would
@@ -35,7 +35,7 @@ class GracefulShutdown:
         self._there, self._away = set(there), set(away)
 
     def over(self, now: float) -> bool:
-        """Whether there is nobody left to wait for.
+        """Whether no device is left to wait for.
 
         Args:
             now: The time.

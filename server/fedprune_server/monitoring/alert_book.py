@@ -40,21 +40,20 @@ class AlertBook:
 
     @property
     def open(self) -> list[Alert]:
-        """All open alerts; may be read from any thread."""
+        """All open alerts; may be called from any thread."""
         return list(self._open.values())
 
     @property
     def severities(self) -> frozenset[tuple[str, str]]:
-        """Kinds and severities of the open alerts."""
         return frozenset((a.kind, a.severity) for a in self.open)
 
     def counts(self) -> Mapping[tuple[str, str], int]:
-        """Open alerts by kind and severity, with zeros; may be read from any thread."""
+        """Open alerts by kind and severity, including zeros; may be called from any thread."""
         found = Counter((a.kind, a.severity) for a in self.open)
         return {(kind, severity): found[kind, severity] for kind, levels in KINDS.items() for severity in levels}
 
     def update(self, alerts: Iterable[Alert], now: float, at: float) -> list[AlertChange]:
-        """Take over the result of one look.
+        """Update the alerts with one evaluation.
 
         An alert opens when it has held for its delay, and closes when it has been gone for as long, so that what comes
         and goes within its delay changes nothing. Another severity of an open alert has to last as long, too.
@@ -90,7 +89,6 @@ class AlertBook:
         return changes
 
     def changes(self) -> list[AlertChange]:
-        """Changes since the last call."""
         found = list(self._unread)
         self._unread.clear()
         return found

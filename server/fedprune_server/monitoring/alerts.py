@@ -68,7 +68,7 @@ _QUIET_S = 600.0
 
 @dataclass(frozen=True)
 class Alert:
-    """Something that an operator has to know.
+    """A problem that an operator has to know of.
 
     Attributes:
         kind: One of `KINDS`.
@@ -96,13 +96,13 @@ class Alert:
 
     @property
     def key(self) -> str:
-        """Its kind and what it is about: the same while it lasts, whatever its severity."""
+        """Kind and subject, which identify the alert whatever its severity."""
         return ":".join(part for part in (self.kind, self.job, self.device or self.subject) if part)
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job as the rules see it.
+    """A job, as the rules see it.
 
     Attributes:
         name: Its name.
@@ -140,7 +140,7 @@ class JobStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing more is trained."""
+        """Whether the job trains no more."""
         return self.phase is Phase.FINISHED
 
     @property
@@ -169,7 +169,7 @@ class CertificateDates:
 
 
 class OtherServer(Protocol):
-    """Another server of this identity, as `link.leadership.Candidate`."""
+    """Another server of this identity (`messaging.leadership.Candidate`)."""
 
     @property
     def host(self) -> str:
@@ -181,7 +181,7 @@ class OtherServer(Protocol):
 
     @property
     def since(self) -> float:
-        """When it was first heard, or began to serve, in seconds since 1970."""
+        """When it was first heard, or became the leader, in seconds since 1970."""
 
     @property
     def heard_at(self) -> float:
@@ -286,17 +286,16 @@ def evaluate(seen: Snapshot, now: float) -> list[Alert]:
 
 
 def command(*words: object) -> str:
-    """A command line of `fedprune-server`, quoted for a shell."""
+    """A `fedprune-server` command line, quoted for a shell."""
     return f"fedprune-server {shlex.join(str(w) for w in words)}"
 
 
 def at(folder: Path) -> tuple[str, str]:
-    """The words of a command that name the state folder."""
+    """The arguments that name the state folder."""
     return "--state", str(folder)
 
 
 def day(moment: float) -> str:
-    """Date and time for people."""
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(moment))
 
 
@@ -515,7 +514,7 @@ def _quarantine(seen: Snapshot, now: float) -> Iterator[Alert]:
 
 
 def _joins_flooded(client: str, now: float) -> Alert:
-    """Its key is fixed, because the sender chooses the client id, which therefore is in the text alone."""
+    """The key has no client id, because the sender chooses it; the text names it."""
     if client:
         sender, block = f"most of them lately from the MQTT client {client}", "block the client's address"
     else:

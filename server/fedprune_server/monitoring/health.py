@@ -28,7 +28,7 @@ _BETWEEN_S = 5.0
 
 
 class Pulse:
-    """Tells who watches a server that its loop turns.
+    """Reports to systemd and to probes that the server's loop turns.
 
     Args:
         environment: Says who watches.
@@ -51,18 +51,18 @@ class Pulse:
         self._said = ""
 
     def beat(self) -> None:
-        """A turn of the loop."""
+        """Report a turn of the loop."""
         self._beat(RUNNING)
 
     def stop(self) -> None:
-        """The server ends in order: a probe that comes now finds nothing."""
+        """Report the end, and delete the health file."""
         self._tell(STOPPING)
         if self._file is not None:
             with suppress(OSError):
                 self._file.unlink()
 
     def standing_by(self) -> AbstractContextManager[None]:
-        """While the body waits for another server's end, this one is well, though no loop of it turns."""
+        """Report health while the body waits for another server's end, without a loop."""
         return repeating(lambda: self._beat(STANDING_BY), self._between, "pulse")
 
     def _beat(self, what: str) -> None:
@@ -82,7 +82,7 @@ class Pulse:
 
 
 def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: float | None = None) -> str:
-    """What a server says that lives.
+    """Check a server's health file.
 
     Args:
         path: The file that it touches.

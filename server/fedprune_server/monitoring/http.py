@@ -44,7 +44,7 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().__init__(*arguments)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Answer a request on a thread of its own, if there is one left."""
+        """Answer a request on a thread, if one is free."""
         if not self._places.acquire(blocking=False):
             self.shutdown_request(request)
             return
@@ -55,14 +55,13 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
             raise
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer it; then there is room for another one."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._places.release()
 
     def server_bind(self) -> None:
-        """Listen, without asking the network for this machine's name."""
+        """Listen, without resolving this machine's name."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
@@ -102,7 +101,7 @@ def application(metrics: Metrics, checks: Checks) -> Callable[..., Iterable[byte
 
 @contextmanager
 def served(place: tuple[str, int], metrics: Metrics, checks: Checks) -> Iterator[int]:
-    """Give out figures until the end.
+    """Serve metrics and health until the end.
 
     Args:
         place: Address and port; port 0 for a free one.
@@ -141,7 +140,7 @@ def _verdict(wrong: list[str]) -> tuple[str, bytes]:
 
 
 def _hangs(metrics: Metrics) -> list[str]:
-    """Whether the loop turns; one that hasn't begun yet doesn't."""
+    """What is wrong with the loop, if it doesn't turn."""
     if metrics.turned_at is None:
         return ["loop: it hasn't begun to turn"]
     since = metrics.clock() - metrics.turned_at

@@ -34,7 +34,7 @@ _SHARE = 0.02
 
 
 class Metrics:
-    """The figures of a server's jobs.
+    """Prometheus metrics of a server's jobs.
 
     Args:
         folder: The state folder, whose blobs are measured; None for none.
@@ -88,15 +88,14 @@ class Metrics:
             self.registry.register(_Alerts(alerts))
 
     def watch(self, job: str) -> JobMetrics:
-        """What counts for a job."""
         return JobMetrics(self, job)
 
     def text(self) -> bytes:
-        """All of them, as Prometheus reads them."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _measured(self, folder: Path) -> float:
-        """Bytes of blobs, measured once a minute: there may be many."""
+        """Bytes of blobs, measured once a minute at most."""
         now = self.clock()
         if now - self._blobs_at >= _BLOBS_S:
             self._blobs_at, self._blobs = now, _size(folder / "blobs")
@@ -104,7 +103,7 @@ class Metrics:
 
 
 class JobMetrics(Observer):
-    """Counts what happens to one job.
+    """Counts one job's events.
 
     Args:
         metrics: Where to.
@@ -124,7 +123,6 @@ class JobMetrics(Observer):
             made.labels(job)
 
     def command(self, command: do.Command, now: float) -> None:
-        """Something of a round begins."""
         at = self._clock()
         match command:
             case do.Score():
@@ -144,7 +142,6 @@ class JobMetrics(Observer):
                 self._begun["evaluate", ""] = at
 
     def event(self, event: on.Event, now: float) -> None:
-        """Something of a round is done."""
         match event:
             case on.Scored():
                 self._done("score")
@@ -165,7 +162,6 @@ class JobMetrics(Observer):
                     self._begun.pop((part, event.device), None)
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        """Count what became of a round's parts."""
         job, all_ = self._job, self._all
         all_.closed.labels(job).inc()
         for part in summary["devices"].values():
@@ -187,11 +183,10 @@ class JobMetrics(Observer):
         self._begun = {k: v for k, v in self._begun.items() if k[0] in kept and k[1] not in summary["devices"]}
 
     def saved(self, seconds: float) -> None:
-        """Count a transaction."""
         self._all.save.labels(self._job).observe(seconds)
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """Count a turn, and look at all devices now and then."""
+        """Count a turn, and all devices from time to time."""
         now = self._clock()
         self._all.turned_at = now
         self._all.turn.labels(self._job).observe(seconds())
@@ -224,13 +219,12 @@ class JobMetrics(Observer):
 
 
 class _Totals(Collector):
-    """Counters that others count: over all starts of the server, and so not from 0."""
+    """Counters that continue over restarts of the server."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> list[CounterMetricFamily]:
-        """Bytes by direction."""
         found = CounterMetricFamily(
             "fedprune_bytes", "Payload bytes, over all starts of the server", labels=["job", "direction"]
         )
@@ -241,13 +235,12 @@ class _Totals(Collector):
 
 
 class _Alerts(Collector):
-    """How many alerts stand when somebody asks."""
+    """Gauges of open alerts."""
 
     def __init__(self, alerts: Callable[[], Mapping[tuple[str, str], int]]) -> None:
         self._alerts = alerts
 
     def collect(self) -> list[GaugeMetricFamily]:
-        """By kind and severity."""
         found = GaugeMetricFamily("fedprune_alerts", "Alerts that have not gone", labels=["kind", "severity"])
         for (kind, severity), count in self._alerts().items():
             found.add_metric([kind, severity], count)

@@ -61,7 +61,7 @@ _FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.
 
 
 class JobWatch(Observer):
-    """Counts what a job's alerts go by.
+    """Counts the events that a job's alerts depend on.
 
     Args:
         view: The job.
@@ -78,14 +78,12 @@ class JobWatch(Observer):
         self._off: Mapping[str, str] = off_by_far(view.state)
 
     def command(self, command: do.Command, now: float) -> None:
-        """Note when boards are asked, and how many updates a round closes with."""
         if isinstance(command, do.Close):
             self._closing = len(command.contributions)
         elif isinstance(command, do.SendOffer) and self._asked_at is None:
             self._asked_at = now
 
     def event(self, event: on.Event, now: float) -> None:
-        """Count deadlines that passed without an update, and rounds that closed with nothing."""
         if isinstance(event, (on.Folded, on.Paused)):
             self._missed, self._asked_at = 0, now if self._asynchronous else None  # others are being asked meanwhile
         elif isinstance(event, on.Closed) and self._closing and len(event.rejected) >= self._closing:
@@ -94,13 +92,11 @@ class JobWatch(Observer):
             self._missed = max(self._missed, int((now - self._asked_at + _ROUNDING_S) // self._deadline_s))
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        """Compare predictions with what the round's boards measured."""
         counted = any(p["progress"] == Progress.FOLDED.value for p in summary["devices"].values())
         self._empty = 0 if counted else self._empty + 1
         self._off = off_by_far(seen.state)
 
     def status(self) -> JobStatus:
-        """The job as the rules see it."""
         job, state = self._view.job, self._view.state
         away = (n for n, d in state.devices.items() if not d.online)
         missing = state.phase is Phase.WAITING or not state.devices.count(True)
@@ -113,7 +109,7 @@ class JobWatch(Observer):
 
 
 def off_by_far(state: State) -> dict[str, str]:
-    """Boards of the last round whose time or memory exceeds the prediction by far, and by how much in words."""
+    """Boards of the last round whose time or memory exceeds the prediction by far, and by how much."""
     found: dict[str, str] = {}
     for name, part in state.history[-1]["devices"].items() if state.history else ():
         device = state.devices.get(name)
@@ -130,7 +126,7 @@ def off_by_far(state: State) -> dict[str, str]:
 
 
 class Monitor(Observer):
-    """Looks at a server once a second.
+    """Evaluates a server's alerts once a second.
 
     Args:
         folder: The server's state folder.
@@ -176,11 +172,11 @@ class Monitor(Observer):
 
     @property
     def hangs(self) -> bool:
-        """Whether the loop doesn't turn; may be asked from any thread."""
+        """Whether the loop hangs; may be called from any thread."""
         return self._monotonic() - self._seen_at > HANGS_S
 
     def open(self) -> list[Alert]:
-        """All open alerts, and that the loop hangs if it does; may be asked from any thread."""
+        """All open alerts, including a hanging loop; may be called from any thread."""
         if not self.hangs:
             return self.book.open
         return [
@@ -189,12 +185,12 @@ class Monitor(Observer):
         ]
 
     def start(self) -> None:
-        """Read the site's facts, and write the open alerts, on a thread of its own from now on."""
+        """Start the thread that reads the site's facts and writes the open alerts."""
         self._thread = threading.Thread(target=self._run, name="fedprune-alerts", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """End; what is open is kept in the file."""
+        """End the thread; open alerts stay in the file."""
         self._over.set()
         self._wake.set()
         if self._thread is not None:
@@ -202,7 +198,7 @@ class Monitor(Observer):
             self._write()
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """Look, if a second has passed; a failure costs the job nothing."""
+        """Evaluate once a second; a failure costs the job nothing."""
         now = self._monotonic()
         if now < self._next_at:
             return
@@ -211,12 +207,12 @@ class Monitor(Observer):
         self._look_safely()
 
     def ended(self) -> None:
-        """Look once more: what ends the server, such as a full disk or a successor, is an alert, too."""
+        """Evaluate once more, because what ends the server (a full disk, a successor) is an alert, too."""
         self.read_site()
         self._look_safely()
 
     def look(self) -> None:
-        """Evaluate the present, and report what changed."""
+        """Evaluate the alerts, and report changes."""
         at = self._clock()
         changes = self.book.update(evaluate(self._snapshot(), at), self._monotonic(), at)
         for change in changes:
@@ -232,7 +228,7 @@ class Monitor(Observer):
             self._complain(error)
 
     def read_site(self) -> None:
-        """Read what the state folder shows; what can't be read stays as it was."""
+        """Read the facts of the state folder; unreadable ones stay as they were."""
         try:
             self._site = site_facts(self._folder, self._server)
         except (FedpruneError, OSError) as error:
@@ -276,7 +272,7 @@ class Monitor(Observer):
 
 
 def read_open(folder: Path) -> tuple[float, list[Alert]] | None:
-    """When the loop of the folder's server turned last, in seconds since 1970, and its open alerts.
+    """The last turn of the folder's server, in seconds since 1970, and its open alerts.
 
     Returns:
         None where no server wrote them, or the file is damaged.
@@ -285,7 +281,7 @@ def read_open(folder: Path) -> tuple[float, list[Alert]] | None:
 
 
 def read_notified(folder: Path) -> list[Alert]:
-    """Alerts of which the last run of a folder's server sent a notification, but not of their end."""
+    """Alerts of the folder's last run whose opening was notified, but not their end."""
     found = _read(folder, "notified")
     return [] if found is None else found[1]
 
@@ -300,7 +296,7 @@ def _read(folder: Path, key: str) -> tuple[float, list[Alert]] | None:
 
 
 def restored(folder: Path) -> list[Alert]:
-    """Alerts that the last run of a folder's server left open."""
+    """Alerts that the folder's last run left open."""
     found = read_open(folder)
     return [] if found is None else found[1]
 

@@ -67,7 +67,7 @@ class NotificationError(FedpruneError):
 
 @dataclass(frozen=True)
 class Message:
-    """What is said of some alerts at once.
+    """A notification about some alerts.
 
     Attributes:
         event: `opened`, `repeated`, `resolved` or `test`.
@@ -83,14 +83,12 @@ class Message:
 
     @property
     def title(self) -> str:
-        """One line for people."""
         first, more = self.alerts[0], len(self.alerts) - 1
         word = {REPEATED: f"still {first.severity}", RESOLVED: "resolved"}.get(self.event, first.severity)
         return f"[fedprune {self.site}] {word}: {one_line(first.what, 300)}" + (f" (and {more} more)" if more else "")
 
     @property
     def text(self) -> str:
-        """All of it for people."""
         parts = [
             f"{a.severity}: {a.what}\nsince {formatdate(a.since, localtime=True)}"
             + ("" if self.event == RESOLVED else f"\nwhy: {a.why}\nto do: {a.todo}")
@@ -100,7 +98,7 @@ class Message:
         return "\n\n".join([*parts, *([f"and {more} more"] if more > 0 else [])]) + "\n"
 
     def to_bytes(self) -> bytes:
-        """As the webhook's JSON (docs/observe.md#notifications)."""
+        """The webhook's JSON (docs/observe.md#notifications)."""
         keys = ("kind", "severity", "since", "what", "why", "todo", "job", "device")
         body = {
             "version": 1, "event": self.event, "at": self.at, "site": self.site, "text": self.title,
@@ -111,7 +109,7 @@ class Message:
 
 
 class Channel(Protocol):
-    """A way to people."""
+    """A channel of notifications."""
 
     name: str
 
@@ -128,7 +126,7 @@ class Channel(Protocol):
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """Follow none: the address is the operator's word, not the other side's."""
+        """Follow no redirect: only the operator chooses the address."""
 
 
 def fetch(url: str, data: bytes | None = None, headers: dict[str, str] | None = None) -> str:
@@ -168,7 +166,6 @@ class Webhook:
         self._url, self._secret = url, secret
 
     def send(self, message: Message) -> str:
-        """Post a message; a signature is of the body's bytes."""
         body, headers = message.to_bytes(), {"Content-Type": "application/json"}
         if self._secret is not None:
             headers["X-Fedprune-Signature"] = f"sha256={hmac.new(self._secret, body, hashlib.sha256).hexdigest()}"
@@ -192,7 +189,6 @@ class Mail:
         self._settings, self._password, self._context = settings, password, context
 
     def send(self, message: Message) -> str:
-        """Send a message to all recipients."""
         settings = self._settings
         mail = EmailMessage()
         mail["Subject"], mail["From"], mail["To"] = message.title[:200], settings.mail_from, settings.recipients
@@ -232,7 +228,7 @@ class Mail:
 
 
 def channels(settings: AlertSettings) -> list[Channel]:
-    """The ways to people that the settings name.
+    """The channels of the settings.
 
     Raises:
         ConfigError: A secret's file can't be used.
@@ -263,7 +259,7 @@ class NotificationSchedule:
 
     @property
     def notified(self) -> list[Alert]:
-        """Alerts of which a notification was sent, but not of their end; may be read from any thread."""
+        """Alerts whose opening was notified, but not their end; may be called from any thread."""
         return [alert for alert, _ in list(self._notified.values())]
 
     def messages(self, opened: Sequence[Alert], now: float, at: float, *, last: bool = False) -> list[Message]:
@@ -311,7 +307,7 @@ class NotificationSchedule:
 
 
 class Outbox:
-    """Messages on their way through one channel.
+    """A channel's queue of messages and its thread.
 
     Args:
         channel: The channel.
@@ -326,14 +322,13 @@ class Outbox:
         self._thread.start()
 
     def put(self, message: Message) -> None:
-        """Send a message soon; this never waits."""
+        """Send a message soon, without waiting."""
         if len(self._waiting) == KEPT:
             log.warning("a notification is dropped: %d others wait for the %s", KEPT, self._channel.name)
         self._waiting.append(message)
         self._some.set()
 
     def close(self, patience_s: float) -> None:
-        """End; what could not be sent by then is lost."""
         self._over.set()
         self._some.set()
         self._thread.join(patience_s)
@@ -367,7 +362,7 @@ class Outbox:
 
 
 class Notifier:
-    """Tells people of a server's alerts.
+    """Sends notifications of a server's alerts.
 
     Args:
         settings: The settings of notifications.
@@ -402,7 +397,6 @@ class Notifier:
             thread.start()
 
     def close(self) -> None:
-        """End, after a moment for messages that are on their way."""
         self._over.set()
         for thread in self._threads[:1]:
             thread.join(_TIMEOUT_S)
@@ -411,7 +405,7 @@ class Notifier:
             outbox.close(_TIMEOUT_S / 2)
 
     def notified(self) -> list[Alert]:
-        """As `NotificationSchedule.notified`."""
+        """Alerts whose opening was notified, but not their end; may be called from any thread."""
         return self._due.notified
 
     def _look(self) -> None:
@@ -450,7 +444,7 @@ class Notifier:
 
 
 def trial(site: str, at: float) -> Message:
-    """A message that says that notifications arrive."""
+    """A test message."""
     alert = Alert(
         "test", INFO, at, "this is a test: notifications of this server arrive", "nothing is wrong", "nothing"
     )

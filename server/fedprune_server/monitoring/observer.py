@@ -14,7 +14,7 @@ P = ParamSpec("P")
 
 
 class Calls(Generic[P]):
-    """Functions that are called one after the other; with none of them it is false, and a call does nothing."""
+    """Functions that are called one after the other; false if there are none."""
 
     def __init__(self) -> None:
         self._all: list[Callable[P, object]] = []
@@ -23,17 +23,15 @@ class Calls(Generic[P]):
         return len(self._all)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> None:
-        """Call all of them."""
         for call in self._all:
             call(*args, **kwargs)
 
     def add(self, call: Callable[P, object]) -> None:
-        """One more."""
         self._all.append(call)
 
 
 class Observer:
-    """Looks on, and says nothing. Every method is called by the daemon's loop, and must be quick.
+    """Observes a job. The server's loop calls every method, so all must be quick.
 
     An observer has those of these methods that it wants to be called; `Observers` calls no others.
 
@@ -47,32 +45,32 @@ class Observer:
         """The coordinator has handled an event."""
 
     def command(self, command: do.Command, now: float) -> None:
-        """The coordinator's command is about to be carried out."""
+        """A command of the coordinator is about to be carried out."""
 
     def noticed(self, devices: Collection[str]) -> None:
-        """Something of these devices has changed, and is about to be saved."""
+        """These devices have changed, and are about to be saved."""
 
     def saved(self, seconds: float) -> None:
-        """The database took so long to save a turn's events."""
+        """A turn's events were saved within this time."""
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        """A round has been finished."""
+        """A round has finished."""
 
     def finished(self, seen: JobView) -> None:
         """The job is finished, or was already as the server started."""
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """A turn of the loop is over, which took so long until now, beside waiting."""
+        """A turn of the loop is over, which took this long apart from waiting."""
 
     def ended(self) -> None:
-        """The daemon ends."""
+        """The server ends."""
 
 
 _CALLS = ("event", "command", "noticed", "saved", "round_over", "finished", "turned", "ended")
 
 
 class Observers:
-    """All who look on at a job: for each of an `Observer`'s methods those that are to be called, in order of joining.
+    """The observers of a job: per method those that implement it, in order of joining.
 
     Args:
         observers: Who looks on from the beginning.
@@ -93,23 +91,21 @@ class Observers:
 
     @property
     def trace_id(self) -> str | None:
-        """The first that there is."""
         return next((o.trace_id for o in self._all if o.trace_id is not None), None)
 
     def join(self, observer: Observer) -> None:
-        """Let somebody look on from now on."""
         self._all.append(observer)
         for name in _CALLS:
             if getattr(type(observer), name) is not getattr(Observer, name):
                 getattr(self, name).add(getattr(observer, name))
 
     def each_turn(self, action: Callable[[], object]) -> None:
-        """Call this, too, in every turn of the loop."""
+        """Call a function in every turn of the loop."""
         self.turned.add(lambda seconds, seen: action())
 
 
 class DisplayObserver(Observer):
-    """Shows a job to people.
+    """Shows a job on a terminal.
 
     Args:
         display: Where.
@@ -119,13 +115,10 @@ class DisplayObserver(Observer):
         self._display = display
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        """Show the round."""
         self._display.round_over(seen.snapshot(), summary)
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """Show the present, if it is time to."""
         self._display.refresh(seen.snapshot)
 
     def ended(self) -> None:
-        """Show no more."""
         self._display.close()

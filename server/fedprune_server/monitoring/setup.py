@@ -41,7 +41,7 @@ _ENVIRONMENT = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOI
 def watching(
     config: ServerConfig, ready: dict[str, Callable[[], str]], alerts: Alerts | None = None
 ) -> Iterator[Watcher]:
-    """Observers for a server's jobs: figures where `metrics` says so, spans where `traces` or the environment does.
+    """Observers for a server's jobs: metrics and spans, as far as they are configured.
 
     Args:
         config: The configuration.
@@ -83,7 +83,7 @@ def monitoring(
     here: Callable[[], int] | None = None,
     others: Callable[[], Sequence[OtherServer]] = tuple,
 ) -> Iterator[Monitor]:
-    """A server's alerts: logged, notified, and kept in a book that console and metrics read.
+    """Alerts of a server: logged, notified, and kept in a book for console and metrics.
 
     Args:
         config: The configuration.

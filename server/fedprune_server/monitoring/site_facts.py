@@ -56,7 +56,7 @@ def _certificates(folder: Path) -> Iterator[CertificateDates]:
 
 
 def _console(server: Mapping[str, Any]) -> Iterator[CertificateDates]:
-    """The console's own certificate: a server doesn't start with one that has ended."""
+    """The console's own certificate; a server doesn't start with an expired one."""
     path = server.get("console_certificate")
     if not path or server.get("console", OFF) == OFF:
         return

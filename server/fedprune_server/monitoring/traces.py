@@ -36,7 +36,7 @@ _DEVICE = "device"
 
 
 class JobTraces(Observer):
-    """Makes one job's spans.
+    """Makes a job's spans.
 
     Args:
         tracer: Makes spans.
@@ -51,7 +51,6 @@ class JobTraces(Observer):
         """By what it is and whose: `device` and its parts by device's name, the round's own parts by no name."""
 
     def command(self, command: do.Command, now: float) -> None:
-        """Something begins."""
         match command:
             case do.Score():
                 self._begin_round(command.round, now)
@@ -77,7 +76,6 @@ class JobTraces(Observer):
                 self._end_all(now)
 
     def event(self, event: on.Event, now: float) -> None:
-        """Something ends."""
         match event:
             case on.Scored():
                 self._end("score", "", now)
@@ -99,7 +97,7 @@ class JobTraces(Observer):
                 self._end("evaluate", "", now)
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        """A round ends, and with it the parts of whoever it didn't wait for."""
+        """End the round's span, and those of devices that it didn't wait for."""
         counted = 0
         for name, part in summary["devices"].items():
             counted += part["progress"] == Progress.FOLDED.value
@@ -115,7 +113,7 @@ class JobTraces(Observer):
             self._finish_round(now)
 
     def ended(self) -> None:
-        """The daemon ends: what is open ends as it is, and the next process begins spans of its own."""
+        """End all open spans; the next process begins its own."""
         for key in list(self._open):
             self._open.pop(key).end()
         self._finish_round(None)
@@ -177,7 +175,7 @@ class JobTraces(Observer):
 
 @contextmanager
 def traced(url: str | None, exporter: Callable[[], Any] | None = None) -> Iterator[Tracer]:
-    """A tracer whose spans go to a collector, until the end.
+    """A tracer that exports spans to a collector.
 
     Args:
         url: Where its OTLP over HTTP is, such as `http://127.0.0.1:4318`; None for what OpenTelemetry's environment

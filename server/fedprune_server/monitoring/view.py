@@ -21,7 +21,7 @@ _UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.P
 
 @dataclass(frozen=True)
 class Facts:
-    """A job at one moment, as figures.
+    """Figures of a job at one moment.
 
     Attributes:
         round: The current round.
@@ -51,7 +51,7 @@ class Facts:
 def facts_of(
     job: Job, state: State, registry: DeviceRegistry, quarantine: Quarantine, connected: bool, queues: Mapping[str, int]
 ) -> Facts:
-    """A job's figures; looks at every device.
+    """Figures of a job, by a look at every device.
 
     Args:
         job: The job.
@@ -89,7 +89,7 @@ OFFLINE = "offline"
 
 @dataclass(frozen=True)
 class JobView:
-    """A job; all of it is read, nothing changed.
+    """Read-only view of a job.
 
     Attributes:
         job: Its settings.
@@ -122,7 +122,7 @@ class JobView:
     away: str = OFFLINE
 
     def snapshot(self) -> Snapshot:
-        """The job as people see it."""
+        """The job as a table."""
         pulled = {n: p for n in self.state.tasks if (p := self.pulled(n)) is not None}
         found = self.registry.snapshot(self.clock(), self.connected(), pulled)
         if self.away == OFFLINE:
@@ -130,5 +130,4 @@ class JobView:
         return replace(found, rows=tuple(replace(r, state=self.away) if r.state == OFFLINE else r for r in found.rows))
 
     def facts(self) -> Facts:
-        """The job as figures."""
         return facts_of(self.job, self.state, self.registry, self.quarantine, self.connected(), self.queues())

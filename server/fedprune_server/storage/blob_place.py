@@ -21,18 +21,18 @@ NUMBER = "bucket"
 
 
 def place_of(settings: Mapping[str, Any] | None) -> str:
-    """Where a job's settings say that its blobs are."""
+    """The address of a job's blobs, by its settings."""
     return str((settings or {}).get("server", {}).get("blobs") or FOLDER)
 
 
 def number_of(settings: Mapping[str, Any] | None) -> str | None:
-    """The number by which a bucket knows a job; None for one that has not been in any."""
+    """The number by which a bucket knows a job; None if its blobs have never been in one."""
     found = (settings or {}).get(NUMBER)
     return None if found is None else str(found)
 
 
 def bucket_of(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore | None:
-    """The bucket that has a job's blobs, for whoever only looks; None for a job whose blobs are in the folder.
+    """The bucket that has a job's blobs, for reading; None if they are in the folder.
 
     Raises:
         ConfigError: The bucket has another job's blobs.
@@ -48,7 +48,7 @@ def bucket_of(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore |
 
 
 def reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
-    """A job's blobs for whoever only looks: the folder stays as it is; errors are those of `bucket_of`."""
+    """A job's blobs, for reading: the folder is not changed. Raises what `bucket_of` raises."""
     return bucket_of(folder, settings) or BlobStore(folder / BLOBS)
 
 
@@ -74,12 +74,11 @@ def opened(folder: Path, place: str, cache: int, settings: Mapping[str, Any] | N
 
 
 def new_number() -> str:
-    """A number for a job that comes into a bucket."""
     return secrets.token_hex(16)
 
 
 def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:
-    """Bring what a job needs where it is kept from now on.
+    """Copy the blobs that a job needs to its store.
 
     It may be in the folder, after a restore or where it was kept until now, or in another bucket.
 
@@ -105,7 +104,7 @@ def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed:
 
 
 def lay_down(store: BlobStore, number: str | None, job: str, model: bytes) -> None:
-    """Have a bucket say whose blobs it has.
+    """Mark a bucket as this job's.
 
     Raises:
         BucketError: It can't be used.

@@ -22,7 +22,7 @@ _ROWS = 500
 
 
 def snapshot(storage: Storage, target: Path) -> None:
-    """Write a SQLite file with all that a database holds now; others may be writing to it.
+    """Write everything that a database holds now to a SQLite file, while others may be writing to it.
 
     Args:
         storage: The database, of this version's schema.

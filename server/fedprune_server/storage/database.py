@@ -48,11 +48,11 @@ _Result = TypeVar("_Result")
 
 
 class LostConnectionError(StorageError):
-    """The database went away, or isn't there yet."""
+    """The database can't be reached."""
 
 
 class Database:
-    """A database and how it is written to.
+    """A database connection.
 
     Args:
         url: Where it is, as SQLAlchemy writes it.
@@ -92,12 +92,11 @@ class Database:
         return None if self.postgresql else Path(self.engine.url.database or "")
 
     def close(self) -> None:
-        """Let go of it."""
         self.engine.dispose()
 
     @contextmanager
     def transaction(self) -> Iterator[sql.Connection]:
-        """A transaction, committed at its end.
+        """A transaction, committed at the end.
 
         Raises:
             LostConnectionError: The database is away.
@@ -109,7 +108,7 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sql.Connection]:
-        """A transaction that writes what this process alone may write.
+        """A transaction that only the lease's holder may commit.
 
         If the one before it broke off as it was committed, this must be the same again: it is then rolled back where
         that one is found to be there.
@@ -132,7 +131,7 @@ class Database:
         self._doubtful = None
 
     def patiently(self, work: Callable[[], _Result]) -> _Result:
-        """Do something again until the database is there, for `patience_s` at most.
+        """Repeat work until the database can be reached, for `patience_s` at most.
 
         Args:
             work: What to do, in one transaction; its effects on memory come after that.
@@ -164,7 +163,7 @@ class Database:
                 return result
 
     def copy(self, target: Path) -> None:
-        """Write SQLite's file, as it is now, to another one, whole or not at all; only its owner may read it.
+        """Copy SQLite's file, completely or not at all; only its owner can read the copy.
 
         Raises:
             StorageError: It can't be read or written.
@@ -186,7 +185,7 @@ class Database:
 
 
 def check_url(url: str) -> sql.URL:
-    """A database's URL, read.
+    """Parse a database's URL.
 
     Raises:
         ConfigError: It is none, or of a database that can't be used.
@@ -212,13 +211,13 @@ def check_url(url: str) -> sql.URL:
 
 
 def shown(url: sql.URL) -> str:
-    """A URL without its password, wherever that stands."""
+    """A URL without passwords."""
     query = {k: "***" if "password" in k else v for k, v in url.query.items()}
     return url.set(query=query).render_as_string(hide_password=True)
 
 
 def copy_sqlite(source: Path, target: Path) -> None:
-    """Copy a SQLite database that others may be writing to; the copy is whole, on the disk, and its owner's alone.
+    """Copy a SQLite database that may be in use; only the owner can read the copy, which is complete and on the disk.
 
     Raises:
         StorageFullError: No room; no copy is left behind.
@@ -242,14 +241,13 @@ def _copy_pages(source: Path, target: Path) -> None:
 
 
 def mark(connection: sql.Connection) -> str | None:
-    """The mark of the transaction that was committed last; waits for one that still is under way."""
+    """The mark of the last committed transaction; waits for one under way."""
     query = sql.select(META.c.value).where(META.c.key == MARK).with_for_update()
     value = connection.execute(query).scalar()
     return None if value is None else str(value)
 
 
 def put_mark(connection: sql.Connection, value: str) -> None:
-    """Write a transaction's mark."""
     if not connection.execute(META.update().where(META.c.key == MARK).values(value=value)).rowcount:
         connection.execute(META.insert().values(key=MARK, value=value))
 
@@ -314,7 +312,7 @@ def _read_only(url: sql.URL) -> sql.Engine:
 
 
 def reading_uri(path: Path) -> str:
-    """A file to read only, also on a disk that can't be written to.
+    """URI of a file for reading, also on a read-only disk.
 
     Raises:
         StorageError: What was written last can't be read there.

@@ -50,7 +50,7 @@ class _Row:
 
 
 class Lease:
-    """A server's claim to a database.
+    """A server's lease on a database.
 
     Args:
         url: The database's.
@@ -81,7 +81,7 @@ class Lease:
         self._thread: threading.Thread | None = None
 
     def wait(self, *, standby: bool) -> None:
-        """Take PostgreSQL's lease, if there is a database yet, once nobody else holds it.
+        """Take PostgreSQL's lease, if the database exists already, once no other server holds it.
 
         Args:
             standby: Wait for as long as it takes; else only until it is clear whether its holder lives.
@@ -105,7 +105,7 @@ class Lease:
             log.warning("taking over from %s", said.rpartition(":")[0])
 
     def take(self) -> None:
-        """Take the lease of a database that is there by now, unless `wait` has.
+        """Take the lease of an existing database, unless `wait` has.
 
         Raises:
             BusyError: Another server holds it.
@@ -119,7 +119,7 @@ class Lease:
             self._thread.start()
 
     def check(self, connection: sql.Connection) -> None:
-        """Make sure, within a transaction that is about to write, that this server still has the lease.
+        """Check, within a transaction that is about to write, that this server still holds the lease.
 
         Raises:
             LeaseLostError: Another has it.
@@ -129,7 +129,7 @@ class Lease:
             raise self._error()
 
     def confirm(self) -> None:
-        """Raise what `lost` was called for.
+        """Raise if the lease was lost.
 
         Raises:
             LeaseLostError: Another server has taken over.
@@ -138,7 +138,7 @@ class Lease:
             raise self._error()
 
     def trouble(self) -> str:
-        """What keeps this server from writing to its database, in words; empty if nothing does. For any thread.
+        """Why this server can't write to its database; empty if it can. May be called from any thread.
 
         It locks nothing, and the database is asked once a second at most, however often this is called.
         """
@@ -159,7 +159,6 @@ class Lease:
         return "another server has taken the job over" if gone else ""
 
     def close(self) -> None:
-        """Give it back."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
@@ -188,7 +187,7 @@ class Lease:
             return sql.inspect(connection).has_table("meta")
 
     def _try(self) -> bool:
-        """Take the lease if it is free: given back, of a server that this folder's lock proves dead, or run out.
+        """Take the lease if it was given back, has run out, or belongs to a server that is dead by this folder's lock.
 
         A lease counts as run out when it is found so twice, with time enough to renew it in between: the database may
         have been away from all, or its clock been set.
@@ -255,7 +254,7 @@ def _write(connection: sql.Connection, row: _Row) -> None:
 
 
 def _clock(connection: sql.Connection) -> float:
-    """Seconds since 1970, as the database has it: the same for all who ask."""
+    """Seconds since 1970 by the database's clock, the same for all servers."""
     if connection.dialect.name == "sqlite":
         return time.time()
     return float(connection.exec_driver_sql("SELECT extract(epoch FROM clock_timestamp())").scalar() or 0)

@@ -37,7 +37,7 @@ _FIRST_FORMAT = "fedprune.server/1"
 
 
 def latest() -> str:
-    """The revision that this version reads and writes."""
+    """The revision of this version."""
     return _revisions()[0]
 
 
@@ -66,7 +66,7 @@ def revision(connection: sql.Connection, url: str) -> str | None:
 
 
 def migrate(connection: sql.Connection, found: str | None) -> None:
-    """Bring a database to this version's schema, within the connection's transaction: wholly or not at all.
+    """Migrate a database to this version's schema within the connection's transaction.
 
     Args:
         connection: To the database, in a transaction.
@@ -113,6 +113,6 @@ def _config() -> Config:
 
 @cache
 def _revisions() -> tuple[str, ...]:
-    """All revisions, latest first."""
+    """All revisions, newest first."""
     names = (m.name for m in pkgutil.iter_modules(versions.__path__))
     return tuple(sorted((n.removeprefix(_FILES) for n in names if n.startswith(_FILES)), reverse=True))

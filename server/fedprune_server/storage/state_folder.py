@@ -29,7 +29,7 @@ _LONGEST = 4096
 
 
 def url_of(folder: Path, chosen: str | None = None) -> str:
-    """The URL of a folder's database, which need not be there yet.
+    """The URL of a folder's database, which need not exist yet.
 
     Args:
         folder: The state folder.
@@ -46,7 +46,7 @@ def url_of(folder: Path, chosen: str | None = None) -> str:
 
 
 def kept(folder: Path) -> str | None:
-    """The URL that `keep` wrote, or None.
+    """The URL that `keep` stored, or None.
 
     Raises:
         StorageError: It can't be read, or is damaged.
@@ -67,7 +67,7 @@ def kept(folder: Path) -> str | None:
 
 
 def keep(folder: Path, url: str) -> None:
-    """Note where a folder's database is, for the next start and for commands that look at the folder.
+    """Store the database's URL for the next start and for commands on the folder.
 
     Raises:
         StorageError: The disk fails or is full.
@@ -80,7 +80,7 @@ FOLDER = "jobs"
 
 
 def folders(state: Path) -> list[Path]:
-    """Folders of the further jobs of a state folder, by name.
+    """Folders of a server's further jobs (`jobs/NAME` in its state folder), by name.
 
     Raises:
         StorageError: They can't be read.
@@ -118,7 +118,6 @@ def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
 
 
 def _taken(path: Path, *, standby: bool) -> int:
-    """The descriptor of a folder's lock, held."""
     with storage_errors(f"can't use state folder {path}"):
         descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     until = time.monotonic() + (math.inf if standby else _PATIENCE_S)

@@ -50,7 +50,7 @@ _PRUNE_EVERY, _PAGE = 500, 1000
 
 
 class EventLog:
-    """The log of a job's database.
+    """The event log of a job's database.
 
     Args:
         database: The database.
@@ -80,7 +80,7 @@ class EventLog:
             connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % every - self.least))
 
     def events(self, after: int = 0) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
-        """Number, time, type and body of every event with a higher number than `after`."""
+        """Number, time, type and body of all events with a number above `after`."""
         query = sql.select(EVENTS).order_by(EVENTS.c.number).limit(_PAGE)
         rows: Sequence[Any] = [(after,)]
         while rows:  # page by page: a long job's log is more than memory should hold
@@ -89,13 +89,13 @@ class EventLog:
             yield from ((number, at, kind, decoded(body, self._database.url)) for number, at, kind, body in rows)
 
     def last_at(self) -> float | None:
-        """When the last event was, in seconds since 1970; None before the first."""
+        """Time of the last event, in seconds since 1970; None without events."""
         with self._database.transaction() as connection:
             found = connection.execute(sql.select(EVENTS.c.at).order_by(EVENTS.c.number.desc()).limit(1)).scalar()
         return None if found is None else float(found)
 
     def heard(self) -> tuple[float | None, dict[str, float]]:
-        """When the last event was, and the last that each device caused, in seconds since 1970."""
+        """Times of the last event and of each device's last event, in seconds since 1970."""
         last, devices = None, dict[str, float]()
         for _, at, kind, body in self.events():
             last = at
@@ -120,7 +120,7 @@ _Result = TypeVar("_Result")
 def _patient(
     method: Callable[Concatenate[Storage, _P], _Result],
 ) -> Callable[Concatenate[Storage, _P], _Result]:
-    """Let a method of one transaction outlast a database that is started again."""
+    """Repeat a method of one transaction while the database is being restarted."""
 
     @wraps(method)
     def call(self: Storage, /, *args: _P.args, **kwargs: _P.kwargs) -> _Result:
@@ -183,7 +183,7 @@ class Storage:
 
     @classmethod
     def at(cls, folder: Path, database: str | None = None) -> Storage:
-        """The database of a state folder, made where there is none.
+        """The database of a state folder, created if it doesn't exist.
 
         Only its owner may read it: the broker's address may hold a password.
 
@@ -203,7 +203,7 @@ class Storage:
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
-        """The database of a state folder that a server has already used, to read only.
+        """The database of a state folder that a server has used, for reading.
 
         Raises:
             StorageError: There is none, this user may not read it, or as the constructor.
@@ -213,7 +213,7 @@ class Storage:
 
     @classmethod
     def settings_in(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
-        """What `put_settings` kept, also by an older version; None where there is nothing.
+        """The settings of a state folder's job, also of an older version; None if there are none.
 
         Nothing is migrated: a server of the older version may be running.
 
@@ -239,7 +239,7 @@ class Storage:
 
     @staticmethod
     def check_existing(folder: Path) -> None:
-        """Make sure that a folder is one that a server has used.
+        """Check that a server has used a folder.
 
         Raises:
             StorageError: It isn't, is a device's, or this user may not read it.
@@ -268,7 +268,6 @@ class Storage:
             )
 
     def close(self) -> None:
-        """Let go of the database."""
         self._engine.dispose()
 
     def __enter__(self) -> Storage:
@@ -278,19 +277,19 @@ class Storage:
         self.close()
 
     def settings(self) -> dict[str, Any] | None:
-        """What `put_settings` kept, or None."""
+        """What `put_settings` stored, or None."""
         with self._transaction() as connection:
             text = self._meta(connection, "settings")
         return None if text is None else dict(decoded(text, self.url))
 
     @_patient
     def put_settings(self, body: Mapping[str, Any]) -> None:
-        """Keep the job's settings, so that a server started on this folder alone can go on."""
+        """Store the job's settings, so that a server can continue from the folder alone."""
         with self._writing() as connection:
             self._put_meta(connection, "settings", encoded(body))
 
     def outsiders(self) -> dict[str, dict[str, Any]]:
-        """What `put_outsiders` kept, by device."""
+        """What `put_outsiders` stored, by device."""
         with self._transaction() as connection:
             text = self._meta(connection, "outsiders")
         found = decoded(text or "{}", self.url)
@@ -299,7 +298,7 @@ class Storage:
 
     @_patient
     def put_outsiders(self, devices: Mapping[str, Mapping[str, Any]]) -> None:
-        """Keep which devices announced themselves and can't be planned for, and why; only what is new is written."""
+        """Store devices that can't be planned for, and why, if they have changed."""
         if devices == self._saved_outsiders:
             return
         body = {name: dict(device) for name, device in devices.items()}
@@ -357,7 +356,7 @@ class Storage:
             connection.execute(query, [{"_name": n, "_down": d, "_up": u} for n, (d, u) in traffic.items()])
 
     def load(self) -> State | None:
-        """The state that was saved last, or None for a new database.
+        """The last saved state, or None for a new database.
 
         Of finished rounds it has what came of them; of their devices only the latest rounds', as many as hold
         `PARTS_KEPT` parts.
@@ -382,7 +381,7 @@ class Storage:
             return self._history(connection)
 
     def devices(self) -> list[dict[str, Any]]:
-        """The devices' rows, by name; `widths` and `plan` as JSON values."""
+        """The devices' rows by name, with `widths` and `plan` decoded."""
         with self._transaction() as connection:
             columns = [c for c in DEVICES.c if c.name != "body"]
             rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(DEVICES.c.name)).mappings()]
@@ -391,7 +390,7 @@ class Storage:
         return rows
 
     def traffic(self) -> dict[str, tuple[int, int]]:
-        """Bytes by device, as saved last."""
+        """Saved bytes by device."""
         return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}
 
     def _check(self, connection: sql.Connection) -> None:
@@ -417,7 +416,7 @@ class Storage:
             raise StorageError(f"{self.url} was written by another version", expected=FORMAT, got=version)
 
     def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
-        """Summaries of the finished rounds; only the latest have their devices, as many as make up so many parts."""
+        """Summaries of the finished rounds; only the latest include their devices, up to `parts` of them."""
         found: list[dict[str, Any]] = []
         query = sql.select(ROUNDS.c.summary).order_by(ROUNDS.c.round.desc())
         for text in connection.execute(query).scalars():

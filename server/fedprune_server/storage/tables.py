@@ -68,7 +68,7 @@ IDENTITY = sql.Table(
 
 
 def device_row(name: str, device: Device) -> dict[str, Any]:
-    """A device as a row, but for the bytes to it and from it."""
+    """A device's row, except its traffic."""
     return {
         "name": name,
         "online": device.online,
@@ -82,12 +82,11 @@ def device_row(name: str, device: Device) -> dict[str, Any]:
 
 
 def task_row(name: str, task: Task) -> dict[str, Any]:
-    """A device's part in a round as a row."""
     return {"name": name, "body": encoded(vars(task))}
 
 
 def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A finished round as a row, from the summary that the coordinator wrote."""
+    """A finished round's row, from the coordinator's summary."""
     return {
         "round": summary["round"],
         "at": summary["at"],
@@ -98,7 +97,7 @@ def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, each in the place of the one with its primary key, if there is one; columns not named stay."""
+    """Insert rows, or update those with the same primary key; columns that are not named stay."""
     if not rows:
         return
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
@@ -109,7 +108,7 @@ def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[
 
 
 def encoded(value: object) -> str:
-    """A value as JSON, the same for equal values."""
+    """Canonical JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
@@ -130,7 +129,7 @@ Row = dict[str, Any]
 
 
 class TrackedTable(Generic[E]):
-    """What of a roll lies in a table.
+    """A table that mirrors a `TrackedDict`.
 
     Args:
         table: With a column `name` and one `body`, by which rows are compared.
@@ -143,7 +142,7 @@ class TrackedTable(Generic[E]):
         self._known: dict[str, int] = {}
 
     def load(self, connection: sql.Connection, url: str) -> dict[str, Any]:
-        """All rows' bodies, by name.
+        """Bodies of all rows, by name.
 
         Raises:
             StorageError: One is damaged; the message names the database.
@@ -154,7 +153,7 @@ class TrackedTable(Generic[E]):
         return {name: decoded(body, url) for name, body in rows}
 
     def changes(self, roll: TrackedDict[E], *, anew: bool) -> dict[str, Row | None]:
-        """Rows that are not in the table yet as they are now; None for those that are to go.
+        """Rows that differ from the table; None for those to delete.
 
         Args:
             roll: The entries.
@@ -169,14 +168,14 @@ class TrackedTable(Generic[E]):
         return found
 
     def write(self, connection: sql.Connection, rows: Mapping[str, Row | None]) -> None:
-        """Write what `changes` gave."""
+        """Write the result of `changes`."""
         upsert(connection, self._table, [row for row in rows.values() if row is not None])
         gone = [{"gone": name} for name, row in rows.items() if row is None]
         if gone:
             connection.execute(self._table.delete().where(self._table.c.name == sql.bindparam("gone")), gone)
 
     def written(self, rows: Mapping[str, Row | None]) -> None:
-        """What was written is committed."""
+        """Note that the changes are committed."""
         for name, row in rows.items():
             if row is None:
                 self._known.pop(name, None)

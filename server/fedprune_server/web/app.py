@@ -31,7 +31,7 @@ _QUEUE = 32
 
 
 def make_app(console: Console) -> ASGIApp:
-    """The application, behind its gate.
+    """The application with its security middleware.
 
     Args:
         console: What its routes need.
@@ -40,7 +40,7 @@ def make_app(console: Console) -> ASGIApp:
 
 
 def make_routes(console: Console) -> FastAPI:
-    """The application without its gate; alone it protects nothing."""
+    """The application without the security middleware, which protects nothing."""
     # Generated documentation would need others' scripts, and would show routes to everybody.
     app = FastAPI(title="fedprune console", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.include_router(api.router(console))
@@ -137,7 +137,7 @@ def make_routes(console: Console) -> FastAPI:
 
 
 async def _fields(request: Request) -> dict[str, str]:
-    """A form's fields: only as a plain form sends them, and no files."""
+    """Fields of a URL-encoded form."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
         return {}
     body = (await request.body()).decode("utf-8", "replace")

@@ -66,7 +66,7 @@ class Audit:
         )
 
     def failed(self, name: str, address: str) -> None:
-        """Add a line about a failed login; of many at a time a few are listed, and the next line counts the others.
+        """Note a failed login; of many in a short time only some get a line, and the next line counts the others.
 
         Args:
             name: What was given as a name.
@@ -86,7 +86,7 @@ class Audit:
         self.note(name, address, "login", {"unlisted before": unlisted} if unlisted else None, "failed")
 
     def page(self, page: int = 1, size: int = 50, operator: str | None = None) -> Page:
-        """Entries, the latest first; an order and its outcome, which are two lines of the log, are one entry.
+        """Entries, newest first; an order and its outcome are two lines of the log, but one entry.
 
         Args:
             page: From 1.

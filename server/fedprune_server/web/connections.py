@@ -17,7 +17,7 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
 class Connections:
-    """Connections by the browser's address and port.
+    """Open connections by the browser's address and port.
 
     A connection waits until the application has its whole request, and again once that is answered. Only `asyncio`'s
     protocol methods and the application's messages tell which it is.
@@ -36,30 +36,29 @@ class Connections:
         self._waiting: OrderedDict[Peer, float] = OrderedDict()
 
     def opened(self, peer: Peer, transport: asyncio.Transport) -> None:
-        """A connection was made; where there are too many, the one that has waited longest is closed."""
+        """Add a connection; if there are too many, close the one that has waited longest."""
         if len(self._open) >= self._most and self._waiting:
             self._close(next(iter(self._waiting)))
         self._open[peer] = transport
         self._waiting[peer] = self._clock()
 
     def closed(self, peer: Peer, transport: asyncio.Transport) -> None:
-        """A connection is gone."""
         if self._open.get(peer) is transport:
             del self._open[peer]
             self._waiting.pop(peer, None)
 
     def sweep(self) -> None:
-        """Close those that have waited for too long."""
+        """Close connections that have waited too long."""
         late = self._clock() - self._patience_s
         for peer in [p for p, since in self._waiting.items() if since < late]:
             self._close(peer)
 
     def protocol(self) -> type[H11Protocol]:
-        """The protocol of the server's connections."""
+        """The protocol class for the server's connections."""
         connections = self
 
         class Watched(H11Protocol):
-            """A connection that says when it begins and ends."""
+            """A connection that reports its begin and end."""
 
             def connection_made(self, transport: Any) -> None:
                 connections.opened(_peer(transport), transport)
@@ -73,7 +72,7 @@ class Connections:
         return Watched
 
     def watch(self, app: ASGIApp) -> ASGIApp:
-        """The application, which says when it has a whole request and when that is answered."""
+        """Wrap the application, to learn when a request is complete and when it is answered."""
 
         async def watched(scope: Scope, receive: Receive, send: Send) -> None:
             client = scope.get("client")

@@ -75,6 +75,6 @@ def make_console(
 
 
 def session_of(request: Request) -> Session:
-    """The session of a request that got through the gate to a path that needs one."""
+    """The session of an authenticated request."""
     session: Session = request.state.session
     return session

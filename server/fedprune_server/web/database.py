@@ -55,7 +55,7 @@ CREATE TRIGGER IF NOT EXISTS audit_is BEFORE UPDATE ON audit
 
 
 class ConsoleDatabase:
-    """The database, made if it isn't there. Threads may share it: what writes waits for its turn, what reads doesn't.
+    """The database, created if it doesn't exist. Threads may share it: writers wait for each other, readers don't wait.
 
     Args:
         path: Its file.
@@ -90,7 +90,6 @@ class ConsoleDatabase:
         self._writer = 0
 
     def close(self) -> None:
-        """Close it."""
         self._reader.close()
         self._connection.close()
 
@@ -101,7 +100,7 @@ class ConsoleDatabase:
         self.close()
 
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
-        """What a query finds.
+        """Rows of a query.
 
         Raises:
             StorageError: The disk fails or is full.
@@ -111,12 +110,12 @@ class ConsoleDatabase:
             return [dict(r) for r in (self._connection if inside else self._reader).execute(query, values)]
 
     def row(self, query: str, *values: object) -> dict[str, Any] | None:
-        """The first row that a query finds."""
+        """The first row of a query."""
         found = self.rows(query, *values)
         return found[0] if found else None
 
     def do(self, query: str, *values: object) -> int:
-        """Carry out a statement; returns how many rows it concerned.
+        """Execute a statement; returns the number of affected rows.
 
         Raises:
             StorageError: The disk fails or is full.
@@ -125,7 +124,7 @@ class ConsoleDatabase:
             return self._connection.execute(query, values).rowcount
 
     def try_to(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
-        """Carry out statements, all or none, unless another process is writing.
+        """Execute statements in a transaction, unless another process is writing.
 
         Args:
             statements: Queries and their values.
@@ -158,7 +157,7 @@ class ConsoleDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing.
+        """A transaction.
 
         Raises:
             StorageError: The disk fails or is full.

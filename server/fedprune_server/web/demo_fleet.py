@@ -77,7 +77,7 @@ class TrialFleet:
             yield LogLine(self._now - 120 + i, level, text, names[i % len(names)], self._jobs[0], self._round)
 
     def publish(self, writer: StatusWriter, at: float | None = None) -> None:
-        """Write all of it.
+        """Write everything.
 
         Args:
             writer: The file.
@@ -108,7 +108,6 @@ class TrialFleet:
             yield self.coverage(order.job or self._jobs[0])
 
     def job(self, name: str) -> PublishedJob:
-        """A job as it stands."""
         parts = {s: sum(r["state"] == s for r in self.rows.values()) for s in _STATES}
         metrics = self._metrics(self._round)
         return PublishedJob(
@@ -117,7 +116,6 @@ class TrialFleet:
         )  # fmt: skip
 
     def round(self, job: str, number: int) -> FinishedRound:
-        """A finished round."""
         at, count = self._now - 300 * (self._round - number), len(self.rows)
         return FinishedRound(
             job, number, at, 280 + 40 * self._chance.random(), self._metrics(number), count * 9 // 10, count,
@@ -126,7 +124,7 @@ class TrialFleet:
         )  # fmt: skip
 
     def rollouts(self) -> Rollouts:
-        """A rollout under way, and one that is done."""
+        """A rollout under way, and a finished one."""
         count = len(self.rows)
         row: dict[str, Any] = {
             "name": "rollout 2", "number": 2, "release": "5 (0.1.0)", "stage": 1, "stages": 3, "of": count,
@@ -140,7 +138,6 @@ class TrialFleet:
         return Rollouts((row, over), ("release-5", "release-6"))
 
     def details(self, device: str) -> DeviceDetails:
-        """What an operator sees of a device."""
         row = self.rows[device]
         share = row["density"] or 0
         history = tuple(
@@ -160,7 +157,7 @@ class TrialFleet:
 
     @staticmethod
     def channels(sizes: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], ...]:
-        """Which channels of each group a device holds, of so many how many; the same each time."""
+        """Which channels of each group a device holds, given their numbers; the same each time."""
         rows = []
         for group, (kept, of) in sizes.items():
             ranking = list(range(of))
@@ -171,7 +168,7 @@ class TrialFleet:
 
     @staticmethod
     def figures(predicted_s: float, measured_s: float | None) -> tuple[dict[str, Any], ...]:
-        """What was foretold of a device and what it measured."""
+        """Predictions and measurements of a device."""
         rows = (
             ("round", "s", predicted_s, measured_s), ("step", "s", 0.131, 0.127), ("train", "s", 38.2, 37.5),
             ("transfer", "s", 3.8, None), ("latency", "s", 0.0212, 0.0194), ("memory", "bytes", 88.6e6, 84.1e6),
@@ -181,7 +178,6 @@ class TrialFleet:
         return tuple(dict(zip(("what", "unit", "predicted", "measured"), r, strict=True)) for r in rows)
 
     def board_log(self, device: str) -> BoardLog:
-        """What a board told of its log."""
         line = {"at": self._now - 900, "received": self._now - 890, "level": "warning", "count": 3,
                 "text": "the link is slow: <b>2 leaves</b> are asked for again"}  # fmt: skip
         crash = {
@@ -193,7 +189,6 @@ class TrialFleet:
         return BoardLog(device, (line,), (crash,))
 
     def coverage(self, job: str) -> Coverage:
-        """Which share of the devices holds which channels."""
         groups = []
         for i in range(8):
             channels, share, held = 64 * (i + 1), 1.0, []
@@ -207,7 +202,7 @@ class TrialFleet:
         return {"accuracy": 0.9 - 0.8 / (1 + number / 5), "loss": 2.3 / (1 + number / 8)}
 
     def _measured(self, number: int) -> dict[str, float]:
-        """What a board measures in a round."""
+        """A board's metrics of a round."""
         whole = self._metrics(number)
         return {
             "accuracy_before": whole["accuracy"], "accuracy_after": min(1.0, whole["accuracy"] * 1.05),
@@ -270,7 +265,6 @@ def write(
 
 
 def main() -> None:
-    """Serve a fleet that isn't there."""
     import uvicorn
 
     from fedprune_server.web.app import make_app

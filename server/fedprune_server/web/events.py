@@ -41,7 +41,6 @@ class Pending:
         self._more = False
 
     def add(self, kind: str, what: Any) -> None:
-        """Something has changed."""
         if kind == "counts":
             self._counts = what
             return
@@ -92,7 +91,6 @@ class Streams:
         return len(self._open) >= MOST or sum(o == operator for o in self._open.values()) >= MOST_OF_ONE
 
     def send(self, kind: str, what: Any) -> None:
-        """Send a change to all streams."""
         for pending in self._open:
             pending.add(kind, what)
 
@@ -141,5 +139,5 @@ async def watch(streams: Streams, view: FleetView, orders: OrderService, every_s
 
 
 def event(kind: str, what: Any) -> str:
-    """An event as text of a stream: JSON has no line ends, so nothing in it can begin another one."""
+    """Text of a server-sent event. JSON contains no line breaks, so data can't begin another event."""
     return f"event: {kind}\ndata: {json.dumps(what, separators=(',', ':'))}\n\n"

@@ -67,7 +67,6 @@ class ConsoleSettings:
             raise ValueError("these are no settings of a console") from error
 
     def to_json(self) -> bytes:
-        """One line of JSON."""
         return json.dumps(asdict(self)).encode() + b"\n"
 
 
@@ -91,12 +90,10 @@ class ConsoleProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether there is a process."""
         return self._child.alive
 
     @property
     def pid(self) -> int | None:
-        """The process."""
         return self._child.pid
 
     def turn(self, now: float) -> None:

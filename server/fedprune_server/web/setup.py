@@ -72,15 +72,13 @@ class ConsoleObserver(Observer):
         self._next_at = self._complain_at = 0.0
 
     def noticed(self, devices: Collection[str]) -> None:
-        """Publish these devices soon."""
         self._publisher.changed(devices)
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        """Publish a finished round."""
         self._safely(lambda: self._publisher.round_over(seen.job.name, summary))
 
     def turned(self, seconds: Callable[[], float] | None, seen: JobView | None) -> None:
-        """Do all of it, if it is time to."""
+        """Do everything, if it is time."""
         now = self._monotonic()
         if now < self._next_at:
             return
@@ -94,7 +92,6 @@ class ConsoleObserver(Observer):
             self._complain(faults[0])
 
     def close(self) -> None:
-        """End the console."""
         self._orders.close()
         if self._process is not None:
             self._process.stop()
@@ -131,7 +128,7 @@ def with_console(
     logs: BoardLogs | None = None,
     alerts: AlertBook | None = None,
 ) -> Iterator[None]:
-    """A console for a server, if its configuration, which `check_console` has checked, asks for one.
+    """Run a console for a server, if its configuration, which `check_console` has checked, asks for one.
 
     Args:
         config: The configuration.
@@ -193,7 +190,7 @@ def with_console(
 
 
 def check_console(config: ServerConfig) -> None:
-    """Check the console's settings, if the configuration asks for one; its port may still be another server's.
+    """Check the console's settings; its port may still be in use.
 
     Raises:
         MissingExtraError: The packages of the extra `console` are missing.
@@ -206,7 +203,7 @@ def check_console(config: ServerConfig) -> None:
 
 
 def check_packages(packages: Sequence[str] = _PACKAGES) -> None:
-    """Say so where the extra `console` isn't installed.
+    """Check that the extra `console` is installed.
 
     Raises:
         MissingExtraError: It isn't.
@@ -217,7 +214,7 @@ def check_packages(packages: Sequence[str] = _PACKAGES) -> None:
 
 
 def check_free(address: str, port: int) -> None:
-    """Make sure that somebody can listen there.
+    """Check that an address can be listened on.
 
     Raises:
         ConfigError: Nobody can.
@@ -234,7 +231,7 @@ def check_free(address: str, port: int) -> None:
 
 
 def check_tls(config: ServerConfig) -> None:
-    """Make sure that the console's certificate and key can be used now.
+    """Check that the console's certificate and key can be used now.
 
     Raises:
         ConfigError: They can't, or the certificate has ended, so that browsers refuse it. One that doesn't count yet is

@@ -32,11 +32,11 @@ _DENIED = ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureD
 
 
 class BucketError(StorageError):
-    """A bucket can't be used at the moment, whatever the reason."""
+    """A bucket can't be used at the moment."""
 
 
 def parse(url: str) -> tuple[str, str]:
-    """The bucket and the prefix of an address such as `s3://bucket/fleet/leaves`.
+    """Bucket and prefix of an address such as `s3://bucket/fleet/leaves`.
 
     Raises:
         ConfigError: It is none.
@@ -96,7 +96,7 @@ class Bucket:
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Keys that begin so, and how many bytes each object has.
+        """Keys with this prefix, and the objects' sizes.
 
         Raises:
             BucketError: It can't be used.
@@ -112,7 +112,7 @@ class Bucket:
             options["ContinuationToken"] = page["NextContinuationToken"]
 
     def put(self, key: str, data: bytes | memoryview, sha256: str, *, anew: bool = True) -> None:
-        """Write an object; the bucket compares what it got with the digest.
+        """Write an object; the bucket verifies the digest.
 
         Args:
             key: Its name.
@@ -140,7 +140,7 @@ class Bucket:
                         raise
 
     def get(self, key: str, limit: int) -> bytes | None:
-        """An object's bytes, not checked; None where there is none, or one of more than `limit` bytes.
+        """An object's bytes, not verified; None if it doesn't exist or is larger than `limit`.
 
         Raises:
             BucketError: It can't be used.
@@ -156,7 +156,7 @@ class Bucket:
                 return None if int(found["ContentLength"]) > limit else bytes(body.read())
 
     def delete(self, key: str) -> None:
-        """Delete an object; it need not be there.
+        """Delete an object, if it exists.
 
         Raises:
             BucketError: It can't be used.
@@ -204,11 +204,11 @@ _Result = TypeVar("_Result")
 
 
 class StoppedError(StorageError):
-    """The server ends while something waits for the bucket."""
+    """The server ends while a call waits for the bucket."""
 
 
 class RetryPolicy:
-    """Repeats what can't be done at the moment; from any thread.
+    """Repeats calls that fail at the moment, from any thread.
 
     Attributes:
         endless: Whether it waits until `stop`; else an error is raised at once.
@@ -222,15 +222,14 @@ class RetryPolicy:
 
     @property
     def writing(self) -> bool:
-        """Whether something waits to be written."""
+        """Whether a write is waiting."""
         return WRITE in self._missed
 
     def stop(self) -> None:
-        """Let nobody wait any more."""
         self._stopped.set()
 
     def __call__(self, kind: str, work: Callable[[], _Result]) -> _Result:
-        """Do something, again and again with growing pauses where the bucket can't be used.
+        """Call a function, again with growing pauses while the bucket can't be used.
 
         Args:
             kind: What it is, in a word: each kind is said to wait once.
@@ -258,7 +257,7 @@ class RetryPolicy:
                 return result
 
     def _note(self, kind: str, *, missed: bool) -> bool:
-        """Note whether a kind of work waits; returns whether that is news."""
+        """Note whether a kind of work waits; returns whether that has changed."""
         with self._lock:
             news = missed != (kind in self._missed)
             self._missed = self._missed | {kind} if missed else self._missed - {kind}

@@ -19,7 +19,7 @@ _NAMED = 200
 
 
 def digest_of(key: str) -> str | None:
-    """The digest in an object's key; None for a key that no store of ours wrote."""
+    """The digest in an object's key; None for a foreign key."""
     if not key.startswith(BLOBS):
         return None
     digest, dot, nonce = key.removeprefix(BLOBS).partition(".")
@@ -28,7 +28,7 @@ def digest_of(key: str) -> str | None:
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose blobs lie under a prefix.
+    """The job that owns the blobs under a prefix.
 
     Attributes:
         number: By which the job's settings know them.
@@ -39,7 +39,6 @@ class Owner:
     job: str
 
     def to_bytes(self) -> bytes:
-        """As an object."""
         return json.dumps({"format": FORMAT, "id": self.number, "job": self.job[:_NAMED]}).encode()
 
     @classmethod

@@ -29,7 +29,7 @@ from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, OWNER_LIMIT, 
 
 
 class Deletions:
-    """Deletes objects one by one, in a thread that lives while there are any.
+    """Deletes objects one by one, on a thread that runs while there are any.
 
     Args:
         bucket: Where they are.
@@ -44,7 +44,7 @@ class Deletions:
         self._thread: threading.Thread | None = None
 
     def add(self, keys: Iterable[str]) -> None:
-        """Have objects deleted; they need not be there."""
+        """Delete objects soon, if they exist."""
         with self._lock:
             self._doomed.extend(keys)
             if self._doomed and self._thread is None:
@@ -52,7 +52,7 @@ class Deletions:
                 self._thread.start()
 
     def wait(self, patience_s: float) -> None:
-        """Let it come to an end, but don't take longer than this."""
+        """Wait for all deletions, for this long at most."""
         with self._lock:
             thread = self._thread
         if thread is not None:
@@ -142,7 +142,7 @@ class BucketStore(BlobStore):
         self._news: dict[str, tuple[str, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a helper's process gets: no connection, nothing that is under way."""
+        """The state for a worker process: without connections and work under way."""
         with self._lock:
             state = {k: v for k, v in vars(self).items() if k in ("root", "max_size", "reserve", "durable", "_cache")}
             return state | {"url": self.bucket.url, "objects": {d: dict(k) for d, k in self._objects.items()}}
@@ -159,7 +159,7 @@ class BucketStore(BlobStore):
     # Whose it is.
 
     def check_owner(self, number: str | None) -> None:
-        """Make sure that nobody else's blobs are under the prefix.
+        """Check that the prefix isn't another job's.
 
         Args:
             number: The job's own; None for one that has none yet.
@@ -179,7 +179,7 @@ class BucketStore(BlobStore):
             )
 
     def claim(self, number: str, job: str, model: bytes) -> None:
-        """Say whose blobs these are, and lay the model with which the job began beside them if none is there.
+        """Mark the prefix as this job's, and store the job's first model there if none is.
 
         Raises:
             ConfigError: Another job, which began at the same time, has said so first.
@@ -196,7 +196,7 @@ class BucketStore(BlobStore):
         self.patience(WRITE, partial(self.bucket.put, key, data, digest, anew=anew))
 
     def model(self) -> bytes | None:
-        """The model with which the job began, not checked.
+        """The job's first model, not verified.
 
         Raises:
             BucketError: The bucket can't be used.
@@ -206,23 +206,22 @@ class BucketStore(BlobStore):
     # What it has.
 
     def objects(self) -> dict[str, dict[str, int]]:
-        """By digest the keys of its objects, with their sizes."""
+        """Keys and sizes of the objects of each digest."""
         with self._lock:
             return {digest: dict(keys) for digest, keys in self._objects.items()}
 
     def names(self) -> list[str]:
-        """Digests of all blobs, in the bucket or in the folder."""
+        """Digests of all blobs in the bucket or the folder."""
         with self._lock:
             return sorted({*self._objects, *super().names()})
 
     def has(self, sha256: str) -> bool:
-        """Whether the bucket has a blob."""
         if sha256 in self._objects:
             return True
         return self._helper and is_digest(sha256) and bool(self._find(sha256))
 
     def learn(self, news: Objects) -> None:
-        """Take note of what a helper's process has put."""
+        """Note blobs that a worker process has stored."""
         with self._lock:
             for digest, (key, size) in news.items():
                 self._objects.setdefault(digest, {})[key] = size
@@ -230,7 +229,7 @@ class BucketStore(BlobStore):
             self._hold(digest, size)
 
     def news(self) -> dict[str, tuple[str, int]]:
-        """What was put since the last call, for `learn`."""
+        """Blobs stored since the last call, for `learn`."""
         with self._lock:
             found, self._news = self._news, {}
         return found
@@ -238,13 +237,13 @@ class BucketStore(BlobStore):
     # In.
 
     def put(self, data: bytes | memoryview) -> BlobRef:
-        """Keep these bytes: they are in the bucket when this returns."""
+        """Store bytes in the bucket."""
         ref = super().put(data)
         self._ship(ref.sha256, data)
         return ref
 
     def ship(self, sha256: str) -> None:
-        """Have the bucket keep a blob of the folder.
+        """Store a blob of the folder in the bucket.
 
         Raises:
             BucketError: The bucket can't be used.
@@ -268,19 +267,19 @@ class BucketStore(BlobStore):
     # Out.
 
     def known_size(self, sha256: str) -> int | None:
-        """Bytes of a blob that the bucket has, without asking it."""
+        """Size of a blob that is known to be in the bucket, without asking it."""
         with self._lock:
             return max(self._objects.get(sha256, {}).values(), default=None)
 
     def size(self, sha256: str) -> int:
-        """Bytes of a blob, which is in the folder then if anything stays there."""
+        """Size of a blob, which is fetched to the folder if that caches any."""
         known = None if self._keeping else self.known_size(sha256)
         if known is not None:
             return known
         return self._healed(sha256, lambda: BlobStore.size(self, sha256), len)
 
     def read(self, sha256: str) -> bytes:
-        """A blob's bytes, checked against its name."""
+        """A blob's bytes, verified."""
         if self._keeping:
             return self._healed(sha256, lambda: BlobStore.read(self, sha256), bytes)
         if BlobStore.has(self, sha256):
@@ -289,7 +288,7 @@ class BucketStore(BlobStore):
         return self.fetch(sha256)
 
     def map(self, sha256: str) -> memoryview:
-        """A blob's bytes as a view on its file."""
+        """A blob's bytes as a memory map."""
         if self._keeping:
             return self._healed(sha256, lambda: BlobStore.map(self, sha256), lambda data: self._mapped(sha256, data))
         return memoryview(self.read(sha256))
@@ -301,11 +300,10 @@ class BucketStore(BlobStore):
             return memoryview(data)
 
     def table(self, sha256: str) -> bytes:
-        """A blob's leaf table."""
         return self._healed(sha256, lambda: BlobStore.table(self, sha256), leaf_table)
 
     def fetch(self, sha256: str) -> bytes:
-        """A blob's bytes out of the bucket, checked; they are in the folder then if anything stays there.
+        """A blob's bytes from the bucket, verified; cached in the folder if that caches any.
 
         Raises:
             BucketError: The bucket can't be used.
@@ -330,7 +328,7 @@ class BucketStore(BlobStore):
         raise NotThereError(f"blob {sha256} is not in {self.bucket.url}", hint="Restore the server's backup.")
 
     def _healed(self, sha256: str, look: Callable[[], _Result], make: Callable[[bytes], _Result]) -> _Result:
-        """Look at a blob of the folder; make the same of what is fetched if it isn't there, or not what it was."""
+        """Verify a blob of the folder, and replace it from the bucket if it is missing or damaged."""
         try:
             if BlobStore.has(self, sha256) or not self._find(sha256):
                 result = look()
@@ -347,7 +345,7 @@ class BucketStore(BlobStore):
         return make(self.fetch(sha256))
 
     def _find(self, sha256: str) -> list[str]:
-        """The keys of a blob's objects. In a helper's process others put blobs, too, so that it asks the bucket."""
+        """Keys of a blob's objects. A worker process asks the bucket, because other processes store blobs, too."""
         with self._lock:
             known = list(self._objects.get(sha256, ()))
         if known or not self._helper:
@@ -361,7 +359,7 @@ class BucketStore(BlobStore):
     # The folder.
 
     def touch(self, sha256: str) -> None:
-        """A blob of the folder was used: others make room first."""
+        """Mark a blob of the folder as used, so that others are evicted first."""
         with self._lock:
             if sha256 in self._held:
                 self._held[sha256] = self._held.pop(sha256)[0], time.monotonic()
@@ -373,7 +371,7 @@ class BucketStore(BlobStore):
         self._trim()
 
     def check_room(self, size: int) -> None:
-        """Make room in the folder for so many bytes more."""
+        """Make room in the folder."""
         try:
             super().check_room(size)
         except StorageFullError:
@@ -382,7 +380,7 @@ class BucketStore(BlobStore):
             super().check_room(size)
 
     def _trim(self, free: int = 0) -> None:
-        """Let go of what was not used for longest, and is in the bucket.
+        """Evict the least recently used blobs that are in the bucket.
 
         Args:
             free: So many bytes are to be freed, however much the folder may hold.
@@ -410,7 +408,7 @@ class BucketStore(BlobStore):
     # Away.
 
     def delete(self, sha256: str) -> None:
-        """Forget a blob; its objects are deleted in the background."""
+        """Forget a blob, and delete its objects in the background."""
         with self._lock:
             super().delete(sha256)
             self._held.pop(sha256, None)
@@ -418,7 +416,7 @@ class BucketStore(BlobStore):
         self._deletions.add(keys)
 
     def forget(self, key: str) -> None:
-        """Take an object for gone."""
+        """Treat an object as missing."""
         with self._lock:
             digest = digest_of(key) or ""
             known = self._objects.get(digest, {})
@@ -427,18 +425,18 @@ class BucketStore(BlobStore):
                 self._objects.pop(digest, None)
 
     def close(self, patience_s: float = 5.0) -> None:
-        """Delete what is still to be deleted, but don't take longer than this; the next start sees to the rest."""
+        """Finish deletions, for this long at most; the next start does the rest."""
         self._deletions.wait(patience_s)
         self.patience.stop()
 
     @property
     def away(self) -> bool:
-        """Whether something waits to be written, since the bucket can't be used."""
+        """Whether a write waits because the bucket can't be used."""
         return self.patience.writing
 
 
 class LocalCopy(BlobStore):
-    """What of a bucket's blobs lies in the folder: whoever may not wait for the bucket looks here.
+    """The blobs of a bucket that are in the folder, for callers that must not wait for the bucket.
 
     Args:
         store: The store.
@@ -450,26 +448,25 @@ class LocalCopy(BlobStore):
         self._checked = store._checked  # what is let go of is forgotten there
 
     def has(self, sha256: str) -> bool:
-        """Whether a blob is in the folder."""
         found = super().has(sha256)
         if found:
             self._store.touch(sha256)
         return found
 
     def map(self, sha256: str) -> memoryview:
-        """A blob's bytes as a view on its file."""
+        """A blob's bytes as a memory map."""
         self._store.touch(sha256)
         return super().map(sha256)
 
     def size(self, sha256: str) -> int:
-        """Bytes of a blob, which may be let go of at any moment."""
+        """Size of a blob, which is fetched to the folder if that caches any."""
         return self._store.known_size(sha256) or super().size(sha256)
 
     def check_room(self, size: int) -> None:
-        """Make room for so many bytes more."""
+        """Make room in the folder."""
         self._store.check_room(size)
 
 
 def near(store: BlobStore) -> BlobStore:
-    """The blobs of a store that nobody has to wait for: of a bucket's, those in the folder."""
+    """The blobs of a store that are available without waiting: of a bucket, those in the folder."""
     return LocalCopy(store) if isinstance(store, BucketStore) else store

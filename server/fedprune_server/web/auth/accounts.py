@@ -20,7 +20,7 @@ MIN_PASSWORD, MAX_PASSWORD = 12, 1024
 
 @dataclass(frozen=True)
 class Operator:
-    """Somebody who may use the console.
+    """An operator's account.
 
     Attributes:
         name: What they log in as.
@@ -36,7 +36,7 @@ class Operator:
 
 
 class Accounts:
-    """The operators of a console.
+    """The operators' accounts.
 
     Args:
         database: Where they are kept.
@@ -57,16 +57,15 @@ class Accounts:
         return int(row["n"]) if row else 0
 
     def list(self) -> list[Operator]:
-        """All of them, by name."""
+        """All operators, by name."""
         return [_operator(r) for r in self._database.rows("SELECT * FROM operators ORDER BY name")]
 
     def get(self, name: str) -> Operator | None:
-        """One of them."""
         row = self._database.row("SELECT * FROM operators WHERE name = ?", name)
         return None if row is None else _operator(row)
 
     def add(self, name: str, role: str, password: str) -> Operator:
-        """A new one.
+        """Add an account.
 
         Raises:
             ConfigError: Name, role or password are none, or there is one of this name.
@@ -84,7 +83,7 @@ class Accounts:
         return Operator(name, role, now, now)
 
     def check_new(self, name: str, role: str) -> None:
-        """See whether there could be a new account of this name and role.
+        """Check that an account of this name and role could be added.
 
         Raises:
             ConfigError: Name or role are none, or there is one of this name.
@@ -100,7 +99,7 @@ class Accounts:
             raise _taken(name)
 
     def check_known(self, name: str) -> None:
-        """See whether there is an account of this name.
+        """Check that an account exists.
 
         Raises:
             ConfigError: There is none.
@@ -110,7 +109,7 @@ class Accounts:
             raise _unknown(name)
 
     def remove(self, name: str) -> None:
-        """Take an account away, and end its sessions.
+        """Delete an account, and end its sessions.
 
         Raises:
             ConfigError: There is none of this name.
@@ -123,7 +122,7 @@ class Accounts:
             raise _unknown(name)
 
     def set_password(self, name: str, password: str) -> None:
-        """Give an account another password, and end its sessions.
+        """Change an account's password, and end its sessions.
 
         Raises:
             ConfigError: There is none of this name, or the password is none.
@@ -140,12 +139,12 @@ class Accounts:
             raise _unknown(name)
 
     def hash_of(self, name: str) -> str:
-        """The hash of an operator's password; of one that isn't there, a hash that no password has."""
+        """The hash of an operator's password; for an unknown name one that no password has."""
         row = self._database.row("SELECT hash FROM operators WHERE name = ?", name)
         return self._nobody if row is None else str(row["hash"])
 
     def fits(self, hashed: str, password: str) -> bool:
-        """Whether a password has this hash. It takes long, on purpose, and may be asked from any thread."""
+        """Whether a password has this hash: slow on purpose, and safe in any thread."""
         try:
             return self._hasher.verify(hashed, password[: MAX_PASSWORD + 1]) and hashed != self._nobody
         except (VerificationError, InvalidHashError):
@@ -153,7 +152,7 @@ class Accounts:
 
 
 def check_password(name: str, password: str) -> None:
-    """Refuse a password that is none.
+    """Refuse a password that is too short or too long.
 
     Raises:
         ConfigError: It is too short or long, or the operator's name.

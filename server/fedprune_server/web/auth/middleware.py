@@ -69,12 +69,11 @@ class Surroundings:
 
     @property
     def cookie(self) -> str:
-        """The session cookie's name."""
         return "__Host-fedprune" if self.tls else "fedprune"
 
     @property
     def login_cookie(self) -> str:
-        """The name of the cookie that belongs to a login form."""
+        """Name of the login form's cookie."""
         return f"{self.cookie}-login"
 
 
@@ -83,7 +82,7 @@ class _TooLongError(Exception):
 
 
 class SecurityMiddleware:
-    """Lets requests through to the application, with `session` (or None), `address` and `secure` in their state.
+    """Passes requests to the application, with `session` (or None), `address` and `secure` in their state.
 
     Args:
         app: The application.
@@ -97,7 +96,6 @@ class SecurityMiddleware:
         self._around = surroundings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -127,7 +125,7 @@ class SecurityMiddleware:
         await self._app(scope, receive, answered)
 
     def _client(self, scope: Scope, headers: Headers) -> tuple[str, bool]:
-        """The browser's address, and whether it speaks TLS."""
+        """The browser's address, and whether the connection uses TLS."""
         client = scope.get("client")
         address, secure = (client[0] if client else "unknown"), self._around.tls
         if self._around.proxied and loopback(address):
@@ -179,7 +177,7 @@ class SecurityMiddleware:
 
 
 def same_origin(headers: Headers) -> bool:
-    """Whether a request that changes something comes from pages of this console, as far as the browser says."""
+    """Whether a changing request comes from this console's pages, by the browser's headers."""
     if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         return False
     origin = headers.get("origin")
@@ -190,7 +188,7 @@ def same_origin(headers: Headers) -> bool:
 
 
 def host_of(url: str) -> str | None:
-    """The host of a URL; None for what is none."""
+    """The host of a URL; None for an invalid one."""
     try:
         return urlsplit(url).hostname
     except ValueError:
@@ -198,7 +196,7 @@ def host_of(url: str) -> str | None:
 
 
 def loopback(address: str) -> bool:
-    """Whether an address is this machine's own."""
+    """Whether an address is this machine's loopback."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -206,7 +204,7 @@ def loopback(address: str) -> bool:
 
 
 def is_address(name: str) -> bool:
-    """Whether a host is named by its address."""
+    """Whether a host is an IP address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:
@@ -215,7 +213,7 @@ def is_address(name: str) -> bool:
 
 
 def safe_path(path: str | None) -> str:
-    """Where to go after logging in: a path of these pages, whatever was asked for."""
+    """Where to go after the login: always a path of this console."""
     if not path or not path.startswith("/") or path.startswith("//") or "\\" in path or not _plain(path):
         return "/"
     return path
@@ -226,7 +224,7 @@ def _plain(text: str) -> bool:
 
 
 async def _whole(receive: Receive) -> bytes:
-    """A request's body: bounded also where nobody said how long it is, and where it comes a byte a minute.
+    """A request's body, limited in size and time.
 
     It is read before the application is asked, which would make an error of its own of one that is too long.
     """
@@ -243,7 +241,7 @@ async def _whole(receive: Receive) -> bytes:
 
 
 def _replayed(body: bytes, receive: Receive) -> Receive:
-    """What an application receives: the body in one piece, then what else comes."""
+    """A receiver that returns the buffered body first."""
     told = False
 
     async def again() -> Message:
@@ -257,7 +255,7 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def _answers(scope: Scope, send: Send, secure: bool) -> Send:
-    """Adds the headers that every answer has."""
+    """Add the headers that every answer has."""
     keeps: Collection[str] = () if scope["path"].startswith(STATIC) else ("no-store",)
 
     async def answered(message: Message) -> None:

@@ -27,5 +27,5 @@ LOOKS = frozenset({"look", "coverage"})
 
 
 def may(role: str, needed: str) -> bool:
-    """Whether somebody of one role may do what needs another."""
+    """Whether a role includes another."""
     return ROLES.index(role) >= ROLES.index(needed)

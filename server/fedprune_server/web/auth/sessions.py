@@ -26,7 +26,7 @@ _SEEN_S = 60.0
 
 @dataclass(frozen=True)
 class Session:
-    """Somebody is logged in.
+    """A logged-in operator.
 
     Attributes:
         operator: Who, with the role of now.
@@ -55,7 +55,7 @@ class Sessions:
         self._secret = secrets.token_bytes(32)
 
     def begin(self, operator: Operator, address: str) -> str:
-        """A new session of somebody who has shown who they are; returns its token, which is nowhere else.
+        """Begin a session of an authenticated operator; returns its token, which is stored nowhere.
 
         Raises:
             StorageError: The disk fails or is full.
@@ -75,7 +75,7 @@ class Sessions:
         return token
 
     def find(self, token: str | None, *, used: bool = True) -> Session | None:
-        """The session that a token is of; None if there is none, or not any more.
+        """The session of a token; None if it doesn't exist or has ended.
 
         Args:
             token: What the browser sent.
@@ -108,7 +108,7 @@ class Sessions:
             self._database.do("DELETE FROM sessions WHERE token = ?", _digest(token))
 
     def login_token(self, nonce: str) -> str:
-        """What a login form must repeat, for a browser that holds this nonce."""
+        """The token that a login form must repeat, for a browser with this nonce."""
         return hmac.new(self._secret, nonce.encode(), "sha256").hexdigest()
 
 

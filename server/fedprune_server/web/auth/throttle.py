@@ -33,7 +33,7 @@ class _Failures:
 
 @dataclass(frozen=True)
 class Limit:
-    """How failures slow what comes next.
+    """How failures delay further logins.
 
     Attributes:
         free: Failures that cost nothing.
@@ -48,7 +48,7 @@ PAIR, ADDRESS, ACCOUNT = Limit(4, 900.0), Limit(20, 900.0), Limit(30, 60.0)
 
 
 class Throttle:
-    """Remembers failed logins, also over a restart of the console.
+    """Counts failed logins, over restarts of the console.
 
     Args:
         database: Where they are kept.
@@ -64,7 +64,7 @@ class Throttle:
             self._failures[tuple(json.loads(row["key"]))] = _Failures(row["count"], row["at"], row["before"])
 
     def wait_s(self, account: str, address: str) -> float:
-        """How long nobody may try to log in as this account from this address; 0 for not at all."""
+        """Seconds until a login from this address to this account is allowed; 0 for now."""
         now = self._clock()
         both, *others = self._keys(account, address)
         if now - self._known.get(both[0], -KNOWN_S) < KNOWN_S:
@@ -72,7 +72,7 @@ class Throttle:
         return max(self._wait(key, limit, now) for key, limit in (both, *others))
 
     def failed(self, account: str, address: str) -> None:
-        """A login has failed, or is about to be tried: `succeeded` takes that back."""
+        """Count a login as failed, or as about to be tried: `succeeded` takes that back."""
         now = self._clock()
         for key, _ in self._keys(account, address):
             known = self._failures.pop(key, None)
@@ -85,7 +85,7 @@ class Throttle:
         self._keep(account, address)
 
     def succeeded(self, account: str, address: str) -> None:
-        """A login has succeeded: the account and the address together begin anew.
+        """Reset the account from this address after a login.
 
         What failed for the address in other names still counts: an attacker may have an account, too.
         """
@@ -101,7 +101,7 @@ class Throttle:
         self._keep(account, address)
 
     def _keep(self, account: str, address: str) -> None:
-        """Write down what has changed. While another process writes, this is left to the next log-in."""
+        """Store the changes; while another process writes, the next login does."""
         changes: list[tuple[str, tuple[object, ...]]] = []
         for key, _ in self._keys(account, address):
             name, known = json.dumps(key), self._failures.get(key)
@@ -127,7 +127,7 @@ class Throttle:
 
 
 def network(address: str) -> str:
-    """What stands for an address: of version 6 the network of 64 bits, since whoever has one address has them all."""
+    """What stands for an address: with IPv6 its /64 network, all of whose addresses a client can use."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -117,7 +117,6 @@ class OrderQueue:
             return None
 
     def answer(self, answer: Answer) -> None:
-        """Answer an order, at the next `flush`."""
         self._answers.append(answer)
 
     def flush(self) -> None:

@@ -130,7 +130,6 @@ class OrderService:
         return number
 
     def get(self, number: int) -> dict[str, Any] | None:
-        """An order and what came of it."""
         row = self._database.row("SELECT * FROM orders WHERE number = ?", number)
         return None if row is None else _shown(row)
 

@@ -11,7 +11,7 @@ MOST_RANGES = 60
 
 @dataclass(frozen=True)
 class ChannelMap:
-    """What a device holds of a group of channels.
+    """The channels of a group that a device holds.
 
     Attributes:
         group: The group.
@@ -31,7 +31,7 @@ class ChannelMap:
 
 
 def channels(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
-    """Lay out what a device holds of a group.
+    """Lay out the channels of a group.
 
     Args:
         group: The group.
@@ -51,7 +51,7 @@ def channels(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
 
 
 def _runs(which: str, of: int) -> Iterator[tuple[int, int]]:
-    """Where runs of held channels begin, and how long they are."""
+    """Begin and length of each run of held channels."""
     bits = "".join(f"{int(digit, 16):04b}" for digit in which)[:of]
     at = bits.find("1")
     while at >= 0:

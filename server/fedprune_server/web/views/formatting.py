@@ -36,17 +36,16 @@ _LENGTHS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def word(state: str) -> str:
-    """A state as people call it."""
+    """A state's name for people."""
     return WORDS.get(state, state)
 
 
 def mark(word: str) -> str:
-    """The class of the mark beside a state."""
+    """CSS class of a state's mark."""
     return MARKS.get(word, "off")
 
 
 def size(value: float | None) -> str:
-    """Bytes, with a unit that keeps the number short."""
     if value is None:
         return NOTHING
     for unit, name in _SIZES:
@@ -56,17 +55,15 @@ def size(value: float | None) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share as a percentage."""
     return NOTHING if value is None else f"{value:.1%}"
 
 
 def decimals(value: float | None, digits: int) -> str:
-    """A number with a fixed number of decimals, for columns."""
+    """A number with fixed decimals, for columns."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
 def number(value: float | None) -> str:
-    """A number, short."""
     if value is None:
         return NOTHING
     if not math.isfinite(value):
@@ -75,17 +72,15 @@ def number(value: float | None) -> str:
 
 
 def about(value: float) -> str:
-    """A number in three digits."""
+    """A number with three digits."""
     return f"{value:.3g}"
 
 
 def count(value: int | None) -> str:
-    """A whole number with its thousands set off."""
     return NOTHING if value is None else f"{value:,}"
 
 
 def seconds(value: float | None) -> str:
-    """A length of time."""
     if value is None:
         return NOTHING
     if value == 0:
@@ -102,40 +97,38 @@ def seconds(value: float | None) -> str:
 
 
 def energy(value: float | None) -> str:
-    """Joules."""
     if value is None:
         return NOTHING
     return f"{_three(value)} J" if value >= 0.9995 or value == 0 else f"{_three(value * 1e3)} mJ"
 
 
 def runs(row: Mapping[str, Any]) -> str:
-    """What a device runs, in short: the number of its release and the slot that this lies in."""
+    """Release number and slot that a device runs."""
     parts = [str(row[k]) for k in ("release", "slot") if row[k] is not None]
     return "/".join(parts) or NOTHING
 
 
 def axis_of_sizes(most: float) -> tuple[float, str]:
-    """Bytes of one unit of an axis that goes so far, and its name."""
+    """Bytes per unit of an axis up to `highest`, and the unit's name."""
     return next(((unit, name) for unit, name in _SIZES if most >= unit), (1.0, "B"))
 
 
 def axis_of_lengths(most: float) -> tuple[float, str]:
-    """Seconds of one unit of an axis that goes so far, and its name."""
+    """Seconds per unit of an axis up to `highest`, and the unit's name."""
     return next(((unit, name) for unit, name in _LENGTHS if most >= 2 * unit), (1.0, "s"))
 
 
 def clock(at: float | None) -> str:
-    """A moment, in UTC."""
     return NOTHING if at is None else time.strftime("%Y-%m-%d %H:%M:%S UTC", _calendar(at))
 
 
 def machine_time(at: float | None) -> str:
-    """A moment as HTML's `time` has it."""
+    """A time for HTML's `time`."""
     return "" if at is None else time.strftime("%Y-%m-%dT%H:%M:%SZ", _calendar(at))
 
 
 def ago(at: float | None, now: float | None = None) -> str:
-    """How long ago a moment is, or how far ahead."""
+    """How long ago, or how far ahead, a time is."""
     if at is None:
         return NOTHING
     gone = (time.time() if now is None else now) - at
@@ -148,22 +141,20 @@ def ago(at: float | None, now: float | None = None) -> str:
 
 
 def metrics(values: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What was measured of a model, for people, `samples` left out."""
+    """A model's metrics, without `samples`."""
     return [(k, share(v) if k == "accuracy" else number(v)) for k, v in sorted(values.items()) if k != "samples"]
 
 
 def versions(values: Mapping[str, str]) -> str:
-    """A board's versions in one line."""
     return ", ".join(f"{k} {v}" for k, v in sorted(values.items())) or NOTHING
 
 
 def plural(n: int, word: str) -> str:
-    """A number of things."""
     return f"{n:,} {word}" if n == 1 else f"{n:,} {word}s"
 
 
 def action_text(entry: Mapping[str, Any]) -> str:
-    """What an entry of the audit log says was done."""
+    """An audit entry's action for people."""
     what, action = entry["what"], entry["action"]
     text = _DEEDS.get(action, action.replace("_", " "))
     text = text.format_map({k: what.get(k) or "–" for k in ("job", "device", "key", "release", "operator", "role")})
@@ -217,7 +208,6 @@ FILTERS: dict[str, Any] = {
 
 
 def _three(value: float) -> str:
-    """Three digits that say something."""
     digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:,.{digits}f}"
 

@@ -56,17 +56,16 @@ _PLACES = (
 
 
 class _Files(StaticFiles):
-    """Scripts and styles; a browser asks each time whether its copy still holds, so that a new version is seen."""
+    """Scripts and styles, which a browser revalidates each time, so that a new version is seen."""
 
     async def get_response(self, path: str, scope: Scope) -> Response:
-        """Answer with a file."""
         answer = await super().get_response(path, scope)
         answer.headers["cache-control"] = "no-cache"
         return answer
 
 
 class Pages:
-    """Draws pages.
+    """Renders pages.
 
     Args:
         console: What they show.
@@ -90,7 +89,7 @@ class Pages:
         self._templates.globals["heat_scale"] = Markup(chart.scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
 
     def draw(self, request: Request, name: str, status: int = 200, **shown: Any) -> HTMLResponse:
-        """A page for somebody who is logged in.
+        """A page for a logged-in operator.
 
         Args:
             request: Who asks.
@@ -116,11 +115,10 @@ class Pages:
         )
 
     def login(self, request: Request, **shown: Any) -> HTMLResponse:
-        """The login form."""
         return self._page(request, "login", 200, **shown)
 
     def allowed(self, role: str) -> frozenset[str]:
-        """The orders that somebody of a role may give, as far as the server takes any."""
+        """The orders that a role may give, as far as the server takes them."""
         takes = self._console.view.orders
         return frozenset(
             k
@@ -131,7 +129,7 @@ class Pages:
     def ask(
         self, request: Request, kind: str, about: str, known: Mapping[str, Any] | None, again_s: float = ASKED_AGAIN_S
     ) -> bool:
-        """Ask the server for what a page shows, unless it is younger than this; says whether it can be asked."""
+        """Order what a page shows, unless it is fresh; returns whether it can be ordered."""
         session, now = session_of(request), time.time()
         if kind not in self.allowed(session.operator.role):
             return False
@@ -186,7 +184,7 @@ def login_page(
 
 
 def install(app: FastAPI, console: Console) -> None:
-    """Add the pages' routes, and the files that they need."""
+    """Add the pages' routes, and their files."""
     view, pages = console.view, Pages(console)
     app.state.pages = pages
     assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.report", "static")])
@@ -307,13 +305,13 @@ def install(app: FastAPI, console: Console) -> None:
 
 
 def _page(request: Request) -> int:
-    """The number of the page that is asked for; the first where that is none."""
+    """The requested page number; 1 if it is invalid."""
     text = request.query_params.get("page", "1")
     return max(1, int(text)) if text.isascii() and text.isdecimal() and len(text) < 10 else 1
 
 
 def _link(path: str, now: Mapping[str, str]) -> Callable[..., str]:
-    """Makes addresses like the one that is shown, but for what differs."""
+    """Makes addresses like the current one with some parameters changed."""
 
     def made(**changes: Any) -> str:
         wanted = {k: v for k, v in {**now, **changes}.items() if v not in ("", None) and (k, v) != ("page", 1)}
@@ -323,7 +321,7 @@ def _link(path: str, now: Mapping[str, str]) -> Callable[..., str]:
 
 
 def _options(counts: Mapping[str, int], chosen: str | None) -> list[tuple[str, str]]:
-    """What there is to filter by, with how many of each; also what was chosen and is there no more."""
+    """Values to filter by, with counts; includes a chosen value that no longer exists."""
     found = {k: n for k, n in counts.items() if k != "None"}
     if chosen and chosen not in found:
         found[chosen] = 0

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def parts(job: Row) -> Row | None:
-    """How far the parts of a job's round are: how many there are, how many are over, and each kind in words."""
+    """Progress of a job's round: devices, finished ones, and each kind for people."""
     found = {k: n for k, n in job["parts"].items() if n and k in _PARTS}
     if not found:
         return None
@@ -41,7 +41,7 @@ def parts(job: Row) -> Row | None:
 
 
 def job_rows(jobs: Sequence[Row]) -> list[Row]:
-    """Jobs with how far they are: rounds that are done, and the parts of the present one in a few words."""
+    """Jobs with finished rounds and a summary of the current one."""
     rows = []
     for job in jobs:
         done = job["rounds"] if job["phase"] == "finished" else max(0, min(job["round"] - 1, job["rounds"]))
@@ -52,7 +52,7 @@ def job_rows(jobs: Sequence[Row]) -> list[Row]:
 
 
 def plan(body: Mapping[str, Any] | None) -> Row | None:
-    """A plan's density, what binds it, and its limits: need, limit, and the used share of each."""
+    """A plan's density, its binding limit, and each limit's need, value and used share."""
     if not isinstance(body, Mapping):
         return None
     bound = _text(body.get("bound", body.get("binding"))) or "nothing"
@@ -60,7 +60,7 @@ def plan(body: Mapping[str, Any] | None) -> Row | None:
 
 
 def figures(details: Row | None) -> list[Row]:
-    """What was predicted of a device's work beside what was measured, where either is known."""
+    """Predictions next to measurements, where either is known."""
     if details is None:
         return []
     said = {"s": phrases.seconds, "bytes": phrases.size, "J": phrases.energy}
@@ -78,13 +78,12 @@ def figures(details: Row | None) -> list[Row]:
 
 
 def channel_map(details: Row | None) -> list[ChannelMap]:
-    """What a device holds of each group of channels."""
     rows = () if details is None else details["widths"]
     return [channels(w["group"], w["kept"], w["of"], w["which"]) for w in rows]
 
 
 def rounds_of(view: FleetView, job: str) -> list[Row]:
-    """All rounds of a job that are kept, the oldest first."""
+    """All published rounds of a job, oldest first."""
     first = view.rounds(job, size=MAX_SIZE)
     rows = list(first.items)
     for page in range(2, first.pages + 1):
@@ -93,7 +92,7 @@ def rounds_of(view: FleetView, job: str) -> list[Row]:
 
 
 def charts(rounds: Sequence[Row]) -> list[Chart]:
-    """Curves of a job: each metric, updates, bytes, lengths of rounds and staleness."""
+    """Curves of a job: metrics, updates, bytes, round lengths and staleness."""
     if not rounds:
         return []
     at = [float(r["round"]) for r in rounds]
@@ -158,7 +157,7 @@ def device_charts(history: Sequence[Row]) -> list[Chart]:
 
 
 def local_measure(metrics: Mapping[str, float]) -> str:
-    """The local accuracy of the model that a device serves, else its loss."""
+    """The local accuracy of the model that a device serves, or else its loss."""
     for kind, said in (("accuracy", phrases.share), ("loss", phrases.number)):
         for moment in ("average", "after", "last", "before"):
             if (value := metrics.get(f"{kind}_{moment}")) is not None:
@@ -197,7 +196,7 @@ _DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
 
 
 def strips(coverage: Row | None) -> list[Strip]:
-    """The coverage's groups, as they are drawn."""
+    """The coverage of each group, as drawn."""
     return [strip(g["name"], g["channels"], g["held"]) for g in (coverage or {}).get("groups", ())]
 
 
