@@ -11,8 +11,7 @@ from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
 from fedprune.updates.width_deltas import compose
-from fedprune.wire.chunk import Chunk
-from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.chunk import Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.offer import Offer
 from fedprune.wire.response_time import ResponseTime

@@ -6,8 +6,7 @@ import ssl
 from collections.abc import Callable
 
 from fedprune.wire.broker_url import tls_context
-from fedprune.wire.chunk import MAX_PACKET, Chunk
-from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.offer import Offer
 from fedprune_device.network.blob_download import BlobDownloads

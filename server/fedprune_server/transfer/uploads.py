@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.chunk import MAX_PACKET, Chunk
-from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.response_time import ResponseTime
 from fedprune.wire.transfer import Pull

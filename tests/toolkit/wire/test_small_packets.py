@@ -17,8 +17,7 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, leaves_per_chunk
-from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, ChunkLimit, leaves_per_chunk
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import BlobRequest, Update, parse
 from fedprune.wire.mqtt.link import Link

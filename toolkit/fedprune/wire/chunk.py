@@ -1,7 +1,7 @@
-"""Chunks: pieces of a blob or of its leaf table, as binary messages.
+"""Chunks: binary messages with a part of a blob or of its leaf table.
 
-A chunk is a header of 44 bytes and the bytes of consecutive leaves (or of consecutive 32 KiB pieces of the leaf table).
-All but a blob's last leaf are 32 KiB long.
+A chunk is a header of 44 bytes and the bytes of consecutive leaves, or of consecutive 32 KiB pieces of the leaf table.
+All leaves except a blob's last one have 32 KiB.
 
     offset  bytes
     0       3      "FPC"
@@ -29,14 +29,14 @@ MAX_PAYLOAD = 1024 * 1024
 """Payload bytes that no chunk may exceed."""
 
 QOS = 0
-"""Quality of service to publish chunks at: pulls ask again for what is lost, and the acknowledgements of QoS 1 cost up
-to two thirds of the rate where TCP's delayed acknowledgements meet Nagle's algorithm, as in a default Mosquitto."""
+"""Quality of service of chunks: lost ones are requested again, and the acknowledgements of QoS 1 cost up to two thirds
+of the rate where TCP's delayed acknowledgements meet Nagle's algorithm, as in a default Mosquitto."""
 
 MAX_PACKET = 128 * 1024
-"""Default limit of an MQTT packet with a chunk: three leaves fit, and every broker that we know takes it."""
+"""Default limit of an MQTT packet with a chunk: three leaves fit, and every known broker accepts it."""
 
 PACKET_OVERHEAD = 512
-"""Bytes of an MQTT packet that a chunk's payload can't have: topic, packet header, chunk header."""
+"""Bytes of an MQTT packet for topic, packet header and chunk header."""
 
 _MAGIC = b"FPC"
 _VERSION = 1
@@ -69,10 +69,10 @@ class Chunk:
 
     @classmethod
     def parse(cls, raw: bytes) -> Chunk:
-        """Read and check. The payload is verified only against the leaf table, by whoever pulls the blob.
+        """Read and check a chunk. Its payload is verified against the leaf table by the transfer (`Pull`).
 
         Raises:
-            ProtocolError: It is no chunk.
+            ProtocolError: The header or the payload's length is wrong.
         """
         if len(raw) < HEADER.size:
             raise ProtocolError("chunk is cut short", expected=f"more than {HEADER.size} bytes", got=len(raw))
@@ -91,7 +91,7 @@ class Chunk:
             yield self.first + at // LEAF, view[at : at + LEAF]
 
     def runs(self, indices: Container[int]) -> Iterator[tuple[int, memoryview]]:
-        """Those of the leaves or pieces that have these indices: what is consecutive in one, with its first index."""
+        """The leaves or pieces with these indices: each run of consecutive ones with its first index."""
         view, count = memoryview(self.payload), -(-len(self.payload) // LEAF)
         at = 0
         while at < count:
@@ -104,22 +104,17 @@ class Chunk:
 
 
 def header(sha256: str, part: str, first: int) -> bytes:
-    """What stands before the payload of a chunk."""
+    """The header of a chunk."""
     return HEADER.pack(_MAGIC, _VERSION, PARTS.index(part), b"\0" * 3, first, bytes.fromhex(sha256))
 
 
 def read_chunks(file: RawIOBase, sha256: str, first: int, count: int, step: int) -> Iterator[bytes]:
-    """Chunks of a blob's leaves as they travel, each read as it is taken.
+    """Encoded chunks of `step` leaves each, read from a blob's file as they are consumed.
 
-    Args:
-        file: The blob's.
-        sha256: Its name.
-        first: First leaf.
-        count: Leaves; what lies beyond the blob's end is left out.
-        step: Leaves of a chunk.
+    They hold `count` leaves from `first` on, as far as the blob goes.
 
     Raises:
-        OSError: It can't be read.
+        OSError: The file can't be read.
     """
     made = bytearray(HEADER.size + step * LEAF)  # once for all: memory that is new costs more than what is read into it
     with memoryview(made) as view:
@@ -133,10 +128,7 @@ def read_chunks(file: RawIOBase, sha256: str, first: int, count: int, step: int)
 
 
 def leaves_per_chunk(max_packet: int) -> int:
-    """How many leaves fit into an MQTT packet.
-
-    Args:
-        max_packet: Bytes that the broker lets through.
+    """The number of leaves that fit into an MQTT packet of `max_packet` bytes.
 
     Raises:
         ProtocolError: Not even one fits.
@@ -152,3 +144,40 @@ def leaves_per_chunk(max_packet: int) -> int:
 def _check_payload(length: int) -> None:
     if not 0 < length <= MAX_PAYLOAD:
         raise ProtocolError("payload of a chunk", expected=f"1 to {MAX_PAYLOAD} bytes", got=length)
+
+
+class ChunkLimit:
+    """The number of leaves that a chunk may have on its way here, shared by all transfers through one broker.
+
+    A broker with a lower packet limit drops a chunk silently, or disconnects its sender. So where chunks of several
+    leaves were requested and none came, smaller ones are requested. Where those don't come either, the size was not the
+    reason.
+
+    Args:
+        max_packet: Bytes of the largest MQTT packet that the broker is known to accept.
+
+    Attributes:
+        leaves: Leaves that a chunk may hold.
+
+    Raises:
+        ProtocolError: Not even one leaf fits into a packet.
+    """
+
+    def __init__(self, max_packet: int = MAX_PACKET) -> None:
+        self.leaves = self._initial = leaves_per_chunk(max_packet)
+        self._proven = 0
+
+    @property
+    def wanted(self) -> int | None:
+        """The limit for a request; None where the sender applies it anyway."""
+        return self.leaves if self.leaves < leaves_per_chunk(MAX_PACKET) else None
+
+    def arrived(self, leaves: int) -> None:
+        """A chunk of this many leaves came through."""
+        self._proven = max(self._proven, leaves)
+
+    def silent(self) -> None:
+        """Several leaves were requested, and none came."""
+        if self._proven >= self.leaves:
+            return  # such chunks have come through: there is another reason
+        self.leaves = max(self.leaves // 2, self._proven) if self.leaves > 1 else self._initial

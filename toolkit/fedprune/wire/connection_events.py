@@ -1,4 +1,4 @@
-"""What is told of a connection to the broker, among the messages that come over it: that it is up, or lost."""
+"""Events of a connection to the broker, which come in order with its messages."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ConnectionUp:
-    """The broker is there and all subscriptions are in force.
+    """The connection is up and all subscriptions are granted.
 
     Attributes:
-        took: Seconds from the request for a connection until then: two round trips, and what got lost of them.
+        took: Seconds from the request for a connection until then: two round trips, and more where packets were lost.
     """
 
     took: float = field(default=0.0, compare=False)

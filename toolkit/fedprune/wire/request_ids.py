@@ -1,4 +1,4 @@
-"""Numbers of wants: by them one that is said again is told from one that the way has doubled, which nobody answers."""
+"""Request ids that separate a repeated blob request, which is answered again, from a duplicate delivery of one."""
 
 from __future__ import annotations
 
@@ -11,30 +11,26 @@ from fedprune.wire.messages import BlobRequest
 _REMEMBERED = 4096
 
 
-def with_request_id(want: BlobRequest) -> BlobRequest:
-    """The want with a number of its own."""
-    return replace(want, number=random.getrandbits(31))  # nosec B311  # tells two wants apart, and hides nothing
+def with_request_id(request: BlobRequest) -> BlobRequest:
+    """The request with a new random number."""
+    return replace(request, number=random.getrandbits(31))  # nosec B311  # no secret
 
 
 class SeenRequests:
-    """The last wants that came here.
+    """The numbers of the latest blob requests.
 
-    A number is drawn and not counted: who asks may forget and begin anew, and wants may overtake births.
+    Numbers are drawn at random and not counted: a sender may forget them and start again, and requests may overtake
+    births.
     """
 
     def __init__(self) -> None:
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
 
-    def is_duplicate(self, device: str, want: BlobRequest) -> bool:
-        """Whether this very want has come before; one without a number never has.
-
-        Args:
-            device: Whose it is.
-            want: The want.
-        """
-        if want.number is None:
+    def is_duplicate(self, device: str, request: BlobRequest) -> bool:
+        """Whether this very request has come from the device before; one without a number never has."""
+        if request.number is None:
             return False
-        key = device, want.number
+        key = device, request.number
         if key in self._seen:
             return True
         self._seen[key] = None

@@ -1,41 +1,37 @@
-"""How long answers take on the way between two peers: what is asked again sooner than that comes twice."""
+"""Estimate of a peer's response time: a request that is repeated sooner is answered twice."""
 
 from __future__ import annotations
 
 MAX_PATIENCE = 120.0
 
-_FORGETS = 0.95
+_DECAY = 0.95
 _ROUND_TRIPS = 2.0
-"""Answers take so many times what a connection took, for all that is known before the first one: pieces of blobs are
-longer than what is said to connect, and wait behind each other."""
+"""Response time in units of the time for connecting, until the first response: pieces of blobs are longer than the
+packets of a connection, and wait behind each other."""
 
 
 class ResponseTime:
-    """What is known of it; shared by all that is pulled from one peer.
+    """A decaying maximum of response times, shared by all transfers from one peer.
 
     Attributes:
-        slowest: Seconds that answers have needed lately, at most; 0 as long as nothing is known.
+        slowest: Seconds; 0 before the first response.
     """
 
     def __init__(self) -> None:
         self.slowest = 0.0
 
     def connected(self, took: float) -> None:
-        """A connection took so many seconds to stand, which is two round trips."""
+        """Connecting took this many seconds, which is two round trips."""
         self.slowest = max(self.slowest, min(_ROUND_TRIPS * took, MAX_PATIENCE))
 
     def told(self, slowest: float) -> None:
-        """The peer found answers to take so long."""
+        """The peer has measured this response time."""
         self.slowest = max(self.slowest, min(slowest, MAX_PATIENCE))
 
     def came(self, took: float) -> None:
-        """An answer came so many seconds after it was asked for, once."""
-        self.slowest = max(_FORGETS * self.slowest, took)
+        """A request that was sent once was answered after this many seconds."""
+        self.slowest = max(_DECAY * self.slowest, took)
 
     def patience(self, least: float) -> float:
-        """Seconds without an answer after which it is lost, in all likelihood.
-
-        Args:
-            least: Seconds that it is given anyway.
-        """
+        """Seconds, at least `least`, after which a request or its answer was very likely lost."""
         return min(max(least, 2 * self.slowest), max(MAX_PATIENCE, least))

@@ -15,8 +15,7 @@ from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import ProtocolError, StorageError
-from fedprune.wire.chunk import MAX_PACKET, Chunk, leaves_per_chunk, read_chunks
-from fedprune.wire.chunk_limit import ChunkLimit
+from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk, read_chunks
 from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest
 from fedprune.wire.response_time import MAX_PATIENCE, ResponseTime
 

@@ -1,4 +1,4 @@
-"""Messages that came and wait to be read: bounded, and shared, so that a flood of one sender leaves room for others."""
+"""Bounded queue of received messages, shared fairly: a flood of one sender leaves room for the others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import threading
 from typing import Generic, TypeVar
 
 BYTES = 64 * 1024 * 1024
-"""Bytes that may wait; transfer windows keep it far below, so that only a flood is dropped."""
+"""Limit in bytes; transfer windows keep the queue far below it, so that only a flood is dropped."""
 
 MESSAGE_BYTES = 500
-"""What a waiting message costs beside its payload."""
+"""Memory of a queued message in addition to its payload."""
 
 _FLOOD = 16
-"""The part of the limit, as 1 / `_FLOOD`, that only a flood fills from one sender."""
+"""A sender with more than 1 / `_FLOOD` of the limit is flooding."""
 
 _KEPT_BYTES = 2 * 1024 * 1024
 
@@ -21,19 +21,19 @@ E = TypeVar("E")
 
 
 class Inbox(Generic[E]):
-    """A queue of messages and events between the network's thread and whoever reads.
+    """A queue of messages and events between the network thread and a reader.
 
-    In its first half whoever comes is taken. Beyond it nobody may have more waiting than an equal share of that half:
-    who fills the inbox stays below the middle, and the others find the rest free.
+    The first half accepts every message. Beyond it no sender may have more bytes queued than an equal share of that
+    half: a flooding sender stays below the middle, and the rest is free for the others.
 
     Args:
-        limit: Bytes that may wait.
+        limit: Bytes that may be queued.
     """
 
     def __init__(self, limit: int = BYTES) -> None:
         self.limit = limit
         self.size = 0
-        """Bytes that wait."""
+        """Queued bytes."""
         # No SimpleQueue: one waits for ever when a signal's handler takes longer than what is left of its timeout.
         self._items: queue.Queue[tuple[str, bytes] | E | None] = queue.Queue()
         self._lock = threading.Lock()
@@ -41,7 +41,7 @@ class Inbox(Generic[E]):
         _keep_freed_memory()
 
     def offer(self, topic: str, payload: bytes) -> bool:
-        """Take in a message, if there is room for it."""
+        """Queue a message; returns False where there is no room for it."""
         sender, size = _sender(topic), MESSAGE_BYTES + len(payload)
         with self._lock:
             total, own = self.size + size, self._waiting.get(sender, 0) + size
@@ -53,22 +53,22 @@ class Inbox(Generic[E]):
         return True
 
     def flooder(self) -> str:
-        """The topic, as far as the sender in it, that has most bytes waiting; empty unless those are a good part."""
+        """Topic prefix of the sender with most bytes queued; empty where no sender is flooding."""
         with self._lock:
             sender = max(self._waiting, key=lambda sender: self._waiting[sender], default="")
             return sender if self._waiting.get(sender, 0) > self.limit // _FLOOD else ""
 
     def tell(self, event: E) -> None:
-        """Take in an event; there is always room for one."""
+        """Queue an event; there is always room for one."""
         self._items.put(event)
 
     def wake(self) -> None:
-        """End a `get` that waits; an inbox in which something waits needs none."""
+        """Let a waiting `get` return."""
         if self._items.empty():
             self._items.put(None)
 
     def get(self, timeout: float | None) -> tuple[str, bytes] | E | None:
-        """The oldest message or event; None if none came within `timeout` seconds (None: no end) or before a `wake`."""
+        """The oldest message or event; None after `timeout` seconds (None: without limit) or a `wake`."""
         try:
             item = self._items.get(timeout=timeout) if timeout != 0 else self._items.get_nowait()
             while item is None:
@@ -91,15 +91,15 @@ class Inbox(Generic[E]):
 
 
 def _sender(topic: str) -> str:
-    """A topic as far as the device in it: what comes below that is one sender's."""
+    """The topic's prefix up to the device."""
     return "/".join(topic.split("/", 4)[:4])
 
 
 def _keep_freed_memory() -> None:
     """Let glibc keep a little of what is freed.
 
-    Chunks take memory and free it again all the time. By default it goes back to the system as soon as 128 KiB are free
-    at the end of the heap, and the system clears each page before it gives it out again. A larger block that is freed
-    raises that limit to twice its size (mallopt(3), M_MMAP_THRESHOLD); nothing is written to this one.
+    Chunks allocate and free memory all the time. By default glibc returns it to the system as soon as 128 KiB at the
+    end of the heap are free, and the system clears each page before it hands it out again. Freeing a larger block
+    raises that limit to twice its size (mallopt(3), M_MMAP_THRESHOLD); this one is never written to.
     """
     bytes(_KEPT_BYTES)

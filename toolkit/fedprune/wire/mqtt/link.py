@@ -1,16 +1,17 @@
 """The connection to the broker: paho-mqtt behind one thread-safe inbox.
 
-The network thread does nothing but enqueue: messages and the news that the connection is up or down come out of `get`
-in the order in which they happened. Sessions at the broker are clean ones: what must not be lost is kept by devices and
-server and said again, so every connection starts from nothing, with its subscriptions made before it is reported up.
+The network thread only enqueues: `get` returns messages and connection events in the order in which they happened.
+Sessions are clean: devices and server repeat what must not be lost, so that every connection starts from nothing, and
+is reported as up once its subscriptions are granted.
 
-MQTT 3.1.1 is spoken: nothing here needs more, every broker has it, and some leave a version 5 CONNECT unanswered.
+The protocol is MQTT 3.1.1: nothing here needs more, every broker has it, and some never answer a version 5 CONNECT.
 """
 
 from __future__ import annotations
 
 import logging
 import random
+import socket
 import ssl
 import threading
 import time
@@ -25,12 +26,14 @@ from fedprune.core.errors import BrokerError, FedpruneError
 from fedprune.wire.broker_url import BrokerUrl, failure, tls_context
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp, Event
 from fedprune.wire.mqtt.inbox import Inbox
-from fedprune.wire.mqtt.prompt_socket import acknowledge, prompt
 from fedprune.wire.mqtt.subscriptions import Subscriptions
 from fedprune.wire.mqtt.unsent import LOW_WATER, OUTBOX_MESSAGES, Unsent
 from fedprune.wire.mqtt.will_trial import WillTrial
 
 log = logging.getLogger(__name__)
+
+_KERNEL_BYTES = 128 * 1024
+"""Unsent bytes in the kernel, where no message can overtake them; its default is several MiB."""
 
 Will = tuple[str, bytes]
 
@@ -38,28 +41,28 @@ MAX_DELAY = 60.0
 _STEADY = 10.0
 _POLL = 1.0
 _AT_ONCE = 64
-"""Most messages that are read before the network's thread writes again."""
+"""Messages that are read at most before the network thread writes again."""
 
 _ANSWER_S = 5.0
-"""Seconds that a broker may take for each answer, beside those that a connection may take."""
+"""Seconds that a broker may take for each answer, in addition to those for connecting."""
 
 
 class Link:
-    """A connection to a broker that comes back by itself.
+    """A connection to a broker that reconnects by itself.
 
     Args:
         url: mqtt://[user:password@]host[:port], or mqtts:// for TLS.
-        client_id: The client's name at the broker; a second client of this name pushes the first one out.
+        client_id: The client's name at the broker, which disconnects an earlier client of the same name.
         will: Topic and payload that the broker publishes (QoS 1, not retained) when the connection is lost; or a
-            function that is called for them before every connection, so that each can have a number of its own. To a
-            broker that refuses wills it connects without (`WillTrial`).
-        keepalive: Seconds of silence after which a ping is sent; a dead connection is noticed after about two of them.
-        tls: Gives what mqtts:// uses, before every connection, so that a certificate may be renewed meanwhile; by
-            default the system's authorities count.
-        inbox: Where messages wait to be read; by default a large one.
+            function that returns them for each connection, so that each can have its own number. A broker that refuses
+            wills gets none (`WillTrial`).
+        keepalive: Seconds of silence before a ping; a dead connection is detected after about twice that.
+        tls: Returns the TLS context of mqtts:// for each connection, so that certificates can be renewed; by default
+            one with the system's authorities.
+        inbox: Queue of received messages; a large one by default.
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
-        wake: Called for every message that has come, from the network's thread.
-        ignores: Whether messages of a topic are dropped at once; called from the network's thread.
+        wake: Called in the network thread for each received message.
+        ignores: Whether to drop a topic's messages at once; called in the network thread.
 
     Raises:
         ConfigError: The URL is not one.
@@ -83,8 +86,7 @@ class Link:
         self.dropped = 0
         """Messages that didn't fit into the inbox."""
         self.overflowed = ""
-        """The topic, as far as the sender in it, whose messages filled the inbox the last time; empty if many senders
-        did."""
+        """Topic prefix of the sender whose messages last filled the inbox; empty if there were many senders."""
         self._pause_s = pause_s
         self._wake = wake
         self._ignores = ignores
@@ -137,12 +139,12 @@ class Link:
 
     @property
     def connected(self) -> bool:
-        """Whether the connection is up, with all subscriptions in force."""
+        """Whether the connection is up and all subscriptions are granted."""
         return self._up
 
     @property
     def trouble(self) -> str:
-        """Why the connection isn't up, as far as is known; empty while it is."""
+        """The reason why the connection is down; empty while it is up or where the reason is unknown."""
         return "" if self._up else self._failure
 
     def subscribe(self, topics: Iterable[str], timeout: float = 10.0) -> None:
@@ -170,20 +172,20 @@ class Link:
                 )
 
     def listen(self, topics: Collection[str]) -> None:
-        """Listen to exactly these topics beside those that were subscribed to, without waiting.
+        """Replace the optional topics, in addition to those of `subscribe`, without waiting.
 
-        A broker that refuses one refuses no more than that. What is published after this call reaches the broker after
-        it, so that an answer to it is heard.
+        A broker may refuse one without consequences. Whatever is published after this call reaches the broker after the
+        subscription, so that no answer is missed.
         """
         with self._state:
-            self._subscriptions.beside(topics, self._client if self._up else None)
+            self._subscriptions.replace_optional(topics, self._client if self._up else None)
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
         """Send, without waiting.
 
         Returns:
-            Whether it is on its way. False while the connection is down or too much waits to be sent: what matters is
-            said again anyway.
+            Whether the message was accepted for sending. False while the connection is down or too much is queued:
+            whatever matters is repeated anyway.
         """
         with self._state:
             client = self._client
@@ -192,7 +194,7 @@ class Link:
             info = client.publish(topic, payload, qos)
             if info.rc != MQTTErrorCode.MQTT_ERR_SUCCESS:
                 return False
-            # The network thread takes what was sent off this list under the same lock, hence never before this.
+            # The network thread removes sent messages from this list under the same lock, hence never before this.
             self._unsent.add(info, len(payload), qos)
             return True
 
@@ -207,7 +209,7 @@ class Link:
         return self._unsent.size
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything published is sent and, at QoS 1, acknowledged by the broker; whether it was in time."""
+        """Wait until everything is sent and, at QoS 1, acknowledged by the broker; returns whether it was in time."""
         with self._state:
             self._state.wait_for(lambda: not self._unsent or not self._up, timeout)
             return not self._unsent
@@ -216,19 +218,19 @@ class Link:
         """The next message (topic, payload) or event.
 
         Args:
-            timeout: Seconds to wait for it; None for no end.
+            timeout: Seconds to wait for it; None without limit.
 
         Returns:
-            None if nothing came, or when there is little left to send of what was more than `LOW_WATER`.
+            None if nothing came, or when the queue of unsent bytes falls below `LOW_WATER`.
         """
         return self._inbox.get(timeout)
 
     def wake(self) -> None:
-        """End a `get` that waits; from any thread."""
+        """Let a waiting `get` return; may be called in any thread."""
         self._inbox.wake()
 
     def close(self, timeout: float = 2.0) -> None:
-        """Send what waits, disconnect (the will is not published) and stop; may be called twice."""
+        """Send what is queued, disconnect without the will being published, and stop; may be called twice."""
         self.flush(timeout)
         self._closing.set()
         with self._state:
@@ -277,7 +279,7 @@ class Link:
         code = MQTTErrorCode.MQTT_ERR_SUCCESS
         try:
             while code == MQTTErrorCode.MQTT_ERR_SUCCESS:
-                acknowledge(client.socket())
+                _acknowledge_promptly(client.socket())
                 code = self._turn(client)
                 self._settle()
                 answered = answered or self._up
@@ -299,7 +301,7 @@ class Link:
         return failure or paho.error_string(code).rstrip(".").lower()
 
     def _turn(self, client: paho.Client) -> MQTTErrorCode:
-        """Wait for the network, and read what has come: paho's `loop` polls the socket again for each packet."""
+        """Wait for the network, and read all that has arrived: paho's `loop` polls the socket again for each packet."""
         received = self._received
         code = client.loop(_POLL)
         for _ in range(_AT_ONCE):
@@ -310,7 +312,7 @@ class Link:
         return code
 
     def _new_client(self) -> paho.Client:
-        # A client of its own for each connection: paho would send what was left of the last one again, all at once.
+        # A new client for each connection: paho would send all that was left of the last one at once.
         client = paho.Client(
             CallbackAPIVersion.VERSION2,
             client_id=self.client_id,
@@ -325,8 +327,8 @@ class Link:
         will = self._will() if callable(self._will) else self._will
         if will is not None and self._trial is not None and self._trial.begin():
             client.will_set(will[0], will[1], qos=1, retain=False)
-        client.on_socket_open = lambda _client, _user, sock: prompt(sock)
-        # With this callback paho leaves writing to the network thread instead of doing it in `publish`.
+        client.on_socket_open = lambda _client, _user, sock: _send_promptly(sock)
+        # With this callback paho writes in the network thread instead of in `publish`.
         client.on_socket_register_write = lambda *_: None
         client.on_connect = self._on_connect
         client.on_subscribe = self._on_subscribe
@@ -342,7 +344,7 @@ class Link:
                     self._trial.refused(reason.value)
             else:
                 if self._trial is not None and not self._trial.accepted():
-                    self._failure = "a will is tried once more"
+                    self._failure = "the will is tried once more"
                     client.disconnect()
                     return
                 self._failure = ""
@@ -406,15 +408,28 @@ class Link:
         self.dropped += 1
         if self._pause_s and not self._paused:
             self._paused, self.overflowed = True, self._inbox.flooder()
-            client.disconnect()  # what waits at the broker is lost with the connection
+            client.disconnect()  # messages that wait at the broker are lost with the connection
         elif self.dropped == 1 and not self._pause_s:
             log.warning("inbox of %s is full: messages are dropped", self.client_id)
 
     def _settle(self) -> None:
-        """Take what was sent off the list of what waits."""
+        """Remove what was sent from the list of unsent messages."""
         with self._state:
             before = self._unsent.size
             if self._unsent.settle():
                 if before >= LOW_WATER > self._unsent.size:
                     self._inbox.wake()
                 self._state.notify_all()
+
+
+def _send_promptly(sock: Any) -> None:
+    """Send small packets at once, and keep little in the kernel, where no message can overtake it."""
+    for option, value in (("TCP_NODELAY", 1), ("TCP_NOTSENT_LOWAT", _KERNEL_BYTES)):
+        with suppress(OSError, AttributeError):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
+def _acknowledge_promptly(sock: Any) -> None:
+    """Let Linux acknowledge the next packet at once: a broker that gathers small packets (Nagle) waits for that."""
+    with suppress(OSError, AttributeError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)

@@ -1,4 +1,4 @@
-"""What was handed to paho and isn't on its way yet: how much it is decides what else may be handed over."""
+"""Messages that paho hasn't sent yet, whose amount limits how much more it gets."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections import deque
 from typing import Protocol
 
 OUTBOX_BYTES = 16 * 1024 * 1024
-"""Bytes that may wait to be sent before `publish` declines."""
+"""Unsent bytes from which `publish` declines."""
 
 OUTBOX_MESSAGES = 10_000
 
 HIGH_WATER = 512 * 1024
-"""Chunks are held back while so many bytes wait to be sent: a message waits for no more of them, and one chunk."""
+"""Unsent bytes from which chunks are held back, so that a message waits for no more than this and one chunk."""
 
 LOW_WATER = 256 * 1024
-"""Bytes that wait to be sent below which `get` returns at once: who holds chunks back can hand out more."""
+"""Unsent bytes below which `get` returns at once, so that chunks that were held back can be published."""
 
 
 class Sending(Protocol):
-    """What paho gives for a message; `paho.mqtt.client.MQTTMessageInfo` has it."""
+    """The part of `paho.mqtt.client.MQTTMessageInfo` that is used."""
 
     def is_published(self) -> bool:
         """Whether it is sent and, at QoS 1, acknowledged."""
@@ -28,9 +28,8 @@ class Sending(Protocol):
 class Unsent:
     """Messages that wait to be sent or, at QoS 1, to be acknowledged.
 
-    They are asked, not listened to: for a callback paho makes two large objects for every message, which takes longer
-    than all else that a chunk needs. It sends messages in their order, and a broker acknowledges them in theirs, so
-    that only the first of each kind has to be asked.
+    They are polled: for a callback paho makes two large objects per message, which takes longer than the rest of a
+    chunk's handling. Messages are sent and acknowledged in order, so that only the first of each kind is polled.
     """
 
     def __init__(self) -> None:
@@ -44,16 +43,16 @@ class Unsent:
 
     @property
     def room(self) -> bool:
-        """Whether one more may be handed over."""
+        """Whether one more message may be published."""
         return self.size < OUTBOX_BYTES and len(self) < OUTBOX_MESSAGES
 
     def add(self, message: Sending, size: int, qos: int) -> None:
-        """Count a message that was just handed over."""
+        """Count a published message."""
         self._waiting[qos > 0].append((message, size))
         self.size += size
 
     def settle(self) -> bool:
-        """Take off what is on its way; whether that was anything."""
+        """Remove what was sent; returns whether that was anything."""
         before = len(self)
         for waiting in self._waiting:
             while waiting and waiting[0][0].is_published():

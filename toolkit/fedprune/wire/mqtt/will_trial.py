@@ -1,4 +1,4 @@
-"""Whether a broker takes connections with a will, as found out by trying: some refuse them, or just hang up."""
+"""Finds out whether a broker accepts connections with a will: some refuse them, or just hang up."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from collections.abc import Callable
 log = logging.getLogger(__name__)
 
 AGAIN_S = 24 * 3600.0
-"""A connection that begins so long after the will was found to be the trouble is tried with one again."""
+"""Time after which the will is tried again with a broker that refused it."""
 
 _BAD_CREDENTIALS, _NOT_AUTHORIZED = 134, 135
 """Return codes 4 and 5 of MQTT 3.1.1, as paho numbers them."""
 
 _ENOUGH = 2
-"""A refusal that names another reason than who connects is enough, and so are two connections that got no answer."""
+"""Score at which the will is suspected: one refusal for any reason but the client's identity, or two silent
+failures."""
 
 
 class WillTrial:
-    """Says of each connection whether it has a will, by what became of those before.
+    """Decides for each connection whether it has a will, by the outcome of the earlier ones.
 
-    A broker that refuses a connection with a will is asked once without. If it takes that, it is not troubled with a
-    will for a day; if it doesn't, the will was not the reason. A wrong password never is a reason; `not authorized` is
-    one the second time, because some brokers mean the will's topic by it. A broker that didn't answer may just have
-    been slow, or starting: once it takes a connection without, that one is given up for another try with the will, and
-    only what it does then is believed.
+    After a refusal the next connection has none. If the broker accepts that, it gets no will for a day; if not, the
+    will was not the reason. A wrong password never is one; `not authorized` is one the second time, because some
+    brokers mean the will's topic by it. A broker that didn't answer may just have been slow or starting: once it
+    accepts a connection without a will, the will is tried once more, and only that outcome counts.
 
     Args:
-        clock: Seconds that only grow.
+        clock: Monotonic, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -36,35 +36,31 @@ class WillTrial:
         self._failures = 0
         self._with = True
         self._answered = False
-        self._doubtful = False  # nothing but silence speaks against the will
+        self._doubtful = False  # only silence suggests that the will is the reason
         self._again = False
         self._at_once = False
         self._without_since: float | None = None
 
     @property
     def pending(self) -> bool:
-        """Whether the will may be why the last connection failed, which is still to be found out."""
+        """Whether it is still open if the last connection failed because of the will."""
         return self._failures > 0
 
     @property
     def at_once(self) -> bool:
-        """Whether the next connection is that other try: the broker is there, and needn't be given time."""
+        """Whether the next connection is the second try with the will, which needs no pause: the broker is running."""
         return self._at_once
 
     def begin(self) -> bool:
-        """A connection begins; whether it has a will."""
+        """Begin a connection; returns whether it has a will."""
         if self._without_since is not None and self._clock() - self._without_since >= AGAIN_S:
             self._without_since = None
-        self._answered, self._at_once = False, False  # if it can't even be reached, the broker is given time again
+        self._answered, self._at_once = False, False  # a broker that can't be reached gets a pause again
         self._with = self._without_since is None and (self._failures < _ENOUGH or self._again)
         return self._with
 
     def accepted(self) -> bool:
-        """The broker takes the connection.
-
-        Returns:
-            Whether to keep it; else the next one, with the will, is to be tried at once.
-        """
+        """The broker accepts the connection; returns whether to keep it or to try the will once more at once."""
         self._answered = True
         if not self._with and self._without_since is None and self._doubtful:
             self._doubtful, self._again, self._at_once = False, True, True
@@ -79,17 +75,13 @@ class WillTrial:
         return True
 
     def refused(self, code: int) -> None:
-        """The broker refuses the connection.
-
-        Args:
-            code: The reason, as a number of MQTT 5.
-        """
+        """The broker refuses the connection for a reason, by its number in MQTT 5."""
         self._answered = True
         self._doubtful = False
         self._failed(0 if code == _BAD_CREDENTIALS else 1 if code == _NOT_AUTHORIZED else _ENOUGH)
 
     def ended(self) -> None:
-        """The connection is over; one that got no answer has failed."""
+        """The connection has ended; without an answer it has failed."""
         if not self._answered:
             self._answered = True
             self._doubtful = self._with and not self._again and (self._doubtful or not self._failures)
