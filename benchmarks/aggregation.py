@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from synthetic_nets import parameters, resnet18, setting, weights, write
 
-from fedprune.aggregation import compiled_kernels, kernel_compiler
+from fedprune.aggregation import compiled_kernels
 from fedprune.aggregation.fold import Fold
 from fedprune.core import tensorfile
 from fedprune.model.architecture import Architecture, widths_at
@@ -79,12 +79,12 @@ def slowly(run: Callable[[], Any]) -> Callable[[], Any]:
     """The same by numpy alone."""
 
     def without() -> Any:
-        loops = compiled_kernels.loops()
+        kernels = compiled_kernels.kernels()
         compiled_kernels.use({})
         try:
             return run()
         finally:
-            compiled_kernels.use(loops)
+            compiled_kernels.use(kernels)
 
     return without
 
@@ -245,7 +245,7 @@ def main() -> None:
     mixed, ranked, various = (updates(net, base, DENSITIES, o) for o in ("own", "common", "various"))
     folded, middle = partial(fold, net, base), Robustness(centre="median")
     start = time.perf_counter()
-    compiled = kernel_compiler.load()
+    compiled = compiled_kernels.load()
     about_loops = (
         f"Folds use loops compiled by numba, which took {time.perf_counter() - start:.1f} s, once per process."
         if compiled

@@ -110,7 +110,7 @@ class SharedSums:
         out = []
         plain = [c for c in updates if self._as_trained and c.codec is None]
         if plain:
-            dealt = blocks(fold.shared, max(1, self._pool.size), self._block, fold.pairs)
+            dealt = blocks(fold.shared, max(1, self._pool.size), self._block)
             refs = {digest: store.ref(digest) for c in plain for digest in (c.weights, c.sent)}
             out.append(self._submitted(command, plain, dealt, refs))
         others = [c for c in updates if c not in plain]

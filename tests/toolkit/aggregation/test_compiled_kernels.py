@@ -1,4 +1,4 @@
-"""Compiled loops: the same bits as numpy's, whatever lies wherever in memory."""
+"""Compiled kernels: the same bits as numpy's, whatever the memory layout."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedprune.aggregation import compiled_kernels, kernel_compiler
-from fedprune.aggregation.fixed_point import VALUE_BITS, FixedSum, Range
+from fedprune.aggregation import compiled_kernels
+from fedprune.aggregation.fixed_point import VALUE_BITS, FixedSum, Range, check_range, magnitude
 from fedprune.aggregation.fold import Fold, Rule
-from fedprune.aggregation.magnitude import check_range, magnitude
 from fedprune.core.errors import ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
@@ -30,14 +29,14 @@ Given = tuple[Architecture, Tensors, list[Update]]
 
 
 @cache
-def compiled() -> dict[str, compiled_kernels.Loop]:
-    return kernel_compiler._compile()
+def compiled() -> dict[str, compiled_kernels.Kernel]:
+    return compiled_kernels._compile()
 
 
 @pytest.fixture(autouse=True, scope="module")
-def loops() -> Iterator[None]:
+def kernels() -> Iterator[None]:
     pytest.importorskip("numba", reason="the extra fast is not installed")
-    before = compiled_kernels.loops()
+    before = compiled_kernels.kernels()
     compiled_kernels.use(compiled())
     yield
     compiled_kernels.use(before)
@@ -47,11 +46,11 @@ class Numpy:
     """Within it numpy does all work."""
 
     def __enter__(self) -> None:
-        self._loops = compiled_kernels.loops()
+        self._kernels = compiled_kernels.kernels()
         compiled_kernels.use({})
 
     def __exit__(self, *_: object) -> None:
-        compiled_kernels.use(self._loops)
+        compiled_kernels.use(self._kernels)
 
 
 def laid(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
@@ -72,15 +71,12 @@ def laid(values: npt.NDArray[Any], how: str) -> npt.NDArray[Any]:
     seed=st.integers(0, 2**32 - 1),
     shape=st.lists(st.integers(1, 9), min_size=0, max_size=4).map(tuple),
     weights=st.lists(st.integers(1, 60) | st.integers(1, 40_000), min_size=1, max_size=20),
-    light=st.booleans(),
     cut=st.booleans(),
     how=st.sampled_from(["plain", "sent", "across", "apart"]),
 )
-@example(seed=0, shape=(3, 5), weights=[2**24 - 100], light=False, cut=True, how="sent")
-@example(seed=0, shape=(4, 4, 3, 3), weights=[3, 5], light=True, cut=True, how="plain")
-def test_sums_have_the_same_bits(
-    seed: int, shape: tuple[int, ...], weights: list[int], light: bool, cut: bool, how: str
-) -> None:
+@example(seed=0, shape=(3, 5), weights=[2**24 - 100], cut=True, how="sent")
+@example(seed=0, shape=(4, 4, 3, 3), weights=[3, 5], cut=True, how="plain")
+def test_sums_have_the_same_bits(seed: int, shape: tuple[int, ...], weights: list[int], cut: bool, how: str) -> None:
     dice = np.random.default_rng(seed)
     rows = [(dice.standard_normal(shape) * 2 ** dice.uniform(-30, 0)).clip(-8, 8).astype(np.float32) for _ in weights]
     rows = [laid(row, how if row.ndim else "plain") for row in rows]
@@ -88,26 +84,25 @@ def test_sums_have_the_same_bits(
     at = tuple(slice(1, n + 1) for n in shape[:2]) if cut else (...,)
     found = []
     for _ in range(2):
-        total = FixedSum(whole, SPAN, light=light)
-        total.make_room(sum(weights) + 7)
+        total = FixedSum(whole, SPAN)
         total.add(np.ones(whole, np.float32), 7)
         if found:
             with Numpy():
                 total.add_all(rows, weights, at)
         else:
             total.add_all(rows, weights, at)
-        found.append((total.limbs[0].dtype, total.limbs[0].tobytes()))
+        found.append(total.limbs[0].tobytes())
     assert found[0] == found[1]
 
 
 def test_loops_are_what_adds() -> None:
     """The comparison above would hold if no loop were ever used."""
-    total, rows = np.zeros((4, 6)), [np.ones((4, 5), np.float32)] * 3
+    total, rows = np.zeros((4, 6), np.int64), [np.ones((4, 5), np.float32)] * 3
     assert compiled_kernels.add(total[:, :5], rows, [1, 2, 3], 35, VALUE_BITS)
     assert (total[:, :5] == 6 * 2.0**35).all()
     assert (total[:, 5] == 0).all()
     assert not compiled_kernels.add(total[:, :5], [laid(row, "apart") for row in rows], [1, 2, 3], 35, VALUE_BITS)
-    one = compiled_kernels.Apart(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
+    one = compiled_kernels.Scattered(np.array([3, 0]), np.array([2]), np.array([[1.0], [2.0]], np.float32), 5)
     assert compiled_kernels.scatter(total[..., None], [one], 0)
     assert (total[3, 2], total[0, 2]) == (6 * 2.0**35 + 5, 6 * 2.0**35 + 10)
     outside = [
@@ -135,7 +130,7 @@ def test_a_fold_ends_in_the_same_bits(given_: Given, rule: Rule, how: str, heavy
     architecture, base, updates = given_
 
     def model_of() -> tuple[Tensors, Tensors | None]:
-        fold = Fold(architecture, base, rule=rule, pool_variance=heavy)
+        fold = Fold(architecture, base, rule=rule)
         for selection, part, weight, steps in updates:
             sent = {name: laid(value, how) if value.size and value.ndim else value for name, value in part.items()}
             fold.add(selection, sent, weight * (100 if heavy else 1), steps)
@@ -177,7 +172,7 @@ def test_what_is_refused_is_the_same(numbers: list[float], bound: float) -> None
 def test_rows_of_another_shape_are_refused(quick: bool) -> None:
     """A loop doesn't look where an array ends."""
     with nullcontext() if quick else Numpy():
-        total = FixedSum((4, 6), SPAN, light=True)
+        total = FixedSum((4, 6), SPAN)
         for shape in ((1, 5), (4, 5), (5, 6), (24, 2)):
             with pytest.raises(ValueError, match=r"shape|broadcast"):
                 total.add_all([np.ones(shape, np.float32)], [1])
@@ -246,11 +241,11 @@ def test_an_update_that_is_not_finite_changes_nothing(architecture: Architecture
 
 
 def test_loops_are_for_large_models_where_numba_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_compiler, "_tried", False)
+    monkeypatch.setattr(compiled_kernels, "_tried", False)
     with Numpy():
-        assert not kernel_compiler.load(kernel_compiler.WORTH - 1)
+        assert not compiled_kernels.load(compiled_kernels.WORTH - 1)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        assert not kernel_compiler.load()
+        assert not compiled_kernels.load()
 
 
 def test_numpy_does_the_work_where_numba_fails(
@@ -259,11 +254,11 @@ def test_numpy_does_the_work_where_numba_fails(
     def fails() -> None:
         raise ImportError("Numba needs another numpy\nand says more")
 
-    monkeypatch.setattr(kernel_compiler, "_tried", False)
-    monkeypatch.setattr(kernel_compiler, "_compile", fails)
+    monkeypatch.setattr(compiled_kernels, "_tried", False)
+    monkeypatch.setattr(compiled_kernels, "_compile", fails)
     with Numpy():
-        assert not kernel_compiler.load()
-        assert not kernel_compiler.load()
+        assert not compiled_kernels.load()
+        assert not compiled_kernels.load()
     (record,) = caplog.records
     assert "Numba needs another numpy" in record.getMessage()
     assert "says more" not in record.getMessage()
@@ -273,13 +268,13 @@ def test_a_process_that_may_run_no_new_code_does_without() -> None:
     """As under systemd's MemoryDenyWriteExecute: compiling would end the process."""
     script = """
 import ctypes
-from fedprune.aggregation import kernel_compiler as loop_compiler
+from fedprune.aggregation import compiled_kernels
 REFUSE_EXEC_GAIN, SET_MDWE = 1, 65
-assert loop_compiler._may_run_what_it_wrote()
+assert compiled_kernels._may_run_what_it_wrote()
 if ctypes.CDLL(None).prctl(SET_MDWE, REFUSE_EXEC_GAIN, 0, 0, 0):
     print("can't be had here")
 else:
-    print(loop_compiler.load())
+    print(compiled_kernels.load())
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     if "can't" in done.stdout:

@@ -126,32 +126,28 @@ def test_order_does_not_change_a_bit(
     architecture, base, updates = case
     shuffled = list(updates)
     dice.shuffle(shuffled)
-    for pool in (False, True):
-        one, one_velocity = folded(architecture, base, updates, rule=rule, pool_variance=pool).close(momentum)
-        two, two_velocity = folded(architecture, base, shuffled, rule=rule, pool_variance=pool).close(momentum)
-        assert identical(one, two)
-        assert identical(one_velocity or {}, two_velocity or {})
+    one, one_velocity = folded(architecture, base, updates, rule=rule).close(momentum)
+    two, two_velocity = folded(architecture, base, shuffled, rule=rule).close(momentum)
+    assert identical(one, two)
+    assert identical(one_velocity or {}, two_velocity or {})
 
 
 @settings(max_examples=30)
 @given(rounds(), st.sampled_from(["coverage", "fill"]), st.integers(0, 5))
-def test_merging_does_not_change_a_bit(case: tuple[Architecture, Tensors, list[Update]], rule: Rule, cut: int) -> None:
+def test_splitting_does_not_change_a_bit(
+    case: tuple[Architecture, Tensors, list[Update]], rule: Rule, cut: int
+) -> None:
     architecture, base, updates = case
-    options: dict[str, Any] = {"rule": rule, "evidence": True, "pool_variance": True}
+    options: dict[str, Any] = {"rule": rule, "evidence": True}
     whole = folded(architecture, base, updates, **options)
     parts = folded(architecture, base, updates[cut:], **options)
-    parts.merge(folded(architecture, base, updates[:cut], **options))
+    if updates[:cut]:
+        parts.take([folded(architecture, base, updates[:cut], **options).partial()])
     assert identical(parts.close()[0], whole.close()[0])
     assert (parts.weight, parts.updates) == (whole.weight, whole.updates)
     for spec in architecture.trainable:
         for a, b in zip(parts.movement(spec.name), whole.movement(spec.name), strict=True):
             assert a.tobytes() == b.tobytes()
-
-
-@settings(max_examples=20)
-@given(rounds())
-def test_threads_do_not_change_a_bit(case: tuple[Architecture, Tensors, list[Update]]) -> None:
-    assert identical(folded(*case).close()[0], folded(*case, threads=3).close()[0])
 
 
 @given(rounds(), st.floats(0, 0.9))
@@ -208,7 +204,7 @@ def test_movement_is_what_those_that_trained_a_coordinate_did_per_step(
 def test_equal_updates_give_that_update(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base, same = model(architecture, seed), model(architecture, seed + 1)
-    fold = Fold(architecture, base, pool_variance=True)
+    fold = Fold(architecture, base)
     for weight in (3, 5, 17):
         fold.add(Selection.full(architecture), same, weight)
     got, _ = fold.close()
@@ -240,21 +236,7 @@ def test_closing_twice_gives_the_same(case: tuple[Architecture, Tensors, list[Up
     assert identical(fold.close()[0], fold.close()[0])
 
 
-def test_pooled_variance_is_that_of_all_samples_together() -> None:
-    dice = np.random.default_rng(0)
-    groups = [dice.normal(loc, scale, size=(n, 4)) for loc, scale, n in ((0, 1, 50), (100, 2, 30), (-3, 0.1, 400))]
-    base = model(NORM, 0)
-    fold = Fold(NORM, base, pool_variance=True)
-    for x in groups:
-        part = {"weight": base["weight"], "stat_mean": x.mean(0), "stat_var": x.var(0)}
-        fold.add(Selection.full(NORM), {n: v.astype(np.float32) for n, v in part.items()}, len(x))
-    got, _ = fold.close()
-    everything = np.concatenate(groups)
-    assert np.allclose(got["stat_mean"], everything.mean(0), rtol=1e-5)
-    assert np.allclose(got["stat_var"], everything.var(0), rtol=1e-4)
-
-
-def test_variances_are_averaged_by_default_as_fedavg_does() -> None:
+def test_variances_are_averaged_as_fedavg_does() -> None:
     base = model(NORM, 0)
     fold = Fold(NORM, base)
     for mean, var, weight in ((0.0, 1.0, 1), (100.0, 2.0, 3)):
@@ -322,24 +304,13 @@ def test_the_total_weight_is_bounded() -> None:
     other = Fold(NORM, model(NORM, 0))
     other.add(Selection.full(NORM), model(NORM, 1), 1)
     with pytest.raises(ProtocolError, match="total weight"):
-        fold.merge(other)
+        fold.take([other.partial()])
 
 
 def test_an_update_of_another_architecture_is_refused() -> None:
     other = Architecture("other", NORM.groups, NORM.tensors, (), (), (3,), 2)
     with pytest.raises(BundleError, match="another architecture"):
         Fold(NORM, model(NORM, 0)).add(Selection.full(other), model(other, 1), 1)
-
-
-@pytest.mark.parametrize("options", [{"rule": "fill"}, {"evidence": True}, {"pool_variance": True}])
-def test_folds_of_other_kinds_are_not_merged(options: dict[str, Any]) -> None:
-    with pytest.raises(BundleError, match="can't be merged"):
-        Fold(NORM, model(NORM, 0)).merge(Fold(NORM, model(NORM, 0), **options))
-
-
-def test_folds_of_other_bases_are_not_merged() -> None:
-    with pytest.raises(BundleError, match="can't be merged"):
-        Fold(NORM, model(NORM, 0)).merge(Fold(NORM, model(NORM, 1)))
 
 
 @pytest.mark.parametrize(
@@ -433,7 +404,7 @@ def test_a_mean_is_within_a_bit_of_that_in_float64(
 
 @settings(max_examples=10)
 @given(st.data(), seeds)
-def test_folds_of_much_and_of_little_weight_are_merged_either_way(data: st.DataObject, seed: int) -> None:
+def test_sums_of_much_and_of_little_weight_come_together_either_way(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base = model(architecture, seed)
     updates: list[Update] = []
@@ -443,10 +414,10 @@ def test_folds_of_much_and_of_little_weight_are_merged_either_way(data: st.DataO
     expected = folded(architecture, base, updates).close()[0]
     for cut in (1, 2, 3):
         one, other = folded(architecture, base, updates[:cut]), folded(architecture, base, updates[cut:])
-        one.merge(other)
+        one.take([other.partial()])
         assert identical(one.close()[0], expected)
         one, other = folded(architecture, base, updates[:cut]), folded(architecture, base, updates[cut:])
-        other.merge(one)
+        other.take([one.partial()])
         assert identical(other.close()[0], expected)
 
 

@@ -85,29 +85,6 @@ def test_blocks_are_even_and_hold_each_tensor_once() -> None:
     assert sorted(n for block in blocks(fold.shared, 2, 1) for n in block) == sorted(names)
     assert len(blocks(fold.shared, 8, 10**9)) == 1
     assert len(blocks(fold.shared, 8, 1)) == len(names)
-    pair = (names[1], names[2])
-    assert any(set(pair) <= block for block in blocks(fold.shared, 8, 1, [pair]))
-
-
-def test_a_pooled_variance_goes_with_its_mean() -> None:
-    plain, selection, base = _case()
-    whole = Fold(plain.architecture, base, pool_variance=True)
-    moved = {n: v + np.float32(0.25) for n, v in base.items()}
-    parts = []
-    dealt = blocks(whole.shared, 3, 1, whole.pairs)
-    assert len(dealt) == 2
-    for names in dealt:
-        part = whole.narrowed(names)
-        part.add(selection, moved, 3)
-        part.add(selection, base, 5)
-        parts.append(part.partial())
-    joined = Fold(plain.architecture, base, pool_variance=True)
-    joined.take(parts)
-    whole.add(selection, base, 5)
-    whole.add(selection, moved, 3)
-    expected, got = whole.close()[0], joined.close()[0]
-    assert {n: v.tobytes() for n, v in got.items()} == {n: v.tobytes() for n, v in expected.items()}
-    assert got["stat_var"].tobytes() != plain.base["stat_var"].tobytes()
 
 
 def test_sums_that_do_not_make_up_a_round_are_refused() -> None:

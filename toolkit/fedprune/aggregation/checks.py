@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.fixed_point import MAX_WEIGHT, run_all
-from fedprune.aggregation.magnitude import check_range, magnitude
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, check_range, magnitude
 from fedprune.core.errors import BundleError, ProtocolError, shown
 from fedprune.core.validation import is_whole, whole
 from fedprune.model.architecture import Architecture, TensorKind
@@ -49,7 +47,6 @@ def check_submodel(
     selection: Selection,
     submodel: Mapping[str, npt.NDArray[Any]],
     bounds: Mapping[str, float],
-    threads: int = 1,
     optional: Collection[str] = (),
 ) -> None:
     """Make sure that tensors are the submodel that a selection describes.
@@ -59,7 +56,6 @@ def check_submodel(
         selection: Where the submodel's channels live.
         submodel: The tensors.
         bounds: By tensor the largest magnitude that its values may have.
-        threads: Threads that look at values.
         optional: Tensors that may be missing.
 
     Raises:
@@ -84,7 +80,8 @@ def check_submodel(
         if value.shape != shapes[spec.name]:
             raise ProtocolError(f"shape of {spec.name} in an update", expected=shapes[spec.name], got=value.shape)
     there = [t for t in architecture.tensors if t.name in submodel]
-    run_all([partial(check_range, t.name, submodel[t.name], bounds[t.name]) for t in there], threads)
+    for spec in there:
+        check_range(spec.name, submodel[spec.name], bounds[spec.name])
     for spec in there:
         if spec.kind is TensorKind.STAT_VAR and submodel[spec.name].size:
             least = float(submodel[spec.name].min())

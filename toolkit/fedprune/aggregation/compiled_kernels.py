@@ -1,78 +1,103 @@
-"""What a fold spends its time with, done by loops that `fedprune.aggregation.kernel_compiler` has compiled.
+"""The inner loops of a fold, compiled by numba where it is installed.
 
 They do what `fedprune.aggregation.fixed_point` does with numpy, bit for bit, in one pass over the memory instead of
-five. All of them say whether it could be done: without loops, or where a tensor lies in memory as none expects it,
-numpy does it.
+five: values become whole numbers, are weighted and added while they are in registers. Each operation returns whether it
+was done; where nothing is compiled, or a tensor has an unusual memory layout, numpy does it.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
+import logging
 import math
+import mmap
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+WORTH = 2**22
+"""Numbers of a model from which on compiling is worth its few seconds and 180 MB."""
+
 _CACHED = 131_072
-"""Sums that are worked on at once where numbers lie apart: 1 MiB."""
+"""Sums that a scatter works on at once: 1 MiB."""
 _EXACT = 2**53
 """float64 holds every whole number up to this magnitude."""
+_SIZES = (2, 4, 8)
+"""How many updates a kernel of `add` takes at once."""
 
-SIZES = (2, 4, 8)
-"""How many updates a loop of `add` takes at once."""
+_LOG = logging.getLogger(__name__)
 
-Loop = Callable[..., Any]
+Kernel = Callable[..., Any]
 
-_compiled: dict[str, Loop] = {}
+_lock = threading.Lock()
+_tried = False
+_compiled: dict[str, Kernel] = {}
 
 
-def use(loops: Mapping[str, Loop]) -> None:
-    """Work with these loops from now on; none for numpy alone."""
+def load(numbers: int = WORTH) -> bool:
+    """Have folds use compiled kernels, from the first large model of this process on.
+
+    Args:
+        numbers: Of the model that is to be folded.
+
+    Returns:
+        Whether there are kernels now: a model was large enough, numba is installed, and it may and can compile here.
+    """
+    global _tried
+    with _lock:
+        if numbers >= WORTH and not _tried:
+            _tried = True
+            if importlib.util.find_spec("numba") is not None:
+                _load()
+        return in_use()
+
+
+def use(kernels: Mapping[str, Kernel]) -> None:
+    """Work with these kernels from now on; with none, numpy does everything."""
     global _compiled
-    _compiled = dict(loops)
+    _compiled = dict(kernels)
 
 
-def loops() -> Mapping[str, Loop]:
-    """What `use` was given."""
+def kernels() -> Mapping[str, Kernel]:
+    """The kernels in use."""
     return _compiled
 
 
 def in_use() -> bool:
-    """Whether there are loops to work with."""
+    """Whether anything is compiled."""
     return bool(_compiled)
 
 
 def magnitude(values: npt.NDArray[Any]) -> float | None:
-    """The largest |value| of some float32s, NaN where one is; None where no loop can tell."""
-    loop = _compiled.get("largest")
-    if loop is None or values.dtype != np.float32 or not values.flags.c_contiguous:
+    """The largest |value| of some float32s, NaN where one is; None where it wasn't done."""
+    kernel = _compiled.get("largest")
+    if kernel is None or values.dtype != np.float32 or not values.flags.c_contiguous:
         return None
-    return float(loop(values.reshape(-1).view(np.int32)))
+    return float(kernel(values.reshape(-1).view(np.int32)))
 
 
-def scale(total: npt.NDArray[Any], factor: float, out: npt.NDArray[np.float32]) -> bool:
-    """Put sums times a factor, rounded once to float64 and once to float32, into `out`, and say whether that was done.
-
-    Args:
-        total: Sums, float64 or int64.
-        factor: What they are multiplied with.
-        out: Of the same shape.
-    """
-    loop = _compiled.get(f"scale {total.dtype.kind}")
-    if loop is None or total.shape != out.shape or not (total.flags.c_contiguous and out.flags.c_contiguous):
+def scale(total: npt.NDArray[np.int64], factor: float, out: npt.NDArray[np.float32]) -> bool:
+    """Put sums times a factor, rounded once to float64 and once to float32, into `out`, which has their shape."""
+    kernel = _compiled.get("scale")
+    if kernel is None or total.shape != out.shape or not (total.flags.c_contiguous and out.flags.c_contiguous):
         return False
-    loop(total.reshape(-1), factor, out.reshape(-1))
+    kernel(total.reshape(-1), factor, out.reshape(-1))
     return True
 
 
 def add(
-    total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int, bits: int
+    total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int, bits: int
 ) -> bool:
-    """Add Σ weight · round(values · 2^scale) to `total` in place, and say whether that was done.
+    """Add Σ weight · round(values · 2^scale) to `total` in place.
 
     Args:
-        total: A view on sums, float64 or int64; float64s hold whole numbers up to 2^53, also after this.
+        total: A view on sums.
         rows: Arrays of its shape.
         weights: One per array.
         scale: Of the values.
@@ -89,28 +114,27 @@ def add(
     into, *flat = (
         _memory(part, count, width, by) for part, by in zip((total, *rows), (stride, step, *steps), strict=True)
     )
-    kind, factor = total.dtype.kind, np.float32(math.ldexp(1.0, scale))
-    most = _EXACT >> bits if kind == "i" else max(_EXACT, sum(weights))
-    for first, several in runs(weights, most, SIZES[-1]):
+    factor, most = np.float32(math.ldexp(1.0, scale)), _EXACT >> bits
+    for first, several in runs(weights, most, _SIZES[-1]):
         sent = flat[first : first + len(several)]
         if several[0] > most:
             _compiled["heavy"](into, stride, tuple(sent), step, count, width, several[0], factor)
             continue
-        size = next(n for n in SIZES if n >= len(several))
-        # What a loop takes more than there is counts nothing, and is in the cache.
+        size = next(n for n in _SIZES if n >= len(several))
+        # A kernel takes more rows than there are: they have the weight 0, and are in the cache.
         sent += sent[:1] * (size - len(several))
         padded = np.array([*several, *[0] * (size - len(several))], np.float64)
-        _compiled[f"{size} {kind}"](into, stride, tuple(sent), step, count, width, padded, factor)
+        _compiled[f"add {size}"](into, stride, tuple(sent), step, count, width, padded, factor)
     return True
 
 
-class Apart(NamedTuple):
-    """Numbers that belong to rows and columns of sums.
+class Scattered(NamedTuple):
+    """Values that belong to rows and columns of sums.
 
     Attributes:
         rows: By row of the values, the sums'; none comes twice.
         columns: The same by column.
-        values: Of these rows and columns, and of what lies side by side there.
+        values: [rows, columns, numbers side by side].
         weight: What they are multiplied with.
     """
 
@@ -120,47 +144,42 @@ class Apart(NamedTuple):
     weight: int
 
 
-def scatter(total: npt.NDArray[Any], several: Sequence[Apart], scale: int) -> bool:
-    """Add weight · round(values · 2^scale) to sums that lie apart, in place, and say whether that was done.
+def scatter(total: npt.NDArray[np.int64], several: Sequence[Scattered], scale: int) -> bool:
+    """Add weight · round(values · 2^scale) at rows and columns of sums, in place.
 
     Args:
-        total: Sums [rows, columns, numbers side by side], float64 or int64.
+        total: Sums [rows, columns, numbers side by side].
         several: What is added.
         scale: As in `add`.
     """
-    loop = _compiled.get(f"scatter {total.dtype.kind}")
-    _, across, beside = total.shape
-    if loop is None or not total.size:
+    kernel = _compiled.get("scatter")
+    _, across, inner = total.shape
+    if kernel is None or not total.size:
         return False
     if not all(p.flags.c_contiguous for p in (total, *(one.values for one in several))):
         return False
     for one in several:
-        fits = one.values.size == one.rows.size * one.columns.size * beside
+        fits = one.values.size == one.rows.size * one.columns.size * inner
         if one.values.dtype != np.float32 or not fits:
             return False
     factor, into = np.float32(math.ldexp(1.0, scale)), total.reshape(-1)
-    # Sums are gone through as they lie, and some of them with all values while they are in the cache.
+    # The sums are traversed in memory order, and a block of them gets all values while it is in the cache.
     orders = [(np.argsort(one.rows), np.argsort(one.columns)) for one in several]
     ordered = [(one.rows[r], one.columns[c]) for one, (r, c) in zip(several, orders, strict=True)]
     if not all(_inside(rows, len(total)) and _inside(columns, across) for rows, columns in ordered):
         return False
-    step = max(1, _CACHED // (across * beside))
+    step = max(1, _CACHED // (across * inner))
     for start in range(0, total.shape[0], step):
         for one, (by_row, by_column), (rows, columns) in zip(several, orders, ordered, strict=True):
             first, last = np.searchsorted(rows, (start, start + step))
             if first < last:
                 which = (rows[first:last], by_row[first:last], columns, by_column)
-                loop(into, across, beside, *which, one.values.reshape(-1), one.weight, factor)
+                kernel(into, across, inner, *which, one.values.reshape(-1), one.weight, factor)
     return True
 
 
-def _inside(places: npt.NDArray[np.int64], length: int) -> bool:
-    """Whether ascending places lie within an axis: a loop doesn't look."""
-    return not places.size or 0 <= int(places[0]) <= int(places[-1]) < length
-
-
 def close(
-    total: npt.NDArray[Any],
+    total: npt.NDArray[np.int64],
     share: npt.NDArray[np.float64],
     factor: float,
     rows: npt.NDArray[np.int64],
@@ -168,34 +187,34 @@ def close(
     base: npt.NDArray[np.float32],
     out: npt.NDArray[np.float32],
 ) -> bool:
-    """Put total · factor · share into `out` in another order, or the base where that is 0; say whether it was done.
+    """Put total · factor · share into `out` in another order, or the base where the share is 0.
 
     Args:
-        total: Sums [rows, columns, numbers side by side], float64 or int64.
-        share: By row and column what sums are multiplied with after the factor; 0 where there are none.
+        total: Sums [rows, columns, numbers side by side].
+        share: [rows, columns].
         factor: The sums' unit.
         rows: By row of the sums, where it is in `base` and `out`.
         columns: The same by column.
         base: Of `total`'s shape.
         out: Of `total`'s shape.
     """
-    loop = _compiled.get(f"close {total.dtype.kind}")
+    kernel = _compiled.get("close")
     alike = base.shape == out.shape == total.shape and share.shape == total.shape[:2] == (rows.size, columns.size)
-    if loop is None or not alike or not all(part.flags.c_contiguous for part in (total, share, base, out)):
+    if kernel is None or not alike or not all(part.flags.c_contiguous for part in (total, share, base, out)):
         return False
     if not (_inside(np.sort(rows), len(total)) and _inside(np.sort(columns), total.shape[1])):
         return False
-    loop(total.reshape(-1), share, factor, total.shape[2], rows, columns, base.reshape(-1), out.reshape(-1))
+    kernel(total.reshape(-1), share, factor, total.shape[2], rows, columns, base.reshape(-1), out.reshape(-1))
     return True
 
 
 def runs(weights: Sequence[int], most: int, together: int) -> Iterator[tuple[int, list[int]]]:
-    """Runs of weights that are added at once: where they begin, and they. One that is over `most` is alone.
+    """Runs of weights that are added at once: where they begin, and the weights. One that is over `most` is alone.
 
     Args:
-        weights: In the order of what they belong to.
-        most: What the weights of a run add up to at most.
-        together: How many a run has at most.
+        weights: In the order of the updates.
+        most: The largest sum of a run's weights.
+        together: The most weights in a run.
     """
     first = 0
     for i in range(1, len(weights) + 1):
@@ -204,12 +223,17 @@ def runs(weights: Sequence[int], most: int, together: int) -> Iterator[tuple[int
             first = i
 
 
+def _inside(indices: npt.NDArray[np.int64], length: int) -> bool:
+    """Whether ascending indices are within an axis: a kernel doesn't check them."""
+    return not indices.size or 0 <= int(indices[0]) <= int(indices[-1]) < length
+
+
 def _lines(parts: Sequence[npt.NDArray[Any]]) -> tuple[int, int, list[int]] | None:
-    """How arrays of one shape lie in memory, as lines of neighbours.
+    """The memory of arrays of one shape, as lines of neighbours.
 
     Returns:
-        How many lines, how long they are, and by array how far it is from one to the next, in numbers; None where it
-        is not so simple.
+        The number of lines, their length, and by array the distance from one to the next, in numbers; None where the
+        memory is not that simple.
     """
     shape, width = parts[0].shape, 1
     axis = len(shape)
@@ -229,3 +253,168 @@ def _memory(part: npt.NDArray[Any], count: int, width: int, step: int) -> npt.ND
     if part.flags.c_contiguous:
         return part.reshape(-1)
     return np.lib.stride_tricks.as_strided(part, ((count - 1) * step + width,), (part.itemsize,))
+
+
+# The kernels, as numba compiles them. Indices are unsigned in some: numba checks signed ones for being negative.
+
+
+def _largest(bits: Any) -> Any:
+    # Without its sign a float32 read as a whole number is the larger the larger it is; beyond infinity is NaN.
+    largest = np.int32(0)
+    for i in range(bits.size):
+        largest = max(largest, bits[i] & np.int32(0x7FFFFFFF))
+    return np.int32(largest).view(np.float32)
+
+
+def _scale(total: Any, factor: float, out: Any) -> None:
+    for i in range(total.size):
+        out[i] = total[i] * factor
+
+
+def _scatter(
+    total: Any,
+    across: int,
+    inner: int,
+    rows: Any,
+    from_rows: Any,
+    columns: Any,
+    from_columns: Any,
+    values: Any,
+    weight: int,
+    factor: Any,
+) -> None:
+    length = columns.size * inner
+    line = np.empty(length, np.int64)  # a pass of its own: scattered numbers have no vector instructions
+    for j in range(rows.size):
+        given, start = values[from_rows[j] * length : (from_rows[j] + 1) * length], rows[j] * across
+        for i in range(length):
+            line[i] = np.int64(np.rint(given[i] * factor)) * weight
+        if inner == 1:
+            for c in range(columns.size):
+                total[np.uint64(start + columns[c])] += line[np.uint64(from_columns[c])]
+        else:
+            for c in range(columns.size):
+                to, at = np.uint64((start + columns[c]) * inner), np.uint64(from_columns[c] * inner)
+                for i in range(np.uint64(inner)):
+                    total[to + i] += line[at + i]
+
+
+def _close(total: Any, share: Any, factor: float, inner: int, rows: Any, columns: Any, base: Any, out: Any) -> None:
+    for j in range(rows.size):
+        start = rows[j] * columns.size
+        for c in range(columns.size):
+            at, to = np.uint64((j * columns.size + c) * inner), np.uint64((start + columns[c]) * inner)
+            part = share[j, c]
+            if part > 0:
+                for i in range(np.uint64(inner)):
+                    out[to + i] = (total[at + i] * factor) * part
+            else:
+                for i in range(np.uint64(inner)):
+                    out[to + i] = base[to + i]
+
+
+def _heavy(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weight: int, factor: Any) -> None:
+    (a,) = rows
+    for j in range(count):
+        t, k = total[j * stride : j * stride + width], j * step
+        p = a[k : k + width]
+        for i in range(width):
+            t[i] += np.int64(np.rint(p[i] * factor)) * weight
+
+
+def _two(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weights: Any, factor: Any) -> None:
+    a, b = rows
+    w0, w1 = weights[0], weights[1]
+    for j in range(count):
+        t, k = total[j * stride : j * stride + width], j * step
+        p, q = a[k : k + width], b[k : k + width]
+        for i in range(width):
+            t[i] += np.int64(w0 * np.rint(p[i] * factor) + w1 * np.rint(q[i] * factor))
+
+
+def _four(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weights: Any, factor: Any) -> None:
+    a, b, c, d = rows
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    for j in range(count):
+        t, k = total[j * stride : j * stride + width], j * step
+        p, q, r, s = a[k : k + width], b[k : k + width], c[k : k + width], d[k : k + width]
+        for i in range(width):
+            first = w0 * np.rint(p[i] * factor) + w1 * np.rint(q[i] * factor)
+            second = w2 * np.rint(r[i] * factor) + w3 * np.rint(s[i] * factor)
+            t[i] += np.int64(first + second)
+
+
+def _eight(total: Any, stride: int, rows: Any, step: int, count: int, width: int, weights: Any, factor: Any) -> None:
+    a, b, c, d, e, f, g, h = rows
+    w0, w1, w2, w3 = weights[0], weights[1], weights[2], weights[3]
+    w4, w5, w6, w7 = weights[4], weights[5], weights[6], weights[7]
+    for j in range(count):
+        t, k = total[j * stride : j * stride + width], j * step
+        p, q, r, s = a[k : k + width], b[k : k + width], c[k : k + width], d[k : k + width]
+        x, y, z, u = e[k : k + width], f[k : k + width], g[k : k + width], h[k : k + width]
+        for i in range(width):
+            first = w0 * np.rint(p[i] * factor) + w1 * np.rint(q[i] * factor)
+            second = w2 * np.rint(r[i] * factor) + w3 * np.rint(s[i] * factor)
+            third = w4 * np.rint(x[i] * factor) + w5 * np.rint(y[i] * factor)
+            fourth = w6 * np.rint(z[i] * factor) + w7 * np.rint(u[i] * factor)
+            t[i] += np.int64((first + second) + (third + fourth))
+
+
+def _load() -> None:
+    if not _may_run_what_it_wrote():
+        _LOG.info("numba is installed, but this process may not run code that it compiles: numpy sums updates")
+        return
+    start = time.perf_counter()
+    try:
+        use(_compile())
+    except Exception as error:  # noqa: BLE001  numpy does the same work, whatever numba's reason is
+        why = str(error).split("\n", 1)[0]
+        _LOG.warning("numba can't compile the loops that sum updates, numpy does it: %s", why)
+    else:
+        _LOG.info("compiled the loops that sum updates in %.1f s", time.perf_counter() - start)
+
+
+def _may_run_what_it_wrote() -> bool:
+    """Whether memory that was written to may become code, which systemd's MemoryDenyWriteExecute forbids.
+
+    numba doesn't check: it would end the process.
+    """
+    if sys.platform != "linux":
+        return True
+    page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    code = mmap.PROT_READ | mmap.PROT_EXEC
+    return int(ctypes.CDLL(None).mprotect(ctypes.c_void_p(start), ctypes.c_size_t(mmap.PAGESIZE), code)) == 0
+
+
+def _compile() -> dict[str, Kernel]:
+    """All kernels as machine code."""
+    import numba  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    types: Any = numba.types
+    whole, single, double = types.int64, types.float32, types.float64
+
+    def read(kind: Any, axes: int = 1) -> Any:
+        # A device's tensors may be part of a read-only buffer.
+        return types.Array(kind, axes, "C", readonly=True, aligned=False)
+
+    def made(kernel: Kernel, returns: Any, *given: Any) -> Kernel:
+        # Sums of products are whole numbers that float64 holds: contracting the two changes no bit.
+        out: Kernel = numba.njit(returns(*given), nogil=True, fastmath={"contract"})(kernel)
+        return out
+
+    def adding(kernel: Kernel, size: int, weight: Any) -> Kernel:
+        rows = types.UniTuple(read(single), size)
+        return made(kernel, types.void, whole[::1], whole, rows, whole, whole, whole, weight, single)
+
+    sums, indices = whole[::1], read(whole)
+    return {
+        "largest": made(_largest, single, read(types.int32)),
+        "scale": made(_scale, types.void, sums, double, single[::1]),
+        "scatter": made(_scatter, types.void, sums, whole, whole, *[indices] * 4, read(single), whole, single),
+        "close": made(
+            _close, types.void, sums, read(double, 2), double, whole, indices, indices, read(single), single[::1]
+        ),
+        "heavy": adding(_heavy, 1, whole),
+        **{f"add {size}": adding(k, size, double[::1]) for size, k in zip(_SIZES, (_two, _four, _eight), strict=True)},
+    }

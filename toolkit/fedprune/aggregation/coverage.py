@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.layout import in_order, mass_in, places, to_global, to_layout
+from fedprune.aggregation.layout import in_order, mass_in, places
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, TensorSpec
 from fedprune.model.element_mask import ElementMask
@@ -100,20 +100,6 @@ class Coverage:
         if self._single:
             return None
         return tuple((selection.narrowed(selection.widths), weight) for selection, weight in self._shares.values())
-
-    def merge(self, other: Coverage) -> None:
-        """Count another coverage's updates, too."""
-        if other.layout is None:
-            return
-        layout = self.settle(other.layout)
-        for name, mass in other._single.items():
-            spec = self.architecture.by_name[name]
-            moved = to_layout(to_global(mass, spec, other.layout), spec, layout)
-            self._single[name] = self._single[name] + moved if name in self._single else moved.copy()
-        for key, (selection, weight) in other._shares.items():
-            _, before = self._shares.get(key, (selection, 0))
-            self._shares[key] = (selection, before + weight)
-        self.weight += other.weight
 
 
 def partly_active(

@@ -1,14 +1,13 @@
 """Sums of floating-point numbers whose bits don't depend on the order of the additions.
 
-A value v becomes the whole number q = round(v·2^s), and n·q is added: whole numbers add up exactly, in any order, in
-any grouping, on any machine. With |v| ≤ 2^k, a total weight of at most 2^24 and s = 38 − k, a sum stays within 2^62, so
-that int64 can't overflow; the unit is 2^-38 of the bound, and a mean is off by half of it at most. Where that is too
-coarse (batch-norm statistics, which have no natural bound), further *limbs* hold what rounding left over, each 2^38
-times finer.
+A value v becomes the whole number q = round(v·2^s), and n·q is added in int64: whole numbers add up exactly, in any
+order, in any grouping, on any machine. With |v| ≤ 2^k, a total weight of at most 2^24 and s = 38 − k, a sum stays below
+2^62, so that int64 can't overflow; the unit is 2^-38 of the bound, and a mean is off by half of it at most. Where that
+is too coarse (batch-norm statistics, which have no natural bound), further *limbs* hold what rounding left over, each
+2^38 times finer.
 
-Several values at one place are added by one product of their weights with them, in float64: all that lies between are
-whole numbers of magnitude up to 2^53, so that this is exact, too, however a library orders it. For the same reason a
-sum itself can be float64 as long as there is little weight in it.
+Several values at one coordinate are added by one product of their weights with them, in float64: all intermediate
+results are whole numbers of magnitude up to 2^53, so that this is exact, too, however a library orders it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +22,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import compiled_kernels
-from fedprune.aggregation.magnitude import magnitude
+from fedprune.core.errors import ProtocolError
 
 MAX_WEIGHT = 2**24
 """The largest total weight of a sum."""
 
 VALUE_BITS = 38
+
 _BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
 _LONGEST = 32_768  # numbers of one row at once
 # Adding 1.5·2^52 to a whole number of magnitude up to 2^51 in float64 leaves it in the low bits of the mantissa:
@@ -37,9 +36,10 @@ _LONGEST = 32_768  # numbers of one row at once
 _MAGIC = 1.5 * 2.0**52
 _MAGIC_BITS = int(np.array(_MAGIC).view(np.int64))
 _LIGHT = 2 ** (51 - VALUE_BITS)
-"""So much weight can be added to integers at once by a product in float64 and the magic number."""
-_LIGHT_SUM = 2 ** (53 - VALUE_BITS)
-"""Up to so much weight in all, sums are whole numbers that float64 holds: no conversions."""
+"""The largest weight of several rows that are added by one product in float64 and the magic number."""
+
+_CHECKED = 131_072  # squares added at once at most: many hide what a call costs
+_CHECKED_LEAST = 8_192  # few enough that the squares of usual weights don't add up to the bound's
 
 Index = tuple[Any, ...]
 
@@ -65,7 +65,7 @@ class Range:
 
     @property
     def unit(self) -> float:
-        """What a term may lose at most twice of."""
+        """Twice the largest rounding error of a term."""
         return math.ldexp(1.0, self.exponent - VALUE_BITS * self.limbs)
 
     @classmethod
@@ -83,16 +83,68 @@ class Range:
 
 
 def weight_in(samples: int, total: int, devices: int) -> int:
-    """What a device's update counts for, such that a round's sum stays within what sums can hold.
+    """A device's weight in a round whose sums hold at most `MAX_WEIGHT`.
 
     Args:
         samples: The device's.
         total: Those of all devices of the round.
-        devices: How many these are.
+        devices: Their number.
     """
     if total <= MAX_WEIGHT:
         return max(1, samples)
     return max(1, samples * (MAX_WEIGHT - devices) // total)
+
+
+def magnitude(values: npt.NDArray[Any]) -> float:
+    """The largest |value|; NaN or infinite where a value is."""
+    if not values.size:
+        return 0.0
+    compiled = compiled_kernels.magnitude(values)
+    if compiled is not None:
+        return compiled
+    low, high = float(values.min()), float(values.max())
+    return abs(max(-low, high)) if low == low else low
+
+
+def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
+    """Check that all values are finite and within a bound.
+
+    Raises:
+        ProtocolError: One isn't; the message names the tensor, the bound and the value.
+    """
+    compiled = compiled_kernels.magnitude(values)
+    if compiled is not None and compiled <= bound:
+        return
+    flat = values.reshape(-1)
+    if flat.dtype != np.float32:
+        _check_block(name, flat, bound)
+        return
+    # The sum of squares bounds every square and costs half of what minimum and maximum do; only where it is large (or
+    # not finite) do we look closer, and take fewer at a time from there on. The tenth leaves room for its own rounding.
+    limit = 0.9 * bound * bound
+    start, step = 0, _CHECKED_LEAST
+    with np.errstate(over="ignore", invalid="ignore"):
+        while start < flat.size:
+            block = flat[start : start + step]
+            square = float(np.dot(block, block))
+            if not square <= limit and step > _CHECKED_LEAST:
+                step //= 2
+                continue
+            if not square <= limit:
+                _check_block(name, block, bound)
+            start += step
+            if square <= 0.45 * limit:
+                step = min(2 * step, _CHECKED)
+
+
+def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
+    top = magnitude(block)
+    if not top <= bound:
+        raise ProtocolError(
+            f"values of {name}",
+            expected=f"finite numbers of magnitude up to {bound:g}",
+            got="a number that is not finite" if not math.isfinite(top) else f"{top:g}",
+        )
 
 
 class FixedSum:
@@ -101,34 +153,13 @@ class FixedSum:
     Args:
         shape: The tensor's shape.
         span: What values it accepts; callers check them with `check_range` first.
-        light: Keep a single limb as float64 until `make_room` says that there is more weight than that can hold. The
-            whole numbers are the same.
-        room: Zeros of this shape, in C order, that a light limb may lie in.
     """
 
     __slots__ = ("limbs", "span")
 
-    def __init__(
-        self,
-        shape: tuple[int, ...],
-        span: Range,
-        *,
-        light: bool = False,
-        room: npt.NDArray[np.float64] | None = None,
-    ) -> None:
+    def __init__(self, shape: tuple[int, ...], span: Range) -> None:
         self.span = span
-        self.limbs: tuple[npt.NDArray[Any], ...]
-        if light and span.limbs == 1:
-            self.limbs = (np.zeros(shape) if room is None else room,)
-        else:
-            self.limbs = tuple(np.zeros(shape, np.int64) for _ in range(span.limbs))
-
-    def make_room(self, weight: int) -> None:
-        """Expect so much weight in all: what was added, and what will be until this is called again."""
-        if weight > _LIGHT_SUM and self.limbs[0].dtype == np.float64:
-            light = self.limbs[0].reshape(-1)
-            light.view(np.int64)[...] = light  # where it lies, and without a copy, since it is one line
-            self.limbs = (self.limbs[0].view(np.int64),)
+        self.limbs = tuple(np.zeros(shape, np.int64) for _ in range(span.limbs))
 
     def add(self, values: npt.NDArray[Any], weight: int, at: Index = (...,)) -> None:
         """Add weight·values at an index.
@@ -153,7 +184,7 @@ class FixedSum:
             return
         total = self.limbs[0]
         part = total[at]
-        add_blocks(part, rows, weights, VALUE_BITS - self.span.exponent)
+        _add(part, rows, weights, VALUE_BITS - self.span.exponent)
         if not np.may_share_memory(part, total):  # an open mesh gives a copy
             total[at] = part
 
@@ -166,23 +197,18 @@ class FixedSum:
             limb[at] += whole.astype(np.int64).sum(axis=0)
             rest -= whole * math.ldexp(1.0, -scale)
 
-    def merge(self, other: FixedSum) -> None:
-        """Add another sum of the same shape and range; there must be room for its weight."""
-        for mine, theirs in zip(self.limbs, other.limbs, strict=True):
-            mine += theirs.astype(mine.dtype, copy=False)
-
-    def scatter(self, several: Sequence[compiled_kernels.Apart], beside: int) -> bool:
-        """Add weights·values where rows and columns say, and say whether a quick way to do so was there.
+    def scatter(self, several: Sequence[compiled_kernels.Scattered], inner: int) -> bool:
+        """Add weights·values at rows and columns, if that is compiled; returns whether it was done.
 
         Args:
             several: Values and weights as in `add`.
-            beside: Numbers per row and column.
+            inner: Numbers per row and column.
         """
         total = self.limbs[0]
         if self.span.limbs > 1 or not total.size:
             return False
-        apart = total.reshape(total.shape[0], -1, beside)
-        return compiled_kernels.scatter(apart, several, VALUE_BITS - self.span.exponent)
+        shaped = total.reshape(total.shape[0], -1, inner)
+        return compiled_kernels.scatter(shaped, several, VALUE_BITS - self.span.exponent)
 
     def close_to(
         self,
@@ -191,37 +217,32 @@ class FixedSum:
         share: npt.NDArray[np.float64],
         rows: npt.NDArray[np.int64],
         columns: npt.NDArray[np.int64],
-        beside: int,
+        inner: int,
     ) -> bool:
-        """Put sums times shares into `out`, in another order, and say whether a quick way to do so was there.
+        """Put sums times shares into `out`, in another order, if that is compiled; returns whether it was done.
 
         Args:
             out: Of the sums' shape.
-            base: What is put where a share is 0, in the order of `out`.
+            base: Used where a share is 0, in the order of `out`.
             share: By row and column.
             rows: By row of the sums, that of `out`.
             columns: The same by column.
-            beside: Numbers per row and column.
+            inner: Numbers per row and column.
         """
         if self.span.limbs > 1 or not out.size:
             return False
-        shape = (rows.size, columns.size, beside)
-        apart = (part.reshape(shape) for part in (base, out))
-        return compiled_kernels.close(self.limbs[0].reshape(shape), share, self.span.unit, rows, columns, *apart)
+        shape = (rows.size, columns.size, inner)
+        shaped = (part.reshape(shape) for part in (base, out))
+        return compiled_kernels.close(self.limbs[0].reshape(shape), share, self.span.unit, rows, columns, *shaped)
 
     def round_to(self, out: npt.NDArray[np.float32], factor: float) -> bool:
-        """Put all sums times a factor into `out`, and say whether a quick way to do so was there.
-
-        Args:
-            out: Of the sums' shape; it gets what `value` says, rounded once more.
-            factor: What they are multiplied with.
-        """
+        """Put `value(factor)`, rounded to float32, into `out`, if that is compiled; returns whether it was done."""
         return self.span.limbs == 1 and compiled_kernels.scale(self.limbs[0], self.span.unit * factor, out)
 
     def value(
         self, at: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
     ) -> npt.NDArray[np.float64]:
-        """The sums times a factor as float64, rounded once per limb and by the factor.
+        """The sums at an index times a factor as float64, rounded once per limb and by the factor.
 
         Args:
             at: Which.
@@ -229,11 +250,8 @@ class FixedSum:
             out: Where they may be put.
         """
         if self.span.limbs == 1:
-            part = self.limbs[0][at]
-            if part.dtype != np.float64:
-                part = part.astype(np.float64)
             # The unit is a power of two, so that this is one rounding.
-            scaled: npt.NDArray[np.float64] = np.multiply(part, self.span.unit * factor, out=out)
+            scaled: npt.NDArray[np.float64] = np.multiply(self.limbs[0][at], self.span.unit * factor, out=out)
             return scaled
         total = np.zeros(self.limbs[0][at].shape)
         for i in range(self.span.limbs, 0, -1):
@@ -242,11 +260,11 @@ class FixedSum:
         return total
 
 
-def add_blocks(total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int) -> None:
+def _add(total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int) -> None:
     """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
 
     Args:
-        total: A view on the sums, int64 or float64.
+        total: A view on the sums.
         rows: Arrays of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
         weights: One per array.
         scale: s.
@@ -263,26 +281,23 @@ def add_blocks(total: npt.NDArray[Any], rows: Sequence[npt.NDArray[Any]], weight
     most = min(_LONGEST, _BLOCK // len(rows))
     if not most:
         half = len(rows) // 2
-        add_blocks(total, rows[:half], weights[:half], scale)
-        add_blocks(total, rows[half:], weights[half:], scale)
+        _add(total, rows[:half], weights[:half], scale)
+        _add(total, rows[half:], weights[half:], scale)
     elif width > most and total.ndim > 1:
         for i in range(total.shape[0]):
-            add_blocks(total[i], [r[i] for r in rows], weights, scale)
+            _add(total[i], [r[i] for r in rows], weights, scale)
     else:
         step = max(1, most // width)
-        light = total.dtype == np.float64
-        all_runs = [(0, weights)] if light else compiled_kernels.runs(weights, _LIGHT, len(rows))
-        groups = [(first, np.array(several, np.float64)) for first, several in all_runs]
+        groups = [(first, np.array(w, np.float64)) for first, w in compiled_kernels.runs(weights, _LIGHT, len(rows))]
         for start in range(0, total.shape[0], step):
             into = total[start : start + step]
             whole = _rounded([r[start : start + step] for r in rows], scale)
-            for first, heavy in groups:
-                part = whole[first : first + heavy.size]
-                into += (_product(part, heavy) if light else _weighted(part, heavy)).reshape(into.shape)
+            for first, group in groups:
+                into += _weighted(whole[first : first + group.size], group).reshape(into.shape)
 
 
 def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.float64]:
-    """Values times 2^scale as whole numbers [rows, values], in this thread's own memory."""
+    """Values times 2^scale as whole numbers [rows, values], in this thread's scratch memory."""
     shape, size = rows[0].shape, rows[0].size
     own = _scratch()
     whole = own.whole[: len(rows) * size].reshape(len(rows), size)
@@ -299,25 +314,19 @@ def _rounded(rows: Sequence[npt.NDArray[Any]], scale: int) -> npt.NDArray[np.flo
 
 
 def _weighted(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Σ weight · whole [values], in this thread's own memory."""
+    """Σ weight · whole [values], in this thread's scratch memory."""
     if weights.sum() > _LIGHT:  # one weight alone
         heavy: npt.NDArray[np.int64] = whole[0].astype(np.int64) * int(weights[0])
         return heavy
-    total = _product(whole, weights)
-    total += _MAGIC
-    bits = total.view(np.int64)
-    bits -= _MAGIC_BITS
-    return bits
-
-
-def _product(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Σ weight · whole [values] as float64, in this thread's own memory."""
     total = _scratch().total[: whole.shape[1]]
     if len(weights) == 1:
         np.multiply(whole[0], weights[0], out=total)
     else:
         np.dot(weights, whole, out=total)
-    return total
+    total += _MAGIC
+    bits = total.view(np.int64)
+    bits -= _MAGIC_BITS
+    return bits
 
 
 class _Scratch:
@@ -334,14 +343,3 @@ def _scratch() -> _Scratch:
     if own is None:
         own = _OWN.scratch = _Scratch()
     return own
-
-
-def run_all(tasks: list[Any], threads: int) -> None:
-    """Run callables, on several threads where asked: order-free sums don't care which is first."""
-    if threads <= 1:
-        for task in tasks:
-            task()
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(task) for task in tasks]:
-            future.result()

@@ -30,16 +30,15 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.checks import check_counts, check_model, check_submodel
-from fedprune.aggregation.client_update import ClientUpdate
+from fedprune.aggregation.client_update import ClientUpdate, rebased
 from fedprune.aggregation.coverage import partly_active
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, Range
 from fedprune.aggregation.layout import to_global
 from fedprune.aggregation.partial_sums import PartialSums, check_parts
-from fedprune.aggregation.rebase import rebased
 from fedprune.aggregation.server_optimizer import ServerStep
 from fedprune.aggregation.update_sums import UpdateSums
 from fedprune.core.errors import BundleError, ProtocolError
-from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
+from fedprune.model.architecture import Architecture, TensorSpec
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 
@@ -52,24 +51,18 @@ Change = Callable[[ClientUpdate], ClientUpdate]
 
 
 class Fold:
-    """A streaming mean of updates, whose bits depend neither on their order nor on how partial folds were merged.
+    """A streaming mean of updates, whose bits depend neither on their order nor on how their sums were split.
 
     Memory is 8 bytes per coordinate (with `evidence` 24), plus one tensor while closing, however many updates there
-    are; which coordinates an update covers is kept as its selection, not as an array, but where masks of single
-    elements are added: that takes one more int64 per coordinate of the masked tensors. Up to eight checked updates wait
-    until they are added together, which reads and writes the sums once for all: their arrays are held, not copied, and
-    must stay as they are until the fold is closed.
+    are. Which coordinates an update covers is kept as its selection; only masks of single elements take an int64 per
+    coordinate of their tensors. Up to eight checked updates wait until they are added together, which reads and writes
+    the sums once for all: their arrays are held, not copied, and must stay as they are until the fold is closed.
 
     Args:
         architecture: The model.
         base: The global model w_t that devices' submodels were cut from.
         rule: `coverage`, `fill` or `zero`, as the module says.
         evidence: Also sum movements per step and their squares, which curvature scores are made from.
-        pool_variance: Pool variances by the law of total variance, E[v] + Var[m], instead of the mean E[v] that
-            FedAvg takes of them and that HeteroFL's static batch norm accumulates over batches. It is exact where all
-            devices measured at the same weights; after local training their means also differ because their weights
-            do, hence the default.
-        threads: Threads that add; the bits don't depend on them.
         excluded: Names of tensors that nobody shares (FedPer's personal layers): they keep their bits, and updates
             need not have them.
 
@@ -84,8 +77,6 @@ class Fold:
         *,
         rule: Rule = "coverage",
         evidence: bool = False,
-        pool_variance: bool = False,
-        threads: int = 1,
         excluded: Collection[str] = (),
     ) -> None:
         if rule not in get_args(Rule):
@@ -97,28 +88,17 @@ class Fold:
         self.base = check_model(architecture, base)
         self.rule: Rule = rule
         self.evidence = evidence
-        self.threads = threads
         self.excluded = frozenset(excluded)
         self.change: Change | None = None
         self._collected: list[ClientUpdate] | None = None
         self._shared = tuple(t for t in architecture.tensors if t.name not in self.excluded)
-        pairs = _paired_means(architecture) if pool_variance else {}
-        self._means = {v: m for v, m in pairs.items() if not {v, m} & self.excluded}
         self._spans = {t.name: _span(t, self.base[t.name]) for t in architecture.tensors}
         self.clear()
 
     def clear(self) -> None:
         """Forget all updates."""
         self.updates = 0
-        self._sums = UpdateSums(
-            self.architecture,
-            self.base,
-            self._shared,
-            self._spans,
-            self._means,
-            evidence=self.evidence,
-            threads=self.threads,
-        )
+        self._sums = UpdateSums(self.architecture, self.base, self._shared, self._spans, evidence=self.evidence)
 
     @contextmanager
     def collecting(self) -> Iterator[list[ClientUpdate]]:
@@ -131,15 +111,10 @@ class Fold:
             self._collected = None
 
     def narrowed(self, names: Collection[str]) -> Fold:
-        """An empty fold of the same kind for some of the tensors: its share of a fold that is split.
-
-        Args:
-            names: The tensors; a variance that is pooled goes with its mean.
-        """
+        """An empty fold of the same kind for some of the tensors: its share of a fold that is split."""
         out = copy.copy(self)
         out.excluded = self.excluded | {t.name for t in self.architecture.tensors if t.name not in names}
         out._shared = tuple(t for t in self._shared if t.name in names)
-        out._means = {v: m for v, m in self._means.items() if v in names and m in names}
         out.clear()
         return out
 
@@ -147,11 +122,6 @@ class Fold:
     def shared(self) -> tuple[TensorSpec, ...]:
         """The tensors that are summed."""
         return self._shared
-
-    @property
-    def pairs(self) -> tuple[tuple[str, str], ...]:
-        """Names of each mean and the variance that is pooled with it."""
-        return tuple((m, v) for v, m in self._means.items())
 
     def partial(self) -> PartialSums:
         """What has been summed, for `take`; the fold must not be added to any more.
@@ -164,9 +134,8 @@ class Fold:
         shares = coverage.shares()
         if shares is None:
             raise BundleError("sums of masked elements can't be split")
-        arrays = {key: limb.astype(np.int64, copy=False) for key, limb in self._sums.arrays().items()}
         names = frozenset(t.name for t in self._shared)
-        return PartialSums(names, coverage.expect_layout, shares, self.updates, arrays)
+        return PartialSums(names, coverage.expect_layout, shares, self.updates, self._sums.arrays())
 
     def take(self, parts: Sequence[PartialSums]) -> None:
         """Add what narrowed folds have summed of the same updates, which together hold all tensors.
@@ -200,7 +169,7 @@ class Fold:
                 holds values that are not finite or out of bounds; the message names it.
         """
         bounds = {name: span.bound for name, span in self._spans.items()}
-        check_submodel(self.architecture, selection, submodel, bounds, self.threads, self.excluded)
+        check_submodel(self.architecture, selection, submodel, bounds, self.excluded)
 
     def add(
         self,
@@ -252,27 +221,6 @@ class Fold:
             values = rebased(self.architecture, selection, submodel, sent, self.base, bounds, self.excluded)
         self._sums.add(selection, values, weight, steps, active, copied=copied)
         self.updates += 1
-
-    def merge(self, other: Fold) -> None:
-        """Add a partial fold of other updates to the same base.
-
-        Raises:
-            BundleError: It has another architecture, base, rule or content.
-            ProtocolError: The total weight would be too large.
-        """
-        if (
-            other.architecture.digest != self.architecture.digest
-            or (other.rule, other.evidence, other._means) != (self.rule, self.evidence, self._means)
-            or other.excluded != self.excluded
-            or any(not np.array_equal(self.base[n], other.base[n]) for n in self.base)
-        ):
-            raise BundleError("folds of different models, bases or rules can't be merged")
-        if self.weight + other.weight > MAX_WEIGHT:
-            raise ProtocolError(
-                "total weight of merged folds", expected=f"up to {MAX_WEIGHT}", got=self.weight + other.weight
-            )
-        self._sums.merge(other._sums)
-        self.updates += other.updates
 
     def close(
         self,
@@ -351,7 +299,7 @@ class Fold:
         if layout is None or name in self.excluded:
             return np.zeros(spec.shape), np.zeros(spec.shape), mass > 0
         part = np.maximum(mass, 1)
-        first, second = self._sums.movement.sums(name, layout)
+        first, second = (to_global(s[name].value(), spec, layout) for s in (self._sums.moved, self._sums.squared))
         return first / part, second / part, mass > 0
 
 
@@ -360,12 +308,3 @@ def _span(spec: TensorSpec, base: npt.NDArray[np.float32]) -> Range:
     if spec.kind.trainable:
         return Range.around(base)
     return Range.around(base, least=24, limbs=2)
-
-
-def _paired_means(architecture: Architecture) -> dict[str, str]:
-    """The mean that belongs to each variance: norms list both in the same order."""
-    means = [t for t in architecture.statistics if t.kind is TensorKind.STAT_MEAN]
-    variances = [t for t in architecture.statistics if t.kind is TensorKind.STAT_VAR]
-    if [t.axes for t in means] != [t.axes for t in variances]:
-        raise BundleError("the model's batch-norm means and variances don't pair up")
-    return {v.name: m.name for m, v in zip(means, variances, strict=True)}

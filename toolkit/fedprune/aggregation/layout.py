@@ -208,26 +208,6 @@ def mass_in(
     return np.asarray(mass, np.int64).reshape(shape)
 
 
-def as_in_model(layout: Selection, spec: TensorSpec) -> bool:
-    """Whether a tensor of the sums lies as the model's own does."""
-    return _as_they_are(layout.maps(spec.name))
-
-
-def in_one_piece(specs: Collection[TensorSpec], memory: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-    """Tensors by name that lie one behind the other in a piece of memory, which the system gives in large pages.
-
-    Args:
-        specs: The tensors.
-        memory: Of at least as many numbers as they have together.
-    """
-    out, start = {}, 0
-    for spec in specs:
-        size = math.prod(spec.shape)
-        out[spec.name] = memory[start : start + size].reshape(spec.shape)
-        start += size
-    return out
-
-
 def to_layout(value: npt.NDArray[Any], spec: TensorSpec, layout: Selection) -> npt.NDArray[Any]:
     """A tensor of the global model, in the layout."""
     for axis, order in enumerate(layout.maps(spec.name)):

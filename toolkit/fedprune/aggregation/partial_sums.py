@@ -6,6 +6,7 @@ many processes and machines as there are, and what comes together has the bits o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -70,9 +71,7 @@ def check_parts(parts: Sequence[PartialSums], architecture: Architecture, expect
             raise BundleError("partial sums are of different updates")
 
 
-def blocks(
-    specs: Sequence[TensorSpec], most: int, least: int, together: Sequence[tuple[str, str]] = ()
-) -> list[frozenset[str]]:
+def blocks(specs: Sequence[TensorSpec], most: int, least: int) -> list[frozenset[str]]:
     """Tensors dealt into blocks of about the same size, for as many processes.
 
     A tensor is never split. The largest go first, each to the block that is smallest so far.
@@ -81,25 +80,16 @@ def blocks(
         specs: The tensors.
         most: How many blocks there may be.
         least: Numbers that make up a block: there are fewer where they would be smaller.
-        together: Pairs of tensors that must be in one block.
     """
-    units: dict[str, list[TensorSpec]] = {}
-    leader = {second: first for first, second in together}
-    for spec in specs:
-        units.setdefault(leader.get(spec.name, spec.name), []).append(spec)
-    sizes = {name: sum(_size(s) for s in unit) for name, unit in units.items()}
-    count = max(1, min(most, sum(sizes.values()) // max(1, least), len(units)))
+    sizes = {spec.name: math.prod(spec.shape) for spec in specs}
+    count = max(1, min(most, sum(sizes.values()) // max(1, least), len(sizes)))
     dealt: list[list[str]] = [[] for _ in range(count)]
     filled = [0] * count
-    for name in sorted(units, key=lambda n: (-sizes[n], n)):
+    for name in sorted(sizes, key=lambda n: (-sizes[n], n)):
         at = filled.index(min(filled))
-        dealt[at] += [s.name for s in units[name]]
+        dealt[at].append(name)
         filled[at] += sizes[name]
     return [frozenset(names) for names in dealt if names]
-
-
-def _size(spec: TensorSpec) -> int:
-    return int(np.prod(spec.shape, dtype=np.int64))
 
 
 def _counted(part: PartialSums) -> dict[str, int]:

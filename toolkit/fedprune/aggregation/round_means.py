@@ -1,7 +1,4 @@
-"""What a rule makes of a round's sums: the mean of every tensor, some rows at a time, and the next model.
-
-The rules are those of `fedprune.aggregation.fold`. Rows are few enough to stay in the cache.
-"""
+"""The mean of every tensor by a rule of `fedprune.aggregation.fold`, some rows at a time, and the next model."""
 
 from __future__ import annotations
 
@@ -15,9 +12,9 @@ import numpy.typing as npt
 from fedprune.aggregation import compiled_kernels
 from fedprune.aggregation.coverage import Coverage
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS, FixedSum, Index
-from fedprune.aggregation.layout import as_in_model, in_one_piece, into_model, row_blocks, to_global, to_layout
+from fedprune.aggregation.layout import into_model, row_blocks, to_global, to_layout
 from fedprune.aggregation.server_optimizer import ServerStep
-from fedprune.model.architecture import Architecture, TensorSpec
+from fedprune.model.architecture import TensorSpec
 
 Float64s = npt.NDArray[np.float64]
 
@@ -28,7 +25,7 @@ class Rows(NamedTuple):
     Attributes:
         rows: Which.
         mean: Valid until the next rows are asked for.
-        held: Where anyone holds a coordinate; None where that is everywhere.
+        held: Which coordinates any update holds; None for all.
         base: The base's rows, where they were asked for or needed.
     """
 
@@ -42,46 +39,31 @@ class RoundMeans:
     """A round's means.
 
     Args:
-        architecture: The model.
         base: The model that the round began with.
         rule: `coverage`, `fill` or `zero`.
-        coverage: Who holds what; it isn't empty.
+        coverage: Which updates hold what; it isn't empty.
         sums: By tensor Σ n·w, in the coverage's layout.
-        spread: By variance whose law of total variance is wanted, Σ n·(m − m_t)² of its mean m.
-        paired: That mean, by the variance's name.
     """
 
     def __init__(
         self,
-        architecture: Architecture,
         base: Mapping[str, npt.NDArray[np.float32]],
         rule: str,
         coverage: Coverage,
         sums: Mapping[str, FixedSum],
-        spread: Mapping[str, FixedSum],
-        paired: Mapping[str, str],
     ) -> None:
-        self._architecture = architecture
         self._base = base
         self._rule = rule
         self._coverage = coverage
         self._sums = sums
-        self._spread = spread
-        self._paired = paired
-        # What is handed out as it is made lies in one piece of memory.
-        layout = coverage.layout
-        every = (architecture.by_name[name] for name in sums)
-        specs = [spec for spec in every if layout is not None and as_in_model(layout, spec)]
-        self._rooms = in_one_piece(specs, np.empty(sum(math.prod(spec.shape) for spec in specs), np.float32))
 
     def following(self, spec: TensorSpec, step: ServerStep) -> npt.NDArray[np.float32]:
         """A tensor of the next model, without momentum."""
         layout = self._coverage.expect_layout
-        out, share = self._rooms.pop(spec.name, None), 1.0 / self._coverage.weight
-        out = np.empty(spec.shape, np.float32) if out is None else out
+        out = np.empty(spec.shape, np.float32)
         mass = self._mass(spec)
-        if step.rate == 1 and spec.name not in self._paired:
-            if mass is None and self._sums[spec.name].round_to(out, share):
+        if step.rate == 1:
+            if mass is None and self._sums[spec.name].round_to(out, 1.0 / self._coverage.weight):
                 return to_global(out, spec, layout)
             if mass is not None and self._close_to(out, spec, mass):
                 return out
@@ -119,7 +101,7 @@ class RoundMeans:
         return to_global(out, spec, layout), to_global(moving, spec, layout)
 
     def _close_to(self, out: npt.NDArray[np.float32], spec: TensorSpec, mass: npt.NDArray[np.int64]) -> bool:
-        """Put a tensor of which not all hold everything into `out`, in the model's order, where that goes quickly."""
+        """Put a tensor that not all updates hold entirely into `out`, in the model's order, if that is compiled."""
         grid = into_model(self._coverage.expect_layout, spec) if compiled_kernels.in_use() and mass.size else None
         if grid is None or self._rule == "fill" or mass.size > mass.shape[0] * math.prod(mass.shape[1:2]):
             return False
@@ -130,8 +112,8 @@ class RoundMeans:
         return self._sums[spec.name].close_to(out, base, whole, *grid)
 
     def _mass(self, spec: TensorSpec) -> npt.NDArray[np.int64] | None:
-        """What a tensor's sums are divided by; None for all weight."""
-        # Zero filling divides by all weight, whoever holds a coordinate.
+        """The divisor of a tensor's sums; None for all weight."""
+        # Zero filling divides by all weight, whichever updates hold a coordinate.
         return None if self._rule == "zero" and spec.kind.trainable else self._coverage.mass(spec)
 
     def _by_rows(self, spec: TensorSpec, mass: npt.NDArray[np.int64] | None, *, follows: bool) -> Iterator[Rows]:
@@ -149,7 +131,7 @@ class RoundMeans:
             before = None if base is None else base[rows]
             held = None if everywhere or mass is None else mass[rows] > 0
             if fill and mass is not None and before is not None:
-                # As if whoever lacks a coordinate had sent the base's value back.
+                # As if every device without a coordinate had sent the base's value back.
                 kept = np.rint(np.ldexp(before.astype(np.float64), VALUE_BITS - sums.span.exponent)).astype(np.int64)
                 mean = (sums.limbs[0][rows] + kept * (weight - mass[rows])) * (sums.span.unit * (1.0 / weight))
             else:
@@ -158,15 +140,4 @@ class RoundMeans:
                 mean = sums.value(rows, 1.0 / weight if share is None else 1.0, spare[: size[0]] if size else spare)
                 if share is not None:
                     mean *= share[rows]
-            if spec.name in self._paired:
-                mean = mean + self._variance_of_means(spec, rows, mass)
             yield Rows(rows, mean, held, before)
-
-    def _variance_of_means(self, spec: TensorSpec, rows: Index, mass: npt.NDArray[np.int64] | None) -> Float64s:
-        """Var[m] = E[(m − m_t)²] − (E[m] − m_t)², which is exact where all means are equal."""
-        layout = self._coverage.expect_layout
-        mean = self._architecture.by_name[self._paired[spec.name]]
-        part = self._coverage.weight if mass is None else np.maximum(mass[rows], 1)
-        off = self._sums[mean.name].value(rows) / part - to_layout(self._base[mean.name], mean, layout)[rows]
-        spread: Float64s = self._spread[spec.name].value(rows) / part - off * off
-        return np.maximum(spread, 0.0)

@@ -1,26 +1,23 @@
 """Sums of a round's updates, in fixed point, and which coordinates they cover.
 
-Everything is summed in the layout of the first update's ranks; what a mean is made of stays here until a round closes.
+Everything is summed in the layout of the first update's ranks.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import compiled_kernels
-from fedprune.aggregation.compiled_kernels import Apart
+from fedprune.aggregation.compiled_kernels import Scattered
 from fedprune.aggregation.coverage import Active, Coverage
-from fedprune.aggregation.fixed_point import FixedSum, Range, run_all
-from fedprune.aggregation.gradient_moments import GradientMoments, merge_sums
+from fedprune.aggregation.fixed_point import FixedSum, Range
 from fedprune.aggregation.layout import (
     Expansion,
-    in_one_piece,
     in_order,
     into_sums,
     places,
@@ -35,7 +32,11 @@ from fedprune.model.architecture import Architecture, TensorSpec
 from fedprune.model.selection import Selection, mesh
 
 _TOGETHER = 8
-"""So many updates wait at most: a model of float32 numbers each, read twice instead of sums four times as often."""
+"""Updates that are added together: the sums are read and written once for all of them."""
+
+_MOVE_RANGE = Range(-2)
+"""Movement per step, saturated at 1/4: its square must keep its digits where it is small, not where it is absurd."""
+_SQUARED_MOVE_RANGE = Range(-4)
 
 
 class _Waiting(NamedTuple):
@@ -47,20 +48,19 @@ class _Waiting(NamedTuple):
 
 
 class UpdateSums:
-    """What updates add up to. They are checked before they come here, and so is their total weight.
+    """The sums of updates whose values and total weight are checked already.
 
     Args:
         architecture: The model.
         base: The model that the round began with.
         specs: The tensors that are summed.
-        spans: Which magnitudes they may have, by tensor.
-        means: By variance whose law of total variance is wanted, the name of its mean.
-        evidence: Also sum movements per step and their squares.
-        threads: Threads that add; the bits don't depend on them.
+        spans: By tensor, the magnitudes that it may have.
+        evidence: Also sum gradient moments: u_k = Δ_k / steps_k and its square, per coordinate of trainable tensors.
 
     Attributes:
         coverage: Which updates hold what.
-        movement: Movements per step, of no tensor without `evidence`.
+        moved: Σ n_k·u_k by tensor, in the layout; empty without `evidence`.
+        squared: Σ n_k·u_k², the same way.
     """
 
     def __init__(
@@ -69,20 +69,15 @@ class UpdateSums:
         base: Mapping[str, npt.NDArray[np.float32]],
         specs: Sequence[TensorSpec],
         spans: Mapping[str, Range],
-        means: Mapping[str, str],
         *,
         evidence: bool,
-        threads: int,
     ) -> None:
         self.coverage = Coverage(architecture)
-        self.movement = GradientMoments(t for t in specs if t.kind.trainable and evidence)
         self._architecture, self._base, self._specs = architecture, base, specs
-        self._means, self._threads = means, threads
-        rooms = in_one_piece(specs, np.zeros(sum(math.prod(t.shape) for t in specs)))
-        self._values = {t.name: FixedSum(t.shape, spans[t.name], light=True, room=rooms[t.name]) for t in specs}
-        self._spread = {
-            name: FixedSum(base[name].shape, Range(2 * spans[mean].exponent + 2, 3)) for name, mean in means.items()
-        }
+        self._values = {t.name: FixedSum(t.shape, spans[t.name]) for t in specs}
+        self._observed = [t for t in specs if t.kind.trainable and evidence]
+        self.moved = {t.name: FixedSum(t.shape, _MOVE_RANGE) for t in self._observed}
+        self.squared = {t.name: FixedSum(t.shape, _SQUARED_MOVE_RANGE) for t in self._observed}
         self._waiting: list[_Waiting] = []
 
     def add(
@@ -98,28 +93,27 @@ class UpdateSums:
         """Add an update.
 
         Args:
-            selection: Where its channels live.
+            selection: Where its channels are.
             values: Its tensors.
             weight: What it counts for.
             steps: Optimiser steps behind it.
             active: Per tensor that it holds only in part, which elements.
-            copied: Whether its arrays are made for it alone: they then don't wait, which would take memory.
+            copied: Whether its arrays were made for it alone: they then don't wait, which would take memory.
         """
         selection = self.coverage.known(selection)
-        self._make_room(self.coverage.weight + weight)
         one = _Waiting(selection, values, weight)
         if copied:
             self._add_together([one], active)
         else:
             self._waiting.append(one)
-        more = [t for t in self._specs if t.name in self._means or t.name in self.movement]
-        run_all([partial(self._add_beside, t, one, steps, active) for t in more], self._threads)
+        for spec in self._observed:
+            self._add_moments(spec, one, steps, active)
         self.coverage.add(selection, weight, active)
         if len(self._waiting) >= _TOGETHER:
             self.settle()
 
     def settle(self) -> None:
-        """Add what waits."""
+        """Add the updates that wait."""
         waiting, self._waiting = self._waiting, []
         groups: dict[str, list[_Waiting]] = {}
         for one in waiting:
@@ -128,10 +122,9 @@ class UpdateSums:
         for alike in groups.values():
             self._add_together(alike, {})
 
-    def arrays(self) -> dict[Key, npt.NDArray[Any]]:
-        """All sums, as they are kept."""
-        first, second = self.movement.first, self.movement.second
-        kinds = {"value": self._values, "spread": self._spread, "moved": first, "square": second}
+    def arrays(self) -> dict[Key, npt.NDArray[np.int64]]:
+        """All sums."""
+        kinds = {"value": self._values, "moved": self.moved, "square": self.squared}
         return {
             (kind, name, i): limb
             for kind, sums in kinds.items()
@@ -151,45 +144,27 @@ class UpdateSums:
             if found is None or found.dtype != np.int64 or found.shape != limb.shape:
                 raise BundleError(f"partial sums of {key[1]}", expected=f"int64 {limb.shape}")
         self.settle()
-        self._make_room(self.coverage.weight + parts[0].weight)
         their_layout = parts[0].layout
         layout = self.coverage.settle(their_layout)
         alike = in_order(layout, their_layout)
         for key, limb in self.arrays().items():
             spec, more = self._architecture.by_name[key[1]], theirs[key]
-            more = more if alike else to_layout(to_global(more, spec, their_layout), spec, layout)
-            limb += more.astype(limb.dtype, copy=False)
+            limb += more if alike else to_layout(to_global(more, spec, their_layout), spec, layout)
         for selection, part in parts[0].shares:
             self.coverage.add(selection, part, {})
-
-    def merge(self, other: UpdateSums) -> None:
-        """Add sums of other updates of the same tensors."""
-        if other.coverage.layout is None:
-            return
-        self.settle()
-        other.settle()
-        self._make_room(self.coverage.weight + other.coverage.weight)
-        layout, theirs = self.coverage.settle(other.coverage.layout), other.coverage.layout
-        merge_sums(self._values, other._values, self._specs, layout, theirs)
-        merge_sums(self._spread, other._spread, self._specs, layout, theirs)
-        self.movement.merge(other.movement, layout, theirs)
-        self.coverage.merge(other.coverage)
 
     def means(self, rule: str) -> RoundMeans:
         """What a rule of `fedprune.aggregation.fold` makes of them; nothing may be added before it is done."""
         self.settle()
-        return RoundMeans(self._architecture, self._base, rule, self.coverage, self._values, self._spread, self._means)
-
-    def _make_room(self, weight: int) -> None:
-        for sums in self._values.values():
-            sums.make_room(weight)
+        return RoundMeans(self._base, rule, self.coverage, self._values)
 
     def _add_together(self, alike: list[_Waiting], active: Active) -> None:
         """Add updates of equal selections, or of any that are not in the sums' order."""
-        run_all([partial(self._add_tensor, t, alike, active) for t in self._specs], self._threads)
+        for spec in self._specs:
+            self._add_tensor(spec, alike, active.get(spec.name))
 
-    def _add_tensor(self, spec: TensorSpec, alike: list[_Waiting], active: Active) -> None:
-        rows, mask = [one.values[spec.name] for one in alike], active.get(spec.name)
+    def _add_tensor(self, spec: TensorSpec, alike: list[_Waiting], mask: npt.NDArray[np.bool_] | None) -> None:
+        rows = [one.values[spec.name] for one in alike]
         if mask is not None:
             rows = [row * mask for row in rows]  # np.where takes ten times as long
         weights, sums, layout = [one.weight for one in alike], self._values[spec.name], self.coverage.expect_layout
@@ -208,29 +183,27 @@ class UpdateSums:
             sums.add_all(parts, weights, at)
 
     def _scatter(self, spec: TensorSpec, several: list[_Waiting], rows: Sequence[npt.NDArray[Any]]) -> bool:
-        """Add what is not in the sums' order, number by number, where there is a quick way to."""
+        """Add what is not in the sums' order, number by number, if that is compiled."""
         if not compiled_kernels.in_use():
             return False
         grids = [into_sums(self.coverage.expect_layout, spec, one.selection) for one in several]
-        apart = [
-            Apart(grid.rows, grid.columns, row, one.weight)
+        scattered = [
+            Scattered(grid.rows, grid.columns, row, one.weight)
             for grid, row, one in zip(grids, rows, several, strict=True)
             if grid is not None
         ]
-        return len(apart) == len(grids) and self._values[spec.name].scatter(apart, math.prod(spec.shape[2:]))
+        return len(scattered) == len(grids) and self._values[spec.name].scatter(scattered, math.prod(spec.shape[2:]))
 
-    def _add_beside(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
-        """Add to the sums that only some folds have."""
-        selection, mask = one.selection, active.get(spec.name)
-        pairs = list(places(self.coverage.expect_layout, spec, selection))
-        if spec.name in self._means:
-            mean = self._means[spec.name]
-            off = np.array(one.values[mean], np.float64) - self._base[mean][selection.maps(mean)[0]]
-            for at, part in pairs:
-                self._spread[spec.name].add((off * off)[part], one.weight, at)
-        if spec.name in self.movement:
-            moved = np.array(one.values[spec.name], np.float64)
-            moved -= self._base[spec.name][mesh(selection.maps(spec.name))]
-            if mask is not None:
-                moved *= mask
-            self.movement.add(spec.name, moved, one.weight, steps, pairs)
+    def _add_moments(self, spec: TensorSpec, one: _Waiting, steps: int, active: Active) -> None:
+        moved = np.array(one.values[spec.name], np.float64)
+        moved -= self._base[spec.name][mesh(one.selection.maps(spec.name))]
+        if spec.name in active:
+            moved *= active[spec.name]
+        moved /= steps
+        np.clip(moved, -_MOVE_RANGE.bound, _MOVE_RANGE.bound, out=moved)
+        pairs = list(places(self.coverage.expect_layout, spec, one.selection))
+        for at, part in pairs:
+            self.moved[spec.name].add(moved[part], one.weight, at)
+        moved *= moved
+        for at, part in pairs:
+            self.squared[spec.name].add(moved[part], one.weight, at)

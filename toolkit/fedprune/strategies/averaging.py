@@ -9,8 +9,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.aggregation.compiled_kernels import load
 from fedprune.aggregation.fold import Fold, Rule
-from fedprune.aggregation.kernel_compiler import load
 from fedprune.model.classifier_head import head_axes
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
@@ -38,7 +38,6 @@ class Mean:
             label rows: with `mask_absent_classes` such rows have no gradient). `elements`: single elements of all
             trained tensors (FIARSE divides by the devices with a change). Empty: all counts.
         excluded: Patterns of tensors that nobody shares (FedPer): they keep their value.
-        pool_variance: As `Fold`.
     """
 
     rule: Rule = "coverage"
@@ -47,7 +46,6 @@ class Mean:
     damped: bool = False
     changed: Literal["", "rows", "elements"] = ""
     excluded: tuple[str, ...] = ()
-    pool_variance: bool = False
 
     @property
     def by_tensor(self) -> bool:
@@ -67,7 +65,6 @@ class Mean:
             scene.model,
             rule=self.rule,
             evidence=evidence,
-            pool_variance=self.pool_variance,
             excluded=matching(scene.architecture, self.excluded, "excluded"),
         )
 
