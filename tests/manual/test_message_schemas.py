@@ -152,7 +152,7 @@ def test_the_asyncapi_document_has_every_topic_and_every_message() -> None:
     ours = [
         *(
             topics.up("pi", "job"),
-            topics.up_blob("pi", "job"),
+            topics.up_to("pi", None, "job"),
             topics.up_to("pi", "ab" * 8, "job"),
             topics.down("pi", "job"),
         ),

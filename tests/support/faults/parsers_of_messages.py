@@ -203,7 +203,9 @@ def _release() -> Release:
 
 def _topics() -> tuple[bytes, ...]:
     site = Topics("lab")
-    return tuple(t.encode() for t in (site.up("a"), site.up_blob("b", "toy"), site.broadcast(), site.join("0" * 32)))
+    return tuple(
+        t.encode() for t in (site.up("a"), site.up_to("b", None, "toy"), site.broadcast(), site.join("0" * 32))
+    )
 
 
 def _topic(text: str) -> object:

@@ -19,7 +19,7 @@ def test_every_topic_is_heard_by_the_right_side_only_and_read_back(site: str, de
     other = "y" if device == "x" else "x"
     for topic, channel in [
         (topics.up(device, job), "up"),
-        (topics.up_blob(device, job), "up/blob"),
+        (topics.up_to(device, None, job), "up/blob"),
         (topics.down(device, job), "down"),
         (topics.down_blob(device, job), "down/blob"),
     ]:
@@ -77,13 +77,12 @@ def test_chunks_for_a_receiver_are_heard_by_it_alone(site: str, device: str, job
     topic, other = topics.up_to(device, tag, job), f"{int(tag, 16) ^ 1:016x}"
 
     assert topics.parse(topic) == Address(device, job, "up/blob")
-    assert topics.up_to(device, None, job) == topics.up_blob(device, job)
     assert topic_matches_sub(topics.receiver_subscription(tag), topic)
     assert topic_matches_sub(f"fedprune/1/{site}/+/+/up/#", topic)  # what brokers' rules let through
     for subscription in (*topics.server_subscriptions(), *topics.device_subscriptions(device)):
         assert not topic_matches_sub(subscription, topic)
     assert not topic_matches_sub(topics.receiver_subscription(other), topic)
-    assert not topic_matches_sub(topics.receiver_subscription(tag), topics.up_blob(device, job))
+    assert not topic_matches_sub(topics.receiver_subscription(tag), topics.up_to(device, None, job))
 
 
 @pytest.mark.parametrize("tag", ["", "blob", "+", "#", "0" * 15, "0" * 17, "A" * 16, "a/b", 7])

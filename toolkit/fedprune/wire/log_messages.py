@@ -1,7 +1,7 @@
-"""Messages by which boards tell their server what went wrong with them: lines of their log, and reports of crashes.
+"""Messages with which boards report problems to their server: lines of their log, and crashes.
 
-A board says none of it before its server has asked (`LogRequest`), which older servers never do; and a server asks only
-boards whose births name the ability `LOG`.
+A board sends none before the server's `LogRequest`, which older servers never send; and a server sends it only to
+boards with the ability `LOG`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fedprune.wire.checked_message import CheckedMessage, newer
 from fedprune.wire.fields import Count, Device, Items, choice, number, text, whole
 
 LOG = "log"
-"""Ability of a board: it sends warnings and errors of its log, and reports of crashes, to a server that asks."""
+"""Ability of a board: on request it sends warnings and errors of its log, and reports of crashes."""
 
 LEVELS = ("warning", "error")
 MAX_LINES = 64
@@ -58,19 +58,19 @@ class LogReport(CheckedMessage, kind="log"):
 
 @dataclass(frozen=True)
 class CrashReport(CheckedMessage, kind="crash"):
-    """How a board's last run ended, where nobody had asked it to end."""
+    """An unexpected end of a board's last run."""
 
     device: Device
     number: Count
-    """As a line's, of the same count."""
+    """A number as those of lines, from the same counter."""
     at: Count
-    """When, in seconds since 1970 by the board's clock."""
+    """Time in seconds since 1970 by the board's clock."""
     cause: Annotated[str, text(64)]
     """`error` (one with an exit code), `exception`, `thread`, `signal` or `killed`; others may come."""
     text: Annotated[str, text(2 * MAX_TEXT)]
-    """The exception or signal, in words."""
+    """The exception or signal, for people."""
     frames: Annotated[tuple[Frame, ...], Items(MAX_FRAMES)]
-    """Where, the innermost first: `module`, `line`, `function`."""
+    """The traceback, innermost frame first."""
     release: Annotated[str, text(256)]
     """The runtime that ran, with its version."""
     slot: Annotated[str, text(64)]
@@ -87,11 +87,12 @@ class CrashReport(CheckedMessage, kind="crash"):
 
 @dataclass(frozen=True)
 class LogRequest(CheckedMessage, kind="log_wanted"):
-    """The server takes a board's log; said after every birth that names `LOG`, and when something of it is kept."""
+    """A server's request for a board's log, after every birth with the ability `LOG` and whenever it has stored
+    lines."""
 
     lines: Annotated[int, whole(0, 100000)]
-    """How many lines of it an hour; 0 for none."""
+    """Lines per hour; 0 for none."""
     bytes: Annotated[int, whole(0, 2**31 - 1)]
-    """How many bytes of their texts an hour."""
+    """Bytes of their texts per hour."""
     kept: Count | None = newer()
-    """The highest number of a line or crash that is on the server's disk; None where nothing came yet."""
+    """The highest number of a line or crash that is on the server's disk; None for none yet."""

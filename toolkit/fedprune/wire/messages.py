@@ -1,8 +1,8 @@
 """Messages between devices and server: small JSON objects with a version, a type and strictly checked fields.
 
-A message is checked when it is made as well as when it is read, so what was sent can be received. Unknown keys are
-ignored (a newer peer may say more); an unknown type or version is an error. Any message may arrive twice, late or
-never.
+Messages are checked when they are made as well as when they are read, so that whatever was sent can be received.
+Unknown keys are ignored (a newer peer may send more); an unknown type or version is an error. Any message may arrive
+twice, late or never.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fedprune.wire.release_messages import ReleaseFromServer, ReleaseReport
 from fedprune.wire.server_messages import ServerPresence, ServerQuery
 
 MAX_REQUEST = 1024
-"""Leaves or pieces that one `BlobRequest` may ask for."""
+"""Leaves or pieces of one `BlobRequest`."""
 
 _MOST_CODECS = 64
 MAX_SUCCESSIONS = 32
@@ -48,7 +48,7 @@ MAX_SUCCESSIONS = 32
 _MOST_ABILITIES = 64
 
 TO = "to"
-"""Ability of a board: it sends the chunks that a want asks for to the receiver that the want names."""
+"""Ability of a board: it sends chunks to the receiver that a blob request names."""
 
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
@@ -68,7 +68,7 @@ class Assignment(TypedDict):
 
 @dataclass(frozen=True)
 class Birth(CheckedMessage, kind="birth"):
-    """A device is there."""
+    """A device is online."""
 
     device: Device
     session: Count
@@ -78,17 +78,17 @@ class Birth(CheckedMessage, kind="birth"):
     samples: Count
     """Local training samples."""
     software: ShortText
-    """What runs there, with versions."""
+    """Software on the device, with versions."""
     probe: FreeObject | None = None
-    """What the board measured of itself."""
+    """The board's measurements of itself."""
     held: Assignment | None = None
     """The job, round and attempt that it works on or whose update it still has to deliver."""
     codecs: Annotated[tuple[Name, ...], Items(_MOST_CODECS, "names")] | None = newer()
     """Names of the codecs in which it can send updates (`fedprune.updates`); None where it knows none."""
     answer_s: Annotated[float, number(0.0, 3600.0)] | None = newer(compare=False)
-    """Seconds that answers take on its way, as far as it knows."""
+    """Its estimate of response times on its link, in seconds."""
     abilities: Annotated[tuple[Name, ...], Items(_MOST_ABILITIES, "names")] | None = newer()
-    """What else it knows of the protocol, such as `TO`; None where it says nothing of that."""
+    """Optional parts of the protocol that it supports, such as `TO`."""
     server_key: Annotated[str, hexadecimal(16)] | None = newer(compare=False)
     """Id of the signing key by which it knows its server; None without an identity."""
     authorities: Pins | None = newer(compare=False)
@@ -98,16 +98,16 @@ class Birth(CheckedMessage, kind="birth"):
 
 @dataclass(frozen=True)
 class Death(CheckedMessage, kind="death"):
-    """A device is gone; the broker says so in its name (a will), or the device itself as it leaves."""
+    """A device is offline: sent by the broker as its will, or by the device itself as it disconnects."""
 
     device: Device
     session: Count
-    """The connection that ended; deaths of older connections than the last birth's mean nothing."""
+    """The connection that ended; a death of an older connection than the last birth's is ignored."""
 
 
 @dataclass(frozen=True)
 class Alive(CheckedMessage, kind="alive"):
-    """A device is still there, and has said nothing else for minutes."""
+    """A device is still online, after minutes without another message."""
 
     device: Device
     session: Count
@@ -116,14 +116,14 @@ class Alive(CheckedMessage, kind="alive"):
 
 @dataclass(frozen=True)
 class Progress(CheckedMessage, kind="progress"):
-    """How far a device is."""
+    """Progress of a device in a round."""
 
     device: Device
     job: Job
     round: Round
     attempt: Attempt
     phase: Annotated[str, choice(*PHASES)]
-    """What it is doing."""
+    """The current phase."""
     done: Count
     """Units done in this phase."""
     total: Count
@@ -132,16 +132,16 @@ class Progress(CheckedMessage, kind="progress"):
 
 @dataclass(frozen=True)
 class Refusal(CheckedMessage, kind="refusal"):
-    """A device can't or won't do what it was offered."""
+    """A device can't or won't accept an offer."""
 
     device: Device
     job: Job
     round: Round
     attempt: Attempt
     reason: Reason
-    """Why, in words."""
+    """The reason, for people."""
     exit_code: Annotated[int, whole(0, 255)]
-    """The code of the error behind it, see `fedprune.core.errors.ExitCode`."""
+    """Exit code of the underlying error (`fedprune.core.errors.ExitCode`)."""
 
 
 @dataclass(frozen=True)
@@ -153,24 +153,24 @@ class Update(CheckedMessage, kind="update"):
     round: Round
     attempt: Attempt
     base: Digest
-    """sha256 of the weights that training started from; an update of an earlier run of a job of the same name is known
-    by it."""
+    """sha256 of the weights that training started from, which tells updates of an earlier job of the same name
+    apart."""
     weights: Blob
     """The trained weights."""
     samples: Count
-    """Local samples behind them."""
+    """Local samples that they were trained on."""
     steps: Count
     """Optimiser steps taken."""
     metrics: Metrics = field(default_factory=dict)
-    """What was measured, by name; finite numbers, at most 64."""
+    """Measurements by name; finite numbers, at most 64."""
 
 
 @dataclass(frozen=True)
 class Hello(CheckedMessage, kind="hello"):
-    """The server is up: devices answer with a birth and repeat an update that is not yet accepted."""
+    """The server is online: devices answer with a birth and repeat an update that is not yet accepted."""
 
     time: Count | None = newer()
-    """The server's, in seconds since 1970, by which boards with a wrong clock know which certificates are over."""
+    """The server's time in seconds since 1970, by which boards with a wrong clock recognise expired certificates."""
     successions: (
         Annotated[tuple[Annotated[str, hexadecimal(256)], ...], Items(MAX_SUCCESSIONS, "successions")] | None
     ) = newer()
@@ -183,7 +183,7 @@ class Hello(CheckedMessage, kind="hello"):
 
 @dataclass(frozen=True)
 class Accepted(CheckedMessage, kind="accepted"):
-    """An update is durable at the server; the device may forget it."""
+    """An update is durable at the server; the device may delete it."""
 
     job: Job
     round: Round
@@ -194,14 +194,14 @@ class Accepted(CheckedMessage, kind="accepted"):
 
 @dataclass(frozen=True)
 class Cancelled(CheckedMessage, kind="cancelled"):
-    """A device's part in a round is void; what it does for it is in vain."""
+    """A device's part in a round is cancelled."""
 
     job: Job
     round: Round
     attempt: Attempt
-    """The attempt; a later one is not meant."""
+    """The cancelled attempt; later ones are not affected."""
     reason: Reason
-    """Why, in words."""
+    """The reason, for people."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Finished(CheckedMessage, kind="finished"):
 
 @dataclass(frozen=True)
 class BlobRequest(CheckedMessage, kind="want"):
-    """Please send pieces of a blob."""
+    """A request for leaves of a blob, or for pieces of its leaf table."""
 
     sha256: Digest
     """The blob."""
@@ -227,9 +227,9 @@ class BlobRequest(CheckedMessage, kind="want"):
     """True where a device listens to the topic that all who pull this blob share, so that the answer may come there;
     None where it doesn't."""
     most: Annotated[int, whole(1, MAX_REQUEST)] | None = newer()
-    """How many leaves or pieces a chunk may hold; None where the sender's own limit will do."""
+    """Leaves or pieces that a chunk may hold; None for the sender's own limit."""
     number: Annotated[int, whole(0, 2**31 - 1)] | None = newer(compare=False)
-    """Drawn anew for every want: one that comes with the same number again is the same, doubled on its way."""
+    """Random number of the request: another delivery with the same number is a duplicate."""
     to: Tag | None = newer()
     """Tag of the server's receiver that the chunks are for; None for the server itself. Only for boards whose births
     name the ability `TO`."""
@@ -237,7 +237,7 @@ class BlobRequest(CheckedMessage, kind="want"):
 
 @dataclass(frozen=True)
 class BlobNotFound(CheckedMessage, kind="gone"):
-    """The wanted blob is not here (any more)."""
+    """The requested blob is not, or no longer, available."""
 
     sha256: Digest
     """The blob."""

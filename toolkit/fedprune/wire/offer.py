@@ -1,4 +1,4 @@
-"""What a server asks a device to train: numbers, a recipe, and references to all the blobs that it needs."""
+"""A server's offer of a round to a device: numbers, a recipe, and references to all the blobs that it needs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MOST_SLABS = 32
 
 @dataclass(frozen=True)
 class Offer(CheckedMessage, kind="offer"):
-    """What a device is asked to train."""
+    """An offer of a round to a device."""
 
     job: Job
     round: Round

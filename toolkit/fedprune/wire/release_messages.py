@@ -1,4 +1,4 @@
-"""Messages by which a server gives its boards a release of the runtime, and by which they say what became of it."""
+"""Messages that offer boards a release of the runtime, and report its installation."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fedprune.wire.fields import Count, Device, Digest, Items, choice, hexadecim
 DOWNLOADING, STAGED, TRIAL = "downloading", "staged", "trial"
 COMMITTED, ROLLED_BACK, REFUSED = "committed", "rolled back", "refused"
 STATES = (DOWNLOADING, STAGED, TRIAL, COMMITTED, ROLLED_BACK, REFUSED)
-"""Where a release stands on a board; the last three are how it ends."""
+"""Progress of a release on a board; the last three are final."""
 
 MAX_NUMBER = 2**31 - 1
 MAX_MANIFEST = 65_536
 MAX_FILES = 64
-"""Of a release: its number, bytes of its manifest, files."""
+"""Limits of a release: its number, the bytes of its manifest, its files."""
 
 MAX_ATTEMPTS, MAX_SECONDS = 100, 3600.0
-"""Of a trial, and of each attempt at it."""
+"""Attempts of a trial, and seconds of each."""
 
 ReleaseNumber = Annotated[int, whole(0, MAX_NUMBER)]
 
 
 @dataclass(frozen=True)
 class ReleaseOffer(CheckedMessage, kind="release"):
-    """A board is to update itself."""
+    """An offer of a release, which a board installs."""
 
     number: ReleaseNumber
     """The release's number."""
@@ -45,7 +45,7 @@ class ReleaseOffer(CheckedMessage, kind="release"):
 
 @dataclass(frozen=True)
 class ReleaseWithdrawn(CheckedMessage, kind="release_withdrawn"):
-    """A release is no longer to be installed; a board that tries or runs it goes on."""
+    """A release must no longer be installed; boards that try or run it continue."""
 
     number: ReleaseNumber
     """The release's number."""
@@ -55,7 +55,7 @@ class ReleaseWithdrawn(CheckedMessage, kind="release_withdrawn"):
 
 @dataclass(frozen=True)
 class ReleaseReport(CheckedMessage, kind="release_report"):
-    """Where a release stands on a board; said at every birth, and when it changes."""
+    """Progress of a release on a board; sent after every birth and at every change."""
 
     device: Device
     number: ReleaseNumber
@@ -63,11 +63,11 @@ class ReleaseReport(CheckedMessage, kind="release_report"):
     state: Annotated[str, choice(*STATES)]
     """One of `STATES`."""
     reason: Annotated[str, text(4096)]
-    """Why it was refused or rolled back, or what it waits for."""
+    """Why it was refused or rolled back, or what the board waits for."""
     done: Count
-    """Leaves of its files that are there."""
+    """Leaves of its files that have arrived."""
     total: Count
-    """Leaves of its files; 0 where nothing is pulled."""
+    """Leaves of its files; 0 where none are fetched."""
 
 
 ReleaseFromServer = ReleaseOffer | ReleaseWithdrawn

@@ -1,4 +1,4 @@
-"""Messages by which servers of one identity find each other; no device gets them."""
+"""Messages by which servers of one identity find each other; devices never receive them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Random = Annotated[str, hexadecimal(32)]
 
 @dataclass(frozen=True)
 class ServerQuery(CheckedMessage, kind="server-query"):
-    """A question to the site's servers: which of you serve?"""
+    """A query for the servers that serve a site."""
 
     instance: Random
-    """Random id of the process that asks."""
+    """Random id of the querying process."""
     nonce: Random
-    """Random; answers repeat it, so that an old answer counts for nothing."""
+    """Random; answers repeat it, so that older answers are ignored."""
     mutual: TrueOrAbsent | None
     """True where those who answer are to ask in turn, since the process serves the site itself; else null."""
     host: Annotated[str, text(256)] | None
@@ -36,7 +36,7 @@ class ServerPresence(CheckedMessage, kind="server-presence"):
     nonce: Random
     """The query's."""
     instance: Random
-    """Random id of the process that answers."""
+    """Random id of the answering process."""
     host: Annotated[str, text(256)]
     """Name of its machine."""
     folder: Annotated[str, text(4096)]

@@ -1,15 +1,12 @@
 """MQTT topics: fedprune/1/{site}/{device}/{job}/{channel}.
 
-Channels are `up` and `down` for messages and `up/blob` and `down/blob` for chunks. What belongs to no job has `-` in
-the job's place; what goes to every device has `all` in the device's. Who is not let in yet has no name that counts: it
-asks on `join` and is answered on `joined`, with the nonce of its request in the device's place.
-
-Chunks of a blob that several devices pull have a topic of their own, whose channel is `down/` and the first 16 digits
-of the blob's digest: a device listens to those that it needs while it needs them.
-
-Chunks for one of several receivers of a server come on `up/` and that receiver's tag, 16 hex digits too.
-
-Servers of one identity find each other on `servers`, which no device reads or writes.
+- Channels are `up` and `down` for messages, `up/blob` and `down/blob` for chunks.
+- The job is `-` for messages that belong to none, the device is `all` for broadcasts.
+- A board that is not yet a member asks on `join` and is answered on `joined`; the device is the nonce of its request.
+- Chunks of a blob that several devices fetch are sent on `down/` and the first 16 digits of the blob's digest. Devices
+  subscribe to these topics only while they need them.
+- Chunks for one of a server's receivers are sent on `up/` and the receiver's tag of 16 hex digits.
+- Servers of one identity find each other on `servers`, which no device reads or writes.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
 
 class Address(NamedTuple):
-    """What a topic says: whose it is, which job it concerns, and the channel."""
+    """The parts of a topic."""
 
     device: str
     job: str
@@ -62,16 +59,12 @@ class Topics:
         """Messages of a device to the server."""
         return self._topic(device, job, "up")
 
-    def up_blob(self, device: str, job: str = NO_JOB) -> str:
-        """Chunks of a device to the server."""
-        return self._topic(device, job, "up/blob")
-
     def up_to(self, device: str, tag: str | None, job: str = NO_JOB) -> str:
-        """Chunks of a device to one of the server's receivers, or to the server itself where there is no tag."""
+        """Chunks of a device to one of the server's receivers, or, without a tag, to the server itself."""
         return self._topic(device, job, "up/blob" if tag is None else f"up/{check_tag(tag)}")
 
     def receiver_subscription(self, tag: str) -> str:
-        """What a receiver listens to."""
+        """The subscription of a receiver."""
         return f"{self._prefix}/+/+/up/{check_tag(tag)}"
 
     def down(self, device: str, job: str = NO_JOB) -> str:
@@ -104,28 +97,28 @@ class Topics:
         return f"{self._prefix}/{EVERYONE}/{job}/{channel}"
 
     def server_subscriptions(self) -> list[str]:
-        """What the server listens to."""
+        """The subscriptions of a server."""
         return [f"{self._prefix}/+/+/up", f"{self._prefix}/+/+/up/blob"]
 
     def device_subscriptions(self, device: str) -> list[str]:
-        """What a device listens to."""
+        """The subscriptions of a device."""
         own = f"{self._prefix}/{check_device(device)}/+"
         return [f"{own}/down", f"{own}/down/blob", self.broadcast()]
 
     def join(self, nonce: str) -> str:
-        """Where somebody asks to be let in; the nonce is its client id, too, by which brokers keep others out."""
+        """Requests to join; the nonce is also the MQTT client id, by which brokers keep others out."""
         return f"{self._prefix}/{check_nonce(nonce)}/{NO_JOB}/{JOIN}"
 
     def joined(self, nonce: str) -> str:
-        """Where the answer goes, and what who asked listens to."""
+        """Answers to a request to join."""
         return f"{self._prefix}/{check_nonce(nonce)}/{NO_JOB}/{JOINED}"
 
     def join_subscription(self) -> str:
-        """What a server listens to that lets devices in."""
+        """The subscription of a server that admits devices."""
         return f"{self._prefix}/+/{NO_JOB}/{JOIN}"
 
     def servers(self) -> str:
-        """Where servers of this site ask for each other and answer."""
+        """Queries and answers of this site's servers."""
         return f"{self._prefix}/{EVERYONE}/{NO_JOB}/{SERVERS}"
 
     def parse_join(self, topic: str) -> str:

@@ -1,9 +1,9 @@
-"""Pulling and serving blobs, without any network I/O: messages go in, messages come out.
+"""Transfer of blobs, without network I/O: messages go in, messages come out.
 
-The receiver drives. It asks for leaves and never has more than a window of them on the way, so that a broker never
-holds more of a transfer: its acknowledgement only says that the broker has a message, and a default Mosquitto
-that acknowledged 3,000 messages for a slow subscriber delivered 1,132 of them. The sender keeps no state at all.
-Chunks may get lost, arrive twice, late or in any order; each leaf is verified as it arrives.
+The receiver drives the transfer. It requests leaves, and never has more than a window of them outstanding, so that a
+broker never holds more: its acknowledgement only means that the broker has a message, and a default Mosquitto that
+acknowledged 3,000 messages for a slow subscriber delivered 1,132 of them. The sender is stateless. Chunks may get lost,
+arrive twice, late or in any order; each leaf is verified on arrival.
 """
 
 from __future__ import annotations
@@ -20,45 +20,45 @@ from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest
 from fedprune.wire.response_time import MAX_PATIENCE, ResponseTime
 
 CHUNK_LEAVES = leaves_per_chunk(MAX_PACKET)
-"""Leaves that are asked for at a time at least."""
+"""Leaves of a request at least."""
 
 WINDOW_LEAVES = 32
-"""Leaves of one blob that are asked for and not yet there, at first: 1 MiB."""
+"""Outstanding leaves of one blob at first: 1 MiB."""
 
 WIDE_WINDOW_LEAVES = 128
-"""The same where leaves come at once after they were asked for: 4 MiB. What is on the way is then in nobody's queue for
-long, and a small window would leave the link idle."""
+"""Outstanding leaves on a fast link: 4 MiB. They wait in no queue there, and a small window would leave the link
+idle."""
 
 _QUICK_S = 0.1
 _SLOW_S = 1.0
-"""Leaves that come within so many seconds let the window grow, those that take so long make it small again."""
+"""Response times below which the window grows, and above which it shrinks."""
 
 PATIENCE = 5.0
 
 MAX_TRIES = 8
-"""Times that one leaf or the leaf table may arrive damaged before the transfer fails."""
+"""Damaged arrivals of one leaf, or of the leaf table, after which the transfer fails."""
 
 
 class Pull:
-    """One blob on its way here.
+    """The download of one blob.
 
-    The caller sends the wants that the methods return, hands in every chunk of this blob, and calls `on_tick` about
-    once a second, after it has handed in all chunks that wait. After a reconnection it calls `start` again.
+    The caller sends the requests that the methods return, passes every chunk of this blob to `on_chunk`, and calls
+    `on_tick` about once a second, after all chunks that have arrived. After a reconnection it calls `start` again.
 
     Args:
         ref: The blob.
-        partial: Where it grows, with what has already arrived.
-        chunk_leaves: Leaves that are asked for at once at least, unless fewer are missing.
-        window_leaves: Leaves that are asked for and not yet there at most.
-        limit: How many leaves a chunk may hold; shared by pulls through one broker, so that they learn from each other.
-        patience_s: Seconds without progress after which what is on the way is asked for again. It grows when that
-            doesn't help, and with the time that leaves need to arrive.
-        shared: Whether the caller listens to the blob's shared topic: then leaves that others asked for are taken, too.
-        answers: How long answers take; shared by pulls from one peer.
-        lend: Writes leaves that needn't be asked for, because they are here; called once, when the leaf table is there.
+        partial: The partial blob, with the leaves that have already arrived.
+        chunk_leaves: Leaves of a request at least, unless fewer are missing.
+        window_leaves: Outstanding leaves at most.
+        limit: Leaves of a chunk; shared by all pulls through one broker.
+        patience_s: Seconds without progress before outstanding leaves are requested again. It grows with each vain
+            repetition, and with the response time.
+        shared: Whether the caller listens to the blob's shared topic, so that leaves that others requested are taken.
+        answers: Response time; shared by all pulls from one peer.
+        lend: Writes leaves that are available locally; called once, when the leaf table is complete.
 
     Raises:
-        ProtocolError: The window or chunk size makes no sense.
+        ProtocolError: The window or chunk size is invalid.
     """
 
     def __init__(
@@ -82,20 +82,22 @@ class Pull:
             )
         self.ref = ref
         self.shared = shared
-        """Whether answers may come on the blob's shared topic; whoever hears nothing there may set it to false."""
+        """Whether answers may come on the blob's shared topic; a caller that hears nothing there sets it to false."""
         self.stalls = 0
-        """Times in a row that leaves had to be asked for again without any progress."""
+        """Consecutive repetitions without any progress."""
         self._partial = partial
         self._lend = lend
         self._limit = limit or ChunkLimit()
-        self._came = False  # something, since it was asked for
+        self._came = False  # whether any requested leaf has
         self._chunk = chunk_leaves
         self._most = window_leaves
         self._window = self._least = min(window_leaves, WINDOW_LEAVES)
         self._answers = answers or ResponseTime()
         self._base = self._patience = patience_s
-        self._asked: dict[int, tuple[int, float]] = {}  # leaf or piece on the way: serial number and time of asking
-        self._twice: set[int] = set()  # those of them that were asked for again and may come for the first asking, too
+        self._asked: dict[
+            int, tuple[int, float]
+        ] = {}  # outstanding leaf or piece: serial number and time of the request
+        self._twice: set[int] = set()  # those requested twice, which may come twice
         self._serial = 0
         self._newest = 0  # highest serial number that has arrived
         self._moved_at = 0.0
@@ -111,16 +113,16 @@ class Pull:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Leaves that are here, and leaves in all."""
+        """Leaves that have arrived, and leaves in all."""
         return self._partial.count, self.ref.leaf_count
 
     @property
     def outstanding(self) -> int:
-        """Leaves or pieces that are asked for and not yet here; never more than the window."""
+        """Outstanding leaves or pieces; never more than the window."""
         return len(self._asked)
 
     def start(self, now: float) -> list[BlobRequest]:
-        """Begin, or begin again after a reconnection: whatever was on the way is taken for lost.
+        """Begin, or begin again after a reconnection: all outstanding leaves are considered lost.
 
         Raises:
             ProtocolError: The reference contradicts itself.
@@ -138,11 +140,11 @@ class Pull:
         return wants + self._advance(now)
 
     def remind(self, now: float) -> list[BlobRequest]:
-        """Ask again for what should have come by now: the sender says that it is there, and may have forgotten all."""
+        """Request again what should have arrived by now: the sender has reconnected and may have lost all requests."""
         return self._repeat([i for i, (_, at) in self._asked.items() if now - at >= self._answers.slowest], now)
 
     def on_chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
-        """Take in a chunk; what was not asked for is ignored, unless the blob is shared.
+        """Process a chunk; leaves that were not requested are ignored, unless the blob is shared.
 
         Raises:
             ProtocolError: A leaf or the leaf table arrived damaged too often, or the reference contradicts itself.
@@ -162,7 +164,7 @@ class Pull:
         return self._again(bad, now) + self._advance(now)
 
     def on_tick(self, now: float) -> list[BlobRequest]:
-        """Ask again for what seems lost.
+        """Request again what seems lost.
 
         Raises:
             ProtocolError: See `on_chunk`.
@@ -185,7 +187,7 @@ class Pull:
         return self._repeat(overtaken, now)
 
     def give_up(self) -> None:
-        """Nothing more will come of what was asked for: if nothing of it did, the chunks may have been too large."""
+        """Stop waiting for the outstanding leaves: if none has arrived, the chunks may have been too large."""
         if len(self._asked) > 1 and not self._came:
             self._limit.silent()
         self._came = False
@@ -195,7 +197,7 @@ class Pull:
         return "leaves" if self._partial.table is None else "data"
 
     def _keep(self, first: int, payload: memoryview, now: float) -> list[int]:
-        """Take in consecutive leaves or pieces that were asked for; returns those that are damaged."""
+        """Store consecutive requested leaves or pieces; returns the indices of damaged ones."""
         indices = range(first, first - (-len(payload) // LEAF))
         if self._part == "data":
             bad = self._partial.write_leaves(first, payload)
@@ -215,7 +217,7 @@ class Pull:
         return bad
 
     def _overheard(self, index: int, payload: memoryview) -> bool:
-        """Keep what somebody else has asked for, if it is new and right."""
+        """Store a leaf or piece that another device requested, if it is new and intact."""
         if self._part == "data":
             present = self._partial.present
             return index < len(present) and not present[index] and self._partial.write(index, payload)
@@ -229,7 +231,7 @@ class Pull:
         self.stalls = 0
         self._moved_at = now
         if took is None:
-            return  # which of two askings was answered nobody knows, so this says nothing about the time (Karn)
+            return  # either request may have been answered, so that the time is ambiguous (Karn's algorithm)
         self._answers.came(took)
         if took < _QUICK_S:
             self._window = min(self._window + 1, self._most)
@@ -247,7 +249,7 @@ class Pull:
             )
 
     def _advance(self, now: float) -> list[BlobRequest]:
-        """Ask for what fits into the window; go on to the next part when one is complete."""
+        """Request what fits into the window; go on to the data when the leaf table is complete."""
         if self._done:
             return []
         if self._part == "leaves":
@@ -274,7 +276,7 @@ class Pull:
         data = self._part == "data"
         free = self._window - len(self._asked)
         if free < max(self._chunk, self._window // 4) and self._asked and total - self._cursor > free:
-            return []  # every want costs both sides a message: wait until one can ask for more
+            return []  # each request costs both sides a message: wait until one can hold more
         new: list[int] = []
         while self._cursor < total and len(new) < free:
             index = self._cursor
@@ -284,7 +286,7 @@ class Pull:
         return self._again(new, now)
 
     def _repeat(self, indices: list[int], now: float) -> list[BlobRequest]:
-        """Ask again for what may be on its way."""
+        """Request again what may still arrive."""
         self._twice.update(indices)
         return self._again(indices, now)
 
@@ -311,17 +313,13 @@ class Pull:
 
 
 class BlobSender:
-    """Answers wants from stores; it remembers nothing between them.
-
-    Args:
-        stores: Where the blobs are; the first one that has a blob gives it.
-    """
+    """Answers blob requests from the first of its stores that has the blob; it is stateless."""
 
     def __init__(self, *stores: BlobStore) -> None:
         self._stores = stores
 
     def leaves(self, sha256: str) -> int:
-        """Leaves of a blob; 0 for one that isn't here."""
+        """Leaves of a blob; 0 for one that no store has."""
         store = next((s for s in self._stores if s.has(sha256)), None)
         try:
             return 0 if store is None else -(-store.size(sha256) // LEAF)
@@ -329,15 +327,15 @@ class BlobSender:
             return 0
 
     def answer(self, want: BlobRequest, max_packet: int = MAX_PACKET) -> Iterator[bytes] | BlobNotFound:
-        """The chunks that were wanted, read as they are taken, or that the blob is not here.
+        """The requested chunks, as far as the blob goes, read as they are consumed; or that no store has the blob.
 
         Args:
-            want: What is wanted; what lies beyond the blob's end is left out.
-            max_packet: Bytes of an MQTT packet that the broker lets through.
+            want: The request.
+            max_packet: Bytes of the largest MQTT packet that the broker accepts.
 
         Raises:
             ProtocolError: Not even one leaf fits into a packet.
-            StorageError: The blob is here but can't be read.
+            StorageError: The blob can't be read.
         """
         step = min(leaves_per_chunk(max_packet), want.most or MAX_REQUEST)
         store = next((s for s in self._stores if s.has(want.sha256)), None)
@@ -349,13 +347,16 @@ class BlobSender:
             except StorageError:
                 if store.has(want.sha256):
                     raise
-                return BlobNotFound(want.sha256)  # deleted by somebody else meanwhile
+                return BlobNotFound(want.sha256)  # deleted meanwhile
         return _leaves(store, want, step)
 
 
 def _leaves(store: BlobStore, want: BlobRequest, step: int) -> Iterator[bytes]:
     step = -(-want.count // -(-want.count // step))  # chunks of one size, where the last would be a small one
-    with suppress(StorageError, OSError), store.open(want.sha256) as file:  # gone: the next want is answered so
+    with (
+        suppress(StorageError, OSError),
+        store.open(want.sha256) as file,
+    ):  # deleted: the next request is answered accordingly
         yield from read_chunks(file, want.sha256, want.first, want.count, step)
 
 
