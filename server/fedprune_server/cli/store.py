@@ -46,7 +46,7 @@ def add_store_commands(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from fedprune.core.disk import held
-    from fedprune_server.maintenance.finding import Finding, Weight
+    from fedprune_server.maintenance.finding import Finding
     from fedprune_server.maintenance.repair import repair
     from fedprune_server.maintenance.state_check import check, size_of
     from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
@@ -73,14 +73,14 @@ def _check(arguments: argparse.Namespace) -> int:
                 for done in repair(part, findings, backup):
                     print(f"repaired: {done}")
                 findings = found(part, running=False)
-                left = [f for f in findings if f.weight is Weight.WRONG]
+                left = [f for f in findings if f.wrong]
                 for finding in left:
                     print(f"still {finding}")
         else:
             findings = found(part, running=held(part / LOCK))
             for finding in findings:
                 print(finding)
-        wrong += sum(f.weight is Weight.WRONG for f in findings)
+        wrong += sum(f.wrong for f in findings)
     if wrong:
         raise StorageError(
             f"{folder}: {wrong} thing{'s are' if wrong > 1 else ' is'} wrong",

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedprune.blobs.blob_ref import leaf_table, table_file
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError
-from fedprune_server.maintenance.finding import Cure, Finding, Weight
+from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.inventory import Inventory, Lying
 from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, digest_of
 from fedprune_server.storage.s3.store import BucketStore
@@ -40,7 +40,7 @@ def check_bucket(
     objects = store.objects()
     for digest in sorted(needs.references - objects.keys()):
         yield Finding(
-            Weight.WRONG, f"blob {digest} is missing from {store.bucket.url}", _BACKUP, Cure.FETCH, (), digest
+            Severity.WRONG, f"blob {digest} is missing from {store.bucket.url}", _BACKUP, Repair.FETCH, (), digest
         )
     for row in needs.state.history:
         model = str(row["model"])
@@ -49,7 +49,7 @@ def check_bucket(
                 f"the model after round {row['round']} ({model}) isn't in {store.bucket.url}, though `keep` asks for it"
             )
             advice = "It was let go of if `keep` was smaller then; else a backup may have it."
-            yield Finding(Weight.NOTE, what, advice, Cure.FETCH, (), model)
+            yield Finding(Severity.NOTE, what, advice, Repair.FETCH, (), model)
     doubled: list[str] = []
     for digest, keys in sorted(objects.items()):
         good = 0
@@ -80,11 +80,11 @@ def _about(store: BucketStore, needs: Inventory) -> Iterator[Finding]:
         advice = (
             f"A server that is started on the folder goes by its own; delete {OWNER} and {MODEL} to have it write both."
         )
-        yield Finding(Weight.NOTE, f"{store.bucket.url}/{MODEL} {what}", advice)
+        yield Finding(Severity.NOTE, f"{store.bucket.url}/{MODEL} {what}", advice)
     strange = [key for key, _ in store.bucket.list() if key not in (OWNER, MODEL) and digest_of(key) is None]
     if strange:
         what = f"{len(strange)} objects that no server wrote, such as {store.bucket.url}/{strange[0][:100]}"
-        yield Finding(Weight.NOTE, what)
+        yield Finding(Severity.NOTE, what)
 
 
 def _whole(store: BucketStore, key: str, digest: str, advance: Advance) -> bool | None:
@@ -99,9 +99,9 @@ def _whole(store: BucketStore, key: str, digest: str, advance: Advance) -> bool 
 def _damaged(store: BucketStore, key: str, digest: str, *, needed: bool) -> Finding:
     what = f"object {store.bucket.url}/{key} is damaged"
     if needed:
-        return Finding(Weight.WRONG, what, _BACKUP, Cure.SET_ASIDE, (), digest, (key,))
+        return Finding(Severity.WRONG, what, _BACKUP, Repair.SET_ASIDE, (), digest, (key,))
     what, advice = f"{what}, and not needed", "`--repair` sees to it."
-    return Finding(Weight.WRONG, what, advice, Cure.DELETE, (), digest, (key,))
+    return Finding(Severity.WRONG, what, advice, Repair.DELETE, (), digest, (key,))
 
 
 def _left_over(
@@ -118,7 +118,7 @@ def _left_over(
             size = sum(sizes[key] for key in keys)
             said = f"{what}: {len(keys)} objects in {store.bucket.url}, {size} bytes"
             yield Finding(
-                Weight.NOTE, said, "They do no harm; `--repair` deletes them.", Cure.DELETE, (), "", tuple(keys)
+                Severity.NOTE, said, "They do no harm; `--repair` deletes them.", Repair.DELETE, (), "", tuple(keys)
             )
 
 
@@ -134,10 +134,10 @@ def _folder(there: Lying) -> Iterator[Finding]:
         files = (path,) if table is None else (path, table)
         if hashlib.sha256(data).hexdigest() != digest:
             what = f"{path}, a copy of what the bucket has, is damaged: it is fetched again"
-            yield Finding(Weight.NOTE, what, "", Cure.DELETE, files, digest)
+            yield Finding(Severity.NOTE, what, "", Repair.DELETE, files, digest)
         elif table is not None and found not in (table_file(leaf_table(data)), leaf_table(data)):
             yield Finding(
-                Weight.NOTE, f"leaf table {table} is damaged: it is made again", "", Cure.DELETE, (table,), digest
+                Severity.NOTE, f"leaf table {table} is damaged: it is made again", "", Repair.DELETE, (table,), digest
             )
 
 
@@ -157,7 +157,7 @@ def mend(store: BucketStore, finding: Finding, folder: Path) -> Iterator[str]:
         StorageError: The disk fails.
     """
     for key in finding.keys:
-        if finding.cure is Cure.SET_ASIDE:
+        if finding.repair is Repair.SET_ASIDE:
             data = store.bucket.get(key, store.max_size)
             if data is None:
                 raise StorageError(f"{store.bucket.url}/{key} is gone", hint="Check again.")

@@ -1,6 +1,6 @@
-"""A fleet looked over, as `fedprune-server doctor` does: everything that can be seen from the server's machine.
+"""The checks of `fedprune-server doctor`: everything about a fleet that can be seen from the server's machine.
 
-Nothing is changed. What the disk's files themselves lack is `fedprune-server check`'s business.
+Nothing is changed. `fedprune-server check` (`maintenance.state_check`) reads the files themselves.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from fedprune.core.disk import held, read_file
 from fedprune.core.errors import FedpruneError
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.maintenance import site_doctor as site
-from fedprune_server.maintenance.ailment import Ailment, of_alert, wrong
-from fedprune_server.maintenance.fleet_doctor import Case, ailments
+from fedprune_server.maintenance.finding import Finding, of_alert, wrong
+from fedprune_server.maintenance.fleet_doctor import Case, findings
 from fedprune_server.monitoring.alerts import Snapshot, at, command, evaluate
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.monitoring.site_facts import site_facts
@@ -24,8 +24,8 @@ from fedprune_server.storage.state_folder import LOCK, MODEL, folders
 from fedprune_server.storage.storage import Storage
 
 
-def examined(folder: Path, timeout: float = 5.0, clock: Callable[[], float] = time.time) -> list[Ailment]:
-    """All that is wrong with a server and its fleet, the worst first.
+def examined(folder: Path, timeout: float = 5.0, clock: Callable[[], float] = time.time) -> list[Finding]:
+    """All findings about a server and its fleet, the worst first.
 
     Args:
         folder: The state folder.
@@ -39,7 +39,7 @@ def examined(folder: Path, timeout: float = 5.0, clock: Callable[[], float] = ti
     return [a for a in found if a.wrong] + [a for a in found if not a.wrong]
 
 
-def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
+def _examine(folder: Path, timeout: float, now: float) -> Iterator[Finding]:
     Storage.check_existing(folder)
     running = held(folder / LOCK)
     cases: list[Case] = []
@@ -57,11 +57,11 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
             continue
         last = max(filter(None, (last, event_at)), default=None)
         cases.append(case)
-        yield from ailments(case)
+        yield from findings(case)
     server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
     broken = list(site.identity(folder))
     yield from broken
-    looks: tuple[Callable[[], Iterable[Ailment]], ...] = (
+    looks: tuple[Callable[[], Iterable[Finding]], ...] = (
         lambda: _alerts(folder, cases, server, now, running=running, members=not broken),
         lambda: site.clock(now, last),
         lambda: site.broker(folder, server, timeout, running=running),
@@ -74,16 +74,16 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Ailment]:
     )
     found: set[str] = set()
     for look in looks:
-        for ailment in _looked(look, folder):
-            if ailment.kind != "broker" or "broker" not in found:
-                yield ailment
-            found.add(ailment.kind)
+        for finding in _looked(look, folder):
+            if finding.kind != "broker" or "broker" not in found:
+                yield finding
+            found.add(finding.kind)
 
 
 def _alerts(
     folder: Path, cases: Sequence[Case], server: Mapping[str, Any], now: float, *, running: bool, members: bool
-) -> Iterator[Ailment]:
-    """The alerts that the state folder justifies, and those that a running server has open besides."""
+) -> Iterator[Finding]:
+    """Alerts that the state folder justifies, and others that a running server has open."""
     live = read_open(folder) if running else None
     rows = {n: str(r["reason"]) for n, r in sorted(read_rows(folder).items()) if (r["until"] or 0.0) > now}
     seen = Snapshot(
@@ -101,8 +101,8 @@ def _alerts(
     yield from map(of_alert, found.values())
 
 
-def _looked(look: Callable[[], Iterable[Ailment]], folder: Path) -> Iterator[Ailment]:
-    """What a look finds; one that fails keeps nobody from the others."""
+def _looked(look: Callable[[], Iterable[Finding]], folder: Path) -> Iterator[Finding]:
+    """The findings of a check; one that fails doesn't keep the others from running."""
     try:
         yield from look()
     except FedpruneError as error:
@@ -110,7 +110,7 @@ def _looked(look: Callable[[], Iterable[Ailment]], folder: Path) -> Iterator[Ail
 
 
 def _case(folder: Path, site_folder: Path) -> tuple[Case, float | None]:
-    """A job as it lies on the disk, and when its last event was; the site's folder has the identity."""
+    """A job as it is stored, and the time of its last event; `site_folder` has the identity."""
     with Storage.existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last = storage.outsiders(), storage.log.last_at()

@@ -1,21 +1,24 @@
-"""What a check of a state folder found."""
+"""One finding of `check` or `doctor`: what is wrong, why it matters, what to do, and what a repair would do."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
+
+from fedprune_server.monitoring.alerts import INFO, Alert
 
 
-class Weight(str, Enum):
-    """How bad something is."""
+class Severity(str, Enum):
+    """How bad a finding is; a note can wait."""
 
     WRONG = "wrong"
     NOTE = "note"
 
 
-class Cure(str, Enum):
-    """What a repair does about it."""
+class Repair(str, Enum):
+    """What `check --repair` does about a finding."""
 
     NONE = "none"
     DELETE = "delete"
@@ -25,25 +28,56 @@ class Cure(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not as it should be, or worth knowing.
+    """Something that is wrong, will be, or is worth knowing.
 
     Attributes:
-        weight: How bad it is.
-        what: What it is, naming it.
-        advice: What to do.
-        cure: What a repair does.
+        severity: How bad it is.
+        what: The finding, with names.
+        advice: What to do, with a command where there is one.
+        repair: What a repair does.
         paths: The files that it is about.
         blob: Digest of the blob that it is about.
         keys: The objects of a bucket that it is about.
+        kind: For `doctor`: a short name, the same in every version.
+        why: For `doctor`: what it leads to.
     """
 
-    weight: Weight
+    severity: Severity
     what: str
     advice: str = ""
-    cure: Cure = Cure.NONE
+    repair: Repair = Repair.NONE
     paths: tuple[Path, ...] = ()
     blob: str = ""
     keys: tuple[str, ...] = ()
+    kind: str = ""
+    why: str = ""
+
+    @property
+    def wrong(self) -> bool:
+        """Whether it is more than a note."""
+        return self.severity is Severity.WRONG
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON of `doctor`."""
+        severity = self.severity.value
+        return {"kind": self.kind, "weight": severity, "what": self.what, "why": self.why, "todo": self.advice}
 
     def __str__(self) -> str:
-        return f"{self.weight.value}: {self.what}{'. ' if self.advice else ''}{self.advice}"
+        if self.kind:
+            return f"{self.severity.value}: {self.what}\n  why: {self.why}\n  do:  {self.advice}"
+        return f"{self.severity.value}: {self.what}{'. ' if self.advice else ''}{self.advice}"
+
+
+def wrong(kind: str, what: str, why: str, advice: str) -> Finding:
+    """A finding of `doctor` that needs action."""
+    return Finding(Severity.WRONG, what, advice, kind=kind, why=why)
+
+
+def note(kind: str, what: str, why: str, advice: str) -> Finding:
+    """A finding of `doctor` that is worth knowing."""
+    return Finding(Severity.NOTE, what, advice, kind=kind, why=why)
+
+
+def of_alert(alert: Alert) -> Finding:
+    """An alert as a finding; one that only informs is a note."""
+    return (note if alert.severity == INFO else wrong)(alert.kind, alert.what, alert.why, alert.todo)

@@ -14,7 +14,7 @@ from fedprune.core.errors import shown
 from fedprune.core.text import quantity, some
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.divergence import of_history
-from fedprune_server.maintenance.ailment import Ailment, note, wrong
+from fedprune_server.maintenance.finding import Finding, note, wrong
 from fedprune_server.monitoring.alerts import SHOWN, JobStatus, at, command
 from fedprune_server.monitoring.monitor import off_by_far
 from fedprune_server.monitoring.reasons import kind_of
@@ -88,7 +88,7 @@ class Case:
         )  # fmt: skip
 
 
-def ailments(case: Case) -> Iterator[Ailment]:
+def findings(case: Case) -> Iterator[Finding]:
     """All that is wrong with a job."""
     if case.state.phase is Phase.FINISHED:
         yield from _diverges(case)
@@ -104,7 +104,7 @@ def ailments(case: Case) -> Iterator[Ailment]:
     yield from _diverges(case)
 
 
-def _paused(case: Case) -> Iterator[Ailment]:
+def _paused(case: Case) -> Iterator[Finding]:
     if case.state.paused:
         yield note(
             "paused",
@@ -114,7 +114,7 @@ def _paused(case: Case) -> Iterator[Ailment]:
         )
 
 
-def _excluded(case: Case) -> Iterator[Ailment]:
+def _excluded(case: Case) -> Iterator[Finding]:
     reasons = {n: d.excluded for n, d in case.state.devices.items() if d.excluded}
     reasons |= {n: str(b.get("excluded", "")) for n, b in case.outsiders.items() if n not in case.state.devices}
     for reason, names in _grouped(reasons).items():
@@ -126,7 +126,7 @@ def _excluded(case: Case) -> Iterator[Ailment]:
         )
 
 
-def _deadline(case: Case) -> Iterator[Ailment]:
+def _deadline(case: Case) -> Iterator[Finding]:
     limit = float(case.job.get("deadline_s", math.inf))
     slow = {
         n: seconds
@@ -155,7 +155,7 @@ def _deadline(case: Case) -> Iterator[Ailment]:
             )
 
 
-def _refused(case: Case) -> Iterator[Ailment]:
+def _refused(case: Case) -> Iterator[Finding]:
     rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
     parts = [p for r in rows for p in r["devices"].values()]
     parts += [vars_of(t) for t in case.state.tasks.values() if t.progress is Progress.REFUSED] if not parts else []
@@ -176,7 +176,7 @@ def _refused(case: Case) -> Iterator[Ailment]:
     )
 
 
-def _outlying(case: Case) -> Iterator[Ailment]:
+def _outlying(case: Case) -> Iterator[Finding]:
     rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
     found: dict[str, list[str]] = {}
     for row in rows:
@@ -196,7 +196,7 @@ def _outlying(case: Case) -> Iterator[Ailment]:
         )
 
 
-def _uncovered(case: Case) -> Iterator[Ailment]:
+def _uncovered(case: Case) -> Iterator[Finding]:
     strategy = str(case.job.get("strategy", ""))
     if strategy not in _PREFIXES or not case.groups:
         return
@@ -217,7 +217,7 @@ def _uncovered(case: Case) -> Iterator[Ailment]:
         )
 
 
-def _diverges(case: Case) -> Iterator[Ailment]:
+def _diverges(case: Case) -> Iterator[Finding]:
     recipe = case.job.get("recipe", {})
     trouble = of_history(case.state.history, recipe if isinstance(recipe, Mapping) else {})
     if trouble:

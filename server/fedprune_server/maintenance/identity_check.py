@@ -10,7 +10,7 @@ from fedprune.security.authority import CERTIFICATE, CRL, KEY, REGISTER, Authori
 from fedprune.security.certificates import key_digest, load_certificate, load_tls_key
 from fedprune.security.epoch import EpochFile
 from fedprune.security.succession import Lineage
-from fedprune_server.maintenance.finding import Finding, Weight
+from fedprune_server.maintenance.finding import Finding, Severity
 
 _RESTORE = "Restore the backup of the identity folder."
 _NEXT_START = "The next start of the server makes a new one."
@@ -43,7 +43,7 @@ def check_identity(identity: Path) -> Iterator[Finding]:
     missing = {name for name in _NEEDED if not (identity / name).exists()}
     for name, advice in _NEEDED.items():
         if name in missing:
-            yield Finding(Weight.WRONG, f"{identity / name} is missing", advice)
+            yield Finding(Severity.WRONG, f"{identity / name} is missing", advice)
     if not missing & {KEY, CERTIFICATE, REGISTER}:
         yield from _failure(lambda: _authority(identity, crl=CRL not in missing))
     if "signing.key" not in missing:
@@ -57,7 +57,7 @@ def _failure(read: Callable[[], object]) -> Iterator[Finding]:
     try:
         read()
     except FedpruneError as error:
-        yield Finding(Weight.WRONG, str(error))
+        yield Finding(Severity.WRONG, str(error))
 
 
 def _authority(identity: Path, *, crl: bool) -> None:

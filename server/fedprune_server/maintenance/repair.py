@@ -11,7 +11,7 @@ from fedprune.core.disk import storage_errors, sync_folder
 from fedprune.core.errors import StorageError
 from fedprune.core.text import quantity
 from fedprune_server.maintenance.bucket_check import mend
-from fedprune_server.maintenance.finding import Cure, Finding
+from fedprune_server.maintenance.finding import Finding, Repair
 from fedprune_server.storage.blob_place import BLOBS, bucket_of
 from fedprune_server.storage.storage import Storage
 
@@ -42,13 +42,13 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
     for finding in findings:
         if bucket is not None:
             yield from mend(bucket, finding, folder / DAMAGED)
-        if finding.cure is Cure.DELETE and finding.paths:
+        if finding.repair is Repair.DELETE and finding.paths:
             _delete(finding.paths)
             yield f"deleted {quantity(len(finding.paths), 'file')}, such as {finding.paths[0]}"
-        if finding.cure is Cure.SET_ASIDE:
+        if finding.repair is Repair.SET_ASIDE:
             for path in finding.paths:
                 yield f"moved {path} to {_set_aside(folder, path)}"
-        if finding.cure in (Cure.SET_ASIDE, Cure.FETCH):
+        if finding.repair in (Repair.SET_ASIDE, Repair.FETCH):
             home = BlobStore(_root(folder, finding)) if bucket is None or finding.paths else bucket
             for source in sources:
                 with suppress(StorageError):

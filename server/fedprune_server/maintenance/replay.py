@@ -8,6 +8,7 @@ asynchronous job, whose course no other run repeats.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import chain
@@ -26,6 +27,8 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.executor.evaluation_data import load_calibration
 from fedprune_server.executor.retention import texts
 from fedprune_server.executor.worker import Worker
+from fedprune_server.maintenance.finding import Finding, Severity
+from fedprune_server.maintenance.inventory import Inventory
 from fedprune_server.storage.blob_place import reader
 from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
@@ -180,3 +183,48 @@ def event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
         return _KINDS[kind](**body)
     except (KeyError, TypeError) as error:
         raise StorageError(f"event {number} of the log is of another version ({kind}: {error})") from error
+
+
+def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterator[Finding]:
+    """Feed a job's log to a new coordinator, and find where it ends elsewhere than the job's state.
+
+    Workers' results are taken from the log, so that this is quick and needs no updates; it proves only that log and
+    state belong together. A difference is wrong in an archived job, whose settings never changed, else a note.
+
+    Args:
+        folder: The state folder; no server runs on it.
+        storage: Its database.
+        needs: What the job needs.
+    """
+    log = storage.log.events()
+    first = next(log, None)
+    if first is None or first[0] != 1:
+        at = "is empty" if first is None else f"begins with event {first[0]}"
+        yield Finding(Severity.NOTE, f"the log {at}, so that it can't be compared with the state")
+        return
+    weight = Severity.WRONG if needs.archive else Severity.NOTE
+    try:
+        differing = _differing(folder, needs, chain([first], log))
+    except FedpruneError as error:
+        yield Finding(weight, f"the log can't be followed: {error}")
+        return
+    if differing:
+        advice = "If the job's settings or this program's version never changed, restore a backup."
+        yield Finding(weight, f"the log ends in another state: {', '.join(differing)}", advice)
+
+
+def _differing(
+    folder: Path, needs: Inventory, log: Iterator[tuple[int, float, str, dict[str, Any]]] | chain[Any]
+) -> list[str]:
+    path = folder / MODEL
+    with storage_errors(f"can't read {path}"):
+        raw = read_file(path)
+    model, job = import_onnx(raw, str(needs.settings["name"])), Job.from_dict(needs.settings["job"])
+    with TemporaryDirectory(prefix="fedprune-check-") as scratch:
+        digest = Worker(job, model, BlobStore(Path(scratch), durable=False), None, None).initial()
+    state = State(model=digest, architecture=model.architecture.digest)
+    coordinator = coordinate(job, model.architecture, state, model.frozen)
+    for number, at, kind, body in log:
+        coordinator.handle(event_of(number, kind, body), at)
+    told, saved = (json.loads(s.to_json()) for s in (state, needs.state))
+    return sorted(k for k in told.keys() | saved.keys() if told.get(k) != saved.get(k))

@@ -17,8 +17,8 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune.security.epoch import EpochFile
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import NAME, Entry, Manifest
+from fedprune_server.maintenance.backup_record import record_restore
 from fedprune_server.maintenance.inventory import inventory
-from fedprune_server.maintenance.restored_record import record_restore
 from fedprune_server.storage.copying import fill
 from fedprune_server.storage.state_folder import keep as keep_place
 from fedprune_server.storage.state_folder import url_of

@@ -7,6 +7,7 @@ import secrets
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +22,8 @@ from fedprune_server.devices.board_logs import read_logs
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import REVOKED
-from fedprune_server.maintenance.ailment import Ailment, note, of_finding, wrong
 from fedprune_server.maintenance.backup_record import last_backup
+from fedprune_server.maintenance.finding import Finding, note, wrong
 from fedprune_server.maintenance.identity_check import check_identity
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import described, leadership
@@ -80,14 +81,16 @@ def revoked(folder: Path) -> frozenset[str]:
     }
 
 
-def identity(folder: Path) -> Iterator[Ailment]:
+def identity(folder: Path) -> Iterator[Finding]:
     """What the identity lacks."""
     if (folder / IDENTITY).is_dir():
         for finding in check_identity(folder / IDENTITY):
-            yield of_finding(finding, "identity", "without it the server can't prove to boards who it is")
+            advice = finding.advice or "See docs/back-up.md#check."
+            why = "without it the server can't prove to boards who it is"
+            yield replace(finding, kind="identity", why=why, advice=advice)
 
 
-def rotation(folder: Path) -> Iterator[Ailment]:
+def rotation(folder: Path) -> Iterator[Finding]:
     """Boards that don't know the server's present keys, and a replacement of the authority that can end.
 
     Args:
@@ -125,7 +128,7 @@ def rotation(folder: Path) -> Iterator[Ailment]:
         )
 
 
-def clock(now: float, last_event: float | None) -> Iterator[Ailment]:
+def clock(now: float, last_event: float | None) -> Iterator[Finding]:
     """Whether this machine's clock can be right."""
     ahead = last_event is not None and last_event > now + _AHEAD_S
     if now < _EARLIEST or ahead:
@@ -138,7 +141,7 @@ def clock(now: float, last_event: float | None) -> Iterator[Ailment]:
         )
 
 
-def crashes(folder: Path, now: float) -> Iterator[Ailment]:
+def crashes(folder: Path, now: float) -> Iterator[Finding]:
     """Boards that crashed within a day."""
     try:
         found = [r for r in read_logs(folder, most=5000) if r.kind == "crash" and now - r.received < _DAY_S]
@@ -157,7 +160,7 @@ def crashes(folder: Path, now: float) -> Iterator[Ailment]:
         )
 
 
-def backups(folder: Path, now: float) -> Iterator[Ailment]:
+def backups(folder: Path, now: float) -> Iterator[Finding]:
     """How old the last backup is, as far as this folder knows."""
     found = last_backup(folder)
     if found is not None and now - found < _BACKUP_S:
@@ -171,7 +174,7 @@ def backups(folder: Path, now: float) -> Iterator[Ailment]:
     )
 
 
-def broker(folder: Path, server: Mapping[str, Any], timeout: float, *, running: bool) -> Iterator[Ailment]:
+def broker(folder: Path, server: Mapping[str, Any], timeout: float, *, running: bool) -> Iterator[Finding]:
     """Whether the broker is there, and takes packets as large as are sent.
 
     Args:
@@ -208,7 +211,7 @@ def broker(folder: Path, server: Mapping[str, Any], timeout: float, *, running: 
             identity.close()
 
 
-def other_servers(folder: Path, server: Mapping[str, Any], *, running: bool) -> Iterator[Ailment]:
+def other_servers(folder: Path, server: Mapping[str, Any], *, running: bool) -> Iterator[Finding]:
     """Whether another server of this identity serves the fleet.
 
     Args:
@@ -240,7 +243,7 @@ def other_servers(folder: Path, server: Mapping[str, Any], *, running: bool) -> 
         )
 
 
-def revocations(folder: Path) -> Iterator[Ailment]:
+def revocations(folder: Path) -> Iterator[Finding]:
     """Whether the broker was given the latest list of revoked certificates, where a command does that."""
     crl = folder / IDENTITY / CRL
     if (folder / NOTE).exists() and crl.exists() and not delivered(folder, crl):
@@ -254,7 +257,7 @@ def revocations(folder: Path) -> Iterator[Ailment]:
 
 def _packets(
     link: Link, folder: Path, server: Mapping[str, Any], timeout: float, url: str, identity: IdentityFolder | None
-) -> Iterator[Ailment]:
+) -> Iterator[Finding]:
     site = str(server.get("site", "default")) if identity is None else identity.site
     size = int(server.get("max_packet", MAX_PACKET))
     topic = Topics(site).down_blob(f"doctor-{secrets.token_hex(4)}")  # nobody listens there
@@ -273,7 +276,7 @@ def _packets(
         )
 
 
-def _embedded(folder: Path, server: Mapping[str, Any], timeout: float) -> Iterator[Ailment]:
+def _embedded(folder: Path, server: Mapping[str, Any], timeout: float) -> Iterator[Finding]:
     port = server.get("port") or (8883 if (folder / IDENTITY).is_dir() else 1883)
     host = str(server.get("host", LOCAL[0]))
     host = {"0.0.0.0": LOCAL[0], "::": LOCAL[2]}.get(host, host)  # noqa: S104  # nosec B104  # compared with, not listened on
@@ -290,7 +293,7 @@ def _embedded(folder: Path, server: Mapping[str, Any], timeout: float) -> Iterat
         )
 
 
-def bucket(server: Mapping[str, Any], timeout: float) -> Iterator[Ailment]:
+def bucket(server: Mapping[str, Any], timeout: float) -> Iterator[Finding]:
     """Whether the bucket of the job's blobs can be used."""
     url = str(server.get("blobs", IN_FOLDER))
     if url == IN_FOLDER:

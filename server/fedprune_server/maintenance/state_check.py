@@ -19,10 +19,10 @@ from fedprune.core.text import quantity
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE
 from fedprune_server.maintenance.bucket_check import check_bucket, still_missing
-from fedprune_server.maintenance.event_replay import retold
-from fedprune_server.maintenance.finding import Cure, Finding, Weight
+from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
 from fedprune_server.maintenance.inventory import Inventory, Lying, inventory, lying
+from fedprune_server.maintenance.replay import replayed_events
 from fedprune_server.ota.store import FILE as ROLLOUTS
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import BLOBS, bucket_of
@@ -74,12 +74,12 @@ def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]
         if running:  # it may have gone on meanwhile, and deleted what it needs no more
             needs = inventory(storage)
             wrong = [
-                f for f in wrong if f.blob in needs.needed and (f.cure is not Cure.FETCH or _lost(folder, store, f))
+                f for f in wrong if f.blob in needs.needed and (f.repair is not Repair.FETCH or _lost(folder, store, f))
             ]
         yield from wrong
         yield from _left_over(there, needs, running=running, cache=store is not None)
         if not running:
-            yield from retold(folder, storage, needs)
+            yield from replayed_events(folder, storage, needs)
     yield from _beside(folder, advance)
 
 
@@ -96,15 +96,15 @@ def _whole(storage: Storage) -> None:
 def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
     numbers = [r.get("round") for r in storage.rounds()]
     if numbers != list(range(1, len(numbers) + 1)):
-        yield Finding(Weight.WRONG, f"{storage.url}: the rounds are not 1 to {len(numbers)}", "Restore a backup.")
+        yield Finding(Severity.WRONG, f"{storage.url}: the rounds are not 1 to {len(numbers)}", "Restore a backup.")
     if {r["name"] for r in storage.devices()} != set(needs.state.devices):
-        yield Finding(Weight.WRONG, f"{storage.url}: the devices are not those of the state", "Restore a backup.")
+        yield Finding(Severity.WRONG, f"{storage.url}: the devices are not those of the state", "Restore a backup.")
     last = 0
     for number, _, _, body in storage.log.events():
         if last and number != last + 1:
-            yield Finding(Weight.NOTE, f"{storage.url}: the log has nothing between events {last} and {number}")
+            yield Finding(Severity.NOTE, f"{storage.url}: the log has nothing between events {last} and {number}")
         if not isinstance(body, dict):
-            yield Finding(Weight.WRONG, f"{storage.url}: event {number} is damaged", "Restore a backup.")
+            yield Finding(Severity.WRONG, f"{storage.url}: event {number} is damaged", "Restore a backup.")
         last = number
 
 
@@ -114,23 +114,23 @@ def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
         with storage_errors(f"can't read {path}"):
             good = tensorfile.digest(read_file(path)) == needs.settings.get("model")
     except StorageError as error:
-        yield Finding(Weight.WRONG, error.what, "Put the model's file back, or restore a backup.")
+        yield Finding(Severity.WRONG, error.what, "Put the model's file back, or restore a backup.")
     else:
         if not good:
-            yield Finding(Weight.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
+            yield Finding(Severity.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
 
 
 def _blobs(there: Lying, needs: Inventory, advance: Advance) -> Iterator[Finding]:
     for digest in sorted(needs.references - there.blobs.keys()):
-        yield Finding(Weight.WRONG, f"blob {digest} is missing", _BACKUP, Cure.FETCH, blob=digest)
+        yield Finding(Severity.WRONG, f"blob {digest} is missing", _BACKUP, Repair.FETCH, blob=digest)
     for row in needs.state.history:
         model = str(row["model"])
         if model in needs.models - needs.references and model not in there.blobs:
             yield Finding(
-                Weight.NOTE,
+                Severity.NOTE,
                 f"the model after round {row['round']} ({model}) isn't there, though `keep` asks for it",
                 "It was let go of if `keep` was smaller then; else a backup may have it.",
-                Cure.FETCH,
+                Repair.FETCH,
                 blob=model,
             )
     for digest, path in there.blobs.items():
@@ -143,20 +143,22 @@ def _blob(digest: str, path: Path, table: Path | None, advance: Advance, *, need
             data = path.read_bytes()
     except FileNotFoundError:  # deleted since the folder was looked through
         if needed:
-            yield Finding(Weight.WRONG, f"blob {digest} is missing", _BACKUP, Cure.FETCH, blob=digest)
+            yield Finding(Severity.WRONG, f"blob {digest} is missing", _BACKUP, Repair.FETCH, blob=digest)
         return
     advance(len(data))
     if hashlib.sha256(data).hexdigest() != digest:
         files = (path,) if table is None else (path, table)
         if needed:
-            yield Finding(Weight.WRONG, f"blob {path} is damaged", _BACKUP, Cure.SET_ASIDE, files, digest)
+            yield Finding(Severity.WRONG, f"blob {path} is damaged", _BACKUP, Repair.SET_ASIDE, files, digest)
         else:
-            yield Finding(Weight.WRONG, f"blob {path} is damaged, and not needed", _REPAIR, Cure.DELETE, files, digest)
+            yield Finding(
+                Severity.WRONG, f"blob {path} is damaged, and not needed", _REPAIR, Repair.DELETE, files, digest
+            )
     elif table is not None and (found := _bytes(table)) is not None:
         right = leaf_table(data)
         if found not in (table_file(right), right):  # an older version table_file it bare
             yield Finding(
-                Weight.NOTE, f"leaf table {table} is damaged: it is made again", "", Cure.DELETE, (table,), digest
+                Severity.NOTE, f"leaf table {table} is damaged: it is made again", "", Repair.DELETE, (table,), digest
             )
 
 
@@ -173,10 +175,10 @@ def _left_over(there: Lying, needs: Inventory, *, running: bool, cache: bool) ->
     ):
         if paths:
             said = f"{what}: {quantity(len(paths), 'file')}, {sum(map(_size, paths))} bytes"
-            yield Finding(Weight.NOTE, said, "They do no harm; `--repair` deletes them.", Cure.DELETE, tuple(paths))
+            yield Finding(Severity.NOTE, said, "They do no harm; `--repair` deletes them.", Repair.DELETE, tuple(paths))
     if there.strange:
         files = quantity(len(there.strange), "file")
-        yield Finding(Weight.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
+        yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
 
 
 def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
@@ -187,8 +189,8 @@ def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
         there = lying(folder / RELEASES)
         for digest, path in there.blobs.items():
             for found in _blob(digest, path, there.tables.get(digest), advance, needed=True):
-                advice = found.advice if found.cure is Cure.DELETE else "Stop the rollout and begin it again."
-                yield Finding(found.weight, found.what, advice, found.cure, found.paths, digest)
+                advice = found.advice if found.repair is Repair.DELETE else "Stop the rollout and begin it again."
+                yield Finding(found.severity, found.what, advice, found.repair, found.paths, digest)
     yield from _console(folder / CONSOLE)
     if (folder / IDENTITY).is_dir():
         if (folder / IDENTITY / "identity.db").exists():  # else it is named with all that is missing
@@ -204,12 +206,12 @@ def _console(path: Path) -> Iterator[Finding]:
         mode = path.stat().st_mode
     if mode & 0o077:
         yield Finding(
-            Weight.WRONG, f"{path} can be read by other users", f"See who may have read it, then: chmod 600 {path}"
+            Severity.WRONG, f"{path} can be read by other users", f"See who may have read it, then: chmod 600 {path}"
         )
     broken = list(_sqlite(path, "Restore a backup of it, or delete it and make the operators anew."))
     yield from broken
     if not broken and (strange := _strange_operators(path)):
-        yield Finding(Weight.WRONG, f"{path}: {strange}", "Restore a backup of it.")
+        yield Finding(Severity.WRONG, f"{path}: {strange}", "Restore a backup of it.")
 
 
 def _strange_operators(path: Path) -> str:
@@ -236,7 +238,7 @@ def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
     except (sqlite3.Error, StorageError) as error:
         found = str(error)
     if found != "ok":
-        yield Finding(Weight.WRONG, f"{path} is damaged ({found})", advice)
+        yield Finding(Severity.WRONG, f"{path} is damaged ({found})", advice)
 
 
 def _lost(folder: Path, store: BucketStore | None, finding: Finding) -> bool:

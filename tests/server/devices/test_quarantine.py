@@ -425,11 +425,11 @@ def test_the_servers_own_lag_is_no_strike(fleet: Fleet) -> None:
     daemon.first.state.tasks["a"] = Task(2, (4,), Part.OFFERED, offer={"weights": {"size": 4000}})
     update = fleet.store.put(bytes(1000)).to_dict()
     for attempt in (1, 1, 1):
-        daemon.first._dispatcher.run(do.PullUpdate("a", daemon.first.state.round, attempt, update))
-    daemon.first._dispatcher.run(do.PullUpdate("b", daemon.first.state.round, 1, update))
+        daemon.first._carry_out([do.PullUpdate("a", daemon.first.state.round, attempt, update)])
+    daemon.first._carry_out([do.PullUpdate("b", daemon.first.state.round, 1, update)])
     assert daemon._site.quarantine.rows() == {}
     assert not daemon.first._uploads.devices()
-    daemon.first._dispatcher.run(do.PullUpdate("a", daemon.first.state.round, 2, update))
+    daemon.first._carry_out([do.PullUpdate("a", daemon.first.state.round, 2, update)])
     assert daemon._site.quarantine.rows()["a"]["refused"] == 1
 
 

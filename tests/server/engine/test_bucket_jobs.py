@@ -16,7 +16,7 @@ from fedprune.core.errors import ConfigError, ExitCode, StorageFullError
 from fedprune.wire.messages import Accepted
 from fedprune_server.cli.main import main
 from fedprune_server.maintenance.backup import back_up
-from fedprune_server.maintenance.finding import Finding, Weight
+from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.restoring import opened, read_manifest, restore, verify
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.storage.blob_place import BLOBS
@@ -62,7 +62,7 @@ def found(state: Path) -> list[Finding]:
 
 
 def wrong(state: Path) -> list[str]:
-    return [f.what for f in found(state) if f.weight is Weight.WRONG]
+    return [f.what for f in found(state) if f.severity is Severity.WRONG]
 
 
 def keys(s3: S3, url: str) -> dict[str, str]:

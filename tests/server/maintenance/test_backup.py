@@ -23,7 +23,7 @@ from fedprune_server.engine.state_directory import BLOBS
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.backup_manifest import CONSOLE, Entry, Manifest
-from fedprune_server.maintenance.finding import Weight
+from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.restoring import opened, read_manifest, restore, verify
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.ota.store import RolloutStore
@@ -94,7 +94,7 @@ def rows(state: Path) -> tuple[object, ...]:
 
 
 def wrong(state: Path) -> list[str]:
-    return [str(f) for f in check(state, silent, running=False) if f.weight is Weight.WRONG]
+    return [str(f) for f in check(state, silent, running=False) if f.severity is Severity.WRONG]
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -131,7 +131,7 @@ def test_check_looks_at_the_operators(state: Path) -> None:
     path.chmod(0o600)
     path.write_bytes(b"something else " * 100)
     (found,) = [f for f in check(state, silent, running=False) if CONSOLE in f.what]
-    assert (found.weight, "delete it and make the operators anew" in found.advice) == (Weight.WRONG, True)
+    assert (found.severity, "delete it and make the operators anew" in found.advice) == (Severity.WRONG, True)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from fedprune.security.succession import Succession
 from fedprune_server.cli.main import main
 from fedprune_server.engine.state_directory import BLOBS, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.maintenance.finding import Finding, Weight
+from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import FILE, Storage
@@ -57,7 +57,7 @@ def found(state: Path, *, running: bool = False) -> list[Finding]:
 
 
 def wrong(state: Path) -> list[str]:
-    return [f.what for f in found(state) if f.weight is Weight.WRONG]
+    return [f.what for f in found(state) if f.severity is Severity.WRONG]
 
 
 def saved(state: Path) -> tuple[str, dict[str, str]]:
@@ -89,7 +89,7 @@ def test_a_healthy_folder_has_nothing_and_nothing_is_written(state: Path, capsys
 @pytest.mark.parametrize("events", range(1, 24, 2))
 def test_a_job_is_healthy_after_each_of_its_events(tmp_path: Path, events: int) -> None:
     play_job(tmp_path / "state", events=events)
-    assert [f for f in found(tmp_path / "state") if f.weight is Weight.WRONG] == []
+    assert [f for f in found(tmp_path / "state") if f.severity is Severity.WRONG] == []
     assert not any("log" in f.what for f in found(tmp_path / "state"))
     play_job(tmp_path / "state")
     assert wrong(tmp_path / "state") == []
@@ -169,7 +169,7 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_what_an_identity_lacks_is_named_with_what_to_do(state: Path, name: str, advice: str) -> None:
     (state / "identity" / name).unlink()
     before = contents(state)
-    lines = [str(f) for f in found(state) if f.weight is Weight.WRONG]
+    lines = [str(f) for f in found(state) if f.severity is Severity.WRONG]
     assert len(lines) == 1
     assert re.search(rf"/{re.escape(name)} is missing\. .*{advice}", lines[0])
     assert {k for k in contents(state) if k.startswith("identity")} == {k for k in before if k.startswith("identity")}
@@ -343,7 +343,7 @@ def test_whatever_happens_to_its_blobs_a_repair_mends_it_from_a_backup_or_says_w
             path.unlink()
     needed = set(saved(state)[1])
     hurt = {d for d in needed if not readable(store, d)}
-    named = {f.blob for f in found(state) if f.weight is Weight.WRONG}
+    named = {f.blob for f in found(state) if f.severity is Severity.WRONG}
     assert hurt <= named
     assert run("--state", state, "--repair") == (ExitCode.STORAGE if hurt else ExitCode.OK)
     assert {d for d in needed if readable(store, d)} == needed - hurt

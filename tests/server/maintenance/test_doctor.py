@@ -33,9 +33,9 @@ from fedprune_server.cli.main import main
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance import site_doctor as site
-from fedprune_server.maintenance.ailment import Ailment, of_alert
 from fedprune_server.maintenance.backup_record import last_backup, record_backup
-from fedprune_server.maintenance.fleet_doctor import Case, ailments
+from fedprune_server.maintenance.finding import Finding, of_alert
+from fedprune_server.maintenance.fleet_doctor import Case, findings
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alerts import Alert, Snapshot, evaluate
 from fedprune_server.monitoring.monitor import FILE
@@ -100,13 +100,13 @@ SICK: dict[str, Case] = {
 }
 
 
-def found_in(case: Case) -> list[Ailment]:
+def found_in(case: Case) -> list[Finding]:
     """The doctor's findings on a job, by its own checks and by the alert rules."""
     seen = Snapshot(case.folder, [case.status], case.here, case.running)
-    return [*ailments(case), *map(of_alert, evaluate(seen, NOW))]
+    return [*findings(case), *map(of_alert, evaluate(seen, NOW))]
 
 
-def kinds(found: Iterable[Ailment]) -> set[str]:
+def kinds(found: Iterable[Finding]) -> set[str]:
     return {a.kind for a in found}
 
 
@@ -131,7 +131,7 @@ def test_a_board_that_was_shut_out_is_not_called_away() -> None:
     (found,) = found_in(replace(SICK["too-few-devices"], revoked=frozenset({"b", "another"})))
     assert "; revoked: b" in found.what
     assert "away" not in found.what
-    assert "devices replace" in found.todo
+    assert "devices replace" in found.advice
 
 
 def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:

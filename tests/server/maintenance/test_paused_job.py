@@ -10,7 +10,7 @@ from fedprune.coordination import Phase, coordinate
 from fedprune.coordination import events as on
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
-from fedprune_server.maintenance.finding import Weight
+from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.replay import replay
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.terminal.shown_bytes import silent
@@ -47,4 +47,4 @@ def test_a_pause_survives_restarts_and_a_replay_repeats_it(
     assert (end.paused, end.phase) == (False, Phase.FINISHED)
     assert [r["model"] for r in end.history] == [r["model"] for r in calm.history]
     assert [(s.round, s.model) for s in replay(state)] == [(r["round"], r["model"]) for r in end.history]
-    assert [str(f) for f in check(state, silent, running=False) if f.weight is Weight.WRONG] == []
+    assert [str(f) for f in check(state, silent, running=False) if f.severity is Severity.WRONG] == []
