@@ -1,4 +1,4 @@
-"""Bytes to be signed or authenticated: several values as one text that can be read in one way only."""
+"""Unambiguous encoding of several values as bytes to be signed or authenticated."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import struct
 
 
 def transcript(domain: str, *parts: str | bytes | int | None) -> bytes:
-    """Values one after the other, each with its kind and length.
+    """The values, each with its kind and length, after a domain that separates purposes.
 
-    Args:
-        domain: What the text is for; texts of two domains never are the same.
-        parts: The values. Two lists of them that differ give texts that differ.
+    Different domains or values give different bytes.
     """
     rows = [domain.encode() + b"\0"]
     for part in parts:

@@ -1,6 +1,6 @@
-"""The envelope of a control message: who says it, on which topic, and that it is said once.
+"""Signed envelopes of messages, which bind them to sender and topic and number them.
 
-A header of 92 bytes, then the message as it is (`fedprune.wire.messages`). Numbers are little-endian.
+A header of 92 bytes, then the message (`fedprune.wire.messages`). Numbers are little-endian.
 
 | offset | bytes | |
 |-------:|------:|---|
@@ -11,8 +11,8 @@ A header of 92 bytes, then the message as it is (`fedprune.wire.messages`). Numb
 |     20 |     8 | counter |
 |     28 |    64 | Ed25519 signature |
 
-What is signed begins with a text that no other signature of ours begins with, and holds the topic, so that a message
-means nothing on another topic, hence to another device, and nothing outside of MQTT.
+The signed bytes begin with a domain that no other signature of fedprune has, and contain the topic, so that a message
+is invalid on another topic, hence for another device, and outside of MQTT.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedprune.wire.checked_message import MAX_MESSAGE
 MAGIC = b"FPS"
 VERSION = 1
 MAX_NUMBER = 2**63 - 1
-"""Epochs and counters are no larger: they fit into any database's whole numbers."""
+"""Limit of epochs and counters, which fit into the integers of any database."""
 
 MAX_TOPIC = 1024
 """Bytes of a topic that can be signed; ours have at most 270."""
@@ -41,10 +41,10 @@ HEADER = _HEADER.size + SIGNATURE
 
 @dataclass(frozen=True)
 class Envelope:
-    """A message in its envelope, as it came: nothing of it is to be believed before `verify`.
+    """A received message in its envelope, which is not authentic before `verify`.
 
     Attributes:
-        key_id: Names the key that the sender says it has.
+        key_id: Id of the key that the sender claims to have.
         epoch: The sender's epoch.
         counter: Number of the message in this epoch.
         signature: The sender's.
@@ -59,10 +59,11 @@ class Envelope:
 
     @classmethod
     def parse(cls, raw: bytes) -> Envelope:
-        """Take an envelope apart, without believing it.
+        """Parse an envelope without verifying it.
 
         Raises:
-            ProtocolError: It is none, of another version, or longer than any.
+            SignatureError: The message has no envelope.
+            ProtocolError: It is of another version, or too long.
         """
         if len(raw) > HEADER + MAX_MESSAGE:
             raise ProtocolError(
@@ -73,7 +74,7 @@ class Envelope:
                 "the message is not signed",
                 expected=f"{MAGIC.decode()} and a header of {HEADER} bytes",
                 got=f"{len(raw)} bytes",
-                hint="Whoever sent it has no identity, or an older fedprune.",
+                hint="Its sender has no identity, or an older fedprune.",
             )
         _, version, key_id, epoch, counter = _HEADER.unpack_from(raw)
         if version != VERSION:
@@ -83,17 +84,17 @@ class Envelope:
         return cls(key_id, epoch, counter, bytes(raw[_HEADER.size : HEADER]), bytes(raw[HEADER:]))
 
     def verify(self, key: VerifyingKey, topic: str) -> bytes:
-        """The message, if `key`'s owner said it on `topic`.
+        """The message, if `key` has signed it for `topic`.
 
         Raises:
-            SignatureError: Another key is named, or the signature is not right.
+            SignatureError: Another key is named, or the signature is invalid.
         """
         if self.key_id != key.id:
             raise SignatureError(
                 "the message is signed by another key",
                 expected=grouped(key.id.hex()),
                 got=grouped(self.key_id.hex()),
-                hint="Was the sender set up anew? Then let it join again, or approve its new key.",
+                hint="Was the sender set up again? Then let it join again, or approve its new key.",
             )
         key.verify(self.signature, _signed(self.key_id, topic, self.epoch, self.counter, self.body))
         return self.body
@@ -123,12 +124,7 @@ def seal(key: SigningKey, topic: str, epoch: int, counter: int, body: bytes) -> 
 
 
 def unseal(key: VerifyingKey, topic: str, raw: bytes) -> Envelope:
-    """Take a message out of its envelope and make sure that it is genuine; whether it came before, a window says.
-
-    Args:
-        key: The key of the only sender that may write here.
-        topic: Where it came.
-        raw: What came.
+    """Parse and verify an envelope that came on a topic from the owner of a key; replays are not detected here.
 
     Raises:
         SignatureError: It is not signed, by another key, for another topic, or changed.
@@ -140,7 +136,7 @@ def unseal(key: VerifyingKey, topic: str, raw: bytes) -> Envelope:
 
 
 def _signed(key_id: bytes, topic: str, epoch: int, counter: int, body: bytes) -> bytes:
-    """What the signature covers; every part before the last has a fixed length or says its own."""
+    """The signed bytes; every part before the last has a fixed length or a length prefix."""
     where = topic.encode()
     if len(where) > MAX_TOPIC:
         raise ProtocolError("topic of a signed message", expected=f"at most {MAX_TOPIC} bytes", got=len(where))

@@ -1,4 +1,4 @@
-"""A sender's epoch: a number that only grows, and is on the disk before the first message that carries it."""
+"""Epochs of a sender: increasing numbers that are on the disk before the first message with them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from fedprune.core.validation import is_whole
 from fedprune.security.envelope import MAX_NUMBER
 
 _LAST_TIME = 2**53
-"""Milliseconds that no right clock shows; a wrong one must not use up the numbers."""
+"""Limit of milliseconds from the clock: a wrong one must not use up the numbers."""
 
 _BLOCK = 256
-"""Epochs that are written down at once: a fleet that connects doesn't make its server wait for the disk each time."""
-
+"""Epochs that are written at once, so that a connecting fleet doesn't make its server wait for the disk each time."""
 
 _AHEAD = 2**16
-"""Epochs by which a sender is never ahead of its clock: that many begin within a minute nowhere."""
+"""Epochs by which a sender is never ahead of its clock: no sender begins that many within a minute."""
 
 
 class EpochFile:
-    """Where a sender keeps its epochs, beside the key that it signs with.
+    """The file of a sender's epochs, next to its signing key.
 
-    They are written down in blocks, before the first of a block is used; after a restart those that are left of a block
-    are passed over. A block begins at the time in milliseconds where that is larger than the last one's end, so that a
-    sender whose disk was set back to an old copy is heard again; a clock that says 1970 does no harm.
+    They are written in blocks before the first of a block is used; a restart skips the rest of a block. A block begins
+    at the time in milliseconds where that is larger than the last one's end, so that a sender whose disk was reset to
+    an old copy is accepted again; a clock at 1970 does no harm.
 
     Args:
         path: The file.
@@ -45,7 +44,7 @@ class EpochFile:
 
     @staticmethod
     def make(path: Path) -> None:
-        """Write a file of which no epoch was used, so that one that is missing later is known to be lost.
+        """Write a file without used epochs, so that a file that is missing later is known to be lost.
 
         Raises:
             StorageFullError: No room.
@@ -69,19 +68,19 @@ class EpochFile:
         return self._latest
 
     def leap(self) -> None:
-        """Let the next epoch be the time: the other side has heard a later one, of a copy of this disk perhaps."""
+        """Begin a new block: the receiver knows a later epoch, perhaps of a copy of this disk."""
         self._latest = self._written
 
     @property
     def written(self) -> int:
-        """The last epoch that is written down; no later one was used."""
+        """The last written epoch; no later one was used."""
         return self._written
 
     def pass_over(self, used: int = 0) -> None:
-        """Use up all epochs that another holder of the key may have used, also ahead of the clock.
+        """Skip all epochs that another holder of the key may have used, also ahead of the clock.
 
         Args:
-            used: An epoch that it has used, as far as is known.
+            used: An epoch that it is known to have used.
 
         Raises:
             StorageFullError: No room.

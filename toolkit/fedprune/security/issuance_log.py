@@ -1,7 +1,7 @@
-"""The authority's register: a line for everything that it issued or revoked, on the disk before anybody gets it.
+"""The authority's append-only register of issued and revoked certificates.
 
-Lines are only ever appended. Several processes may use it: whoever changes it holds the file's lock and first reads
-what the others appended.
+A line is on the disk before its certificate is handed out. Several processes may use it: a writer holds the file's lock
+and first reads the lines that others have appended.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Register:
 
     Args:
         path: The file, made with mode 0600 where there is none.
-        take: Called for every line, in order: those that are there, and later ones as they are read or appended.
-        read_only: Only look: nothing is made, mended or appended, and a disk that can't be written to will do.
+        take: Called for every line in order: existing ones, and later ones as they are read or appended.
+        read_only: Nothing is made, repaired or appended, so that a read-only disk suffices.
 
     Raises:
         StorageError: A line is damaged, or the disk fails.
@@ -41,11 +41,7 @@ class Register:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Be the only one who may append, with everything read that was.
-
-        Raises:
-            StorageError: See above.
-        """
+        """Hold the lock for appending, with all lines read."""
         with storage_errors(f"can't use {self._path}"):
             new = not self._path.exists()
             how = os.O_RDONLY if self._read_only else os.O_RDWR | os.O_CREAT
@@ -85,7 +81,7 @@ class Register:
             self._take(entry)
 
     def lines(self) -> list[str]:
-        """Its lines as they are written; complete while the register is held."""
+        """The raw lines; complete while the register is held."""
         with storage_errors(f"can't read {self._path}"):
             return self._path.read_bytes()[: self._read].decode(errors="replace").splitlines()
 
@@ -95,7 +91,7 @@ class Register:
             raise StorageError(f"{self._path} has become shorter", hint="Restore the backup of the identity folder.")
         raw = os.pread(descriptor, size - self._read, self._read)
         whole = raw.rfind(b"\n") + 1
-        if whole < len(raw) and not self._read_only:  # a power cut tore the last line: what it says was given to nobody
+        if whole < len(raw) and not self._read_only:  # torn by a power cut: its certificate was not handed out
             os.ftruncate(descriptor, self._read + whole)
             os.fsync(descriptor)
         try:

@@ -1,12 +1,12 @@
-"""One-time claims: a short text with which one device may join, and by which it knows its server.
+"""One-time claims: short texts with which one device may join, and by which it authenticates its server.
 
     FP1-OBKTJ3AI-7P6NWUH3-...
 
 and 5 more groups of 8 base32 characters (RFC 4648): 5 bytes of id, 15 of secret, 12 of pin, 3 of check.
 
-The secret never travels: a key that follows from it authenticates the request. The pin is the beginning of the sha256
-of the authority's public key; the answer is signed by that key. Whoever reads the text can join in the device's place
-until the claim is used or expires, no more: it opens nothing else.
+The secret is never sent: a key derived from it authenticates the request. The pin is the beginning of the sha256 of the
+authority's public key, which signs the answer. A thief of the text can join in the device's place until the claim is
+used or expires, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from fedprune.core.errors import JoinError
 
 PREFIX = "FP1"
 ID, SECRET, PIN, CHECK = 5, 15, 12, 3
-"""Bytes of the parts. 96 bits of pin: nobody makes a second authority with the same."""
+"""Bytes of the parts; with 96 bits of pin a second authority with the same one can't be made."""
 
 _GROUP = 8
 _LONGEST = 200
-_SLIPS = str.maketrans("08", "OB")  # which the alphabet lacks, for what people take them for
+_SLIPS = str.maketrans("08", "OB")  # digits that the alphabet lacks, for the letters that look like them
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, as its text says it.
+    """The parts of a claim.
 
     Attributes:
-        id: By which the server finds it.
-        secret: What the server and the claim's holder know.
-        pin: Of the server's authority, see `fedprune.security.certificates.pin_of`.
+        id: Its id at the server.
+        secret: Shared by the server and the claim's holder.
+        pin: Pin of the server's authority (`fedprune.security.certificates.pin_of`).
     """
 
     id: bytes
@@ -53,10 +53,10 @@ class Claim:
 
     @classmethod
     def parse(cls, text: str) -> Claim:
-        """Read a claim, in capitals or not, with whatever spaces and dashes.
+        """Read a claim in upper or lower case, with any spaces and dashes.
 
         Raises:
-            JoinError: It is none, or mistyped.
+            JoinError: The text is no claim, or mistyped.
         """
         plain = re.sub(r"[\s-]", "", text[:_LONGEST]).upper()
         if not plain.startswith(PREFIX):
@@ -85,7 +85,7 @@ class Claim:
 
     @property
     def key(self) -> bytes:
-        """What authenticates requests: HKDF-SHA256 of the secret. The server keeps it, and not the secret."""
+        """Key that authenticates requests, HKDF-SHA256 of the secret; the server stores it instead of the secret."""
         return HKDF(hashes.SHA256(), 32, salt=self.id, info=b"fedprune claim 1").derive(self.secret)
 
 
@@ -95,7 +95,7 @@ def mac(key: bytes, data: bytes) -> str:
 
 
 def same(one: str | bytes, other: str | bytes) -> bool:
-    """Whether two texts or two byte strings are the same, in a time that doesn't say where they differ."""
+    """Whether two texts or two byte strings are equal, in constant time."""
     return hmac.compare_digest(*(v.encode() if isinstance(v, str) else v for v in (one, other)))
 
 

@@ -1,8 +1,8 @@
-"""Joining: what a device asks with, and what it believes of the answer.
+"""Requests to join, and verification of their answers.
 
-A request is signed by the device's key, which proves that it has it; with a claim it is also authenticated by the
-claim's key, which proves that it may. The answer is signed by the authority, whose key the device knows by the claim's
-pin, or by a pin that it was given. Neither has to trust what is in between.
+A request is signed by the device's key, which proves possession; with a claim it is also authenticated by the claim's
+key, which proves permission. The answer is signed by the authority, whose key the device knows by the claim's pin, or
+by a configured pin. Neither side has to trust the network.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _REQUEST, _PROOF, _ANSWER = "fedprune join 1", "fedprune join proof 1", "fedprun
 
 @dataclass(frozen=True)
 class Admission:
-    """What a device that is let in has learnt.
+    """What an approved device gets.
 
     Attributes:
         certificate: Its certificate (PEM).
         authority: The authorities that the fleet trusts (PEM), the oldest first.
-        server: What the server signs its messages with.
-        time: The server's, in seconds since 1970.
+        server: The server's verifying key.
+        time: The server's time in seconds since 1970.
     """
 
     certificate: str
@@ -55,17 +55,17 @@ class Admission:
 
 
 def make_request(site: str, device: str, key: SigningKey, csr: str, claim: Claim | None = None) -> JoinRequest:
-    """Ask to be let in, or, with a key that is let in, for a new certificate.
+    """A request to join, or, with a member's key, for a new certificate.
 
     Args:
-        site: Where.
-        device: As what.
-        key: The device's.
-        csr: A request for a certificate, with a TLS key that has none yet.
-        claim: To be let in at once; without one the operator decides.
+        site: The fleet's.
+        device: The device's name.
+        key: The device's signing key.
+        csr: A certificate request, for a TLS key without a certificate.
+        claim: Lets the device join at once; without one the operator decides.
 
     Raises:
-        ProtocolError: A name is none.
+        ProtocolError: A name is invalid.
     """
     nonce = secrets.token_hex(16)
     said = claim.id.hex() if claim is not None else None
@@ -76,15 +76,14 @@ def make_request(site: str, device: str, key: SigningKey, csr: str, claim: Claim
 
 
 def check_request(request: JoinRequest) -> VerifyingKey:
-    """Make sure that whoever asks has the keys that it asks for.
+    """Verify that a request's sender has the keys in it; returns the verifying key.
 
-    The certificate request has to name the device: a member could otherwise repeat another's request for a certificate
-    under its own name, and so use up that one's TLS key.
+    The certificate request has to name the device: a member could otherwise repeat another's certificate request under
+    its own name, and so use up that device's TLS key.
 
     Raises:
-        SignatureError: It has not.
-        ProtocolError: Key or certificate request are none, that one is another device's, or a claim comes without its
-            proof.
+        SignatureError: The signature is invalid.
+        ProtocolError: The key or certificate request is invalid or another device's, or a claim lacks its proof.
     """
     if (request.claim is None) != (request.mac is None):
         raise ProtocolError("join: claim and mac", expected="both or neither", got="one")
@@ -95,37 +94,37 @@ def check_request(request: JoinRequest) -> VerifyingKey:
 
 
 def holds_claim(request: JoinRequest, key: bytes) -> bool:
-    """Whether whoever asks knows a claim's secret; takes the same time either way."""
+    """Whether the request's sender knows a claim's secret; in constant time."""
     return same(mac(key, _body(request)), request.mac or "")
 
 
 def digest_of(request: JoinRequest) -> str:
-    """sha256 of a request, by which it is known again and its answer names it."""
+    """sha256 of a request, by which repetitions are recognised and the answer names it."""
     return hashlib.sha256(transcript(_REQUEST, _body(request), request.mac, request.signature)).hexdigest()
 
 
 def answer_text(
     request: str, status: str, reason: str, time: int, authority: str, certificate: str | None, server_key: str | None
 ) -> bytes:
-    """What an answer's signature covers; arguments are the fields of `JoinAnswer`."""
+    """The signed bytes of an answer, from the fields of `JoinAnswer`."""
     return transcript(_ANSWER, request, status, reason, time, authority, certificate, server_key)
 
 
 def check_answer(answer: JoinAnswer, request: JoinRequest, *pins: bytes) -> Admission | None:
-    """What an answer gives the device that asked.
+    """Verify the answer to a request.
 
     Args:
-        answer: What came.
-        request: What was asked.
-        pins: Of the authority: the claim's, one that the device was given, or those that it knows.
+        answer: The answer.
+        request: The request.
+        pins: Accepted pins of the authority: the claim's, a configured one, or those that the device knows.
 
     Returns:
-        What it needs from now on; None if it must wait for the operator, and ask again with the same request.
+        The admission; None if the device must wait for the operator and repeat the request.
 
     Raises:
         SignatureError: The answer is to another request, or not by an authority with one of the pins.
         JoinError: The device is refused.
-        ProtocolError: The answer makes no sense.
+        ProtocolError: The answer is invalid.
     """
     if not same(answer.request, digest_of(request)):
         raise SignatureError("the answer is to another request")
@@ -136,7 +135,7 @@ def check_answer(answer: JoinAnswer, request: JoinRequest, *pins: bytes) -> Admi
             "the answer comes from another server than the claim's",
             expected=f"an authority with pin {grouped(pins[0].hex())}",
             got=grouped(pin_of(authority).hex()),
-            hint="Somebody stands between this board and its server, or the claim is another server's.",
+            hint="The connection is intercepted, or the claim is another server's.",
         )
     signed = answer_text(
         answer.request,

@@ -1,8 +1,8 @@
-"""The list of revoked certificates that a broker loads, in PEM (RFC 5280, section 5).
+"""The list of revoked certificates for brokers, in PEM (RFC 5280, section 5).
 
-It never goes out of date: a broker whose list is out of date refuses everybody, which would lock a fleet out. While one
-authority replaces another the file has a list of each, with the same serial numbers: brokers ask for the list of the
-authority that issued a certificate.
+It never expires: a broker with an expired list refuses every client, which would lock a fleet out. While one authority
+replaces another the file has a list of each, with the same serial numbers: brokers look for the list of the authority
+that issued a certificate.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LIST = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOT
 
 
 class RevocationList:
-    """A file that follows from an authority's register.
+    """The list's file, derived from an authority's register.
 
     Args:
         path: The file.
@@ -34,7 +34,7 @@ class RevocationList:
         self._signers = tuple(signers)
 
     def is_right(self, revoked: Mapping[int, int]) -> bool:
-        """Whether it is there, and each authority's list has these certificates.
+        """Whether the file exists and each authority's list has these certificates.
 
         Args:
             revoked: When they were revoked, in seconds since 1970, by serial number.
@@ -46,7 +46,7 @@ class RevocationList:
         )
 
     def revoked(self) -> dict[int, int]:
-        """When the certificates on it were revoked, by serial number; empty if it is missing or not the authority's."""
+        """Revocation times by serial number; empty if the file is missing or not the authority's."""
         keys = [signer.key.public_key() for signer in self._signers]
         signed = (crl for crl in self._read() if any(crl.is_signature_valid(key) for key in keys))
         return {r.serial_number: seconds_of(r.revocation_date_utc) for crl in signed for r in crl}
@@ -59,10 +59,7 @@ class RevocationList:
             return []
 
     def write(self, revoked: Mapping[int, int]) -> None:
-        """Write it, if it isn't the one that is there.
-
-        Args:
-            revoked: As for `is_right`.
+        """Write the list, unless it is up to date; `revoked` is as for `is_right`.
 
         Raises:
             StorageError: The disk fails or is full.

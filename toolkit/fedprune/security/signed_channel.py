@@ -19,23 +19,23 @@ from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.replay_protection import Window
 
 _LEVELS = 4
-"""Levels of a topic that say whose it is: fedprune/1/{site}/{device}."""
+"""Levels of a topic up to the device: fedprune/1/{site}/{device}."""
 
 _OVER = 8
-"""Epochs of a stream that are over, and of which is known how far they went."""
+"""Past epochs of a stream whose last counter is remembered."""
 
 MAX_STREAMS = 16
-"""Streams of one sender; a device hears two of its server's, a server one of each device's."""
+"""Streams of one sender: a device receives two of its server's, a server one of each device's."""
 
 
 def stream_of(topic: str) -> str:
-    """The stream that a topic belongs to: all topics of one device, or those of everybody."""
+    """The stream of a topic: all topics of one device, or all broadcasts."""
     return "/".join(topic.split("/", _LEVELS)[:_LEVELS])
 
 
 class Sealer:
-    """Signs what one sender says. Each stream has numbers of its own, so that what goes to others doesn't push a
-    device's window along. May be used by several threads.
+    """Signs one sender's messages; thread-safe. Each stream has its own numbers, so that messages to others don't move
+    a device's window.
 
     Args:
         key: The sender's key.
@@ -58,7 +58,7 @@ class Sealer:
             self._streams[stream_of(topic)] = (self._epochs.next(), 0)
 
     def leap(self) -> None:
-        """Let the next epoch that begins be later than any that a copy of this sender's disk has begun."""
+        """Make the next epoch later than any that a copy of this sender's disk has begun."""
         with self._lock:
             self._epochs.leap()
 
@@ -77,13 +77,13 @@ class Sealer:
 
 
 class Opener:
-    """Reads what one sender says, each message once.
+    """Verifies one sender's messages, and accepts each once.
 
     Args:
         key: The sender's key.
         floors: By stream, the latest epoch that was on this side's disk when it started.
         begun: Called with stream and epoch before the first message of an epoch is returned. They must be on the disk
-            before any code acts on that message: the function writes them, or its caller does so for many at once.
+            before any code acts on that message: the function writes them, or the caller does for many at once.
     """
 
     def __init__(self, key: VerifyingKey, floors: Mapping[str, int], begun: Callable[[str, int], None]) -> None:
@@ -93,7 +93,7 @@ class Opener:
         self._over: dict[str, dict[int, int]] = {}
 
     def epoch(self, topic: str) -> int:
-        """The epoch of a topic's stream that counts now; -1 before the first message."""
+        """The current epoch of a topic's stream; -1 before the first message."""
         window = self._windows.get(stream_of(topic))
         return -1 if window is None else window.epoch
 
@@ -102,11 +102,11 @@ class Opener:
 
         Raises:
             SignatureError: It is not signed, by another key, for another topic, or changed.
-            TwoSignersError: Its epoch is over, and it has never come: its sender goes on beside another one.
-            StaleEpochError: Its epoch is over; if its sender can't know that, tell it.
+            TwoSignersError: Its epoch is over but it is new: two senders use the same key.
+            StaleEpochError: Its epoch is over; a sender that can't know this must be told.
             ReplayError: It has come before.
             ProtocolError: It is too long or of another version.
-            StorageError: `begun` failed; the message hasn't counted.
+            StorageError: `begun` failed; the message is not recorded.
         """
         envelope = unseal(self.key, topic, raw)
         stream = stream_of(topic)

@@ -1,4 +1,4 @@
-"""TLS as devices and server speak it with a broker: one authority, host names checked, the clock not asked.
+"""TLS connections of devices and server to a broker: one authority, host names checked, the clock ignored.
 
 OpenSSL compares certificates with the machine's clock, and a board whose clock says 1970 or 2090 would be locked out.
 Its own check of times is therefore switched off (X509_V_FLAG_NO_CHECK_TIME) and replaced: right after the handshake,
@@ -35,24 +35,24 @@ class _CheckedSocket(ssl.SSLSocket):
             try:
                 check_peer(self.getpeercert(binary_form=True), context.floor())
             except ssl.SSLCertVerificationError:
-                self.close()  # whoever called wouldn't, and nothing must be sent
+                self.close()  # the caller wouldn't, and nothing must be sent
                 raise
 
 
 SYSTEM = Path("system")
-"""In the place of an authority: all that the system trusts, for brokers that others run."""
+"""Instead of an authority: all that the system trusts, for hosted brokers."""
 
 
 def pinned_context(
     authority: Path, certificate: Path | None, key: Path | None, floor: Callable[[], int]
 ) -> PinnedContext:
-    """What a client needs for TLS with its fleet's broker; fits `paho.mqtt.client.Client.tls_set_context`.
+    """A client's context for its fleet's broker (`paho.mqtt.client.Client.tls_set_context`).
 
     Args:
-        authority: The authority's certificate; no other counts, the system's neither unless this is `SYSTEM`.
-        certificate: The client's own; None where it has none yet, to join.
-        key: The key of that certificate.
-        floor: Gives the time floor, in seconds since 1970.
+        authority: The certificate of the only trusted authority; `SYSTEM` for the system's authorities.
+        certificate: The client's certificate; None to join without one.
+        key: The certificate's key.
+        floor: Returns the time floor in seconds since 1970.
 
     Raises:
         IdentityError: A file is missing or damaged, or key and certificate don't belong together.
@@ -78,10 +78,10 @@ def pinned_context(
 
 
 def unpinned_context() -> ssl.SSLContext:
-    """What a board joins with that has a claim and nothing else: it encrypts, to whoever answers.
+    """A context without authentication, for a board that joins with a claim alone.
 
-    Only for joining: a request holds no secret, and its answer proves by itself that it comes from the claim's server.
-    No user and no password may be given to whoever answers (`fedprune_device.enrollment.enrollment` sees to it).
+    Only for joining: a request holds no secret, and its answer is authenticated by the claim. The peer must get no user
+    name and password (`fedprune_device.enrollment.enrollment`).
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -107,7 +107,7 @@ def check_peer(der: bytes | None, floor: int) -> None:
     """Make sure that a broker's certificate has not ended.
 
     Args:
-        der: The certificate that OpenSSL has found to be right but for its times.
+        der: The certificate, which OpenSSL has verified except for its times.
         floor: Seconds since 1970; the true time is not before it.
 
     Raises:
@@ -124,5 +124,5 @@ def check_peer(der: bytes | None, floor: int) -> None:
 
 def _refused(why: str) -> ssl.SSLCertVerificationError:
     error = ssl.SSLCertVerificationError(why)
-    error.reason = why  # what `fedprune.wire.broker_url.failure` shows
+    error.reason = why  # shown by `fedprune.wire.broker_url.failure`
     return error
