@@ -4,25 +4,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fedprune import Ranking, Strategy, read_options
 from fedprune.model.architecture import TensorKind
-from fedprune.strategies import Strategy, read_options
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.importance.scoring import channel_sums, ranks
 from fedprune.strategies.local_objectives import AsJob
-from fedprune.strategies.roles import Ranking
-from fedprune.strategies.slicing import Nobody, Selected
 
 
-class Energy:
+class Energy(Strategy):
     """Ranks channels by the energy of the weights that make them, averaged over the rounds."""
-
-    observes = False  # it needs to know nothing of how weights moved
 
     def rank(self, scene):
         return Ranking(ranks(self.average(scene)))
 
     def learn(self, scene, fold, reports):
         return {"energy": dict(zip(self.names(scene), self.average(scene), strict=True))}  # the next round's memory
+
+    def close(self, fold, scene, rate, reports):  # the first three rounds go only a part of the way
+        return super().close(fold, scene, rate * min(1, scene.round / 4), reports)
 
     def average(self, scene):
         now = channel_sums(scene.architecture, lambda name: np.square(scene.model[name]), (TensorKind.WEIGHT,))
@@ -35,13 +34,6 @@ class Energy:
         return [f"{scene.architecture.digest}/{group.name}" for group in scene.architecture.groups]
 
 
-class Gentle(Mean):
-    """The mean, of which the first three rounds go only a part of the way."""
-
-    def close(self, fold, scene, rate, reports):
-        return super().close(fold, scene, rate * min(1, scene.round / 4), reports)
-
-
 @dataclass(frozen=True)
 class Options:
     momentum: float = 0.5
@@ -49,8 +41,10 @@ class Options:
 
 
 def energy(job):
-    """Compose the strategy of a job: two roles of our own, and three that are there."""
+    """The strategy of a job: three methods of our own, and two roles that are there."""
     options = read_options(job, Options)
-    aggregator = Gentle(rule="fill", server_momentum=options.momentum)
-    objective = AsJob({"logit_adjustment": True}, lr_decay=options.lr_decay)
-    return Strategy("energy", Energy(), Selected(), aggregator, Nobody(), objective, inputs="sum")
+    return Energy(
+        aggregator=Mean(rule="fill", server_momentum=options.momentum),
+        objective=AsJob({"logit_adjustment": True}, lr_decay=options.lr_decay),
+        inputs="sum",
+    )

@@ -11,7 +11,6 @@ from fedprune.strategies.averaging import Mean
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import read_options
 from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.strategy import Strategy
 
 
@@ -44,9 +43,7 @@ def slices(job: Job) -> Strategy:
     return Strategy(
         "slices",
         scorer=ByName(options.scorer, options.warmup_rounds),
-        extractor=Selected(),
         aggregator=Mean(options.rule, options.server_momentum, options.weighting),
-        personaliser=Nobody(),
         objective=AsJob(lr_decay=options.lr_decay),
         inputs="sum",
         allocator=Tiers(options.densities),

@@ -1,62 +1,64 @@
-"""Federated learning for fleets of unequal boards: the method, on numpy."""
+"""Federated learning for fleets of unequal boards: the method, on numpy.
 
-from typing import TYPE_CHECKING
+    from fedprune import Strategy, compose, read_options
 
-from fedprune.core.lazy_attributes import lazy_attributes
+Importing the package costs nothing: each name is imported when it is first used.
+"""
 
-if TYPE_CHECKING:  # a command that only parses its options doesn't load numpy
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
     from fedprune.core.errors import ExitCode, FedpruneError
-    from fedprune.model.architecture import (
-        Activation,
-        Architecture,
-        Axis,
-        ChannelGroup,
-        Layer,
-        Segment,
-        TensorKind,
-        TensorSpec,
-        widths_at,
-    )
-    from fedprune.model.selection import Selection, Tensors
-    from fedprune.training.features import Features
+    from fedprune.jobs.job import Job
+    from fedprune.model.architecture import Architecture
+    from fedprune.model.selection import Selection
+    from fedprune.strategies.options import read_options
+    from fedprune.strategies.presets import compose
+    from fedprune.strategies.roles import Closing, Ranking, Submodel
+    from fedprune.strategies.strategy import Strategy
     from fedprune.training.recipe import Recipe
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "Activation",
-    "Architecture",
-    "Axis",
-    "ChannelGroup",
-    "ExitCode",
-    "Features",
-    "FedpruneError",
-    "Layer",
-    "Recipe",
-    "Segment",
-    "Selection",
-    "TensorKind",
-    "TensorSpec",
-    "Tensors",
-    "widths_at",
-]
-
 _MODULES = {
-    "Activation": "fedprune.model.architecture",
-    "Architecture": "fedprune.model.architecture",
-    "Axis": "fedprune.model.architecture",
-    "ChannelGroup": "fedprune.model.architecture",
-    "ExitCode": "fedprune.core.errors",
-    "Features": "fedprune.training.features",
-    "FedpruneError": "fedprune.core.errors",
-    "Layer": "fedprune.model.architecture",
-    "Recipe": "fedprune.training.recipe",
-    "Segment": "fedprune.model.architecture",
-    "Selection": "fedprune.model.selection",
-    "TensorKind": "fedprune.model.architecture",
-    "TensorSpec": "fedprune.model.architecture",
-    "Tensors": "fedprune.model.selection",
-    "widths_at": "fedprune.model.architecture",
+    "Architecture": "model.architecture",
+    "Closing": "strategies.roles",
+    "ExitCode": "core.errors",
+    "FedpruneError": "core.errors",
+    "Job": "jobs.job",
+    "Ranking": "strategies.roles",
+    "Recipe": "training.recipe",
+    "Selection": "model.selection",
+    "Strategy": "strategies.strategy",
+    "Submodel": "strategies.roles",
+    "compose": "strategies.presets",
+    "read_options": "strategies.options",
 }
 
-__getattr__ = lazy_attributes(__name__, _MODULES)
+__all__ = [
+    "Architecture",
+    "Closing",
+    "ExitCode",
+    "FedpruneError",
+    "Job",
+    "Ranking",
+    "Recipe",
+    "Selection",
+    "Strategy",
+    "Submodel",
+    "compose",
+    "read_options",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -63,7 +63,7 @@ def predicted(name: str, device: Device, job: Job, architecture: Architecture) -
     try:
         probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
         profile = HardwareProfile.from_dict(device.profile)
-        recipe = compose(job).foreseen(job, name, device.widths, device.density, device.samples)
+        recipe = compose(job).planned_recipe(job, name, device.widths, device.density, device.samples)
         return vars(predict(architecture, device.widths, profile, recipe, device.samples, probe=probe))
     except FedpruneError:
         return None

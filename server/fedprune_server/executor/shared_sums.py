@@ -57,10 +57,8 @@ class SharedSums:
         self._block = block
         self._batch = batch
         self._size = sum(int(t.size) for t in worker.model.tensors.values())
-        self._by_tensor = bool(getattr(strategy.aggregator, "by_tensor", False))
-        self._as_trained = all(
-            getattr(role, "as_trained", False) for role in (strategy.extractor, strategy.personaliser)
-        )
+        self._by_tensor = strategy.aggregator.by_tensor
+        self._as_trained = strategy.as_trained
         self._round: tuple[int, str] | None = None
         self._passed: list[do.Contribution] = []
         self._batches: list[_Batch] = []

@@ -67,7 +67,7 @@ class SlabChains:
     def __init__(
         self, strategy: Strategy, store: BlobStore, make: Callable[[do.Extract], Submodel], least: int = LEAST
     ) -> None:
-        self._alike = all(getattr(r, "alike", False) is True for r in (strategy.extractor, strategy.personaliser))
+        self._device_independent = strategy.device_independent
         self._store = store
         self._make = make
         self._least = least
@@ -76,7 +76,7 @@ class SlabChains:
 
     def expect(self, commands: Iterable[do.Command]) -> None:
         """Note which submodels will be made; this may be called while another thread makes one."""
-        if not self._alike:
+        if not self._device_independent:
             return
         rounds: dict[_Basis, list[do.Extract]] = {}
         for command in commands:

@@ -67,7 +67,7 @@ class StoredUpdates:
 
     def recipe(self, turn: Turn) -> Recipe:
         """A device's recipe."""
-        recipe = self._job.privacy.asked_of(self._strategy.objective.recipe(self._job.recipe, turn))
+        recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.recipe, turn))
         return replace(recipe, personal=spelt(recipe.personal, self._architecture))
 
     def withheld(self, basis: do.Basis, part: do.Part) -> frozenset[str]:

@@ -106,11 +106,11 @@ class Worker:
         self._offers.training(recipe, 1)
         self._offers.lowered(self.architecture.sizes, 1)
         self._offers.withheld(recipe)
-        starter, model = self.strategy.starter, self.model.tensors
-        if starter is not None:
+        model = self.strategy.begin(self.architecture, self.model.tensors)
+        if model is not self.model.tensors:
             # What isn't trained must be as it was given: nothing else would ever come of it.
             still = frozen_tensors(self.architecture, recipe.features, self.model.frozen)
-            model = {**starter.begin(self.architecture, model), **{n: v for n, v in model.items() if n in still}}
+            model = {**model, **{n: v for n, v in self.model.tensors.items() if n in still}}
         return self.store.put(tensorfile.encode(model)).sha256
 
     def execute(self, command: Work) -> on.Event:
@@ -148,7 +148,7 @@ class Worker:
     # A round begins.
 
     def _score(self, command: do.Score) -> on.Scored:
-        ranking = self.strategy.scorer.rank(
+        ranking = self.strategy.rank(
             self.updates.scene(command.round, command.model, command.memory, command.participants)
         )
         selection = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
@@ -185,7 +185,7 @@ class Worker:
         return self._made(self.updates.cut(command.basis, command.part))
 
     def _made(self, cut: Cut) -> Submodel:
-        return self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
+        return self.strategy.extract(cut)
 
     def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
         """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.

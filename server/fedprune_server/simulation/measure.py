@@ -84,7 +84,7 @@ class Moment:
         """
         sizes = self.architecture.sizes
         strategy = compose(self.job)
-        elements = getattr(strategy.allocator, "elements", False)
+        elements = strategy.allocator is not None and strategy.allocator.elements
         widths = sizes if elements else widths_at(self.architecture, density)
         scene = Scene(
             self.architecture, self.job.seed, self.round, self.model, self.memory, self.job.recipe, participants=()

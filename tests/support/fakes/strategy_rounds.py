@@ -107,7 +107,7 @@ class Play:
         self.round += 1
         names = sorted(n for n, d in self.devices.items() if self.round not in d.absent)
         scene, strategy = self.scene(names), self.strategy
-        ranking = strategy.scorer.rank(scene)
+        ranking = strategy.rank(scene)
         fold = strategy.aggregator.fold(scene, evidence=strategy.scorer.observes)
         self.sent, self.reports = {}, {}
         for name in names:
@@ -115,18 +115,18 @@ class Play:
             turn = Turn(self.seed, self.round, name, device.widths, device.density, device.weight)
             selection = Selection.of(self.architecture, device.widths, ranking.ranks)
             cut = Cut(self.scene(), turn, selection, ranking.order, self.past.get(name))
-            sent = strategy.personaliser.personalise(cut, strategy.extractor.extract(cut))
+            sent = strategy.extract(cut)
             trained = Submodel(sent.selection, self.move(sent, name, self.round), sent.mask)
             weight = device.weight if strategy.aggregator.weighting == "samples" else 1
             squares = self.squares(sent, name, self.round)
             report = Report(cut, trained, weight, 5, lambda sent=sent: sent, squares)  # type: ignore[misc]
             strategy.aggregator.add(fold, report, self._lifted(report))
             self.sent[name], self.reports[name] = sent, report
-        closing = strategy.aggregator.close(fold, scene, 1.0, lambda: ((r, self._lifted(r)) for r in self._all()))
+        closing = strategy.close(fold, scene, 1.0, lambda: ((r, self._lifted(r)) for r in self._all()))
         self.rejected = dict(closing.rejected)
         counts = self.round > strategy.explores or strategy.explorers_count
         memories = dict(closing.memories) if counts else {}
-        memories |= strategy.scorer.learn(scene, fold, lambda: (r for n, r in self._named() if n not in self.rejected))
+        memories |= strategy.learn(scene, fold, lambda: (r for n, r in self._named() if n not in self.rejected))
         if counts:
             self.model = closing.model
         self.memory = {n: v for n, v in (self.memory | memories).items() if v}
@@ -135,7 +135,7 @@ class Play:
             self.past[name] = Past(trained.selection, trained.tensors, trained.mask, self.round)
 
     def _lifted(self, report: Report) -> Submodel:
-        return self.strategy.personaliser.share(report, self.strategy.extractor.reconstruct(report))
+        return self.strategy.reconstruct(report)
 
     def _all(self) -> Iterator[Report]:
         return iter(self.reports.values())

@@ -38,20 +38,19 @@ SOURCE = '''
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
 from fedprune.strategies.importance.scoring import magnitude, ranks
 from fedprune.strategies import Strategy
-from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.slicing import Global, Selected
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.local_objectives import AsJob
-from fedprune.strategies.roles import Closing, Ranking, Submodel
+from fedprune.strategies.roles import Closing, Ranking, Scorer as Base, Starter as StarterBase, Submodel
 import numpy as np
 
-class Scorer:
-    observes = False
+class Scorer(Base):
     def rank(self, scene):
         return Ranking(ranks(magnitude(scene.architecture, scene.model)))
     def learn(self, scene, fold, reports):
         return {}
 
-class Starter:
+class Starter(StarterBase):
     def begin(self, architecture, model):
         return model
 
@@ -64,7 +63,7 @@ class Aggregator(Mean):
 class Objective(AsJob):
     pass
 
-class Personaliser(Nobody):
+class Personaliser(Global):
     pass
 
 ROLES = {}
@@ -73,6 +72,13 @@ def made(job):
     found = dict(scorer=Scorer(), extractor=Extractor(), aggregator=Aggregator(), personaliser=Personaliser(),
                  objective=Objective(), starter=Starter())
     return Strategy("made", inputs="updates", **{**found, **ROLES})
+
+class Whole(Strategy):
+    def rank(self, scene):
+        return Ranking(ranks(magnitude(scene.architecture, scene.model)))
+
+def whole(job):
+    return Whole(inputs="updates", aggregator=Aggregator(), **ROLES)
 '''
 
 
@@ -213,15 +219,14 @@ def test_a_method_with_other_arguments_is_named_where_it_is_defined(mine: Any) -
     ("more", "what"),
     [
         (
-            "ROLES['scorer'] = Nobody()",
-            r"scorer: expected an object with rank\(\) and learn\(\), got Nobody, which lacks",
+            "ROLES['scorer'] = Global()",
+            "scorer: expected a role of class Scorer, got Global",
         ),
-        ("ROLES['objective'] = None", "objective: expected an object with recipe"),
+        ("ROLES['objective'] = None", "objective: expected a role of class Objective, got NoneType"),
         ("ROLES['schedule'] = 3", "schedule: expected a Schedule, got int"),
-        ("del Scorer.observes", "scorer Scorer.observes: expected true or false, got None"),
         (
             "ROLES['aggregator'] = Aggregator(weighting=1)",
-            "Aggregator.weighting: expected samples or uniform",
+            "weighting of its aggregator: expected samples or uniform",
         ),
         ("def made(job): return 5", "expected a Strategy, got int"),
         ("def made(job): return job.nothing", r"failed at mine.py:\d+ \(AttributeError"),
@@ -229,12 +234,13 @@ def test_a_method_with_other_arguments_is_named_where_it_is_defined(mine: Any) -
 )
 def test_what_is_no_whole_strategy_is_said_at_the_start(mine: Any, more: str, what: str) -> None:
     mine(f"\n{more}\n")
-    with pytest.raises(StrategyError, match=what):
+    with pytest.raises(ConfigError, match=what):
         strategy()
 
 
 ALLOCATOR = """
-class Allocator:
+from fedprune.strategies.allocation import Allocator as AllocatorBase
+class Allocator(AllocatorBase):
     def admit(self, fleet, name, known):
         fleet.state.devices[name].widths = (6, 9)
     def open(self, fleet):
@@ -267,7 +273,7 @@ def test_a_file_that_is_not_there_or_has_another_name_says_what_to_do(mine: Any)
     mine("")
     with pytest.raises(ConfigError, match=r"Start the command in the folder of the file, or install the package"):
         compose(Job(strategy="nowhere:made"))
-    with pytest.raises(ConfigError, match=r"Its functions are made \(did you mean 'made'\?\)"):
+    with pytest.raises(ConfigError, match=r"Its functions are made, whole \(did you mean 'made'\?\)"):
         compose(Job(strategy="mine:mad"))
     with pytest.raises(ConfigError, match=r"did you mean 'mine:made'\?"):
         compose(Job(strategy="mine.made"))
@@ -297,6 +303,50 @@ def test_a_good_strategy_does_what_it_did_without_checks(mine: Any) -> None:
     job = Job(scorer="magnitude", warmup_rounds=0)
     watched, bare = (Play(s, model(NET, 0), devices).play(2) for s in (strategy(), compose(job)))
     assert identical(watched, bare)
+
+
+METHODS: dict[str, Callable[[Strategy], object]] = {
+    "begin": lambda s: s.begin(NET, model(NET, 0)),
+    "rank": lambda s: s.rank(scene()),
+    "learn": lambda s: s.learn(scene(), s.aggregator.fold(scene(), evidence=False), lambda: iter(())),
+    "extract": lambda s: s.extract(cut()),
+    "recipe": lambda s: s.recipe(Recipe(), cut().turn),
+    "close": lambda s: s.close(s.aggregator.fold(scene(), evidence=False), scene(), 1.0, lambda: iter(())),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_strategys_own_methods_are_checked_as_roles_are(mine: Any, method: str) -> None:
+    job = Job(strategy="mine:whole", options={"robust": {"clip": 1.0}})
+    mine(changed("Whole", method, "return ().items()"))
+    with pytest.raises(StrategyError, match=rf"strategy mine:whole: Whole.{method} failed at mine.py:\d+ \(Attribute"):
+        METHODS[method](compose(job))
+    mine(changed("Whole", method, "return 5"))
+    with pytest.raises(StrategyError, match=rf"Whole.{method} at mine.py:\d+: answer: expected a"):
+        METHODS[method](compose(job))
+
+
+def test_a_method_that_raises_over_an_update_raises_unchanged(mine: Any) -> None:
+    mine(changed("Whole", "reconstruct", "raise ProtocolError('this update is odd')"))
+    with pytest.raises(ProtocolError, match=r"^this update is odd$"):
+        compose(Job(strategy="mine:whole")).reconstruct(SimpleNamespace())  # type: ignore[arg-type]
+
+
+def test_a_strategy_of_own_methods_does_what_its_roles_would(mine: Any) -> None:
+    mine("")
+    devices = {"a": Part(NET.sizes), "b": Part((3, 2))}
+    whole = compose(Job(strategy="mine:whole"))
+    assert (whole.name, whole.device_independent, whole.as_trained) == ("Whole", True, True)
+    bare = compose(Job(scorer="magnitude", warmup_rounds=0))
+    assert identical(*(Play(s, model(NET, 0), devices).play(2) for s in (whole, bare)))
+
+
+@pytest.mark.parametrize(("method", "flag"), [("extract", "device_independent"), ("reconstruct", "as_trained")])
+def test_what_a_method_of_ones_own_does_is_not_taken_for_the_shipped_one(mine: Any, method: str, flag: str) -> None:
+    mine(changed("Whole", method, "return None"))
+    assert getattr(compose(Job(strategy="mine:whole")), flag) is False
+    mine(changed("Extractor", method, "return None"))
+    assert getattr(strategy(), flag) is False
 
 
 def test_names_that_were_meant() -> None:

@@ -11,7 +11,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.privacy_budget import PrivacyBudget
 from fedprune.coordination.width_planner import PlannedWidths, WidthPlanner
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS
@@ -55,13 +55,6 @@ class Coordinator(ABC):
         )
         self.fleet = Fleet(job, architecture, state)
         self.privacy_budget = PrivacyBudget(state, job.privacy)
-        weighting = self.strategy.aggregator.weighting
-        if weighting not in ("samples", "uniform"):
-            raise ConfigError(
-                f"strategy {self.strategy.name}: weighting of its aggregator",
-                expected="samples or uniform",
-                got=shown(weighting),
-            )
         if self.schedule.asynchronous and self.strategy.explores:
             raise ConfigError(
                 f"strategy {self.strategy.name}: rounds of exploration ask all devices at once",

@@ -14,7 +14,7 @@ from fedprune.planning.plan import MEMORY, Plan, plan
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
-from fedprune.strategies.allocation import Fleet
+from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.training.recipe import Recipe
 
 
@@ -98,7 +98,9 @@ class WidthPlanner:
 
     def _recipe(self, name: str, device: Device, widths: tuple[int, ...]) -> Recipe:
         """What the device would train by with these widths."""
-        return self.strategy.foreseen(self.job, name, widths, kept_share(self.architecture, widths), device.samples)
+        return self.strategy.planned_recipe(
+            self.job, name, widths, kept_share(self.architecture, widths), device.samples
+        )
 
     def _planned(self, name: str, device: Device, correction: Correction, *others: Correction) -> Plan:
         """The plan by the first of the corrections by which one fits."""
@@ -123,7 +125,7 @@ class WidthPlanner:
         )
 
 
-class PlannedWidths:
+class PlannedWidths(Allocator):
     """The allocator of jobs whose strategy has none: the planner.
 
     Args:

@@ -140,7 +140,7 @@ class Allocation:
 
     def _recipe(self, name: str, samples: int, widths: tuple[int, ...]) -> Recipe:
         """What a node would train by with these widths."""
-        return self._strategy.foreseen(self._job, name, widths, kept_share(self._architecture, widths), samples)
+        return self._strategy.planned_recipe(self._job, name, widths, kept_share(self._architecture, widths), samples)
 
 
 def _constant(wish: Wish) -> Callable[[int], Wish]:

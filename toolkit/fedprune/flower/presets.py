@@ -71,7 +71,7 @@ def composed(job: Job) -> Strategy:
 
 def _recipe(job: Job, strategy: Strategy) -> Recipe:
     """What a device of full width would train by."""
-    return strategy.objective.recipe(job.recipe, Turn(job.seed, 1, "", ()))
+    return strategy.recipe(job.recipe, Turn(job.seed, 1, "", ()))
 
 
 def _refusal(job: Job, reason: str) -> ConfigError:

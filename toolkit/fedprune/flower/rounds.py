@@ -140,12 +140,9 @@ class Rounds:
             BundleError: It is not this architecture's.
         """
         base = check_model(self.architecture, model)
-        if self.strategy.starter is not None and self.number == 0:
+        if self.number == 0 and (begun := self.strategy.begin(self.architecture, base)) is not base:
             still = self._frozen_by(self.job.recipe)
-            base = {
-                **self.strategy.starter.begin(self.architecture, base),
-                **{n: v for n, v in base.items() if n in still},
-            }
+            base = {**begun, **{n: v for n, v in base.items() if n in still}}
         self.model = base
         return base
 
@@ -284,12 +281,11 @@ class Rounds:
         return Scene(self.architecture, self.job.seed, round_, self.model, self._memory, self.job.recipe, participants)
 
     def _made(self, scene: Scene, shares: Mapping[str, Share]) -> dict[str, Task]:
-        ranking = self.strategy.scorer.rank(scene)
+        ranking = self.strategy.rank(scene)
         whole = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
         selections: dict[tuple[int, ...], Selection] = {}
         made: dict[tuple[tuple[int, ...], float], Submodel] = {}
         out: dict[str, Task] = {}
-        alike = getattr(self.strategy.extractor, "alike", False) and getattr(self.strategy.personaliser, "alike", False)
         for node, share in sorted(shares.items()):
             key = (share.widths, share.density)
             selection = selections.setdefault(share.widths, whole.narrowed(share.widths))
@@ -303,11 +299,11 @@ class Rounds:
                 self._last.get(node, 0),
             )
             cut = Cut(scene, turn, selection, ranking.order)
-            submodel = made.get(key) if alike else None
+            submodel = made.get(key) if self.strategy.device_independent else None
             if submodel is None:
-                submodel = self.strategy.personaliser.personalise(cut, self.strategy.extractor.extract(cut))
+                submodel = self.strategy.extract(cut)
                 made[key] = submodel
-            recipe = self.strategy.objective.recipe(scene.recipe, turn)
+            recipe = self.strategy.recipe(scene.recipe, turn)
             out[node] = Task(cut, submodel, recipe.in_parts(share.accumulate))
         return out
 

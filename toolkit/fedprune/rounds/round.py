@@ -163,7 +163,7 @@ class Round:
 
     def lifted(self, report: Report) -> Submodel:
         """An update as it enters the sums."""
-        return self._strategy.personaliser.share(report, self._strategy.extractor.reconstruct(report))
+        return self._strategy.reconstruct(report)
 
     def _make_room(self, weight: int) -> None:
         """Start again where the sums can't hold more weight: weights are provisional until a round closes."""
@@ -203,12 +203,10 @@ class Round:
             self._reading = ""
 
         with self._blaming():
-            closing = strategy.aggregator.close(
-                self.fold, scene, rate, lambda: ((r, self.lifted(r)) for r in reports())
-            )
+            closing = strategy.close(self.fold, scene, rate, lambda: ((r, self.lifted(r)) for r in reports()))
         rejected |= closing.rejected
         with self._blaming():  # after the rejections, so that a scorer learns only from what counts
-            learnt = strategy.scorer.learn(scene, self.fold, reports)
+            learnt = strategy.learn(scene, self.fold, reports)
         if scene.round <= strategy.explores and not strategy.explorers_count:
             return RoundResult(None, {**limited.memories, **learnt}, limited.updates, rejected)
         memories = {**limited.memories, **closing.memories, **learnt}

@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
+from fedprune.jobs.state import Device, State, Task
 from fedprune.model.architecture import Architecture, widths_at
-
-if TYPE_CHECKING:  # the coordinator imports strategies, and those allocators
-    from fedprune.jobs.state import Device, State, Task
 
 _Key = list[tuple[int, int, str]]
 
@@ -83,9 +82,15 @@ class Fleet:
         return True
 
 
-class Allocator(Protocol):
-    """Decides on densities. Whatever it is asked twice it answers alike."""
+class Allocator(ABC):
+    """Decides on densities. Asked twice, it gives the same answer."""
 
+    @property
+    def elements(self) -> bool:
+        """Whether densities are those of element masks over all channels."""
+        return False
+
+    @abstractmethod
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
         """A device announced itself: give it density and widths, or the reason why it takes no part (`excluded`).
 
@@ -94,16 +99,16 @@ class Allocator(Protocol):
             name: The device.
             known: The device before, if it was there; None also when settings may have changed.
         """
-        ...
 
+    @abstractmethod
     def open(self, fleet: Fleet) -> bool:
         """A round is about to begin, of number `fleet.state.round`.
 
         Returns:
             Whether densities have changed.
         """
-        ...
 
+    @abstractmethod
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
         """An update counts.
 
@@ -113,8 +118,8 @@ class Allocator(Protocol):
             task: The device's part.
             seconds: From the offer until the update was here; None where that is not known, as after a restart.
         """
-        ...
 
+    @abstractmethod
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
         """A round has ended, of number `fleet.state.round`.
 
@@ -125,14 +130,13 @@ class Allocator(Protocol):
         Returns:
             Whether densities have changed, so that masks must be made anew.
         """
-        ...
 
+    @abstractmethod
     def done(self, fleet: Fleet) -> bool:
         """Whether nothing more is to be gained, and the job may end before its last round."""
-        ...
 
 
-class _Still:
+class _Still(Allocator):
     """What most allocators answer: nothing changes with time."""
 
     def open(self, fleet: Fleet) -> bool:

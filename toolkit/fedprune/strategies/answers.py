@@ -1,7 +1,6 @@
-"""What roles answer, checked: of which type it is, and of which shape.
+"""Checks of what a user's own strategy and roles answer: type and shape.
 
-The presets' own roles are tested; those that somebody else writes are asked through these checks
-(`fedprune.strategies.user_strategies`), so that a slip is named where it was made and not where it is felt.
+Shipped roles are tested instead. A mistake is so reported where it was made (`fedprune.strategies.user_strategies`).
 """
 
 from __future__ import annotations
@@ -16,8 +15,21 @@ from fedprune.core.errors import FedpruneError, shape_text, shown
 from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
-from fedprune.strategies.allocation import Fleet
-from fedprune.strategies.roles import Closing, Cut, Ranking, Report, Scene, Submodel
+from fedprune.strategies.allocation import Allocator, Fleet
+from fedprune.strategies.roles import (
+    Aggregator,
+    Closing,
+    Cut,
+    Extractor,
+    Objective,
+    Personaliser,
+    Ranking,
+    Report,
+    Scene,
+    Scorer,
+    Starter,
+    Submodel,
+)
 from fedprune.training.recipe import Recipe
 
 Check = Callable[[Any, Sequence[Any]], None]
@@ -150,16 +162,27 @@ def _anything(answer: Any, asked: Sequence[Any]) -> None:
     """What it answers isn't looked at."""
 
 
-ROLES: dict[str, dict[str, Check]] = {
-    "starter": {"begin": _begun},
-    "scorer": {"rank": _ranked, "learn": _remembered},
-    "extractor": {"extract": _sent, "reconstruct": _lifted},
-    "aggregator": {"fold": _sums, "add": _anything, "close": _closed},
-    "personaliser": {"personalise": _sent, "share": _lifted},
-    "objective": {"recipe": _written},
-    "allocator": {"admit": _admitted, "open": _decided, "learn": _anything, "review": _decided, "done": _decided},
+METHODS: dict[str, Check] = {
+    "begin": _begun,
+    "rank": _ranked,
+    "learn": _remembered,
+    "extract": _sent,
+    "reconstruct": _lifted,
+    "recipe": _written,
+    "close": _closed,
 }
-"""Per role the methods that it must have, each with the check of what it answers."""
+"""The methods of a strategy that a subclass may override, each with the check of its answer."""
+
+ROLES: dict[type, dict[str, Check]] = {
+    Starter: {"begin": _begun},
+    Scorer: {"rank": _ranked, "learn": _remembered},
+    Extractor: {"extract": _sent, "reconstruct": _lifted},
+    Aggregator: {"fold": _sums, "add": _anything, "close": _closed},
+    Personaliser: {"personalise": _sent, "share": _lifted},
+    Objective: {"recipe": _written},
+    Allocator: {"admit": _admitted, "open": _decided, "learn": _anything, "review": _decided, "done": _decided},
+}
+"""Per role its methods, each with the check of its answer."""
 
 
 def _of(kind: type | tuple[type, ...], answer: Any, part: str = "", expected: str = "") -> None:

@@ -14,7 +14,7 @@ from fedprune.aggregation.fold import Fold, Rule
 from fedprune.model.classifier_head import head_axes
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.roles import Closing, Report, Scene, Submodel
+from fedprune.strategies.roles import Aggregator, Closing, Report, Scene, Submodel
 from fedprune.training.trainable import matching
 
 VELOCITY = "velocity"
@@ -25,7 +25,7 @@ _PARALLEL = 1e-5
 
 
 @dataclass(frozen=True)
-class Mean:
+class Mean(Aggregator):
     """The mean of what devices hand in, per coordinate over those that hold it (`fedprune.aggregation.fold`).
 
     Attributes:
@@ -49,8 +49,7 @@ class Mean:
 
     @property
     def by_tensor(self) -> bool:
-        """Whether its sums may be made in parts: what changed may depend on other tensors."""
-        return not self.changed
+        return not self.changed  # which rows changed depends on other tensors
 
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
         """Empty sums for a round.

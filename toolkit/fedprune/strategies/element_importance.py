@@ -18,7 +18,7 @@ from fedprune.core.errors import ConfigError, shown
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable, with_floors
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,7 +41,7 @@ BEFORE = "importance/before"
 
 
 @dataclass(frozen=True)
-class Importance:
+class Importance(Scorer):
     """Ranks elements anew every so many rounds; in between masks change with densities alone.
 
     Attributes:

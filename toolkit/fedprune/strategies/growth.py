@@ -5,21 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from fedprune.core.errors import ConfigError
-from fedprune.strategies.allocation import TIMES, Fixed, Fleet, Tiers, check_density
+from fedprune.jobs.state import Device, Task
+from fedprune.strategies.allocation import TIMES, Allocator, Fixed, Fleet, Tiers, check_density
 from fedprune.strategies.recovery import Recovery
-
-if TYPE_CHECKING:  # the coordinator imports strategies, and those allocators
-    from fedprune.jobs.state import Device, Task
 
 Start = Fixed | Tiers
 """What growing allocators begin with."""
 
 
 @dataclass(frozen=True)
-class Ladder:
+class Ladder(Allocator):
     """Densities that grow when a model has learnt what it can (FedGMR's tiers, which climb).
 
     Attributes:

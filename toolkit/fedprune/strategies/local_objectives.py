@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from fedprune.strategies.roles import Turn
+from fedprune.strategies.roles import Objective, Turn
 from fedprune.training.recipe import Recipe
 
 
 @dataclass(frozen=True)
-class AsJob:
+class AsJob(Objective):
     """The job's recipe, with some settings of the strategy's own.
 
     Attributes:

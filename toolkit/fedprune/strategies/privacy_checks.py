@@ -55,7 +55,8 @@ def _looks(job: Job, strategy: Strategy) -> str:
         and strategy.schedule.asynchronous,
         "a robust mean, which compares single updates": "robust" in job.options,
         "an aggregator that is no mean of all": type(strategy.aggregator) is not Mean,
-        "an option by which only what an update has changed counts": getattr(strategy.aggregator, "changed", "") != "",
+        "an option by which only what an update has changed counts": isinstance(strategy.aggregator, Mean)
+        and strategy.aggregator.changed != "",
         "a scorer that goes by how single updates moved": isinstance(strategy.scorer, ByName)
         and strategy.scorer.observes,
         f"compression {', '.join(sorted(codecs))}, which rounds single updates": bool(codecs),

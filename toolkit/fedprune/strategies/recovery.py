@@ -10,13 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.metrics import believable
-
-if TYPE_CHECKING:  # the coordinator imports strategies, and those allocators
-    from fedprune.jobs.state import Device, State
+from fedprune.jobs.state import Device, State
 
 Step = Literal["add", "double", "ladder"]
 Validation = Literal["devices", "server"]

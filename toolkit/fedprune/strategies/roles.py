@@ -1,17 +1,17 @@
-"""The roles that a strategy is composed of: what each is asked, and what it answers.
+"""The roles that a strategy is composed of, and the values that they exchange.
 
-Roles are small objects without state of their own: all that lasts lies in the job's memory, which is stored after every
-round, so that a round can be repeated, in another process, with the same bits. *Scorer*, *extractor*, *aggregator* and
-*personaliser* work on tensors, in the worker; *objective* writes the recipe that a board trains by; *allocator* and
-*schedule* (`fedprune.strategies.allocation`, `fedprune.jobs.schedule`) decide in the coordinator, which sees no tensor.
+Roles have no state of their own: what must last is in the job's memory, which is stored after every round, so that a
+round can be repeated in another process with the same bits. The allocator is in `fedprune.strategies.allocation`; it
+runs in the coordinator, which sees no tensors.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -191,102 +191,115 @@ class Closing:
     rejected: Mapping[str, str] = field(default_factory=dict)
 
 
-class Starter(Protocol):
-    """Makes the model that a job begins with."""
+class Starter(ABC):
+    """Makes the job's first global model."""
 
+    @abstractmethod
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        """The first global model, of the same tensors and shapes, made of the imported one."""
-        ...
+        """The first global model, made from the imported one: the same tensors and shapes."""
 
 
-class Scorer(Protocol):
-    """Ranks channels, and elements where masks are made of them, once a round for all devices."""
+class Scorer(ABC):
+    """Ranks channels, and elements where there are element masks, once a round for all devices."""
 
     @property
     def observes(self) -> bool:
-        """Whether it learns from how far weights moved: the fold then keeps movements (`Fold(evidence=True)`)."""
-        ...
+        """Whether it learns from how far weights moved, so that the fold records movements (`Fold(evidence=True)`)."""
+        return False
 
+    @abstractmethod
     def rank(self, scene: Scene) -> Ranking:
-        """Rank for this round."""
-        ...
+        """The ranking of this round."""
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """What to remember of a round that is about to close.
+        """Memories of a round that is about to close.
 
         Args:
             scene: The round.
             fold: Its sums.
-            reports: Reads all that was folded, one after the other.
+            reports: Reads the folded updates one by one.
         """
-        ...
+        return {}
 
 
-class Extractor(Protocol):
-    """Makes a device's submodel of the global model, and leads what was learnt back.
+class Extractor(ABC):
+    """Makes a device's submodel of the global model, and maps the trained one back."""
 
-    One that has an attribute `alike`, which is true, makes the same submodel for all devices of the same widths and
-    density in a round, so that it may travel once for all of them. One that has an attribute `as_trained`, which is
-    true, lets what was trained enter the sums as it came, so that they may be made tensor by tensor.
-    """
+    @property
+    def device_independent(self) -> bool:
+        """Whether devices of the same widths and density get the same submodel in a round, so that it is sent once."""
+        return False
 
+    @property
+    def as_trained(self) -> bool:
+        """Whether `reconstruct` returns what was trained unchanged, so that sums can be made tensor by tensor."""
+        return False
+
+    @abstractmethod
     def extract(self, cut: Cut) -> Submodel:
         """The submodel to send.
 
-        Its selection is usually the cut's, or its first channels. It may be of other channels, too: the offer then has
-        a ranking of its own, and `Report.trained` lies where that says.
+        Its selection is usually the cut's or a prefix of it. With other channels the offer carries a ranking of its
+        own, to which `Report.trained` then refers.
         """
-        ...
 
+    @abstractmethod
     def reconstruct(self, report: Report) -> Submodel:
-        """What was trained, as it enters the sums: at its places in global space."""
-        ...
+        """The trained submodel in global coordinates, as it enters the sums."""
 
 
-class Personaliser(Protocol):
-    """What of a device's model is its own, as far as the server keeps it.
+class Personaliser(ABC):
+    """What of a device's model is its own, as far as the server keeps it."""
 
-    One that has an attribute `alike`, which is true, adds nothing that is a device's own. One that has an attribute
-    `as_trained`, which is true, shares all that was reconstructed, as it is.
-    """
+    @property
+    def device_independent(self) -> bool:
+        """Whether it adds nothing of the device's own."""
+        return False
 
+    @property
+    def as_trained(self) -> bool:
+        """Whether `share` returns the reconstruction unchanged."""
+        return False
+
+    @abstractmethod
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
         """The submodel to send, with the device's own parts in it."""
-        ...
 
+    @abstractmethod
     def share(self, report: Report, lifted: Submodel) -> Submodel:
-        """What of a reconstructed submodel others get to see in the global model."""
-        ...
+        """The part of a reconstructed submodel that enters the global model."""
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """What a board minimises."""
 
+    @abstractmethod
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """The device's recipe of this round, made of the job's."""
-        ...
+        """The device's recipe of this round, made from the job's."""
 
 
-class Aggregator(Protocol):
-    """Turns a round's sums into the next global model.
-
-    One that has an attribute `by_tensor`, which is true, adds to the sums of a tensor what an update holds of it, and
-    looks at nothing else: its sums may be made in parts (`Fold.narrowed`).
-    """
+class Aggregator(ABC):
+    """Turns a round's updates into the next global model."""
 
     @property
     def weighting(self) -> str:
-        """`samples`: devices count by their training samples; `uniform`: all alike."""
-        ...
+        """`samples`: devices count by their training samples; `uniform`: all count the same."""
+        return "samples"
 
+    @property
+    def by_tensor(self) -> bool:
+        """Whether a tensor's sums depend on that tensor of the updates alone, so that they can be made in parts."""
+        return False
+
+    @abstractmethod
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
         """Empty sums for a round."""
-        ...
 
+    @abstractmethod
     def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
-        """Add an update, reconstructed and shared; all of it or, where it raises, nothing."""
-        ...
+        """Add a reconstructed update: all of it or, if this raises, nothing."""
 
+    @abstractmethod
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
     ) -> Closing:
@@ -296,6 +309,5 @@ class Aggregator(Protocol):
             fold: The sums.
             scene: The round.
             rate: Share of the way from w_t to the sums' mean that the schedule allows (1 in synchronous rounds).
-            reports: Reads all updates again, each with its reconstruction, for whatever is no sum (a median).
+            reports: Reads all updates again, each with its reconstruction, for what is not a sum (a median).
         """
-        ...

@@ -79,7 +79,8 @@ def _moved(strategy: Strategy, job: Job) -> Strategy:
         if strategy.schedule is None or not strategy.schedule.asynchronous:
             return strategy
     aggregator = strategy.aggregator
-    plain = type(aggregator) in (Mean, DeltaMean) and not strategy.explores
+    own = type(strategy).close is not Strategy.close
+    plain = type(aggregator) in (Mean, DeltaMean) and not own and not strategy.explores
     # Who averages models on a schedule of its own does it by that schedule's arithmetic.
     if not plain or (strategy.schedule is not None and type(aggregator) is Mean):
         raise ConfigError(

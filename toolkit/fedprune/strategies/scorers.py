@@ -31,7 +31,7 @@ number."""
 
 
 @dataclass(frozen=True)
-class ByName:
+class ByName(Scorer):
     """A ranking by one score, the same for all devices of a round, so that masks are nested.
 
     Attributes:
@@ -93,7 +93,7 @@ class ByName:
 
 
 @dataclass(frozen=True)
-class Held:
+class Held(Scorer):
     """Another scorer's ranks of channels, made anew every so many rounds only, for schedules that rank every round.
 
     Attributes:

@@ -1,15 +1,38 @@
-"""A strategy: which object plays which role in a job."""
+"""The base class of all strategies."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
+from fedprune.aggregation.fold import Fold
 from fedprune.core import validation
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Tensors
 from fedprune.strategies.allocation import Allocator
-from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Starter, Turn
+from fedprune.strategies.averaging import Mean
+from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.roles import (
+    Aggregator,
+    Closing,
+    Cut,
+    Extractor,
+    Memories,
+    Objective,
+    Personaliser,
+    Ranking,
+    Report,
+    Scene,
+    Scorer,
+    Starter,
+    Submodel,
+    Turn,
+)
+from fedprune.strategies.scorers import ByName
+from fedprune.strategies.slicing import Global, Selected
 from fedprune.training.recipe import Recipe
 
 Inputs = Literal["sum", "updates", "measurements"]
@@ -18,32 +41,35 @@ Inputs = Literal["sum", "updates", "measurements"]
 
 @dataclass(frozen=True)
 class Strategy:
-    """A composition of roles (`fedprune.strategies.roles`).
+    """A strategy: seven methods that a subclass may override, with roles that are used where it doesn't.
+
+    The methods are `begin`, `rank`, `learn`, `extract`, `reconstruct`, `recipe` and `close`. They must not keep state:
+    what must last is returned by `learn` and `close`, and is in `scene.memory` a round later.
 
     Attributes:
-        name: For people.
+        name: Shown to people; by default the class's name.
         scorer: Ranks channels and elements.
-        extractor: Makes submodels, and leads what was learnt back.
+        extractor: Makes submodels, and maps trained ones back.
         aggregator: Makes the next global model.
         personaliser: What of a device's model is its own, as far as the server keeps it.
         objective: What boards minimise.
-        inputs: What the server needs of boards, by which a job with privacy is accepted or refused
-            (`fedprune.strategies.privacy_checks`). Required, so that no strategy is taken for private by omission.
-        allocator: Who gets how much of the model; None leaves it to the planner, or to the job's `density`.
+        inputs: What the server needs of boards; decides whether a job with privacy is accepted
+            (`fedprune.strategies.privacy_checks`). Required, so that no strategy counts as private by omission.
+        allocator: How much of the model each device gets; None leaves it to the planner, or to the job's `density`.
         schedule: When offers go out and rounds close; None for synchronous rounds.
-        explores: In so many first rounds every device is asked, and the scorer learns, but the model doesn't move.
+        explores: In this many first rounds every device trains and the strategy learns, but the model doesn't move.
         explorers_count: Whether the model becomes the aggregate of those rounds all the same.
-        keeps_past: Whether a device's last counted update is kept, for roles that go on from there (`Cut.past`).
-        masks: Whether submodels have masks of elements, for which plans must leave room on boards.
+        keeps_past: Whether a device's last counted update is kept (`Cut.past`).
+        masks: Whether submodels have element masks, for which plans must leave room on boards.
         starter: Makes the job's first model; None leaves it as it was imported.
     """
 
-    name: str
-    scorer: Scorer
-    extractor: Extractor
-    aggregator: Aggregator
-    personaliser: Personaliser
-    objective: Objective
+    name: str = ""
+    scorer: Scorer = field(default_factory=ByName)
+    extractor: Extractor = field(default_factory=Selected)
+    aggregator: Aggregator = field(default_factory=Mean)
+    personaliser: Personaliser = field(default_factory=Global)
+    objective: Objective = field(default_factory=AsJob)
     inputs: Inputs = field(kw_only=True)
     allocator: Allocator | None = None
     schedule: Schedule | None = None
@@ -54,13 +80,65 @@ class Strategy:
     starter: Starter | None = None
 
     def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", type(self).__name__)
         validation.word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
+        weighting = self.aggregator.weighting
+        validation.word(f"strategy {self.name}: weighting of its aggregator", weighting, ("samples", "uniform"))
 
-    def foreseen(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
-        """The recipe by which a device's costs are foretold, long before its turns come.
+    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        """The job's first global model, made from the imported one: the same tensors and shapes, float32."""
+        return model if self.starter is None else self.starter.begin(architecture, model)
 
-        It is that of a device that has handed in nothing yet, in the first round after those of exploration: plans are
-        made for what most rounds are.
+    def rank(self, scene: Scene) -> Ranking:
+        """Rank channels, and elements where there are element masks, once a round for all devices."""
+        return self.scorer.rank(scene)
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """Memories of a round that is about to close; `reports` reads the folded updates one by one."""
+        return self.scorer.learn(scene, fold, reports)
+
+    def extract(self, cut: Cut) -> Submodel:
+        """The submodel to send to a device."""
+        return self.personaliser.personalise(cut, self.extractor.extract(cut))
+
+    def reconstruct(self, report: Report) -> Submodel:
+        """What of a trained submodel enters the sums, in global coordinates."""
+        return self.personaliser.share(report, self.extractor.reconstruct(report))
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """A device's recipe of this round, made from the job's."""
+        return self.objective.recipe(recipe, turn)
+
+    def close(
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
+    ) -> Closing:
+        """The next model.
+
+        Args:
+            fold: The round's sums.
+            scene: The round.
+            rate: Share of the way from w_t to the sums' mean that the schedule allows (1 in synchronous rounds).
+            reports: Reads all updates again, each with its reconstruction, for what is not a sum (a median).
+        """
+        return self.aggregator.close(fold, scene, rate, reports)
+
+    @property
+    def device_independent(self) -> bool:
+        """Whether devices of the same widths and density get the same submodel in a round."""
+        own = type(self).extract is not Strategy.extract
+        return not own and self.extractor.device_independent and self.personaliser.device_independent
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether updates enter the sums as they were trained."""
+        own = type(self).reconstruct is not Strategy.reconstruct
+        return not own and self.extractor.as_trained and self.personaliser.as_trained
+
+    def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
+        """The recipe by which a device's costs are predicted.
+
+        That is the recipe of a device without an update yet, in the first round after those of exploration.
 
         Args:
             job: The job's settings.
@@ -73,5 +151,5 @@ class Strategy:
             ConfigError: The job's own recipe has settings that don't go with the strategy's.
         """
         turn = Turn(job.seed, self.explores + 1, device, widths, density, samples)
-        recipe = job.privacy.asked_of(self.objective.recipe(job.recipe, turn))
+        recipe = job.privacy.asked_of(self.recipe(job.recipe, turn))
         return replace(recipe, mask="hard") if self.masks and recipe.mask == "none" else recipe

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
 from fedprune.strategies.importance.element_ranking import top
-from fedprune.strategies.roles import Cut, Report, Submodel
+from fedprune.strategies.roles import Cut, Extractor, Report, Submodel
 
 
 @dataclass(frozen=True)
-class Elements:
+class Elements(Extractor):
     """The ranking's first channels, of whose elements the most important ones of the whole model are active.
 
     How many those are is the turn's density, if the device has all channels; the masks of a round lie inside each other
@@ -23,7 +22,10 @@ class Elements:
     """
 
     zeros: bool = False
-    alike: ClassVar[bool] = True
+
+    @property
+    def device_independent(self) -> bool:
+        return True
 
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model, with 0 where masked.

@@ -1,7 +1,7 @@
-"""Strategies of a user's own: found as `package.module:function`, and asked with care.
+"""Strategies of a user's own, found as `package.module:function`.
 
-What fails in a role that isn't ours ends as one line that says which strategy, role and method it was, and at which
-line of which file; so does an answer of another type or shape than the role's (`fedprune.strategies.answers`).
+An error in a user's own method ends as one line that names the strategy, the method, the file and the line; so does an
+answer of another type or shape than the method's (`fedprune.strategies.answers`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any
+from typing import Any, TypeVar
 
 from fedprune.core.errors import (
     ConfigError,
@@ -25,35 +25,32 @@ from fedprune.core.errors import (
     StrategyError,
     meant,
     reason,
-    shown,
 )
 from fedprune.core.user_modules import own_module
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
-from fedprune.strategies.answers import ROLES, UnfitError
+from fedprune.strategies.allocation import Allocator
+from fedprune.strategies.answers import METHODS, ROLES, Check, UnfitError
+from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Starter
 from fedprune.strategies.strategy import Strategy
+
+T = TypeVar("T")
 
 _OURS = "fedprune"
 
-_MAY_BE_NONE = ("starter", "allocator")
-
-_ATTRIBUTES: dict[str, tuple[str, type, str]] = {
-    "scorer": ("observes", bool, "true or false"),
-    "aggregator": ("weighting", str, "samples or uniform"),
-}
-"""What roles say of themselves."""
+_OPTIONAL = ("starter", "allocator")
 
 _ABOUT_AN_UPDATE = ("reconstruct", "share", "add")
-"""In these our own errors are verdicts on the update that is looked at, and stay what they are."""
+"""In these methods our own errors are about the update at hand, and are raised unchanged."""
 
-_PAGE = "docs/write-a-strategy.md says what each role is asked and what it answers."
+_PAGE = "docs/write-a-strategy.md describes what each method takes and returns."
 
 
 def own_strategy(job: Job) -> Strategy:
-    """Compose what a user's function says.
+    """Compose a user's own strategy; what the user wrote of it is checked as it is called.
 
     Raises:
-        ConfigError: There is no such function, it fails, or what it makes is no strategy; or an option is wrong.
+        ConfigError: There is no such function, it fails, or it returns no strategy; or an option is wrong.
     """
     strategy, own = _composed(job)
     return _guarded(strategy, job.strategy, own)
@@ -68,13 +65,30 @@ def own_code(job: Job) -> str:
     if ":" not in job.strategy:
         return ""
     strategy, _ = _composed(job)
-    roles = [getattr(strategy, role) for role in ROLES]
-    modules = {type(r).__module__ for r in roles if r is not None} | {job.strategy.partition(":")[0]}
-    files = [getattr(sys.modules.get(m), "__file__", None) for m in sorted(modules) if not m.startswith(_OURS + ".")]
+    parts = [strategy, *(role for _, _, role in _roles(strategy) if role is not None)]
+    modules = {type(p).__module__ for p in parts} | {job.strategy.partition(":")[0]}
+    files = [sys.modules[m].__file__ for m in sorted(modules) if not _shipped(m) and m in sys.modules]
     digest = hashlib.sha256()
     for file in filter(None, files):
         digest.update(Path(file).read_bytes())
     return digest.hexdigest()
+
+
+def _roles(strategy: Strategy) -> list[tuple[str, type, object]]:
+    """The roles by name, with the class that each must be of."""
+    return [
+        ("starter", Starter, strategy.starter),
+        ("scorer", Scorer, strategy.scorer),
+        ("extractor", Extractor, strategy.extractor),
+        ("aggregator", Aggregator, strategy.aggregator),
+        ("personaliser", Personaliser, strategy.personaliser),
+        ("objective", Objective, strategy.objective),
+        ("allocator", Allocator, strategy.allocator),
+    ]
+
+
+def _shipped(module: str) -> bool:
+    return module.partition(".")[0] == _OURS
 
 
 def _composed(job: Job) -> tuple[Strategy, _Origin]:
@@ -98,45 +112,38 @@ def _composed(job: Job) -> tuple[Strategy, _Origin]:
     return strategy, own
 
 
-def _guarded(strategy: Strategy, name: str, own: _Origin) -> Strategy:
+def _guarded(strategy: Strategy, name: str, origin: _Origin) -> Strategy:
     roles: dict[str, Any] = {}
-    for role, methods in ROLES.items():
-        found = getattr(strategy, role)
-        if found is None and role in _MAY_BE_NONE:
+    for role, kind, found in _roles(strategy):
+        if found is None and role in _OPTIONAL:
             continue
-        lacking = [m for m in methods if not callable(getattr(found, m, None))]
-        if lacking:
+        if not isinstance(found, kind):
+            got = type(found).__name__
             raise StrategyError(
-                f"strategy {name}: {role}",
-                expected=f"an object with {' and '.join(f'{m}()' for m in methods)}",
-                got=f"{type(found).__name__}, which lacks {lacking[0]}()",
-                hint=_PAGE,
+                f"strategy {name}: {role}", expected=f"a role of class {kind.__name__}", got=got, hint=_PAGE
             )
-        guard = _Guard(name, role, found, own)
-        guard.attributes()
-        if type(found).__module__.partition(".")[0] != _OURS:
-            roles[role] = guard
+        roles[role] = _checked(found, f"strategy {name}: {role}", ROLES[kind], origin)
     if not (strategy.schedule is None or isinstance(strategy.schedule, Schedule)):
         raise StrategyError(f"strategy {name}: schedule", expected="a Schedule", got=type(strategy.schedule).__name__)
-    return replace(strategy, **roles)
+    return replace(_checked(strategy, f"strategy {name}:", METHODS, origin), **roles)
 
 
 class _Origin:
-    """Where somebody's code lies: a module's package, and the folders of files that are known."""
+    """Where a user's code is: its packages and the folders of its files."""
 
     def __init__(self, module: str, file: str | None) -> None:
         self.packages = {module.partition(".")[0]} - {_OURS}
         self.folders = set() if file is None else {Path(file).parent}
 
     def also(self, kind: type) -> _Origin:
-        """With the module of a role's class, too."""
+        """This, with the module of a class added."""
         out = _Origin(kind.__module__, None)
         out.packages |= self.packages
         out.folders |= self.folders
         return out
 
     def place(self, error: BaseException) -> str:
-        """Where an error came out of this code: file and line; empty if it didn't."""
+        """File and line of this code that an error came from; empty if from elsewhere."""
         found = ""
         for frame, line in walk_tb(error.__traceback__):
             package = str(frame.f_globals.get("__name__", "")).partition(".")[0]
@@ -145,69 +152,56 @@ class _Origin:
         return found
 
 
-class _Guard:
-    """A role of somebody's own: it is asked as the role is, and answers what the role answers."""
+def _checked(found: T, what: str, checks: Mapping[str, Check], origin: _Origin) -> T:
+    """A copy of a strategy or role, of a subclass in which the methods that its user wrote are checked."""
+    kind = type(found)
+    own = {method for method in checks if not _shipped(_definer(kind, method).__module__)}
+    if not own:
+        return found
+    origin = origin.also(kind)
+    body: dict[str, Any] = {"__slots__": (), "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    for method in own:
+        body[method] = _calling(kind, method, f"{what} {kind.__name__}.{method}", checks[method], origin)
+    made = copy(found)
+    checked: type = type(kind.__name__, (kind,), body)
+    object.__setattr__(made, "__class__", checked)
+    return made
 
-    def __init__(self, strategy: str, role: str, own: object, origin: _Origin) -> None:
-        self._strategy = strategy
-        self._role = role
-        self._own = own
-        self._origin = origin.also(type(own))
-        for method in ROLES[role]:
-            setattr(self, method, partial(self._ask, method))
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return getattr(self._own, name)
+def _definer(kind: type, method: str) -> type:
+    return next(k for k in kind.__mro__ if method in vars(k))
 
-    def attributes(self) -> None:
-        """Check what a role says of itself.
 
-        Raises:
-            StrategyError: It lacks something, or that is of another type.
-        """
-        name, kind, text = _ATTRIBUTES.get(self._role, ("", object, ""))
-        if name and not isinstance(getattr(self._own, name, None), kind):
-            raise StrategyError(
-                f"strategy {self._strategy}: {self._role} {type(self._own).__name__}.{name}",
-                expected=text,
-                got=shown(getattr(self._own, name, None)),
-                hint=_PAGE,
-            )
+def _calling(kind: type, method: str, what: str, check: Check, origin: _Origin) -> Callable[..., Any]:
+    """A method that calls a class's own one, names where it fails, and checks its answer."""
+    code = getattr(inspect.unwrap(getattr(kind, method)), "__code__", None)
+    defined = kind.__module__ if code is None else _line(code.co_filename, code.co_firstlineno)
 
-    def _ask(self, method: str, *asked: Any, **named: Any) -> Any:
+    def call(self: Any, *asked: Any, **named: Any) -> Any:
         theirs: list[BaseException] = []
         handed = [_marked(a, theirs) if callable(a) else a for a in asked]
-        what = f"strategy {self._strategy}: {self._role} {type(self._own).__name__}.{method}"
         try:
-            answer = getattr(self._own, method)(*handed, **named)
+            answer = getattr(super(type(self), self), method)(*handed, **named)
         except (StorageError, MissingExtraError, StrategyError, MemoryError):
             raise
         except Exception as error:
             if error in theirs or (isinstance(error, FedpruneError) and method in _ABOUT_AN_UPDATE):
                 raise
-            place = self._origin.place(error) or self._defined(method)
-            raise StrategyError(f"{what} {_failed(error, place)}") from error
+            raise StrategyError(f"{what} {_failed(error, origin.place(error) or defined)}") from error
         try:
-            ROLES[self._role][method](answer, asked)
+            check(answer, asked)
         except UnfitError as unfit:
+            expected, got = unfit.expected, unfit.got
             raise StrategyError(
-                f"{what} at {self._defined(method)}: answer{unfit.part}",
-                expected=unfit.expected,
-                got=unfit.got,
-                hint=_PAGE,
+                f"{what} at {defined}: answer{unfit.part}", expected=expected, got=got, hint=_PAGE
             ) from unfit
         return answer
 
-    def _defined(self, method: str) -> str:
-        found = inspect.unwrap(getattr(self._own, method))
-        code = getattr(found, "__code__", None)
-        return type(self._own).__module__ if code is None else _line(code.co_filename, code.co_firstlineno)
+    return call
 
 
 def _marked(read: Callable[[], Iterator[Any]], theirs: list[BaseException]) -> Callable[[], Iterator[Any]]:
-    """What reads updates for a role; what fails in reading them isn't the role's fault, and is noted."""
+    """A reader of updates that notes its own errors, which are not the caller's."""
 
     def reading() -> Iterator[Any]:
         try:
@@ -225,7 +219,7 @@ def _failed(error: Exception, place: str = "") -> str:
 
 
 def _remedy(error: Exception, module: str) -> str:
-    """What to do where a strategy wasn't found."""
+    """The hint for a strategy that wasn't found."""
     if isinstance(error, ModuleNotFoundError):
         if error.name and (module == error.name or module.startswith(f"{error.name}.")):
             return "Start the command in the folder of the file, or install the package that has it."
@@ -240,6 +234,6 @@ def _remedy(error: Exception, module: str) -> str:
 
 def _line(file: str, line: int) -> str:
     path = Path(file)
-    with suppress(ValueError):  # it lies elsewhere
+    with suppress(ValueError):  # it is elsewhere
         path = path.relative_to(Path.cwd())
     return f"{path}:{line}"

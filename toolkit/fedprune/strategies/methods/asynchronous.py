@@ -17,8 +17,6 @@ from fedprune.strategies.averaging import DeltaMean, Mean
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Aggregator
-from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.tiers import dealt
 
@@ -178,10 +176,7 @@ def _strategy(
         raise ConfigError(what, expected=error.expected, got=error.got) from error
     return Strategy(
         job.strategy,
-        scorer=ByName("ordered"),
-        extractor=Selected(),
         aggregator=aggregator,
-        personaliser=Nobody(),
         objective=AsJob({"proximal": options.mu} if options.mu else {}),
         inputs="updates",
         allocator=dealt(job, options.densities, default=(1.0,)),

@@ -22,8 +22,7 @@ from fedprune.strategies.importance.element_ranking import prunable, quantile
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.importance.structured_from_mask import surviving, survivors
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
-from fedprune.strategies.slicing import Nobody
+from fedprune.strategies.roles import Closing, Cut, Memories, Objective, Ranking, Report, Scene, Scorer, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.tiers import dealt
 from fedprune.strategies.unstructured_masks import Elements, global_mask, masked
@@ -91,7 +90,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Guided:
+class Guided(Scorer):
     """Ranks elements by how far the round's participants moved them when they explored: AutoFLIP's scorer.
 
     Attributes:
@@ -170,7 +169,7 @@ class Emergent(Elements):
 
 
 @dataclass(frozen=True)
-class Exploring:
+class Exploring(Objective):
     """A long first round, then a learning rate that decays: AutoFLIP's objective.
 
     However far an explorer got counts, as in the authors' code: early stopping doesn't take it back to its best epoch.
@@ -233,7 +232,6 @@ def autoflip(job: Job) -> Strategy:
         aggregator=Damped(
             server_momentum=options.server_momentum, damped=True, prune_start=options.prune_start and zeros
         ),
-        personaliser=Nobody(),
         objective=Exploring(options),
         inputs="measurements",
         allocator=dealt(job, options.densities),

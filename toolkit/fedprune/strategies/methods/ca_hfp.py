@@ -18,10 +18,8 @@ from fedprune.jobs.job import Job
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.importance.gradient_stats import DECAY, Estimator
 from fedprune.strategies.importance.scoring import Form
-from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.tiers import dealt
 
@@ -92,14 +90,11 @@ def ca_hfp(job: Job) -> Strategy:
     return Strategy(
         name,
         scorer=scorer,
-        extractor=Selected(),
         aggregator=Mean(
             rule=cast(Rule, options.reconstruction),
             server_momentum=options.server_momentum,
             weighting=options.weighting,
         ),
-        personaliser=Nobody(),
-        objective=AsJob(),
         inputs="updates",
         allocator=dealt(job, options.densities),
     )

@@ -9,8 +9,6 @@ from fedprune.jobs.job import Job
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.tiers import dealt
 
@@ -72,10 +70,7 @@ def _mean_of_all(job: Job, options: Options, objective: AsJob) -> Strategy:
     number(job.strategy, "lr_decay", options.lr_decay, 1e-3, 1)
     return Strategy(
         job.strategy,
-        scorer=ByName("ordered"),
-        extractor=Selected(),
         aggregator=Mean(server_momentum=options.server_momentum, weighting=options.weighting, damped=options.damped),
-        personaliser=Nobody(),
         objective=objective,
         inputs="sum",
         allocator=dealt(job, options.densities, default=(1.0,)),

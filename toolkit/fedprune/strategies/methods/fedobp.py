@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +19,11 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.classifier_head import head_axes
 from fedprune.model.selection import Tensors, mesh
-from fedprune.strategies.averaging import Mean, same_coordinates
+from fedprune.strategies.averaging import same_coordinates
 from fedprune.strategies.importance.element_ranking import quantile
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Cut, Memories, Ranking, Report, Scene, Submodel
-from fedprune.strategies.slicing import Selected
+from fedprune.strategies.roles import Cut, Memories, Personaliser, Ranking, Report, Scene, Scorer, Submodel
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.tiers import dealt
 
@@ -90,7 +88,7 @@ class _Compared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Apart:
+class Apart(Personaliser):
     """Keeps a device's own elements where they are far from the global model: FedOBP's personaliser.
 
     Attributes:
@@ -98,7 +96,10 @@ class Apart:
     """
 
     options: Options
-    as_trained: ClassVar[bool] = True
+
+    @property
+    def as_trained(self) -> bool:
+        return True
 
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
         """The submodel, with θ_i^{t−1} where its score is above the quantile."""
@@ -149,7 +150,7 @@ class Apart:
 
 
 @dataclass(frozen=True)
-class Remembering:
+class Remembering(Scorer):
     """Channels in their own order; remembers what the comparison of later rounds needs: FedOBP's scorer.
 
     Attributes:
@@ -207,10 +208,7 @@ def fedobp(job: Job) -> Strategy:
     return Strategy(
         NAME,
         scorer=Remembering(apart),
-        extractor=Selected(),
-        aggregator=Mean(),
         personaliser=apart,
-        objective=AsJob(),
         inputs="updates",
         allocator=dealt(job, options.densities),
         keeps_past=True,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -13,9 +13,7 @@ from fedprune.model.classifier_head import HEAD
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Cut, Report, Submodel, Turn
-from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.roles import Cut, Objective, Personaliser, Report, Submodel, Turn
 from fedprune.strategies.strategy import Inputs, Strategy
 from fedprune.strategies.tiers import dealt
 from fedprune.training.recipe import Recipe
@@ -65,7 +63,7 @@ class HistoryOptions:
 
 
 @dataclass(frozen=True)
-class OwnHistory:
+class OwnHistory(Personaliser):
     """A device goes on from a mixture of the global model and of its own last one, at equal places.
 
     w ← α·w_t + (1 − α)·w_k where its last update holds the coordinate, w_t elsewhere: SubFLOT's fusion (arXiv
@@ -76,7 +74,10 @@ class OwnHistory:
     """
 
     alpha: float = 0.5
-    as_trained: ClassVar[bool] = True
+
+    @property
+    def as_trained(self) -> bool:
+        return True
 
     def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
         """The mixture; the submodel as it is until the device has a history."""
@@ -97,7 +98,7 @@ class OwnHistory:
 
 
 @dataclass(frozen=True)
-class Pull:
+class Pull(Objective):
     """The job's recipe with a pull that grows with what was pruned (SubFLOT, eq. 7 and 8).
 
     Attributes:
@@ -140,10 +141,7 @@ def _own_parts(
 ) -> Strategy:
     return Strategy(
         job.strategy,
-        scorer=ByName("ordered"),
-        extractor=Selected(),
         aggregator=Mean(weighting=weighting, excluded=personal),
-        personaliser=Nobody(),
         objective=AsJob({"personal": personal}),
         inputs=inputs,
         allocator=dealt(job, densities, default=(1.0,)),
@@ -162,8 +160,6 @@ def history(job: Job) -> Strategy:
     choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
     return Strategy(
         job.strategy,
-        scorer=ByName("ordered"),
-        extractor=Selected(),
         aggregator=Mean(weighting=options.weighting),
         personaliser=OwnHistory(options.alpha),
         objective=Pull(options.mu),

@@ -35,9 +35,8 @@ from fedprune.model.selection import Tensors
 from fedprune.strategies.averaging import DeltaMean, Mean
 from fedprune.strategies.importance.scoring import ranks, score
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Turn
+from fedprune.strategies.roles import Memories, Objective, Ranking, Report, Scene, Scorer, Starter, Turn
 from fedprune.strategies.scorers import places_of
-from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.tiers import dealt
 from fedprune.training.recipe import LEAST_MIXUP, Recipe
@@ -85,7 +84,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Nested:
+class Nested(Starter):
     """A start at which what a width adds is silent: `fedprune.model.nested_init`.
 
     Attributes:
@@ -108,7 +107,7 @@ class Nested:
 
 
 @dataclass(frozen=True)
-class Settled:
+class Settled(Scorer):
     """Ranks by the score of the model that the job starts from, kept for the whole job.
 
     A trained model is cut by what it has learnt. In a model that was just made, all channels are alike, and any order
@@ -148,7 +147,7 @@ class Settled:
 
 
 @dataclass(frozen=True)
-class Fair:
+class Fair(Objective):
     """The job's recipe with adjusted logits, mixup, dropout, clipping, a board's own statistics and blended average.
 
     Attributes:
@@ -203,9 +202,7 @@ def fedprune(job: Job) -> Strategy:
     return Strategy(
         name,
         scorer=Settled("ordered" if options.ranking == "nested" else options.ranking),
-        extractor=Selected(),
         aggregator=kind(rule=rule, server_momentum=options.server_momentum),
-        personaliser=Nobody(),
         objective=Fair(options),
         inputs="sum",
         allocator=dealt(job, options.densities),

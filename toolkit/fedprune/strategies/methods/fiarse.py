@@ -17,8 +17,7 @@ from fedprune.strategies.importance.element_ranking import magnitudes, prunable
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.options import choice, read_options
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene
-from fedprune.strategies.slicing import Nobody
+from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.unstructured_masks import Elements
 
@@ -51,7 +50,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Sizes(Scorer):
     """Channels in their own order; elements by |w|.
 
     Attributes:
@@ -90,7 +89,6 @@ def fiarse(job: Job) -> Strategy:
         scorer=Sizes(options.biases),
         extractor=Elements(),
         aggregator=Mean(weighting=options.weighting, changed="elements" if options.changed else ""),
-        personaliser=Nobody(),
         objective=AsJob({"mask": options.mask}),
         inputs="updates",
         allocator=allocator,

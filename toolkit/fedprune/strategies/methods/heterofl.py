@@ -20,9 +20,8 @@ from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer, Turn
+from fedprune.strategies.roles import Memories, Objective, Ranking, Report, Scene, Scorer, Turn
 from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.tiers import dealt
 from fedprune.training.recipe import Recipe
@@ -82,7 +81,7 @@ class RollingOptions(Options):
 
 
 @dataclass(frozen=True)
-class Scaled:
+class Scaled(Objective):
     """The aids of training narrow submodels.
 
     Attributes:
@@ -108,7 +107,7 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Rolling:
+class Rolling(Scorer):
     """A window that moves on: channel (t·step + j) mod n comes at place j in round t = 0, 1, …
 
     FedRolex (Alam et al. 2022, eq. 3). All devices of a round share the window's start, so that a narrow device's
@@ -177,9 +176,7 @@ def _widths(job: Job, options: Options, scorer: Scorer) -> Strategy:
     return Strategy(
         job.strategy,
         scorer=scorer,
-        extractor=Selected(),
         aggregator=Mean(weighting=options.weighting, changed="rows" if rows else ""),
-        personaliser=Nobody(),
         objective=Scaled(options),
         inputs="sum",
         allocator=dealt(job, options.densities, options.shares, options.by, options.every, default=default),

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from fedprune.jobs.job import Job
 from fedprune.strategies.averaging import Mean
-from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Nobody, Selected
 from fedprune.strategies.strategy import Strategy
 
 
@@ -15,9 +13,6 @@ def plain(job: Job) -> Strategy:
     return Strategy(
         "plain",
         scorer=ByName(job.scorer, job.warmup_rounds),
-        extractor=Selected(),
         aggregator=Mean(rule=job.rule, server_momentum=job.server_momentum),
-        personaliser=Nobody(),
-        objective=AsJob(),
         inputs="sum",
     )

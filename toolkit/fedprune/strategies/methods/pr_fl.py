@@ -22,9 +22,9 @@ from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.methods.asynchronous import staleness_of
 from fedprune.strategies.options import choice, number, numbers, read_options
 from fedprune.strategies.recovery import Recovery, Step, Validation
-from fedprune.strategies.roles import Scorer, Turn
+from fedprune.strategies.roles import Objective, Scorer, Turn
 from fedprune.strategies.scorers import ByName, Held
-from fedprune.strategies.slicing import Nobody, Selected
+from fedprune.strategies.slicing import Selected
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.unstructured_masks import Elements
 from fedprune.training.recipe import Recipe
@@ -123,7 +123,7 @@ _ASYNCHRONOUS = (
 
 
 @dataclass(frozen=True)
-class Reporting:
+class Reporting(Objective):
     """The job's recipe; some updates of every interval also bring squared gradients.
 
     Those of its last rounds, which know the model best that is ranked next, and every device's first. In asynchronous
@@ -173,7 +173,6 @@ def pr_fl(job: Job) -> Strategy:
         scorer=_scorer(options, elements),
         extractor=Elements() if elements else Selected(),
         aggregator=Mean(rule=rule, weighting=options.weighting),
-        personaliser=Nobody(),
         objective=Reporting(options.interval, math.ceil(options.reported * options.interval - 1e-9))
         if squares
         else AsJob(),

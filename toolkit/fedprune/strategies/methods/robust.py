@@ -77,7 +77,7 @@ class Robustness:
 
 
 @dataclass(frozen=True)
-class Robust:
+class Robust(Aggregator):
     """Another aggregator, fed with updates that are clipped, checked, or put into one by their median.
 
     Where all updates must be there first, they are read again when a round closes: at most three times and, for

@@ -17,9 +17,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.averaging import Mean
 from fedprune.strategies.optimal_transport import Maps, Plans, Transport
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Cut, Past, Report, Submodel, Turn
-from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Nobody
+from fedprune.strategies.roles import Cut, Extractor, Objective, Past, Report, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.tiers import dealt
 from fedprune.training.recipe import Recipe
@@ -61,7 +59,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Transported:
+class Transported(Extractor):
     """Submodels by transport onto a device's own last model; updates by transport onto the global one.
 
     Attributes:
@@ -103,7 +101,7 @@ class Transported:
 
 
 @dataclass(frozen=True)
-class Anchored:
+class Anchored(Objective):
     """The job's recipe with a pull towards what the device was sent, by its pruning rate (SAR, Eqs. 7 and 8).
 
     λ·ρ·‖w − w_sent‖² is µ/2·‖w − w_sent‖² with µ = 2·λ·ρ: a device that holds the whole model is not pulled.
@@ -144,12 +142,10 @@ def subflot(job: Job) -> Strategy:
     densities = options.densities or (() if options.planned or job.density else RATES)
     return Strategy(
         name,
-        scorer=ByName("ordered"),
         extractor=Transported(
             Transport(cast(Maps, options.maps), cast(Plans, options.plans)), options.alpha, options.ota_fuse
         ),
         aggregator=Mean(weighting=options.weighting),
-        personaliser=Nobody(),
         objective=Anchored(options.sar),
         inputs="updates",
         allocator=dealt(job, densities, options.shares, options.by, options.every),
