@@ -1,6 +1,6 @@
 """What boards tell of their logs and crashes, on the server's disk: so much of each board, so much in all, no more.
 
-A database of its own beside the job's, because boards are the fleet's and not a job's, and because losing it costs
+Not in the job's database, because boards belong to the fleet and not to a job, and because losing it costs
 nothing but these lines. The daemon collects what comes and writes it a few times a second at most; a board lets go of
 a line when it is told that the server's disk has it.
 """
@@ -251,7 +251,7 @@ def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int
         folder: The folder.
         device: One board's alone.
         after: What is newer than this `id`.
-        most: The latest so many.
+        most: Only the latest, this many.
 
     Raises:
         StorageError: The file is damaged, or can't be read.

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 
 MANY = 6
 WITHIN_S = 60.0
-"""So many new connections in so short a time are no coincidence: an agent pauses longer after each failure."""
+"""More new connections than an agent makes in this time, because it pauses longer after each failure."""
 
 QUIET_S = 300.0
-"""After so long without a sign of it nobody is suspected any more."""
+"""After this long without a sign a suspicion ends."""
 
 AGAIN_S = 3600.0
 """Seconds between two reports of one name."""
@@ -57,8 +57,8 @@ class CloneDetector:
             device: Whose it is; one of those whom the server knows, so that strangers can't fill the memory.
             session: Number of its connection.
             what: What it says of itself.
-            online: Whether its connection before this one still stands, as far as the server knows.
-            now: Seconds of a clock that nobody sets.
+            online: Whether its previous connection is still open, as far as the server knows.
+            now: Monotonic clock.
 
         Returns:
             Why there seem to be two boards of that name, where that is news; else nothing.
@@ -69,7 +69,7 @@ class CloneDetector:
             return ""
         seen.births.append(now)
         reason = ""
-        # Samples grow while a board takes part, and while nobody hears of it.
+        # Samples may grow at any time, also while the board is away.
         other = what[0] != seen.now[0] or what[1] < seen.now[1]
         if online and session in seen.followed:
             reason = "two connections take turns"

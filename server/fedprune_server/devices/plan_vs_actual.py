@@ -1,4 +1,4 @@
-"""What was predicted of a device's rounds beside what it measured."""
+"""Predictions for a device's rounds next to its measurements."""
 
 from __future__ import annotations
 

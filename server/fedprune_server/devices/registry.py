@@ -70,7 +70,7 @@ class DeviceRegistry:
         self._limit = limit
         self._contacts = {n: Contact(down=down, up=up) for n, (down, up) in traffic.items()}
         self.moved: dict[str, tuple[int, int]] = {}
-        """Payload bytes to and from the devices whose number has changed, since whoever keeps it took it."""
+        """Payload bytes to and from devices for which they have changed since they were saved."""
         self.prefix = ""
         """What begins a line about a device's place in the job, where that is one of several."""
         self.clones = CloneDetector()
@@ -177,7 +177,7 @@ class DeviceRegistry:
             log.warning(
                 "device %s: another board called %s seems to be connected: %s. Give every board a --device of its own, "
                 "unless this one was only started again with other data. If the card of one is a copy of the other's: "
-                "fedprune-server devices replace %s, and let each join anew.",
+                "fedprune-server devices replace %s, and let each join again.",
                 device,
                 device,
                 reason,
@@ -189,7 +189,7 @@ class DeviceRegistry:
 
         Args:
             device: Its name.
-            now: Seconds of a clock that nobody sets.
+            now: Monotonic clock.
         """
         if self.clones.doubled(device, now):
             log.warning(

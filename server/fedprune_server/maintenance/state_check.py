@@ -208,7 +208,7 @@ def _console(path: Path) -> Iterator[Finding]:
         yield Finding(
             Severity.WRONG, f"{path} can be read by other users", f"See who may have read it, then: chmod 600 {path}"
         )
-    broken = list(_sqlite(path, "Restore a backup of it, or delete it and make the operators anew."))
+    broken = list(_sqlite(path, "Restore a backup of it, or delete it and add the operators again."))
     yield from broken
     if not broken and (strange := _strange_operators(path)):
         yield Finding(Severity.WRONG, f"{path}: {strange}", "Restore a backup of it.")

@@ -1,7 +1,7 @@
 """A server's pulse: it beats where the loop turns, for systemd's watchdog and for who probes a container.
 
 To systemd it says `READY=1` at the first turn, `WATCHDOG=1` from then on, `STOPPING=1` at the end (sd_notify(3)). Where
-`FEDPRUNE_PULSE` names a file, that is touched as well, and says whether the server runs or stands by.
+`FEDPRUNE_PULSE` names a file, it is written as well, with whether the server runs or stands by.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def watching(
     Args:
         config: The configuration.
         ready: By name what must be so for the server to be ready; more may be put in later.
-        alerts: Says how many alerts there are, by kind and severity; None for nobody.
+        alerts: Counts alerts by kind and severity; None without metrics of them.
 
     Raises:
         ConfigError: The address of `metrics` can't be listened on.

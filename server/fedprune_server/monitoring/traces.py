@@ -63,11 +63,11 @@ class JobTraces(Observer):
                 self._begin("extract", name, now)
             case do.SendOffer():
                 self._device(command.device, command.round, command.attempt, now)
-                self._begin("train", command.device, now, anew=False)
+                self._begin("train", command.device, now, restart=False)
             case do.PullUpdate():
-                self._begin("pull", command.device, now, anew=False)
+                self._begin("pull", command.device, now, restart=False)
             case do.Fold():
-                self._begin("aggregate", command.contribution.part.device, now, anew=False)
+                self._begin("aggregate", command.contribution.part.device, now, restart=False)
             case do.Close():
                 self._begin("close", "", now)
             case do.Evaluate():
@@ -141,9 +141,9 @@ class JobTraces(Observer):
         more = {"fedprune.device": name, "fedprune.attempt": attempt}
         self._open[_DEVICE, name] = self._span(_DEVICE, self._round, number, now, more)
 
-    def _begin(self, part: str, name: str, now: float, *, anew: bool = True) -> None:
+    def _begin(self, part: str, name: str, now: float, *, restart: bool = True) -> None:
         if (part, name) in self._open:
-            if not anew:
+            if not restart:
                 return
             self._end(part, name, now)
         parent = self._open.get((_DEVICE, name)) if name else self._round

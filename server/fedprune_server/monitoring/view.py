@@ -26,7 +26,7 @@ class Facts:
     Attributes:
         round: The current round.
         rounds: Rounds in all.
-        phase: Where the round stands.
+        phase: The round's phase.
         devices: Devices by state: `working`, `idle`, `excluded` or `offline`.
         tasks: Parts of the round by how far they are.
         quarantined: Devices that aren't listened to.
@@ -98,10 +98,10 @@ class JobView:
         registry: Its devices.
         quarantine: Who isn't listened to.
         pulled: Leaves of a device's update that are here, and of all.
-        connected: Whether the connection to the broker stands.
-        weight: Its share of the devices beside other jobs.
+        connected: Whether the broker is connected.
+        weight: Its weight in sharing devices with other jobs.
         pause: Pauses the job, or lets it go on.
-        store: Blobs that nobody has to wait for.
+        store: Blobs that are available without waiting.
         queues: How much waits, by queue.
         clock: Seconds since 1970.
         away: What is said of a device that isn't there.

@@ -233,7 +233,7 @@ def _copy_pages(source: Path, target: Path) -> None:
         writer = sqlite3.connect(target)
         try:
             reader.backup(writer)
-            writer.execute("PRAGMA journal_mode=DELETE")  # one file, which needs none beside it
+            writer.execute("PRAGMA journal_mode=DELETE")  # one file, without a log
         finally:
             writer.close()
     finally:
@@ -326,7 +326,7 @@ def reading_uri(path: Path) -> str:
             f"{path}: {index.name} is missing, which can't be made in a folder that can't be written to",
             hint="Copy the state folder to where it can be written to, and look there.",
         )
-    return f"{uri}&immutable=1"  # SQLite would make both files to read it; without a log nobody has it open
+    return f"{uri}&immutable=1"  # SQLite would make both files to read it; without a log no process has it open
 
 
 def _tune_sqlite(connection: Any, record: object) -> None:
@@ -340,5 +340,5 @@ def _tune_sqlite(connection: Any, record: object) -> None:
 
 
 def _begin_sqlite(connection: sql.Connection) -> None:
-    # At once with the right to write: one that asks for it later is refused if somebody else wrote meanwhile.
+    # With the write lock at once: a transaction that asks for it later is refused if another one has written meanwhile.
     connection.exec_driver_sql("BEGIN IMMEDIATE")

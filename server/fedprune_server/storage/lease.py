@@ -4,8 +4,8 @@ A lease is a row of `meta`: who holds it, a token that counts who ever did, and 
 Every transaction of a server compares the token, so that one that was away too long (stopped, cut off, on a machine
 that hung) can write nothing any more once another has taken over.
 
-SQLite's database lies on one machine, where the state folder's lock says at once and for sure whether a server lives.
-There a lease doesn't end, and whoever has the lock takes it.
+SQLite's database is on one machine, where the state folder's lock tells at once and for sure whether a server is alive.
+There a lease doesn't end, and the server with the lock takes it.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ class Lease:
         while not self._closed.wait(RENEWED_S):
             try:
                 self._renew_once()
-            except LostConnectionError:  # noqa: PERF203 - how long that may be is up to whoever needs it
+            except LostConnectionError:  # noqa: PERF203 - its users decide how long that may be
                 continue
             except StorageError as error:
                 log.error("%s", error)

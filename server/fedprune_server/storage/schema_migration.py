@@ -59,7 +59,7 @@ def revision(connection: sql.Connection, url: str) -> str | None:
             f"{url} was written by a later version",
             expected=f"revision {latest()} of its schema or an older one",
             got=found,
-            hint="Install that version again; or, without what happened since, put the copy back that was laid beside "
+            hint="Install that version again; or, without what happened since, restore the copy that was made next to "
             "the database when it was migrated, or restore a backup.",
         )
     return found

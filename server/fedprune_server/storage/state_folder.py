@@ -33,7 +33,7 @@ def url_of(folder: Path, chosen: str | None = None) -> str:
 
     Args:
         folder: The state folder.
-        chosen: The URL that somebody gave; it wins.
+        chosen: The URL from the configuration, which takes precedence.
 
     Raises:
         ConfigError: It is no URL that can be used; so for one in the folder.

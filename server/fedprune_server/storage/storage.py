@@ -134,7 +134,7 @@ class Storage:
 
     Args:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
-        create: Make what is missing, and migrate what is of an older version. Whoever only looks must not, and opens it
+        create: Make what is missing, and migrate what is of an older version. Readers must not, and open it
             to read only.
         logged: How many events the log keeps at least; 0 for all.
 
@@ -189,7 +189,7 @@ class Storage:
 
         Args:
             folder: The state folder.
-            database: The database's URL, if somebody gave one; else the folder says it.
+            database: The database's URL from the configuration; None for the folder's.
         """
         url, path = url_of(folder, database), folder / FILE
         if url == _sqlite(folder):
@@ -219,7 +219,7 @@ class Storage:
 
         Args:
             folder: The state folder.
-            database: The database's URL, if somebody gave one; else the folder says it.
+            database: The database's URL from the configuration; None for the folder's.
 
         Raises:
             StorageError: The database is damaged, of a later version, or can't be read.
@@ -326,11 +326,11 @@ class Storage:
             StorageFullError: There is no room; what was saved before is untouched.
             StorageError: The database can't be written.
         """
-        # Devices, parts and finished rounds lie in tables of their own, so that an event doesn't write all of them.
+        # Devices, tasks and finished rounds have tables of their own, so that an event doesn't write all of them.
         body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
-        anew = state is not self._saved
-        devices = self._devices.changes(state.devices, anew=anew)
-        tasks = self._tasks.changes(state.tasks, anew=anew)
+        everything = state is not self._saved
+        devices = self._devices.changes(state.devices, everything=everything)
+        tasks = self._tasks.changes(state.tasks, everything=everything)
         new_rounds = state.history[self._saved_rounds :]
         written = body != self._saved_state or bool(devices or tasks or new_rounds)
         if written:

@@ -152,15 +152,15 @@ class TrackedTable(Generic[E]):
         self._known = {name: hash(body) for name, body in rows}
         return {name: decoded(body, url) for name, body in rows}
 
-    def changes(self, roll: TrackedDict[E], *, anew: bool) -> dict[str, Row | None]:
+    def changes(self, roll: TrackedDict[E], *, everything: bool) -> dict[str, Row | None]:
         """Rows that differ from the table; None for those to delete.
 
         Args:
             roll: The entries.
-            anew: Look at all of them, not only at those that say that they have changed.
+            everything: Compare all entries, not only those marked as changed.
         """
         found: dict[str, Row | None] = {}
-        for name in roll.keys() | self._known.keys() if anew else roll.changed:
+        for name in roll.keys() | self._known.keys() if everything else roll.changed:
             entry = roll.get(name)
             row = None if entry is None else self._row(name, entry)
             if self._known.get(name) != (None if row is None else hash(row["body"])):

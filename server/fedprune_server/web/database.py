@@ -171,4 +171,4 @@ class ConsoleDatabase:
                 self._writer = 0
 
     def _translated(self) -> AbstractContextManager[None]:
-        return sqlite_errors(self.path, "If it is damaged, delete it and make the operators anew.")
+        return sqlite_errors(self.path, "If it is damaged, delete it and add the operators again.")

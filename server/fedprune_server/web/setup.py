@@ -165,7 +165,7 @@ def with_console(
         database = stack.enter_context(ConsoleDatabase(config.state / FILE))
         if len(Accounts(database)) == 0:
             log.warning(
-                "nobody may use the console yet: fedprune-server operators add NAME --role admin --state %s",
+                "no operator can log in to the console yet: fedprune-server operators add NAME --role admin --state %s",
                 config.state,
             )
         boards = None
@@ -217,7 +217,7 @@ def check_free(address: str, port: int) -> None:
     """Check that an address can be listened on.
 
     Raises:
-        ConfigError: Nobody can.
+        ConfigError: It can't.
     """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:

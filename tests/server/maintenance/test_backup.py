@@ -131,7 +131,7 @@ def test_check_looks_at_the_operators(state: Path) -> None:
     path.chmod(0o600)
     path.write_bytes(b"something else " * 100)
     (found,) = [f for f in check(state, silent, running=False) if CONSOLE in f.what]
-    assert (found.severity, "delete it and make the operators anew" in found.advice) == (Severity.WRONG, True)
+    assert (found.severity, "delete it and add the operators again" in found.advice) == (Severity.WRONG, True)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from fedprune.core.errors import ConfigError, MissingExtraError, StorageError
 
 SCHEME = "s3://"
 FOLDER = "folder"
-"""What `blobs` says where they lie in the state folder."""
+"""Value of `blobs` for blobs in the state folder."""
 
 _CONNECT_S, _READ_S, _TRIES = 5, 60, 3
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
@@ -111,14 +111,14 @@ class Bucket:
                 return
             options["ContinuationToken"] = page["NextContinuationToken"]
 
-    def put(self, key: str, data: bytes | memoryview, sha256: str, *, anew: bool = True) -> None:
+    def put(self, key: str, data: bytes | memoryview, sha256: str, *, replace: bool = True) -> None:
         """Write an object; the bucket verifies the digest.
 
         Args:
             key: Its name.
             data: Its bytes.
             sha256: Their digest, as hex.
-            anew: Whether it takes the place of one that is there, as it always does where a bucket knows no conditions.
+            replace: Whether it may replace an existing object; a bucket without conditional writes always replaces it.
 
         Raises:
             BucketError: It can't be used.
@@ -128,15 +128,15 @@ class Bucket:
         with self._translated("write to"):
             for attempt in range(_MEETINGS):
                 try:
-                    self._client.put_object(**written, **({} if anew else {"IfNoneMatch": "*"}))
+                    self._client.put_object(**written, **({} if replace else {"IfNoneMatch": "*"}))
                     return
                 except self._failed as error:  # noqa: PERF203 - once, as a rule
-                    if not anew and _code(error) in _THERE:
+                    if not replace and _code(error) in _THERE:
                         return
-                    if not anew and _code(error) in _UNKNOWN:
+                    if not replace and _code(error) in _UNKNOWN:
                         self._client.put_object(**written)
                         return
-                    if anew or _code(error) not in _MEETS or attempt + 1 == _MEETINGS:
+                    if replace or _code(error) not in _MEETS or attempt + 1 == _MEETINGS:
                         raise
 
     def get(self, key: str, limit: int) -> bytes | None:

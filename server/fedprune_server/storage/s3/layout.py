@@ -1,4 +1,4 @@
-"""What lies where under a bucket's prefix: blobs, the model with which their job began, and whose they are."""
+"""Objects under a bucket's prefix: blobs, the job's first model, and the owner."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Owner:
             said = None
         texts = [said.get(k) for k in ("format", "id", "job")] if isinstance(said, dict) else []
         if not texts or not all(isinstance(t, str) and t and len(t) <= _NAMED and t.isprintable() for t in texts):
-            raise StorageError(f"{where} is damaged", hint="Write it anew, or delete it.")
+            raise StorageError(f"{where} is damaged", hint="Write it again, or delete it.")
         if texts[0] != FORMAT:
             raise StorageError(f"{where} is of another version", expected=FORMAT, got=texts[0])
         return cls(str(texts[1]), str(texts[2]))

@@ -82,7 +82,7 @@ class Deletions:
 log = logging.getLogger("fedprune.server")
 
 FRESH_S = 60.0
-"""What was used so lately stays in the folder, however much that is: somebody is about to ask for the rest of it."""
+"""Blobs used within this time stay in the folder, however large: a device is about to request the rest."""
 
 _MODEL_LIMIT = 2**31
 
@@ -105,7 +105,7 @@ class BucketStore(BlobStore):
         root: The folder of the cache.
         url: The bucket and the prefix.
         cache: Bytes that the folder may hold of what the bucket has, too.
-        keeping: Whether what is fetched stays in the folder. Whoever only looks leaves it as it is.
+        keeping: Whether fetched blobs are cached in the folder; readers leave it as it is.
 
     Attributes:
         bucket: The bucket.
@@ -175,7 +175,7 @@ class BucketStore(BlobStore):
         if owner.number != number:
             raise ConfigError(
                 f"{self.bucket.url} has the blobs of another job, {owner.job!r}",
-                hint="Give another prefix; or delete what lies under this one, if that job is no more.",
+                hint="Give another prefix; or delete what is under this one, if that job no longer exists.",
             )
 
     def claim(self, number: str, job: str, model: bytes) -> None:
@@ -186,14 +186,14 @@ class BucketStore(BlobStore):
             BucketError: The bucket can't be used.
         """
         if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
-            self._lay(OWNER, Owner(number, job).to_bytes(), anew=False)
+            self._lay(OWNER, Owner(number, job).to_bytes(), replace=False)
         self.check_owner(number)
         if not any(key == MODEL for key, _ in self.patience("list", lambda: list(self.bucket.list(MODEL)))):
             self._lay(MODEL, model)
 
-    def _lay(self, key: str, data: bytes, *, anew: bool = True) -> None:
+    def _lay(self, key: str, data: bytes, *, replace: bool = True) -> None:
         digest = hashlib.sha256(data).hexdigest()
-        self.patience(WRITE, partial(self.bucket.put, key, data, digest, anew=anew))
+        self.patience(WRITE, partial(self.bucket.put, key, data, digest, replace=replace))
 
     def model(self) -> bytes | None:
         """The job's first model, not verified.
@@ -383,7 +383,7 @@ class BucketStore(BlobStore):
         """Evict the least recently used blobs that are in the bucket.
 
         Args:
-            free: So many bytes are to be freed, however much the folder may hold.
+            free: Bytes to free, however much the folder may hold.
         """
         if self._helper:
             return

@@ -60,7 +60,7 @@ class Surroundings:
     Attributes:
         tls: Whether the console speaks TLS itself.
         proxied: Whether a reverse proxy on this machine speaks for browsers.
-        hosts: Names by which it may be called without TLS, beside addresses and `localhost`.
+        hosts: Names that browsers may use without TLS, in addition to addresses and `localhost`.
     """
 
     tls: bool = False
@@ -129,7 +129,7 @@ class SecurityMiddleware:
         client = scope.get("client")
         address, secure = (client[0] if client else "unknown"), self._around.tls
         if self._around.proxied and loopback(address):
-            # The last entry is the proxy's own; what stands before it anybody can write.
+            # Only the last entry is the proxy's; clients can send the ones before it.
             address = headers.get("x-forwarded-for", "").rpartition(",")[2].strip() or address
             secure = secure or headers.get("x-forwarded-proto", "").strip().lower() == "https"
         return address[:64], secure

@@ -1,4 +1,4 @@
-"""What operators may do: every order needs a role, and whoever has a higher one may do it, too."""
+"""Roles of operators: every order needs a role, and higher roles include it."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from fedprune_server.web.auth.accounts import Accounts, Operator
 from fedprune_server.web.database import ConsoleDatabase
 
 IDLE_S = 8 * 3600.0
-"""A session that nobody uses ends after so long."""
+"""An unused session ends after this time."""
 
 LONGEST_S = 24 * 3600.0
 """Every session ends after so long."""
@@ -79,7 +79,7 @@ class Sessions:
 
         Args:
             token: What the browser sent.
-            used: Whether somebody does something with it now, as against a stream that stays open.
+            used: Whether the operator uses the session now; an open stream doesn't count.
 
         Raises:
             StorageError: The disk fails or is full.

@@ -1,7 +1,7 @@
-"""Logins are slowed where they fail: a little for an account, more for an address, most for both together.
+"""Delays after failed logins: short for an account, longer for an address, longest for both together.
 
-Nobody can lock an operator out by failing in their name: from elsewhere an account waits a minute at most, and where
-its operator has logged in before it doesn't wait for others' failures.
+No stranger can lock an operator out by failing in their name: from elsewhere an account waits a minute at most, and
+where its operator has logged in before, others' failures don't count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MOST_KEPT = 10_000
 FORGOTTEN_S = 3600.0
 
 KNOWN_S = 30 * 86_400.0
-"""So long it is remembered from where somebody has logged in, while the console runs."""
+"""How long a running console remembers an operator's address."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ class ChannelMap:
         group: The group.
         kept: How many it holds.
         of: How many there are.
-        known: Whether it is known which; else the shape is of the first so many.
+        known: Whether the channels are known; else the shape shows the first `kept`.
         path: The shape, in channels, as SVG has it.
         words: The channels as ranges, such as `0-3, 7`; empty where it isn't known which.
     """

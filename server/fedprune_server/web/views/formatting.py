@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 NOTHING = "–"
-"""What stands where nothing is known."""
+"""Text for an unknown value."""
 
 MARKS = {
     # devices
@@ -25,7 +25,7 @@ MARKS = {
     # alerts and logs
     "info": "off", "warning": "warn", "critical": "bad", "error": "bad", "debug": "off",
 }  # fmt: skip
-"""The shape and colour beside each word."""
+"""Shape and colour of each word's mark."""
 
 
 WORDS = {"folded": "aggregated", "extracting": "being cut", "stored": "handed in", "elsewhere": "at another job"}

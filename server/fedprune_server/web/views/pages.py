@@ -95,7 +95,7 @@ class Pages:
             request: Who asks.
             name: The template's name, without its ending.
             status: Of HTTP.
-            shown: What it shows beside what every page does.
+            shown: The template's values, in addition to those of every page.
         """
         session, view = session_of(request), self._console.view
         role = session.operator.role
@@ -162,8 +162,8 @@ class Pages:
         if view.ready:
             return ""
         if view.site is None:
-            return "The server has told the console nothing yet."
-        return f"The server has told the console nothing for {phrases.seconds(view.silent_s)}: this is how it was then."
+            return "The server has published nothing yet."
+        return f"The server has published nothing for {phrases.seconds(view.silent_s)}: this is how it was then."
 
 
 def login_page(
@@ -177,7 +177,7 @@ def login_page(
         csrf: What the form must repeat in the field `csrf`.
         error: What was wrong; empty at first.
         next_path: Where to go on then, for the field `next`.
-        empty: Whether nobody has an account yet.
+        empty: Whether there is no account yet.
     """
     pages: Pages = request.app.state.pages
     return pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=empty)

@@ -114,7 +114,7 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
             made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.share, unit=(0.01, "%"), top=100.0))
         else:
             made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.number))
-    # What was before the server's start nobody counted: those numbers are None.
+    # Numbers from before the server's start are None.
     updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
     drawn("updates", "Updates", updates, phrases.number)
     sizes = {way: [r[f"bytes_{way}"] for r in rounds] for way in ("down", "up")}
