@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, reason
 from fedprune.model.architecture import TensorKind
-from fedprune.runtime.bundle import WEIGHTS, Bundle
+from fedprune.runtime.bundle import WEIGHTS, Bundle, open_bundle
+from fedprune.runtime.served_model import is_board_state, served_model
 from fedprune.runtime.session import Session
 from fedprune.training.step_contract import LOGITS, X
-from fedprune_export.bundles.inference import check_origin
+from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, SAMPLES, distance
 from fedprune_export.importing import import_onnx, metadata
 from fedprune_export.importing.metadata import PARAMETERS_KEY, tied
@@ -35,6 +36,49 @@ Array = npt.NDArray[Any]
 
 _COUNTER = "num_batches_tracked"
 """What torch's batch norms count in addition to their statistics; a strict `load_state_dict` misses it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to convert.
+
+    Attributes:
+        graph: Its graph, with all weights.
+        tensors: Its weights and statistics by name, in their order.
+        title: What it is.
+        bundle: The bundle that it is from, if any.
+    """
+
+    graph: Graph
+    tensors: Mapping[str, Array]
+    title: str
+    bundle: Bundle | None = None
+
+
+def read_folder(folder: str | Path) -> Source:
+    """The submodel of a bundle, or the model that a board serves.
+
+    Raises:
+        BundleError: The folder is neither a bundle nor a board's state folder, or it is damaged.
+    """
+    folder = Path(folder)
+    if is_board_state(folder):
+        served = served_model(folder)
+        title = f"the board's model after round {served.round} of job {served.job}"
+        return Source(inference_graph(served.folder), tensorfile.load(served.folder / WEIGHTS), title)
+    bundle = open_bundle(folder)
+    return Source(inference_graph(bundle.folder), tensorfile.load(bundle.path(WEIGHTS)), "the bundle's model", bundle)
+
+
+def whole(model: Model, weights: Path | None = None) -> Source:
+    """A whole model, with the weights of a file if one is given.
+
+    Raises:
+        BundleError: The weights are not the model's.
+    """
+    if weights is not None:
+        model = with_weights(model, tensorfile.load(weights), str(weights))
+    return Source(model.graph, model.tensors, "the whole model")
 
 
 def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Model:

@@ -226,10 +226,6 @@ class Channels:
             if name:
                 self.fix(self.rows[name])
 
-    def resolved(self, row: AtomRow) -> AtomRow:
-        """A row with every atom as its unit by the ties so far."""
-        return self.atoms.units()[row]
-
     def follows_data(self, node: Node) -> bool:
         """Whether a node reads something that depends on the graph's input."""
         return bool(self.data.intersection(node.inputs))

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedprune.core import tensorfile
+import fedprune_export as fx
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.core.text import quantity
-from fedprune.runtime.bundle import FILES, MANIFEST, WEIGHTS, Bundle, open_bundle
-from fedprune.runtime.served_model import is_board_state, served_model
+from fedprune.runtime.bundle import FILES, MANIFEST
 from fedprune.terminal import tables
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
-if TYPE_CHECKING:  # heavy imports wait until the command line is known to make sense
-    from fedprune_export.ir.graph import Graph
-    from fedprune_export.pruning.model import Model
-
 _SOURCE = f"the folder of a bundle, the state folder of a board, or a whole model: {MODEL_HELP}"
 _WEIGHTS = "weights of the whole model, such as fedprune-server export-model writes"
-
-
-@dataclass(frozen=True)
-class _Source:
-    """What is converted.
-
-    Attributes:
-        graph: The model, with its weights.
-        names: Its weights and statistics, in their order.
-        title: What it is.
-        bundle: The bundle that it is of, if any.
-        model: The whole model that it is, if it is one.
-    """
-
-    graph: Graph
-    names: tuple[str, ...]
-    title: str
-    bundle: Bundle | None = None
-    model: Model | None = None
 
 
 def register(subparsers: Any) -> None:
@@ -90,8 +65,9 @@ def to_onnx(arguments: argparse.Namespace) -> int:
     from fedprune_export.bundles import conversion
 
     _check_out(arguments)
-    source = _source(arguments)
-    raw = conversion.onnx_file(source.graph, source.names, arguments.name or "model", arguments.opset)
+    model = _model(arguments)
+    source = conversion.read_folder(arguments.source) if model is None else conversion.whole(model, arguments.weights)
+    raw = conversion.onnx_file(source.graph, source.tensors, arguments.name or "model", arguments.opset)
     error = conversion.onnx_parity(raw, source.graph)
     write_whole(arguments.out, raw)
     print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; {conversion.agreement(error)}")
@@ -108,22 +84,25 @@ def to_torch(arguments: argparse.Namespace) -> int:
     from fedprune_export.importing import torch_module
 
     _check_out(arguments)
-    source = _source(arguments)
-    graph, tensors, named, hint = source.graph, {n: source.graph.initializers[n] for n in source.names}, None, ""
+    model = _model(arguments)
+    source = conversion.read_folder(arguments.source) if model is None else conversion.whole(model, arguments.weights)
+    graph, tensors, named, hint = source.graph, source.tensors, None, ""
     if arguments.into is not None:
         if source.bundle is None:
-            raise UsageError("--into is for bundles", hint=_why_not_into(source))
+            raise UsageError(
+                "--into is for bundles",
+                hint="A board doesn't know which channels of the whole model it has: take the global model from the server."
+                if model is None
+                else "A whole model's weights are in their places already.",
+            )
         into = read_model(arguments, arguments.into, source.bundle.architecture.name)
-        tensors, graph, named = (
-            conversion.placed(source.bundle, into, keep=arguments.others == "keep"),
-            into.graph,
-            arguments.into,
-        )
+        tensors = conversion.placed(source.bundle, into, keep=arguments.others == "keep")
+        graph, named = into.graph, arguments.into
         hint = (
             "Channels of zeros count in a layer norm or group norm: use --others keep, or leave out --into and build "
             "the module as narrow (fedprune_export.narrowed)."
         )
-    elif source.model is not None:
+    elif model is not None:
         named = arguments.source
     state = conversion.state_dict(tensors, graph)
     compared = ""
@@ -134,12 +113,6 @@ def to_torch(arguments: argparse.Namespace) -> int:
     size = conversion.write_state_dict(arguments.out, state)
     print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{compared}")
     return int(ExitCode.OK)
-
-
-def _why_not_into(source: _Source) -> str:
-    if source.model is not None:
-        return "A whole model's weights are in their places already."
-    return "A board doesn't know which channels of the whole model it has: take the global model from the server."
 
 
 def _check_out(arguments: argparse.Namespace) -> None:
@@ -160,34 +133,12 @@ def _files(source: Path) -> list[Path]:
     return [source / name for name in (*FILES, MANIFEST)] if source.is_dir() else [source]
 
 
-def _source(arguments: argparse.Namespace) -> _Source:
-    """What is converted.
-
-    Raises:
-        FedpruneError: It can't be read.
-    """
-    from fedprune_export.bundles import conversion
-    from fedprune_export.bundles.inference import inference_graph
-
-    folder = Path(arguments.source)
-    if folder.is_dir():
+def _model(arguments: argparse.Namespace) -> fx.Model | None:
+    """The whole model that is converted; None where the source is a folder."""
+    if Path(arguments.source).is_dir():
         if arguments.weights is not None:
-            raise UsageError("--weights is for whole models", hint=f"The weights of {folder} are in it.")
-        if is_board_state(folder):
-            served = served_model(folder)
-            title = f"the board's model after round {served.round} of job {served.job}"
-            return _Source(inference_graph(served.folder), _names(served.folder), title)
-        bundle = open_bundle(folder)
-        graph = inference_graph(bundle.folder)
-        return _Source(graph, _names(bundle.folder), "the bundle's model", bundle=bundle)
+            raise UsageError("--weights is for whole models", hint=f"The weights of {arguments.source} are in it.")
+        return None
     with tables.progress() as tell:
         tell(f"importing {arguments.source}")
-        model = read_model(arguments, arguments.source)
-    if arguments.weights is not None:
-        model = conversion.with_weights(model, tensorfile.load(arguments.weights), str(arguments.weights))
-    return _Source(model.graph, tuple(model.tensors), "the whole model", model=model)
-
-
-def _names(folder: Path) -> tuple[str, ...]:
-    """Names of the tensors in a folder's weights."""
-    return tuple(tensorfile.load(folder / WEIGHTS))
+        return read_model(arguments, arguments.source)

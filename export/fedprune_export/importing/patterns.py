@@ -97,10 +97,6 @@ class Expressions:
                 return a
         return None
 
-    def is_vector(self, value: str, shape: tuple[int, ...]) -> bool:
-        """Whether a value of this shape is computed without the data."""
-        return value not in self.from_data and self.seen.shapes.get(value) == shape
-
 
 def find_activations(graph: Graph, seen: Trace, constants: Container[str]) -> int:
     """Replace Softplus, Gelu (by erf or tanh) and Mish in primitives by the operators; returns how many."""
