@@ -150,7 +150,7 @@ def carried_out(net: str, board: str, changes: dict[str, Any]) -> dict[str, Any]
     row: dict[str, Any] = {"net": net, "board": board, "recipe": changes}
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        source = f"timm:{net}" if net in TIMM else f"nets:{net}"
+        source = f"timm:{net}" if net in TIMM else f"support.nets.small_nets:{net}"
         options = ["--input-shape", "3,224,224"] if net in TIMM else []
         for key, value in changes.items():
             options += ["--set", f"{key}={value}"]

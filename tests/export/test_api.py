@@ -49,7 +49,7 @@ def test_a_bundle_of_the_api_is_that_of_the_command(
 def test_a_torch_module_is_loaded_as_it_is(tmp_path: Path) -> None:
     model = fx.load(zoo.make("lenet"), name="lenet")
 
-    assert model.architecture.digest == fx.load("nets:lenet").architecture.digest
+    assert model.architecture.digest == fx.load("support.nets.small_nets:lenet").architecture.digest
     assert fx.load(zoo.make("lenet")).architecture.name == type(zoo.make("lenet")).__name__
     assert fx.cut(model, fx.export(model, fx.plan(model, BOARD, density=0.5), tmp_path).selection).nodes
 

@@ -33,7 +33,7 @@ RECIPE = Recipe(epochs=2, batch_size=8, lr=0.02, momentum=0.9, weight_decay=0.00
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return load("nets:resnet20_bn")
+    return load("support.nets.small_nets:resnet20_bn")
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,7 @@ def pictures(classes: int, shape: tuple[int, ...], samples: int) -> dict[str, An
 
 def trained(root: Path, net: str, data: dict[str, Any], recipe: Recipe, density: float) -> Update:
     """Export a network for a board, let a process train it for one round, and return its update."""
-    model = load(f"device_nets:{net}")
+    model = load(f"support.nets.device_nets:{net}")
     architecture = model.architecture
     selection = Selection.of(architecture, widths_at(architecture, density))
     files = bundle_files(model, selection, recipe)

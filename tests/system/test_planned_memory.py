@@ -39,7 +39,7 @@ sys.exit(code)
     ],
 )
 def test_a_small_board_keeps_the_whole_net(net: str, settings: dict[str, Any], parts: range) -> None:
-    architecture = load(f"nets:{net}").architecture
+    architecture = load(f"support.nets.small_nets:{net}").architecture
     made = plan(architecture, profile_store.find(ZERO), Recipe(**settings), 200)
     assert made.widths == architecture.sizes
     assert made.accumulate in parts
@@ -48,7 +48,7 @@ def test_a_small_board_keeps_the_whole_net(net: str, settings: dict[str, Any], p
 
 def test_training_stays_within_the_plans_memory(tmp_path: Path) -> None:
     bundle, samples = tmp_path / "bundle", tmp_path / "samples.npz"
-    assert export(["nets:unet", "--target", ZERO, "--labels", "multi", "--out", str(bundle)]) == 0
+    assert export(["support.nets.small_nets:unet", "--target", ZERO, "--labels", "multi", "--out", str(bundle)]) == 0
     made = json.loads((bundle / "report.json").read_text())["plan"]
     assert made["density"] == 1
     rng = np.random.default_rng(0)

@@ -16,6 +16,7 @@ from fedprune.terminal import tables
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
 _SOURCE = f"the folder of a bundle, the state folder of a board, or a whole model: {MODEL_HELP}"
+_OF_BOARD = "A board doesn't know which channels of the whole model it has: take the global model from the server."
 _WEIGHTS = "weights of the whole model, such as fedprune-server export-model writes"
 
 
@@ -89,12 +90,8 @@ def to_torch(arguments: argparse.Namespace) -> int:
     graph, tensors, named, hint = source.graph, source.tensors, None, ""
     if arguments.into is not None:
         if source.bundle is None:
-            raise UsageError(
-                "--into is for bundles",
-                hint="A board doesn't know which channels of the whole model it has: take the global model from the server."
-                if model is None
-                else "A whole model's weights are in their places already.",
-            )
+            hint = _OF_BOARD if model is None else "A whole model's weights are in their places already."
+            raise UsageError("--into is for bundles", hint=hint)
         into = read_model(arguments, arguments.into, source.bundle.architecture.name)
         tensors = conversion.placed(source.bundle, into, keep=arguments.others == "keep")
         graph, named = into.graph, arguments.into

@@ -258,7 +258,7 @@ def test_torch_loads_a_whole_state_dict_strictly(name: str, tmp_path: Path) -> N
 
     from support.nets import small_nets as nets
 
-    (tmp_path / "m.onnx").write_bytes(read_source(f"nets:{name}"))
+    (tmp_path / "m.onnx").write_bytes(read_source(f"support.nets.small_nets:{name}"))
     folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "1")
     for file in ("s.pt", "s.pth"):
         assert main(["to-torch", str(folder), str(tmp_path / file), "--into", str(tmp_path / "m.onnx")]) == ExitCode.OK
@@ -283,7 +283,7 @@ def test_a_whole_module_computes_what_the_submodel_computes(
 
     from support.nets import small_nets as nets
 
-    source = f"nets:{name}"
+    source = f"support.nets.small_nets:{name}"
     folder = exported(source, tmp_path / "b", "--density", "0.5")
     capsys.readouterr()
     assert main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", source]) == ExitCode.OK
@@ -299,10 +299,10 @@ def test_a_whole_module_computes_what_the_submodel_computes(
 
 @pytest.mark.torch
 def test_a_layer_norm_over_lost_channels_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = exported("device_nets:vision_transformer", tmp_path / "b", "--density", "0.5")
+    folder = exported("support.nets.device_nets:vision_transformer", tmp_path / "b", "--density", "0.5")
 
     assert (
-        main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", "device_nets:vision_transformer"])
+        main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", "support.nets.device_nets:vision_transformer"])
         == ExitCode.MODEL
     )
 
@@ -315,7 +315,7 @@ def test_a_narrow_module_loads_a_submodel(tmp_path: Path) -> None:
     import torch
     from torch import nn
 
-    (tmp_path / "m.onnx").write_bytes(read_source("nets:lenet"))
+    (tmp_path / "m.onnx").write_bytes(read_source("support.nets.small_nets:lenet"))
     folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "0.5")
     main(["to-torch", str(folder), str(tmp_path / "s.pt")])
     module = nn.ModuleDict(

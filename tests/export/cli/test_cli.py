@@ -33,7 +33,7 @@ REPORTS = ("report.html", "report.json", "report.md")
 @pytest.fixture(scope="module")
 def lenet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "lenet.onnx"
-    path.write_bytes(read_source("nets:lenet"))
+    path.write_bytes(read_source("support.nets.small_nets:lenet"))
     return path
 
 
@@ -166,7 +166,7 @@ def test_another_boards_bundle_is_refused_before_the_model_is_read(
 
 def test_a_torch_factory_gives_the_same_bundle(lenet_file: Path, tmp_path: Path) -> None:
     assert export(lenet_file, tmp_path / "file") == ExitCode.OK
-    assert export("nets:lenet", tmp_path / "factory") == ExitCode.OK
+    assert export("support.nets.small_nets:lenet", tmp_path / "factory") == ExitCode.OK
 
     for name in FILES:
         assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "factory" / name).read_bytes()
@@ -407,7 +407,7 @@ def test_an_input_shape_that_is_not_the_model_s_is_refused(
 def test_an_input_shape_that_a_module_does_not_take_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert export("nets:lenet", tmp_path / "b", "--input-shape", "3,28,28") == ExitCode.MODEL
+    assert export("support.nets.small_nets:lenet", tmp_path / "b", "--input-shape", "3,28,28") == ExitCode.MODEL
     assert "torch can't export it for input [n, 3, 28, 28] (" in one_line(capsys)
 
 

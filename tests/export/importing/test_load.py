@@ -65,7 +65,7 @@ def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> 
 
 
 def test_a_factory_is_loaded_by_name() -> None:
-    model = load("nets:lenet")
+    model = load("support.nets.small_nets:lenet")
 
     assert model.architecture.name == "lenet"
     assert model.architecture.input_shape == (1, 28, 28)
@@ -100,7 +100,7 @@ def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(nets, "made", Small(), raising=False)
 
     for name in ("Small", "made"):
-        model = load(f"nets:{name}")
+        model = load(f"support.nets.small_nets:{name}")
         assert model.architecture.name == name
         assert [g.size for g in model.architecture.groups] == [5]
 
@@ -108,8 +108,8 @@ def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_class_that_needs_arguments_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nets, "Linear", nn.Linear, raising=False)
 
-    with pytest.raises(ModelError, match=r"nets:Linear failed \(TypeError: .*in_features"):
-        load("nets:Linear")
+    with pytest.raises(ModelError, match=r"support.nets.small_nets:Linear failed \(TypeError: .*in_features"):
+        load("support.nets.small_nets:Linear")
 
 
 def test_a_file_is_loaded_by_path(tmp_path: Path, lenet_bytes: bytes) -> None:
@@ -334,7 +334,9 @@ def test_no_such_file(tmp_path: Path) -> None:
     assert caught.value.exit_code is ExitCode.MODEL
 
 
-@pytest.mark.parametrize("source", ["no_such_module:net", "nets:no_such_net", "nets:BROKEN"])
+@pytest.mark.parametrize(
+    "source", ["no_such_module:net", "support.nets.small_nets:no_such_net", "support.nets.small_nets:BROKEN"]
+)
 def test_a_factory_that_is_not_there(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nets, "BROKEN", lambda: 1 / 0, raising=False)
 
@@ -346,14 +348,14 @@ def test_a_factory_that_makes_something_else(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(nets, "wrong", lambda: 3, raising=False)
 
     with pytest.raises(ModelError, match="expected a torch module, got int"):
-        load("nets:wrong")
+        load("support.nets.small_nets:wrong")
 
 
 def test_without_torch_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
 
     with pytest.raises(MissingExtraError, match=r"pip install torch .*download\.pytorch\.org/whl/cpu") as caught:
-        load("nets:lenet")
+        load("support.nets.small_nets:lenet")
     assert caught.value.exit_code is ExitCode.MISSING_EXTRA
     assert f"then {install_command('torch')}" in str(caught.value)
 
@@ -374,7 +376,7 @@ def test_a_truncated_file_is_one_clear_error(lenet_bytes: bytes, share: float) -
 
 
 def test_read_source_gives_bytes_that_import() -> None:
-    assert import_onnx(read_source("nets:concat_net"), "concat_net").architecture.classes == 10
+    assert import_onnx(read_source("support.nets.small_nets:concat_net"), "concat_net").architecture.classes == 10
 
 
 def _port(*shape: int | str) -> list[Port]:
