@@ -23,12 +23,12 @@ _HEAD = """# Settings
 
 <!-- Made by `python -m manual`: change the classes instead. -->
 
-Every key of a `fleet.toml`, with its default. [Run a fleet](../run-a-fleet.md#fleettoml) has the whole file, and says
+Every key of a `fleet.toml`, with its default. [Run a fleet](../configure-a-job.md#fleettoml) has the whole file, and says
 which settings to choose when; a [simulation](../simulate.md) has tables of its own beside these. Options of
 `fedprune-server run` win over the file.
 """
 _SCHEDULE = """`kind`, also `--schedule`, is `sync`, `semi-async` or `async`
-([when to take which](../run-a-fleet.md#rounds-by-the-clock-or-none)).
+([when to take which](../rounds.md#schedules)).
 Left out, the strategy's own schedule holds. Further keys:
 """
 _OTHER_TABLES = {"model": "model", "evaluation": "evaluation", "calibration": "calibration", "input_shape": "model"}

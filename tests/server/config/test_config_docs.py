@@ -1,4 +1,4 @@
-"""docs/run-a-fleet.md and docs/exit-codes.md say what the code does."""
+"""The pages on settings and exit codes agree with the code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DOCS = ROOT / "docs"
 
 
 def example() -> dict[str, object]:
-    text = (DOCS / "run-a-fleet.md").read_text()
+    text = (DOCS / "configure-a-job.md").read_text()
     block = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
     assert block is not None
     return parsed(block.group(1))
@@ -58,14 +58,14 @@ def test_the_example_configuration_has_every_key() -> None:
         "database",
         "profiles",
     }  # type: ignore[call-overload]
-    assert "\n# ca = " in (DOCS / "run-a-fleet.md").read_text()  # an embedded broker has none
-    assert "\n# database = " in (DOCS / "run-a-fleet.md").read_text()  # by default the folder says it
-    assert "\n# profiles = " in (DOCS / "run-a-fleet.md").read_text()  # which would have to be there
-    assert "\n# input_shape = " in (DOCS / "run-a-fleet.md").read_text()  # nor has an ONNX file need of it
+    assert "\n# ca = " in (DOCS / "configure-a-job.md").read_text()  # an embedded broker has none
+    assert "\n# database = " in (DOCS / "configure-a-job.md").read_text()  # by default the folder says it
+    assert "\n# profiles = " in (DOCS / "configure-a-job.md").read_text()  # which would have to be there
+    assert "\n# input_shape = " in (DOCS / "configure-a-job.md").read_text()  # nor has an ONNX file need of it
 
 
 def test_the_example_names_the_right_defaults() -> None:
-    text = (DOCS / "run-a-fleet.md").read_text()
+    text = (DOCS / "configure-a-job.md").read_text()
     said = dict(re.findall(r"^(\w+) = .*default (\S+)$", text, re.MULTILINE))
     assert {"rounds", "devices", "epochs", "keep"} <= set(said)
     for kind in (Job, Privacy, Recipe, ServerConfig, AlertSettings):
@@ -78,7 +78,8 @@ def test_the_example_names_the_right_defaults() -> None:
 
 
 def test_the_other_tables_of_settings_are_valid(tmp_path: Path) -> None:
-    blocks = re.findall(r"```toml\n(.*?)```", (DOCS / "run-a-fleet.md").read_text(), re.DOTALL)[1:]
+    pages = ("rounds.md", "several-jobs.md")
+    blocks = [b for page in pages for b in re.findall(r"```toml\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)]
     jobs = [parse_config(parsed(block), "example", tmp_path).job for block in blocks]
     assert [(j.name, j.schedule.get("kind")) for j in jobs] == [("job", "semi-async"), ("birds", None)]
 
