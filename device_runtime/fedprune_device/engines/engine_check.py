@@ -52,7 +52,7 @@ def deviation(found: Array, expected: Array, tolerance: float) -> float:
         tolerance: The most that they may differ.
 
     Raises:
-        WrongError: They differ by more, in shape, or are not finite.
+        WrongOutputError: They differ by more, in shape, or are not finite.
     """
     if found.shape != expected.shape:
         raise WrongOutputError(
