@@ -23,9 +23,8 @@ _HEAD = """# Settings
 
 <!-- Made by `python -m manual`: change the classes instead. -->
 
-Every key of a `fleet.toml`, with its default. [Run a fleet](../configure-a-job.md#fleettoml) has the whole file, and says
-which settings to choose when; a [simulation](../simulate.md) has tables of its own beside these. Options of
-`fedprune-server run` win over the file.
+Every key of a `fleet.toml`, with its default. [Configure a job](../configure-a-job.md#fleettoml) shows the whole file; a
+[simulation](../simulate.md) has further tables. Options of `fedprune-server run` take precedence over the file.
 """
 _SCHEDULE = """`kind`, also `--schedule`, is `sync`, `semi-async` or `async`
 ([when to take which](../rounds.md#schedules)).
