@@ -23,7 +23,7 @@ _HEAD = """# Settings
 
 <!-- Made by `python -m manual`: change the classes instead. -->
 
-Every key of a `fleet.toml`, with its default. [Configure a job](../configure-a-job.md#fleettoml) shows the whole file; a
+Every key of a `fleet.toml` with its default. [Configure a job](../configure-a-job.md#fleettoml) shows the whole file. A
 [simulation](../simulate.md) has further tables. Options of `fedprune-server run` take precedence over the file.
 """
 _SCHEDULE = """`kind`, also `--schedule`, is `sync`, `semi-async` or `async`
