@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from benchmarks.screens import chromium, logged_in  # noqa: E402
-from fedprune_server.web.demo_fleet import TrialFleet  # noqa: E402
+from support.fakes.console_fleet import ConsoleFleet  # noqa: E402
 from support.fakes.served_console import ServedConsole  # noqa: E402 - next to the tests
 
 DEVICES = 10_000
@@ -64,7 +64,7 @@ class RunningRound:
 
 def measure(devices: int, times: int) -> dict[str, list[float]]:
     """Milliseconds that each thing takes, one after the other, while a round runs."""
-    fleet, chance, found = TrialFleet(devices), random.Random(0), {}
+    fleet, chance, found = ConsoleFleet(devices), random.Random(0), {}
     with (
         tempfile.TemporaryDirectory() as folder,
         ServedConsole(Path(folder), fleet) as served,

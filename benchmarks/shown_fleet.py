@@ -10,8 +10,8 @@ from typing import Any
 from fedprune.jobs.job import Job
 from fedprune_server.simulation.datasets.picture import Partition
 from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
-from fedprune_server.web.demo_fleet import TrialFleet
 from fedprune_server.web.state import records as r
+from support.fakes.console_fleet import ConsoleFleet
 
 GROUPS = (
     ("stem", 32),
@@ -81,7 +81,7 @@ def made_up_run(title: str, devices: int, *, whole: bool = False, rounds: int = 
                   partition=Partition("leaves", (), counts))  # fmt: skip
 
 
-class ShownFleet(TrialFleet):
+class ShownFleet(ConsoleFleet):
     """A fleet with plausible names and numbers, the same each time.
 
     Args:

@@ -25,10 +25,10 @@ from fedprune_server.web import child
 from fedprune_server.web.auth.accounts import Accounts
 from fedprune_server.web.connections import Connections
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.demo_fleet import TrialFleet
 from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state.status import FILE, StatusWriter
 from support.fakes.console_browser import PASSWORD, QUICK, trial
+from support.fakes.console_fleet import ConsoleFleet
 
 
 def settings(folder: Path) -> ConsoleSettings:
@@ -64,7 +64,7 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
         until(lambda: process.turn(0.0) or process.url)
         url = process.url
         assert fetched(url + "readyz")[0] == 503
-        TrialFleet(5, 1).publish(writer)
+        ConsoleFleet(5, 1).publish(writer)
         until(lambda: fetched(url + "readyz")[0] == 200)
         assert fetched(url + "healthz") == (200, {"ok": True})
         assert fetched(url + "api/v1/site")[0] == 401

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from fedprune.model.selection import Selection
 from fedprune.wire.log_messages import CrashReport, LogReport
 from fedprune_server.devices.board_logs import BoardLogs, BoardReport
-from fedprune_server.web.demo_fleet import TrialFleet, write
 from fedprune_server.web.state.details import details, held
 from fedprune_server.web.state.logs import LATEST, OF_BOARD, BoardLogTap
 from fedprune_server.web.state.records import Record
 from fedprune_server.web.state.rows import running, versions
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
 from fedprune_server.web.views.channel_drawing import channels
+from support.fakes.console_fleet import ConsoleFleet, write
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
 
@@ -167,7 +167,7 @@ def test_the_pages_show_what_boards_tell_as_text(tmp_path: Path) -> None:
     from fedprune_server.web.context import make_console
     from fedprune_server.web.database import ConsoleDatabase
 
-    fleet, writer = TrialFleet(10), StatusWriter(tmp_path / FILE)
+    fleet, writer = ConsoleFleet(10), StatusWriter(tmp_path / FILE)
     fleet.publish(writer)
     write(writer, fleet.details("board-0006"), fleet.board_log("board-0006"))
 

@@ -17,10 +17,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not 
 
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
-from fedprune_server.web.demo_fleet import TrialFleet  # noqa: E402
 from fedprune_server.web.state import status  # noqa: E402
 from fedprune_server.web.state.order_queue import Order  # noqa: E402
 from fedprune_server.web.state.records import AlertStatus, LogLine, PublishedJob, Record, Rollouts  # noqa: E402
+from support.fakes.console_fleet import ConsoleFleet  # noqa: E402
 from support.fakes.served_console import PASSWORD, Carried, ServedConsole  # noqa: E402
 
 pytestmark = pytest.mark.browser
@@ -38,7 +38,7 @@ PLACES = {
 Open = Callable[..., Page]
 
 
-class Fleet(TrialFleet):
+class Fleet(ConsoleFleet):
     """A trial fleet that does what it is ordered."""
 
     def __init__(self) -> None:

@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.web.demo_fleet import TrialFleet, write
 from fedprune_server.web.events import NAMES, Pending, event
 from fedprune_server.web.state import status
 from fedprune_server.web.state.records import AlertStatus, LogLine
 from fedprune_server.web.state.status import COLUMNS, FILE, FleetView, StatusWriter, encoded
+from support.fakes.console_fleet import ConsoleFleet, write
 
 
-def published(folder: Path, devices: int) -> tuple[FleetView, TrialFleet]:
-    writer, fleet = StatusWriter(folder / FILE), TrialFleet(devices, 2)
+def published(folder: Path, devices: int) -> tuple[FleetView, ConsoleFleet]:
+    writer, fleet = StatusWriter(folder / FILE), ConsoleFleet(devices, 2)
     fleet.publish(writer)
     writer.close()
     return FleetView(folder / FILE), fleet
@@ -59,7 +59,7 @@ def test_a_page_that_is_none_is_refused(tmp_path: Path, wrong: dict[str, Any]) -
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 7), st.booleans(), st.booleans()), max_size=40))
 def test_counts_are_those_of_the_rows_after_any_changes(changes: list[tuple[int, bool, bool]]) -> None:
-    rows = list(TrialFleet(8, 0).rows.values())
+    rows = list(ConsoleFleet(8, 0).rows.values())
     known: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as folder:
         writer, view = StatusWriter(Path(folder) / FILE), FleetView(Path(folder) / FILE)
@@ -81,7 +81,7 @@ def test_counts_are_those_of_the_rows_after_any_changes(changes: list[tuple[int,
 def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_KEPT", {"log": 3, "alert": 3})
     monkeypatch.setattr(status, "_KEPT_ROUNDS", 4)
-    writer, fleet = StatusWriter(tmp_path / FILE), TrialFleet(1, 0)
+    writer, fleet = StatusWriter(tmp_path / FILE), ConsoleFleet(1, 0)
     view = FleetView(tmp_path / FILE)
     for i in range(9):
         alert = AlertStatus(f"a{i}", float(i), "disk", "warning", None, None, "full", float(i) if i % 2 else None)

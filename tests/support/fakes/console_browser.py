@@ -18,10 +18,10 @@ from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Surroundings
 from fedprune_server.web.context import Console, make_console
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.demo_fleet import TrialFleet, write
 from fedprune_server.web.state.order_queue import Answer, Order, answering, read_order
 from fedprune_server.web.state.records import Record
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
+from support.fakes.console_fleet import ConsoleFleet, write
 
 QUICK = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 PASSWORD = "a long horse, a battery"
@@ -132,7 +132,7 @@ class Trial:
 
     console: Console
     app: Any
-    fleet: TrialFleet
+    fleet: ConsoleFleet
     writer: StatusWriter
     database: ConsoleDatabase
     clock: Callable[[], float]
@@ -165,7 +165,7 @@ def trial(
     allowed: str = "all",
 ) -> Trial:
     """A console with its fleet; orders are kept, and not answered."""
-    fleet, writer = TrialFleet(devices, 3), StatusWriter(folder / FILE)
+    fleet, writer = ConsoleFleet(devices, 3), StatusWriter(folder / FILE)
     fleet.publish(writer, clock())
     database = ConsoleDatabase(folder / "console.db")
     console = make_console(FleetView(folder / FILE, allowed, clock), database, around, QUICK, clock)

@@ -16,11 +16,11 @@ from argon2 import PasswordHasher
 from fedprune_server.web.app import make_app
 from fedprune_server.web.context import make_console
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.demo_fleet import TrialFleet, write
 from fedprune_server.web.events import LOOK_S, watch
 from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
 from fedprune_server.web.state.records import Record
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
+from support.fakes.console_fleet import ConsoleFleet, write
 
 PASSWORD = "correct horse battery"
 ROLES = ("viewer", "operator", "admin")
@@ -43,7 +43,7 @@ class ServedConsole:
     def __init__(
         self,
         folder: Path,
-        fleet: TrialFleet,
+        fleet: ConsoleFleet,
         carry: Callable[[Order], Carried] | None = None,
         look_s: float = LOOK_S,
     ) -> None:

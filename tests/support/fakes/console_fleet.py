@@ -1,24 +1,13 @@
-"""A fleet that isn't there: for the console's tests, and to look at its pages without boards.
-
-`python -m fedprune_server.web.demo_fleet [DEVICES [PORT]]` serves it on this machine, with the operators `viewer`,
-`operator` and `admin`, whose passwords it prints.
-"""
+"""A fleet that doesn't exist, published for a console: for tests and pictures of its pages."""
 
 from __future__ import annotations
 
-import asyncio
 import random
-import secrets
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
+from fedprune_server.web.state.order_queue import Order
 from fedprune_server.web.state.records import (
     AlertStatus,
     BoardLog,
@@ -31,13 +20,13 @@ from fedprune_server.web.state.records import (
     Rollouts,
     Site,
 )
-from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
+from fedprune_server.web.state.status import StatusWriter, encoded
 
 PROFILES = ("raspberry-pi-5", "raspberry-pi-4", "raspberry-pi-zero-2", "jetson-orin-nano", "jetson-agx-orin")
 _STATES = ("ready", "offered", "training", "pulling", "folded", "refused", "queued")
 
 
-class TrialFleet:
+class ConsoleFleet:
     """What a server with a round under way publishes.
 
     Args:
@@ -48,7 +37,7 @@ class TrialFleet:
     """
 
     def __init__(self, devices: int = 40, rounds: int = 25, seed: int = 0, jobs: tuple[str, ...] = ("trial",)) -> None:
-        self._chance = random.Random(seed)  # noqa: S311  # nosec B311  # draws a trial, and nothing secret
+        self._chance = random.Random(seed)  # nosec B311  # draws a trial, and nothing secret
         self._now = time.time()
         self._jobs = jobs
         self._round = rounds + 1
@@ -161,7 +150,7 @@ class TrialFleet:
         rows = []
         for group, (kept, of) in sizes.items():
             ranking = list(range(of))
-            random.Random(group).shuffle(ranking)  # noqa: S311  # nosec B311  # as above
+            random.Random(group).shuffle(ranking)  # nosec B311  # as above
             bits = sum(1 << (-of % 8 + of - 1 - c) for c in ranking[:kept])
             rows.append({"group": group, "kept": kept, "of": of, "which": f"{bits:0{2 * ((of + 7) // 8)}x}"})
         return tuple(rows)
@@ -262,45 +251,3 @@ def write(
 ) -> None:
     """Write records and devices as a server does."""
     writer.write([(r, encoded(r)) for r in records], rows, at=time.time() if at is None else at, whole=whole)
-
-
-def main() -> None:
-    import uvicorn
-
-    from fedprune_server.web.app import make_app
-    from fedprune_server.web.context import make_console
-    from fedprune_server.web.events import watch
-
-    devices, port = ([int(a) for a in sys.argv[1:3]] + [200, 8470][len(sys.argv) - 1 :])[:2]
-    fleet = TrialFleet(devices)
-    with tempfile.TemporaryDirectory() as folder, ConsoleDatabase(Path(folder) / "console.db") as database:
-        writer = StatusWriter(Path(folder) / FILE)
-        fleet.publish(writer)
-        console = make_console(FleetView(Path(folder) / FILE), database)
-        for role in ("viewer", "operator", "admin"):
-            password = secrets.token_urlsafe(12)
-            console.accounts.add(role, role, password)
-            print(f"{role}: {password}")
-        server = uvicorn.Server(uvicorn.Config(make_app(console), "127.0.0.1", port, log_level="warning"))
-        queue = OrderQueue(database)
-
-        def live() -> None:
-            while not server.should_exit:
-                time.sleep(1.0)
-                for order in queue.take(20):
-                    write(writer, *fleet.answer(order))
-                    queue.answer(Answer(order.number, True, f"{order.order}: a trial"))
-                queue.flush()
-                fleet.step(writer)
-
-        async def serve() -> None:
-            threading.Thread(target=live, daemon=True).start()
-            watching = asyncio.create_task(watch(console.streams, console.view, console.orders))
-            await server.serve()
-            watching.cancel()
-
-        asyncio.run(serve())
-
-
-if __name__ == "__main__":
-    main()
