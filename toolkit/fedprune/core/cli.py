@@ -28,7 +28,7 @@ DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""
 
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
-"""How argparse speaks of a word that is none of those that it may be."""
+"""argparse's message for an invalid choice."""
 
 _RECIPE_LISTS = ("frozen", "trainable", "ordered_dropout", "personal")
 """Settings of a recipe that are lists."""
@@ -111,7 +111,7 @@ def _command_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def with_extra(extra: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """A command that says what to install where a package is missing.
+    """A command that names the extra to install where a package is missing.
 
     Args:
         extra: The extra of fedprune that brings the package.
@@ -171,8 +171,8 @@ def seconds(text: str) -> float:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a command as Ctrl-C does: through all that must be put away."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what signals do
+    """Let SIGTERM and SIGHUP end a command as Ctrl-C does, with all cleanup."""
+    if threading.current_thread() is not threading.main_thread():  # only it may set signal handlers
         yield
         return
 
@@ -188,7 +188,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _shorten(parser: argparse.ArgumentParser) -> None:
-    """Let a parser, and those of its subcommands, say in one line what is wrong, without the usage of the command."""
+    """Let a parser and those of its subcommands report errors in one line, without the usage."""
 
     def error(message: str) -> NoReturn:
         _say(f"{_with_meant(message)}. See `{parser.prog} --help`.")
@@ -203,7 +203,7 @@ def _shorten(parser: argparse.ArgumentParser) -> None:
 
 
 def _with_meant(message: str) -> str:
-    """argparse's verdict on a command or choice that isn't there; the one that was meant instead of all that are."""
+    """argparse's error for an unknown command or choice, with a suggestion instead of the list of all."""
     found = _CHOICE.search(message)
     if found is None:
         return message
@@ -240,7 +240,7 @@ def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction) and not word.startswith("-"):
                 if word not in action.choices:
-                    return  # argparse says so: without its command no option can be judged
+                    return  # argparse reports it: without a command no option can be checked
                 parser = action.choices[word]
                 known = known | _options(parser)
                 break
@@ -269,7 +269,7 @@ def _where(error: OSError) -> str:
 
 
 def _say(message: str) -> None:
-    """One line on stderr; the traceback before it where it is asked for."""
+    """Write one line to stderr, after the traceback where that is enabled."""
     if os.environ.get(DEBUG) == "1" and sys.exc_info()[0] is not None:
         traceback.print_exc()
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"

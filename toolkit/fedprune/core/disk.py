@@ -21,12 +21,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_there(path: Path, *, file: bool = False) -> bool:
-    """Whether there is something of a name that somebody wrote; a name that nothing can have is none.
-
-    Args:
-        path: The path.
-        file: Whether it has to be a file.
-    """
+    """Whether a path that a user gave exists, also where no file can have that name; `file` requires a regular file."""
     try:
         return path.is_file() if file else path.exists()
     except (OSError, ValueError):  # too long, or with a zero byte in it
@@ -34,10 +29,7 @@ def is_there(path: Path, *, file: bool = False) -> bool:
 
 
 def open_file(path: Path | str) -> BinaryIO:
-    """A regular file, open for reading; a pipe or a device is refused without waiting for it.
-
-    Args:
-        path: The file, or a link to it.
+    """A regular file, or a link to one, open for reading; a pipe or device is refused without blocking.
 
     Raises:
         OSError: It can't be opened or is not a regular file; `strerror` says which.
@@ -68,10 +60,10 @@ def read_file(path: Path | str, most: int = MOST_BYTES) -> bytes:
 
 @contextmanager
 def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
-    """Turn errors of the operating system into ours.
+    """Raise errors of the operating system as storage errors.
 
     Args:
-        what: What can't be done, for the message.
+        what: The failed action, for the message.
         missing: Let FileNotFoundError through.
 
     Raises:
@@ -94,16 +86,16 @@ def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
-    """Hold a file's lock, which goes with the process, however that one ends.
+    """Hold a file's lock, which is released when the process ends in any way.
 
     Args:
         path: The file, made where there is none; its folder exists.
-        busy: What to say if somebody else holds it.
-        hint: What to do then.
+        busy: Message of the error where another process holds it.
+        hint: Hint of that error.
 
     Raises:
-        BusyError: Somebody else does.
-        StorageError: It can't be opened.
+        BusyError: Another process holds the lock.
+        StorageError: The file can't be opened.
     """
     with storage_errors(f"can't open {path}"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -114,7 +106,7 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
             raise BusyError(busy, hint=hint) from error
         except OSError as error:
             raise StorageError(f"can't lock {path}: {error.strerror}") from error
-        if not os.fstat(descriptor).st_nlink:  # its holder deleted it meanwhile: a lock on it keeps nobody out
+        if not os.fstat(descriptor).st_nlink:  # its holder has deleted it: a lock on it excludes no other process
             raise BusyError(busy, hint=hint)
         yield
     finally:
@@ -122,10 +114,10 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
 
 
 def held(path: Path) -> bool:
-    """Whether somebody holds a file's lock, see `locked`; it is neither made nor kept.
+    """Whether a process holds a file's lock (`locked`); the file is not made.
 
     Raises:
-        StorageError: It is there and can't be opened.
+        StorageError: The file exists and can't be opened.
     """
     with storage_errors(f"can't open {path}"):
         try:

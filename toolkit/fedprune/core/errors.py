@@ -16,13 +16,13 @@ from pathlib import Path
 from fedprune.terminal.extras import install_command
 
 _LONGEST_NAME = 60
-"""Whatever is longer is no slip of the pen."""
+"""Longer names are not compared for misspellings."""
 
 _LONGEST_PART = 1000
-"""Characters of each part of a message: others' input may be long, and an error ends in a log."""
+"""Characters of each part of a message: received input may be long, and errors end up in logs."""
 
 _ALIKE = 0.75
-"""`difflib`'s ratio from which a name may be another one's slip: 0.6, its default, takes shop for shape."""
+"""`difflib`'s ratio from which a name may be a misspelling: with its default of 0.6 shop resembles shape."""
 
 
 class ExitCode(IntEnum):
@@ -65,10 +65,10 @@ class FedpruneError(Exception):
     """Base of all errors raised on purpose.
 
     Args:
-        what: What is wrong, in words, naming the thing.
-        expected: What would have been right.
-        got: What was found.
-        hint: What the user can do.
+        what: The problem, naming the thing.
+        expected: A valid value.
+        got: The value found.
+        hint: A remedy for the user.
     """
 
     exit_code = ExitCode.INTERNAL
@@ -90,13 +90,13 @@ class FedpruneError(Exception):
 def _brief(value: object) -> str:
     try:
         text = str(value)
-    except ValueError:  # it holds a number of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts
         text = shown(value)
     return text if len(text) <= _LONGEST_PART else f"{text[:_LONGEST_PART]}..."
 
 
 def shown(value: object) -> str:
-    """A short text of any received value, for an error: on one line, without characters that can't be printed."""
+    """A short text of any received value for an error: on one line, with printable characters alone."""
     if isinstance(value, int) and value.bit_length() > 200:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (str, bytes)):
@@ -113,12 +113,12 @@ def shape_text(*sizes: object) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of another library's error, in short, without codes that would steer a terminal."""
+    """The first line of another library's error, shortened, without terminal escape codes."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", str(error)).strip() or type(error).__name__
     return "".join(c if c.isprintable() else " " for c in text.splitlines()[0][:200]).strip()
 
 
-_ELSEWHERE = {
+_SYNONYMS = {
     "learning_rate": "lr",
     "local_epochs": "epochs",
     "l2": "weight_decay",
@@ -126,20 +126,16 @@ _ELSEWHERE = {
     "clients": "devices",
     "num_rounds": "rounds",
 }
-"""What other programs call some of our settings."""
+"""Settings by the names that other programs have for them."""
 
 
 def meant(given: object, known: Iterable[str]) -> str:
-    """What somebody may have meant who wrote a name that isn't known, in brackets after a space; else nothing.
-
-    Args:
-        given: What was written.
-        known: What could have been.
-    """
+    """A suggestion for an unknown name in parentheses, after a space; empty where none of the known names is
+    similar."""
     if not isinstance(given, str):
         return ""
     names = list(known)
-    near = [_ELSEWHERE[given]] if _ELSEWHERE.get(given) in names else []
+    near = [_SYNONYMS[given]] if _SYNONYMS.get(given) in names else []
     if len(given) <= _LONGEST_NAME:
         near = near or get_close_matches(given, names, 1, _ALIKE)
     return f" (did you mean {near[0]!r}?)" if near else ""
@@ -158,11 +154,11 @@ _REMEDIES = {
 
 
 def remedy(error: OSError | EOFError) -> str:
-    """What a user can do where the operating system refuses a path; empty where that is not known."""
+    """A remedy where the operating system refuses a path; empty where none is known."""
     known = _REMEDIES.get(getattr(error, "errno", None) or 0, "")
     path = getattr(error, "filename", None)
     if isinstance(error, FileNotFoundError) and isinstance(path, (str, Path)) and not Path(path).is_absolute():
-        return f"{known} As it stands here it counts from the current folder."
+        return f"{known} It is relative to the current folder."
     return known
 
 

@@ -1,4 +1,4 @@
-"""Import of modules that users wrote, for strategies, torch factories and data functions."""
+"""Import of users' modules: strategies, torch factories and data functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 
 
 def own_module(name: str) -> ModuleType:
-    """A user's module, from the current folder or from wherever Python finds modules.
+    """Import a user's module from the current folder or the module path.
 
     The module itself is looked for in the current folder first. For all other imports of the process that folder comes
     last, so that no file in it takes the place of an installed module.

@@ -1,4 +1,4 @@
-"""What a zip archive may grow to: its sizes are looked at before anything of it is unpacked."""
+"""Limits of unpacked zip archives, which are checked before anything is unpacked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Refuse = type[FedpruneError]
 
 
 def check_members(file: BinaryIO, what: str, refuse: Refuse) -> None:
-    """Make sure that a file that is a zip archive can be unpacked as a whole; what is none, isn't looked at.
+    """Check the members of a file if it is a zip archive.
 
     Args:
         file: The file; it is read from its beginning, and is there again afterwards.
@@ -50,7 +50,7 @@ def check_sizes(members: list[zipfile.ZipInfo], what: str, refuse: Refuse) -> No
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int, refuse: Refuse) -> bytes:
-    """A small member, however large it says that it is.
+    """A small member, whatever size its header claims.
 
     Args:
         archive: The archive.

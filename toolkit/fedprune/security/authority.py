@@ -82,12 +82,10 @@ class Issued:
     """A certificate in the register.
 
     Attributes:
-        serial: Its serial number.
-        kind: What it is for.
+        kind: `DEVICE`, `CLIENT` or `BROKER`.
         name: Its common name.
         key: sha256 of its public key, as hex.
-        ends: When it ends, in seconds since 1970.
-        pem: The certificate.
+        ends: End of its validity, in seconds since 1970.
         authority: Identifier of the issuing authority's key.
     """
 
@@ -106,7 +104,7 @@ class Authority:
     Args:
         folder: Its folder, as `make` leaves it.
         clock: Seconds since 1970.
-        read_only: Only look; nothing is written, and nothing can be issued or revoked.
+        read_only: Write nothing; nothing can be issued or revoked.
 
     Raises:
         IdentityError: A file is missing or damaged, or key and certificate don't fit.
@@ -122,13 +120,13 @@ class Authority:
         self._issued: dict[int, Issued] = {}
         self._by_key: dict[str, Issued] = {}
         self._revoked: dict[int, int] = {}
-        if not (folder / REGISTER).exists():  # it would be made anew, and who was shut out let in again
+        if not (folder / REGISTER).exists():  # a new one would admit revoked devices again
             raise StorageError(f"{folder / REGISTER} is missing", hint="Restore the backup of the identity folder.")
         self._register = Register(folder / REGISTER, self._take, read_only=read_only)
         if read_only:
             return
         with self._register.held():
-            # What was signed as revoked stays so: a disk that lost writes may have taken lines from the register.
+            # The signed list counts, too: a disk that lost writes may have lost lines of the register.
             for serial, at in self._list.revoked().items():
                 if serial not in self._revoked:
                     self._register.append(_revocation(serial, at))
@@ -173,7 +171,7 @@ class Authority:
         write_public(self._folder / CERTIFICATE, (self.pem + pem_of(certificate)).encode())  # now it counts
 
     def end_rotation(self) -> None:
-        """Trust the successor alone, from the next `Authority` of this folder on; the old key is deleted.
+        """Trust only the successor, from the next `Authority` of this folder on; the old key is deleted.
 
         Raises:
             IdentityError: It is not being replaced.
@@ -185,17 +183,17 @@ class Authority:
         _signers(self._folder, read_only=False)
 
     def ends(self, *, client: bool) -> int:
-        """When the authority that issues such certificates now ends, in seconds since 1970."""
+        """End of the authority that now issues such certificates, in seconds since 1970."""
         return seconds_of(self._signers[-1 if client else 0].certificate.not_valid_after_utc)
 
     @property
     def rotating(self) -> bool:
-        """Whether a successor is about to replace it."""
+        """Whether a successor is replacing it."""
         return len(self._signers) > 1
 
     @property
     def ever_rotated(self) -> bool:
-        """Whether it is being replaced, or has replaced another one that issued a certificate."""
+        """Whether it is being replaced, or has replaced another authority that issued a certificate."""
         known = {_identifier(s) for s in self._signers}
         return self.rotating or any(i.authority not in known for i in self._issued.values())
 
@@ -210,7 +208,7 @@ class Authority:
 
     @property
     def pin(self) -> bytes:
-        """What claims name it by."""
+        """The pin in claims."""
         return self.pins[0]
 
     @cached_property
@@ -224,11 +222,11 @@ class Authority:
         return self._list.path
 
     def sign(self, data: bytes) -> bytes:
-        """ECDSA over SHA-256, in DER, by the authority's key; `data` begins with a text that says what it is for."""
+        """ECDSA over SHA-256, in DER, by the authority's key; `data` begins with its domain."""
         return self._signers[0].key.sign(data, ec.ECDSA(hashes.SHA256()))
 
     def now(self) -> int:
-        """The time, in seconds since 1970, which is never before this software was built."""
+        """The time in seconds since 1970, never before this software was built."""
         return int(max(self._clock(), BUILT))
 
     def made_for(self, site: str) -> bool:
@@ -236,21 +234,18 @@ class Authority:
         return self.certificate.subject in (_subject(site), _successor(site, self._signers[0].key))
 
     def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
-        """A certificate for a device to connect with; the same one if its key has one already.
+        """A client certificate for a device (PEM); the existing one if its key has one already.
 
         Args:
             site: The fleet's.
             device: Its name, the certificate's common name.
-            csr: Its request; only the key in it counts.
-            days: How long it is valid.
-
-        Returns:
-            The certificate (PEM).
+            csr: Its request, of which only the key is used.
+            days: Validity.
 
         Raises:
-            IdentityError: The name is reserved, the key's certificate is another's, revoked or over, or the device has
-                too many.
-            ProtocolError: Request or name are none.
+            IdentityError: The name is reserved, the key's certificate is another's, revoked or expired, or the device
+                has too many.
+            ProtocolError: The request or name is invalid.
             StorageError: The disk fails or is full; nothing was issued.
         """
         check_name(site, "site")
@@ -266,7 +261,7 @@ class Authority:
             return self._issue(DEVICE, device, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
 
     def check_device(self, device: str, csr: str) -> None:
-        """Make sure that `issue_device` would issue this, before a claim is used for it.
+        """Check that `issue_device` would issue this, before a claim is used up.
 
         Raises:
             IdentityError, ProtocolError, StorageError: It would not.
@@ -317,7 +312,7 @@ class Authority:
         return serial in self._revoked
 
     def revoke(self, serial: int) -> None:
-        """Make a certificate void, for good. Brokers learn it when they load the list again.
+        """Revoke a certificate. Brokers know when they load the list again.
 
         Raises:
             IdentityError: It was never issued here.
@@ -327,10 +322,7 @@ class Authority:
             self._revoke([serial])
 
     def revoke_device(self, device: str) -> int:
-        """Make all certificates of a device void.
-
-        Returns:
-            How many there were.
+        """Revoke all certificates of a device; returns their number.
 
         Raises:
             StorageError: The disk fails or is full.
@@ -350,7 +342,7 @@ class Authority:
             return self._register.lines()
 
     def adopt(self, lines: Iterable[str]) -> None:
-        """Add the lines of another copy of this authority's register, and revoke what they revoke.
+        """Add the lines of another copy of this authority's register, with their revocations.
 
         Raises:
             StorageError: A line is damaged, or the disk fails or is full. No line was added.
@@ -379,7 +371,7 @@ class Authority:
         self._list.write(self._revoked)
 
     def _known(self, device: str, key: ec.EllipticCurvePublicKey) -> Issued | None:
-        """The certificate that a device's key has; None if it may get one."""
+        """The valid certificate of a device's key; None if it may get one."""
         trusted = {_identifier(s) for s in self._signers}
         known = self._by_key.get(key_digest(key).hex())
         if known is not None:
@@ -441,7 +433,7 @@ class Authority:
             self._revoked[serial] = at
 
     def crl_is_right(self) -> bool:
-        """Whether the list of revoked certificates is there, and has those that the register has."""
+        """Whether the list of revoked certificates exists and agrees with the register."""
         return self._list.is_right(self._revoked)
 
 

@@ -1,6 +1,6 @@
-"""X.509: keys for TLS, requests for certificates, and what a certificate says.
+"""X.509: TLS keys, certificate requests and certificates.
 
-TLS keys are ECDSA on P-256, which every broker takes; Ed25519 certificates many hosted ones don't.
+TLS keys are ECDSA on P-256, which every broker accepts; many hosted ones reject Ed25519 certificates.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from fedprune.security.private_file import read_private, write_private
 from fedprune.wire.join_messages import MAX_AUTHORITIES
 
 MAX_PEM = 8192
-"""Bytes of a certificate or request that is looked at."""
+"""Limit of a certificate's or request's bytes."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
-"""What a board's clock says before it has heard of the time."""
+"""The clock of a board without the time."""
 
 _CERTIFICATE = re.compile(rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 
@@ -45,7 +45,6 @@ class Signer:
 
 
 def make_tls_key() -> TlsKey:
-    """A new key for TLS."""
     return ec.generate_private_key(ec.SECP256R1())
 
 
@@ -83,7 +82,7 @@ def load_tls_key(path: Path, what: str = "TLS key") -> TlsKey:
 
 
 def common_name(name: str) -> x509.Name:
-    """A subject with nothing but a common name."""
+    """A subject with only a common name."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 
@@ -94,14 +93,14 @@ def make_request(key: TlsKey, device: str) -> str:
 
 
 def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKey:
-    """The key of a request, whose owner signed it; whatever else the request says is not looked at.
+    """The key of a certificate request, which must be signed by it; other contents are ignored.
 
     Args:
         pem: The request.
-        device: Whose it must say that it is, by its common name; None not to look.
+        device: The required common name; None for any.
 
     Raises:
-        ProtocolError: It is no request, another's, too long, not signed by its key, or has no P-256 key.
+        ProtocolError: It is invalid, another device's, too long, not signed by its key, or has no P-256 key.
     """
     what = "certificate request"
     if len(pem) > MAX_PEM:

@@ -2,7 +2,7 @@
 
     signing.key       its Ed25519 key, made here, never sent
     epoch             its latest epoch
-    request.json      what it asks with until it is answered; the same after every restart
+    request.json      the pending request; the same after every restart
     tls.key.new       the TLS key of that request
     tls.key           the key of its certificate
     device.pem        its certificate
@@ -12,8 +12,7 @@
     time              its time floor
     heard             the latest epochs of its server, by stream
 
-What is replaced is written in an order in which a power cut leaves either the old certificate with its key or the new
-one with its own.
+Files are replaced in an order in which a power cut leaves either the old certificate and key or the new ones.
 """
 
 from __future__ import annotations
@@ -59,11 +58,11 @@ _KEY, _CERTIFICATE, _AUTHORITY, _SERVER = "tls.key", "device.pem", "authority.pe
 _ADMITTED, _TIME, _HEARD = "admitted", "time", "heard"
 
 RENEW_AT = 2 / 3
-"""Share of a certificate's time after which a new one is asked for."""
+"""Share of a certificate's lifetime after which it is renewed."""
 
 
 class DeviceIdentity:
-    """A device's keys, certificate, and what it knows of its server.
+    """A device's keys, certificate and knowledge of its server.
 
     Args:
         folder: Its folder, made with mode 0700 where there is none.
@@ -73,10 +72,10 @@ class DeviceIdentity:
 
     Attributes:
         folder: Its folder.
-        key: What it signs its messages with.
+        key: Its signing key.
         epochs: Its epochs.
-        renew_now: Set when the server has named another authority than the certificate's; whoever renews clears it.
-        renewed: Set by a new certificate; whoever reports that to the server clears it.
+        renew_now: Set when the server has named another authority than the certificate's; cleared by the renewal.
+        renewed: Set by a new certificate; cleared once the server knows.
 
     Raises:
         IdentityError: A file is damaged or open to other users.
@@ -106,7 +105,7 @@ class DeviceIdentity:
 
     @property
     def server(self) -> VerifyingKey:
-        """What the server signs its messages with.
+        """The server's verifying key.
 
         Raises:
             IdentityError: The device hasn't joined, or the file is damaged.
@@ -117,7 +116,7 @@ class DeviceIdentity:
             raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
 
     def keep_successions(self, successions: Sequence[str]) -> None:
-        """Keep the successions of the server's key for the launcher, as `Succession.hex`; nothing is written twice.
+        """Store the successions of the server's key for the launcher, as `Succession.hex`, unless they are stored.
 
         Raises:
             StorageError: The disk fails or is full.
@@ -129,24 +128,24 @@ class DeviceIdentity:
             write_public(path, text)
 
     def succeed(self, key: VerifyingKey, successions: Sequence[Succession]) -> None:
-        """Replace the server's key by its successor, for good.
+        """Replace the server's key by its successor.
 
         Args:
             key: The successor.
             successions: All that the server sent; the launcher follows them from the key that it was installed with.
 
         Raises:
-            StorageError: The disk fails or is full; the old key still counts.
+            StorageError: The disk fails or is full; the old key stays in force.
         """
-        self._forget()  # an answer that is still on its way names the old key
+        self._forget()  # an answer that is still to come names the old key
         self.keep_successions([s.hex for s in successions])
         write_public(self.folder / _SERVER, key.hex.encode())
 
     def request(self, claim: Claim | None = None) -> JoinRequest:
-        """What it asks with: to join, or, once it has, for a new certificate; the same until it is answered.
+        """A request to join, or, once joined, for a new certificate; the same until it is answered.
 
         Args:
-            claim: The claim, if it has one. A request that waits for the operator makes way for one with a claim.
+            claim: The claim, if there is one: it replaces a request that waits for the operator.
 
         Raises:
             StorageError: The disk fails or is full.
@@ -161,14 +160,14 @@ class DeviceIdentity:
         return request
 
     def admit(self, answer: JoinAnswer, pin: bytes) -> Admission | None:
-        """Take an answer to the pending request; from then on it has `joined`.
+        """Accept an answer to the pending request, after which the device has `joined`.
 
         Args:
-            answer: What came.
-            pin: Of the authority: the claim's, or a given one. A device that has joined believes those that it knows.
+            answer: The answer.
+            pin: The authority's pin, of the claim or configured. A joined device also accepts those that it knows.
 
         Returns:
-            What was learnt; None if it must wait for the operator, and ask again with the same request.
+            The admission; None if the device must wait for the operator and repeat the request.
 
         Raises:
             SignatureError: The answer is not to the pending request, or not by the authority.
@@ -177,7 +176,7 @@ class DeviceIdentity:
         """
         pending = self._pending()
         if pending is None:
-            raise IdentityError(f"{self.device} has asked for nothing")
+            raise IdentityError(f"{self.device} has no pending request")
         try:
             admission = check_answer(answer, pending, pin, *(self.pins if self.joined else ()))
         except JoinError:
@@ -216,21 +215,21 @@ class DeviceIdentity:
 
     @property
     def pins(self) -> tuple[bytes, ...]:
-        """Of the authorities that it knows, the oldest first.
+        """Pins of the trusted authorities, the oldest first.
 
         Raises:
-            IdentityError: It knows none yet.
+            IdentityError: The device has none yet.
         """
         return tuple(map(pin_of, load_authorities(self.folder / _AUTHORITY)))
 
     def follow_authorities(self, pins: Sequence[str]) -> None:
-        """Trust no authority older than those that the server names, and have a certificate of another one renewed.
+        """Drop authorities older than those that the server names, and have a certificate of another one renewed.
 
-        A new authority is learnt from the answer to that renewal, which a known one signs. A newer one than the server
-        names stays trusted: a server with an old copy of its identity doesn't know it.
+        A new authority comes with the answer to that renewal, signed by a known one. An authority newer than those
+        named stays trusted: a server with an old copy of its identity doesn't know it.
 
         Args:
-            pins: Of the authorities that the server names, as hex; the last one issues certificates.
+            pins: Pins of the named authorities, as hex; the last one issues certificates.
 
         Raises:
             IdentityError: A file is missing or damaged.
@@ -277,12 +276,12 @@ class DeviceIdentity:
         if not isinstance(body, dict) or not all(type(n) is int and 0 <= n <= MAX_NUMBER for n in body.values()):
             raise StorageError(
                 f"{path} is damaged",
-                hint="Without it somebody could repeat what the server said before. To accept that, delete it.",
+                hint="Without it earlier messages of the server could be replayed. To accept that, delete it.",
             )
         return body
 
     def hear(self, stream: str, epoch: int) -> None:
-        """Write down that an epoch of the server's has begun.
+        """Store that an epoch of the server's has begun.
 
         Raises:
             StorageError: The disk fails or is full; the epoch hasn't begun.
@@ -290,7 +289,7 @@ class DeviceIdentity:
         write_whole(self.folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
 
     def renewal_due(self) -> bool:
-        """Whether to ask for a new certificate: by the time floor, or because its authority is being replaced."""
+        """Whether to renew the certificate: by the time floor, or because its authority is being replaced."""
         if self._is_replaced():
             return True
         certificate = load_certificate(self.folder / _CERTIFICATE, "the device's certificate")
@@ -301,11 +300,11 @@ class DeviceIdentity:
         return self.times.floor >= begun + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - begun)
 
     def context(self, authority: Path | None = None, *, certificate: bool = True) -> PinnedContext:
-        """TLS for its connections.
+        """A TLS context for its connections.
 
         Args:
-            authority: Who vouches for the broker; the fleet's authority by default.
-            certificate: Whether it shows its certificate; without it, it can ask for a new one.
+            authority: The broker's authority; the fleet's by default.
+            certificate: Whether to present the certificate; without it only a renewal is possible.
 
         Raises:
             IdentityError: It hasn't joined, or a file is damaged.
@@ -322,13 +321,13 @@ class DeviceIdentity:
             key = load_tls_key(self.folder / _NEW_KEY)
             own = isinstance(request, JoinRequest) and key.public_key() == request_key(request.csr)
         except (OSError, ProtocolError, IdentityError):
-            return None  # none, or a power cut came between key and request: nobody was asked with it
+            return None  # none, or a power cut between key and request: it was not sent
         if not isinstance(request, JoinRequest) or not own or request.key != self.key.verifying.hex:
             return None
         return request if (request.site, request.device) == (self.site, self.device) else None
 
     def _forget(self) -> None:
-        """Drop the pending request, which was refused: the next one is another."""
+        """Drop the pending request."""
         with storage_errors(f"can't write {self.folder}"):
             for name in (_REQUEST, _NEW_KEY):
                 (self.folder / name).unlink(missing_ok=True)

@@ -11,11 +11,11 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError, StorageError, remedy
 
 MAX_SECRET = 16 * 1024
-"""Bytes that no file of ours with a secret exceeds."""
+"""Limit of the bytes of a file with a secret."""
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a secret with mode 0600, whole or not at all; its folder is made with mode 0700 where there is none.
+    """Write a secret atomically with mode 0600; a missing folder is made with mode 0700.
 
     Raises:
         StorageFullError: No room; what was there before is untouched.
@@ -27,7 +27,7 @@ def write_private(path: Path, data: bytes) -> None:
 
 
 def write_public(path: Path, data: bytes) -> None:
-    """Write a file that is no secret with mode 0644 under any umask: root may write it for a service's user to read.
+    """Write a public file atomically with mode 0644 under any umask: root may write it for a service's user.
 
     Raises:
         StorageFullError: No room; what was there before is untouched.
@@ -39,9 +39,9 @@ def write_public(path: Path, data: bytes) -> None:
 
 
 def give_to_owner_of(path: Path, other: Path) -> None:
-    """Give a file that root made to the owner of another file: what reads it may run as that user.
+    """Give a file that root made to the owner of another file, whose user is to read it.
 
-    That user may write to the folder, so nothing but a file of root's that has this name alone is given away.
+    That user may write to the folder, so only a regular file of root's with a single link is given away.
 
     Raises:
         StorageError: The disk fails, or the path is no longer the file that root made.
@@ -61,11 +61,11 @@ def give_to_owner_of(path: Path, other: Path) -> None:
 
 
 def read_private(path: Path, what: str) -> bytes:
-    """Read a secret that only its owner can have read or written: this user, or root. Root reads any user's.
+    """Read a secret that only this user or root can have read or written; root reads any user's.
 
     Args:
-        path: The file; a link is not followed.
-        what: What it holds, for errors.
+        path: The file; links are not followed.
+        what: A name of its content, for errors.
 
     Raises:
         IdentityError: It is missing, no plain file, another user's, open to other users, or larger than any of ours.
@@ -86,7 +86,7 @@ def read_private(path: Path, what: str) -> bytes:
                 f"{what} {path} belongs to another user",
                 expected=f"user {os.geteuid()}, who reads it, or root",
                 got=f"user {state.st_uid}",
-                hint="Whoever owns it can have written it: give it back to its user if you know that nobody has.",
+                hint="Its owner may have changed it: give it back to its user if you know that nobody has.",
             )
         mode = stat.S_IMODE(state.st_mode)
         if mode & 0o077:
@@ -94,7 +94,7 @@ def read_private(path: Path, what: str) -> bytes:
                 f"{what} {path} is open to other users",
                 expected="mode 0600",
                 got=f"0{mode:o}",
-                hint="chmod 600 it, and think about whether somebody has read it.",
+                hint="chmod 600 it, and replace it if another user may have read it.",
             )
         if state.st_size > MAX_SECRET:
             raise IdentityError(f"{what} {path}", expected=f"at most {MAX_SECRET} bytes", got=state.st_size)
