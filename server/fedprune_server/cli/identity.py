@@ -289,8 +289,8 @@ def _approve(identity: Any, arguments: argparse.Namespace) -> None:
 
 
 def _broker_config(arguments: argparse.Namespace) -> int:
+    from fedprune_server.cli.broker_files import KEY, Broker, write_broker
     from fedprune_server.enrollment.pki import IdentityFolder
-    from fedprune_server.messaging.broker.config import KEY, Broker, write_broker
 
     given = {} if arguments.plugin is None else {"plugin": arguments.plugin}
     broker = Broker(

@@ -14,20 +14,17 @@ from typing import Any
 from fedprune import __version__
 from fedprune.core.cli import run_command, whole_number, with_extra
 from fedprune.core.errors import ExitCode
-from fedprune.core.text import quantity
 from fedprune_server.cli.alerts import add_alerts_command
 from fedprune_server.cli.config import add_config_command
 from fedprune_server.cli.demo import register as register_demo
-from fedprune_server.cli.health import add_health_command
 from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.identity import register as register_identity
-from fedprune_server.cli.model import export_model
 from fedprune_server.cli.observe import add_observe_commands
 from fedprune_server.cli.operators import add_operators_command
 from fedprune_server.cli.release import add_release_command
 from fedprune_server.cli.rollout import add_rollout_command
 from fedprune_server.cli.service import add_service_command
-from fedprune_server.cli.state import add_state
+from fedprune_server.cli.state import add_health_command, add_state_commands
 from fedprune_server.cli.store import add_store_commands
 
 log = logging.getLogger("fedprune.server")
@@ -48,28 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_run(commands)
-    status = commands.add_parser("status", help="show devices and rounds of a state folder")
-    add_state(status)
-    status.add_argument(
-        "--rounds", type=whole_number, metavar="N", help="the last N rounds (default: 10; all with --json)"
-    )
-    status.add_argument("--json", action="store_true", help="as JSON, for programs")
-    status.set_defaults(run=with_extra("server", _status))
-    export = commands.add_parser("export-model", help="write the global model of a state folder")
-    add_state(export)
-    export.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="model.onnx, weights.safetensors, or state.pt; written over if it is there",
-    )
-    export.add_argument("--opset", type=whole_number, metavar="N", help="opset of the .onnx file (default: 17)")
-    export.add_argument("--round", type=int, metavar="N", help="after this round, if its model is still kept")
-    export.set_defaults(run=with_extra("server", export_model))
-    replay = commands.add_parser("replay", help="work a job out again from its log, and compare")
-    add_state(replay)
-    replay.set_defaults(run=with_extra("server", _replay))
+    add_state_commands(commands)
     register_identity(commands)
     register_demo(commands)
     add_release_command(commands)
@@ -216,32 +192,6 @@ def _stopped_by_signals(server: Any) -> Iterator[list[int]]:
             signal.signal(number, handler)
         if came:
             log.info("stopped by %s", signal.Signals(came[0]).name)
-
-
-def _status(arguments: argparse.Namespace) -> int:
-    import json
-
-    from fedprune_server.cli.status import LATEST, describe, status_of_all
-
-    body = status_of_all(arguments.state)
-    if arguments.json:
-        for job in (body, *body.get("jobs", [])):
-            job["rounds"] = job["rounds"][-(arguments.rounds or len(job["rounds"])) :]
-        print(json.dumps(body, indent=2, sort_keys=True))
-    else:
-        print(describe(body, arguments.rounds or LATEST))
-    return int(ExitCode.OK)
-
-
-def _replay(arguments: argparse.Namespace) -> int:
-    from fedprune_server.maintenance.replay import replay
-
-    rounds = 0
-    for step in replay(arguments.state):
-        rounds += 1
-        print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
-    print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")
-    return int(ExitCode.OK)
 
 
 if __name__ == "__main__":

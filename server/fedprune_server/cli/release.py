@@ -62,7 +62,7 @@ def _again(arguments: argparse.Namespace, key: SigningKey) -> Release:
 
 def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
     from fedprune_device.releases.wheel import Wheel, contents_digest
-    from fedprune_server.ota.wheels import check_wheels
+    from fedprune_server.cli.wheels import check_wheels
 
     with storage_errors(f"can't read {arguments.wheels}"):
         wheels = sorted(p for p in arguments.wheels.iterdir() if p.suffix == ".whl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.cluster_url import PROCESSES, check_url
-from fedprune_server.config.keys import ELSEWHERE, SERVER, SWITCHES
 from fedprune_server.storage.s3.bucket import FOLDER, parse
 
 EMBEDDED = "embedded"
@@ -245,6 +244,23 @@ class ServerConfig:
         """What the table [server] says, as JSON, with paths that hold in every folder; all but where that is kept."""
         values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+_OTHER_TABLES = ("job", "model", "input_shape", "evaluation", "calibration", "alerts")
+_TYPES = {f.name: str(f.type) for f in fields(ServerConfig) if f.name not in _OTHER_TABLES}
+
+SERVER = tuple(_TYPES)
+"""Keys of the table [server]."""
+
+TEXTS = tuple(name for name, kind in _TYPES.items() if "str" in kind or "Path" in kind)
+SWITCHES = tuple(name for name, kind in _TYPES.items() if kind == "bool")
+
+PATHS = tuple(name for name, kind in _TYPES.items() if kind == "Path | None")
+"""Texts that name files and folders, in addition to `state`."""
+
+ELSEWHERE = ("state", "database", "on_revocation")
+"""Keys that the database doesn't keep: the state folder is or contains the first two, and a command must not be chosen
+by writing to the database."""
 
 
 def without_password(broker: str) -> str:

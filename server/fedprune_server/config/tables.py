@@ -14,8 +14,7 @@ from fedprune.security.tls import SYSTEM
 from fedprune.strategies import compose
 from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.config import EMBEDDED, ServerConfig
-from fedprune_server.config.keys import ELSEWHERE, NUMBERS, PATHS, REALS, SERVER, SWITCHES, TEXTS
+from fedprune_server.config.config import ELSEWHERE, EMBEDDED, PATHS, SERVER, TEXTS, ServerConfig
 from fedprune_server.config.layers import file_layer, located
 
 TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
@@ -83,7 +82,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
         if key in values:
             values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
     alerts = anchored({"alerts": body.get("alerts", {})}, folder)["alerts"]
-    values.update({key: server[key] for key in (*NUMBERS, *SWITCHES, *REALS) if key in server})
+    values.update({key: value for key, value in server.items() if key not in TEXTS})
     return _located(
         lambda: ServerConfig(
             job=Job.from_dict(body.get("job", {})), alerts=AlertSettings.from_dict(alerts, "[alerts]"), **values

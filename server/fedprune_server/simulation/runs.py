@@ -21,8 +21,8 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
 from fedprune.wire.topics import check_name
-from fedprune_server.config.differences import differences
 from fedprune_server.process.children import begin_helper
+from fedprune_server.simulation.differences import differences
 
 DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
 """Files of a run's folder."""

@@ -31,9 +31,7 @@ from fedprune.wire.join_messages import JoinAnswer
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_device.enrollment.enrollment import Renewal
-from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.messaging.broker.config import (
+from fedprune_server.cli.broker_files import (
     ACL,
     CONFIG,
     EMQX_ACL,
@@ -44,6 +42,8 @@ from fedprune_server.messaging.broker.config import (
     mosquitto,
     write_broker,
 )
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.service import EnrollmentService
 from fedprune_server.messaging.broker.revocations import delivering
 from support.processes.machine import find_mosquitto, free_port, listens
 

@@ -18,7 +18,7 @@ from fedprune.jobs.job import Job
 from fedprune.planning.profile_store import find
 from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
-from fedprune_server.config.differences import differences
+from fedprune_server.simulation.differences import differences
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice

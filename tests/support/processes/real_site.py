@@ -18,8 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import StorageError
+from fedprune_server.cli.broker_files import Broker, write_broker
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.messaging.broker.config import Broker, write_broker
 from fedprune_server.storage.storage import Storage
 from support.processes.machine import find_mosquitto, free_port, listens
 
