@@ -82,21 +82,21 @@ class Acceptance:
 
     def build(self) -> str:
         self.first = self.model(0)
-        facts = made_engine(self.keeper(), self.first)
+        facts = made_engine(self.selector(), self.first)
         assert facts["way"] == "build", facts["way"]
         return described(facts)
 
     def restart(self) -> str:
         began = time.monotonic()
-        facts = made_engine(self.keeper(), self.first)
+        facts = made_engine(self.selector(), self.first)
         assert facts["way"] == "build", f"it was made again: {facts['way']}"
         return f"the same engine, loaded and checked in {time.monotonic() - began:.1f} s"
 
     def speed(self) -> str:
-        keeper = self.keeper()
-        keeper.want(self.first)
-        engine = keeper.turn()
-        assert engine is not None, keeper.status
+        selector = self.selector()
+        selector.want(self.first)
+        engine = selector.turn()
+        assert engine is not None, selector.status
         x = self.inputs(1)
         cuda = Predictor(self.first.folder, cuda=True)
         times = {
@@ -109,14 +109,14 @@ class Acceptance:
 
     def new_weights(self) -> str:
         self.seed = getattr(self, "seed", 0) + 1
-        return described(made_engine(self.keeper(), self.model(self.seed)))
+        return described(made_engine(self.selector(), self.model(self.seed)))
 
     def damage(self) -> str:
         path = self.engines / "engine.plan"
         raw = bytearray(path.read_bytes())
         raw[len(raw) // 2] ^= 1
         path.write_bytes(raw)
-        return described(made_engine(self.keeper(), self.model(self.seed)))
+        return described(made_engine(self.selector(), self.model(self.seed)))
 
     def time_out(self) -> str:
         """A second is too little; should it do all the same, the engine must be right."""
@@ -156,7 +156,7 @@ class Acceptance:
         milliseconds = ", ".join(f"{n} {1e3 * f[1]:.3g} ms a step" for n, f in found.items())
         return f"onnxruntime {session.version()}, weights within {far:.2g}, {milliseconds}"
 
-    def keeper(self) -> EngineSelector:
+    def selector(self) -> EngineSelector:
         return EngineSelector(self.engines, self.plan)
 
     def model(self, seed: int) -> EngineRequest:

@@ -188,7 +188,7 @@ def _run_board(arguments: argparse.Namespace, runtime: RuntimeProcess) -> None:
     profile = _profile(arguments.profile)
     accelerator = accelerator_of(arguments, profile)
     address = local_address(arguments)
-    selector = None if address is None else accelerator.keeper(arguments.state)
+    selector = None if address is None else accelerator.selector(arguments.state)
     stopping, status = threading.Event(), BoardStatus()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
     owner = DirectoryOwner(arguments.device, arguments.site)
@@ -208,7 +208,7 @@ def _run_board(arguments: argparse.Namespace, runtime: RuntimeProcess) -> None:
                 data,
                 status.to_dict,
                 cuda=accelerator.cuda and selector is None,  # what an engine is measured by must not share its faults
-                keeper=selector,
+                selector=selector,
             )
         )
         member = membership(arguments, insecure=arguments.insecure)

@@ -70,7 +70,7 @@ class Predictions:
 
 
 class Board:
-    """A board's local interface. It connects anew for every request, so that it may be used from any thread.
+    """A board's local interface. It makes a connection per request, so that any thread may use it.
 
     Samples are numpy arrays, or lists of numbers, or the bytes of a JPEG or PNG file where the model takes images.
 
@@ -92,7 +92,7 @@ class Board:
 
         Args:
             x: One sample as the model takes it, a batch of them, or one image file's bytes.
-            top: Give the likeliest classes alone, so many, instead of all probabilities.
+            top: Number of likeliest classes to return instead of all probabilities.
 
         Raises:
             BoardError: The board can't be reached, has no model yet, or the samples don't fit it.

@@ -72,7 +72,7 @@ class Address:
                 "address of the local interface",
                 expected=" or ".join(_LOOPBACK),
                 got=host,
-                hint="Nobody is asked who they are, so that no other machine may reach it; use ssh -L for that.",
+                hint="The interface has no authentication, so that no other machine may reach it; use ssh -L for that.",
             )
         return cls(None, "127.0.0.1" if host == "localhost" else host, int(match[3]))
 
@@ -108,7 +108,7 @@ class Address:
 
     def _bind_file(self, path: Path) -> Bound:
         _check_free(path)
-        # Under another name until nobody but those who may can connect, and until it listens.
+        # Under another name until its permissions are set and it listens.
         new = path.with_name(f"{path.name}.{os.getpid()}")
         bound = Bound(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -133,7 +133,7 @@ def _identity(path: Path) -> tuple[int, int, int]:
 
 
 def _check_free(path: Path) -> None:
-    """Make sure that nobody listens there; what a killed process left doesn't matter."""
+    """Make sure that no process listens there; a socket that a killed process left doesn't matter."""
     try:
         status = path.lstat()
     except FileNotFoundError:

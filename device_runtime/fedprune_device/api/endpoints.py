@@ -82,7 +82,7 @@ class Endpoints:
         for found in request.query:
             if found != known:
                 wanted = known or "nothing"
-                raise RequestError(400, "what stands behind the question mark", expected=wanted, got=shown(found))
+                raise RequestError(400, "the query of the address", expected=wanted, got=shown(found))
         if match is not None:
             return self._change(request, match[1])
         if request.method == "POST":

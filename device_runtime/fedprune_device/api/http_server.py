@@ -172,7 +172,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = SOCKET_SECONDS
 
     def handle(self) -> None:
-        """Answer one request; whoever has another one connects again."""
+        """Answer the connection's only request."""
         self.close_connection = True
         self.handle_one_request()
 
@@ -241,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _say(self, answer: Answer) -> None:
         body = answer.to_bytes()
-        self.request_version = self.protocol_version  # an answer without a head helps nobody
+        self.request_version = self.protocol_version  # an answer without a head is useless
         self.send_response(answer.status)
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Cache-Control": "no-store"}
         for name, value in {**headers, **answer.headers, "Connection": "close"}.items():

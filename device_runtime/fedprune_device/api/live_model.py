@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,12 +15,10 @@ import numpy.typing as npt
 from fedprune.core.errors import FedpruneError
 from fedprune_device.api.request import RequestError
 from fedprune_device.data.dataset import Array, Shape
+from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.prediction_text import likely
 from fedprune_device.serving.predictor import Predictor
-
-if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.engine_selector import EngineSelector
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -61,7 +58,7 @@ class LiveModel:
         threads: Threads that predict, beside those that train.
         clock: Seconds that only grow.
         cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
-        keeper: Makes engines for what serves; None where onnxruntime alone answers.
+        selector: Makes engines for what serves; None where onnxruntime alone answers.
     """
 
     def __init__(
@@ -71,10 +68,10 @@ class LiveModel:
         clock: Callable[[], float] = time.monotonic,
         *,
         cuda: bool = False,
-        keeper: EngineSelector | None = None,
+        selector: EngineSelector | None = None,
     ) -> None:
         self._slots, self._pointer = ModelSlots(serving), serving / "serving.json"
-        self._threads, self._clock, self._cuda, self._keeper = threads, clock, cuda, keeper
+        self._threads, self._clock, self._cuda, self._selector = threads, clock, cuda, selector
         self._loaded: LoadedModel | None = None
         self._seen: tuple[int, ...] | None = None  # the pointer to what is loaded
         self._tried: tuple[int, ...] | None = None
@@ -96,13 +93,13 @@ class LiveModel:
         """Follow no longer; what is loaded still answers."""
         self._stopping.set()
         self._thread.join()
-        if self._keeper is not None:
-            self._keeper.close()
+        if self._selector is not None:
+            self._selector.close()
 
     @property
     def answers(self) -> str:
         """What computes the answers, and why not an engine where none does."""
-        return "onnxruntime" if self._keeper is None else self._keeper.status
+        return "onnxruntime" if self._selector is None else self._selector.status
 
     @property
     def loaded(self) -> LoadedModel | None:
@@ -159,10 +156,8 @@ class LiveModel:
                 predictor.check(record.classes)
                 self._loaded = LoadedModel(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
-                if self._keeper is not None:
-                    from fedprune_device.engines.engine_selector import EngineRequest
-
-                    self._keeper.want(
+                if self._selector is not None:
+                    self._selector.want(
                         EngineRequest.serving(predictor, self._slots.folder(record), record, self._threads)
                     )
             self._seen = found
@@ -171,7 +166,7 @@ class LiveModel:
 
     def _turn(self) -> None:
         """Let an engine answer in onnxruntime's place, once there is one."""
-        found, model = None if self._keeper is None else self._keeper.turn(), self._loaded
+        found, model = None if self._selector is None else self._selector.turn(), self._loaded
         if found is not None and model is not None:
             self._loaded = LoadedModel(Predictor(self._slots.folder(model.record), session=found), model.record)
 

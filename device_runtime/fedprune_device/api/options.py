@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedprune_device.api.address import LOCAL, SOCKET, Address
 from fedprune_device.api.endpoints import Endpoints
@@ -18,10 +18,8 @@ from fedprune_device.data.image_folder import ImageFolder
 from fedprune_device.data.reservoir import Limits
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
+from fedprune_device.engines.engine_selector import EngineSelector
 from fedprune_device.hardware.readings import temperature_c
-
-if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.engine_selector import EngineSelector
 
 _LARGEST_ROOM = 2**40
 
@@ -84,7 +82,7 @@ def answering(
     status: Callable[[], dict[str, Any]],
     *,
     cuda: bool = False,
-    keeper: EngineSelector | None = None,
+    selector: EngineSelector | None = None,
 ) -> Iterator[None]:
     """Answer the application while the body runs, if there is an address.
 
@@ -94,7 +92,7 @@ def answering(
         samples: The board's; the application adds to them if they are a set that takes some.
         status: What the board says of itself, beside its name, temperature and samples.
         cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
-        keeper: Makes engines for what serves, where the board has TensorRT.
+        selector: Makes engines for what serves, where the board has TensorRT.
 
     Raises:
         ConfigError: A setting makes no sense.
@@ -109,7 +107,7 @@ def answering(
         return {**about, **status()}
 
     takes, names = samples if isinstance(samples, SampleStore) else None, arguments.class_names
-    with LiveModel(arguments.state / "serving", cuda=cuda, keeper=keeper) as model:
+    with LiveModel(arguments.state / "serving", cuda=cuda, selector=selector) as model:
         endpoints = Endpoints(model, takes, standing, class_names=names, pixels=_pixels(arguments))
         with LocalServer(address, endpoints):
             yield

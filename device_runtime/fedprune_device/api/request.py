@@ -27,7 +27,7 @@ from fedprune_device.data.dataset import Shape
 
 
 class RequestError(FedpruneError):
-    """A request that can't be answered as it stands.
+    """A request that can't be answered.
 
     Args:
         status: The status code.
@@ -54,7 +54,7 @@ class Request:
     Attributes:
         method: Its method.
         path: Its path.
-        query: What stands behind the question mark.
+        query: The query of the address.
         headers: Headers by name, in lower case.
         body: Its body.
     """

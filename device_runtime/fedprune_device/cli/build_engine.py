@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedprune.core.cli import ended_by_signals
 from fedprune.core.disk import file_digest, storage_errors
@@ -15,18 +15,15 @@ from fedprune.core.errors import EngineError, ExitCode, UsageError
 from fedprune.runtime.bundle import files_folder, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.accelerator_options import ENGINES, read_plan
+from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, here
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
-
-if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector
 
 _LOOK_S = 0.2
 
 
 def build_engine(arguments: argparse.Namespace) -> int:
     from fedprune_device.engines import bindings
-    from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, here
 
     if (arguments.bundle is None) != (arguments.out is None):
         raise UsageError("--out is for --bundle, and needed there")
@@ -43,29 +40,29 @@ def build_engine(arguments: argparse.Namespace) -> int:
         wanted = EngineRequest.serving(predictor, slots.folder(record), record)
     found = bindings.find()
     place = here(found)
-    keeper = EngineSelector(root, plan or EnginePlan(), lambda: found, lambda _: place)
+    selector = EngineSelector(root, plan or EnginePlan(), lambda: found, lambda _: place)
     if not arguments.json:
         print(f"board: {place.board or 'unknown'}, sm {place.sm}, L4T {place.l4t or 'none'}")
         print(found.describe())
     with ended_by_signals():
-        facts = made_engine(keeper, wanted, anew=arguments.anew, tell=sys.stderr.isatty())
+        facts = made_engine(selector, wanted, anew=arguments.anew, tell=sys.stderr.isatty())
     if arguments.json:
-        print(json.dumps({"board": asdict(place), "status": keeper.status, **facts}, sort_keys=True))
+        print(json.dumps({"board": asdict(place), "status": selector.status, **facts}, sort_keys=True))
         return int(ExitCode.OK)
     print(f"made: {facts['way']} in {facts['seconds']:.1f} s")
-    print(f"check: deviation {facts['deviation']:.2g} from onnxruntime, {keeper.plan.tolerance:g} allowed")
+    print(f"check: deviation {facts['deviation']:.2g} from onnxruntime, {selector.plan.tolerance:g} allowed")
     print(f"one sample: {1e3 * facts['latency_s']:.3g} ms")
-    print(f"engine: {keeper.shelf.root}")
+    print(f"engine: {selector.cache.root}")
     return int(ExitCode.OK)
 
 
 def made_engine(
-    keeper: EngineSelector, wanted: EngineRequest, *, anew: bool = False, tell: bool = False
+    selector: EngineSelector, wanted: EngineRequest, *, anew: bool = False, tell: bool = False
 ) -> dict[str, Any]:
     """Make the engine of a model, wait for it, and return its facts (`EngineSelector.facts`).
 
     Args:
-        keeper: Makes it.
+        selector: Makes it.
         wanted: The model.
         anew: Whether to make one even if there is a good one.
         tell: Whether to say on stderr how far it is.
@@ -73,19 +70,19 @@ def made_engine(
     Raises:
         FedpruneError: There is none in the end; the message says why.
     """
-    keeper.want(wanted, anew=anew)
+    selector.want(wanted, anew=anew)
     told = ""
     try:
-        while (answering := keeper.turn()) is None and not keeper.done:
-            if tell and keeper.progress != told:
-                told = keeper.progress
+        while (answering := selector.turn()) is None and not selector.done:
+            if tell and selector.progress != told:
+                told = selector.progress
                 print(f"\r{told[:78]:78}", end="", file=sys.stderr, flush=True)
             time.sleep(_LOOK_S)
     finally:
-        keeper.close()
+        selector.close()
         if told:
             print(file=sys.stderr)
     if answering is None:
-        raise keeper.error or EngineError("no engine was made")
+        raise selector.error or EngineError("no engine was made")
     answering.close()
-    return keeper.facts
+    return selector.facts

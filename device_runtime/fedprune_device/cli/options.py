@@ -91,11 +91,7 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sample_options(group: argparse._ArgumentGroup) -> None:
-    """Add how images become samples, how many samples are kept, and how many of them are for testing.
-
-    Args:
-        group: Where the options are listed.
-    """
+    """Add how images become samples, how many samples are kept, and how many of them are for testing."""
     group.add_argument(
         "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
     )

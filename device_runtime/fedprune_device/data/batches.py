@@ -39,7 +39,7 @@ class Part:
 
     @property
     def x(self) -> Array:
-        """The samples, made anew each time."""
+        """The samples, made again by each call."""
         return self.make()
 
 
@@ -94,7 +94,7 @@ class Batches:
 
 
 def even_parts(order: Rows, most: int) -> list[Rows]:
-    """Rows in parts as equal as can be, of at most `most`, but of two at least where there are so many."""
+    """Rows in parts as equal as possible, of at most `most` and at least two rows."""
     count = -(-len(order) // most)
     return np.array_split(order, max(1, min(count, len(order) // 2)))
 

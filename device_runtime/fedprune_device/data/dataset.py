@@ -180,7 +180,7 @@ def load_data(
 
 
 def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, *, token_ids: bool = False) -> Inputs:
-    """Read samples without labels; where a source has labels, nobody looks at them.
+    """Read samples without labels; a source's labels are ignored.
 
     Args:
         source: As for `load_data`, but no label is needed. Of a source with `x_test` those samples are read, else all.

@@ -62,12 +62,7 @@ class FileIndex:
         self._new, self._ends = [], True
 
     def known(self, key: str, status: os.stat_result) -> str | None:
-        """The digest of a file that has not changed.
-
-        Args:
-            key: The file.
-            status: Its status now.
-        """
+        """The digest of a file that has not changed."""
         size, changed, digest = self._entries.get(key, (-1, -1, ""))
         if (size, changed) != (status.st_size, status.st_mtime_ns):
             return None

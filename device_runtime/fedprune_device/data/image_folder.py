@@ -64,10 +64,6 @@ class DecodedImages:
     def row(self, name: str, read: Callable[[], bytes]) -> int:
         """The row of an image, which is decoded if it is not there yet.
 
-        Args:
-            name: Its digest.
-            read: Reads its file.
-
         Raises:
             RoomError: There is no room for it.
             DataError: It can't be decoded, or the model doesn't take images.

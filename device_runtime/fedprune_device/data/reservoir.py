@@ -62,7 +62,7 @@ class _Class:
 
 
 class Reservoir:
-    """The samples that are kept, by name. It decides; somebody else stores them.
+    """The samples that are kept, by name. It decides only; `SampleStore` stores them.
 
     Args:
         limits: How much it may hold.
@@ -170,7 +170,7 @@ class Reservoir:
 
         Args:
             name: The sample.
-            unseen: Whether it is to count as never seen: somebody took it back, or gave it another label.
+            unseen: Whether it is to count as never seen: it was deleted, or relabelled.
         """
         label, size = self._of.pop(name)
         found = self._classes[label]

@@ -97,7 +97,7 @@ _LIVE = 5 / 8
 """Share of the room that samples take; the rest is for what no longer counts, and for cleaning."""
 
 _PIECE = 256 * 1024
-"""Bytes of samples that are written anew with one sync: clearing away a segment of many small ones is soon done."""
+"""Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small ones is fast."""
 
 _LABELS = 1000
 """Different labels that there may be at least; as many as samples otherwise. What is counted of each is kept."""

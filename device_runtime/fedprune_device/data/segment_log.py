@@ -5,7 +5,7 @@ write and one sync at the end of a file. Nothing is changed in place. Every reco
 own, keyed so that no sample can pass for a record, and its payload is named by its digest: what is damaged is skipped
 by name, and what a power cut tore is the end of a segment that is never written to again.
 
-Room is made from the oldest segment on: what is alive in it is written anew at the end, and the file is deleted. A
+Room is made from the oldest segment on: its live records are appended again, and the file is deleted. A
 deletion in the oldest segment is of something older, which is gone, so that none has to be kept.
 """
 
@@ -43,14 +43,14 @@ class Kind(IntEnum):
     DROPPED = 2
     """It made room for another one."""
     DELETED = 3
-    """Somebody took it back."""
+    """The application deleted it."""
     COUNTS = 4
     """How many samples were seen; the payload is JSON."""
 
 
 @dataclass(frozen=True)
 class RecordPosition:
-    """Where a record's payload lies: segment, offset and size."""
+    """Where a record's payload is stored: segment, offset and size."""
 
     segment: int
     at: int
@@ -87,7 +87,7 @@ def digest(payload: bytes) -> bytes:
 
 
 class SegmentLog:
-    """The log. Whoever writes holds a lock of their own.
+    """The log. Its writer must hold a lock.
 
     Args:
         root: The folder; made if missing.
@@ -149,7 +149,7 @@ class SegmentLog:
         """Write records, durably, in one piece; if that fails, none of them is there.
 
         Returns:
-            Where their payloads lie.
+            Where their payloads are stored.
 
         Raises:
             StorageFullError: No room.
@@ -162,7 +162,7 @@ class SegmentLog:
         self._append([record], sync=False)
 
     def begins(self, need: int) -> bool:
-        """Whether records of so many bytes would begin a new segment."""
+        """Whether records of this size would begin a new segment."""
         size = self._sizes.get(self._last, self._segment_bytes)
         return self._torn or (size > 0 and size + need > self._segment_bytes)
 

@@ -35,11 +35,7 @@ _CHUNK_BYTES = 2**20
 
 
 class Copy:
-    """Open files, closed when nothing refers to them: without a name they are gone then, however the process ends.
-
-    Args:
-        descriptors: Their descriptors.
-    """
+    """Open files, closed when nothing refers to them: without a name they are gone then, however the process ends."""
 
     def __init__(self, *descriptors: int) -> None:
         self.descriptors = descriptors

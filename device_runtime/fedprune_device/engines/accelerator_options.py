@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedprune.core.disk import storage_errors
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_sections import TIERS
 from fedprune.runtime.tensorrt_config import EnginePlan
-
-if TYPE_CHECKING:  # a board without TensorRT doesn't load its modules
-    from fedprune_device.engines.engine_selector import EngineSelector
+from fedprune_device.engines.engine_selector import EngineSelector
 
 ENGINES = "engines"
 """The folder of engines in a state directory."""
@@ -38,16 +35,10 @@ class Accelerator:
         """Whether onnxruntime is to compute on an NVIDIA GPU."""
         return self.name != CPU
 
-    def keeper(self, state: Path) -> EngineSelector | None:
-        """What keeps an engine for predictions, if there is to be one.
-
-        Args:
-            state: The board's state directory.
-        """
+    def selector(self, state: Path) -> EngineSelector | None:
+        """What keeps an engine for predictions, if there is to be one."""
         if self.name != TENSORRT:
             return None
-        from fedprune_device.engines.engine_selector import EngineSelector
-
         return EngineSelector(state / ENGINES, self.plan)
 
 

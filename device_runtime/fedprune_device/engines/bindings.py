@@ -124,9 +124,6 @@ class RejectedMessageLog:
     def told(self, what: str) -> Iterator[None]:
         """Turn what the bindings raise, a TypeError for an object that TensorRT didn't make, into an error of ours.
 
-        Args:
-            what: What failed.
-
         Raises:
             EngineError: They raised something.
         """

@@ -31,7 +31,7 @@ class BuildRequest:
     """What a child process is to make.
 
     Attributes:
-        folder: Where graph, weights and `x.npy`, the inputs of the check, lie, and what is made will.
+        folder: Holds graph, weights and `x.npy`, the inputs of the check; the result goes there.
         plan: The plan, as JSON.
         refittable: Whether the engine is to take new weights later.
         timings: The timing cache; None for none.
@@ -77,7 +77,7 @@ class BuildProcess:
     """A child process at work.
 
     Args:
-        shelf: In whose work folder it works.
+        cache: In whose work folder it works.
         order: What it is to make.
         timeout_s: When it is ended.
         clock: Seconds that only grow.
@@ -88,14 +88,14 @@ class BuildProcess:
     """
 
     def __init__(
-        self, shelf: EngineCache, order: BuildRequest, timeout_s: float, clock: Callable[[], float] = time.monotonic
+        self, cache: EngineCache, order: BuildRequest, timeout_s: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._folder, self._clock = order.folder, clock
         self._timeout_s, self._until = timeout_s, clock() + timeout_s
-        self._out, self._err = shelf.work / "out.txt", shelf.work / "err.txt"
+        self._out, self._err = cache.work / "out.txt", cache.work / "err.txt"
         command = [sys.executable, "-m", "fedprune_device.engines"]
-        given = shelf.work / "order.json"
-        with storage_errors(f"can't write {shelf.work}"):
+        given = cache.work / "order.json"
+        with storage_errors(f"can't write {cache.work}"):
             given.write_text(order.to_json())
             with given.open() as stdin, self._out.open("wb") as out, self._err.open("wb") as err:
                 try:
@@ -135,7 +135,7 @@ class BuildProcess:
 
     def stop(self) -> None:
         """End the child and all that it started."""
-        if self._child.poll() is None:  # until then its number is nobody else's
+        if self._child.poll() is None:  # until then its number isn't reused
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()

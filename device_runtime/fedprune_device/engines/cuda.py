@@ -113,9 +113,6 @@ class Cuda:
 class Stream:
     """A stream of CUDA, and memory of the device that goes with it.
 
-    Args:
-        cuda: The library.
-
     Attributes:
         handle: The stream, as a number.
 
@@ -131,7 +128,7 @@ class Stream:
         self.handle = int(found.value or 0)
 
     def memory(self, name: str, size: int) -> int:
-        """The address of some memory of the device. It is kept under its name, and made anew where it is too small.
+        """The address of some memory of the device. It is kept under its name, and replaced if it is too small.
 
         Args:
             name: Its name.
@@ -167,11 +164,11 @@ class Stream:
         """
         self._cuda.call("cudaStreamSynchronize", self.handle)
 
-    def __del__(self) -> None:  # whoever still predicted with it is done
+    def __del__(self) -> None:  # no prediction uses it any more
         self.close()
 
     def close(self) -> None:
-        """Give everything back; what CUDA says against it helps nobody any more."""
+        """Free everything; CUDA's errors no longer matter."""
         addresses, handle = [address for address, _ in self._memory.values()], self.handle
         self._memory, self.handle = {}, 0
         with contextlib.suppress(EngineError):

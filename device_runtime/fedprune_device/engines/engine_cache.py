@@ -1,12 +1,12 @@
 """Engines on the board's own disk. Nothing here ever came over a network, and nothing here is trusted to be whole.
 
-lock           held by whoever makes an engine
+lock           held by the process that builds an engine
 engine.plan    the engine for what serves, with engine.json: what it is for and its digest
 base.plan      an engine that takes new weights, with base.json
 timing.cache   what the builder measured, with timing.json: on what
 record.json    how long refitting and building took, and what failed
-loading.json   there while an engine is being loaded: if it still is once nobody loads any, that ended the process
-loading.lock   held by whoever loads one
+loading.json   exists while an engine is being loaded: left over, it shows that loading ended a process
+loading.lock   held by the process that loads one
 work/          where a child process makes the next one
 """
 
@@ -100,7 +100,7 @@ class EngineCache:
         return self.root / "work"
 
     def path(self, what: str) -> Path:
-        """Where a file lies, or will lie: of `ENGINE`, `BASE` or `TIMINGS`."""
+        """The path of `ENGINE`, `BASE` or `TIMINGS`."""
         return self.root / _FILES[what]
 
     @contextmanager
@@ -108,7 +108,7 @@ class EngineCache:
         """Be the one who makes an engine, in an empty work folder.
 
         Raises:
-            StorageError: Somebody else is, or the disk fails.
+            StorageError: Another process is, or the disk fails.
         """
         with storage_errors(f"can't write {self.root}"):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ class EngineCache:
         with storage_errors(f"can't read {new}"):
             sha256 = file_digest(new)
         atomic_file.place(new, self.path(what))
-        if what == ENGINE:  # what ended a process was another, or has been made anew and tried since
+        if what == ENGINE:  # what ended a process was another, or has been rebuilt and tried since
             atomic_file.remove(self._marker)
         atomic_file.write_document(self._note(what), {**facts, "key": key, "sha256": sha256})
 
@@ -218,7 +218,7 @@ class EngineCache:
             if before is not None and before.get("sha256") == sha256:
                 raise EngineError(
                     "loading this engine ended the process before",
-                    hint="Build it anew: `fedprune-device build-engine`.",
+                    hint="Build it again: `fedprune-device build-engine`.",
                 )
             atomic_file.write_document(marker, {"sha256": sha256})
             try:

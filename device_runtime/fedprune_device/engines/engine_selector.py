@@ -43,7 +43,7 @@ class EngineRequest:
     Attributes:
         predictor: The float32 model in onnxruntime, on the CPU: the measure of the engine, and what answers when an
             engine fails.
-        folder: Where its graph and weights lie.
+        folder: Holds its graph and weights.
         weights: sha256 of the weights.
     """
 
@@ -53,7 +53,7 @@ class EngineRequest:
 
     @classmethod
     def serving(cls, predictor: Predictor, folder: Path, record: Serving, threads: int = 1) -> EngineRequest:
-        """What serves, given the model that is loaded. Beside a lowered one lies the float32 one: that is the measure.
+        """The active model. Engines are measured by its float32 version, also where a lower precision serves.
 
         Raises:
             ModelError: The float32 model can't be loaded.
@@ -95,7 +95,7 @@ class EngineSelector:
         find: Callable[[], Bindings] = bindings.find,
         where: Callable[[Bindings], EnginePlatform] | None = None,
     ) -> None:
-        self.shelf, self.plan = EngineCache(root), plan
+        self.cache, self.plan = EngineCache(root), plan
         self._find, self._where = find, where or here
         self._bindings: Bindings | None = None
         self._wanted: EngineRequest | None = None
@@ -190,7 +190,7 @@ class EngineSelector:
             key = place.key(file_digest(graph), self.plan.digest)
         self._x = trial_inputs(wanted.predictor.session.inputs, self.plan.batch[2])
         self._expected = answers(wanted.predictor.session, self._x)
-        record = self.shelf.record(key)
+        record = self.cache.record(key)
         if not self._anew:
             try:
                 return self._load(wanted, found, key)
@@ -202,7 +202,7 @@ class EngineSelector:
                     hint="Try again: `fedprune-device build-engine --anew`.",
                 )
         way = self._way(found, record, key)
-        self._lock.enter_context(self.shelf.making())
+        self._lock.enter_context(self.cache.making())
         self._start(wanted, found, key, place, way, refittable=way == BUILD and self._refits(found, record))
         return None
 
@@ -212,7 +212,7 @@ class EngineSelector:
     def _way(self, found: Bindings, record: CachedEngine, key: str) -> str:
         """Each way is tried once and measured; then the faster one is taken."""
         try:
-            self.shelf.read(BASE, key)
+            self.cache.read(BASE, key)
         except EngineError:
             return BUILD
         if not self._refits(found, record):
@@ -231,7 +231,7 @@ class EngineSelector:
         *,
         refittable: bool = False,
     ) -> None:
-        shelf, work = self.shelf, self.shelf.work
+        cache, work = self.cache, self.cache.work
         lowered = [weights_file(p) for p in PRECISIONS if graph_file(p) == self.plan.graph]
         for name in (self.plan.graph, WEIGHTS, *lowered):
             atomic_file.place(wanted.folder / name, work / name, sync=False)
@@ -243,13 +243,13 @@ class EngineSelector:
         atomic_file.write_whole(work / "x.npy", file.getvalue(), sync=False, private=True)
         timings = None
         try:
-            shelf.read(TIMINGS, place.timings)
-            timings = shelf.path(TIMINGS)
+            cache.read(TIMINGS, place.timings)
+            timings = cache.path(TIMINGS)
         except EngineError:
             pass  # every layer is measured then
-        base = shelf.path(BASE) if way == REFIT else None
+        base = cache.path(BASE) if way == REFIT else None
         order = BuildRequest(work, self.plan.to_json(), refittable, timings, base)
-        making = BuildProcess(shelf, order, self.plan.timeout_s)
+        making = BuildProcess(cache, order, self.plan.timeout_s)
         try:
             # It counts as failed until it is done: what takes the whole board down must not be tried for ever. What
             # can't even be started takes nothing down, and doesn't count.
@@ -261,51 +261,51 @@ class EngineSelector:
         _LOG.info("making an engine (%s) with %s", way, found.describe())
 
     def _take(self, wanted: EngineRequest, found: Bindings, job: _Job, made: BuildResult) -> CheckedSession:
-        """Check what a child process made, put it on the shelf and load it."""
+        """Check what a child process made, put it on the cache and load it."""
         far = deviation(made.answers, self._expected, self.plan.tolerance)
-        shelf, key = self.shelf, job.key
+        cache, key = self.cache, job.key
         numbers = {"weights": wanted.weights, "way": job.way, "seconds": made.seconds, "deviation": far}
         numbers["latency_s"] = made.latency_s
         if job.way != REFIT:
-            shelf.put(TIMINGS, shelf.work / "timing.cache", job.place.timings, {})
+            cache.put(TIMINGS, cache.work / "timing.cache", job.place.timings, {})
         if job.refittable:
-            shelf.put(BASE, shelf.work / "engine.plan", key, numbers)
-        shelf.put(ENGINE, shelf.work / "engine.plan", key, numbers)
+            cache.put(BASE, cache.work / "engine.plan", key, numbers)
+        cache.put(ENGINE, cache.work / "engine.plan", key, numbers)
         # One that this process has no memory for is a failure, too: before it is loaded nothing counts as done.
         answering = self._load(wanted, found, key)
-        record = replace(shelf.record(key), failures=0, reason="")
+        record = replace(cache.record(key), failures=0, reason="")
         if job.way == REFIT:
             record = replace(record, refit_s=made.seconds)
         elif job.way == REBUILD and job.warm:
             record = replace(record, rebuild_s=made.seconds)
-        shelf.keep(record)
+        cache.keep(record)
         return answering
 
     def _failed(self, wanted: EngineRequest, found: Bindings, job: _Job, error: EngineError, *, tried: bool) -> None:
         """What takes new weights, or has taken them, may be wrong where a plain engine is right: build one.
 
-        What a child process has tried and this one has no memory for is nobody's mistake: no other way would help.
+        What a child process has tried and this one has no memory for is no error: no other way would help.
         """
         self._job = None
         wrong = isinstance(error, WrongOutputError)
         if (wrong and job.refittable) or (job.way == REFIT and (wrong or not tried)):
             _LOG.warning("engines that take new weights don't work here, building one that doesn't: %s", error)
             self._count(job.key, -1)
-            self.shelf.keep(replace(self.shelf.record(job.key), refits=False))
+            self.cache.keep(replace(self.cache.record(job.key), refits=False))
             self._start(wanted, found, job.key, job.place, REBUILD)
             return
         self._count(job.key, 0, str(error))
         raise error
 
     def _count(self, key: str, more: int, reason: str = "") -> None:
-        record = self.shelf.record(key)
-        self.shelf.keep(replace(record, failures=max(0, record.failures + more), reason=reason[:300]))
+        record = self.cache.record(key)
+        self.cache.keep(replace(record, failures=max(0, record.failures + more), reason=reason[:300]))
 
     def _load(self, wanted: EngineRequest, found: Bindings, key: str) -> CheckedSession:
-        raw, numbers = self.shelf.read(ENGINE, key)
+        raw, numbers = self.cache.read(ENGINE, key)
         if numbers.get("weights") != wanted.weights:
             raise EngineError("the engine has other weights")
-        with self.shelf.loading(str(numbers["sha256"])):
+        with self.cache.loading(str(numbers["sha256"])):
             engine = Engine(found, raw)
             try:
                 far = deviation(answers(engine, self._x), self._expected, self.plan.tolerance)
@@ -328,13 +328,13 @@ class CheckedSession:
     Args:
         engine: The engine.
         predictor: The same model in onnxruntime.
-        keeper: Told when the engine fails.
+        selector: Told when the engine fails.
     """
 
-    def __init__(self, engine: Engine, predictor: Predictor, keeper: EngineSelector) -> None:
+    def __init__(self, engine: Engine, predictor: Predictor, selector: EngineSelector) -> None:
         self.inputs, self.outputs = predictor.session.inputs, predictor.session.outputs
         self._engine: Engine | None = engine
-        self._predictor, self._keeper = predictor, keeper
+        self._predictor, self._selector = predictor, selector
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """See `fedprune.runtime.session.Session.run`."""
@@ -342,7 +342,7 @@ class CheckedSession:
             try:
                 return self._engine.run(feeds, outputs)
             except EngineError as error:
-                self._keeper.fell_back(error)
+                self._selector.fell_back(error)
                 self._engine = None  # after an error of CUDA nothing of it can be believed
         return self._predictor.session.run(feeds, outputs)
 

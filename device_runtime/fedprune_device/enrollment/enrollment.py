@@ -42,7 +42,7 @@ _LOOK_S = 600.0
 _DAY_S = 24 * 3600.0
 _PATIENCE_S = 60.0
 _SPREAD_S = 10.0
-"""Boards that hear at once that the authority is being replaced ask within so many seconds, each at its own moment."""
+"""Seconds over which boards spread their requests when an authority is replaced."""
 
 
 def join_urls(broker: str) -> list[str]:
@@ -90,7 +90,7 @@ def join_routes(identity: DeviceIdentity, urls: Sequence[str], authority: Path |
             JoinRoute(url, lambda: pinned_context(authority, None, None, lambda: BUILT)) for url in urls if authority
         ]
     without = [JoinRoute(url, lambda: identity.context(authority, certificate=False)) for url in urls]
-    # Its own certificate may have ended; but there are brokers that let nobody in without one.
+    # Its own certificate may have ended; but there are brokers that refuse connections without one.
     return [*without, JoinRoute(urls[-1], lambda: identity.context(authority))]
 
 
@@ -109,7 +109,7 @@ def enrol(
 
     Args:
         identity: The board's.
-        urls: Where to ask, in this order; the next one where nobody answers a connection.
+        urls: Where to ask, in this order; the next one if a connection isn't answered.
         claim: Lets it in at once.
         pin: Of the authority, where there is no claim.
         authority: Who vouches for the broker; by default the fleet's own authority, once the board knows it, and
@@ -121,7 +121,7 @@ def enrol(
     Raises:
         IdentityError: There is neither claim nor pin.
         JoinError: The server refuses, or all answers in time were another's.
-        BrokerError: Nobody answered in time, or it was stopped.
+        BrokerError: No answer came in time, or it was stopped.
         StorageError: The disk fails or is full.
     """
     known = claim.pin if claim is not None else pin
@@ -150,7 +150,7 @@ def enrol(
         last = next((e for e in failed if isinstance(e, ForeignAnswerError)), failed[-1] if failed else last)
         left = math.inf if until is None else until - time.monotonic()
         stopped.wait(max(0.0, min(_AGAIN_S, left)))
-    raise last or BrokerError(f"nobody was asked to let {identity.device} in")
+    raise last or BrokerError(f"no server was asked to let {identity.device} in")
 
 
 def _asked(
@@ -184,7 +184,7 @@ def _asked(
             try:
                 answer = parse(item[1])
                 admission = identity.admit(answer, pin) if isinstance(answer, JoinAnswer) else None
-            except ProtocolError as error:  # not by the server: whoever sent it can't keep the server's from coming
+            except ProtocolError as error:  # not by the server: it must not keep the server's answer from coming
                 if doubt is None:
                     tell(f"an answer doesn't count: {one_line(str(error))}")
                 doubt = error

@@ -176,7 +176,7 @@ def join_first(
     Raises:
         IdentityError: There is neither claim nor pin.
         JoinError: The server refuses, or the claim is none.
-        BrokerError: Nobody answers.
+        BrokerError: No answer comes.
         StorageError: The disk fails or is full.
     """
     identity, kept = member.identity, arguments.state / CLAIM
@@ -207,7 +207,7 @@ def join_first(
     elif arguments.claim is not None:
         _tell(
             f"{member.device} is a member already, so that --claim {arguments.claim} is ignored. If it was shut out, "
-            "let it join anew: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
+            "let it join again: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
         )
     with storage_errors(f"can't delete {kept}"):
         kept.unlink(missing_ok=True)  # it is used up, or not needed

@@ -100,7 +100,7 @@ class _Time:
     end: float
 
     def over(self, points: int) -> bool:
-        """Whether no more is to be measured after so many points."""
+        """Whether measuring ends after this many points."""
         now = self.clock()
         return (points >= _MIN_POINTS and now > self.share) or (points >= 1 and now > self.end)
 

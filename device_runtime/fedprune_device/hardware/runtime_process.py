@@ -38,11 +38,7 @@ _NO_PROBE = "Start without the probe (`--no-probe`): the profile's figures are b
 
 
 class RuntimeProcess:
-    """Started by the first request, and again by a request after `close`. Not for several threads.
-
-    Args:
-        python: The interpreter.
-    """
+    """Started by the first request, and again by a request after `close`. Not for several threads."""
 
     def __init__(self, python: str = sys.executable) -> None:
         self._python = python

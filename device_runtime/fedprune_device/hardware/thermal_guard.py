@@ -1,4 +1,4 @@
-"""Care for the board: training waits while it is too hot or too low on voltage, and goes on when it has recovered."""
+"""Training waits while the board is too hot or its voltage too low, and goes on when it has recovered."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _LOOK_S = 5.0
 
 
 class ThermalGuard:
-    """Stands between training steps.
+    """Pauses training between two steps while the board is too hot or its voltage too low.
 
     Args:
         hot_c: Temperature in °C at which training waits.
         cool_c: Below which it goes on; less than `hot_c`, so that it doesn't flutter.
         root: Where /sys is found.
         clock: Seconds that only grow.
-        sleep: Waits so many seconds.
+        sleep: Sleeps, in seconds.
 
     Attributes:
         waiting: Why training waits now; empty while it doesn't.

@@ -28,9 +28,6 @@ class LeafReuse:
     the same layout their leaves are equal. When a blob's leaf table comes, the tables of the stored blobs, 32 bytes for
     every 32 KiB, are searched for what it lacks. What is copied is hashed like a leaf from the network, so that a donor
     may be damaged, or deleted meanwhile. Only equal bytes at a leaf's borders are found.
-
-    Args:
-        store: Where the donors are.
     """
 
     def __init__(self, store: BlobStore) -> None:

@@ -50,12 +50,7 @@ class ReceivedChunk:
 
 
 class Channel:
-    """Messages as they are, without signatures: for a server on the same machine.
-
-    Args:
-        device: The board's name.
-        site: The fleet's site.
-    """
+    """Messages as they are, without signatures: for a server on the same machine."""
 
     def __init__(self, device: str, site: str) -> None:
         self.device, self.topics = device, Topics(site)

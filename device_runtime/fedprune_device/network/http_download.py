@@ -55,13 +55,13 @@ class HttpFetch:
 
     Args:
         store: Where they end up.
-        base: Where they lie.
+        base: Their base URL.
         refs: The blobs; what is there of them already is not asked for.
         context: Gives TLS, with what vouches for web servers.
         clock: Seconds that only grow.
 
     Attributes:
-        base: Where they lie.
+        base: Their base URL.
         failure: Why it ended early, in one line; empty where it didn't.
         done: Leaves of the blobs that are there.
         total: Leaves of the blobs.
@@ -291,7 +291,7 @@ class _Connection(http.client.HTTPConnection):
                     raise
 
     def cut(self) -> None:
-        """End it from another thread: whoever reads from it or writes to it gets an error."""
+        """End it from another thread: its reads and writes fail."""
         self._is_cut = True
         found = self.sock
         if found is not None:
@@ -352,7 +352,7 @@ class HttpDownload:
 
     @property
     def fetching(self) -> bool:
-        """Whether something is fetched, or was and nobody has asked for its `outcome` yet."""
+        """Whether a download is under way, or its end hasn't been handled yet."""
         return self._fetch is not None
 
     @property

@@ -105,7 +105,7 @@ def _copies(recipe: Recipe) -> int:
 def same_work(one: Offer, other: Offer) -> bool:
     """Whether two offers differ in nothing but the number of the attempt, the graph's form and the way of the weights.
 
-    They train to the same bits or, with another form, to the same numbers but for rounding.
+    They train to the same bits or, with another form of the graph, to the same numbers except for rounding.
     """
     return _work(one) == _work(other)
 

@@ -96,7 +96,7 @@ class SignedChannel(Channel):
             self._silent_since = math.inf
             _LOG.info(
                 "nothing heard of the server since this board connected: it may be off, or wait for others. Where "
-                "`fedprune-server devices` says that this board is revoked, let it join anew: fedprune-device join "
+                "`fedprune-server devices` says that this board is revoked, let it join again: fedprune-device join "
                 "--new-key --claim FILE, with the same --broker and --state"
             )
 

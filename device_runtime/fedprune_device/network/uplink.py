@@ -187,12 +187,7 @@ class Uplink:
         self.say(Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total), offer.job, 0)
 
     def stay(self, session: int, now: float) -> None:
-        """Say that it is there, if it has said nothing for minutes.
-
-        Args:
-            session: The connection.
-            now: The time.
-        """
+        """Say that it is there, if it has said nothing for minutes."""
         if not self._spoke and now - self._quiet_since >= ALIVE_S:
             self.say(Alive(self._device, session), qos=0)
         if self._spoke:

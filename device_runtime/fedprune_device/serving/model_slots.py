@@ -1,7 +1,7 @@
 """The serving model on disk: two slots and a pointer, so that one whole model is always there.
 
 A new model is put together in a folder of its own, checked there, moved into the slot that doesn't serve, and then the
-pointer is replaced. Whoever reads checks digests: after a power cut, or when a card has lost bits, the slot that was
+pointer is replaced. Readers check digests: after a power cut, or when a card has lost bits, the slot that was
 good before serves again.
 """
 
@@ -40,7 +40,7 @@ class Serving:
         inference: sha256 of the graph.
         weights: sha256 of the weights.
         offset: Added to the logits of own predictions, where the recipe adjusts logits.
-        slot: Where it lies.
+        slot: Its slot.
         loss: What it was trained with.
         present: 0 for the classes whose logits are replaced by 0 in own predictions, else 1; None where none are.
         precision: At what it predicts; the float32 model is there in any case.
@@ -192,7 +192,7 @@ class ModelSlots:
         return None
 
     def folder(self, record: Serving) -> Path:
-        """Where a model lies, until another one takes its slot."""
+        """A model's folder, until another model takes its slot."""
         return self._root / record.slot
 
     def open(self, threads: int = 1, *, cuda: bool = False) -> tuple[Predictor, Serving]:

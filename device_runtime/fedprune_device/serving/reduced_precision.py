@@ -76,7 +76,7 @@ class ReducedPrecision:
         """Lower the model that is staged in a folder.
 
         Args:
-            folder: Where the float32 model lies; what may serve is put beside it.
+            folder: The float32 model's; a lowered one that may serve is put there, too.
             kits: Graphs by precision.
             data: The board's samples.
             recipe: The round's recipe.

@@ -32,7 +32,7 @@ class DirectoryOwner:
     site: str
 
     def check(self, root: Path) -> None:
-        """Refuse a directory that is somebody else's; one that doesn't say whose it is may be taken.
+        """Refuse another device's directory; one without an owner may be taken.
 
         Raises:
             StorageError: It is another device's, of another site, or a server's.
@@ -53,14 +53,14 @@ class DirectoryOwner:
             f"{root} is the state directory of another device",
             expected=f"device {self.device} of site {self.site}",
             got=f"device {_shown(device)} of site {_shown(site)}",
-            hint="Use its --device and --site, or another --state; delete the directory to begin anew in it.",
+            hint="Use its --device and --site, or another --state; delete the directory to start over.",
         )
 
     def claim(self, root: Path) -> None:
         """Write down that the directory is this device's.
 
         Raises:
-            StorageError: It is somebody else's, or the disk fails or is full.
+            StorageError: It is another device's, or the disk fails or is full.
         """
         self.check(root)
         if _read(root) != asdict(self):

@@ -47,7 +47,7 @@ class LocalState:
         job: The job.
         seed: Its seed.
         architecture: Digest of its architecture.
-        selection: Digest of the selection in whose coordinates the tensors lie.
+        selection: Digest of the selection whose coordinates the tensors have.
         ranking: Digest of the order of channels that it is the beginning of; None where that is unknown.
         widths: Kept channels per group.
         round: The round.
@@ -88,12 +88,7 @@ class LocalState:
         return mine == theirs and self.round < offer.round
 
     def personalised(self, offer: Offer, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """Received tensors with the board's personal ones in the place of theirs, where they still fit.
-
-        Args:
-            offer: The offer.
-            tensors: The received tensors that are personal.
-        """
+        """Received tensors with the board's personal ones in the place of theirs, where they still fit."""
         if self.selection != offer.selection:
             return dict(tensors)
         return {n: self.personal[n] if self._fits(n, v) else v for n, v in tensors.items()}
@@ -152,10 +147,10 @@ def _digest(text: bytes, arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 class StateStore(Protocol):
-    """Where two records can lie."""
+    """The two places of records."""
 
     def read(self) -> dict[str, bytes]:
-        """What lies there, by place."""
+        """The records, by place."""
         ...
 
     def stage(self, record: bytes) -> None:
@@ -179,18 +174,18 @@ class RoundState:
     """Finds what an offer's round begins with, and keeps what it leaves.
 
     Args:
-        shelf: Where the records lie.
+        states: Stores the records.
         offer: The offer.
 
     Attributes:
         base: What an earlier round of the same run left; None where there is none.
     """
 
-    def __init__(self, shelf: StateStore, offer: Offer) -> None:
-        self._shelf = shelf
+    def __init__(self, states: StateStore, offer: Offer) -> None:
+        self._states = states
         self._place: str | None = None
         self.base: LocalState | None = None
-        for place, data in sorted(shelf.read().items()):
+        for place, data in sorted(states.read().items()):
             try:
                 found = LocalState.from_bytes(data)
             except StorageError as error:
@@ -200,7 +195,7 @@ class RoundState:
                 self._place, self.base = place, found
 
     def release(self) -> None:
-        """Forget what the round began with; on the shelf it stays."""
+        """Forget what the round began with; it stays in the store."""
         self.base = None
 
     def stage(self, own: LocalState) -> None:
@@ -210,7 +205,7 @@ class RoundState:
             StorageFullError: No room.
             StorageError: The disk fails.
         """
-        self._shelf.stage(own.to_bytes())
+        self._states.stage(own.to_bytes())
 
     def commit(self) -> None:
         """Make the staged state current, and keep the state that the round began with.
@@ -218,11 +213,11 @@ class RoundState:
         Raises:
             StorageError: The disk fails.
         """
-        self._shelf.commit(self._place)
+        self._states.commit(self._place)
 
 
 class MemoryStateStore:
-    """A shelf that lasts as long as the process."""
+    """A store that lasts as long as the process."""
 
     def __init__(self, records: dict[str, bytes] | None = None) -> None:
         self.records = dict(records or {})
@@ -243,7 +238,7 @@ class MemoryStateStore:
 
 
 class FolderStateStore:
-    """A shelf in a board's state directory. Records of other jobs, to which the board may come back, lie aside.
+    """Records in the state directory. Those of other jobs, to which the board may come back, are laid aside.
 
     Args:
         root: The folder; made when something is first written.

@@ -67,7 +67,7 @@ class DeviceStore:
     Args:
         root: The directory; made if missing.
         clock: Seconds since 1970.
-        owner: Whose it must be, if it is anybody's; without it nobody asks.
+        owner: Its owner; None to skip the check.
 
     Attributes:
         blobs: Weights and graphs.
@@ -85,7 +85,7 @@ class DeviceStore:
         self, root: Path, clock: Callable[[], float] = time.time, *, owner: DirectoryOwner | None = None
     ) -> None:
         if owner is not None:
-            owner.check(root)  # before anything is put into somebody else's
+            owner.check(root)  # before anything is written into another device's
         with storage_errors(f"can't write {root}"):
             root.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)

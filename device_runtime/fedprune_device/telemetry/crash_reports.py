@@ -1,4 +1,4 @@
-"""How a board's last run ended, where nobody had asked it to: written down as it ends, or found out at the next start.
+"""How a board's last run ended unasked: recorded as it ends, or found out at the next start.
 
 An exception that ends the service, or one of its threads, is written by the run itself. A fault in native code leaves
 what Python's faulthandler could still write; a run that was killed leaves only the mark that it had begun, unless the
@@ -135,7 +135,7 @@ class CrashReports:
         if found is not None:
             self._write("signal", private(found[1], MAX_TEXT), _fault_frames(fault), None, mark)
         elif mark is not None and not known.exists() and mark.get("boot") and mark.get("boot") == self._boot():
-            text = "the process was killed, or ended without a word: by the system for want of memory, or by somebody"
+            text = "the process was killed, or ended without a word: by the system for lack of memory, or by a user"
             self._write("killed", text, [], None, mark)
         else:
             return

@@ -40,7 +40,7 @@ def carried(
 
     Args:
         base: What the round before left; None where there is none.
-        offer: The offer: where the tensors lie.
+        offer: The offer, whose selection the tensors have.
         tensors: The submodel's tensors, with all elements in their places.
         read: Gives a blob of the offer.
 
@@ -92,7 +92,7 @@ class LocalUpdate:
         weights: Its weights file.
         mask: Its mask file, or None.
         trainer: Its training graph.
-        shelf: Where the board keeps what is its own between rounds.
+        states: Where the board keeps what is its own between rounds.
         device: The board's name.
         data: Its samples.
         noise: Gives the noise that a private recipe asks for, asked as it is drawn.
@@ -114,7 +114,7 @@ class LocalUpdate:
         weights: bytes,
         mask: bytes | None,
         trainer: Trainer,
-        shelf: StateStore,
+        states: StateStore,
         device: str,
         data: LocalData,
         noise: Callable[[], GaussianNoise],
@@ -124,7 +124,7 @@ class LocalUpdate:
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
         self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
         feeds_back = self._codec is not None and self._codec.feedback
-        self.kept = RoundState(shelf, offer) if recipe.average or self._personal or feeds_back else None
+        self.kept = RoundState(states, offer) if recipe.average or self._personal or feeds_back else None
         self._calibrates = recipe.calibrate and trainer.normalised
         maskable = {*trainer.trainable, *trainer.frozen}
         received, self.mask = unpacked(weights, mask, recipe, trainer.axes, offer.widths, maskable)
@@ -183,7 +183,7 @@ class LocalUpdate:
             model = self._effective(served or trained)
             loss = trainer.loss(model, self._data, recipe, self._offer.classes, PROBE_SAMPLES)
         kept = None
-        if after is not trained:  # most of these arrays lie in the memory of the training graph
+        if after is not trained:  # most of these arrays are in the memory of the training graph
             kept = {n: np.array(v) if v is trained[n] else v for n, v in after.items()}
         return UpdateFiles(sent, kept, self._predicting(served) if served else None, own, loss)
 

@@ -35,14 +35,14 @@ def averaged(
     """The average after a round.
 
     In another selection of the same order of channels, what both have is carried over; of a selection of another order
-    nothing is known to be the same, so that the average begins anew. So does an element that was masked before.
+    nothing is known to be the same, so that the average starts over. So does an element that was masked before.
 
     Args:
         base: What the round before left; None where there is none.
-        offer: The offer: where the tensors lie.
+        offer: The offer, whose selection the tensors have.
         trained: The trained tensors.
         decay: Share of the old average that is kept.
-        axes: How channels lie on the tensors' axes.
+        axes: The channel groups of the tensors' axes.
         mask: Which elements of the tensors are active.
 
     Returns:

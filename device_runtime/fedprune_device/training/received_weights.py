@@ -31,7 +31,7 @@ def unpacked(
         weights: The weights file.
         mask: The mask file, or None.
         recipe: The recipe.
-        axes: How channels lie on the tensors' axes, as the training graph says it; needed with a mask.
+        axes: The channel groups of the tensors' axes, from the training graph; needed with a mask.
         widths: Channels per group.
         maskable: Tensors that may have a mask: all but statistics.
 
@@ -44,13 +44,13 @@ def unpacked(
     tensors: Tensors = tensorfile.decode(weights)
     # The inference graph finds its weights at offsets that only the canonical form has.
     if tensorfile.encode(tensors) != weights:
-        raise BundleError("the weights are not a canonical tensor file", hint="The server must write them anew.")
+        raise BundleError("the weights are not a canonical tensor file", hint="The server must write them again.")
     if mask is None:
         return tensors, None
     if recipe.mask == "none":
         raise BundleError("the offer has a mask", expected="recipe.mask 'hard' or 'threshold'", got="'none'")
     if axes is None:
-        raise BundleError("the offer has a mask, but its training graph doesn't say how its tensors lie")
+        raise BundleError("the offer has a mask, but its training graph doesn't give its tensors' axes")
     try:
         bits = tensorfile.decode(mask)
         for name in bits:

@@ -38,7 +38,7 @@ Report = Callable[[str, int, int], None]
 class DamagedBlobError(StorageError):
     """A blob on the disk is not what its name says, and must be pulled again.
 
-    To delete it is left to the loop that pulls: that alone knows whether it is being pulled anew already.
+    Only the loop deletes it: it knows whether the blob is being downloaded again already.
 
     Attributes:
         sha256: Its name.
@@ -82,9 +82,9 @@ class RoundRunner:
         slots: Where models are staged and serve.
         data: The device's samples; every offer takes those that there are when it begins.
         trainer: The loaded training graph; benches may share it.
-        shelf: Where the device keeps what is its own between rounds; by default as long as this bench lasts.
+        states: Stores the device's local state between rounds; by default as long as this runner exists.
         lowering: Lowers what serves; by default nothing is lowered.
-        noise: The noise of a private update; by default of a key that nobody keeps. Only simulations give another.
+        noise: The noise of a private update; by default of a key that isn't kept. Only simulations give another.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class RoundRunner:
         slots: ModelSlots,
         data: SampleSource,
         trainer: TrainerCache | None = None,
-        shelf: StateStore | None = None,
+        states: StateStore | None = None,
         lowering: ReducedPrecision | None = None,
         noise: Callable[[Offer], GaussianNoise] | None = None,
     ) -> None:
@@ -103,7 +103,7 @@ class RoundRunner:
         self._slots = slots
         self._data = data
         self._trainer = trainer or TrainerCache()
-        self._shelf = shelf or MemoryStateStore()
+        self._states = states or MemoryStateStore()
         self.lowering = lowering or ReducedPrecision()
         self._noise = noise or (lambda offer: GaussianNoise.secret())
 
@@ -168,7 +168,7 @@ class RoundRunner:
         )
         data = self._data.snapshot(trainer.input_shape)
         work = LocalUpdate(
-            offer, recipe, weights, mask, trainer, self._shelf, self._device, data, lambda: self._noise(offer)
+            offer, recipe, weights, mask, trainer, self._states, self._device, data, lambda: self._noise(offer)
         )
         data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
         self._blob(offer.inference)

@@ -171,7 +171,7 @@ class StepGraph:
 
     @cached_property
     def axes(self) -> TensorAxes | None:
-        """How channels lie on the tensors' axes; None where the graph doesn't say it.
+        """The channel groups of the tensors' axes; None if the graph doesn't give them.
 
         Raises:
             BundleError: What it says can't be read.

@@ -56,7 +56,7 @@ class EarlyStopping:
 
         Args:
             loss: The validation loss.
-            tensors: The weights; nobody may write into them.
+            tensors: The weights; they must not be written to.
             steps: Optimiser steps so far.
             squares: Squared gradients of the last one, where they are reported.
 
@@ -166,7 +166,7 @@ class Trainer:
 
     @property
     def axes(self) -> TensorAxes | None:
-        """How channels lie on the tensors' axes; None where the graph doesn't say it.
+        """The channel groups of the tensors' axes; None if the graph doesn't give them.
 
         Raises:
             BundleError: What it says can't be read.
@@ -254,7 +254,7 @@ class Trainer:
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
             if plan == plans[0] or self.axes is None:
-                # onnxruntime's outputs lie among the activations in its arena: if they stayed, those of the next step
+                # onnxruntime stores outputs among the activations in its arena: if they stayed, those of the next step
                 # would have to fit round them, and the arena would grow.
                 for name in moved:
                     np.copyto(state[name], moved[name])
@@ -400,7 +400,7 @@ class Trainer:
 
 
 class TrainerCache:
-    """The training graph that was used last: another bench's round usually needs it again.
+    """The training graph that was used last: another runner's round usually needs it again.
 
     Args:
         threads: Threads inside an operator.
@@ -421,7 +421,7 @@ class TrainerCache:
         Args:
             sha256: The graph.
             read: Gives its bytes, if they are needed.
-            blocked: Gives those of a graph for whole batches on this processor, if there is one. It is read anew for
+            blocked: Gives those of a graph for whole batches on this processor, if there is one. It is read again for
                 every round, since it serves one round's widths alone.
 
         Raises:
@@ -436,9 +436,6 @@ class TrainerCache:
 
     def predictor(self, model: Path) -> Predictor:
         """A staged model, opened.
-
-        Args:
-            model: Its folder.
 
         Raises:
             ModelError: onnxruntime doesn't accept it.

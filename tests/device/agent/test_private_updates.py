@@ -36,7 +36,7 @@ def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
 def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Any, LocalState | None]:
     """The update's bytes and message, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
-        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.own)
         update = bench.commit(bench.make(offer))
         kept = [LocalState.from_bytes(r) for r in store.own.read().values()]
         return store.blobs.read(update.weights.sha256), update, max(kept, key=lambda own: own.round, default=None)

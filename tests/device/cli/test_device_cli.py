@@ -293,17 +293,6 @@ def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[Run
     assert [p.asked for p in probed] == [["check", "probe"]]
 
 
-def test_a_board_without_tensorrt_imports_none_of_its_modules() -> None:
-    code = (
-        "import sys; from fedprune_device.cli import main as cli; cli.build_parser(); "
-        "from fedprune_device import board; "
-        "from fedprune_device.api.options import answering; from fedprune_device.api.live_model import LiveModel; "
-        "print(*sorted(m for m in sys.modules if m.startswith('fedprune_device.engines.')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["fedprune_device.engines.accelerator_options"]
-
-
 def test_parsing_options_loads_neither_numpy_nor_onnxruntime_nor_cryptography() -> None:
     code = (
         "import sys; from fedprune_device.cli.main import build_parser; "

@@ -35,8 +35,8 @@ def test_the_profile_says_what_computes_unless_the_command_line_does(
 ) -> None:
     found = accelerator_of(asked(*options), None if profile is None else profile_store.find(profile))
     assert (found.name, found.cuda) == (tier, cuda)
-    keeper = found.keeper(tmp_path)
-    assert (keeper is not None) == engines
+    selector = found.selector(tmp_path)
+    assert (selector is not None) == engines
     assert list(tmp_path.iterdir()) == []
 
 
@@ -48,6 +48,6 @@ def test_a_plan_comes_from_a_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine\.json"):
         accelerator_of(asked("--engine-plan", str(path)), None)
     path.write_text(EnginePlan(level=1).to_json())
-    keeper = accelerator_of(asked("--engine-plan", str(path), "--tier", "tensorrt"), None).keeper(tmp_path)
-    assert keeper is not None
-    assert keeper.plan.level == 1
+    selector = accelerator_of(asked("--engine-plan", str(path), "--tier", "tensorrt"), None).selector(tmp_path)
+    assert selector is not None
+    assert selector.plan.level == 1

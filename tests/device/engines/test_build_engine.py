@@ -134,7 +134,7 @@ def test_a_builder_ends_with_a_process_that_is_killed(board: EngineBoard, state:
 def test_predictions_go_on_while_an_engine_takes_over(board: EngineBoard, tmp_path: Path, graphs: Path) -> None:
     local = LocalBoard(tmp_path, graphs)
     local.install(1)
-    with LiveModel(tmp_path / "state" / "serving", keeper=board.keeper()) as model:
+    with LiveModel(tmp_path / "state" / "serving", selector=board.selector()) as model:
         first = model.serving()
         wanted = first.predictor.predict(X)
         _look(model, f"TensorRT {board.version}, float32")
@@ -159,7 +159,7 @@ def test_beside_a_lowered_model_engines_are_held_to_float32(
     state = _lowered(tmp_path / "state", graphs, data, precision)
     assert main.main(["build-engine", "--state", str(state), "--json"]) == ExitCode.OK
     assert json.loads(capsys.readouterr().out)["deviation"] == 0
-    with LiveModel(state / "serving", keeper=board.keeper()) as model:
+    with LiveModel(state / "serving", selector=board.selector()) as model:
         folder = model._slots.folder(model.serving().record)
         _look(model, f"TensorRT {board.version}, float32")
         found = model.serving().predictor.predict(data.x_test)

@@ -21,16 +21,16 @@ Start = Callable[[str], BuildProcess]
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> EngineCache:
+def cache(tmp_path: Path) -> EngineCache:
     """One whose work folder is there, with answers in it."""
-    shelf = EngineCache(tmp_path / "engines")
-    shelf.work.mkdir(parents=True)
-    np.save(shelf.work / "answers.npy", np.ones(3))
-    return shelf
+    cache = EngineCache(tmp_path / "engines")
+    cache.work.mkdir(parents=True)
+    np.save(cache.work / "answers.npy", np.ones(3))
+    return cache
 
 
 @pytest.fixture
-def start(shelf: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Starts a child that says something and ends."""
 
     def started(said: str) -> BuildProcess:
@@ -38,7 +38,7 @@ def start(shelf: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         program.write_text(f"#!/bin/sh\ncat <<'.'\n{said}\n.\n")
         program.chmod(0o700)
         monkeypatch.setattr(sys, "executable", str(program))
-        making = BuildProcess(shelf, BuildRequest(shelf.work, EnginePlan().to_json()), 60.0)
+        making = BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json()), 60.0)
         making._child.wait()
         return making
 
@@ -68,27 +68,27 @@ def test_times_that_are_none_are_not_believed(start: Start, said: str) -> None:
         start(said).poll()
 
 
-def test_without_answers_there_is_nothing_to_check(start: Start, shelf: EngineCache) -> None:
-    (shelf.work / "answers.npy").unlink()
+def test_without_answers_there_is_nothing_to_check(start: Start, cache: EngineCache) -> None:
+    (cache.work / "answers.npy").unlink()
     with pytest.raises(EngineError, match="left nothing that can be read"):
         start('{"seconds": 1.5, "latency_s": 0.25}').poll()
 
 
 @pytest.mark.parametrize("name", ["order.json", "out.txt", "err.txt"])
-def test_files_that_cant_be_opened_are_the_disks_fault(start: Start, shelf: EngineCache, name: str) -> None:
-    (shelf.work / name).mkdir()
-    with pytest.raises(StorageError, match=f"can't write {shelf.work}"):
+def test_files_that_cant_be_opened_are_the_disks_fault(start: Start, cache: EngineCache, name: str) -> None:
+    (cache.work / name).mkdir()
+    with pytest.raises(StorageError, match=f"can't write {cache.work}"):
         start("")
 
 
-def test_a_program_that_cant_be_started_is_named(shelf: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_cant_be_started_is_named(cache: EngineCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(EngineError, match="can't start /no/such/python: No such file or directory"):
-        BuildProcess(shelf, BuildRequest(shelf.work, EnginePlan().to_json()), 60.0)
+        BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json()), 60.0)
 
 
-def test_a_child_whose_parent_has_ended_makes_nothing(shelf: EngineCache) -> None:
-    making = BuildProcess(shelf, BuildRequest(shelf.work, EnginePlan().to_json(), parent=0), 60.0)
+def test_a_child_whose_parent_has_ended_makes_nothing(cache: EngineCache) -> None:
+    making = BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json(), parent=0), 60.0)
     making._child.wait()
     with pytest.raises(EngineError, match="the process that wanted an engine has ended"):
         making.poll()

@@ -91,9 +91,9 @@ def test_classes_and_constants_are_there_in_every_version_or_asked_for_first() -
 @pytest.mark.parametrize("board", ["8.6.1", "10.0.1", "10.16.1", "11.0.0", "11.4.0"], indirect=True)
 def test_every_call_has_been_made_with_arguments_that_fit(board: EngineBoard, tmp_path: Path) -> None:
     """The double refuses what doesn't fit; here it is asked whether it was asked everything."""
-    keeper = board.keeper()
+    selector = board.selector()
     for seed in (1, 2):
-        assert board.answering(keeper, board.model(seed)), keeper.status
+        assert board.answering(selector, board.model(seed)), selector.status
     (tmp_path / "weights.safetensors").write_bytes(b"")
     (tmp_path / "inference.onnx").write_bytes(b"no graph")
     found = bindings.find()
@@ -108,7 +108,7 @@ def test_every_call_has_been_made_with_arguments_that_fit(board: EngineBoard, tm
             tell=lambda _: None,
         )
     plan = EnginePlan(precision="float16", batch=(1, 1, 4))
-    assert board.answering(board.keeper(plan), board.model(1))
+    assert board.answering(board.selector(plan), board.model(1))
     if found.refits:
         board.set(refit_refused=True)
         with pytest.raises(Exception, match="no such weights"):

@@ -76,16 +76,16 @@ def another(root: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_two_processes_may_load_an_engine_at_once(tmp_path: Path) -> None:
-    shelf, loaded = EngineCache(tmp_path), []
+    cache, loaded = EngineCache(tmp_path), []
     with another(tmp_path) as process:
-        with shelf.loading("e" * 64):
+        with cache.loading("e" * 64):
             loaded.append("beside it")
         # This one's end says nothing of the other: that may still come to its end by it.
         process.kill()
         process.wait()
-    with pytest.raises(EngineError, match="ended the process before"), shelf.loading("e" * 64):
+    with pytest.raises(EngineError, match="ended the process before"), cache.loading("e" * 64):
         loaded.append("after its end")
-    with shelf.loading("f" * 64):
+    with cache.loading("f" * 64):
         loaded.append("another engine")
     assert loaded == ["beside it", "another engine"]
 

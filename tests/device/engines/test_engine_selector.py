@@ -25,39 +25,39 @@ pytestmark = pytest.mark.board
 
 @pytest.mark.parametrize("board", VERSIONS, indirect=True)
 def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: EngineBoard) -> None:
-    wanted, keeper = board.model(1), board.keeper()
-    found = board.answering(keeper, wanted)
-    assert found is not None, keeper.status
+    wanted, selector = board.model(1), board.selector()
+    found = board.answering(selector, wanted)
+    assert found is not None, selector.status
     engine = Predictor(wanted.folder, session=found)
     board.set()
     before = len(board.calls())
     np.testing.assert_allclose(engine.predict(X), wanted.predictor.predict(X), rtol=1e-6)
     assert engine.predict(X[:0]).shape == (0, 3)
     assert "IExecutionContext.execute_async_v3" in board.calls()[before:]
-    assert keeper.status == f"TensorRT {board.version}, float32"
+    assert selector.status == f"TensorRT {board.version}, float32"
     # New weights come the same way with every version, refitted where that is right.
     again = board.model(2)
-    found = board.answering(keeper, again)
-    assert found is not None, keeper.status
+    found = board.answering(selector, again)
+    assert found is not None, selector.status
     np.testing.assert_allclose(Predictor(again.folder, session=found).predict(X), again.predictor.predict(X), rtol=1e-6)
     refits = board.version != "8.6.1" and not board.version.startswith("11.3.")
-    assert keeper.facts["way"] == (REFIT if refits else BUILD)
+    assert selector.facts["way"] == (REFIT if refits else BUILD)
     assert all((" REFIT " in b) == refits for b in board.builds)
 
 
 def test_a_good_engine_is_found_again_after_a_restart(board: EngineBoard) -> None:
     wanted = board.model(1)
-    assert board.answering(board.keeper(), wanted)
-    assert board.answering(board.keeper(), wanted)
+    assert board.answering(board.selector(), wanted)
+    assert board.answering(board.selector(), wanted)
     assert len(board.builds) == 1
 
 
 def test_weights_that_hardly_differ_are_other_weights(board: EngineBoard) -> None:
-    assert board.answering(board.keeper(), board.model(1))
-    keeper, wanted = board.keeper(), board.model(1, 1 + 1e-4)
-    found = board.answering(keeper, wanted)
+    assert board.answering(board.selector(), board.model(1))
+    selector, wanted = board.selector(), board.model(1, 1 + 1e-4)
+    found = board.answering(selector, wanted)
     assert found is not None
-    assert keeper.facts["way"] == REFIT
+    assert selector.facts["way"] == REFIT
     np.testing.assert_allclose(
         Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
     )
@@ -79,28 +79,28 @@ def test_an_engine_of_another_board_system_or_plan_is_built_anew(
     board: EngineBoard, place: dict[str, str], plan: EnginePlan | None
 ) -> None:
     wanted = board.model(1)
-    assert board.answering(board.keeper(), wanted)
-    assert board.answering(board.keeper(plan, **place), wanted)
+    assert board.answering(board.selector(), wanted)
+    assert board.answering(board.selector(plan, **place), wanted)
     assert len(board.builds) == 2
 
 
 def test_another_power_mode_measures_anew_but_keeps_the_engine(board: EngineBoard) -> None:
     wanted = board.model(1)
     plan = EnginePlan(batch=(1, 1, 4), refit=False)
-    assert board.answering(board.keeper(plan), wanted)
-    assert board.answering(board.keeper(plan, power=2), wanted)
+    assert board.answering(board.selector(plan), wanted)
+    assert board.answering(board.selector(plan, power=2), wanted)
     assert len(board.builds) == 1
-    assert board.answering(board.keeper(plan, power=2), board.model(2))
-    assert board.answering(board.keeper(plan, power=2), board.model(3))
+    assert board.answering(board.selector(plan, power=2), board.model(2))
+    assert board.answering(board.selector(plan, power=2), board.model(3))
     assert [b.partition("known=")[2].split()[0] for b in board.builds] == ["0", "0", "1"]
 
 
 def test_the_timing_cache_of_another_device_is_not_bent(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1))
+    selector = board.selector()
+    assert board.answering(selector, board.model(1))
     # The key says that it fits; TensorRT looks at the device itself.
     monkeypatch.setenv("DOUBLE_SM", "11.0")
-    assert board.answering(board.keeper(), board.model(1), anew=True), keeper.status
+    assert board.answering(board.selector(), board.model(1), anew=True), selector.status
     assert all("known=0" in b for b in board.builds)
 
 
@@ -110,33 +110,33 @@ def test_each_way_is_measured_once_and_then_the_faster_one_taken(
 ) -> None:
     ways = []
     for seed in (1, 2, 3):
-        keeper = board.keeper()
-        assert board.answering(keeper, board.model(seed)), keeper.status
-        ways.append(keeper.facts["way"])
+        selector = board.selector()
+        assert board.answering(selector, board.model(seed)), selector.status
+        ways.append(selector.facts["way"])
     assert ways == [BUILD, REFIT, REBUILD]
     assert [" REFIT " in b for b in board.builds] == [True, False]
     assert "known=1" in board.builds[1]
-    record = keeper.shelf.record(str(keeper.facts["key"]))
+    record = selector.cache.record(str(selector.facts["key"]))
     assert record.refit_s is not None
     assert record.rebuild_s is not None
-    keeper.shelf.keep(CachedEngine(record.key, refit_s, rebuild_s))
-    assert board.answering(keeper, board.model(4))
-    assert keeper.facts["way"] == way
+    selector.cache.keep(CachedEngine(record.key, refit_s, rebuild_s))
+    assert board.answering(selector, board.model(4))
+    assert selector.facts["way"] == way
 
 
 @pytest.mark.parametrize("setting", ["refitted_wrong", "refit_refused", "missing", "no_refitter"])
 def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, setting: str) -> None:
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1))
+    selector = board.selector()
+    assert board.answering(selector, board.model(1))
     board.set(**{setting: True})
     for seed in (2, 3):
         wanted = board.model(seed)
-        found = board.answering(keeper, wanted)
+        found = board.answering(selector, wanted)
         assert found is not None
         np.testing.assert_allclose(
             Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
         )
-        assert keeper.facts["way"] == REBUILD
+        assert selector.facts["way"] == REBUILD
     tries = board.calls().count("OnnxParserRefitter.refit_from_file")
     assert tries == (0 if setting == "no_refitter" else 1)
 
@@ -144,57 +144,59 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
 def test_a_refit_that_only_the_agent_has_no_memory_for_is_a_failure_but_no_bad_refit(
     board: EngineBoard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1))
-    key = str(keeper.facts["key"])
+    selector = board.selector()
+    assert board.answering(selector, board.model(1))
+    key = str(selector.facts["key"])
     with monkeypatch.context() as patch:
         patch.setattr(engines_keeper, "Engine", _no_memory)
-        assert board.answering(keeper, board.model(2)) is None
-        assert "no memory to run the engine in" in keeper.status
+        assert board.answering(selector, board.model(2)) is None
+        assert "no memory to run the engine in" in selector.status
     assert len(board.builds) == 1
-    record = keeper.shelf.record(key)
+    record = selector.cache.record(key)
     assert (record.refits, record.failures) == (True, 1)
-    assert board.answering(keeper, board.model(3)), keeper.status
-    assert keeper.facts["way"] == REFIT
-    assert keeper.shelf.record(key).failures == 0
+    assert board.answering(selector, board.model(3)), selector.status
+    assert selector.facts["way"] == REFIT
+    assert selector.cache.record(key).failures == 0
 
 
 def test_where_refittable_engines_compute_something_else_plain_ones_are_built(board: EngineBoard) -> None:
     board.set(refittable_wrong=True)
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)), keeper.status
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)), selector.status
     assert [" REFIT " in b for b in board.builds] == [True, False]
     assert not (board.engines / "base.plan").exists()
 
 
 def test_an_engine_that_contradicts_onnxruntime_never_answers(board: EngineBoard) -> None:
     board.set(wrong=True)
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)) is None
-    assert keeper.status.startswith("onnxruntime (the engine contradicts onnxruntime: expected a deviation of at most")
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert selector.status.startswith(
+        "onnxruntime (the engine contradicts onnxruntime: expected a deviation of at most"
+    )
     assert not (board.engines / "engine.plan").exists()
 
 
 def test_an_engine_on_the_disk_is_checked_again_before_it_answers(board: EngineBoard) -> None:
     wanted = board.model(1)
-    assert board.answering(board.keeper(), wanted)
+    assert board.answering(board.selector(), wanted)
     board.set(wrong=True)
-    keeper = board.keeper()
-    assert board.answering(keeper, wanted) is None
-    assert "contradicts" in keeper.status
+    selector = board.selector()
+    assert board.answering(selector, wanted) is None
+    assert "contradicts" in selector.status
 
 
 def test_builds_that_fail_are_given_up_until_somebody_asks(board: EngineBoard) -> None:
     board.set(out_of_memory=True)
     for seed in range(MOST_FAILURES + 2):
-        keeper = board.keeper()
-        assert board.answering(keeper, board.model(seed)) is None
-        assert "memory could not be allocated" in keeper.status
+        selector = board.selector()
+        assert board.answering(selector, board.model(seed)) is None
+        assert "memory could not be allocated" in selector.status
     assert len(board.builds) == MOST_FAILURES
     board.set()
-    assert board.answering(keeper, board.model(9)) is None
-    assert board.answering(keeper, board.model(9), anew=True)
-    assert board.answering(keeper, board.model(10))
+    assert board.answering(selector, board.model(9)) is None
+    assert board.answering(selector, board.model(9), anew=True)
+    assert board.answering(selector, board.model(10))
 
 
 def test_engines_that_only_a_child_can_load_are_given_up_too(
@@ -203,69 +205,69 @@ def test_engines_that_only_a_child_can_load_are_given_up_too(
     with monkeypatch.context() as patch:
         patch.setattr(engines_keeper, "Engine", _no_memory)
         for seed in range(MOST_FAILURES + 2):
-            keeper = board.keeper()
-            assert board.answering(keeper, board.model(seed)) is None
-            assert "no memory to run the engine in" in keeper.status
+            selector = board.selector()
+            assert board.answering(selector, board.model(seed)) is None
+            assert "no memory to run the engine in" in selector.status
         assert len(board.builds) + board.calls().count("refitted") == MOST_FAILURES
-    assert board.answering(keeper, board.model(9), anew=True)
-    assert keeper.shelf.record(str(keeper.facts["key"])).failures == 0
+    assert board.answering(selector, board.model(9), anew=True)
+    assert selector.cache.record(str(selector.facts["key"])).failures == 0
 
 
 def test_a_builder_that_takes_too_long_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     board.set(sleep=600)
-    keeper = board.keeper()
-    keeper.want(board.model(1))
-    keeper.turn()
-    assert keeper._job is not None
-    child = keeper._job.making._child
+    selector = board.selector()
+    selector.want(board.model(1))
+    selector.turn()
+    assert selector._job is not None
+    child = selector._job.making._child
     _until(lambda: bool(board.builds))
-    monkeypatch.setattr(keeper._job.making, "_until", 0.0)
-    assert keeper.turn() is None
-    assert "wasn't built in time: expected at most 1800 s" in keeper.status
+    monkeypatch.setattr(selector._job.making, "_until", 0.0)
+    assert selector.turn() is None
+    assert "wasn't built in time: expected at most 1800 s" in selector.status
     assert child.returncode == -signal.SIGKILL
-    assert not keeper.shelf.work.exists()
+    assert not selector.cache.work.exists()
 
 
 def test_a_builder_that_the_kernel_kills_is_named(board: EngineBoard) -> None:
     board.set(killed=True)
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)) is None
-    assert "SIGKILL. Memory ran out" in keeper.status
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert "SIGKILL. Memory ran out" in selector.status
 
 
 def test_an_engine_that_kills_who_loads_it_kills_the_child_alone(board: EngineBoard) -> None:
     board.set(load_kills=True)
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)) is None
-    assert "ended by SIGSEGV" in keeper.status
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert "ended by SIGSEGV" in selector.status
 
 
 def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) -> None:
     wanted = board.model(1)
-    keeper = board.keeper()
-    assert board.answering(keeper, wanted)
-    with keeper.shelf.loading(str(keeper.facts["sha256"])):
+    selector = board.selector()
+    assert board.answering(selector, wanted)
+    with selector.cache.loading(str(selector.facts["sha256"])):
         marker = (board.engines / "loading.json").read_bytes()
     assert not (board.engines / "loading.json").exists()
     (board.engines / "loading.json").write_bytes(marker)  # as a crash leaves it
-    with pytest.raises(EngineError, match="ended the process"), keeper.shelf.loading(str(keeper.facts["sha256"])):
+    with pytest.raises(EngineError, match="ended the process"), selector.cache.loading(str(selector.facts["sha256"])):
         pytest.fail("it was loaded")
     # A new one, which a child process has tried, may.
-    assert board.answering(board.keeper(), wanted)
+    assert board.answering(board.selector(), wanted)
     assert len(board.builds) + board.calls().count("refitted") == 2
 
 
 def test_the_same_engine_may_be_loaded_once_it_was_made_anew_and_tried(board: EngineBoard) -> None:
     plan, wanted = EnginePlan(refit=False, batch=(1, 1, 4)), board.model(1)
-    keeper = board.keeper(plan)
-    assert board.answering(keeper, wanted)
-    sha256 = str(keeper.facts["sha256"])
-    with keeper.shelf.loading(sha256):
+    selector = board.selector(plan)
+    assert board.answering(selector, wanted)
+    sha256 = str(selector.facts["sha256"])
+    with selector.cache.loading(sha256):
         marker = (board.engines / "loading.json").read_bytes()
     (board.engines / "loading.json").write_bytes(marker)  # as a crash leaves it
-    keeper = board.keeper(plan)
-    assert board.answering(keeper, wanted), keeper.status
-    assert keeper.facts["sha256"] == sha256
+    selector = board.selector(plan)
+    assert board.answering(selector, wanted), selector.status
+    assert selector.facts["sha256"] == sha256
     assert len(board.builds) == 2
 
 
@@ -273,12 +275,12 @@ def test_the_same_engine_may_be_loaded_once_it_was_made_anew_and_tried(board: En
 @pytest.mark.parametrize("name", ["engine.plan", "engine.json", "record.json", "timing.cache", "timing.json"])
 def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> None:
     wanted = board.model(1)
-    assert board.answering(board.keeper(), wanted)
+    assert board.answering(board.selector(), wanted)
     path = board.engines / name
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
     path.write_bytes(raw)
-    found = board.answering(board.keeper(), wanted)
+    found = board.answering(board.selector(), wanted)
     assert found is not None
     np.testing.assert_allclose(
         Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
@@ -286,40 +288,40 @@ def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> N
 
 
 def test_one_bit_is_damage_even_where_it_changes_no_answer(board: EngineBoard) -> None:
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1))
-    path, key = board.engines / "engine.plan", str(keeper.facts["key"])
-    keeper.shelf.read(ENGINE, key)
+    selector = board.selector()
+    assert board.answering(selector, board.model(1))
+    path, key = board.engines / "engine.plan", str(selector.facts["key"])
+    selector.cache.read(ENGINE, key)
     raw = bytearray(path.read_bytes())
     raw[-4] ^= 1
     path.write_bytes(raw)
     with pytest.raises(EngineError, match="damaged"):
-        keeper.shelf.read(ENGINE, key)
+        selector.cache.read(ENGINE, key)
 
 
 @pytest.mark.parametrize("setting", ["no_builder", "no_runtime"])
 def test_what_the_bindings_raise_is_a_reason(board: EngineBoard, setting: str) -> None:
     board.set(**{setting: True})
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)) is None
-    assert "factory function returned nullptr" in keeper.status
-    assert "Traceback" not in keeper.status
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert "factory function returned nullptr" in selector.status
+    assert "Traceback" not in selector.status
     board.set()
-    assert board.answering(keeper, board.model(1))
+    assert board.answering(selector, board.model(1))
     board.set(**{setting: True})
-    found = board.answering(board.keeper(), board.model(1))
+    found = board.answering(board.selector(), board.model(1))
     assert (found is None) == (setting == "no_runtime")
 
 
 @pytest.mark.parametrize("setting", ["run_fails", "run_raises"])
 def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard, setting: str) -> None:
-    wanted, keeper = board.model(1), board.keeper()
-    found = board.answering(keeper, wanted)
+    wanted, selector = board.model(1), board.selector()
+    found = board.answering(selector, wanted)
     assert found is not None
     board.set(**{setting: True})
     engine = Predictor(wanted.folder, session=found)
     np.testing.assert_array_equal(engine.predict(X), wanted.predictor.predict(X))
-    assert keeper.status.startswith("onnxruntime (the engine failed")
+    assert selector.status.startswith("onnxruntime (the engine failed")
     board.set()
     before = len(board.calls())
     engine.predict(X)
@@ -328,23 +330,23 @@ def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard, se
 
 def test_a_gpu_without_memory_is_a_reason(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOUBLE_MEMORY", "10")
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)) is None
-    assert "cudaMalloc failed: out of memory (2)" in keeper.status
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert "cudaMalloc failed: out of memory (2)" in selector.status
 
 
 def test_a_build_that_takes_the_agent_down_is_not_tried_for_ever(board: EngineBoard) -> None:
     board.set(sleep=600)
     for _ in range(MOST_FAILURES):
-        keeper = board.keeper()
-        keeper.want(board.model(1))
-        keeper.turn()
-        assert keeper._job is not None
-        keeper._job.making.stop()
-        keeper._lock.close()  # with the process goes the lock, and nothing else is said
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)) is None
-    assert "it was cut off" in keeper.status
+        selector = board.selector()
+        selector.want(board.model(1))
+        selector.turn()
+        assert selector._job is not None
+        selector._job.making.stop()
+        selector._lock.close()  # with the process goes the lock, and nothing else is said
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert "it was cut off" in selector.status
 
 
 def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
@@ -353,46 +355,46 @@ def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
     with monkeypatch.context() as patch:
         patch.setattr(engines_keeper, "BuildProcess", _full)
         for _ in range(MOST_FAILURES):
-            keeper = board.keeper()
-            assert board.answering(keeper, board.model(1)) is None
-            assert "no room" in keeper.status
-    assert board.answering(keeper, board.model(1)), keeper.status
+            selector = board.selector()
+            assert board.answering(selector, board.model(1)) is None
+            assert "no room" in selector.status
+    assert board.answering(selector, board.model(1)), selector.status
 
 
 def test_a_build_that_cant_be_counted_is_ended(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[BuildProcess] = []
 
     class Seen(BuildProcess):
-        def __init__(self, shelf: EngineCache, order: BuildRequest, timeout_s: float) -> None:
-            super().__init__(shelf, order, timeout_s)
+        def __init__(self, cache: EngineCache, order: BuildRequest, timeout_s: float) -> None:
+            super().__init__(cache, order, timeout_s)
             started.append(self)
 
     board.set(sleep=600)
     with monkeypatch.context() as patch:
         patch.setattr(engines_keeper, "BuildProcess", Seen)
         patch.setattr(EngineCache, "keep", _full)
-        keeper = board.keeper()
-        assert board.answering(keeper, board.model(1)) is None
-        assert "no room" in keeper.status
+        selector = board.selector()
+        assert board.answering(selector, board.model(1)) is None
+        assert "no room" in selector.status
     assert [making._child.returncode for making in started] == [-signal.SIGKILL]
     board.set()
-    assert board.answering(keeper, board.model(1)), keeper.status
+    assert board.answering(selector, board.model(1)), selector.status
 
 
 def test_stopping_an_agent_is_no_failure(board: EngineBoard) -> None:
     board.set(sleep=600)
     for _ in range(MOST_FAILURES + 1):
-        keeper = board.keeper()
-        keeper.want(board.model(1))
-        keeper.turn()
-        keeper.close()
+        selector = board.selector()
+        selector.want(board.model(1))
+        selector.turn()
+        selector.close()
     board.set()
-    assert board.answering(board.keeper(), board.model(1))
+    assert board.answering(board.selector(), board.model(1))
 
 
 def test_two_processes_dont_make_engines_at_once(board: EngineBoard) -> None:
     board.set(sleep=600)
-    first, second = board.keeper(), board.keeper()
+    first, second = board.selector(), board.selector()
     first.want(board.model(1))
     first.turn()
     assert board.answering(second, board.model(1)) is None
@@ -404,15 +406,15 @@ def test_two_processes_dont_make_engines_at_once(board: EngineBoard) -> None:
 
 def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
     board.set(sleep=600)
-    keeper = board.keeper()
-    keeper.want(board.model(1))
-    keeper.turn()
-    assert keeper._job is not None
-    child = keeper._job.making._child
+    selector = board.selector()
+    selector.want(board.model(1))
+    selector.turn()
+    assert selector._job is not None
+    child = selector._job.making._child
     _until(lambda: bool(board.builds))
     board.set()
     wanted = board.model(2)
-    found = board.answering(keeper, wanted)
+    found = board.answering(selector, wanted)
     assert found is not None
     assert child.returncode == -signal.SIGKILL
     np.testing.assert_allclose(
@@ -423,23 +425,23 @@ def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
 def test_a_model_that_is_replaced_meanwhile_gets_no_engine(board: EngineBoard) -> None:
     wanted = board.model(1)
     (wanted.folder / "weights.safetensors").write_bytes(tensorfile.encode({"w": X}))
-    keeper = board.keeper()
-    assert board.answering(keeper, wanted) is None
-    assert "replaced meanwhile" in keeper.status
+    selector = board.selector()
+    assert board.answering(selector, wanted) is None
+    assert "replaced meanwhile" in selector.status
 
 
 def test_a_plan_for_a_graph_that_isnt_there_is_a_reason(board: EngineBoard) -> None:
-    keeper = board.keeper(EnginePlan(graph="inference-float16.onnx"))
-    assert board.answering(keeper, board.model(1)) is None
-    assert "inference-float16.onnx isn't there" in keeper.status
+    selector = board.selector(EnginePlan(graph="inference-float16.onnx"))
+    assert board.answering(selector, board.model(1)) is None
+    assert "inference-float16.onnx isn't there" in selector.status
 
 
 @pytest.mark.once
 @pytest.mark.parametrize("board", ["8.6.1", "10.3.0", "11.4.0"], indirect=True)
 @pytest.mark.parametrize("precision", ["float32", "tf32", "float16"])
 def test_precision_is_the_plans(board: EngineBoard, precision: str) -> None:
-    keeper = board.keeper(EnginePlan(precision=precision, batch=(1, 1, 4), pool_bytes=2**25))
-    assert board.answering(keeper, board.model(1)), keeper.status
+    selector = board.selector(EnginePlan(precision=precision, batch=(1, 1, 4), pool_bytes=2**25))
+    assert board.answering(selector, board.model(1)), selector.status
     (built,) = board.builds
     assert ("TF32" in built) == (precision != "float32")
     assert ("FP16" in built) == (precision == "float16" and board.version == "8.6.1")
@@ -447,9 +449,9 @@ def test_precision_is_the_plans(board: EngineBoard, precision: str) -> None:
 
 
 def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: EngineBoard) -> None:
-    keeper, wanted = board.keeper(EnginePlan(batch=(2, 3, 4))), board.model(1)
-    found = board.answering(keeper, wanted)
-    assert found is not None, keeper.status
+    selector, wanted = board.selector(EnginePlan(batch=(2, 3, 4))), board.model(1)
+    found = board.answering(selector, wanted)
+    assert found is not None, selector.status
     assert "shapes [[2, 6], [3, 6], [4, 6]]" in board.calls()
     expected = wanted.predictor.predict(X)
     for count in (0, 1, 2, 4, 5, 9):
@@ -460,24 +462,24 @@ def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: Engine
 def test_without_a_gpu_tensorrt_is_not_even_loaded(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     for devices, words in (("0", "CUDA finds none"), ("-1", "driver too old")):
         monkeypatch.setenv("DOUBLE_DEVICES", devices)
-        keeper = board.keeper()
-        assert board.answering(keeper, board.model(1)) is None
-        assert words in keeper.status
+        selector = board.selector()
+        assert board.answering(selector, board.model(1)) is None
+        assert words in selector.status
     assert board.calls() == []
 
 
 def test_without_tensorrt_onnxruntime_answers(board: EngineBoard) -> None:
     (board.site / "tensorrt.py").unlink()
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)) is None
-    assert "TensorRT is not installed" in keeper.status
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert "TensorRT is not installed" in selector.status
 
 
 def test_a_tensorrt_that_cant_be_loaded_is_a_reason(board: EngineBoard) -> None:
     (board.site / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
-    keeper = board.keeper()
-    assert board.answering(keeper, board.model(1)) is None
-    assert "libnvinfer.so.10" in keeper.status
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert "libnvinfer.so.10" in selector.status
 
 
 def test_a_bug_of_ours_is_a_reason_and_not_said_twice_a_second(
@@ -486,20 +488,20 @@ def test_a_bug_of_ours_is_a_reason_and_not_said_twice_a_second(
     def find() -> Bindings:
         raise ZeroDivisionError("nobody thought of this")
 
-    keeper = EngineSelector(board.engines, EnginePlan(), find, lambda _: board.place)
-    assert board.answering(keeper, board.model(1)) is None
-    assert keeper.turn() is None
-    assert "nobody thought of this" in keeper.status
+    selector = EngineSelector(board.engines, EnginePlan(), find, lambda _: board.place)
+    assert board.answering(selector, board.model(1)) is None
+    assert selector.turn() is None
+    assert "nobody thought of this" in selector.status
     assert caplog.text.count("Traceback") == 1
 
 
 def test_progress_is_told(board: EngineBoard) -> None:
     board.set(sleep=600)
-    keeper: EngineSelector = board.keeper()
-    keeper.want(board.model(1))
-    keeper.turn()
-    _until(lambda: keeper.progress == "Building: 1 of 2")
-    keeper.close()
+    selector: EngineSelector = board.selector()
+    selector.want(board.model(1))
+    selector.turn()
+    _until(lambda: selector.progress == "Building: 1 of 2")
+    selector.close()
 
 
 def _no_memory(*_: object) -> None:
@@ -519,7 +521,7 @@ def _until(true: object, seconds: float = 30.0) -> None:
 
 
 def test_engines_leave_nothing_but_what_the_shelf_names(board: EngineBoard, tmp_path: Path) -> None:
-    assert board.answering(board.keeper(), board.model(1))
+    assert board.answering(board.selector(), board.model(1))
     names = {p.name for p in board.engines.iterdir()}
     assert names == {
         "lock",

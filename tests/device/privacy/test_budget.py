@@ -45,7 +45,7 @@ def train(board: HiddenBoard, offer: Any, floor: PrivacyPolicy | None = None) ->
     """The update's tensors; every call is a process of its own."""
     with DeviceStore(board.root) as store:
         store.hold_to(floor)
-        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own, noise=store.privacy.draw)
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.own, noise=store.privacy.draw)
         made = bench.make(offer)
         return tensorfile.decode(store.blobs.read(made.update.weights.sha256)), made
 

@@ -49,7 +49,7 @@ class Board(HiddenBoard):
         offer = self.offer(number, RECIPE, weights, graph="kept", lowered=kits or None, **other)
         with DeviceStore(self.root) as store:
             bench = RoundRunner(
-                DEVICE, store.blobs, store.slots, self.data, shelf=store.own, lowering=ReducedPrecision(serve)
+                DEVICE, store.blobs, store.slots, self.data, states=store.own, lowering=ReducedPrecision(serve)
             )
             bench.commit(bench.make(offer))
             record = store.slots.current()
@@ -325,7 +325,7 @@ def test_a_cut_at_any_write_leaves_the_old_or_the_new_model(board: Board, tmp_pa
     def work(root: Path) -> None:
         with DeviceStore(root) as store:
             bench = RoundRunner(
-                DEVICE, store.blobs, store.slots, board.data, shelf=store.own, lowering=ReducedPrecision("int8")
+                DEVICE, store.blobs, store.slots, board.data, states=store.own, lowering=ReducedPrecision("int8")
             )
             bench.commit(bench.make(offer))
 

@@ -280,20 +280,20 @@ def test_damage_of_any_array_is_noticed() -> None:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_the_newest_record_before_a_round_and_what_it_leaves_stay(board: HiddenBoard, in_memory: bool) -> None:
-    shelf: Any = MemoryStateStore() if in_memory else FolderStateStore(board.root / "own")
+    states: Any = MemoryStateStore() if in_memory else FolderStateStore(board.root / "own")
     if not in_memory:
-        shelf.prepare()
+        states.prepare()
 
     def offer(number: int) -> Offer:
         return board.offer(number, AVERAGE, hidden_weights())
 
     for number in (1, 2, 5):
-        kept = RoundState(shelf, offer(number))
+        kept = RoundState(states, offer(number))
         kept.stage(LocalState.of(offer(number), {"w": np.float32([number])}, {}, None))
         kept.commit()
-    rounds = {LocalState.from_bytes(raw).round for raw in shelf.read().values()}
+    rounds = {LocalState.from_bytes(raw).round for raw in states.read().values()}
     assert rounds == {2, 5}
-    bases = {n: RoundState(shelf, offer(n)).base for n in (1, 2, 3, 5, 6)}
+    bases = {n: RoundState(states, offer(n)).base for n in (1, 2, 3, 5, 6)}
     assert {n: b and b.round for n, b in bases.items()} == {1: None, 2: None, 3: 2, 5: 2, 6: 5}
 
 

@@ -44,7 +44,7 @@ def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
 def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalState | None]:
     """The update's bytes, the tensors that serve, and the newest record of what the board keeps."""
     with DeviceStore(board.root) as store:
-        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, shelf=store.own)
+        bench = RoundRunner(DEVICE, store.blobs, store.slots, board.data, states=store.own)
         update = bench.commit(bench.make(offer))
         raw = store.blobs.read(update.weights.sha256)
         record = store.slots.current()

@@ -152,7 +152,7 @@ def axes(graphs: Path) -> TensorAxes:
         ({"widths": (9,)}, "don't fit each other: widths"),
         ({"widths": (8, 8)}, "don't fit each other: widths"),
         ({"recipe": Recipe()}, r"the offer has a mask: expected recipe\.mask"),
-        ({"axes": None}, "doesn't say how its tensors lie"),
+        ({"axes": None}, "doesn't give its tensors' axes"),
         ({"weights": b"junk"}, "tensor file is cut short"),
         ({"weights": tensorfile.encode({"w1": np.zeros(24, np.float64)})}, "don't fit each other: type of w1"),
     ],

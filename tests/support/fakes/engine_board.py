@@ -43,21 +43,23 @@ class EngineBoard:
         (folder / "weights.safetensors").write_bytes(raw)
         return EngineRequest(Predictor(folder), folder, tensorfile.digest(raw))
 
-    def keeper(self, plan: EnginePlan | None = None, **place: Any) -> EngineSelector:
-        """A keeper, as a process has after its start."""
+    def selector(self, plan: EnginePlan | None = None, **place: Any) -> EngineSelector:
+        """A selector, as a process has after its start."""
         where = replace(self.place, **place)
         return EngineSelector(self.engines, plan or EnginePlan(batch=(1, 1, 4)), bindings.find, lambda _: where)
 
-    def answering(self, keeper: EngineSelector, wanted: EngineRequest, *, anew: bool = False) -> CheckedSession | None:
-        """What the keeper comes to in the end."""
-        keeper.want(wanted, anew=anew)
+    def answering(
+        self, selector: EngineSelector, wanted: EngineRequest, *, anew: bool = False
+    ) -> CheckedSession | None:
+        """What the selector comes to in the end."""
+        selector.want(wanted, anew=anew)
         until = time.monotonic() + 60
         while time.monotonic() < until:
-            found = keeper.turn()
-            if found is not None or keeper.done:
+            found = selector.turn()
+            if found is not None or selector.done:
                 return found
             time.sleep(0.02)
-        raise AssertionError(f"the keeper comes to no end: {keeper.status}, {keeper.progress}")
+        raise AssertionError(f"the selector comes to no end: {selector.status}, {selector.progress}")
 
     def calls(self) -> list[str]:
         """What was called of TensorRT."""

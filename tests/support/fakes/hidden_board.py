@@ -76,7 +76,7 @@ class HiddenBoard:
     def carry_out(self, offer: Offer) -> tuple[Update, Tensors, Tensors]:
         """The update, its tensors, and the tensors that serve afterwards."""
         with DeviceStore(self.root) as store:
-            bench = RoundRunner(DEVICE, store.blobs, store.slots, self.data, shelf=store.own)
+            bench = RoundRunner(DEVICE, store.blobs, store.slots, self.data, states=store.own)
             update = bench.commit(bench.make(offer))
             sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
             record = store.slots.current()
