@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Protocol
+
+from paho.mqtt.client import MQTTMessageInfo
 
 OUTBOX_BYTES = 16 * 1024 * 1024
 """Unsent bytes from which `publish` declines."""
@@ -17,14 +18,6 @@ LOW_WATER = 256 * 1024
 """Unsent bytes below which `get` returns at once, so that chunks that were held back can be published."""
 
 
-class Sending(Protocol):
-    """The part of `paho.mqtt.client.MQTTMessageInfo` that is used."""
-
-    def is_published(self) -> bool:
-        """Whether it is sent and, at QoS 1, acknowledged."""
-        ...
-
-
 class Unsent:
     """Messages that wait to be sent or, at QoS 1, to be acknowledged.
 
@@ -35,7 +28,7 @@ class Unsent:
     def __init__(self) -> None:
         self.size = 0
         """Their payload bytes."""
-        self._waiting: tuple[deque[tuple[Sending, int]], ...] = (deque(), deque())
+        self._waiting: tuple[deque[tuple[MQTTMessageInfo, int]], ...] = (deque(), deque())
 
     def __len__(self) -> int:
         """Messages."""
@@ -46,7 +39,7 @@ class Unsent:
         """Whether one more message may be published."""
         return self.size < OUTBOX_BYTES and len(self) < OUTBOX_MESSAGES
 
-    def add(self, message: Sending, size: int, qos: int) -> None:
+    def add(self, message: MQTTMessageInfo, size: int, qos: int) -> None:
         """Count a published message."""
         self._waiting[qos > 0].append((message, size))
         self.size += size

@@ -1,17 +1,40 @@
-"""Checks of fields: what may stand in a text, and how a stranger's text is shown."""
+"""Numbers with their nouns, and received texts as they are checked and shown."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import fedprune
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
-from fedprune.core.metrics import served
-from fedprune.core.text import one_line
+from fedprune.core.text import one_line, quantity
 
 pytestmark = pytest.mark.board
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0, "0 files"), (1, "1 file"), (2, "2 files"), (11, "11 files"), (1000, "1,000 files")]
+)
+def test_one_is_one(number: int, words: str) -> None:
+    assert quantity(number, "file", form=",") == words
+
+
+def test_a_noun_may_have_a_plural_of_its_own() -> None:
+    assert [quantity(n, "copy", "copies") for n in (1, 2)] == ["1 copy", "2 copies"]
+
+
+def test_no_command_counts_by_itself() -> None:
+    """What is printed by a `print` or goes to a page has its noun from `quantity`."""
+    root = Path(fedprune.__file__).parents[2]
+    told = re.compile(r"print\(.*\{[^{}]*\} (?:files|devices|boards|rounds|keys|certificates|tensors|runs)\b")
+    for wing in ("toolkit", "server", "export", "device_runtime"):
+        for path in (root / wing).rglob("*.py"):
+            assert not [line for line in path.read_text().splitlines() if told.search(line)], path
 
 
 @pytest.mark.parametrize("code", [0, 7, 27, 0x7F, 0x80, 0x9B, 0x9F, 0xD800])
@@ -34,15 +57,3 @@ def test_a_strangers_text_becomes_one_printable_line(value: str) -> None:
 
 def test_words_stay_words_on_one_line() -> None:
     assert one_line("no room\n  on\tdisk\x1b[2J") == "no room on disk [2J"
-
-
-@pytest.mark.parametrize(
-    ("metrics", "accuracy"),
-    [
-        ({"accuracy_before": 0.5, "accuracy_after": 0.7}, 0.7),
-        ({"accuracy_before": 0.5, "accuracy_after": 0.7, "accuracy_average": 0.6}, 0.6),
-        ({"accuracy_before": 0.5, "loss_after": 0.7}, None),
-    ],
-)
-def test_what_serves_is_the_average_where_there_is_one(metrics: dict[str, float], accuracy: float | None) -> None:
-    assert served(metrics, "accuracy") == accuracy
