@@ -37,6 +37,10 @@ def same(one: ElementMask, other: ElementMask) -> bool:
     )
 
 
+def within(one: ElementMask, other: ElementMask) -> bool:
+    return all(not (bits & ~other.active[n]).any() for n, bits in one.active.items())
+
+
 @given(architectures(), seeds, densities, densities)
 def test_masks_are_nested_and_as_large_as_asked_for(
     architecture: Architecture, seed: int, one: float, other: float
@@ -44,7 +48,7 @@ def test_masks_are_nested_and_as_large_as_asked_for(
     order = coarse(architecture, seed)
     size = sum(v.size for v in order.values())
     sparse, dense = (top(order, d) for d in sorted((one, other)))
-    assert sparse.within(dense)
+    assert within(sparse, dense)
     for mask, density in ((sparse, min(one, other)), (dense, max(one, other))):
         assert mask.count == max(1, int(density * size + 1e-6))
         kept = np.concatenate([order[n][m] for n, m in mask.active.items()])
@@ -68,7 +72,7 @@ def test_floors_hold_in_every_tensor_and_masks_stay_nested(
     order = coarse(architecture, seed + 1)
     floored = with_floors(order, weights, share)
     sparse, dense = (top(floored, d) for d in sorted((one, other)))
-    assert sparse.within(dense)
+    assert within(sparse, dense)
     for name, mask in sparse.active.items():
         if not share or not mask.size:
             continue
@@ -149,10 +153,6 @@ def test_a_submodels_mask_is_the_global_one_where_its_elements_live(
     masked = mask.applied(weights)
     for name, value in selection.gather(masked).items():
         np.testing.assert_array_equal(value, inside.applied(selection.gather(weights))[name])
-    back = inside.scattered(selection)
-    for name, bits in back.active.items():
-        np.testing.assert_array_equal(bits, mask.active[name] & selection.covered(name))
-    assert same(back.gathered(selection), inside)
 
 
 @given(architectures(), seeds)
@@ -168,7 +168,7 @@ def test_packing_loses_nothing_but_what_is_masked(architecture: Architecture, se
 
 
 @given(architectures(), seeds)
-def test_union_and_intersection_are_those_of_active_elements(architecture: Architecture, seed: int) -> None:
+def test_an_intersection_is_that_of_active_elements(architecture: Architecture, seed: int) -> None:
     one, other = random_mask(architecture, seed), random_mask(architecture, seed + 1)
     other = ElementMask(dict(list(other.active.items())[1:]))  # a tensor that is active as a whole
     shapes = {t.name: t.shape for t in architecture.tensors}
@@ -176,14 +176,9 @@ def test_union_and_intersection_are_those_of_active_elements(architecture: Archi
     def whole(mask: ElementMask, name: str) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         return mask.active.get(name, np.ones(shapes[name], np.bool_))
 
-    union, both = one.union(other), one.intersection(other)
+    both = one.intersection(other)
     for name in shapes:
-        np.testing.assert_array_equal(whole(union, name), whole(one, name) | whole(other, name))
         np.testing.assert_array_equal(whole(both, name), whole(one, name) & whole(other, name))
-    assert both.within(one)
-    assert both.within(other)
-    assert one.within(union)
-    assert one.within(other) == all(not (whole(one, n) & ~whole(other, n)).any() for n in shapes)
 
 
 def test_masks_that_do_not_fit_are_refused() -> None:

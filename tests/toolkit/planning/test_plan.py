@@ -580,6 +580,15 @@ def test_a_slow_board_gets_a_narrower_plan_once_it_is_known() -> None:
     assert slow.bound == "time"
 
 
+def test_the_prediction_before_rounds_is_the_uncorrected_one() -> None:
+    first = plan(NET, BOARD, RECIPE, 500)
+    taught = plan(NET, BOARD, RECIPE, 500, correction=Correction(step=2.0, latency=0.5))
+    assert first.prediction.step_j is not None
+    assert taught.widths == first.widths
+    for name, value in vars(first.prediction).items():
+        assert getattr(taught.before_rounds, name) == pytest.approx(value) or name == "memory"
+
+
 def test_a_correction_is_learnt_from_what_was_measured() -> None:
     learnt = Correction().after(FULL, Correction(), {"step_seconds": 1.5 * FULL.step_s})
     assert learnt.step == pytest.approx(1.5)

@@ -329,17 +329,6 @@ def test_the_servers_own_score_counts_where_it_is_for_validation() -> None:
     assert densities(fleet) == pytest.approx([0.3])
 
 
-def test_a_ladder_can_be_climbed_by_the_clock() -> None:
-    allocator = Ladder(Fixed(0.05), Recovery(step="ladder"), climb_at=(2, 4))
-    fleet = fleet_of(allocator, "a")
-    path = []
-    for number in range(1, 6):
-        fleet.state.round = number
-        allocator.review(fleet, {})
-        path += densities(fleet)
-    assert path == [0.05, 0.1, 0.1, 0.2, 0.2]
-
-
 def test_whoever_returns_has_what_it_had() -> None:
     allocator = TimeDriven(Fixed(0.8), None, interval=1)
     fleet = fleet_of(allocator, "a", "b")

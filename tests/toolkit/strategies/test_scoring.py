@@ -86,11 +86,8 @@ def test_magnitude_sums_the_weights_that_make_a_channel(data: st.DataObject, see
     full = model(architecture, seed)
     weights = {t.name: full[t.name].astype(np.float64) for t in architecture.tensors if t.kind is TensorKind.WEIGHT}
     l1 = by_channel(architecture, {n: np.abs(w) for n, w in weights.items()})
-    l2 = by_channel(architecture, {n: w**2 for n, w in weights.items()})
     for got, expected in zip(magnitude(architecture, full), l1, strict=True):
         assert np.allclose(got, expected)
-    for got, expected in zip(magnitude(architecture, full, "l2"), l2, strict=True):
-        assert np.allclose(got, np.sqrt(expected))
 
 
 @pytest.mark.parametrize("form", ["abs", "signed", "hw2"])
@@ -197,8 +194,6 @@ def test_a_model_that_does_not_fit_is_refused(tensors: Tensors) -> None:
 
 
 def test_options_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(BundleError, match="norm"):
-        magnitude(NET, model(NET, 0), "l3")  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="form"):
         curvature(NET, model(NET, 0), Evidence.empty(NET), "x")  # type: ignore[arg-type]
     with pytest.raises(BundleError, match="estimator"):

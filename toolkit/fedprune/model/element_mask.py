@@ -62,33 +62,12 @@ class ElementMask:
         """The mask of a submodel, out of the whole model's."""
         return ElementMask({n: m[mesh(selection.maps(n))] for n, m in self.active.items()})
 
-    def scattered(self, selection: Selection) -> ElementMask:
-        """A submodel's mask at its places in the whole model; elsewhere nothing is active."""
-        out: dict[str, Bits] = {}
-        for name, mask in self.active.items():
-            out[name] = np.zeros(selection.architecture.by_name[name].shape, np.bool_)
-            out[name][mesh(selection.maps(name))] = mask
-        return ElementMask(out)
-
-    def union(self, other: ElementMask) -> ElementMask:
-        """What is active in one of two masks: tensors that both name."""
-        both = self.active.keys() & other.active.keys()
-        return ElementMask({n: m | other.active[n] for n, m in self.active.items() if n in both})
-
     def intersection(self, other: ElementMask) -> ElementMask:
         """What is active in both masks: tensors that one of them names."""
         out = dict(self.active)
         for name, mask in other.active.items():
             out[name] = out[name] & mask if name in out else mask
         return ElementMask(out)
-
-    def within(self, other: ElementMask) -> bool:
-        """Whether all that is active here is active there."""
-        for name, mask in other.active.items():
-            mine = self.active.get(name)
-            if not (mask.all() if mine is None else not np.any(mine & ~mask)):
-                return False
-        return True
 
     def pack(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
         """Tensors with masked ones reduced to their active values [n_active], in C order."""

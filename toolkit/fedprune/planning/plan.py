@@ -142,6 +142,8 @@ class Plan:
             train_s=p.train_s / c.step,
             latency_s=p.latency_s / c.latency,
             memory_bytes=p.memory.uncorrected,
+            step_j=None if p.step_j is None else p.step_j / c.step,
+            latency_j=None if p.latency_j is None else p.latency_j / c.latency,
         )
 
     def limit(self, name: str) -> Limit:

@@ -23,13 +23,11 @@ class Ladder(Allocator):
         start: What devices begin with.
         recovery: When and how they grow; None for never.
         interval: I: everything is judged every so many rounds.
-        climb_at: Rounds after which every device climbs in any case, as FedGMR's time-triggered variant.
     """
 
     start: Start = field(default_factory=Fixed)
     recovery: Recovery | None = field(default_factory=lambda: Recovery(step="ladder"))
     interval: int = 50
-    climb_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.interval < 1:
@@ -65,11 +63,8 @@ class Ladder(Allocator):
 
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
         """Let those grow that have learnt what they can."""
-        number, changed = fleet.state.round, False
-        if number in self.climb_at and self.recovery is not None:
-            for name, device in sorted(fleet.state.devices.items()):
-                changed |= self._grant(fleet, name, self.recovery.grown(device.density))
-        if number % self.interval or self.recovery is None:
+        changed = False
+        if fleet.state.round % self.interval or self.recovery is None:
             return changed
         for name, density in self.recovery.review(fleet.state, metrics, self._lowest(fleet)).items():
             changed |= self._grant(fleet, name, density)

@@ -64,11 +64,10 @@ def ordered(architecture: Architecture) -> Scores:
 def magnitude(
     architecture: Architecture,
     tensors: Mapping[str, npt.NDArray[np.float32]],
-    norm: Literal["l1", "l2"] = "l1",
     *,
     per_count: bool = False,
 ) -> Scores:
-    """S_c = Σ |w| (l1) or sqrt(Σ w²) (l2) over the weights that make channel c.
+    """S_c = Σ |w| over the weights that make channel c.
 
     Filters and linear rows count, biases and norm vectors don't (Li et al. 2017, "Pruning filters for efficient
     ConvNets", Sec. 3.1; the l1 criterion of CA-HFP, Table II). Where several layers write to one group, the sum runs
@@ -77,21 +76,16 @@ def magnitude(
     Args:
         architecture: The model.
         tensors: The global model.
-        norm: Of which kind.
         per_count: As `channel_sums`.
 
     Raises:
-        BundleError: Tensors don't fit the architecture, or there is no such norm.
+        BundleError: Tensors don't fit the architecture.
     """
-    if norm not in ("l1", "l2"):
-        raise BundleError("norm of the magnitude score", expected="l1 or l2", got=repr(norm))
 
     def part(name: str) -> npt.NDArray[np.float64]:
-        w = _tensor(architecture, tensors, name)
-        return np.abs(w) if norm == "l1" else w * w
+        return np.abs(_tensor(architecture, tensors, name))
 
-    scores = channel_sums(architecture, part, (TensorKind.WEIGHT,), per_count=per_count)
-    return scores if norm == "l1" else tuple(np.sqrt(s) for s in scores)
+    return channel_sums(architecture, part, (TensorKind.WEIGHT,), per_count=per_count)
 
 
 def curvature(
