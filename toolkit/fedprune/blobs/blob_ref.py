@@ -67,7 +67,6 @@ class BlobRef:
         return -(-self.leaf_count * DIGEST // LEAF)
 
     def leaf_size(self, index: int) -> int:
-        """Bytes of leaf `index`."""
         return min(LEAF, self.size - index * LEAF)
 
     def to_dict(self) -> dict[str, Any]:

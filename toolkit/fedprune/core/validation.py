@@ -70,7 +70,6 @@ def number(
 
 
 def whole(what: str, value: object, low: int = 0, high: int = MAX_INT, *, error: Error = ConfigError) -> int:
-    """A whole number from `low` to `high`."""
     if is_whole(value, low, high):
         return value
     raise error(what, expected=f"a whole number from {low} to {high}", got=shown(value))

@@ -165,7 +165,6 @@ def details(title: str, body: str) -> str:
 
 
 def paragraph(content: str, kind: str = "") -> str:
-    """A paragraph of text."""
     return f'<p class="{kind}">{text(content)}</p>' if kind else f"<p>{text(content)}</p>"
 
 

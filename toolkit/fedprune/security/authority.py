@@ -208,7 +208,6 @@ class Authority:
 
     @property
     def pin(self) -> bytes:
-        """The pin in claims."""
         return self.pins[0]
 
     @cached_property

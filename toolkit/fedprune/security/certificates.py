@@ -185,7 +185,6 @@ def load_authorities(path: Path) -> tuple[x509.Certificate, ...]:
 
 
 def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    """Whether an authority signed a certificate."""
     try:
         certificate.verify_directly_issued_by(authority)
     except (InvalidSignature, ValueError, TypeError):
@@ -194,7 +193,6 @@ def issued_by(certificate: x509.Certificate, authority: x509.Certificate) -> boo
 
 
 def pem_of(certificate: x509.Certificate) -> str:
-    """A certificate as PEM."""
     return certificate.public_bytes(serialization.Encoding.PEM).decode()
 
 
@@ -255,7 +253,6 @@ def _label(part: str) -> bool:
 
 
 def seconds_of(when: datetime) -> int:
-    """Seconds since 1970."""
     return int(when.timestamp())
 
 

@@ -90,7 +90,6 @@ class _Watched:
         self._stream, self._used = stream, used
 
     def write(self, text: str) -> int:
-        """Write to the stream."""
         self._used()
         return self._stream.write(text)
 

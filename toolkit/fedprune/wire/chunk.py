@@ -104,7 +104,6 @@ class Chunk:
 
 
 def header(sha256: str, part: str, first: int) -> bytes:
-    """The header of a chunk."""
     return HEADER.pack(_MAGIC, _VERSION, PARTS.index(part), b"\0" * 3, first, bytes.fromhex(sha256))
 
 

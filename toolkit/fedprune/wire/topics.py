@@ -64,7 +64,6 @@ class Topics:
         return self._topic(device, job, "up/blob" if tag is None else f"up/{check_tag(tag)}")
 
     def receiver_subscription(self, tag: str) -> str:
-        """The subscription of a receiver."""
         return f"{self._prefix}/+/+/up/{check_tag(tag)}"
 
     def down(self, device: str, job: str = NO_JOB) -> str:
@@ -97,11 +96,9 @@ class Topics:
         return f"{self._prefix}/{EVERYONE}/{job}/{channel}"
 
     def server_subscriptions(self) -> list[str]:
-        """The subscriptions of a server."""
         return [f"{self._prefix}/+/+/up", f"{self._prefix}/+/+/up/blob"]
 
     def device_subscriptions(self, device: str) -> list[str]:
-        """The subscriptions of a device."""
         own = f"{self._prefix}/{check_device(device)}/+"
         return [f"{own}/down", f"{own}/down/blob", self.broadcast()]
 

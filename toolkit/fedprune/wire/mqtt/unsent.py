@@ -31,7 +31,6 @@ class Unsent:
         self._waiting: tuple[deque[tuple[MQTTMessageInfo, int]], ...] = (deque(), deque())
 
     def __len__(self) -> int:
-        """Messages."""
         return sum(map(len, self._waiting))
 
     @property
