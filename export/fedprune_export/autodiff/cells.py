@@ -122,7 +122,6 @@ class Direction:
 
 
 def turned(g: Graph, matrix: str) -> str:
-    """A matrix, transposed."""
     return g.emit("Transpose", matrix, attrs={"perm": [1, 0]})
 
 

@@ -198,7 +198,6 @@ class Columns:
         self._columns: dict[str, str] = {}
 
     def apply(self, x: str, bias: list[str]) -> str:
-        """The convolution of x."""
         g, w = self.g, self.w
         if self.operator:
             return g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(w, self.operator))

@@ -60,7 +60,6 @@ class Knowledge:
         return self.dims.total(parts)
 
     def is_tensor(self, name: str) -> bool:
-        """Whether a value is a weight or statistic."""
         return name in self._architecture.by_name
 
     def is_number(self, name: str) -> bool:
@@ -146,7 +145,6 @@ class Knowledge:
     # -- dimensions -------------------------------------------------------------------------------------------------
 
     def tensor_shape(self, spec: TensorSpec) -> Shape:
-        """The symbolic shape of a tensor of the architecture."""
         return tuple(self.dims.of_axis(axis, self._architecture) for axis in spec.axes)
 
     def symbol(self, name: str, extent: int) -> Dim:
@@ -193,5 +191,4 @@ class Knowledge:
 
 
 def describe(node: Node) -> str:
-    """A node in words, for messages."""
     return f"node {node.name or node.outputs[0]} ({node.op})"

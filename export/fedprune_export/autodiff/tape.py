@@ -160,7 +160,6 @@ class Tape(Knowledge):
                 self.enter(output, value, tuple(d for d in known if d is not None))
 
     def shape(self, name: str) -> Shape:
-        """Symbolic shape of a value of the model."""
         self.value(name)
         return self._shapes[name]
 
@@ -261,11 +260,9 @@ class Tape(Knowledge):
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def frozen(self, name: str) -> bool:
-        """Whether a tensor doesn't train."""
         return name in self._frozen
 
     def wants(self, name: str) -> bool:
-        """Whether the gradient of a value is needed."""
         return name in self._wanted
 
     def forward(self) -> None:

@@ -16,7 +16,7 @@ from fedprune.training.recipe import Recipe
 from fedprune_export.pruning.model import Model
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BoardPlan:
     """A model's plan for one board; prints as a few lines.
 
@@ -54,6 +54,8 @@ class BoardPlan:
     def __str__(self) -> str:
         warning = self.chosen.warning and f"warning: {self.chosen.warning}"
         return "\n".join(filter(None, (self.chosen.describe(self.whole.parameters), warning)))
+
+    __repr__ = __str__
 
 
 def plan(

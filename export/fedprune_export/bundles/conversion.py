@@ -201,7 +201,6 @@ def state_parity(
 
 
 def outputs(model: bytes, x: Array) -> Array:
-    """A model's outputs for samples."""
     return Session(model).run({X: x})[LOGITS]
 
 

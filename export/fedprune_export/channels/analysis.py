@@ -47,7 +47,6 @@ class Grouping:
     _axes: dict[bytes, Axis] = field(default_factory=dict, repr=False)
 
     def axis(self, row: AtomRow) -> Axis:
-        """An axis as segments."""
         key = row.tobytes()
         if key not in self._axes:
             self._axes[key] = _axis(self.group_of[row], self.position[row])

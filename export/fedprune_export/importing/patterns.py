@@ -46,7 +46,6 @@ class Expressions:
 
     @classmethod
     def of(cls, graph: Graph, seen: Trace, constants: Container[str]) -> Expressions:
-        """The expressions of a graph whose values have been traced."""
         made = {p.name for p in graph.inputs}
         for node in graph.nodes:
             if made.intersection(node.inputs):
@@ -55,7 +54,6 @@ class Expressions:
         return cls(graph, seen, constants, makers, made)
 
     def made_by(self, value: str, *operators: str) -> Node | None:
-        """The node that makes a value, if it is one of these operators."""
         node = self.makers.get(value)
         return node if node is not None and node.op in operators else None
 

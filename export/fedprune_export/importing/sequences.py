@@ -64,7 +64,6 @@ class _Writer:
         self._shapes: dict[str, list[int | None]] | None = None
 
     def take(self, node: onnx.NodeProto) -> None:
-        """Write one node."""
         if node.domain not in ("", "ai.onnx") or node.op_type not in SEQUENCE_OPERATORS:
             read = [i for i in node.input if i in self.sequences]
             if read and node.op_type == "Identity":

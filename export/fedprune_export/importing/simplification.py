@@ -178,7 +178,6 @@ def _substitute(graph: Graph, old: str, new: str) -> None:
 
 
 def drop_idle(graph: Graph) -> None:
-    """Take out Identity and Dropout."""
     outputs = {p.name for p in graph.outputs}
     for node in list(graph.nodes):
         if node.domain or node.op not in ("Identity", "Dropout"):

@@ -42,7 +42,6 @@ class Translation:
     used: set[str]
 
     def keep(self, node: Node) -> None:
-        """Leave a node as it is."""
         self.graph.nodes.append(node)
 
     def known(self, name: str, node: Node, what: str) -> Array:
@@ -196,7 +195,6 @@ def _group_norm(state: Translation, node: Node) -> None:
 
 
 def _split(state: Translation, node: Node) -> None:
-    """Sizes of the parts as an input."""
     node.attrs.pop("num_outputs", None)
     if len(node.inputs) < 2 or not node.inputs[1]:
         axis = int(node.attrs.get("axis", 0))

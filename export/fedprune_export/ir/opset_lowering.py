@@ -92,7 +92,6 @@ def check_form(node: Node, opset: int) -> None:
 
 
 def _reduction(out: Draft, node: Node) -> None:
-    """Axes as an input."""
     axes = node.attrs.pop("axes", None)
     if axes is not None:
         node.inputs = [node.inputs[0], out.ints(*axes)]

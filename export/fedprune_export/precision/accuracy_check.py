@@ -50,7 +50,6 @@ class Trial:
     given: bool
 
     def describe(self) -> str:
-        """For people."""
         size = len(self.files[weights_file(self.lowered.precision)])
         stays = self.lowered.stays
         said = f"{size:,} bytes of weights; {self.agreement.describe()}"
@@ -63,7 +62,6 @@ class Trial:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         return {
             "precision": self.lowered.precision,
             "bytes": {n: len(raw) for n, raw in self.files.items()},

@@ -38,7 +38,6 @@ def halve(pair: Pair) -> list[str]:
 
 
 def described(node: Node) -> str:
-    """A node, for people."""
     return f"{node.op} {node.name or node.outputs[0]}"
 
 

@@ -40,7 +40,6 @@ class Lowered:
 
     @property
     def files(self) -> dict[str, bytes]:
-        """The graphs by file name."""
         p = self.precision
         made = {graph_file(p): self.graph, prepare_file(p): self.prepare}
         return made if self.calibrate is None else {**made, calibrate_file(p): self.calibrate}

@@ -61,7 +61,6 @@ class Pair:
         return name in self.tensors or name in self._weights
 
     def outputs(self) -> set[str]:
-        """Names of the graph's outputs."""
         return {p.name for p in self.graph.outputs}
 
     def read(self, name: str) -> str:
@@ -131,7 +130,6 @@ class Pair:
         self.graph.prune()
 
     def zeros(self) -> dict[str, Array]:
-        """Weights of the right shapes."""
         return {n: np.zeros(s, np.float32) for n, s in self._weights.items()}
 
     def prepare_bytes(self, made: Mapping[str, Array]) -> bytes:

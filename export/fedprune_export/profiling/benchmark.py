@@ -46,11 +46,9 @@ class Measurement:
 
     @property
     def seconds(self) -> float:
-        """The median."""
         return self.quartiles[1]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         low, median, high = self.quartiles
         return {
             "what": self.what,

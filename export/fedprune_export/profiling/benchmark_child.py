@@ -58,7 +58,6 @@ def _peak_bytes() -> int:
 
 
 def main() -> int:
-    """Carry out the plan on stdin."""
     body = json.load(sys.stdin)
     found = measure(
         Path(body["graph"]),

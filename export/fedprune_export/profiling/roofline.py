@@ -53,12 +53,10 @@ class Explained:
 
     @property
     def bound_s(self) -> float:
-        """The least time."""
         return max(self.compute_s, self.memory_s)
 
     @property
     def binds(self) -> str:
-        """Which bound that is."""
         return "compute" if self.compute_s > self.memory_s else "memory"
 
     @property
@@ -69,7 +67,6 @@ class Explained:
         return self.measured_s / self.bound_s
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         p = self.piece
         body: dict[str, Any] = {"layer": p.title, "op": p.op, "part": p.part, "form": p.form}
         body |= {"macs": p.macs, "bytes": p.bytes, "compute_s": self.compute_s, "memory_s": self.memory_s}
@@ -116,7 +113,6 @@ class Explanation:
         return {kind: seconds / whole for kind, seconds in spent.items()} if whole else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         body: dict[str, Any] = {
             "format": "fedprune.explanation/1",
             "fedprune": __version__,

@@ -38,7 +38,6 @@ class Groups(Sequence[ChannelGroup]):
         return out
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         return {
             "model": self.architecture.name,
             "digest": self.architecture.digest,

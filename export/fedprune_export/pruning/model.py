@@ -15,7 +15,7 @@ from fedprune_export.ir.trace import Trace, trace
 from fedprune_export.pruning.groups import Groups
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Model:
     """An imported model.
 
@@ -35,6 +35,11 @@ class Model:
     values: Mapping[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
     frozen: tuple[str, ...] = ()
     training_graphs: dict[Features, Graph] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        a = self.architecture
+        sizes = f"{len(a.tensors)} tensors, {len(a.groups)} channel groups"
+        return f"Model({a.name}: {list(a.input_shape)} to {a.classes} outputs, {sizes})"
 
     @property
     def tensors(self) -> Tensors:

@@ -57,7 +57,6 @@ class Benchmark:
         return (found.latency_s, found.inference_bytes) if m.batch == 1 else (None, None)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         rows = [m.to_dict() for m in self.measured]
         if self.profile is not None:
             for row, m in zip(rows, self.measured, strict=True):
@@ -71,7 +70,6 @@ class Benchmark:
         }
 
     def table(self) -> Table:
-        """A row per measurement."""
         columns = list(_COLUMNS)
         if self.profile is not None:
             columns += [Column(f"predicted for {self.profile.name}", right=True, wrap=16)]

@@ -69,7 +69,6 @@ class Document:
     sections: Mapping[str, Sequence[Block]] = field(default_factory=dict)
 
     def to_html(self) -> str:
-        """The page."""
         parts = [
             section(title, *map(_html, blocks)) if title else "".join(map(_html, blocks))
             for title, blocks in self.sections.items()
@@ -77,7 +76,6 @@ class Document:
         return document(self.title, parts, self.facts)
 
     def to_markdown(self) -> str:
-        """The page as text."""
         facts = ", ".join(f"{name}: {value}" for name, value in self.facts.items() if value)
         parts = [f"# {self.title}", facts]
         for title, blocks in self.sections.items():

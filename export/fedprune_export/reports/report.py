@@ -88,7 +88,6 @@ class Accuracy:
     after: float
 
     def shown(self) -> tuple[str, str]:
-        """Both scores as text."""
         form = ".1%" if "accuracy" in self.measure else ".4g"
         return f"{self.before:{form}}", f"{self.after:{form}}"
 
@@ -108,7 +107,6 @@ class Side:
     activation_bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         parameters = 0 if self.shape is None else prod(self.shape)
         return {**asdict(self), "shape": list(self.shape or ()), "parameters": parameters}
 
@@ -148,7 +146,6 @@ class Report:
 
     @property
     def target(self) -> str:
-        """Name of the hardware profile."""
         return self.plan.profile.name
 
     @property
@@ -163,12 +160,10 @@ class Report:
 
     @cached_property
     def before(self) -> Costs:
-        """Costs of the whole model."""
         return costs_at(self.model.architecture, self.model.architecture.sizes)
 
     @cached_property
     def after(self) -> Costs:
-        """Costs of the submodel."""
         return costs_at(self.model.architecture, self.selection.widths)
 
     @cached_property
@@ -186,7 +181,6 @@ class Report:
         return Side(shapes.get(layer.weight), layer_macs(architecture, layer, widths, shapes), makes)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         architecture, widths = self.model.architecture, self.selection.widths
         return {
             "format": "fedprune.report/1",
@@ -249,7 +243,6 @@ class Report:
     __repr__ = __str__
 
     def document(self) -> Document:
-        """The content of the report's pages."""
         architecture, widths, plan = self.model.architecture, self.selection.widths, self.plan.chosen
         lines = [*plan.summary(self.before.parameters), plan.unbound(), *plan.notes, plan.gains()]
         warning = f"warning: {plan.warning}" if plan.warning else ""

@@ -47,7 +47,6 @@ def print_explanation(explanation: Explanation) -> None:
 
 
 def document(explanation: Explanation) -> Document:
-    """The content of the page."""
     facts = {
         "Model": explanation.model,
         "Batch size": str(explanation.batch),
@@ -100,7 +99,6 @@ def _row(explanation: Explanation, words: Sequence[str], pieces: Sequence[Explai
 
 
 def summary(explanation: Explanation) -> list[str]:
-    """Lines on the whole step."""
     speed, took = explanation.speed, explanation.step_s
     lines = [f"bounds: {speed.flops / 1e9:,.1f} GFLOP/s and {speed.bytes_s / 1e9:,.1f} GB/s ({speed.source})"]
     macs = sum(p.piece.macs for p in explanation.pieces)

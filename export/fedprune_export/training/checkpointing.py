@@ -209,7 +209,6 @@ class _Search:
         return True
 
     def _work(self, node: Node) -> float:
-        """Nanoseconds, roughly."""
         moved = sum(self.bytes.get(n, 0) for n in (*reads(node), *node.outputs) if n)
         made = math.prod(self.shapes.get(node.outputs[0], ()))
         shape = self.shapes.get(node.inputs[1], ()) if len(node.inputs) > 1 else ()

@@ -30,7 +30,6 @@ class _Parts:
 
 
 def target_shape(features: Features, outputs: int) -> tuple[Shape, np.dtype[np.generic]]:
-    """Shape and type of the labels."""
     if features.loss == "cross_entropy":
         return (BATCH,), np.dtype(np.int64)
     return (BATCH, outputs), np.dtype(np.float32)

@@ -45,7 +45,6 @@ class TrainingMemory:
 
     @property
     def peak(self) -> int:
-        """Peak memory of the process."""
         return self.process + self.inputs + self.values + self.gaps
 
 
@@ -68,7 +67,6 @@ class Fitted:
     work: float = 0.0
 
     def describe(self) -> str:
-        """One line for people."""
         line = f"memory of a training step: {_mb(self.memory.peak)}"
         if not self.values:
             return line

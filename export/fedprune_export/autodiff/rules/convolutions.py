@@ -177,7 +177,6 @@ class Intended:
         self.g, self.w, self.kernel, self.groups = g, w, kernel, groups
 
     def apply(self, x: str, bias: list[str]) -> str:
-        """The convolution of x."""
         return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.w, self.groups))
 
     def back(self, dy: str, bias: list[str]) -> str:

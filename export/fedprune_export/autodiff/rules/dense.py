@@ -54,7 +54,6 @@ class Dense:
         self.rank = len(w.sizes)
 
     def apply(self, x: str, bias: list[str]) -> str:
-        """The convolution of x."""
         return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.w))
 
     def back(self, dy: str, bias: list[str]) -> str:
@@ -63,7 +62,6 @@ class Dense:
         return out
 
     def kernel_gradient(self, x: str, dy: str) -> str:
-        """The kernel's gradient."""
         out: str = getattr(self, f"kernel_by_{self.form.weight_gradient}")(x, dy)
         return out
 

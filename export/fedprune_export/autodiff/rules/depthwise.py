@@ -118,7 +118,6 @@ class Depthwise:
         self._seen: dict[str, str] = {}
 
     def apply(self, x: str, bias: list[str]) -> str:
-        """The convolution of x."""
         y = self.g.emit("MatMul", self.seen(x), self.banded(self.cut.band))
         return add_bias(self.g, _from_lines(self.g, y, self.cut.out), bias, len(self.w.sizes))
 
@@ -142,7 +141,6 @@ class Depthwise:
         return g.emit("Reshape", sums, g.ints(0, 1, *self.w.kernel))
 
     def banded(self, band: Band) -> str:
-        """The matrix of every channel."""
         g = self.g
         matrix = g.emit("MatMul", self.kernel, g.constant(band.reshape(self.elements, -1), np.float32))
         return g.emit("Reshape", matrix, g.ints(0, self.read * band.shape[2], band.shape[3]))

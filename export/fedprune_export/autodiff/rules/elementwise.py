@@ -49,12 +49,10 @@ def _squared(g: Graph, value: str) -> str:
 
 
 def _rest(g: Graph, value: str) -> str:
-    """1 − value."""
     return g.emit("Sub", g.scalar(1), value)
 
 
 def _more(g: Graph, value: str) -> str:
-    """1 + value."""
     return g.emit("Add", value, g.scalar(1))
 
 

@@ -299,11 +299,9 @@ class _Rows:
         self.of_channels: Shape = (1, self.channels, tape.product(shape[2:]))
 
     def ones(self, size: Dim) -> str:
-        """A vector of ones."""
         return self._graph.emit("Expand", self._graph.scalar(1), self._tape.size(size))
 
     def zeros(self, size: Dim) -> str:
-        """A vector of zeros."""
         return self._graph.emit("Expand", self._graph.scalar(0), self._tape.size(size))
 
     def summed(self, value: str) -> str:

@@ -75,7 +75,6 @@ def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
 
 
 def _indices(node: Node, own: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]) -> Array:
-    """Which elements a padded axis consists of."""
     kept = own[max(0, -before) : len(own) - max(0, -after)]
     before, after = max(0, before), max(0, after)
     if mode == "reflect" and max(before, after) >= len(kept):

@@ -207,7 +207,6 @@ def _spread(tape: Tape, w: Window, x: str, share: str) -> str:
 
 
 def _counts(w: Window, counted: bool) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-    """How many elements each window averages."""
     total = np.ones(w.output)
     for axis, (size, k, stride, pad, out) in enumerate(
         zip(w.sizes, w.kernel, w.strides, w.pads, w.output, strict=True)

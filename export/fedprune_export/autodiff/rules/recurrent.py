@@ -44,7 +44,6 @@ class _Recurrent:
         self.directions = self.parted()
 
     def parted(self) -> list[Direction]:
-        """Every direction's parameters."""
         g, tape, op = self.g, self.tape, self.node.op
         weights, recurrences = (self.apart(tape.value(n), 0) for n in self.inputs[1:3])
         biases = self.apart(tape.value(self.inputs[3]), 0) if self.inputs[3] else [""] * self.count
@@ -60,7 +59,6 @@ class _Recurrent:
         return out
 
     def write(self) -> Pull:
-        """Write the forward pass."""
         tape, count = self.tape, self.count
         x = tape.value(self.inputs[0])
         runs = [self.forward(d, x) for d in self.directions]
@@ -74,7 +72,6 @@ class _Recurrent:
         return self.pull
 
     def pull(self, dy: str | None, *dlast: str | None) -> None:
-        """Write the backward pass."""
         g, tape = self.g, self.tape
         x = tape.value(self.inputs[0])
         dys = self.apart(dy, 1) if dy else [""] * self.count
@@ -102,11 +99,9 @@ class _Recurrent:
         return self.g.emit("Gemm", left, right, attrs={"transA": 1})
 
     def summed(self, gates: str) -> str:
-        """The sum over steps and samples."""
         return self.g.emit("ReduceSum", gates, self.g.ints(0, 1), attrs={"keepdims": 0})
 
     def zeros(self) -> str:
-        """A state of zeros."""
         return self.g.emit("ConstantOfShape", self.tape.sizes((self.batch, self.hidden)))
 
     def apart(self, value: str, axis: int) -> list[str]:
@@ -120,7 +115,6 @@ class _Recurrent:
         return self.joined([self.g.emit("Unsqueeze", v, self.g.ints(axis)) for v in values], axis)
 
     def joined(self, values: Sequence[str], axis: int) -> str:
-        """Values one behind the other."""
         return self.g.emit("Concat", *values, attrs={"axis": axis}) if len(values) > 1 else values[0]
 
 

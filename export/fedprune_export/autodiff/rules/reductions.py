@@ -224,5 +224,4 @@ def place_of_extreme(tape: Tape, node: Node) -> None:
 
 
 def summed(g: Graph, value: str, axes: list[int], *, keep: bool = True) -> str:
-    """A sum over axes."""
     return g.emit("ReduceSum", value, g.ints(*axes), attrs={"keepdims": int(keep)})
