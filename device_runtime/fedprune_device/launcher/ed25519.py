@@ -1,7 +1,7 @@
 """Verification of Ed25519 signatures (RFC 8032, 5.1.7) by the standard library alone.
 
-The launcher and a kit's installer decide what may be imported, so that they can't import a library of the release that
-they check. Nothing here is secret: signatures are made by `fedprune.security.keys`.
+The launcher and a kit's installer decide what may be imported, so they can't import a library of the release that they
+check. Nothing here is secret: `fedprune.security.keys` makes signatures.
 """
 
 from __future__ import annotations
@@ -20,13 +20,7 @@ _ZERO: _Point = (0, 1, 1, 0)
 
 
 def verify(key: bytes, signature: bytes, data: bytes) -> bool:
-    """Whether the owner of a key signed some bytes.
-
-    Args:
-        key: The verifying key, of 32 bytes.
-        signature: Of 64 bytes.
-        data: The bytes.
-    """
+    """Whether a key of 32 bytes made a signature of 64 bytes over some data."""
     if len(signature) != 64:
         return False
     public, commitment = _decoded(key), _decoded(signature[:32])
@@ -58,7 +52,7 @@ def _times(scalar: int, point: _Point) -> _Point:
 
 
 def _decoded(raw: bytes) -> _Point | None:
-    """A point from its 32 bytes; None if they aren't the canonical form of one."""
+    """A point from its canonical 32 bytes; None if they are not canonical."""
     if len(raw) != 32:
         return None
     y = int.from_bytes(raw, "little")

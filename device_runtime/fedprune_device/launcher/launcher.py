@@ -1,8 +1,8 @@
-"""The launcher: which of two installed releases runs, and the way back when a new one is no good.
+"""The launcher: starts one of two installed releases, and goes back to the other when a new one fails.
 
-`releases.installer.write_launcher` puts this module and those that it imports into one file beside the slots, when a
-board is set up. It needs nothing but the standard library, so that no update can break it. An attempt of a trial is
-taken off on the disk before the release is started, so that a crash, a hang or a power cut uses it up.
+`releases.installer.write_launcher` packs this module and those that it imports into one file next to the slots. It
+imports the standard library alone, so that no update can break it. A trial's attempt is counted on the disk before the
+release is started, so that a crash, a hang or a power cut uses it up.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore
 from fedprune_device.launcher.state import COMMITTED, STAGED, TRIAL, DamagedError, LauncherState, UpdateOutcome, line
 
 VERSION = 1
-"""What a release may ask for (`Release.launcher`)."""
+"""Releases name the oldest launcher that can start them (`Release.launcher`)."""
 
 _PAUSE_S = 0.2
 _GRACE_S = 10.0
 _WORDS_S = 2.0
 _WORDS = 2000
-_WORDLESS = "the last attempt ended without a word, as power cuts do"
+_WORDLESS = "the last attempt ended without a message, as in a power cut"
 _START = """
 import sys
 from importlib import import_module
@@ -47,8 +47,8 @@ class SlotExit:
 
     Attributes:
         reason: In words.
-        code: The launcher's own exit code, if it ends with it.
-        asked: Whether the launcher was told to stop.
+        code: The launcher's exit code, if it ends with the release.
+        asked: Whether the launcher was asked to stop.
     """
 
     reason: str
@@ -57,10 +57,10 @@ class SlotExit:
 
 
 def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
-    """Which slot to start now; what a trial costs is on the disk when this returns.
+    """Choose the slot to start. An attempt of a trial is counted on the disk when this returns.
 
     Returns:
-        The slot, what is in it, and the state; on trial if its phase is `TRIAL`.
+        The slot, its record, and the state, whose phase is `TRIAL` if the slot is on trial.
 
     Raises:
         DamagedError: Nothing can be started.
@@ -91,8 +91,8 @@ def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
             record = home.whole(state.other)
         except DamagedError:
             if home.key() is not None:
-                raise DamagedError(reason) from None  # what the server hasn't signed is never started
-            # Most files of the stable slot are as they were: better a try than a board that is silent.
+                raise DamagedError(reason) from None  # only what the server has signed is started
+            # Most of the stable slot is intact: a try is better than a board that stays offline.
             return state.stable, home.record(state.stable), state
         version = state.highest
         with suppress(DamagedError):
@@ -102,14 +102,11 @@ def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
 
 
 def launch(home: SlotStore, run: Callable[[str, SlotRecord, LauncherState | None], SlotExit]) -> int:
-    """Start what should run; after a trial that failed, what should run then.
+    """Start the slot that `decide` chooses, and after a failed trial the next one; returns the exit code.
 
     Args:
-        home: Where everything is.
-        run: Starts a slot and returns when it has ended. A state is given for trials, which it must end in time.
-
-    Returns:
-        The exit code.
+        home: The slots.
+        run: Starts a slot and returns when it has ended. A slot on trial gets the state, whose deadline it keeps.
 
     Raises:
         DamagedError: Nothing can be started.
@@ -131,12 +128,7 @@ def launch(home: SlotStore, run: Callable[[str, SlotRecord, LauncherState | None
 
 
 class SlotRunner:
-    """Runs slots as processes of this Python.
-
-    Args:
-        home: Where everything is.
-        arguments: The runtime's arguments.
-    """
+    """Runs slots as processes of this Python, with the runtime's arguments."""
 
     def __init__(self, home: SlotStore, arguments: Sequence[str]) -> None:
         self._home = home
@@ -145,18 +137,18 @@ class SlotRunner:
         self._child: subprocess.Popen[bytes] | None = None
 
     def __call__(self, slot: str, record: SlotRecord, state: LauncherState | None) -> SlotExit:
-        """Start a slot: a stable one in place of this process, one on trial beside it."""
+        """Start a stable slot in place of this process, or one on trial as a child process."""
         command = [sys.executable, "-c", _START, record.entry, *self._arguments]
         environment = {
             **os.environ,
             "FEDPRUNE_ROOT": str(self._home.root),
             "FEDPRUNE_SLOT": slot,
             "PYTHONPATH": str(self._home.root / slot),
-            "PYTHONDONTWRITEBYTECODE": "1",  # a slot has the files of its record and no other
+            "PYTHONDONTWRITEBYTECODE": "1",  # a slot may only have the files of its record
             "PYTHONNOUSERSITE": "1",
         }
         if state is None:
-            os.execve(sys.executable, command, environment)  # noqa: S606  # nosec B606  # there is no shell in it, which is the point
+            os.execve(sys.executable, command, environment)  # noqa: S606  # nosec B606  # no shell is involved
         notify(f"STATUS=trying version {record.version}\nEXTEND_TIMEOUT_USEC={int((state.seconds + 30) * 1e6)}")
         before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
         self._child = child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)  # noqa: S603  # nosec B603  # this Python, with a slot of the launcher's own folder
@@ -171,8 +163,8 @@ class SlotRunner:
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_GRACE_S)
             child.kill()
-        child.wait()  # a committed release runs on, and the launcher sleeps until it ends
-        for number, handler in before.items():  # else a stop would be lost while the next release starts
+        child.wait()  # a committed release keeps running; the launcher waits for its end
+        for number, handler in before.items():  # otherwise a stop would be lost while the next release starts
             signal.signal(number, handler)
         code = child.returncode
         how = f"killed by {signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
@@ -189,11 +181,7 @@ class SlotRunner:
 
 
 class StderrTail:
-    """Passes on what a process writes to stderr, and remembers the last line that isn't empty.
-
-    Args:
-        stream: The reading end of its stderr.
-    """
+    """Passes on what a process writes to stderr, and keeps the last line that isn't empty."""
 
     def __init__(self, stream: IO[bytes] | None) -> None:
         self._stream = stream
@@ -203,7 +191,7 @@ class StderrTail:
 
     def read(self) -> str:
         """The last line, once the process has ended."""
-        self._thread.join(_WORDS_S)  # a process of its own that lives on may hold the stream open
+        self._thread.join(_WORDS_S)  # a child of it may hold the stream open
         return line(self._last.decode(errors="replace"))
 
     def _pass(self) -> None:
@@ -218,15 +206,15 @@ class StderrTail:
 
 
 def signal_name(number: int) -> str:
-    """What a signal is called, such as SIGILL."""
+    """A signal's name, such as SIGILL."""
     try:
         return signal.Signals(number).name
-    except ValueError:  # most real-time signals have no name
+    except ValueError:  # most real-time signals have none
         return f"signal {number}"
 
 
 def main() -> int:
-    """Start the runtime that is installed beside this file; all arguments are the runtime's."""
+    """Start the installed runtime with these arguments."""
     home = SlotStore(Path(os.environ.get("FEDPRUNE_ROOT") or Path(sys.argv[0]).resolve().parent))
     try:
         if home.key() is None:

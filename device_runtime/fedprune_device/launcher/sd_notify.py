@@ -1,6 +1,6 @@
-"""What a service tells systemd: that it is ready, that it is alive, what it does (sd_notify(3)).
+"""Messages to systemd: the service is ready, alive, or busy with something (sd_notify(3)).
 
-The launcher is made of this module, so that it imports the standard library only.
+The launcher includes this module, so it imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -16,51 +16,43 @@ _SOCKET, _WATCHDOG = "NOTIFY_SOCKET", "WATCHDOG_USEC"
 READY, WATCHDOG, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
 
 START_S = 900
-"""How long a start may take in which nothing is said: the unit's TimeoutStartSec."""
+"""How long a start may take without a message: the unit's TimeoutStartSec."""
 
 _AGAIN_S = 60.0
 
 
 def notify(text: str, environment: Mapping[str, str] = os.environ) -> bool:
-    """Send a datagram to the service manager.
-
-    Args:
-        text: Assignments such as `READY`, one per line.
-        environment: Where the manager says that it listens.
-
-    Returns:
-        Whether it was sent; False where nobody listens.
-    """
+    """Send assignments such as `READY`, one per line, to the service manager; False if none listens."""
     address = environment.get(_SOCKET, "")
     if address[:1] not in ("/", "@"):  # vsock addresses are for virtual machines
         return False
     with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
-        out.setblocking(False)  # a full queue of the manager must not stop a board
+        out.setblocking(False)  # a full queue of the manager must not block a board
         out.sendto(text.encode(), "\0" + address[1:] if address[0] == "@" else address)
         return True
     return False
 
 
 def status(text: str) -> str:
-    """An assignment that shows a text in `systemctl status`."""
+    """An assignment whose text `systemctl status` shows."""
     return "STATUS=" + " ".join(text.split())
 
 
 def more_time(seconds: float) -> str:
-    """An assignment that lets a start take so many seconds from now on."""
+    """An assignment that gives a start so many more seconds."""
     return f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"
 
 
 @contextmanager
 def starting(what: str, tell: Callable[[str], object] = notify, again: float = _AGAIN_S) -> Iterator[None]:
-    """While the body runs, the start goes on for as long as it takes; afterwards it has nearly `START_S` seconds again.
+    """Keep the manager from ending a start that waits for a network or an approval, while the body runs.
 
-    The manager would end a start that waits for a network, or for somebody's approval, and begin it anew. It is not
-    told that the service is ready: then its watchdog would begin to count.
+    The manager isn't told that the service is ready, because its watchdog would begin to count. After the body the
+    start has nearly `START_S` seconds again.
 
     Args:
         what: What the start waits for.
-        tell: Tells the service manager.
+        tell: Sends to the service manager.
         again: Seconds between two messages.
     """
     with repeating(lambda: tell(f"{status(what)}\n{more_time(START_S)}"), again, "fedprune-starting"):
@@ -69,13 +61,7 @@ def starting(what: str, tell: Callable[[str], object] = notify, again: float = _
 
 @contextmanager
 def repeating(say: Callable[[], object], again: float, name: str) -> Iterator[None]:
-    """While the body runs, something is said at once and every so often, by a thread of its own.
-
-    Args:
-        say: Says it.
-        again: Seconds between two times.
-        name: The thread's.
-    """
+    """Call a function at once and every `again` seconds, in a thread of this name, while the body runs."""
     over = threading.Event()
 
     def run() -> None:
@@ -94,9 +80,9 @@ def repeating(say: Callable[[], object], again: float, name: str) -> Iterator[No
 
 
 def watchdog_seconds(environment: Mapping[str, str] = os.environ) -> float | None:
-    """Within which time the manager expects `WATCHDOG`; None if it doesn't watch.
+    """Within how many seconds the manager expects `WATCHDOG`; None if it has no watchdog.
 
-    Its process number is not looked at: the launcher's child feeds the watchdog of the whole service.
+    WATCHDOG_PID is ignored, because the launcher's child feeds the watchdog of the whole service.
     """
     microseconds = environment.get(_WATCHDOG, "")
     return int(microseconds) / 1e6 if microseconds.isdigit() and int(microseconds) > 0 else None

@@ -1,7 +1,7 @@
-"""The folder in which the slots, their records and the state of updates lie, and all that is written there.
+"""The folder of the slots, their records and the state of updates, and all that is written there.
 
-Every file is written beside its old self, flushed and renamed. The launcher is made of this module, so that it imports
-the standard library only.
+Every file is written next to its old version, flushed and renamed. The launcher includes this module, so it imports the
+standard library alone.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ from fedprune_device.launcher.ed25519 import verify
 from fedprune_device.launcher.state import ROLLED_BACK, SLOTS, DamagedError, LauncherState, UpdateOutcome
 
 FORMAT = 1
-"""Of what is written here; a launcher that is installed once reads what later releases write."""
+"""Format of state and records. A launcher is installed once, and reads what later releases write."""
 
 KEY = "server.pub"
 PURPOSE = b"fedprune release 1\n"
-"""What is signed of a release begins with it; `fedprune.releases.release` has the same, which the launcher can't
-import."""
+"""The beginning of what is signed of a release, as in `fedprune.releases.release`, which the launcher can't import."""
 
 SUCCESSION = b"fedprune succession 1\0"
-"""What is signed of a succession begins with it; `fedprune.security.succession` has the same."""
+"""The beginning of what is signed of a succession, as in `fedprune.security.succession`."""
 
 _KEY_BYTES = 32
 _MOST_SUCCESSIONS = 32
@@ -47,10 +46,10 @@ class SlotRecord:
         name: Its version for people.
         entry: What to run, `module:function`.
         files: sha256 and size by path within the slot.
-        system: Modules that it takes from the board's own Python; None where nobody wrote it down.
-        manifest: The signed manifest that it was installed from; empty where nothing was signed.
+        system: Modules that it takes from the board's own Python; None if they were not recorded.
+        manifest: The signed manifest that it was installed from; empty if it is not signed.
         signature: The manifest's signature, as hex.
-        site: The fleet's name; empty where the server's key was never replaced.
+        site: The fleet's name; empty if the server's key was never replaced.
         successions: How the key that signed the manifest replaced earlier ones (`fedprune.security.succession`), as
             hex.
     """
@@ -67,16 +66,13 @@ class SlotRecord:
 
 
 class SlotStore:
-    """The folder of launcher, slots and state.
+    """The folder of launcher, slots and state. Methods that write raise `OSError` if the disk fails or is full.
 
-    server.pub        the server's key as hex, root's alone: what it hasn't signed isn't started
+    server.pub        the server's key as hex, root's alone: only what it has signed is started
     a, b              the slots
-    state/state.json  the state, with a checksum; state/copy.json is the same once more
-    state/a.json      what is in slot a; it is written last and removed first, and likewise state/b.json
-    incoming/         what has arrived of the next release (`releases.installer`)
-
-    Args:
-        root: The folder.
+    state/state.json  the state, with a checksum; state/copy.json is a second copy
+    state/a.json      the record of slot a, written last and removed first; likewise state/b.json
+    incoming/         files of the next release (`releases.installer`)
     """
 
     def __init__(self, root: Path) -> None:
@@ -84,10 +80,11 @@ class SlotStore:
         self.folder = root / "state"
 
     def key(self) -> bytes | None:
-        """The key that signs what may be started; None where the board has none, and slots are only checked for damage.
+        """The key that must have signed what is started; None if the board has none and slots are only checked for
+        damage.
 
         Raises:
-            DamagedError: Its file can't be read, or holds something else.
+            DamagedError: Its file can't be read or is invalid.
         """
         path = self.root / KEY
         try:
@@ -102,7 +99,7 @@ class SlotStore:
 
     @contextmanager
     def changing(self) -> Iterator[None]:
-        """Hold the state while it is read and written; another process waits meanwhile."""
+        """Lock the state while it is read and written; other processes wait."""
         descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -111,7 +108,7 @@ class SlotStore:
             os.close(descriptor)
 
     def load(self) -> LauncherState | None:
-        """The newest state that is whole; None where there is none."""
+        """The newest valid state; None if there is none."""
         found = []
         for name in ("state.json", "copy.json"):
             with suppress(DamagedError):
@@ -119,13 +116,13 @@ class SlotStore:
         return max(found, key=lambda s: s.sequence, default=None)
 
     def save(self, state: LauncherState) -> None:
-        """Write a state twice; after a cut at any moment the old or the new one counts."""
+        """Write both copies of a state; after a power cut the old or the new one counts."""
         state = replace(state, sequence=state.sequence + 1)
         for name in ("copy.json", "state.json"):
             _write(self.folder / name, asdict(state))
 
     def record(self, slot: str) -> SlotRecord:
-        """What should be in a slot.
+        """The record of a slot.
 
         Raises:
             DamagedError: Nothing is installed there, or the record is damaged.
@@ -147,7 +144,7 @@ class SlotStore:
         return made
 
     def write_record(self, slot: str, record: SlotRecord) -> None:
-        """Say what is in a slot, which makes it whole."""
+        """Record what is in a slot, from when on it counts as installed."""
         _write(self.folder / f"{slot}.json", asdict(record))
 
     def drop_record(self, slot: str) -> None:
@@ -165,7 +162,7 @@ class SlotStore:
             key: The key that must have signed it (default: the installed one).
 
         Raises:
-            DamagedError: The first thing that is wrong.
+            DamagedError: The first error that was found.
         """
         record, folder = self.record(slot), self.root / slot
         key = self.key() if key is None else key
@@ -182,7 +179,7 @@ class SlotStore:
         return record
 
     def recover(self) -> LauncherState:
-        """A state where none is left: the slot with the lower number has served before, the other may never have.
+        """A state in place of a lost one. The lower number is the stable slot's, since the other may never have run.
 
         Raises:
             DamagedError: No slot is whole.
@@ -199,7 +196,7 @@ class SlotStore:
 
 
 def running(environment: Mapping[str, str] = os.environ) -> str:
-    """The slot that the launcher started and the number of the release in it; empty without a launcher."""
+    """The slot that the launcher started and the number of its release; empty without a launcher."""
     root, slot = environment.get("FEDPRUNE_ROOT", ""), environment.get("FEDPRUNE_SLOT", "")
     if not root or slot not in SLOTS:
         return ""
@@ -210,7 +207,7 @@ def running(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def files_digest(files: Mapping[str, tuple[str, int]]) -> str:
-    """sha256 of a slot's files, each by path, sha256 and size: what a release's manifest says of them."""
+    """sha256 of a slot's files, each by path, sha256 and size, as in a release's manifest."""
     rows = [[path, *files[path]] for path in sorted(files)]
     return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
 
@@ -219,9 +216,9 @@ def successors(key: bytes, site: str, successions: Iterable[str]) -> list[bytes]
     """A key and those that replaced it, each signed by the one before.
 
     Args:
-        key: The key that is believed.
+        key: The trusted key.
         site: The fleet's name.
-        successions: The oldest first, as hex; the first that is wrong ends the list.
+        successions: The oldest first, as hex; the first invalid one ends the list.
     """
     found = [key]
     for text in islice(successions, _MOST_SUCCESSIONS):
@@ -231,7 +228,7 @@ def successors(key: bytes, site: str, successions: Iterable[str]) -> list[bytes]
             break
         before, after, signature = raw[:_KEY_BYTES], raw[_KEY_BYTES : 2 * _KEY_BYTES], raw[2 * _KEY_BYTES :]
         if before != found[-1]:
-            continue  # older than the key that is believed
+            continue  # older than the trusted key
         parts = ((b"t", site.encode()), (b"b", before), (b"b", after))
         signed = SUCCESSION + b"".join(kind + struct.pack("<I", len(part)) + part for kind, part in parts)
         if not verify(before, signature, signed):
@@ -241,7 +238,7 @@ def successors(key: bytes, site: str, successions: Iterable[str]) -> list[bytes]
 
 
 def _signed(record: SlotRecord, key: bytes) -> bool:
-    """Whether a record is that of a manifest which the owner of a key, or of a successor of it, signed."""
+    """Whether the owner of a key, or of a successor of it, signed the manifest of a record."""
     try:
         signature, manifest = bytes.fromhex(record.signature), record.manifest.encode()
         keys = successors(key, record.site, record.successions)
@@ -279,7 +276,7 @@ def _read(path: Path) -> Any:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace a file's content: after a cut at any moment it has the old content or the new one."""
+    """Replace a file's content; after a power cut it has the old content or the new one."""
     new = path.with_name(f".{path.name}.new")
     descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:

@@ -1,11 +1,11 @@
-"""Where an update stands: which slot is stable, and whether the other one waits, is tried, or was no good.
+"""The state of updates: which slot is stable, and whether the other one is staged or on trial.
 
     stable --stage--> staged --arm--> trial --commit--> stable (the other slot)
                          |              |
                          +--------------+--roll back--> stable (the same slot), with the reason
 
-A trial has a number of attempts, each with a deadline on the monotonic clock. No date decides anything: a board's clock
-may be wrong. The launcher is made of this module, so that it imports the standard library only.
+A trial has a number of attempts, each with a deadline on the monotonic clock. No date decides anything, because a
+board's clock may be wrong. The launcher includes this module, so it imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ COMMITTED, ROLLED_BACK = "committed", "rolled back"
 
 MOST_STARTS = 1000
 LONGEST_S = 3600.0
-"""Of starts, attempts and an attempt's seconds; so that each of them ends."""
+"""Limits of starts, attempts and an attempt's seconds."""
 
 
 class DamagedError(Exception):
-    """A slot or a record is not what was written; the text says how."""
+    """A slot or a record is not what was written."""
 
 
 @dataclass(frozen=True)
 class UpdateOutcome:
-    """How the last update ended, to be told to the server.
+    """How the last update ended, for the server.
 
     Attributes:
         version: The release's number.
         result: `COMMITTED` or `ROLLED_BACK`.
-        reason: Why it went back; empty where it didn't.
+        reason: Why it was rolled back; else empty.
     """
 
     version: int
@@ -43,12 +43,12 @@ class UpdateOutcome:
 
 @dataclass(frozen=True)
 class LauncherState:
-    """What the launcher remembers.
+    """The launcher's state.
 
     Attributes:
         stable: The slot that ran well last.
-        phase: `STABLE`, `STAGED` (the other slot is whole) or `TRIAL` (it is to be tried).
-        left: Starts that a staged release has yet to wait for its trial, or attempts of the trial that are left.
+        phase: `STABLE`, `STAGED` (the other slot is installed) or `TRIAL` (it is being tried).
+        left: Starts that a staged release may still wait for its trial, or attempts left of the trial.
         seconds: Deadline of an attempt.
         highest: The highest release number that was ever staged; only higher ones may follow.
         trouble: How the trial's last attempt ended.
@@ -67,52 +67,51 @@ class LauncherState:
 
     @property
     def other(self) -> str:
-        """The slot that is not stable."""
         return SLOTS[1] if self.stable == SLOTS[0] else SLOTS[0]
 
     def stage(self, version: int, starts: int) -> LauncherState:
-        """The other slot is whole; it is dropped unless it is armed within so many starts."""
+        """The other slot is installed; it is dropped unless it is armed within so many starts."""
         return replace(self, phase=STAGED, left=starts, highest=max(self.highest, version), trouble="")
 
     def arm(self, attempts: int, seconds: float) -> LauncherState:
-        """The other slot is to be tried at the next starts."""
+        """Try the other slot at the next starts."""
         return replace(self, phase=TRIAL, left=attempts, seconds=seconds, trouble="")
 
     def used(self) -> LauncherState:
-        """One start fewer is left."""
+        """Use up one start."""
         return replace(self, left=self.left - 1)
 
     def commit(self) -> LauncherState:
-        """The trial went well: its slot is the stable one from now on."""
+        """The trial succeeded: its slot is the stable one from now on."""
         return replace(
             self, stable=self.other, phase=STABLE, left=0, trouble="", outcome=UpdateOutcome(self.highest, COMMITTED)
         )
 
     def roll_back(self, reason: str) -> LauncherState:
-        """The other slot is not tried any more."""
+        """Give up the other slot."""
         outcome = UpdateOutcome(self.highest, ROLLED_BACK, line(reason))
         return replace(self, phase=STABLE, left=0, trouble="", outcome=outcome)
 
     def failed(self, reason: str) -> LauncherState:
-        """An attempt ended; the last one ends the trial."""
+        """An attempt failed; the last one ends the trial."""
         return self.roll_back(reason) if self.left <= 0 else replace(self, trouble=line(reason))
 
     def note(self, trouble: str) -> LauncherState:
-        """What is to be said if the attempt ends now."""
+        """Set the reason in case that the attempt ends now."""
         return replace(self, trouble=line(trouble))
 
     def fall_back(self, version: int, reason: str) -> LauncherState:
-        """The stable slot is damaged, and the other one takes its place."""
+        """Run the other slot, because the stable one is damaged."""
         return replace(
             LauncherState(self.other, highest=self.highest), outcome=UpdateOutcome(version, ROLLED_BACK, line(reason))
         )
 
     @classmethod
     def read(cls, body: Any) -> LauncherState:
-        """Check what was written.
+        """Check a state that was read.
 
         Raises:
-            DamagedError: It is not what this class writes.
+            DamagedError: It is invalid.
         """
         try:
             made = cls(**{**body, "outcome": UpdateOutcome(**body["outcome"]) if body["outcome"] else None})

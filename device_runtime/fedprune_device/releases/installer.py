@@ -1,7 +1,7 @@
-"""The updater: brings a release into the slot that doesn't run, whole and verified, and marks it for its trial.
+"""The installer of releases: unpacks one into the slot that doesn't run, and marks it for its trial.
 
-What runs is never touched. Until the other slot's record is written, last of all, that slot counts as empty; what has
-arrived stays, so that a cut only costs the time since.
+The running slot is never touched. The other slot counts as empty until its record is written last. Files that have
+arrived are kept, so that an interrupted installation continues where it was.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ _LOG = logging.getLogger("fedprune.device")
 
 LAUNCHER = "launcher.pyz"
 STARTS = 10
-"""Starts of the service that a staged release waits for its trial, before it is dropped."""
+"""Starts of the service after which a staged release is dropped if it isn't armed."""
 
 ATTEMPTS, SECONDS = 3, 600.0
 """Of a trial, and of each attempt."""
 
 KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
-"""Packages that JetPack brings, built for its GPU and for each other; a wheel must not hide them."""
+"""Packages of JetPack, built for its GPU and for each other; a wheel must not hide them."""
 
 PULLED = "pulled"
-"""Folder within `incoming` of what comes over the network, as a blob store."""
+"""Folder within `incoming` of downloaded files, as a blob store."""
 
 _MARGIN = 32 * 2**20
 _PIECE = 2**18
-_AGAIN = "It is pulled again the next time."
+_AGAIN = "It is downloaded again the next time."
 
 
 class ReleaseInstaller:
-    """Installs releases.
+    """Installs releases. Methods raise `StorageError` if the disk fails, and `StorageFullError` if there is no room.
 
     Args:
         root: The folder of slots and launcher.
-        key: What the server signs with, or a function that returns it: the server may replace it.
+        key: The server's key, or a function that returns it, since the server may replace it.
         identity: Folder of the board's identity, which keeps how that key replaced earlier ones; None without one.
         keep: Packages of the board's own Python that no release may hide, see `KEPT`.
         python: The Python that wheels must be for.
         machine: The processor that they must be for.
-        free: Bytes that are free on the disk of a folder.
+        free: Returns the free bytes on a folder's disk.
     """
 
     def __init__(
@@ -96,8 +96,6 @@ class ReleaseInstaller:
 
         Raises:
             ReleaseError: The release is refused, or something is installed already.
-            StorageFullError: There is no room.
-            StorageError: The disk fails.
         """
         root = self.home.root
         with storage_errors(f"can't write {root}"):
@@ -121,24 +119,23 @@ class ReleaseInstaller:
         return False
 
     def pulled(self) -> BlobStore:
-        """Where files of a release grow that come over the network; made where there is none."""
+        """The store of a release's files that are downloaded."""
         return BlobStore(self._incoming / PULLED, max_size=MAX_FILE)
 
     def take(self, release: Release) -> None:
-        """Hand what was pulled of a release to `stage`, without a copy where the disk has links."""
+        """Hand a release's downloaded files to `stage`, by links where the disk has them."""
         store = self.pulled()
         for file in release.files:
             place(store.path(file.sha256), self._incoming / file.sha256)
 
     def examine(self, source: ReleaseSource) -> Release:
-        """A release that this board would take; nothing of it but its manifest is looked at, nothing is changed.
+        """A release that this board would install, by its manifest alone; nothing is changed.
 
-        Whether the board's Python has the packages that it takes from it only `stage` asks, because that takes long.
+        Only `stage` checks that the board's Python has the packages that the release takes from it, because that takes
+        long.
 
         Raises:
-            ReleaseError: It is refused; the reason is in the message.
-            StorageFullError: There is no room.
-            StorageError: The disk fails.
+            ReleaseError: It is refused.
         """
         release, state = self._opened(source), self._state()
         self._check_launcher()
@@ -150,31 +147,23 @@ class ReleaseInstaller:
         return release
 
     def clear(self) -> None:
-        """Delete what was left over of files that had arrived."""
+        """Delete files that were left over."""
         with self._alone(), storage_errors(f"can't write {self._incoming}"):
             self._clear_incoming(None)
 
     def drop(self, number: int, reason: str) -> None:
-        """Have a release that is staged not tried; one on trial, or none, is left alone.
-
-        Args:
-            number: The release's number.
-            reason: Why.
-        """
+        """Give up a staged release of this number; one on trial is left alone."""
         with storage_errors(f"can't write {self.home.root}"), self.home.changing():
             state = self._state()
             if state.phase == STAGED and state.highest == number:
                 self.home.save(state.roll_back(reason))
 
     def stage(self, source: ReleaseSource) -> Release:
-        """Bring a release into the slot that doesn't run. Done twice, it goes on where it was.
-
-        Returns:
-            The release; it waits until `arm`.
+        """Install a release in the slot that doesn't run; it waits there until `arm`. A second call continues the
+        first.
 
         Raises:
-            ReleaseError: It is refused; the reason is in the message.
-            StorageFullError: There is no room; what runs is untouched.
+            ReleaseError: It is refused.
             StorageError: The disk fails, or a trial is under way.
         """
         with self._alone(), storage_errors(f"can't write {self.home.root}"):
@@ -182,7 +171,7 @@ class ReleaseInstaller:
             if state.phase != STABLE:
                 release = self._opened(source)
                 if release.number == state.highest:
-                    self._clear_incoming(None)  # a cut may have come before
+                    self._clear_incoming(None)  # a power cut may have prevented it
                     return release
                 if state.phase == TRIAL:
                     raise StorageError(f"release {state.highest} is on trial", hint="Wait until it is over.")
@@ -194,11 +183,14 @@ class ReleaseInstaller:
         return release
 
     def arm(self, attempts: int = ATTEMPTS, seconds: float = SECONDS) -> None:
-        """Have the staged release tried when the service starts the next time.
+        """Try the staged release at the service's next start.
 
         Args:
-            attempts: How often it may be started before it is rolled back.
-            seconds: How long each of them may take until it is healthy.
+            attempts: Starts before it is rolled back.
+            seconds: Time of each start until it is healthy.
+
+        Raises:
+            StorageError: Nothing is staged, or the disk fails.
         """
         if not 1 <= attempts <= 100 or not 1 <= seconds <= LONGEST_S:
             raise StorageError("a trial", expected=f"1 to 100 attempts of 1 to {LONGEST_S:g} s each")
@@ -248,7 +240,7 @@ class ReleaseInstaller:
             )
 
     def _bring(self, source: ReleaseSource, state: LauncherState) -> Release:
-        """All that comes before the state is changed: check, pull, check, unpack, verify."""
+        """Check, download and install a release; the launcher's state stays as it is."""
         manifest, signature, slot = source.manifest()[: MAX_MANIFEST + 1], source.signature(), state.other
         release = opened(manifest, signature, self._key)
         self._check_launcher()
@@ -276,7 +268,7 @@ class ReleaseInstaller:
         return release
 
     def _room(self, release: Release, slot: str) -> tuple[int, int, int]:
-        """Bytes that a release needs, that are free, and that the slot's old content takes."""
+        """Bytes that a release needs, free bytes, and bytes of the slot's old content."""
         wanted = {f.sha256 for f in release.files}
         here = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in wanted and p.is_file())
         old = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
@@ -357,11 +349,7 @@ def _no_room(release: Release, need: int, there: int) -> StorageFullError:
 
 
 def write_launcher(path: Path) -> None:
-    """Write the launcher: one file of the modules that it is made of.
-
-    Args:
-        path: The file.
-    """
+    """Write the launcher, one file of the modules that it consists of; raises `OSError` if the disk fails."""
     here, data = Path(str(launcher.__file__)).parent, io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         for package in ("fedprune_device", "fedprune_device/launcher"):

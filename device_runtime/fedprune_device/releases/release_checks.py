@@ -1,7 +1,7 @@
-"""Whether a release is one for this board: its number, Python, processor, launcher, and what it takes from it.
+"""Checks whether a release is for this board: its number, Python, processor, launcher and the packages that it lacks.
 
-The first four are known at once. What packages the board's Python has is asked of a process of its own, which may take
-minutes on a busy board: never in the loop that feeds the watchdog.
+Which packages the board's own Python has is asked in a process of its own. On a busy board that may take minutes, so it
+is never done in the loop that feeds the watchdog.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def check_release(release: Release, highest: int, board: Mapping[str, str]) -> N
     Args:
         release: The release.
         highest: The highest number that was ever staged here.
-        board: What `python` and `machine` of a release must be.
+        board: The values that the release's `python` and `machine` must have.
 
     Raises:
-        ReleaseError: It isn't; the message says why.
+        ReleaseError: It isn't.
     """
     if release.number <= highest:
         raise ReleaseError(
             f"release {release.number}",
             expected=f"a number above {highest}",
-            hint="What is to be gone back to is released once more, under a new number.",
+            hint="To go back, release the earlier one again under a new number.",
         )
     for name, value in board.items():
         if getattr(release, name) != value:
@@ -42,18 +42,15 @@ def check_release(release: Release, highest: int, board: Mapping[str, str]) -> N
             f"release {release.number}: launcher",
             expected=f"at most {launcher.VERSION}",
             got=release.launcher,
-            hint="This board must be set up anew.",
+            hint="Set this board up again.",
         )
 
 
 def check_packages_on_board(release: Release) -> None:
     """Make sure that the board's own Python has what a release takes from it. This may take minutes.
 
-    Args:
-        release: The release.
-
     Raises:
-        ReleaseError: It lacks some of it.
+        ReleaseError: It lacks a package.
         StorageError: It can't be asked.
     """
     lacking = sorted(set(release.system) - own_packages(release.system))
@@ -65,11 +62,7 @@ def check_packages_on_board(release: Release) -> None:
 
 
 def own_packages(names: Collection[str]) -> frozenset[str]:
-    """Which of some packages the board's Python has without any slot. This may take minutes.
-
-    Args:
-        names: Names of packages.
-    """
+    """Those of some packages that the board's own Python has. This may take minutes."""
     if not names:
         return frozenset()
     code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"

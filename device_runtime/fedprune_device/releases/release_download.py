@@ -1,4 +1,4 @@
-"""A release on its way to a board: its files as blobs over the wire, one by one, and then into the free slot."""
+"""The download of a release: its files as blobs over the wire, one by one, and then into the free slot."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fedprune_device.releases.release_source import DownloadedSource
 
 
 class ReleaseDownload:
-    """What is still to come of a release. Does no network I/O: it says what to ask for.
+    """What is still missing of a release. Does no network I/O: it returns requests.
 
-    What has arrived stays over restarts, and what lies there of other releases is deleted.
+    Files that have arrived survive restarts; those of other releases are deleted.
 
     Args:
         updater: Installs releases.
-        offer: What the server said.
+        offer: The server's offer.
 
     Attributes:
         release: The release.
 
     Raises:
-        ReleaseError: It is refused; the reason is in the message.
+        ReleaseError: It is refused.
         StorageFullError: There is no room.
         StorageError: The disk fails.
     """
@@ -50,18 +50,17 @@ class ReleaseDownload:
 
     @property
     def done(self) -> bool:
-        """Whether all files are there, each what its digest says."""
         return self._pull is None and all(self._store.has(r.sha256) for r in self._refs)
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Leaves that are there, and leaves in all."""
+        """Leaves that have arrived, and leaves in all."""
         here = sum(r.leaf_count for r in self._refs if self._store.has(r.sha256))
         coming = 0 if self._pull is None or self._pull.done else self._pull.progress[0]
         return here + coming, sum(r.leaf_count for r in self._refs)
 
     def start(self, now: float) -> list[BlobRequest]:
-        """What to ask for at first, and on every new connection.
+        """The first requests, for a new connection.
 
         Raises:
             ProtocolError: The offer contradicts itself.
@@ -71,30 +70,29 @@ class ReleaseDownload:
         return wants + self._onward(now)
 
     def wants(self, sha256: str) -> bool:
-        """Whether it is this blob that is being pulled."""
+        """Whether this blob is being downloaded."""
         return self._pull is not None and self._pull.ref.sha256 == sha256
 
     def chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
-        """Take in a chunk of the blob that is being pulled.
+        """Take in a chunk of the blob that is being downloaded; returns further requests.
 
         Raises:
-            ProtocolError: The blob can't be had from this server.
+            ProtocolError: The server doesn't have the blob.
             StorageError: The disk fails or is full.
         """
         wants = [] if self._pull is None else self._pull.on_chunk(chunk, now)
         return wants + self._onward(now)
 
     def tick(self, now: float) -> list[BlobRequest]:
-        """What to ask for again.
+        """Requests to repeat.
 
         Raises:
-            ProtocolError: As `chunk`.
-            StorageError: The disk fails or is full.
+            ProtocolError, StorageError: As `chunk`.
         """
         return [] if self._pull is None else self._pull.on_tick(now)
 
     def _onward(self, now: float) -> list[BlobRequest]:
-        """Go on to the next file when one is there: one window at a time is enough for any broker."""
+        """Go on to the next file once one is complete: one window at a time is enough for any broker."""
         wants: list[BlobRequest] = []
         while self._pull is None or self._pull.done:
             self._pull = None
@@ -107,14 +105,10 @@ class ReleaseDownload:
 
 
 class StagingThread:
-    """Unpacks a release in a thread, so that the loop goes on listening, and the watchdog is fed.
-
-    Args:
-        updater: Installs it.
-        pulled: Its files, all there.
+    """Installs a downloaded release in a thread, so that the loop goes on and feeds the watchdog.
 
     Attributes:
-        error: Why it failed; None if it went well.
+        error: Why it failed; None if it succeeded.
     """
 
     def __init__(self, updater: ReleaseInstaller, pulled: ReleaseDownload) -> None:
@@ -126,7 +120,6 @@ class StagingThread:
 
     @property
     def alive(self) -> bool:
-        """Whether it is still at it."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -141,17 +134,12 @@ class StagingThread:
 
 
 def offer_source(offer: ReleaseOffer, updater: ReleaseInstaller) -> DownloadedSource:
-    """An offered release as the updater reads it."""
+    """The source from which an offered release is installed."""
     return DownloadedSource(offer.manifest.encode(), bytes.fromhex(offer.signature), updater.pulled())
 
 
 def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> None:
-    """Delete what was pulled, but of one release.
-
-    Args:
-        updater: Installs releases.
-        keep: The release whose files stay.
-    """
+    """Delete what was downloaded, except the files of one release."""
     store = updater.pulled()
     kept = set() if keep is None else {f.sha256 for f in keep.files}
     for name in store.names():

@@ -1,4 +1,4 @@
-"""Where a board gets a release from."""
+"""Sources from which a board installs a release."""
 
 from __future__ import annotations
 
@@ -14,49 +14,36 @@ from fedprune.wire.release_messages import MAX_MANIFEST
 
 
 class ReleaseSource(Protocol):
-    """A release as its server gives it, piece by piece, so that what was cut off goes on where it was."""
+    """A release that is read piece by piece, so that an interrupted installation continues where it was."""
 
     def manifest(self) -> bytes:
         """The manifest, as it was signed."""
 
     def signature(self) -> bytes:
-        """The server's signature on it."""
+        """The server's signature of the manifest."""
 
     def read(self, sha256: str, at: int, limit: int) -> bytes:
-        """Some bytes of a file of the release, at most `limit`, from offset `at`; empty only at its end."""
+        """Bytes of a file of the release, at most `limit`, from offset `at`; empty only at its end."""
 
 
 class FolderSource:
-    """A release's folder, as `fedprune.releases.release.write_release` makes it, on a stick or a share for example.
-
-    Args:
-        folder: The folder.
-    """
+    """A release's folder on a stick or a share, as `fedprune.releases.release.write_release` makes it."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def manifest(self) -> bytes:
-        """The manifest."""
         return _read(self._folder / MANIFEST, 0, MAX_MANIFEST + 1)
 
     def signature(self) -> bytes:
-        """Its signature."""
         return _read(self._folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
 
     def read(self, sha256: str, at: int, limit: int) -> bytes:
-        """Some bytes of a file."""
         return _read(self._folder / FILES / sha256, at, limit)
 
 
 class DownloadedSource:
-    """A release whose files were pulled over the network.
-
-    Args:
-        manifest: The manifest, as it was signed.
-        signature: The server's signature on it.
-        files: Where its files are.
-    """
+    """A release with a signed manifest, whose files were downloaded into a store."""
 
     def __init__(self, manifest: bytes, signature: bytes, files: BlobStore) -> None:
         self._manifest = manifest
@@ -64,15 +51,12 @@ class DownloadedSource:
         self._files = files
 
     def manifest(self) -> bytes:
-        """The manifest."""
         return self._manifest
 
     def signature(self) -> bytes:
-        """Its signature."""
         return self._signature
 
     def read(self, sha256: str, at: int, limit: int) -> bytes:
-        """Some bytes of a file."""
         return _read(self._files.path(sha256), at, limit)
 
 

@@ -1,7 +1,8 @@
-"""The systemd unit of a board's service: restarts, a watchdog, a sandbox, and limits that leave others their share.
+"""The systemd unit of a board's service: restarts, a watchdog, a sandbox, and limits that leave other services their
+share.
 
-A CPU board gets a strict sandbox. On a Jetson CUDA needs the GPU's device files and makes code as it runs, so that
-there devices are named and memory may be both written and executed.
+A CPU board gets a strict sandbox. On a Jetson CUDA needs the GPU's device files and generates code, so the unit allows
+these devices and memory that is both writable and executable.
 """
 
 from __future__ import annotations
@@ -32,30 +33,30 @@ JETSON_DEVICES = (
     "/dev/nvidia-uvm",
     "/dev/nvidia-uvm-tools",
 )
-"""The GPU's files under JetPack 5 and 6 (nvhost) and later ones (nvidia). Those that a board lacks are passed over."""
+"""The GPU's files under JetPack 5 and 6 (nvhost) and later (nvidia). systemd ignores those that a board lacks."""
 
 JETSON_CLASSES = ("char-nvidia", "char-nvhost", "char-drm")
-"""The same by the names of their drivers in /proc/devices."""
+"""Their drivers in /proc/devices."""
 
 
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone
-"""What a service doesn't see, or as a folder of its own (ProtectHome, PrivateTmp)."""
+"""Folders that the service doesn't see, or sees empty (ProtectHome, PrivateTmp)."""
 
 
 @dataclass(frozen=True)
 class ServiceUnit:
-    """What a unit says.
+    """The settings of a unit.
 
     Attributes:
         jetson: Whether the board computes on an NVIDIA GPU.
-        arguments: What follows `fedprune-device` in the command.
+        arguments: The arguments of `fedprune-device`.
         root: The folder of launcher and slots.
         state: The name of the folder under /var/lib.
-        user: Who runs it.
+        user: The user that runs it.
         environment: The file with the broker's address.
-        memory_max: Most memory, as systemd writes it (share or bytes).
-        cpu_quota: Most processor time in per cent of one core; 0 for no limit.
-        needs: A file without which it isn't started, if any.
+        memory_max: The memory limit, as systemd writes it (share or bytes).
+        cpu_quota: The processor limit in per cent of one core; 0 for none.
+        needs: A file without which it isn't started; empty for none.
     """
 
     jetson: bool = False
@@ -86,14 +87,13 @@ class ServiceUnit:
             raise ConfigError("arguments of a service", expected="one line each")
 
     def text(self) -> str:
-        """The unit file."""
         command = " ".join(map(quoted, ("/usr/bin/python3", "-I", f"{self.root}/launcher.pyz", *self.arguments)))
         sections = {
             "Unit": [
                 "Description=fedprune: federated learning on this board",
                 "Wants=network-online.target",
                 "After=network-online.target",
-                "# Half an hour of restarts at once, then it stays down; what comes and goes has passed by then.",
+                "# Half an hour of restarts in a row, then it stays down; passing troubles are over by then.",
                 "StartLimitIntervalSec=3600",
                 "StartLimitBurst=60",
                 *([f"ConditionPathExists={self.needs}"] if self.needs else []),
@@ -120,7 +120,7 @@ class ServiceUnit:
     def _shares(self) -> list[str]:
         quota = [f"CPUQuota={self.cpu_quota}%"] if self.cpu_quota else []
         return [
-            "# The application goes first: training takes what is left.",
+            "# The application has priority; training gets the rest.",
             "CPUWeight=20",
             *quota,
             "Nice=10",
@@ -129,7 +129,7 @@ class ServiceUnit:
             f"MemoryMax={self.memory_max}",
             "MemorySwapMax=0",
             "OOMScoreAdjust=500",
-            "OOMPolicy=continue",  # where a child that builds an engine was too large, the agent goes on
+            "OOMPolicy=continue",  # if a child that builds an engine takes too much, the agent goes on
             "TasksMax=256",
         ]
 
@@ -172,7 +172,7 @@ class ServiceUnit:
             ]
         return [
             *lines,
-            "# CUDA makes code as it runs, talks to the GPU through its files, and sets its clocks through sysfs.",
+            "# CUDA generates code, uses the GPU's device files, and sets its clocks through sysfs.",
             "SupplementaryGroups=video render",
             "DevicePolicy=closed",
             *(f"DeviceAllow={name} rw" for name in (*JETSON_CLASSES, *JETSON_DEVICES)),
@@ -182,7 +182,7 @@ class ServiceUnit:
 
 
 def quoted(word: str) -> str:
-    """A word of a command line as systemd reads it."""
+    """A word of a command line in systemd's quoting."""
     escaped = word.replace("%", "%%").replace("$", "$$")
     if re.fullmatch(r"[A-Za-z0-9_./:@=,+%$-]+", escaped):
         return escaped

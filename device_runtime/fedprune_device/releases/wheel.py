@@ -29,7 +29,7 @@ _PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 
 
 class Wheel:
-    """A wheel whose every name and size has been checked, and which is unpacked as it was checked.
+    """A wheel whose names and sizes have been checked, and which is unpacked as it was checked.
 
     Args:
         path: The file.
@@ -37,10 +37,10 @@ class Wheel:
 
     Attributes:
         size: Bytes of its files unpacked.
-        paths: Where its files go, within a slot.
+        paths: Its files' paths within a slot.
 
     Raises:
-        ReleaseError: It is no wheel, or a name in it leads elsewhere.
+        ReleaseError: It isn't a wheel, or a path leads out of the slot.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -69,21 +69,21 @@ class Wheel:
 
     @property
     def modules(self) -> frozenset[str]:
-        """The top-level names that it brings."""
+        """The top-level names of its modules."""
         tops = {path.split("/")[0] for path in self.paths}
         return frozenset(top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".libs")))
 
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
-        """Write its files.
+        """Write its files, unsynced.
 
         Args:
-            folder: Where to; no file of it may be there yet. None to read them alone.
+            folder: An empty folder; None only reads them.
 
         Yields:
-            Path, sha256 and size of each file. None of those that were written is synced.
+            Path, sha256 and size of each file.
 
         Raises:
-            ReleaseError: A file is not as long as it says, or damaged.
+            ReleaseError: A file is damaged, or its size differs.
             OSError: The disk fails or is full.
         """
         with zipfile.ZipFile(self._path) as archive:
@@ -102,7 +102,7 @@ class Wheel:
                 yield target, found.hexdigest(), size
 
     def _pieces(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo, target: str) -> Iterator[bytes]:
-        """A file's content; a place outside the archive is an OSError of its own, which is not the disk's."""
+        """A file's content. OSError here means an offset outside the archive, not a failing disk."""
         try:
             with archive.open(entry) as source:
                 while piece := source.read(_PIECE):
@@ -111,7 +111,7 @@ class Wheel:
             raise ReleaseError(f"{self.name}: {shown(target)} is damaged ({error})") from error
 
     def _target(self, entry: zipfile.ZipInfo) -> str | None:
-        """Where an entry goes; None for what isn't installed."""
+        """The path of an entry within a slot; None if it isn't installed."""
         name = entry.filename
         inside = _DATA.fullmatch(name)
         if inside is not None:
@@ -135,11 +135,7 @@ class Wheel:
 
 
 def check_distinct(wheels: Iterable[Wheel]) -> None:
-    """Make sure that no two wheels have a file of one path.
-
-    Raises:
-        ReleaseError: Two have.
-    """
+    """Raise `ReleaseError` if two wheels have a file of the same path."""
     paths = set[str]()
     for wheel in wheels:
         twice = sorted(paths & wheel.paths)
@@ -203,7 +199,7 @@ def empty(folder: Path) -> None:
 
 
 def contents_digest(wheels: Iterable[Wheel]) -> str:
-    """The digest of all files that wheels bring into a slot, see `files_digest`.
+    """The digest of all files of some wheels, see `files_digest`.
 
     Raises:
         ReleaseError: A file is damaged.
@@ -213,7 +209,7 @@ def contents_digest(wheels: Iterable[Wheel]) -> str:
 
 @contextmanager
 def _created(folder: Path | None, target: str) -> Iterator[Callable[[bytes], object]]:
-    """A new file, by what writes to it."""
+    """A new file, as a function that writes to it."""
     if folder is None:
         yield len
         return

@@ -196,7 +196,7 @@ def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: Relea
     state = board.home.load()
     assert state is not None
     assert state.outcome is not None
-    assert "without a word" in state.outcome.reason
+    assert "without a message" in state.outcome.reason
 
 
 def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(

@@ -240,7 +240,7 @@ def test_a_release_that_power_cuts_never_let_finish_is_given_up_with_a_reason(
     board.rest()
     state = board.settled()
     assert board.ran == [1]
-    assert state.outcome == UpdateOutcome(2, ROLLED_BACK, "the last attempt ended without a word, as power cuts do")
+    assert state.outcome == UpdateOutcome(2, ROLLED_BACK, "the last attempt ended without a message, as in a power cut")
 
 
 def test_one_damaged_copy_of_the_state_changes_nothing(fresh: Path, releases: dict[int, Path], tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_what_does_not_fit_is_refused_with_one_reason_before_anything_is_pulled(
         ({"key": other}, "the release's signature is not the server's"),
         ({"python": "cp36"}, "got cp36"),
         ({"machine": "pdp11"}, "got pdp11"),
-        ({"launcher": 99}, "set up anew"),
+        ({"launcher": 99}, "this board up again"),
         ({"unpacked": 2**31}, "no room for release 2"),
     ]
     usage = shutil.disk_usage(tmp_path)
@@ -433,7 +433,10 @@ def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
         assert ended.state == COMMITTED
         ended = it.server.ended(3)
         assert ended is not None
-        assert (ended.state, "exit code 1" in ended.reason or "without a word" in ended.reason) == (ROLLED_BACK, True)
+        assert (ended.state, "exit code 1" in ended.reason or "without a message" in ended.reason) == (
+            ROLLED_BACK,
+            True,
+        )
         assert [p for p in (it.home.root / "incoming").iterdir() if p.is_file()] == []
         shutil.rmtree(it.home.root)
         shutil.rmtree(it.server.store.root)
