@@ -15,7 +15,7 @@ from fedprune.core.errors import CardError
 
 _PIECE = 4 * 2**20
 _HEAD = 4096
-"""Bytes with the partition table, which are written last: a card that was pulled out half-written doesn't boot."""
+"""Bytes with the partition table, which are written last, so that a half-written card doesn't boot."""
 
 Progress = Callable[[int, int], None]
 
@@ -25,14 +25,14 @@ def write_card(image: Path, card: Path, progress: Progress) -> str:
 
     Args:
         image: The image.
-        card: The card's device; nobody else may have it open.
-        progress: Is told how many bytes are written and read back, and how many that will be.
+        card: The card's device, which no other program may use.
+        progress: Takes bytes written and read back, and bytes in all.
 
     Returns:
-        sha256 of the image, which the card gave back.
+        sha256 of the image, as read back.
 
     Raises:
-        CardError: It can't be opened or written to, or gives back something else.
+        CardError: The card can't be opened or written to, or gives back something else.
     """
     size = image.stat().st_size
     try:
@@ -58,7 +58,7 @@ def write_card(image: Path, card: Path, progress: Progress) -> str:
 def _write(image: Path, card: Path, size: int, progress: Progress) -> str:
     found = hashlib.sha256()
     with image.open("rb") as source:
-        # Linux opens a block device that something uses exclusively for nobody else.
+        # Linux refuses to open a block device that is in use.
         exclusive = os.O_EXCL if stat.S_ISBLK(card.stat().st_mode) else 0
         descriptor = os.open(card, os.O_WRONLY | exclusive)
         try:
@@ -82,7 +82,7 @@ def _write(image: Path, card: Path, size: int, progress: Progress) -> str:
 def _digest(card: Path, size: int, progress: Progress) -> str:
     found = hashlib.sha256()
     with card.open("rb", buffering=0) as file:
-        # Otherwise what was just written would come from memory.
+        # Otherwise the page cache would be read instead of the card.
         with suppress(AttributeError, OSError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         left = size

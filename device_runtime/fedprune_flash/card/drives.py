@@ -1,6 +1,6 @@
-"""The drives of this machine: which there are, how large they are, and which must not be written to.
+"""The drives of this machine: their sizes, and which must not be written to.
 
-Linux tells them by `lsblk --json`, macOS by `diskutil list -plist` and `diskutil info -plist`.
+They are listed by `lsblk --json` on Linux, by `diskutil list -plist` and `diskutil info -plist` on macOS.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class Drive:
     Attributes:
         path: Its device, such as /dev/sdb.
         size: Bytes.
-        name: What its maker calls it.
+        name: Its maker's name for it.
         removable: Whether it can be pulled out, as cards and sticks can.
-        read_only: Whether it refuses to be written to.
+        read_only: Whether it can't be written to.
         mounts: Where it and its partitions are mounted, and what else uses them.
     """
 
@@ -54,7 +54,7 @@ def drives() -> list[Drive]:
     """The drives of this machine.
 
     Raises:
-        CardError: It doesn't tell them.
+        CardError: They can't be listed.
     """
     if sys.platform == "darwin":
         listed = _output(("diskutil", "list", "-plist", "physical"))
@@ -64,7 +64,7 @@ def drives() -> list[Drive]:
 
 
 def mmc_type(name: str) -> str:
-    """What Linux knows of what is behind an mmcblk: SD for a card, MMC for memory that is soldered in; else empty.
+    """The type of an mmcblk device: SD for a card, MMC for soldered memory, else empty.
 
     https://docs.kernel.org/driver-api/mmc/mmc-dev-attrs.html
     """
@@ -75,14 +75,14 @@ def mmc_type(name: str) -> str:
 
 
 def from_lsblk(raw: bytes, mmc: Callable[[str], str] = mmc_type) -> list[Drive]:
-    """The drives in what lsblk says.
+    """The drives in lsblk's output.
 
     Args:
-        raw: What it says.
-        mmc: Tells SD from MMC, by a device's name.
+        raw: The output.
+        mmc: Returns SD or MMC for a device's name.
 
     Raises:
-        CardError: It says something else.
+        CardError: The output is invalid.
     """
     try:
         rows = json.loads(raw)["blockdevices"]
@@ -96,7 +96,7 @@ def _from_row(row: Mapping[str, Any], mmc: Callable[[str], str]) -> Drive:
     used = tuple(f"{r['type']} {r['path']}" for r in _all(row) if r.get("type") not in ("disk", "part"))
     removable = bool(row.get("rm") or row.get("hotplug") or row.get("tran") == "usb")
     if str(row["path"]).startswith("/dev/mmcblk"):
-        # A card in a reader that is built in says that it is fixed, as the memory of a tablet does.
+        # A card in a built-in reader is reported as fixed, like the memory of a tablet.
         removable = mmc(Path(row["path"]).name) == "SD"
     return Drive(
         str(row["path"]), int(row["size"]), _name(row.get("model")), removable, bool(row.get("ro")), mounts + used
@@ -110,10 +110,10 @@ def _all(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def disk_names(raw: bytes) -> list[str]:
-    """The whole disks in what `diskutil list -plist` says.
+    """The whole disks in the output of `diskutil list -plist`.
 
     Raises:
-        CardError: It says something else.
+        CardError: The output is invalid.
     """
     names = _plist(raw).get("WholeDisks", [])
     if not isinstance(names, list):
@@ -122,14 +122,14 @@ def disk_names(raw: bytes) -> list[str]:
 
 
 def from_diskutil(info: bytes, listed: bytes) -> Drive:
-    """A drive in what diskutil says.
+    """A drive in diskutil's output.
 
     Args:
         info: `diskutil info -plist` of it.
         listed: `diskutil list -plist`.
 
     Raises:
-        CardError: It says something else.
+        CardError: The output is invalid.
     """
     body = _plist(info)
     name = str(body.get("DeviceIdentifier", ""))
@@ -138,7 +138,7 @@ def from_diskutil(info: bytes, listed: bytes) -> Drive:
         parts = [p for r in rows for p in (r, *r.get("Partitions", []), *r.get("APFSVolumes", []))]
         mounts = {str(p["MountPoint"]) for p in parts if p.get("MountPoint")}
         if body.get("SystemImage") or (body.get("Internal") and not body.get("Ejectable")):
-            mounts.add("/")  # on a Mac the system lies in a container of its own, which names no disk here
+            mounts.add("/")  # on a Mac the system is in a container that names no disk here
         return Drive(
             str(body["DeviceNode"]),
             int(body["TotalSize"]),
@@ -154,7 +154,7 @@ def from_diskutil(info: bytes, listed: bytes) -> Drive:
 def _plist(raw: bytes) -> dict[str, Any]:
     try:
         body = plistlib.loads(raw)
-    except Exception as error:  # what is damaged makes plistlib raise LookupError, IndexError and more
+    except Exception as error:  # damaged data makes plistlib raise LookupError, IndexError and more
         raise CardError("what diskutil says of this machine's drives can't be read", got=shown(raw[:60])) from error
     if not isinstance(body, dict):
         raise CardError("what diskutil says of this machine's drives can't be read", got=shown(body))
@@ -184,7 +184,7 @@ def chosen(path: str, known: list[Drive], needed: int) -> Drive:
         needed: Bytes of the image.
 
     Raises:
-        CardError: There is none of that name, or it must not be written to.
+        CardError: There is no such drive, or it must not be written to.
     """
     real = str(Path(path).resolve())
     cards = [d for d in known if d.removable and not d.system and not d.read_only]

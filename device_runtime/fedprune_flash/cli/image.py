@@ -24,7 +24,7 @@ def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     image.add_argument("--kit", type=Path, required=True, metavar="FOLDER", help="what `fedprune-flash kit` made")
     image.add_argument("--hostname", metavar="NAME", help="the board's name in the network (default: as in the fleet)")
     image.add_argument(
-        "--user", metavar="NAME", help="who may log in with --ssh-key, and has sudo (default: nobody new)"
+        "--user", metavar="NAME", help="the user who logs in with --ssh-key, and has sudo (default: no new user)"
     )
     image.add_argument("--ssh-key", type=Path, metavar="FILE", help="public keys, such as ~/.ssh/id_ed25519.pub")
     image.add_argument("--wifi", metavar="SSID", help=f"wireless network; its passphrase is in ${_WIFI}")
@@ -36,13 +36,13 @@ def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     image.add_argument(
         "--scheme",
         choices=("cloud-init", "firstrun", "custom-toml", "preseed"),
-        help="how the image takes settings (default: told by its boot partition)",
+        help="how the image takes settings (default: recognised by its boot partition)",
     )
     image.add_argument("--card", metavar="DEVICE", help="write it to this card, too, and read it back; needs root")
     image.add_argument("--yes", metavar="DEVICE", help="the same device once more, instead of typing it when asked")
     image.add_argument("--signing-key", type=Path, metavar="FILE", help="the server's, which must have signed the kit")
     image.add_argument("--unsigned", action="store_true", help="don't check who signed the kit")
-    image.add_argument("--dry-run", action="store_true", help="say every step and its reverse, and write nothing")
+    image.add_argument("--dry-run", action="store_true", help="print every step and its reverse, and write nothing")
     image.set_defaults(run=with_extra("flash", _image))
 
 
@@ -94,7 +94,7 @@ def _write_card(image: Path, device: str, yes: str | None) -> None:
         print(f"All that is on {drive} will be lost. Type {drive.path} to go on: ", end="", flush=True)
         if sys.stdin.readline().strip() != drive.path:
             raise CardError(f"{drive.path} was not confirmed", hint=f"{image} is kept.")
-        # Somebody was asked about this drive; by the answer its name may be another's.
+        # By the time of the answer another drive may have this name.
         now = chosen(device, drives(), image.stat().st_size)
         if now != drive:
             raise CardError(

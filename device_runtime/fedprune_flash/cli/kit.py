@@ -13,7 +13,7 @@ from fedprune_flash.kit.board_settings import SAMPLES, BoardSettings
 
 _CLAIM = "FEDPRUNE_CLAIM"
 NO_CLAIM = (
-    "It has no claim, and without one no board gets in: give one to the kit (--claim-file), or to each board "
+    "It has no claim, and no board joins without one: give one to the kit (--claim-file), or to each board "
     "(fedprune-flash ssh --claims, or /var/lib/fedprune/claim there)."
 )
 
@@ -26,7 +26,7 @@ def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     kit.add_argument("--device", required=True, metavar="NAME", help="the board's name, unique in the site")
     kit.add_argument("--site", default="default", help="the fleet's site (default: default)")
     kit.add_argument("--data", default=SAMPLES, metavar="SRC", help="the board's samples (default: %(default)s)")
-    kit.add_argument("--ca", type=Path, metavar="FILE", help="who vouches for the broker, as PEM (default: the fleet)")
+    kit.add_argument("--ca", type=Path, metavar="FILE", help="authority of the broker, as PEM (default: the fleet's)")
     kit.add_argument("--ca-sha256", metavar="HEX", help="the certificate's fingerprint, checked against --ca")
     kit.add_argument("--claim-file", type=Path, metavar="FILE", help=f"a one-time claim; ${_CLAIM} does the same")
     kit.add_argument("--python", default="3.13", metavar="V", help="the board's Python, 3.10 to 3.13 (default: 3.13)")
@@ -37,7 +37,7 @@ def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "--find-links", type=Path, action="append", default=[], metavar="DIR", help="wheels; then no network is used"
     )
     kit.add_argument(
-        "--signing-key", type=Path, metavar="FILE", help="the server's, identity/signing.key in its state folder"
+        "--signing-key", type=Path, metavar="FILE", help="the server's: identity/signing.key in its state folder"
     )
     kit.set_defaults(run=with_extra("flash", _kit))
 
@@ -72,7 +72,7 @@ def _kit(arguments: argparse.Namespace) -> int:
     if kit.key:
         print(f"It is signed with key {VerifyingKey.from_hex(kit.key).fingerprint}.")
     else:
-        print("It is not signed: nothing shows a board who made it (--signing-key).")
+        print("It is not signed: a board can't tell who made it (--signing-key).")
     print(f"On the board: sudo python3 {kit.folder.name}/install.pyz{'' if kit.key else ' --unsigned'}")
     return int(ExitCode.OK)
 

@@ -38,10 +38,10 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     ssh.add_argument(
         "--wait", type=seconds, default=120.0, metavar="S", help="for a service to run (default: %(default)g s)"
     )
-    ssh.add_argument("--accept-new-hosts", action="store_true", help="believe the key of a host that was never seen")
+    ssh.add_argument("--accept-new-hosts", action="store_true", help="accept the key of an unknown host")
     ssh.add_argument("--journal", type=Path, metavar="FILE", help="how far each board is (default: INVENTORY.journal)")
-    ssh.add_argument("--again", action="store_true", help="look at boards, too, that are done")
-    ssh.add_argument("--dry-run", action="store_true", help="look at every board, say what would be done, do nothing")
+    ssh.add_argument("--again", action="store_true", help="visit boards, too, that are done")
+    ssh.add_argument("--dry-run", action="store_true", help="probe every board and print what would be done")
     ssh.add_argument(
         "--signing-key",
         type=Path,
@@ -49,8 +49,8 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
         help="the server's, for each board's own settings (default: that of --server-state)",
     )
     ssh.add_argument("--unsigned", action="store_true", help="install without signatures")
-    ssh.add_argument("--remove", action="store_true", help="undo an installation; what was learnt stays")
-    ssh.add_argument("--purge", action="store_true", help="with --remove: what was learnt goes, too")
+    ssh.add_argument("--remove", action="store_true", help="undo an installation; the board's state stays")
+    ssh.add_argument("--purge", action="store_true", help="with --remove: delete the board's state, too")
     ssh.set_defaults(run=with_extra("flash", _ssh))
 
 

@@ -1,4 +1,4 @@
-"""What a board is to become at its first boot: name, user, SSH keys, wireless network."""
+"""A board's settings at its first boot: name, user, SSH keys, wireless network."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Wifi:
 
     Args:
         ssid: Its name, of 1 to 32 bytes.
-        key: Its key: 64 hex digits. It opens this one network, as the passphrase would, but doesn't give that away.
-        country: Where it is, as ISO 3166 has it: without one the radio stays off.
+        key: Its key in 64 hex digits. It opens this network, as the passphrase does, but doesn't reveal the passphrase.
+        country: Its country, as in ISO 3166; the radio stays off without one.
         hidden: Whether it doesn't announce itself.
     """
 
@@ -51,7 +51,7 @@ class Wifi:
         """A network of WPA2 or WPA3 with its passphrase, of 8 to 63 characters, or its key in 64 hex digits.
 
         Raises:
-            ConfigError: A value is none; the passphrase is not repeated.
+            ConfigError: A value is invalid; the passphrase is not shown.
         """
         raw = ssid.encode("utf-8", "surrogatepass")
         if not 1 <= len(raw) <= 32 or not ssid.isprintable():
@@ -75,16 +75,16 @@ class Wifi:
 
 @dataclass(frozen=True)
 class FirstBoot:
-    """What a board is to become.
+    """A board's settings at its first boot.
 
     Args:
         hostname: Its name in the network.
         user: The user who may log in, with sudo; None leaves the image's users as they are.
-        ssh_keys: Public keys with which they may; a user has at least one, and no password.
+        ssh_keys: Public keys of the user, who has no password.
         wifi: Its wireless network, if any.
 
     Raises:
-        ConfigError: A value is none.
+        ConfigError: A value is invalid.
     """
 
     hostname: str
@@ -110,7 +110,7 @@ def ssh_keys(text: str) -> tuple[str, ...]:
     """The public keys of a file such as `~/.ssh/id_ed25519.pub` or `authorized_keys`.
 
     Raises:
-        ConfigError: It holds none, or something else; a private key above all.
+        ConfigError: It has none, or anything else, such as a private key.
     """
     if "PRIVATE KEY" in text:
         raise ConfigError("SSH key", expected="the public one, which ends with .pub", got="a private key")
@@ -127,7 +127,7 @@ def ssh_keys(text: str) -> tuple[str, ...]:
 
 
 def _is_key(kind: str, body: str) -> bool:
-    """Whether a key's body begins with its kind, as RFC 4253, 6.6, has it."""
+    """Whether a key's body begins with its kind (RFC 4253, 6.6)."""
     try:
         raw = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):

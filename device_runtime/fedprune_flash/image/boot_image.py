@@ -1,4 +1,4 @@
-"""An image of Raspberry Pi OS with a kit: looked at, planned and written to, without root or a mount."""
+"""An image of Raspberry Pi OS with a kit: examined, planned and written, without root or a mount."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _TELLING = {
     "network-config": ("wifis", "bridges", "bonds", "vlans", "addresses"),
     "meta-data": (),
 }
-"""What of cloud-init's files is in no template (https://github.com/RPi-Distro/pi-gen, stage2/04-cloud-init/files)."""
+"""Keys in no template of cloud-init (https://github.com/RPi-Distro/pi-gen, stage2/04-cloud-init/files)."""
 
 _MARGIN = 64
-"""Clusters on top of the files': folders, which grow."""
+"""Clusters for folders, in addition to those of files."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def described(steps: Sequence[PlanStep]) -> str:
 
 @dataclass(frozen=True)
 class ImageSystem:
-    """What an image's root file system says of itself; empty where it can't be read.
+    """The system in an image's root file system; empty where it can't be read.
 
     Attributes:
         title: Its name and version.
         python: The version of its Python.
-        architecture: What its programs run on.
+        architecture: The architecture of its programs.
         mount: Where it mounts its boot partition.
     """
 
@@ -69,7 +69,7 @@ class ImageSystem:
 
 @dataclass(frozen=True)
 class ImageContents:
-    """What was found in an image."""
+    """What an image contains."""
 
     partitions: Partitions
     system: ImageSystem
@@ -82,17 +82,17 @@ class ImageContents:
 def opened_image(
     source: Path, out: Path | None, progress: Progress | None = None, *, private: bool = False
 ) -> Iterator[BinaryIO]:
-    """An image's bytes, unpacked: in a new file that takes its name at the end, or for reading alone.
+    """An image's bytes, unpacked: in a new file that gets its name at the end, or for reading alone.
 
     Args:
         source: The image.
-        out: The file that is to be; None for reading alone, for which a packed one is unpacked for as long.
-        progress: Is told how far unpacking is.
-        private: Whether only this user may read the new file, from its first byte on.
+        out: The new file; None for reading alone, in a temporary file if the image is packed.
+        progress: Takes the progress of unpacking.
+        private: Make the new file readable to this user alone, from its first byte on.
 
     Raises:
-        ImageError: It is no image.
-        UsageError: `out` is there already.
+        ImageError: It isn't an image.
+        UsageError: `out` exists.
         StorageError: The disk fails.
     """
     if out is None:
@@ -113,15 +113,15 @@ def opened_image(
 
 
 def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:
-    """Look at an image.
+    """Examine an image.
 
     Args:
         file: Its bytes.
-        scheme: How it takes settings, if somebody knows better.
-        name: What it is called in messages.
+        scheme: How it takes settings; None recognises it.
+        name: Its name in messages.
 
     Raises:
-        ImageError: It has no partitions or no boot partition, or nothing tells how it takes settings.
+        ImageError: It has no partitions or no boot partition, or its scheme is not recognised.
     """
     size = file.seek(0, os.SEEK_END)
     partitions = read_partitions(file, size, name)
@@ -138,7 +138,7 @@ def check(contents: ImageContents, kit: Kit) -> None:
 
     Raises:
         KitError: The kit is for another Python or architecture than the image's.
-        ImageError: The image updates by two root partitions, and its scheme would make it boot for ever.
+        ImageError: The image has two root partitions for updates, and its scheme would make it reboot for ever.
     """
     system, target = contents.system, kit.target
     if target.jetson:
@@ -172,16 +172,16 @@ def customise(
 
     Args:
         file: The image's bytes.
-        contents: What was found in it.
+        contents: What it contains.
         kit: The kit.
-        wanted: What the board is to become.
-        write: Whether it is written; else only what would be is said.
+        wanted: The board's settings at its first boot.
+        write: Write it; else only plan it.
 
     Returns:
-        What is done, with its reverse.
+        The steps.
 
     Raises:
-        ImageError: No room on the boot partition, or settings of somebody else's on it.
+        ImageError: There is no room on the boot partition, or it has settings already.
     """
     fat = Fat(contents.partitions.boot.region(file, "the boot partition"))
     files = first_boot_files(contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.key)
@@ -221,7 +221,7 @@ def customise(
 
 
 def _verify(file: BinaryIO, contents: ImageContents, kit: Kit, files: dict[str, bytes]) -> None:
-    """Read back what was written, from the disk: a board that doesn't come up is far away."""
+    """Read back what was written, from the disk."""
     file.flush()
     os.fsync(file.fileno())
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -234,7 +234,7 @@ def _verify(file: BinaryIO, contents: ImageContents, kit: Kit, files: dict[str, 
 
 
 def _check_template(name: str, content: bytes) -> None:
-    """Raspberry Pi OS brings templates, in which next to all is a comment; anything else is somebody's own."""
+    """Raspberry Pi OS brings templates that are mostly comments; anything else is the user's own settings."""
     lines = [line.strip() for line in content.decode("utf-8", "replace").splitlines()]
     own = [line for line in lines if line and not line.startswith("#")]
     telling = _TELLING.get(name)

@@ -1,7 +1,7 @@
-"""Reading a few small files of an ext4 file system: which system an image holds, and where its boot partition goes.
+"""Reading a few small files of an ext4 file system: the system in an image, and where it mounts its boot partition.
 
-Nothing is ever written. What this reader doesn't know (encryption, journals to replay, files without extents) is said
-to be unreadable. Layout: https://docs.kernel.org/filesystems/ext4/.
+Nothing is ever written. What this reader doesn't know (encryption, journals to replay, files without extents) raises
+`ImageError`. Layout: https://docs.kernel.org/filesystems/ext4/.
 """
 
 from __future__ import annotations
@@ -24,13 +24,10 @@ _MAX_FOLDER = 4 * 2**20
 
 
 class Ext4:
-    """An ext4 file system.
-
-    Args:
-        region: Its partition.
+    """An ext4 file system. `read` and `real` raise `ImageError` if there is no such file, or it can't be read.
 
     Raises:
-        ImageError: It is none, or has features that are unknown here.
+        ImageError: It isn't an ext4 file system, or has unknown features.
     """
 
     def __init__(self, region: Region) -> None:
@@ -55,7 +52,7 @@ class Ext4:
             raise ImageError(f"the ext4 file system of {region.name} contradicts itself")
 
     def exists(self, path: str) -> bool:
-        """Whether there is such a file or folder; what can't be read is not there."""
+        """Whether a file or folder exists and can be read."""
         try:
             self._resolve(path)
         except ImageError:
@@ -63,19 +60,11 @@ class Ext4:
         return True
 
     def real(self, path: str) -> str:
-        """A path without symbolic links.
-
-        Raises:
-            ImageError: There is nothing, or it can't be read.
-        """
+        """A path without symbolic links."""
         return "/" + "/".join(self._resolve(path)[1])
 
     def read(self, path: str, limit: int = 2**20) -> bytes:
-        """The beginning of a file, `limit` bytes at most; symbolic links are followed.
-
-        Raises:
-            ImageError: There is none, or it can't be read.
-        """
+        """The beginning of a file, at most `limit` bytes; symbolic links are followed."""
         number, _ = self._resolve(path)
         inode = self._inode(number)
         if _kind(inode) != _FILE:

@@ -79,9 +79,9 @@ Type=oneshot
 ExecStart=/bin/sh {mount}/{starter}
 """
 
-# cloud-init writes down that `runcmd` and `write_files` were done before it does them, once for a board. `bootcmd` is
-# done at every boot, early on, so that the unit waits for the boot partition and for the end of cloud-init. It lies in
-# /run, and so leaves nothing behind.
+# cloud-init records that `runcmd` and `write_files` were done before it does them, once for a board. `bootcmd` runs
+# early at every boot, so the unit waits for the boot partition and for the end of cloud-init. The unit is in /run, and
+# so leaves nothing behind.
 _EVERY_BOOT = """\
 [ -e {installed} ] || [ -L {removed} ] && exit 0
 mkdir -p {folder}
@@ -192,17 +192,17 @@ def recognise(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
 def first_boot_files(
     scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str, *, unsigned: bool = False
 ) -> dict[str, bytes]:
-    """All files to write beside the kit.
+    """All files to write next to the kit.
 
     Args:
         scheme: How the image takes settings.
-        wanted: What the board is to become.
+        wanted: The board's settings.
         mount: Where the image mounts its boot partition.
-        cmdline: What cmdline.txt says now.
-        unsigned: Whether the kit is installed though no server has signed it.
+        cmdline: The content of cmdline.txt.
+        unsigned: Whether the kit is installed without a signature.
 
     Returns:
-        Contents by name, cmdline.txt among them where it changes.
+        Contents by name, including cmdline.txt where it changes.
     """
     files = {STARTER: _STARTER.format(options=" --unsigned" if unsigned else "")}
     words = cmdline.split()
@@ -324,7 +324,7 @@ def _parts(wanted: FirstBoot) -> str:
 
 
 def _yaml(value: Mapping[str, object]) -> str:
-    """YAML in blocks, whose scalars are JSON's."""
+    """YAML in blocks with JSON's scalars."""
     return "".join(_yaml_lines(value, 0))
 
 
@@ -349,12 +349,12 @@ def _yaml_lines(value: object, depth: int) -> list[str]:
 
 
 def _scalar(value: object) -> str:
-    """JSON, which YAML takes as it is, but for JSON's pairs of escapes: characters beyond ASCII stay themselves."""
+    """A JSON scalar, which YAML takes unless JSON escapes characters beyond ASCII as pairs."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def _toml(tables: Mapping[str, Mapping[str, object]]) -> str:
-    """TOML, whose strings, truths and lists of strings are JSON's; characters beyond ASCII stay themselves."""
+    """TOML, whose strings, booleans and lists of strings are JSON's, without escapes beyond ASCII."""
     blocks = []
     for name, table in tables.items():
         rows = "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in table.items())

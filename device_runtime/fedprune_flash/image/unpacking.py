@@ -1,4 +1,4 @@
-"""The image that is customised: a file on this machine, plain or packed with xz or gzip, copied out piece by piece."""
+"""Reading images, plain or packed with xz or gzip, piece by piece."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _OTHERS = {
 }
 
 Progress = Callable[[int, int], None]
-"""Is told how many bytes of the source were read, and how many there are."""
+"""Takes bytes of the source read, and bytes in all."""
 
 
 def packing(source: Path) -> str:
-    """How an image is packed: `xz`, `gzip`, or empty where it isn't.
+    """How an image is packed: `xz`, `gzip`, or empty.
 
     Raises:
-        ImageError: It can't be read, or is something else than an image.
+        ImageError: It can't be read, or isn't an image.
     """
     try:
         with source.open("rb") as file:
@@ -51,19 +51,16 @@ def packing(source: Path) -> str:
 
 
 def unpack(source: Path, out: BinaryIO, progress: Progress | None = None) -> int:
-    """Copy an image, unpacked; stretches of zeros take no room.
+    """Copy an image, unpacked; runs of zeros take no space. Returns its size in bytes.
 
     Args:
         source: The image.
         out: An empty file, opened for writing.
-        progress: Is told how far it is.
-
-    Returns:
-        The image's size in bytes.
+        progress: Takes its progress.
 
     Raises:
-        ImageError: It is no image, or what is packed is damaged or cut short.
-        StorageFullError: No room for it.
+        ImageError: It isn't an image, or is damaged or cut short.
+        StorageFullError: There is no room.
     """
     kind = packing(source)
     total = source.stat().st_size

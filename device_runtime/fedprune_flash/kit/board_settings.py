@@ -1,7 +1,7 @@
-"""What a board is told about itself: server, site, name, data, and the authority that it trusts.
+"""A board's settings: server, site, name, data, and the authority that it trusts.
 
-It lies on a memory card that anybody may read, so that nothing in it is worth stealing: no password and no key. A
-claim, which is good for one enrollment, is a file of its own, and the installer deletes it.
+They are stored on a memory card that anyone may read, so they contain no secret. A claim, which is good for one
+enrollment, is a file of its own, which the installer deletes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedprune.wire.topics import check_device, check_name
 from fedprune_device.releases.unit import HIDDEN
 
 SAMPLES = "/srv/fedprune/samples.npz"
-"""Where a board's samples are looked for unless told otherwise."""
+"""The default place of a board's samples."""
 
 MAX_CLAIM = 4096
 MAX_AUTHORITIES = 256 * 1024
@@ -37,18 +37,18 @@ _PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
 @dataclass(frozen=True)
 class BoardSettings:
-    """What a board is told.
+    """The settings of a board.
 
     Args:
         server: `mqtts://host[:port]`, without user and password; `mqtt://` on this machine alone, for trials.
         device: The board's name, unique in its site.
         site: The fleet's site.
         data: Its samples: an absolute path on the board, or `package.module:function`.
-        authority: Whether the kit brings certificates of others who vouch for the broker.
-        join: Where to ask to be let in, if not at the broker's host, port 8884.
+        authority: Whether the kit brings certificates of other authorities of the broker.
+        join: Where the board joins, if not at the broker's host, port 8884.
 
     Raises:
-        ConfigError: A value is not one; the message names it.
+        ConfigError: A value is invalid.
     """
 
     server: str
@@ -84,15 +84,14 @@ class BoardSettings:
             raise ConfigError("a certificate for a server without TLS", expected="mqtts://", got=shown(self.server))
 
     def to_json(self) -> str:
-        """As the kit holds it."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> BoardSettings:
-        """From what JSON gave.
+        """Settings from JSON.
 
         Raises:
-            ConfigError: It is none; the message names the key.
+            ConfigError: They are invalid; the message names the key.
         """
         try:
             return cls(**known(cls, body, "board.json"))
@@ -104,7 +103,7 @@ def checked_claim(text: str) -> str:
     """The text of a one-time claim.
 
     Raises:
-        ConfigError: It is empty, too long or no printable text, or a private key, which has no place on a card.
+        ConfigError: It is empty, too long, not printable, or a private key, which must not be on a card.
     """
     if _PRIVATE.search(text):
         raise ConfigError(
@@ -116,17 +115,14 @@ def checked_claim(text: str) -> str:
 
 
 def checked_authorities(raw: bytes, pin: str | None = None) -> bytes:
-    """Certificates of authorities in PEM form.
+    """Certificates of authorities in PEM form, without anything else in the file.
 
     Args:
         raw: The file.
         pin: sha256 of one of the certificates (DER) as hex, with or without colons, which must be among them.
 
-    Returns:
-        The certificates alone, as PEM.
-
     Raises:
-        ConfigError: It holds none, or something secret, or not the one that was pinned.
+        ConfigError: There is no certificate, a secret, or not the pinned one.
     """
     if len(raw) > MAX_AUTHORITIES:
         raise ConfigError("certificate file", expected=f"at most {MAX_AUTHORITIES} bytes", got=len(raw))
@@ -156,7 +152,7 @@ def _check_server(name: str, value: object) -> None:
         raise ConfigError(
             name,
             expected=f"{expected}, without user and password",
-            got="a user",  # whose password is not repeated
+            got="a user",  # whose password is not shown
             hint="A card can be read by anybody, and a board needs none: it has a certificate once it has joined.",
         )
     host, port = parts.netloc, ""
@@ -174,7 +170,7 @@ def _check_server(name: str, value: object) -> None:
 
 
 def _hidden(data: str) -> str:
-    """Which folder that the service doesn't see has this path; empty if none has."""
+    """The folder hidden from the service that contains this path; empty if it is visible."""
     parts = tuple(part for part in data.split("/") if part not in ("", ".")) if data.startswith("/") else ()
     return next((f for f in HIDDEN if parts[: f.count("/")] == tuple(f.split("/")[1:])), "")
 

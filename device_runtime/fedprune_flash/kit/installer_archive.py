@@ -1,4 +1,4 @@
-"""The installer in a kit: one file of the modules that run on a board, those of the board's slots among them."""
+"""The installer in a kit: one file of the modules that run on a board, including those of its slots."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _MAIN = "import sys\nfrom fedprune_flash.on_board.install import main\nsys.exit(
 
 
 def installer_archive() -> bytes:
-    """The installer, which `python3 install.pyz` runs; the same bytes whenever it is made."""
+    """The archive that `python3 install.pyz` runs; the same bytes every time."""
     names = {m.__name__ for m in _MODULES}
     packages = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
     files = {f"{p.replace('.', '/')}/__init__.py": b"" for p in sorted(packages)}  # the packages' own import much more

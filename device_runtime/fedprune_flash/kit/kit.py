@@ -1,14 +1,14 @@
 """A kit: a folder with everything that a board needs, for a USB stick, a card's boot partition or a copy over SSH.
 
 install.pyz       the installer, which needs nothing but Python
-kit.json          what the kit is for, sha256 and size of every file, and the server's signature on all of that
-board.json        what the board is told
+kit.json          the kind of board, sha256 and size of every file, and the server's signature of all that
+board.json        the board's settings
 device.env        the same as the service's environment
 fedprune.service  the systemd unit
-launcher.pyz      what starts the runtime of a slot
-ca.pem            others who vouch for the broker, if any
+launcher.pyz      starts the runtime of a slot
+ca.pem            other authorities of the broker, if any
 claim.txt         a one-time claim, if any; the installer deletes it
-wheelhouse/       fedprune, and all that it needs on that board
+wheelhouse/       fedprune and all its requirements for that board
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
 BOARD = "board.json"
 
 MAX_BYTES = 2**31
-"""What a kit may have altogether; a boot partition holds less."""
+"""The most bytes of a kit; a boot partition holds less."""
 
 _MAX_FILES = 500
 _MAX_MANIFEST = 2**20
@@ -103,7 +103,7 @@ def server_signer(key: Path | None, *, unsigned: bool) -> Signer | None:
 
 @dataclass(frozen=True)
 class KitFile:
-    """A file of a kit: its path in it, its size in bytes and its sha256 as hex."""
+    """A file of a kit: its path, its size in bytes and its sha256 as hex."""
 
     path: str
     bytes: int
@@ -112,17 +112,17 @@ class KitFile:
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit that was read and whose files were checked.
+    """A kit whose files were checked.
 
     Attributes:
-        folder: Where it is.
-        target: The board that it is for.
-        board: What the board is told.
+        folder: Its folder.
+        target: The kind of board that it is for.
+        board: The board's settings.
         files: All files but the manifest, sorted by path; the claim only while it is there.
         fedprune: The version in it.
         digest: sha256 of the manifest.
-        key: The key that signed it, as hex; empty for a kit that is not signed.
-        contents: The digest of what its wheels unpack to.
+        key: The key that signed it, as hex; empty if it is not signed.
+        contents: The digest of its unpacked wheels.
     """
 
     folder: Path
@@ -136,12 +136,11 @@ class Kit:
 
     @property
     def bytes(self) -> int:
-        """Size of all files, the manifest included."""
+        """Size of all files, including the manifest."""
         return sum(f.bytes for f in self.files) + (self.folder / MANIFEST).stat().st_size
 
     @property
     def claimed(self) -> bool:
-        """Whether a claim is in it."""
         return any(f.path == CLAIM for f in self.files)
 
 
@@ -157,23 +156,23 @@ def build_kit(
     claim: str | None = None,
     signer: Signer | None = None,
 ) -> Kit:
-    """Make a kit; the folder appears only when it is whole. One with a claim is for this user alone.
+    """Make a kit; the folder appears once it is complete. One with a claim is readable to this user alone.
 
     Args:
         out: The folder, which is made.
-        board: What the board is told.
-        target: The board that it is for.
+        board: The board's settings.
+        target: The kind of board.
         wheel: fedprune's own wheel; built from the checkout by default.
         links: Folders with wheels, instead of a network.
         authorities: Certificates in PEM form, if `board.authority`.
         pin: sha256 of one of them, as hex.
         claim: A one-time claim.
-        signer: The server's key, which signs it; without one the kit is not signed.
+        signer: The server's key, which signs it; None leaves it unsigned.
 
     Raises:
-        UsageError: The folder is there already.
-        ConfigError: Certificates or claim are none.
-        KitError: The wheels can't be had, or don't suit the target.
+        UsageError: The folder exists.
+        ConfigError: Certificates or claim are invalid.
+        KitError: The wheels are not available, or don't suit the target.
         StorageError: The disk fails.
     """
     if out.exists():
@@ -212,19 +211,19 @@ def build_kit(
 def files_for_board(
     kit: Kit, board: BoardSettings, claim: str | None, signer: Signer | None = None
 ) -> dict[str, bytes]:
-    """What a kit for another board of the same kind has in place of this one's: all but wheels and programs.
+    """The files of a kit for another board of the same kind that differ: all but wheels and programs.
 
     Args:
         kit: The kit.
-        board: What the other board is told.
+        board: The other board's settings.
         claim: Its claim, if it gets one.
-        signer: The server's key, which signs it.
+        signer: The server's key, which signs them.
 
     Returns:
         Contents by path, the manifest among them.
 
     Raises:
-        ConfigError: The board is to trust authorities that the kit doesn't bring, or the claim is none.
+        ConfigError: The board is to trust authorities that the kit doesn't have, or the claim is invalid.
     """
     if board.authority != kit.board.authority:
         raise ConfigError("certificates of authorities", expected=f"as in {kit.folder}: {kit.board.authority}")
@@ -309,10 +308,10 @@ def _check_files(folder: Path, files: Sequence[KitFile]) -> None:
 
 
 def _signer(body: dict[str, Any]) -> str:
-    """The key that signed a manifest, as hex; empty if none did.
+    """The key that signed a manifest, as hex; empty if it is not signed.
 
     Raises:
-        ProtocolError: The signature is not that of the key that is named.
+        ProtocolError: The signature is not that of the named key.
     """
     if body.get("key") is None and not body.get("signature"):
         return ""

@@ -1,4 +1,4 @@
-"""The service under which a board runs the agent: its systemd unit, and the environment that it is started with."""
+"""The files of a board's service: its systemd unit and its environment."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedprune_flash.on_board.kit_folder import AUTHORITY, ENVIRONMENT
 
 
 def unit(board: BoardSettings, target: Target) -> str:
-    """The systemd unit: the strict one for a processor, or that of a Jetson, whose agent may use the GPU."""
+    """The systemd unit: the strict one, or that of a Jetson, whose agent may use the GPU."""
     command = ["run", "--patient", "--state", STATE, "--data", board.data]
     if board.authority:
         command += ["--ca", f"{SETTINGS}/{AUTHORITY}"]
@@ -20,12 +20,12 @@ def unit(board: BoardSettings, target: Target) -> str:
         root=HOME,
         user=USER,
         environment=f"{SETTINGS}/{ENVIRONMENT}",
-        # Without samples the agent would end and be started again and again.
+        # Without samples the agent would be restarted again and again.
         needs=board.data if board.data.startswith("/") else "",
     ).text()
 
 
 def environment(board: BoardSettings) -> str:
-    """What the unit's environment says: as whom, and by which broker."""
+    """The unit's environment: the board's names and servers."""
     rows = {"BROKER": board.server, "JOIN": board.join, "SITE": board.site, "DEVICE": board.device}
     return "".join(f"FEDPRUNE_{name}={value}\n" for name, value in rows.items() if value)

@@ -1,4 +1,4 @@
-"""What a kit is for: a Python, an architecture, and whether the board brings its own onnxruntime."""
+"""The kind of board that a kit is for: a Python, an architecture, and whether the board has its own onnxruntime."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 ARCHITECTURES = ("aarch64", "x86_64")
 
 JETPACKS: Mapping[str, str] = {"numpy": "1.23", "onnxruntime": "1.18"}
-"""What a Jetson brings, built for its GPU and for each other: at least these versions."""
+"""Packages of JetPack, built for its GPU and for each other, with their minimum versions."""
 
-# One tag is not enough: wheels that are tagged for an older glibc alone are found under that tag only.
+# pip finds a wheel that is tagged for an older glibc under that tag only.
 _GLIBC = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 
 _MINOR = re.compile(r"3\.(\d{1,2})")
@@ -27,9 +27,9 @@ class Target:
     """The kind of board that a kit is for.
 
     Args:
-        python: The version of its Python, such as "3.13"; wheels with compiled code suit one alone.
-        architecture: `aarch64` or `x86_64`, as `uname -m` says it.
-        jetson: Whether the board's own onnxruntime-gpu and TensorRT are used; then nothing of the kit may shadow them.
+        python: The version of its Python, such as "3.13"; compiled wheels suit one version.
+        architecture: `aarch64` or `x86_64`, as `uname -m` prints it.
+        jetson: Use the board's own onnxruntime-gpu and TensorRT, which nothing in the kit may shadow.
 
     Raises:
         ConfigError: There are no wheels for such a board.
@@ -57,7 +57,6 @@ class Target:
 
     @property
     def version(self) -> tuple[int, int]:
-        """Its Python as numbers, such as (3, 13)."""
         found = _MINOR.fullmatch(self.python)
         return 3, int(found[1]) if found else 0
 
@@ -68,17 +67,17 @@ class Target:
 
     @property
     def extra(self) -> str:
-        """Which extra of fedprune the board needs."""
+        """The extra of fedprune that the board needs."""
         return "jetson" if self.jetson else "board"
 
     @property
     def system(self) -> Mapping[str, str]:
-        """What the board's own Python must have, and since which version; a kit brings no wheel of these."""
+        """Packages of the board's own Python with their minimum versions; a kit has no wheel of these."""
         return JETPACKS if self.jetson else {}
 
     @property
     def imports(self) -> Mapping[str, str]:
-        """What must load on the board before the runtime is believed to work, and since which version."""
+        """Modules that must load on the board after installation, with their minimum versions."""
         return {name: self.system.get(name, "") for name in ("numpy", "onnxruntime", "fedprune_device")}
 
     def __str__(self) -> str:

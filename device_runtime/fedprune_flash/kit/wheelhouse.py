@@ -1,7 +1,7 @@
-"""A wheelhouse: all wheels that a board needs, fetched for its Python and processor, which are not this machine's.
+"""A wheelhouse: all wheels that a board needs, fetched for its Python and processor instead of this machine's.
 
-pip downloads for another platform, but reads markers such as `python_version < "3.11"` for the Python that runs it. So
-the wheels are checked here once more: every one must run on the target, and what each requires there must be there.
+pip downloads for another platform, but evaluates markers such as `python_version < "3.11"` for the Python that runs it.
+So the wheels are checked again here: each must run on the target, with all its requirements.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
 from fedprune_flash.kit.target import Target
 
 SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
-"""What JetPack brings, built for its GPU and for each other: a wheel of the same name would be found first."""
+"""Packages of JetPack, built for its GPU and for each other; a wheel of the same name would be found first."""
 
 LOCK = Path(__file__).with_name("board_wheels.txt")
 """All wheels that a board may get from a network: versions, and sha256 of each file."""
@@ -35,7 +35,7 @@ _ROUNDS = 5
 
 
 def checkout() -> Path | None:
-    """The folder of fedprune's source code, if that is what runs; None where it is installed."""
+    """The folder of fedprune's source code, if that is what runs; None if fedprune is installed."""
     for folder in Path(__file__).resolve().parents:
         if (folder / "pyproject.toml").is_file() and (folder / "device_runtime" / "fedprune_flash").is_dir():
             return folder
@@ -68,15 +68,15 @@ def own_wheel(folder: Path) -> Path:
 
 
 def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
-    """Fetch what a board needs into a folder, but for what its own Python is to bring.
+    """Fetch what a board needs into a folder, except the packages of its own Python.
 
-    From a network it is what the lock file lists, by version and sha256, so that the same kit is the same tomorrow.
+    From a network only files of the lock file are taken, so that the same kit is the same tomorrow.
 
     Args:
         wheel: fedprune's own.
         target: The board.
         out: The folder.
-        links: Folders with wheels. If there are any, nothing else is looked at and no network is used.
+        links: Folders with wheels, in place of a network.
 
     Raises:
         KitError: pip fails, with its last lines in the message, or a file from the network is not in the lock file.
@@ -92,7 +92,7 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
             sources = ["--constraint", str(fixed)]
         for _ in range(_ROUNDS):
             _pip("download", *sources, *platforms, *kind, "--dest", str(out), *wanted)
-            # What markers ask for on the target alone, pip has left out.
+            # pip leaves out what markers require on the target alone.
             wheels = sorted(out.glob("*.whl"))
             wanted = sorted({f"{r.name}{r.specifier}" for _, r, found in _unmet(wheels, target) if found is None})
             if not wanted:
@@ -110,7 +110,7 @@ def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) ->
 
 
 def constraints(target: Target) -> list[str]:
-    """The versions of the lock file, as they are on a target."""
+    """The versions of the lock file for a target."""
     environment, found = _environment(target), []
     for line in LOCK.read_text(encoding="ascii").splitlines():
         if not line or line.startswith(("#", " ")):
@@ -125,8 +125,8 @@ def check(wheels: Sequence[Path], target: Target) -> None:
     """Make sure that the wheels run on the target and lack nothing.
 
     Raises:
-        KitError: One is for another Python or architecture, is damaged, would shadow the board's own packages, or
-            requires what isn't there; the message names it.
+        KitError: A wheel is for another Python or architecture, is damaged, would shadow the board's own packages, or
+            lacks a requirement; the message names it.
     """
     runs = supported(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
     versions: dict[str, Version] = {}
@@ -157,7 +157,7 @@ def check(wheels: Sequence[Path], target: Target) -> None:
 
 
 def _unmet(wheels: Sequence[Path], target: Target) -> Iterator[tuple[Path, Requirement, Version | None]]:
-    """What wheels require on the target and don't have; the board's own the installer looks at."""
+    """Requirements on the target that no wheel meets; the installer checks the board's own packages."""
     return unmet(wheels, _environment(target), target.extra, lambda name: name in target.system, KitError)
 
 

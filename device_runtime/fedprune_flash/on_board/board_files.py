@@ -1,4 +1,4 @@
-"""Files of a board that the installer writes as root: whole or not at all, and only where something changes."""
+"""Files that the installer writes on a board as root, atomically and only where something changes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Owner = tuple[int, int]
 
 
 def write(path: Path, data: bytes, mode: int, owner: Owner | None = None) -> None:
-    """Replace a file's content: after a power cut it has the old content or the new one.
+    """Replace a file's content; after a power cut it has the old content or the new one.
 
     Args:
-        path: The file; its folder is made where there is none.
+        path: The file; missing folders are made.
         data: The new content.
         mode: Its permissions, from its first byte on.
-        owner: Whose it is; this user's by default.
+        owner: Its owner (default: this user).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.partial")
@@ -57,9 +57,9 @@ def sync(folder: Path) -> None:
 
 
 def blacken(path: Path) -> None:
-    """Overwrite a file and delete it. FAT writes in place, so that a secret doesn't stay on a card.
+    """Overwrite a file and delete it. FAT writes in place, so no secret stays on a card.
 
-    After a power cut the file may be there with zeros in it, so that nobody may expect anything of its content.
+    After a power cut the file may still exist, filled with zeros.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_NOFOLLOW)
     try:
@@ -74,7 +74,7 @@ def blacken(path: Path) -> None:
 
 
 def owned(paths: Iterable[Path], owner: Owner | None) -> bool:
-    """Whether all of these, and what lies in them, are somebody's; True where nobody is named."""
+    """Whether these paths and all below them have this owner; True without an owner."""
     if owner is None:
         return True
     try:
@@ -84,10 +84,7 @@ def owned(paths: Iterable[Path], owner: Owner | None) -> bool:
 
 
 def give(paths: Iterable[Path], owner: Owner | None) -> None:
-    """Give these, and what lies in them, to somebody; links themselves, never what they lead to.
-
-    What vanishes meanwhile is passed over.
-    """
+    """Give these paths and all below them to an owner; links themselves, never their targets, and not what vanishes."""
     if owner is not None:
         for path in paths:
             for name, folder, found in _tree(path):
@@ -97,7 +94,7 @@ def give(paths: Iterable[Path], owner: Owner | None) -> None:
 
 
 def drop(folder: Path) -> None:
-    """Delete a folder and what is in it; one that isn't there is fine."""
+    """Delete a folder and what is in it; raises `StorageError` if a link is in its place."""
     if folder.is_symlink():
         raise StorageError(
             f"{folder} is a link to {folder.readlink()}",
@@ -109,9 +106,9 @@ def drop(folder: Path) -> None:
 
 
 def _tree(path: Path) -> Iterator[tuple[str, int | None, os.stat_result]]:
-    """Name, folder and state of a path and of all that lies in it.
+    """Name, open folder and state of a path and of all below it.
 
-    Folders are open ones: whoever may write to them can't lead root elsewhere by a link that takes one's place.
+    Folders are open ones, so that a user who can write to them can't lead root elsewhere by a link.
     """
     yield str(path), None, path.lstat()
     for _, folders, files, descriptor in os.fwalk(path):

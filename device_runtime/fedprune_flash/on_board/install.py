@@ -1,10 +1,10 @@
-"""Install fedprune on this board from the kit beside this file: no network, no package but what the kit brings.
+"""Install fedprune on this board from the kit that this file is in, without a network.
 
     sudo python3 install.pyz             install, or go on after a power cut; a second run changes nothing
-    sudo python3 install.pyz --dry-run   say what would be done, and how each step is undone
-    sudo python3 install.pyz --remove    undo it; what was learnt stays in /var/lib/fedprune, unless --purge
+    sudo python3 install.pyz --dry-run   print what would be done, and how each step is undone
+    sudo python3 install.pyz --remove    undo it; the board's state stays in /var/lib/fedprune, unless --purge
 
-It runs by itself, on Python 3.10 or newer, and imports the standard library alone.
+It runs on Python 3.10 or newer and imports the standard library alone.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 
 
 def install(work: Installation, *, dry: bool, wait: float) -> None:
-    """Do what is not done yet, step by step.
+    """Do the steps that are not done yet.
 
     Args:
-        work: What is to be done.
-        dry: Only say it.
-        wait: Seconds in which the service must run; 0 for not looking.
+        work: The installation.
+        dry: Only print the steps.
+        wait: Seconds within which the service must run; 0 doesn't wait for it.
 
     Raises:
         FedpruneError: A step fails.
@@ -65,8 +65,8 @@ def remove(place: BoardSystem, *, dry: bool, purge: bool) -> None:
 
     Args:
         place: The board.
-        dry: Only say it.
-        purge: Whether what was learnt goes, too.
+        dry: Only print the steps.
+        purge: Delete the board's state, its identity and the user, too.
 
     Raises:
         FedpruneError: A step fails.

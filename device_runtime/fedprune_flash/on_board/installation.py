@@ -23,7 +23,7 @@ USER = "fedprune"
 HOME, SETTINGS, STATE = "/opt/fedprune", "/etc/fedprune", "/var/lib/fedprune"
 TEGRA = "/etc/nv_tegra_release"
 PYTHON = "/usr/bin/python3"
-"""What the service runs under."""
+"""The Python of the service."""
 
 FIRST_BOOT = "/run/systemd/system/fedprune-install.service"
 """The unit that an image customised for cloud-init makes at every boot, until the kit is installed."""
@@ -35,7 +35,7 @@ _VERSION = "import sys; print('%d.%d' % sys.version_info[:2])"
 
 
 class InstallStep(NamedTuple):
-    """One thing that is done: in words, how it is undone in words, whether it is done, and how it is done."""
+    """One step: its description, that of its reverse, whether it is done, and the function that does it."""
 
     what: str
     reverse: str
@@ -47,8 +47,8 @@ class BoardSystem:
     """The board that something is installed on or removed from.
 
     Args:
-        root: Where its file system begins. Anything but / is a trial: no user is made, and only a systemctl that
-            lies in its usr/bin is called.
+        root: Where its file system begins. Anything but / is a trial: no user is made, and systemctl is only called if
+            it is in the root's usr/bin.
     """
 
     def __init__(self, root: Path) -> None:
@@ -59,7 +59,6 @@ class BoardSystem:
         self.link = self.at(f"{_WANTS}/{SERVICE}")
 
     def at(self, path: str) -> Path:
-        """A path of the board."""
         return self.root / path.lstrip("/")
 
     @property
@@ -74,10 +73,10 @@ class BoardSystem:
         return entry.pw_uid, entry.pw_gid
 
     def server_key(self) -> bytes | None:
-        """The server's key as this board knows it: root's own file, else that of the identity with which it joined.
+        """The server's key that this board knows: root's own file, else that of the identity with which it joined.
 
         Raises:
-            KitError: A file of it holds something else.
+            KitError: A file of it is invalid.
         """
         for path in (f"{HOME}/{KEY}", f"{STATE}/identity/{KEY}"):
             if os.path.lexists(self.at(path)):
@@ -85,21 +84,13 @@ class BoardSystem:
         return None
 
     def check_root(self) -> None:
-        """Make sure that this is root.
-
-        Raises:
-            UsageError: It is not, and this is no trial.
-        """
+        """Raise `UsageError` if this is neither root nor a trial."""
         if self.live and os.geteuid() != 0:
             raise UsageError("only root may do this", hint="Run it with sudo.")
 
 
 def read_key(given: str, flags: int = 0) -> bytes:
-    """A server's key, from its 64 hex digits or from a file with them.
-
-    Args:
-        given: The digits, or the file.
-        flags: For opening the file.
+    """A server's key, from its 64 hex digits or from a file with them, which is opened with these flags.
 
     Raises:
         KitError: It is something else.
@@ -119,18 +110,18 @@ def read_key(given: str, flags: int = 0) -> bytes:
 
 
 def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsigned: bool) -> bytes | None:
-    """The key that this board is to go by with a kit; None for a kit that may be installed unsigned.
+    """The key that this board trusts with a kit; None for a kit that may be installed unsigned.
 
-    Without a key that the operator names, one from which the kit's successions lead to the one that signed it stays.
+    Unless the operator names a key, the known one stays if the kit's successions lead from it to the kit's own.
 
     Args:
         kit: The kit.
         place: The board.
         given: The server's key or its file, if the operator names it.
-        unsigned: Whether the operator wants a kit that nobody signed.
+        unsigned: Whether the operator accepts a kit without a signature.
 
     Raises:
-        KitError: The kit is not signed, or not by a key that the board may believe.
+        KitError: The kit is not signed, or not by a trusted key.
     """
     known = place.server_key() if given is None else read_key(given)
     if kit.signature or (known is not None and not unsigned):
@@ -147,13 +138,13 @@ def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsign
 
 
 class Installation:
-    """A kit and the board that it goes to.
+    """A kit and the board that it is installed on.
 
     Args:
         kit: The kit.
         place: The board.
         start: Whether the service is started.
-        key: The key that the board is to go by; None for a kit that is not signed.
+        key: The trusted key; None for a kit that is not signed.
     """
 
     def __init__(self, kit: KitFolder, place: BoardSystem, *, start: bool, key: bytes | None = None) -> None:
@@ -165,7 +156,6 @@ class Installation:
 
     @property
     def runtime(self) -> RuntimeSlot:
-        """The runtime's folder."""
         python = PYTHON if self.place.live else sys.executable
         return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner, self.key)
 
@@ -173,7 +163,8 @@ class Installation:
         """Make sure that the kit is for this board, and that there is room.
 
         Raises:
-            KitError: It is for another board, or its wheels don't go together.
+            KitError: It is for another board.
+            ReleaseError: Its wheels are damaged or contradict each other.
             StorageFullError: There is no room.
         """
         wanted, found = self.kit.manifest.get("python"), self._python()
@@ -199,7 +190,6 @@ class Installation:
         return call([PYTHON, "-c", _VERSION]).strip()
 
     def steps(self) -> list[InstallStep]:
-        """All that is to be done, in order."""
         place, runtime = self.place, self.runtime
         settings = [name for name in (ENVIRONMENT, AUTHORITY) if name in self.kit.names]
         steps = [
@@ -266,12 +256,12 @@ class Installation:
         call(["useradd", "--system", "--no-create-home", "--home-dir", STATE, "--shell", "/usr/sbin/nologin", USER])
 
     def resume(self) -> None:
-        """After a failure: start the service again if it was stopped here. Whatever slot is whole is what starts."""
+        """After a failure: start the service again if it was stopped here, with the slot that is whole."""
         if self._stopped:
             self.place.control.tell("start", "--no-block", SERVICE, must=False)
 
     def _stop(self) -> None:
-        """Where root writes, the service that may write there doesn't run."""
+        """Stop the service, which may write where root is about to write."""
         if self.place.control.running:
             self._stopped = True
             self.place.control.tell("stop", SERVICE)
@@ -281,7 +271,7 @@ class Installation:
         self.runtime.fill()
 
     def _given(self) -> list[Path]:
-        """What is the service's user's; a state folder that lies on another disk may be a link, which is root's."""
+        """What belongs to the service's user. A state folder on another disk may be a link, which is root's."""
         return [*self.runtime.folders, self._state.resolve()]
 
     def _give(self) -> None:
@@ -315,11 +305,11 @@ class Installation:
 
 
 def removal(place: BoardSystem, *, purge: bool) -> list[InstallStep]:
-    """All that undoes an installation, in order; it needs no kit.
+    """The steps that undo an installation, in order; they need no kit.
 
     Args:
         place: The board.
-        purge: Whether what was learnt, the board's identity and the user go, too.
+        purge: Delete the board's state, its identity and the user, too.
     """
 
     def disable() -> None:

@@ -1,4 +1,4 @@
-"""The kit's folder as the installer in it sees it: its manifest, and files that are what the manifest says."""
+"""The kit's folder on the board: its manifest, and files that match it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+
 
 MANIFEST, CLAIM, WHEELS = "kit.json", "claim.txt", "wheelhouse"
 SPENT = ".claim.txt.spent"
-"""What a claim that was handed over is called while it is overwritten. No kit has a file of that name."""
+"""The name of a claim that was handed over, while it is overwritten. No kit has a file of that name."""
 
 LAUNCHER, ENVIRONMENT, AUTHORITY = "launcher.pyz", "device.env", "ca.pem"
 SERVICE = "fedprune.service"
@@ -29,20 +29,17 @@ _VERSION = 4
 class KitFolder:
     """A kit on the board.
 
-    Args:
-        folder: Where it is.
-
     Attributes:
-        manifest: What kit.json says.
+        manifest: The content of kit.json, without the signature.
         wheels: The wheels, sorted by name.
-        runtime: What the release in it is called: fedprune's version, and a digest of the wheels.
-        signature: The server's signature on what kit.json says otherwise, as hex; empty where nothing is signed.
-        signed: What is signed: kit.json without its signature, written in one certain way.
-        site: The fleet's name; empty where the server's key was never replaced.
+        runtime: The name of its release: fedprune's version, and a digest of the wheels.
+        signature: The server's signature of the manifest, as hex; empty if it is not signed.
+        signed: The text that is signed.
+        site: The fleet's name; empty if the server's key was never replaced.
         successions: How the key that signed it replaced earlier ones, as hex, the oldest first.
 
     Raises:
-        KitError: There is no manifest, or it is not that of a kit.
+        KitError: There is no manifest, or it is invalid.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,17 +57,18 @@ class KitFolder:
 
     @property
     def claimed(self) -> bool:
-        """Whether a claim is in it, which is handed over once."""
+        """Whether there is a claim to hand over."""
         return self.manifest.get("claim") is not None and (self.folder / CLAIM).exists()
 
     @property
     def spent(self) -> bool:
-        """Whether a claim that was handed over is still to be overwritten: a power cut came in between."""
+        """Whether a power cut came before a claim that was handed over was overwritten."""
         return (self.folder / SPENT).exists()
 
     def blacken_claim(self) -> None:
-        """Overwrite and delete the claim, which was handed over. It loses its name first, durably: zeros in its place
-        would be a damaged kit.
+        """Overwrite and delete the claim, which was handed over.
+
+        It is renamed durably first, because zeros in its place would be a damaged kit.
         """
         if self.claimed:
             (self.folder / CLAIM).replace(self.folder / SPENT)
@@ -80,12 +78,12 @@ class KitFolder:
 
     @property
     def jetson(self) -> bool:
-        """Whether it leaves numpy, onnxruntime and TensorRT to the board."""
+        """Whether the board's own numpy, onnxruntime and TensorRT are used."""
         return self.manifest.get("jetson") is True
 
     @property
     def key(self) -> bytes:
-        """The key that signed it, by its own account.
+        """The key that the manifest names as its signer's.
 
         Raises:
             ValueError: It names none.
@@ -93,10 +91,10 @@ class KitFolder:
         return bytes.fromhex(str(self.manifest.get("key", "")))
 
     def authenticate(self, known: bytes | None) -> bytes:
-        """Make sure that the server signed the manifest, before anything else in the kit is looked at.
+        """Make sure that the server signed the manifest, before anything else in the kit is read.
 
         Args:
-            known: The server's key, as this board knows it; None where it knows none, and believes the kit's own.
+            known: The server's key, as this board knows it; None if it knows none and trusts the kit's own.
 
         Returns:
             The key that signed it.
@@ -124,12 +122,12 @@ class KitFolder:
         return key in successors(known, self.site, self.successions)
 
     def check(self) -> None:
-        """Make sure that every file is what the manifest says, and that there is no other.
+        """Make sure that every file matches the manifest, and that there is no other.
 
-        Names that begin with a dot are passed over: systems leave them on sticks, and no kit has any.
+        Names that begin with a dot are ignored: operating systems leave them on sticks, and no kit has any.
 
         Raises:
-            KitError: One is not; the message names it.
+            KitError: A file doesn't match; the message names it.
         """
         wanted = self.names | {MANIFEST} | ({CLAIM} if self.manifest.get("claim") is not None else set())
         for path in sorted(self.folder.rglob("*")):
@@ -156,7 +154,7 @@ class KitFolder:
                 raise KitError(f"{name} of the kit is damaged", hint="Copy the kit again.")
 
     def read(self, name: str) -> bytes:
-        """A small file of it.
+        """The content of a small file.
 
         Raises:
             KitError: It can't be read.
@@ -170,12 +168,12 @@ class KitFolder:
 
 
 def signed_text(body: dict[str, Any]) -> str:
-    """What is signed of a kit's manifest: all of it but the signature."""
+    """The text of a kit's manifest that is signed: all of it but the signature."""
     return json.dumps({name: body[name] for name in body if name != "signature"}, indent=1, sort_keys=True) + "\n"
 
 
 def fingerprint(key: bytes) -> str:
-    """What people compare of a key, as `fedprune-server init` shows it."""
+    """A key's fingerprint, as `fedprune-server init` shows it."""
     digits = hashlib.sha256(key).hexdigest()[:20]
     return "-".join(digits[i : i + 4] for i in range(0, 20, 4))
 

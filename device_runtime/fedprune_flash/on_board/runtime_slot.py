@@ -1,4 +1,4 @@
-"""The kit's runtime in a slot: wheels unpacked as releases are, tried once, and only then what the launcher starts."""
+"""The kit's runtime in a slot: installed as releases are, tested once, and only then started by the launcher."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
 ENTRY = "fedprune_start:device"
 NUMBER = 0
-"""Of every kit's release: those of a server are higher, so that a kit never takes the place of one."""
+"""The release number of every kit. Those of a server are higher, so that a kit never replaces one."""
 
 SPARE = 64 * 2**20
-"""Bytes that stay free beside what is installed."""
+"""Bytes that stay free."""
 
 _FOLDERS = ("state", "incoming", *SLOTS)
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,80}")
@@ -37,19 +37,18 @@ print("version", getattr(import_module(sys.argv[1]), "__version__", ""))
 
 
 class RuntimeSlot:
-    """The runtime that a kit brings, and the folder that it goes to.
+    """The runtime of a kit, and the folder that it is installed in.
 
     Args:
         kit: The kit.
         root: The folder of launcher and slots.
         python: The Python that will run it.
-        owner: The service's user, as whom the kit's modules are tried; None for the installing user.
-        key: The key that the launcher is to go by: it or a successor of it signed the kit. None for a kit that is not
-            signed.
+        owner: The service's user, as whom the kit's modules are tested; None for the installing user.
+        key: The key that the launcher is to trust: it or a successor of it signed the kit. None for an unsigned kit.
 
     Attributes:
-        home: What the launcher sees of it.
-        folders: All that is the service's user's, whose updates write there; the launcher stays root's.
+        home: The launcher's view of it.
+        folders: The folders that belong to the service's user, whose updates write there; the launcher stays root's.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class RuntimeSlot:
 
     @property
     def laid_out(self) -> bool:
-        """Whether folders and launcher are there."""
+        """Whether folders and launcher exist."""
         with suppress(OSError):
             same = (self.home.root / LAUNCHER).read_bytes() == self._kit.read(LAUNCHER)
             return same and all(f.is_dir() for f in self.folders)
@@ -76,7 +75,7 @@ class RuntimeSlot:
 
     @property
     def filled(self) -> bool:
-        """Whether this kit's runtime is what starts, or one of the server's, which is newer than any kit's."""
+        """Whether this kit's runtime is what starts, or a release of the server's, which is newer than any kit."""
         state = self._state()
         if state is None:
             return False
@@ -89,7 +88,7 @@ class RuntimeSlot:
 
     @property
     def newer(self) -> bool:
-        """Whether a release of the server's is there, so that the kit's runtime is left out."""
+        """Whether a release of the server's is installed, so that the kit's runtime is left out."""
         state = self._state()
         with suppress(DamagedError):
             return state is not None and self.home.whole(state.stable, key=self._key).version > NUMBER
@@ -116,18 +115,19 @@ class RuntimeSlot:
             )
 
     def fill(self) -> None:
-        """Unpack the wheels into the slot that isn't in use, try them, and make that slot the one that starts.
+        """Install the wheels in the free slot, test them, and make that slot the one that starts.
 
-        The server's key is written when the new slot is whole: a board always has a slot that its key has signed.
+        The server's key is written once the new slot is whole, so that a board always has a slot that its key has
+        signed.
 
         Raises:
             ReleaseError: A wheel is damaged.
-            RuntimeUnavailableError: What was unpacked doesn't load on this board.
-            StorageError: What was written isn't what is there.
+            RuntimeUnavailableError: The runtime doesn't load on this board.
+            StorageError: The disk gives back something else than was written.
             OSError: The disk fails or is full.
         """
         home, state = self.home, self._state()
-        for path in home.folder.iterdir():  # the service's user may write here: follow none of its links as root
+        for path in home.folder.iterdir():  # the service's user may write here: root follows none of its links
             if path.is_symlink() or path.name.endswith(".new"):
                 path.unlink()
         slot = self._free_slot()
@@ -143,7 +143,7 @@ class RuntimeSlot:
         return [Wheel(path, path.name) for path in self._kit.wheels]
 
     def _tested(self, slot: str, files: dict[str, tuple[str, int]]) -> SlotRecord:
-        """The record of what was unpacked, after its modules were loaded as the service's user."""
+        """The record of the unpacked files, after their modules were loaded as the service's user."""
         kit = self._kit
         give([self.home.root / slot], self._owner)
         for module, oldest in kit.manifest["imports"].items():
@@ -151,7 +151,7 @@ class RuntimeSlot:
         return SlotRecord(NUMBER, kit.runtime, ENTRY, files, None, kit.signed, kit.signature, kit.site, kit.successions)
 
     def _state(self) -> LauncherState | None:
-        """The launcher's state, as the launcher would have it: where both copies are lost, by what the slots hold."""
+        """The launcher's state; if both copies are lost, the state that the launcher would recover from the slots."""
         state = self.home.load()
         if state is None:
             with suppress(DamagedError):
@@ -159,7 +159,7 @@ class RuntimeSlot:
         return state
 
     def _free_slot(self) -> str:
-        """The slot that the launcher wouldn't start, which is emptied."""
+        """The slot that the launcher wouldn't start."""
         state = self._state()
         if state is None:
             return SLOTS[0]
@@ -172,8 +172,10 @@ class RuntimeSlot:
         return False
 
     def _probe(self, slot: Path, module: str, oldest: str) -> None:
-        """Load a module as the launcher would: as the service's user, and in a process of its own, since an
-        instruction that the processor lacks kills it."""
+        """Load a module as the launcher would: as the service's user, and in a process of its own.
+
+        An instruction that the processor lacks kills that process.
+        """
         if not _MODULE.fullmatch(module):
             raise KitError(f"the kit names a module {module[:60]!r}", hint="Make the kit again.")
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}

@@ -1,4 +1,4 @@
-"""The service on the board: systemd is told of it, and asked whether it runs."""
+"""The board's service: orders to systemd, and what it reports."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class ServiceControl:
     """systemd on this board.
 
     Args:
-        root: Where the board's file system begins. Below anything but / there is a systemctl in usr/bin, for trials,
-            or nothing is started.
+        root: Where the board's file system begins. Anything but / is a trial, whose systemctl is in the root's usr/bin;
+            if it is missing, nothing is started.
     """
 
     def __init__(self, root: Path) -> None:
@@ -28,21 +28,16 @@ class ServiceControl:
 
     @property
     def there(self) -> bool:
-        """Whether anything can be started."""
+        """Whether a service can be started."""
         return bool(self._systemctl)
 
     def tell(self, *words: str, must: bool = True) -> None:
-        """Give systemd an order.
-
-        Args:
-            words: Arguments of systemctl.
-            must: Whether it has to succeed.
-        """
+        """Call systemctl with these arguments; raises `StorageError` if it must succeed and fails."""
         if self.there:
             call([self._systemctl, *words], must=must)
 
     def state(self) -> dict[str, str]:
-        """What systemd knows of the service; empty where there is none."""
+        """The service's properties; empty without systemd."""
         if not self.there:
             return {}
         asked = "--property=ActiveState,SubState,ConditionResult"
@@ -51,23 +46,23 @@ class ServiceControl:
 
     @property
     def up(self) -> bool:
-        """Whether it runs, or is about to."""
+        """Whether it runs or is being started."""
         return self.state().get("ActiveState") in ("active", "activating", "reloading")
 
     @property
     def running(self) -> bool:
-        """Whether a process of it may be there."""
+        """Whether a process of it may exist."""
         return self.state().get("ActiveState") not in (None, "inactive", "failed")
 
     def wait(self, seconds: float, samples: str) -> None:
-        """See it running.
+        """Wait until it runs.
 
         Args:
-            seconds: For how long it may start.
-            samples: What it may be waiting for.
+            seconds: Limit of its start.
+            samples: The samples that it may be waiting for.
 
         Raises:
-            BoardError: It doesn't run; the message has the last error that it said.
+            BoardError: It doesn't run; the message has its last error.
             DataError: It waits for its samples.
         """
         deadline = time.monotonic() + seconds
@@ -91,7 +86,7 @@ class ServiceControl:
             time.sleep(_PAUSE_S)
 
     def _said(self) -> str:
-        """The last error of the service, else its last line."""
+        """The last error that the service logged, else its last line."""
         command = ["journalctl", "--unit", SERVICE, "--lines", "50", "--output", "cat", "--no-pager"]
         try:
             lines = call(command, must=False).strip().splitlines()
@@ -102,11 +97,11 @@ class ServiceControl:
 
 
 def call(command: list[str], *, must: bool = True) -> str:
-    """Run a program and return what it printed.
+    """Run a program and return its output.
 
     Args:
         command: The program and its arguments.
-        must: Whether it has to succeed.
+        must: Raise `StorageError`, with its last line of output, if it fails.
     """
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:
