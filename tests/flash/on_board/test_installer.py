@@ -57,6 +57,13 @@ def kit(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "kit"))
 
 
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Where the file system of a board begins."""
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
 def run(kit: Path, root: Path, *options: str) -> subprocess.CompletedProcess[str]:
     """The installer as a board runs it, without what this environment would add."""
     return subprocess.run(
@@ -97,9 +104,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
-def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, root: Path) -> None:
     done = run(kit, root)
     assert done.returncode == 0, done.stderr
 
@@ -127,9 +132,7 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, tmp_pa
     assert snapshot(root) == before
 
 
-def test_a_dry_run_says_every_step_with_its_reverse_and_does_none(kit: Path, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_a_dry_run_says_every_step_with_its_reverse_and_does_none(kit: Path, root: Path) -> None:
     before = snapshot(kit)
     done = run(kit, root, "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -180,9 +183,7 @@ def killed_after(kit: Path, root: Path, word: str) -> str:
 
 
 @pytest.mark.parametrize("word", ["launcher", "wheels", "give", "device.env", "claim", "service"])
-def test_a_run_that_was_killed_is_gone_on_with(kit: Path, tmp_path: Path, word: str) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_a_run_that_was_killed_is_gone_on_with(kit: Path, root: Path, word: str) -> None:
     assert word in killed_after(kit, root, word)
     done = run(kit, root)
     assert done.returncode == 0, done.stderr
@@ -193,9 +194,7 @@ def test_a_run_that_was_killed_is_gone_on_with(kit: Path, tmp_path: Path, word: 
 
 
 @pytest.mark.parametrize("lost", ["a/fedprune_start/__init__.py", "state/a.json", "state", "launcher.pyz"])
-def test_what_is_lost_of_an_installation_is_made_anew(kit: Path, tmp_path: Path, lost: str) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_what_is_lost_of_an_installation_is_made_anew(kit: Path, root: Path, lost: str) -> None:
     assert run(kit, root).returncode == 0
     path = root / "opt/fedprune" / lost
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -203,6 +202,17 @@ def test_what_is_lost_of_an_installation_is_made_anew(kit: Path, tmp_path: Path,
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("now:") == (2 if lost == "state" else 1), done.stdout
     assert program(root) == "fedprune\n"
+
+
+def update(root: Path, folder: Path, number: int) -> ReleaseInstaller:
+    """Install a release of the server's on a board, and let its trial succeed."""
+    installer = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
+    installer.stage(source(make_release(folder / f"release {number}", number)))
+    with installer.home.changing():
+        state = installer.home.load()
+        assert state is not None
+        installer.home.save(state.commit())
+    return installer
 
 
 def newer(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
@@ -214,9 +224,7 @@ def newer(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
     return make_kit("new", links=[links]).folder
 
 
-def test_a_newer_kit_replaces_an_older_one(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_a_newer_kit_replaces_an_older_one(make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path) -> None:
     assert run(make_kit("old").folder, root).returncode == 0
     done = run(newer(make_kit, tmp_path, wheels), root)
     assert done.returncode == 0, done.stderr
@@ -227,16 +235,11 @@ def test_a_newer_kit_replaces_an_older_one(make_kit: MakeKit, tmp_path: Path, wh
     assert program(root) == "fedprune\n"
 
 
-def test_a_kit_takes_the_place_of_no_release_of_the_server(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_a_kit_takes_the_place_of_no_release_of_the_server(
+    make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path
+) -> None:
     assert run(make_kit("old").folder, root).returncode == 0
-    updater = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
-    updater.stage(source(make_release(tmp_path / "release", 1)))
-    with updater.home.changing():
-        state = updater.home.load()
-        assert state is not None
-        updater.home.save(state.commit())
+    update(root, tmp_path, 1)
     done = run(newer(make_kit, tmp_path, wheels), root)
     assert done.returncode == 0, done.stderr
     assert "newer than any kit's" in done.stdout
@@ -244,9 +247,7 @@ def test_a_kit_takes_the_place_of_no_release_of_the_server(make_kit: MakeKit, tm
     assert program(root) == "version 1\n"
 
 
-def test_settings_of_another_kit_leave_the_runtime_alone(make_kit: MakeKit, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_settings_of_another_kit_leave_the_runtime_alone(make_kit: MakeKit, root: Path) -> None:
     assert run(make_kit("one").folder, root).returncode == 0
     other = make_kit(
         "two", board=BoardSettings("mqtts://other.example", "attic", "lab", join="mqtts://other.example:99")
@@ -294,11 +295,9 @@ def test_a_kit_for_another_board_is_refused(kit: Path, tmp_path: Path, key: str,
         ("claim.txt", "damaged"),  # one that is gone was handed over
     ],
 )
-def test_a_damaged_kit_installs_nothing(kit: Path, tmp_path: Path, name: str, how: str) -> None:
+def test_a_damaged_kit_installs_nothing(kit: Path, root: Path, name: str, how: str) -> None:
     path = kit / name
     path.write_bytes(path.read_bytes() + b"x") if how == "damaged" else path.unlink()
-    root = tmp_path / "root"
-    root.mkdir()
     done = run(kit, root)
     assert done.returncode == ExitCode.KIT
     assert name in done.stderr
@@ -349,10 +348,8 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("spoil", "words"), SPOILT.values(), ids=SPOILT)
 def test_a_kit_that_somebody_changed_installs_nothing(
-    kit: Path, tmp_path: Path, spoil: Callable[[Path], object], words: str
+    kit: Path, root: Path, spoil: Callable[[Path], object], words: str
 ) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
     spoil(kit)
     done = run(kit, root)
     assert done.returncode == ExitCode.KIT
@@ -387,9 +384,7 @@ def test_a_kit_of_another_server_is_refused_by_a_board_that_knows_its_own(
     assert (root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex
 
 
-def test_a_key_that_the_operator_names_takes_the_place_of_the_boards(kit: Path, tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_a_key_that_the_operator_names_takes_the_place_of_the_boards(kit: Path, root: Path) -> None:
     assert run(kit, root).returncode == 0
     sign(kit, OTHER)
     assert run(kit, root).returncode == ExitCode.KIT
@@ -409,7 +404,6 @@ def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Pa
     root, kit = tmp_path / "root", newer(make_kit, tmp_path, wheels)
     root.mkdir()
     assert run(make_kit("old").folder, root).returncode == 0
-    updater = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
     for text in (Succession.make("barn", KEY, NEXT.verifying).hex, Succession.make("lab", OTHER, NEXT.verifying).hex):
         sign(kit, NEXT, site="lab", successions=[text])
         assert run(kit, root).returncode == ExitCode.KIT
@@ -421,11 +415,7 @@ def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Pa
     assert program(root, "x") == "fedprune x\n"
     assert serving(root) == KitFolder(kit).runtime
 
-    updater.stage(source(make_release(tmp_path / "release", 1)))
-    with updater.home.changing():
-        state = updater.home.load()
-        assert state is not None
-        updater.home.save(state.commit())
+    update(root, tmp_path, 1)
     assert "newer than any kit's" in run(kit, root).stdout
     assert program(root) == "version 1\n"
     assert run(kit, root, "--key", NEXT.verifying.hex).returncode == 0, "the operator no longer trusts the old key"
@@ -468,9 +458,9 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
         assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
 
 
-def test_a_second_cut_leaves_what_the_first_one_installed(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_a_second_cut_leaves_what_the_first_one_installed(
+    make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path
+) -> None:
     assert run(make_kit("old").folder, root).returncode == 0
     before = home(root).load()
     assert before is not None
@@ -504,11 +494,7 @@ def test_root_reads_no_key_through_what_the_service_put_there(kit: Path, tmp_pat
     assert "the server's key" in done.stderr
 
 
-def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_installed(
-    kit: Path, tmp_path: Path
-) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_installed(kit: Path, root: Path) -> None:
     assert run(kit, root).returncode == 0
     found = home(root)
     path = found.root / "a/fedprune_start/__init__.py"
@@ -562,9 +548,7 @@ def crashing(tmp_path: Path, wheels: Path) -> Iterator[Path]:
     return links
 
 
-def test_a_wheel_that_the_processor_cannot_run_is_said_so(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
+def test_a_wheel_that_the_processor_cannot_run_is_said_so(make_kit: MakeKit, root: Path, crashing: Path) -> None:
     done = run(make_kit(links=[crashing]).folder, root)
     assert done.returncode == ExitCode.RUNTIME
     assert "onnxruntime uses instructions that this processor lacks" in done.stderr
@@ -691,12 +675,16 @@ def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Pa
     assert run(make_kit("good").folder, root).returncode == 0
     assert up.exists()
     before = home(root).load()
-    done = run(make_kit("bad", links=[crashing]).folder, root)
+    bad = make_kit("bad", links=[crashing]).folder
+    done = run(bad, root)
     assert done.returncode == ExitCode.RUNTIME
     assert "stop fedprune.service" in (root / "run/calls").read_text()
     assert up.exists(), "what was stopped for it is started again"
     assert (home(root).load(), program(root)) == (before, "fedprune\n")
     assert not list((root / "opt/fedprune/b").iterdir())
+    up.unlink()
+    assert run(bad, root).returncode == ExitCode.RUNTIME
+    assert not up.exists(), "what was down stays down"
     assert run(make_kit("again").folder, root).returncode == 0
 
 
@@ -758,16 +746,6 @@ def test_an_installer_that_is_told_to_end_leaves_a_board_running(
 
 
 @pytest.mark.slow
-def test_a_service_that_was_down_stays_down_when_a_kit_fails(make_kit: MakeKit, tmp_path: Path, crashing: Path) -> None:
-    root = tmp_path / "root"
-    up = with_service(root)
-    assert run(make_kit("good").folder, root).returncode == 0
-    up.unlink()
-    assert run(make_kit("bad", links=[crashing]).folder, root).returncode == ExitCode.RUNTIME
-    assert not up.exists()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", EACH_KIND)
 def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Path, kind: str) -> None:
     root, cut = tmp_path / "root", tmp_path / "cut"
@@ -790,18 +768,11 @@ def test_the_power_may_fail_while_a_claim_is_overwritten(kit: Path, tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_release_of_the_server_stays_though_the_launchers_state_is_lost(
-    make_kit: MakeKit, tmp_path: Path, wheels: Path
+    make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path
 ) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
     assert run(make_kit("old").folder, root).returncode == 0
-    updater = ReleaseInstaller(root / "opt/fedprune", PUBLIC)
     for number in (1, 2):
-        updater.stage(source(make_release(tmp_path / f"release {number}", number)))
-        with updater.home.changing():
-            state = updater.home.load()
-            assert state is not None
-            updater.home.save(state.commit())
+        updater = update(root, tmp_path, number)
     for name in ("state.json", "copy.json"):
         (updater.home.folder / name).write_bytes(b"")
     before = {slot: updater.home.whole(slot) for slot in "ab"}
@@ -812,10 +783,8 @@ def test_a_release_of_the_server_stays_though_the_launchers_state_is_lost(
 
 
 def test_the_slot_that_is_emptied_counts_as_room(
-    make_kit: MakeKit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_kit: MakeKit, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
     kit = make_kit().folder
     assert run(kit, root).returncode == 0
     spare = root / "opt/fedprune/b"
