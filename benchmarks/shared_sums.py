@@ -27,9 +27,9 @@ from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune_export.importing import load
 from fedprune_export.pruning.model import Model
+from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.ray_pool import RayPool
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import DistributedWorker
 
 MODEL = "shared_sums:vgg"
 UPDATES = 32

@@ -29,7 +29,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.shared_identity import shared_identity
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import CommandExecutor
-from fedprune_server.executor.worker_pool import helped
+from fedprune_server.executor.distributed import helped
 from fedprune_server.maintenance.backup_record import restored_from
 from fedprune_server.messaging.broker.revocations import delivering
 from fedprune_server.messaging.connection import Connection, connection, identity_of

@@ -17,7 +17,7 @@ from fedprune.jobs.state import Progress as Part
 from fedprune.wire.messages import Accepted, Cancelled, Finished
 from fedprune.wire.offer import Offer
 from fedprune_server.devices.registry import DeviceRegistry
-from fedprune_server.executor.update_size import misfit, sent
+from fedprune_server.executor.offers import misfit, sent
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.transfer.s3_sync import BucketSync
 from fedprune_server.transfer.uploads import Arrived, Uploads

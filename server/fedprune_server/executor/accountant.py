@@ -1,9 +1,9 @@
-"""How much a job's releases have told of a device's samples: ε at a δ, by Google's dp-accounting.
+"""The privacy loss of a device's samples through a job's releases: ε at a δ, by Google's dp-accounting.
 
 All that is released is a Gaussian mechanism, or made of what one has released. Several, of any noise multipliers z and
 each chosen in the light of those before, cost as much as a single one at multiplier 1/√Σ 1/z² (Dong et al. 2019,
 "Gaussian differential privacy", Corollary 3.3), whose ε at a δ is known exactly (Balle and Wang 2018, Theorem 8). There
-is no discount for devices that a round doesn't ask: who is asked follows from the job's seed, which boards are told.
+is no discount for devices that a round doesn't ask: the choice follows from the job's seed, which boards know.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Accountant:
         return float(self._library.get_epsilon_gaussian(1 / math.sqrt(cost), self._privacy.delta))
 
     def metrics(self, command: do.Evaluate) -> dict[str, float]:
-        """What a round's summary says of privacy: the ε of the device that it has cost most, now and a round on."""
+        """Privacy metrics of a round: the largest ε of any device, now and after another round."""
         if command.spent is None or command.foreseen is None:
             return {}
         return {EPSILON: self.epsilon(command.spent), EPSILON_NEXT: self.epsilon(command.foreseen)}

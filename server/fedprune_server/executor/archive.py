@@ -35,7 +35,7 @@ class Archive:
 
     Args:
         architecture: The model's architecture.
-        store: Where the blobs lie.
+        store: The blob store.
     """
 
     def __init__(self, architecture: Architecture, store: BlobStore) -> None:
@@ -63,7 +63,7 @@ class Archive:
         return tensorfile.decode(self._store.map(digest))
 
     def update(self, digest: str, codec: str | None, sent: str | None) -> dict[str, npt.NDArray[Any]]:
-        """A device's update as it was before it was encoded, but for what its codec leaves out.
+        """A device's update, decoded.
 
         Args:
             digest: The update.
@@ -106,7 +106,7 @@ class Archive:
         """A device's last counted update.
 
         Args:
-            past: Where it lies.
+            past: Its digests.
             withheld: Gives the tensors of a submodel that don't travel.
         """
         if past is None:

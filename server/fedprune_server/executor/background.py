@@ -1,4 +1,4 @@
-"""The one thread in which a job's heavy commands are carried out, in order, beside the daemon's loop."""
+"""The thread that carries out a job's heavy commands in order, next to the daemon's loop."""
 
 from __future__ import annotations
 
@@ -17,11 +17,9 @@ Result = on.Event | BaseException
 
 
 class CommandExecutor(Protocol):
-    """Whoever carries out heavy commands; `fedprune_server.executor.worker.Worker` does."""
+    """Carries out heavy commands, as `fedprune_server.executor.worker.Worker` does."""
 
-    def execute(self, command: Work) -> on.Event:
-        """Carry out one command."""
-        ...
+    def execute(self, command: Work) -> on.Event: ...
 
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Commands of which some will be carried out in a moment: what can be done ahead may begin."""
@@ -43,8 +41,8 @@ class BackgroundExecutor:
         self._orders: queue.Queue[Work | None] = queue.Queue()
         self._results: queue.Queue[Result] = queue.Queue()
         self._pending = 0
-        # A daemon thread: a process that is told to end doesn't wait for a long evaluation; it will be repeated.
-        within = contextvars.copy_context()  # what the log says it is about, such as the job
+        # A daemon thread: a process that ends doesn't wait for a long evaluation; it will be repeated.
+        within = contextvars.copy_context()  # with the subject of log lines, such as the job
         self._thread = threading.Thread(target=within.run, args=(self._run,), name="fedprune-workshop", daemon=True)
         self._thread.start()
 

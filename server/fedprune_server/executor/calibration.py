@@ -1,4 +1,4 @@
-"""Batch-norm statistics of the global model, measured anew on a few samples of the server's own, without labels.
+"""Batch-norm statistics of the global model, measured again on a few unlabelled samples of the server.
 
 Devices of different widths measure statistics of different sums: a channel that is fed by half of the channels before
 it has another mean and variance than in the whole model. Their average fits no width, and least of all the whole model

@@ -17,7 +17,7 @@ _RISE = 1.1
 """Times the loss after the first round that the last one must be: less than that may be chance."""
 
 _SIGNS = ("not finite", "finite numbers of magnitude")
-"""What reasons say of training that ran away: a board's refusal, and the server's of weights that are far too large."""
+"""Reasons of diverged training: a board's refusal, and the server's rejection of weights that are far too large."""
 
 
 def of_history(history: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> str:
@@ -70,7 +70,7 @@ def warn(event: on.UpdateRejected, job: Job, prefix: str, reasons: Iterable[str]
 
 
 def ran_away(reason: str) -> bool:
-    """Whether a reason why an update doesn't count says that training ran away."""
+    """Whether an update doesn't count because training diverged."""
     return any(sign in reason for sign in _SIGNS)
 
 

@@ -42,7 +42,7 @@ class Sessions:
     """Sessions of one model, by widths.
 
     Weights are inputs of its graphs, so that one session serves every round. Widths may be others in every round, where
-    a strategy chooses them anew: only the sessions that were asked for last stay open.
+    a strategy changes them: only the sessions that were used last stay open.
 
     Args:
         model: The model; its weights are not used.

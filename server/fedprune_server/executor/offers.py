@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from fedprune import updates
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
@@ -25,10 +26,15 @@ from fedprune_export.bundles.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
-from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE
 
 GRAPH_ROUNDS = 10
-"""A graph that no offer named for so many rounds is let go of, and made again if it is needed again."""
+"""Rounds after which a graph that no offer names is dropped; it is made again when it is needed."""
+
+UPDATE_SIZE = "update_size"
+"""Entry of an offer that isn't sent: bytes of the update that answers it."""
+
+UPDATE_BOUND = "update_bound"
+"""The same: the most bytes that the update has in the offered codec."""
 
 _WITHHELD = 64
 
@@ -36,7 +42,7 @@ _LOG = logging.getLogger("fedprune.server")
 
 
 class LatestGraphs:
-    """Which graphs offers have named of late: the one rule of whoever makes, keeps or deletes graphs.
+    """The graphs that recent offers name: the one rule by which graphs are made, kept and deleted.
 
     A graph counts from the latest round of all that were heard of: one that a part of an earlier round names once more
     is as much in use as any.
@@ -79,6 +85,26 @@ def blobs_of(offer: Mapping[str, Any]) -> set[str]:
     named = [offer[name] for name in ("weights", "mask", "coded", "moved") if name in offer]
     ranking = {offer["ranking"]} if "ranking" in offer else set()
     return graphs_of(offer) | {ref["sha256"] for ref in named} | ranking
+
+
+def sent(offer: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an offer that its device is sent."""
+    return {k: v for k, v in offer.items() if k not in (UPDATE_SIZE, UPDATE_BOUND)}
+
+
+def misfit(offer: Mapping[str, Any] | None, ref: BlobRef) -> str:
+    """Why an update of this size can't answer an offer; empty if it can.
+
+    An update is as large as the offered weights without those that are frozen; an update of another size isn't fetched.
+    With a codec it may also be smaller, since a device may send it either way.
+    """
+    offer = offer or {}
+    expected = offer.get(UPDATE_SIZE, offer.get("weights", {}).get("size"))
+    bound = offer.get(UPDATE_BOUND)
+    if ref.size == expected or (bound is not None and ref.size <= bound):
+        return ""
+    other = "" if bound is None else f", or at most {bound} in its codec"
+    return f"size of the update: expected {expected} bytes{other}, got {ref.size}"
 
 
 class Offers:
@@ -235,7 +261,7 @@ class Offers:
     def _coded(
         self, packed: Tensors, coding: do.Coding, submodel: Submodel, before: Selection | None
     ) -> tuple[Tensors, dict[str, Any]]:
-        """Weights as a device has them once it has decoded them, and what an offer says of that.
+        """Weights as a device has them once it has decoded them, and the entries of its offer.
 
         The server goes on from these, so that both have the very same bits. What coding leaves out is in the difference
         to the next weights, and so never adds up.

@@ -12,14 +12,14 @@ from fedprune_server.executor.pool_tasks import Settings, Task
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.children import begin_helper
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("fedprune.server")
 
 _helper: Worker | None = None
 """In a helper's process: its worker."""
 
 
 class Pool(Protocol):
-    """Whoever lets helpers do tasks."""
+    """Runs tasks in helper processes."""
 
     @property
     def size(self) -> int:
@@ -40,9 +40,7 @@ class Pool(Protocol):
         """Have a task done. Whatever goes wrong is in the future."""
         ...
 
-    def close(self) -> None:
-        """Let the helpers go."""
-        ...
+    def close(self) -> None: ...
 
 
 class ProcessPool:
@@ -62,7 +60,6 @@ class ProcessPool:
         self._pool = self._new_pool()
 
     def submit(self, task: Task, argument: Any) -> Future[Any]:
-        """Have a task done."""
         try:
             return self._pool.submit(_do, task, argument)
         except BrokenExecutor:
@@ -80,7 +77,6 @@ class ProcessPool:
         )
 
     def close(self) -> None:
-        """Let the helpers go."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

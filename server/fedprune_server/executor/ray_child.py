@@ -21,7 +21,7 @@ from fedprune_server.executor.worker import Worker
 from fedprune_server.process.children import begin_helper
 
 _RETRIES = 3
-"""So often a task begins anew elsewhere whose machine or process has died."""
+"""Retries of a task whose machine or process has died."""
 
 _POLL_S, _LOOK_S = 0.01, 5.0
 _EMPTY_S = 30.0

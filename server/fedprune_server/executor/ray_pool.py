@@ -2,7 +2,7 @@
 
 Ray runs in a child process, because a driver may end its process when it loses its cluster, and because it takes over
 signals and the log. What happens to that child, or to the cluster, costs no more than the tasks that were under way:
-their futures fail, whoever asked does them here, and a new child tries to reach the cluster once a minute.
+their futures fail, the worker does them itself, and a new child tries to reach the cluster once a minute.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RayPool:
     """Lets a cluster do tasks.
 
     Args:
-        url: The cluster, as `fedprune_server.config.cluster_url` says.
+        url: The cluster (`fedprune_server.config.cluster_url`).
         worker: Whose job it helps with; every machine of the cluster must see its blob store's folder.
         again_s: Pause between attempts to reach a cluster that was lost.
 
@@ -99,7 +99,6 @@ class RayPool:
         return 1 if link is None else max(1, link.size)
 
     def submit(self, task: Task, argument: Any) -> Future[Any]:
-        """Have a task done."""
         with self._lock:
             link = self._link
             if link is not None and link.lost:
@@ -115,7 +114,6 @@ class RayPool:
         return link.submit(task, argument)
 
     def close(self) -> None:
-        """Leave the cluster."""
         with self._lock:
             self._closed = True
             link, self._link = self._link, None
@@ -145,7 +143,7 @@ class RayPool:
                 socket.create_connection(place, _CONNECT_S).close()
             except (OSError, OverflowError) as error:
                 raise _unusable(self._url, reason(error)) from error
-        # Whoever reads it sees the very folder, not an empty one of the same name.
+        # A machine that can read it sees this very folder, not an empty one of the same name.
         probe = self._store.put(secrets.token_bytes(32)).sha256
         try:
             return _Link(self._url, self._settings, probe, self._lost, lambda: self._closed)
@@ -166,7 +164,7 @@ class _Link:
         settings: Of its workers.
         probe: A blob that all its machines must see.
         told: Called when it is lost.
-        given_up: Whether nobody waits for the cluster any more.
+        given_up: Whether the pool was closed meanwhile.
 
     Attributes:
         size: Processors of the cluster.
@@ -199,7 +197,7 @@ class _Link:
         threading.Thread(target=self._hand_on, name="fedprune-ray-orders", daemon=True).start()
 
     def _first(self, url: str) -> int:
-        """How many processors there are, as the child says once it has reached the cluster."""
+        """The cluster's processors, which the child reports once it has reached it."""
         kind, what = "lost", f"no answer in {_START_S:g} s"
         until = time.monotonic() + _START_S
         with suppress(EOFError, OSError):
@@ -213,7 +211,6 @@ class _Link:
         raise _unusable(url, what)
 
     def submit(self, task: Task, argument: Any) -> Future[Any]:
-        """Hand a task on."""
         future: Future[Any] = Future()
         with self._lock:
             if self.lost:
@@ -266,7 +263,6 @@ class _Link:
         self._end()
 
     def close(self) -> None:
-        """End the child."""
         self._end()
 
     def _end(self) -> None:

@@ -17,7 +17,7 @@ class Garbage:
     """What rounds leave behind.
 
     Args:
-        store: Where blobs lie.
+        store: The blob store.
         keep: How many of the latest global models stay; None for everything.
     """
 

@@ -50,7 +50,6 @@ class StoredUpdates:
         self._withheld = withheld
 
     def scene(self, round_: int, model: str, memory: dict[str, str], participants: tuple[str, ...] = ()) -> Scene:
-        """A round."""
         return Scene(
             self._architecture,
             self._job.seed,
@@ -62,11 +61,9 @@ class StoredUpdates:
         )
 
     def turn(self, basis: do.Basis, part: do.Part) -> Turn:
-        """A device's part in a round."""
         return Turn(self._job.seed, basis.round, part.device, part.widths, part.density, part.samples, part.last)
 
     def recipe(self, turn: Turn) -> Recipe:
-        """A device's recipe."""
         recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.recipe, turn))
         return replace(recipe, personal=spelt(recipe.personal, self._architecture))
 
@@ -138,7 +135,7 @@ class StoredUpdates:
         return Submodel(selection, read_tensors(self._store, refs[digest], names))
 
     def _selection(self, found: do.Contribution) -> Selection:
-        # What was sent says where its channels live: an extractor may have cut less than the turn's, or others.
+        # The channels of what was sent: an extractor may have cut fewer than the turn's, or others.
         return self.archive.selection(found.ranking or found.basis.ranking, found.widths or found.part.widths)
 
 

@@ -1,7 +1,7 @@
 """The worker: does the heavy work that the coordinator asks for, on blobs.
 
 Daemon and simulator use it alike. Every command is answered from blobs and settings alone, so it can be repeated at
-any time, in another process, with the same bits. What it does is what the job's strategy says.
+any time, in another process, with the same bits. The job's strategy decides what is done.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Worker:
         store: Where blobs are read and put.
         evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out, and
             there is no accuracy where numbers are predicted.
-        calibration: Samples on which every global model's batch-norm statistics are measured anew, if any.
+        calibration: Samples on which every global model's batch-norm statistics are measured again, if any.
         slabs: Whether offers name slabs, of which many devices can make what they are sent.
 
     Raises:
@@ -98,7 +98,7 @@ class Worker:
 
         Raises:
             BundleError: A starter can't make a model of it, or it has no last layer where one is spoken of.
-            StrategyError: A starter of somebody's own has failed.
+            StrategyError: A user's starter has failed.
             ModelError: The model can't be trained, which is better known before the first device is there.
             ConfigError: A pattern of the recipe matches no tensor.
         """
@@ -142,7 +142,7 @@ class Worker:
         return self._offers.graphs()
 
     def note(self, event: on.Extracted) -> None:
-        """Note the graphs of an offer that somebody else has made in this worker's place."""
+        """Note the graphs of an offer that a helper has made."""
         self._offers.note(graphs_of(event.offer), event.round)
 
     # A round begins.
@@ -190,7 +190,7 @@ class Worker:
     def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
         """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.
 
-        What comes back goes where that says, so that an extractor may choose whichever channels it likes.
+        The update is folded by it, so that an extractor may choose any channels.
         """
         if sent is cut.selection or sent.digest == cut.selection.narrowed(sent.widths).digest:
             return basis.ranking
@@ -266,7 +266,7 @@ class Worker:
 
 
 def _masked(recipe: Recipe, submodel: Submodel) -> Recipe:
-    """The recipe for a submodel's mask: it stays or, if the objective says so, is where sizes reach its least."""
+    """The recipe for a submodel's mask: kept as it is or, by the objective, by a threshold of magnitudes."""
     if submodel.mask is None:
         return recipe
     if recipe.mask == "threshold":

@@ -24,9 +24,9 @@ from fedprune.core.rng import keyed
 from fedprune.core.text import one_line
 from fedprune.training.recipe import Recipe
 from fedprune.updates import CODECS
-from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit
+from fedprune_server.executor.distributed import DistributedWorker, helped
+from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import DistributedWorker, helped
 from fedprune_server.simulation.checkpointing import RunFolder
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.pooled_runner import PooledBench

@@ -19,8 +19,8 @@ from fedprune.jobs.state import Task
 from fedprune.wire.messages import Accepted, Birth, BlobRequest, Cancelled, Finished, Progress, Refusal, Update
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
+from fedprune_server.executor.offers import UPDATE_SIZE
 from fedprune_server.executor.retention import sweep
-from fedprune_server.executor.update_size import UPDATE_SIZE
 from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.http import WebBlobs
 from support.fakes.fleet import SIZE, Fleet, ToyDevice, fill, folded, larger

@@ -28,7 +28,7 @@ from fedprune_device.training.received_weights import decoded
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.update_size import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
+from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import Federation, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment

@@ -25,10 +25,9 @@ from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers
+from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers, sent
 from fedprune_server.executor.offers import graphs_of as named_graphs
 from fedprune_server.executor.retention import Garbage
-from fedprune_server.executor.update_size import sent
 from fedprune_server.simulation.digits import digits_model
 
 ROUNDS = 3 * GRAPH_ROUNDS

@@ -33,10 +33,10 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.config.cluster_url import check_url
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.executor import pool_tasks, ray_pool
+from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.pool_tasks import Settings
 from fedprune_server.executor.ray_pool import ClusterError, RayPool
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import DistributedWorker
 from fedprune_server.simulation.digits import digits_model
 from support.processes.machine import free_port
 

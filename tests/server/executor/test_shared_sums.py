@@ -25,10 +25,10 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor import pool_tasks, shared_sums
+from fedprune_server.executor import distributed, pool_tasks
+from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.pool_tasks import Settings, Task
 from fedprune_server.executor.worker import Worker
-from fedprune_server.executor.worker_pool import DistributedWorker
 from fedprune_server.simulation.digits import digits_model
 
 DENSITIES = (1.0, 0.5, 0.25, 1.0, 0.75, 0.5, 0.25, 1.0, 0.5)
@@ -336,7 +336,7 @@ def test_helpers_that_hang_are_waited_for_once(
     expected = played(alone, folds, close)
     mine = worker(model, tmp_path, STRATEGIES["plain"])
     helpers = Hanging(mine, never)
-    monkeypatch.setattr(shared_sums, "time", SimpleNamespace(monotonic=lambda: helpers.now))
+    monkeypatch.setattr(distributed, "time", SimpleNamespace(monotonic=lambda: helpers.now))
     crew = DistributedWorker(mine, helpers, block=500, batch=4)
     orders = [do.Extract(f.contribution.basis, f.contribution.part) for f in folds]
     crew.expect(orders)

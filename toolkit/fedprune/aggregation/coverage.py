@@ -1,6 +1,6 @@
 """How much weight stands behind every coordinate of a round's sums.
 
-Where updates hold whole channels, their selections say it all, and nothing is counted per coordinate until a round
+Where updates hold whole channels, their selections suffice, and nothing is counted per coordinate until a round
 closes. Where an update's mask is made of single elements, its tensor gets an array of counts of its own.
 """
 
@@ -111,7 +111,7 @@ def partly_active(
         architecture: The model.
         selection: The submodel's.
         mask: In the submodel's coordinates; None for no mask.
-        left_out: Tensors that nobody asks about.
+        left_out: Tensors that are not summed.
 
     Raises:
         ProtocolError: A mask is of an unknown tensor, of batch-norm statistics, or of another shape or type.

@@ -12,8 +12,8 @@ the next model:
 - `zero`: w_i = S_i / N: what a device doesn't hold counts as 0 (CA-HFP's ablation without reconstruction, Table II;
   eq. 13). It shows what reconstruction is good for, and is good for nothing else.
 
-In the first two, a coordinate that nobody holds keeps its bits; where all hold it, all three are FedAvg, bit for bit,
-by the same operations. Batch-norm statistics are always means over the devices that cover them.
+In the first two, a coordinate that no device holds keeps its bits. Where all hold it, all three are FedAvg, bit for
+bit, by the same operations. Batch-norm statistics are always means over the devices that cover them.
 
 A device may hold single elements (a mask): M_i then counts whose mask is 1 at i. A device may have begun with an
 earlier model (asynchronous rounds): with `sent` its Δ is taken against what it was sent, and moves the model of now.
@@ -61,9 +61,9 @@ class Fold:
     Args:
         architecture: The model.
         base: The global model w_t that devices' submodels were cut from.
-        rule: `coverage`, `fill` or `zero`, as the module says.
+        rule: `coverage`, `fill` or `zero`, as described above.
         evidence: Also sum movements per step and their squares, which curvature scores are made from.
-        excluded: Names of tensors that nobody shares (FedPer's personal layers): they keep their bits, and updates
+        excluded: Names of tensors that are not shared (FedPer's personal layers): they keep their bits, and updates
             need not have them.
 
     Raises:
@@ -96,7 +96,6 @@ class Fold:
         self.clear()
 
     def clear(self) -> None:
-        """Forget all updates."""
         self.updates = 0
         self._sums = UpdateSums(self.architecture, self.base, self._shared, self._spans, evidence=self.evidence)
 
@@ -191,9 +190,9 @@ class Fold:
             submodel: The tensors after training.
             weight: n_k, the device's number of samples.
             steps: Optimiser steps that it took; only evidence needs them.
-            mask: Which elements of the submodel count; None for all. What lies outside it is not looked at.
+            mask: Which elements of the submodel count; None for all. The others are ignored.
             sent: The submodel that the device began with, where that is not the base's: w_t + (w_k − w_sent) counts
-                instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), but for batch-norm statistics.
+                instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), except in batch-norm statistics.
             checked: `check` has passed these tensors, so that they needn't be looked at once more.
 
         Raises:
@@ -233,7 +232,7 @@ class Fold:
         """The next global model.
 
         With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + rate·(w̄ − w_t) and w ← w_t + v, for
-        trainable tensors; where nobody holds a coordinate neither v nor w changes.
+        trainable tensors; where no device holds a coordinate neither v nor w changes.
 
         Args:
             server_momentum: β, from 0 to below 1.
@@ -282,7 +281,7 @@ class Fold:
         return to_global(whole, spec, self._sums.coverage.layout)
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
-        """What a trainable tensor's devices say about gradient and curvature.
+        """First and second moments of a trainable tensor's movement per step.
 
         Returns:
             Per coordinate Σ n_k·u_k / M and Σ n_k·u_k² / M with u_k = Δ_k / steps_k (saturated at ±1/4), and whether

@@ -1,4 +1,4 @@
-"""The order in which a fold's sums lie, and where submodels lie in them.
+"""The memory layout of a fold's sums, and the coordinates of submodels in them.
 
 Sums are laid out by the ranks of the first update: along every axis, segment by segment, the most important channel
 first. A submodel of the same ranks is a prefix of each segment, so that slices do; others need index arrays.
@@ -22,7 +22,7 @@ _CHUNK = 65_536
 
 
 def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterator[tuple[Index, Index]]:
-    """Where a submodel's tensor lies in the sums: pairs of an index into them and one into it."""
+    """Pairs of an index into the sums of a tensor and an index into a submodel's tensor."""
     if all(_same_ranks(layout, selection, axis) for axis in spec.axes):
         if all(selection.widths[g] == layout.widths[g] for axis in spec.axes for g in axis.groups):
             yield (...,), (...,)
@@ -37,21 +37,21 @@ def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterato
 
 
 class Grid(NamedTuple):
-    """Where the numbers of a tensor lie in another one, if only its first two axes are out of order.
+    """Coordinates of one tensor's numbers in another, if only the first two axes are permuted.
 
     Attributes:
         rows: By index of the first axis, the other's.
         columns: By index of the second axis, the other's.
-        beside: Numbers that lie side by side in both: the product of all further axes.
+        inner: Contiguous numbers in both: the product of all further axes.
     """
 
     rows: Indices
     columns: Indices
-    beside: int
+    inner: int
 
 
 def into_sums(layout: Selection, spec: TensorSpec, selection: Selection) -> Grid | None:
-    """Where a submodel's tensor lies in the sums."""
+    """Coordinates of a submodel's tensor in the sums."""
     orders, held = layout.maps(spec.name), selection.maps(spec.name)
     if not _as_they_are(orders[2:]) or not _as_they_are(held[2:]) or not orders:
         return None
@@ -61,7 +61,7 @@ def into_sums(layout: Selection, spec: TensorSpec, selection: Selection) -> Grid
 
 
 def into_model(layout: Selection, spec: TensorSpec) -> Grid | None:
-    """Where a tensor of the sums lies in the global model's."""
+    """Coordinates of a tensor of the sums in the global model's."""
     orders = layout.maps(spec.name)
     return _grid(spec, orders) if orders and _as_they_are(orders[2:]) else None
 
@@ -86,11 +86,11 @@ class Expansion:
     """A submodel's tensor as a whole one, in a layout.
 
     Args:
-        layout: Where the whole tensor's channels lie.
+        layout: The whole tensor's layout.
         spec: The tensor; it has axes.
         selection: The submodel's.
         value: The submodel's tensor.
-        absent: What stands where it holds nothing.
+        absent: The value of coordinates that it doesn't hold.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Expansion:
         absent: float = 0.0,
     ) -> None:
         own = []
-        last = 0  # behind the last axis that is out of order, numbers lie side by side and are copied together
+        last = 0  # after the last permuted axis, numbers are contiguous and copied together
         for i, (axis, order) in enumerate(zip(spec.axes, layout.maps(spec.name), strict=True)):
             numbers = np.arange(order.size)
             if not axis.groups:
@@ -179,7 +179,7 @@ def mass_in(
         shares: Selections and the weight of all updates of each.
 
     Returns:
-        The weights, of the tensor's shape but for axes that every update holds as a whole, which are 1 long; None
+        The weights, of the tensor's shape except that axes that every update holds as a whole have length 1; None
         where every update holds the whole tensor.
     """
     if all(selection.whole for selection, _ in shares):

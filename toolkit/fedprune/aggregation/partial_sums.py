@@ -29,7 +29,7 @@ class PartialSums:
 
     Attributes:
         names: The tensors that it was made of.
-        layout: How its sums lie.
+        layout: The layout of its sums.
         shares: Selections and the weight of all updates of each.
         updates: How many updates.
         arrays: The sums, in the layout.

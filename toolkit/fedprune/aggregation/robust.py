@@ -49,7 +49,7 @@ def clipped(addition: ClientUpdate, base: Tensors, limit: float, left_out: Colle
 
 
 def standing_out(values: Mapping[str, float], tolerance: float, *, low: bool, what: str) -> dict[str, str]:
-    """Who is too far from the median of all, and why; of fewer than three nobody is.
+    """Devices that are too far from the median of all, and why; none if there are fewer than three.
 
     Args:
         values: A number per device.
@@ -136,7 +136,7 @@ class Slab:
 
 
 def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[list[Slab]]:
-    """Parts of a model that fit into a memory budget together, for so many updates of float32 numbers.
+    """Parts of a model that fit into a memory budget together, for a number of float32 updates.
 
     Args:
         specs: The tensors.
@@ -162,7 +162,7 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
 
 
 def rows_of(slab: Slab, addition: ClientUpdate, base: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
-    """What an update says of a slab: infinite where it says nothing.
+    """An update's values in a slab: infinite where it holds none.
 
     Args:
         slab: The rows.
@@ -184,7 +184,7 @@ def rows_of(slab: Slab, addition: ClientUpdate, base: Tensors, whole: Selection)
 
 
 def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> npt.NDArray[np.float32]:
-    """The median or the trimmed mean of what devices say, per coordinate over those that hold it.
+    """The median or the trimmed mean of devices' values, per coordinate over those that hold it.
 
     Args:
         values: [devices, ...], infinite where a device doesn't hold a coordinate; used up.
@@ -193,7 +193,7 @@ def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> 
         trim: Below 0.5.
 
     Returns:
-        [...]; infinite where nobody holds a coordinate.
+        [...]; infinite where no device holds a coordinate.
     """
     devices = len(values)
     flat = values.reshape(devices, -1)
@@ -215,7 +215,7 @@ def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> 
 
 
 def _counted(count: int, kind: Centre, trim: float) -> range:
-    """Which of so many ordered values are averaged."""
+    """The ordered values that are averaged."""
     if kind == "median":
         return range((count - 1) // 2, count // 2 + 1)
     cut = math.floor(trim * count + 1e-9)
@@ -249,7 +249,7 @@ def _ordered(block: npt.NDArray[np.float32], wanted: int) -> list[npt.NDArray[np
 
 @lru_cache(maxsize=256)
 def _exchanges(size: int, wanted: int) -> tuple[tuple[int, int], ...]:
-    """Batcher's odd-even merge sort, without the exchanges that the lowest so many don't depend on."""
+    """Batcher's odd-even merge sort, without the exchanges that the lowest `wanted` values don't depend on."""
     pairs = []
     run = 1
     while run < size:

@@ -17,7 +17,7 @@ __all__ = ["AsynchronousCoordinator", "Coordinator", "Phase", "State", "Synchron
 
 
 def coordinate(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Coordinator:
-    """The coordinator of a job: of synchronous rounds or of asynchronous ones, as its strategy's schedule says.
+    """The coordinator of a job, synchronous or asynchronous by its strategy's schedule.
 
     Args:
         job: The job's settings.

@@ -2,7 +2,7 @@
 
 A round is one move of the model. It is scored, collects updates until the schedule closes it, becomes the next model
 and is evaluated, one after the other; devices work across rounds. An offer is of the round in which it was made, and
-names the model that it was cut from. A device trains a model once: whoever delivers waits for the next model, so that
+names the model that it was cut from. A device trains a model once and then waits for the next one, so that
 an update is known by its device and its round, and the same events give the same bits.
 """
 
@@ -41,11 +41,10 @@ class AsynchronousCoordinator(Coordinator):
         self._weights = UpdateWeights(state, self.schedule, job, uniform=self.uniform)
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        """Take in one event and say what to do."""
         return super().handle(event, now) + self._wake(now)
 
     def resume(self, now: float) -> Commands:
-        """What to do after the state was loaded; deadlines and the round's window start anew.
+        """Commands after the state was loaded; deadlines and the round's window start again.
 
         A finished job goes on where it has been given more rounds.
         """
@@ -215,7 +214,7 @@ class AsynchronousCoordinator(Coordinator):
         return self._give_up(event.device, task, event.reason, now)
 
     def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
-        """Whoever can't do its part needs time to get better: it is asked again when its deadline is over."""
+        """A device that can't do its part is asked again when its deadline has passed, not at once."""
         if task is not None:
             task.deadline = task.deadline or now + self.deadline_s
         return super()._give_up(name, task, reason, now)
@@ -240,7 +239,7 @@ class AsynchronousCoordinator(Coordinator):
                 late[name] = (state.round_of(task), task.attempt)
                 task.progress, task.reason = Progress.REFUSED, LATE
         commands = self._go_on(now)
-        # Whoever is asked once more for the same gets an offer instead: it goes on where it is.
+        # A device that is asked for the same again gets an offer instead of a cancellation: it goes on.
         again = {c.part.device for c in commands if isinstance(c, do.Extract)}
         again = {n for n in again if n in late and late[n][0] == state.round}
         cancels: Commands = [do.Cancel(n, number, a, LATE) for n, (number, a) in late.items() if n not in again]
@@ -308,7 +307,7 @@ class AsynchronousCoordinator(Coordinator):
                 state.devices[name].buffer = self._weights.buffer(task, plain(found))
                 self._keep_past(name, task)
         if state.closing["weights"].keys() <= event.rejected.keys():
-            # Nobody is left: the round goes on collecting, and whoever was in it is asked again, but not at once.
+            # No update is left: the round goes on collecting, and its devices are asked again, but not at once.
             for name in state.closing["fresh"]:
                 state.tasks[name].deadline = now + self.deadline_s
             state.closing = None
@@ -331,7 +330,7 @@ class AsynchronousCoordinator(Coordinator):
         state.history.append({"round": number, "at": now, "model": state.model, "metrics": metrics, "devices": devices})
         for task in news.values():
             task.told = True
-        # Whoever refused waits for its time to be over, whatever becomes of the model meanwhile.
+        # A device that refused waits for its deadline, whatever becomes of the model meanwhile.
         for name, task in ended.items():
             if task.deadline is None:
                 del state.tasks[name]

@@ -25,10 +25,10 @@ from fedprune.updates import agreed
 Commands = list[do.Command]
 
 EPSILON_NEXT = "epsilon_next"
-"""What an evaluation says of privacy: the ε that a device would have after another round like its dearest."""
+"""Metric of an evaluation: the ε that a device would have after another round like its most expensive one."""
 
 MAX_FAILURES = 3
-"""A device that refuses so many offers in a row, or whose updates don't count, is left out until it connects again."""
+"""Offers refused or updates rejected in a row after which a device is left out until it connects again."""
 
 
 class Coordinator(ABC):
@@ -63,7 +63,7 @@ class Coordinator(ABC):
             )
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        """Take in one event and say what to do.
+        """Handle one event and return the commands that follow.
 
         Args:
             event: What happened.
@@ -110,10 +110,10 @@ class Coordinator(ABC):
 
     @abstractmethod
     def resume(self, now: float) -> Commands:
-        """What to do after the state was loaded: everything that may have been under way when the last shell ended.
+        """Commands after the state was loaded: everything that may have been under way when the last shell ended.
 
-        All devices count as offline until they announce themselves again, and are given their share of the model anew,
-        since settings may have changed; deadlines start anew.
+        All devices count as offline until they announce themselves again. Their shares of the model are allocated
+        again, since settings may have changed, and deadlines start again.
         """
 
     @property
@@ -146,7 +146,7 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _announced(self, event: on.UpdateAnnounced, now: float) -> Commands:
-        """A device has trained: pull its update if that is awaited, say again what became of it, or call it off."""
+        """A device has trained: pull its update if it is expected, repeat the earlier answer, or cancel."""
 
     @abstractmethod
     def _stored(self, event: on.UpdateStored, now: float) -> Commands:
@@ -162,12 +162,11 @@ class Coordinator(ABC):
 
     @abstractmethod
     def _closed(self, event: on.Closed, now: float) -> Commands:
-        """The sums have become the next model: note whose updates counted, and go on with it, or anew where
-        nobody's did."""
+        """The sums have become the next model: note whose updates counted, and continue; repeat if none did."""
 
     @abstractmethod
     def _end(self, metrics: dict[str, float], now: float) -> Commands:
-        """The round is over: note it, and begin the next or finish."""
+        """The round has ended: note it, and begin the next or finish."""
 
     @abstractmethod
     def _ticked(self, event: on.Ticked, now: float) -> Commands:
@@ -231,7 +230,7 @@ class Coordinator(ABC):
     def _admit(self, event: on.DeviceBorn) -> bool:
         """Take in an announcement; False for one of an earlier connection, delivered late.
 
-        Of a device that is gone it is believed: one that lost its memory counts its connections anew.
+        An offline device is believed: if it lost its storage it counts its connections from the beginning.
         """
         state = self.state
         known = state.devices.get(event.device)
@@ -245,7 +244,7 @@ class Coordinator(ABC):
             device.asked, device.cut = known.asked, known.cut
             device.allocation, device.buffer, device.releases = known.allocation, known.buffer, known.releases
             if known.session == event.session:
-                device.failures = known.failures  # it was away for another job, and has not connected anew
+                device.failures = known.failures  # it worked for another job, and has not connected again
         state.devices[event.device] = device
         self.allocator.admit(self.fleet, event.device, known)
         return True
@@ -257,7 +256,7 @@ class Coordinator(ABC):
         return []
 
     def _all_gone(self) -> None:
-        """After a restart: nobody is there until it says so, and settings may have changed."""
+        """After a restart: devices are offline until they announce themselves, and settings may have changed."""
         for name, device in self.state.devices.items():
             device.online, device.excluded = False, ""
             self.allocator.admit(self.fleet, name, None)

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Past:
-    """Where a device's last counted update lies.
+    """A device's last counted update, by digest.
 
     Attributes:
         round: When it was handed in.
@@ -31,7 +31,6 @@ class Past:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Past:
-        """From JSON."""
         return cls(**{**body, "widths": tuple(body["widths"])})
 
 
@@ -55,7 +54,6 @@ class Basis:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Basis:
-        """From JSON."""
         return cls(**body)
 
 
@@ -100,7 +98,6 @@ class Part:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Part:
-        """From JSON."""
         past = None if body["past"] is None else Past.from_dict(body["past"])
         return cls(**{**body, "widths": tuple(body["widths"]), "past": past})
 
@@ -123,7 +120,6 @@ class Held:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Held:
-        """From JSON."""
         return cls(**{**body, "widths": tuple(body["widths"])})
 
 

@@ -1,7 +1,7 @@
 """Which of several jobs a device works for: one at a time, and every job in its turn.
 
 A device is free when nothing of a round is awaited of it. A job that could begin a round stands in line, and so does an
-asynchronous one that has fewer devices at work than its share. First in line is whoever has had the least of the
+asynchronous one that has fewer devices at work than its share. First in line is the job that has had the least of the
 devices' time for its weight. It gets the devices that have worked least for it: as many as its round needs at least,
 and at most its share of all that are there. Where too few are free, those that fit it wait for it: nobody behind it in
 the line takes one, so that no job starves. A job that needs more devices than are there stands aside and holds none.
@@ -34,7 +34,7 @@ class JobDemand:
     holds: int = 0
 
     def able(self, takers: int) -> bool:
-        """Whether it has a share, where so many of the devices that are there can take part in it."""
+        """Whether it has a share, given the number of present devices that can take part in it."""
         return self.weight > 0 and takers >= max(1, self.least)
 
 
@@ -43,7 +43,7 @@ Fits = Callable[[str, str], bool]
 
 
 class FairScheduler:
-    """Keeps the account of devices' time, and says who gets the free ones. Does no I/O and reads no clock."""
+    """Accounts for devices' time, and assigns the free ones. Does no I/O and reads no clock."""
 
     def __init__(self) -> None:
         self._used = defaultdict[str, float](float)
@@ -63,7 +63,7 @@ class FairScheduler:
             self._worked[job, device] += seconds
 
     def used(self, job: str) -> float:
-        """Seconds of devices' time that a job has had, or is taken to have had: nobody saves up by standing aside."""
+        """Seconds of devices' time that a job is charged with: a job can't save up time while it waits."""
         return self._used[job]
 
     def able(self, borrowers: Sequence[JobDemand], present: Collection[str], takes: Fits) -> list[JobDemand]:
@@ -93,7 +93,7 @@ class FairScheduler:
             present: All devices that are there.
             takes: Which of them can take part in which job.
             fits: Which of them a job would give something to do now; all of those by default.
-            able: What `able` would say, where that is known.
+            able: The result of `able`, if it is known.
 
         Returns:
             Which devices each job gets now; jobs that get none are left out.

@@ -1,4 +1,4 @@
-"""What happens to a job: everything the coordinator is ever told."""
+"""Events of a job: everything that a coordinator learns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DeviceBorn:
         samples: Its training samples.
         probe: What it measured of itself, as JSON.
         codecs: Names of the codecs that it knows.
-        more: Whether others come with it, which are told of next: a round doesn't begin before the last of them.
+        more: Whether events of further devices follow: a round doesn't begin before the last of them.
     """
 
     device: str

@@ -1,6 +1,6 @@
 """How often each device's samples went into what others see, and under how much noise.
 
-The ledger lies with the devices in a job's state: how many releases there were at which noise multiplier. A release at
+The count of releases at each noise multiplier is stored with the devices in a job's state. A release at
 multiplier z costs 1/z², the square of a Gaussian mechanism's sensitivity over its noise, and these add up, whatever was
 released before (Dong et al. 2019, Corollary 3.3): a device's sum s is what one release at multiplier 1/√s would cost.
 How much ε that is, the server works out (`fedprune_server.executor.accountant`).

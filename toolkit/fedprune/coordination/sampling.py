@@ -2,7 +2,7 @@
 
 Places go by lot, keyed by the job's seed and the round. With the job's `fairness` a share of them goes to those instead
 who were not asked for longest. A device that stays gets no place by turn twice before every other that was there has
-had one: with n devices, a share p of them asked and fairness f, nobody waits for more than ⌈1 / (f·p)⌉ rounds.
+had one: with n devices, a share p of them asked and fairness f, no device waits for more than ⌈1 / (f·p)⌉ rounds.
 
 With `over_selection` more are asked than the round needs, and those that are slowest are let go. So that this is not
 always the same ones, a device that was let go in `MAX_CUTS` rounds in a row is waited for in its next one, up to the
@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 MAX_CUTS = 3
-"""So many rounds in a row may close before a device is done; its next one waits for it."""
+"""Rounds in a row that may close before a device is done; its next one waits for it."""
 
 ENOUGH = "enough updates are in"
 

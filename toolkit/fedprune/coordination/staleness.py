@@ -1,4 +1,4 @@
-"""What updates count for in an asynchronous job, worked out from the state as the schedule says."""
+"""Weights of updates in an asynchronous job, computed from its state by the schedule."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class UpdateWeights:
         self._whole = 0
 
     def weight(self, name: str) -> int:
-        """What a device's update will count for if nobody comes or goes: else the sums are made anew."""
+        """A device's weight if the fleet stays as it is; otherwise the sums are made again."""
         self._refresh()
         state, schedule = self._state, self._schedule
         first = self._arrival(state.tasks[name])

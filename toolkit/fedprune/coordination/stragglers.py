@@ -26,7 +26,7 @@ from fedprune.coordination.sampling import ENOUGH, MAX_CUTS
 from fedprune.jobs.state import Progress, State, Task
 
 PARTS = 10
-"""A device's training is told of in so many parts."""
+"""Parts of a device's training of which the coordinator is notified."""
 
 LOOKS = 20
 """How often devices are looked at while a deadline passes."""
@@ -40,7 +40,7 @@ TO_COME = (Progress.QUEUED, Progress.EXTRACTING)
 
 
 def share_of(phase: str, done: int, total: int) -> float | None:
-    """How much of its training a device has done, from 0 to 1, by its own report; None where that says nothing of it.
+    """The share of its training that a device reports as done, from 0 to 1; None where the report doesn't tell.
 
     Args:
         phase: `download`, `train` or `evaluate`, which comes before training (0 done) and after it.
@@ -53,7 +53,7 @@ def share_of(phase: str, done: int, total: int) -> float | None:
 
 
 def news(task: Task, share: float) -> bool:
-    """Whether a report has to be told to the coordinator: the first, and one for every tenth."""
+    """Whether the coordinator is notified of a report: the first, and one for every tenth."""
     return task.heard is None or math.floor(PARTS * share) > math.floor(PARTS * task.heard[1])
 
 
@@ -87,7 +87,7 @@ class Pace:
 
         Args:
             task: Its part.
-            bears: What `bears` says of the round.
+            bears: The round's `bears`.
             now: The server's clock.
         """
         if task.progress is not Progress.OFFERED or task.offered_at is None:  # a restart lies between
@@ -97,7 +97,7 @@ class Pace:
         return SILENT if self._quiet(task, now) else ""
 
     def _ends(self, task: Task, now: float) -> float:
-        """When its training will be over, as far as that can be told, but not before now."""
+        """The predicted end of its training, not before now."""
         rate = _rate(task)
         if rate is None or task.heard is None:
             return now
@@ -176,5 +176,5 @@ class Stragglers:
         task.progress, task.reason = Progress.REFUSED, reason
 
     def _owed(self, name: str) -> bool:
-        """Whether a device is waited for, since it was let go so often."""
+        """Whether a round waits for a device because others closed without it too often."""
         return self._state.devices[name].cut >= MAX_CUTS

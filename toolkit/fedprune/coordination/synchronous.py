@@ -31,12 +31,12 @@ class SynchronousCoordinator(Coordinator):
 
     A round: wait for enough devices, rank the channels, extract a submodel for every chosen device, offer it, collect
     updates until all are in or the deadline has passed, turn their sums into the next global model, evaluate it. A
-    round closes at its deadline with the updates that are on the server's disk; without any it starts anew with devices
-    that are there then, chosen anew, under the next attempt number. The deadline counts from the last offer.
+    round closes at its deadline with the updates that are on the server's disk; without any it starts again under the
+    next attempt number, with a new choice of the devices that are present. The deadline counts from the last offer.
 
-    Who is asked, and whether a round closes without the slowest, is decided in `coordination.sampling`; who is given up
-    before the deadline in `pace`. Where only so many work at a time (`in_flight`), every device has the deadline for
-    its own offer.
+    `coordination.sampling` chooses devices and decides whether a round closes without the slowest;
+    `coordination.stragglers` drops devices before the deadline. Where `in_flight` limits the devices that work at a
+    time, every device has the deadline for its own offer.
 
     Args:
         job: The job's settings.
@@ -51,14 +51,13 @@ class SynchronousCoordinator(Coordinator):
         self._queue: WaitQueue | None = None
 
     def handle(self, event: on.Event, now: float) -> Commands:
-        """Take in one event and say what to do."""
         return super().handle(event, now) + self._look_again(now)
 
     def resume(self, now: float) -> Commands:
-        """What to do after the state was loaded: everything that may have been under way when the last shell ended.
+        """Commands after the state was loaded: everything that may have been under way when the last shell ended.
 
-        All devices count as offline until they announce themselves again, and are planned anew, since settings may have
-        changed; a round's deadline starts anew. A finished job goes on where it has been given more rounds.
+        All devices count as offline until they announce themselves again, and are planned again, since settings may
+        have changed; a round's deadline starts again. A finished job continues if it has been given more rounds.
         """
         state = self.state
         state.keep_to(asynchronous=False)
@@ -72,7 +71,7 @@ class SynchronousCoordinator(Coordinator):
             state.deadline = None
             commands: Commands = self._start_clock(now)
             for name, task in sorted(state.tasks.items()):
-                # How fast a device is can't be told from what it said before we were away.
+                # Reports from before the restart don't tell how fast a device is.
                 task.offered_at = task.begun = task.heard = None
                 task.deadline = None if task.deadline is None else now + self.deadline_s
                 if task.progress is Progress.EXTRACTING:
@@ -144,7 +143,7 @@ class SynchronousCoordinator(Coordinator):
         count = places(share, len(ready))
         asked = beyond(count, self.job.over_selection, len(ready))
         self.state.wanted = count if count < asked else 0
-        # A round that nobody finished isn't offered to the same silent devices for ever.
+        # A round that no device finished isn't offered to the same silent devices for ever.
         lot = ("participation",) if attempt == 1 else ("participation", attempt)
         order = keyed(self.job.seed, self.state.round, *lot).permutation(len(ready))
         waited = {n: self.state.devices[n].asked for n in ready}
@@ -296,7 +295,7 @@ class SynchronousCoordinator(Coordinator):
         for name, task, reason in late:
             self._stragglers.let_go(name, task, reason)
         commands = self._go_on(now)
-        # Whoever is asked once more gets an offer instead: if that is the same work, it goes on where it is.
+        # A device that is asked again gets an offer instead of a cancellation: the same work continues.
         again = {n for n, t in state.tasks.items() if t.progress in TO_COME}
         return [*(do.Cancel(n, number, t.attempt, why) for n, t, why in late if n not in again), *commands]
 
@@ -329,13 +328,13 @@ class SynchronousCoordinator(Coordinator):
         if tally[Progress.FOLDED]:
             state.phase = Phase.CLOSING
             return [*cancels, self._close()]
-        # Nobody delivered. Whoever refused needs time to get better: the next attempt waits for the deadline.
+        # No device delivered: the next attempt waits for the deadline, so that those who refused can recover.
         if state.deadline is None or now < state.deadline:
             return []
         return self._again(now)
 
     def _deserted(self, now: float) -> Commands:
-        """None of the updates in the sums could be used: the round starts anew when its time is over."""
+        """None of the updates in the sums could be used: the round starts again after its deadline."""
         state = self.state
         state.phase = Phase.TRAINING
         if state.deadline is None or now < state.deadline:
@@ -343,7 +342,7 @@ class SynchronousCoordinator(Coordinator):
         return self._again(now)
 
     def _again(self, now: float) -> Commands:
-        """Start the round anew with devices that are there now; wait for more where they are too few.
+        """Start the round again with the devices that are present; wait for more if they are too few.
 
         Others than those of the last attempt are ranked for, too: scorers may go by who takes part.
         """
@@ -413,7 +412,7 @@ class SynchronousCoordinator(Coordinator):
 class WaitQueue:
     """Says whose turn is next. It is made from the state when it is first asked, and looks at each device a few times.
 
-    Devices have their turns in the order of their names; whoever isn't there when its turn comes lets the others go
+    Devices have their turns in the order of their names; a device that is away when its turn comes lets the others go
     first.
 
     Args:

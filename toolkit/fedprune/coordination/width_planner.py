@@ -1,4 +1,4 @@
-"""How wide each device's model is: planned from what the device says of itself and from what its rounds taught."""
+"""The width of each device's model, planned from its profile and corrected by its measured rounds."""
 
 from __future__ import annotations
 
@@ -136,11 +136,9 @@ class PlannedWidths(Allocator):
         self._planner = planner
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
-        """Plan a device."""
         self._planner.replace(name, known, fleet.state.devices[name])
 
     def open(self, fleet: Fleet) -> bool:
-        """Nothing changes when a round begins."""
         return False
 
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
@@ -148,11 +146,9 @@ class PlannedWidths(Allocator):
         self._planner.learn(name, fleet.state.devices[name], task)
 
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
-        """Nothing changes when a round ends."""
         return False
 
     def done(self, fleet: Fleet) -> bool:
-        """The job runs its rounds."""
         return False
 
 

@@ -1,4 +1,4 @@
-"""Who gets how much of the model: as its user says, as the strategy deals, or as nodes say of themselves."""
+"""The share of the model that each node gets: set by the user, by the strategy, or by the nodes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Wishes = float | str | Sequence[float] | Mapping[int, Wish] | Callable[[int], Wi
 """One for all; tiers; by node; or None: the strategy's own tiers or, where it has none, what nodes answer."""
 
 ASK = "ask"
-"""Every node says itself what it carries."""
+"""Every node is asked for its own share."""
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def answer(
 
 
 def _array(value: Any) -> npt.NDArray[np.float32]:
-    """An array, or what a torch tensor holds, wherever it lies."""
+    """An array, or the values of a torch tensor on any device."""
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     return np.ascontiguousarray(value, dtype=np.float32)

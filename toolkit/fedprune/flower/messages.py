@@ -1,4 +1,4 @@
-"""What server and node say to each other beside weights, in a record of the message that is called `fedprune`."""
+"""The record `fedprune` of a message between server and node: everything except weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ASKING = "query.fedprune"
 """The type of the message in which a node is asked what it carries; its app answers `@app.query("fedprune")`."""
 
 STEPS = "num-steps"
-"""The metric that says how many optimiser steps are behind an update."""
+"""Metric: the optimiser steps behind an update."""
 
 
 def check_format(record: object) -> None:

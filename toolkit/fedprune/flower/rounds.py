@@ -42,14 +42,10 @@ class WholeModel(Protocol):
     """An imported model; `fedprune_export.importing.load` makes one of a torch module or an ONNX file."""
 
     @property
-    def architecture(self) -> Architecture:
-        """Its tensors and channel groups."""
-        ...
+    def architecture(self) -> Architecture: ...
 
     @property
-    def tensors(self) -> Tensors:
-        """Its weights and statistics."""
-        ...
+    def tensors(self) -> Tensors: ...
 
     @property
     def frozen(self) -> tuple[str, ...]:
@@ -92,7 +88,7 @@ class Outcome:
     """What came of a round.
 
     Attributes:
-        model: The next model; that of the round where nobody counted.
+        model: The next model; the round's own if no update counted.
         counted: The nodes whose updates are in it.
         refused: The others', and why they aren't.
     """

@@ -27,7 +27,7 @@ from fedprune.training.features import Features
 from fedprune.training.recipe import Recipe
 
 _ASK_S = 60.0
-"""Seconds that nodes have to say what they carry; who is late is asked again in the next round."""
+"""Seconds that nodes have to answer for their share; late ones are asked again in the next round."""
 
 _COUNTER = "num_batches_tracked"
 
@@ -248,7 +248,7 @@ class FedpruneStrategy(FedAvg):
         )
 
     def _record(self, tensors: Tensors) -> ArrayRecord:
-        """Tensors as Flower sends them, with what else a module's state dict has, in front of whoever loads it."""
+        """Tensors as Flower sends them, with the counters that a module's state dict also has."""
         arrays = {n: Array(np.ascontiguousarray(v)) for n, v in tensors.items()}
         return ArrayRecord({**arrays, **self._beside})
 

@@ -1,7 +1,7 @@
 """Entries by name that know which of them have changed, and how many there are of each kind.
 
-A fleet has thousands of devices and an event concerns one. Whoever saves a state, or asks how far its parts are, must
-not look through all of them each time.
+A fleet has thousands of devices and an event concerns one. Saving a state, or counting its parts, must not go through
+all of them each time.
 """
 
 from __future__ import annotations

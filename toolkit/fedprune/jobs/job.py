@@ -181,7 +181,7 @@ class Job:
             )
 
     def _check_ranked(self) -> None:
-        """Refuse keys of the plain strategy beside another one, which would not look at them."""
+        """Refuse keys of the plain strategy together with another one, which would ignore them."""
         if self.strategy == "plain":
             if set(self.options) - {"robust"}:
                 raise ConfigError(

@@ -23,7 +23,7 @@ x_i − w_{r_i}, the move away from what was sent, for those that average moves.
 `share` is PR-FL's reading of FedAsync and FedFix, and `unbiased` FedFix's own (Fraboni et al. 2022): whose rounds take
 τ_i comes in every ceil(τ_i / Δt)-th window.
 
-s is at least 2^-50 and ρ at most 1000, so that whatever is configured and whoever comes, a round can be closed.
+s is at least 2^-50 and ρ at most 1000, so that a round can be closed whatever the configuration and the devices.
 
 Shares enter the sums as whole numbers, since sums of whole weights don't depend on the order of arrival. Where all s
 are 1 they are the samples themselves, and an aggregation of everybody's fresh updates is FedAvg's, bit for bit.
@@ -184,7 +184,7 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Schedule:
-        """Read what `to_dict` wrote, or what somebody wrote by hand.
+        """Read what `to_dict` or a person wrote.
 
         Raises:
             ConfigError: An unknown key or a wrong value; the message names it.
@@ -200,7 +200,7 @@ class Schedule:
     def closes_at(self, opened: float, arrivals: Sequence[float], working: bool, now: float) -> float | None:
         """When the round closes that is being collected.
 
-        It waits for no more than there can be: a device trains a model once, so with nobody at work nothing more comes.
+        It waits for no more than can come: a device trains a model once, so if none is at work no update follows.
 
         Args:
             opened: When it began.

@@ -106,7 +106,7 @@ class Device(TrackedEntry):
 
     @property
     def block(self) -> int:
-        """Channels that it computes at once in training graphs made for it; 0 for none, or where it didn't say."""
+        """Channels that it computes at once in training graphs made for it; 0 for none, or if it is unknown."""
         return int((self.probe or {}).get("block", 0))
 
     @property
@@ -147,15 +147,15 @@ class Task(TrackedEntry):
         past: The device's last counted update when the part began.
         last: The round of the offer behind that; 0 for none.
         basis: Asynchronous jobs: what it was cut from (`fedprune.coordination.commands.Basis`); else the state says it.
-        offered_at: When it was offered first, on the shell's clock; None before, and where a restart lies between.
+        offered_at: When it was offered first, on the shell's clock; None before, and after a restart.
         trained_s: How long it took from then until it announced its update; None before, and as `offered_at`.
-        begun: When it first told how much of its training was done, and the share; None before.
+        begun: Time of its first progress report, and the share done; None before.
         heard: The same for the last time.
         seconds: How long it took from the offer until its update was here.
         arrived_at: Asynchronous jobs: when its update was here.
         deadline: When it is late, where devices have deadlines of their own; in asynchronous jobs, if it was refused,
             when it may be tried again.
-        told: Asynchronous jobs: whether a finished round's summary has it already.
+        told: Asynchronous jobs: whether a finished round's summary includes it already.
     """
 
     attempt: int
@@ -190,7 +190,6 @@ class Task(TrackedEntry):
 
     @property
     def kind(self) -> Progress:
-        """How far it is."""
         return self.progress
 
     def references(self) -> set[str]:
@@ -239,11 +238,11 @@ class State:
         opened: Asynchronous jobs: when the current round began to collect.
         closing: Asynchronous jobs: what enters the sums that are being closed: which updates for the first time, what
             each counts for, and how far the sums move the model.
-        wakes: Times at which the shell was asked to say that time has passed, and has not yet.
+        wakes: Times of `Wake` commands that the shell has not answered yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
         private: Whether boards add noise to what they hand in, and have done so from the first round.
-        paused: Whether somebody wants nothing new to begin.
+        paused: Whether the operator has paused the job: nothing new begins.
         spent_under: Settings of privacy with which one more release would have overdrawn the budget; None before.
     """
 
@@ -269,7 +268,7 @@ class State:
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in ("devices", "tasks"):
-            # Whoever replaces all entries has changed those that were there before, too.
+            # Replacing all entries also changes those that were there before.
             before: TrackedDict[Any] = self.__dict__.get(name, TrackedDict())
             value = value if isinstance(value, TrackedDict) else TrackedDict(cast(dict[str, Any], value))
             if value is not before:
@@ -282,7 +281,7 @@ class State:
         self.tasks.settle()
 
     def slim(self, parts: int) -> None:
-        """Let go of finished rounds' devices, all but the latest so many; what came of the rounds stays."""
+        """Drop the device summaries of finished rounds except the latest `parts`; the rounds' results stay."""
         for summary in reversed(self.history):
             parts -= len(summary["devices"])
             if parts < 0 and summary["devices"]:
@@ -308,7 +307,7 @@ class State:
         return self.phase is Phase.TRAINING or (task.basis is not None and self.phase is not Phase.FINISHED)
 
     def score_anew(self) -> None:
-        """Drop the ranking; a round that has begun with it starts anew, under the next attempt number.
+        """Drop the ranking; a round that has begun with it starts again, under the next attempt number.
 
         What devices have trained of it no longer counts: it is of channels that the old ranking chose.
         """
@@ -339,7 +338,7 @@ class State:
             )
 
     def keep_to(self, *, asynchronous: bool) -> None:
-        """Drop parts that were made under another kind of schedule; a round that has begun with them starts anew.
+        """Drop parts that were made under another kind of schedule; a round that has begun with them starts again.
 
         Args:
             asynchronous: Whether the job is asynchronous now.
@@ -353,7 +352,7 @@ class State:
     def to_json(self) -> str:
         """As JSON text."""
         # `vars` instead of `asdict`: a large fleet's state is written at every event, and copying it first costs most.
-        # What came later is left out while it says nothing, so that versions which don't know it read the rest.
+        # Newer fields are left out while they have their default, so that older versions can read the rest.
         body = {k: v for k, v in vars(self).items() if v or k not in ("paused", "spent_under")}
         return json.dumps({"format": FORMAT, **body}, sort_keys=True, separators=(",", ":"), default=vars)
 
@@ -365,8 +364,8 @@ class State:
 
         Args:
             text: That.
-            devices: Devices beside those in it, by name, as JSON values.
-            tasks: Parts beside those in it.
+            devices: Further devices by name, as JSON values.
+            tasks: Further parts by device, as JSON values.
 
         Raises:
             StorageError: The text is damaged or of another version.

@@ -30,7 +30,7 @@ from fedprune_device.data.stored_array import StoredArray
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.local_state import MemoryStateStore
 from fedprune_device.training.round_runner import MEASURED, RoundRunner, TrainerCache
-from fedprune_server.executor.update_size import sent
+from fedprune_server.executor.offers import sent
 
 _BLOBS = ("weights", "training", "inference")
 """Entries of an offer that refer to blobs."""

@@ -1,0 +1,296 @@
+"""A worker that shares its work with other processes: of this machine, or of a Ray cluster.
+
+Making a submodel may be expensive (optimal transport), a round makes one for every device, and a large model's updates
+may be more than one process can sum in time. Helpers are given digests; they answer with an event, whose blobs are in
+the store by then, or with sums, which are whole numbers. So the result doesn't depend on which process does what, or on
+whether it is done twice; what helpers fail at, the worker does itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as LateError
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedprune.aggregation.partial_sums import PartialSums, blocks
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import FedpruneError, reason
+from fedprune_server.config.cluster_url import PROCESSES
+from fedprune_server.executor import pool_tasks
+from fedprune_server.executor.background import Work
+from fedprune_server.executor.offers import blobs_of
+from fedprune_server.executor.process_pool import Pool, ProcessPool
+from fedprune_server.executor.ray_pool import RayPool
+from fedprune_server.executor.worker import Worker
+from fedprune_server.storage.s3.store import BucketStore
+
+log = logging.getLogger("fedprune.server")
+
+BLOCK = 2**20
+"""Numbers of a model that are worth a task of their own."""
+
+BATCH = 32
+"""Updates that are summed together as they arrive: sums of the whole model travel once for each batch."""
+
+_LEAST = 4
+"""Fewer updates than this are added by the worker."""
+
+_GROUP, _GROUPS = 16, 4
+"""The most submodels in one task, and the fewest tasks for each helper if there are enough submodels."""
+
+_Key = tuple[str, int, str, int]
+
+
+class DistributedWorker:
+    """Carries out commands as its worker does; helpers begin with those that are expected.
+
+    Args:
+        worker: Does everything else, and what a helper fails at, so that errors are its own.
+        pool: The helpers.
+        block: Numbers of a model that are worth a task, where helpers sum updates.
+        batch: Updates that are summed together.
+    """
+
+    def __init__(self, worker: Worker, pool: Pool, *, block: int = BLOCK, batch: int = BATCH) -> None:
+        self._worker = worker
+        self._pool = pool
+        self._shared = SharedSums(worker, pool, block, batch) if pool.adds else None
+        self._expected: dict[_Key, tuple[do.Command, Future[Any], int]] = {}
+        self._complained = ""
+
+    def expect(self, commands: Sequence[do.Command]) -> None:
+        """Let helpers begin with what they can do of commands that will be carried out in a moment."""
+        self._worker.expect(commands)
+        extracts = [c for c in commands if isinstance(c, do.Extract) and _key(c) not in self._expected]
+        group = 1
+        if self._pool.adds:
+            group = max(1, min(_GROUP, math.ceil(len(extracts) / (_GROUPS * max(1, self._pool.size)))))
+        for at in range(0, len(extracts), group):
+            some = tuple(extracts[at : at + group])
+            future = self._pool.submit(pool_tasks.extract, some)
+            self._expected |= {_key(c): (c, future, i) for i, c in enumerate(some)}
+        for command in commands:
+            if isinstance(command, do.Fold) and self._shared is not None and self._shared.takes(command):
+                self._expected[_key(command)] = (command, self._pool.submit(pool_tasks.check, command), 0)
+
+    def execute(self, command: Work) -> on.Event:
+        """Carry out one command.
+
+        Raises:
+            FedpruneError: It can't be done.
+        """
+        if isinstance(command, do.Extract):
+            return self._extract(command)
+        if self._shared is not None and isinstance(command, do.Fold):
+            event = self._result(command)
+            if isinstance(event, on.Folded):
+                self._shared.passed(command)
+                return event
+            if isinstance(event, on.UpdateRejected):
+                return event
+        if self._shared is not None and isinstance(command, do.Close):
+            updates = [self._worker.updates.update(c) for c in command.contributions]
+            shares = {u.device: u.shares for u in self._worker.round_of(command).limited(updates).updates}
+            counted = (c for c in command.contributions if c.part.device in shares)
+            limited = tuple(replace(c, shares=shares[c.part.device]) for c in counted)
+            self._shared.gather(replace(command, contributions=limited))
+        return self._worker.execute(command)
+
+    def _extract(self, command: do.Extract) -> on.Event:
+        events = self._result(command)
+        if isinstance(events, on.Extracted) and self._arrived(command, events):
+            self._worker.note(events)
+            return self._worker.sliced(command, events)
+        return self._worker.execute(command)
+
+    def _arrived(self, command: do.Extract, event: on.Extracted) -> bool:
+        """Whether a helper answers what was asked, and its blobs are seen here: a network's folder may be late."""
+        part = command.part
+        asked = (event.device, event.round, event.attempt) == (part.device, command.basis.round, part.attempt)
+        return asked and all(self._worker.store.has(digest) for digest in blobs_of(event.offer))
+
+    def _result(self, command: do.Extract | do.Fold) -> on.Event | None:
+        """What a helper answered; None where none was asked, or it failed."""
+        expected, future, place = self._expected.pop(_key(command), (None, None, 0))
+        if future is None or expected != command:
+            return None
+        try:
+            answer = future.result(self._pool.patience_s)
+        except LateError:
+            self._expected.clear()  # helpers that hang are waited for once, and not for each thing they were asked
+            return None
+        except Exception as error:  # noqa: BLE001 - a helper may fail or be killed in any way
+            self._complain(error)
+            return None
+        if isinstance(answer, pool_tasks.Made):
+            if isinstance(self._worker.store, BucketStore):
+                self._worker.store.learn(answer.objects)
+            answer = answer.events[place]
+        if isinstance(answer, pool_tasks.Checked) and isinstance(command, do.Fold):
+            self._worker.limits.learn(self._worker.updates.update(command.contribution), answer.lengths)
+            answer = answer.event
+        event = answer
+        return event if isinstance(event, on.Extracted | on.Folded | on.UpdateRejected) else None
+
+    def _complain(self, error: Exception) -> None:
+        """Log why helpers fail, once per cause: the worker does their work itself."""
+        text = f"{type(error).__name__}: {reason(error)}"
+        if text != self._complained and not isinstance(error, FedpruneError):
+            self._complained = text
+            log.warning("a helper process failed, and its work is done by the server itself: %s", text)
+
+    def graphs(self) -> set[str]:
+        return self._worker.graphs()
+
+    def close(self) -> None:
+        self._pool.close()
+
+
+@contextmanager
+def helped(
+    worker: Worker | DistributedWorker, helpers: int, url: str = PROCESSES
+) -> Iterator[Worker | DistributedWorker]:
+    """A worker, with helpers if there are to be several processes.
+
+    Args:
+        worker: The worker.
+        helpers: How many processes of this machine there are to be.
+        url: The cluster that is to help instead.
+
+    Raises:
+        ClusterError: It can't be reached or used.
+        MissingExtraError: Ray is not installed.
+    """
+    if not isinstance(worker, Worker) or (helpers == 1 and url == PROCESSES):
+        yield worker
+        return
+    pool = ProcessPool(worker, helpers) if url == PROCESSES else RayPool(url, worker)
+    with closing(DistributedWorker(worker, pool)) as crew:
+        yield crew
+
+
+@dataclass(frozen=True)
+class _Batch:
+    updates: tuple[do.Contribution, ...]
+    sums: list[Future[Any]]
+
+
+class SharedSums:
+    """Has helpers sum updates, and merges their sums into the worker's round.
+
+    Sums that fail for any reason are not merged; the worker then adds those updates itself when the round closes, and
+    finds out which of them is at fault.
+
+    A strategy whose aggregator reads whole updates (robust means), or counts single elements, is left to the worker. If
+    updates enter the sums as they were trained, the work is split by blocks of tensors, of which a helper reads no more
+    than it adds; otherwise (optimal transport) it is split by updates.
+    """
+
+    def __init__(self, worker: Worker, pool: Pool, block: int = BLOCK, batch: int = BATCH) -> None:
+        strategy = worker.strategy
+        self._worker = worker
+        self._pool = pool
+        self._block = block
+        self._batch = batch
+        self._size = sum(int(t.size) for t in worker.model.tensors.values())
+        self._by_tensor = strategy.aggregator.by_tensor
+        self._as_trained = strategy.as_trained
+        self._round: tuple[int, str] | None = None
+        self._passed: list[do.Contribution] = []
+        self._batches: list[_Batch] = []
+
+    def takes(self, command: do.Fold) -> bool:
+        """Whether helpers are to check and add this update."""
+        worth = not self._as_trained or self._size >= 2 * self._block
+        return self._by_tensor and worth and command.contribution.mask is None
+
+    def passed(self, command: do.Fold) -> None:
+        """Note an update that a helper has checked; it is added up with others."""
+        if self._round != (command.round, command.model):
+            self._round, self._passed, self._batches = (command.round, command.model), [], []
+        devices = {c.part.device for c in (*self._passed, *(c for b in self._batches for c in b.updates))}
+        if command.contribution.part.device in devices:
+            return  # as the worker does: whether it is the one that counts is seen as the round closes
+        self._passed.append(command.contribution)
+        if len(self._passed) >= self._batch:
+            close = do.Close(command.round, command.model, command.memory, (), ())
+            self._batches += self._ordered(close, self._passed)
+            self._passed = []
+        self._collect(command, wait=False)
+
+    def gather(self, command: do.Close) -> None:
+        """Bring what helpers have summed into the worker's sums, before it closes the round."""
+        counted = {c.part.device: c for c in command.contributions}
+        started = self._batches if self._round == (command.round, command.model) else []
+        self._passed = []
+        self._batches = [b for b in started if all(counted.get(c.part.device) == c for c in b.updates)]
+        round_ = self._worker.round_of(command)
+        updates = {name: self._worker.updates.update(c) for name, c in counted.items()}
+        if any(updates.get(device) != update for device, update in round_.included.items()):
+            round_.reset()
+        there = {*round_.included, *(c.part.device for b in self._batches for c in b.updates)}
+        left = [c for c in command.contributions if c.part.device not in there]
+        left = [c for c in left if self.takes(do.Fold(command.round, command.model, command.memory, c))]
+        if len(left) >= _LEAST:
+            self._batches += self._ordered(command, left)
+        self._collect(command, wait=True)
+        self._round, self._batches = None, []
+
+    def _ordered(self, command: do.Close, updates: Sequence[do.Contribution]) -> list[_Batch]:
+        """Have updates added up."""
+        store = self._worker.store
+        fold = self._worker.round_of(command).fold
+        whole = frozenset(t.name for t in fold.shared)
+        out = []
+        plain = [c for c in updates if self._as_trained and c.codec is None]
+        if plain:
+            dealt = blocks(fold.shared, max(1, self._pool.size), self._block)
+            refs = {digest: store.ref(digest) for c in plain for digest in (c.weights, c.sent)}
+            out.append(self._submitted(command, plain, dealt, refs))
+        others = [c for c in updates if c not in plain]
+        share = max(_LEAST, -(-len(others) // max(1, self._pool.size)))
+        groups = [others[at : at + share] for at in range(0, len(others), share)]
+        return out + [self._submitted(command, group, [whole], None) for group in groups]
+
+    def _submitted(
+        self, command: do.Close, updates: Sequence[do.Contribution], dealt: Sequence[frozenset[str]], refs: Any
+    ) -> _Batch:
+        some = do.Close(command.round, command.model, command.memory, (), tuple(updates))
+        return _Batch(
+            some.contributions,
+            [self._pool.submit(pool_tasks.add_up, pool_tasks.Addition(some, names, refs)) for names in dealt],
+        )
+
+    def _collect(self, command: do.Fold | do.Close, *, wait: bool) -> None:
+        """Take in the sums of batches that are done; of helpers that hang all together cost their patience once."""
+        left = []
+        patience = self._pool.patience_s
+        until = None if patience is None else time.monotonic() + patience
+        for batch in self._batches:
+            if not wait and not all(f.done() for f in batch.sums):
+                left.append(batch)
+                continue
+            try:
+                parts = [f.result(None if until is None else max(0.0, until - time.monotonic())) for f in batch.sums]
+                if not all(isinstance(part, PartialSums) for part in parts):
+                    raise TypeError("no sums")
+                updates = [self._worker.updates.update(c) for c in batch.updates]
+                self._worker.round_of(command).merge(updates, parts)
+            except Exception:
+                log.warning("%d updates are added up by the server itself", len(batch.updates))
+                log.debug("why", exc_info=True)
+        self._batches = left
+
+
+def _key(command: do.Extract | do.Fold) -> _Key:
+    if isinstance(command, do.Extract):
+        return "extract", command.basis.round, command.part.device, command.part.attempt
+    found = command.contribution
+    return "fold", command.round, found.part.device, found.part.attempt
