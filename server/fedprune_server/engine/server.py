@@ -205,20 +205,27 @@ class Server:
 
     def _receive(self, topic: str, payload: bytes) -> None:
         """Decode a message and pass it on; what is wrong is logged, the first few times, and dropped."""
-        device = ""
         try:
             device, job, channel = self._topics.parse(topic)
-            with about(device=device):
-                try:
-                    envelope = Envelope.decode(device, job, channel, payload)
-                except ProtocolError:
-                    self.first.registry.received(device, len(payload))
-                    raise
-                self._pass_on(envelope)
         except ProtocolError as error:
             self._complaints.about(topic, error)
-            if not isinstance(error, UnknownMessageError):
-                self._site.quarantine.bad(device)
+            return
+        with about(device=device):
+            try:
+                envelope = Envelope.decode(device, job, channel, payload)
+            except ProtocolError as error:
+                self.first.registry.received(device, len(payload))
+                self._reject(topic, device, error)
+                return
+            try:
+                self._pass_on(envelope)
+            except ProtocolError as error:
+                self._reject(topic, device, error)
+
+    def _reject(self, topic: str, device: str, error: ProtocolError) -> None:
+        self._complaints.about(topic, error)
+        if not isinstance(error, UnknownMessageError):
+            self._site.quarantine.bad(device)
 
     def _pass_on(self, envelope: Envelope) -> None:
         device, body = envelope.device, envelope.body

@@ -21,6 +21,14 @@ _LAST_WORDS = 400
 _prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
 
 
+def reap(process: subprocess.Popen[bytes], patience_s: float) -> None:
+    """Wait for a child that was asked to end; kill it if it takes longer."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(patience_s)
+    process.kill()  # nothing to one that has ended
+    process.wait()
+
+
 class ChildDiedError(FedpruneError):
     """A child process ended before its work was done."""
 
@@ -82,10 +90,7 @@ class Children:
                 with suppress(ProcessLookupError):
                     process.terminate()
         for process, _ in self._processes.values():
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(_PATIENCE_S)
-            process.kill()  # nothing to one that has ended
-            process.wait()
+            reap(process, _PATIENCE_S)
         self._processes.clear()
 
     def __enter__(self) -> Children:

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 
 from fedprune.core.errors import ProtocolError, shown
 from fedprune.wire.checked_message import read_checked
+from fedprune_server.process.children import reap
 
 log = logging.getLogger("fedprune.server")
 
@@ -148,10 +149,7 @@ class ChildProcess(Generic[Word]):
             return
         self._lines.put(None)
         process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(self._end_s)
-        process.kill()  # nothing to one that has ended
-        process.wait()
+        reap(process, self._end_s)
 
     def _read(self, stream: BinaryIO, words: queue.Queue[Word | None]) -> None:
         """Read what it says; the end of that, or nonsense, is its end."""

@@ -75,12 +75,6 @@ class JsonLines(logging.Formatter):
         return json.dumps(body, default=str)
 
 
-def device_in(topic: str) -> str | None:
-    """What stands in the device's place of a topic, which need not be one."""
-    parts = topic.split("/", 4)
-    return printable(parts[3][:64]) if len(parts) > 3 else None
-
-
 def printable(text: str) -> str:
     """A text without what steers a terminal or begins another line."""
     return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.terminal.log_lines import JSON, TEXT, about, device_in, logged_to_stdout
+from fedprune_server.terminal.log_lines import JSON, TEXT, about, logged_to_stdout
 
 log = logging.getLogger("fedprune.server")
 
@@ -89,9 +89,3 @@ def test_the_logger_is_given_back() -> None:
     before = logger.handlers[:], logger.level, logger.propagate
     written(JSON, "x", verbose=True)
     assert (logger.handlers, logger.level, logger.propagate) == before
-
-
-def test_the_device_of_a_topic_need_not_be_one() -> None:
-    assert device_in("fedprune/1/lab/pi-3/-/up") == "pi-3"
-    assert device_in("nonsense") is None
-    assert device_in("a/b/c/\x1b[31m/d") == " [31m"

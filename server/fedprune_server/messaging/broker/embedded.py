@@ -27,6 +27,7 @@ from typing import IO, Any
 from fedprune.core.errors import BrokerError, reason
 from fedprune.security.tls import unpinned_context
 from fedprune.terminal.extras import install_command
+from fedprune_server.process.children import reap
 
 log = logging.getLogger("fedprune.server")
 
@@ -160,11 +161,7 @@ class EmbeddedBroker:
             if process.stdin is not None:
                 with suppress(OSError):
                     process.stdin.close()  # which ends it; a signal might come from elsewhere, and before its time
-            try:
-                process.wait(5)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            reap(process, 5.0)
             for stream in (process.stdin, process.stdout, self._errors):
                 if stream is not None:
                     with suppress(OSError):
