@@ -59,7 +59,7 @@ class BlobStore(BlobFolder):
             self._sweep()
 
     def put(self, data: bytes | memoryview) -> BlobRef:
-        """Keep these bytes; keeping them twice costs nothing.
+        """Store these bytes; a second time costs nothing.
 
         Raises:
             StorageFullError: The disk is full, or the blob is larger than the store allows.
@@ -107,7 +107,7 @@ class BlobStore(BlobFolder):
         return data
 
     def map(self, sha256: str) -> memoryview:
-        """A blob's bytes as a view on its file: what isn't looked at takes no memory.
+        """A blob's bytes as a memory-mapped view on its file.
 
         They are checked against the blob's name when it is first mapped, and again once the file has changed.
 
@@ -137,7 +137,7 @@ class BlobStore(BlobFolder):
             )
 
     def open(self, sha256: str) -> RawIOBase:
-        """A blob's file, to be read in pieces; what is read is not checked.
+        """A blob's file, to be read in pieces without verification.
 
         Raises:
             StorageError: The blob is not here or can't be read.
@@ -172,11 +172,11 @@ class BlobStore(BlobFolder):
         return table
 
     def partial(self, ref: BlobRef, *, vouched: bool = False) -> PartialBlob:
-        """A blob that is to arrive, with what has arrived of it so far.
+        """The partial blob of a transfer, with the leaves that have arrived.
 
         Args:
-            ref: What it shall become.
-            vouched: Whether who is trusted with the name of the blob has named its leaf table, too (`PartialBlob`).
+            ref: The blob.
+            vouched: Whether a trusted party has named both of its digests (`PartialBlob`).
 
         Raises:
             StorageFullError: The disk has no room for what is missing, or the blob is larger than the store allows.
@@ -185,7 +185,7 @@ class BlobStore(BlobFolder):
         return PartialBlob(self, ref, vouched=vouched)
 
     def delete(self, sha256: str) -> None:
-        """Forget a blob, whole or partial; it need not be here.
+        """Delete a blob, whole or partial, if it is in the store.
 
         Raises:
             StorageError: The disk fails.
@@ -199,7 +199,7 @@ class BlobStore(BlobFolder):
                 (self.root / "partial" / name).unlink(missing_ok=True)
 
     def drop_partials(self, kept: AbstractSet[str]) -> None:
-        """Forget what has arrived of blobs that are not yet whole, except of these.
+        """Delete partial blobs, except these.
 
         Raises:
             StorageError: The disk fails.
@@ -222,7 +222,7 @@ class BlobStore(BlobFolder):
             return False
 
     def _keep_table(self, sha256: str, table: bytes) -> None:
-        """Keep a leaf table beside its blob, if there is room for it: it is made again where it is missing."""
+        """Store a leaf table next to its blob, if there is room: it is made again where it is missing."""
         if len(table) > DIGEST:
             with suppress(StorageError):
                 self.write_file(self._table_path(sha256), table_file(table), flush=False)

@@ -1,7 +1,7 @@
-"""Some of a stored blob's tensors, without reading or hashing the rest of it.
+"""Reads some of a stored blob's tensors without reading or hashing the rest.
 
-A blob's name is the digest of all its bytes. Its leaves (`fedprune.blobs.blob_ref`) have digests of their own, so that
-whoever needs a few tensors of a large file checks the leaves that these lie in.
+The leaves of a blob (`fedprune.blobs.blob_ref`) have digests of their own, so that only those with the requested
+tensors are verified.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from fedprune.core.tensorfile import Array, array_at, header_length, offsets
 
 
 def read_tensors(store: BlobStore, ref: BlobRef, names: Collection[str] | None = None) -> dict[str, Array]:
-    """Some tensors of a stored file, as read-only views on it; what was looked at is checked.
+    """Verified tensors of a stored file, as read-only views on it.
 
     Args:
-        store: Where the blob lies.
-        ref: The blob; its table's digest is what is trusted.
-        names: The tensors; what isn't in the file is left out. None for all.
+        store: The blob's store.
+        ref: The blob, verified by its leaf table's digest.
+        names: The tensors; those that the file lacks are left out. None for all.
 
     Raises:
         StorageError: The blob isn't here, or what was read of it is damaged.

@@ -196,7 +196,7 @@ class BundleError(FedpruneError):
 
 
 class ProfileError(FedpruneError):
-    """A hardware profile or probe report doesn't make sense."""
+    """A hardware profile or probe report is invalid."""
 
     exit_code = ExitCode.PROFILE
 
@@ -208,13 +208,13 @@ class DataError(FedpruneError):
 
 
 class ConfigError(FedpruneError):
-    """A job, recipe or server setting doesn't make sense."""
+    """A job, recipe or server setting is invalid."""
 
     exit_code = ExitCode.CONFIG
 
 
 class StrategyError(ConfigError):
-    """A strategy of the user's own fails, or a role of it answers what it may not; the message names file and line."""
+    """A user's strategy fails, or one of its roles returns an invalid result; the message names file and line."""
 
 
 class BrokerError(FedpruneError):
@@ -224,40 +224,40 @@ class BrokerError(FedpruneError):
 
 
 class ProtocolError(FedpruneError):
-    """A message or blob from the network is not what the protocol allows."""
+    """A message or blob from the network violates the protocol."""
 
     exit_code = ExitCode.PROTOCOL
 
 
 class UnknownMessageError(ProtocolError):
-    """A message is of a type or version that isn't known here: another peer may be newer."""
+    """A message is of an unknown type or version: the peer may be newer."""
 
 
 class SignatureError(ProtocolError):
-    """A message isn't signed, or by another key, for another topic, or was changed on its way."""
+    """A message is unsigned, signed by another key or for another topic, or was changed in transit."""
 
 
 class ReplayError(ProtocolError):
-    """A signed message was received before, or is too old to tell."""
+    """A signed message was received before, or is too old to know."""
 
 
 class StaleEpochError(ReplayError):
-    """A signed message is of an epoch that is over here, perhaps not for its sender
+    """A signed message is of an epoch that is over here, which its sender may not know
     (`fedprune.security.replay_protection`)."""
 
 
 class TwoSignersError(StaleEpochError):
-    """A signed message is of an epoch that is over, and was never received: somebody else goes on with the key."""
+    """A signed message is of a past epoch but was never received: two senders use the same key."""
 
 
 class StorageError(FedpruneError):
-    """Something on disk is damaged, unreadable or not ours."""
+    """A file or folder is damaged, unreadable or another program's."""
 
     exit_code = ExitCode.STORAGE
 
 
 class BusyError(StorageError):
-    """Somebody else holds a lock."""
+    """Another process holds a lock."""
 
 
 class StorageFullError(StorageError):
@@ -331,7 +331,7 @@ class JoinError(FedpruneError):
 
 
 class UnknownClaimError(JoinError):
-    """No such claim was made here, or whoever uses it doesn't know its secret."""
+    """The claim is unknown here, or its user doesn't know its secret."""
 
 
 class UsedClaimError(JoinError):

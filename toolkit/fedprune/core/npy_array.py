@@ -15,7 +15,7 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 
 def float32_array(raw: bytes, shape: Sequence[int], what: str) -> npt.NDArray[np.float32]:
-    """The array that somebody else's bytes hold; nothing is unpickled, and nothing is made that is larger than they.
+    """The array in received bytes; nothing is unpickled, and nothing larger than the bytes is allocated.
 
     Args:
         raw: The whole of a `.npy` file.

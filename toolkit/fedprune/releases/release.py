@@ -1,7 +1,7 @@
-"""A release of the runtime: what a board is to run, which files it is made of, and the server's signature on that.
+"""Releases of the runtime: a manifest of files, and the server's signature of it.
 
-A release has a number that only grows. What is to be gone back to is released once more, under a new number: a board
-refuses numbers that are not above all that it has seen.
+The numbers of releases increase. To go back, an earlier release is made again under a new number: a board refuses
+numbers that are not above all that it has seen.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
 MAX_FILE = 2**30
 MAX_BYTES = 2**31
 MAX_UNPACKED = 2**32
-"""What a release may have: bytes of a file, of all files, and of all that is unpacked."""
+"""Limits of a release: bytes of a file, of all files, and of all unpacked files."""
 
 _MAX_LABEL = 64
 _MAX_SYSTEM = 32
 
 _PURPOSE = b"fedprune release 1\n"
-"""What is signed begins with it, so that what was signed for another purpose is worth nothing here."""
+"""Domain of the signature, so that signatures for other purposes are invalid here."""
 
 _FORMAT = "fedprune.release/1"
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}\.whl")
@@ -62,20 +62,20 @@ class ReleaseFile:
 
 @dataclass(frozen=True)
 class Release:
-    """What a board is to run.
+    """A release's manifest.
 
     Attributes:
         number: Above that of every earlier release.
-        version: What people call it.
-        python: The Python that its wheels are for, such as cp311.
-        machine: The processor that they are for, as `uname -m` says it, such as aarch64.
-        entry: What to run, `module:function`.
-        unpacked: Bytes that it takes when it is installed, at most.
+        version: Its name for people.
+        python: The Python of its wheels, such as cp311.
+        machine: Their processor as of `uname -m`, such as aarch64.
+        entry: The program, `module:function`.
+        unpacked: Bytes of the installation at most.
         files: Its wheels.
         contents: sha256 of all files that its wheels bring, by path, sha256 and size: what a board's launcher compares.
         launcher: The oldest launcher that can start it.
-        created: When it was made, for people; nothing is decided by it.
-        system: Packages that it takes from the board's own Python, such as JetPack's onnxruntime.
+        created: When it was made, for people.
+        system: Packages of the board's own Python that it uses, such as JetPack's onnxruntime.
     """
 
     number: int
@@ -92,11 +92,11 @@ class Release:
 
     @property
     def size(self) -> int:
-        """What its files take together."""
+        """Bytes of all its files."""
         return sum(f.size for f in self.files)
 
     def to_bytes(self) -> bytes:
-        """The manifest, which is what is signed."""
+        """The manifest, as it is signed."""
         return json.dumps({"format": _FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
@@ -104,7 +104,7 @@ class Release:
         """Read a manifest and check all of it.
 
         Raises:
-            ReleaseError: It is too long, no manifest, or a field of it makes no sense.
+            ReleaseError: It is too long, not a manifest, or a field is invalid.
         """
         try:
             if len(data) > MAX_MANIFEST:
@@ -151,7 +151,7 @@ def signed(manifest: bytes, key: SigningKey) -> bytes:
 
 
 def is_signed(manifest: bytes, signature: bytes, key: VerifyingKey) -> bool:
-    """Whether a manifest's detached signature is this key's; nothing of the manifest is looked at."""
+    """Whether a manifest's detached signature is this key's; the manifest is not parsed."""
     try:
         key.verify(signature, _PURPOSE + manifest)
     except SignatureError:
@@ -160,15 +160,10 @@ def is_signed(manifest: bytes, signature: bytes, key: VerifyingKey) -> bool:
 
 
 def opened(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
-    """A release whose signature is good; nothing of the manifest is looked at before.
-
-    Args:
-        manifest: Its bytes.
-        signature: The detached signature.
-        key: The server's.
+    """Verify a manifest's signature by the server's key, then parse it.
 
     Raises:
-        ReleaseError: The signature isn't the server's, or the manifest makes no sense.
+        ReleaseError: The signature isn't the server's, or the manifest is invalid.
     """
     if len(manifest) > MAX_MANIFEST or not is_signed(manifest, signature, key):
         raise ReleaseError(
@@ -179,17 +174,13 @@ def opened(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
 
 
 def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes]:
-    """A release's folder, all of whose files are what its manifest says.
-
-    Args:
-        folder: As `write_release` made it.
-        key: Of the server that signed it.
+    """Read a release's folder and verify its signature and all of its files.
 
     Returns:
-        The release, its manifest, and the signature on that.
+        The release, its manifest, and the manifest's signature.
 
     Raises:
-        ReleaseError: The signature isn't this key's, or a file is missing or another.
+        ReleaseError: The signature isn't this key's, or a file is missing or different.
         StorageError: The manifest or its signature can't be read.
     """
     with storage_errors(f"can't read the release in {folder}"):
@@ -201,7 +192,7 @@ def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes
             if not path.is_file() or path.stat().st_size != file.size or file_digest(path) != file.sha256:
                 raise ReleaseError(
                     f"{path} is not {file.name} of release {release.number}",
-                    hint="Copy the release's folder again, or make it anew.",
+                    hint="Copy the release's folder again, or make it again.",
                 )
     return release, manifest, signature
 
@@ -232,14 +223,14 @@ def write_release(
 
 
 def write_again(folder: Path, old: Path, key: SigningKey, *, number: int, version: str = "", created: str) -> Release:
-    """Make a release of what an earlier one holds, under a new number: the way to go back on purpose.
+    """Make an earlier release again under a new number, to go back to it.
 
     Args:
-        folder: Where to; made if missing.
+        folder: The new folder; made if missing.
         old: The earlier release's folder.
-        key: The server's, which signed the earlier one, too.
+        key: The server's, which also signed the earlier one.
         number: Above that of every earlier release.
-        version: What people call it; the earlier one's by default.
+        version: Its name for people; the earlier one's by default.
         created: When it is made, for people.
 
     Raises:

@@ -1,8 +1,8 @@
-"""A staged rollout: something new goes to one board, then to some, then to all, as long as it does well.
+"""The state machine of a staged rollout: to one board, then to some, then to all, as long as they succeed.
 
-Releases of the runtime, models and bundles alike. No input or output here, as in the coordinator: events go in with the
-time, commands come out, and the state is plain data. A board that reports a rollback, or nothing until its deadline,
-has failed; a stage in which too many fail stops the rollout, which says which boards and why.
+It serves releases of the runtime, models and bundles. Like the coordinator it does no I/O: events come with the time,
+commands are returned, and the state is plain data. A board that reports a rollback, or nothing until its deadline, has
+failed; a stage with too many failures stops the rollout, which names the boards and reasons.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ CAREFUL = (Stage(1e-9), Stage(0.1, success=0.9, errors=0.1), Stage(1.0, success=
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What goes where.
+    """A rollout's subject and stages.
 
     Attributes:
         kind: One of `KINDS`.
@@ -90,7 +90,7 @@ class RolloutPlan:
 
 
 class Fate(str, Enum):
-    """Where one board stands."""
+    """One board's progress."""
 
     WAITING = "waiting"
     GIVEN = "given"
@@ -101,7 +101,7 @@ class Fate(str, Enum):
 
 
 class RolloutPhase(str, Enum):
-    """Where the rollout stands."""
+    """A rollout's progress."""
 
     RUNNING = "running"
     PAUSED = "paused"
@@ -141,7 +141,7 @@ class Give:
 
 @dataclass(frozen=True)
 class Withdraw:
-    """Offer it to a board no longer; what has it keeps it."""
+    """Stop offering it to a board; a board that has it keeps it."""
 
     board: str
 
@@ -158,16 +158,16 @@ RolloutCommand = Give | Withdraw | Wake
 
 @dataclass
 class Rollout:
-    """A rollout and all that it remembers. Its methods take the time in seconds, of a clock that only grows.
+    """A rollout's state; its methods take the time of a monotonic clock, in seconds.
 
     Attributes:
         plan: The plan.
         boards: Every board's fate, by name.
-        stage: The stage that is under way, or was the last one.
-        stage_ends: When the boards of each stage that was begun have failed at the latest.
-        phase: Where it stands.
-        why: Why it stopped, or is paused.
-        now: The time when it was last told one: who takes it up again from the disk lets its clock go on from there.
+        stage: The current or last stage.
+        stage_ends: For each stage that has begun, the time after which its boards have failed.
+        phase: Its progress.
+        why: The reason why it stopped or is paused.
+        now: The last time that it was given: after a restart the clock continues from there.
     """
 
     plan: RolloutPlan
@@ -180,7 +180,7 @@ class Rollout:
 
     @classmethod
     def of(cls, plan: RolloutPlan, boards: Iterable[str]) -> Rollout:
-        """A rollout to some boards that has not begun; `tick` begins it.
+        """A rollout to some boards, which `tick` begins.
 
         Raises:
             ConfigError: There are no boards.
@@ -192,7 +192,7 @@ class Rollout:
         return cls(plan, fates)
 
     def tick(self, now: float) -> list[RolloutCommand]:
-        """Time has passed."""
+        """Process the passing of time."""
         if not self.phase.under_way:
             return []
         self.now = now
@@ -205,7 +205,7 @@ class Rollout:
         return self._onward(now)
 
     def well(self, name: str, now: float) -> list[RolloutCommand]:
-        """A board reports that all is well there; what it wasn't given, or what comes too late, changes nothing."""
+        """A board reports success; ignored where it wasn't given anything, or too late."""
         board = self.boards.get(name)
         if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
             return []
@@ -214,7 +214,7 @@ class Rollout:
         return self.tick(now)
 
     def failed(self, name: str, reason: str, now: float) -> list[RolloutCommand]:
-        """A board reports that it went back, also after it was well."""
+        """A board reports a rollback, also after its success."""
         board = self.boards.get(name)
         if not self.phase.under_way or board is None or board.fate not in (Fate.GIVEN, Fate.WELL):
             return []
@@ -222,7 +222,7 @@ class Rollout:
         return self.tick(now)
 
     def heard(self, name: str, now: float, seconds: float) -> list[RolloutCommand]:
-        """A board that was given it is on its way: it has failed unless it says more within so many seconds."""
+        """A board reports progress: it fails unless it reports again within this many seconds."""
         board = self.boards.get(name)
         if not self.phase.under_way or board is None or board.fate is not Fate.GIVEN:
             return []
@@ -231,7 +231,8 @@ class Rollout:
         return self.tick(now)
 
     def resumed(self, now: float) -> list[RolloutCommand]:
-        """Nobody could report for a while, such as while the server was down: who was at it gets its time anew."""
+        """Boards couldn't report for a while, as when the server was down: those that are busy get their full time
+        again."""
         if not self.phase.under_way:
             return []
         until = now + self.plan.board_seconds
@@ -242,7 +243,7 @@ class Rollout:
         return self.tick(now)
 
     def join(self, name: str, now: float) -> list[RolloutCommand]:
-        """A new board belongs to the last stage, and so does one that had left the fleet."""
+        """Add a board to the last stage: a new one, or one that had left the fleet."""
         known = self.boards.get(name)
         if not self.phase.under_way or (known is not None and known.fate is not Fate.GONE):
             return []
@@ -252,9 +253,9 @@ class Rollout:
         return [*given, *self.tick(now)]
 
     def without(self, names: Iterable[str], now: float) -> list[RolloutCommand]:
-        """Boards have left the fleet: what has ended on them still counts, the others are neither well nor failed.
+        """Remove boards that left the fleet: finished ones still count, the others count neither way.
 
-        A stage that has lost all its boards gets one of a later stage: no stage is passed because nobody was there.
+        A stage that has lost all its boards gets one of a later stage, so that no stage passes without a board.
         """
         if not self.phase.under_way:
             return []
@@ -273,17 +274,17 @@ class Rollout:
         return [*given, *self.tick(now)]
 
     def stop(self, reason: str) -> list[RolloutCommand]:
-        """Somebody wants it stopped."""
+        """Stop the rollout."""
         return self._halt(f"stopped: {one_line(reason, 300)}") if self.phase.under_way else []
 
     def pause(self, reason: str, now: float) -> list[RolloutCommand]:
-        """Somebody wants it to wait: what is under way ends, well or badly, and nothing further begins."""
+        """Pause the rollout: boards that were given it finish, and no others begin."""
         if self.phase is RolloutPhase.RUNNING:
             self.phase, self.why = RolloutPhase.PAUSED, f"paused: {one_line(reason, 300)}"
         return self.tick(now)
 
     def go_on(self, now: float) -> list[RolloutCommand]:
-        """It waits no longer; boards that came to its stage meanwhile have all of the stage's time."""
+        """Continue a paused rollout; boards that joined its stage meanwhile have all of the stage's time."""
         if self.phase is not RolloutPhase.PAUSED:
             return self.tick(now)
         self.phase, self.why = RolloutPhase.RUNNING, ""

@@ -1,7 +1,7 @@
-"""Wheels for a machine that is not this one: what their names and metadata say, and what is lacking among them.
+"""Checks of wheels for another machine: their names, metadata and missing requirements.
 
-Servers look at a release's wheels so, and kits at theirs. Each refuses with an error of its own, given as `refuse`.
-Needs the package `packaging`, which a board has no use for.
+Servers check a release's wheels with them, and kits theirs; each passes its own error class as `refuse`. They need the
+package `packaging`, which boards don't have.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedprune.core.errors import FedpruneError, reason
 from fedprune.core.zip_limits import read_member
 
 OWN = "fedprune"
-"""The package of this project, whose extra says what a board needs."""
+"""This project's package, whose extra names a board's requirements."""
 
 _MAX_METADATA = 4 * 2**20
 
@@ -30,7 +30,7 @@ Refuse = type[FedpruneError]
 
 
 def parsed(wheel: Path, refuse: Refuse) -> tuple[str, Version, frozenset[Tag]]:
-    """Name, version and tags that a wheel's file name says.
+    """Name, version and tags in a wheel's file name.
 
     Raises:
         FedpruneError: As `refuse`: it is no such name.
@@ -50,7 +50,7 @@ def supported(minor: int, platforms: Sequence[str]) -> frozenset[Tag]:
 
 
 def environment(minor: int, machine: str) -> dict[str, str]:
-    """What markers are about, on a Linux with a CPython 3.`minor` and a processor as `uname -m` says it."""
+    """The environment of markers on Linux with CPython 3.`minor` and a processor as of `uname -m`."""
     found = {str(k): str(v) for k, v in default_environment().items()}
     found.update(
         python_version=f"3.{minor}",

@@ -228,7 +228,7 @@ def _name(subject: x509.Name) -> str:
 
 
 def device_uri(site: str, device: str) -> str:
-    """How a device's certificate names it beside its common name."""
+    """The device's URI in its certificate, in addition to the common name."""
     return f"fedprune://{site}/{device}"
 
 

@@ -84,7 +84,7 @@ class VerifyingKey:
         except (InvalidSignature, ValueError) as error:
             raise SignatureError(
                 f"the signature is not that of key {self.fingerprint}",
-                hint="The message was changed on its way, or somebody else wrote it.",
+                hint="The message was changed in transit, or another sender wrote it.",
             ) from error
 
 

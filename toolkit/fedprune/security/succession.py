@@ -23,10 +23,10 @@ LENGTH = 2 * (2 * KEY + SIGNATURE)
 """Hex digits of a succession."""
 
 FILE = "successions.json"
-"""File of a server's identity, beside its signing key."""
+"""File of a server's identity, next to its signing key."""
 
 SUCCESSIONS = "successions"
-"""File of a device's identity beside the server's key: the fleet's name, then the successions, a line each."""
+"""File of a device's identity, next to the server's key: the fleet's name, then a line for each succession."""
 
 NEW = ".new"
 """What follows the name of the signing key's file where a successor waits for its succession to be written."""

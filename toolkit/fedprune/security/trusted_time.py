@@ -1,13 +1,12 @@
-"""A time that a board can rely on, though its clock may say 1970 or 2090.
+"""A trusted lower bound of the time for boards, whose clocks may show 1970 or 2090.
 
-The *time floor* is the latest of when this software was built and of the times in verified messages of its server.
-The true time is never before it. A certificate that ended before the floor has ended; nothing else is said of
-validity, and the board's own clock is asked nothing. The price: an ended certificate is believed until the board hears
-a later time, hence at most until its first message from the server after that.
+The *time floor* is the later of this software's build and of the times in verified messages of the server. The true
+time is never before it. A certificate that ended before the floor has expired; the board's own clock is ignored. The
+price: an expired certificate is accepted until the board's next message from the server.
 
-The floor never goes back, so a server whose clock is far ahead could lock its boards out. A time is therefore only
-believed up to the end of the board's own certificate, two years at most: a broker's certificate that is made anew with
-a right clock lasts longer than that. It is written down at most once a day.
+The floor never decreases, so that a server whose clock is far ahead could lock its boards out. A time is therefore
+limited to the end of the board's own certificate, two years at most: a broker's certificate that is renewed with a
+right clock lasts longer. The floor is written at most once a day.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from fedprune.core.errors import StorageError, remedy
 from fedprune.core.validation import is_whole
 
 BUILT = 1_793_491_200
-"""When this version was made, in seconds since 1970: 1 November 2026, raised with every release."""
+"""Build time in seconds since 1970: 1 November 2026, raised with every release."""
 
 _DAY = 24 * 3600
 
@@ -31,11 +30,11 @@ class TrustedTime:
     """A board's time floor.
 
     Args:
-        path: Where it is kept.
-        latest: Gives the latest time that is believed: when the board's certificate ends, in seconds since 1970.
+        path: Its file.
+        latest: Returns the limit of accepted times, the end of the board's certificate, in seconds since 1970.
 
     Raises:
-        StorageError: The file can't be read. One that is damaged counts as none: the server says the time again.
+        StorageError: The file can't be read. A damaged one is ignored: the server sends the time again.
     """
 
     def __init__(self, path: Path, latest: Callable[[], int]) -> None:

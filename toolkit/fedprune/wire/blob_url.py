@@ -1,8 +1,8 @@
-"""Addresses of web servers that have blobs, and where a blob lies there.
+"""Addresses of web servers with blobs.
 
-Below such an address blobs lie as in a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in
-front of one will do: `{base}/{first two digits}/{sha256}`, and beside it, with `.leaves` behind its name, the file of
-its leaf table (`fedprune.blobs.blob_ref`).
+Paths are those of a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in front of one suffices:
+`{base}/{first two digits}/{sha256}`, and the same with `.leaves` for the file of the leaf table
+(`fedprune.blobs.blob_ref`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _EXPECTED = "https://host[:port][/path], or http:// for this machine alone, with
 
 @dataclass(frozen=True)
 class BlobUrl:
-    """Where blobs lie on the web.
+    """The address of a web server with blobs.
 
     Attributes:
         host: Name or address, in lower case.
         port: TCP port.
-        tls: Whether the connection is encrypted; it is, unless the host is this machine.
-        path: What comes before a blob's own place: empty, or with a slash in front and none behind.
+        tls: Whether the connection is encrypted; only this machine may do without.
+        path: Prefix of all paths: empty, or with a leading and without a trailing slash.
     """
 
     host: str
@@ -57,7 +57,7 @@ class BlobUrl:
             where: What it is, for the error.
 
         Raises:
-            ProtocolError: It is no such address.
+            ProtocolError: It has another form.
         """
         found = _URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
         if found is None:
@@ -86,7 +86,7 @@ class BlobUrl:
 
 
 def _name(host: str) -> str | None:
-    """A DNS name or an IPv4 address; None for what is neither."""
+    """The host if it is a DNS name or an IPv4 address, else None."""
     labels = host.split(".")
     if labels[-1].isdecimal() or labels[-1].startswith("0x"):  # what some would read as an address
         return _address(host, 4)

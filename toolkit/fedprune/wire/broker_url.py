@@ -1,4 +1,4 @@
-"""Addresses of brokers, what TLS trusts there, and why one can't be reached."""
+"""Addresses of brokers, their TLS context, and reasons why one can't be reached."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class BrokerUrl:
         """Read mqtt://[user:password@]host[:port] or mqtts://...
 
         Raises:
-            ConfigError: It is no such URL.
+            ConfigError: It has another form.
         """
         try:
             parts = urlsplit(url)
@@ -73,7 +73,7 @@ class BrokerUrl:
 
 
 def tls_context(ca: Path | None = None) -> ssl.SSLContext:
-    """What a client needs for TLS.
+    """A client's TLS context.
 
     Args:
         ca: Certificate authorities; the system's by default.
@@ -88,7 +88,7 @@ def tls_context(ca: Path | None = None) -> ssl.SSLContext:
 
 
 def failure(error: OSError | FedpruneError) -> str:
-    """Why a broker can't be reached, in words."""
+    """The reason why a broker can't be reached, for people."""
     if isinstance(error, FedpruneError):
         return str(error)
     if isinstance(error, socket.gaierror):
