@@ -1,4 +1,4 @@
-"""A client of a board's local interface, for the application beside it.
+"""A client of a board's local interface, for an application on the board.
 
 It needs the standard library alone, and imports nothing of fedprune: the file may be copied.
 
@@ -30,7 +30,7 @@ class BoardError(Exception):
     Attributes:
         status: The answer's status code; 0 where there was no answer.
         what: What is wrong.
-        expected: What would have been right; empty where nothing is said of it.
+        expected: What was expected; may be empty.
         got: What was found; the same.
         hint: What to do; the same.
     """
@@ -119,7 +119,7 @@ class Board:
         return self._ask("POST", f"/v1/samples{query}", *_body(x))
 
     def label(self, sample: str, label: int | str) -> dict[str, Any]:
-        """Say of which class a sample is.
+        """Label a sample.
 
         Args:
             sample: Its `id`.

@@ -93,7 +93,7 @@ class Agent:
         finally:
             self._watchdog.stop()
             self._offers.end(10)
-            self._guarded(self._uplink.say, Death(self._connection.device, self._store.session))
+            self._guarded(self._uplink.send, Death(self._connection.device, self._store.session))
 
     @property
     def quiet(self) -> bool:
@@ -170,7 +170,7 @@ class Agent:
 
     def _greet(self, now: float) -> None:
         self._logs.born()
-        self._uplink.say(self._births.birth(self._store.session, self._offers.held, now))
+        self._uplink.send(self._births.birth(self._store.session, self._offers.held, now))
         self._uplink.hurry(now)
         self._releases.born()
 

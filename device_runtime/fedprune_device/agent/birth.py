@@ -28,7 +28,7 @@ _LONGEST = 150
 
 
 class BirthBuilder:
-    """Makes births, and knows what the last one said.
+    """Makes births, and compares the last one with the board's present state.
 
     Args:
         connection: The connection that they are sent on.

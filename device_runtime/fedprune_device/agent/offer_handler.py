@@ -214,7 +214,7 @@ class OfferHandler:
             self._uplink.announce(self._store.pending, now)
 
     def report(self, now: float) -> bool:
-        """Say how far what is under way is; returns whether that is nothing at all."""
+        """Report progress; returns whether nothing is under way."""
         if self._downloader.offer is not None:
             self._uplink.progress(self._downloader.offer, ("download", *self._downloader.progress), now)
         elif self._worker is not None and self._worker.offline:

@@ -54,7 +54,7 @@ class Address:
         """Read `unix:/path` or `127.0.0.1:PORT`.
 
         Raises:
-            ConfigError: It is none, or one that others could reach.
+            ConfigError: It is not an address, or other machines could reach it.
         """
         if text.startswith("unix:"):
             path = Path(text.removeprefix("unix:"))

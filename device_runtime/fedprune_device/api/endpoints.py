@@ -39,7 +39,7 @@ class Endpoints:
     Args:
         model: What predicts.
         samples: Takes samples; None where the board has its data from elsewhere.
-        status: What the board says of itself.
+        status: The board's status.
         class_names: Names of the classes, in their order.
         pixels: How the model takes images.
     """
@@ -61,7 +61,7 @@ class Endpoints:
         """Answer a request.
 
         Raises:
-            RequestError: It is none of this interface, or can't be answered now.
+            RequestError: The interface doesn't have it, or can't answer now.
             DataError: Its sample doesn't fit.
             ModelError: An operator fails.
             StorageError: The disk fails or is full; nothing changed.
@@ -102,7 +102,7 @@ class Endpoints:
         return Answer({"model": _named(model), "classes": record.classes, **names, "predictions": predictions})
 
     def _row(self, row: list[float], loss: str, top: int | None) -> dict[str, Any]:
-        """What is said of one sample."""
+        """The answer for one sample."""
         order = sorted(range(len(row)), key=lambda c: (-row[c], c))
         found = self._one(order[0], row[order[0]]) if loss == "cross_entropy" else {}
         if loss not in ("cross_entropy", "bce"):

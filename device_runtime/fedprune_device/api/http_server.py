@@ -46,7 +46,7 @@ _LINGER_SECONDS = 1.0
 @dataclass
 class _Client:
     user: int
-    """Who connected, as the kernel says; one for all where it doesn't: on a port."""
+    """The peer, from the kernel; all peers of a port count as one."""
     since: float | None
     """Since when it has been sending; None once its request is whole."""
 
@@ -200,13 +200,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_DELETE = do_GET  # noqa: N815 - the library's names
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What the library can't read as a request is told as everything else is."""
+        """Answer what the library can't parse in the same form as every other error."""
         status = 405 if code == 501 else int(code)
         self._say(Answer.of(RequestError(status, "the request can't be read", got=message)))
         self._linger()
 
     def version_string(self) -> str:
-        """What the answer says of the server."""
+        """The Server header."""
         return f"fedprune/{__version__}"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name

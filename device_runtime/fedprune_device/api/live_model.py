@@ -29,7 +29,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with all that is said of it.
+    """A loaded model and its record.
 
     Attributes:
         predictor: The model.
@@ -55,7 +55,7 @@ class LiveModel:
 
     Args:
         serving: The folder.
-        threads: Threads that predict, beside those that train.
+        threads: Threads that predict, in addition to those that train.
         clock: Seconds that only grow.
         cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
         selector: Makes engines for what serves; None where onnxruntime alone answers.
@@ -117,14 +117,14 @@ class LiveModel:
         return self._loaded
 
     def predict(self, model: LoadedModel, x: Array) -> npt.NDArray[np.float64]:
-        """What a model says of samples: probabilities of classes or labels, or numbers.
+        """A model's predictions: probabilities of classes or labels, or numbers.
 
         Args:
             model: The model; the same one to the end, whatever serves meanwhile.
             x: Samples [n, ...].
 
         Returns:
-            Rows [n, outputs], with what the board's own labels say in them.
+            Rows [n, outputs], adjusted by the board's own label shares.
 
         Raises:
             ModelError: An operator fails.

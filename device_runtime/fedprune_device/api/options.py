@@ -1,4 +1,4 @@
-"""What the command line says of the local interface and of where samples come from."""
+"""The local interface and the sample source that the command line configures."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def answering(
         address: Where.
         arguments: The command line.
         samples: The board's; the application adds to them if they are a set that takes some.
-        status: What the board says of itself, beside its name, temperature and samples.
+        status: The board's status, in addition to its name, temperature and samples.
         cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
         selector: Makes engines for what serves, where the board has TensorRT.
 

@@ -67,7 +67,7 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """What the body is, as Content-Type says."""
+        """The body's media type, from Content-Type."""
         return self.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
@@ -146,7 +146,7 @@ def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
 
     Raises:
         RequestError: The body is of no known kind, or no JSON.
-        DataError: It isn't what its kind says.
+        DataError: It doesn't match its kind.
     """
     if request.kind == JSON:
         return _rows(document(request, "x")["x"], tokens)

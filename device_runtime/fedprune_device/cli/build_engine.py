@@ -1,4 +1,4 @@
-"""`fedprune-device build-engine`: make and check the engine of what serves, or of a bundle, and say what came of it."""
+"""`fedprune-device build-engine`: build and check the engine of the active model, or of a bundle."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def made_engine(
         selector: Makes it.
         wanted: The model.
         anew: Whether to make one even if there is a good one.
-        tell: Whether to say on stderr how far it is.
+        tell: Whether to report progress on stderr.
 
     Raises:
-        FedpruneError: There is none in the end; the message says why.
+        FedpruneError: No engine was made; the message gives the reason.
     """
     selector.want(wanted, anew=anew)
     told = ""

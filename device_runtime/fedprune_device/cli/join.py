@@ -21,7 +21,7 @@ def join(arguments: argparse.Namespace) -> int:
     owner.check(arguments.state)
     checked_urls(arguments)
     pin = _pin(arguments.pin)
-    with DeviceStore(arguments.state, owner=owner):  # not beside a service that runs
+    with DeviceStore(arguments.state, owner=owner):  # not while the service runs
         folder, old = arguments.state / IDENTITY, arguments.state / _OLD_IDENTITY
         with storage_errors(f"can't replace {folder}"):
             if arguments.new_key and folder.exists() and not old.exists():  # else the last try goes on

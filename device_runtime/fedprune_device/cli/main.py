@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument("--json", action="store_true", help="as JSON, for programs")
     probe.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="threads for the benchmark")
     probe.set_defaults(run=_probe)
-    identify = commands.add_parser("identify", help="say which hardware profile fits this board, and why")
+    identify = commands.add_parser("identify", help="show which hardware profile fits this board, and why")
     identify.add_argument("--json", action="store_true", help="as JSON, for programs")
     identify.set_defaults(run=_identify)
     _add_engine(commands)
@@ -113,7 +113,7 @@ def _add_run(commands: Any) -> None:
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
-        help="how much is said on stderr (default: info)",
+        help="what is logged on stderr (default: info)",
     )
     add_local_options(run)
     add_policy_option(run)
@@ -121,7 +121,7 @@ def _add_run(commands: Any) -> None:
         "--serve",
         choices=SERVE,
         default=SERVE[0],
-        help="the precision at which the model predicts, as long as it says what float32 says (default: float32)",
+        help="the precision at which the model predicts, as long as it agrees with float32 (default: float32)",
     )
     run.add_argument(
         "--serve-job",
@@ -286,7 +286,7 @@ def _add_runtime(commands: Any) -> None:
     update.add_argument(
         "--deadline", type=float, default=600.0, metavar="S", help="seconds of each until it is healthy (default: 600)"
     )
-    slots = commands.add_parser("slots", help="say which release runs, and how the last update ended")
+    slots = commands.add_parser("slots", help="show which release runs, and how the last update ended")
     slots.add_argument("--json", action="store_true", help="as JSON, for programs")
     for parser in (install, update, slots):
         parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")

@@ -29,7 +29,7 @@ def threads() -> int:
 
 
 def add_membership(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say as whom, and by which broker, and the folder of what is kept."""
+    """Add the options for name, site, broker and state folder."""
     parser.add_argument(
         "--broker",
         metavar="URL",

@@ -143,7 +143,7 @@ class _LocalTraining:
         """The files of the trained bundle, and what was measured of its model.
 
         Raises:
-            ModelError: The trained model doesn't compute what its training step says.
+            ModelError: The trained model contradicts its training step.
         """
         tensors: Tensors = {n: result.tensors[n] for n in self._bundle.selection.shapes()}
         if self._recipe.calibrate and self._trainer.normalised:

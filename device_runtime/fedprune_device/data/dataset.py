@@ -384,7 +384,7 @@ def arrays_of(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inp
 
 
 def why_unreadable(error: Exception) -> str:
-    """What numpy's error says of a file, without its advice to allow pickles; in brackets, or empty."""
+    """numpy's error about a file in brackets, without its advice to allow pickles; may be empty."""
     text = str(error)
     if "Object arrays" in text:
         return " (it holds objects, which are never unpickled)"

@@ -110,7 +110,7 @@ class Reservoir:
         return label in self._classes
 
     def set_seen(self, label: int, seen: int) -> None:
-        """Say how many of a class were seen, when a set is read again."""
+        """Restore how many samples of a class were seen."""
         found = self._classes.setdefault(label, _Class())
         found.seen = max(seen, len(found.ids))
 

@@ -197,7 +197,7 @@ class SampleStore:
 
         Raises:
             NoSampleError: It is not there.
-            DataError: The label is none, or there are too many different ones.
+            DataError: The label is invalid, or there are too many different ones.
             StorageError: The disk fails or is full; nothing changed.
         """
         number = checked_label(label)

@@ -36,7 +36,7 @@ _FILE = re.compile(r"segment-(\d{8})\.log")
 
 
 class Kind(IntEnum):
-    """What a record says."""
+    """The kinds of records."""
 
     SAMPLE = 1
     """A sample is kept, with a label; an older record of it no longer counts."""
@@ -62,10 +62,10 @@ class LogRecord:
     """One record.
 
     Attributes:
-        kind: What it says.
+        kind: Its kind.
         name: 16 bytes: a sample's name, or a digest of the payload.
         label: The sample's class, or -1.
-        seen: Samples of that class that were seen; 0 says nothing.
+        seen: Samples of that class that were seen; 0 for unknown.
         payload: The sample, or the counts; empty where a record is read from a log, which has its place.
     """
 

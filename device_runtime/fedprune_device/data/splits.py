@@ -1,4 +1,4 @@
-"""Which samples are held out, and the file that says so."""
+"""The split into training, validation and test samples, and the file that keeps it."""
 
 from __future__ import annotations
 

@@ -193,7 +193,7 @@ def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: P
     Raises:
         DataError: The numbers are cut short.
         StorageError: There is no room for the copy.
-        Exception: It is damaged, in whichever way `zipfile` or numpy says so.
+        Exception: It is damaged, as `zipfile` or numpy reports it.
     """
     # Header, checksum, offset and stamp are of one open file: another one may take the path's place meanwhile.
     if archive.fp is None:

@@ -37,7 +37,7 @@ _RUNS = 11
 
 
 def main() -> int:
-    """Do what the order says; returns the exit code."""
+    """Build what the request asks for; returns the exit code."""
     # Where memory runs out the kernel shall end this process, and not the board's agent.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _end_with(parent: int) -> None:
-    """End when the parent does, even by kill -9: the next agent would empty the work folder and build beside this one.
+    """End when the parent does, even by kill -9: the next agent would empty the work folder and build at the same time.
 
     Raises:
         EngineError: It has ended already.
@@ -102,7 +102,7 @@ def _latency(engine: Engine, x: Any) -> float:
 
 
 class _Voice:
-    """Says how far a build is, now and then: a line for each of its thousands of steps would fill the disk."""
+    """Reports progress now and then: a line for each of its thousands of steps would fill the disk."""
 
     def __init__(self) -> None:
         self._at = 0.0

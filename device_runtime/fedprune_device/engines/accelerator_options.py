@@ -43,7 +43,7 @@ class Accelerator:
 
 
 def accelerator_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> Accelerator:
-    """What the command line, or else the profile, says.
+    """The accelerator of the command line, or else of the profile.
 
     Raises:
         ConfigError: The plan makes no sense.

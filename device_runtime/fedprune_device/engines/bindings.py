@@ -52,12 +52,12 @@ class Bindings:
 
     @property
     def tells_progress(self) -> bool:
-        """Whether a build says how far it is."""
+        """Whether a build reports progress."""
         return hasattr(self.trt, "IProgressMonitor") and hasattr(self.trt.IBuilderConfig, "progress_monitor")
 
     @property
     def has_levels(self) -> bool:
-        """Whether it can be said how hard the builder searches: from TensorRT 8.6 on."""
+        """Whether the builder's search effort can be set: from TensorRT 8.6 on."""
         return hasattr(self.trt.IBuilderConfig, "builder_optimization_level")
 
     def describe(self) -> str:
@@ -70,7 +70,7 @@ def find() -> Bindings:
     """Find CUDA and TensorRT on this board.
 
     Raises:
-        EngineError: One is missing, can't be loaded, or is too old; the message says which.
+        EngineError: One is missing, can't be loaded, or is too old; the message names it.
     """
     cuda = Cuda()
     device = cuda.device()
@@ -92,7 +92,7 @@ def find() -> Bindings:
 
 
 class RejectedMessageLog:
-    """What TensorRT complained of last; it says why something failed nowhere else.
+    """TensorRT's last errors, the only place where it gives the reason of a failure.
 
     Attributes:
         lines: The last few errors.

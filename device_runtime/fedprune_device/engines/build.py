@@ -28,12 +28,12 @@ def build(
 
     Args:
         bindings: The board's TensorRT.
-        complaints: Takes what TensorRT says of failures.
-        graph: The graph; its weights are external data beside it, which the parser looks for there.
+        complaints: Collects TensorRT's errors.
+        graph: The graph; its weights are external data in the same folder.
         plan: How.
         refittable: Whether it is to take new weights later.
         timings: The timing cache of an earlier build on this board with this TensorRT; may be empty.
-        tell: Told how far it is, where TensorRT says so.
+        tell: Called with the progress, where TensorRT reports it.
 
     Returns:
         The engine and the timing cache.
@@ -56,7 +56,7 @@ def build(
     if bindings.has_levels:
         config.builder_optimization_level = plan.level
     if plan.precision == "float32":
-        config.clear_flag(trt.BuilderFlag.TF32)  # which is on unless it is said otherwise
+        config.clear_flag(trt.BuilderFlag.TF32)  # which is on by default
     if plan.precision == "float16" and not bindings.strongly_typed:
         config.set_flag(trt.BuilderFlag.FP16)
     if refittable:
@@ -83,9 +83,9 @@ def refit(bindings: Bindings, complaints: RejectedMessageLog, base: bytes, graph
 
     Args:
         bindings: The board's TensorRT.
-        complaints: Takes what TensorRT says of failures.
+        complaints: Collects TensorRT's errors.
         base: An engine that was built to take new weights.
-        graph: The graph, with the new weights beside it.
+        graph: The graph, with the new weights in the same folder.
 
     Returns:
         The engine with these weights.
@@ -114,7 +114,7 @@ def refit(bindings: Bindings, complaints: RejectedMessageLog, base: bytes, graph
 
 
 def _set_batches(builder: Any, network: Any, config: Any, plan: EnginePlan) -> None:
-    """Say which batches will come: the first dimension of every input that is free."""
+    """Declare the batch sizes: the first dimension of every input that is free."""
     profile, free = builder.create_optimization_profile(), False
     for i in range(network.num_inputs):
         tensor = network.get_input(i)
@@ -152,7 +152,7 @@ def _monitor(trt: Any, tell: Tell) -> Any:
 
 
 def _refused(parser: Any, complaints: RejectedMessageLog, what: str) -> EngineError:
-    """What a parser says of a file that it doesn't take."""
+    """A parser's errors about a file."""
     for i in range(parser.num_errors):
         complaints.take(str(parser.get_error(i).desc()))
     return complaints.error(what)

@@ -23,7 +23,7 @@ from fedprune.core.errors import EngineError, reason
 from fedprune_device.engines.engine_cache import EngineCache
 
 _MOST_SAID = 4096
-"""Bytes of what a child said last that are looked at."""
+"""Bytes at the end of a child's output that are read."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class BuildResult:
     Attributes:
         seconds: How long that took.
         latency_s: Median time of one sample.
-        answers: What the engine says of the inputs of the check.
+        answers: The engine's outputs for the inputs of the check.
     """
 
     seconds: float
@@ -106,7 +106,7 @@ class BuildProcess:
 
     @property
     def progress(self) -> str:
-        """What the child said last of how far it is."""
+        """The child's last progress report."""
         return _last_line(self._out)
 
     def poll(self) -> BuildResult | None:

@@ -235,7 +235,7 @@ class EngineCache:
 
 
 def _checked(record: CachedEngine) -> CachedEngine:
-    """A record whose fields are what `CachedEngine` says of them.
+    """A record whose fields fit `CachedEngine`.
 
     Raises:
         ConfigError: One isn't.

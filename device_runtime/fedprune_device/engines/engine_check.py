@@ -1,4 +1,4 @@
-"""The numeric check that every engine must pass: what it says of some inputs, against what onnxruntime says of them."""
+"""The numeric check that every engine must pass: its outputs for some inputs against those of onnxruntime."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def trial_inputs(inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]],
 
 
 def answers(session: Runs, x: Array) -> Array:
-    """What a model says of some inputs at once, and of the first one alone: batches of both sizes must be right."""
+    """A model's outputs for some inputs at once, and for the first one alone: batches of both sizes must be right."""
     together = session.run({step_contract.X: x}, [step_contract.LOGITS])[step_contract.LOGITS]
     alone = session.run({step_contract.X: x[:1]}, [step_contract.LOGITS])[step_contract.LOGITS]
     return np.concatenate([together, alone]).astype(np.float32)

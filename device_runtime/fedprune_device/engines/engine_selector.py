@@ -80,7 +80,7 @@ class EngineSelector:
         root: The folder of engines.
         plan: How they are built.
         find: Finds TensorRT.
-        where: Says what board this is, given TensorRT.
+        where: Gives the platform, from TensorRT's bindings.
 
     Attributes:
         status: What answers predictions, and why, in a few words.

@@ -33,7 +33,7 @@ from fedprune.wire.topics import Topics
 _LOG = logging.getLogger("fedprune.device")
 
 JOIN_PORT = 8884
-"""Of brokers that `fedprune-server broker-config` sets up, beside 8883 for members."""
+"""Of brokers that `fedprune-server broker-config` sets up, in addition to 8883 for members."""
 
 _MEMBERS_PORT = 8883
 _AGAIN_S = 5.0
@@ -274,7 +274,7 @@ class Renewal:
         """Ask for a new certificate.
 
         Raises:
-            FedpruneError: There is none; the old one stays.
+            FedpruneError: No new certificate came; the old one stays.
         """
         enrol(
             self._identity, self._urls, None, self._identity.pins[0], authority=self._authority,
@@ -289,7 +289,7 @@ def read_claim(path: Path) -> Claim:
 
     Raises:
         IdentityError: It can't be read.
-        JoinError: It is none, or holds several.
+        JoinError: It is not a claim, or holds several.
     """
     try:
         return one_claim(path.read_text(encoding="ascii"), str(path))
@@ -307,7 +307,7 @@ def one_claim(text: str, where: str) -> Claim:
         where: What holds it, for messages.
 
     Raises:
-        JoinError: It is none, or holds several.
+        JoinError: It is not a claim, or holds several.
     """
     count = sum(line.strip().upper().startswith(PREFIX) for line in text.splitlines())
     if count > 1:

@@ -175,7 +175,7 @@ def join_first(
 
     Raises:
         IdentityError: There is neither claim nor pin.
-        JoinError: The server refuses, or the claim is none.
+        JoinError: The server refuses, or the claim is invalid.
         BrokerError: No answer comes.
         StorageError: The disk fails or is full.
     """

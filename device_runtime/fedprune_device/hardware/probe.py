@@ -108,7 +108,7 @@ def probe(
 
 
 def process_memory() -> int | None:
-    """Bytes that this process holds, onnxruntime with a loaded graph included; None where the kernel doesn't say.
+    """Bytes that this process holds, onnxruntime with a loaded graph included; None where the kernel doesn't report it.
 
     Much of a library is read only once it is used: a small training graph is loaded first.
 

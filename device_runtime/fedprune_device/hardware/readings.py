@@ -55,7 +55,7 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def board(root: Path = Path("/")) -> str:
-    """What the device tree says the board is; empty where there is none.
+    """The board's model from the device tree; empty without one.
 
     Args:
         root: Where /proc is found.
@@ -96,7 +96,7 @@ def temperature_c(root: Path = Path("/")) -> float | None:
 
 
 def throttled(root: Path = Path("/")) -> bool:
-    """Whether the board is slowed down now, because of heat or low voltage, as far as it says so.
+    """Whether the kernel reports that heat or low voltage slows the board down now.
 
     Args:
         root: Where /sys is found.
@@ -116,7 +116,7 @@ def throttled(root: Path = Path("/")) -> bool:
 
 
 def firmware_flags(root: Path = Path("/")) -> int:
-    """What a Raspberry Pi's firmware says is wrong now and since boot (`get_throttled`); 0 on other boards.
+    """The faults that a Raspberry Pi's firmware reports, now and since boot (`get_throttled`); 0 on other boards.
 
     Bits 0 to 3: low voltage, clock capped, throttled, soft temperature limit; bits 16 to 19 the same since boot
     (https://www.raspberrypi.com/documentation/computers/os.html#vcgencmd).

@@ -180,7 +180,7 @@ class RuntimeProcess:
         """The next answer; None if the process has ended.
 
         Raises:
-            TimeoutError: There is none in time.
+            TimeoutError: No answer came in time.
         """
         until, pending = time.monotonic() + seconds, b""
         pipe = None if self._process is None else self._process.stdout

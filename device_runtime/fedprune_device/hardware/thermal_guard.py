@@ -66,7 +66,7 @@ class ThermalGuard:
             stop: Whether training is to end, wait or no wait.
 
         Returns:
-            What `stop` says in the end.
+            The last value of `stop`.
         """
         now = self._clock()
         if now < self._next:

@@ -1,4 +1,4 @@
-"""The blobs of an offer on their way to the device. No network I/O: it says what to ask for, and where to listen."""
+"""The blobs of an offer on their way to the device. No network I/O: it returns requests, and topics to listen to."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ class BlobDownloads:
         return [want for p in self._pulls.values() if not p.done for want in p.start(now)] + self._settle(now)
 
     def remind(self, now: float) -> list[BlobRequest]:
-        """What to ask for once more of a server that says on this connection that it is there, perhaps a new one."""
+        """Requests to repeat when a server, perhaps a new one, announces itself on this connection."""
         return [want for p in self._pulls.values() if not p.done for want in p.remind(now)]
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool = False) -> list[BlobRequest]:
@@ -213,7 +213,7 @@ class BlobDownloads:
         """What to ask for again."""
         awaits = self._shared and any(p.shared and not p.done for p in self._pulls.values())
         if awaits and not self._heard and now - self._listens_since > self._answers.patience(PATIENCE):
-            # A broker whose rules are older than shared topics lets nothing through there, and doesn't say so.
+            # A broker whose rules are older than shared topics lets nothing through there, and reports no error.
             self._shared, self.deaf = False, True
             for pull in self._pulls.values():
                 pull.shared = False
@@ -267,7 +267,7 @@ def composed(store: BlobStore, slabs: Sequence[BlobRef]) -> bytes:
 
     Raises:
         StorageError: One is not there, or damaged.
-        BundleError: They are none, or don't fit each other.
+        BundleError: They are invalid, or don't fit each other.
     """
     tensors = tensorfile.decode(store.read(slabs[0].sha256))
     for ref in slabs[1:]:

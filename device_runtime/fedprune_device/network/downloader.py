@@ -90,12 +90,12 @@ class Downloader:
             self._ask(self._downloads, self._downloads.start(now))
 
     def remind(self, now: float) -> None:
-        """The server says that it is there, perhaps a new one: ask once more."""
+        """Repeat all requests: the server has announced itself, and may be a new one."""
         if self._downloads is not None and not self._web.fetching:
             self._ask(self._downloads, self._downloads.remind(now))
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
-        """Take in a chunk; `shared` says that it came on a shared topic.
+        """Take in a chunk, which may have come on a shared topic.
 
         Raises:
             ProtocolError: The offer's blobs can't be had; so does StorageError.
@@ -167,7 +167,7 @@ class Downloader:
             self._ask(downloads, step(downloads))
 
     def _ask(self, downloads: BlobDownloads, wants: list[BlobRequest]) -> None:
-        """Ask for pieces, after the broker was told where the answers are heard."""
+        """Send requests, after subscribing to the topics of the answers."""
         self._listen(downloads.listens(self._connection.topics))
         self._uplink.ask(downloads.offer.job, wants)
 

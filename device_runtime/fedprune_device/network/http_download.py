@@ -47,7 +47,7 @@ _CUTS = 5
 
 
 class HttpFetchError(Exception):
-    """A web server doesn't give what an offer says."""
+    """A web server doesn't serve what an offer names."""
 
 
 class HttpFetch:
@@ -93,7 +93,7 @@ class HttpFetch:
 
     @property
     def alive(self) -> bool:
-        """Whether it is still at it; not once it was told to stop, though its thread may take a moment to end."""
+        """Whether it is running; False after `stop`, though its thread may take a moment to end."""
         return self._thread.is_alive() and not self._ending.is_set()
 
     @property
@@ -276,7 +276,7 @@ class _Connection(http.client.HTTPConnection):
 
         Args:
             path: What is asked for.
-            headers: What is said with it.
+            headers: The request's headers.
             check: Raises an error if nothing is to be asked any more.
         """
         while True:

@@ -1,4 +1,4 @@
-"""Whether a device takes an offer: what can be said before anything is pulled, and whether it is news."""
+"""Checks of an offer before anything is downloaded, and comparisons of offers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
 
 
 def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
-    """Whether there is room for an offer's slabs beside all that it needs: for a while both are on the disk.
+    """Whether the disk has room for an offer's slabs in addition to all that it needs.
 
     Raises:
         ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
@@ -67,7 +67,7 @@ def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
 
 
 def fits(offer: Offer, store: DeviceStore) -> bool:
-    """Whether there is room for an offer beside all that is on the disk.
+    """Whether the disk has room for an offer without deleting anything.
 
     Raises:
         ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.

@@ -1,6 +1,6 @@
-"""What a device says to the server: that it is there, how far it is, what it won't do, what it has trained.
+"""What a device sends to the server: signs of life, progress, refusals and updates.
 
-Nothing here is lost for good when the connection is down: births, updates and refusals are said again.
+Nothing here is lost for good when the connection is down: births, updates and refusals are sent again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROGRESS_S = 1.0
 ANNOUNCE_S = 2.0
 ANNOUNCE_MAX_S = 60.0
 ALIVE_S = 300.0
-"""A board that has said nothing for so long says that it is there: its broker may not tell when it isn't."""
+"""Seconds of silence after which a board sends a sign of life: its broker may not report when it is gone."""
 
 _MOST_WANTS = 64
 """Wants that are kept; what is dropped beyond is asked for again."""
@@ -113,20 +113,20 @@ class Uplink:
         self._refused: Offer | None = None
         self._refusal: Refusal | None = None
 
-    def say(self, message: Message, job: str = NO_JOB, qos: int = 1) -> None:
-        """Say something once."""
+    def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> None:
+        """Send a message once."""
         self._spoke = True
         self._connection.send(message, job, qos)
 
     def ask(self, job: str, wants: Iterable[BlobRequest]) -> None:
         """Ask for pieces of blobs."""
         for want in wants:
-            self.say(with_request_id(want), job)
+            self.send(with_request_id(want), job)
 
     def answer(self, want: BlobRequest, pending: Update | None, now: float) -> None:
-        """Take in what the server wants of the update; while it asks, it needn't be told of it."""
+        """Take in a request of the server for the update, and pause its announcements meanwhile."""
         if pending is None or pending.weights.sha256 != want.sha256:
-            self.say(BlobNotFound(want.sha256))  # only the update is anybody's business
+            self.send(BlobNotFound(want.sha256))  # only the update may be requested
             return
         if self._is_duplicate(self._device, want):
             return
@@ -136,7 +136,7 @@ class Uplink:
         self._announce_at = max(self._announce_at, now + 5 * ANNOUNCE_S)
 
     def send_chunks(self) -> None:
-        """Hand out what was wanted as long as little waits to be sent: what is said waits behind no more than that."""
+        """Send requested pieces while little is unsent, so that messages wait behind few of them."""
         while self._connection.unsent < HIGH_WATER:
             chunk = next(self._chunks, None)
             if chunk is not None:
@@ -146,7 +146,7 @@ class Uplink:
                 update, want = self._wanted.popleft()
                 found = self._pieces.answer(want, self._max_packet)
                 if isinstance(found, BlobNotFound):
-                    self.say(found, update.job)
+                    self.send(found, update.job)
                 else:
                     self._chunks, self._chunks_job, self._chunks_to = found, update.job, want.to
             else:
@@ -166,13 +166,13 @@ class Uplink:
         self.status.announcing(update)
         if now < self._announce_at:
             return
-        self.say(update, update.job)
+        self.send(update, update.job)
         wait = min(ANNOUNCE_MAX_S, ANNOUNCE_S * 2.0 ** min(self._announced, 10))
         self._announced += 1
         self._announce_at = now + wait * random.uniform(0.75, 1.25)  # noqa: S311  # nosec B311  # spreads boards in time
 
     def progress(self, offer: Offer, status: tuple[str, int, int], now: float) -> None:
-        """Say how far an offer is, if that has changed, at most once a second.
+        """Report an offer's progress if it has changed, at most once a second.
 
         Args:
             offer: The offer.
@@ -184,17 +184,17 @@ class Uplink:
             return
         self._reported, self._report_at = status, now + PROGRESS_S
         phase, done, total = status
-        self.say(Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total), offer.job, 0)
+        self.send(Progress(self._device, offer.job, offer.round, offer.attempt, phase, done, total), offer.job, 0)
 
     def stay(self, session: int, now: float) -> None:
-        """Say that it is there, if it has said nothing for minutes."""
+        """Send a sign of life after minutes of silence."""
         if not self._spoke and now - self._quiet_since >= ALIVE_S:
-            self.say(Alive(self._device, session), qos=0)
+            self.send(Alive(self._device, session), qos=0)
         if self._spoke:
             self._spoke, self._quiet_since = False, now
 
     def refuse(self, offer: Offer, error: BaseException) -> None:
-        """Say why an offer isn't carried out."""
+        """Refuse an offer, with the reason."""
         code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
         reason = refused(error, private=False)
         _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)
@@ -202,13 +202,13 @@ class Uplink:
         self._refused = offer
         told = _printable(refused(error, private=bool(offer.recipe.get("update_clip"))))
         self._refusal = Refusal(self._device, offer.job, offer.round, offer.attempt, told, int(code))
-        self.say(self._refusal, offer.job)
+        self.send(self._refusal, offer.job)
 
     def refuse_again(self, offer: Offer) -> bool:
         """Repeat the last refusal, if it was of this very offer; returns whether it was."""
         if self._refusal is None or self._refused != offer:
             return False
-        self.say(self._refusal, offer.job)
+        self.send(self._refusal, offer.job)
         return True
 
     def forget_refusal(self) -> None:

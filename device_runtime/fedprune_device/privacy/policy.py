@@ -97,7 +97,7 @@ def multiplier_of(recipe: Recipe) -> float:
 
 
 def read_policy(path: Path | None) -> PrivacyPolicy | None:
-    """The owner's file; None where there is none.
+    """The owner's policy, from its file; None without one.
 
     Raises:
         ConfigError: It can't be read, isn't TOML, or a setting is unknown or out of range.

@@ -35,7 +35,7 @@ _IN_A_PACKAGE = (
 
 
 def private(text: str, limit: int) -> str:
-    """A text as it may be told to the server: one line, without what is the board's owner's alone.
+    """A text as it may leave the board: one line, without the owner's private data.
 
     Paths, user names and passwords of addresses, claims, and lists of more than three numbers are left out. What else
     an error says of samples it can't know; the runtime's own errors name shapes and places, not values.

@@ -295,8 +295,8 @@ def test_it_is_quiet_only_when_a_restart_would_cost_nothing(bench: Bench) -> Non
     bench.run()
     assert bench.agent is not None
     assert bench.agent.quiet
-    busy = {k: v for k, v in seen.items() if k in ("Want", "Update", "download", "train", "evaluate")}
-    assert {"Want", "Update"} <= set(busy)
+    busy = {k: v for k, v in seen.items() if k in ("BlobRequest", "Update", "download", "train", "evaluate")}
+    assert {"BlobRequest", "Update"} <= set(busy)
     assert not any(busy.values()), seen
 
 

@@ -121,7 +121,7 @@ def test_a_board_s_message_has_a_bounded_number_of_bytes_in_front_of_it(store: B
         board.answer(BlobRequest(digest, "data", first, 50), pending, 0.0)
     for _ in range(1000):
         board.send_chunks()
-    board.say(Progress("pi", "job", 1, 1, "train", 1, 2), "job")
+    board.send(Progress("pi", "job", 1, 1, "train", 1, 2), "job")
 
     assert 0 < link.ahead(Progress) < HIGH_WATER + MAX_PACKET
 
