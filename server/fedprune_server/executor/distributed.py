@@ -26,7 +26,7 @@ from fedprune_server.config.cluster_url import PROCESSES
 from fedprune_server.executor import pool_tasks
 from fedprune_server.executor.background import Work
 from fedprune_server.executor.offers import blobs_of
-from fedprune_server.executor.process_pool import Pool, ProcessPool
+from fedprune_server.executor.process_pool import HelperPool, ProcessPool
 from fedprune_server.executor.ray_pool import RayPool
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.s3.store import BucketStore
@@ -58,7 +58,7 @@ class DistributedWorker:
         batch: Updates that are summed together.
     """
 
-    def __init__(self, worker: Worker, pool: Pool, *, block: int = BLOCK, batch: int = BATCH) -> None:
+    def __init__(self, worker: Worker, pool: HelperPool, *, block: int = BLOCK, batch: int = BATCH) -> None:
         self._worker = worker
         self._pool = pool
         self._shared = SharedSums(worker, pool, block, batch) if pool.adds else None
@@ -129,11 +129,11 @@ class DistributedWorker:
         except Exception as error:  # noqa: BLE001 - a helper may fail or be killed in any way
             self._complain(error)
             return None
-        if isinstance(answer, pool_tasks.Made):
+        if isinstance(answer, pool_tasks.ExtractedBatch):
             if isinstance(self._worker.store, BucketStore):
                 self._worker.store.learn(answer.objects)
             answer = answer.events[place]
-        if isinstance(answer, pool_tasks.Checked) and isinstance(command, do.Fold):
+        if isinstance(answer, pool_tasks.CheckedUpdate) and isinstance(command, do.Fold):
             self._worker.limits.learn(self._worker.updates.update(command.contribution), answer.lengths)
             answer = answer.event
         event = answer
@@ -193,7 +193,7 @@ class SharedSums:
     than it adds; otherwise (optimal transport) it is split by updates.
     """
 
-    def __init__(self, worker: Worker, pool: Pool, block: int = BLOCK, batch: int = BATCH) -> None:
+    def __init__(self, worker: Worker, pool: HelperPool, block: int = BLOCK, batch: int = BATCH) -> None:
         strategy = worker.strategy
         self._worker = worker
         self._pool = pool

@@ -31,7 +31,7 @@ Task = Callable[[Worker, Any], Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class WorkerSpec:
     """What a helper makes its worker of.
 
     Attributes:
@@ -45,7 +45,7 @@ class Settings:
     store: BlobStore
 
     @classmethod
-    def of(cls, worker: Worker) -> Settings:
+    def of(cls, worker: Worker) -> WorkerSpec:
         """Those of a worker."""
         store = worker.store
         if type(store) is BlobStore:  # a helper may be started in another folder
@@ -67,7 +67,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Made:
+class ExtractedBatch:
     """Submodels that were made.
 
     Attributes:
@@ -94,10 +94,10 @@ class Addition:
     refs: Mapping[str, BlobRef] | None
 
 
-def extract(worker: Worker, commands: Sequence[do.Extract]) -> Made:
+def extract(worker: Worker, commands: Sequence[do.Extract]) -> ExtractedBatch:
     """Make submodels; None for one at which this fails: the server's own worker will tell the reason."""
     events = tuple(_made(worker, command) for command in commands)
-    return Made(events, worker.store.news() if isinstance(worker.store, BucketStore) else {})
+    return ExtractedBatch(events, worker.store.news() if isinstance(worker.store, BucketStore) else {})
 
 
 def _made(worker: Worker, command: do.Extract) -> on.Event | None:
@@ -109,7 +109,7 @@ def _made(worker: Worker, command: do.Extract) -> on.Event | None:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedUpdate:
     """An update that has passed its checks.
 
     Attributes:
@@ -121,7 +121,7 @@ class Checked:
     lengths: Lengths
 
 
-def check(worker: Worker, command: do.Fold) -> Checked | on.UpdateRejected:
+def check(worker: Worker, command: do.Fold) -> CheckedUpdate | on.UpdateRejected:
     """Check an update, as far as that can be done without adding it to any sums.
 
     Raises:
@@ -135,7 +135,7 @@ def check(worker: Worker, command: do.Fold) -> Checked | on.UpdateRejected:
         raise
     except FedpruneError as error:
         return on.UpdateRejected(device, round_, attempt, one_line(str(error)))
-    return Checked(on.Folded(device, round_, attempt), lengths(report))
+    return CheckedUpdate(on.Folded(device, round_, attempt), lengths(report))
 
 
 def add_up(worker: Worker, addition: Addition) -> PartialSums:

@@ -8,7 +8,7 @@ import os
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from typing import Any, Protocol
 
-from fedprune_server.executor.pool_tasks import Settings, Task
+from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.children import begin_helper
 
@@ -18,7 +18,7 @@ _helper: Worker | None = None
 """In a helper's process: its worker."""
 
 
-class Pool(Protocol):
+class HelperPool(Protocol):
     """Runs tasks in helper processes."""
 
     @property
@@ -56,7 +56,7 @@ class ProcessPool:
 
     def __init__(self, worker: Worker, size: int) -> None:
         self.size = size
-        self._settings = Settings.of(worker)
+        self._settings = WorkerSpec.of(worker)
         self._pool = self._new_pool()
 
     def submit(self, task: Task, argument: Any) -> Future[Any]:
@@ -80,7 +80,7 @@ class ProcessPool:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _begin(parent: int, settings: Settings) -> None:
+def _begin(parent: int, settings: WorkerSpec) -> None:
     global _helper
     begin_helper(parent)
     _helper = settings.worker()

@@ -16,7 +16,7 @@ from fedprune import __version__
 from fedprune.aggregation.partial_sums import PartialSums
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError, StorageError, reason
-from fedprune_server.executor.pool_tasks import Settings, Task
+from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
 from fedprune_server.process.children import begin_helper
 
@@ -33,7 +33,7 @@ _worker: tuple[str, Worker] | None = None
 """In a process of the cluster: its worker, and of which server."""
 
 
-def serve(parent: int, address: str, settings: Settings, probe: str, connection: Connection) -> None:
+def serve(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Connection) -> None:
     """Hand tasks to a cluster until the other end of the pipe is closed; runs in a process of its own.
 
     What comes are numbers, functions and their arguments. What goes back is a kind and what belongs to it: `size` and
@@ -85,7 +85,7 @@ class _Cluster:
         FedpruneError: It can't be used.
     """
 
-    def __init__(self, address: str, settings: Settings, probe: str, connection: Connection) -> None:
+    def __init__(self, address: str, settings: WorkerSpec, probe: str, connection: Connection) -> None:
         import ray
 
         self._ray: Any = ray
@@ -144,7 +144,7 @@ class _Cluster:
             self._size = size
             self._connection.send(("size", size))
 
-    def _probe(self, settings: Settings, probe: str) -> None:
+    def _probe(self, settings: WorkerSpec, probe: str) -> None:
         """See that every machine of the cluster can help.
 
         Raises:
@@ -195,7 +195,7 @@ def _carry(settings: list[Any], token: str, task: Task, argument: Any) -> Any:
     if _worker is None or _worker[0] != token:
         import ray
 
-        made: Settings = ray.get(settings[0])
+        made: WorkerSpec = ray.get(settings[0])
         _worker = token, made.worker()
     return task(_worker[1], argument)
 

@@ -24,7 +24,7 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError, ExitCode, FedpruneError, MissingExtraError, reason
 from fedprune_server.config.cluster_url import check_url, endpoint, needs_client, ray_address
-from fedprune_server.executor.pool_tasks import Settings, Task
+from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.ray_child import receive_result, serve
 from fedprune_server.executor.worker import Worker
 
@@ -82,7 +82,7 @@ class RayPool:
             )
         self._url = url
         self._store = worker.store
-        self._settings = Settings.of(worker)
+        self._settings = WorkerSpec.of(worker)
         self._again_s = again_s
         self._lock = threading.Lock()
         self._closed = False
@@ -172,7 +172,7 @@ class _Link:
     """
 
     def __init__(
-        self, url: str, settings: Settings, probe: str, told: Callable[[], None], given_up: Callable[[], bool]
+        self, url: str, settings: WorkerSpec, probe: str, told: Callable[[], None], given_up: Callable[[], bool]
     ) -> None:
         self._told = told
         self._given_up = given_up

@@ -34,7 +34,7 @@ from fedprune_server.config.cluster_url import check_url
 from fedprune_server.config.config import ServerConfig
 from fedprune_server.executor import pool_tasks, ray_pool
 from fedprune_server.executor.distributed import DistributedWorker
-from fedprune_server.executor.pool_tasks import Settings
+from fedprune_server.executor.pool_tasks import WorkerSpec
 from fedprune_server.executor.ray_pool import ClusterError, RayPool
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
@@ -87,7 +87,7 @@ def test_a_cluster_that_is_not_there_is_one_clear_error(model: Model, tmp_path: 
     assert w.store.names() == []
 
 
-def _answers(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+def _answers(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Any) -> None:
     """A child whose cluster goes, or answers what can't be read."""
     connection.send(("size", 2))
     number = connection.recv()[0]
@@ -107,7 +107,7 @@ def test_whoever_waits_for_a_cluster_that_goes_is_told(
     told = threading.Event()
     monkeypatch.setattr(ray_pool, "serve", _answers)
     monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
-    link = ray_pool._Link(address, Settings.of(worker(model, tmp_path)), "", told.set, lambda: False)
+    link = ray_pool._Link(address, WorkerSpec.of(worker(model, tmp_path)), "", told.set, lambda: False)
     listener = threading.Thread(target=link.listen, daemon=True)
     futures = [link.submit(pool_tasks.check, None) for _ in range(2)]
     listener.start()
@@ -121,7 +121,7 @@ def test_whoever_waits_for_a_cluster_that_goes_is_told(
     link.close()
 
 
-def _is_silent(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+def _is_silent(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Any) -> None:
     """A child that reaches its cluster never."""
     connection.recv()
 
@@ -134,11 +134,11 @@ def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
     monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
     monkeypatch.setattr(ray_pool, "_START_S", 3600.0)
     with pytest.raises(ClusterError, match="can't be used"):
-        ray_pool._Link("silent", Settings.of(worker(model, tmp_path)), "", lambda: None, iter([False, True]).__next__)
+        ray_pool._Link("silent", WorkerSpec.of(worker(model, tmp_path)), "", lambda: None, iter([False, True]).__next__)
     assert not [p for p in multiprocessing.active_children() if p.name == "fedprune-ray"]
 
 
-def _does(parent: int, address: str, settings: Settings, probe: str, connection: Any) -> None:
+def _does(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Any) -> None:
     """A child whose cluster fails whatever it is given."""
     connection.send(("size", 2))
     while True:
@@ -153,7 +153,7 @@ def test_a_task_that_can_not_be_handed_on_fails_alone(
 ) -> None:
     monkeypatch.setattr(ray_pool, "serve", _does)
     monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
-    link = ray_pool._Link("well", Settings.of(worker(model, tmp_path)), "", lambda: None, lambda: False)
+    link = ray_pool._Link("well", WorkerSpec.of(worker(model, tmp_path)), "", lambda: None, lambda: False)
     listener = threading.Thread(target=link.listen, daemon=True)
     listener.start()
     orders = [None, threading.Lock(), None]
@@ -278,7 +278,7 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         while "is back:" not in caplog.text and time.monotonic() < until:
             pool.submit(pool_tasks.extract, ())
             time.sleep(0.3)
-        assert pool.submit(pool_tasks.extract, ()).result(60) == pool_tasks.Made((), {})
+        assert pool.submit(pool_tasks.extract, ()).result(60) == pool_tasks.ExtractedBatch((), {})
         assert [r.message for r in caplog.records if "is back:" in r.message]
 
 
@@ -308,9 +308,9 @@ def test_a_machine_that_does_not_see_the_blobs_is_named(
     other, gone = (worker(model, tmp_path / name).store for name in ("other", "gone"))
     shutil.rmtree(gone.root)
     for there, why in ((gone, "no folder"), (other, "is not in")):
-        elsewhere = replace(Settings.of(w), store=there)
+        elsewhere = replace(WorkerSpec.of(w), store=there)
         with monkeypatch.context() as patch:
-            patch.setattr(Settings, "of", lambda _, made=elsewhere: made)
+            patch.setattr(WorkerSpec, "of", lambda _, made=elsewhere: made)
             with pytest.raises(ClusterError, match=why):
                 RayPool(f"ray:{cluster.address}", w)
 

@@ -27,7 +27,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor import distributed, pool_tasks
 from fedprune_server.executor.distributed import DistributedWorker
-from fedprune_server.executor.pool_tasks import Settings, Task
+from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import digits_model
 
@@ -54,7 +54,7 @@ class Helpers:
         self.done: list[tuple[Task, Any]] = []
         self.fails: Callable[[Task, Any], bool] = lambda *_: False
         self.changed: Callable[[Any], Any] = lambda result: result
-        self._worker = Settings.of(worker).worker()
+        self._worker = WorkerSpec.of(worker).worker()
 
     def submit(self, task: Task, argument: Any) -> Future[Any]:
         future: Future[Any] = Future()

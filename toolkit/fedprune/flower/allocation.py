@@ -18,10 +18,10 @@ from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, check
 from fedprune.strategies.strategy import Strategy
 from fedprune.training.recipe import Recipe
 
-Wish = float | str
+DensityOrProfile = float | str
 """A density, or the name of a hardware profile for which widths are planned."""
 
-Wishes = float | str | Sequence[float] | Mapping[int, Wish] | Callable[[int], Wish] | None
+Densities = float | str | Sequence[float] | Mapping[int, DensityOrProfile] | Callable[[int], DensityOrProfile] | None
 """One for all; tiers; by node; or None: the strategy's own tiers or, where it has none, what nodes answer."""
 
 ASK = "ask"
@@ -29,7 +29,7 @@ ASK = "ask"
 
 
 @dataclass(frozen=True)
-class Share:
+class NodeShare:
     """What of the model a node gets.
 
     Attributes:
@@ -56,10 +56,10 @@ class Allocation:
         ConfigError: A density is not above 0 and at most 1, or there is no such profile.
     """
 
-    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, wishes: Wishes = None) -> None:
+    def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, wishes: Densities = None) -> None:
         self._job, self._strategy, self._architecture = job, strategy, architecture
-        self._said: dict[int, Share] = {}
-        self._by_node: Callable[[int], Wish] | None = None
+        self._said: dict[int, NodeShare] = {}
+        self._by_node: Callable[[int], DensityOrProfile] | None = None
         self._fleet = Fleet(job, architecture, State(model=""))
         self._allocator: Allocator | None = None
         if wishes is None:
@@ -103,7 +103,7 @@ class Allocation:
         checked = validation.number("a node's density", density, 0, 1, above=True, error=ProtocolError)
         self._said[node] = self.of(checked, 1)
 
-    def deal(self, nodes: Sequence[int], round_: int) -> dict[int, Share]:
+    def deal(self, nodes: Sequence[int], round_: int) -> dict[int, NodeShare]:
         """The shares of a round's nodes; without those that were asked and haven't answered.
 
         Raises:
@@ -121,9 +121,9 @@ class Allocation:
                 self._allocator.admit(self._fleet, str(node), None)
         self._allocator.open(self._fleet)
         dealt = {n: state.devices[str(n)] for n in nodes}
-        return {n: Share(d.widths, d.density) for n, d in dealt.items()}
+        return {n: NodeShare(d.widths, d.density) for n, d in dealt.items()}
 
-    def of(self, wish: Wish, samples: int) -> Share:
+    def of(self, wish: DensityOrProfile, samples: int) -> NodeShare:
         """The share that a density or a profile comes to.
 
         Raises:
@@ -134,21 +134,21 @@ class Allocation:
         if isinstance(wish, str):
             recipe = partial(self._recipe, wish, samples)
             made = plan(self._architecture, profile_store.find(wish), recipe, samples)
-            return Share(made.widths, kept_share(self._architecture, made.widths), made.accumulate)
+            return NodeShare(made.widths, kept_share(self._architecture, made.widths), made.accumulate)
         check_density("density of a node", wish)
-        return Share(widths_at(self._architecture, wish), float(wish))
+        return NodeShare(widths_at(self._architecture, wish), float(wish))
 
     def _recipe(self, name: str, samples: int, widths: tuple[int, ...]) -> Recipe:
         """What a node would train by with these widths."""
         return self._strategy.planned_recipe(self._job, name, widths, kept_share(self._architecture, widths), samples)
 
 
-def _constant(wish: Wish) -> Callable[[int], Wish]:
+def _constant(wish: DensityOrProfile) -> Callable[[int], DensityOrProfile]:
     return lambda node: wish
 
 
-def _named(wishes: dict[int, Wish]) -> Callable[[int], Wish]:
-    def of(node: int) -> Wish:
+def _named(wishes: dict[int, DensityOrProfile]) -> Callable[[int], DensityOrProfile]:
+    def of(node: int) -> DensityOrProfile:
         if node not in wishes:
             raise ConfigError(
                 f"density of node {node}",

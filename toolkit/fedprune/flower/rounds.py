@@ -18,7 +18,7 @@ from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import is_there
 from fedprune.core.errors import FedpruneError, ProtocolError, StorageError
-from fedprune.flower.allocation import Share
+from fedprune.flower.allocation import NodeShare
 from fedprune.flower.presets import composed
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
@@ -142,7 +142,7 @@ class Rounds:
         self.model = base
         return base
 
-    def open(self, round_: int, shares: Mapping[str, Share]) -> dict[str, Task]:
+    def open(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
         """Begin a round.
 
         Args:
@@ -164,7 +164,7 @@ class Rounds:
         """
         return self._tasks[node]
 
-    def serving(self, round_: int, shares: Mapping[str, Share]) -> dict[str, Task]:
+    def serving(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
         """The submodels of the present model, to be looked at instead of trained."""
         return self._made(self._at(max(1, round_), ()), shares)
 
@@ -276,7 +276,7 @@ class Rounds:
     def _at(self, round_: int, participants: tuple[str, ...]) -> Scene:
         return Scene(self.architecture, self.job.seed, round_, self.model, self._memory, self.job.recipe, participants)
 
-    def _made(self, scene: Scene, shares: Mapping[str, Share]) -> dict[str, Task]:
+    def _made(self, scene: Scene, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
         ranking = self.strategy.rank(scene)
         whole = Selection.of(self.architecture, self.architecture.sizes, ranking.ranks)
         selections: dict[tuple[int, ...], Selection] = {}

@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, ProtocolError
 from fedprune.core.npy_array import float32_array
-from fedprune.flower.allocation import Allocation, Share, Wishes
+from fedprune.flower.allocation import Allocation, Densities, NodeShare
 from fedprune.flower.messages import ASKING, FORMAT, RECORD, STEPS, check_format
 from fedprune.flower.rounds import Rounds, Task, Update, WholeModel
 from fedprune.jobs.job import Job
@@ -67,7 +67,7 @@ class FedpruneStrategy(FedAvg):
         model: WholeModel,
         strategy: str = "fedprune",
         *,
-        density: Wishes = None,
+        density: Densities = None,
         options: Mapping[str, Any] | None = None,
         recipe: Recipe | None = None,
         seed: int = 0,
@@ -180,7 +180,7 @@ class FedpruneStrategy(FedAvg):
         """
         self._rounds.save(Path(path))
 
-    def _dealt(self, nodes: list[int], number: int, grid: Grid) -> dict[str, Share]:
+    def _dealt(self, nodes: list[int], number: int, grid: Grid) -> dict[str, NodeShare]:
         self._ask(self._allocation.unknown(nodes), grid)
         dealt = self._allocation.deal(nodes, number)
         if nodes and not dealt:
