@@ -1,6 +1,6 @@
 #!/bin/sh
 # Make the database's password, and the address with which the server reaches it: deploy/secrets.sh [FOLDER]
-# Nothing that is there is changed.
+# Existing files are left alone.
 set -eu
 folder=${1:-$(dirname "$0")/secrets}
 umask 077
@@ -10,5 +10,5 @@ if [ ! -e "$folder/database-password" ]; then
     head -c 24 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$folder/database-password"
 fi
 printf 'postgresql+psycopg://fedprune:%s@database/fedprune' "$(cat "$folder/database-password")" >"$folder/database-url"
-# Each container runs as a user of its own, who must be able to read them; the folder keeps others out.
+# Each container reads them as a user of its own; the folder's mode keeps other users out.
 chmod 444 "$folder/database-password" "$folder/database-url"

@@ -1,6 +1,6 @@
-"""Entry points of all commands, which import nothing that takes long: Ctrl-C ends them from their first moment on.
+"""Entry points of all commands. They import nothing that takes long, so Ctrl-C ends a command from its first moment on.
 
-This package needs the standard library alone; a package of fedprune imports numpy before its first line.
+This package needs the standard library alone; importing a package of fedprune imports numpy.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class _Command:
     """A subcommand of `fedprune`.
 
     Attributes:
-        module: Its command line.
+        module: The module of its command line.
         extra: The extra of fedprune that it needs.
-        needs: Packages of that extra, by which a missing extra is found.
-        what: What it does.
+        needs: Packages of that extra; if one is missing, the extra is.
+        what: What it does, for the help.
     """
 
     module: str
@@ -61,39 +61,27 @@ _COMMANDS = {
 
 
 def device() -> int:
-    """`fedprune-device`."""
     return _run("device")
 
 
 def export() -> int:
-    """`fedprune-export`."""
     return _run("export")
 
 
 def flash() -> int:
-    """`fedprune-flash`."""
     return _run("flash")
 
 
 def server() -> int:
-    """`fedprune-server`."""
     return _run("server")
 
 
 def simulate() -> int:
-    """`fedprune-simulate`."""
     return _run("simulate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`fedprune`: one command that has the others as subcommands.
-
-    Args:
-        argv: Its arguments; those of the process by default.
-
-    Returns:
-        The exit code.
-    """
+    """`fedprune`: one command that has the others as subcommands; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if words else sys.stderr)

@@ -40,7 +40,7 @@ _PROGRESS_S = 10.0
 """Between two reports of a download."""
 
 _LOOK_S = 0.5
-"""Between two looks at how the trial under way stands."""
+"""Between two looks at the state of the trial under way."""
 
 NO_LAUNCHER = "this board's runtime was not started by a launcher, so that nothing could go back by itself"
 NO_IDENTITY = "this board takes part without identity, so that it knows no key that releases are signed with"
@@ -215,12 +215,12 @@ class ReleaseAgent:
             return
         delete_downloads(updater)  # a power cut may have come before
         updater.arm(offer.attempts, offer.seconds)
-        _LOG.info("release %d is tried now: the service starts anew", offer.number)
+        _LOG.info("release %d is tried now: the service restarts", offer.number)
         self._say(offer.number, TRIAL)
         self._leaving = True
 
     def _guarded(self, step: Callable[[], None]) -> None:
-        """Whatever goes wrong with a release is told to the server; the agent goes on."""
+        """Report any error with a release to the server; the agent goes on."""
         try:
             step()
         except FedpruneError as error:
@@ -248,7 +248,7 @@ class ReleaseAgent:
             _LOG.warning("can't delete what was pulled: %s", error)
 
     def _greet(self) -> None:
-        """After a birth: say where a release stands, and ask again for what is missing."""
+        """After a birth: report the state of a release, and request again what is missing."""
         if isinstance(self._updater, str):
             return
         self._last = None
@@ -272,7 +272,7 @@ class ReleaseAgent:
             self._say(number, state, reason)
 
     def _standing(self, updater: ReleaseInstaller, number: int) -> tuple[str | None, str]:
-        """Where a release stands by the launcher's state, and why; None if that knows nothing of it."""
+        """The state of a release by the launcher's state, and why; None if it is unknown there."""
         found = updater.home.load()
         if found is None:
             return REFUSED, "the launcher's state is damaged; a restart mends it"

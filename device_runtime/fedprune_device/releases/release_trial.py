@@ -18,7 +18,7 @@ PACKAGES = (
     *("numpy", "paho", "safetensors", "cryptography", "onnxruntime", "PIL"),
     *(("tomli",) if sys.version_info < (3, 11) else ()),
 )
-"""Modules that the runtime is made of beside its own."""
+"""Packages that the runtime requires."""
 
 _LOG = logging.getLogger("fedprune.device")
 

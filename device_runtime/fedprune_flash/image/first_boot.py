@@ -1,7 +1,7 @@
 """The files on a boot partition that make an image into a board, for every scheme.
 
-All of them end in `fedprune-install.sh`, which lies beside the kit's folder and starts the kit's installer. A power cut
-may come at any moment of a first boot, so that what starts it comes again at every boot until the kit is installed.
+All of them run `fedprune-install.sh`, which is next to the kit's folder and starts the kit's installer. A power cut may
+come at any moment of a first boot, so it is started at every boot until the kit is installed.
 
 An image's scheme is recognised by the files on its boot partition:
 
@@ -47,13 +47,13 @@ _GROUPS = "users,adm,dialout,audio,netdev,video,plugdev,games,input,gpio,spi,i2c
 
 _STARTER = """\
 #!/bin/sh
-# Installs fedprune from the kit beside this file. What happens is told in /var/log/fedprune-install.log.
+# Installs fedprune from the kit next to this file; logs to /var/log/fedprune-install.log.
 cd "$(dirname "$0")/fedprune" && exec python3 install.pyz{options} "$@" >>/var/log/fedprune-install.log 2>&1
 """
 
 _FIRSTRUN = """\
 #!/bin/sh
-# The first boot. What fails here must not keep the board from booting: each part stands for itself.
+# The first boot. A failure here must not keep the board from booting: the parts are independent.
 set +e
 exec >>/var/log/fedprune-firstrun.log 2>&1
 boot=$(cd "$(dirname "$0")" && pwd)

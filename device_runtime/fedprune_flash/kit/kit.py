@@ -178,7 +178,9 @@ def build_kit(
     if out.exists():
         raise UsageError(f"{out} is there already", hint="Name a folder that isn't, or remove it.")
     if board.authority != (authorities is not None):
-        raise ConfigError("certificates of authorities", expected="given exactly if the board is told so")
+        raise ConfigError(
+            "certificates of authorities", expected="given if and only if the board's settings have `authority`"
+        )
     if pin is not None and authorities is None:
         raise ConfigError("sha256 of a certificate without the certificate", hint="Name its file with --ca.")
     with storage_errors(f"can't write {out}"):

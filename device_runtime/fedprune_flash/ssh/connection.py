@@ -250,7 +250,7 @@ class BoardLink:
         if "HOST IDENTIFICATION HAS CHANGED" in text:
             return BoardError(
                 "its host key is not the one that is known",
-                hint="Was it set up anew? Then `ssh-keygen -R` its address. If not, another machine answers.",
+                hint="Was it set up again? Then `ssh-keygen -R` its address. If not, another machine answers.",
             )
         if "Host key verification failed" in text:
             return BoardError(

@@ -108,7 +108,7 @@ class RolloutCoordinator:
             self._do(entry, lambda r, now: r.without(gone, now))
 
     def reported(self, report: ReleaseReport) -> None:
-        """Take in where a release stands on a board."""
+        """Take in a board's report on a release."""
         device, entry = report.device, self._entry
         reason = one_line(report.reason)
         if report.state in (ROLLED_BACK, REFUSED) and self._failures.get(device) != report:

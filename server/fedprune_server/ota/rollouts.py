@@ -110,7 +110,7 @@ def start_rollout(
         boards = _boards(devices, sorted(identity.store.members()))
     rollout = Rollout.of(terms.plan(release), boards)
     with RolloutStore(state) as store, store.starting():
-        store.check_free(release.number, manifest.decode())  # so that nobody pulls what is deleted here
+        store.check_free(release.number, manifest.decode())  # so that no board is downloading what is deleted here
         entries = store.entries()
         before = earlier_rollout(entries, release, boards)
         leaves = _kept(store, folder, release, worth_keeping(entries, before))
@@ -261,7 +261,7 @@ def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: C
         release: The release that the boards are given.
         boards: Their names.
     """
-    return _usual(entries, release, boards, beside=release)
+    return _usual(entries, release, boards, other_than=release)
 
 
 def boards_with(entries: Iterable[RolloutEntry], number: int) -> set[str]:
@@ -293,13 +293,13 @@ def worth_keeping(entries: Sequence[RolloutEntry], before: RolloutEntry | None) 
 
 
 def _usual(
-    entries: Sequence[RolloutEntry], kind: Release, boards: Collection[str], beside: Release | None = None
+    entries: Sequence[RolloutEntry], kind: Release, boards: Collection[str], other_than: Release | None = None
 ) -> RolloutEntry | None:
     left = {entry.leaves for entry in entries}
     had: dict[str, RolloutEntry] = {}
     for entry in entries:
         release = release_of(entry)
-        same = beside is not None and (release.number == beside.number or release.files == beside.files)
+        same = other_than is not None and (release.number == other_than.number or release.files == other_than.files)
         if same or release.number in left or (release.python, release.machine) != (kind.python, kind.machine):
             continue
         had.update({name: entry for name, board in entry.rollout.boards.items() if board.fate is Fate.WELL})

@@ -110,12 +110,6 @@ def test_a_card_that_is_too_small_is_refused() -> None:
         chosen("/dev/sdb", known, 31914983425)
 
 
-def test_a_drive_that_is_built_in_is_refused_though_nothing_of_it_is_mounted() -> None:
-    drive = Drive("/dev/sdx", 10**12, "spare", removable=False, read_only=False)
-    with pytest.raises(CardError, match="is built in"):
-        chosen("/dev/sdx", [drive], 1)
-
-
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b'{"blockdevices": [1]}', b'{"blockdevices": 3}'])
 def test_what_is_not_lsblks_is_an_error(raw: bytes) -> None:
     with pytest.raises(CardError):
