@@ -28,7 +28,7 @@ from fedprune.core import tensorfile
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.averaging import Mean
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import random_ranks
 from fedprune.strategies.methods.robust import Robust, Robustness
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn

@@ -6,9 +6,9 @@ import numpy as np
 
 from fedprune import Ranking, Strategy, read_options
 from fedprune.model.architecture import TensorKind
-from fedprune.strategies.averaging import Mean
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import channel_sums, ranks
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.objectives import AsJob
 
 
 class Energy(Strategy):

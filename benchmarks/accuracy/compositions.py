@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from fedprune.aggregation.fold import Rule
 from fedprune.jobs.job import Job
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Tiers
-from fedprune.strategies.averaging import Mean
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import read_options
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy

@@ -15,7 +15,7 @@ import pytest
 
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.methods.robust import Robust, Robustness
 from fedprune.strategies.roles import Aggregator
 from support.fakes.strategy_reports import close, report, scene

@@ -23,7 +23,7 @@ from fedprune.core.errors import StorageError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.rounds.influence import MEMORY
 from fedprune.strategies import compose
-from fedprune.strategies.averaging import Mean
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.roles import Closing, Report, Submodel
 from fedprune.training import step_contract
 from fedprune_export.importing import import_onnx

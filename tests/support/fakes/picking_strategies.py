@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Fixed
-from fedprune.strategies.averaging import Mean
 from fedprune.strategies.element_importance import Importance
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.extractors import Selected
 from fedprune.strategies.methods.autoflip import Emergent
 from fedprune.strategies.methods.fedper import OwnHistory
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.roles import Cut, Submodel
 from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Selected
 from fedprune.strategies.strategy import Strategy
 
 

@@ -16,7 +16,7 @@ from fedprune.model.architecture import (
     TensorKind,
     TensorSpec,
 )
-from fedprune.strategies.averaging import DeltaMean
+from fedprune.strategies.aggregators import DeltaMean
 from fedprune.strategies.methods.plain import plain
 from fedprune.strategies.strategy import Strategy
 

@@ -18,7 +18,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.methods.robust import Robust, Robustness, robust
 from fedprune.strategies.roles import Report, Scene
 from support.fakes.strategy_reports import close, close_fold, report, scene

@@ -19,15 +19,14 @@ from fedprune.jobs.state import Device, State, Task
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
+from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.allocation import Fixed, Fleet, Tiers
-from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.extractors import Elements, Selected
 from fedprune.strategies.growth import Ladder, TimeDriven
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.methods import asynchronous, pr_fl
 from fedprune.strategies.roles import Turn
-from fedprune.strategies.slicing import Selected
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.unstructured_masks import Elements
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 from support.paths import ROOT
 

@@ -15,11 +15,11 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies import compose
-from fedprune.strategies.averaging import Mean
+from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.extractors import Elements, global_mask
 from fedprune.strategies.roles import Submodel, Turn
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.unstructured_masks import Elements, global_mask
 from fedprune.training.recipe import Recipe
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds

@@ -16,7 +16,7 @@ from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer,
 from fedprune.model.classifier_head import head_axes
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.averaging import VELOCITY, DeltaMean, Mean
+from fedprune.strategies.aggregators import VELOCITY, DeltaMean, Mean
 from fedprune.training.recipe import Recipe
 from support.fakes.strategy_reports import close, report, scene
 from support.nets.drawn_models import architectures, model, seeds, selections, trained

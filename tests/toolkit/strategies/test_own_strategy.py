@@ -38,9 +38,9 @@ SOURCE = '''
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
 from fedprune.strategies.importance.scoring import magnitude, ranks
 from fedprune.strategies import Strategy
-from fedprune.strategies.slicing import Global, Selected
-from fedprune.strategies.averaging import Mean
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.extractors import Global, Selected
+from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.roles import Closing, Ranking, Scorer as Base, Starter as StarterBase, Submodel
 import numpy as np
 

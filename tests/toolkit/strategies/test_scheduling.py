@@ -13,7 +13,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Staleness
 from fedprune.strategies import PRESETS, compose
-from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.aggregators import DeltaMean, Mean
 from support.fakes.asynchronous_shell import Shell
 from support.fakes.tiny_job import JOB
 

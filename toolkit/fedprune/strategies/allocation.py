@@ -14,9 +14,9 @@ import math
 import re
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
@@ -24,6 +24,7 @@ from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State, Task
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.strategies.options import choice, numbers
 
 _Key = list[tuple[int, int, str]]
 
@@ -252,3 +253,42 @@ def check_density(what: str, value: object) -> None:
         ConfigError: It is not a number above 0 and at most 1.
     """
     validation.number(what, value, 0, 1, above=True)
+
+
+def dealt(
+    job: Job,
+    densities: Sequence[float],
+    shares: Sequence[float] = (),
+    by: str = "name",
+    every: int = 0,
+    *,
+    default: Sequence[float] = (),
+) -> Allocator | None:
+    """The allocator that `densities` and its companions ask for.
+
+    Args:
+        job: Its own `density` comes next.
+        densities: One per tier; empty to leave it to the job or, where it has none, to the default.
+        shares: Share of the fleet in each tier; empty for equal ones.
+        by: `name` or `chance`.
+        every: With `chance`, tiers are drawn anew every so many rounds.
+        default: Densities of the preset's own; empty to leave it to the planner.
+
+    Raises:
+        ConfigError: They don't fit each other.
+    """
+    for name, values in (("densities", densities), ("shares", shares)):
+        numbers(job.strategy, name, values)
+    choice(job.strategy, "by", by, ("name", "chance"))
+    if not densities and not job.density and len(default) == 1:
+        return Fixed(default[0])
+    tiers = densities or (() if job.density else default)
+    if tiers:
+        return Tiers(tuple(tiers), tuple(shares), cast(Literal["name", "chance"], by), every)
+    if shares or by != "name" or every:
+        raise ConfigError(
+            f"job: options shares, by and every of {job.strategy}",
+            expected="densities to deal",
+            got="the job's density" if job.density else "the planner's widths",
+        )
+    return Fixed(job.density) if job.density else None

@@ -1,12 +1,16 @@
-"""Every strategy by its name."""
+"""Every strategy by its name, on the schedule that its job asks for, and whether it can be private."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
+from fedprune.core import validation
 from fedprune.core.errors import ConfigError, meant
 from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule
+from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.methods.asynchronous import fedasync, fedbuff, fedfix
 from fedprune.strategies.methods.autoflip import autoflip
 from fedprune.strategies.methods.ca_hfp import ca_hfp
@@ -20,10 +24,11 @@ from fedprune.strategies.methods.plain import plain
 from fedprune.strategies.methods.pr_fl import pr_fl
 from fedprune.strategies.methods.robust import robust
 from fedprune.strategies.methods.subflot import subflot
-from fedprune.strategies.privacy_checks import check_private
-from fedprune.strategies.schedule_override import scheduled
+from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.user_strategies import own_strategy
+from fedprune.updates.codecs import PLAIN
+from fedprune.updates.privacy_settings import LOCAL, SHARED
 
 ROBUST = "robust"
 """The option that goes with every strategy."""
@@ -57,7 +62,7 @@ def compose(job: Job) -> Strategy:
     """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
 
     The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.methods.robust`). The
-    job's `schedule` takes the place of the strategy's own (`fedprune.strategies.schedule_override`).
+    job's `schedule` takes the place of the strategy's own (`fedprune.strategies.presets`).
 
     Raises:
         ConfigError: There is no such strategy, its options are wrong, or it can't keep the job's privacy.
@@ -80,3 +85,152 @@ def _compose(job: Job) -> Strategy:
         f"job: no strategy is called {job.strategy!r}{meant(job.strategy, names)}",
         expected=f"{', '.join(sorted(PRESETS))}, or package.module:function",
     )
+
+
+KINDS = ("sync", "semi-async", "async")
+
+_EITHER = ("concurrent", "rate", "mixing", "keep", "staleness", "max_staleness", "score_every", "evaluate_every")
+_OF = {"semi-async": ("window_s", "least", "extension_s"), "async": ("arrivals",)}
+"""Keys of `Schedule` that either kind has, and those of each."""
+
+_IN_STEP = ("over_selection", "fairness", "in_flight", "pace")
+"""Settings of the job that are about rounds in step."""
+
+
+def scheduled(strategy: Strategy, job: Job) -> Strategy:
+    """A strategy on the schedule that the job asks for, or on its own.
+
+    `[job.schedule]` has `kind`, and keys of `fedprune.jobs.schedule.Schedule` that go with it:
+
+    | kind | when the model moves | by default |
+    |---|---|---|
+    | `sync` | when all updates are in, or the deadline has passed | |
+    | `semi-async` | at the end of a time window, by the updates in it | `window_s` is a tenth of the deadline |
+    | `async` | after a number of updates | `arrivals` is half of the job's `devices` |
+
+    An update of k models ago counts (k + 1)^-½ unless `staleness` is set, and counts as its difference from what the
+    device was sent, as in FedBuff (Nguyen et al. 2022).
+
+    Raises:
+        ConfigError: The schedule's settings are wrong, the strategy can't be moved to it, or the job has settings that
+            mean nothing on it.
+    """
+    moved = _moved(strategy, job) if job.schedule else strategy
+    if moved.schedule is not None and moved.schedule.asynchronous:
+        for name in _IN_STEP:
+            if getattr(job, name):
+                raise ConfigError(
+                    f"job: {name}",
+                    expected="0 in an asynchronous job, whose devices never wait for one another",
+                    got=getattr(job, name),
+                    hint="The schedule's concurrent says how many work at a time." if name == "in_flight" else "",
+                )
+    share = job.participation if moved.schedule is None else moved.schedule.participation or job.participation
+    if job.over_selection and share == 1:
+        raise ConfigError(
+            "job: over_selection",
+            expected="a participation below 1, which leaves somebody to ask beyond those that a round needs",
+            got=f"{job.over_selection:g}, and everybody is asked",
+        )
+    return moved
+
+
+def _moved(strategy: Strategy, job: Job) -> Strategy:
+    body: dict[str, Any] = dict(job.schedule)
+    # Before the kind, which may be the key that is misspelt.
+    validation.only(("kind", *_EITHER, *(key for keys in _OF.values() for key in keys)), body, "job: schedule")
+    if "kind" not in body:
+        raise ConfigError("job: schedule: kind", expected=" or ".join(KINDS), got="nothing")
+    kind = body.pop("kind")
+    validation.word("job: schedule: kind", kind, KINDS)
+    if kind == "sync":
+        if body:
+            raise ConfigError(
+                "job: schedule: kind 'sync'",
+                expected="no other key: rounds in step go by the job's own settings",
+                got=", ".join(sorted(body)),
+            )
+        if strategy.schedule is None or not strategy.schedule.asynchronous:
+            return strategy
+    aggregator = strategy.aggregator
+    own = type(strategy).close is not Strategy.close
+    plain = type(aggregator) in (Mean, DeltaMean) and not own and not strategy.explores
+    # Who averages models on a schedule of its own does it by that schedule's arithmetic.
+    if not plain or (strategy.schedule is not None and type(aggregator) is Mean):
+        raise ConfigError(
+            f"job: schedule: strategy {strategy.name} keeps its own",
+            expected="a strategy that averages updates, round by round or as moves",
+            got=f"kind {kind!r}",
+            hint="Leave [job.schedule] out; the strategy's own options are on its page in docs/strategies.",
+        )
+    if kind == "sync":
+        return replace(strategy, schedule=None)
+    validation.only((*_EITHER, *_OF[kind]), body, f"job: schedule: kind {kind!r}")
+    defaults: dict[str, dict[str, Any]] = {
+        "semi-async": {"window_s": job.deadline_s / 10},
+        "async": {"arrivals": max(1, job.devices // 2)},
+    }
+    body = {"mixing": "damped", "staleness": {"decay": "polynomial"}, **defaults[kind], **body}
+    try:
+        schedule = Schedule.from_dict({**body, "kind": "asynchronous"})
+    except ConfigError as error:
+        raise ConfigError(f"job: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
+    moves = DeltaMean(**{f.name: getattr(aggregator, f.name) for f in fields(Mean)})
+    return replace(strategy, schedule=schedule, aggregator=moves)
+
+
+_LOSSLESS = (PLAIN, "zlib")
+
+
+def check_private(job: Job, strategy: Strategy) -> Strategy:
+    """Check that a job's privacy can be kept by its strategy.
+
+    With local noise a board releases its update, so that no use of it by the server costs more; the board must not send
+    other measurements. With shared noise only the sum is released, so that a strategy that uses single updates is
+    refused.
+
+    Returns:
+        The strategy.
+
+    Raises:
+        ConfigError: It can't; the message names the strategy and says why.
+    """
+    if not job.privacy.on:
+        return strategy
+    if strategy.inputs == "measurements":
+        raise ConfigError(
+            f"job: privacy with strategy {job.strategy}",
+            expected="a strategy whose boards send updates alone",
+            got="one that also uses what boards measure on their samples, which no noise covers",
+            hint="fedprune, fedavg and heterofl are some that can be private.",
+        )
+    if not job.privacy.local and (looks := _looks(job, strategy)):
+        raise ConfigError(
+            f"job: privacy: noise {SHARED!r} with strategy {job.strategy}",
+            expected="a job in which nothing is made of single updates",
+            got=looks,
+            hint=f"With noise = {LOCAL!r} every update is private by itself.",
+        )
+    return strategy
+
+
+def _looks(job: Job, strategy: Strategy) -> str:
+    """What of a job looks at single updates, or is no function of their sum; empty where nothing does."""
+    codecs = {job.compression, *job.compression_of.values()} - set(_LOSSLESS)
+    found = {
+        "a composition of somebody's own, which may look at anything": ":" in job.strategy,
+        "a strategy that uses single updates": strategy.inputs != "sum",
+        "a schedule on which updates are released one by one": strategy.schedule is not None
+        and strategy.schedule.asynchronous,
+        "a robust mean, which compares single updates": "robust" in job.options,
+        "an aggregator that is no mean of all": type(strategy.aggregator) is not Mean,
+        "an option by which only what an update has changed counts": isinstance(strategy.aggregator, Mean)
+        and strategy.aggregator.changed != "",
+        "a scorer that goes by how single updates moved": isinstance(strategy.scorer, ByName)
+        and strategy.scorer.observes,
+        f"compression {', '.join(sorted(codecs))}, which rounds single updates": bool(codecs),
+        "masks of single elements, which only some boards hold": strategy.masks,
+        "rounds of exploration": strategy.explores > 0,
+        "updates that are kept for the next rounds": strategy.keeps_past,
+    }
+    return next((what for what, is_so in found.items() if is_so), "")

@@ -12,9 +12,10 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator
-from fedprune.strategies.averaging import Mean
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.extractors import Global, Selected
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.roles import (
     Aggregator,
     Closing,
@@ -32,7 +33,6 @@ from fedprune.strategies.roles import (
     Turn,
 )
 from fedprune.strategies.scorers import ByName
-from fedprune.strategies.slicing import Global, Selected
 from fedprune.training.recipe import Recipe
 
 Inputs = Literal["sum", "updates", "measurements"]
@@ -54,7 +54,7 @@ class Strategy:
         personaliser: What of a device's model is its own, as far as the server keeps it.
         objective: What boards minimise.
         inputs: What the server needs of boards; decides whether a job with privacy is accepted
-            (`fedprune.strategies.privacy_checks`). Required, so that no strategy counts as private by omission.
+            (`fedprune.strategies.presets`). Required, so that no strategy counts as private by omission.
         allocator: How much of the model each device gets; None leaves it to the planner, or to the job's `density`.
         schedule: When offers go out and rounds close; None for synchronous rounds.
         explores: In this many first rounds every device trains and the strategy learns, but the model doesn't move.

@@ -13,12 +13,12 @@ from fedprune.aggregation.fold import Rule
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Decay, Mixing, Schedule, Staleness
-from fedprune.strategies.averaging import DeltaMean, Mean
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.aggregators import DeltaMean, Mean
+from fedprune.strategies.allocation import dealt
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Aggregator
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.tiers import dealt
 
 
 @dataclass(frozen=True)

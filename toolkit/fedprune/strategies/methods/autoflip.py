@@ -17,15 +17,15 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, mesh
-from fedprune.strategies.averaging import VELOCITY, Mean
+from fedprune.strategies.aggregators import VELOCITY, Mean
+from fedprune.strategies.allocation import dealt
+from fedprune.strategies.extractors import Elements, global_mask, masked
 from fedprune.strategies.importance.element_ranking import prunable, quantile
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.importance.structured_from_mask import surviving, survivors
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Closing, Cut, Memories, Objective, Ranking, Report, Scene, Scorer, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.tiers import dealt
-from fedprune.strategies.unstructured_masks import Elements, global_mask, masked
 from fedprune.training.recipe import Recipe
 
 NAME = "autoflip"

@@ -15,13 +15,13 @@ from typing import Any, cast, get_args
 from fedprune.aggregation.fold import Rule
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.strategies.averaging import Mean
+from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.allocation import dealt
 from fedprune.strategies.importance.gradient_stats import DECAY, Estimator
 from fedprune.strategies.importance.scoring import Form
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.tiers import dealt
 
 SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "random": "random"}
 """The option's words, and what our scorer calls them."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedprune.jobs.job import Job
-from fedprune.strategies.averaging import Mean
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.allocation import dealt
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.tiers import dealt
 
 
 @dataclass(frozen=True)

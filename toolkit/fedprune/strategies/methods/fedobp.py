@@ -19,13 +19,13 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.classifier_head import head_axes
 from fedprune.model.selection import Tensors, mesh
-from fedprune.strategies.averaging import same_coordinates
+from fedprune.strategies.aggregators import same_coordinates
+from fedprune.strategies.allocation import dealt
 from fedprune.strategies.importance.element_ranking import quantile
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Cut, Memories, Personaliser, Ranking, Report, Scene, Scorer, Submodel
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.tiers import dealt
 
 NAME = "fedobp"
 

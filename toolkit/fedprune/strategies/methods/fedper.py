@@ -10,12 +10,12 @@ import numpy as np
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
 from fedprune.model.classifier_head import HEAD
-from fedprune.strategies.averaging import Mean
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.allocation import dealt
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Cut, Objective, Personaliser, Report, Submodel, Turn
 from fedprune.strategies.strategy import Inputs, Strategy
-from fedprune.strategies.tiers import dealt
 from fedprune.training.recipe import Recipe
 
 

@@ -32,13 +32,13 @@ from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_init import just_made, nested
 from fedprune.model.selection import Tensors
-from fedprune.strategies.averaging import DeltaMean, Mean
+from fedprune.strategies.aggregators import DeltaMean, Mean
+from fedprune.strategies.allocation import dealt
 from fedprune.strategies.importance.scoring import ranks, score
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Memories, Objective, Ranking, Report, Scene, Scorer, Starter, Turn
 from fedprune.strategies.scorers import places_of
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.tiers import dealt
 from fedprune.training.recipe import LEAST_MIXUP, Recipe
 
 RANKS = "ranks"

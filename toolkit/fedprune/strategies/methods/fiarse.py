@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from fedprune.aggregation.fold import Fold
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
-from fedprune.strategies.averaging import Mean
+from fedprune.strategies.extractors import Elements
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.local_objectives import AsJob
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, read_options
 from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.unstructured_masks import Elements
 
 NAME = "fiarse"
 

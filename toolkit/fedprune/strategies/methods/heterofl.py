@@ -18,12 +18,12 @@ import numpy as np
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
-from fedprune.strategies.averaging import Mean
+from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.allocation import dealt
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Memories, Objective, Ranking, Report, Scene, Scorer, Turn
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.tiers import dealt
 from fedprune.training.recipe import Recipe
 
 LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)

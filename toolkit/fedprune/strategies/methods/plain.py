@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedprune.jobs.job import Job
-from fedprune.strategies.averaging import Mean
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 

@@ -14,19 +14,18 @@ from typing import Any, Literal, cast
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS, Schedule
+from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
-from fedprune.strategies.averaging import Mean
 from fedprune.strategies.element_importance import Importance, Kind
+from fedprune.strategies.extractors import Elements, Selected
 from fedprune.strategies.growth import Ladder, Start, TimeDriven
-from fedprune.strategies.local_objectives import AsJob
 from fedprune.strategies.methods.asynchronous import staleness_of
+from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, numbers, read_options
 from fedprune.strategies.recovery import Recovery, Step, Validation
 from fedprune.strategies.roles import Objective, Scorer, Turn
 from fedprune.strategies.scorers import ByName, Held
-from fedprune.strategies.slicing import Selected
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.unstructured_masks import Elements
 from fedprune.training.recipe import Recipe
 
 

@@ -8,17 +8,17 @@ carrying an axis costs a few gathers instead of a product with a matrix.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import BundleError, MissingExtraError
-from fedprune.strategies.optimal_transport.scratch import SCRATCH
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -235,3 +235,27 @@ def _swapped(values: Floats, out: Floats) -> Floats:
     items = np.ascontiguousarray(values).reshape(a, b * c).view(kind)
     out.reshape(b, a * c).view(kind)[...] = items.T
     return out
+
+
+class Scratch(threading.local):
+    """Arrays by a name, one set per thread; each grows to the largest that was asked for."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Floats] = {}
+
+    def array(self, name: str, shape: tuple[int, ...]) -> Floats:
+        """An array of any content, which is good until the same name is asked for again.
+
+        Args:
+            name: What it is for.
+            shape: Its shape.
+        """
+        size = prod(shape)
+        kept = self._kept.get(name)
+        if kept is None or kept.size < size:
+            kept = self._kept[name] = np.empty(size, np.float32)
+        return kept[:size].reshape(shape)
+
+
+SCRATCH = Scratch()
+"""Shared by all plans; per thread."""

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from fedprune.model.architecture import FIXED, Axis
 from fedprune.model.selection import Selection
-from fedprune.strategies.optimal_transport.coupling import Coupling
-from fedprune.strategies.optimal_transport.scratch import SCRATCH
+from fedprune.strategies.optimal_transport.coupling import SCRATCH, Coupling
 
 Indices = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""Submodels with single elements masked, by the ranking's order of importance."""
+"""Extractors of plain slices and of masked elements, and the personaliser of global methods."""
 
 from __future__ import annotations
 
@@ -7,7 +7,45 @@ from dataclasses import dataclass
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
 from fedprune.strategies.importance.element_ranking import top
-from fedprune.strategies.roles import Cut, Extractor, Report, Submodel
+from fedprune.strategies.roles import Cut, Extractor, Personaliser, Report, Submodel
+
+
+@dataclass(frozen=True)
+class Selected(Extractor):
+    """The ranking's first channels, as they are in the global model (HeteroFL, Diao et al. 2021, eq. 2)."""
+
+    @property
+    def device_independent(self) -> bool:
+        return type(self).extract is Selected.extract
+
+    @property
+    def as_trained(self) -> bool:
+        return type(self).reconstruct is Selected.reconstruct
+
+    def extract(self, cut: Cut) -> Submodel:
+        return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
+
+    def reconstruct(self, report: Report) -> Submodel:
+        return report.trained
+
+
+@dataclass(frozen=True)
+class Global(Personaliser):
+    """Nothing is a device's own, as far as the server knows: the personaliser of global methods."""
+
+    @property
+    def device_independent(self) -> bool:
+        return type(self).personalise is Global.personalise
+
+    @property
+    def as_trained(self) -> bool:
+        return type(self).share is Global.share
+
+    def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
+        return submodel
+
+    def share(self, report: Report, lifted: Submodel) -> Submodel:
+        return lifted
 
 
 @dataclass(frozen=True)
