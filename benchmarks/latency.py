@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import widths_at
 from fedprune.core import tensorfile
-from fedprune.model.architecture import Architecture
+from fedprune.model.architecture import Architecture, widths_at
 from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.planning.plan import DENSITIES

@@ -201,8 +201,8 @@ def prepare_net(
     samples: int,
 ) -> None:
     """Write a net, its samples and its costs."""
-    from fedprune import widths_at
     from fedprune.core import tensorfile
+    from fedprune.model.architecture import widths_at
     from fedprune.model.selection import Selection
     from fedprune.planning.costs import costs_at
     from fedprune.training.features import Features

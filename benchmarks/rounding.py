@@ -20,8 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from fedprune import widths_at
-from fedprune.model.architecture import Architecture
+from fedprune.model.architecture import Architecture, widths_at
 from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, fitted
 from fedprune.planning.plan import DENSITIES

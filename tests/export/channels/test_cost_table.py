@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune import widths_at
+from fedprune.model.architecture import widths_at
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
 from fedprune.planning.kernel_workload import workload
