@@ -47,7 +47,7 @@ from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_server.executor.slab_chains import SlabChains
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
-from fedprune_server.transfer.downloads import BlobDownloads as Answers
+from fedprune_server.transfer.downloads import Downloads as Answers
 from fedprune_server.transfer.multicast import Audience, Multicast
 
 DEVICES, PROCESSES = 100, 4
