@@ -81,7 +81,6 @@ class Mean(Aggregator):
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
     ) -> Closing:
-        """The next model, and the velocity."""
         before = scene.memory.get(VELOCITY) if self.server_momentum else None
         model, velocity = fold.close(self.server_momentum, before, rate=rate, damped=self.damped)
         return Closing(model, {} if velocity is None else {VELOCITY: velocity})

@@ -141,18 +141,15 @@ class _Still(Allocator):
     """What most allocators answer: nothing changes with time."""
 
     def open(self, fleet: Fleet) -> bool:
-        """Nothing changes."""
         return False
 
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
         """Nothing to learn."""
 
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
-        """Nothing changes."""
         return False
 
     def done(self, fleet: Fleet) -> bool:
-        """The job runs its rounds."""
         return False
 
 
@@ -175,7 +172,6 @@ class Fixed(_Still):
             check_density("allocator: density", value)
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
-        """Its density."""
         fleet.grant(name, self.named.get(name, self.density), elements=self.elements)
 
 
@@ -211,7 +207,6 @@ class Tiers(_Still):
             raise ConfigError("allocator: every", expected="0 or more, and only by chance", got=self.every)
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
-        """Its tier's density."""
         fleet.grant(name, self._density(fleet, name), elements=self.elements)
 
     def open(self, fleet: Fleet) -> bool:

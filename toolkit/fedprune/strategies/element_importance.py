@@ -66,11 +66,6 @@ class Importance(Scorer):
         if not 0 <= self.floor <= 1:
             raise ConfigError("floor of element masks", expected="from 0 to 1", got=self.floor)
 
-    @property
-    def observes(self) -> bool:
-        """The fold's movements aren't needed."""
-        return False
-
     def rank(self, scene: Scene) -> Ranking:
         """Channels in their own order, and the order of elements that holds."""
         return Ranking(ranks(ordered(scene.architecture)), self._order(scene))

@@ -35,7 +35,6 @@ class Ladder(Allocator):
 
     @property
     def elements(self) -> bool:
-        """Whether masks are made of elements, as those of the start."""
         return self.start.elements
 
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:

@@ -54,7 +54,6 @@ class ByName(Scorer):
 
     @property
     def observes(self) -> bool:
-        """Whether it learns from how far weights moved."""
         return self.scorer in ("curvature", "movement")
 
     def rank(self, scene: Scene) -> Ranking:
@@ -106,7 +105,6 @@ class Held(Scorer):
 
     @property
     def observes(self) -> bool:
-        """Whether the other one learns from how far weights moved."""
         return self.scorer.observes
 
     def rank(self, scene: Scene) -> Ranking:

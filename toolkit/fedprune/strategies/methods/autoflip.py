@@ -99,11 +99,6 @@ class Guided(Scorer):
 
     options: Options
 
-    @property
-    def observes(self) -> bool:
-        """The fold's movements aren't needed."""
-        return False
-
     def rank(self, scene: Scene) -> Ranking:
         """+∞ for elements that stay, −∞ for masked ones; channels in their own order, those that are left first."""
         own = ranks(ordered(scene.architecture))
@@ -181,7 +176,6 @@ class Exploring(Objective):
     options: Options
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """The device's recipe."""
         if turn.round == 1:
             options = self.options
             return replace(
@@ -203,7 +197,6 @@ class Damped(Mean):
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
     ) -> Closing:
-        """The next model, and the velocity."""
         if scene.round == 1:
             return Closing(fold.close()[0])
         closing = super().close(fold, scene, rate, reports)

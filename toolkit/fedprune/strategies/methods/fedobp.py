@@ -159,11 +159,6 @@ class Remembering(Scorer):
 
     apart: Apart
 
-    @property
-    def observes(self) -> bool:
-        """The fold's movements aren't needed."""
-        return False
-
     def rank(self, scene: Scene) -> Ranking:
         """Channels in their own order."""
         return Ranking(ranks(ordered(scene.architecture)))

@@ -93,7 +93,6 @@ class OwnHistory(Personaliser):
         return Submodel(submodel.selection, tensors, submodel.mask)
 
     def share(self, report: Report, lifted: Submodel) -> Submodel:
-        """All of it."""
         return lifted
 
 
@@ -108,7 +107,6 @@ class Pull(Objective):
     mu: float = 0.0
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """The device's recipe."""
         return replace(recipe, proximal=self.mu * turn.pruning_rate) if self.mu else recipe
 
 

@@ -120,11 +120,6 @@ class Settled(Scorer):
 
     scorer: str = "auto"
 
-    @property
-    def observes(self) -> bool:
-        """It needs to know nothing of how weights moved."""
-        return False
-
     def rank(self, scene: Scene) -> Ranking:
         """The settled ranks; of the first round's model, if none are."""
         known = self._settled(scene)

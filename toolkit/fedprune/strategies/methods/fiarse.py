@@ -5,10 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from fedprune.aggregation.fold import Fold
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
 from fedprune.strategies.aggregators import Mean
@@ -18,7 +16,7 @@ from fedprune.strategies.importance.element_ranking import magnitudes, prunable
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, read_options
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
+from fedprune.strategies.roles import Ranking, Scene, Scorer
 from fedprune.strategies.strategy import Strategy
 
 NAME = "fiarse"
@@ -59,19 +57,10 @@ class Sizes(Scorer):
 
     biases: bool = False
 
-    @property
-    def observes(self) -> bool:
-        """The fold's movements aren't needed."""
-        return False
-
     def rank(self, scene: Scene) -> Ranking:
         """|w| of the global model."""
         names = prunable(scene.architecture, (TensorKind.BIAS,) if self.biases else ())
         return Ranking(ranks(ordered(scene.architecture)), magnitudes(scene.model, names))
-
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """Nothing: the model's weights say all."""
-        return {}
 
 
 def fiarse(job: Job) -> Strategy:

@@ -9,19 +9,17 @@ last layer a device's update counts only in rows of its own classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Memories, Objective, Ranking, Report, Scene, Scorer, Turn
+from fedprune.strategies.roles import Objective, Ranking, Scene, Scorer, Turn
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 from fedprune.training.recipe import Recipe
@@ -91,7 +89,6 @@ class Scaled(Objective):
     options: Options
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """The device's recipe."""
         options = self.options
         settings: dict[str, Any] = {}
         if options.scaler and turn.density < 1:
@@ -119,19 +116,10 @@ class Rolling(Scorer):
 
     step: int = 1
 
-    @property
-    def observes(self) -> bool:
-        """It depends on the round alone."""
-        return False
-
     def rank(self, scene: Scene) -> Ranking:
         """The window's channels first."""
         start = (scene.round - 1) * self.step
         return Ranking(tuple((np.arange(n, dtype=np.int64) + start) % n for n in scene.architecture.sizes))
-
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """Nothing."""
-        return {}
 
 
 def heterofl(job: Job) -> Strategy:

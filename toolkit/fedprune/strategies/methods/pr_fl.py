@@ -137,7 +137,6 @@ class Reporting(Objective):
     rounds: int
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """The device's recipe."""
         interval, place = divmod(turn.round - 1, self.interval)
         first = turn.last == 0 or (turn.last - 1) // self.interval < interval
         last = place >= self.interval - self.rounds

@@ -96,21 +96,17 @@ class Robust(Aggregator):
 
     @property
     def weighting(self) -> str:
-        """The aggregator's own."""
         return self.inner.weighting
 
     def fold(self, scene: Scene, *, evidence: bool) -> Fold:
-        """Empty sums for a round."""
         fold = self.inner.fold(scene, evidence=evidence)
         fold.change = self._clipped(fold)
         return fold
 
     def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
-        """Add an update: all of it or, where it raises, nothing."""
         self.inner.add(fold, report, lifted)
 
     def close(self, fold: Fold, scene: Scene, rate: float, reports: Reports) -> Closing:
-        """The next model, and who was rejected."""
         if not self.settings.together or not fold.updates:
             return self.inner.close(fold, scene, rate, reports)
         rejected, limit = self._judge(fold, reports)

@@ -113,7 +113,6 @@ class Anchored(Objective):
     sar: float = 1.0
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """The device's recipe."""
         return replace(recipe, proximal=2 * self.sar * turn.pruning_rate) if self.sar else recipe
 
 
