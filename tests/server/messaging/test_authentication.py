@@ -1073,6 +1073,6 @@ def test_the_server_keeps_which_of_its_keys_a_board_knew_last(lab: Lab) -> None:
     lab.now += 60
     meet(lab.server, lab.boards["pi-2"])
     renew(lab, lab.boards["pi-2"])
-    assert [(a.kind, "all boards" in a.what, "retire-ca" in a.todo) for a in rotation(lab.folder / "state")] == [
+    assert [(a.kind, "all boards" in a.what, "retire-ca" in a.advice) for a in rotation(lab.folder / "state")] == [
         ("authority", True, True)
     ]

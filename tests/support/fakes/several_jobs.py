@@ -74,7 +74,7 @@ class SeveralJobs:
             path = self.folder / job.name
             path.mkdir(exist_ok=True)
             storage, store = quick(path), BlobStore(path / "blobs", durable=False)
-            storage.logged = 0
+            storage.log.least = 0
             worker = self.workers[job.name] = ToyWorker(store)
             state = storage.load()
             if state is None:
