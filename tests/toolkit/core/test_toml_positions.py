@@ -116,12 +116,12 @@ PIECES = st.sampled_from(
 
 @given(st.lists(PIECES, max_size=30).map("".join))
 def test_of_what_the_parser_takes_all_keys_are_found(text: str) -> None:
-    found = named(key_places(text))
+    found = key_places(text)
     try:
         body = parse_toml(text)
     except ValueError:
         return
-    assert found == set(paths(body))
+    assert named(found) == set(paths(body))
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "a = " + "[" * 100_000, "a = {b = " * 50_000, '"' * 9999, "a=" * 9999])
