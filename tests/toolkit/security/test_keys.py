@@ -25,7 +25,7 @@ def test_a_signature_is_its_key_s_and_nobody_else_s(data: bytes) -> None:
     signature = KEY.sign(data)
 
     KEY.verifying.verify(signature, data)
-    with pytest.raises(SignatureError, match="changed on its way"):
+    with pytest.raises(SignatureError, match="changed in transit"):
         SigningKey.make().verifying.verify(signature, data)
     with pytest.raises(SignatureError):
         KEY.verifying.verify(signature, data + b"x")
