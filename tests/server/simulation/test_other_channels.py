@@ -45,7 +45,8 @@ def play(worker: Worker, coordinator: SynchronousCoordinator) -> None:
 @pytest.mark.parametrize("strategy", ["others", "emergent"])
 def test_boards_that_train_nothing_leave_the_model_as_it_is(tmp_path: Path, strategy: str) -> None:
     model = import_onnx(digits_model(), "digits")
-    job = Job.from_dict({"strategy": f"support.fakes.picking_strategies:{strategy}", "devices": 2, "rounds": 3, "density": 0.4})
+    name = f"support.fakes.picking_strategies:{strategy}"
+    job = Job.from_dict({"strategy": name, "devices": 2, "rounds": 3, "density": 0.4})
     worker = Worker(job, model, BlobStore(tmp_path, durable=False))
     start = worker.initial()
     coordinator = SynchronousCoordinator(job, model.architecture, State(model=start))
