@@ -112,7 +112,7 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         rounds: How many of the latest rounds to show.
     """
     job, history = body["job"], body["rounds"]
-    lines = [f"job {job.get('name', '?')}: round {body['round']} of {job.get('rounds', '?')}, {_phase(body)}"]
+    lines = [f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase(body)}" if job else "no job yet"]
     if not body["running"]:
         lines.append(_stopped(body))
     lines += [f"  {a['severity']}: {a['what']}. To do: {a['todo']}" for a in body.get("alerts", ())]
@@ -176,8 +176,11 @@ def _phase(body: dict[str, Any]) -> str:
 
 def _stopped(body: dict[str, Any]) -> str:
     since = "" if body["heard_at"] is None else f"; the last event was at {_clock(body['heard_at'])}"
-    end = "" if body["phase"] == Phase.FINISHED.value else "; to go on: fedprune-server run --state "
-    return f"  no server is running{since}{end and end + shlex.quote(body['server'])}"
+    command = f"fedprune-server run --state {shlex.quote(body['server'])}"
+    if not body["job"]:
+        return f"  no server is running{since}; to start a job: {command} --model MODEL"
+    end = "" if body["phase"] == Phase.FINISHED.value else f"; to go on: {command}"
+    return f"  no server is running{since}{end}"
 
 
 def _revoked(folder: Path) -> set[str]:

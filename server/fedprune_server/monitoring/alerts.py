@@ -364,7 +364,8 @@ def _boards(seen: Snapshot, job: JobStatus, now: float) -> Iterator[Alert]:
             "no-devices", WARNING, now, f"no device has ever announced itself to job {job.name}",
             "a round can't begin without boards",
             f"let a board in: {command('claim', '--device', 'NAME', *at(seen.folder))}; then on the board: "
-            "fedprune-device join, and fedprune-device run. A board's own log says why it doesn't get through",
+            "fedprune-device join, and fedprune-device run. A board that has joined measures itself first; its log "
+            "has the reason if it doesn't connect",
             job=job.name, delay_s=job.delay_s,
         )  # fmt: skip
         return

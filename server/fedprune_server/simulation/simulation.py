@@ -67,6 +67,7 @@ class Simulation:
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
         worker = Worker(job, model, store, experiment.evaluation, experiment.calibration)
+        worker.prefix = f"{experiment.title}: "
         _ = worker.accountant  # whatever it lacks is better known now
         self._worker: Worker | DistributedWorker = worker
         self._initial = worker.initial

@@ -93,6 +93,9 @@ def failure(error: OSError | FedpruneError) -> str:
         return str(error)
     if isinstance(error, socket.gaierror):
         return f"the host name is unknown ({error.strerror})"
+    if isinstance(error, ssl.SSLCertVerificationError) and error.reason == "CERTIFICATE_VERIFY_FAILED":
+        why = error.verify_message or "unknown authority"
+        return f"TLS failed (its certificate is not trusted: {why}; --ca names the authorities to trust)"
     if isinstance(error, ssl.SSLError):
         return f"TLS failed ({error.reason or error})"
     if isinstance(error, TimeoutError):
