@@ -142,6 +142,7 @@ def test_objects_are_never_unpickled(served: LocalBoard) -> None:
     assert (status, answer["error"]["what"]) == (422, "bytes of object [1]")
 
 
+@pytest.mark.slow
 def test_before_the_first_model_the_board_says_so_and_then_finds_it(local: LocalBoard) -> None:
     with local.serving():
         status, answer = ask(local, request("POST", "/v1/predict", npy(X), Content_Type=NPY))
@@ -386,6 +387,7 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
         assert local.board.predict(X).round == 2
 
 
+@pytest.mark.slow
 def test_after_a_restart_the_same_samples_are_there(local: LocalBoard) -> None:
     local.install(1)
     with local.serving():

@@ -225,6 +225,7 @@ def test_a_client_that_sends_too_slowly_is_cut_off(served: LocalBoard, monkeypat
             assert received(connection) == b""
 
 
+@pytest.mark.slow
 def test_a_client_that_drips_is_cut_off_too(served: LocalBoard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "REQUEST_SECONDS", 0.2)
 

@@ -58,6 +58,7 @@ def test_it_prints_what_the_page_promises(board: EngineBoard, bundle: Path) -> N
     assert done.returncode == 1
 
 
+@pytest.mark.slow
 def test_an_engine_that_computes_something_else_is_no_success(board: EngineBoard, bundle: Path) -> None:
     board.set(wrong=True)
     lines = run(bundle).stdout.splitlines()

@@ -120,6 +120,7 @@ def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monk
         assert runtime._process is None
 
 
+@pytest.mark.slow
 def test_layers_are_measured_by_the_given_clock() -> None:
     ticks = iter(range(10**6))
     found = measure(seconds=0.0, clock=lambda: float(next(ticks)))
@@ -136,6 +137,7 @@ def test_a_slow_board_measures_everything_where_there_is_time() -> None:
     assert len(found) == 2 * sum(map(len, LayerNets().points.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [20.0, 150.0])
 def test_a_slow_board_measures_every_net_and_is_done_soon_after_its_time(seconds: float) -> None:
     ticks = itertools.count()

@@ -181,6 +181,7 @@ def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
         shutil.rmtree(board.home.root)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_cut_at_any_write_of_the_first_installation_leaves_it_to_be_done_again(
     releases: dict[int, Path], tmp_path: Path, kind: str

@@ -116,6 +116,7 @@ def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: ReleaseI
     )
 
 
+@pytest.mark.slow
 def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: Path, tmp_path: Path) -> None:
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()

@@ -395,6 +395,7 @@ def test_it_is_forgotten_when_the_job_is_over(board: HiddenBoard) -> None:
         assert not store.own.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True])
 def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
     tmp_path: Path, graphs: Path, data: LocalData, first: bool

@@ -195,6 +195,7 @@ def sample(name: str, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np
     return rng.standard_normal((batch, *shape)).astype(np.float32), rng.integers(0, CLASSES, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [1.0, 0.5])
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_of_whole_networks(name: str, density: float) -> None:

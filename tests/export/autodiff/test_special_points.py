@@ -14,7 +14,7 @@ from torch import nn
 from fedprune_export.importing import export_torch, import_onnx
 from support.oracles.gradient_distance import Trained, torchs_gradients
 
-pytestmark = [pytest.mark.torch, pytest.mark.slow]
+pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.slow]
 
 F = torch.nn.functional
 Function = Callable[[torch.Tensor], torch.Tensor]

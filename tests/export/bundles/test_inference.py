@@ -22,6 +22,7 @@ pytestmark = pytest.mark.torch
 Imported = Callable[[str], Model]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_the_folder_computes_what_the_cut_graph_computes(imported: Imported, tmp_path: Path, name: str) -> None:
     model = imported(name)

@@ -38,6 +38,7 @@ class Sequences(nn.Module):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "gates", "both"), [(nn.GRU, 3, False), (nn.LSTM, 4, False), (nn.GRU, 3, True)])
 def test_recurrent_layers_multiply_once_per_step(kind: type[nn.RNNBase], gates: int, both: bool) -> None:
     architecture = import_onnx(export_torch(Sequences(kind, both)), "sequences").architecture

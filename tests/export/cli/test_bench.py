@@ -52,6 +52,7 @@ def test_the_recipe_says_what_is_measured(bundle: Path, capsys: pytest.CaptureFi
     assert rows[2]["predicted"] == {"seconds": None, "peak_bytes": None}
 
 
+@pytest.mark.slow
 def test_batches_and_threads_are_chosen(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(bundle), "--runs", "1", "--batch", "2,3", "--threads", "1,2"]) == ExitCode.OK
 
@@ -95,6 +96,7 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
     assert main(["bench", str(tmp_path)]) == ExitCode.BUNDLE
 
 
+@pytest.mark.slow
 def test_a_step_in_blocks_is_timed_beside_the_other_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -379,6 +379,7 @@ def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "raspberry-pi-5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.system
 def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_path: Path) -> None:
     code = (

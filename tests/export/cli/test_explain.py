@@ -129,6 +129,7 @@ class Recurrent(nn.Module):
         return self.head(self.layer(x)[0][:, -1])
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("forms", FORMS[:2])
 def test_of_a_loop_what_is_inside_is_told(forms: Forms | None) -> None:

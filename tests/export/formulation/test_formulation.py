@@ -99,6 +99,7 @@ def made(net: type[nn.Module]) -> Model:
     return import_onnx(export_torch(net(), **shape), "net")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("density", "forms"), [(0.5, Forms()), *zip((0.5, 1.0, 0.3), FORMS[1:], strict=False)], ids=str
 )
@@ -242,6 +243,7 @@ class OfOnePlace(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
 @pytest.mark.parametrize(
     ("inputs", "outputs", "full", "stride", "size"),

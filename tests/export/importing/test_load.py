@@ -36,6 +36,7 @@ def lenet_bytes() -> bytes:
     return export_torch(nets.lenet())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lenet", "resnet20_bn", "concat_net"])
 def test_the_graph_computes_what_the_module_computes(imported: Imported, name: str) -> None:
     model, module = imported(name), getattr(nets, name)()
@@ -55,6 +56,7 @@ def test_exporting_twice_gives_the_same_bytes(lenet_bytes: bytes) -> None:
     assert export_torch(nets.lenet()) == lenet_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lenet", "vgg11_bn", "concat_net"])
 def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> None:
     model = imported(name)
@@ -84,6 +86,7 @@ def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert [g.size for g in model.architecture.groups] == [5]
 
 
+@pytest.mark.slow
 def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> None:
     class Small(nn.Module):
         input_shape = (12,)
@@ -150,6 +153,7 @@ def test_external_weights_that_are_cut_short_name_the_file(tmp_path: Path, lenet
         load(tmp_path / "m.onnx")
 
 
+@pytest.mark.slow
 def test_training_mode_is_left_and_restored() -> None:
     module = nets.concat_net().train()
 
@@ -311,6 +315,7 @@ def test_buffers_are_constants() -> None:
     assert set(import_onnx(export_torch(Scaled()), "net").tensors) == {"out.weight", "out.bias"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "convolution",
     [nn.Conv3d(2, 6, 3, bias=False), nn.Conv3d(2, 6, 3, 2, 1, 1, 2, bias=False), nn.Conv3d(2, 6, 2, padding="same")],

@@ -62,6 +62,7 @@ def two_names() -> tuple[TwoNames, Model]:
     return module, import_onnx(export_torch(module), "net")
 
 
+@pytest.mark.slow
 def test_what_has_several_names_is_one_tensor_with_the_first(two_names: tuple[TwoNames, Model]) -> None:
     module, model = two_names
     norms = {"norm.running_mean", "norm.running_var"}

@@ -90,6 +90,7 @@ def test_verify_looks_at_every_precision(folder: Path, capsys: pytest.CaptureFix
     assert passed["files"].startswith("15 files")
 
 
+@pytest.mark.slow
 def test_bench_times_every_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--runs", "1", "--batch", "2", "--target", "raspberry-pi-5", "--json")
     assert main(["bench", str(folder / "bundle"), *options]) == ExitCode.OK

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.torch
 Imported = Callable[[str], Model]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_cut_equals_masked(imported: Imported, name: str, density: float) -> None:

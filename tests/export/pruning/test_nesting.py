@@ -41,6 +41,7 @@ def first_channels(model: Model, density: float) -> Selection:
     return Selection.of(model.architecture, widths_at(model.architecture, density), [np.arange(n) for n in sizes])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", zoo.NETS)
 def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -> None:
     given, model = imported(name), started(imported(name))
@@ -96,6 +97,7 @@ class Heads(nn.Module):
         return (heads @ self.weight).transpose(1, 2).flatten(2).transpose(1, 2).unflatten(2, (6, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "silent"),
     [

@@ -158,6 +158,7 @@ def test_groups_are_the_same(name: str) -> None:
     assert our_groups(whole_models.imported(name).architecture, module) == their_groups(module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUAL)
 def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> None:
     model, x = whole_models.imported(name), whole_models.samples(name, 6)
@@ -178,6 +179,7 @@ def test_differences_are_the_known_ones(name: str) -> None:
     assert lines(theirs - ours) == sorted(known.theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_where_groups_differ_theirs_are_wrong(name: str) -> None:
     found = verdicts(MODELS[name].make, whole_models.samples(name, 6))

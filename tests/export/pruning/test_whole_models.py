@@ -84,6 +84,7 @@ def test_what_stays_is_named(name: str) -> None:
         assert any(text in note for note in model.notes), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
 def test_gradients_are_as_exact_as_torchs(name: str) -> None:
     """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""

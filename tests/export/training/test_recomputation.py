@@ -104,6 +104,7 @@ def test_the_same_numbers_in_less_memory(models: dict[str, Model], kind: str, de
     assert found.live_bytes < 0.8 * most(graph, dict(sizes.bytes))
 
 
+@pytest.mark.slow
 def test_onnxruntime_runs_every_second_computation_late(models: dict[str, Model], tmp_path: Path) -> None:
     """What runs, in which order, is what the memory was reckoned from: nothing was merged, nothing runs early."""
     import json

@@ -124,6 +124,7 @@ def passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDPRUNE_WIFI_PASSWORD", PHRASE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", sorted(BOOTS))
 def test_an_image_gets_exactly_the_planned_files_and_stays_sound(
     scheme: str, make_source: MakeSource, make_kit: Callable[..., Kit], key: Path, tmp_path: Path, capsys: Capture
@@ -447,6 +448,7 @@ WRONG: dict[str, tuple[Callable[[bytes], bytes], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", sorted(WRONG))
 def test_what_is_no_image_of_a_card_is_refused_and_nothing_is_left(
     wrong: str, make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path, capsys: Capture
@@ -626,6 +628,7 @@ def test_partitions_are_where_sfdisk_sees_them(make_source: MakeSource) -> None:
     assert found.boot.start == 8192 * SECTOR
 
 
+@pytest.mark.slow
 def test_only_a_kit_of_the_server_goes_into_an_image(
     make_source: MakeSource, make_kit: Callable[..., Kit], key: Path, tmp_path: Path, capsys: Capture
 ) -> None:

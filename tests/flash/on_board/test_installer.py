@@ -224,6 +224,7 @@ def newer(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
     return make_kit("new", links=[links]).folder
 
 
+@pytest.mark.slow
 def test_a_newer_kit_replaces_an_older_one(make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path) -> None:
     assert run(make_kit("old").folder, root).returncode == 0
     done = run(newer(make_kit, tmp_path, wheels), root)
@@ -400,6 +401,7 @@ NEXT = SigningKey.make()
 SUCCESSION = Succession.make("lab", KEY, NEXT.verifying).hex
 
 
+@pytest.mark.slow
 def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     root, kit = tmp_path / "root", newer(make_kit, tmp_path, wheels)
     root.mkdir()
@@ -458,6 +460,7 @@ def test_the_power_may_fail_while_a_board_changes_its_server(
         assert (root / "opt/fedprune/server.pub").read_text() == OTHER.verifying.hex
 
 
+@pytest.mark.slow
 def test_a_second_cut_leaves_what_the_first_one_installed(
     make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path
 ) -> None:
@@ -508,6 +511,7 @@ def test_the_launcher_starts_nothing_of_a_kit_that_was_changed_after_it_was_inst
     assert program(root, "x") == "fedprune x\n"
 
 
+@pytest.mark.slow
 def test_a_kit_that_is_not_signed_needs_to_be_asked_for(make_kit: MakeKit, kit: Path, tmp_path: Path) -> None:
     root, plain = tmp_path / "root", make_kit("plain", signer=None).folder
     root.mkdir()
@@ -688,6 +692,7 @@ def test_a_kit_that_fails_leaves_a_board_running(make_kit: MakeKit, tmp_path: Pa
     assert run(make_kit("again").folder, root).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_later_leaves_a_board_running(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     root = tmp_path / "root"
     up = with_service(root)
@@ -699,6 +704,7 @@ def test_a_step_that_fails_later_leaves_a_board_running(make_kit: MakeKit, tmp_p
     assert up.exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_written_while_a_service_cannot_be_stopped(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> None:
     root = tmp_path / "root"
     up = with_service(root)
@@ -711,6 +717,7 @@ def test_nothing_is_written_while_a_service_cannot_be_stopped(make_kit: MakeKit,
     assert snapshot(root / "opt") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_an_installer_that_is_told_to_end_leaves_a_board_running(
     make_kit: MakeKit, tmp_path: Path, wheels: Path, number: signal.Signals

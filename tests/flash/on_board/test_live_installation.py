@@ -17,7 +17,7 @@ from support.fakes import tiny_wheels
 from support.fakes.runtime_releases import KEY
 from support.processes.ssh_boards import SYSTEMCTL
 
-pytestmark = [pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.slow]
 
 SCRIPT = """\
 set -e

@@ -378,6 +378,7 @@ def test_a_learning_rate_may_be_0_but_not_below(config, tmp_path, lr, code, caps
     assert ("lr: expected a number from 0 to 1000, got -0.1" in capsys.readouterr().err) is (code != ExitCode.OK)
 
 
+@pytest.mark.slow
 def test_the_examples_in_python_run(config, tmp_path, monkeypatch, capsys):
     config()
     monkeypatch.chdir(tmp_path)

@@ -144,6 +144,7 @@ def test_an_archive_moves_from_bucket_to_bucket_and_back(at_s3: S3, url: str, tm
     assert archived <= set(BlobStore(state / BLOBS).names())
 
 
+@pytest.mark.slow
 def test_another_job_is_refused_a_prefix_and_deletes_nothing(at_s3: S3, begun: Path, url: str, tmp_path: Path) -> None:
     before = keys(at_s3, url)
     with pytest.raises(ConfigError, match="blobs of another job"):
@@ -214,6 +215,7 @@ def test_a_backup_of_a_bucket_is_restored_to_a_folder_or_another_bucket(
     assert wrong(tmp_path / "restored") == []
 
 
+@pytest.mark.slow
 def test_a_server_whose_bucket_is_not_there_says_so_in_one_line(
     at_s3: S3, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

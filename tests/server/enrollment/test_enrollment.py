@@ -150,6 +150,7 @@ def test_a_claim_file_is_there_and_holds_one_claim(server: Server, tmp_path: Pat
     assert "holds 3 claims" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_wrong_site_ends_with_the_site_that_was_asked_for(server: Server, tmp_path: Path) -> None:
     board = DeviceIdentity(tmp_path / "board", "elsewhere", "attic")
     with pytest.raises(BrokerError, match=r"site elsewhere .*--site default"):

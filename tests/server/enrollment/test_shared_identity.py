@@ -164,6 +164,7 @@ def test_a_revocation_on_the_standby_s_machine_is_not_undone(tmp_path: Path, pos
         assert identity.store.members() == {}
 
 
+@pytest.mark.slow
 def test_a_revocation_reaches_the_database_while_the_server_runs(tmp_path: Path, postgres: Postgres) -> None:
     url = postgres.database()
     with IdentityFolder.make(tmp_path / "first", "lab") as identity:
@@ -181,6 +182,7 @@ def test_a_revocation_reaches_the_database_while_the_server_runs(tmp_path: Path,
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_the_database_forgets_what_its_server_forgets(tmp_path: Path, postgres: Postgres) -> None:
     url, state, waits = postgres.database(), tmp_path / "first", "ab" * 32
     engine = sql.create_engine(url)

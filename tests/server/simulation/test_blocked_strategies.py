@@ -24,7 +24,7 @@ from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.slow]
 
 HERE = block_size()
 NAMES = ("raspberry-pi-4b", "jetson-orin-nano")

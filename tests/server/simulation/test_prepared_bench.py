@@ -19,7 +19,7 @@ from fedprune_server.simulation.fleet.prepared_runner import Done, PreparedBench
 from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice, Work
 from fedprune_server.simulation.simulation import Simulation
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.slow]
 
 PROFILES = ("raspberry-pi-5", "raspberry-pi-zero-2w")
 

@@ -47,6 +47,7 @@ def run(folder: Path, rounds: int, strategy: str = "subflot", **options: Any) ->
     return simulation
 
 
+@pytest.mark.slow
 def test_rounds_lead_histories_and_repeat_their_bits(tmp_path: Path) -> None:
     one, again, other = (run(tmp_path / str(i), 2, maps=m) for i, m in enumerate(("literal", "literal", "preserving")))
     assert one.state.model == again.state.model != other.state.model

@@ -101,6 +101,7 @@ def test_a_second_server_is_refused_while_the_first_lives(tmp_path: Path, url: s
         assert rounds(second.storage) == [1, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.postgresql
 def test_a_lease_is_renewed_for_as_long_as_its_server_lives(tmp_path: Path, url: str, quick: None) -> None:
     with StateFolder(tmp_path / "one", url) as first:

@@ -140,6 +140,7 @@ def test_the_bucket_is_told_the_digest_to_compare_what_it_gets_with(at_s3: S3, u
     assert sent == [ref.sha256]
 
 
+@pytest.mark.slow
 def test_the_folder_holds_no_more_than_it_may_and_what_was_used_last_stays(url: str, tmp_path: Path) -> None:
     store = BucketStore(tmp_path, url, cache=2500)
     refs = [store.put(bytes([n]) * 1000) for n in range(3)]
@@ -250,6 +251,7 @@ def test_a_deletion_that_fails_keeps_no_other_from_being_done(at_s3: S3, url: st
     wait_for(lambda: not any(t.name == "fedprune-bucket" for t in threading.enumerate()))  # though it isn't closed
 
 
+@pytest.mark.slow
 def test_what_a_helper_put_again_is_not_in_the_way_of_letting_go(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,6 +378,7 @@ def test_an_answer_that_breaks_off_is_an_error_like_others(monkeypatch: pytest.M
         thread.join()
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_missing_denied_or_not_there_is_one_error(
     at_s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

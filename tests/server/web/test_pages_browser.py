@@ -203,6 +203,7 @@ def test_finding_a_device_by_keys_and_reading_its_plan(opened: Open, console: Se
     expect(page.get_by_role("region", name="Channels as numbers")).to_contain_text("layer7.conv")
 
 
+@pytest.mark.slow
 def test_what_a_board_tells_of_itself_is_text(opened: Open) -> None:
     page = opened("/devices/board-0006")
     expect(page.get_by_role("region", name="Crashes")).to_contain_text("MemoryError: <i>no room</i> for 12 MB")
@@ -400,6 +401,7 @@ def test_an_alert_is_seen_at_once(opened: Open, console: ServedConsole) -> None:
     expect(page.locator("#found")).to_have_text("1 line")
 
 
+@pytest.mark.slow
 def test_the_log_names_a_round_once_and_its_texts_begin_in_one_column(opened: Open, console: ServedConsole) -> None:
     page = opened("/alerts", "viewer")
     said = "round 18 of 400: 3 of 3 devices counted"
@@ -410,6 +412,7 @@ def test_the_log_names_a_round_once_and_its_texts_begin_in_one_column(opened: Op
     assert len(page.locator("#log .log .text").evaluate_all(lefts)) == 1
 
 
+@pytest.mark.slow
 def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) -> None:
     page = opened("/rounds", "viewer")
     expect(page.get_by_role("img", name=re.compile("Global accuracy by round"))).to_be_visible()
@@ -431,6 +434,7 @@ def test_a_round_under_way_and_its_curves(opened: Open, console: ServedConsole) 
     assert numbers.evaluate("d => d.open")
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_said_and_mended(opened: Open) -> None:
     page = opened("/fleet")
     page.context.set_offline(True)
@@ -485,6 +489,7 @@ def test_keys_can_be_switched_off(opened: Open) -> None:
     expect(page.locator("#f-q")).not_to_be_focused()
 
 
+@pytest.mark.slow
 def test_colours_are_chosen_and_kept(opened: Open) -> None:
     page = opened("/", color_scheme="light")
     ground = "getComputedStyle(document.documentElement).backgroundColor"

@@ -24,6 +24,7 @@ def published(folder: Path, devices: int) -> tuple[FleetView, ConsoleFleet]:
     return FleetView(folder / FILE), fleet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_pages_in_any_order_hold_every_device_once(tmp_path: Path, column: str, backward: bool) -> None:

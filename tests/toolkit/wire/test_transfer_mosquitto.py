@@ -21,7 +21,7 @@ from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 
-pytestmark = [pytest.mark.mosquitto, pytest.mark.system, pytest.mark.slow]
+pytestmark = [pytest.mark.mosquitto, pytest.mark.system, pytest.mark.slow, pytest.mark.slow]
 
 TOPICS = Topics("test")
 READING_S = 0.002
