@@ -23,7 +23,7 @@ _TCP = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]+)):(\d{1,5})")
 _BACKLOG = 32
 
 LOCAL = "local"
-"""The source of samples that is the set of those handed in."""
+"""Name of the sample source that applications on the board fill."""
 
 SOCKET = "local.sock"
 """The socket in the state folder, where no other address is given."""
