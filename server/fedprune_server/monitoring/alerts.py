@@ -54,8 +54,10 @@ SHOWN = 5
 _DAY_S = 24 * 3600.0
 _EXPIRES_S = 30 * _DAY_S
 _STUCK_S = 6 * 3600.0
-_FULL, _NEARLY = 0.03, 0.1
-_FULL_BYTES = 256 * 2**20
+_NEARLY_FULL, _FULL = (0.1, 10e9), (0.03, 2e9)
+"""A disk is short of room below this share of it, and below this many bytes: a tenth of a large disk is plenty."""
+
+_LEAST_BYTES = 256 * 2**20
 _ROOMIER = 1.2
 """An open alert about the disk stays until this many times the limit is free."""
 
@@ -428,15 +430,15 @@ def _disk(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
     if site.disk is None:
         return
     free, total = site.disk
-    share = free / max(1, total)
 
-    def short(severity: str, limit: float, least: float = 0.0) -> bool:
+    def short(severity: str, limit: tuple[float, float], least: float = 0.0) -> bool:
         as_severe = SEVERITIES[SEVERITIES.index(severity) :]
         factor = _ROOMIER if any(("disk", s) in seen.open for s in as_severe) else 1.0
-        return share < factor * limit or free < factor * least
+        share, most = limit
+        return free < factor * max(least, min(share * total, most))
 
-    full = short(CRITICAL, _FULL, _FULL_BYTES)
-    if full or short(WARNING, _NEARLY):
+    full = short(CRITICAL, _FULL, _LEAST_BYTES)
+    if full or short(WARNING, _NEARLY_FULL):
         yield Alert(
             "disk", CRITICAL if full else WARNING, now,
             f"the disk of {seen.folder} has {free / 1e9:.2f} of {total / 1e9:.0f} GB left",

@@ -41,7 +41,7 @@ from support.fakes.fleet import Fleet, ToyDevice
 from support.fakes.tiny_job import JOB
 from support.paths import ROOT
 
-NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 10**12
+NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 32 * 10**9
 TRAINING = JobStatus("leaves", Path("state"), phase=Phase.TRAINING, round=3, rounds=9, needed=2, known=2)
 CALM = Snapshot(Path("state"), [TRAINING], 2, site=SiteFacts((ROOM // 2, ROOM)))
 
@@ -150,6 +150,16 @@ def test_a_disk_has_to_get_clearly_roomier_before_its_alert_closes() -> None:
     for severity in ("warning", "critical"):
         opened = replace(seen, open=frozenset({("disk", severity)}))
         assert [(a.kind, a.severity) for a in evaluate(opened, NOW)] == [("disk", "warning")]
+
+
+@pytest.mark.parametrize(
+    ("free", "severity"), [(26e9, None), (9e9, "warning"), (1.9e9, "critical"), (11.9e9, "warning")]
+)
+def test_a_small_share_of_a_large_disk_is_room_enough(free: float, severity: str | None) -> None:
+    seen = with_site(disk=(int(free), 2 * 10**12))
+    if free == 11.9e9:
+        seen = replace(seen, open=frozenset({("disk", "warning")}))
+    assert [a.severity for a in evaluate(seen, NOW)] == ([severity] if severity else [])
 
 
 def raised(**values: Any) -> Alert:
