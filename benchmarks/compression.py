@@ -24,8 +24,8 @@ import numpy as np
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune.updates import Codec, decode, encode
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 
 from fedprune.core import tensorfile
+from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.features import Features
 from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.planning.plan import DENSITIES
 from fedprune.planning.width_candidates import equal_work, rungs
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
 from fedprune_device.hardware.layer_timing import measure
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_export.bundles.inference import inference_model

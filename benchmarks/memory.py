@@ -65,9 +65,9 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
     from step_nets import network
 
     from fedprune.model.architecture import widths_at
+    from fedprune.model.features import Features
     from fedprune.model.selection import Selection
     from fedprune.runtime.blocks import block_size
-    from fedprune.training.features import Features
     from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training.checkpointing import recomputed

@@ -90,11 +90,11 @@ def plans(folder: Path) -> list[dict[str, Any]]:
     try:
         from fedprune.core.errors import PlanError
         from fedprune.model.architecture import Architecture
+        from fedprune.model.recipe import Recipe
         from fedprune.planning import profile_store
         from fedprune.planning.cost_prediction import TOO_LOW
         from fedprune.planning.costs import costs_at
         from fedprune.planning.plan import plan
-        from fedprune.training.recipe import Recipe
     except ImportError:  # the earlier version's modules
         errors, costs, profile_store, models, plans, recipes = map(
             importlib.import_module,

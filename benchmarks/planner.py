@@ -155,7 +155,7 @@ def child(folder: Path, batch: int) -> None:
 
 def carry_out(folder: Path, batch: int, spec: dict[str, Any], data: Any) -> None:
     """A round on noise: evaluation, a few steps, the check of the new model, evaluation, predictions of one sample."""
-    from fedprune.training.recipe import Recipe
+    from fedprune.model.recipe import Recipe
     from fedprune.wire.offer import Offer
     from fedprune_device.serving.predictor import GRAPH, WEIGHTS
     from fedprune_device.storage.state_directory import DeviceStore
@@ -203,9 +203,9 @@ def prepare_net(
     """Write a net, its samples and its costs."""
     from fedprune.core import tensorfile
     from fedprune.model.architecture import widths_at
+    from fedprune.model.features import Features
     from fedprune.model.selection import Selection
     from fedprune.planning.costs import costs_at
-    from fedprune.training.features import Features
     from fedprune_device.serving.predictor import GRAPH, WEIGHTS
     from fedprune_export.bundles.inference import inference_model
     from fedprune_export.importing import export_torch, import_onnx
@@ -254,8 +254,8 @@ def measure(root: Path, pythons: list[str], raw: Path) -> None:
 
 def compare(rows: list[dict[str, Any]], root: Path) -> dict[str, list[dict[str, Any]]]:
     """Predictions and their errors beside what was measured, in three groups: `rows`, `large` and `held_out`."""
+    from fedprune.model.features import Features
     from fedprune.planning.costs import Costs
-    from fedprune.training.features import Features
 
     table: dict[str, list[dict[str, Any]]] = {"rows": [], "large": [], "held_out": []}
     versions = {row["onnxruntime"] for row in rows}

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from fedprune.core import tensorfile
-from fedprune.training.features import Features
-from fedprune.training.recipe import Recipe
+from fedprune.model.features import Features
+from fedprune.model.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.client import Board
 

@@ -21,8 +21,8 @@ from synthetic_nets import setting, write
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
+from fedprune.model import step_contract
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
 
 DENSITIES = (1.0, 0.5, 0.25)
 THREADS = (1, 2)
@@ -165,9 +165,9 @@ def main() -> None:
     from synthetic_nets import setting, write
 
     from fedprune.model.architecture import widths_at
+    from fedprune.model.features import Features
     from fedprune.model.selection import Selection
     from fedprune.runtime.blocks import block_size
-    from fedprune.training.features import Features
     from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training.step_graph import training_graph

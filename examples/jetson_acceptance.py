@@ -23,13 +23,13 @@ import numpy as np
 from fedprune.core import tensorfile
 from fedprune.core.disk import file_digest
 from fedprune.core.errors import EngineError, FedpruneError
+from fedprune.model import step_contract
 from fedprune.runtime import session
 from fedprune.runtime.bundle import TRAINING, Bundle, open_bundle
 from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, weights_file
 from fedprune.runtime.session import Session
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.training import step_contract
 from fedprune_device.cli.build_engine import made_engine
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.engines import bindings

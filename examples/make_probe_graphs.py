@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.rng import keyed
+from fedprune.model.features import Features
 from fedprune.planning.costs import costs_at
 from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime import blocks
-from fedprune.training.features import Features
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.formulation import Forms, formulated
 from fedprune_export.importing import import_onnx

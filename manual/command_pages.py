@@ -6,7 +6,7 @@ import argparse
 import re
 from collections.abc import Iterator
 
-from fedprune.terminal.examples import EXAMPLES
+from fedprune.output.examples import EXAMPLES
 from fedprune_device.cli import main as device
 from fedprune_export.cli import main as export
 from fedprune_flash.cli import main as flash

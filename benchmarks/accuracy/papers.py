@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from benchmarks.accuracy.protocol import Board, Method, Protocol
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 
 _WORKSTATION = (Board("generic-x86-64"),)
 

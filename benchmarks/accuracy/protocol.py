@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from benchmarks.accuracy.nets import definition
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 
 AVERAGE = 0.85
 """Decay of the moving average that every device keeps of its own trained weights, whatever the method: it is measured

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.accuracy.papers import PAPERS
 from benchmarks.accuracy.protocol import Method, Protocol
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 
 SLICES = "benchmarks.accuracy.compositions:slices"
 

@@ -12,7 +12,7 @@ from onnx import helper
 
 from benchmarks.swarm.job import small_cnn
 from fedprune.core import tensorfile
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.digits import CLASSES, deal, write_hand

@@ -10,9 +10,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.rng import keyed
+from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal
 

@@ -9,8 +9,8 @@ import json
 import sys
 from pathlib import Path
 
-from fedprune.report.chart import style
-from fedprune.report.page import Bar, bars, boxes, document
+from fedprune.output.chart import style
+from fedprune.output.page import Bar, bars, boxes, document
 
 
 def last_accuracies(run: Path) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from fedprune.model.recipe import LABELS_OF
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.blocks import block_size
@@ -12,7 +13,6 @@ from fedprune.runtime.bundle import TRAINING, blocked_file
 from fedprune.runtime.bundle_folder import is_bundle, write_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.strategies.importance.scoring import ranks, score
-from fedprune.training.recipe import LABELS_OF
 from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.checks.labelled_data import LabelledData, measured

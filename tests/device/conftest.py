@@ -10,9 +10,9 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from support.fakes.agent_harness import Bench
 from support.fakes.local_board import LocalBoard

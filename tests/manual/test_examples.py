@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from fedprune.terminal.examples import EXAMPLES, add_examples
+from fedprune.output.examples import EXAMPLES, add_examples
 from manual.command_pages import _commands, _parsers
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.config import ServerConfig

@@ -27,8 +27,8 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import FedpruneError
 from fedprune.flower import PRESETS, REFUSED, FedpruneStrategy, Part, answer
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.training.recipe import Recipe
 from fedprune_export import importing
 from fedprune_export.pruning.model import Model
 

@@ -21,10 +21,10 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile_store import find
 from fedprune.runtime.blocks import block_size
-from fedprune.training.recipe import Recipe
 from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import BlobRequest, Refusal, parse
 from fedprune.wire.topics import Topics

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.blocks import block_size
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingResult
 from fedprune_export.formulation import Forms

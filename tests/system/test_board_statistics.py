@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from fedprune.core.rng import keyed
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import export_torch, import_onnx

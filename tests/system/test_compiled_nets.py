@@ -10,8 +10,8 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData

@@ -9,10 +9,10 @@ import pytest
 
 from fedprune.core.rng import keyed
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
+from fedprune.model.trainable import trained_tensors
 from fedprune.runtime.session import Session
-from fedprune.training.recipe import Recipe
-from fedprune.training.trainable import trained_tensors
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import class_weights, positive_weights
 from fedprune_device.training.trainer import Trainer

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.importing import load

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Death, Progress, Update
 from fedprune_device.data.dataset import load_data
 from fedprune_device.training.trainer import Trainer

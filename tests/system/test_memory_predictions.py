@@ -10,10 +10,10 @@ import pytest
 
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.state import Device
+from fedprune.model.features import Features
 from fedprune.planning.costs import Costs
 from fedprune.planning.plan import Plan
 from fedprune.strategies import compose
-from fedprune.training.features import Features
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job

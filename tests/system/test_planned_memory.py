@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.plan import plan
-from fedprune.training.recipe import Recipe
 from fedprune_export.cli.main import main as export
 from fedprune_export.importing import load
 

@@ -16,8 +16,8 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import BlobRequest, parse
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import EVERYONE, Topics

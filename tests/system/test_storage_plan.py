@@ -7,8 +7,8 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import PlanError
+from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import costs_at, storage_bytes
-from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.storage.state_directory import DeviceStore

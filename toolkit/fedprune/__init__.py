@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from fedprune.core.errors import ExitCode, FedpruneError
     from fedprune.jobs.job import Job
     from fedprune.model.architecture import Architecture
+    from fedprune.model.recipe import Recipe
     from fedprune.model.selection import Selection
     from fedprune.strategies.options import read_options
     from fedprune.strategies.presets import compose
     from fedprune.strategies.roles import Closing, Ranking, Submodel
     from fedprune.strategies.strategy import Strategy
-    from fedprune.training.recipe import Recipe
 
 __version__ = "0.1.0"
 
@@ -30,7 +30,7 @@ _MODULES = {
     "FedpruneError": "core.errors",
     "Job": "jobs.job",
     "Ranking": "strategies.roles",
-    "Recipe": "training.recipe",
+    "Recipe": "model.recipe",
     "Selection": "model.selection",
     "Strategy": "strategies.strategy",
     "Submodel": "strategies.roles",

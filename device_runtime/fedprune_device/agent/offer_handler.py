@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from fedprune.core.errors import FedpruneError
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
-from fedprune.training.recipe import Recipe
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Update
 from fedprune.wire.offer import Offer

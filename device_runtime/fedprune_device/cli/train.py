@@ -16,13 +16,13 @@ from typing import Any
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, FedpruneError, ModelError, UsageError
 from fedprune.core.text import quantity
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.blocks import block_size, turn_off
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
 from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, weights_file
-from fedprune.training.recipe import Recipe
 from fedprune_device.api.options import fixed_samples
 from fedprune_device.cli.options import threads
 from fedprune_device.data.dataset import LocalData

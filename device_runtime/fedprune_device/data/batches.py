@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.rng import keyed
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_device.data.stored_array import Inputs
 
 Array = npt.NDArray[Any]

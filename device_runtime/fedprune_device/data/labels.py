@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 
 Array = npt.NDArray[Any]
 

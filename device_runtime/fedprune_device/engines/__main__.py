@@ -22,8 +22,8 @@ import numpy as np
 
 from fedprune.core import atomic_file
 from fedprune.core.errors import EngineError, ExitCode, FedpruneError
+from fedprune.model import step_contract
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.training import step_contract
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import RejectedMessageLog
 from fedprune_device.engines.build import build, refit

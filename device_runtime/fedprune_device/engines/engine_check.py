@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import EngineError, shape_text
 from fedprune.core.rng import keyed
+from fedprune.model import step_contract
 from fedprune.runtime.session import Runs
-from fedprune.training import step_contract
 
 Array = npt.NDArray[Any]
 

@@ -26,11 +26,11 @@ from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import ProfileError, StorageError
 from fedprune.core.rng import keyed
+from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 

@@ -20,13 +20,13 @@ import numpy as np
 from fedprune import __version__
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
+from fedprune.model import step_contract
 from fedprune.planning.form_times import FormTimes
 from fedprune.planning.latency_model import LatencyTable
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
 from fedprune.runtime.session import version as onnxruntime_version
-from fedprune.training import step_contract
 from fedprune_device.hardware.convolution_timing import measure_forms, remembered_forms
 from fedprune_device.hardware.layer_timing import measure_table, remembered_table
 from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled

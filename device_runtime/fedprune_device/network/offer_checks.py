@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedprune.core.errors import PlanError, StorageFullError
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import storage_bytes
 from fedprune.planning.profile import HardwareProfile
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune.updates import Codec
 from fedprune.wire.messages import Accepted, Cancelled, Update
 from fedprune.wire.offer import Offer

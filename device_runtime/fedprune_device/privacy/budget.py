@@ -15,7 +15,7 @@ from typing import Any
 
 from fedprune.core import atomic_file
 from fedprune.core.errors import PrivacyError, StorageError
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates.gaussian_noise import GaussianNoise
 from fedprune.updates.privacy_accounting import epsilon
 from fedprune.wire.offer import Offer

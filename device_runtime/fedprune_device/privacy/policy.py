@@ -17,7 +17,7 @@ from pathlib import Path
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, PrivacyError
 from fedprune.core.toml_file import read_toml
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_accounting import epsilon
 
 _LEAST = 1e-6

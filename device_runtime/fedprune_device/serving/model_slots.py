@@ -16,8 +16,8 @@ from typing import Any
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ModelError, StorageError
+from fedprune.model.recipe import LOSSES
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, served_files
-from fedprune.training.recipe import LOSSES
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 from fedprune_device.serving.reduced_precision import clear

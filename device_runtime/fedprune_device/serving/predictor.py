@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, ModelError, shape_text
 from fedprune.core.rng import keyed
+from fedprune.model import step_contract as step
 from fedprune.runtime.session import Runs, Session
-from fedprune.training import step_contract as step
 from fedprune_device.data.losses import Terms, data_loss
 from fedprune_device.data.stored_array import Inputs
 

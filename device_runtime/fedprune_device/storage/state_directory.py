@@ -33,7 +33,7 @@ from fedprune.core import atomic_file
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, StorageError
 from fedprune.core.validation import is_whole
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.wire import messages
 from fedprune.wire.offer import Offer
 from fedprune_device.privacy.budget import PrivacyBudget

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.model import step_contract
 from fedprune.model.selection import Tensors
-from fedprune.training import step_contract
 from fedprune_device.data.batches import Rows
 from fedprune_device.data.stored_array import Inputs
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment, targets
 from fedprune_device.data.losses import data_loss, hits, loss_terms

@@ -14,9 +14,9 @@ import numpy.typing as npt
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune.updates import Codec, encode
 from fedprune.updates.gaussian_noise import GaussianNoise
 from fedprune.updates.privacy_mechanism import noised

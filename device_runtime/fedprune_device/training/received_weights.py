@@ -10,8 +10,8 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ConfigError, ProtocolError
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.updates import Codec, weights
 from fedprune.updates.remap import relocated
 from fedprune.wire.offer import Offer

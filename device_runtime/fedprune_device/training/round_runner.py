@@ -11,8 +11,8 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import DivergedError, StorageError
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import FLOAT32
-from fedprune.training.recipe import Recipe
 from fedprune.updates.gaussian_noise import GaussianNoise
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer

@@ -11,14 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError, TrainingError
+from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.feeds import anchors, numbers
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.blocks import check_block, check_graph
 from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.feeds import anchors, numbers
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.batches import Part
 from fedprune_device.data.losses import loss_terms
 
@@ -51,7 +51,7 @@ class Moved(NamedTuple):
 
 
 class StepGraph:
-    """A training graph written to the contract of `fedprune.training.step_contract`.
+    """A training graph written to the contract of `fedprune.model.step_contract`.
 
     Args:
         graph: A file or its bytes.

@@ -14,12 +14,12 @@ import numpy.typing as npt
 
 from fedprune.core.errors import BundleError, DivergedError, ExitCode, FedpruneError, TrainingError
 from fedprune.core.rng import keyed
+from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.batches import Batches, Part, even_parts, mixed
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import targets
@@ -128,7 +128,7 @@ class Trainer:
     """A loaded training graph, with what a round needs of it.
 
     Args:
-        graph: A training graph written to the contract of `fedprune.training.step_contract`: a file or its bytes.
+        graph: A training graph written to the contract of `fedprune.model.step_contract`: a file or its bytes.
         blocked: The same for this processor and whole batches alone, with channels in blocks; None for none.
         threads: Threads inside an operator; with 1 the same inputs give the same bits.
         session: Runs the graph instead of a session of onnxruntime.

@@ -7,7 +7,7 @@ import zipfile
 from pathlib import Path
 
 from fedprune.core import errors
-from fedprune.terminal import extras
+from fedprune.output import extras
 from fedprune_device.launcher import ed25519, slot_store, state
 from fedprune_device.releases import wheel
 from fedprune_flash.on_board import (

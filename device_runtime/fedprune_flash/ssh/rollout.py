@@ -26,9 +26,9 @@ from fedprune.core.errors import (
     StorageError,
 )
 from fedprune.core.text import one_line, quantity
+from fedprune.output.tables import BAD, GOOD, Column, print_table
 from fedprune.planning.identification import Facts, identify
 from fedprune.planning.jetpack import l4t_release
-from fedprune.terminal.tables import BAD, GOOD, Column, print_table
 from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
 from fedprune_flash.kit.kit import Kit, Signer, files_for_board
 from fedprune_flash.kit.target import PYTHONS

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
-from fedprune.training import step_contract
+from fedprune.model import step_contract
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
 from fedprune_export.autodiff.intents import Intentions
 from fedprune_export.autodiff.static_info import Knowledge, describe

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict
 from fedprune.planning.plan import DENSITIES, Plan
 from fedprune.planning.plan import plan as plan_widths
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.training.recipe import Recipe
 from fedprune_export.pruning.model import Model
 
 

@@ -19,10 +19,10 @@ from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import BundleError, MissingExtraError, ModelError, UsageError, reason
 from fedprune.model.architecture import TensorKind
+from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.served_model import is_board_state, served_model
 from fedprune.runtime.session import Session
-from fedprune.training.step_contract import LOGITS, X
 from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, SAMPLES, distance
 from fedprune_export.importing import import_onnx, metadata

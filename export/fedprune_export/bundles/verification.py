@@ -12,12 +12,12 @@ import numpy as np
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, TrainingError
 from fedprune.core.text import quantity
+from fedprune.model import step_contract as step
 from fedprune.runtime.blocks import OFF, block_size, turned_off
 from fedprune.runtime.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, blocked_file, open_bundle
 from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract as step
 from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, distance, parity
 from fedprune_export.checks.step_feeds import Array, loss, random_labels, step_feeds

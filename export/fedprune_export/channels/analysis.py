@@ -17,7 +17,7 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
-from fedprune.training.step_contract import LOGITS
+from fedprune.model.step_contract import LOGITS
 from fedprune_export.channels.atoms import AtomRow
 from fedprune_export.channels.cost_table import ValueAxes, activations, layers
 from fedprune_export.channels.rule import TARGETS, Channels, Choices, Pick, Prefer, walk

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.model.architecture import Activation, Axis, Layer, Volume
-from fedprune.training.step_contract import LOGITS, X
+from fedprune.model.step_contract import LOGITS, X
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import ELEMENTWISE, REARRANGEMENTS, VIEWS
 from fedprune_export.ir.trace import Trace

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, ModelError, remedy, shape_text
 from fedprune.core.zip_limits import check_members
 from fedprune.model.architecture import Architecture
+from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
-from fedprune.training.step_contract import LOGITS, X
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
 

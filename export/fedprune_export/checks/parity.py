@@ -12,11 +12,11 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
+from fedprune.model.step_contract import LOGITS, X, following
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS
 from fedprune.runtime.session import Session
-from fedprune.training.recipe import Recipe
-from fedprune.training.step_contract import LOGITS, X, following
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
 from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.pruning.cut import masked

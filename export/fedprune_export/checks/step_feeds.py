@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
-from fedprune.training import feeds as feeds_of
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
+from fedprune.model import feeds as feeds_of
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 
 Array = npt.NDArray[Any]
 

@@ -9,11 +9,11 @@ from typing import Any
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.core.text import quantity
+from fedprune.output import tables
 from fedprune.planning import profile_store
 from fedprune.runtime.blocks import block_size, turned_off
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.precision_files import FLOAT32
-from fedprune.terminal import tables
 from fedprune_export.cli.options import add_probe_option, add_profiles_option, read_probe
 
 

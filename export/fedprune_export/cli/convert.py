@@ -11,8 +11,8 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.core.text import quantity
+from fedprune.output import tables
 from fedprune.runtime.bundle import FILES, MANIFEST
-from fedprune.terminal import tables
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
 _SOURCE = f"the folder of a bundle, the state folder of a board, or a whole model: {MODEL_HELP}"

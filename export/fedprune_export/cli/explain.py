@@ -11,10 +11,10 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.model.architecture import widths_at
+from fedprune.output import tables
 from fedprune.planning import profile_store
 from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime.blocks import block_size, check_length
-from fedprune.terminal import tables
 from fedprune_export.cli.options import (
     MODEL_HELP,
     add_model_options,

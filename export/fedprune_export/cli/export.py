@@ -13,15 +13,15 @@ import fedprune_export as fx
 from fedprune.core.cli import seconds, whole_number
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
+from fedprune.model.recipe import LABELS_OF, Recipe
+from fedprune.output import tables
+from fedprune.output.tables import Column
 from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.blocks import turned_off
 from fedprune.runtime.bundle_folder import check_folder, is_bundle
 from fedprune.runtime.precision_files import INT8
-from fedprune.terminal import tables
-from fedprune.terminal.tables import Column
-from fedprune.training.recipe import LABELS_OF, Recipe
 from fedprune_export.cli.options import (
     MODEL_HELP,
     add_model_options,

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from fedprune.core.errors import ExitCode
-from fedprune.terminal import tables
+from fedprune.output import tables
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedprune.core.errors import ExitCode
-from fedprune.terminal import tables
-from fedprune.terminal.tables import Column
+from fedprune.output import tables
+from fedprune.output.tables import Column
 
 
 def register(subparsers: Any) -> None:

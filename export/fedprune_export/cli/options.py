@@ -13,10 +13,10 @@ import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
+from fedprune.model.recipe import LABELS_OF, Recipe
 from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
-from fedprune.training.recipe import LABELS_OF, Recipe
 
 MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME"
 

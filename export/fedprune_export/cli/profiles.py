@@ -11,11 +11,11 @@ from typing import Any
 
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ProfileError
+from fedprune.output.tables import Column, print_table
 from fedprune.planning import profile_store
 from fedprune.planning.identification import Facts, identify
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_sections import SECTIONS
-from fedprune.terminal.tables import Column, print_table
 
 
 def register(subparsers: Any) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.output import tables
 from fedprune.runtime.bundle import open_bundle
-from fedprune.terminal import tables
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
 

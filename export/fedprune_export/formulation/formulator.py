@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from fedprune.training import step_contract
+from fedprune.model import step_contract
 from fedprune_export.autodiff.dimensions import BATCH
 from fedprune_export.autodiff.intents import Intentions
 from fedprune_export.formulation.forms import Forms

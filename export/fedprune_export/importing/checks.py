@@ -13,8 +13,8 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError, shown
+from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
-from fedprune.training.step_contract import LOGITS, X
 from fedprune_export.ir.graph import Graph, Node, Port
 from fedprune_export.ir.trace import Trace, inferred, sample_feeds
 

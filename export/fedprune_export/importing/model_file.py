@@ -12,7 +12,7 @@ import onnx
 
 from fedprune.core.disk import MOST_BYTES, open_file, read_file
 from fedprune.core.errors import ModelError, reason, shown
-from fedprune.terminal.extras import install_command
+from fedprune.output.extras import install_command
 
 _BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")
 """What looks like a network's name more than like a file's."""

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError
+from fedprune.model.step_contract import LOGITS, RESERVED, X
 from fedprune.runtime.session import Session
-from fedprune.training.step_contract import LOGITS, RESERVED, X
 from fedprune_export.importing.checks import check_indices, check_nodes, compare
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie

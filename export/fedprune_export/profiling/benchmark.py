@@ -15,10 +15,10 @@ import numpy as np
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
+from fedprune.model import step_contract
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle
 from fedprune.runtime.precision_files import FLOAT32, graph_file
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
 from fedprune_export.bundles.inference import inference_graph
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
 from fedprune_export.ir.trace import sample_feeds

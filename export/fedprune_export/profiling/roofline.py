@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune import __version__
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime import session
 from fedprune.runtime.blocks import check_block
 from fedprune.runtime.session import KernelTimes, kernel_times
-from fedprune.training.recipe import Recipe
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
 from fedprune_export.formulation import Forms
 from fedprune_export.ir.graph import Graph

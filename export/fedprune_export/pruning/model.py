@@ -8,8 +8,8 @@ from functools import cached_property
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection, Tensors
-from fedprune.training.features import Features
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import Trace, trace
 from fedprune_export.pruning.groups import Groups

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedprune.core.text import amount
+from fedprune.output.tables import Column
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.bundle import Bundle
-from fedprune.terminal.tables import Column
 from fedprune_export.profiling.benchmark import PREDICTION, STEP, Measurement
 from fedprune_export.reports.render import Table
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from fedprune.report.page import Bar, bars, boxes, details, document, items, paragraph, section, table
-from fedprune.terminal import tables
-from fedprune.terminal.tables import Column
+from fedprune.output import tables
+from fedprune.output.page import Bar, bars, boxes, details, document, items, paragraph, section, table
+from fedprune.output.tables import Column
 
 
 @dataclass(frozen=True)

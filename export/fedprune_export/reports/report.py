@@ -17,14 +17,14 @@ from fedprune import __version__
 from fedprune.core.text import amount
 from fedprune.model.architecture import Architecture, Layer
 from fedprune.model.selection import Selection
+from fedprune.output.chart import tiles
+from fedprune.output.page import Bar, stacked
+from fedprune.output.tables import Column
 from fedprune.planning.cost_prediction import Prediction
 from fedprune.planning.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.planning.plan import Plan
-from fedprune.report.chart import tiles
-from fedprune.report.page import Bar, stacked
 from fedprune.runtime import session
 from fedprune.runtime.bundle import TRAINING
-from fedprune.terminal.tables import Column
 from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.checks.parity import SAMPLES
 from fedprune_export.precision import Trial

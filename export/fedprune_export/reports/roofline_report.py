@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from fedprune import __version__
 from fedprune.core.text import amount, quantity
-from fedprune.report.page import Bar
+from fedprune.output.page import Bar
+from fedprune.output.tables import Column
 from fedprune.runtime import session
-from fedprune.terminal.tables import Column
 from fedprune_export.profiling.roofline import Explained, Explanation
 from fedprune_export.reports.render import Bars, Block, Document, Table
 

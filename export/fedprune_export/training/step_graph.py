@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedprune.core.errors import ModelError
+from fedprune.model import step_contract
+from fedprune.model.features import Features
 from fedprune.model.nested_widths import axes_json
-from fedprune.training import step_contract
-from fedprune.training.features import Features
-from fedprune.training.trainable import frozen_tensors
+from fedprune.model.trainable import frozen_tensors
 from fedprune_export.autodiff.tape import Tape, port, sample_shape
 from fedprune_export.formulation import Forms, formulated, intended
 from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
@@ -36,7 +36,7 @@ def training_step(model: Model, features: Features) -> Graph:
 def training_graph(
     model: Model, features: Features, *, widths: Sequence[int] | None = None, forms: Forms | None = None
 ) -> Graph:
-    """The training step of a model, by the names of `fedprune.training.step_contract`.
+    """The training step of a model, by the names of `fedprune.model.step_contract`.
 
     The batch and all channel dimensions are symbolic: one graph serves every width of the architecture. Where widths
     are given it serves these alone, and is faster.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedprune.model.architecture import Architecture
-from fedprune.training.step_contract import X
+from fedprune.model.step_contract import X
 from fedprune_export.formulation.layouts import BLOCKED
 from fedprune_export.ir.drafts import Dim, Node
 from fedprune_export.ir.graph import Graph

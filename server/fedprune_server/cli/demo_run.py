@@ -20,7 +20,7 @@ from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
-from fedprune.terminal.tables import print_verdicts, progress
+from fedprune.output.tables import print_verdicts, progress
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune_server.config.config import ServerConfig

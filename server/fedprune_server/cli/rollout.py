@@ -18,9 +18,9 @@ from fedprune.core.cli import whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.core.text import quantity, some
+from fedprune.output.tables import Column, print_table
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import CAREFUL, Fate, RolloutPhase
-from fedprune.terminal.tables import Column, print_table
 from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
 from fedprune_server.cli.state import add_state
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from fedprune import __version__
 from fedprune.core.cli import check_command, ended_by_signals, run_command, whole_number, with_extra
 from fedprune.core.errors import ExitCode, UsageError
-from fedprune.terminal.tables import print_verdicts, progress
+from fedprune.output.tables import print_verdicts, progress
 
 if TYPE_CHECKING:  # what follows needs packages of an extra; the command line doesn't
     from fedprune_server.simulation.experiment import Experiment

@@ -14,7 +14,7 @@ from typing import Any
 from fedprune.core.errors import ConfigError, meant, remedy, shown
 from fedprune.core.toml_file import parse_toml
 from fedprune.jobs.job import Job
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.config import ServerConfig

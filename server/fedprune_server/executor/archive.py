@@ -13,11 +13,11 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, shown
+from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.roles import Past
-from fedprune.training import step_contract
 from fedprune.updates import Codec, decode, is_packed
 
 T = TypeVar("T")

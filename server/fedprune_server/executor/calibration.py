@@ -15,11 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
+from fedprune.model import step_contract
+from fedprune.model.features import Features
 from fedprune.model.selection import Tensors
+from fedprune.model.trainable import frozen_tensors
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
-from fedprune.training.trainable import frozen_tensors
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 

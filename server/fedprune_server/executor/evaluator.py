@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.labels import targets
 from fedprune_device.data.losses import data_loss, hits
 from fedprune_export.ir.graph import Port

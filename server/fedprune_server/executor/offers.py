@@ -14,12 +14,12 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
+from fedprune.model.trainable import frozen_tensors, matching
 from fedprune.planning.form_times import FormTimes
 from fedprune.strategies.roles import Submodel
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
-from fedprune.training.trainable import frozen_tensors, matching
 from fedprune.updates.remap import relocated, relocation
 from fedprune_export.bundles.bundle import blocked_step
 from fedprune_export.bundles.inference import inference_model

@@ -14,12 +14,12 @@ from fedprune.coordination import commands as do
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.classifier_head import spelt
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.rounds.influence import shortened
 from fedprune.rounds.update import RoundUpdate
 from fedprune.strategies import Strategy
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
-from fedprune.training.recipe import Recipe
 from fedprune_server.executor.archive import Archive, parts
 
 

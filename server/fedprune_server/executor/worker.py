@@ -19,15 +19,15 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
+from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.form_times import FormTimes
 from fedprune.rounds.limits import UpdateLimits
 from fedprune.rounds.round import Round, RoundResult
 from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import magnitudes, threshold
 from fedprune.strategies.roles import Cut, Memories, Submodel, Turn
-from fedprune.training.recipe import Recipe
-from fedprune.training.trainable import frozen_tensors
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import Accountant, accountant
 from fedprune_server.executor.background import Work

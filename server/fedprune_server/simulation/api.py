@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.jobs.job import Job
-from fedprune.report import page
+from fedprune.output import page
 from fedprune.strategies.strategy import Strategy
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan

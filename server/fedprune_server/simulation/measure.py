@@ -16,10 +16,10 @@ from fedprune.coordination import commands as do
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Cut, Memory, Scene, Submodel, Turn
-from fedprune.training.recipe import Recipe
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive
 from fedprune_server.executor.calibration import Calibration

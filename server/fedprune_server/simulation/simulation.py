@@ -22,7 +22,7 @@ from fedprune.coordination.stragglers import PARTS
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed
 from fedprune.core.text import one_line
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates import CODECS
 from fedprune_server.executor.distributed import DistributedWorker, helped
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit

@@ -7,7 +7,7 @@ from collections import Counter
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.core.errors import PlanError
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_server.executor.divergence import advice
 
 MAX_ATTEMPTS = 20

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 from fedprune.core.text import quantity
-from fedprune.terminal.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
+from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
 from fedprune_server.terminal.log_lines import OneLine
 
 log = logging.getLogger("fedprune.server")

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import (
     Birth,
     BlobNotFound,

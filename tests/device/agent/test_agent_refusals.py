@@ -13,9 +13,9 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.costs import WEIGHT_FILES, storage_bytes
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Birth, Refusal
 from fedprune.wire.offer import Offer
 from fedprune_device.serving.model_slots import ModelSlots

@@ -12,7 +12,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune.model.element_mask import ElementMask
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates import Codec, decode
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData

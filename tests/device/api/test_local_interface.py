@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ModelError
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.wire.messages import Birth
 from fedprune_device.api.live_model import LiveModel
 from fedprune_device.client import BoardError

@@ -17,13 +17,13 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.core.errors import ExitCode, RuntimeUnavailableError
 from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.planning import profile_store
 from fedprune.planning.form_times import FormTimes, Shape
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime import blocks
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
-from fedprune.training.recipe import Recipe
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment
 from support.fakes.hidden_board import HiddenBoard, hidden_weights, logits

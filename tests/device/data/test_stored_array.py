@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.costs import HELD_BYTES
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import load_data, load_inputs
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_device.training.trainer import Trainer

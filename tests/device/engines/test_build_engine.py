@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ExitCode
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.training.recipe import Recipe
 from fedprune_device.api.live_model import LiveModel
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData

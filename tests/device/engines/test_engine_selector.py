@@ -9,8 +9,8 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import EngineError, StorageFullError
+from fedprune.model import step_contract
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.training import step_contract
 from fedprune_device.engines import engine_selector as engines_keeper
 from fedprune_device.engines.bindings import Bindings
 from fedprune_device.engines.build_process import BuildProcess, BuildRequest

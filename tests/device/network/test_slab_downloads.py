@@ -15,7 +15,7 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef, leaf_table
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError, StorageError
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates.width_deltas import slab
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobNotFound, BlobRequest

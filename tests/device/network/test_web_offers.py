@@ -13,8 +13,8 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import BlobRequest, Cancelled, Refusal, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent

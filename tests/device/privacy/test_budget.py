@@ -12,7 +12,7 @@ import pytest
 
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_accounting import epsilon
 from fedprune.wire.log_messages import LogRequest
 from fedprune_device.data.dataset import LocalData

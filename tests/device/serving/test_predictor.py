@@ -7,8 +7,8 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, ModelError
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.losses import loss_terms
 from fedprune_device.serving.predictor import Predictor

@@ -14,9 +14,9 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision import packed, unpacked
 from fedprune.runtime.precision_files import PRECISIONS, files_of, graphs_of, served_files
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import BlobRequest, parse
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer

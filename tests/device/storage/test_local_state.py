@@ -19,8 +19,8 @@ from fedprune.core.errors import StorageError
 from fedprune.model.architecture import Axis, Segment
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import ConfigError, PlanError
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.agent_fleet import MemoryServer

@@ -13,10 +13,10 @@ import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ConfigError, ModelError, TrainingError
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime import blocks
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import BlobRequest, Progress, Refusal, Update
 from fedprune.wire.offer import Offer
 from fedprune_device.agent.agent import Agent

@@ -16,8 +16,8 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, StorageFullError
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.updates import CODECS, Codec, decode, is_packed, weights
 from fedprune.updates.remap import relocation
 from fedprune.wire.offer import Offer

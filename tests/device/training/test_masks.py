@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, FedpruneError, TrainingError
 from fedprune.core.rng import keyed
+from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import FolderStateStore, LocalState
 from fedprune_device.storage.state_directory import DeviceStore

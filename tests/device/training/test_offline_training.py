@@ -18,8 +18,8 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, StorageFullError
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
 from fedprune.wire.transfer import BlobSender

@@ -7,8 +7,8 @@ import pytest
 
 from fedprune.core.errors import DataError, ModelError, TrainingError
 from fedprune.core.rng import keyed
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import class_presence, class_weights, log_prior
 from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingStoppedError

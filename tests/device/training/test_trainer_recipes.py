@@ -13,10 +13,10 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError, TrainingError
 from fedprune.core.rng import keyed
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.batches import Batches
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import class_weights, positive_weights, targets

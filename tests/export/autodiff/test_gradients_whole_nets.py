@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from fedprune.model.architecture import widths_at
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
-from fedprune.training.features import Features
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph

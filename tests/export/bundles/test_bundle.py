@@ -11,12 +11,12 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, StorageError, StorageFullError
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
 from fedprune.runtime.bundle_folder import write_bundle
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model

@@ -14,6 +14,8 @@ from onnx import numpy_helper
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ConfigError, ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.blocks import OFF, block_size
 from fedprune.runtime.bundle import (
@@ -27,8 +29,6 @@ from fedprune.runtime.bundle import (
     open_bundle,
 )
 from fedprune.runtime.bundle_folder import write_bundle
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.bundles.verification import verify
 from fedprune_export.checks.parity import parity, try_step

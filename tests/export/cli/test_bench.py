@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode, ModelError
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.bundle import WEIGHTS, open_bundle
-from fedprune.training.recipe import Recipe
 from fedprune_export.cli import bench
 from fedprune_export.cli.main import main
 from fedprune_export.profiling.benchmark import Stopwatch

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
+from fedprune.output.extras import install_command
 from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import FILES, MANIFEST, blocked_file, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.terminal.extras import install_command
 from fedprune_export.autodiff.tape import RULES
 from fedprune_export.cli.main import main
 from fedprune_export.importing import read_source

@@ -13,10 +13,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.errors import ExitCode, UsageError
+from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import Session
-from fedprune.training.recipe import Recipe
 from fedprune_export.cli.main import main
 from fedprune_export.cli.options import add_recipe_options, read_recipe, targets
 from fedprune_server.simulation.digits import digits_model

@@ -10,11 +10,11 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import latency_table
 from fedprune.planning.plan import DENSITIES
 from fedprune.planning.width_candidates import MULTIPLES, rungs, snapped
-from fedprune.training.recipe import Recipe
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model

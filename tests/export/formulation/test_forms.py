@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
+from fedprune.model.features import Features
+from fedprune.model.feeds import first_step
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.form_times import NAMES, FormTimes, Shape
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
-from fedprune.training.feeds import first_step
-from fedprune.training.recipe import Recipe
 from fedprune_export.autodiff.conv_geometry import Window
 from fedprune_export.formulation import Forms
 from fedprune_export.importing import import_onnx

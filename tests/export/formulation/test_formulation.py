@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedprune.core.errors import ConfigError, ModelError
+from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime import blocks
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
 from fedprune_device.training.step_graph import StepGraph
 from fedprune_export.autodiff import intents
 from fedprune_export.autodiff.conv_geometry import Window

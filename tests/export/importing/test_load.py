@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedprune.core.errors import ExitCode, MissingExtraError, ModelError
-from fedprune.terminal.extras import install_command
+from fedprune.output.extras import install_command
 from fedprune_export.importing import export_torch, import_onnx, load, read_source, torch_export
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model

@@ -10,8 +10,8 @@ import pytest
 from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
+from fedprune.model.step_contract import RESERVED
 from fedprune.runtime.session import Session
-from fedprune.training.step_contract import RESERVED
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX
 from fedprune_export.ir.graph import Graph, Port

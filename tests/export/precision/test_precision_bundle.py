@@ -13,10 +13,10 @@ import pytest
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ExitCode, ModelError
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import MANIFEST, open_bundle
 from fedprune.runtime.precision_files import PRECISIONS, files_of, graph_file, weights_file
-from fedprune.training.recipe import Recipe
 from fedprune_device.cli.main import main as device
 from fedprune_device.serving.predictor import Predictor
 from fedprune_export.bundles.bundle import bundle_files

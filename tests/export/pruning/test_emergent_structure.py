@@ -7,14 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.feeds import first_step
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.session import Session
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.importance.structured_from_mask import surviving, survivors
-from fedprune.training import step_contract
-from fedprune.training.feeds import first_step
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model

@@ -9,8 +9,8 @@ import pytest
 
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection
-from fedprune.report.chart import LEVELS, Strip
-from fedprune.report.page import Bar, bars
+from fedprune.output.chart import LEVELS, Strip
+from fedprune.output.page import Bar, bars
 from fedprune_export.reports.report import channel_bars, layer_bars
 
 

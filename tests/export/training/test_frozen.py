@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from fedprune.core.errors import ConfigError, ModelError
+from fedprune.model import step_contract
+from fedprune.model.features import Features
+from fedprune.model.trainable import trained_tensors
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
-from fedprune.training.trainable import trained_tensors
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch.nn import functional
 
+from fedprune.model import step_contract
+from fedprune.model.features import Features
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
 from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.losses import target_shape, write_loss

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.model import step_contract
+from fedprune.model.features import Features
+from fedprune.model.recipe import OPTIMIZERS
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
-from fedprune.training.recipe import OPTIMIZERS
 from fedprune_export.autodiff.tape import port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.optimizers import Trained, add_inputs, write_updates

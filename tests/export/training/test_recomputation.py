@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedprune.core.errors import PlanError
+from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
 from fedprune_export.formulation import Forms
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+from fedprune.model import step_contract
+from fedprune.model.features import Features
+from fedprune.model.feeds import first_step
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
-from fedprune.training.feeds import first_step
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs

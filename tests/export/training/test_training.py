@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from fedprune.core.errors import ModelError
+from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node, Port
 from fedprune_export.pruning.model import Model

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
+from fedprune.model.features import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.nets import small_nets as nets

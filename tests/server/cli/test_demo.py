@@ -5,7 +5,7 @@ import pytest
 from fedprune.core.disk import locked
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
 from fedprune.jobs.job import Job
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_server.cli.demo_run import DemoFolder, run_demo, verdict
 from fedprune_server.simulation.experiment import fedavg
 from fedprune_server.simulation.fleet.demo_fleet import ROUNDS, fleet_job, reference_job, too_few

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.terminal.extras import install_command
+from fedprune.output.extras import install_command
 from fedprune_server.cli.simulate import build_parser, main
 from fedprune_server.config.tables import read_config
 from fedprune_server.simulation.digits import deal, digits_model, write_hand

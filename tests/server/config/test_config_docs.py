@@ -11,7 +11,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.jobs.job import Job
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import WRITTEN, Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.config import ServerConfig

@@ -11,12 +11,12 @@ from fedprune.coordination import State
 from fedprune.core.text import amount
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import NO_CORRECTION, predict
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
-from fedprune.training.recipe import Recipe
 from fedprune_server.devices.plan_vs_actual import compared, described, predicted, table
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import foresight_rows

@@ -13,7 +13,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination.privacy_budget import spent
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
 from fedprune.jobs.state import Device
-from fedprune.terminal.extras import install_command
+from fedprune.output.extras import install_command
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.executor.accountant import Accountant, accountant, costs, library
 

@@ -19,8 +19,8 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode, packing
 from fedprune.wire.messages import Birth, parse
 from fedprune.wire.offer import Offer

@@ -23,8 +23,8 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import named_in
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker

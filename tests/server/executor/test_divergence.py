@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from fedprune.coordination import events as on
 from fedprune.core.errors import PlanError
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.executor.divergence import advice, of_history, warn
 from fedprune_server.simulation.digits import deal, digits_model

@@ -13,8 +13,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import Evaluator, Sessions

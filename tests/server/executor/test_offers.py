@@ -12,12 +12,12 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.state import Progress, Task
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.precision import unpacked
 from fedprune.runtime.precision_files import graphs_of
 from fedprune.strategies.roles import Submodel
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots

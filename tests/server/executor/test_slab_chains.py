@@ -18,7 +18,7 @@ from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Task
 from fedprune.model.architecture import widths_at
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_device.network.blob_download import composed
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

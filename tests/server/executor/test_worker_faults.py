@@ -21,11 +21,11 @@ from fedprune.coordination import events as on
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError, StrategyError
 from fedprune.jobs.job import Job
+from fedprune.model import step_contract
 from fedprune.rounds.influence import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.roles import Closing, Report, Submodel
-from fedprune.training import step_contract
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker

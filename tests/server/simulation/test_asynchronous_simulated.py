@@ -17,9 +17,9 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import TensorKind
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model

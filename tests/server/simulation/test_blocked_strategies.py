@@ -12,10 +12,10 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.profile_store import find
 from fedprune.runtime.blocks import block_size
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import Offers

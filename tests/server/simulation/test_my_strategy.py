@@ -18,13 +18,13 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.rounds.influence import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.answers import METHODS
 from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Starter
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment

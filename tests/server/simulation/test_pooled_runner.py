@@ -14,9 +14,9 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import TrainingError
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx

@@ -13,10 +13,10 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model

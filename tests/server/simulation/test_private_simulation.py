@@ -12,8 +12,8 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_export.importing import import_onnx

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedprune.coordination import State
 from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_server.simulation.datasets.picture import Partition
 from fedprune_server.simulation.results import charts, runs_progress
 from fedprune_server.simulation.results.comparison import final_rows, print_comparison

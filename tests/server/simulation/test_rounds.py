@@ -15,8 +15,8 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.sampling import ENOUGH
 from fedprune.coordination.stragglers import PARTS, SILENT, SLOW
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Progress
 from fedprune.wire.offer import Offer
 from fedprune_export.importing import import_onnx

@@ -15,8 +15,8 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import PlanError, StorageError
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.differences import differences
 from fedprune_server.simulation.digits import deal, digits_model

@@ -19,10 +19,10 @@ from fedprune.core.errors import ConfigError, PlanError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.digits import deal, digits_model

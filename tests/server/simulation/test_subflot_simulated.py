@@ -12,9 +12,9 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.cut import at_widths
 from fedprune_server.simulation.digits import deal, digits_model

@@ -11,8 +11,8 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, DataError, ModelError
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Accepted, Birth, BlobRequest, Finished, Update, parse

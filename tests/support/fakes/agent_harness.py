@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_ref import BlobRef
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Progress
 from fedprune_device.agent.agent import Agent
 from fedprune_device.board import AgentSettings, Services, build_agent

@@ -10,8 +10,8 @@ import numpy as np
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 from fedprune.wire.messages import Update
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData

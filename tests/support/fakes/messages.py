@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.log_messages import LEVELS, MAX_FRAMES, MAX_LINES, CrashReport, LogReport, LogRequest
 from fedprune.wire.messages import (

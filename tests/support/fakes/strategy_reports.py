@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator
 from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.roles import Aggregator, Closing, Cut, Memory, Report, Scene, Submodel, Turn
-from fedprune.training.recipe import Recipe
 
 
 def scene(

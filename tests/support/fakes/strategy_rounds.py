@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from fedprune.core.rng import keyed
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors, mesh
 from fedprune.strategies.roles import Cut, Past, Report, Scene, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 
 A, B = (Axis((Segment(g, 0, n),)) for g, n in enumerate((6, 4)))
 

@@ -20,6 +20,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.core.npy_array import float32_array
 from fedprune.core.validation import is_digest
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.planning.form_times import FormTimes
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
@@ -44,7 +45,6 @@ from fedprune.security.join_token import Claim
 from fedprune.security.joining import answer_text, check_answer, check_request, digest_of, make_request
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.signed_channel import Opener
-from fedprune.training.recipe import Recipe
 from fedprune.wire import messages as m
 from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.broker_url import BrokerUrl

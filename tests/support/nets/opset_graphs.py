@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import onnx
 
+from fedprune.model import step_contract
+from fedprune.model.features import Features
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.ir.opset_lowering import OPSETS

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedprune.model import step_contract
+from fedprune.model.features import Features
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.features import Features
 from fedprune_export.formulation import Forms
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
-from fedprune.training import step_contract
 from fedprune_export.pruning.model import Model
 
 Arrays = dict[str, np.ndarray[Any, Any]]

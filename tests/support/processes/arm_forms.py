@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core import tensorfile
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.bundle import TRAINING, WEIGHTS, open_bundle
-from fedprune.training.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fedprune.model import step_contract
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
 
 
 def main(out: Path) -> None:

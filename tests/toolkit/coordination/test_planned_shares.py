@@ -24,13 +24,13 @@ from fedprune.model.architecture import (
     kept_share,
     widths_at,
 )
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Prediction, predict
 from fedprune.planning.plan import Plan
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_rounds import NET
 from support.fakes.tiny_job import ARCHITECTURE
 

@@ -23,7 +23,7 @@ from fedprune.core.errors import (
     StorageFullError,
     UsageError,
 )
-from fedprune.terminal.extras import install_command
+from fedprune.output.extras import install_command
 
 pytestmark = pytest.mark.board
 

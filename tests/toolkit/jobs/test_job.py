@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, ProtocolError
 from fedprune.jobs.job import Job
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.wire.topics import check_job
 
 pytestmark = pytest.mark.board

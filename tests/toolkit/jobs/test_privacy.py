@@ -10,10 +10,10 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.presets import PRESETS
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 
 pytestmark = pytest.mark.board

@@ -23,13 +23,13 @@ from fedprune.model.architecture import (
     TensorSpec,
     widths_at,
 )
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
 from fedprune.planning.plan import DENSITIES, NOTHING, Limit, Plan, Uniform, plan
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.width_candidates import equal_work, rungs
-from fedprune.training.recipe import Recipe
 
 pytestmark = pytest.mark.board
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ExitCode
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, WEIGHTS, blocked_file, manifest, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.training.recipe import Recipe
 
 pytestmark = pytest.mark.board
 

@@ -15,10 +15,10 @@ from fedprune.core import tensorfile
 from fedprune.core.disk import locked
 from fedprune.core.errors import BundleError, BusyError, ExitCode, StorageError, StorageFullError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
 from fedprune.runtime.bundle_folder import PARTIAL, check_folder, is_bundle, write_bundle
-from fedprune.training.recipe import Recipe
 from fedprune_export.cli.main import main
 from fedprune_server.simulation.digits import digits_model
 from support.faults.failing_disk import fault

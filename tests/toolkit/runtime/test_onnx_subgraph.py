@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
+from fedprune.model import step_contract
+from fedprune.model.feeds import first_step
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.onnx_subgraph import metadata_of, part_for
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
-from fedprune.training.feeds import first_step
-from fedprune.training.recipe import Recipe
 from support.paths import GRAPHS
 
 pytestmark = pytest.mark.board

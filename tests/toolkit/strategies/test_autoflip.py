@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
@@ -20,7 +21,6 @@ from fedprune.strategies.extractors import Elements, global_mask
 from fedprune.strategies.roles import Submodel, Turn
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
 from fedprune.strategies.importance.gradient_stats import Evidence
@@ -21,7 +22,6 @@ from fedprune.strategies.methods.ca_hfp import ca_hfp
 from fedprune.strategies.methods.fedavg import fedavg
 from fedprune.strategies.roles import Memories, Scene
 from fedprune.strategies.scorers import EVIDENCE, ByName
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_reports import close_fold, report, scene
 from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.fakes.tiny_job import ARCHITECTURE

@@ -15,13 +15,13 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.nested_init import nested
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.importance.scoring import magnitude, ranks
 from fedprune.strategies.methods.fedprune import Settled
 from fedprune.strategies.roles import Scene, Turn
 from fedprune.strategies.scorers import Held
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_rounds import NET
 from support.nets.drawn_models import architectures, model, seeds
 

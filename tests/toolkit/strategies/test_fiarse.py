@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.roles import Submodel, Turn
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds
 

@@ -15,9 +15,9 @@ from fedprune.jobs.schedule import Arrival, Schedule, Staleness
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.classifier_head import head_axes
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import VELOCITY, DeltaMean, Mean
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_reports import close, report, scene
 from support.nets.drawn_models import architectures, model, seeds, selections, trained
 

@@ -23,12 +23,12 @@ from fedprune.core.errors import (
 )
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning import profile_store
 from fedprune.strategies import Strategy, compose
 from fedprune.strategies.allocation import Fleet
 from fedprune.strategies.roles import Cut, Scene, Submodel, Turn
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_rounds import NET, Play, identical
 from support.fakes.strategy_rounds import Device as Part
 from support.nets.drawn_models import model

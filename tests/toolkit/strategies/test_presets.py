@@ -15,6 +15,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies.allocation import Fixed, Tiers
 from fedprune.strategies.methods.fedper import OwnHistory
@@ -23,7 +24,6 @@ from fedprune.strategies.methods.robust import Robust
 from fedprune.strategies.methods.subflot import Transported
 from fedprune.strategies.presets import PRESETS, compose
 from fedprune.strategies.roles import Cut, Past, Submodel, Turn
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_reports import scene
 from support.fakes.tiny_job import ARCHITECTURE
 from support.nets.drawn_models import architectures, model, seeds, selections

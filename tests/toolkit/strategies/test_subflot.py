@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.allocation import Fixed, Tiers
 from fedprune.strategies.methods.subflot import RATES, Transported
@@ -18,7 +19,6 @@ from fedprune.strategies.optimal_transport import Transport
 from fedprune.strategies.presets import compose
 from fedprune.strategies.roles import Cut, Past, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 from support.fakes.strategy_reports import report, scene
 from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections

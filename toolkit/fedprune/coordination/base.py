@@ -17,9 +17,9 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Device, Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator, Fleet
-from fedprune.training.recipe import Recipe
 from fedprune.updates import agreed
 
 Commands = list[do.Command]

@@ -9,13 +9,13 @@ from fedprune.core.errors import FedpruneError, PlanError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Task
 from fedprune.model.architecture import Architecture, kept_share, widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import NO_CORRECTION, Correction
 from fedprune.planning.plan import MEMORY, Plan, plan
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import Strategy
 from fedprune.strategies.allocation import Allocator, Fleet
-from fedprune.training.recipe import Recipe
 
 
 class WidthPlanner:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
-from fedprune.terminal.examples import add_examples
-from fedprune.terminal.spinner import spinner
+from fedprune.output.examples import add_examples
+from fedprune.output.spinner import spinner
 
 DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""

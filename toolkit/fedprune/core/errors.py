@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from enum import IntEnum
 from pathlib import Path
 
-from fedprune.terminal.extras import install_command
+from fedprune.output.extras import install_command
 
 _LONGEST_NAME = 60
 """Longer names are not compared for misspellings."""

@@ -12,11 +12,11 @@ from fedprune.core.errors import ConfigError, ProtocolError, meant, shown
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State
 from fedprune.model.architecture import Architecture, kept_share, widths_at
+from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.plan import plan
 from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, check_density
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 
 DensityOrProfile = float | str
 """A density, or the name of a hardware profile for which widths are planned."""

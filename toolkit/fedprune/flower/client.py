@@ -14,8 +14,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError
 from fedprune.core.npy_array import float32_array
 from fedprune.flower.messages import FORMAT, RECORD, STEPS, check_format
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.recipe import Recipe
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from fedprune.core.errors import ConfigError, meant
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.roles import Turn
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 
 PRESETS = ("fedavg", "fedprox", "fedprune", "fedrolex", "heterofl", "plain")
 """Names of the strategies that work under Flower."""

@@ -22,14 +22,14 @@ from fedprune.flower.allocation import NodeShare
 from fedprune.flower.presets import composed
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
+from fedprune.model.trainable import frozen_tensors
 from fedprune.rounds.influence import capped
 from fedprune.rounds.limits import UpdateLimits
 from fedprune.rounds.round import Round
 from fedprune.rounds.update import RoundUpdate
 from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
-from fedprune.training.recipe import Recipe
-from fedprune.training.trainable import frozen_tensors
 
 FORMAT = "fedprune.flower-state/1"
 

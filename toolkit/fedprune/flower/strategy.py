@@ -22,9 +22,9 @@ from fedprune.flower.messages import ASKING, FORMAT, RECORD, STEPS, check_format
 from fedprune.flower.rounds import Rounds, Task, Update, WholeModel
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
+from fedprune.model.features import Features
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.training.features import Features
-from fedprune.training.recipe import Recipe
 
 _ASK_S = 60.0
 """Seconds that nodes have to answer for their share; late ones are asked again in the next round."""

@@ -9,8 +9,8 @@ from typing import Any, get_args
 from fedprune.aggregation.fold import Rule
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import SERVED
-from fedprune.training.recipe import Recipe
 from fedprune.updates.codecs import DOWN, PLAIN, Codec, agreed
 from fedprune.updates.privacy_settings import WRITTEN, Privacy
 from fedprune.wire.topics import check_job

@@ -1,4 +1,4 @@
-"""The architecture of a model and its submodels: channel groups, selections, widths, element masks.
+"""The architecture of a model, its submodels (selections, widths, element masks), and the recipe of local training.
 
-Not here: how a submodel is chosen (`strategies`) or what it costs (`planning`).
+Not here: how a submodel is chosen (`strategies`) or what it costs (`planning`), and training graphs themselves.
 """

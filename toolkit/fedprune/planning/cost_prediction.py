@@ -11,12 +11,12 @@ import numpy as np
 
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes
+from fedprune.model.recipe import Recipe
+from fedprune.model.trainable import trained_tensors
 from fedprune.planning.costs import FLOAT, Costs, MemoryBreakdown, costs_at, memory_seconds
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.training.recipe import Recipe
-from fedprune.training.trainable import trained_tensors
 
 BOUNDS = 0.2, 5.0
 """How far a measured time may correct a predicted one: beyond that something else is wrong."""

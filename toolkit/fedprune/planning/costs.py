@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core import tensorfile
+from fedprune.model import step_contract as step
 from fedprune.model.architecture import Activation, Architecture, Layer
+from fedprune.model.features import Features
 from fedprune.planning.kernel_workload import workload
-from fedprune.training import step_contract as step
-from fedprune.training.features import Features
 
 Numbers = npt.NDArray[np.float64]
 

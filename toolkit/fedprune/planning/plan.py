@@ -11,6 +11,8 @@ from fedprune.core.errors import PlanError
 from fedprune.core.text import amount
 from fedprune.core.validation import MAX_INT, is_number, is_whole
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.recipe import Recipe
+from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.cost_prediction import (
     NO_CORRECTION,
     Correction,
@@ -26,8 +28,6 @@ from fedprune.planning.latency_model import LatencyTable
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.width_candidates import Rung, equal_work, rungs
-from fedprune.training.recipe import Recipe
-from fedprune.training.trainable import frozen_tensors
 
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
 """Candidates, widest first: from the whole model down to a sixteenth of every group."""

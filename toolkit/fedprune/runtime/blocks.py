@@ -18,10 +18,10 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError, ModelError, shown
 from fedprune.core.rng import keyed
+from fedprune.model import step_contract
 from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime.onnx_subgraph import metadata_of
 from fedprune.runtime.session import Session
-from fedprune.training import step_contract
 
 X, W, PLAIN, IN_BLOCKS = "x", "w", "plain", "in_blocks"
 """The check's inputs and outputs."""

@@ -27,12 +27,12 @@ from fedprune.core import tensorfile
 from fedprune.core.disk import file_digest, read_file
 from fedprune.core.errors import BundleError, ConfigError, shape_text, shown
 from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.precision_files import PRECISIONS, files_of, graph_file
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.training.recipe import Recipe
 
 FORMAT = "fedprune.bundle/1"
 MANIFEST = "manifest.json"

@@ -20,6 +20,7 @@ from pathlib import Path
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors, sync_folder
 from fedprune.core.errors import BundleError, StorageError, remedy, shown
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime import tensorrt_config
@@ -36,7 +37,6 @@ from fedprune.runtime.bundle import (
     open_bundle,
 )
 from fedprune.runtime.precision_files import PRECISIONS, files_of
-from fedprune.training.recipe import Recipe
 
 PARTIAL = ".bundle.partial"
 """Where a bundle is written; whoever holds the lock may delete it."""

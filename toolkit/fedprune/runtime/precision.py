@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, shown
+from fedprune.model.step_contract import X
 from fedprune.runtime.precision_files import (
     INT8,
     calibrate_file,
@@ -23,7 +24,6 @@ from fedprune.runtime.precision_files import (
     weights_file,
 )
 from fedprune.runtime.session import Session
-from fedprune.training.step_contract import X
 
 Array = npt.NDArray[Any]
 

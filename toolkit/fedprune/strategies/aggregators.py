@@ -14,8 +14,8 @@ from fedprune.aggregation.fold import Fold, Rule
 from fedprune.model.classifier_head import head_axes
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
+from fedprune.model.trainable import matching
 from fedprune.strategies.roles import Aggregator, Closing, Report, Scene, Submodel
-from fedprune.training.trainable import matching
 
 VELOCITY = "velocity"
 """What the server momentum remembers."""

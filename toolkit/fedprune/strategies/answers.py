@@ -14,6 +14,7 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import FedpruneError, shape_text, shown
 from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.strategies.roles import (
@@ -30,7 +31,6 @@ from fedprune.strategies.roles import (
     Starter,
     Submodel,
 )
-from fedprune.training.recipe import Recipe
 
 Check = Callable[[Any, Sequence[Any]], None]
 """Looks at an answer and at what was asked with."""

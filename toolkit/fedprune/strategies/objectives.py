@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedprune.model.recipe import Recipe
 from fedprune.strategies.roles import Objective, Turn
-from fedprune.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

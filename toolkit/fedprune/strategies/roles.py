@@ -19,9 +19,9 @@ import numpy.typing as npt
 from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.importance.scoring import Ranks
-from fedprune.training.recipe import Recipe
 
 Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]
 """What a job remembers between rounds: named collections of tensors, such as `velocity`. Loaded when asked for."""

@@ -11,6 +11,7 @@ from fedprune.core import validation
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator
@@ -33,7 +34,6 @@ from fedprune.strategies.roles import (
     Turn,
 )
 from fedprune.strategies.scorers import ByName
-from fedprune.training.recipe import Recipe
 
 Inputs = Literal["sum", "updates", "measurements"]
 """What the server needs of boards: a round's sum of updates, single updates, or measurements on samples as well."""

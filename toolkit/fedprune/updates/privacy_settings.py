@@ -13,7 +13,7 @@ from typing import Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 
 LOCAL = "local"
 SHARED = "shared"

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError, shown
-from fedprune.training import step_contract
+from fedprune.model import step_contract
 from fedprune.updates import packing, sparse_indices
 from fedprune.updates.codecs import Codec
 

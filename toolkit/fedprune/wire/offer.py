@@ -52,7 +52,7 @@ class Offer(CheckedMessage, kind="offer"):
     inference: Blob
     """The inference graph, whose external data the weights are."""
     recipe: FreeObject
-    """The recipe, as `fedprune.training.recipe.Recipe.to_offer` gives it."""
+    """The recipe, as `fedprune.model.recipe.Recipe.to_offer` gives it."""
     mask: Blob | None = newer()
     """Which elements are active (`ElementMask.to_tensors`): of masked tensors `weights` has the active values alone,
     and so has the update. None where all are."""

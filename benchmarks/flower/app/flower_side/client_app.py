@@ -8,7 +8,7 @@ from pathlib import Path
 from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from fedprune.training.recipe import Recipe
+from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import load_data
 from fedprune_device.training.trainer import Trainer
 

@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune.training import step_contract
+from fedprune.model import step_contract
 from fedprune_export.autodiff.intents import (
     DOMAIN,
     GROUP_NORMALISE,

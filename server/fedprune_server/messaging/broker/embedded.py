@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedprune.core.errors import BrokerError, reason
+from fedprune.output.extras import install_command
 from fedprune.security.tls import unpinned_context
-from fedprune.terminal.extras import install_command
 from fedprune_server.process.children import reap
 
 log = logging.getLogger("fedprune.server")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.text import quantity
-from fedprune.report.chart import scale, tiles
-from fedprune.report.page import Bar, bars, document, paragraph
+from fedprune.output.chart import scale, tiles
+from fedprune.output.page import Bar, bars, document, paragraph
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.datasets.federation import Federation
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import find
-from fedprune.training.recipe import Recipe
 from fedprune_server.simulation.experiment import fedavg
 
 ROUNDS = 24

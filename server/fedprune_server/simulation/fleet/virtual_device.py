@@ -20,9 +20,9 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.profile import HardwareProfile
-from fedprune.training.recipe import Recipe
 from fedprune.updates.gaussian_noise import GaussianNoise
 from fedprune.wire.offer import Offer
 from fedprune_device.data.dataset import LocalData

@@ -9,8 +9,8 @@ from functools import partial
 from typing import TypeVar
 
 from fedprune.core.text import amount, quantity
-from fedprune.report.chart import Chart, chart, scale, style, tiles, together
-from fedprune.report.page import Bar, bars, boxes, charts, paragraph
+from fedprune.output.chart import Chart, chart, scale, style, tiles, together
+from fedprune.output.page import Bar, bars, boxes, charts, paragraph
 from fedprune_server.simulation.results.record import Record, RoundRow, beside
 
 T = TypeVar("T")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from fedprune.core.errors import StorageError
 from fedprune.core.text import quantity
-from fedprune.report import page
-from fedprune.terminal.tables import Column, print_table
+from fedprune.output import page
+from fedprune.output.tables import Column, print_table
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import Record, beside
 from fedprune_server.simulation.results.report import TAIL, html_table, markdown_table, shown

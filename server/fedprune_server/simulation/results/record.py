@@ -23,9 +23,9 @@ from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import REGRESSIONS
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
-from fedprune.training.recipe import REGRESSIONS
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted
 from fedprune_server.executor.accountant import EPSILON

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune.core.text import quantity
-from fedprune.report import page
-from fedprune.report.chart import text
+from fedprune.output import page
+from fedprune.output.chart import text
 from fedprune_server.devices import plan_vs_actual
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.executor.divergence import advice

@@ -16,8 +16,8 @@ from fedprune.coordination import events as on
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
 from fedprune.model.nested_widths import TensorAxes, axes_json
+from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import costs_at
-from fedprune.training.recipe import Recipe
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive
 from fedprune_server.simulation.measure import Hook, Moment

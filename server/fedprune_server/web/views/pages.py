@@ -22,7 +22,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
 from fedprune.core.errors import FedpruneError, ProtocolError
-from fedprune.report import chart
+from fedprune.output import chart
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import LOOKS, NEEDED, may
 from fedprune_server.web.context import Console, session_of
@@ -187,7 +187,7 @@ def install(app: FastAPI, console: Console) -> None:
     """Add the pages' routes, and their files."""
     view, pages = console.view, Pages(console)
     app.state.pages = pages
-    assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.report", "static")])
+    assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.output", "static")])
     app.mount("/static", assets, name="static")
 
     @app.exception_handler(404)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedprune.core.validation import is_number
-from fedprune.report.chart import Chart, Strip, chart, strip
+from fedprune.output.chart import Chart, Strip, chart, strip
 from fedprune_server.web.paging import MAX_SIZE
 from fedprune_server.web.state.status import FleetView
 from fedprune_server.web.views import formatting as phrases

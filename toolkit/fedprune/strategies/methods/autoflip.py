@@ -16,6 +16,7 @@ from fedprune.aggregation.fold import Fold
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, mesh
 from fedprune.strategies.aggregators import VELOCITY, Mean
 from fedprune.strategies.allocation import dealt
@@ -26,7 +27,6 @@ from fedprune.strategies.importance.structured_from_mask import surviving, survi
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Closing, Cut, Memories, Objective, Ranking, Report, Scene, Scorer, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 
 NAME = "autoflip"
 

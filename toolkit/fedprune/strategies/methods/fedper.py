@@ -10,13 +10,13 @@ import numpy as np
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
 from fedprune.model.classifier_head import HEAD
+from fedprune.model.recipe import Recipe
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Cut, Objective, Personaliser, Report, Submodel, Turn
 from fedprune.strategies.strategy import Inputs, Strategy
-from fedprune.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from fedprune.jobs.job import SCORERS, Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_init import just_made, nested
+from fedprune.model.recipe import LEAST_MIXUP, Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.allocation import dealt
@@ -39,7 +40,6 @@ from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Memories, Objective, Ranking, Report, Scene, Scorer, Starter, Turn
 from fedprune.strategies.scorers import places_of
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import LEAST_MIXUP, Recipe
 
 RANKS = "ranks"
 """Memory: the ranks that were settled, by the architecture's digest and the group's number."""

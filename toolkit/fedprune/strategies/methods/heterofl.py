@@ -16,13 +16,13 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Objective, Ranking, Scene, Scorer, Turn
 from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 
 LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 """The papers' widths a, b, c, d, e."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS, Schedule
+from fedprune.model.recipe import Recipe
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
 from fedprune.strategies.element_importance import Importance, Kind
@@ -26,7 +27,6 @@ from fedprune.strategies.recovery import Recovery, Step, Validation
 from fedprune.strategies.roles import Objective, Scorer, Turn
 from fedprune.strategies.scorers import ByName, Held
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
@@ -20,7 +21,6 @@ from fedprune.strategies.optimal_transport import Maps, Plans, Transport
 from fedprune.strategies.options import choice, number, read_options
 from fedprune.strategies.roles import Cut, Extractor, Objective, Past, Report, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
-from fedprune.training.recipe import Recipe
 
 RATES = (1.0, 0.75, 0.5, 0.25)
 """The paper's widths: pruning rates 0, 1/4, 1/2 and 3/4 of every layer's channels."""

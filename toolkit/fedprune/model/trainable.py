@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from fedprune.core.errors import ConfigError
 from fedprune.model.architecture import Architecture, TensorSpec
 from fedprune.model.classifier_head import spelt
-from fedprune.training.features import Features
+from fedprune.model.features import Features
 
 
 def frozen_tensors(architecture: Architecture, features: Features, frozen: Collection[str] = ()) -> frozenset[str]:

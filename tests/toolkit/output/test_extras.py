@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import MissingExtraError
-from fedprune.terminal.extras import install_command
+from fedprune.output.extras import install_command
 from support.paths import ROOT
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.validation import is_number
-from fedprune.training.features import Features
+from fedprune.model.features import Features
 
 LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
 """The labels that each loss compares with: the number of a class, a 0 or 1 per class, or values."""

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune.training.features import Features
-from fedprune.training.recipe import LEAST_MIXUP, Recipe
+from fedprune.model.features import Features
+from fedprune.model.recipe import LEAST_MIXUP, Recipe
 
 pytestmark = pytest.mark.board
 

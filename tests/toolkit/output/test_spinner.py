@@ -9,8 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-from fedprune.terminal import spinner as module
-from fedprune.terminal.spinner import spinner
+from fedprune.output import spinner as module
+from fedprune.output.spinner import spinner
 
 pytestmark = pytest.mark.board
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from fedprune.report.chart import SEARCHED, Chart, Strip, figure, legend_of, search, strip_svg, style, text
+from fedprune.output.chart import SEARCHED, Chart, Strip, figure, legend_of, search, strip_svg, style, text
 
 Part = tuple[str, float, float]
 """A part of a bar: CSS class, where it begins and where it ends, as shares of the bar's room."""
@@ -186,4 +186,4 @@ def _drawn(parts: Sequence[Part] | Sequence[Strip]) -> str:
 
 @cache
 def _asset(name: str) -> str:
-    return files("fedprune.report").joinpath(f"static/{name}").read_text(encoding="utf-8")
+    return files("fedprune.output").joinpath(f"static/{name}").read_text(encoding="utf-8")

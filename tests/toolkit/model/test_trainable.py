@@ -6,8 +6,8 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune.model.architecture import Architecture, Axis, Layer, TensorKind, TensorSpec
-from fedprune.training.features import Features
-from fedprune.training.trainable import frozen_tensors, trained_tensors
+from fedprune.model.features import Features
+from fedprune.model.trainable import frozen_tensors, trained_tensors
 
 pytestmark = pytest.mark.board
 

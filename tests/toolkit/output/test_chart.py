@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedprune.report.chart import HEIGHT, MOST_POINTS, WIDTH, chart, strip, text
+from fedprune.output.chart import HEIGHT, MOST_POINTS, WIDTH, chart, strip, text
 
 # As ever, but on a busy machine the first example may take its time.
 patient = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class Features:
-    """What a training graph can do; `fedprune.training.step_contract` says which inputs and outputs that makes.
+    """What a training graph can do; `fedprune.model.step_contract` says which inputs and outputs that makes.
 
     Attributes:
         logit_offset: A vector [classes] added to the logits before the loss (logit adjustment by label prior).

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedprune.training import step_contract
-from fedprune.training.feeds import anchors, first_step, numbers
-from fedprune.training.recipe import Recipe
+from fedprune.model import step_contract
+from fedprune.model.feeds import anchors, first_step, numbers
+from fedprune.model.recipe import Recipe
 
 pytestmark = pytest.mark.board
 

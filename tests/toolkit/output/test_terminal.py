@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fedprune.terminal.tables import GOOD, Column, print_table, print_verdicts
+from fedprune.output.tables import GOOD, Column, print_table, print_verdicts
 
 COLUMNS = [
     Column("target"),

@@ -1,4 +1,4 @@
-"""What a training graph is fed besides samples and labels, by the names of `fedprune.training.step_contract`."""
+"""What a training graph is fed besides samples and labels, by the names of `fedprune.model.step_contract`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.training import step_contract
-from fedprune.training.recipe import Recipe
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
 
 Array = npt.NDArray[Any]
 
