@@ -16,7 +16,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.cli.main import build_parser
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from manual.docstring import attributes
 
 _HEAD = """# Settings

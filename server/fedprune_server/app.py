@@ -15,11 +15,12 @@ from pathlib import Path
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError
+from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
 from fedprune.security.tls import SYSTEM
 from fedprune.wire.topics import Topics
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.job_runner import NO_SERVICES, DeviceServices, JobRunner, RunnableJob
@@ -36,6 +37,7 @@ from fedprune_server.messaging.connection import Connection, connection, identit
 from fedprune_server.messaging.leadership import Leadership, leadership
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
+from fedprune_server.monitoring.display import Lines, make_display
 from fedprune_server.monitoring.health import Pulse
 from fedprune_server.monitoring.monitor import restored
 from fedprune_server.monitoring.notifications import channels
@@ -43,8 +45,6 @@ from fedprune_server.monitoring.observer import DisplayObserver, Observer
 from fedprune_server.monitoring.setup import Watcher, monitoring, watching
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.terminal.log_lines import JSON
-from fedprune_server.terminal.table import Lines, make_display
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.transfer.upload_workers.messages import Begin
 from fedprune_server.transfer.upload_workers.workers import UploadWorkers

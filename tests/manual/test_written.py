@@ -15,7 +15,7 @@ from fedprune.jobs.schedule import Schedule
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from manual import command_pages, written
 from support.paths import ROOT
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import ConfigError
-from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.environment import CONFIG, environment_layer
 from fedprune_server.config.layers import Layer, file_layer, located, merged
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import as_tables, overridden, parse_config
 from fedprune_server.engine.state_directory import stored_config
 from fedprune_server.storage.database import check_url

@@ -23,7 +23,7 @@ from fedprune.jobs.job import Job
 from fedprune.output.tables import print_verdicts, progress
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.engine.job_runner import JobRunner, RunnableJob
 from fedprune_server.engine.server import Server
@@ -31,6 +31,7 @@ from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from fedprune_server.messaging.rate_limit import RateLimitedLink
 from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.monitoring.display import make_display
 from fedprune_server.monitoring.observer import DisplayObserver, Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.children import Children
@@ -40,7 +41,6 @@ from fedprune_server.simulation.experiment import REFERENCE
 from fedprune_server.simulation.fleet.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import claims, summary_text, write_report
-from fedprune_server.terminal.table import make_display
 
 log = logging.getLogger("fedprune.server")
 

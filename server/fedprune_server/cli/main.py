@@ -149,11 +149,11 @@ def _add_run(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from fedprune.output.log_lines import logged_to_stdout
     from fedprune_server.app import StartOptions, build_app
     from fedprune_server.cli.configuration import configured
     from fedprune_server.engine.state_directory import StateFolder
     from fedprune_server.monitoring.health import Pulse
-    from fedprune_server.terminal.log_lines import logged_to_stdout
 
     config = configured(arguments).config
     options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)

@@ -18,10 +18,10 @@ from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
 from fedprune_server.enrollment.store import REVOKED
 from fedprune_server.executor.accountant import costs
 from fedprune_server.monitoring.alerts import Snapshot, evaluate
+from fedprune_server.monitoring.display import metric_texts
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.storage.state_folder import FILE, LOCK, folders, kept
 from fedprune_server.storage.storage import Storage
-from fedprune_server.terminal.table import metric_texts
 
 _NOT_BEGUN = "not begun"
 

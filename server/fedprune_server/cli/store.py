@@ -46,11 +46,11 @@ def add_store_commands(commands: Any) -> None:
 
 def _check(arguments: argparse.Namespace) -> int:
     from fedprune.core.disk import held
+    from fedprune.output.tables import byte_progress
     from fedprune_server.maintenance.finding import Finding
     from fedprune_server.maintenance.repair import repair
     from fedprune_server.maintenance.state_check import check, size_of
     from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
-    from fedprune_server.terminal.shown_bytes import shown_bytes
 
     folder: Path = arguments.state
     if arguments.backup is not None and not arguments.repair:
@@ -59,7 +59,7 @@ def _check(arguments: argparse.Namespace) -> int:
         raise UsageError("--from", expected="a backup's folder", got=str(arguments.backup))
 
     def found(part: Path, *, running: bool) -> list[Finding]:
-        with shown_bytes(f"reading {part}", size_of(part)) as advance:
+        with byte_progress(f"reading {part}", size_of(part)) as advance:
             return list(check(part, advance, running=running))
 
     wrong = 0
@@ -91,11 +91,11 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _backup(arguments: argparse.Namespace) -> int:
+    from fedprune.output.tables import byte_progress
     from fedprune_server.maintenance.backup import back_up
     from fedprune_server.maintenance.backup_record import record_backup
     from fedprune_server.maintenance.state_check import size_of
     from fedprune_server.storage.state_folder import folders
-    from fedprune_server.terminal.shown_bytes import shown_bytes
 
     state: Path = arguments.state
     further = folders(state)
@@ -107,7 +107,7 @@ def _backup(arguments: argparse.Namespace) -> int:
     has_identity = False
     for part in (state, *further):
         target = arguments.to / part.relative_to(state)
-        with ended_by_signals(), shown_bytes(f"backing {part} up", size_of(part)) as advance:
+        with ended_by_signals(), byte_progress(f"backing {part} up", size_of(part)) as advance:
             made = back_up(part, target, advance)
         record_backup(part)
         print(
@@ -121,9 +121,9 @@ def _backup(arguments: argparse.Namespace) -> int:
 
 
 def _restore(arguments: argparse.Namespace) -> int:
+    from fedprune.output.tables import byte_progress
     from fedprune_server.maintenance.restoring import check_target, opened, read_manifest, restore, verify
     from fedprune_server.storage.state_folder import folders
-    from fedprune_server.terminal.shown_bytes import shown_bytes
 
     target: Path = arguments.state
     backup: Path = arguments.backup
@@ -135,7 +135,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     for part in parts:
         with ended_by_signals(), opened(part) as source:
             manifest = read_manifest(source, part)
-            with shown_bytes(f"reading {part}", manifest.size) as advance:
+            with byte_progress(f"reading {part}", manifest.size) as advance:
                 verify(source, manifest, advance)
         print(
             f"{part} is whole: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}"
@@ -145,7 +145,7 @@ def _restore(arguments: argparse.Namespace) -> int:
         return int(ExitCode.OK)
     for part, manifest in zip(parts, manifests, strict=True):
         database = arguments.database if part == backup else None
-        writing = shown_bytes(f"writing {target}", manifest.size)
+        writing = byte_progress(f"writing {target}", manifest.size)
         with ended_by_signals(), opened(part) as source, writing as advance:
             restore(source, manifest, target / part.relative_to(backup), database, advance)
     manifest = manifests[0]

@@ -17,8 +17,8 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.layers import Layer
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import TABLES, anchored
 
 CONFIG = "FEDPRUNE_CONFIG"

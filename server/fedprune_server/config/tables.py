@@ -14,8 +14,8 @@ from fedprune.security.tls import SYSTEM
 from fedprune.strategies import compose
 from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.config import ELSEWHERE, EMBEDDED, PATHS, SERVER, TEXTS, ServerConfig
 from fedprune_server.config.layers import file_layer, located
+from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, PATHS, SERVER, TEXTS, ServerConfig
 
 TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
 """Of a `fleet.toml`."""

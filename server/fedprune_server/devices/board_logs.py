@@ -21,8 +21,8 @@ from typing import Any
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
+from fedprune.output.log_lines import log_context
 from fedprune.wire.log_messages import CrashReport, LogReport, LogRequest
-from fedprune_server.terminal.log_lines import about
 
 log = logging.getLogger("fedprune.server")
 
@@ -206,7 +206,7 @@ class BoardLogs:
         for row in rows:
             self._kept[row[0]] = max(self._kept.get(row[0], 0), row[1])
         for told in new:
-            with about(device=told.device):
+            with log_context(device=told.device):
                 if told.kind == "crash":
                     log.warning("device %s crashed: %s%s", told.device, told.text, _place(told.body))
                 else:

@@ -17,7 +17,7 @@ from fedprune.planning.costs import costs_at
 from fedprune.planning.plan import Plan
 from fedprune.wire.messages import Progress
 from fedprune_server.devices.clone_detection import SIGNS, SIGNS_WITHIN_S, CloneDetector
-from fedprune_server.terminal.table import Row, Snapshot
+from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -254,7 +254,7 @@ class DeviceRegistry:
         known = self._state.devices.get(device)
         return device in self.outsiders if known is None else bool(known.excluded)
 
-    def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> Snapshot:
+    def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> JobSnapshot:
         """The job as a table.
 
         Args:
@@ -264,7 +264,7 @@ class DeviceRegistry:
         """
         state = self._state
         names = sorted(state.devices.keys() | self._contacts.keys())
-        return Snapshot(
+        return JobSnapshot(
             job=self._job.name,
             round=state.round,
             rounds=self._job.rounds,
@@ -275,7 +275,7 @@ class DeviceRegistry:
             rows=tuple(self._row(n, pulled.get(n)) for n in names),
         )
 
-    def row(self, name: str, pulled: tuple[int, int] | None) -> Row:
+    def row(self, name: str, pulled: tuple[int, int] | None) -> DeviceRow:
         """A device's row of the table.
 
         Args:
@@ -284,13 +284,13 @@ class DeviceRegistry:
         """
         return self._row(name, pulled)
 
-    def _row(self, name: str, pulled: tuple[int, int] | None) -> Row:
+    def _row(self, name: str, pulled: tuple[int, int] | None) -> DeviceRow:
         contact = self._contacts.get(name) or Contact()
         device, task = self._state.devices.get(name), self._state.tasks.get(name)
         if device is None:
             profile = self.outsiders.get(name, {}).get("profile", "?")
             doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
-            return Row(name, profile, None, 0, contact.down, contact.up, None, None, doing)
+            return DeviceRow(name, profile, None, 0, contact.down, contact.up, None, None, doing)
         density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
         if device.widths != contact.parameters[0]:
             count = parameters(self._architecture, device.widths) if device.widths else 0
@@ -310,7 +310,7 @@ class DeviceRegistry:
             doing = f"refused: {task.reason}"
         else:
             doing = "aggregated" if task.progress is Part.FOLDED else task.progress.value
-        return Row(
+        return DeviceRow(
             device=name,
             profile=str(device.profile.get("name", "?")),
             density=density,

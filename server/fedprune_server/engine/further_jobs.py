@@ -12,8 +12,8 @@ from pathlib import Path
 
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import only
-from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.layers import file_layer, located
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import TABLES, parse_config
 from fedprune_server.engine.state_directory import stored_config
 from fedprune_server.storage.state_folder import FOLDER, folders

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
+from fedprune.output.log_lines import log_context
 from fedprune.strategies import compose
 from fedprune.wire.messages import Birth, Finished
 from fedprune.wire.transfer import BlobSender
@@ -39,13 +41,12 @@ from fedprune_server.executor.background import BackgroundExecutor, CommandExecu
 from fedprune_server.executor.retention import Garbage
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.monitoring.display import Lines
 from fedprune_server.monitoring.observer import DisplayObserver, Observer, Observers
 from fedprune_server.monitoring.view import OFFLINE, JobView
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import Storage
-from fedprune_server.terminal.log_lines import about
-from fedprune_server.terminal.table import Lines
 from fedprune_server.transfer.downloads import Downloads
 from fedprune_server.transfer.http import NO_BLOBS, WebBlobs
 from fedprune_server.transfer.multicast import Audience, Multicast
@@ -145,7 +146,7 @@ class JobRunner:
         self._coordinator = coordinate(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS
         self.observers = Observers([DisplayObserver(Lines())] if observers is None else observers)
-        with about(job=job.job.name):
+        with log_context(job=job.job.name):
             self._executor = BackgroundExecutor(job.worker)
         self.registry = DeviceRegistry(
             job.job, job.architecture, job.state, job.storage.traffic(), max_devices, job.storage.outsiders()
@@ -276,7 +277,7 @@ class JobRunner:
             ProtocolError: A device doesn't send such messages.
             StorageError: The disk fails.
         """
-        with self._about(envelope.device):
+        with self._log_context(envelope.device):
             event = self._messages.receive(envelope)
             self._collect_uploads()
             if event is not None:
@@ -288,7 +289,7 @@ class JobRunner:
         Raises:
             FedpruneError: A heavy command failed for another reason than a device's update, or the disk fails.
         """
-        with self._about():
+        with self._log_context():
             self._messages.gather()
             self._collect_uploads()
             while (result := self._executor.collect()) is not None:
@@ -324,8 +325,8 @@ class JobRunner:
         if self._rollouts is not None:
             self._rollouts.connected(up)
 
-    def _about(self, device: str | None = None) -> about:
-        return about(job=self.job.name, round=self.state.round, trace_id=self.observers.trace_id, device=device)
+    def _log_context(self, device: str | None = None) -> AbstractContextManager[None]:
+        return log_context(job=self.job.name, round=self.state.round, trace_id=self.observers.trace_id, device=device)
 
     def _turn_seconds(self) -> float:
         return self._monotonic() - self._begun
@@ -368,13 +369,13 @@ class JobRunner:
                 log.warning("%s%s", self.registry.prefix, error)
                 continue
             answer_s, abilities = birth.answer_s or 0.0, birth.abilities or ()
-            with self._about(birth.device):
+            with self._log_context(birth.device):
                 self.outbox.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic(), abilities))
                 event = self._messages.described(birth)
             events += [event] if event is not None else []
         self._collect_uploads()
         for i, event in enumerate(events):
-            with self._about(event.device):
+            with self._log_context(event.device):
                 self._handle(replace(event, more=i + 1 < len(events)))
                 self.registry.introduce(event.device)
         return {e.device for e in events if not self.state.devices[e.device].excluded}

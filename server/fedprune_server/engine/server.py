@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 
 from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
+from fedprune.output.log_lines import log_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Death, Hello
@@ -26,7 +27,6 @@ from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.message_handler import Envelope
 from fedprune_server.messaging.broker.embedded import BrokerSupervisor, EmbeddedBroker
 from fedprune_server.messaging.transport import TURN_S, DeviceRevoked, DroppedMessage, DuplicateIdentity, Item, SiteLink
-from fedprune_server.terminal.log_lines import about
 
 log = logging.getLogger("fedprune.server")
 
@@ -210,7 +210,7 @@ class Server:
         except ProtocolError as error:
             self._complaints.about(topic, error)
             return
-        with about(device=device):
+        with log_context(device=device):
             try:
                 envelope = Envelope.decode(device, job, channel, payload)
             except ProtocolError as error:

@@ -21,7 +21,7 @@ from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.config import ServerConfig, without_password
+from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.config.tables import with_stored
 from fedprune_server.executor.evaluation_data import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune_server.terminal.log_lines import about
+from fedprune.output.log_lines import log_context
 
 Work = do.Score | do.Extract | do.Fold | do.Close | do.Evaluate
 Result = on.Event | BaseException
@@ -94,7 +94,7 @@ class BackgroundExecutor:
 
     def _carry_out(self, command: Work) -> Result:
         try:
-            with about(round=round_of(command), device=device_of(command)):
+            with log_context(round=round_of(command), device=device_of(command)):
                 return self._worker.execute(command)
         except Exception as error:  # noqa: BLE001 - it is raised again where the loop collects it
             return error

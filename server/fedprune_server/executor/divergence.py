@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
-from fedprune_server.terminal.log_lines import about
+from fedprune.output.log_lines import log_context
 
 log = logging.getLogger("fedprune.server")
 
@@ -63,7 +63,7 @@ def warn(event: on.UpdateRejected, job: Job, prefix: str, reasons: Iterable[str]
         prefix: What lines of this job begin with.
         reasons: Why devices of the round, this one included, don't count so far; empty for each of the others.
     """
-    with about(job=job.name, round=event.round, device=event.device):
+    with log_context(job=job.name, round=event.round, device=event.device):
         log.warning("%supdate of %s in round %d doesn't count: %s", prefix, event.device, event.round, event.reason)
         if ran_away(event.reason) and _most(list(reasons)):
             log.warning("%s%s", prefix, remedy(job.recipe.to_dict()))

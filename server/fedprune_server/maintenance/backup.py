@@ -23,6 +23,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import appearing, write_whole
 from fedprune.core.disk import file_digest, locked, storage_errors
 from fedprune.core.errors import ConfigError, StorageError
+from fedprune.output.tables import Advance
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, Entry, Manifest
 from fedprune_server.maintenance.inventory import Inventory, inventory, lying
@@ -35,7 +36,6 @@ from fedprune_server.storage.s3.store import BucketStore, NotThereError
 from fedprune_server.storage.state_folder import FOLDER as FURTHER
 from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
-from fedprune_server.terminal.shown_bytes import Advance
 
 _ATTEMPTS = 5
 _AGAIN = "Try again; if it stays so, see `fedprune-server check`."

@@ -9,11 +9,11 @@ from pathlib import Path
 from fedprune.blobs.blob_ref import leaf_table, table_file
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError
+from fedprune.output.tables import Advance
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.inventory import Inventory, Lying
 from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, digest_of
 from fedprune_server.storage.s3.store import BucketStore
-from fedprune_server.terminal.shown_bytes import Advance
 
 _BACKUP = "`--repair` looks for it in the state folder and, with `--from BACKUP`, there."
 

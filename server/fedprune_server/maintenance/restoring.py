@@ -14,6 +14,7 @@ from typing import Protocol
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors, sync_folder
 from fedprune.core.errors import ConfigError, StorageError
+from fedprune.output.tables import Advance
 from fedprune.security.epoch import EpochFile
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import NAME, Entry, Manifest
@@ -23,7 +24,6 @@ from fedprune_server.storage.copying import fill
 from fedprune_server.storage.state_folder import keep as keep_place
 from fedprune_server.storage.state_folder import url_of
 from fedprune_server.storage.storage import Storage
-from fedprune_server.terminal.shown_bytes import Advance
 
 _MAX_MANIFEST = 64 * 2**20
 

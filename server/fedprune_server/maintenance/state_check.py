@@ -16,6 +16,7 @@ from fedprune.core import tensorfile
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import quantity
+from fedprune.output.tables import Advance
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE
 from fedprune_server.maintenance.bucket_check import check_bucket, still_missing
@@ -30,7 +31,6 @@ from fedprune_server.storage.database import reading_uri
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
-from fedprune_server.terminal.shown_bytes import Advance
 
 _BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
 _REPAIR = "`--repair` sees to it."

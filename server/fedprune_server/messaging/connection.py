@@ -14,7 +14,7 @@ from fedprune.wire.broker_url import BrokerUrl
 from fedprune.wire.mqtt.inbox import Inbox
 from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
-from fedprune_server.config.config import LOCAL, ServerConfig
+from fedprune_server.config.server_config import LOCAL, ServerConfig
 from fedprune_server.devices.quarantine import FILE as QUARANTINE
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.host_names import names_of

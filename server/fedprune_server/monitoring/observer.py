@@ -7,8 +7,8 @@ from typing import Any, Generic, ParamSpec
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune_server.monitoring.display import Display
 from fedprune_server.monitoring.view import JobView
-from fedprune_server.terminal.table import Display
 
 P = ParamSpec("P")
 

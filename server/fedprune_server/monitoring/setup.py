@@ -10,7 +10,7 @@ from typing import Protocol
 
 from fedprune.core.errors import MissingExtraError
 from fedprune_server.config.alert_settings import OFF
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import OtherServer
 from fedprune_server.monitoring.monitor import Monitor, read_notified

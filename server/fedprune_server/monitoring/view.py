@@ -11,9 +11,9 @@ from fedprune.coordination import State
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
+from fedprune_server.devices.job_snapshot import JobSnapshot
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.devices.registry import DeviceRegistry
-from fedprune_server.terminal.table import Snapshot
 
 _UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 """Progress of parts that something is still awaited of."""
@@ -121,7 +121,7 @@ class JobView:
     clock: Callable[[], float]
     away: str = OFFLINE
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> JobSnapshot:
         """The job as a table."""
         pulled = {n: p for n in self.state.tasks if (p := self.pulled(n)) is not None}
         found = self.registry.snapshot(self.clock(), self.connected(), pulled)

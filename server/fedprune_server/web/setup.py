@@ -17,7 +17,7 @@ from cryptography.x509 import load_pem_x509_certificate
 
 from fedprune import __version__
 from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, reason
-from fedprune_server.config.config import ServerConfig, without_password
+from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.engine.server import Server

@@ -25,7 +25,7 @@ from fedprune.jobs.job import Job
 from fedprune.runtime.session import Session
 from fedprune_server import app
 from fedprune_server.cli.main import main
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder

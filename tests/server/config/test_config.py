@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import overridden, parse_config, read_config
 
 WHOLE = """

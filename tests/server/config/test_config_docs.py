@@ -14,7 +14,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import WRITTEN, Privacy
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import parse_config
 from manual.errors import by_exit_code
 from support.paths import ROOT

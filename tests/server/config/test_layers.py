@@ -13,9 +13,9 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.environment import environment_layer, variables
 from fedprune_server.config.layers import masked, merged
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import as_tables, parse_config, read_config
 from support.paths import ROOT
 

@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune_server.config.config import ServerConfig, without_password
+from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.config.tables import overridden
 from fedprune_server.engine.state_directory import stored_config
 from fedprune_server.storage.storage import FILE, Storage

@@ -13,6 +13,7 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ExitCode, StorageFullError
+from fedprune.output.tables import silent
 from fedprune.wire.messages import Accepted
 from fedprune_server.cli.main import main
 from fedprune_server.maintenance.backup import back_up
@@ -25,7 +26,6 @@ from fedprune_server.storage.s3.bucket import BucketError, parse
 from fedprune_server.storage.s3.layout import digest_of
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
-from fedprune_server.terminal.shown_bytes import silent
 from fedprune_server.transfer.s3_sync import BucketSync
 from support.fakes.fleet import NAMES, Fleet
 from support.fakes.recorded_job import play_job

@@ -15,9 +15,10 @@ from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Progress, Refusal
 from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
+from fedprune_server.devices.job_snapshot import JobSnapshot
+from fedprune_server.monitoring.display import Lines
 from fedprune_server.monitoring.observer import DisplayObserver
 from fedprune_server.storage.storage import Storage
-from fedprune_server.terminal.table import Lines, Snapshot
 from support.fakes.fleet import Fleet, ToyDevice, fill, folded
 from support.fakes.tiny_job import JOB
 
@@ -79,7 +80,7 @@ def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> N
     shown = []
 
     class Rounds(Lines):
-        def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+        def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
             shown.append({row.device: row.accuracy for row in snapshot.rows})
 
     fleet.run(observers=[DisplayObserver(Rounds())])

@@ -13,7 +13,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import Cancelled, Finished, Update
 from fedprune.wire.offer import Offer
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.presence import ANSWER_S
 from fedprune_server.engine import server
 from fedprune_server.engine.further_jobs import further

@@ -28,7 +28,7 @@ from fedprune_device.enrollment import enrollment
 from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls
 from fedprune_device.enrollment.membership import join_first, membership
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.authentication import AuthenticatedLink
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker, TlsFiles

@@ -31,7 +31,7 @@ from fedprune.model.architecture import widths_at
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.cluster_url import check_url
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.executor import pool_tasks, ray_pool
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.pool_tasks import WorkerSpec

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
+from fedprune.output.tables import silent
 from fedprune.security.join_token import Claim
 from fedprune_server.cli.main import main
 from fedprune_server.engine.state_directory import BLOBS
@@ -28,7 +29,6 @@ from fedprune_server.maintenance.restoring import opened, read_manifest, restore
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import FILE, Storage
-from fedprune_server.terminal.shown_bytes import silent
 from fedprune_server.web import database as console_database
 from fedprune_server.web.database import ConsoleDatabase
 from support.fakes.recorded_job import play_job

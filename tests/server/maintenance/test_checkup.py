@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_ref import SUFFIX
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ExitCode, FedpruneError, IdentityError
+from fedprune.output.tables import silent
 from fedprune.security.keys import SigningKey
 from fedprune.security.succession import Succession
 from fedprune_server.cli.main import main
@@ -28,7 +29,6 @@ from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import FILE, Storage
-from fedprune_server.terminal.shown_bytes import silent
 from support.fakes.recorded_job import play_job
 from support.processes.postgres import Postgres
 

@@ -8,12 +8,12 @@ import pytest
 
 from fedprune.coordination import Phase, coordinate
 from fedprune.coordination import events as on
-from fedprune_server.config.config import ServerConfig
+from fedprune.output.tables import silent
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.replay import replay
 from fedprune_server.maintenance.state_check import check
-from fedprune_server.terminal.shown_bytes import silent
 from support.fakes.recorded_job import JOB, play_job
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.maintenance import site_doctor
 from fedprune_server.messaging.broker import revocations
 from fedprune_server.messaging.broker.revocations import RevocationCommandError, _watch, deliver, delivered, delivering

@@ -23,7 +23,7 @@ import pytest
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.main import main
 from fedprune_server.config.alert_settings import AlertSettings, shown_url
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.monitoring import notifications
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert

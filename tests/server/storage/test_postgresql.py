@@ -18,7 +18,7 @@ from fedprune.coordination import State, SynchronousCoordinator
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune_server.cli.status import status
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder, stored_config
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.database import LostConnectionError

@@ -20,7 +20,7 @@ from fedprune.security.certificates import make_request, make_tls_key, save_tls_
 from fedprune.security.tls import pinned_context
 from fedprune.wire.blob_url import BlobUrl
 from fedprune_device.network.http_download import HttpFetch
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.storage.s3.bucket import BucketError
 from fedprune_server.storage.s3.store import BucketStore

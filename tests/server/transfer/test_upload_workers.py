@@ -25,7 +25,7 @@ from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_server.app import upload_workers
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.quarantine import BURST, BYTES_PER_POINT, Quarantine
 from fedprune_server.process.line_process import TRIES
 from fedprune_server.transfer.upload_workers.child import MOST_NAMES, Receiving

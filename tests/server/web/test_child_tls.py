@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedprune.core.errors import ConfigError
 from fedprune.security.certificates import common_name
-from fedprune_server.config.config import ServerConfig
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.monitoring.alerts import Snapshot, evaluate
 from fedprune_server.monitoring.site_facts import site_facts

@@ -13,8 +13,8 @@ import pytest
 
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
+from fedprune.output.log_lines import log_context
 from fedprune_server.monitoring.monitor import Monitor
-from fedprune_server.terminal.log_lines import about
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.setup import ConsoleObserver, jobs_of
 from fedprune_server.web.state import rows
@@ -441,11 +441,11 @@ def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
     log = logging.getLogger("fedprune.server.trial")
     log.addHandler(console.publisher.tap)
     try:
-        with about(job=JOB.name, round=3, trace_id="ab"):
+        with log_context(job=JOB.name, round=3, trace_id="ab"):
             log.warning("the disk is slow")
-            with about(device="b"):
+            with log_context(device="b"):
                 log.warning("no word")
-            with about(device="no name"):
+            with log_context(device="no name"):
                 log.warning("a foreign topic")
     finally:
         log.removeHandler(console.publisher.tap)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fedprune_server.devices.job_snapshot import JobSnapshot
 from fedprune_server.monitoring.view import Facts
-from fedprune_server.terminal.table import Snapshot
 from support.fakes.tiny_job import JOB
 
 FACTS = Facts(
@@ -16,7 +16,7 @@ class StillJob:
 
     job = JOB
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> JobSnapshot:
         """Nothing is shown of it."""
         raise NotImplementedError
 

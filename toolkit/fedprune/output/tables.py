@@ -164,3 +164,26 @@ def progress(first: str = "starting") -> Iterator[Callable[[str], None]]:
 
     with Console(stderr=True).status(escape(first)) as status:
         yield lambda text: status.update(escape(text))
+
+
+Advance = Callable[[int], None]
+"""Takes how many more bytes are done."""
+
+
+@contextlib.contextmanager
+def byte_progress(title: str, total: int) -> Iterator[Advance]:
+    """Show a progress bar of `total` bytes on stderr, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda more: bar.advance(task, more)
+
+
+def silent(more: int) -> None:
+    """An `Advance` that shows nothing."""

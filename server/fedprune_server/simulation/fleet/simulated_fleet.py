@@ -13,8 +13,8 @@ from fedprune.jobs.job import Job
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.config import ServerConfig
 from fedprune_server.config.layers import Layer, file_layer, located, merged
+from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import overridden, parse_config
 from fedprune_server.executor.evaluation_data import check_data, load_calibration, load_evaluation
 from fedprune_server.simulation.datasets.federation import Federation

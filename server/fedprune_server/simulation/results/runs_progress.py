@@ -20,9 +20,9 @@ from rich.progress import (
 from rich.text import Text
 
 from fedprune.coordination import Phase
+from fedprune_server.monitoring.display import logged_above
 from fedprune_server.simulation.runs import Standing
 from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.terminal.table import logged_above
 
 LINE_S = 10.0
 """Seconds between two lines."""

@@ -11,9 +11,9 @@ from typing import Any
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_whole
+from fedprune.output.log_lines import current_log_context
 from fedprune.wire.topics import check_device
 from fedprune_server.devices.board_logs import CRASHES, BoardReport, frames_of, read_logs
-from fedprune_server.terminal.log_lines import said_about
 from fedprune_server.web.state.records import LEVELS, BoardLog, LogLine
 from fedprune_server.web.state.rows import number
 
@@ -42,7 +42,7 @@ class LogTap(logging.Handler):
         """Keep a line, without control characters."""
         try:
             text = one_line(record.getMessage(), 1500)
-            facts: dict[str, Any] = {n: v for n, v in said_about().items() if n in ("device", "job", "round")}
+            facts: dict[str, Any] = {n: v for n, v in current_log_context().items() if n in ("device", "job", "round")}
             if "device" not in facts and (found := _DEVICE.search(text)):
                 facts["device"] = found[1].rstrip(".")
             try:

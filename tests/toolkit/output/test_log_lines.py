@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune_server.terminal.log_lines import JSON, TEXT, about, logged_to_stdout
+from fedprune.output.log_lines import JSON, TEXT, log_context, logged_to_stdout
 
 log = logging.getLogger("fedprune.server")
 
@@ -61,12 +61,12 @@ def test_a_record_says_what_it_is_about_and_threads_do_not_mix() -> None:
     stream = io.StringIO()
 
     def elsewhere() -> None:
-        with about(device="other"):
+        with log_context(device="other"):
             log.info("there")
 
     with logged_to_stdout(verbose=False, form=JSON, stream=stream):
-        with about(job="leaves", round=3, trace_id=None):
-            with about(device="pi"):
+        with log_context(job="leaves", round=3, trace_id=None):
+            with log_context(device="pi"):
                 log.info("within")
                 thread = threading.Thread(target=elsewhere)
                 thread.start()

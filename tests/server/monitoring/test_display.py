@@ -8,11 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from fedprune_server.terminal.table import (
+from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
+from fedprune_server.monitoring.display import (
     Lines,
     LiveTable,
-    Row,
-    Snapshot,
     cells,
     make_display,
     round_line,
@@ -22,8 +21,8 @@ from fedprune_server.terminal.table import (
     title,
 )
 
-ROW = Row("pi", "raspberry-pi-4b", 0.5, 12_345, 2_500_000, 1_250_000, 12.34, 0.875, "train 3/10")
-SNAPSHOT = Snapshot("leaves", 2, 10, "training", {"accuracy": 0.75, "samples": 100.0}, 41.6, True, (ROW,))
+ROW = DeviceRow("pi", "raspberry-pi-4b", 0.5, 12_345, 2_500_000, 1_250_000, 12.34, 0.875, "train 3/10")
+SNAPSHOT = JobSnapshot("leaves", 2, 10, "training", {"accuracy": 0.75, "samples": 100.0}, 41.6, True, (ROW,))
 SUMMARY = {
     "round": 2,
     "model": "0123456789abcdef",
@@ -78,7 +77,7 @@ def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], mon
     monkeypatch.setenv("COLUMNS", str(width))
     stream = Terminal()
     display = make_display(stream)
-    row = Row(
+    row = DeviceRow(
         "attic-zero",
         "raspberry-pi-zero-2w-metered-modem",
         0.609,
@@ -115,7 +114,7 @@ def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([100.0, 130.0, 160.0, 220.0])
-    monkeypatch.setattr("fedprune_server.terminal.table.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("fedprune_server.monitoring.display.time.monotonic", lambda: next(clock))
     lines = Lines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
         for number in (2, 3, 4, 10):
@@ -175,7 +174,7 @@ def test_a_closed_table_gives_logging_back() -> None:
 def test_the_table_is_not_drawn_at_every_message() -> None:
     drawn = []
 
-    def snapshot() -> Snapshot:
+    def snapshot() -> JobSnapshot:
         drawn.append(1)
         return SNAPSHOT
 

@@ -8,12 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol, TextIO
 
 from fedprune.core.text import quantity
+from fedprune.output.log_lines import OneLine
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
-from fedprune_server.terminal.log_lines import OneLine
+from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
 
 log = logging.getLogger("fedprune.server")
 
@@ -42,78 +42,14 @@ _STATES = {
 """Styles of states by their first word; all others are work that is being done."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One device.
-
-    Attributes:
-        device: Its name.
-        profile: Its hardware profile's name.
-        density: Kept share of its channels; None before it is planned for.
-        parameters: Parameters of its submodel.
-        bytes_down: Payload bytes to it so far.
-        bytes_up: Payload bytes from it so far.
-        seconds: From its last offer to the arrival of its update, None before the first.
-        accuracy: Of the model that it serves, on its own test samples, as it said last.
-        state: What it is doing.
-        loss: Its loss there; shown where there is no accuracy, because numbers are predicted.
-    """
-
-    device: str
-    profile: str
-    density: float | None
-    parameters: int
-    bytes_down: int
-    bytes_up: int
-    seconds: float | None
-    accuracy: float | None
-    state: str
-    loss: float | None = None
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A job at one moment.
-
-    Attributes:
-        job: Its name.
-        round: The current round.
-        rounds: Rounds in all.
-        phase: Where the round stands.
-        metrics: The global model's, after the last finished round.
-        remaining_s: Seconds until the round's deadline, if one runs.
-        connected: Whether the broker is there.
-        rows: The devices by name.
-    """
-
-    job: str
-    round: int
-    rounds: int
-    phase: str
-    metrics: Mapping[str, float]
-    remaining_s: float | None
-    connected: bool
-    rows: tuple[Row, ...]
-
-    @property
-    def bytes_down(self) -> int:
-        """Payload bytes to all devices so far."""
-        return sum(r.bytes_down for r in self.rows)
-
-    @property
-    def bytes_up(self) -> int:
-        """Payload bytes from all devices so far."""
-        return sum(r.bytes_up for r in self.rows)
-
-
 class Display(Protocol):
     """Where a daemon shows what happens."""
 
-    def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
+    def refresh(self, snapshot: Callable[[], JobSnapshot]) -> None:
         """Show the present, if it is time to."""
         ...
 
-    def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+    def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
         """A round has been finished."""
         ...
 
@@ -129,14 +65,14 @@ class Lines:
         of_several: Whether the job is one of several, so that lines say which.
     """
 
-    def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
+    def refresh(self, snapshot: Callable[[], JobSnapshot]) -> None:
         """Nothing: lines come with events."""
 
     def __init__(self, of_several: bool = False) -> None:
         self._of_several = of_several
         self._pace = _Pace()
 
-    def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+    def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
         """Log the round."""
         job = f"{snapshot.job}: " if self._of_several else ""
         log.info("%s%s%s", job, round_line(snapshot, summary), self._pace.rest(snapshot, summary))
@@ -166,14 +102,14 @@ class LiveTable:
         self._drawn = -REFRESH_S
         self._pace = _Pace()
 
-    def refresh(self, snapshot: Callable[[], Snapshot]) -> None:
+    def refresh(self, snapshot: Callable[[], JobSnapshot]) -> None:
         """Draw, at most twice a second."""
         now = time.monotonic()
         if now - self._drawn >= REFRESH_S:
             self._drawn = now
             self._draw(snapshot())
 
-    def round_over(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> None:
+    def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
         """Print the round's line above the table and draw."""
         log.info("%s%s", round_line(snapshot, summary), self._pace.rest(snapshot, summary))
         self._draw(snapshot)
@@ -183,7 +119,7 @@ class LiveTable:
         self._live.stop()
         self._logged.close()
 
-    def _draw(self, snapshot: Snapshot) -> None:
+    def _draw(self, snapshot: JobSnapshot) -> None:
         from rich.text import Text
 
         rows: list[Sequence[Cell]] = []
@@ -220,7 +156,7 @@ class _Pace:
     def __init__(self) -> None:
         self._first: tuple[int, float] | None = None
 
-    def rest(self, snapshot: Snapshot, summary: Mapping[str, Any]) -> str:
+    def rest(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> str:
         """What to add to a round's line; nothing at the first, whose beginning wasn't seen, and the last."""
         number, now = int(summary["round"]), time.monotonic()
         if self._first is None or number <= self._first[0]:
@@ -257,7 +193,7 @@ def make_display(stream: TextIO | None = None) -> Display:
     return LiveTable(stream) if stream.isatty() and os.environ.get("TERM") != "dumb" else Lines()
 
 
-def title(snapshot: Snapshot) -> str:
+def title(snapshot: JobSnapshot) -> str:
     """The header: round, phase, global accuracy, deadline."""
     parts = [f"{snapshot.job}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase]
     if "accuracy" in snapshot.metrics:
@@ -276,7 +212,7 @@ def state_style(state: str) -> str:
     return ATTENTION if "two boards" in state else _STATES.get(state.partition(" ")[0].rstrip(":"), BUSY)
 
 
-def cells(row: Row) -> tuple[str, ...]:
+def cells(row: DeviceRow) -> tuple[str, ...]:
     """A row of the table, as texts; `-` where nothing is known."""
     return (
         row.device,
@@ -291,13 +227,13 @@ def cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _own(row: Row) -> str:
+def _own(row: DeviceRow) -> str:
     if row.accuracy is not None:
         return f"{row.accuracy:.1%}"
     return "-" if row.loss is None else f"loss {row.loss:.4g}"
 
 
-def row_line(row: Row) -> str:
+def row_line(row: DeviceRow) -> str:
     """A device as one line of a log."""
     device, profile, density, parameters, down, up, seconds, accuracy, state = cells(row)
     return (
@@ -306,7 +242,7 @@ def row_line(row: Row) -> str:
     )
 
 
-def round_line(snapshot: Snapshot, summary: Mapping[str, Any]) -> str:
+def round_line(snapshot: JobSnapshot, summary: Mapping[str, Any]) -> str:
     """A finished round as one line of a log."""
     devices = summary["devices"]
     counted = sum(d["progress"] == "folded" for d in devices.values())

@@ -1,7 +1,6 @@
-"""How a server's log is written: plain lines, or a JSON object on each line, and what a record is about.
+"""Log output of a long-running command: plain lines, or one JSON object per line, with the context of each record.
 
-Whoever handles a message, an event or a command says once which job, round and device it is about (`about`); every
-line that is logged meanwhile has that, whoever logs it. Nothing that a device says can begin a line of its own.
+Text from a device can't start a log line of its own.
 """
 
 from __future__ import annotations
@@ -17,31 +16,21 @@ from typing import TextIO
 
 TEXT, JSON = "text", "json"
 
-_ABOUT: ContextVar[Mapping[str, object]] = ContextVar("about", default={})  # noqa: B039 - it is never changed
+_CONTEXT: ContextVar[Mapping[str, object]] = ContextVar("log_context", default={})  # noqa: B039 - it is never changed
 
 
-class about:  # noqa: N801 - it reads as a word of the language: `with about(device=name):`
-    """Say what is logged meanwhile in this thread is about; what is None isn't known.
-
-    Args:
-        fields: Such as `job`, `round`, `device` and `trace_id`.
-    """
-
-    __slots__ = ("_fields", "_token")
-
-    def __init__(self, **fields: object) -> None:
-        self._fields = fields
-
-    def __enter__(self) -> None:
-        self._token = _ABOUT.set({**_ABOUT.get(), **{k: v for k, v in self._fields.items() if v is not None}})
-
-    def __exit__(self, *_: object) -> None:
-        _ABOUT.reset(self._token)
+@contextmanager
+def log_context(**fields: object) -> Iterator[None]:
+    """Add fields, such as `job`, `round`, `device` and `trace_id`, to what this thread logs; None is left out."""
+    token = _CONTEXT.set({**_CONTEXT.get(), **{k: v for k, v in fields.items() if v is not None}})
+    try:
+        yield
+    finally:
+        _CONTEXT.reset(token)
 
 
-def said_about() -> Mapping[str, object]:
-    """What a line that is logged now is about."""
-    return _ABOUT.get()
+def current_log_context() -> Mapping[str, object]:
+    return _CONTEXT.get()
 
 
 class OneLine(logging.Formatter):
@@ -68,7 +57,7 @@ class JsonLines(logging.Formatter):
             "level": record.levelname.lower(),
             "message": record.getMessage(),
             "logger": record.name,
-            **said_about(),
+            **current_log_context(),
         }
         if record.exc_info:
             body["error"] = self.formatException(record.exc_info)

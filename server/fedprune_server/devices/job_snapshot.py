@@ -1,0 +1,70 @@
+"""One moment of a job as people see it: a row per device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DeviceRow:
+    """One device.
+
+    Attributes:
+        device: Its name.
+        profile: Its hardware profile's name.
+        density: Kept share of its channels; None before it is planned for.
+        parameters: Parameters of its submodel.
+        bytes_down: Payload bytes to it so far.
+        bytes_up: Payload bytes from it so far.
+        seconds: From its last offer to the arrival of its update, None before the first.
+        accuracy: Of the model that it serves, on its own test samples, as it said last.
+        state: What it is doing.
+        loss: Its loss there; shown where there is no accuracy, because numbers are predicted.
+    """
+
+    device: str
+    profile: str
+    density: float | None
+    parameters: int
+    bytes_down: int
+    bytes_up: int
+    seconds: float | None
+    accuracy: float | None
+    state: str
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class JobSnapshot:
+    """A job at one moment.
+
+    Attributes:
+        job: Its name.
+        round: The current round.
+        rounds: Rounds in all.
+        phase: Where the round stands.
+        metrics: The global model's, after the last finished round.
+        remaining_s: Seconds until the round's deadline, if one runs.
+        connected: Whether the broker is there.
+        rows: The devices by name.
+    """
+
+    job: str
+    round: int
+    rounds: int
+    phase: str
+    metrics: Mapping[str, float]
+    remaining_s: float | None
+    connected: bool
+    rows: tuple[DeviceRow, ...]
+
+    @property
+    def bytes_down(self) -> int:
+        """Payload bytes to all devices so far."""
+        return sum(r.bytes_down for r in self.rows)
+
+    @property
+    def bytes_up(self) -> int:
+        """Payload bytes from all devices so far."""
+        return sum(r.bytes_up for r in self.rows)
