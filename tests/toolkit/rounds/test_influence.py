@@ -238,3 +238,22 @@ def test_an_update_without_shares_keeps_its_bits() -> None:
     for spec in NET.tensors:
         same = np.array_equal(one.trained.tensors[spec.name], other.trained.tensors[spec.name])
         assert same == (spec.name != name)
+
+
+def learning(rounds: int, last: float = 0.1) -> list[dict[str, float]]:
+    """Two boards whose data the model learns, and one that keeps moving as far as all did at first."""
+    return [{"a": 0.1 * 0.8**r, "b": 0.1 * 0.8**r, "unlike": last} for r in range(rounds)]
+
+
+def test_a_board_that_moves_as_far_as_all_did_at_first_is_not_limited_when_others_have_learnt() -> None:
+    assert not any(found.reasons or found.rejected for found in played(learning(20)))
+
+
+def test_such_a_board_moves_no_further_than_all_did_at_first() -> None:
+    assert played(learning(20, last=0.3))[-1].reasons.keys() == {"unlike"}
+    assert played(learning(20, last=3.0))[-1].rejected.keys() == {"unlike"}
+
+
+def test_in_the_long_run_limits_follow_the_median() -> None:
+    shares = played(learning(60))[-1].shares["unlike"]
+    assert max(shares[n] for n in TRAINED) < 0.25

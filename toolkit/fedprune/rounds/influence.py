@@ -16,13 +16,15 @@ An update that is far longer than the round's median is rejected. Only the round
 fewer than half of them are rejected, whatever earlier rounds were like. The other updates are shortened to a multiple
 of their median.
 
-For this multiple the median counts as at most twice a *reference*, which the job keeps from round to round and renews
-from all valid updates. In a round it at most doubles or halves, and it stays between 1/1024 of a tensor's scale and the
-scale itself: the root mean square of the initial tensor, but at least 1. (The references of batch-norm statistics have
-no upper end, because statistics follow the scale of the data.) So hostile rounds can't raise the limit without bound,
-and boards count in full again within ten rounds after quiet ones. A round of one or two updates has no majority: its
-limit is a multiple of the reference alone, which changes only as far as both updates agree. Updates without any change
-are left out of medians.
+For this multiple the median counts as at least once and at most twice a *reference*, which the job keeps from round to
+round and renews from all valid updates. In a round it at most doubles, and it takes 20 rounds to halve: most boards
+move less and less while the model learns their data, but a board with few channels or unlike data may still move as
+far as all did at first. The reference stays between 1/1024 of a tensor's scale and the scale itself: the root mean
+square of the initial tensor, but at least 1. So hostile rounds can't raise the limit without bound, and boards count
+in full again within ten rounds after quiet ones. Batch-norm statistics are measured anew in each round instead of
+added up, and follow the scale of the data: their references have no upper end and may halve in a round, and their
+medians no lower one. A round of one or two updates has no majority: its limit is a multiple of the reference alone,
+which changes only as far as both updates agree. Updates without any change are left out of medians.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ REJECTED = 8.0
 _MAJORITY = 3
 """Fewest updates that have an honest majority if one of them is hostile."""
 _GROWTH = 2.0
-"""Largest factor by which a reference changes in a round, and by which a round's median counts as longer than it."""
+"""Largest factor by which a reference grows in a round, and by which a round's median counts as longer than it."""
+_FALL = 2.0 ** (1 / 20)
+"""Largest factor by which a trained tensor's reference falls in a round; for batch-norm statistics it is `_GROWTH`."""
 _LEAST = 2.0**-10
 """Lower end of a reference, as a multiple of its tensor's scale."""
 _DIGITS = 6
@@ -150,15 +154,16 @@ def bounds(
     trained = {t.name for t in architecture.trainable}
     scaled = trained | {WHOLE}
     updates = {d: {n: v / reach[d] if n in scaled else v for n, v in u.items()} for d, u in updates.items()}
-    rejected = _rejected(updates, times)
+    rejected = _rejected(updates, times, float(remembered[WHOLE][0]) if WHOLE in remembered else 0.0)
     kept = {device: found for device, found in updates.items() if device not in rejected}
     typical, reference = {}, {}
     for name in sorted({name for found in updates.values() for name in found} | {WHOLE}):
         before, scale = map(float, remembered.get(name, (0.0, _scale(name, trained, model))))
-        most = scale if name in scaled else math.inf
+        most, fall, floor = (scale, _FALL, before) if name in scaled else (math.inf, _GROWTH, 0.0)
         moved = _moved(name, updates)
-        reference[name] = np.array([_renewed(before, moved, scale * _LEAST, most), scale])
-        typical[name] = min(_typical(before, _moved(name, kept), majority=len(moved) >= _MAJORITY), most)
+        reference[name] = np.array([_renewed(before, moved, scale * _LEAST, most, fall), scale])
+        usual = _typical(before, _moved(name, kept), majority=len(moved) >= _MAJORITY)
+        typical[name] = min(max(usual, floor), most)
     limits = {n: times * TENSOR * max(v, typical[WHOLE]) for n, v in typical.items()} | {WHOLE: times * typical[WHOLE]}
     shares, reasons = {}, {}
     for device, found in sorted(kept.items()):
@@ -210,12 +215,12 @@ def weight_limit(samples: Iterable[int], times: float, most: int = 0) -> int:
     return limit
 
 
-def _rejected(updates: Mapping[str, Lengths], times: float) -> dict[str, str]:
+def _rejected(updates: Mapping[str, Lengths], times: float, reference: float) -> dict[str, str]:
     """Reasons by device whose update is too long to count; fewer than half of the updates, as the median is one."""
     moved = _moved(WHOLE, updates)
     if len(moved) < _MAJORITY:
         return {}
-    middle = statistics.median_high(moved)
+    middle = max(statistics.median_high(moved), reference)
     far = {device: found[WHOLE] for device, found in updates.items() if found[WHOLE] > REJECTED * times * middle}
     return {device: f"its update stands out: {_far(length, middle)}" for device, length in far.items()}
 
@@ -235,14 +240,14 @@ def _typical(before: float, moved: Sequence[float], *, majority: bool) -> float:
     return min(middle, _GROWTH * before) if before else middle
 
 
-def _renewed(before: float, moved: Sequence[float], least: float, most: float) -> float:
+def _renewed(before: float, moved: Sequence[float], least: float, most: float, fall: float) -> float:
     """The next reference; 0 as long as no update has changed the tensor."""
     if not moved:
         return before
     low, high = (statistics.median_low(moved),) * 2 if len(moved) >= _MAJORITY else (moved[0], moved[-1])
     after = min(max(before or low, low), high)
     if before:
-        after = min(max(after, before / _GROWTH), before * _GROWTH)
+        after = min(max(after, before / fall), before * _GROWTH)
     return min(max(after, least), most)
 
 
