@@ -38,11 +38,7 @@ class Coverage:
 
     @property
     def expect_layout(self) -> Selection:
-        """The layout.
-
-        Raises:
-            BundleError: Nothing was added yet.
-        """
+        """The layout. Raises `BundleError` if nothing was added yet."""
         if self.layout is None:
             raise BundleError("the fold is empty")
         return self.layout

@@ -39,21 +39,13 @@ class BlobFolder:
         return self.path(sha256).is_file()
 
     def path(self, sha256: str) -> Path:
-        """Where the blob is, or would be.
-
-        Raises:
-            StorageError: `sha256` is no digest.
-        """
+        """Where the blob is, or would be. Raises `StorageError` if `sha256` is no digest."""
         if not is_digest(sha256):
             raise StorageError("name of a blob", expected="64 hex digits", got=repr(sha256)[:80])
         return self.root / sha256[:2] / sha256
 
     def check_size(self, size: int) -> None:
-        """Make sure that a blob may be this large.
-
-        Raises:
-            StorageFullError: It may not.
-        """
+        """Make sure that a blob may be this large. Raises `StorageFullError` if it may not."""
         if size > self.max_size:
             raise StorageFullError(
                 "blob is larger than this store allows", expected=f"at most {self.max_size} bytes", got=size

@@ -74,31 +74,19 @@ class BlobStore(BlobFolder):
         return ref
 
     def ref(self, sha256: str) -> BlobRef:
-        """The reference of a blob that is here.
-
-        Raises:
-            StorageError: It is not here.
-        """
+        """The reference of a blob that is here. Raises `StorageError` if it is not here."""
         size = self.size(sha256)
         return BlobRef(sha256, size, hashlib.sha256(self.table(sha256)).hexdigest())
 
     def size(self, sha256: str) -> int:
-        """Bytes of a blob that is here.
-
-        Raises:
-            StorageError: It is not here.
-        """
+        """Bytes of a blob that is here. Raises `StorageError` if it is not here."""
         try:
             return self.path(sha256).stat().st_size
         except FileNotFoundError as error:
             raise StorageError(f"blob {sha256} is not in {self.root}", hint=_LOST) from error
 
     def read(self, sha256: str) -> bytes:
-        """A blob's bytes, checked against its name.
-
-        Raises:
-            StorageError: It is not here, or damaged.
-        """
+        """A blob's bytes, checked against its name. Raises `StorageError` if it is not here, or damaged."""
         self.size(sha256)
         path = self.path(sha256)
         with storage_errors(f"can't read {path}"):
@@ -185,11 +173,7 @@ class BlobStore(BlobFolder):
         return PartialBlob(self, ref, vouched=vouched)
 
     def delete(self, sha256: str) -> None:
-        """Delete a blob, whole or partial, if it is in the store.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Delete a blob, whole or partial, if it is in the store. Raises `StorageError` if the disk fails."""
         path = self.path(sha256)
         self._checked.pop(sha256, None)
         with storage_errors(f"can't delete {path}"):
@@ -199,11 +183,7 @@ class BlobStore(BlobFolder):
                 (self.root / "partial" / name).unlink(missing_ok=True)
 
     def drop_partials(self, kept: AbstractSet[str]) -> None:
-        """Delete partial blobs, except these.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Delete partial blobs, except these. Raises `StorageError` if the disk fails."""
         folder = self.root / "partial"
         with storage_errors(f"can't tidy {folder}"):
             for path in folder.iterdir():

@@ -85,22 +85,14 @@ def place(source: Path, path: Path, *, sync: bool = True) -> None:
 
 
 def move(source: Path, path: Path) -> None:
-    """Rename a file within a disk, durably.
-
-    Raises:
-        StorageError: The disk fails, or `source` is missing.
-    """
+    """Rename a file within a disk, durably. Raises `StorageError` if the disk fails, or `source` is missing."""
     with storage_errors(f"can't write {path}"):
         source.replace(path)
         sync_folder(path.parent)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, durably; one that isn't there is fine.
-
-    Raises:
-        StorageError: The disk fails.
-    """
+    """Delete a file, durably; one that isn't there is fine. Raises `StorageError` if the disk fails."""
     with storage_errors(f"can't write {path}"):
         path.unlink(missing_ok=True)
         sync_folder(path.parent)
@@ -142,11 +134,7 @@ def read_document(path: Path) -> dict[str, Any] | None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a process that was killed left unfinished in a folder.
-
-    Raises:
-        StorageError: The disk fails.
-    """
+    """Delete what a process that was killed left unfinished in a folder. Raises `StorageError` if the disk fails."""
     with storage_errors(f"can't write {folder}"):
         for path in folder.glob(f".*{_PARTIAL}"):
             path.unlink(missing_ok=True)

@@ -136,11 +136,7 @@ def held(path: Path) -> bool:
 
 
 def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
-    """Write all of `data` at an offset, in as many calls as it takes.
-
-    Raises:
-        OSError: As `os.pwrite`.
-    """
+    """Write all of `data` at an offset, in as many calls as it takes. Raises `OSError` as `os.pwrite`."""
     view = memoryview(data)
     while view:
         written = os.pwrite(descriptor, view, at)
@@ -148,11 +144,7 @@ def write_all(descriptor: int, data: bytes | memoryview, at: int = 0) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file as hex, read piece by piece.
-
-    Raises:
-        OSError: It can't be read.
-    """
+    """sha256 of a file as hex, read piece by piece. Raises `OSError` if it can't be read."""
     found = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -161,11 +153,7 @@ def file_digest(path: Path) -> str:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content survive a power cut.
-
-    Raises:
-        OSError: The file can't be opened, or the disk fails.
-    """
+    """Make a file's content survive a power cut. Raises `OSError` if the file can't be opened, or the disk fails."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -63,11 +63,7 @@ def header(specs: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[st
 
 
 def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Canonical bytes of `tensors`, in their order.
-
-    Raises:
-        BundleError: A tensor's type has no safetensors code.
-    """
+    """Canonical bytes of `tensors`, in their order. Raises `BundleError` if a tensor's type has no safetensors code."""
     # Joined from the tensors themselves: on boards a further copy of all weights is memory that they may not have.
     return b"".join([header_of(tensors, metadata), *map(_bytes, tensors.values())])
 
@@ -162,11 +158,7 @@ def array_at(raw: bytes | memoryview, code: str, shape: tuple[int, ...], start: 
 
 
 def decode(raw: bytes | memoryview) -> dict[str, Array]:
-    """Tensors of a file, as read-only views on its bytes.
-
-    Raises:
-        BundleError: As `offsets`.
-    """
+    """Tensors of a file, as read-only views on its bytes. Raises `BundleError` as `offsets`."""
     out: dict[str, Array] = {}
     for name, (code, shape, start, end) in offsets(raw).items():
         out[name] = array_at(raw, code, shape, start, end)

@@ -48,11 +48,7 @@ class Layer:
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Layer:
-        """Read what `to_row` gave.
-
-        Raises:
-            ValueError, TypeError: It is something else.
-        """
+        """Read what `to_row` gave. Raises `ValueError, TypeError` if it is something else."""
         name, op, weight, positions, axis, read, reads, made, makes, kernel, stride, groups, inner = row
         return cls(
             str(name),
@@ -91,10 +87,6 @@ class Activation:
 
     @classmethod
     def from_row(cls, row: Sequence[Any]) -> Activation:
-        """Read what `to_row` gave.
-
-        Raises:
-            ValueError, TypeError: It is something else.
-        """
+        """Read what `to_row` gave. Raises `ValueError, TypeError` if it is something else."""
         name, channels, positions, kept = row
         return cls(str(name), Axis.from_rows(channels), whole(positions), bool(whole(kept)))

@@ -39,11 +39,7 @@ class TensorAxes:
 
     @classmethod
     def from_json(cls, text: str) -> TensorAxes:
-        """Read what `axes_json` wrote.
-
-        Raises:
-            BundleError: It is something else.
-        """
+        """Read what `axes_json` wrote. Raises `BundleError` if it is something else."""
         try:
             body = json.loads(text)
             if body["format"] != _FORMAT:
@@ -103,11 +99,7 @@ class TensorAxes:
         return plans
 
     def shapes(self, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors at some widths.
-
-        Raises:
-            BundleError: The widths don't fit.
-        """
+        """Shapes of all tensors at some widths. Raises `BundleError` if the widths don't fit."""
         self._fit(widths)
         return {n: tuple(a.size(widths, self.sizes) for a in axes) for n, axes in self.axes.items()}
 
@@ -116,11 +108,7 @@ class TensorAxes:
             raise BundleError("widths don't fit the training graph", expected=f"up to {self.sizes}", got=tuple(widths))
 
     def check(self, tensors: Mapping[str, Array], widths: Sequence[int]) -> None:
-        """Make sure that tensors have these widths.
-
-        Raises:
-            BundleError: One is unknown or has another shape.
-        """
+        """Make sure that tensors have these widths. Raises `BundleError` if one is unknown or has another shape."""
         for name, value in tensors.items():
             shape = tuple(a.size(widths, self.sizes) for a in self.axes[name]) if name in self.axes else None
             if shape != value.shape:

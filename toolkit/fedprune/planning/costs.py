@@ -231,11 +231,7 @@ def storage_bytes(weights: int, training: int, inference: int, own: int = 0) -> 
 
 
 def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
-    """Costs of the submodel of these widths.
-
-    Raises:
-        BundleError: The widths don't fit the architecture.
-    """
+    """Costs of the submodel of these widths. Raises `BundleError` if the widths don't fit the architecture."""
     checked = architecture.check_widths(widths)
     shapes = architecture.shapes(checked)
     macs = [layer_macs(architecture, layer, checked, shapes) for layer in architecture.layers]

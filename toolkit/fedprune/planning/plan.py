@@ -147,11 +147,7 @@ class Plan:
         )
 
     def limit(self, name: str) -> Limit:
-        """The limit of that name.
-
-        Raises:
-            KeyError: This plan has no such limit.
-        """
+        """The limit of that name. Raises `KeyError` if this plan has no such limit."""
         return next(limit for limit in self.limits if limit.name == name)
 
     def describe(self, whole: int | None = None) -> str:
@@ -226,11 +222,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, body: object) -> Plan:
-        """Read and check what `to_dict` writes.
-
-        Raises:
-            PlanError: It is not what `to_dict` writes.
-        """
+        """Read and check what `to_dict` writes. Raises `PlanError` if it is not what `to_dict` writes."""
         try:
             if not isinstance(body, Mapping):
                 raise TypeError(f"a {type(body).__name__}")

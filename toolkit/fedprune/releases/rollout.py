@@ -180,11 +180,7 @@ class Rollout:
 
     @classmethod
     def of(cls, plan: RolloutPlan, boards: Iterable[str]) -> Rollout:
-        """A rollout to some boards, which `tick` begins.
-
-        Raises:
-            ConfigError: There are no boards.
-        """
+        """A rollout to some boards, which `tick` begins. Raises `ConfigError` if there are no boards."""
         groups = plan.groups(boards)
         fates = {board: BoardFate(number) for number, group in enumerate(groups) for board in group}
         if not fates:
@@ -361,11 +357,7 @@ class Rollout:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Rollout:
-        """Read what `to_dict` wrote.
-
-        Raises:
-            StorageError: It is something else.
-        """
+        """Read what `to_dict` wrote. Raises `StorageError` if it is something else."""
         try:
             if body["format"] != FORMAT:
                 raise ValueError(body["format"])

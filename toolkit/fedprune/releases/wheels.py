@@ -30,11 +30,7 @@ Refuse = type[FedpruneError]
 
 
 def parsed(wheel: Path, refuse: Refuse) -> tuple[str, Version, frozenset[Tag]]:
-    """Name, version and tags in a wheel's file name.
-
-    Raises:
-        FedpruneError: As `refuse`: it is no such name.
-    """
+    """Name, version and tags in a wheel's file name. Raises `FedpruneError` as `refuse`: it is no such name."""
     try:
         name, version, _, tags = parse_wheel_filename(wheel.name)
     except (InvalidWheelFilename, ValueError) as error:  # the latter of numbers that are too long
@@ -97,11 +93,7 @@ def unmet(
 
 
 def required(wheel: Path, refuse: Refuse) -> list[str]:
-    """What a wheel requires, as its metadata says it.
-
-    Raises:
-        FedpruneError: As `refuse`: it is no wheel.
-    """
+    """What a wheel requires, as its metadata says it. Raises `FedpruneError` as `refuse`: it is no wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]

@@ -89,11 +89,7 @@ class Round:
         return self._add(update)
 
     def check(self, update: RoundUpdate) -> Report:
-        """Read an update, and check it without adding it.
-
-        Raises:
-            FedpruneError: It can't count.
-        """
+        """Read an update, and check it without adding it. Raises `FedpruneError` if it can't count."""
         report = update.report()
         if not update.checked:
             self.fold.check(report.trained.selection, report.trained.tensors)

@@ -260,11 +260,7 @@ def _opened(model: Path | bytes, threads: int, training: bool, *providers: Any, 
 
 
 def version() -> str:
-    """Version of the installed onnxruntime.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
+    """Version of the installed onnxruntime. Raises `MissingExtraError` if it is not installed."""
     return str(_onnxruntime().__version__)
 
 

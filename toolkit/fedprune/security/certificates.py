@@ -49,11 +49,7 @@ def make_tls_key() -> TlsKey:
 
 
 def save_tls_key(key: TlsKey, path: Path) -> None:
-    """Write a key as PKCS8 PEM with mode 0600, durably.
-
-    Raises:
-        StorageError: The disk fails or is full.
-    """
+    """Write a key as PKCS8 PEM with mode 0600, durably. Raises `StorageError` if the disk fails or is full."""
     write_private(path, tls_key_pem(key))
 
 
@@ -139,11 +135,7 @@ def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
 
 
 def load_certificate(path: Path, what: str) -> x509.Certificate:
-    """Read a certificate from a file.
-
-    Raises:
-        IdentityError: It is missing or none.
-    """
+    """Read a certificate from a file. Raises `IdentityError` if it is missing or none."""
     try:
         return read_certificate(path.read_bytes(), f"{what} {path}")
     except OSError as error:
@@ -170,11 +162,7 @@ def read_authorities(pem: str | bytes, what: str = "the authorities' certificate
 
 
 def load_authorities(path: Path) -> tuple[x509.Certificate, ...]:
-    """Read authorities from a file, as `read_authorities`.
-
-    Raises:
-        IdentityError: The file is missing or damaged.
-    """
+    """Read authorities from a file, as `read_authorities`. Raises `IdentityError` if the file is missing or damaged."""
     what = "the authority's certificate"
     load_certificate(path, what)  # names the file
     try:
@@ -233,11 +221,7 @@ def device_uri(site: str, device: str) -> str:
 
 
 def host_name(host: str) -> x509.GeneralName:
-    """How a broker's certificate names a host.
-
-    Raises:
-        IdentityError: It is neither name nor address.
-    """
+    """How a broker's certificate names a host. Raises `IdentityError` if it is neither name nor address."""
     try:
         return x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
     except ValueError:

@@ -105,11 +105,7 @@ class DeviceIdentity:
 
     @property
     def server(self) -> VerifyingKey:
-        """The server's verifying key.
-
-        Raises:
-            IdentityError: The device hasn't joined, or the file is damaged.
-        """
+        """The server's verifying key. Raises `IdentityError` if the device hasn't joined, or the file is damaged."""
         try:
             return VerifyingKey.from_hex((self.folder / _SERVER).read_text().strip(), "the server's key")
         except (OSError, UnicodeDecodeError, ProtocolError) as error:
@@ -199,11 +195,7 @@ class DeviceIdentity:
 
     @property
     def times(self) -> TrustedTime:
-        """Its time floor.
-
-        Raises:
-            IdentityError: It hasn't joined yet.
-        """
+        """Its time floor. Raises `IdentityError` if it hasn't joined yet."""
         if self._time is None:
             self._time = TrustedTime(self.folder / _TIME, self._ends)
         return self._time
@@ -215,11 +207,7 @@ class DeviceIdentity:
 
     @property
     def pins(self) -> tuple[bytes, ...]:
-        """Pins of the trusted authorities, the oldest first.
-
-        Raises:
-            IdentityError: The device has none yet.
-        """
+        """Pins of the trusted authorities, the oldest first. Raises `IdentityError` if the device has none yet."""
         return tuple(map(pin_of, load_authorities(self.folder / _AUTHORITY)))
 
     def follow_authorities(self, pins: Sequence[str]) -> None:

@@ -74,11 +74,7 @@ class VerifyingKey:
         return grouped(hashlib.sha256(self.raw).hexdigest()[:20])
 
     def verify(self, signature: bytes, data: bytes) -> None:
-        """Make sure that the key's owner signed it.
-
-        Raises:
-            SignatureError: The owner did not.
-        """
+        """Make sure that the key's owner signed it. Raises `SignatureError` if the owner did not."""
         try:
             Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, data)
         except (InvalidSignature, ValueError) as error:

@@ -190,11 +190,7 @@ def _bits(row: Indices, size: int) -> Array:
 
 
 def _sizes(shapes: Array | None) -> Iterator[tuple[int, ...]]:
-    """The shapes of tensors that grow, one after the other.
-
-    Raises:
-        BundleError: They are none.
-    """
+    """The shapes of tensors that grow, one after the other. Raises `BundleError` if they are none."""
     if shapes is None or shapes.dtype != np.int64 or shapes.ndim != 1:
         raise BundleError("this is no slab", expected=f"whole numbers named {_SHAPES}")
     numbers, at = shapes.tolist(), 0

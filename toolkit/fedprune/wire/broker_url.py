@@ -31,11 +31,7 @@ class BrokerUrl:
 
     @classmethod
     def parse(cls, url: str) -> BrokerUrl:
-        """Read mqtt://[user:password@]host[:port] or mqtts://...
-
-        Raises:
-            ConfigError: It has another form.
-        """
+        """Read mqtt://[user:password@]host[:port] or mqtts://... Raises `ConfigError` if it has another form."""
         try:
             parts = urlsplit(url)
             port = parts.port

@@ -37,11 +37,7 @@ class CheckedMessage:
             object.__setattr__(self, name, declared.check(f"{self.kind}: field {name}", getattr(self, name)))
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON in UTF-8.
-
-        Raises:
-            ProtocolError: It is longer than a message may be.
-        """
+        """Canonical JSON in UTF-8. Raises `ProtocolError` if it is longer than a message may be."""
         body: dict[str, Any] = {"v": VERSION, "type": self.kind}
         for f in fields(self):
             value = getattr(self, f.name)

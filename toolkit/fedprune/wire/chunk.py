@@ -59,11 +59,7 @@ class Chunk:
     payload: bytes | memoryview
 
     def to_bytes(self) -> bytes:
-        """As it travels.
-
-        Raises:
-            ProtocolError: The payload is empty or too long.
-        """
+        """As it travels. Raises `ProtocolError` if the payload is empty or too long."""
         _check_payload(len(self.payload))
         return b"".join((header(self.sha256, self.part, self.first), self.payload))
 

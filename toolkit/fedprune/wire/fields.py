@@ -59,11 +59,7 @@ class Items:
 
 
 def field_type(hint: Any) -> FieldType:
-    """The field type that an annotation declares.
-
-    Raises:
-        TypeError: It declares none.
-    """
+    """The field type that an annotation declares. Raises `TypeError` if it declares none."""
     notes = getattr(hint, "__metadata__", ())
     for note in notes:
         if isinstance(note, FieldType):

@@ -119,11 +119,7 @@ class Topics:
         return f"{self._prefix}/{EVERYONE}/{NO_JOB}/{SERVERS}"
 
     def parse_join(self, topic: str) -> str:
-        """The nonce in the topic of a request of this site.
-
-        Raises:
-            ProtocolError: It is another topic.
-        """
+        """The nonce in the topic of a request of this site. Raises `ProtocolError` if it is another topic."""
         parts = topic.split("/", 5)
         if len(parts) != 6 or "/".join(parts[:3]) != self._prefix or parts[4:] != [NO_JOB, JOIN]:
             raise ProtocolError("topic", expected=f"{self._prefix}/<nonce>/{NO_JOB}/{JOIN}", got=repr(topic[:200]))
@@ -155,22 +151,14 @@ class Topics:
 
 
 def check_nonce(value: object) -> str:
-    """`value`, if it is the nonce of a request to join: 32 hex digits.
-
-    Raises:
-        ProtocolError: It is not.
-    """
+    """`value`, if it is the nonce of a request to join: 32 hex digits. Raises `ProtocolError` if it is not."""
     if not isinstance(value, str) or not _NONCE.fullmatch(value):
         raise ProtocolError("nonce", expected="32 hex digits", got=repr(value)[:80])
     return value
 
 
 def check_tag(value: object, what: str = "tag of a receiver") -> str:
-    """`value`, if it is the tag of a receiver: 16 hex digits.
-
-    Raises:
-        ProtocolError: It is not.
-    """
+    """`value`, if it is the tag of a receiver: 16 hex digits. Raises `ProtocolError` if it is not."""
     if not isinstance(value, str) or not _RECEIVER.fullmatch(f"up/{value}"):
         raise ProtocolError(what, expected="16 hex digits", got=repr(value)[:80])
     return value
@@ -192,22 +180,14 @@ def check_name(value: object, what: str) -> str:
 
 
 def check_device(value: object, what: str = "device") -> str:
-    """`value`, if it is a name that a device may have: any but `all`.
-
-    Raises:
-        ProtocolError: It is not.
-    """
+    """`value`, if it is a name that a device may have: any but `all`. Raises `ProtocolError` if it is not."""
     if value == EVERYONE:
         raise ProtocolError(what, expected="a device's own name", got=repr(value))
     return check_name(value, what)
 
 
 def check_job(value: object, what: str = "job") -> str:
-    """`value`, if it is a name that a job may have: any but `-`.
-
-    Raises:
-        ProtocolError: It is not.
-    """
+    """`value`, if it is a name that a job may have: any but `-`. Raises `ProtocolError` if it is not."""
     if value == NO_JOB:
         raise ProtocolError(
             what, expected="a name of 1 to 64 letters, digits, _ . or -, other than '-'", got=repr(value)
