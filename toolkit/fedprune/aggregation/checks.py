@@ -19,11 +19,8 @@ MAX_STEPS = 2**31 - 1
 
 
 def check_model(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-    """The tensors that a fold begins with, if they are a whole model.
-
-    Raises:
-        BundleError: One is missing, not float32, of another shape or not finite; the message names it.
-    """
+    """The tensors that a fold begins with. Raises `BundleError`, which names one that is missing, not float32, of
+    another shape or not finite."""
     out: Tensors = {}
     for spec in architecture.tensors:
         value = base.get(spec.name)
@@ -52,9 +49,6 @@ def check_submodel(
     """Make sure that tensors are the submodel that a selection describes.
 
     Args:
-        architecture: The model's.
-        selection: Where the submodel's channels live.
-        submodel: The tensors.
         bounds: By tensor the largest magnitude that its values may have.
         optional: Tensors that may be missing.
 
@@ -90,16 +84,10 @@ def check_submodel(
 
 
 def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]], reported: Collection[str]) -> None:
-    """Make sure that tensors are squared gradients of a submodel.
+    """Make sure that tensors are squared gradients of a submodel, of those that the recipe has reported.
 
-    Args:
-        selection: Where the submodel's channels live.
-        squares: The tensors, by the names of the weights that they belong to.
-        reported: Of which tensors the recipe asks for them.
-
-    Raises:
-        ProtocolError: A tensor was not asked for, is not float32, has another shape than the selection says, or holds
-            values that are negative or not finite; the message names it.
+    Raises `ProtocolError`, which names a tensor that was not asked for, is not float32, has another shape than the
+    selection says, or holds values that are negative or not finite.
     """
     shapes = selection.shapes()
     largest = float(np.finfo(np.float32).max)
@@ -117,16 +105,7 @@ def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]],
 
 
 def check_counts(weight: object, steps: object, most: int) -> None:
-    """Make sure that an update's weight and steps are counts.
-
-    Args:
-        weight: What it counts for.
-        steps: Optimiser steps behind it.
-        most: Weight that the sum has room for.
-
-    Raises:
-        ProtocolError: One isn't, or is out of range.
-    """
+    """Make sure that an update's weight (at most `most`) and optimiser steps are counts. Raises `ProtocolError`."""
     if not is_whole(weight, 1, most):
         raise ProtocolError(
             "weight of an update",

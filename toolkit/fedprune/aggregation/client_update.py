@@ -23,8 +23,6 @@ class ClientUpdate:
     """What `Fold.add` is given, checked.
 
     Attributes:
-        selection: Where the submodel's channels live.
-        tensors: What was trained.
         weight: n_k.
         steps: Optimiser steps behind it.
         mask: Which elements count; None for all.
@@ -45,12 +43,7 @@ class ClientUpdate:
         return np.asarray(base[name][mesh(self.selection.maps(name))])
 
     def moves(self, base: Tensors, left_out: Collection[str] = ()) -> Moves:
-        """Δ_k by trained tensor, 0 where masked.
-
-        Args:
-            base: The fold's base w_t.
-            left_out: Tensors that don't enter the sums.
-        """
+        """Δ_k by trained tensor, 0 where masked; `base` is the fold's w_t."""
         out: Moves = {}
         for spec in self.selection.architecture.trainable:
             if spec.name in left_out:
@@ -97,19 +90,15 @@ def rebased(
 ) -> dict[str, npt.NDArray[Any]]:
     """w_t + (w_k − w_sent) for the tensors that are trained; statistics are measured, not moved, and stay w_k.
 
-    Where a device was sent what the base holds now, that is w_k itself, bit for bit.
+    Where a device was sent what the base holds now, that is w_k itself, bit for bit. Tensors have the submodel's
+    shapes, and are float64 where they were moved.
 
     Args:
-        architecture: The model.
-        selection: Where the submodel's channels live.
         trained: w_k, checked.
         sent: w_sent, checked.
         base: w_t, the whole model.
         bounds: By tensor the largest magnitude that a sum accepts.
         left_out: Tensors that don't enter the sums.
-
-    Returns:
-        Tensors of the submodel's shapes, float64 where they were moved.
 
     Raises:
         ProtocolError: A sum is out of bounds; the message names the tensor.

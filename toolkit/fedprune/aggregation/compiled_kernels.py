@@ -41,13 +41,10 @@ _compiled: dict[str, Kernel] = {}
 
 
 def load(numbers: int = WORTH) -> bool:
-    """Have folds use compiled kernels, from the first large model of this process on.
+    """Have folds use compiled kernels, from the first model of this process on that has enough numbers.
 
-    Args:
-        numbers: Of the model that is to be folded.
-
-    Returns:
-        Whether there are kernels now: a model was large enough, numba is installed, and it may and can compile here.
+    Returns whether there are kernels now: a model was large enough, numba is installed, and it may and can compile
+    here.
     """
     global _tried
     with _lock:
@@ -94,15 +91,8 @@ def scale(total: npt.NDArray[np.int64], factor: float, out: npt.NDArray[np.float
 def add(
     total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int, bits: int
 ) -> bool:
-    """Add Σ weight · round(values · 2^scale) to `total` in place.
-
-    Args:
-        total: A view on sums.
-        rows: Arrays of its shape.
-        weights: One per array.
-        scale: Of the values.
-        bits: Scaled values are at most 2^bits in magnitude.
-    """
+    """Add Σ weight · round(values · 2^scale) to `total` in place, one weight per row; scaled values are at most 2^bits
+    in magnitude."""
     if not _compiled or not total.size or any(r.dtype != np.float32 or r.shape != total.shape for r in rows):
         return False
     lines = _lines([total, *rows])
@@ -145,13 +135,8 @@ class Scattered(NamedTuple):
 
 
 def scatter(total: npt.NDArray[np.int64], several: Sequence[Scattered], scale: int) -> bool:
-    """Add weight · round(values · 2^scale) at rows and columns of sums, in place.
-
-    Args:
-        total: Sums [rows, columns, numbers side by side].
-        several: What is added.
-        scale: As in `add`.
-    """
+    """Add weight · round(values · 2^scale) at rows and columns of sums [rows, columns, numbers side by side], in
+    place."""
     kernel = _compiled.get("scatter")
     _, across, inner = total.shape
     if kernel is None or not total.size:
@@ -195,8 +180,7 @@ def close(
         factor: The sums' unit.
         rows: By row of the sums, where it is in `base` and `out`.
         columns: The same by column.
-        base: Of `total`'s shape.
-        out: Of `total`'s shape.
+        base: Of `total`'s shape, as `out`.
     """
     kernel = _compiled.get("close")
     alike = base.shape == out.shape == total.shape and share.shape == total.shape[:2] == (rows.size, columns.size)
@@ -209,13 +193,8 @@ def close(
 
 
 def runs(weights: Sequence[int], most: int, together: int) -> Iterator[tuple[int, list[int]]]:
-    """Runs of weights that are added at once: where they begin, and the weights. One that is over `most` is alone.
-
-    Args:
-        weights: In the order of the updates.
-        most: The largest sum of a run's weights.
-        together: The most weights in a run.
-    """
+    """Runs of weights that are added at once, of at most `together` weights and the sum `most`: where they begin, and
+    the weights. One that is over `most` is alone."""
     first = 0
     for i in range(1, len(weights) + 1):
         if i == len(weights) or i - first == together or sum(weights[first : i + 1]) > most:
@@ -229,12 +208,8 @@ def _inside(indices: npt.NDArray[np.int64], length: int) -> bool:
 
 
 def _lines(parts: Sequence[npt.NDArray[Any]]) -> tuple[int, int, list[int]] | None:
-    """The memory of arrays of one shape, as lines of neighbours.
-
-    Returns:
-        The number of lines, their length, and by array the distance from one to the next, in numbers; None where the
-        memory is not that simple.
-    """
+    """The memory of arrays of one shape, as lines of neighbours: their number, length, and by array the distance from
+    one to the next, in numbers; None where the memory is not that simple."""
     shape, width = parts[0].shape, 1
     axis = len(shape)
     while axis and all(shape[axis - 1] == 1 or p.strides[axis - 1] == width * p.itemsize for p in parts):
@@ -375,10 +350,8 @@ def _load() -> None:
 
 
 def _may_run_what_it_wrote() -> bool:
-    """Whether memory that was written to may become code, which systemd's MemoryDenyWriteExecute forbids.
-
-    numba doesn't check: it would end the process.
-    """
+    """Whether memory that was written to may become code, which systemd's MemoryDenyWriteExecute forbids; numba doesn't
+    check, and would end the process."""
     if sys.platform != "linux":
         return True
     page = mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE)

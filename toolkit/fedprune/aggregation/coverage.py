@@ -22,11 +22,7 @@ Active = Mapping[str, npt.NDArray[np.bool_]]
 
 
 class Coverage:
-    """Which updates hold what, in the layout of the first one's ranks.
-
-    Args:
-        architecture: The model.
-    """
+    """Which updates hold what, in the layout of the first one's ranks."""
 
     def __init__(self, architecture: Architecture) -> None:
         self.architecture = architecture
@@ -60,13 +56,7 @@ class Coverage:
         return found
 
     def add(self, selection: Selection, weight: int, active: Active) -> None:
-        """Count an update.
-
-        Args:
-            selection: Where its channels live.
-            weight: What it counts for.
-            active: Per tensor that it holds only in part, which elements [shape of the submodel's tensor].
-        """
+        """Count an update of this weight; `active` is, per tensor that it holds only in part, which elements."""
         layout = self.settle(selection)
         for name, mask in active.items():
             spec = self.architecture.by_name[name]
@@ -80,10 +70,8 @@ class Coverage:
         self.weight += weight
 
     def mass(self, spec: TensorSpec) -> Mass | None:
-        """Weight per coordinate of a tensor, in the layout; None where every update holds the whole tensor.
-
-        Axes that every update holds as a whole may be 1 long.
-        """
+        """Weight per coordinate of a tensor, in the layout; None where every update holds the whole tensor. Axes that
+        every update holds as a whole may be 1 long."""
         layout = self.expect_layout
         shares = [share for (_, single), share in self._shares.items() if spec.name not in single]
         whole = mass_in(layout, spec, shares) if shares else np.zeros(spec.shape, np.int64)
@@ -101,16 +89,10 @@ class Coverage:
 def partly_active(
     architecture: Architecture, selection: Selection, mask: ElementMask | None, left_out: Collection[str] = ()
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """The tensors of which a mask leaves something out; what it leaves whole goes the cheap way.
+    """The tensors of which a mask, in the submodel's coordinates, leaves something out; what it leaves whole goes the
+    cheap way.
 
-    Args:
-        architecture: The model.
-        selection: The submodel's.
-        mask: In the submodel's coordinates; None for no mask.
-        left_out: Tensors that are not summed.
-
-    Raises:
-        ProtocolError: A mask is of an unknown tensor, of batch-norm statistics, or of another shape or type.
+    Raises `ProtocolError` if a mask is of an unknown tensor, of batch-norm statistics, or of another shape or type.
     """
     out = {}
     for name, active in ({} if mask is None else mask.active).items():

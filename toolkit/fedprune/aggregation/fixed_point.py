@@ -76,20 +76,13 @@ class Range:
             reference: Finite values that all parties agree on, such as the round's base tensor.
             least: The exponent isn't smaller than this.
             headroom: Doublings above the reference's largest magnitude.
-            limbs: As in the class.
         """
         top = magnitude(reference)
         return cls(max(least, math.frexp(top)[1] + headroom) if math.isfinite(top) else least, limbs)
 
 
 def weight_in(samples: int, total: int, devices: int) -> int:
-    """A device's weight in a round whose sums hold at most `MAX_WEIGHT`.
-
-    Args:
-        samples: The device's.
-        total: Those of all devices of the round.
-        devices: Their number.
-    """
+    """A device's weight in a round of so many devices and samples in all, whose sums hold at most `MAX_WEIGHT`."""
     if total <= MAX_WEIGHT:
         return max(1, samples)
     return max(1, samples * (MAX_WEIGHT - devices) // total)
@@ -107,11 +100,8 @@ def magnitude(values: npt.NDArray[Any]) -> float:
 
 
 def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
-    """Check that all values are finite and within a bound.
-
-    Raises:
-        ProtocolError: One isn't; the message names the tensor, the bound and the value.
-    """
+    """Check that all values are finite and within a bound. Raises `ProtocolError`, which names the tensor, the bound
+    and the value."""
     compiled = compiled_kernels.magnitude(values)
     if compiled is not None and compiled <= bound:
         return
@@ -148,12 +138,7 @@ def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
 
 
 class FixedSum:
-    """A tensor of order-free sums of weighted values.
-
-    Args:
-        shape: The tensor's shape.
-        span: What values it accepts; callers check them with `check_range` first.
-    """
+    """A tensor of order-free sums of weighted values; callers check them with `check_range` first."""
 
     __slots__ = ("limbs", "span")
 
@@ -172,13 +157,7 @@ class FixedSum:
         self.add_all([values], [weight], at)
 
     def add_all(self, rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], at: Index = (...,)) -> None:
-        """Add several weights·values at one index, which reads and writes the sums once.
-
-        Args:
-            rows: Arrays of values as in `add`, all of the same type.
-            weights: One per array.
-            at: As in `add`.
-        """
+        """Add several weights·values, all of one type, at one index, which reads and writes the sums once."""
         if self.span.limbs > 1:
             self._add_limbs(rows, weights, at)
             return
@@ -198,12 +177,8 @@ class FixedSum:
             rest -= whole * math.ldexp(1.0, -scale)
 
     def scatter(self, several: Sequence[compiled_kernels.Scattered], inner: int) -> bool:
-        """Add weights·values at rows and columns, if that is compiled; returns whether it was done.
-
-        Args:
-            several: Values and weights as in `add`.
-            inner: Numbers per row and column.
-        """
+        """Add weights·values at rows and columns of `inner` numbers, if that is compiled; returns whether it was
+        done."""
         total = self.limbs[0]
         if self.span.limbs > 1 or not total.size:
             return False
@@ -242,13 +217,8 @@ class FixedSum:
     def value(
         self, at: Index = (...,), factor: float = 1.0, out: npt.NDArray[np.float64] | None = None
     ) -> npt.NDArray[np.float64]:
-        """The sums at an index times a factor as float64, rounded once per limb and by the factor.
-
-        Args:
-            at: Which.
-            factor: What they are multiplied with.
-            out: Where they may be put.
-        """
+        """The sums at an index times a factor as float64, rounded once per limb and by the factor; `out` is where they
+        may be put."""
         if self.span.limbs == 1:
             # The unit is a power of two, so that this is one rounding.
             scaled: npt.NDArray[np.float64] = np.multiply(self.limbs[0][at], self.span.unit * factor, out=out)
@@ -263,11 +233,7 @@ class FixedSum:
 def _add(total: npt.NDArray[np.int64], rows: Sequence[npt.NDArray[Any]], weights: Sequence[int], scale: int) -> None:
     """Add Σ weight · round(values · 2^scale) to `total` in place, in blocks that stay in the cache.
 
-    Args:
-        total: A view on the sums.
-        rows: Arrays of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
-        weights: One per array.
-        scale: s.
+    Rows are of its shape, all float32 or all float64, of magnitude up to 2^(38 − scale).
     """
     if compiled_kernels.add(total, rows, weights, scale, VALUE_BITS):
         return

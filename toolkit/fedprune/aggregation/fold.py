@@ -59,7 +59,6 @@ class Fold:
     the sums once for all: their arrays are held, not copied, and must stay as they are until the fold is closed.
 
     Args:
-        architecture: The model.
         base: The global model w_t that devices' submodels were cut from.
         rule: `coverage`, `fill` or `zero`, as described above.
         evidence: Also sum movements per step and their squares, which curvature scores are made from.
@@ -123,11 +122,8 @@ class Fold:
         return self._shared
 
     def partial(self) -> PartialSums:
-        """What has been summed, for `take`; the fold must not be added to any more.
-
-        Raises:
-            BundleError: Nothing was added, or masks of single elements.
-        """
+        """What has been summed, for `take`; the fold must not be added to any more. Raises `BundleError` if nothing
+        was added, or masks of single elements."""
         self._sums.settle()
         coverage = self._sums.coverage
         shares = coverage.shares()
@@ -139,9 +135,8 @@ class Fold:
     def take(self, parts: Sequence[PartialSums]) -> None:
         """Add what narrowed folds have summed of the same updates, which together hold all tensors.
 
-        Raises:
-            BundleError: They don't, or are of another architecture, of different updates, or of other sums than these.
-            ProtocolError: The total weight would be too large.
+        Raises `BundleError` if they don't, or are of another architecture, of different updates, or of other sums than
+        these, and `ProtocolError` if the total weight would be too large.
         """
         check_parts(parts, self.architecture, (t.name for t in self._shared))
         weight = parts[0].weight
@@ -160,13 +155,7 @@ class Fold:
         return self._spans[name].bound
 
     def check(self, selection: Selection, submodel: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Check an update before anything of it is added.
-
-        Raises:
-            BundleError: The selection is of another architecture.
-            ProtocolError: A tensor is missing, unknown, not float32, of another shape than the selection says, or
-                holds values that are not finite or out of bounds; the message names it.
-        """
+        """Check an update before anything of it is added. Raises as `check_submodel`."""
         bounds = {name: span.bound for name, span in self._spans.items()}
         check_submodel(self.architecture, selection, submodel, bounds, self.excluded)
 
@@ -183,22 +172,18 @@ class Fold:
     ) -> None:
         """Add one device's trained submodel: S_i += n_k·w_{k,i} at the coordinates that its selection holds.
 
-        Either all of an update is added or, where it raises, nothing.
-
         Args:
-            selection: Where the submodel's channels live.
             submodel: The tensors after training.
             weight: n_k, the device's number of samples.
             steps: Optimiser steps that it took; only evidence needs them.
             mask: Which elements of the submodel count; None for all. The others are ignored.
             sent: The submodel that the device began with, where that is not the base's: w_t + (w_k − w_sent) counts
                 instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), except in batch-norm statistics.
-            checked: `check` has passed these tensors, so that they needn't be looked at once more.
+            checked: `check` has passed these tensors.
 
         Raises:
-            BundleError: As `check`.
-            ProtocolError: As `check`, weight or steps are out of range, the mask doesn't fit, or a rebased update is
-                out of bounds.
+            BundleError, ProtocolError: As `check`; or weight or steps are out of range, the mask doesn't fit, or a
+                rebased update is out of bounds. Nothing was added.
         """
         check_counts(weight, steps, MAX_WEIGHT if self._collected is not None else MAX_WEIGHT - self.weight)
         if not checked:
@@ -281,14 +266,12 @@ class Fold:
         return to_global(whole, spec, self._sums.coverage.layout)
 
     def movement(self, name: str) -> tuple[Float64s, Float64s, npt.NDArray[np.bool_]]:
-        """First and second moments of a trainable tensor's movement per step.
+        """First and second moments of a trainable tensor's movement per step; raises `BundleError` if they weren't
+        summed.
 
         Returns:
             Per coordinate Σ n_k·u_k / M and Σ n_k·u_k² / M with u_k = Δ_k / steps_k (saturated at ±1/4), and whether
             any device trained it.
-
-        Raises:
-            BundleError: The fold was made without evidence, or the tensor isn't trainable.
         """
         spec = self.architecture.by_name.get(name)
         if not self.evidence or spec is None or not spec.kind.trainable:

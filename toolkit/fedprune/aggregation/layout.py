@@ -39,10 +39,8 @@ def places(layout: Selection, spec: TensorSpec, selection: Selection) -> Iterato
 class Grid(NamedTuple):
     """Coordinates of one tensor's numbers in another, if only the first two axes are permuted.
 
-    Attributes:
-        rows: By index of the first axis, the other's.
-        columns: By index of the second axis, the other's.
-        inner: Contiguous numbers in both: the product of all further axes.
+    `rows` and `columns` give, by index of the first and second axis, the other's; `inner` is the product of all further
+    axes, whose numbers are contiguous in both.
     """
 
     rows: Indices
@@ -83,15 +81,7 @@ def in_order(layout: Selection, selection: Selection) -> bool:
 
 
 class Expansion:
-    """A submodel's tensor as a whole one, in a layout.
-
-    Args:
-        layout: The whole tensor's layout.
-        spec: The tensor; it has axes.
-        selection: The submodel's.
-        value: The submodel's tensor.
-        absent: The value of coordinates that it doesn't hold.
-    """
+    """A submodel's tensor as a whole one, in a layout; `absent` is the value of coordinates that it doesn't hold."""
 
     def __init__(
         self,
@@ -129,13 +119,8 @@ class Expansion:
         self._places: npt.NDArray[np.int64] = np.empty((0, 0), np.int64)
 
     def rows(self, start: int, stop: int, out: npt.NDArray[Any] | None = None) -> npt.NDArray[Any]:
-        """Some rows of the whole tensor.
-
-        Args:
-            start: The first row.
-            stop: Behind the last.
-            out: Where they may be put, C-contiguous [stop − start, ...].
-        """
+        """Rows from `start` to before `stop` of the whole tensor; `out` is where they may be put, C-contiguous [stop −
+        start, ...]."""
         first, shape = self._first[start:stop], (stop - start, *self._shape[1:])
         if self._rest is None and first.size and _identity(first - first[0]) and first[0] >= 0:
             return self._value[first[0] : first[0] + first.size].reshape(shape)
@@ -171,16 +156,9 @@ class Expansion:
 def mass_in(
     layout: Selection, spec: TensorSpec, shares: Collection[tuple[Selection, int]]
 ) -> npt.NDArray[np.int64] | None:
-    """Per coordinate of a tensor, in the layout, the weight of the updates that hold it.
+    """Per coordinate of a tensor, in the layout, the weight of the updates (`shares`: by selection) that hold it.
 
-    Args:
-        layout: The sums' layout.
-        spec: The tensor.
-        shares: Selections and the weight of all updates of each.
-
-    Returns:
-        The weights, of the tensor's shape except that axes that every update holds as a whole have length 1; None
-        where every update holds the whole tensor.
+    Axes that every update holds as a whole have length 1; None where every update holds the whole tensor.
     """
     if all(selection.whole for selection, _ in shares):
         return None

@@ -25,15 +25,8 @@ Key = tuple[str, str, int]
 
 @dataclass(frozen=True, eq=False)
 class PartialSums:
-    """What one fold has summed.
-
-    Attributes:
-        names: The tensors that it was made of.
-        layout: The layout of its sums.
-        shares: Selections and the weight of all updates of each.
-        updates: How many updates.
-        arrays: The sums, in the layout.
-    """
+    """What one fold has summed, in its layout, of the tensors that it was made of; `shares` is the weight of all
+    updates by selection."""
 
     names: frozenset[str]
     layout: Selection
@@ -56,11 +49,8 @@ class PartialSums:
 
 
 def check_parts(parts: Sequence[PartialSums], architecture: Architecture, expected: Iterable[str]) -> None:
-    """Make sure that sums of the same updates make up a model's, each tensor once.
-
-    Raises:
-        BundleError: They don't.
-    """
+    """Make sure that sums of the same updates make up a model's, each tensor once. Raises `BundleError` if they
+    don't."""
     names = [name for part in parts for name in part.names]
     if sorted(names) != sorted(expected):
         raise BundleError("partial sums", expected="each tensor of the model once", got=f"{len(names)} tensors")
@@ -72,14 +62,9 @@ def check_parts(parts: Sequence[PartialSums], architecture: Architecture, expect
 
 
 def blocks(specs: Sequence[TensorSpec], most: int, least: int) -> list[frozenset[str]]:
-    """Tensors dealt into blocks of about the same size, for as many processes.
+    """Tensors dealt into `most` blocks of about the same size; fewer where they would have less than `least` numbers.
 
     A tensor is never split. The largest go first, each to the block that is smallest so far.
-
-    Args:
-        specs: The tensors.
-        most: How many blocks there may be.
-        least: Numbers that make up a block: there are fewer where they would be smaller.
     """
     sizes = {spec.name: math.prod(spec.shape) for spec in specs}
     count = max(1, min(most, sum(sizes.values()) // max(1, least), len(sizes)))

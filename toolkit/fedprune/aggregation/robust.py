@@ -36,14 +36,8 @@ _NETWORK = 256  # devices
 
 
 def clipped(addition: ClientUpdate, base: Tensors, limit: float, left_out: Collection[str] = ()) -> ClientUpdate:
-    """An update whose move is at most `limit` long; one that is not longer keeps its bits.
-
-    Args:
-        addition: The update.
-        base: The fold's base.
-        limit: The largest norm of Δ over all trained tensors.
-        left_out: Tensors that don't enter the sums.
-    """
+    """An update whose move, Δ over all trained tensors, is at most `limit` long; one that is not longer keeps its
+    bits."""
     length = norm(addition.moves(base, left_out))
     return addition if length <= limit else addition.shortened(base, limit / length)
 
@@ -52,7 +46,6 @@ def standing_out(values: Mapping[str, float], tolerance: float, *, low: bool, wh
     """Devices that are too far from the median of all, and why; none if there are fewer than three.
 
     Args:
-        values: A number per device.
         tolerance: In standard deviations.
         low: Whether being low is what stands out, or being high.
         what: What the numbers are, for the reason.
@@ -73,13 +66,7 @@ def standing_out(values: Mapping[str, float], tolerance: float, *, low: bool, wh
 
 
 class Direction:
-    """Where all updates together are heading, every one of them with the same length.
-
-    Args:
-        architecture: The model.
-        base: The fold's base.
-        left_out: Tensors that don't enter the sums.
-    """
+    """Where all updates together are heading, every one of them with the same length."""
 
     def __init__(self, architecture: Architecture, base: Tensors, left_out: Collection[str] = ()) -> None:
         self._base = base
@@ -117,13 +104,8 @@ class Direction:
 
 @dataclass(frozen=True)
 class Slab:
-    """Some rows of a tensor, of which all updates are looked at together.
-
-    Attributes:
-        spec: The tensor.
-        start: The first row.
-        stop: Behind the last; both 0 for a tensor without axes.
-    """
+    """Rows from `start` to before `stop` of a tensor (both 0 without axes), of which all updates are looked at
+    together."""
 
     spec: TensorSpec
     start: int
@@ -136,13 +118,8 @@ class Slab:
 
 
 def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[list[Slab]]:
-    """Parts of a model that fit into a memory budget together, for a number of float32 updates.
-
-    Args:
-        specs: The tensors.
-        updates: How many updates there are.
-        budget: Bytes; a single row may be more.
-    """
+    """Parts of a model that fit into a memory budget in bytes together, for a number of float32 updates; a single row
+    may be more."""
     room = max(1, budget // (4 * max(1, updates)))
     taken = 0
     batch: list[Slab] = []
@@ -162,14 +139,8 @@ def slabs(specs: Sequence[TensorSpec], updates: int, budget: int) -> Iterator[li
 
 
 def rows_of(slab: Slab, addition: ClientUpdate, base: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
-    """An update's values in a slab: infinite where it holds none.
-
-    Args:
-        slab: The rows.
-        addition: The update.
-        base: The fold's base; trained tensors are w_t + Δ_k.
-        whole: The whole model in its own order.
-    """
+    """An update's values w_t + Δ_k in a slab: infinite where it holds none. `base` is the fold's, `whole` the model in
+    its own order."""
     spec, selection = slab.spec, addition.selection
     value = addition.tensors[spec.name]
     if spec.kind.trainable:
@@ -184,16 +155,14 @@ def rows_of(slab: Slab, addition: ClientUpdate, base: Tensors, whole: Selection)
 
 
 def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> npt.NDArray[np.float32]:
-    """The median or the trimmed mean of devices' values, per coordinate over those that hold it.
+    """The median or the trimmed mean of devices' values, per coordinate over those that hold it; infinite where none
+    does.
 
     Args:
         values: [devices, ...], infinite where a device doesn't hold a coordinate; used up.
         kind: `median`: of an even number the mean of the middle two. `trimmed`: the mean without the floor(trim·h)
             lowest and as many highest of h.
         trim: Below 0.5.
-
-    Returns:
-        [...]; infinite where no device holds a coordinate.
     """
     devices = len(values)
     flat = values.reshape(devices, -1)

@@ -20,13 +20,10 @@ Float64s = npt.NDArray[np.float64]
 
 
 class Rows(NamedTuple):
-    """Some rows of a tensor's mean, in the fold's layout.
+    """Some rows of a tensor's mean, in the fold's layout, valid until the next rows are asked for.
 
-    Attributes:
-        rows: Which.
-        mean: Valid until the next rows are asked for.
-        held: Which coordinates any update holds; None for all.
-        base: The base's rows, where they were asked for or needed.
+    `held` is which coordinates any update holds (None for all), `base` the base's rows, where they were asked for or
+    needed.
     """
 
     rows: Index
@@ -79,13 +76,7 @@ class RoundMeans:
     def moving(
         self, spec: TensorSpec, step: ServerStep, velocity: npt.NDArray[np.float32] | None
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """A tensor of the next model, and its velocity.
-
-        Args:
-            spec: A tensor that is trained.
-            step: The server's.
-            velocity: Of the round before; None for zero.
-        """
+        """A trained tensor of the next model, and its velocity, from that of the round before (None for zero)."""
         layout = self._coverage.expect_layout
         base = to_layout(self._base[spec.name], spec, layout)
         start = np.zeros(spec.shape, np.float32) if velocity is None else velocity

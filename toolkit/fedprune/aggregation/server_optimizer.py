@@ -37,12 +37,9 @@ class ServerStep:
             raise BundleError("server rate", expected=f"above 0 and at most {MAX_RATE:g}", got=self.rate)
 
     def towards(self, base: npt.NDArray[Any], mean: Float64s, *, measured: bool) -> Float64s:
-        """w_t + rate·(w̄ − w_t).
+        """w_t + rate·(w̄ − w_t); w̄ itself at a rate of 1.
 
-        Args:
-            base: w_t.
-            mean: w̄; at a rate of 1 it is returned as it is.
-            measured: Whether these are statistics, which never go beyond the mean (a variance could become negative).
+        Statistics (`measured`) never go beyond the mean: a variance could become negative.
         """
         rate = min(self.rate, 1.0) if measured else self.rate
         if rate == 1:

@@ -51,7 +51,6 @@ class UpdateSums:
     """The sums of updates whose values and total weight are checked already.
 
     Args:
-        architecture: The model.
         base: The model that the round began with.
         specs: The tensors that are summed.
         spans: By tensor, the magnitudes that it may have.
@@ -93,10 +92,6 @@ class UpdateSums:
         """Add an update.
 
         Args:
-            selection: Where its channels are.
-            values: Its tensors.
-            weight: What it counts for.
-            steps: Optimiser steps behind it.
             active: Per tensor that it holds only in part, which elements.
             copied: Whether its arrays were made for it alone: they then don't wait, which would take memory.
         """
@@ -133,11 +128,8 @@ class UpdateSums:
         }
 
     def take(self, parts: Sequence[PartialSums]) -> None:
-        """Add sums of the same updates, which together hold all tensors.
-
-        Raises:
-            BundleError: They are of other sums than these.
-        """
+        """Add sums of the same updates, which together hold all tensors. Raises `BundleError` if they are of other
+        sums than these."""
         theirs = {key: value for part in parts for key, value in part.arrays.items()}
         for key, limb in self.arrays().items():
             found = theirs.get(key)

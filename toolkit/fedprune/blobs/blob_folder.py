@@ -13,16 +13,11 @@ from fedprune.core.validation import is_digest
 
 
 class BlobFolder:
-    """A content-addressed folder, `<root>/<first two hex digits>/<sha256>`.
+    """A content-addressed folder, `<root>/<first two hex digits>/<sha256>`, made with `tmp` and `partial` in it.
 
     Args:
-        root: The folder; made if missing, with `tmp` and `partial` in it.
-        max_size: Bytes that no blob may exceed.
         reserve: Bytes that must stay free on the disk when a blob is written.
         durable: Flush files to the disk before they appear. A simulation can do without.
-
-    Raises:
-        StorageError: The folder can't be made.
     """
 
     def __init__(self, root: Path, max_size: int, reserve: int, *, durable: bool) -> None:
@@ -52,11 +47,8 @@ class BlobFolder:
             )
 
     def check_room(self, size: int) -> None:
-        """Make sure that this many more bytes fit.
-
-        Raises:
-            StorageFullError: They don't, or no blob may be that large.
-        """
+        """Make sure that this many more bytes fit. Raises `StorageFullError` if they don't, or no blob may be that
+        large."""
         self.check_size(size)
         free = shutil.disk_usage(self.root).free
         if size + self.reserve > free:
@@ -68,17 +60,7 @@ class BlobFolder:
             )
 
     def write_file(self, path: Path, data: bytes | memoryview, *, flush: bool = True) -> None:
-        """Write a file so that it appears whole or not at all.
-
-        Args:
-            path: The file.
-            data: What shall be in it.
-            flush: Flush it to the disk before it appears; without, a power cut may leave an empty file.
-
-        Raises:
-            StorageFullError: The disk is full; nothing is left behind.
-            StorageError: The disk fails.
-        """
+        """Write a file so that it appears whole or not at all; without `flush` a power cut may leave an empty one."""
         temporary = self.root / "tmp" / f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
             with storage_errors(f"can't write {path}"):
@@ -95,13 +77,7 @@ class BlobFolder:
             raise
 
     def move(self, source: Path, target: Path, *, flush: bool = True) -> None:
-        """Put a finished file in its place.
-
-        Args:
-            source: The file.
-            target: Its place.
-            flush: Flush the folder, so that it is there after a power cut.
-        """
+        """Put a finished file in its place, and flush the folder if it must be there after a power cut."""
         target.parent.mkdir(mode=0o700, exist_ok=True)
         source.replace(target)
         if self.durable and flush:

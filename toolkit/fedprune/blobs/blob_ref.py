@@ -30,16 +30,7 @@ MAX_BLOB = 2**40
 
 @dataclass(frozen=True)
 class BlobRef:
-    """A blob's name, size and leaf table digest.
-
-    Attributes:
-        sha256: Digest of all bytes, as hex.
-        size: Number of bytes.
-        leaves: sha256 of the leaf table, as hex.
-
-    Raises:
-        ProtocolError: A digest or the size is not one.
-    """
+    """A blob's name (the hex sha256 of all bytes), size, and the sha256 of its leaf table."""
 
     sha256: str
     size: int
@@ -75,11 +66,8 @@ class BlobRef:
 
     @classmethod
     def from_dict(cls, body: object) -> BlobRef:
-        """Read and check; unknown keys are ignored.
-
-        Raises:
-            ProtocolError: Not a mapping, a key is missing or a value is wrong.
-        """
+        """Read and check; unknown keys are ignored. Raises `ProtocolError` if it is no mapping, a key is missing or a
+        value is wrong."""
         if not isinstance(body, Mapping):
             raise ProtocolError("blob reference", expected="an object", got=type(body).__name__)
         for name in ("sha256", "size", "leaves"):
@@ -91,8 +79,7 @@ class BlobRef:
 def table_file(table: bytes) -> bytes:
     """The file of a leaf table: its sha256, then the table.
 
-    No file of a table is flushed: whatever a power cut leaves of one is recognised by the digest, and the table is made
-    or pulled again.
+    It is never flushed: what a power cut leaves is recognised by the digest, and the table is made or pulled again.
     """
     return hashlib.sha256(table).digest() + table
 

@@ -33,12 +33,8 @@ class BlobStore(BlobFolder):
     """A content-addressed folder, with a file of the leaf table next to each blob that has several leaves.
 
     Args:
-        root, max_size, reserve, durable: As of `BlobFolder`.
         sweep: Remove unfinished files of this machine's dead processes. Not for a folder that machines share: a process
             of another machine would look dead.
-
-    Raises:
-        StorageError: The folder can't be made.
     """
 
     def __init__(
@@ -59,12 +55,8 @@ class BlobStore(BlobFolder):
             self._sweep()
 
     def put(self, data: bytes | memoryview) -> BlobRef:
-        """Store these bytes; a second time costs nothing.
-
-        Raises:
-            StorageFullError: The disk is full, or the blob is larger than the store allows.
-            StorageError: The disk fails.
-        """
+        """Store these bytes; a second time costs nothing. Raises `StorageFullError` if the disk is full, or the blob
+        is larger than the store allows."""
         table = leaf_table(data)
         ref = BlobRef(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(table).hexdigest())
         if not self._whole(ref):
@@ -95,13 +87,8 @@ class BlobStore(BlobFolder):
         return data
 
     def map(self, sha256: str) -> memoryview:
-        """A blob's bytes as a memory-mapped view on its file.
-
-        They are checked against the blob's name when it is first mapped, and again once the file has changed.
-
-        Raises:
-            StorageError: It is not here, or damaged.
-        """
+        """A blob's bytes as a memory-mapped view, checked when it is first mapped and once the file has changed. Raises
+        `StorageError` if it is not here, or damaged."""
         self.size(sha256)
         path = self.path(sha256)
         with storage_errors(f"can't read {path}"), path.open("rb") as file:
@@ -125,30 +112,21 @@ class BlobStore(BlobFolder):
             )
 
     def open(self, sha256: str) -> RawIOBase:
-        """A blob's file, to be read in pieces without verification.
-
-        Raises:
-            StorageError: The blob is not here or can't be read.
-        """
+        """A blob's file, to be read in pieces without verification. Raises `StorageError` if the blob is not here or
+        can't be read."""
         path = self.path(sha256)
         with storage_errors(f"can't read {path}"):
             return path.open("rb", buffering=0)
 
     def read_leaves(self, sha256: str, first: int, count: int) -> bytes:
-        """Bytes of `count` leaves from leaf `first` on, as far as the blob goes; not checked.
-
-        Raises:
-            StorageError: The blob is not here or can't be read.
-        """
+        """Bytes of `count` leaves from leaf `first` on, as far as the blob goes; not checked. Raises `StorageError`
+        if the blob is not here or can't be read."""
         with self.open(sha256) as file, storage_errors(f"can't read {self.path(sha256)}"):
             return os.pread(file.fileno(), count * LEAF, first * LEAF)
 
     def table(self, sha256: str) -> bytes:
-        """The leaf table of a blob that is here; made again if it is missing.
-
-        Raises:
-            StorageError: The blob is not here or can't be read.
-        """
+        """The leaf table of a blob that is here; made again if it is missing. Raises `StorageError` if the blob is
+        not here or can't be read."""
         count = -(-self.size(sha256) // LEAF)
         path = self._table_path(sha256)
         with suppress(FileNotFoundError), storage_errors(f"can't read {path}", missing=True):
@@ -160,16 +138,7 @@ class BlobStore(BlobFolder):
         return table
 
     def partial(self, ref: BlobRef, *, vouched: bool = False) -> PartialBlob:
-        """The partial blob of a transfer, with the leaves that have arrived.
-
-        Args:
-            ref: The blob.
-            vouched: Whether a trusted party has named both of its digests (`PartialBlob`).
-
-        Raises:
-            StorageFullError: The disk has no room for what is missing, or the blob is larger than the store allows.
-            StorageError: The disk fails.
-        """
+        """The partial blob of a transfer, with the leaves that have arrived; `vouched` as of `PartialBlob`."""
         return PartialBlob(self, ref, vouched=vouched)
 
     def delete(self, sha256: str) -> None:

@@ -29,14 +29,8 @@ class PartialBlob:
     partials of the same blob may grow at once: they write the same bytes.
 
     Args:
-        store: Where it grows.
-        ref: What it shall become.
         vouched: Whether a trusted party, such as a signed offer, has named both digests: verified leaves then suffice,
             and the whole is not hashed. Never for a blob that its sender has named.
-
-    Raises:
-        StorageFullError: There is no room for it.
-        StorageError: The disk fails.
     """
 
     def __init__(self, store: BlobFolder, ref: BlobRef, *, vouched: bool = False) -> None:
@@ -66,11 +60,7 @@ class PartialBlob:
         return self.store.has(self.ref.sha256)
 
     def set_table(self, table: bytes) -> bool:
-        """Keep the leaf table, if it is the one that the reference names.
-
-        Raises:
-            StorageError: The disk is full or fails.
-        """
+        """Keep the leaf table, if it is the one that the reference names."""
         if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
             return False
         # Not flushed: whoever opens the partial again verifies it, and it is small to pull once more.
@@ -83,28 +73,11 @@ class PartialBlob:
         return True
 
     def write(self, index: int, leaf: bytes | memoryview) -> bool:
-        """Keep a leaf, if it is what the table says. Needs the table.
-
-        Raises:
-            StorageFullError: The disk is full; what has arrived before is kept.
-            StorageError: The disk fails.
-        """
+        """Keep a leaf, if it is what the table says. Needs the table; a full disk keeps what has arrived before."""
         return not self.write_leaves(index, leaf)
 
     def write_leaves(self, first: int, payload: bytes | memoryview) -> list[int]:
-        """Keep those of some consecutive leaves that are what the table says. Needs the table.
-
-        Args:
-            first: Index of the first.
-            payload: Their bytes.
-
-        Returns:
-            Indices of those that are not right.
-
-        Raises:
-            StorageFullError: The disk is full; what has arrived before is kept.
-            StorageError: The disk fails.
-        """
+        """Keep those of some consecutive leaves that are what the table says; returns the indices of the others."""
         view = memoryview(payload)
         indices = range(first, first + max(1, -(-len(view) // LEAF)))
         wrong = self._wrong(indices, view)
@@ -138,8 +111,8 @@ class PartialBlob:
 
         Raises:
             ProtocolError: All leaves are right but the whole is not: the reference contradicts itself. What has arrived
-                is thrown away.
-            StorageError: Leaves are missing, or the disk fails.
+                is deleted.
+            StorageError: Leaves are missing.
         """
         if self.complete:
             self.close()

@@ -19,12 +19,8 @@ from fedprune.core.tensorfile import Array, array_at, header_length, offsets
 
 
 def read_tensors(store: BlobStore, ref: BlobRef, names: Collection[str] | None = None) -> dict[str, Array]:
-    """Verified tensors of a stored file, as read-only views on it.
-
-    Args:
-        store: The blob's store.
-        ref: The blob, verified by its leaf table's digest.
-        names: The tensors; those that the file lacks are left out. None for all.
+    """Verified tensors of a stored file, as read-only views on it: these names, as far as the file has them; all by
+    default.
 
     Raises:
         StorageError: The blob isn't here, or what was read of it is damaged.

@@ -21,19 +21,12 @@ _PARTIAL = ".partial"
 
 @contextmanager
 def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterator[Path]:
-    """Write a file so that it appears whole or not at all.
+    """Write a file so that it appears whole or not at all; yields where to write it.
 
     Args:
-        path: Where it appears as the block ends; what was there before stays until then, and where the block fails.
+        path: What was there before stays until the block ends, and where the block fails or the disk is full.
         private: Whether only this user may read it, from its first byte on.
         sync: Whether that holds for power cuts, too.
-
-    Yields:
-        Where to write it; closed as the block ends.
-
-    Raises:
-        StorageFullError: No room; the old content is untouched.
-        StorageError: The disk fails.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
     with storage_errors(f"can't write {path}"):
@@ -54,21 +47,15 @@ def appearing(path: Path, *, private: bool = False, sync: bool = True) -> Iterat
 
 
 def write_whole(path: Path, data: bytes | memoryview, *, private: bool = False, sync: bool = True) -> None:
-    """Replace a file's content: after a crash at any moment it has the old content or the new one.
-
-    Arguments and errors are those of `appearing`.
-    """
+    """Replace a file's content as `appearing` does: after a crash at any moment it has the old content or the new
+    one."""
     with appearing(path, private=private, sync=sync) as partial:
         partial.write_bytes(data)
 
 
 def place(source: Path, path: Path, *, sync: bool = True) -> None:
-    """Put a file that never changes at a second path, as a hard link where the disk has them, else as a copy.
-
-    Raises:
-        StorageFullError: No room; what was at `path` is untouched.
-        StorageError: The disk fails, or `source` is missing.
-    """
+    """Put a file that never changes at a second path, as a hard link where the disk has them, else as a copy, whole or
+    not at all."""
     with appearing(path, sync=False) as partial:
         partial.unlink(missing_ok=True)
         try:
@@ -99,23 +86,16 @@ def remove(path: Path) -> None:
 
 
 def write_document(path: Path, body: dict[str, Any]) -> None:
-    """Write a JSON document with its own digest, so that damage is noticed.
-
-    Raises:
-        StorageFullError: No room; the old document is untouched.
-        StorageError: The disk fails.
-    """
+    """Write a JSON document with its own digest, so that damage is noticed; the old one stays where the disk is
+    full."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"))
     document = {"body": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
     write_whole(path, json.dumps(document).encode(), private=True)
 
 
 def read_document(path: Path) -> dict[str, Any] | None:
-    """A document as `write_document` wrote it; None where there is none.
-
-    Raises:
-        StorageError: It is damaged or can't be read.
-    """
+    """A document as `write_document` wrote it; None where there is none. Raises `StorageError` if it is damaged or
+    can't be read."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

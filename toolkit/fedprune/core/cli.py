@@ -39,16 +39,8 @@ _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT})
 def run_command(
     prog: str, build_parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None = None
 ) -> int:
-    """Parse the command line, run what it asks for and return the exit code.
-
-    Args:
-        prog: The command's name, for messages.
-        build_parser: Makes the parser.
-        argv: Arguments; those of the process by default.
-
-    Raises:
-        SystemExit: argparse ends the process: help, version, or a command line that makes no sense.
-    """
+    """Parse the command line, run what it asks for and return the exit code; argparse may end the process with
+    `SystemExit`."""
     try:
         parser = build_parser()
         add_examples(parser)
@@ -111,12 +103,7 @@ def _command_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def with_extra(extra: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """A command that names the extra to install where a package is missing.
-
-    Args:
-        extra: The extra of fedprune that brings the package.
-        run: The command; it imports what the extra brings when it is called.
-    """
+    """A command that names the extra to install where a package is missing; `run` imports it when it is called."""
 
     def checked(arguments: argparse.Namespace) -> int:
         try:
@@ -212,27 +199,15 @@ def _with_meant(message: str) -> str:
 
 
 def check_command(word: str, commands: Iterable[str], hint: str) -> None:
-    """Refuse a first word that is nearly a command's, where it may be a file's name, too, and no such file is there.
-
-    Args:
-        word: The first word of a command line.
-        commands: The commands' names.
-        hint: Which help to see.
-
-    Raises:
-        UsageError: It is nearly one.
-    """
+    """Refuse a first word that is nearly a command's, unless it is a file's name. Raises `UsageError`."""
     near = meant(word, commands)
     if near and word not in commands and not Path(word).exists():
         raise UsageError(f"there is no command {word[:60]}{near}", hint=hint)
 
 
 def _check_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Find a misspelt option before what it would have said is missed, and say what was meant.
-
-    Raises:
-        UsageError: There is no such option.
-    """
+    """Find a misspelt option before what it would have said is missed, and say what was meant. Raises `UsageError`
+    if there is no such option."""
     known = _options(parser)
     for word in argv:
         if word == "--":

@@ -29,11 +29,8 @@ def is_there(path: Path, *, file: bool = False) -> bool:
 
 
 def open_file(path: Path | str) -> BinaryIO:
-    """A regular file, or a link to one, open for reading; a pipe or device is refused without blocking.
-
-    Raises:
-        OSError: It can't be opened or is not a regular file; `strerror` says which.
-    """
+    """A regular file, or a link to one, open for reading; a pipe or device is refused with an `OSError` without
+    blocking."""
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
@@ -42,15 +39,7 @@ def open_file(path: Path | str) -> BinaryIO:
 
 
 def read_file(path: Path | str, most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file.
-
-    Args:
-        path: The file, or a link to it.
-        most: The largest size that is read.
-
-    Raises:
-        OSError: As `open_file`; or it is larger.
-    """
+    """The bytes of a regular file. Raises `OSError` as `open_file`, or if it has more than `most` bytes."""
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
@@ -60,15 +49,11 @@ def read_file(path: Path | str, most: int = MOST_BYTES) -> bytes:
 
 @contextmanager
 def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
-    """Raise errors of the operating system as storage errors.
+    """Raise errors of the operating system as `StorageError`, a full disk or quota as `StorageFullError`.
 
     Args:
         what: The failed action, for the message.
         missing: Let FileNotFoundError through.
-
-    Raises:
-        StorageFullError: The disk or a quota is full.
-        StorageError: Anything else.
     """
     try:
         yield
@@ -86,17 +71,8 @@ def storage_errors(what: str, *, missing: bool = False) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
-    """Hold a file's lock, which is released when the process ends in any way.
-
-    Args:
-        path: The file, made where there is none; its folder exists.
-        busy: Message of the error where another process holds it.
-        hint: Hint of that error.
-
-    Raises:
-        BusyError: Another process holds the lock.
-        StorageError: The file can't be opened.
-    """
+    """Hold a file's lock, which is released when the process ends in any way. Raises `BusyError` with these texts if
+    another process holds it."""
     with storage_errors(f"can't open {path}"):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -114,11 +90,8 @@ def locked(path: Path, busy: str, hint: str) -> Iterator[None]:
 
 
 def held(path: Path) -> bool:
-    """Whether a process holds a file's lock (`locked`); the file is not made.
-
-    Raises:
-        StorageError: The file exists and can't be opened.
-    """
+    """Whether a process holds a file's lock (`locked`); the file is not made. Raises `StorageError` if the file
+    exists and can't be opened."""
     with storage_errors(f"can't open {path}"):
         try:
             descriptor = os.open(path, os.O_RDONLY)

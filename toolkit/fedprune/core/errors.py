@@ -169,13 +169,7 @@ class UsageError(FedpruneError):
 
 
 class MissingExtraError(FedpruneError):
-    """A command needs a package of an extra that is not installed.
-
-    Args:
-        what: What is missing, and for what.
-        extra: The extra that brings it; how to install it here ends the message.
-        hint: What else the user can do or should know.
-    """
+    """A command needs a package of an extra that is not installed; how to install the extra ends the message."""
 
     exit_code = ExitCode.MISSING_EXTRA
 
@@ -251,7 +245,11 @@ class TwoSignersError(StaleEpochError):
 
 
 class StorageError(FedpruneError):
-    """A file or folder is damaged, unreadable or another program's."""
+    """A file or folder is damaged, unreadable or another program's.
+
+    Any function that reads or writes files may raise it, or its `StorageFullError` where the disk is full; docstrings
+    name it only where more is to be said.
+    """
 
     exit_code = ExitCode.STORAGE
 

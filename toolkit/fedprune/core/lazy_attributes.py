@@ -8,12 +8,7 @@ from importlib import import_module
 
 
 def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
-    """A package's `__getattr__` (PEP 562).
-
-    Args:
-        package: The package's name.
-        modules: The module of each name.
-    """
+    """A package's `__getattr__` (PEP 562), from the module of each name."""
 
     def load(name: str) -> object:
         if name not in modules:

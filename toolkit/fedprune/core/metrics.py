@@ -16,14 +16,10 @@ _LIMITS = {"accuracy": (0.0, 1.0), "loss": (-MAX_LOSS, MAX_LOSS)}
 
 
 def served(metrics: Mapping[str, float], kind: str) -> float | None:
-    """The measure of the model that the device serves: its average where it keeps one, else what it trained.
+    """The measure (`accuracy` or `loss`) on the device's test samples of the model that it serves; None where it wasn't
+    measured.
 
-    Args:
-        metrics: The update's metrics.
-        kind: `accuracy` or `loss`.
-
-    Returns:
-        The measure on the device's own test samples; None where it wasn't measured.
+    That is the average where the device keeps one, else what it trained.
     """
     return metrics.get(f"{kind}_{AVERAGED}", metrics.get(f"{kind}_{TRAINED}"))
 

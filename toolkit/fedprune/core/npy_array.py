@@ -15,16 +15,8 @@ _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0
 
 
 def float32_array(raw: bytes, shape: Sequence[int], what: str) -> npt.NDArray[np.float32]:
-    """The array in received bytes; nothing is unpickled, and nothing larger than the bytes is allocated.
-
-    Args:
-        raw: The whole of a `.npy` file.
-        shape: Its shape, which must be this.
-        what: What to call it in messages.
-
-    Raises:
-        ProtocolError: They are no such array; the message says what they are.
-    """
+    """The array of this shape in the bytes of a `.npy` file; nothing is unpickled, or larger than the bytes. Raises
+    `ProtocolError` if they are no such array; the message names `what`."""
     file = io.BytesIO(raw)
     try:
         read = _HEADERS[npy.read_magic(file)]

@@ -8,14 +8,9 @@ import numpy as np
 
 
 def keyed(seed: int, *key: object) -> np.random.Generator:
-    """A generator that depends on nothing but `seed` and `key`.
+    """A Philox generator that depends on nothing but `seed` and `key`, on every platform.
 
-    Args:
-        seed: The job's seed.
-        key: What the numbers are for, such as (round, device, "batches"); each part is taken as text.
-
-    Returns:
-        A Philox generator: the same arguments give the same numbers on every platform.
+    The key says what the numbers are for, such as (round, device, "batches"); each part is taken as text.
     """
     text = "\x1f".join([str(seed), *map(str, key)])
     digest = hashlib.sha256(text.encode()).digest()

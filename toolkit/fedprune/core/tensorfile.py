@@ -44,11 +44,8 @@ _NAMES = {np.dtype(v): k for k, v in _CODES.items()}
 
 
 def header(specs: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Length and padded JSON header for tensors of these names, codes ("F32") and shapes.
-
-    Raises:
-        BundleError: A name comes twice or is reserved.
-    """
+    """Length and padded JSON header for tensors of these names, codes ("F32") and shapes. Raises `BundleError` if a
+    name comes twice or is reserved."""
     table: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name, code, shape in specs:
@@ -69,11 +66,8 @@ def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = No
 
 
 def header_of(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The header that `encode` begins with; the first tensor lies at its end.
-
-    Raises:
-        BundleError: A tensor's type has no safetensors code.
-    """
+    """The header that `encode` begins with; the first tensor lies at its end. Raises `BundleError` if a tensor's
+    type has no safetensors code."""
     rows = []
     for name, value in tensors.items():
         code = _NAMES.get(value.dtype)
@@ -89,12 +83,8 @@ def _bytes(value: Array) -> memoryview:
 
 
 def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Where each tensor of a file lies: name to (code, shape, absolute start, end).
-
-    Raises:
-        BundleError: The header is damaged, has gaps or overlaps, doesn't cover the file exactly, or a shape is one that
-            numpy can't hold.
-    """
+    """Where each tensor of a file lies: name to (code, shape, absolute start, end). Raises `BundleError` if the
+    header is damaged, has gaps or overlaps, doesn't cover the file exactly, or a shape is one that numpy can't hold."""
     view = memoryview(raw)
     length = header_length(view)
     try:
@@ -139,11 +129,8 @@ def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], in
 
 
 def header_length(raw: bytes | memoryview) -> int:
-    """Bytes of a file's header, which begins after the first 8.
-
-    Raises:
-        BundleError: The file is cut short, or no header is as long.
-    """
+    """Bytes of a file's header, which begins after the first 8. Raises `BundleError` if the file is cut short, or no
+    header is as long."""
     if len(raw) < 8:
         raise BundleError("tensor file is cut short", expected="at least 8 bytes", got=len(raw))
     length = int.from_bytes(raw[:8], "little")
@@ -166,11 +153,7 @@ def decode(raw: bytes | memoryview) -> dict[str, Array]:
 
 
 def load(path: Path) -> dict[str, Array]:
-    """Tensors of a file on disk.
-
-    Raises:
-        BundleError: The file can't be read or is damaged; the message names it.
-    """
+    """Tensors of a file on disk. Raises `BundleError`, which names the file, if it can't be read or is damaged."""
     try:
         raw = path.read_bytes()
     except OSError as error:

@@ -6,14 +6,7 @@ from collections.abc import Sequence
 
 
 def quantity(number: int, one: str, many: str = "", *, form: str = "") -> str:
-    """A number with its noun.
-
-    Args:
-        number: How many.
-        one: The noun for one of them.
-        many: The noun for any other number; by default the same with an `s`.
-        form: How the number is written, such as `,`.
-    """
+    """A number, formatted by `form`, with its noun; the plural has an `s` by default."""
     return f"{number:{form}} {one if number == 1 else many or one + 's'}"
 
 
@@ -29,12 +22,7 @@ def some(names: Sequence[str], separator: str = ", ", most: int = 5) -> str:
 
 
 def amount(value: float, unit: str) -> str:
-    """A quantity for people.
-
-    Args:
-        value: How much, in the unit.
-        unit: bytes, s, J, or "" for a plain number.
-    """
+    """A quantity for people, in bytes, s, J, or "" for a plain number."""
     if unit == "bytes":
         return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e5 else f"{value:,.0f} bytes"
     if unit == "s":

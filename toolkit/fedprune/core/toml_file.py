@@ -17,16 +17,8 @@ _MOST_PARTS = 100
 
 
 def read_toml(path: Path, error: type[FedpruneError]) -> dict[str, Any]:
-    """The tables of a TOML file.
-
-    Args:
-        path: The file.
-        error: What to raise if it is none.
-
-    Raises:
-        FedpruneError: As `error`: the file can't be read or is no TOML; the message names the file and the line.
-        MissingExtraError: Python 3.10 without the package tomli.
-    """
+    """The tables of a TOML file. Raises `error`, which names the file and the line, if it can't be read or is invalid,
+    and `MissingExtraError` for Python 3.10 without the package tomli."""
     return read_toml_text(path, error)[0]
 
 
@@ -50,12 +42,7 @@ def read_toml_text(path: Path, error: type[FedpruneError]) -> tuple[dict[str, An
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text.
-
-    Raises:
-        ValueError: It is none; the message says the line.
-        MissingExtraError: Python 3.10 without the package tomli.
-    """
+    """The tables of a TOML text. Raises `ValueError`, which names the line, and `MissingExtraError` as `read_toml`."""
     _check_keys(text)
     try:
         body: dict[str, Any] = _parser().loads(text)
@@ -75,11 +62,8 @@ _QUOTED = re.compile(
 
 
 def _check_keys(text: str) -> None:
-    """Refuse dotted keys of very many parts, for which parsers take time by the square.
-
-    Raises:
-        ValueError: There is one.
-    """
+    """Refuse dotted keys of very many parts, for which parsers take time by the square. Raises `ValueError` if there
+    is one."""
     if text.count(".") < _MOST_PARTS:
         return
     bare = _QUOTED.sub(lambda found: '""' + "\n" * found[0].count("\n"), text)

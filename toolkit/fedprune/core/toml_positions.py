@@ -24,14 +24,10 @@ _DEEPEST = 100
 
 
 def key_places(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
-    """The line and column, counted from 1, at which each key and table of a TOML text is first named.
+    """The line and column, counted from 1, at which each key and table of a valid TOML text is first named.
 
-    Args:
-        text: The text, valid. Of any other the answer is without value, but there is one.
-
-    Returns:
-        Places by path, such as `("job", "recipe", "lr")`. A table that comes several times has a number in its path,
-        from 0. What stands deeper than 100 levels is left out.
+    Paths are such as `("job", "recipe", "lr")`; a table that comes several times has a number in its path, from 0. What
+    is deeper than 100 levels is left out.
     """
     return _Scanner(text).scan()
 

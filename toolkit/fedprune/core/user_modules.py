@@ -11,16 +11,11 @@ from types import ModuleType
 
 
 def own_module(name: str) -> ModuleType:
-    """Import a user's module from the current folder or the module path.
+    """Import a user's module from the current folder or the module path; raises any error of the module, or
+    `ImportError`.
 
     The module itself is looked for in the current folder first. For all other imports of the process that folder comes
     last, so that no file in it takes the place of an installed module.
-
-    Args:
-        name: The module's name, with those of its packages.
-
-    Raises:
-        Exception: Any error of the module, or `ImportError` for a missing one.
     """
     here, top = str(Path.cwd()), name.partition(".")[0]
     if here not in sys.path:

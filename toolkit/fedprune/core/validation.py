@@ -159,10 +159,6 @@ def only(
 
 
 def known(kind: type[Any], body: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A copy of a table whose keys are all fields of a dataclass.
-
-    Raises:
-        ConfigError: The table has another key; the message names it.
-    """
+    """A copy of a table whose keys are all fields of a dataclass. Raises `ConfigError`, which names another key."""
     only((f.name for f in fields(kind)), body, where)
     return dict(body)

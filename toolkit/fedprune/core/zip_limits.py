@@ -17,16 +17,10 @@ Refuse = type[FedpruneError]
 
 
 def check_members(file: BinaryIO, what: str, refuse: Refuse) -> None:
-    """Check the members of a file if it is a zip archive.
+    """Check the members of a file if it is a zip archive, without moving its position.
 
-    Args:
-        file: The file; it is read from its beginning, and is there again afterwards.
-        what: Its name, for the message.
-        refuse: What is raised.
-
-    Raises:
-        FedpruneError: As `refuse`: it would fill the memory, or is packed in a way that is read nowhere here.
-        Exception: It is damaged, in whichever way `zipfile` says so.
+    Raises `refuse` if it would fill the memory, or is packed in a way that is read nowhere here, and any error of
+    `zipfile` if it is damaged.
     """
     file.seek(0)
     if file.read(4)[:2] == b"PK":
@@ -50,18 +44,8 @@ def check_sizes(members: list[zipfile.ZipInfo], what: str, refuse: Refuse) -> No
 
 
 def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int, refuse: Refuse) -> bytes:
-    """A small member, whatever size its header claims.
-
-    Args:
-        archive: The archive.
-        member: Its entry.
-        most: Bytes that it may have.
-        refuse: What is raised.
-
-    Raises:
-        FedpruneError: As `refuse`: it has more, or is packed in a way that is read nowhere here.
-        Exception: It is damaged, in whichever way `zipfile` says so.
-    """
+    """A small member, whatever size its header claims. Raises as `check_members`, and `refuse` if it has more than
+    `most` bytes."""
     if member.compress_type not in PLAIN:
         raise refuse(f"{member.filename[:200]!r}: how it is packed", expected="deflate, or not at all")
     with archive.open(member) as source:

@@ -81,7 +81,6 @@ class Architecture:
     """A model's tensors, channel groups, layers and activations, without weights.
 
     Attributes:
-        name: For people.
         groups: The channel groups; segments refer to them by position.
         tensors: All weights and statistics, in the model's order.
         layers: The cost table, in the order of the graph: what multiplies by weights, and whatever else takes time.
@@ -127,11 +126,8 @@ class Architecture:
         return {t.name: self.shape(t.name, widths) for t in self.tensors}
 
     def check_widths(self, widths: Sequence[int]) -> tuple[int, ...]:
-        """The widths as a tuple of ints.
-
-        Raises:
-            BundleError: Their number is not that of the groups, or one is below 1 or above its group's size.
-        """
+        """The widths as a tuple of ints. Raises `BundleError` if their number is not that of the groups, or one is
+        below 1 or above its group's size."""
         got = tuple(int(w) for w in widths)
         if len(got) != len(self.groups):
             raise BundleError("widths don't fit the architecture", expected=f"{len(self.groups)} numbers", got=len(got))
@@ -197,11 +193,8 @@ class Architecture:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Architecture:
-        """Read and check an architecture.
-
-        Raises:
-            BundleError: It is not what `to_json` writes, or contradicts itself.
-        """
+        """Read and check an architecture. Raises `BundleError` if it is not what `to_json` writes, or contradicts
+        itself."""
         try:
             body = json.loads(text)
             if body["format"] != FORMAT:
@@ -231,11 +224,8 @@ class Architecture:
         return arch
 
     def validate(self) -> None:
-        """Check that the parts fit each other.
-
-        Raises:
-            BundleError: A size is out of range, a name comes twice, or a segment reaches outside its group.
-        """
+        """Check that the parts fit each other. Raises `BundleError` if a size is out of range, a name comes twice,
+        or a segment reaches outside its group."""
         names = [t.name for t in self.tensors]
         if len(set(names)) != len(names):
             raise BundleError("architecture: a tensor name comes twice")
@@ -302,15 +292,10 @@ class Architecture:
 def widths_at(
     architecture: Architecture, density: float, overrides: Mapping[str, int] | None = None
 ) -> tuple[int, ...]:
-    """Widths that keep `density` of every group, at least one channel: ceil(density × size) (CA-HFP, Sec. III).
+    """Widths that keep `density` of every group, at least one channel: ceil(density × size) (CA-HFP, Sec. III);
+    `overrides` gives widths of single groups by name.
 
-    Args:
-        architecture: The model.
-        density: Kept share, above 0 and at most 1.
-        overrides: Widths of single groups, by group name.
-
-    Raises:
-        BundleError: The density is not above 0 and at most 1, or an override names no group.
+    Raises `BundleError` if the density is not above 0 and at most 1, or an override names no group.
     """
     if not 0 < density <= 1:
         raise BundleError("density", expected="above 0 and at most 1", got=density)
@@ -329,10 +314,6 @@ def kept_share(architecture: Architecture, widths: Sequence[int]) -> float:
 
     At equal shares of all groups it is the `density` of `widths_at`, but for rounding; where a planner keeps more of
     one group than of another it is their mean, a group counting by its channels.
-
-    Args:
-        architecture: The model.
-        widths: Kept channels per group.
     """
     whole = sum(architecture.sizes)
     return sum(widths) / whole if whole else 1.0

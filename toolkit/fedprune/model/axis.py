@@ -56,20 +56,12 @@ class Axis:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[Any]]) -> Axis:
-        """Read what `to_rows` gives; whether it makes sense is the architecture's to say.
-
-        Raises:
-            ValueError, TypeError: It is something else.
-        """
+        """Read what `to_rows` gives; whether it makes sense is the architecture's to say. Raises `ValueError`,
+        `TypeError` if it is something else."""
         return cls(tuple(Segment(whole(g), whole(s), whole(c), whole(i)) for g, s, c, i in rows))
 
     def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
-        """Indices that are left at these widths.
-
-        Args:
-            widths: Kept channels per group.
-            sizes: Channels per group at full width.
-        """
+        """Indices that are left at these widths, of groups of these sizes."""
         total = 0
         per_group: dict[int, int] = {}
         for s in self.segments:
@@ -82,23 +74,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Volume:
-    """What a value holds for one sample: the product of its channel axes and of everything else.
-
-    Attributes:
-        axes: The axes on which there are channels that can be cut.
-        positions: Elements per index of these axes: the product of all other axes but the batch.
-    """
+    """What a value holds for one sample: its channel axes, and `positions` elements per index of these."""
 
     axes: tuple[Axis, ...] = ()
     positions: int = 0
 
     def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
-        """Elements of one sample that are left at these widths.
-
-        Args:
-            widths: Kept channels per group.
-            sizes: Channels per group at full width.
-        """
+        """Elements of one sample that are left at these widths, of groups of these sizes."""
         total = self.positions
         for axis in self.axes:
             total *= axis.size(widths, sizes)
@@ -113,11 +95,8 @@ NO_AXIS = Axis(())
 
 
 def whole(value: object) -> int:
-    """A JSON number that is whole and of a size that anything here can have.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """A JSON number that is whole and of a size that anything here can have. Raises `ValueError` if it is something
+    else."""
     if type(value) is not int or abs(value) > MAX_SIZE:
         raise ValueError(f"{str(value)[:40]!r} is not a whole number up to {MAX_SIZE}")
     return value

@@ -13,13 +13,11 @@ HEAD = "@head"
 
 
 def head_axes(architecture: Architecture) -> dict[str, int]:
-    """The last layer's tensors, with the axis of each along which the outputs lie.
+    """The last layer's tensors, with the axis of each along which the outputs are.
 
     That is the last layer with a weight whose outputs no cut may touch, and its bias: of all biases as long as there
-    are outputs the one that is called like the layer, or else the first behind its weight.
-
-    Raises:
-        BundleError: There is no such layer.
+    are outputs the one that is called like the layer, or else the first behind its weight. Raises `BundleError` if
+    there is none.
     """
     for layer in reversed(architecture.layers):
         spec = architecture.by_name.get(layer.weight)
@@ -43,11 +41,8 @@ def head_axes(architecture: Architecture) -> dict[str, int]:
 
 
 def spelt(patterns: Collection[str], architecture: Architecture) -> tuple[str, ...]:
-    """Patterns of tensors with `@head` spelt out.
-
-    Raises:
-        BundleError: `@head` is among them, and the model has no last layer.
-    """
+    """Patterns of tensors with `@head` spelt out. Raises `BundleError` if `@head` is among them, and the model has
+    no last layer."""
     out: list[str] = []
     for pattern in patterns:
         out += [escape(n) for n in head_axes(architecture)] if pattern == HEAD else [pattern]

@@ -17,11 +17,8 @@ Bits = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class ElementMask:
-    """Active elements of some tensors; tensors that it doesn't name are active as a whole.
-
-    Attributes:
-        active: Per masked tensor a boolean array of its shape.
-    """
+    """Active elements of some tensors, per masked tensor a boolean array of its shape; tensors that it doesn't name are
+    active as a whole."""
 
     active: dict[str, Bits]
 
@@ -41,14 +38,8 @@ class ElementMask:
         return self.count / self.size if self.size else 1.0
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Make sure that the mask is one of these tensors.
-
-        Args:
-            shapes: Shapes of the tensors by name.
-
-        Raises:
-            BundleError: The mask names a tensor that isn't there, or has another shape.
-        """
+        """Make sure that the mask is one of tensors of these shapes. Raises `BundleError` if it names another tensor,
+        or has another shape."""
         for name, mask in self.active.items():
             if shapes.get(name) != mask.shape:
                 raise BundleError(f"mask of {name}", expected=shapes.get(name, "no such tensor"), got=mask.shape)
@@ -74,12 +65,8 @@ class ElementMask:
         return {n: v[self.active[n]] if n in self.active else v for n, v in tensors.items()}
 
     def unpack(self, packed: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """What `pack` was given, with 0 where masked.
-
-        Raises:
-            BundleError: A masked tensor has another number of values than the mask has active elements, or another
-                type.
-        """
+        """What `pack` was given, with 0 where masked. Raises `BundleError` if a masked tensor has another number of
+        values than the mask has active elements, or another type."""
         out: Tensors = {}
         for name, value in packed.items():
             mask = self.active.get(name)
@@ -100,15 +87,8 @@ class ElementMask:
 
     @classmethod
     def from_tensors(cls, packed: Mapping[str, npt.NDArray[Any]], shapes: Mapping[str, tuple[int, ...]]) -> ElementMask:
-        """Read what `to_tensors` wrote.
-
-        Args:
-            packed: The bits.
-            shapes: Shapes of the submodel's tensors.
-
-        Raises:
-            BundleError: A tensor is unknown, or its bits are of another number or type, or not 0 behind the last one.
-        """
+        """Read the bits that `to_tensors` wrote for tensors of these shapes. Raises `BundleError` if a tensor is
+        unknown, or its bits are of another number or type, or not 0 behind the last one."""
         active = {}
         for name, bits in packed.items():
             shape = shapes.get(name)

@@ -46,13 +46,7 @@ def loss_numbers(recipe: Recipe) -> dict[str, Array]:
 
 
 def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[str]) -> dict[str, Array]:
-    """What the proximal term pulls towards, if the recipe has one: the tensors as they are now.
-
-    Args:
-        recipe: The recipe.
-        tensors: The model's tensors.
-        trained: Names of those that are trained.
-    """
+    """What the proximal term pulls towards, if the recipe has one: the trained tensors as they are now."""
     if not recipe.features.proximal:
         return {}
     out: dict[str, Array] = {step_contract.anchor(n): np.asarray(tensors[n], order="C") for n in trained}
@@ -62,15 +56,8 @@ def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[st
 def first_step(
     recipe: Recipe, tensors: Mapping[str, Array], inputs: Collection[str], samples: int, classes: int
 ) -> dict[str, Array]:
-    """Everything but samples and labels that the first step of a round is fed, where classes count alike.
-
-    Args:
-        recipe: The recipe for which the graph was made.
-        tensors: The model's tensors.
-        inputs: Names of the graph's inputs; only these are fed.
-        samples: Samples of the batch.
-        classes: Entries of the model's output.
-    """
+    """Everything but samples and labels that the first step of a round is fed, where classes count alike; only what
+    `inputs` name."""
     trained = [n for n in tensors if step_contract.buffer(n) in inputs]
     out: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
     out |= numbers(recipe) | anchors(recipe, tensors, trained)

@@ -30,10 +30,6 @@ def just_made(architecture: Architecture, model: Mapping[str, Array]) -> bool:
     """Whether a model has never been trained, as its normalisations tell: training moves every number of theirs.
 
     A model without any doesn't tell, and doesn't count as just made: nothing of a trained model may be lost.
-
-    Args:
-        architecture: The model.
-        model: All its tensors at full width.
     """
     told = [s for s in architecture.tensors if s.kind in _AS_MADE]
     return bool(told) and all(np.isin(model[s.name], _AS_MADE[s.kind]).all() for s in told)
@@ -44,15 +40,7 @@ def nested(architecture: Architecture, model: Mapping[str, Array], densities: Se
 
     So the whole model, and its first channels at any of these densities, answer alike, as long as nothing but weights
     mixes channels (a softmax or a norm over channels does, too). Silent weights are trained as all others are, wherever
-    both of their channels are there.
-
-    Args:
-        architecture: The model.
-        model: All its tensors at full width; they are not changed.
-        densities: Widths that hold each other, in the model's own order of channels.
-
-    Raises:
-        BundleError: A density is not above 0 and at most 1.
+    both of their channels are there. Raises `BundleError` if a density is not above 0 and at most 1.
     """
     own = [np.arange(n) for n in architecture.sizes]
     narrow = [Selection.of(architecture, widths_at(architecture, d), own) for d in densities]

@@ -27,12 +27,8 @@ _MAX_SIZE = 2**31 - 1
 
 @dataclass(frozen=True)
 class TensorAxes:
-    """How channels lie on the axes of a model's tensors.
-
-    Attributes:
-        sizes: Channels of every group in the whole model.
-        axes: Per tensor its axes.
-    """
+    """How channels are on the axes of a model's tensors: sizes of every group in the whole model, and per tensor its
+    axes."""
 
     sizes: tuple[int, ...]
     axes: Mapping[str, tuple[Axis, ...]]
@@ -76,14 +72,8 @@ class TensorAxes:
     def plans(self, widths: Sequence[int], densities: Sequence[float]) -> list[tuple[int, ...]]:
         """The widths at which a device's steps train: its own first, then those of the densities, none wider.
 
-        A density is a share of the whole model; groups that can't be narrowed stay at the device's width.
-
-        Args:
-            widths: The device's own widths.
-            densities: From the recipe.
-
-        Raises:
-            BundleError: The widths don't fit.
+        A density is a share of the whole model; groups that can't be narrowed stay at the device's width. Raises
+        `BundleError` if the widths don't fit.
         """
         self._fit(widths)
         plans = [tuple(widths)]
@@ -119,11 +109,8 @@ class TensorAxes:
     def narrowed(self, arrays: Mapping[str, Array], widths: Sequence[int], narrower: Sequence[int]) -> dict[str, Array]:
         """The arrays of a submodel: prefixes, which may be views.
 
-        Args:
-            arrays: Tensors, and arrays of their shape that belong to them (`name::momentum`), at `widths`. What
-                belongs to no tensor, and numbers, are passed on.
-            widths: Channels per group that they have.
-            narrower: Channels per group that are left.
+        Besides tensors there may be arrays of their shape that belong to them (`name::momentum`); what belongs to no
+        tensor, and numbers, are passed on.
         """
         out = dict(arrays)
         for name, value in arrays.items():

@@ -291,11 +291,8 @@ class Recipe:
         return -(-self.batch_size // self.accumulate)
 
     def part_sizes(self, samples: int) -> list[int]:
-        """Samples of the parts of a full batch, largest first: they differ by one at most.
-
-        Args:
-            samples: Local samples, which may be fewer than a batch.
-        """
+        """Samples of the parts of a full batch, largest first: they differ by one at most. Fewer local samples make a
+        smaller batch."""
         batch = min(self.batch_size, samples)
         parts = -(-batch // self.micro_batch)
         least, more = divmod(batch, parts)
@@ -327,11 +324,8 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:
-        """Read and check; what is missing is as by default.
-
-        Raises:
-            ConfigError: An unknown key, a wrong type or a number out of range.
-        """
+        """Read and check; what is missing is as by default. Raises `ConfigError` for an unknown key, a wrong type or
+        a number out of range."""
         settings = validation.known(cls, body, "recipe")
         for field in fields(cls):
             if isinstance(field.default, bool) and field.name in settings:

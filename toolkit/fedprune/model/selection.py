@@ -37,13 +37,7 @@ class _Piece(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """A rank of each group's channels, best first, and how many of them are kept.
-
-    Attributes:
-        architecture: The model that it cuts.
-        ranks: Per group a permutation of its channels.
-        widths: Per group the number of kept channels.
-    """
+    """A rank of each group's channels, best first, and how many of them are kept."""
 
     architecture: Architecture
     ranks: tuple[Indices, ...]
@@ -53,11 +47,8 @@ class Selection:
     def of(
         cls, architecture: Architecture, widths: Sequence[int], ranks: Sequence[npt.ArrayLike] | None = None
     ) -> Selection:
-        """A checked selection; without ranks, channels keep their own order.
-
-        Raises:
-            BundleError: Widths or ranks don't fit the architecture.
-        """
+        """A checked selection; without ranks, channels keep their own order. Raises `BundleError` if widths or ranks
+        don't fit the architecture."""
         checked = architecture.check_widths(widths)
         if ranks is None:
             ranks = [np.arange(n) for n in architecture.sizes]
@@ -117,11 +108,8 @@ class Selection:
         return self.architecture.shapes(self.widths)
 
     def gather(self, tensors: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
-        """The submodel's tensors out of the full model's.
-
-        Raises:
-            BundleError: A tensor is missing or has another shape than the architecture says.
-        """
+        """The submodel's tensors out of the full model's. Raises `BundleError` if a tensor is missing or has another
+        shape than the architecture says."""
         pieces = self._pieces
         wholes = [_expect(tensors, piece.name, piece.whole) for piece in pieces]
         out: Tensors = {}
@@ -145,11 +133,8 @@ class Selection:
     def scatter(
         self, submodel: Mapping[str, npt.NDArray[np.float32]], onto: Mapping[str, npt.NDArray[np.float32]]
     ) -> Tensors:
-        """Reconstruct: the submodel's tensors at their places in a copy of `onto`.
-
-        Raises:
-            BundleError: A tensor is missing or has another shape than this selection says.
-        """
+        """Reconstruct: the submodel's tensors at their places in a copy of `onto`. Raises `BundleError` if a tensor
+        is missing or has another shape than this selection says."""
         shapes = self.shapes()
         out: Tensors = {}
         for spec in self.architecture.tensors:
@@ -183,11 +168,7 @@ class Selection:
 
     @staticmethod
     def owner(text: str | bytes) -> str:
-        """Digest of the architecture that a selection's JSON belongs to; empty where it isn't one.
-
-        Args:
-            text: What `to_json` wrote, for whichever architecture.
-        """
+        """Digest of the architecture that a selection's JSON belongs to; empty where it isn't one."""
         try:
             return str(json.loads(text)["architecture"])
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -195,11 +176,8 @@ class Selection:
 
     @classmethod
     def from_json(cls, text: str | bytes, architecture: Architecture) -> Selection:
-        """Read and check a selection of `architecture`.
-
-        Raises:
-            BundleError: It is not what `to_json` writes, or belongs to another architecture.
-        """
+        """Read and check a selection of `architecture`. Raises `BundleError` if it is not what `to_json` writes, or
+        belongs to another architecture."""
         try:
             body = json.loads(text)
             if body["format"] != "fedprune.selection/1":

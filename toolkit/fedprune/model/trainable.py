@@ -14,13 +14,9 @@ from fedprune.model.features import Features
 def frozen_tensors(architecture: Architecture, features: Features, frozen: Collection[str] = ()) -> frozenset[str]:
     """Names of the tensors that stay as they are.
 
-    Those are what the model itself froze or, where the features name what is trainable, everything else; and whatever
-    matches a pattern of `features.frozen`. Batch-norm statistics are tensors, too: a frozen one isn't measured anew.
-
-    Args:
-        architecture: The model.
-        features: The training graph's features.
-        frozen: What the model itself froze (`requires_grad=False` in torch).
+    Those are what the model itself froze (`requires_grad=False` in torch) or, where the features name what is
+    trainable, everything else; and whatever matches a pattern of `features.frozen`. Batch-norm statistics are tensors,
+    too: a frozen one isn't measured anew.
 
     Raises:
         BundleError: `@head` is among the patterns, and the model has no last layer.
@@ -49,17 +45,8 @@ def trained_tensors(
 
 
 def matching(architecture: Architecture, patterns: Collection[str], what: str) -> frozenset[str]:
-    """Names of the tensors that match some pattern.
-
-    Args:
-        architecture: The model.
-        patterns: `*` stands for any letters, `@head` for the last layer.
-        what: What the patterns are of, for the message.
-
-    Raises:
-        BundleError: `@head` is among them, and the model has no last layer.
-        ConfigError: A pattern matches no tensor.
-    """
+    """Names of the tensors that match some pattern: `*` stands for any letters, `@head` for the last layer. Raises as
+    `frozen_tensors`; the message names `what`."""
     names = [t.name for t in architecture.tensors]
     patterns = spelt(patterns, architecture)
     for pattern in patterns:

@@ -64,7 +64,6 @@ class Curve:
     """One line of a chart.
 
     Attributes:
-        name: Its name in the legend.
         style: CSS classes that set colour and dashes.
         paths: SVG points of each unbroken stretch.
         dots: SVG paths of single values between gaps.
@@ -84,15 +83,12 @@ class Chart:
 
     Attributes:
         key: Part of its HTML ids.
-        title: Its heading.
         summary: A sentence with the latest values, for screen readers.
         along: Name of the x axis, such as `round`.
-        places: Positions on the x axis, as text.
-        at: The same positions in units of the plot.
+        places: Positions on the x axis, as text; `at` has them in units of the plot.
         marks_x: Labels of the x axis, at equal distances.
         marks_y: Labels of the y axis, at equal distances from the top.
         rules: Heights of the grid lines, in units of the plot.
-        curves: The lines.
     """
 
     key: str
@@ -129,15 +125,8 @@ class Run:
 
 @dataclass(frozen=True)
 class Strip:
-    """A channel group as a strip of a heat map.
-
-    Attributes:
-        name: The group.
-        channels: Its size.
-        runs: Runs of channels of one level.
-        least: The smallest share over its channels.
-        mean: The mean share over its channels.
-    """
+    """A channel group as a strip of a heat map: runs of channels of one level, the least and the mean share over its
+    channels."""
 
     name: str
     channels: int
@@ -160,23 +149,16 @@ def chart(
     bridged: bool = False,
     amounts: bool = False,
 ) -> Chart | None:
-    """Lay out curves.
+    """Lay out curves; None where there is no value.
 
     Args:
-        key: Part of the chart's HTML ids.
-        title: Its heading.
         places: Positions on the x axis, ascending.
         series: Per curve its value at every position.
         said: Formats a value.
         unit: Size and name of the y axis' unit.
-        along: Name of the x axis.
         top: The largest possible value, such as 1 for shares.
-        from_zero: Whether the y axis begins at zero.
         bridged: Whether a curve goes straight over positions at which it has no value, rather than breaking there.
         amounts: Whether the x axis begins at zero and has round labels, as for bytes and seconds.
-
-    Returns:
-        The chart; None where there is no value.
     """
     stride = max(1, math.ceil(len(places) / MOST_POINTS))
     drawn = [i for i in range(len(places)) if (len(places) - 1 - i) % stride == 0]
@@ -240,12 +222,7 @@ def together(
 
 
 def figure(drawn: Chart, *, legend: bool = True) -> str:
-    """The chart as HTML.
-
-    Args:
-        drawn: Its layout.
-        legend: Whether it brings a legend of its own.
-    """
+    """The chart as HTML, with a legend of its own where asked for."""
     few = len(drawn.curves) <= MOST_SAID
     latest = ", ".join(
         f"{c.name} {_last(c.values)}" if len(drawn.curves) > 1 else _last(c.values) for c in drawn.curves
@@ -280,11 +257,8 @@ def figure(drawn: Chart, *, legend: bool = True) -> str:
 
 
 def legend_of(entries: Sequence[tuple[str, str]]) -> str:
-    """A legend whose entries hide and show their curves; a long one has a search field and scrolls.
-
-    Args:
-        entries: Per curve its name and its CSS classes.
-    """
+    """A legend whose entries (name and CSS classes per curve) hide and show their curves; a long one has a search
+    field."""
     keys = "".join(
         f'<button type="button" class="key {style}" aria-pressed="true" data-key-of="{i}" title="Hide or show">'
         f"{text(name)}</button>"
@@ -344,13 +318,8 @@ def _spans(texts: Sequence[str]) -> str:
 
 
 def strip(name: str, channels: int, held: Iterable[Mapping[str, Any]]) -> Strip:
-    """Lay out one group of the coverage.
-
-    Args:
-        name: The group.
-        channels: Its size.
-        held: Runs of `channels` that the same `share` of the devices (or updates) holds.
-    """
+    """Lay out one group of the coverage; `held` are runs of channels that the same share of the devices (or updates)
+    holds."""
     runs: list[Run] = []
     at, weighed, least = 0, 0.0, 1.0
     for run in held:

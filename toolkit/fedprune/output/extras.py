@@ -8,14 +8,10 @@ from urllib.parse import unquote, urlsplit
 
 
 def install_command(extra: str) -> str:
-    """A command line for pip that installs an extra here.
+    """A command line for pip that installs an extra (or several, with commas) here.
 
-    Args:
-        extra: The extra's name, or several with commas.
-
-    Returns:
-        The command for the clone or wheel of this installation; where neither is known or still there, the command
-        for a clone, which says so.
+    For the clone or wheel of this installation; where neither is known or still there, for a clone, which the text
+    says.
     """
     source, editable = _source()
     if source is not None and source.is_dir() and (source / "constraints.txt").is_file():

@@ -18,14 +18,8 @@ Part = tuple[str, float, float]
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of a list of bars.
-
-    Attributes:
-        name: Its label, shown in full.
-        parts: What is drawn: parts of one bar, or a strip per channel group.
-        note: Text behind the bar.
-        title: Text that a pointer brings up; by default name and note.
-    """
+    """A row of a list of bars: parts of one bar or a strip per channel group, a note behind it, and the pointer's
+    text."""
 
     name: str
     parts: Sequence[Part] | Sequence[Strip]
@@ -34,13 +28,8 @@ class Bar:
 
 
 def document(title: str, parts: Sequence[str], facts: Mapping[str, str] | None = None) -> str:
-    """A whole page.
-
-    Args:
-        title: Its heading.
-        parts: Its content, as HTML.
-        facts: What the header names, such as strategy, data set, seed and version; empty values are left out.
-    """
+    """A whole page; `facts` is what the header names, such as strategy, data set, seed and version, without empty
+    values."""
     script = re.sub(r"^export ", "", _asset("charts.js"), flags=re.MULTILINE) + _START
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -73,8 +62,6 @@ def table(
     """A table; a long one has a search field and scrolls.
 
     Args:
-        titles: Heads of its columns.
-        rows: Its cells as text.
         words: Columns of text, which are aligned to the left as the first one is; the others hold numbers.
         label: Its name for screen readers; by default its heads.
         marked: Rows that stand out.
@@ -101,12 +88,7 @@ def table(
 
 
 def bars(rows: Sequence[Bar], label: str) -> str:
-    """A list of bars; a long one has a search field and scrolls.
-
-    Args:
-        rows: The bars.
-        label: The list's name for screen readers.
-    """
+    """A list of bars; a long one has a search field and scrolls."""
     long = len(rows) > SEARCHED
     items = "".join(
         f'<li title="{text(row.title or ": ".join(filter(None, (row.name, row.note))))}">'
@@ -126,12 +108,7 @@ def boxes(names: Sequence[str]) -> str:
 
 
 def stacked(amounts: Sequence[float], whole: float) -> tuple[Part, ...]:
-    """Parts of a bar one after the other, in the colours of `boxes`.
-
-    Args:
-        amounts: Their sizes.
-        whole: What fills the bar's room.
-    """
+    """Parts of a bar one after the other, in the colours of `boxes`; `whole` fills the bar's room."""
     found: list[Part] = []
     at = 0.0
     for i, amount in enumerate(amounts):
@@ -141,12 +118,7 @@ def stacked(amounts: Sequence[float], whole: float) -> tuple[Part, ...]:
 
 
 def charts(drawn: Sequence[Chart], key: str) -> str:
-    """Charts of the same curves side by side, with one legend.
-
-    Args:
-        drawn: The charts.
-        key: Their HTML id.
-    """
+    """Charts of the same curves next to each other, with one legend."""
     curves = max((c.curves for c in drawn), key=len, default=())
     legend = f'<div class="keys">{legend_of([(c.name, c.style) for c in curves])}</div>' if len(curves) > 1 else ""
     figures = "".join(f"<div><h3>{text(c.title)}</h3>{figure(c, legend=False)}</div>" for c in drawn)

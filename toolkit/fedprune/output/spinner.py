@@ -23,11 +23,7 @@ _ERASE = "\r\x1b[2K"
 def spinner(title: str) -> Iterator[None]:
     """Show a spinner on a terminal from `AFTER_S` on until something is written to stdout or stderr.
 
-    Commands and libraries that show progress of their own write, and so end it. What a child process or a prompt on
-    /dev/tty writes isn't seen: write an empty text to stderr before.
-
-    Args:
-        title: What the spinner says.
+    What a child process or a prompt on /dev/tty writes isn't seen: write an empty text to stderr before.
     """
     if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
         yield
@@ -43,12 +39,7 @@ def spinner(title: str) -> Iterator[None]:
 
 
 class _Turning:
-    """A spinner in a thread of its own.
-
-    Args:
-        stream: The terminal.
-        title: What it says.
-    """
+    """A spinner in a thread of its own."""
 
     def __init__(self, stream: TextIO, title: str) -> None:
         self._stream, self._title = stream, title
@@ -79,12 +70,7 @@ class _Turning:
 
 
 class _Watched:
-    """A stream that reports its first use.
-
-    Args:
-        stream: The stream.
-        used: Called before every write.
-    """
+    """A stream that reports its first use, before the write."""
 
     def __init__(self, stream: TextIO, used: Callable[[], None]) -> None:
         self._stream, self._used = stream, used

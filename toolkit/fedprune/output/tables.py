@@ -28,10 +28,9 @@ class Column:
     """A column of a table.
 
     Attributes:
-        title: Its header.
         right: Whether cells are aligned to the right, as numbers are.
-        drop: Where a terminal is too narrow, columns are kept in ascending order of this number as far as they fit;
-            one with 0 always stays.
+        drop: Where a terminal is too narrow, columns are kept in ascending order of this number as far as they fit; one
+            with 0 always stays.
         wrap: The fewest characters to which a column of longer texts may be wrapped; 0 for one that never wraps.
     """
 
@@ -49,11 +48,6 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, st
     """Print a table on a terminal, and lines of cells separated by tabs elsewhere, for other programs.
 
     A terminal that is too narrow gets the columns that fit, and a line that names the others.
-
-    Args:
-        columns: The columns.
-        rows: One cell per column.
-        stream: Where to; stdout by default.
     """
     stream = stream or sys.stdout
     rows = list(rows)
@@ -75,16 +69,7 @@ def print_table(columns: Sequence[Column], rows: Iterable[Sequence[Cell]], *, st
 
 
 def fitted(columns: Sequence[Column], rows: Sequence[Sequence[Cell]], width: int) -> tuple[Table, tuple[str, ...]]:
-    """A table no wider than a terminal.
-
-    Args:
-        columns: The columns.
-        rows: One cell per column.
-        width: Characters of a line.
-
-    Returns:
-        The table, and the titles of columns that were left out for want of room.
-    """
+    """A table no wider than a terminal, and the titles of columns that were left out for want of room."""
     from rich.box import SIMPLE_HEAD
     from rich.cells import cell_len
     from rich.table import Table
@@ -148,14 +133,8 @@ def print_verdicts(text: str) -> None:
 
 @contextlib.contextmanager
 def progress(first: str = "starting") -> Iterator[Callable[[str], None]]:
-    """Show on stderr what is being done, on a terminal only.
-
-    Args:
-        first: What is done first.
-
-    Yields:
-        A function that is called with what is done next.
-    """
+    """Show on stderr what is being done, on a terminal only; yields a function that is called with what is done
+    next."""
     if not sys.stderr.isatty():
         yield lambda text: None
         return

@@ -40,17 +40,13 @@ class Prediction:
     """What a round of a submodel is expected to cost a board.
 
     Attributes:
-        parameters: Numbers in all tensors.
-        forward_macs: MACs of one sample's forward pass.
-        training_macs: MACs of one sample's training step.
+        forward_macs: MACs of one sample's forward pass; `training_macs` those of its training step.
         wire_bytes: Size of its weights file: what travels, once each way.
-        memory_bytes: Peak memory of the training process, local data included.
-        memory: The same by what takes it.
+        memory_bytes: Peak memory of the training process, local data included; `memory` is the same by what takes it.
         inference_bytes: Peak memory of a process that predicts one sample at a time.
         storage_bytes: What the board's disk must hold.
         step_s: Mean time of a full training step over the widths at which the recipe trains.
-        steps: Steps of a round.
-        train_s: Time of all steps.
+        train_s: Time of all steps of a round.
         transfer_s: Time on the link, down and up.
         latency_s: Time of the prediction of one sample.
         step_j: Energy of a step beyond what the idle board takes, in joules; None where the profile doesn't say.
@@ -110,8 +106,7 @@ class Correction:
         """The correction after another round.
 
         Args:
-            prediction: Prediction of that round.
-            used: The correction in that prediction.
+            used: The correction in that round's prediction.
             measured: `step_seconds`, `latency_seconds` and `peak_memory_bytes`, as far as the board measured them.
             room: Bytes that training may take.
         """
@@ -154,12 +149,7 @@ class Correction:
         return math.ceil(max(more, (MEMORY_BOUNDS[0] - 1) * use.uncorrected))
 
     def moved(self, earlier: Correction, prediction: Prediction) -> bool:
-        """Whether predictions change so much that a plan made with an earlier correction is out of date.
-
-        Args:
-            earlier: That correction.
-            prediction: The plan's prediction.
-        """
+        """Whether predictions change so much that a plan made with an earlier correction is out of date."""
         times = (self.step / earlier.step, self.latency / earlier.latency)
         use = prediction.memory
         memory = (use.uncorrected + self.memory_beyond(use)) / use.total
@@ -184,12 +174,7 @@ def predict(
     """What a round at these widths is expected to cost a board.
 
     Args:
-        architecture: The model.
-        widths: Kept channels per group.
-        profile: What the board is.
-        recipe: The local training of a round.
-        samples: The board's training samples.
-        probe: What the board measured of itself; it beats the profile.
+        probe: What the board measured of itself; it takes precedence over the profile.
         correction: What its rounds taught.
         frozen: Tensors that the model's author froze.
     """

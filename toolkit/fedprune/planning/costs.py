@@ -131,15 +131,10 @@ class Costs:
 
     Attributes:
         parameters: Numbers in all tensors, statistics included.
-        forward_macs: MACs of the forward pass.
-        training_macs: MACs of forward and backward pass.
         wire_bytes: Exact size of the canonical weights file.
-        activation_bytes: All activations.
-        kept_bytes: Those that the backward pass needs.
-        largest_bytes: The largest activation.
+        kept_bytes: Activations that the backward pass needs.
         unrolled_bytes: Lines that depthwise and grouped convolutions read, written out (`unrolled_elements`).
         inference_activation_bytes: Activations that live at once in a forward pass.
-        sample_bytes: One sample of local data.
         kernel_bytes: Weights of convolutions and recurrent layers.
         values: How many activations the model has.
     """
@@ -175,7 +170,6 @@ class Costs:
 
         Args:
             batch: Samples that are worked on at once.
-            features: Features of the training graph: anchors, masks, sums and an optimiser's state take memory.
             samples: Local samples; of many only `HELD_BYTES` are held in memory.
             trained: Share of the parameters that are trained; the others are only held.
             own: Further copies of all weights that it holds (`Recipe.own_copies`).
@@ -196,12 +190,7 @@ class Costs:
         )
 
     def inference_bytes(self, batch: int, process: int | None = None) -> int:
-        """Peak memory of a process that predicts `batch` samples at a time.
-
-        Args:
-            batch: Samples of a prediction.
-            process: As for `training_memory`.
-        """
+        """Peak memory of a process that predicts `batch` samples at a time; `process` is as for `training_memory`."""
         fixed = max(0, (PROCESS_BYTES if process is None else process) - AGENT_BYTES)
         weights = INFERENCE_COPIES * (self.parameter_bytes - self.kernel_bytes)
         weights += INFERENCE_KERNEL_COPIES * self.kernel_bytes
@@ -219,13 +208,10 @@ class Costs:
 
 
 def storage_bytes(weights: int, training: int, inference: int, own: int = 0) -> int:
-    """Most bytes that a board's state directory takes for a submodel, whose rounds leave and overwrite files.
+    """Most bytes that a board's state directory takes for a submodel, from the sizes of its three files.
 
-    Args:
-        weights: Size of its weights file.
-        training: Size of its training graph.
-        inference: Size of its inference graph.
-        own: Further files of that size that the board keeps (`Recipe.own_files`).
+    Rounds leave and overwrite files of the size of the weights; `own` is the number of further ones
+    (`Recipe.own_files`).
     """
     return (WEIGHT_FILES + own) * weights + training + INFERENCE_FILES * inference
 
@@ -262,16 +248,11 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
 
 
 def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int, bandwidth: float) -> Numbers:
-    """Least times of training steps on a board whose main memory is slow.
+    """Least times [n] of training steps on a board whose main memory is slow.
 
     Args:
-        architecture: The model.
         widths: Kept channels per group, [n, groups] or [groups].
-        batch: Samples of a step.
         bandwidth: Bytes per second of main memory, read plus write; may be infinite.
-
-    Returns:
-        Seconds, [n].
     """
     elements, parameters = workload(architecture).contents(widths)
     moved: Numbers = FLOAT * (ACTIVATION_PASSES * batch * elements + WEIGHT_PASSES * parameters)
@@ -281,14 +262,7 @@ def memory_seconds(architecture: Architecture, widths: npt.ArrayLike, batch: int
 def layer_macs(
     architecture: Architecture, layer: Layer, widths: Sequence[int], shapes: Mapping[str, tuple[int, ...]]
 ) -> int:
-    """MACs of one sample's forward pass in one row of the cost table.
-
-    Args:
-        architecture: The model.
-        layer: The row.
-        widths: Kept channels per group.
-        shapes: Shapes of all tensors at these widths.
-    """
+    """MACs of one sample's forward pass in one row of the cost table, where tensors have these shapes."""
     if layer.weight:
         return prod(shapes[layer.weight]) * layer.positions
     # A product of two values: every number that it makes sums over the inner axis.
@@ -302,12 +276,7 @@ def unrolled_elements(layer: Layer, channels: int, kernel: Sequence[int]) -> int
     A training graph multiplies these lines by matrices (`fedprune_export.autodiff.rules.depthwise`) and keeps them for
     the gradient of the kernel. Lines up to `_WHOLE_LINE` are whole; longer ones are cut into blocks, and a block of
     outputs reads all blocks that its window touches. Rows of the cost table have areas, so that maps are taken as
-    square.
-
-    Args:
-        layer: The convolution's row.
-        channels: Channels of its input.
-        kernel: Sizes of its window.
+    square. `channels` are those of the input, `kernel` the sizes of the window.
     """
     areas = layer.reads.positions, layer.positions, layer.stride
     size, made, stride = (round(math.pow(n, 1 / len(kernel))) for n in areas)

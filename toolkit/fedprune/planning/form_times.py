@@ -34,16 +34,8 @@ _MAX_SECONDS = 1e3
 
 @dataclass(frozen=True)
 class Shape:
-    """A convolution's shape.
-
-    Attributes:
-        kernel: Elements of its window along one side.
-        stride: Step of the window.
-        inputs: Channels that it reads; 1 of a depthwise one.
-        outputs: Channels that it makes.
-        places: Places of the map that it makes.
-        depthwise: Whether every channel has a filter of its own.
-    """
+    """A convolution's shape: elements of its window along one side, channels (1 input of a depthwise one), and places
+    of its map."""
 
     kernel: int
     stride: int
@@ -68,14 +60,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class FormTimes:
-    """The times of one board.
-
-    Attributes:
-        rows: Per shape seconds per sample by name (`NAMES`); a form that was not measured is missing.
-
-    Raises:
-        ProfileError: There are too many shapes, or something is no time.
-    """
+    """A board's seconds per sample by shape and name (`NAMES`); a form that was not measured is missing. Raises
+    `ProfileError` if there are too many shapes, or something is no time."""
 
     rows: tuple[tuple[Shape, tuple[tuple[str, float], ...]], ...]
 
@@ -114,11 +100,8 @@ class FormTimes:
 
     @classmethod
     def from_dict(cls, body: object) -> FormTimes:
-        """Read and check; forms that only newer probes know are ignored.
-
-        Raises:
-            ProfileError: It is not what `to_dict` writes.
-        """
+        """Read and check; forms that only newer probes know are ignored. Raises `ProfileError` if it is not what
+        `to_dict` writes."""
         try:
             if not isinstance(body, Mapping) or not isinstance(body["rows"], list):
                 raise TypeError("no rows")

@@ -26,7 +26,7 @@ _CLOCK_SLACK = 0.05
 
 @dataclass(frozen=True)
 class Facts:
-    """What a board says of itself.
+    """What a board's system reports.
 
     Attributes:
         model: /proc/device-tree/model; empty where there is none.
@@ -47,14 +47,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Identification:
-    """A profile and why it was chosen.
-
-    Attributes:
-        profile: The profile.
-        evidence: What spoke for it, one text each.
-        differences: Where the board is not what the profile promises, one text each.
-        jetpack: The JetPack release, None where there is no L4T release or an unknown one.
-    """
+    """A profile, the evidence for it, how the board differs from it, and the JetPack release of a known L4T release."""
 
     profile: HardwareProfile
     evidence: tuple[str, ...]
@@ -90,18 +83,12 @@ class Identification:
 
 
 def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
-    """The profile that fits a board best.
+    """The profile that fits a board best, of a user's own folders or the shipped ones.
 
     The longest text of `identify` that occurs in the model or in an entry of `compatible` decides. Failing that, the
     processor's name (`soc`) does, else the architecture. Among profiles that are equal in this, the one whose memory
-    fits, then the one whose clock fits is taken; where nothing tells them apart, the one with less memory.
-
-    Args:
-        facts: What the board says.
-        folders: A user's own folders of profiles.
-
-    Raises:
-        ProfileError: No profile fits, and there is no generic one for this architecture; the L4T release is no number.
+    fits, then the one whose clock fits is taken; where nothing tells them apart, the one with less memory. Raises
+    `ProfileError` if no profile fits and there is no generic one, or the L4T release is no number.
     """
     known = jetpack(facts.l4t) if facts.l4t else None
     profiles = [profile_store.find(name, folders) for name in profile_store.names(folders)]

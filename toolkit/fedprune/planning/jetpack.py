@@ -14,14 +14,7 @@ _RUNTIME_PYTHON = (3, 10)
 
 @dataclass(frozen=True)
 class JetPack:
-    """A JetPack release.
-
-    Attributes:
-        name: Its version.
-        l4t: The first L4T release that belongs to it.
-        python: Python of its system.
-        tensorrt: TensorRT of its system.
-    """
+    """A JetPack release: its version, its first L4T release, and the Python and TensorRT of its system."""
 
     name: str
     l4t: tuple[int, ...]
@@ -61,10 +54,7 @@ def l4t_release(text: str) -> str:
 
 def jetpack(l4t: str) -> JetPack | None:
     """The JetPack release of an L4T release: the newest of the same line that isn't newer; None for an unknown line.
-
-    Raises:
-        ProfileError: This is no number of a release.
-    """
+    Raises `ProfileError` if this is no number of a release."""
     if not _NUMBER.fullmatch(l4t):
         raise ProfileError("L4T release", expected="numbers with dots, such as 36.4.3", got=repr(l4t[:40]))
     number = tuple(int(n) for n in l4t.split("."))

@@ -78,11 +78,7 @@ _INDEX = {kind: i for i, kind in enumerate(KINDS)}
 
 
 class Workload:
-    """An architecture's kernels, ready to be counted for many widths at once.
-
-    Args:
-        architecture: The model.
-    """
+    """An architecture's kernels, ready to be counted for many widths at once."""
 
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
@@ -156,15 +152,7 @@ class Workload:
         return np.asarray(np.where(self._weighted, weights * self._positions, products))
 
     def training(self, widths: npt.ArrayLike, batch: int) -> Numbers:
-        """The work of training steps.
-
-        Args:
-            widths: Kept channels per group, [n, groups].
-            batch: Samples of a step.
-
-        Returns:
-            Per widths, kind and feature: [n, kinds × features].
-        """
+        """The work of training steps per widths, kind and feature: [n, kinds × features]; `widths` are [n, groups]."""
         sizes = self.sizes(widths)
         reads, makes, weights = self._elements(sizes)
         macs = self._macs(sizes, reads, makes, weights)
@@ -181,13 +169,7 @@ class Workload:
         return self._gather(rows, np.broadcast_to(self._training, macs.shape))
 
     def inference(self, widths: npt.ArrayLike, batch: int, block: int) -> Numbers:
-        """The work of predictions, as `training` gives it.
-
-        Args:
-            widths: Kept channels per group, [n, groups].
-            batch: Samples of a run.
-            block: Channels that a blocked kernel computes at once.
-        """
+        """The work of predictions, as `training` gives it; a blocked kernel computes `block` channels at once."""
         sizes = self.sizes(widths)
         reads, makes, weights = self._elements(sizes)
         macs = self._macs(sizes, reads, makes, weights) * batch

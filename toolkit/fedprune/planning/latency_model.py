@@ -49,15 +49,7 @@ _STEPS, _PREDICTIONS = "training", "inference"
 
 @dataclass(frozen=True)
 class Measurement:
-    """How long one graph took at some widths.
-
-    Attributes:
-        architecture: Its model.
-        widths: Kept channels per group.
-        batch: Samples of the step or prediction.
-        seconds: The median of several runs.
-        training: Whether it was a training step.
-    """
+    """The median time in seconds that one graph took at some widths, for a batch."""
 
     architecture: Architecture
     widths: tuple[int, ...]
@@ -104,16 +96,7 @@ class LatencyTable:
             raise ProfileError("latency table: error", expected="0 or more", got=self.error)
 
     def step_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int) -> Numbers:
-        """Time of training steps.
-
-        Args:
-            architecture: The model.
-            widths: Kept channels per group, [n, groups] or [groups].
-            batch: Samples of a step.
-
-        Returns:
-            Seconds, [n].
-        """
+        """Times of training steps, [n]; `widths` are [n, groups] or [groups]."""
         return np.maximum(_LEAST_SECONDS, workload(architecture).training(widths, batch) @ _vector(self.training))
 
     def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int = 1) -> Numbers:
@@ -133,10 +116,7 @@ class LatencyTable:
     @classmethod
     def from_dict(cls, body: object) -> LatencyTable:
         """Read and check; kinds that only newer probes know are ignored, those that older ones lack are typical.
-
-        Raises:
-            ProfileError: It is not what `to_dict` writes.
-        """
+        Raises `ProfileError` if it is not what `to_dict` writes."""
         try:
             if not isinstance(body, Mapping):
                 raise TypeError(f"a {type(body).__name__}")
@@ -173,11 +153,7 @@ def typical_rows(rate: float) -> tuple[Rows, Rows]:
 
 
 def typical_table(rate: float) -> LatencyTable:
-    """The analytic model for a board of which only a rate is known.
-
-    Args:
-        rate: FLOP/s that the probe's training step reaches, or is promised to reach.
-    """
+    """The analytic model for a board of which only the FLOP/s of the probe's training step are known or promised."""
     training, inference = typical_rows(rate)
     return LatencyTable(16, training, inference)
 
@@ -185,12 +161,8 @@ def typical_table(rate: float) -> LatencyTable:
 def fitted(measured: Sequence[Measurement], rate: float = TYPICAL_RATE) -> LatencyTable:
     """The table that explains measurements best (least squares of relative errors, no negative times).
 
-    Args:
-        measured: Training steps and predictions.
-        rate: FLOP/s of the probe's training step, from which kinds that were not seen are guessed.
-
-    Raises:
-        ProfileError: There are no measurements of steps, or none of predictions.
+    Kinds that were not seen are guessed from `rate`, the FLOP/s of the probe's training step. Raises `ProfileError` if
+    there are no measurements of steps, or none of predictions.
     """
     steps, predictions = ([m for m in measured if m.training is kind] for kind in (True, False))
     if not steps or not predictions:

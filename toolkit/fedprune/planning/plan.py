@@ -53,14 +53,8 @@ LITTLE = 0.25
 
 @dataclass(frozen=True)
 class Limit:
-    """One limit of a board or job, and what a submodel would use of it.
-
-    Attributes:
-        name: memory, time, link, bytes or storage.
-        value: What the submodel needs.
-        limit: What there is.
-        unit: bytes or s.
-    """
+    """One limit of a board or job (memory, time, link, bytes or storage), and what a submodel would use of it, in bytes
+    or s."""
 
     name: str
     value: float
@@ -90,13 +84,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Uniform:
-    """What uniform widths of as many MACs as a plan's would take.
-
-    Attributes:
-        density: Their share of every group.
-        step_s: Time of a training step.
-        latency_s: Time of a prediction.
-    """
+    """What uniform widths of as many MACs as a plan's would take: the share, the step's time and the latency."""
 
     density: float
     step_s: float
@@ -108,9 +96,7 @@ class Plan:
     """How wide a board's model is, and why.
 
     Attributes:
-        widths: Kept channels per group.
-        density: The kept share that they are near to.
-        prediction: What a round is expected to cost.
+        density: The kept share that the widths are near to.
         limits: Every limit that was looked at.
         bound: The limit that the next wider candidate breaks (by most, if several); "nothing" at full width.
         uniform: What uniform widths would take instead.
@@ -151,11 +137,8 @@ class Plan:
         return next(limit for limit in self.limits if limit.name == name)
 
     def describe(self, whole: int | None = None) -> str:
-        """A few lines for people: width, costs, every limit, the binding one marked, and the notes.
-
-        Args:
-            whole: As in `summary`.
-        """
+        """A few lines for people: width, costs, every limit, the binding one marked, and the notes; `whole` as in
+        `summary`."""
         lines = self.summary(whole)
         for limit in self.limits:
             mark = "  <- binds" if limit.name == self.bound else ""
@@ -177,9 +160,8 @@ class Plan:
     def summary(self, whole: int | None = None) -> list[str]:
         """Lines on the width, the costs and what was learnt.
 
-        Args:
-            whole: Parameters of the whole model; with them it says which share of the weights is kept, which is less
-                than the density: a layer loses inputs as well as outputs.
+        With the parameters of the whole model they say which share of the weights is kept, which is less than the
+        density: a layer loses inputs as well as outputs.
         """
         p = self.prediction
         kept = f"{p.parameters:,}"
@@ -276,19 +258,15 @@ def plan(
     """The widest submodel of `architecture` that a board can train.
 
     A batch that doesn't fit the board's memory at once is worked through in parts before the model gets narrower: at
-    every width the planner takes the fewest parts with which memory suffices.
-
-    Where the planner is free to choose (`DENSITIES`), widths are those that are cheap on the board
-    (`fedprune.planning.width_candidates`); densities that a user asks for are kept to in every group.
+    every width the planner takes the fewest parts with which memory suffices. Where the planner is free to choose
+    (`DENSITIES`), widths are those that are cheap on the board (`fedprune.planning.width_candidates`); densities that a
+    user asks for are kept to in every group.
 
     Args:
-        architecture: The model.
-        profile: What the board is.
         recipe: The local training of a round; or what makes it of a submodel's widths, where it depends on those.
-        samples: The board's training samples.
         byte_budget: Bytes per round, down plus up, that the job allows.
         deadline_s: Seconds that a round may take on the board, transfers included.
-        probe: What the board measured of itself; it beats the profile.
+        probe: What the board measured of itself; it takes precedence over the profile.
         densities: Candidate shares of every group.
         correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
             fits for that reason alone, the plan is the narrowest candidate, with a warning.
@@ -396,15 +374,7 @@ _Need: TypeAlias = Callable[[Recipe], int]
 
 @dataclass(frozen=True)
 class _Predicted:
-    """A candidate's costs.
-
-    Attributes:
-        widths: Its kept channels per group.
-        asked: The recipe as the job has it.
-        recipe: The same with as many parts of a batch as memory needs.
-        prediction: Costs of a round with it.
-        limits: Every limit.
-    """
+    """A candidate's costs: the recipe as asked for, and with as many parts of a batch as memory needs."""
 
     widths: tuple[int, ...]
     asked: Recipe
@@ -422,19 +392,13 @@ def _in_parts(
     need: _Need,
     smallest: int | None = None,
 ) -> tuple[Recipe, bool]:
-    """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory.
+    """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory; and
+    whether it does.
 
     Args:
-        architecture: The model.
-        recipe: The recipe as the job has it.
-        samples: The board's training samples.
         room: Bytes that training may take.
-        frozen: Tensors that the model's author froze.
         need: Gives the bytes that training takes with a recipe.
         smallest: Fewest samples of a part; None for what doesn't harm training.
-
-    Returns:
-        The recipe, and whether memory suffices.
     """
     best, least = recipe, math.inf
     for parts in _parts(recipe, samples, smallest or _smallest(architecture, recipe, frozen)):
@@ -465,13 +429,7 @@ def _parts(recipe: Recipe, samples: int, smallest: int) -> list[int]:
 
 
 def normalises(architecture: Architecture, recipe: Recipe, frozen: Collection[str] = ()) -> bool:
-    """Whether a batch norm of the model takes its statistics from the samples that are worked on at once.
-
-    Args:
-        architecture: The model.
-        recipe: What it is trained by.
-        frozen: Tensors that the model's author froze.
-    """
+    """Whether a batch norm of the model takes its statistics from the samples that are worked on at once."""
     statistics = {t.name for t in architecture.statistics}
     return bool(statistics) and not statistics <= frozen_tensors(architecture, recipe.features, frozen)
 

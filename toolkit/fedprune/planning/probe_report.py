@@ -108,11 +108,8 @@ class ProbeReport:
 
     @classmethod
     def from_dict(cls, body: object) -> ProbeReport:
-        """Read and check; keys of newer probes are ignored.
-
-        Raises:
-            ProfileError: A measurement is missing, of the wrong type or out of range.
-        """
+        """Read and check; keys of newer probes are ignored. Raises `ProfileError` if a measurement is missing, of
+        the wrong type or out of range."""
         if not isinstance(body, Mapping):
             raise ProfileError("probe report", expected="a table of measurements", got=type(body).__name__)
         for name in ("cores", "memory_total", "memory_available", "seconds"):

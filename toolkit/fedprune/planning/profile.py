@@ -50,20 +50,11 @@ class HardwareProfile:
 
     Attributes:
         name: Short name, unique in a store (lower-case letters, digits, dots, dashes).
-        title: For people.
         family: Boards that share an image or installer, such as raspberry-pi.
         arch: aarch64 or x86_64.
-        cpu: The processor.
-        memory: Main memory.
-        compute: Speed of training.
-        link: The way to the server.
-        storage: Room on disk.
-        software: What it runs.
-        accelerator: A unit beside the processor, if any.
-        power: Power at the wall, if known.
         identify: Texts of which one occurs in the board's device tree (model or compatible); none for generic profiles.
-        soc: The processor's name in the device tree's list of what it is compatible with, such as tegra234: it tells
-            a board on a carrier that no text of `identify` knows.
+        soc: The processor's name in the device tree's list of what it is compatible with, such as tegra234: it tells a
+            board on a carrier that no text of `identify` knows.
         support: One of `SUPPORT`.
         advice: What a user can do where the support is "second"; empty else.
         sources: For every figure ("cpu.cores") where it comes from.
@@ -136,15 +127,8 @@ class HardwareProfile:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any], where: str = "profile") -> HardwareProfile:
-        """Read and check.
-
-        Args:
-            body: Tables and keys as in TOML.
-            where: The file's name, for messages.
-
-        Raises:
-            ProfileError: A key is unknown, missing, of the wrong type, out of range or without source.
-        """
+        """Read and check tables and keys as in TOML. Raises `ProfileError` for a key that is unknown, missing, of the
+        wrong type, out of range or without source."""
         validation.only((*_TOP, *SECTIONS, "sources", "format"), body, where, error=ProfileError)
         if body.get("format", FORMAT) != FORMAT:
             raise ProfileError(f"{where}: format", expected=FORMAT, got=repr(body["format"]))
@@ -218,21 +202,13 @@ class HardwareProfile:
 
     @classmethod
     def from_toml(cls, path: Path) -> HardwareProfile:
-        """Read and check a TOML file.
-
-        Raises:
-            ProfileError: It can't be read, is no TOML, or `from_dict` refuses it; the message names the file.
-            MissingExtraError: Python 3.10 without the package tomli.
-        """
+        """Read and check a TOML file; errors name it. Raises `ProfileError`, and `MissingExtraError` as `read_toml`."""
         return cls.from_dict(read_toml(path, ProfileError), str(path))
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str = "profile") -> HardwareProfile:
-        """Read and check what `to_json` writes.
-
-        Raises:
-            ProfileError: It is no JSON, of another format, or `from_dict` refuses it.
-        """
+        """Read and check what `to_json` writes. Raises `ProfileError` if it is no JSON, of another format, or
+        `from_dict` refuses it."""
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -13,11 +13,8 @@ _SUFFIXES = (".toml", ".json")
 
 
 def shipped_folder() -> Path:
-    """The folder of the profiles that come with fedprune: inside the installed package, else in the checkout.
-
-    Raises:
-        ProfileError: There is none; the installation is damaged.
-    """
+    """The folder of fedprune's own profiles: inside the installed package, else in the checkout. Raises
+    `ProfileError`."""
     package = Path(__file__).resolve().parent
     for folder in (package / "hardware_profiles", *(p / "hardware_profiles" for p in package.parents)):
         if any(folder.glob("*.toml")):
@@ -31,22 +28,15 @@ def shipped() -> tuple[str, ...]:
 
 
 def names(folders: Sequence[Path] = ()) -> tuple[str, ...]:
-    """Names of all profiles that `find` finds by name, sorted.
-
-    Raises:
-        ProfileError: One of the folders isn't there.
-    """
+    """Names of all profiles that `find` finds by name, sorted. Raises `ProfileError` if one of the folders isn't
+    there."""
     _check(folders)
     own = (p.stem for folder in folders for s in _SUFFIXES for p in folder.glob(f"*{s}"))
     return tuple(sorted({*own, *shipped()}))
 
 
 def read(path: Path) -> HardwareProfile:
-    """The profile in a TOML or JSON file.
-
-    Raises:
-        ProfileError: It can't be read or doesn't make sense; the message names the file.
-    """
+    """The profile in a TOML or JSON file. Raises `ProfileError`, which names the file."""
     if path.suffix != ".json":
         return HardwareProfile.from_toml(path)
     try:
@@ -57,15 +47,10 @@ def read(path: Path) -> HardwareProfile:
 
 
 def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProfile:
-    """The profile of that name, or in that file.
+    """The profile of that name, looked up in `folders` before the shipped ones, or in that TOML or JSON file.
 
-    Args:
-        name_or_path: A name, looked up in `folders` first; or a path to a TOML or JSON file.
-        folders: A user's own folders of profiles; they win over shipped ones.
-
-    Raises:
-        ProfileError: There is none, it doesn't make sense, its file has another name than the profile in it, or one
-            of the folders isn't there.
+    Raises `ProfileError` if there is none, it doesn't make sense, its file has another name than the profile in it, or
+    one of the folders isn't there.
     """
     _check(folders)
     text = str(name_or_path)
@@ -90,11 +75,8 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
 
 
 def chosen(name_or_path: str, folders: Sequence[Path] = ()) -> HardwareProfile:
-    """As `find`, for what a user of this machine typed: says so where it is a folder.
-
-    Raises:
-        ProfileError: As `find`.
-    """
+    """As `find`, for what a user of this machine typed: says so where it is a folder. Raises `ProfileError` as
+    `find`."""
     try:
         return find(name_or_path, folders)
     except ProfileError as error:

@@ -41,13 +41,8 @@ Times = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Rung:
-    """One width plan.
-
-    Attributes:
-        density: The share of every group that it is near to.
-        widths: Kept channels per group.
-        multiple: What its widths are multiples of, where groups are large enough; 1 for uniform widths.
-    """
+    """One width plan near a share of every group; its widths are multiples of `multiple` (1: uniform) where groups are
+    large enough."""
 
     density: float
     widths: tuple[int, ...]
@@ -61,13 +56,10 @@ def rungs(
     densities: Sequence[float],
     bandwidth: float = math.inf,
 ) -> tuple[Rung, ...]:
-    """The width plans of a model on a board, widest first.
+    """The width plans of a model on a board, widest first: at most one for each share.
 
     Args:
-        architecture: The model.
         table: What the board's kernels take.
-        batch: Samples of a training step.
-        densities: Shares of all groups, one rung for each at most.
         bandwidth: Bytes per second of main memory, where that bounds a step beyond what the table says.
     """
     model = _Model(architecture, table, table.to_json(), batch, bandwidth)
@@ -75,13 +67,7 @@ def rungs(
 
 
 def snapped(architecture: Architecture, density: float, multiple: int) -> tuple[int, ...]:
-    """Widths near a share of every group that are multiples of something; a small group's of something smaller.
-
-    Args:
-        architecture: The model.
-        density: The share.
-        multiple: A power of two.
-    """
+    """Widths near a share of every group that are multiples of a power of two; a small group's of a smaller one."""
     widths = []
     for group in architecture.groups:
         m = multiple
@@ -100,15 +86,7 @@ def equal_work(
     widths: Sequence[int],
     bandwidth: float = math.inf,
 ) -> Rung:
-    """The narrowest uniform widths with at least as many MACs as `widths` has.
-
-    Args:
-        architecture: The model.
-        table: What the board's kernels take.
-        batch: Samples of a training step.
-        widths: Kept channels per group.
-        bandwidth: As in `rungs`; it changes no answer.
-    """
+    """The narrowest uniform widths with at least as many MACs as `widths` has."""
     found = _uniform(_Model(architecture, table, table.to_json(), batch, bandwidth))
     return found.rungs[found.covering(float(workload(architecture).forward_macs(widths)[0]))]
 

@@ -47,13 +47,7 @@ _MACHINE = re.compile(r"[a-z0-9_]{1,32}")
 
 @dataclass(frozen=True)
 class ReleaseFile:
-    """A wheel of a release.
-
-    Attributes:
-        name: Its file name.
-        sha256: Its digest, and its name where it is kept.
-        size: Bytes.
-    """
+    """A wheel of a release, stored under its digest."""
 
     name: str
     sha256: str
@@ -101,11 +95,8 @@ class Release:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Release:
-        """Read a manifest and check all of it.
-
-        Raises:
-            ReleaseError: It is too long, not a manifest, or a field is invalid.
-        """
+        """Read a manifest and check all of it. Raises `ReleaseError` if it is too long, not a manifest, or a field
+        is invalid."""
         try:
             if len(data) > MAX_MANIFEST:
                 raise ProtocolError("size", expected=f"at most {MAX_MANIFEST} bytes", got=len(data))
@@ -160,11 +151,8 @@ def is_signed(manifest: bytes, signature: bytes, key: VerifyingKey) -> bool:
 
 
 def opened(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
-    """Verify a manifest's signature by the server's key, then parse it.
-
-    Raises:
-        ReleaseError: The signature isn't the server's, or the manifest is invalid.
-    """
+    """Verify a manifest's signature by the server's key, then parse it. Raises `ReleaseError` if the signature isn't
+    the server's, or the manifest is invalid."""
     if len(manifest) > MAX_MANIFEST or not is_signed(manifest, signature, key):
         raise ReleaseError(
             "the release's signature is not the server's",
@@ -174,15 +162,8 @@ def opened(manifest: bytes, signature: bytes, key: VerifyingKey) -> Release:
 
 
 def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes]:
-    """Read a release's folder and verify its signature and all of its files.
-
-    Returns:
-        The release, its manifest, and the manifest's signature.
-
-    Raises:
-        ReleaseError: The signature isn't this key's, or a file is missing or different.
-        StorageError: The manifest or its signature can't be read.
-    """
+    """Read a release's folder, verifying its signature and all files; returns the release, its manifest and the
+    signature. Raises `ReleaseError` if the signature isn't this key's, or a file is missing or different."""
     with storage_errors(f"can't read the release in {folder}"):
         manifest = _read(folder / MANIFEST, MAX_MANIFEST)
         signature = _read(folder / SIGNATURE, SIGNATURE_BYTES)
@@ -200,18 +181,8 @@ def read_release(folder: Path, key: VerifyingKey) -> tuple[Release, bytes, bytes
 def write_release(
     folder: Path, release: Callable[[tuple[ReleaseFile, ...]], Release], wheels: Iterable[Path], key: SigningKey
 ) -> Release:
-    """Make a release's folder: the manifest, its signature, and the wheels by digest.
-
-    Args:
-        folder: Where to; made if missing.
-        release: The release, given its files.
-        wheels: The wheels.
-        key: The server's.
-
-    Raises:
-        ReleaseError: The release makes no sense.
-        StorageError: A file can't be read or written.
-    """
+    """Make a release's folder: the manifest, its signature, and the wheels by digest. Raises `ReleaseError` if the
+    release makes no sense."""
     with storage_errors(f"can't make a release in {folder}"):
         (folder / FILES).mkdir(parents=True, exist_ok=True)
         rows = []
@@ -223,20 +194,9 @@ def write_release(
 
 
 def write_again(folder: Path, old: Path, key: SigningKey, *, number: int, version: str = "", created: str) -> Release:
-    """Make an earlier release again under a new number, to go back to it.
-
-    Args:
-        folder: The new folder; made if missing.
-        old: The earlier release's folder.
-        key: The server's, which also signed the earlier one.
-        number: Above that of every earlier release.
-        version: Its name for people; the earlier one's by default.
-        created: When it is made, for people.
-
-    Raises:
-        ReleaseError: The earlier release is not whole, or the number is not above its own.
-        StorageError: A file can't be read or written.
-    """
+    """Make an earlier release again under a new number, to go back to it; the version is the earlier one's by default.
+    Raises `ReleaseError` if the earlier release, signed by the same key, is not whole, or the number is not above its
+    own."""
     before, _, _ = read_release(old, key.verifying)
     if number <= before.number:
         raise ReleaseError("number of a release", expected=f"above {before.number}, as of {old}", got=number)

@@ -61,8 +61,8 @@ class RolloutPlan:
         kind: One of `KINDS`.
         subject: The release's number, or the digest of a model or bundle.
         stages: In order; the last one is all boards.
-        board_seconds: After which a board that was given it and said nothing has failed.
-        seed: Which boards are early; another seed chooses others.
+        board_seconds: After which a board that was given it and reported nothing has failed.
+        seed: Decides which boards are early.
     """
 
     kind: str
@@ -117,14 +117,7 @@ class RolloutPhase(str, Enum):
 
 @dataclass
 class BoardFate:
-    """One board's part.
-
-    Attributes:
-        stage: The stage to which it belongs.
-        fate: Where it stands.
-        deadline: When it has failed unless it reports; None unless it was given the new thing.
-        reason: Why it failed.
-    """
+    """One board's part. The deadline is None unless the board was given the new thing."""
 
     stage: int
     fate: Fate = Fate.WAITING
@@ -161,11 +154,8 @@ class Rollout:
     """A rollout's state; its methods take the time of a monotonic clock, in seconds.
 
     Attributes:
-        plan: The plan.
-        boards: Every board's fate, by name.
         stage: The current or last stage.
         stage_ends: For each stage that has begun, the time after which its boards have failed.
-        phase: Its progress.
         why: The reason why it stopped or is paused.
         now: The last time that it was given: after a restart the clock continues from there.
     """

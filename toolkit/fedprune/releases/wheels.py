@@ -67,14 +67,9 @@ def unmet(
     """What wheels require and don't have: by whom, what, and which version there is instead.
 
     Args:
-        wheels: The files.
         markers: What `environment` gives.
-        extra: Of fedprune.
         provided: Whether the machine has a package, by its canonical name, without a wheel.
-        refuse: What is raised.
-
-    Raises:
-        FedpruneError: As `refuse`: one is no wheel, or requires something that can't be read.
+        refuse: What is raised where one is no wheel, or requires something that can't be read.
     """
     versions = {name: version for name, version, _ in (parsed(wheel, refuse) for wheel in wheels)}
     for wheel in wheels:

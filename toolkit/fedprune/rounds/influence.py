@@ -78,11 +78,7 @@ Elements of channels that the board doesn't hold count as unchanged; a mask's in
 
 
 def lengths(report: Report) -> Lengths:
-    """Lengths of an update's change.
-
-    Args:
-        report: A checked update.
-    """
+    """Lengths of a checked update's change."""
     sent, trained = report.sent.tensors, report.trained
     active = {} if trained.mask is None else trained.mask.active
     found: dict[str, float] = {}
@@ -104,12 +100,8 @@ def lengths(report: Report) -> Lengths:
 
 
 def reaches(steps: Mapping[str, int], most: float) -> dict[str, float]:
-    """How many times further than a board of the round's median steps each device may move.
-
-    Args:
-        steps: Optimiser steps by device.
-        most: The largest such multiple, that of weights; where weights have no limit (0), `REACH`.
-    """
+    """How many times further than a board of the round's median steps each device may move; `most` is the limit of
+    weights (0: `REACH`)."""
     if len(steps) < _MAJORITY:
         return dict.fromkeys(steps, 1.0)
     middle = max(1, statistics.median_low(steps.values()))
@@ -123,7 +115,7 @@ class Bounds:
     Attributes:
         rejected: Reasons by device whose update is rejected.
         shares: By other device, then by tensor, the share of its change that counts; only tensors with a share below 1.
-        reasons: By device, the reason why much less counts than it sent.
+        reasons: By device, why much less counts than it sent.
         reference: The renewed references, for `MEMORY`.
     """
 
@@ -147,7 +139,6 @@ def bounds(
         updates: Lengths by device.
         reach: How many times further than others each may move its trained tensors (`reaches`).
         remembered: References of the round before, empty in the first.
-        architecture: Architecture of the model.
         model: The global model; in the first round the initial one, from which the scales are taken.
         times: Limit of a whole update, as a multiple of the median.
     """
@@ -181,12 +172,7 @@ def bounds(
 
 
 def shortened(report: Report, shares: Mapping[str, float]) -> Report:
-    """An update with only a share of each tensor's change.
-
-    Args:
-        report: The update.
-        shares: Shares by tensor; tensors that are not listed stay bit for bit the same.
-    """
+    """An update with only a share of each tensor's change; tensors without a share stay bit for bit the same."""
     tensors = dict(report.trained.tensors)
     for name in shares.keys() & tensors.keys():
         before = report.sent.tensors[name].astype(np.float64)
@@ -195,13 +181,7 @@ def shortened(report: Report, shares: Mapping[str, float]) -> Report:
 
 
 def capped(samples: Mapping[str, int], times: float, most: int = 0) -> dict[str, int]:
-    """Weights of devices: their samples, up to a multiple of the median.
-
-    Args:
-        samples: Samples by device.
-        times: The multiple; 0 for no limit.
-        most: Largest weight of any device; 0 for no limit.
-    """
+    """Weights of devices: their samples, up to `times` the median and up to `most` (0 for no limit)."""
     limit = weight_limit(samples.values(), times, most)
     return {name: min(count, limit) for name, count in samples.items()}
 

@@ -21,14 +21,8 @@ _REPORTED = 2
 
 @dataclass(frozen=True)
 class LimitedUpdates:
-    """A round's updates under its limits.
-
-    Attributes:
-        updates: The updates, each with the shares of its change that count.
-        rejected: By device, why none of its update counts.
-        reasons: By device, why much less counts than it sent.
-        memories: What the job remembers of it.
-    """
+    """A round's updates with the shares of their change that count, reasons of what doesn't, and what the job remembers
+    of it."""
 
     updates: tuple[RoundUpdate, ...]
     rejected: Mapping[str, str]
@@ -37,12 +31,7 @@ class LimitedUpdates:
 
 
 class UpdateLimits:
-    """Keeps how far updates moved, so that none is read twice for its limits.
-
-    Args:
-        job: The job's settings.
-        uniform: Whether devices count alike, whatever their samples.
-    """
+    """Keeps how far updates moved, so that none is read twice for its limits; `uniform` where devices count alike."""
 
     def __init__(self, job: Job, *, uniform: bool) -> None:
         self._job = job

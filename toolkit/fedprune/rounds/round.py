@@ -46,16 +46,7 @@ class RoundResult:
 
 
 class Round:
-    """The sums of one round.
-
-    Args:
-        strategy: The job's.
-        scene: The round and its global model.
-        limits: The job's limits on single updates.
-
-    Attributes:
-        included: The updates in the sums, by device.
-    """
+    """The sums of one round; `included` are the updates in them, by device."""
 
     def __init__(self, strategy: Strategy, scene: Scene, limits: UpdateLimits) -> None:
         self.scene = scene
@@ -77,14 +68,8 @@ class Round:
         self._fold, self.included = None, {}
 
     def receive(self, update: RoundUpdate) -> str:
-        """Read, check and add an update that has arrived.
-
-        Returns:
-            Why it can't count; empty if it was added, or if its device has one in the sums already.
-
-        Raises:
-            StorageError: It can't be read from the disk.
-        """
+        """Read, check and add an update; returns why it can't count, empty if it was added or its device's was before.
+        Raises `StorageError` if it can't be read from the disk."""
         self._make_room(update.weight)
         return self._add(update)
 
@@ -96,15 +81,8 @@ class Round:
         return report
 
     def merge(self, updates: Sequence[RoundUpdate], parts: Sequence[PartialSums]) -> None:
-        """Add the sums that other processes have made of checked updates.
-
-        Args:
-            updates: None of them may be in the sums yet.
-            parts: Their sums, which together hold all tensors.
-
-        Raises:
-            BundleError: These are not the sums of these updates.
-        """
+        """Add the sums that other processes have made of checked updates, none of which is in the sums yet. Raises
+        `BundleError` if these are not the sums of these updates, of all tensors."""
         weight = sum(u.weight for u in updates)
         self._make_room(weight)
         if any(u.device in self.included for u in updates):
@@ -127,19 +105,12 @@ class Round:
     def close(
         self, updates: Sequence[RoundUpdate], rate: float = 1.0, participants: tuple[str, ...] = ()
     ) -> RoundResult:
-        """Close the round with exactly these updates; those that aren't in the sums yet are added.
+        """Close the round with exactly these updates, sorted by device; those that aren't in the sums yet are added.
 
         An update that passed when it arrived may fail now: its limits depend on all updates, and a scorer reads it for
         the first time. It is left out with its reason, so that no update can keep a round from closing. The result
-        depends on the updates alone, whatever was added before and in whatever order.
-
-        Args:
-            updates: Sorted by device.
-            rate: Share of the way to the sums' mean.
-            participants: The devices of the round, sorted.
-
-        Raises:
-            StorageError: The disk fails.
+        depends on the updates alone, whatever was added before and in whatever order. `rate` is the share of the way to
+        the sums' mean.
         """
         at_fault: dict[str, str] = {}
         while True:

@@ -52,11 +52,8 @@ def block_size() -> int:
 
 
 def turned_off() -> bool:
-    """Whether somebody wants this machine to do without blocks.
-
-    Raises:
-        ConfigError: The environment says neither yes nor no.
-    """
+    """Whether somebody wants this machine to do without blocks. Raises `ConfigError` if the environment says neither
+    yes nor no."""
     said = os.environ.get(OFF, "").strip().lower()
     if said not in _YES + _NO:
         raise ConfigError(
@@ -93,29 +90,18 @@ def measured_block() -> int:
 
 
 def check_block(metadata: Mapping[str, str]) -> None:
-    """Make sure that a training graph computes right numbers here.
-
-    Args:
-        metadata: The graph's.
-
-    Raises:
-        ModelError: It was made for blocks of another length.
-    """
+    """Make sure that a training graph of this metadata computes right numbers here. Raises `ModelError` if it was made
+    for blocks of another length."""
     wanted = metadata.get(step_contract.BLOCK)
     if wanted is not None:
         check_length(wanted)
 
 
 def check_graph(graph: Path | bytes) -> None:
-    """Make sure that a training graph computes right numbers here, before it is loaded.
+    """Make sure that a training graph (a file or its bytes) computes right numbers here, before it is loaded.
 
-    onnxruntime itself refuses some graphs for other blocks, in words of its own.
-
-    Args:
-        graph: A file or its bytes. What is no graph passes: whoever loads it says what is wrong.
-
-    Raises:
-        ModelError: It was made for blocks of another length.
+    onnxruntime itself refuses some graphs for other blocks, in words of its own. What is no graph passes. Raises as
+    `check_block`.
     """
     try:
         metadata = metadata_of(graph if isinstance(graph, bytes) else graph.read_bytes())
@@ -125,15 +111,8 @@ def check_graph(graph: Path | bytes) -> None:
 
 
 def check_length(block: int | str, hint: str = _INSTEAD) -> None:
-    """Make sure that a training step in blocks of this length computes right numbers here.
-
-    Args:
-        block: Channels of a block.
-        hint: What to do if it doesn't.
-
-    Raises:
-        ModelError: It doesn't.
-    """
+    """Make sure that a training step in blocks of this length computes right numbers here. Raises `ModelError`, with
+    this hint."""
     here = block_size()
     if str(block) == str(here):
         return

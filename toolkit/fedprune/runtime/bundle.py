@@ -59,7 +59,6 @@ class Bundle:
     """A bundle whose files have been checked.
 
     Attributes:
-        folder: Where its files lie.
         architecture: The whole model.
         selection: What of it this board holds.
         recipe: The local training that `training.onnx` was made for.
@@ -81,11 +80,8 @@ class Bundle:
     blocks: tuple[int, ...] = ()
 
     def blocked(self, block: int) -> Path | None:
-        """The training step for whole batches on a board, None if the bundle has none for it.
-
-        Args:
-            block: Channels that it computes at once (`fedprune.runtime.blocks.block_size`); 0 for none.
-        """
+        """The training step for whole batches on a board with blocks of this length
+        (`fedprune.runtime.blocks.block_size`); None if the bundle has none."""
         return self.path(blocked_file(block)) if block in self.blocks else None
 
     def path(self, name: str) -> Path:
@@ -127,10 +123,8 @@ def files_folder(folder: Path) -> Path:
 def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
     """Check every file of a bundle against its manifest and read what describes it.
 
-    Raises:
-        BundleError: That is no path; the manifest is missing or damaged, or a file is missing, cut short or changed; or
-            manifest, widths and tensors contradict each other. The message names the file, what was expected and what
-            was found.
+    Raises `BundleError`, which names the file, if the manifest is missing or damaged, a file is missing, cut short or
+    changed, or manifest, widths and tensors contradict each other.
     """
     try:
         folder = files_folder(Path(folder))

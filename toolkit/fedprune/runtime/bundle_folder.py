@@ -68,9 +68,7 @@ def is_bundle(folder: Path) -> bool:
 def check_folder(folder: Path, target: str) -> None:
     """Refuse to write a bundle among other things, or in the place of another board's.
 
-    Args:
-        folder: Where it is to be written. What an export that was cut off has left there is no other thing.
-        target: Name of its hardware profile.
+    What an export that was cut off has left in the folder is no other thing.
 
     Raises:
         BundleError: The folder or one above it is a file, or it holds something else than a bundle of this target.
@@ -99,18 +97,7 @@ def check_folder(folder: Path, target: str) -> None:
 def put_bundle(folder: Path, files: Mapping[str, bytes], target: str) -> None:
     """Make these files the bundle of a folder; after a crash at any moment it holds the old one or the new one, whole.
 
-    Files of other names stay as they are.
-
-    Args:
-        folder: Where to; it is made, or must be empty or hold a bundle of the same target, whole or not.
-        files: All files by name, the manifest among them.
-        target: Name of the hardware profile.
-
-    Raises:
-        BundleError: The folder holds something else.
-        BusyError: Another export writes to it.
-        StorageFullError: There is no room; what was there before is untouched.
-        StorageError: The folder can't be made or written to, or the new bundle can't take its place.
+    Files of other names stay as they are. Errors are those of `write_bundle`.
     """
     made = not folder.exists()
     try:
@@ -144,23 +131,14 @@ def write_bundle(
     target: str,
     class_names: tuple[str, ...] = (),
 ) -> Bundle:
-    """Write a bundle with its manifest, and read it back.
+    """Write a bundle with its manifest, which lists `files`, and read it back.
 
-    After a crash at any moment the folder holds the old bundle or the new one, whole
-    (`fedprune.runtime.bundle_folder`).
-
-    Args:
-        folder: Where to; it is made, or must be empty or hold a bundle of the same target, which is replaced.
-        files: All files by name but the manifest, which lists them.
-        selection: What the board holds.
-        recipe: Its local training.
-        target: Name of the hardware profile.
-        class_names: Names of the output's entries.
+    After a crash at any moment the folder holds the old bundle or the new one, whole. The folder is made, or must be
+    empty or hold a bundle of the same target, which is replaced.
 
     Raises:
         BundleError: The folder holds something else, or the files don't belong together.
         BusyError: Another export writes to the folder.
-        StorageFullError: There is no room; what was there before is untouched.
         StorageError: The folder can't be made or written to.
     """
     classes = selection.architecture.classes
@@ -172,11 +150,7 @@ def write_bundle(
 
 
 def read_files(bundle: Bundle) -> dict[str, bytes]:
-    """The files of a bundle by name, without the manifest: what it consists of, and the export's reports.
-
-    Raises:
-        StorageError: A file can't be read.
-    """
+    """The files of a bundle by name, without the manifest: what it consists of, and the export's reports."""
     engine = () if bundle.engine is None else (tensorrt_config.NAME,)
     lowered = (name for precision in bundle.precisions for name in files_of(precision))
     names = (*FILES, *engine, *lowered, *map(blocked_file, bundle.blocks))

@@ -40,15 +40,8 @@ _DEEPEST = 32
 
 
 def part_for(model: bytes, outputs: Collection[str]) -> bytes:
-    """The graph with these outputs alone, and with the inputs, constants and operators that they need.
-
-    Args:
-        model: An ONNX file without external data.
-        outputs: Names of some of its outputs.
-
-    Raises:
-        ModelError: It is not an ONNX file, or has no such output.
-    """
+    """The graph (without external data) with these outputs alone, and with the inputs, constants and operators that
+    they need. Raises `ModelError` if it is not an ONNX file, or has no such output."""
     try:
         rows = list(_fields(model))
         return b"".join(_field(n, k, _cut(v, set(outputs)) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in rows)
@@ -57,14 +50,7 @@ def part_for(model: bytes, outputs: Collection[str]) -> bytes:
 
 
 def metadata_of(model: bytes) -> dict[str, str]:
-    """What a graph's maker wrote into it.
-
-    Args:
-        model: An ONNX file.
-
-    Raises:
-        ModelError: It is not an ONNX file.
-    """
+    """What a graph's maker wrote into it. Raises `ModelError` if it is not an ONNX file."""
     try:
         entries = [v for n, k, v in _fields(model) if (n, k) == (_METADATA, _BYTES)]
         return {_text(entry, _KEY): _text(entry, _VALUE) for entry in entries}

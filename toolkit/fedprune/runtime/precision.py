@@ -37,17 +37,10 @@ _AT_ONCE = 32
 
 
 def measured_ranges(calibrate: Session, x: Array) -> Array:
-    """Ranges of activations: the mean over batches of the least and the largest numbers.
+    """Ranges of activations, float32 [activations, 2]: the mean over batches of the least and the largest numbers.
 
-    Args:
-        calibrate: The graph, beside the float32 weights.
-        x: Samples [n, ...]; at most `CALIBRATION_SAMPLES` are used.
-
-    Returns:
-        float32 [activations, 2].
-
-    Raises:
-        ModelError: There are no samples, the graph can't be run, or an activation isn't finite.
+    `x` are samples [n, ...], of which at most `CALIBRATION_SAMPLES` are used. Raises `ModelError` if there are none,
+    the graph can't be run, or an activation isn't finite.
     """
     x = x[:CALIBRATION_SAMPLES]
     if not len(x):
@@ -60,11 +53,8 @@ def measured_ranges(calibrate: Session, x: Array) -> Array:
 
 
 def checked_ranges(ranges: Array) -> Array:
-    """Ranges that a model can be prepared with.
-
-    Raises:
-        ModelError: They are not float32 [n, 2], not finite, or upside down.
-    """
+    """Ranges that a model can be prepared with. Raises `ModelError` if they are not float32 [n, 2], not finite, or
+    upside down."""
     if ranges.dtype != np.float32 or ranges.ndim != 2 or ranges.shape[1] != 2:
         raise ModelError("ranges of activations", expected="float32 [n, 2]", got=f"{ranges.dtype} {ranges.shape}")
     if not np.isfinite(ranges).all() or (ranges[:, 0] > ranges[:, 1]).any():
@@ -104,11 +94,8 @@ def packed(graphs: Mapping[str, bytes]) -> bytes:
 
 
 def unpacked(raw: bytes, precision: str) -> dict[str, bytes]:
-    """The graphs of a precision by file name, as `packed` wrote them.
-
-    Raises:
-        BundleError: The file is damaged, or holds other graphs.
-    """
+    """The graphs of a precision by file name, as `packed` wrote them. Raises `BundleError` if the file is damaged,
+    or holds other graphs."""
     found = tensorfile.decode(raw)
     if found.keys() != set(graphs_of(precision)) or any(v.dtype != np.uint8 for v in found.values()):
         raise BundleError(f"graphs of {precision}", expected=", ".join(graphs_of(precision)), got=shown(sorted(found)))
@@ -119,9 +106,8 @@ def lowered_weights(folder: Path, precision: str, tensors: Mapping[str, Array], 
     """The weights file of a lowered model, made of float32 weights by the graphs in a folder.
 
     Args:
-        folder: Where `files_of` lie, and beside them the float32 weights that ranges are measured with.
+        folder: Where `files_of` are, and the float32 weights that ranges are measured with.
         precision: One of `PRECISIONS`.
-        tensors: The float32 weights.
         x: Samples to measure ranges on; without any, those of the weights file that is there are kept.
 
     Raises:

@@ -35,11 +35,10 @@ class Agreement:
     """How far a model's outputs are from those of float32.
 
     Attributes:
-        samples: On how many samples.
         same: Share of decisions (the class, or every label) that are the same; None where numbers are predicted, or
             there are no samples.
-        error: Root of the mean squared difference of outputs, over the standard deviation of float32's, which counts
-            as a hundredth of the largest of them at least.
+        error: Root of the mean squared difference of outputs, over the standard deviation of float32's, which counts as
+            a hundredth of the largest of them at least.
         right: Shares of right answers of float32 and of the model; None where no labels were given or numbers are
             predicted.
     """
@@ -83,16 +82,11 @@ class Agreement:
 
 
 def agreement(loss: str, reference: Array, outputs: Array, y: Array | None = None) -> Agreement:
-    """Compare outputs [n, K] with float32's.
+    """Compare outputs [n, K] with float32's (`reference`). Raises `ModelError` if they have another shape.
 
     Args:
         loss: What the model was trained with: `cross_entropy`, `bce`, or one of numbers.
-        reference: What float32 gives.
-        outputs: What the model gives for the same samples.
         y: The samples' labels, if known: int64 [n] for `cross_entropy`, 0 to 1 [n, K] for `bce`.
-
-    Raises:
-        ModelError: Outputs have another shape.
     """
     if outputs.shape != reference.shape:
         raise ModelError("outputs at lower precision", expected=reference.shape, got=outputs.shape)

@@ -17,13 +17,8 @@ _SLOTS = ("a", "b")
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A board's active model.
-
-    Attributes:
-        folder: Contains its inference graph and its weights.
-        job: The job that it comes from.
-        round: The round.
-    """
+    """A board's active model: the folder of its inference graph and weights, and the job and round that it comes
+    from."""
 
     folder: Path
     job: str
@@ -36,11 +31,8 @@ def is_board_state(folder: Path) -> bool:
 
 
 def served_model(state: Path) -> ServedModel:
-    """The newest model of a board's state folder whose files are intact. The board may be running.
-
-    Raises:
-        StorageError: The folder has no such model.
-    """
+    """The newest model of a board's state folder whose files are intact. The board may be running. Raises
+    `StorageError` if the folder has no such model."""
     pointer = state / _FOLDER / _POINTER
     try:
         rows = json.loads(json.loads(pointer.read_bytes())["body"])["models"]

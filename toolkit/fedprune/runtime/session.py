@@ -69,14 +69,13 @@ class Runs(Protocol):
 class Session:
     """A loaded graph, on the CPU unless CUDA is asked for and works.
 
-    Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin
-    (a board serves predictions beside training) and, for training graphs, optimisation is basic: it halves the load
-    time at the same speed. Threads may run it at once.
+    Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin (a
+    board serves predictions beside training) and, for training graphs, optimisation is basic: it halves the load time
+    at the same speed. Threads may run it at once.
 
     Args:
         model: A file, or the bytes of one (then without external data).
         threads: Threads inside an operator; 0 takes one per core.
-        training: Whether this is a training graph.
         cuda: Whether to compute on an NVIDIA GPU. Where that fails, now or while it runs, the CPU takes over: a graph
             keeps nothing from run to run, so that nothing is lost.
 
@@ -112,15 +111,8 @@ class Session:
         return "cuda" if _on_cuda(self._session) else "cpu"
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run the graph once.
-
-        Args:
-            feeds: Arrays by input name.
-            outputs: Names of the wanted outputs; all by default.
-
-        Raises:
-            ModelError: Feeds don't fit the graph, or an operator fails on them.
-        """
+        """Run the graph once, for these outputs or all. Raises `ModelError` if feeds don't fit it, or an operator fails
+        on them."""
         names = list(outputs) if outputs is not None else list(self.outputs)
         session = self._session  # another thread may replace it
         try:
@@ -173,13 +165,11 @@ def _on_cuda(session: Any) -> bool:
 
 @dataclass(frozen=True)
 class KernelTimes:
-    """What the operators of a graph took.
+    """What the operators of a graph took, in seconds per run of the whole graph and by the node's name, with its
+    operator.
 
-    Attributes:
-        run: Seconds of a run of the whole graph.
-        kernels: Operator and seconds per run by the node's name, as onnxruntime gives it: that of the graph's node,
-            often with something appended where nodes were merged. Operators of sub-graphs have entries of their own
-            beside the node that runs them.
+    Names are onnxruntime's: the graph's node, often with something appended where nodes were merged. Operators of
+    sub-graphs have entries of their own in addition to the node that runs them.
     """
 
     run: float
@@ -189,14 +179,7 @@ class KernelTimes:
 def kernel_times(
     model: bytes, feeds: Mapping[str, Array], *, threads: int = 1, runs: int = 10, training: bool = False
 ) -> KernelTimes:
-    """Time every operator of a graph on the CPU, with onnxruntime's profiler.
-
-    Args:
-        model: The graph's file.
-        feeds: Arrays by input name.
-        threads: Threads inside an operator.
-        runs: How many runs are timed; medians count.
-        training: Whether this is a training graph.
+    """Time every operator of a graph on the CPU, with onnxruntime's profiler: medians of `runs` runs.
 
     Raises:
         MissingExtraError: onnxruntime is not installed.

@@ -36,8 +36,9 @@ class EnginePlan:
     """How an engine is built.
 
     Attributes:
-        graph: The graph, beside the weights. From TensorRT 10 on an engine's types are the graph's, so that one in
-            float16 needs a graph with float32 inputs and outputs and float16 between; TensorRT 8 chooses types itself.
+        graph: The graph, in the folder of the weights. From TensorRT 10 on an engine's types are the graph's, so that
+            one in float16 needs a graph with float32 inputs and outputs and float16 between; TensorRT 8 chooses types
+            itself.
         precision: One of `TOLERANCES`.
         batch: The least, the usual and the most samples at once; larger batches are predicted in parts.
         pool_bytes: Memory that a layer's implementation may take for itself while the engine is built and runs.
@@ -88,15 +89,8 @@ class EnginePlan:
 
     @classmethod
     def from_json(cls, raw: bytes, where: str = NAME) -> EnginePlan:
-        """Read and check.
-
-        Args:
-            raw: JSON; a field that is missing has its default.
-            where: Where it comes from, for messages.
-
-        Raises:
-            ConfigError: It is no plan, of another version, or a field is unknown or out of range.
-        """
+        """Read and check; a missing field has its default. Raises `ConfigError`, which names `where`, if it is no plan,
+        of another version, or a field is unknown or out of range."""
         try:
             if len(raw) > _LONGEST:
                 raise ValueError(f"{len(raw)} bytes")

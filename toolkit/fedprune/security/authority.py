@@ -79,15 +79,8 @@ _LONGEST_DAYS = 30 * 365
 
 @dataclass(frozen=True)
 class Issued:
-    """A certificate in the register.
-
-    Attributes:
-        kind: `DEVICE`, `CLIENT` or `BROKER`.
-        name: Its common name.
-        key: sha256 of its public key, as hex.
-        ends: End of its validity, in seconds since 1970.
-        authority: Identifier of the issuing authority's key.
-    """
+    """A certificate in the register: `key` is the hex sha256 of its public key, `ends` is in seconds since 1970, and
+    `authority` identifies the issuing authority's key."""
 
     serial: int
     kind: str
@@ -99,16 +92,11 @@ class Issued:
 
 
 class Authority:
-    """A certificate authority.
-
-    Args:
-        folder: Its folder, as `make` leaves it.
-        clock: Seconds since 1970.
-        read_only: Write nothing; nothing can be issued or revoked.
+    """A certificate authority in a folder, as `make` leaves it; with `read_only` nothing can be issued or revoked.
 
     Raises:
         IdentityError: A file is missing or damaged, or key and certificate don't fit.
-        StorageError: The register is missing or damaged, or the disk fails.
+        StorageError: The register is missing or damaged.
     """
 
     def __init__(self, folder: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
@@ -134,13 +122,8 @@ class Authority:
 
     @classmethod
     def make(cls, folder: Path, site: str, clock: Callable[[], float] = time.time) -> Authority:
-        """A new authority in a folder that has none.
-
-        Raises:
-            IdentityError: There is one already.
-            ProtocolError: The site's name is none.
-            StorageError: The disk fails or is full.
-        """
+        """A new authority in a folder that has none. Raises `IdentityError` if there is one already, and
+        `ProtocolError` if the site's name is none."""
         check_name(site, "site")
         if (folder / CERTIFICATE).exists():
             raise IdentityError(f"{folder} has an authority already")
@@ -156,11 +139,7 @@ class Authority:
     def begin_rotation(self, site: str) -> None:
         """Make a successor, which issues clients' certificates from the next `Authority` of this folder on.
 
-        A crash leaves one authority, or both.
-
-        Raises:
-            IdentityError: It is being replaced already.
-            StorageError: The disk fails or is full.
+        A crash leaves one authority, or both. Raises `IdentityError` if it is being replaced already.
         """
         if self.rotating:
             raise IdentityError("the authority is being replaced already", hint="End that first: identity retire-ca.")
@@ -171,12 +150,8 @@ class Authority:
         write_public(self._folder / CERTIFICATE, (self.pem + pem_of(certificate)).encode())  # now it counts
 
     def end_rotation(self) -> None:
-        """Trust only the successor, from the next `Authority` of this folder on; the old key is deleted.
-
-        Raises:
-            IdentityError: It is not being replaced.
-            StorageError: The disk fails or is full.
-        """
+        """Trust only the successor, from the next `Authority` of this folder on; the old key is deleted. Raises
+        `IdentityError` if it is not being replaced."""
         if not self.rotating:
             raise IdentityError("the authority is not being replaced", hint="Begin that first: identity rotate-ca.")
         write_public(self._folder / CERTIFICATE, pem_of(self._signers[-1].certificate).encode())  # now it counts
@@ -217,7 +192,6 @@ class Authority:
 
     @property
     def crl_path(self) -> Path:
-        """The list of revoked certificates, in PEM."""
         return self._list.path
 
     def sign(self, data: bytes) -> bytes:
@@ -235,17 +209,12 @@ class Authority:
     def issue_device(self, site: str, device: str, csr: str, days: int = DEVICE_DAYS) -> str:
         """A client certificate for a device (PEM); the existing one if its key has one already.
 
-        Args:
-            site: The fleet's.
-            device: Its name, the certificate's common name.
-            csr: Its request, of which only the key is used.
-            days: Validity.
+        Of the request (`csr`) only the key is used. If this raises, nothing was issued.
 
         Raises:
             IdentityError: The name is reserved, the key's certificate is another's, revoked or expired, or the device
                 has too many.
             ProtocolError: The request or name is invalid.
-            StorageError: The disk fails or is full; nothing was issued.
         """
         check_name(site, "site")
         check_device(device)
@@ -260,37 +229,24 @@ class Authority:
             return self._issue(DEVICE, device, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, names)
 
     def check_device(self, device: str, csr: str) -> None:
-        """Check that `issue_device` would issue this, before a claim is used up.
-
-        Raises:
-            IdentityError, ProtocolError, StorageError: It would not.
-        """
+        """Check that `issue_device` would issue this, before a claim is used up. Raises `IdentityError`,
+        `ProtocolError`, `StorageError` if it would not."""
         with self._register.held():
             self._known(device, request_key(csr))
 
     def issue_server(self, csr: str, days: int = DEVICE_DAYS) -> str:
-        """A certificate for the server itself to connect with, named `fedprune-server`.
-
-        Raises:
-            ProtocolError: The request is none.
-            StorageError: The disk fails or is full.
-        """
+        """A certificate for the server itself to connect with, named `fedprune-server`. Raises `ProtocolError` if
+        the request is none."""
         key = request_key(csr)
         with self._register.held():
             return self._issue(CLIENT, SERVER, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, None)
 
     def issue_broker(self, hosts: Iterable[str], csr: str, days: int = BROKER_DAYS) -> str:
-        """A certificate for a broker.
-
-        Args:
-            hosts: The names and addresses by which boards and server reach it.
-            csr: Its request.
-            days: How long it is valid.
+        """A certificate for a broker that boards and server reach by these names and addresses.
 
         Raises:
             IdentityError: No host, or one that is neither name nor address.
-            ProtocolError: The request is none.
-            StorageError: The disk fails or is full.
+            ProtocolError: The request is invalid.
         """
         names = [host_name(h) for h in hosts]
         if not names:
@@ -311,41 +267,27 @@ class Authority:
         return serial in self._revoked
 
     def revoke(self, serial: int) -> None:
-        """Revoke a certificate. Brokers know when they load the list again.
-
-        Raises:
-            IdentityError: It was never issued here.
-            StorageError: The disk fails or is full.
-        """
+        """Revoke a certificate. Brokers know when they load the list again. Raises `IdentityError` if it was never
+        issued here."""
         with self._register.held():
             self._revoke([serial])
 
     def revoke_device(self, device: str) -> int:
-        """Revoke all certificates of a device; returns their number.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Revoke all certificates of a device; returns their number."""
         with self._register.held():
             serials = [i.serial for i in self.of_device(device) if i.serial not in self._revoked]
             self._revoke(serials)
         return len(serials)
 
     def lines(self) -> list[str]:
-        """The register's lines: all that was issued and revoked.
-
-        Raises:
-            StorageError: The register is damaged or can't be read.
-        """
+        """The register's lines: all that was issued and revoked. Raises `StorageError` if the register is damaged or
+        can't be read."""
         with self._register.held():
             return self._register.lines()
 
     def adopt(self, lines: Iterable[str]) -> None:
-        """Add the lines of another copy of this authority's register, with their revocations.
-
-        Raises:
-            StorageError: A line is damaged, or the disk fails or is full. No line was added.
-        """
+        """Add the lines of another copy of this authority's register, with their revocations. Raises `StorageError` and
+        adds none if one is damaged."""
         with self._register.held():
             known = set(self._register.lines())
             entries = []
@@ -437,11 +379,8 @@ class Authority:
 
 
 def _parsed(entry: dict[str, Any]) -> Issued | tuple[int, int]:
-    """A line of the register: a certificate, or the serial number and the time of a revocation.
-
-    Raises:
-        ValueError, KeyError, TypeError, AttributeError: The line is damaged.
-    """
+    """A line of the register: a certificate, or the serial number and the time of a revocation. Raises `ValueError`,
+    `KeyError`, `TypeError`, `AttributeError` if the line is damaged."""
     if "revoked" in entry:
         return int(entry["revoked"]["serial"], 16), int(entry["revoked"]["at"])
     row = entry["issued"]
@@ -463,10 +402,8 @@ def _revocation(serial: int, at: int) -> dict[str, Any]:
 
 
 def _signers(folder: Path, *, read_only: bool) -> tuple[Signer, ...]:
-    """The authorities that a folder's certificates name, the oldest first, each with its key.
-
-    The end of a rotation that was interrupted is completed.
-    """
+    """The authorities that a folder's certificates name, the oldest first; completes an interrupted end of a
+    rotation."""
     path, new = folder / KEY, folder / NEW_KEY
     certificates = load_authorities(folder / CERTIFICATE)
     keys = [load_tls_key(path, "the authority's key")]

@@ -6,10 +6,8 @@ import struct
 
 
 def transcript(domain: str, *parts: str | bytes | int | None) -> bytes:
-    """The values, each with its kind and length, after a domain that separates purposes.
-
-    Different domains or values give different bytes.
-    """
+    """The values, each with its kind and length, after a domain that separates purposes: different values give
+    different bytes."""
     rows = [domain.encode() + b"\0"]
     for part in parts:
         if part is None:

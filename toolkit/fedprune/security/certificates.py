@@ -61,12 +61,8 @@ def tls_key_pem(key: TlsKey) -> bytes:
 
 
 def load_tls_key(path: Path, what: str = "TLS key") -> TlsKey:
-    """Read a key that `save_tls_key` wrote.
-
-    Raises:
-        IdentityError: It is missing, open to other users, or no such key.
-        StorageError: It can't be read.
-    """
+    """Read a key that `save_tls_key` wrote. Raises `IdentityError` if it is missing, open to other users, or no such
+    key."""
     raw = read_private(path, what)
     try:
         key = serialization.load_pem_private_key(raw, None)
@@ -91,12 +87,8 @@ def make_request(key: TlsKey, device: str) -> str:
 def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKey:
     """The key of a certificate request, which must be signed by it; other contents are ignored.
 
-    Args:
-        pem: The request.
-        device: The required common name; None for any.
-
-    Raises:
-        ProtocolError: It is invalid, another device's, too long, not signed by its key, or has no P-256 key.
+    Raises `ProtocolError` if the request is invalid or too long, names another device than `device` (None: any), isn't
+    signed by its key, or has no P-256 key.
     """
     what = "certificate request"
     if len(pem) > MAX_PEM:
@@ -117,11 +109,8 @@ def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKe
 
 
 def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
-    """Read a certificate; whether it can be believed is not looked at.
-
-    Raises:
-        ProtocolError: It is none, or too long.
-    """
+    """Read a certificate; whether it can be believed is not looked at. Raises `ProtocolError` if it is none, or too
+    long."""
     raw = pem.encode() if isinstance(pem, str) else pem
     if len(raw) > MAX_PEM:
         raise ProtocolError(what, expected=f"at most {MAX_PEM} bytes", got=len(raw))
@@ -145,11 +134,8 @@ def load_certificate(path: Path, what: str) -> x509.Certificate:
 
 
 def read_authorities(pem: str | bytes, what: str = "the authorities' certificates") -> tuple[x509.Certificate, ...]:
-    """The authorities that a fleet trusts, the oldest first: one, or two while one replaces the other.
-
-    Raises:
-        ProtocolError: It is none, too long, or too many.
-    """
+    """The authorities that a fleet trusts, the oldest first: one, or two while one replaces the other. Raises
+    `ProtocolError` if it is none, too long, or too many."""
     raw = pem.encode() if isinstance(pem, str) else pem
     found = tuple(read_certificate(part, what) for part in _CERTIFICATE.findall(raw[: MAX_PEM + 1])) or (
         read_certificate(raw, what),
@@ -185,11 +171,8 @@ def pem_of(certificate: x509.Certificate) -> str:
 
 
 def key_digest(key: object) -> bytes:
-    """sha256 of a public key (its SubjectPublicKeyInfo in DER).
-
-    Raises:
-        ProtocolError: It is no elliptic curve key.
-    """
+    """sha256 of a public key (its SubjectPublicKeyInfo in DER). Raises `ProtocolError` if it is no elliptic curve
+    key."""
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ProtocolError("key of a certificate", expected="an ECDSA key", got=type(key).__name__)
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
@@ -197,11 +180,8 @@ def key_digest(key: object) -> bytes:
 
 
 def pin_of(authority: x509.Certificate) -> bytes:
-    """What a claim names an authority by: the first 12 bytes of its key's sha256.
-
-    Raises:
-        ProtocolError: Its key is none of ours.
-    """
+    """What a claim names an authority by: the first 12 bytes of its key's sha256. Raises `ProtocolError` if its key
+    is none of ours."""
     return key_digest(authority.public_key())[:PIN]
 
 

@@ -64,22 +64,12 @@ RENEW_AT = 2 / 3
 class DeviceIdentity:
     """A device's keys, certificate and knowledge of its server.
 
-    Args:
-        folder: Its folder, made with mode 0700 where there is none.
-        site: The site's name.
-        device: The device's name.
-        clock: Seconds since 1970.
-
     Attributes:
-        folder: Its folder.
-        key: Its signing key.
-        epochs: Its epochs.
         renew_now: Set when the server has named another authority than the certificate's; cleared by the renewal.
         renewed: Set by a new certificate; cleared once the server knows.
 
     Raises:
         IdentityError: A file is damaged or open to other users.
-        StorageError: The disk fails or is full.
     """
 
     def __init__(self, folder: Path, site: str, device: str, clock: Callable[[], float] = time.time) -> None:
@@ -112,11 +102,7 @@ class DeviceIdentity:
             raise IdentityError(f"{self.device} doesn't know its server's key", hint="Let it join again.") from error
 
     def keep_successions(self, successions: Sequence[str]) -> None:
-        """Store the successions of the server's key for the launcher, as `Succession.hex`, unless they are stored.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Store the successions of the server's key for the launcher, as `Succession.hex`, unless they are stored."""
         text, path = "\n".join([self.site, *successions]).encode(), self.folder / SUCCESSIONS
         with storage_errors(f"can't read {path}"):
             known = path.read_bytes() if path.exists() else b""
@@ -124,28 +110,15 @@ class DeviceIdentity:
             write_public(path, text)
 
     def succeed(self, key: VerifyingKey, successions: Sequence[Succession]) -> None:
-        """Replace the server's key by its successor.
-
-        Args:
-            key: The successor.
-            successions: All that the server sent; the launcher follows them from the key that it was installed with.
-
-        Raises:
-            StorageError: The disk fails or is full; the old key stays in force.
-        """
+        """Replace the server's key by its successor, and store all successions for the launcher, which follows them
+        from the key that it was installed with."""
         self._forget()  # an answer that is still to come names the old key
         self.keep_successions([s.hex for s in successions])
         write_public(self.folder / _SERVER, key.hex.encode())
 
     def request(self, claim: Claim | None = None) -> JoinRequest:
-        """A request to join, or, once joined, for a new certificate; the same until it is answered.
-
-        Args:
-            claim: The claim, if there is one: it replaces a request that waits for the operator.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """A request to join, or, once joined, for a new certificate; the same until it is answered. A claim replaces a
+        request that waits for the operator."""
         pending = self._pending()
         if pending is not None and (claim is None or pending.claim == claim.id.hex()):
             return pending
@@ -159,7 +132,6 @@ class DeviceIdentity:
         """Accept an answer to the pending request, after which the device has `joined`.
 
         Args:
-            answer: The answer.
             pin: The authority's pin, of the claim or configured. A joined device also accepts those that it knows.
 
         Returns:
@@ -168,7 +140,6 @@ class DeviceIdentity:
         Raises:
             SignatureError: The answer is not to the pending request, or not by the authority.
             JoinError: The device is refused; the next request is a new one.
-            StorageError: The disk fails or is full; the same request can be made again.
         """
         pending = self._pending()
         if pending is None:
@@ -214,14 +185,8 @@ class DeviceIdentity:
         """Drop authorities older than those that the server names, and have a certificate of another one renewed.
 
         A new authority comes with the answer to that renewal, signed by a known one. An authority newer than those
-        named stays trusted: a server with an old copy of its identity doesn't know it.
-
-        Args:
-            pins: Pins of the named authorities, as hex; the last one issues certificates.
-
-        Raises:
-            IdentityError: A file is missing or damaged.
-            StorageError: The disk fails or is full.
+        named stays trusted: a server with an old copy of its identity doesn't know it. The last of `pins` (hex) issues
+        certificates.
         """
         with self._admitting:
             known = load_authorities(self.folder / _AUTHORITY)
@@ -247,11 +212,8 @@ class DeviceIdentity:
         return tuple(pin_of(authority).hex() for authority in trusted[: last + 1])
 
     def heard(self) -> dict[str, int]:
-        """The latest epoch of its server by stream (`fedprune.security.signed_channel`), as `hear` wrote it.
-
-        Raises:
-            StorageError: It can't be read or is damaged.
-        """
+        """The latest epoch of its server by stream (`fedprune.security.signed_channel`), as `hear` wrote it. Raises
+        `StorageError` if it can't be read or is damaged."""
         path = self.folder / _HEARD
         try:
             body = json.loads(path.read_bytes())
@@ -269,11 +231,7 @@ class DeviceIdentity:
         return body
 
     def hear(self, stream: str, epoch: int) -> None:
-        """Store that an epoch of the server's has begun.
-
-        Raises:
-            StorageError: The disk fails or is full; the epoch hasn't begun.
-        """
+        """Store that an epoch of the server's has begun."""
         write_whole(self.folder / _HEARD, json.dumps(self.heard() | {stream: epoch}, sort_keys=True).encode())
 
     def renewal_due(self) -> bool:
@@ -288,14 +246,10 @@ class DeviceIdentity:
         return self.times.floor >= begun + RENEW_AT * (seconds_of(certificate.not_valid_after_utc) - begun)
 
     def context(self, authority: Path | None = None, *, certificate: bool = True) -> PinnedContext:
-        """A TLS context for its connections.
+        """A TLS context for connections to a broker of `authority`, by default the fleet's.
 
-        Args:
-            authority: The broker's authority; the fleet's by default.
-            certificate: Whether to present the certificate; without it only a renewal is possible.
-
-        Raises:
-            IdentityError: It hasn't joined, or a file is damaged.
+        Without the certificate only a renewal is possible. Raises `IdentityError` if the device hasn't joined, or a
+        file is damaged.
         """
         authority = authority or self.folder / _AUTHORITY
         if not certificate:

@@ -41,15 +41,8 @@ HEADER = _HEADER.size + SIGNATURE
 
 @dataclass(frozen=True)
 class Envelope:
-    """A received message in its envelope, which is not authentic before `verify`.
-
-    Attributes:
-        key_id: Id of the key that the sender claims to have.
-        epoch: The sender's epoch.
-        counter: Number of the message in this epoch.
-        signature: The sender's.
-        body: The message.
-    """
+    """A received message in its envelope, which is not authentic before `verify`; `key_id` is the key that the sender
+    claims to have."""
 
     key_id: bytes
     epoch: int
@@ -59,12 +52,8 @@ class Envelope:
 
     @classmethod
     def parse(cls, raw: bytes) -> Envelope:
-        """Parse an envelope without verifying it.
-
-        Raises:
-            SignatureError: The message has no envelope.
-            ProtocolError: It is of another version, or too long.
-        """
+        """Parse an envelope without verifying it. Raises `SignatureError` if the message has no envelope, and
+        `ProtocolError` if it is of another version, or too long."""
         if len(raw) > HEADER + MAX_MESSAGE:
             raise ProtocolError(
                 "signed message is too long", expected=f"at most {HEADER + MAX_MESSAGE} bytes", got=len(raw)
@@ -84,11 +73,8 @@ class Envelope:
         return cls(key_id, epoch, counter, bytes(raw[_HEADER.size : HEADER]), bytes(raw[HEADER:]))
 
     def verify(self, key: VerifyingKey, topic: str) -> bytes:
-        """The message, if `key` has signed it for `topic`.
-
-        Raises:
-            SignatureError: Another key is named, or the signature is invalid.
-        """
+        """The message, if `key` has signed it for `topic`. Raises `SignatureError` if another key is named, or the
+        signature is invalid."""
         if self.key_id != key.id:
             raise SignatureError(
                 "the message is signed by another key",
@@ -104,15 +90,9 @@ def seal(key: SigningKey, topic: str, epoch: int, counter: int, body: bytes) -> 
     """Put a message into its envelope.
 
     Args:
-        key: The sender's key.
         topic: Where it will be published.
-        epoch: A number that was on the sender's disk before it was first used, see
-            `fedprune.security.replay_protection`.
+        epoch: A number that was on the sender's disk before it was first used.
         counter: Larger than those of earlier messages of this epoch and stream.
-        body: The message, at most 256 KiB.
-
-    Raises:
-        ProtocolError: A number or the message is too large.
     """
     if len(body) > MAX_MESSAGE:
         raise ProtocolError("message is too long to be signed", expected=f"at most {MAX_MESSAGE} bytes", got=len(body))
@@ -126,9 +106,8 @@ def seal(key: SigningKey, topic: str, epoch: int, counter: int, body: bytes) -> 
 def unseal(key: VerifyingKey, topic: str, raw: bytes) -> Envelope:
     """Parse and verify an envelope that came on a topic from the owner of a key; replays are not detected here.
 
-    Raises:
-        SignatureError: It is not signed, by another key, for another topic, or changed.
-        ProtocolError: It is too long, or of another version.
+    Raises `SignatureError` if it is not signed, by another key, for another topic, or changed, and `ProtocolError` as
+    `Envelope.parse`.
     """
     envelope = Envelope.parse(raw)
     envelope.verify(key, topic)

@@ -27,14 +27,7 @@ class EpochFile:
 
     They are written in blocks before the first of a block is used; a restart skips the rest of a block. A block begins
     at the time in milliseconds where that is larger than the last one's end, so that a sender whose disk was reset to
-    an old copy is accepted again; a clock at 1970 does no harm.
-
-    Args:
-        path: The file.
-        clock: Seconds since 1970.
-
-    Raises:
-        StorageError: It is damaged or can't be read.
+    an old copy is accepted again; a clock at 1970 does no harm. Raises `StorageError` if the file is damaged.
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
@@ -44,21 +37,11 @@ class EpochFile:
 
     @staticmethod
     def make(path: Path) -> None:
-        """Write a file without used epochs, so that a file that is missing later is known to be lost.
-
-        Raises:
-            StorageFullError: No room.
-            StorageError: The disk fails.
-        """
+        """Write a file without used epochs, so that a file that is missing later is known to be lost."""
         write_whole(path, json.dumps({"v": 1, "epoch": 0}).encode())
 
     def next(self) -> int:
-        """A new epoch.
-
-        Raises:
-            StorageFullError: No room; no epoch is used up.
-            StorageError: The disk fails.
-        """
+        """A new epoch; none is used up if the disk is full."""
         if self._latest == self._written:
             begin = max(self._written + 1, int(min(1000 * self._clock(), _LAST_TIME)))
             end = begin + _BLOCK - 1
@@ -77,15 +60,7 @@ class EpochFile:
         return self._written
 
     def pass_over(self, used: int = 0) -> None:
-        """Skip all epochs that another holder of the key may have used, also ahead of the clock.
-
-        Args:
-            used: An epoch that it is known to have used.
-
-        Raises:
-            StorageFullError: No room.
-            StorageError: The disk fails.
-        """
+        """Skip all epochs that another holder of the key may have used: `used`, and some ahead of the clock."""
         end = max(self._written, used, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
         write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
         self._latest = self._written = end

@@ -19,15 +19,14 @@ from fedprune.core.errors import StorageError
 
 
 class Register:
-    """An append-only file of JSON lines.
+    """An append-only file of JSON lines, made with mode 0600 where there is none.
 
     Args:
-        path: The file, made with mode 0600 where there is none.
         take: Called for every line in order: existing ones, and later ones as they are read or appended.
         read_only: Nothing is made, repaired or appended, so that a read-only disk suffices.
 
     Raises:
-        StorageError: A line is damaged, or the disk fails.
+        StorageError: A line is damaged.
     """
 
     def __init__(self, path: Path, take: Callable[[dict[str, Any]], None], *, read_only: bool = False) -> None:
@@ -59,12 +58,7 @@ class Register:
             os.close(descriptor)
 
     def append(self, *entries: dict[str, Any]) -> None:
-        """Add lines; they are on the disk when this returns. Only while it is `held`.
-
-        Raises:
-            StorageFullError: No room; nothing was added.
-            StorageError: It is not held, or the disk fails.
-        """
+        """Add lines; all are on the disk when this returns, and none if it raises. Only while it is `held`."""
         if self._holding < 0:
             raise StorageError(f"{self._path} is not held")
         lines = [json.dumps(entry, sort_keys=True, separators=(",", ":")).encode() + b"\n" for entry in entries]

@@ -34,13 +34,8 @@ _SLIPS = str.maketrans("08", "OB")  # digits that the alphabet lacks, for the le
 
 @dataclass(frozen=True)
 class Claim:
-    """The parts of a claim.
-
-    Attributes:
-        id: Its id at the server.
-        secret: Shared by the server and the claim's holder.
-        pin: Pin of the server's authority (`fedprune.security.certificates.pin_of`).
-    """
+    """The parts of a claim: its id at the server, the secret that its holder shares with the server, and the pin of the
+    server's authority."""
 
     id: bytes
     secret: bytes = field(repr=False)
@@ -53,11 +48,8 @@ class Claim:
 
     @classmethod
     def parse(cls, text: str) -> Claim:
-        """Read a claim in upper or lower case, with any spaces and dashes.
-
-        Raises:
-            JoinError: The text is no claim, or mistyped.
-        """
+        """Read a claim in upper or lower case, with any spaces and dashes. Raises `JoinError` if the text is no
+        claim, or mistyped."""
         plain = re.sub(r"[\s-]", "", text[:_LONGEST]).upper()
         if not plain.startswith(PREFIX):
             raise JoinError("claim", expected=f"a text that begins with {PREFIX}-", got="something else")

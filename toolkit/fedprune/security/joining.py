@@ -39,14 +39,8 @@ _REQUEST, _PROOF, _ANSWER = "fedprune join 1", "fedprune join proof 1", "fedprun
 
 @dataclass(frozen=True)
 class Admission:
-    """What an approved device gets.
-
-    Attributes:
-        certificate: Its certificate (PEM).
-        authority: The authorities that the fleet trusts (PEM), the oldest first.
-        server: The server's verifying key.
-        time: The server's time in seconds since 1970.
-    """
+    """An approved device's certificate, the authorities that the fleet trusts (PEM, the oldest first), the server's key
+    and its time."""
 
     certificate: str
     authority: str
@@ -58,14 +52,8 @@ def make_request(site: str, device: str, key: SigningKey, csr: str, claim: Claim
     """A request to join, or, with a member's key, for a new certificate.
 
     Args:
-        site: The fleet's.
-        device: The device's name.
-        key: The device's signing key.
         csr: A certificate request, for a TLS key without a certificate.
         claim: Lets the device join at once; without one the operator decides.
-
-    Raises:
-        ProtocolError: A name is invalid.
     """
     nonce = secrets.token_hex(16)
     said = claim.id.hex() if claim is not None else None
@@ -111,12 +99,8 @@ def answer_text(
 
 
 def check_answer(answer: JoinAnswer, request: JoinRequest, *pins: bytes) -> Admission | None:
-    """Verify the answer to a request.
-
-    Args:
-        answer: The answer.
-        request: The request.
-        pins: Accepted pins of the authority: the claim's, a configured one, or those that the device knows.
+    """Verify the answer to a request by an authority with one of these pins: the claim's, a configured one, or known
+    ones.
 
     Returns:
         The admission; None if the device must wait for the operator and repeat the request.

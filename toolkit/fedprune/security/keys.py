@@ -25,14 +25,7 @@ KEY_ID = 8
 
 @dataclass(frozen=True)
 class VerifyingKey:
-    """The public half of a signing key.
-
-    Args:
-        raw: Its 32 bytes.
-
-    Raises:
-        ProtocolError: It has another length.
-    """
+    """The public half of a signing key, 32 bytes; raises `ProtocolError` for another length."""
 
     raw: bytes
 
@@ -42,15 +35,7 @@ class VerifyingKey:
 
     @classmethod
     def from_hex(cls, text: object, what: str = "verifying key") -> VerifyingKey:
-        """Read a key as `hex` writes it.
-
-        Args:
-            text: 64 lower-case hex digits.
-            what: Whose key it is, for the error.
-
-        Raises:
-            ProtocolError: It is something else.
-        """
+        """Read 64 lower-case hex digits; raises `ProtocolError`, which names `what`, for anything else."""
         if not isinstance(text, str) or len(text) != 2 * KEY or set(text) - set("0123456789abcdef"):
             raise ProtocolError(what, expected="64 hex digits", got=shown(text))
         return cls(bytes.fromhex(text))
@@ -67,10 +52,7 @@ class VerifyingKey:
 
     @property
     def fingerprint(self) -> str:
-        """What people compare: the first 10 bytes of the key's sha256 as five groups of four hex digits.
-
-        80 bits: to find a second key with the same one takes about 2^80 tries.
-        """
+        """For people: the first 80 bits of the key's sha256 as five groups of four hex digits."""
         return grouped(hashlib.sha256(self.raw).hexdigest()[:20])
 
     def verify(self, signature: bytes, data: bytes) -> None:
@@ -85,11 +67,7 @@ class VerifyingKey:
 
 
 class SigningKey:
-    """A secret key. It never leaves the machine that made it.
-
-    Args:
-        key: The key of the library.
-    """
+    """A secret key. It never leaves the machine that made it."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -102,12 +80,8 @@ class SigningKey:
 
     @classmethod
     def load(cls, path: Path) -> SigningKey:
-        """Read a key that `save` wrote.
-
-        Raises:
-            IdentityError: It is missing, open to other users, or no Ed25519 key in PKCS8 PEM without a password.
-            StorageError: It can't be read.
-        """
+        """Read a key that `save` wrote. Raises `IdentityError` if it is missing, open to other users, or no Ed25519
+        key in PKCS8 PEM without a password."""
         raw = read_private(path, "signing key")
         try:
             key = serialization.load_pem_private_key(raw, None)
@@ -120,12 +94,7 @@ class SigningKey:
         return cls(key)
 
     def save(self, path: Path) -> None:
-        """Write the key as PKCS8 PEM with mode 0600; after a crash the file is whole or not there.
-
-        Raises:
-            StorageFullError: No room.
-            StorageError: The disk fails.
-        """
+        """Write the key as PKCS8 PEM with mode 0600; after a crash the file is whole or not there."""
         pem = self._key.private_bytes(
             serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         )

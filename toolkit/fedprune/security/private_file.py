@@ -15,24 +15,14 @@ MAX_SECRET = 16 * 1024
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Write a secret atomically with mode 0600; a missing folder is made with mode 0700.
-
-    Raises:
-        StorageFullError: No room; what was there before is untouched.
-        StorageError: The disk fails.
-    """
+    """Write a secret atomically with mode 0600; a missing folder is made with mode 0700."""
     with storage_errors(f"can't write {path}"):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     write_whole(path, data, private=True)
 
 
 def write_public(path: Path, data: bytes) -> None:
-    """Write a public file atomically with mode 0644 under any umask: root may write it for a service's user.
-
-    Raises:
-        StorageFullError: No room; what was there before is untouched.
-        StorageError: The disk fails.
-    """
+    """Write a public file atomically with mode 0644 under any umask: root may write it for a service's user."""
     with appearing(path) as partial:
         partial.write_bytes(data)
         partial.chmod(0o644)
@@ -42,9 +32,6 @@ def give_to_owner_of(path: Path, other: Path) -> None:
     """Give a file that root made to the owner of another file, whose user is to read it.
 
     That user may write to the folder, so only a regular file of root's with a single link is given away.
-
-    Raises:
-        StorageError: The disk fails, or the path is no longer the file that root made.
     """
     if os.geteuid() != 0:
         return
@@ -63,13 +50,8 @@ def give_to_owner_of(path: Path, other: Path) -> None:
 def read_private(path: Path, what: str) -> bytes:
     """Read a secret that only this user or root can have read or written; root reads any user's.
 
-    Args:
-        path: The file; links are not followed.
-        what: A name of its content, for errors.
-
-    Raises:
-        IdentityError: It is missing, no plain file, another user's, open to other users, or larger than any of ours.
-        StorageError: It can't be read.
+    Raises `IdentityError` if it is missing, a link or no plain file, another user's, open to other users, or larger
+    than `MAX_SECRET`.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)

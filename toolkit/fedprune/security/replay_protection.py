@@ -47,12 +47,8 @@ class Window:
         return cls(epoch)
 
     def check(self, epoch: int, counter: int) -> None:
-        """Check a message's numbers without recording them.
-
-        Raises:
-            StaleEpochError: Its epoch is over.
-            ReplayError: It has come before, or too many later ones have come first.
-        """
+        """Check a message's numbers without recording them. Raises `StaleEpochError` if its epoch is over, and
+        `ReplayError` if it has come before, or too many later ones have come first."""
         if epoch < self.epoch or (epoch == self.epoch and self._closed):
             raise StaleEpochError(
                 "a signed message is of an epoch that is over",
@@ -71,15 +67,8 @@ class Window:
             raise ReplayError("a signed message has come before", got=f"number {counter} of epoch {epoch}")
 
     def accept(self, epoch: int, counter: int) -> bool:
-        """Record a message's numbers; only for messages with a valid signature.
-
-        Returns:
-            Whether an epoch begins with it.
-
-        Raises:
-            StaleEpochError: Its epoch is over.
-            ReplayError: It has come before, or too many later ones have come first.
-        """
+        """Record the numbers of a message with a valid signature; returns whether an epoch begins with it. Raises as
+        `check`."""
         self.check(epoch, counter)
         begins = epoch > self.epoch
         if begins:

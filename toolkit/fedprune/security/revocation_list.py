@@ -22,23 +22,15 @@ _LIST = re.compile(rb"-----BEGIN X509 CRL-----.*?-----END X509 CRL-----", re.DOT
 
 
 class RevocationList:
-    """The list's file, derived from an authority's register.
-
-    Args:
-        path: The file.
-        signers: The authorities that the fleet trusts.
-    """
+    """The list's file, derived from an authority's register and signed by each trusted authority."""
 
     def __init__(self, path: Path, signers: Sequence[Signer]) -> None:
         self.path = path
         self._signers = tuple(signers)
 
     def is_right(self, revoked: Mapping[int, int]) -> bool:
-        """Whether the file exists and each authority's list has these certificates.
-
-        Args:
-            revoked: When they were revoked, in seconds since 1970, by serial number.
-        """
+        """Whether the file exists and each authority's list has these certificates (revocation times by serial
+        number)."""
         found = self._read()
         return len(found) == len(self._signers) and all(
             crl.is_signature_valid(signer.key.public_key()) and {r.serial_number for r in crl} == set(revoked)
@@ -59,11 +51,7 @@ class RevocationList:
             return []
 
     def write(self, revoked: Mapping[int, int]) -> None:
-        """Write the list, unless it is up to date; `revoked` is as for `is_right`.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Write the list, unless it is up to date; `revoked` is as for `is_right`."""
         if not self.is_right(revoked):
             write_public(self.path, b"".join(_signed(signer, revoked) for signer in self._signers))
 

@@ -35,12 +35,7 @@ def stream_of(topic: str) -> str:
 
 class Sealer:
     """Signs one sender's messages; thread-safe. Each stream has its own numbers, so that messages to others don't move
-    a device's window.
-
-    Args:
-        key: The sender's key.
-        epochs: Its epochs.
-    """
+    a device's window."""
 
     def __init__(self, key: SigningKey, epochs: EpochFile) -> None:
         self._key = key
@@ -49,11 +44,7 @@ class Sealer:
         self._lock = threading.Lock()
 
     def renew(self, topic: str) -> None:
-        """Begin a new epoch of a topic's stream: at every connection, and when its reader has restarted.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Begin a new epoch of a topic's stream: at every connection, and when its reader has restarted."""
         with self._lock:
             self._streams[stream_of(topic)] = (self._epochs.next(), 0)
 
@@ -63,12 +54,8 @@ class Sealer:
             self._epochs.leap()
 
     def seal(self, topic: str, body: bytes) -> bytes:
-        """Sign a message for a topic.
-
-        Raises:
-            ProtocolError: It is too long.
-            StorageError: A stream begins, and the disk fails or is full.
-        """
+        """Sign a message for a topic. Raises `ProtocolError` if it is too long, and `StorageError` if a stream
+        begins, and the disk fails or is full."""
         stream = stream_of(topic)
         with self._lock:
             epoch, counter = self._streams.get(stream) or (self._epochs.next(), 0)
@@ -80,7 +67,6 @@ class Opener:
     """Verifies one sender's messages, and accepts each once.
 
     Args:
-        key: The sender's key.
         floors: By stream, the latest epoch that was on this side's disk when it started.
         begun: Called with stream and epoch before the first message of an epoch is returned. They must be on the disk
             before any code acts on that message: the function writes them, or the caller does for many at once.

@@ -36,13 +36,7 @@ _DOMAIN = "fedprune succession 1"
 
 @dataclass(frozen=True)
 class Succession:
-    """A signing key's replacement.
-
-    Attributes:
-        before: The replaced key.
-        after: The new key.
-        signature: By the replaced key, over the site and both keys.
-    """
+    """A signing key's replacement, signed by the replaced key over the site and both keys."""
 
     before: VerifyingKey
     after: VerifyingKey
@@ -55,11 +49,8 @@ class Succession:
 
     @classmethod
     def from_hex(cls, text: str) -> Succession:
-        """Read a succession as `hex` writes it; its signature is not verified.
-
-        Raises:
-            ProtocolError: The text has another form.
-        """
+        """Read a succession as `hex` writes it; its signature is not verified. Raises `ProtocolError` if the text
+        has another form."""
         try:
             raw = bytes.fromhex(text)
         except ValueError:
@@ -79,13 +70,8 @@ _Lineage = TypeVar("_Lineage", bound="Lineage")
 
 @dataclass(frozen=True)
 class Lineage:
-    """A server's signing key, and how it replaced earlier ones: boards that know one of those follow it.
-
-    Attributes:
-        key: The key.
-        site: The fleet's name; empty where the key replaced none.
-        successions: The oldest first.
-    """
+    """A server's signing key, and how it replaced earlier ones (the oldest first): boards that know one of those follow
+    it. The site is empty where the key replaced none."""
 
     key: SigningKey
     site: str = ""
@@ -94,11 +80,7 @@ class Lineage:
     @classmethod
     def load(cls: type[_Lineage], path: Path) -> _Lineage:
         """Read a signing key, with its successions where it is in its server's identity folder. Nothing is written.
-
-        Raises:
-            IdentityError: A file is damaged, or the key is not the one that the successions end in.
-            StorageError: A file can't be read.
-        """
+        Raises `IdentityError` if a file is damaged, or the key is not the one that the successions end in."""
         site = path.parent / "site"
         if not site.exists():
             return cls(SigningKey.load(path))
@@ -113,16 +95,8 @@ class Lineage:
 
 
 def follow(site: str, key: VerifyingKey, successions: Iterable[Succession]) -> VerifyingKey:
-    """The key that a known key leads to; the known key itself where it was not replaced.
-
-    Args:
-        site: The fleet's.
-        key: The known key.
-        successions: The oldest first.
-
-    Raises:
-        SignatureError: A succession on the way is not signed by the key that it replaces.
-    """
+    """The key that a known key leads to by these successions, the oldest first; the known key itself where it was not
+    replaced. Raises `SignatureError` if one on the way is not signed by the key that it replaces."""
     for succession in successions:
         if succession.before == key:
             key.verify(succession.signature, _text(site, succession.before, succession.after))
@@ -131,16 +105,8 @@ def follow(site: str, key: VerifyingKey, successions: Iterable[Succession]) -> V
 
 
 def read_successions(folder: Path, site: str) -> tuple[Succession, ...]:
-    """The successions of a server's signing key, verified, the oldest first.
-
-    Args:
-        folder: The server's identity.
-        site: The fleet's name.
-
-    Raises:
-        IdentityError: The file is damaged, or another site's.
-        StorageError: It can't be read.
-    """
+    """The successions of a server's signing key, verified, the oldest first. Raises `IdentityError` if the file is
+    damaged, or another site's."""
     path = folder / FILE
     try:
         body = json.loads(path.read_bytes())
@@ -159,17 +125,8 @@ def read_successions(folder: Path, site: str) -> tuple[Succession, ...]:
 
 
 def load_signing_key(path: Path, successions: Sequence[Succession], *, read_only: bool = False) -> SigningKey:
-    """A server's signing key; a rotation that was interrupted is completed if its succession was written.
-
-    Args:
-        path: The key's file in the server's identity.
-        successions: As `read_successions` gives them.
-        read_only: Leave the files as they are.
-
-    Raises:
-        IdentityError: A file is missing or damaged, or the key is not the one that the successions end in.
-        StorageError: The disk fails or is full.
-    """
+    """A server's signing key; completes an interrupted rotation if its succession was written (unless `read_only`).
+    Raises `IdentityError` if a file is missing or damaged, or the key is not the one that the successions end in."""
     key, new = SigningKey.load(path), path.with_name(path.name + NEW)
     if not successions or key.verifying == successions[-1].after:
         return key
@@ -188,13 +145,8 @@ def load_signing_key(path: Path, successions: Sequence[Succession], *, read_only
 
 
 def kept_successions(folder: Path) -> tuple[str, tuple[str, ...]]:
-    """The fleet's name and the successions, the oldest first, that a device's identity keeps; none before the first.
-
-    They are not verified.
-
-    Raises:
-        StorageError: The file can't be read.
-    """
+    """The fleet's name and the successions, unverified, the oldest first, that a device's identity keeps; none before
+    the first."""
     path = folder / SUCCESSIONS
     with storage_errors(f"can't read {path}"):
         site, *found = (path.read_text("utf-8", "replace") if path.exists() else "").split() or [""]

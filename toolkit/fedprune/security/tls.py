@@ -51,7 +51,6 @@ def pinned_context(
     Args:
         authority: The certificate of the only trusted authority; `SYSTEM` for the system's authorities.
         certificate: The client's certificate; None to join without one.
-        key: The certificate's key.
         floor: Returns the time floor in seconds since 1970.
 
     Raises:
@@ -91,11 +90,8 @@ def unpinned_context() -> ssl.SSLContext:
 
 
 def insecure_allowed(host: str) -> None:
-    """Make sure that a connection without TLS, or without an identity, stays on this machine.
-
-    Raises:
-        ConfigError: It would leave it.
-    """
+    """Make sure that a connection without TLS, or without an identity, stays on this machine. Raises `ConfigError`
+    if it would leave it."""
     if host not in ("127.0.0.1", "::1", "localhost"):
         raise ConfigError(
             "a broker without TLS and identity", expected="127.0.0.1, ::1 or localhost", got=repr(host)[:80],
@@ -104,15 +100,8 @@ def insecure_allowed(host: str) -> None:
 
 
 def check_peer(der: bytes | None, floor: int) -> None:
-    """Make sure that a broker's certificate has not ended.
-
-    Args:
-        der: The certificate, which OpenSSL has verified except for its times.
-        floor: Seconds since 1970; the true time is not before it.
-
-    Raises:
-        ssl.SSLCertVerificationError: It has, or there is none.
-    """
+    """Make sure that a broker's certificate, which OpenSSL has verified except for its times, has not ended before the
+    floor. Raises `ssl.SSLCertVerificationError`."""
     if der is None:
         raise _refused("it has no certificate")
     certificate = x509.load_der_x509_certificate(der)

@@ -27,14 +27,10 @@ _DAY = 24 * 3600
 
 
 class TrustedTime:
-    """A board's time floor.
+    """A board's time floor, stored in a file; a damaged one is ignored: the server sends the time again.
 
     Args:
-        path: Its file.
         latest: Returns the limit of accepted times, the end of the board's certificate, in seconds since 1970.
-
-    Raises:
-        StorageError: The file can't be read. A damaged one is ignored: the server sends the time again.
     """
 
     def __init__(self, path: Path, latest: Callable[[], int]) -> None:
@@ -50,11 +46,8 @@ class TrustedTime:
         return self._floor
 
     def learn(self, seconds: int) -> None:
-        """Take note of the time in a message of the server whose signature was right.
-
-        Raises:
-            StorageError: The disk fails or is full; the time counts until the next restart.
-        """
+        """Take note of the time in a message of the server whose signature was right; without room it counts until the
+        next restart."""
         with self._lock:  # the board's loop and its renewal both learn
             self._floor = max(self._floor, min(seconds, self._latest()))
             if self._floor >= max(self._written, BUILT) + _DAY:

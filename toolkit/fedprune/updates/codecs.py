@@ -39,15 +39,7 @@ class Codec:
 
     @classmethod
     def parse(cls, text: object, what: str = "job: compression") -> Codec | None:
-        """Read a setting; None for `none`.
-
-        Args:
-            text: Such as `int8` or `top-k:0.05`.
-            what: The setting's name, for the error.
-
-        Raises:
-            ConfigError: It is something else.
-        """
+        """Read a setting such as `int8` or `top-k:0.05`; None for `none`. Raises `ConfigError`, which names `what`."""
         if text == PLAIN:
             return None
         name, colon, share = text.partition(":") if isinstance(text, str) and len(text) <= _LONGEST else ("", "", "")
@@ -73,17 +65,7 @@ class Codec:
 
 
 def agreed(setting: str, known: Collection[str]) -> str | None:
-    """The codec of a device's updates.
-
-    Args:
-        setting: The job's setting.
-        known: Names of the codecs that the device knows.
-
-    Returns:
-        The codec as text; None for none, also where the device doesn't know the one that is asked for.
-
-    Raises:
-        ConfigError: The setting is wrong.
-    """
+    """The codec of a device's updates as text; None for none, also where the device doesn't know the job's. Raises
+    `ConfigError` if the setting is wrong."""
     codec = Codec.parse(setting)
     return None if codec is None or codec.name not in known else str(codec)

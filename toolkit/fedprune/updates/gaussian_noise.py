@@ -22,11 +22,7 @@ _UNIT = 2.0**-53
 
 
 class GaussianNoise:
-    """Standard normal deviates.
-
-    Args:
-        key: 32 bytes; the same ones always give the same deviates.
-    """
+    """Standard normal deviates; the same 32 bytes of key always give the same ones."""
 
     def __init__(self, key: bytes) -> None:
         if len(key) != _KEY_BYTES:
@@ -44,11 +40,7 @@ class GaussianNoise:
         return cls(hashlib.sha256("\x1f".join(["noise", *map(str, key)]).encode()).digest())
 
     def draw(self, count: int) -> npt.NDArray[np.float64]:
-        """The next deviates, `BLOCK` of them at most in one go.
-
-        Args:
-            count: How many.
-        """
+        """The next `count` deviates, `BLOCK` at most in one go."""
         pairs = (count + 1) // 2
         bits = np.frombuffer(self._stream.update(bytes(16 * pairs)), "<u8") >> np.uint64(11)
         first, second = bits[:pairs].astype(np.float64), bits[pairs:].astype(np.float64)

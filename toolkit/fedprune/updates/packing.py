@@ -41,11 +41,8 @@ def is_packed(raw: bytes | memoryview) -> bool:
 
 
 def pack(parts: Mapping[str, Array]) -> bytes:
-    """Tensors in an envelope, smaller where zlib can make them so.
-
-    Raises:
-        BundleError: A tensor's type has no safetensors code.
-    """
+    """Tensors in an envelope, smaller where zlib can make them so. Raises `BundleError` if a tensor's type has no
+    safetensors code."""
     squeezer = zlib.compressobj(_LEVEL)
     header = tensorfile.header_of(parts)
     pieces, size = [squeezer.compress(header)], len(header)
@@ -60,15 +57,8 @@ def pack(parts: Mapping[str, Array]) -> bytes:
 
 
 def unpack(raw: bytes, most: int) -> dict[str, Array]:
-    """The tensors of an envelope.
-
-    Args:
-        raw: The envelope.
-        most: Bytes that the tensor file inside may have; no more are ever made of it.
-
-    Raises:
-        ProtocolError: It is damaged, or is larger inside than it may be or says.
-    """
+    """The tensors of an envelope whose tensor file may have `most` bytes; no more are ever allocated. Raises
+    `ProtocolError` if it is damaged, or is larger inside than it may be or says."""
     if len(raw) < HEAD or not is_packed(raw) or raw[4] not in (_RAW, _ZLIB) or any(raw[5:8]):
         raise ProtocolError("head of an encoded update", expected="FPU, version 1, packed by zlib or not", got=raw[:8])
     size = int.from_bytes(raw[8:HEAD], "little")

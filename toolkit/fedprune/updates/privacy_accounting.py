@@ -19,24 +19,14 @@ _FAR = 700.0
 
 
 def delta(cost: float, epsilon: float) -> float:
-    """δ at an ε.
-
-    Args:
-        cost: Σ 1/z², above 0.
-        epsilon: ε, 0 or more.
-    """
+    """δ at an ε from 0; `cost` is Σ 1/z², above 0."""
     mu = math.sqrt(cost)
     first, second = _tail(epsilon / mu - mu / 2), _tail(epsilon / mu + mu / 2)
     return first - (math.exp(epsilon) * second if second and epsilon < _FAR else 0.0)
 
 
 def epsilon(cost: float, delta_: float) -> float:
-    """The least ε that is promised at a δ.
-
-    Args:
-        cost: Σ 1/z²; 0 for nothing, infinite where there was no noise.
-        delta_: δ, above 0 and below 1.
-    """
+    """The least ε that is promised at a δ; `cost` is Σ 1/z², 0 for nothing and infinite where there was no noise."""
     if cost <= 0:
         return 0.0
     if not math.isfinite(cost):

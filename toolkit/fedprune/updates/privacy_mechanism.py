@@ -37,18 +37,14 @@ def noised(
 ) -> Tensors:
     """An update as it may leave the board.
 
-    Where nothing is clipped and there is no noise, trained tensors keep their bits.
+    Where nothing is clipped and there is no noise, trained tensors keep their bits. Raises `TrainingError` if the
+    update is not finite.
 
     Args:
-        update: What the board would hand in.
-        received: The same tensors as it received them.
+        received: The same tensors as the board received them.
         trained: Names of those that were trained; all others are handed back as they were received.
         clip: C, the most that the whole update may be long.
         noise: s, the standard deviation of the noise on every element.
-        source: Where noise is drawn.
-
-    Raises:
-        TrainingError: The update is not finite.
     """
     names = [n for n in update if n in trained]
     size = norm(update, received, names)

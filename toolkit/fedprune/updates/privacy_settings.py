@@ -97,11 +97,8 @@ class Privacy:
         return {k: getattr(self, k) for k in ("noise_multiplier", "noise", "boards", "delta", "epsilon_budget")}
 
     def asked_of(self, recipe: Recipe) -> Recipe:
-        """The recipe of a board under these settings.
-
-        Raises:
-            ConfigError: It has settings by which a board would tell more than its update.
-        """
+        """The recipe of a board under these settings. Raises `ConfigError` if it has settings by which a board would
+        tell more than its update."""
         return replace(recipe, update_clip=self.clip, update_noise=self.noise_std) if self.on else recipe
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,11 +107,8 @@ class Privacy:
 
     @classmethod
     def from_dict(cls, body: object) -> Privacy:
-        """Read and check.
-
-        Raises:
-            ConfigError: An unknown key, a wrong type or a number out of range; the message names the key.
-        """
+        """Read and check. Raises `ConfigError`, which names the key, for an unknown key, a wrong type or a number out
+        of range."""
         if not isinstance(body, Mapping):
             raise ConfigError("job: privacy", expected="a table of settings, such as clip", got=repr(body))
         return cls(**validation.known(cls, body, "job: privacy"))

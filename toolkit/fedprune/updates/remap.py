@@ -47,16 +47,8 @@ def relocation(before: Selection, now: Selection) -> bytes:
 
 
 def relocated(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, most: int) -> Tensors:
-    """Tensors in the coordinates of another submodel.
-
-    Args:
-        tensors: In the old ones.
-        raw: What `relocation` gave.
-        most: Bytes that the relocation may have inside, and each tensor.
-
-    Raises:
-        ProtocolError: It is damaged, or not for tensors like these.
-    """
+    """Tensors in the coordinates of another submodel, by what `relocation` gave; `most` bounds its bytes inside, and
+    those of each tensor. Raises `ProtocolError` if it is damaged, or not for tensors like these."""
     lists = packing.unpack(raw, most)
     return {name: _placed(name, value, lists, most) for name, value in tensors.items()}
 

@@ -18,14 +18,7 @@ _MORE = 255
 
 
 def largest(values: npt.NDArray[np.float32], count: int) -> Indices:
-    """Indices of the largest elements by magnitude, rising; of equal ones the first.
-
-    They don't depend on how a processor partitions, which differs where elements are equal.
-
-    Args:
-        values: One dimension.
-        count: How many, from 1 to as many as there are.
-    """
+    """Indices of the largest elements by magnitude, rising; of equal ones the first, on any processor."""
     size = np.abs(values)
     least = np.partition(size, values.size - count)[values.size - count]
     above = np.flatnonzero(size > least)
@@ -44,17 +37,8 @@ def to_gaps(indices: Indices) -> Bytes:
 
 
 def from_gaps(gaps: Bytes, count: int, size: int, what: str) -> Indices:
-    """Indices that gaps say.
-
-    Args:
-        gaps: Their bytes.
-        count: How many indices there must be.
-        size: Elements of the tensor.
-        what: Whose they are, for the error.
-
-    Raises:
-        ProtocolError: They are others, or reach beyond the tensor.
-    """
+    """The `count` indices that gaps give, of a tensor with `size` elements. Raises `ProtocolError` if there are others,
+    or they reach beyond the tensor."""
     ends = gaps != _MORE
     if gaps.ndim != 1 or not gaps.size or not ends[-1] or int(ends.sum()) != count:
         raise ProtocolError(f"indices of {what}", expected=f"{count} of them", got=f"{int(ends.sum())} or cut short")

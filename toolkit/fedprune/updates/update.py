@@ -57,17 +57,12 @@ def encode(
     trained: Collection[str],
     residual: Mapping[str, Float32] | None = None,
 ) -> tuple[bytes, Tensors]:
-    """An update in a codec.
+    """An update in a codec: its bytes, and what they leave out, for codecs with feedback.
 
     Args:
-        codec: The codec.
-        tensors: What the update holds.
         sent: The weights that training started from, as they were sent.
         trained: Names of the tensors that are coded as differences.
         residual: By name what earlier updates left out of these tensors.
-
-    Returns:
-        The update's bytes, and what they leave out, for codecs with feedback.
 
     Raises:
         ProtocolError: A difference can't be coded: it is not finite or too large for the codec.
@@ -94,16 +89,10 @@ def encode(
 
 
 def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
-    """The tensors of an update; whoever folds them checks whether all are there, and their values.
+    """The tensors of an update; the fold checks whether all are there, and their values. `sent` and `trained` are as
+    for `encode`.
 
-    Args:
-        codec: The codec that was offered.
-        raw: The update's bytes.
-        sent: The weights that were sent.
-        trained: Names of the tensors that are coded as differences.
-
-    Raises:
-        ProtocolError: It is damaged, larger than these tensors can be, or holds something else.
+    Raises `ProtocolError` if it is damaged, larger than these tensors can be, or holds something else.
     """
     squares = {step_contract.squares(n): sent[n] for n in sent if n in trained}
     allowed = {**sent, **squares}
@@ -112,16 +101,10 @@ def decode(codec: Codec, raw: bytes, sent: Mapping[str, Float32], trained: Colle
 
 
 def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32], trained: Collection[str]) -> Tensors:
-    """Tensors out of their parts.
+    """Tensors out of the parts that an envelope holds.
 
-    Args:
-        codec: The codec.
-        parts: What an envelope holds.
-        allowed: What trained tensors are the difference to; of the others the shape counts. Some may be missing.
-        trained: Names of the tensors that are coded as differences.
-
-    Raises:
-        ProtocolError: A part is wrong, or belongs to nothing of these.
+    Trained tensors are the difference to those in `allowed`, of the others the shape counts; some may be missing.
+    Raises `ProtocolError` if a part is wrong, or belongs to nothing of these.
     """
     unread = set(parts)
     out: Tensors = {}
@@ -219,11 +202,8 @@ def _quantised(rows: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
 
 
 def _difference(codec: Codec, name: str, parts: Mapping[str, Array], shape: Shape) -> Float32:
-    """A tensor's difference as its parts say it.
-
-    Raises:
-        ProtocolError: They are missing, of another type or shape, or out of range.
-    """
+    """A tensor's difference as its parts say it. Raises `ProtocolError` if they are missing, of another type or
+    shape, or out of range."""
     size = math.prod(shape)
     if _halved(codec, size):
         half = _part(parts, name + _HALF, np.float16, shape)

@@ -22,16 +22,12 @@ Tensors = dict[str, npt.NDArray[np.float32]]
 def encode(
     codec: Codec, weights: Mapping[str, npt.NDArray[Any]], base: Tensors | None, trained: Collection[str]
 ) -> bytes:
-    """Weights in a codec.
+    """Weights, in the order of their file, in a codec. Raises `ProtocolError` if they can't be coded.
 
     Args:
         codec: One of `DOWN`; with no base none that goes in steps, which would be too coarse to train from.
-        weights: The weights, in the order of their file.
         base: What the device holds, with the same names and shapes; None for 0.
         trained: Names of the tensors that are coded; the others travel as they are.
-
-    Raises:
-        ProtocolError: They can't be coded.
     """
     if base is None:
         _check(codec)
@@ -41,17 +37,8 @@ def encode(
 
 
 def decode(codec: Codec, raw: bytes, base: Tensors | None, size: int) -> Tensors:
-    """The weights, in the order of their file.
-
-    Args:
-        codec: As for `encode`.
-        raw: What that gave.
-        base: The same as there.
-        size: Bytes of the weights' file, which bounds what is unpacked.
-
-    Raises:
-        ProtocolError: They are damaged, or of other weights than the base.
-    """
+    """The weights, in the order of their file, from what `encode` gave; `size` (bytes of that file) bounds what is
+    unpacked. Raises `ProtocolError` if they are damaged, or of other weights than the base."""
     parts = packing.unpack(raw, 2 * size + 4096)  # of tiny tensors the names may be longer than the numbers
     if base is None:
         _check(codec)

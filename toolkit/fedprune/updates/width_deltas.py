@@ -43,13 +43,9 @@ _SHAPES, _REST, _KEPT = "::shapes", "::slab", "::kept"
 def places(
     narrow: Selection, wide: Selection, mask: ElementMask | None = None, wide_mask: ElementMask | None = None
 ) -> dict[str, Places]:
-    """Where the tensors of a narrow submodel's file lie in a wide one's, of those that lie in it.
+    """Where the tensors of a narrow submodel's file are in a wide one's, of those that are in it.
 
-    Args:
-        narrow: The narrow submodel.
-        wide: The wide one, of the same architecture.
-        mask: Which of the narrow one's elements its file holds; None for all.
-        wide_mask: The same of the wide one.
+    The masks tell which elements a file holds; None for all.
     """
     out: dict[str, Places] = {}
     inner = {} if mask is None else mask.active
@@ -71,16 +67,8 @@ def places(
 
 
 def slab(below: Mapping[str, Array], tensors: Mapping[str, Array], where: Mapping[str, Places]) -> dict[str, Array]:
-    """What a wide submodel's file holds beyond a narrow one's.
-
-    Args:
-        below: The narrow submodel's file.
-        tensors: The wide one's.
-        where: How the one lies in the other (`places`).
-
-    Returns:
-        Entries of the slab's file; `compose` makes `tensors` of them and `below` again, to the bit.
-    """
+    """What a wide submodel's file holds beyond a narrow one's (`below`, placed by `places`): `compose` makes `tensors`
+    of it and `below` again, to the bit."""
     shapes: list[int] = []
     out: dict[str, Array] = {_SHAPES: np.zeros(0, np.int64)}
     for name, value in tensors.items():
@@ -104,15 +92,8 @@ def slab(below: Mapping[str, Array], tensors: Mapping[str, Array], where: Mappin
 def compose(below: Mapping[str, Array], entries: Mapping[str, Array]) -> dict[str, Array]:
     """The wide submodel's tensors, out of the narrow one's and the slab between them.
 
-    What comes out is only as right as what went in: whoever composes a file compares its digest with the one that was
-    promised.
-
-    Args:
-        below: The narrow submodel's tensors.
-        entries: The slab's.
-
-    Raises:
-        BundleError: They are no slab, or don't fit each other.
+    The result is only as right as the input: the caller compares the file's digest with the promised one. Raises
+    `BundleError` if the entries are no slab, or don't fit.
     """
     sizes = _sizes(entries.get(_SHAPES))
     out: dict[str, Array] = {}
@@ -134,11 +115,8 @@ def own_share(entries: Mapping[str, Array], tensors: Mapping[str, Array]) -> flo
 def chains(widths: Sequence[tuple[int, ...]]) -> list[list[int]]:
     """Put widths into chains in which each holds the one before: greedily, the widest that fits first.
 
-    Args:
-        widths: Channels per group of every submodel, all of one ranking, in ascending order of their files' sizes.
-
-    Returns:
-        Indices into `widths`, chain by chain, each in ascending order and of at most `MAX_SLABS`.
+    Widths are channels per group of every submodel, all of one ranking, in ascending order of their files' sizes.
+    Chains are indices into them, ascending, of at most `MAX_SLABS`.
     """
     found: list[list[int]] = []
     for index, wide in enumerate(widths):

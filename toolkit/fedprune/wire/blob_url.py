@@ -34,14 +34,8 @@ _EXPECTED = "https://host[:port][/path], or http:// for this machine alone, with
 
 @dataclass(frozen=True)
 class BlobUrl:
-    """The address of a web server with blobs.
-
-    Attributes:
-        host: Name or address, in lower case.
-        port: TCP port.
-        tls: Whether the connection is encrypted; only this machine may do without.
-        path: Prefix of all paths: empty, or with a leading and without a trailing slash.
-    """
+    """The address of a web server with blobs: `host` in lower case, `path` empty or with a leading and no trailing
+    slash. Only this machine may do without TLS."""
 
     host: str
     port: int
@@ -50,15 +44,8 @@ class BlobUrl:
 
     @classmethod
     def parse(cls, url: object, where: str = "address of blobs") -> BlobUrl:
-        """Read https://host[:port][/path]; http:// for this machine alone.
-
-        Args:
-            url: The address.
-            where: What it is, for the error.
-
-        Raises:
-            ProtocolError: It has another form.
-        """
+        """Read https://host[:port][/path]; http:// for this machine alone. Raises `ProtocolError`, which names
+        `where`."""
         found = _URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
         if found is None:
             raise _refused(where, url)

@@ -13,15 +13,7 @@ from fedprune.core.errors import ConfigError, FedpruneError
 
 @dataclass(frozen=True)
 class BrokerUrl:
-    """A broker's address.
-
-    Attributes:
-        host: Name or address.
-        port: TCP port.
-        tls: Whether the connection is encrypted (mqtts://).
-        user: User name, if any.
-        password: Its password, if any; never part of an error or of repr.
-    """
+    """A broker's address; the password is never part of an error or of repr."""
 
     host: str
     port: int
@@ -69,14 +61,8 @@ class BrokerUrl:
 
 
 def tls_context(ca: Path | None = None) -> ssl.SSLContext:
-    """A client's TLS context.
-
-    Args:
-        ca: Certificate authorities; the system's by default.
-
-    Raises:
-        ConfigError: The file can't be used.
-    """
+    """A client's TLS context with these authorities, by default the system's. Raises `ConfigError` if the file can't be
+    used."""
     try:
         return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
     except OSError as error:

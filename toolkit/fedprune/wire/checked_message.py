@@ -21,11 +21,8 @@ _FIELD_TYPES: dict[type[Any], Mapping[str, FieldType]] = {}
 
 @dataclass(frozen=True)
 class CheckedMessage:
-    """A message whose fields are checked when it is made, by the types that annotate them (`fedprune.wire.fields`).
-
-    Attributes:
-        kind: Its type on the wire.
-    """
+    """A message whose fields are checked when it is made, by the types that annotate them (`fedprune.wire.fields`). Its
+    type on the wire is `kind`."""
 
     kind: ClassVar[str]
 
@@ -70,15 +67,11 @@ def required_fields(cls: type[CheckedMessage]) -> list[str]:
 
 
 def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
-    """Read the JSON of a message, and check it by its type.
+    """Read the JSON of a message, and check it by its type; keys that it doesn't know are ignored.
 
     Args:
         raw: The JSON; the caller has limited its length.
-        what: What it is, for errors.
         types: Classes of messages, by the type that they have on the wire.
-
-    Returns:
-        A message of one of the types. Keys that it doesn't know are ignored.
 
     Raises:
         UnknownMessageError: It is of an unknown version or type.

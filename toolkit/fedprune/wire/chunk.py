@@ -44,14 +44,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Chunk:
-    """Consecutive leaves of a blob, or pieces of its leaf table.
-
-    Attributes:
-        sha256: The blob.
-        part: `data` or `leaves`.
-        first: Index of the first leaf or piece.
-        payload: Their bytes.
-    """
+    """Consecutive leaves of a blob (part `data`), or pieces of its leaf table (part `leaves`)."""
 
     sha256: str
     part: str
@@ -65,11 +58,8 @@ class Chunk:
 
     @classmethod
     def parse(cls, raw: bytes) -> Chunk:
-        """Read and check a chunk. Its payload is verified against the leaf table by the transfer (`Pull`).
-
-        Raises:
-            ProtocolError: The header or the payload's length is wrong.
-        """
+        """Read and check a chunk. Its payload is verified against the leaf table by the transfer (`Pull`). Raises
+        `ProtocolError` if the header or the payload's length is wrong."""
         if len(raw) < HEADER.size:
             raise ProtocolError("chunk is cut short", expected=f"more than {HEADER.size} bytes", got=len(raw))
         magic, version, part, zero, first, digest = HEADER.unpack_from(raw)
@@ -104,13 +94,8 @@ def header(sha256: str, part: str, first: int) -> bytes:
 
 
 def read_chunks(file: RawIOBase, sha256: str, first: int, count: int, step: int) -> Iterator[bytes]:
-    """Encoded chunks of `step` leaves each, read from a blob's file as they are consumed.
-
-    They hold `count` leaves from `first` on, as far as the blob goes.
-
-    Raises:
-        OSError: The file can't be read.
-    """
+    """Encoded chunks of `step` leaves each, read from a blob's file as they are consumed: `count` leaves from `first`
+    on, as far as the blob goes."""
     made = bytearray(HEADER.size + step * LEAF)  # once for all: memory that is new costs more than what is read into it
     with memoryview(made) as view:
         for at in range(first, first + count, step):
@@ -123,11 +108,8 @@ def read_chunks(file: RawIOBase, sha256: str, first: int, count: int, step: int)
 
 
 def leaves_per_chunk(max_packet: int) -> int:
-    """The number of leaves that fit into an MQTT packet of `max_packet` bytes.
-
-    Raises:
-        ProtocolError: Not even one fits.
-    """
+    """The number of leaves that fit into an MQTT packet of `max_packet` bytes. Raises `ProtocolError` if not even
+    one fits."""
     count = min(max_packet - PACKET_OVERHEAD, MAX_PAYLOAD) // LEAF
     if count < 1:
         raise ProtocolError(
@@ -146,16 +128,7 @@ class ChunkLimit:
 
     A broker with a lower packet limit drops a chunk silently, or disconnects its sender. So where chunks of several
     leaves were requested and none came, smaller ones are requested. Where those don't come either, the size was not the
-    reason.
-
-    Args:
-        max_packet: Bytes of the largest MQTT packet that the broker is known to accept.
-
-    Attributes:
-        leaves: Leaves that a chunk may hold.
-
-    Raises:
-        ProtocolError: Not even one leaf fits into a packet.
+    reason. `max_packet` is the largest MQTT packet, in bytes, that the broker is known to accept.
     """
 
     def __init__(self, max_packet: int = MAX_PACKET) -> None:

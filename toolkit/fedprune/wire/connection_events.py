@@ -7,11 +7,8 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ConnectionUp:
-    """The connection is up and all subscriptions are granted.
-
-    Attributes:
-        took: Seconds from the request for a connection until then: two round trips, and more where packets were lost.
-    """
+    """The connection is up and all subscriptions are granted, `took` seconds after it was requested: two round trips,
+    more where packets were lost."""
 
     took: float = field(default=0.0, compare=False)
 

@@ -39,10 +39,8 @@ _LONGEST_TEXT = 65_536
 class FieldType:
     """A check and its schema.
 
-    Attributes:
-        check: Takes the field's name for the error and the value; returns the value as the message has it, or raises a
-            `ProtocolError`.
-        schema: What the check accepts; `#/$defs/...` are `DEFINITIONS`.
+    `check` takes the field's name for the error and the value, and returns the value as the message has it or raises a
+    `ProtocolError`; `#/$defs/...` in the schema are `DEFINITIONS`.
     """
 
     check: Callable[[str, Any], Any]

@@ -25,11 +25,8 @@ Measured = Annotated[float, number(-1e12, 1e12)]
 
 
 class LogEntry(TypedDict):
-    """A line of a board's log.
-
-    Its `number` is larger than that of every earlier one, `at` is in seconds since 1970 by the board's clock, and
-    `count` tells how often the line came.
-    """
+    """A line of a board's log, numbered in rising order, with its time by the board's clock (seconds since 1970) and
+    how often it came."""
 
     number: Count
     at: Count

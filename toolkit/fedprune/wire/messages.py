@@ -276,12 +276,7 @@ _TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(Message)}
 
 
 def parse(raw: bytes) -> Message:
-    """Read and check a message.
-
-    Raises:
-        ProtocolError: Too long, not JSON, of an unknown version or type, or a field is missing or wrong; the error
-            names the field.
-    """
+    """Read and check a message. Raises `ProtocolError`, which names a missing or wrong field."""
     if len(raw) > MAX_MESSAGE:
         raise ProtocolError("message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw))
     message: Message = read_checked(raw, "message", _TYPES)

@@ -97,11 +97,8 @@ class Offer(CheckedMessage, kind="offer"):
         return (*self.graphs, self.weights, *more)
 
     def shorter(self, has: Callable[[str], bool]) -> tuple[BlobRef, ...]:
-        """What must be pulled for it where weights that are lacking can be decoded instead.
-
-        Args:
-            has: Whether a blob is there, by its digest.
-        """
+        """What must be pulled where weights that are lacking can be decoded instead; `has` tells whether a blob is
+        here, by its digest."""
         if self.coded is None or has(self.weights.sha256) or not (self.held is None or has(self.held)):
             return self.blobs()
         return tuple(self.coded if r == self.weights else r for r in self.blobs())

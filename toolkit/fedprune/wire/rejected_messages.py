@@ -16,12 +16,7 @@ AGAIN_S = 3600.0
 
 
 class RejectedMessageLog:
-    """Logs the first `MOST` rejected messages of every hour, and how many followed them.
-
-    Args:
-        log: Where to.
-        clock: Monotonic, in seconds.
-    """
+    """Logs the first `MOST` rejected messages of every hour, and how many followed them."""
 
     def __init__(self, log: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
         self._log = log

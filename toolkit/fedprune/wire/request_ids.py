@@ -17,11 +17,7 @@ def with_request_id(request: BlobRequest) -> BlobRequest:
 
 
 class SeenRequests:
-    """The numbers of the latest blob requests.
-
-    Numbers are drawn at random and not counted: a sender may forget them and start again, and requests may overtake
-    births.
-    """
+    """The random numbers of the latest blob requests: a sender may forget them, and requests may overtake births."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()

@@ -11,11 +11,7 @@ packets of a connection, and wait behind each other."""
 
 
 class ResponseTime:
-    """A decaying maximum of response times, shared by all transfers from one peer.
-
-    Attributes:
-        slowest: Seconds; 0 before the first response.
-    """
+    """A decaying maximum of response times in seconds (`slowest`), shared by all transfers from one peer."""
 
     def __init__(self) -> None:
         self.slowest = 0.0

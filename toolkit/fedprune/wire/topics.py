@@ -42,14 +42,7 @@ class Address(NamedTuple):
 
 
 class Topics:
-    """The topics of one site.
-
-    Args:
-        site: The site's name.
-
-    Raises:
-        ProtocolError: The site's name is not one.
-    """
+    """The topics of one site."""
 
     def __init__(self, site: str) -> None:
         self.site = check_name(site, "site")
@@ -79,15 +72,7 @@ class Topics:
         return f"{self._prefix}/{EVERYONE}/{NO_JOB}/down"
 
     def shared(self, sha256: str, job: str = NO_JOB) -> str:
-        """Chunks of one blob to all devices that listen.
-
-        Args:
-            sha256: The blob's digest.
-            job: The job that it belongs to.
-
-        Raises:
-            ProtocolError: The name or the digest is none.
-        """
+        """Chunks of one blob to all devices that listen."""
         if job != NO_JOB:
             check_job(job)
         channel = f"down/{sha256[:_TAG]}"
@@ -126,12 +111,8 @@ class Topics:
         return check_nonce(parts[3])
 
     def parse(self, topic: str) -> Address:
-        """Take a topic of this site apart; that of a shared blob has the channel `down/blob` of everyone, and
-        what is for a receiver has `up/blob`.
-
-        Raises:
-            ProtocolError: It is none of this site's topics.
-        """
+        """Take a topic of this site apart; a shared blob has the channel `down/blob` of everyone, a receiver's chunks
+        have `up/blob`. Raises `ProtocolError` if it is another topic."""
         parts = topic.split("/", 5)
         if len(parts) != 6 or "/".join(parts[:3]) != self._prefix:
             raise ProtocolError("topic", expected=f"{self._prefix}/<device>/<job>/<channel>", got=repr(topic[:200]))
@@ -165,15 +146,8 @@ def check_tag(value: object, what: str = "tag of a receiver") -> str:
 
 
 def check_name(value: object, what: str) -> str:
-    """`value`, if it is a name: 1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`.
-
-    Args:
-        value: The candidate.
-        what: What it would name, for the error.
-
-    Raises:
-        ProtocolError: It is not a name.
-    """
+    """`value`, if it is a name: 1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`. Raises
+    `ProtocolError`, which names `what`."""
     if not isinstance(value, str) or not _NAME.fullmatch(value) or value in (".", ".."):
         raise ProtocolError(what, expected="a name of 1 to 64 letters, digits, _ . or -", got=repr(value)[:80])
     return value

@@ -46,8 +46,6 @@ class Pull:
     `on_tick` about once a second, after all chunks that have arrived. After a reconnection it calls `start` again.
 
     Args:
-        ref: The blob.
-        partial: The partial blob, with the leaves that have already arrived.
         chunk_leaves: Leaves of a request at least, unless fewer are missing.
         window_leaves: Outstanding leaves at most.
         limit: Leaves of a chunk; shared by all pulls through one broker.
@@ -56,9 +54,6 @@ class Pull:
         shared: Whether the caller listens to the blob's shared topic, so that leaves that others requested are taken.
         answers: Response time; shared by all pulls from one peer.
         lend: Writes leaves that are available locally; called once, when the leaf table is complete.
-
-    Raises:
-        ProtocolError: The window or chunk size is invalid.
     """
 
     def __init__(
@@ -122,12 +117,8 @@ class Pull:
         return len(self._asked)
 
     def start(self, now: float) -> list[BlobRequest]:
-        """Begin, or begin again after a reconnection: all outstanding leaves are considered lost.
-
-        Raises:
-            ProtocolError: The reference contradicts itself.
-            StorageError: The disk is full or fails.
-        """
+        """Begin, or begin again after a reconnection: all outstanding leaves are considered lost. Raises
+        `ProtocolError` if the reference contradicts itself."""
         if self._partial.complete:
             self._asked.clear()
             self._done = True
@@ -144,12 +135,8 @@ class Pull:
         return self._repeat([i for i, (_, at) in self._asked.items() if now - at >= self._answers.slowest], now)
 
     def on_chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
-        """Process a chunk; leaves that were not requested are ignored, unless the blob is shared.
-
-        Raises:
-            ProtocolError: A leaf or the leaf table arrived damaged too often, or the reference contradicts itself.
-            StorageError: The disk is full or fails.
-        """
+        """Process a chunk; leaves that were not requested are ignored, unless the blob is shared. Raises
+        `ProtocolError` if a leaf or the leaf table arrived damaged too often, or the reference contradicts itself."""
         if self._done or chunk.sha256 != self.ref.sha256 or chunk.part != self._part:
             return []
         overheard = [(i, p) for i, p in chunk.leaves() if i not in self._asked] if self.shared else []
@@ -164,12 +151,7 @@ class Pull:
         return self._again(bad, now) + self._advance(now)
 
     def on_tick(self, now: float) -> list[BlobRequest]:
-        """Request again what seems lost.
-
-        Raises:
-            ProtocolError: See `on_chunk`.
-            StorageError: The disk is full or fails.
-        """
+        """Request again what seems lost. Raises as `on_chunk`."""
         if self._done or not self._asked:
             return []
         if now - self._moved_at > self._patience:
@@ -329,13 +311,7 @@ class BlobSender:
     def answer(self, want: BlobRequest, max_packet: int = MAX_PACKET) -> Iterator[bytes] | BlobNotFound:
         """The requested chunks, as far as the blob goes, read as they are consumed; or that no store has the blob.
 
-        Args:
-            want: The request.
-            max_packet: Bytes of the largest MQTT packet that the broker accepts.
-
-        Raises:
-            ProtocolError: Not even one leaf fits into a packet.
-            StorageError: The blob can't be read.
+        Raises `ProtocolError` if not even one leaf fits into an MQTT packet of `max_packet` bytes.
         """
         step = min(leaves_per_chunk(max_packet), want.most or MAX_REQUEST)
         store = next((s for s in self._stores if s.has(want.sha256)), None)

@@ -21,13 +21,10 @@ E = TypeVar("E")
 
 
 class Inbox(Generic[E]):
-    """A queue of messages and events between the network thread and a reader.
+    """A queue of messages and events between the network thread and a reader, of at most `limit` bytes.
 
     The first half accepts every message. Beyond it no sender may have more bytes queued than an equal share of that
     half: a flooding sender stays below the middle, and the rest is free for the others.
-
-    Args:
-        limit: Bytes that may be queued.
     """
 
     def __init__(self, limit: int = BYTES) -> None:
@@ -96,10 +93,9 @@ def _sender(topic: str) -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep a little of what is freed.
+    """Let glibc keep a little of what is freed, rather than return and clear it for each chunk.
 
-    Chunks allocate and free memory all the time. By default glibc returns it to the system as soon as 128 KiB at the
-    end of the heap are free, and the system clears each page before it hands it out again. Freeing a larger block
-    raises that limit to twice its size (mallopt(3), M_MMAP_THRESHOLD); this one is never written to.
+    Freeing a larger block raises the limit from which glibc returns memory to twice its size (mallopt(3),
+    M_MMAP_THRESHOLD); this one is never written to.
     """
     bytes(_KEPT_BYTES)

@@ -51,21 +51,14 @@ class Link:
     """A connection to a broker that reconnects by itself.
 
     Args:
-        url: mqtt://[user:password@]host[:port], or mqtts:// for TLS.
         client_id: The client's name at the broker, which disconnects an earlier client of the same name.
         will: Topic and payload that the broker publishes (QoS 1, not retained) when the connection is lost; or a
-            function that returns them for each connection, so that each can have its own number. A broker that refuses
-            wills gets none (`WillTrial`).
+            function that returns them for each connection. A broker that refuses wills gets none (`WillTrial`).
         keepalive: Seconds of silence before a ping; a dead connection is detected after about twice that.
-        tls: Returns the TLS context of mqtts:// for each connection, so that certificates can be renewed; by default
-            one with the system's authorities.
-        inbox: Queue of received messages; a large one by default.
+        tls: Returns the TLS context for each connection, so that certificates can be renewed.
         pause_s: Seconds for which the connection is closed when the inbox is full; 0 to drop messages instead.
         wake: Called in the network thread for each received message.
         ignores: Whether to drop a topic's messages at once; called in the network thread.
-
-    Raises:
-        ConfigError: The URL is not one.
     """
 
     def __init__(
@@ -110,14 +103,10 @@ class Link:
         self._thread: threading.Thread | None = None
 
     def start(self, timeout: float = 10.0, *, patient: bool = False) -> None:
-        """Connect, and stay connected from now on.
+        """Connect within `timeout` seconds, and stay connected from now on.
 
-        Args:
-            timeout: Seconds that the first connection may take.
-            patient: Return at once and keep trying, however long it takes, instead of raising.
-
-        Raises:
-            BrokerError: The first attempt failed; the link is closed.
+        A `patient` link returns at once and keeps trying; another one raises `BrokerError` and is closed if the first
+        attempt fails.
         """
         self._tell = patient  # otherwise the first failure is told by the exception
         self._thread = threading.Thread(target=self._run, name=f"link-{self.client_id}", daemon=True)
@@ -139,7 +128,6 @@ class Link:
 
     @property
     def connected(self) -> bool:
-        """Whether the connection is up and all subscriptions are granted."""
         return self._up
 
     @property
@@ -148,11 +136,8 @@ class Link:
         return "" if self._up else self._failure
 
     def subscribe(self, topics: Iterable[str], timeout: float = 10.0) -> None:
-        """Listen to these topics, now and after every reconnection.
-
-        Raises:
-            BrokerError: The link is connected and the broker refuses or doesn't answer.
-        """
+        """Listen to these topics, now and after every reconnection. Raises `BrokerError` if the link is connected
+        and the broker refuses or doesn't answer."""
         with self._state:
             new = self._subscriptions.add(topics)
             client = self._client
@@ -172,21 +157,16 @@ class Link:
                 )
 
     def listen(self, topics: Collection[str]) -> None:
-        """Replace the optional topics, in addition to those of `subscribe`, without waiting.
+        """Replace the optional topics, in addition to those of `subscribe`, without waiting; a broker may refuse one.
 
-        A broker may refuse one without consequences. Whatever is published after this call reaches the broker after the
-        subscription, so that no answer is missed.
+        Whatever is published after this call reaches the broker after the subscription, so that no answer is missed.
         """
         with self._state:
             self._subscriptions.replace_optional(topics, self._client if self._up else None)
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send, without waiting.
-
-        Returns:
-            Whether the message was accepted for sending. False while the connection is down or too much is queued:
-            whatever matters is repeated anyway.
-        """
+        """Send, without waiting; returns False while the connection is down or too much is queued: whatever matters is
+        repeated."""
         with self._state:
             client = self._client
             if not self._up or client is None or not self.room:
@@ -215,13 +195,9 @@ class Link:
             return not self._unsent
 
     def get(self, timeout: float | None = 0.0) -> tuple[str, bytes] | Event | None:
-        """The next message (topic, payload) or event.
+        """The next message (topic, payload) or event within `timeout` seconds (None: without limit).
 
-        Args:
-            timeout: Seconds to wait for it; None without limit.
-
-        Returns:
-            None if nothing came, or when the queue of unsent bytes falls below `LOW_WATER`.
+        None if nothing came, or when the queue of unsent bytes falls below `LOW_WATER`.
         """
         return self._inbox.get(timeout)
 

@@ -26,9 +26,6 @@ class WillTrial:
     will was not the reason. A wrong password never is one; `not authorized` is one the second time, because some
     brokers mean the will's topic by it. A broker that didn't answer may just have been slow or starting: once it
     accepts a connection without a will, the will is tried once more, and only that outcome counts.
-
-    Args:
-        clock: Monotonic, in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
