@@ -38,7 +38,7 @@ def page() -> str:
     """The page, in Markdown."""
     options = _options()
     server = {f.name for f in fields(ServerConfig)} - {"job", "alerts", *_OTHER_TABLES}
-    said = attributes(ServerConfig)
+    said = _descriptions(ServerConfig)
     other = [
         ("`[model] path`", "model", options),
         ("`[model] input_shape`", "input_shape", set()),
@@ -86,7 +86,7 @@ def _options() -> set[str]:
 def _table(
     cls: type[Any], options: Collection[str], *, only: Collection[str] | None = None, leave: Collection[str] = ()
 ) -> str:
-    said = attributes(cls)
+    said = _descriptions(cls)
     rows = ["| key | default | option | |", "|---|---|---|---|"]
     for field in fields(cls):
         if field.name not in leave and (only is None or field.name in only):
@@ -98,6 +98,10 @@ def _table(
             for row in rows
         ]
     return "\n".join(rows) + "\n"
+
+
+def _descriptions(cls: type[Any]) -> dict[str, str]:
+    return {f.name: f.metadata["text"] for f in fields(cls) if f.metadata} or attributes(cls)
 
 
 def _option(name: str, options: Collection[str]) -> str:

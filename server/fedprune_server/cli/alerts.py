@@ -29,7 +29,7 @@ def add_alerts_command(commands: Any) -> None:
 
 
 def _test(arguments: argparse.Namespace) -> int:
-    from fedprune_server.cli.configuration import configured
+    from fedprune_server.cli.run_options import configured
     from fedprune_server.monitoring.notifications import channels, trial
 
     config = configured(arguments).config

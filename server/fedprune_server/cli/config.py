@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def add_config_command(commands: Any) -> None:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from fedprune_server.cli.configuration import configured
+    from fedprune_server.cli.run_options import configured
 
     if arguments.action == "check":
         arguments.config = arguments.file
@@ -62,6 +63,7 @@ def _rows(found: Any) -> Iterator[dict[str, Any]]:
     """Every setting with its value and its origin, without passwords."""
     from fedprune_server.config.alert_settings import shown_url
     from fedprune_server.config.layers import masked, origin
+    from fedprune_server.config.server_config import PATHS
     from fedprune_server.config.tables import as_tables
 
     tables = as_tables(found.config)
@@ -70,6 +72,8 @@ def _rows(found: Any) -> Iterator[dict[str, Any]]:
         shown = masked(value) if isinstance(value, str) else value
         if path[0] == "alerts" and path[-1] in ("webhook", "heartbeat"):
             shown = shown_url(value)
+        if path[-1] in ("state", *PATHS):
+            shown = os.path.normpath(value)
         yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown, "from": came}
 
 

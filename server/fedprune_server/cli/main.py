@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
-from fedprune.core.cli import run_command, whole_number, with_extra
+from fedprune.core.cli import run_command, with_extra
 from fedprune.core.errors import ExitCode
 from fedprune_server.cli.alerts import add_alerts_command
 from fedprune_server.cli.config import add_config_command
 from fedprune_server.cli.demo import register as register_demo
-from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.identity import register as register_identity
 from fedprune_server.cli.observe import add_observe_commands
 from fedprune_server.cli.operators import add_operators_command
@@ -29,14 +28,21 @@ from fedprune_server.cli.store import add_store_commands
 
 log = logging.getLogger("fedprune.server")
 
+_WITH_SETTINGS = ("run", "config", "alerts")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command("fedprune-server", build_parser, argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    return run_command("fedprune-server", lambda: build_parser(given), given)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
+def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
+    """The command line's grammar.
+
+    Args:
+        argv: The arguments, to leave the options of settings out where their command has none: they take a while.
+    """
     parser = argparse.ArgumentParser(
         prog="fedprune-server",
         description="Train one model on a fleet of unequal boards.",
@@ -44,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_run(commands)
+    _add_run(commands, has_settings=argv is None or any(word in _WITH_SETTINGS for word in argv[:1]))
     add_state_commands(commands)
     register_identity(commands)
     register_demo(commands)
@@ -60,76 +66,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run(commands: Any) -> None:
+def _add_run(commands: Any, *, has_settings: bool) -> None:
     run = commands.add_parser("run", help="run a job, or go on with one after a stop or crash")
     run.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the options below win over it")
-    run.add_argument("--model", metavar="MODEL", help="model.onnx, or package.module:factory of a torch module")
-    run.add_argument("--evaluation", metavar="DATA", help=".npz with x and y, or package.module:function")
-    run.add_argument("--calibration", metavar="DATA", help="the same, labels not needed: for batch-norm statistics")
-    run.add_argument("--state", type=Path, metavar="DIR", help="what must survive a crash (default: fedprune-state)")
-    run.add_argument(
-        "--database", metavar="URL", help="postgresql+psycopg://user@host/name (default: SQLite in the state folder)"
-    )
-    run.add_argument("--blobs", metavar="URL", help="s3://bucket/prefix (default: folder, the state folder)")
-    run.add_argument("--broker", metavar="URL", help="mqtts://host[:port], mqtt://host[:port] or embedded (default)")
-    run.add_argument(
-        "--ca",
-        type=Path,
-        metavar="FILE",
-        help="who vouches for the broker at mqtts://; `system` for the system's authorities (default: the fleet's own)",
-    )
     run.add_argument(
         "--insecure", action="store_true", help="without identity, TLS and signatures: for trials on this machine alone"
     )
-    run.add_argument("--host", help="address of the embedded broker (default: 127.0.0.1, this machine only)")
-    run.add_argument(
-        "--port", type=int, help="port of the embedded broker (default: 8883, or 1883 with --insecure; 0: a free one)"
-    )
-    run.add_argument(
-        "--blob-url", metavar="URL", help="where boards find blobs on the web, too, such as https://models.example; off"
-    )
-    run.add_argument(
-        "--serve-blobs", metavar="[ADDRESS:]PORT", help="give out blobs over HTTPS, too (default address: --host); off"
-    )
-    run.add_argument(
-        "--console", metavar="[ADDRESS:]PORT", help="show operators the fleet in a browser (default address: 127.0.0.1)"
-    )
-    run.add_argument("--site", type=name_of("site"), help="devices of this site take part (default: default)")
-    run.add_argument("--profiles", type=Path, metavar="DIR", help="hardware profiles beside the shipped ones")
-    run.add_argument("--workers", type=whole_number, metavar="N", help="processes that make submodels (default: 1)")
-    run.add_argument("--receivers", type=int, metavar="N", help="processes that take in updates (default: 0)")
-    run.add_argument(
-        "--workers-url", metavar="URL", help="ray:auto or ray://host:port: a cluster helps (default: processes)"
-    )
-    run.add_argument(
-        "--keep",
-        type=whole_number,
-        metavar="N",
-        help="global models that stay on the disk (default: 3)",
-    )
-    run.add_argument("--archive", action="store_true", default=None, help="keep all that `replay` needs")
-    run.add_argument("--name", help="name of the job")
     run.add_argument(
         "--job", type=Path, action="append", default=[], metavar="FILE",
         help="a further job on the same boards; may be given several times",
     )  # fmt: skip
-    run.add_argument("--weight", type=float, metavar="W", help="the job's share of the boards, beside further jobs")
-    run.add_argument("--seed", type=int, help="keys every random number")
-    run.add_argument("--rounds", type=whole_number, metavar="N", help="rounds to run")
-    run.add_argument("--devices", type=whole_number, metavar="N", help="a round starts when so many devices are there")
-    run.add_argument("--participation", type=float, metavar="SHARE", help="share of the devices that a round asks")
-    run.add_argument(
-        "--schedule", metavar="KIND", help="when the model moves: sync, semi-async or async (default: the strategy's)"
-    )
-    run.add_argument("--over-selection", type=float, metavar="SHARE", help="ask so many more than a round needs")
-    run.add_argument("--fairness", type=float, metavar="SHARE", help="places that go to who has waited longest")
-    run.add_argument("--in-flight", type=whole_number, metavar="N", help="devices that work at a time (default: all)")
-    run.add_argument("--pace", type=float, metavar="X", help="give up who takes X times as long as half of the devices")
-    run.add_argument("--deadline", type=float, metavar="S", help="seconds that a round waits for updates")
-    run.add_argument(
-        "--strategy", metavar="NAME", help="such as fedprune or subflot (docs/strategies), or package.module:function"
-    )
-    run.add_argument("--density", type=float, metavar="D", help="kept share on all devices; 0: the planner decides")
     run.add_argument(
         "--standby", action="store_true", help="wait while another server has the job, and go on with it if that ends"
     )
@@ -137,21 +83,19 @@ def _add_run(commands: Any) -> None:
         "--take-over", action="store_true",
         help="replace another server of this identity that runs elsewhere: it ends, and boards follow this one",
     )  # fmt: skip
-    run.add_argument("--log-format", choices=("text", "json"), help="text (default), or json: an object on each line")
-    run.add_argument(
-        "--metrics", metavar="[ADDRESS:]PORT", help="figures for Prometheus (default address: 127.0.0.1); off"
-    )
-    run.add_argument("--traces", metavar="URL", help="spans of rounds to an OpenTelemetry collector, by OTLP; off")
-    run.add_argument("--alert-webhook", metavar="URL", help="post alerts as JSON to this address; off")
     run.add_argument("--until-finished", action="store_true", help="end when the job is done")
-    run.add_argument("--verbose", "-v", action="store_true", help="say more, such as each device's row per round")
+    run.add_argument("--verbose", "-v", action="store_true", help="log more, such as each device's row per round")
+    if has_settings:
+        from fedprune_server.cli.run_options import add_settings
+
+        add_settings(run)
     run.set_defaults(run=with_extra("server", _run))
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune.output.log_lines import logged_to_stdout
     from fedprune_server.app import StartOptions, build_app
-    from fedprune_server.cli.configuration import configured
+    from fedprune_server.cli.run_options import configured
     from fedprune_server.engine.state_directory import StateFolder
     from fedprune_server.monitoring.health import Pulse
 

@@ -18,7 +18,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.layers import Layer
-from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.tables import TABLES, anchored
 
 CONFIG = "FEDPRUNE_CONFIG"
@@ -36,22 +36,17 @@ _LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?|PORT(_[0-9]+_(TCP
 
 def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
     """Every variable by name: the setting that it is, and whether it is a text."""
-    found: dict[tuple[str, ...], bool] = {
-        ("model", "path"): True,
-        ("model", "input_shape"): False,
-        ("evaluation", "data"): True,
-        ("calibration", "data"): True,
-    }
-    for table, kind, left in (
-        (("job",), Job, ("privacy", "recipe")),
-        (("job", "privacy"), Privacy, ()),
-        (("job", "recipe"), Recipe, ()),
-        (("server",), ServerConfig, ("job", "model", "evaluation", "calibration", "input_shape", "alerts")),
-        (("alerts",), AlertSettings, ()),
+    found: dict[tuple[str, ...], bool] = {}
+    for table, kind in (
+        (("job",), Job),
+        (("job", "privacy"), Privacy),
+        (("job", "recipe"), Recipe),
+        (("server",), ServerConfig),
+        (("alerts",), AlertSettings),
     ):
         for f in fields(kind):
-            if f.name not in left:
-                path: tuple[str, ...] = (*table, f.name)
+            if f.name not in ("job", "alerts", "privacy", "recipe"):
+                path = PLACES.get(f.name, (*table, f.name)) if kind is ServerConfig else (*table, f.name)
                 found[path] = _is_text(str(f.type), f.default)
     return {"FEDPRUNE_" + "_".join(path).upper(): (path, text) for path, text in found.items()}
 

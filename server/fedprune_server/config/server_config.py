@@ -1,10 +1,11 @@
-"""What a server is told to do, and what of that makes no sense."""
+"""The settings of a server: one declaration each, from which checks, options, variables and documentation derive."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,104 +24,130 @@ from fedprune_server.storage.s3.bucket import FOLDER, parse
 
 EMBEDDED = "embedded"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-LOG_FORMATS = ("text", "json")
+PLACE, SWITCH = "[ADDRESS:]PORT", "-"
 
 _WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
 
 
+def setting(
+    default: Any, text: str, metavar: str = "", *, within: tuple[int, int] | None = None, choices: Sequence[str] = ()
+) -> Any:
+    """A field of `ServerConfig`.
+
+    Args:
+        default: Its default.
+        text: Its description, in the documentation and in `--help`.
+        metavar: The value's name in `--help` if the setting is an option of `run`, too; `SWITCH` for one without.
+        within: The least and the greatest value of a whole number.
+        choices: The values of a text that has few.
+    """
+    return field(default=default, metadata={"text": text, "metavar": metavar, "within": within, "choices": choices})
+
+
 @dataclass(frozen=True)
 class ServerConfig:
-    """Settings of a server and its job.
-
-    Attributes:
-        job: The job.
-        model: The ONNX file (or torch factory, as `package.module:factory`) with which the job begins; None if the
-            state folder has it.
-        input_shape: One sample's shape, where a torch factory's module doesn't say it; None else.
-        evaluation: A `.npz` file or `package.module:function` with the server's own samples, or None.
-        calibration: The same for samples on which batch-norm statistics are measured anew; without labels.
-        site: First part of the topics: devices and servers of one site hear each other.
-        broker: `embedded`, or the address of a broker such as `mqtt://broker:1883`.
-        ca: A file of the authorities that vouch for a broker at `mqtts://`, or `system` for those of the system; the
-            fleet's own authority where there is none.
-        host: The address on which the embedded broker listens.
-        port: Its port, 0 for a free one, None for the usual one: 8883, or without TLS 1883.
-        state: The folder in which everything lies that must survive a crash.
-        database: The database's URL; None for what the state folder says, at first SQLite in it.
-        blobs: Where blobs are kept: `folder`, the state folder, or `s3://bucket/prefix`.
-        cache_mib: MiB of blobs in a bucket that the state folder may hold, too.
-        keep: How many of the latest global models are kept.
-        archive: All models, updates and events are kept instead, for `fedprune-server replay`.
-        pulls: From how many devices updates are pulled at the same time.
-        receivers: Processes that take in updates, each so many at a time; 0 for the server's own alone.
-        workers: Processes that make submodels; more than one pay where making one is dear.
-        workers_url: Where helpers are: `processes`, or a Ray cluster, as `ray:auto` or `ray://host:10001`.
-        profiles: A folder of hardware profiles of your own, beside the shipped ones.
-        max_devices: How many devices may ever take part; announcements of further ones are ignored.
-        slabs: What many devices pull is published once for all of them, where all of the site can read it.
-        max_packet: Bytes of an MQTT packet that the broker lets through; a message is refused that is larger.
-        blob_url: Where boards are told that blobs lie on the web; `off` for nowhere.
-        serve_blobs: Where this server gives out blobs over HTTPS, as `[ADDRESS:]PORT`; `off` for nowhere.
-        console: Where operators look at the server with a browser, as `[ADDRESS:]PORT`; `off` for nowhere. Without an
-            address on this machine alone.
-        console_certificate: A certificate for that, and those that vouch for it, as PEM; None for no TLS.
-        console_key: Its key.
-        console_insecure: It may listen without TLS where others than this machine reach it.
-        console_proxy: A reverse proxy on this machine speaks for browsers, and does TLS.
-        console_hosts: Names by which browsers may call it without TLS, with commas, beside addresses and `localhost`.
-        console_orders: Which orders of operators are taken: `none`, `look` for those that change nothing, or `all`.
-        console_releases: A folder of releases that operators may roll out; None for no releases.
-        on_revocation: A command that is run once the list of revoked certificates has changed, without a shell; the
-            environment's `FEDPRUNE_CRL` names the list. `off` for none.
-        weight: The job's share of the boards in comparison with other jobs of the server; 0 to pause it beside them.
-        board_logs: Lines of its log that each board may send in an hour; 0 for none.
-        log_format: How the server's own log is written: `text` or `json`.
-        metrics: Where this server gives figures to Prometheus, as `[ADDRESS:]PORT`; `off` for nowhere.
-        alerts: Who is notified of alerts: the table [alerts].
-        traces: Where spans of OpenTelemetry go, as `http://host:4318`; `off` for nowhere but what the environment says.
-    """
+    """Settings of a server and its job."""
 
     job: Job = field(default_factory=Job)
-    model: str | None = None
-    evaluation: str | None = None
-    calibration: str | None = None
-    site: str = "default"
-    broker: str = EMBEDDED
-    host: str = "127.0.0.1"
-    port: int | None = None
-    state: Path = Path("fedprune-state")
-    keep: int = 3
-    archive: bool = False
-    pulls: int = 4
-    workers: int = 1
-    profiles: Path | None = None
-    max_devices: int = 1000
-    max_packet: int = MAX_PACKET
-    ca: Path | None = None
-    input_shape: tuple[int, ...] | None = None
-    database: str | None = None
-    slabs: bool = True
-    blob_url: str = OFF
-    serve_blobs: str = OFF
-    blobs: str = FOLDER
-    cache_mib: int = 10240
-    workers_url: str = PROCESSES
-    weight: float = 1.0
-    receivers: int = 0
-    board_logs: int = 60
-    log_format: str = LOG_FORMATS[0]
-    metrics: str = OFF
-    traces: str = OFF
-    console: str = OFF
-    console_certificate: Path | None = None
-    console_key: Path | None = None
-    console_insecure: bool = False
-    console_proxy: bool = False
-    console_hosts: str = "localhost"
-    console_orders: str = "all"
-    console_releases: Path | None = None
-    on_revocation: str = OFF
+    model: str | None = setting(
+        None, "An ONNX file, or a torch factory as `package.module:function`, with which the job begins.", "MODEL"
+    )
+    input_shape: tuple[int, ...] | None = setting(
+        None, "One sample's shape; only for a torch factory whose module doesn't state it."
+    )
+    evaluation: str | None = setting(
+        None, "The server's own samples: a `.npz` file with x and y, or `package.module:function`.", "DATA"
+    )
+    calibration: str | None = setting(
+        None, "Samples (labels aren't needed) on which batch-norm statistics are measured again.", "DATA"
+    )
+    state: Path = setting(Path("fedprune-state"), "The folder of everything that must survive a crash.", "DIR")
+    database: str | None = setting(
+        None,
+        "A PostgreSQL database, as `postgresql+psycopg://user@host/name`; without it, SQLite in the state folder.",
+        "URL",
+    )
+    blobs: str = setting(FOLDER, "Where blobs are stored: `folder`, the state folder, or `s3://bucket/prefix`.", "URL")
+    cache_mib: int = setting(10240, "MiB of a bucket's blobs that the state folder caches.", within=(1, 10**9))
+    broker: str = setting(
+        EMBEDDED, "`embedded`, or a broker's address: `mqtts://host[:port]` or `mqtt://host[:port]`.", "URL"
+    )
+    ca: Path | None = setting(
+        None,
+        "Authorities that sign the certificate of a broker at `mqtts://`: a file, or `system` for the system's own; "
+        "without it, the fleet's authority.",
+        "FILE",
+    )
+    host: str = setting("127.0.0.1", "The address on which the embedded broker listens.", "ADDRESS")
+    port: int | None = setting(
+        None, "The embedded broker's port, 0 for a free one; without it 8883, or 1883 without TLS.", "PORT"
+    )
+    blob_url: str = setting(
+        OFF, "A web address where boards find blobs, such as `https://models.example`; `off` for none.", "URL"
+    )
+    serve_blobs: str = setting(
+        OFF, "Where this server itself serves blobs over HTTPS, by default on `host`; `off` for nowhere.", PLACE
+    )
+    console: str = setting(
+        OFF, "Where operators see the fleet in a browser, by default on 127.0.0.1; `off` for nowhere.", PLACE
+    )
+    console_certificate: Path | None = setting(None, "The console's certificate with its chain, as PEM.")
+    console_key: Path | None = setting(None, "The key of that certificate.")
+    console_insecure: bool = setting(False, "The console may listen without TLS on an address that others can reach.")
+    console_proxy: bool = setting(False, "A reverse proxy on this machine terminates TLS and forwards to the console.")
+    console_hosts: str = setting(
+        "localhost", "Host names, separated by commas, under which browsers may reach the console without TLS."
+    )
+    console_orders: str = setting(
+        "all",
+        "Which orders of operators are accepted: `none`, `look` for those that change nothing, or `all`.",
+        choices=("none", "look", "all"),
+    )
+    console_releases: Path | None = setting(None, "A folder of releases that operators may roll out.")
+    site: str = setting("default", "First part of the topics: a server and its devices are of one site.", "NAME")
+    profiles: Path | None = setting(None, "A folder of further hardware profiles.", "DIR")
+    max_devices: int = setting(
+        1000, "Devices that may ever take part; announcements of further ones are ignored.", within=(1, 10**6)
+    )
+    pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
+    workers: int = setting(1, "Processes that make submodels, more than one if that is slow.", "N", within=(1, 1000))
+    receivers: int = setting(
+        0, "Processes that receive updates; 0 if the server does that itself.", "N", within=(0, 64)
+    )
+    workers_url: str = setting(
+        PROCESSES, "Where workers run: `processes`, or a Ray cluster as `ray:auto` or `ray://host:10001`.", "URL"
+    )
+    keep: int = setting(3, "How many of the latest global models are kept.", "N", within=(1, 10**6))
+    archive: bool = setting(False, "Keep all models, updates and events instead, for `fedprune-server replay`.", SWITCH)
+    weight: float = setting(
+        1.0, "The job's share of the boards, relative to the server's other jobs; 0 pauses it next to them.", "W"
+    )
+    slabs: bool = setting(
+        True, "What many devices download is published once for all of them, readable by the whole site."
+    )
+    max_packet: int = setting(
+        MAX_PACKET,
+        "Bytes of the largest MQTT packet that the broker accepts.",
+        within=(LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
+    )
+    on_revocation: str = setting(
+        OFF,
+        "A command that runs, without a shell, when the list of revoked certificates has changed; the variable "
+        "`FEDPRUNE_CRL` names the list. `off` for none.",
+    )
+    board_logs: int = setting(60, "Log lines that each board may send per hour; 0 for none.", within=(0, 100_000))
+    log_format: str = setting(
+        "text", "The format of the server's log: `text`, or `json` for one object per line.", "FORMAT",
+        choices=("text", "json"),
+    )  # fmt: skip
+    metrics: str = setting(OFF, "Where Prometheus reads metrics, by default on 127.0.0.1; `off` for nowhere.", PLACE)
+    traces: str = setting(
+        OFF,
+        "Where spans go by OTLP, as `http://host:4318`; `off` for nowhere unless OpenTelemetry's variables name a "
+        "collector.",
+        "URL",
+    )
     alerts: AlertSettings = field(default_factory=AlertSettings)
 
     def __post_init__(self) -> None:
@@ -130,17 +157,14 @@ class ServerConfig:
                 expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
                 got=repr(without_password(self.broker)),
             )
-        for name, low, high in (
-            ("keep", 1, 10**6),
-            ("pulls", 1, 1000),
-            ("receivers", 0, 64),
-            ("workers", 1, 1000),
-            ("max_devices", 1, 10**6),
-            ("cache_mib", 1, 10**9),
-            ("board_logs", 0, 100_000),
-            ("max_packet", LEAF + PACKET_OVERHEAD, MAX_PAYLOAD + PACKET_OVERHEAD),
-        ):
-            validation.whole(f"server: {name}", getattr(self, name), low, high)
+        for f in fields(self):
+            value, what = getattr(self, f.name), f"server: {f.name}"
+            if within := f.metadata.get("within"):
+                validation.whole(what, value, *within)
+            elif choices := f.metadata.get("choices"):
+                validation.word(what, value, choices)
+            elif f.type == "bool":
+                validation.truth(what, value)
         if self.blobs != FOLDER:
             parse(self.blobs)
             if self.receivers:
@@ -152,8 +176,6 @@ class ServerConfig:
         if self.port is not None:
             validation.whole("server: port", self.port, 0, 65_535)
         validation.number("server: weight", self.weight, 0.0, 1000.0)
-        for name in SWITCHES:
-            validation.truth(f"server: {name}", getattr(self, name))
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
         if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
@@ -167,7 +189,6 @@ class ServerConfig:
                 raise ConfigError("server: blob_url", expected=error.expected, got=error.got) from error
         _place(self.serve_blobs, self.host)
         _place(self.metrics, LOCAL[0], "metrics")
-        validation.word("server: log_format", self.log_format, LOG_FORMATS)
         if self.traces != OFF and not _WEB.fullmatch(self.traces):
             raise ConfigError(
                 "server: traces",
@@ -220,7 +241,6 @@ class ServerConfig:
 
     def _check_console(self) -> None:
         place = self.console_place
-        validation.word("server: console_orders", self.console_orders, ("none", "look", "all"))
         if not all(_HOST.fullmatch(h.strip()) for h in self.console_hosts.split(",")):
             raise ConfigError(
                 "server: console_hosts", expected="names of hosts, with commas", got=shown(self.console_hosts)
@@ -246,14 +266,20 @@ class ServerConfig:
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-_OTHER_TABLES = ("job", "model", "input_shape", "evaluation", "calibration", "alerts")
-_TYPES = {f.name: str(f.type) for f in fields(ServerConfig) if f.name not in _OTHER_TABLES}
+PLACES = {
+    "model": ("model", "path"),
+    "input_shape": ("model", "input_shape"),
+    "evaluation": ("evaluation", "data"),
+    "calibration": ("calibration", "data"),
+}
+"""Table and key of the settings that have tables of their own."""
+
+_TYPES = {f.name: str(f.type) for f in fields(ServerConfig) if f.name not in ("job", "alerts", *PLACES)}
 
 SERVER = tuple(_TYPES)
 """Keys of the table [server]."""
 
 TEXTS = tuple(name for name, kind in _TYPES.items() if "str" in kind or "Path" in kind)
-SWITCHES = tuple(name for name, kind in _TYPES.items() if kind == "bool")
 
 PATHS = tuple(name for name, kind in _TYPES.items() if kind == "Path | None")
 """Texts that name files and folders, in addition to `state`."""

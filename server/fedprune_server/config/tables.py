@@ -15,7 +15,7 @@ from fedprune.strategies import compose
 from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.layers import file_layer, located
-from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, PATHS, SERVER, TEXTS, ServerConfig
+from fedprune_server.config.server_config import PATHS, PLACES, SERVER, TEXTS, ServerConfig
 
 TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
 """Of a `fleet.toml`."""
@@ -62,110 +62,73 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     for table in body.keys() - set(_SIMULATED):
         if not isinstance(body[table], Mapping):
             raise ConfigError(f"{where}: {table}", expected=f"a table [{table}]", got=repr(body[table]))
-    values: dict[str, Any] = {}
-    model, server = (body.get(t, {}) for t in ("model", "server"))
-    validation.only(("path", "input_shape"), model, f"{where}: [model]")
-    validation.only(SERVER, server, f"{where}: [server]")
-    if "path" in model:
-        values["model"] = _source(_text(model["path"], f"{where}: [model] path"), folder)
-    if "input_shape" in model:
-        values["input_shape"] = _shape(model["input_shape"], f"{where}: [model] input_shape")
-    for table in ("evaluation", "calibration"):
-        data = body.get(table, {})
-        validation.only(("data",), data, f"{where}: [{table}]")
-        if "data" in data:
-            values[table] = _source(_text(data["data"], f"{where}: [{table}] data"), folder)
+    tables = {table: {} for table in TABLES} | anchored(body, folder)
+    for table in ("model", "evaluation", "calibration"):
+        validation.only([key for name, key in PLACES.values() if name == table], tables[table], f"{where}: [{table}]")
+    validation.only(SERVER, tables["server"], f"{where}: [server]")
+    values = dict(tables["server"])
+    for name, (table, key) in PLACES.items():
+        if key in tables[table]:
+            check = _shape if name == "input_shape" else _text
+            values[name] = check(tables[table][key], f"{where}: [{table}] {key}")
     for key in TEXTS:
-        if key in server:
-            values[key] = _text(server[key], f"{where}: [server] {key}")
-    for key in ("state", *PATHS):
         if key in values:
-            values[key] = SYSTEM if (key, values[key]) == ("ca", str(SYSTEM)) else folder / values[key]
-    alerts = anchored({"alerts": body.get("alerts", {})}, folder)["alerts"]
-    values.update({key: value for key, value in server.items() if key not in TEXTS})
-    return _located(
-        lambda: ServerConfig(
-            job=Job.from_dict(body.get("job", {})), alerts=AlertSettings.from_dict(alerts, "[alerts]"), **values
-        ),
-        where,
-    )
+            _text(values[key], f"{where}: [server] {key}")
+            values[key] = Path(values[key]) if key in ("state", *PATHS) else values[key]
+
+    def build() -> ServerConfig:
+        config = ServerConfig(
+            job=Job.from_dict(tables["job"]), alerts=AlertSettings.from_dict(tables["alerts"], "[alerts]"), **values
+        )
+        if config.database is not None:
+            from fedprune_server.storage.database import check_url  # SQLAlchemy takes a while to import
+
+            check_url(config.database)
+        return config
+
+    return _located(build, where)
 
 
 def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Tables of a `fleet.toml` whose relative paths have been counted from a folder."""
     found = {k: dict(v) if isinstance(v, Mapping) else v for k, v in tables.items()}
-    for table, key in (("model", "path"), ("evaluation", "data"), ("calibration", "data")):
-        if isinstance(text := found.get(table, {}).get(key), str) and text.strip():
-            found[table][key] = _source(text, folder)
+    sources = [place for name, place in PLACES.items() if name != "input_shape"]
     files = [("server", key) for key in ("state", *PATHS)] + [("alerts", key) for key in ALERT_PATHS]
-    for table, key in files:
-        text = found.get(table, {}).get(key)
+    for table, key in (*sources, *files):
+        values = found.get(table)
+        text = values.get(key) if isinstance(values, dict) else None
         if isinstance(text, str) and text.strip() and (key, text) != ("ca", str(SYSTEM)):
-            found[table][key] = str(folder / text)
+            found[table][key] = _source(text, folder) if (table, key) in sources else str(folder / text)
     return found
 
 
 def as_tables(config: ServerConfig) -> dict[str, Any]:
     """The tables of a `fleet.toml` that says the same as a configuration; paths count from the current folder."""
-    server = {k: str(v) if isinstance(v, Path) else v for k in SERVER if (v := getattr(config, k)) is not None}
-    alerts = {k: str(v) if isinstance(v, Path) else v for k, v in vars(config.alerts).items() if v is not None}
-    tables: dict[str, Any] = {"job": config.job.to_dict(), "server": server, "model": {}, "alerts": alerts}
-    if config.model is not None:
-        tables["model"]["path"] = config.model
-    if config.input_shape is not None:
-        tables["model"]["input_shape"] = list(config.input_shape)
-    for table in ("evaluation", "calibration"):
-        if (data := getattr(config, table)) is not None:
-            tables[table] = {"data": data}
+    tables: dict[str, Any] = {
+        "job": config.job.to_dict(),
+        "model": {},
+        "server": {key: getattr(config, key) for key in SERVER},
+        "alerts": dict(vars(config.alerts)),
+    }
+    for name, (table, key) in PLACES.items():
+        if (value := getattr(config, name)) is not None:
+            tables.setdefault(table, {})[key] = list(value) if name == "input_shape" else value
+    for table in ("server", "alerts"):
+        tables[table] = {k: str(v) if isinstance(v, Path) else v for k, v in tables[table].items() if v is not None}
     return tables
 
 
-def overridden(
-    config: ServerConfig, job: Mapping[str, Any], server: Mapping[str, Any], alerts: Mapping[str, Any] | None = None
-) -> ServerConfig:
-    """The configuration with what the command line says instead; None means that it says nothing.
+def changed_job(job: Job, changes: Mapping[str, Any]) -> Job:
+    """A job with other settings from the command line; None leaves a setting as it is.
 
     Raises:
         ConfigError: A value is wrong.
     """
-    chosen = {k: v for k, v in job.items() if v is not None}
-    if chosen.get("schedule", {}).get("kind") == config.job.schedule.get("kind"):
-        chosen.pop("schedule", None)  # with the other keys of the same kind
-    values = {k: v for k, v in server.items() if v is not None}
-
-    def build() -> ServerConfig:
-        alert_values = {k: v for k, v in (alerts or {}).items() if v is not None}
-        return replace(
-            config, job=replace(config.job, **chosen), alerts=replace(config.alerts, **alert_values), **values
-        )
-
-    return _located(build, "command line")
-
-
-def with_stored(config: ServerConfig, stored: Mapping[str, Any], chosen: Mapping[str, Any]) -> ServerConfig:
-    """The configuration with the server's settings of an earlier start.
-
-    Args:
-        config: The configuration.
-        stored: What `server_settings` gave then.
-        chosen: What the command line says; None means that it says nothing. What it says is left to `overridden`, so
-            that it also replaces a setting that has become wrong.
-
-    Raises:
-        ConfigError: A setting no longer makes sense.
-    """
-    values = {k: v for k, v in stored.items() if k in SERVER and k not in ELSEWHERE and chosen.get(k) is None}
-    broker = str(chosen.get("broker") or values.get("broker", EMBEDDED))
-    for key in PATHS:
-        if values.get(key) is not None:
-            values[key] = Path(values[key])
-    if not broker.startswith("mqtts://") or chosen.get("broker") is not None:
-        values.pop("ca", None)  # the authority of another broker than the one to use
-    return _located(lambda: replace(config, **values), "settings of the last start")
+    chosen = {k: v for k, v in changes.items() if v is not None}
+    return _located(lambda: ServerConfig(job=replace(job, **chosen)), "command line").job
 
 
 def _located(build: Callable[[], ServerConfig], where: str) -> ServerConfig:
-    config = ServerConfig()
     try:
         config = build()
         compose(config.job)  # a wrong option is better known now than when the first device is there

@@ -15,9 +15,8 @@ from fedprune.core.validation import only
 from fedprune_server.config.layers import file_layer, located
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import TABLES, parse_config
-from fedprune_server.engine.state_directory import stored_config
+from fedprune_server.engine.state_directory import stored_tables
 from fedprune_server.storage.state_folder import FOLDER, folders
-from fedprune_server.storage.storage import Storage
 
 _OWN = ("archive", "blobs", "cache_mib", "database", "keep", "pulls", "slabs", "weight", "workers")
 """Keys of [server] that a further job has of its own."""
@@ -38,8 +37,9 @@ def further(first: ServerConfig, files: Sequence[Path]) -> list[ServerConfig]:
     names = [first.job.name, *(c.job.name for c in found)]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError("jobs of one server", expected="names that differ", got=", ".join(twice) + " twice")
-    kept = [p for p in folders(first.state) if p.name not in names and Storage.settings_in(p) is not None]
-    return [*found, *(_placed(first, stored_config(p, ServerConfig(), {}), p.name) for p in kept)]
+    stored = {path: stored_tables(path, {}) for path in folders(first.state) if path.name not in names}
+    kept = {path: parse_config(tables, f"settings of {path}", Path()) for path, tables in stored.items() if tables}
+    return [*found, *(_placed(first, config, path.name) for path, config in kept.items())]
 
 
 def _read(first: ServerConfig, path: Path) -> ServerConfig:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ from fedprune.model.selection import Selection
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_export.pruning.model import Model
-from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.server_config import ServerConfig, without_password
-from fedprune_server.config.tables import with_stored
+from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, without_password
 from fedprune_server.executor.evaluation_data import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
 from fedprune_server.executor.worker import Worker
@@ -284,25 +282,25 @@ class StateFolder:
             self.storage.save(state, (), time.time())
 
 
-def stored_config(folder: Path, config: ServerConfig, chosen: Mapping[str, Any]) -> ServerConfig:
-    """The configuration with what a state folder's last start ran with, if there was one.
+def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tables of what a state folder's last start ran with; None if there was none.
 
     Args:
         folder: The state folder.
-        config: The configuration for a new one.
-        chosen: What the command line says of the server; None means that it says nothing.
+        chosen: Settings of the table [server] that take precedence. The authority of another broker is left out.
 
     Raises:
         StorageError: The folder is damaged.
-        ConfigError: What it ran with no longer makes sense, such as a folder that has gone.
     """
     known = Storage.settings_in(folder, chosen.get("database"))
     if known is None:
-        return config
-    data: dict[str, Any] = {k: getattr(config, k) or known.get(k) for k in ("evaluation", "calibration")}
-    alerts = AlertSettings.from_dict(known.get("alerts", {}))
-    config = replace(config, **data, job=Job.from_dict(known["job"]), alerts=alerts)
-    return with_stored(config, known.get("server", {}), chosen)
+        return None
+    server = {k: v for k, v in known.get("server", {}).items() if k in SERVER and k not in ELSEWHERE and v is not None}
+    broker = str(chosen.get("broker") or server.get("broker", EMBEDDED))
+    if not broker.startswith("mqtts://") or chosen.get("broker") is not None:
+        server.pop("ca", None)
+    tables = {"job": known["job"], "server": server, "alerts": known.get("alerts", {})}
+    return tables | {k: {"data": known[k]} for k in ("evaluation", "calibration") if known.get(k)}
 
 
 def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]:

@@ -344,13 +344,6 @@ def test_a_broken_profile_of_ones_own_is_an_error_at_the_start(
     assert "my-board.toml" in one_line(capsys)
 
 
-def test_a_site_that_is_no_name_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["run", "--site", "a b"])
-    assert caught.value.code == ExitCode.USAGE
-    assert "'a b'" in capsys.readouterr().err
-
-
 def test_a_copy_that_is_refused_has_reached_nobody(
     state: Path,
     monkeypatch: pytest.MonkeyPatch,

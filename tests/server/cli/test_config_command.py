@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune_server.cli.configuration import configured
 from fedprune_server.cli.main import build_parser, main
+from fedprune_server.cli.run_options import configured
 from fedprune_server.engine.state_directory import StateFolder
 from support.processes.real_site import write_material
 
@@ -24,7 +24,7 @@ lr = 0.1
 [server]
 broker = "mqtts://ann:secret@broker"
 keep = 5
-state = "state"
+state = "../etc/state"
 """
 
 
@@ -88,7 +88,7 @@ def test_lines_show_what_is_not_as_by_default(file: Path, capsys: pytest.Capture
     assert main(["config", "check", str(file)]) == ExitCode.OK
     out = capsys.readouterr().out
     assert [line.split(" = ")[0] for line in out.splitlines()] == [
-        "[job]", "name", "rounds", "[job.recipe]", "lr", "[server]", "broker", "state", "keep",
+        "[job]", "name", "rounds", "[job.recipe]", "lr", "[server]", "state", "broker", "keep",
     ]  # fmt: skip
     assert main(["config", "check", str(file), "--all"]) == ExitCode.OK
     assert "max_devices = 1000" in capsys.readouterr().out
@@ -118,14 +118,16 @@ def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
 def test_a_wrong_option_or_variable_is_named(
     file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["config", "check", str(file), "--port", "99999"]) == ExitCode.CONFIG
-    assert capsys.readouterr().err.startswith("error: command line, --port: [server] port: expected")
+    for option, value in (("--port", "99999"), ("--site", "a b")):
+        assert main(["config", "check", str(file), option, value]) == ExitCode.CONFIG
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: command line, {option}: [server] {option[2:]}: expected")
     monkeypatch.setenv("FEDPRUNE_SERVER_RECEIVERS", "99")
     assert main(["run", "--config", str(file)]) == ExitCode.CONFIG
     assert capsys.readouterr().err.startswith(
         "error: environment variable FEDPRUNE_SERVER_RECEIVERS: [server] receivers: "
     )
-    assert main(["config", "check", str(file), "--receivers", "3"]) == ExitCode.CONFIG  # a wrong value is one
+    assert main(["config", "check", str(file), "--receivers", "3"]) == ExitCode.OK  # it takes precedence
 
 
 @pytest.mark.parametrize("url", ["mysql://ann:secret@db/x", "postgresql://ann:secret@db:port/x", "ann:secret@db"])

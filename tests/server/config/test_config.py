@@ -8,7 +8,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.config.tables import overridden, parse_config, read_config
+from fedprune_server.config.tables import parse_config, read_config
 
 WHOLE = """
 [job]
@@ -120,16 +120,6 @@ def test_what_is_wrong_is_named_with_file_table_and_key(tmp_path: Path, text: st
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml"):
         read_config(tmp_path / "nowhere.toml")
-
-
-def test_the_command_line_wins(tmp_path: Path) -> None:
-    config = overridden(read(tmp_path, WHOLE), {"rounds": 3, "seed": None}, {"port": 99, "site": None})
-    assert (config.job.rounds, config.job.seed, config.port, config.site) == (3, 7, 99, "greenhouse")
-
-
-def test_a_wrong_value_on_the_command_line_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"command line: \[job\] rounds"):
-        overridden(ServerConfig(), {"rounds": -1}, {})
 
 
 def test_a_simulations_tables_are_left_to_the_simulation(tmp_path: Path) -> None:

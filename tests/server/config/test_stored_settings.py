@@ -10,9 +10,9 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
+from fedprune_server.cli.main import build_parser
+from fedprune_server.cli.run_options import configured
 from fedprune_server.config.server_config import ServerConfig, without_password
-from fedprune_server.config.tables import overridden
-from fedprune_server.engine.state_directory import stored_config
 from fedprune_server.storage.storage import FILE, Storage
 
 
@@ -45,45 +45,44 @@ def keep(config: ServerConfig) -> Path:
     return config.state
 
 
+def again(state: Path, *options: str) -> ServerConfig:
+    """The configuration of another start."""
+    return configured(build_parser().parse_args(["run", "--state", str(state), *options]), {}).config
+
+
 def test_the_state_folder_alone_is_enough(ran: ServerConfig) -> None:
-    state = keep(ran)
-    assert stored_config(state, ServerConfig(state=state), {}) == ran
+    assert again(keep(ran)) == ran
 
 
 def test_paths_hold_in_another_folder(ran: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     state = keep(replace(ran, profiles=Path("profiles"), ca=Path("ca.pem")))
     monkeypatch.chdir("/")
-    assert stored_config(state, ServerConfig(state=state), {}) == ran
+    assert again(state) == ran
 
 
 def test_the_command_line_wins(ran: ServerConfig) -> None:
-    state = keep(ran)
-    chosen = {"port": 1234, "site": None}
-    config = overridden(stored_config(state, ServerConfig(state=state), chosen), {}, chosen)
+    config = again(keep(ran), "--port", "1234")
     assert (config.port, config.site) == (1234, "field")
 
 
 def test_another_broker_leaves_the_old_ones_authority_behind(ran: ServerConfig) -> None:
-    state = keep(ran)
-    chosen = {"broker": "embedded"}
-    config = overridden(stored_config(state, ServerConfig(state=state), chosen), {}, chosen)
-    assert (config.broker, config.ca) == ("embedded", None)
+    config = again(keep(ran), "--broker", "embedded")
+    assert (config.ca, config.keep) == (None, 7)
 
 
 def test_a_folder_of_profiles_that_has_gone_is_named_and_can_be_replaced(ran: ServerConfig, tmp_path: Path) -> None:
     state = keep(ran)
     (tmp_path / "profiles").rmdir()
     with pytest.raises(ConfigError, match=r"profiles: expected a folder that exists"):
-        stored_config(state, ServerConfig(state=state), {})
-    chosen = {"profiles": tmp_path}
-    assert overridden(stored_config(state, ServerConfig(state=state), chosen), {}, chosen).profiles == tmp_path
+        again(state)
+    assert again(state, "--profiles", str(tmp_path)).profiles == tmp_path
 
 
 def test_a_folder_of_an_earlier_version_goes_on_with_defaults(tmp_path: Path) -> None:
     with Storage.at(tmp_path) as storage:
         storage.put_settings({"job": Job(name="leaves").to_dict(), "name": "n"})
-    assert stored_config(tmp_path, ServerConfig(), {}) == ServerConfig(job=Job(name="leaves"))
+    assert again(tmp_path) == ServerConfig(job=Job(name="leaves"), state=tmp_path)
 
 
 def test_only_the_owner_reads_the_database(tmp_path: Path) -> None:

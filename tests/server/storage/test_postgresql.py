@@ -19,7 +19,8 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune_server.cli.status import status
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.engine.state_directory import StateFolder, stored_config
+from fedprune_server.config.tables import parse_config
+from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.database import LostConnectionError
 from fedprune_server.storage.storage import FILE, Storage
@@ -262,7 +263,7 @@ def test_a_folder_remembers_where_its_database_is(tmp_path: Path, postgres: Post
     assert not (state / FILE).exists()
     assert (state / "database").stat().st_mode & 0o777 == 0o600
     with StateFolder(state) as folder:
-        assert folder.open_job(stored_config(state, ServerConfig(), {})).state == opened.state
+        assert folder.open_job(parse_config(stored_tables(state, {}) or {}, "it", Path())).state == opened.state
     assert status(state)["job"]["name"] == "job"
 
 

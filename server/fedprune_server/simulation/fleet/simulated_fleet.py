@@ -15,7 +15,7 @@ from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.config.tables import overridden, parse_config
+from fedprune_server.config.tables import changed_job, parse_config
 from fedprune_server.executor.evaluation_data import check_data, load_calibration, load_evaluation
 from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.datasets.picture import Partition
@@ -242,7 +242,7 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
 
 
 def _overridden(job: Job, strategy: str | None, seed: int | None, rounds: int | None) -> Job:
-    return overridden(ServerConfig(job=job), {"strategy": strategy, "seed": seed, "rounds": rounds}, {}).job
+    return changed_job(job, {"strategy": strategy, "seed": seed, "rounds": rounds})
 
 
 def _present(body: Mapping[str, object], job: Job, devices: int) -> int:

@@ -1,0 +1,127 @@
+"""The options of `run`, made from the settings that they override, and the configuration that they result in."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fedprune.jobs.job import Job
+from fedprune_server.config.environment import CONFIG, environment_layer
+from fedprune_server.config.layers import Layer, file_layer, located, merged
+from fedprune_server.config.server_config import PLACES, SWITCH, ServerConfig
+from fedprune_server.config.tables import anchored, parse_config
+from fedprune_server.engine.state_directory import stored_tables
+
+_JOB = {
+    "name": ("NAME", "the job's name"),
+    "seed": ("N", "keys every random number"),
+    "rounds": ("N", "rounds to run"),
+    "devices": ("N", "a round starts when this many devices are connected"),
+    "participation": ("SHARE", "share of the devices that a round asks"),
+    "over_selection": ("SHARE", "ask this share of devices more than a round needs"),
+    "fairness": ("SHARE", "share of places that go to the devices that have waited longest"),
+    "in_flight": ("N", "devices that work at a time (default: all)"),
+    "pace": ("X", "give up devices that take X times as long as half of the others"),
+    "deadline_s": ("S", "seconds that a round waits for updates"),
+    "strategy": ("NAME", "such as fedprune or subflot (docs/strategies), or package.module:function"),
+    "density": ("D", "kept share of channels on all devices; 0: the planner decides"),
+}
+_OPTIONS: dict[tuple[str, ...], str] = {
+    ("job", "deadline_s"): "deadline",
+    ("job", "schedule", "kind"): "schedule",
+    ("alerts", "webhook"): "alert-webhook",
+    **{place: name for name, place in PLACES.items()},
+}
+_LAST_START, _DEFAULTS = "the last start", "the defaults"
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A configuration, and the layers that it is made of, from the lowest to the highest."""
+
+    config: ServerConfig
+    layers: tuple[Layer, ...]
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each setting that has one; its destination is the setting, such as `server.keep`."""
+    group = parser.add_argument_group("settings of the job")
+    for f in fields(Job):
+        if f.name in _JOB:
+            metavar, text = _JOB[f.name]
+            _add(group, ("job", f.name), type=type(f.default), metavar=metavar, help=text)
+    text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
+    _add(group, ("job", "schedule", "kind"), metavar="KIND", help=text)
+    group = parser.add_argument_group("settings of the server")
+    for setting in fields(ServerConfig):
+        if option := setting.metadata.get("metavar"):
+            place = PLACES.get(setting.name, ("server", setting.name))
+            text = setting.metadata["text"].replace("%", "%%").removesuffix(".")
+            text = text[0].lower() + text[1:]
+            if option == SWITCH:
+                _add(group, place, action="store_true", default=None, help=text)
+                continue
+            if setting.default is not None:
+                text = f"{text} (default: {setting.default})"
+            kind = next((k for k in (int, float) if k.__name__ in str(setting.type)), str)
+            _add(group, place, type=kind, metavar=option, help=text)
+    _add(group, ("alerts", "webhook"), metavar="URL", help="post alerts as JSON to this address; off")
+
+
+def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Configured:
+    """The configuration of `run` with these options: command line over environment over file.
+
+    Without a file, of the command line or the environment, the settings of the state folder's last start count instead.
+
+    Raises:
+        ConfigError: A setting is unknown or has a wrong value; the message says where it is set.
+        StorageError: The state folder is damaged.
+    """
+    command, above = _command_line(arguments), environment_layer(environment)
+    path = arguments.config or (Path(environment[CONFIG]) if environment.get(CONFIG) else None)
+    if path is not None:
+        below = file_layer(path)
+        below = replace(below, tables=anchored(below.tables, path.parent))
+    else:
+        below = _last_start(merged(above.tables, command.tables).get("server", {}))
+    layers = (below, above, command)
+    with located(layers, below.name):
+        tables = merged(below.tables, above.tables)
+        kind = command.tables.get("job", {}).get("schedule")
+        if kind and isinstance(job := tables.get("job"), dict) and job.get("schedule", {}).get("kind") != kind["kind"]:
+            tables["job"] = {k: v for k, v in job.items() if k != "schedule"}  # whose other keys are of another kind
+        return Configured(parse_config(merged(tables, command.tables), below.name, Path()), layers)
+
+
+def _add(parser: Any, place: tuple[str, ...], **details: Any) -> None:
+    parser.add_argument(f"--{_option(place)}", dest=".".join(place), **details)
+
+
+def _option(place: tuple[str, ...]) -> str:
+    return _OPTIONS.get(place, place[-1]).replace("_", "-")
+
+
+def _command_line(arguments: argparse.Namespace) -> Layer:
+    tables: dict[str, Any] = {}
+    places: dict[tuple[str | int, ...], str] = {}
+    for dest, value in vars(arguments).items():
+        place = tuple(dest.split("."))
+        if value is None or len(place) < 2:
+            continue
+        table = tables
+        for name in place[:-1]:
+            table = table.setdefault(name, {})
+        table[place[-1]] = value
+        places[place] = f"command line, --{_option(place)}"
+    return Layer("command line", tables, places)
+
+
+def _last_start(server: Mapping[str, Any]) -> Layer:
+    """The settings with which the state folder's last start ran, if there was one."""
+    state = Path(server.get("state", ServerConfig.state))
+    tables = stored_tables(state, server)
+    return Layer(_DEFAULTS) if tables is None else Layer(_LAST_START, tables)
