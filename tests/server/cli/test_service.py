@@ -39,7 +39,7 @@ def test_the_command_in_it_is_one_of_the_program() -> None:
     text = ServerUnit("/opt/fedprune/bin/fedprune-server", arguments=("--standby",)).text()
     words = re.findall(r"^ExecStart=\S+ (.*)$", text, re.MULTILINE)[0].split()
     arguments = build_parser().parse_args(words)
-    assert (str(arguments.config), str(arguments.state)) == ("/etc/fedprune/fleet.toml", "/var/lib/fedprune")
+    assert (str(arguments.config), vars(arguments)["server.state"]) == ("/etc/fedprune/fleet.toml", "/var/lib/fedprune")
     assert arguments.standby
 
 
