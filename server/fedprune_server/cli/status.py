@@ -14,9 +14,8 @@ from fedprune.core.text import quantity
 from fedprune.updates.privacy_settings import Privacy
 from fedprune_server.devices.plan_vs_actual import Compared, compared, described, planned
 from fedprune_server.devices.quarantine import read_rows
-from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
-from fedprune_server.enrollment.store import REVOKED
 from fedprune_server.executor.accountant import costs
+from fedprune_server.maintenance.doctor import revoked
 from fedprune_server.monitoring.alerts import Snapshot, evaluate
 from fedprune_server.monitoring.display import metric_texts
 from fedprune_server.monitoring.monitor import read_open
@@ -74,7 +73,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         settings, state, rows = storage.settings(), storage.load(), storage.devices()
         outsiders = storage.outsiders()
         last, seen = (None, {}) if running else storage.log.heard()
-    revoked, misbehaved = _revoked(identity or folder), read_rows(identity or folder)
+    shut_out, misbehaved = revoked(identity or folder), read_rows(identity or folder)
     known = {row["name"] for row in rows}
     rows += [_outsider(name, body) for name, body in outsiders.items() if name not in known]
     devices = [
@@ -82,8 +81,8 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         | _last_part(row["name"], state)
         | {
             "compared": _compared(row, state),
-            "online": row["online"] and running and row["name"] not in revoked,
-            "revoked": row["name"] in revoked,
+            "online": row["online"] and running and row["name"] not in shut_out,
+            "revoked": row["name"] in shut_out,
             "quarantine": misbehaved.get(row["name"]),
             "seen_at": seen.get(row["name"]),
         }
@@ -181,15 +180,6 @@ def _stopped(body: dict[str, Any]) -> str:
         return f"  no server is running{since}; to start a job: {command} --model MODEL"
     end = "" if body["phase"] == Phase.FINISHED.value else f"; to go on: {command}"
     return f"  no server is running{since}{end}"
-
-
-def _revoked(folder: Path) -> set[str]:
-    """Devices that were shut out, and have no other key."""
-    if not (folder / FOLDER).is_dir():
-        return set()
-    with IdentityFolder(folder, read_only=True) as identity:
-        devices = identity.store.devices()
-    return {d.device for d in devices if d.status == REVOKED} - {d.device for d in devices if d.status != REVOKED}
 
 
 def _connection(device: dict[str, Any]) -> str:

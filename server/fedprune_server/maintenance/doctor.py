@@ -1,52 +1,118 @@
-"""The checks of `fedprune-server doctor`: everything about a fleet that can be seen from the server's machine.
+"""`fedprune-server doctor`: checks of everything about a fleet that can be seen from the server's machine.
 
 Nothing is changed. `fedprune-server check` (`maintenance.state_check`) reads the files themselves.
 """
 
 from __future__ import annotations
 
+import queue
+import secrets
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fedprune.coordination import State
 from fedprune.core.disk import held, read_file
 from fedprune.core.errors import FedpruneError
+from fedprune.core.text import quantity, some
+from fedprune.security.authority import CRL
+from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
+from fedprune.wire.mqtt.link import Link
+from fedprune.wire.topics import Topics
+from fedprune_server.config.server_config import EMBEDDED, LOCAL, without_password
+from fedprune_server.devices.board_logs import read_logs
 from fedprune_server.devices.quarantine import read_rows
-from fedprune_server.maintenance import site_doctor as site
-from fedprune_server.maintenance.finding import Finding, of_alert, wrong
-from fedprune_server.maintenance.fleet_doctor import Case, findings
-from fedprune_server.monitoring.alerts import Snapshot, at, command, evaluate
+from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.store import REVOKED
+from fedprune_server.maintenance.backup_record import last_backup
+from fedprune_server.maintenance.finding import Finding, note, of_alert, wrong
+from fedprune_server.maintenance.identity_check import check_identity
+from fedprune_server.maintenance.job_checks import Case, findings
+from fedprune_server.messaging.broker.revocations import NOTE, delivered
+from fedprune_server.messaging.leadership import described, leadership
+from fedprune_server.monitoring.alerts import SHOWN, Snapshot, at, command, day, evaluate
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.monitoring.site_facts import site_facts
+from fedprune_server.storage.s3.bucket import FOLDER as IN_FOLDER
+from fedprune_server.storage.s3.bucket import Bucket
 from fedprune_server.storage.state_folder import LOCK, MODEL, folders
 from fedprune_server.storage.storage import Storage
 
+_DAY_S = 24 * 3600.0
+_BACKUP_S = 7 * _DAY_S
+_AHEAD_S = 120.0
+_EARLIEST = 1_750_000_000
+"""No clock that is right shows an earlier time, in seconds since 1970."""
 
-def examined(folder: Path, timeout: float = 5.0, clock: Callable[[], float] = time.time) -> list[Finding]:
+_T = TypeVar("_T")
+
+
+class TooSlowError(FedpruneError):
+    """Something didn't answer in time."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A server, as its checks see it.
+
+    Attributes:
+        folder: The state folder.
+        server: Settings of the table [server].
+        running: Whether a server runs on the folder, and with it the embedded broker.
+        members: Whether there is an identity, and it is whole.
+        cases: The jobs.
+        last_event: When a job last handled an event, in seconds since 1970; None if unknown.
+        timeout: Seconds for broker, database and bucket, each.
+        now: Seconds since 1970.
+    """
+
+    folder: Path
+    server: Mapping[str, Any] = field(default_factory=dict)
+    running: bool = False
+    members: bool = False
+    cases: Sequence[Case] = ()
+    last_event: float | None = None
+    timeout: float = 5.0
+    now: float = field(default_factory=time.time)
+
+    @property
+    def broker(self) -> str:
+        return str(self.server.get("broker", EMBEDDED))
+
+    @property
+    def ca(self) -> Path | None:
+        return Path(self.server["ca"]) if self.server.get("ca") else None
+
+
+def examined(folder: Path, timeout: float = 5.0) -> list[Finding]:
     """All findings about a server and its fleet, the worst first.
 
     Args:
         folder: The state folder.
         timeout: Seconds for broker, database and bucket, each.
-        clock: Seconds since 1970.
 
     Raises:
         StorageError: It is no server's state folder.
     """
-    found = list(_examine(folder, timeout, clock()))
+    found = list(_examine(folder, timeout))
     return [a for a in found if a.wrong] + [a for a in found if not a.wrong]
 
 
-def _examine(folder: Path, timeout: float, now: float) -> Iterator[Finding]:
+def _examine(folder: Path, timeout: float) -> Iterator[Finding]:
     Storage.check_existing(folder)
-    running = held(folder / LOCK)
+    broken = list(identity(folder))
+    gone = revoked(folder) if not broken else frozenset[str]()
     cases: list[Case] = []
-    last: float | None = None
+    events: list[float] = []
     for part in (folder, *folders(folder)):
         try:
-            case, event_at = site.within(timeout, lambda part=part: _case(part, folder))  # type: ignore[misc]
+            case, event_at = within(timeout, lambda part=part: _case(part, gone))  # type: ignore[misc]
         except FedpruneError as error:
             yield wrong(
                 "database",
@@ -55,68 +121,76 @@ def _examine(folder: Path, timeout: float, now: float) -> Iterator[Finding]:
                 f"see that it runs and can be reached; then {command('check', *at(part))}, or restore a backup",
             )
             continue
-        last = max(filter(None, (last, event_at)), default=None)
+        events += [] if event_at is None else [event_at]
         cases.append(case)
         yield from findings(case)
-    server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
-    broken = list(site.identity(folder))
     yield from broken
-    looks: tuple[Callable[[], Iterable[Finding]], ...] = (
-        lambda: _alerts(folder, cases, server, now, running=running, members=not broken),
-        lambda: site.clock(now, last),
-        lambda: site.broker(folder, server, timeout, running=running),
-        lambda: site.other_servers(folder, server, running=running),
-        lambda: site.revocations(folder),
-        lambda: () if broken else site.rotation(folder),
-        lambda: site.bucket(server, timeout),
-        lambda: site.crashes(folder, now),
-        lambda: site.backups(folder, now),
-    )
+    server: Mapping[str, Any] = cases[0].settings.get("server", {}) if cases else {}
+    members = not broken and (folder / IDENTITY).is_dir()
+    site = Site(folder, server, held(folder / LOCK), members, cases, max(events, default=None), timeout)
     found: set[str] = set()
-    for look in looks:
-        for finding in _looked(look, folder):
+    for check in CHECKS:
+        for finding in _checked(check, site):
             if finding.kind != "broker" or "broker" not in found:
                 yield finding
             found.add(finding.kind)
 
 
-def _alerts(
-    folder: Path, cases: Sequence[Case], server: Mapping[str, Any], now: float, *, running: bool, members: bool
-) -> Iterator[Finding]:
-    """Alerts that the state folder justifies, and others that a running server has open."""
-    live = read_open(folder) if running else None
-    rows = {n: str(r["reason"]) for n, r in sorted(read_rows(folder).items()) if (r["until"] or 0.0) > now}
-    seen = Snapshot(
-        folder,
-        [case.status for case in cases],
-        sum(case.here for case in cases),
-        running,
-        None if live is None else max(0.0, now - live[0]),
-        quarantined=rows,
-        site=site_facts(folder, server, members=members),
-    )
-    found = {a.key: a for a in evaluate(seen, now)}
-    for alert in () if live is None else live[1]:
-        found.setdefault(alert.key, alert)
-    yield from map(of_alert, found.values())
-
-
-def _looked(look: Callable[[], Iterable[Finding]], folder: Path) -> Iterator[Finding]:
+def _checked(check: Callable[[Site], Iterable[Finding]], site: Site) -> Iterator[Finding]:
     """The findings of a check; one that fails doesn't keep the others from running."""
     try:
-        yield from look()
+        yield from check(site)
     except FedpruneError as error:
-        yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *at(folder)))
+        yield wrong("unreadable", str(error), "it couldn't be looked at", command("check", *at(site.folder)))
 
 
-def _case(folder: Path, site_folder: Path) -> tuple[Case, float | None]:
-    """A job as it is stored, and the time of its last event; `site_folder` has the identity."""
+def within(seconds: float, work: Callable[[], _T]) -> _T:
+    """What `work` returns; it is abandoned if it takes longer.
+
+    Raises:
+        TooSlowError: It took longer.
+        Exception: Whatever it raised.
+    """
+    answers: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            answers.put((work(), None))
+        except BaseException as error:  # noqa: BLE001 - it is raised again below
+            answers.put((None, error))
+
+    threading.Thread(target=run, name="doctor", daemon=True).start()
+    try:
+        found, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TooSlowError(f"no answer within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return found  # type: ignore[no-any-return]
+
+
+def revoked(folder: Path) -> frozenset[str]:
+    """Revoked devices that have no other key.
+
+    Raises:
+        IdentityError: The identity is damaged, or others may read it.
+    """
+    if not (folder / IDENTITY).is_dir():
+        return frozenset()
+    with IdentityFolder(folder, read_only=True) as opened:
+        devices = opened.store.devices()
+    return frozenset(d.device for d in devices if d.status == REVOKED) - {
+        d.device for d in devices if d.status != REVOKED
+    }
+
+
+def _case(folder: Path, gone: frozenset[str]) -> tuple[Case, float | None]:
+    """A job as it is stored, and the time of its last event."""
     with Storage.existing(folder) as storage:
         settings, state = storage.settings() or {}, storage.load()
         outsiders, last = storage.outsiders(), storage.log.last_at()
-    state = state or State(model="")
     sizes, names = _groups(folder)
-    return Case(folder, settings, state, outsiders, held(folder / LOCK), sizes, names, site.revoked(site_folder)), last
+    return Case(folder, settings, state or State(model=""), outsiders, held(folder / LOCK), sizes, names, gone), last
 
 
 def _groups(folder: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -128,3 +202,240 @@ def _groups(folder: Path) -> tuple[tuple[int, ...], tuple[str, ...]]:
     except (OSError, FedpruneError):
         return (), ()
     return tuple(architecture.sizes), tuple(g.name for g in architecture.groups)
+
+
+def alerts(site: Site) -> Iterator[Finding]:
+    """Alerts that the state folder justifies, and others that a running server has open."""
+    live = read_open(site.folder) if site.running else None
+    rows = {n: str(r["reason"]) for n, r in sorted(read_rows(site.folder).items()) if (r["until"] or 0.0) > site.now}
+    seen = Snapshot(
+        site.folder,
+        [case.status for case in site.cases],
+        sum(case.here for case in site.cases),
+        site.running,
+        None if live is None else max(0.0, site.now - live[0]),
+        quarantined=rows,
+        site=site_facts(site.folder, site.server, members=site.members),
+    )
+    found = {a.key: a for a in evaluate(seen, site.now)}
+    for alert in () if live is None else live[1]:
+        found.setdefault(alert.key, alert)
+    yield from map(of_alert, found.values())
+
+
+def identity(folder: Path) -> Iterator[Finding]:
+    if (folder / IDENTITY).is_dir():
+        for finding in check_identity(folder / IDENTITY):
+            advice = finding.advice or "See docs/back-up.md#check."
+            why = "without it the server can't prove its identity to boards"
+            yield replace(finding, kind="identity", why=why, advice=advice)
+
+
+def rotation(site: Site) -> Iterator[Finding]:
+    """Boards that don't know the server's present keys, and a replacement of the authority that can end."""
+    folder = site.folder
+    if not site.members:
+        return
+    with IdentityFolder(folder, read_only=True) as opened:
+        behind = {d.device: d.server_key for d in opened.store.devices() if "signing key" in opened.behind(d)}
+        chain = {s.before.id.hex() for s in opened.successions}
+        rotating, left = opened.authority.rotating, opened.without_new_certificate()
+    if names := [name for name, key in behind.items() if key not in chain]:
+        yield wrong(
+            "foreign-key",
+            f"{quantity(len(names), 'board')} last knew the server by a signing key that successions.json doesn't lead "
+            f"from: {some(names)}",
+            "they don't hear this server",
+            "restore signing.key and successions.json from the latest backup; or let these boards join again, with "
+            + command("devices", "replace", "NAME", *at(folder)),
+        )
+    if names := [name for name, key in behind.items() if key in chain]:
+        yield note(
+            "signing-key",
+            f"{quantity(len(names), 'board')} last connected before the signing key was replaced: {some(names)}",
+            "they follow when they connect; a stolen old key deceives them until then",
+            command("devices", *at(folder)),
+        )
+    if rotating:
+        waits = f"{quantity(len(left), 'board')} without a certificate of the new one: {some(left)}" if left else ""
+        yield note(
+            "authority",
+            f"the certificate authority is being replaced; {waits or 'all boards have certificates of the new one'}",
+            "the old authority counts until that ends",
+            "let these boards connect, or revoke them" if left else command("identity", "retire-ca", *at(folder)),
+        )
+
+
+def clock(site: Site) -> Iterator[Finding]:
+    now, last_event = site.now, site.last_event
+    ahead = last_event is not None and last_event > now + _AHEAD_S
+    if now < _EARLIEST or ahead:
+        said = f"; the job's last event was at {day(last_event)}" if ahead and last_event is not None else ""
+        yield wrong(
+            "clock",
+            f"this machine's clock says {day(now)}{said}",
+            "deadlines, certificates and what boards take for the time go by it",
+            "set the clock: timedatectl set-ntp true",
+        )
+
+
+def crashes(site: Site) -> Iterator[Finding]:
+    try:
+        rows = read_logs(site.folder, most=5000)
+    except FedpruneError as error:
+        yield note("board-logs", str(error), "boards' logs and crash reports can't be shown", "Delete the file.")
+        return
+    found = [r for r in rows if r.kind == "crash" and site.now - r.received < _DAY_S]
+    if found:
+        names = sorted({r.device for r in found})
+        last = found[-1]
+        yield note(
+            "crashes",
+            f"{quantity(len(names), 'board')} crashed within a day ({', '.join(names[:SHOWN])}), lastly "
+            f"{last.device}: {last.text}",
+            "a board that crashes trains nothing meanwhile",
+            command("logs", "--device", last.device, *at(site.folder)),
+        )
+
+
+def backups(site: Site) -> Iterator[Finding]:
+    found = last_backup(site.folder)
+    if found is not None and site.now - found < _BACKUP_S:
+        return
+    said = "no backup was ever made" if found is None else f"the last backup is of {day(found)}"
+    yield note(
+        "backup",
+        f"{said} with `fedprune-server backup` from {site.folder}",
+        "with the disk, the model and the identity of the fleet would be lost",
+        command("backup", *at(site.folder), "--to", "PLACE"),
+    )
+
+
+def broker(site: Site) -> Iterator[Finding]:
+    """Whether the broker is there, and accepts packets as large as are sent."""
+    folder, server = site.folder, site.server
+    if site.broker == EMBEDDED:
+        if site.running:
+            yield from _embedded(site)
+        return
+    shown_url = without_password(site.broker)
+    with ExitStack() as stack:
+        try:
+            if (folder / IDENTITY).is_dir() and site.broker.startswith("mqtts://"):
+                identity = stack.enter_context(IdentityFolder(folder, read_only=True))
+                context = identity.context(site.ca)
+                link = Link(site.broker, f"fedprune-{secrets.token_hex(12)}", tls=lambda: context)
+                yield from _packets(link, site, shown_url, identity.site)
+            else:
+                link = Link(site.broker, f"fedprune-doctor-{secrets.token_hex(4)}")
+                yield from _packets(link, site, shown_url, str(server.get("site", "default")))
+        except FedpruneError as error:
+            yield wrong(
+                "broker",
+                f"the broker at {shown_url} can't be used: {error}",
+                "server and boards meet there; without it nothing moves",
+                "see that it runs, that its address is right (--broker), and the firewall; docs/run-a-fleet.md",
+            )
+
+
+def other_servers(site: Site) -> Iterator[Finding]:
+    """Other servers of this identity that serve the fleet."""
+    folder, running = site.folder, site.running
+    if site.broker == EMBEDDED or not (folder / IDENTITY).is_dir():
+        return
+    with (
+        IdentityFolder(folder, read_only=True) as identity,
+        leadership(site.broker, identity, folder, site.ca, looks_only=True) as asking,
+    ):
+        found = asking.others()
+    place = socket.gethostname(), str(folder.resolve())
+    here = [o for o in found if (o.host, o.folder) == place]
+    if running:
+        here = here[1:]  # one of them is this folder's server, whichever; the others run on copies of this disk
+    elsewhere = [o for o in found if (o.host, o.folder) != place]
+    for other in elsewhere + here:
+        copied = "on a machine with a copy of this disk, " if other in here else ""
+        yield wrong(
+            "second-server",
+            f"another server runs this fleet: {copied}{described(other)}",
+            "one of the two will end: a fleet has one server" if running else "boards follow that one",
+            f"look after the fleet there; or, to serve it from here: {command('run', *at(folder), '--take-over')}",
+        )
+
+
+def revocations(site: Site) -> Iterator[Finding]:
+    """Whether the broker was given the latest list of revoked certificates, where a command does that."""
+    folder = site.folder
+    crl = folder / IDENTITY / CRL
+    if (folder / NOTE).exists() and crl.exists() and not delivered(folder, crl):
+        yield wrong(
+            "revocations",
+            "the broker hasn't been given the latest list of revoked certificates",
+            "it lets revoked boards connect; the server ignores them",
+            "see why on_revocation fails in the server's log; a running server repeats it within 10 minutes",
+        )
+
+
+def _packets(link: Link, site: Site, url: str, name: str) -> Iterator[Finding]:
+    size = int(site.server.get("max_packet", MAX_PACKET))
+    topic = Topics(name).down_blob(f"doctor-{secrets.token_hex(4)}")  # nobody listens there
+    link.start(site.timeout)
+    try:
+        link.publish(topic, bytes(max(1, size - PACKET_OVERHEAD)))
+        through = link.flush(site.timeout) and link.connected
+    finally:
+        link.close()
+    if not through:
+        yield wrong(
+            "broker-packets",
+            f"the broker at {url} doesn't take packets of {size} bytes",
+            "models and updates travel in such packets, and the broker ends the connection of who sends them",
+            "raise the broker's limit (docs/protocol.md), or set max_packet in [server] of this server's configuration",
+        )
+
+
+def _embedded(site: Site) -> Iterator[Finding]:
+    folder, server = site.folder, site.server
+    port = server.get("port") or (8883 if (folder / IDENTITY).is_dir() else 1883)
+    host = str(server.get("host", LOCAL[0]))
+    host = {"0.0.0.0": LOCAL[0], "::": LOCAL[2]}.get(host, host)  # noqa: S104  # nosec B104  # compared with, not listened on
+    if server.get("port") == 0:
+        return  # a free one, which only the running server knows
+    try:
+        socket.create_connection((host, int(port)), site.timeout).close()
+    except OSError as error:
+        yield wrong(
+            "broker",
+            f"the server's own broker doesn't answer at {host}:{port}: {error}",
+            "boards can't reach the server",
+            f"see the server's log; start it again: {command('run', *at(folder))}",
+        )
+
+
+def bucket(site: Site) -> Iterator[Finding]:
+    url = str(site.server.get("blobs", IN_FOLDER))
+    if url == IN_FOLDER:
+        return
+    try:
+        within(site.timeout, lambda: next(Bucket(url).list(), None))
+    except FedpruneError as error:
+        yield wrong(
+            "bucket",
+            f"the bucket {url} can't be used: {error}",
+            "rounds wait until it can, since that is where models and updates are",
+            "see AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and the bucket's rights; docs/back-up.md#blobs-in-s3",
+        )
+
+
+CHECKS: tuple[Callable[[Site], Iterable[Finding]], ...] = (
+    alerts,
+    clock,
+    broker,
+    other_servers,
+    revocations,
+    rotation,
+    bucket,
+    crashes,
+    backups,
+)
+"""The checks on a server; those on its jobs are in `job_checks`."""

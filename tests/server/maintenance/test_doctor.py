@@ -32,10 +32,11 @@ from fedprune.wire.server_messages import ServerPresence
 from fedprune_server.cli.main import main
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.maintenance import site_doctor as site
+from fedprune_server.maintenance import doctor
 from fedprune_server.maintenance.backup_record import last_backup, record_backup
+from fedprune_server.maintenance.doctor import Site
 from fedprune_server.maintenance.finding import Finding, of_alert
-from fedprune_server.maintenance.fleet_doctor import Case, findings
+from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.monitoring import site_facts as site_facts_module
 from fedprune_server.monitoring.alerts import Alert, Snapshot, evaluate
 from fedprune_server.monitoring.monitor import FILE
@@ -145,16 +146,17 @@ def test_a_finished_job_needs_no_server() -> None:
 
 
 def test_the_clock(tmp_path: Path) -> None:
-    assert kinds(site.clock(NOW, NOW - 5)) == set()
-    assert kinds(site.clock(NOW, NOW + 3600)) == kinds(site.clock(1000.0, None)) == {"clock"}
+    assert kinds(doctor.clock(Site(tmp_path, last_event=NOW - 5, now=NOW))) == set()
+    assert kinds(doctor.clock(Site(tmp_path, last_event=NOW + 3600, now=NOW))) == {"clock"}
+    assert kinds(doctor.clock(Site(tmp_path, now=1000.0))) == {"clock"}
 
 
 def test_backups_are_remembered(tmp_path: Path) -> None:
-    assert kinds(site.backups(tmp_path, NOW)) == {"backup"}
+    assert kinds(doctor.backups(Site(tmp_path, now=NOW))) == {"backup"}
     record_backup(tmp_path, NOW)
     assert last_backup(tmp_path) == NOW
-    assert kinds(site.backups(tmp_path, NOW + 3600)) == set()
-    assert kinds(site.backups(tmp_path, NOW + 30 * 86_400)) == {"backup"}
+    assert kinds(doctor.backups(Site(tmp_path, now=NOW + 3600))) == set()
+    assert kinds(doctor.backups(Site(tmp_path, now=NOW + 30 * 86_400))) == {"backup"}
 
 
 def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
@@ -175,7 +177,7 @@ def test_who_waits_and_which_certificates_end(tmp_path: Path) -> None:
     (tmp_path / "identity" / "server.pem").write_text("no certificate")
     assert [a.severity for a in look(time.time())] == ["critical"]
     (tmp_path / "identity" / "signing.key").unlink()
-    assert "identity" in kinds(site.identity(tmp_path))
+    assert "identity" in kinds(doctor.identity(tmp_path))
 
 
 def test_a_certificate_of_the_console_that_ends_soon(tmp_path: Path) -> None:
@@ -197,12 +199,12 @@ def short_certificate(days: float) -> bytes:
 
 
 def test_crashes(tmp_path: Path) -> None:
-    assert kinds(site.crashes(tmp_path, NOW)) == set()
+    assert kinds(doctor.crashes(Site(tmp_path, now=NOW))) == set()
     with BoardLogs(tmp_path, clock=lambda: NOW) as logs:
         logs.crashed(CrashReport("a", 1, 1, "exception", "ValueError: no", (), "fedprune", ""))
         logs.save()
-    assert kinds(site.crashes(tmp_path, NOW + 60)) == {"crashes"}
-    assert kinds(site.crashes(tmp_path, NOW + 3 * 86_400)) == set()
+    assert kinds(doctor.crashes(Site(tmp_path, now=NOW + 60))) == {"crashes"}
+    assert kinds(doctor.crashes(Site(tmp_path, now=NOW + 3 * 86_400))) == set()
 
 
 @pytest.mark.parametrize(("running", "answers", "others"), [(True, 1, 0), (True, 2, 1), (False, 1, 1), (False, 0, 0)])
@@ -215,8 +217,8 @@ def test_a_server_on_a_copy_of_this_disk_is_another_server(
             return [ServerPresence("ab" * 16, f"{n:032x}", *place, n, n, None, None, None) for n in range(answers)]
 
     IdentityFolder.make(tmp_path, "lab").close()
-    monkeypatch.setattr(site, "leadership", lambda *_, **__: nullcontext(Asking()))
-    found = list(site.other_servers(tmp_path, {"broker": "mqtts://broker.example"}, running=running))
+    monkeypatch.setattr(doctor, "leadership", lambda *_, **__: nullcontext(Asking()))
+    found = list(doctor.other_servers(Site(tmp_path, {"broker": "mqtts://broker.example"}, running)))
     assert [(f.kind, "copy of this disk" in f.what) for f in found] == [("second-server", True)] * others
 
 
@@ -225,15 +227,15 @@ def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path)
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
         server = {"broker": f"mqtt://anna:hunter2@127.0.0.1:{port}"}
-        [found] = site.broker(tmp_path, server, 1.0, running=True)
+        [found] = doctor.broker(Site(tmp_path, server, True, timeout=1.0))
         assert found.kind == "broker"
         assert "hunter2" not in str(found)
         own = {"broker": "embedded", "port": port}
-        assert kinds(site.broker(tmp_path, own, 1.0, running=True)) == {"broker"}
-        assert kinds(site.broker(tmp_path, own, 1.0, running=False)) == set()
+        assert kinds(doctor.broker(Site(tmp_path, own, True, timeout=1.0))) == {"broker"}
+        assert kinds(doctor.broker(Site(tmp_path, own, False, timeout=1.0))) == set()
         listening.listen()
-        assert kinds(site.broker(tmp_path, own, 1.0, running=True)) == set()
-        assert kinds(site.broker(tmp_path, server, 0.3, running=True)) == {"broker"}
+        assert kinds(doctor.broker(Site(tmp_path, own, True, timeout=1.0))) == set()
+        assert kinds(doctor.broker(Site(tmp_path, server, True, timeout=0.3))) == {"broker"}
 
 
 def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,20 +258,20 @@ def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytes
         def close(self) -> None:
             pass
 
-    monkeypatch.setattr(site, "Link", Small)
+    monkeypatch.setattr(doctor, "Link", Small)
     server = {"broker": "mqtt://127.0.0.1"}
-    assert kinds(site.broker(tmp_path, server, 1.0, running=True)) == {"broker-packets"}
-    assert kinds(site.broker(tmp_path, server | {"max_packet": 50_000}, 1.0, running=True)) == set()
+    assert kinds(doctor.broker(Site(tmp_path, server, True, timeout=1.0))) == {"broker-packets"}
+    assert kinds(doctor.broker(Site(tmp_path, server | {"max_packet": 50_000}, True, timeout=1.0))) == set()
 
 
-def test_a_bucket_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Hangs:
         def __init__(self, url: str) -> None:
             time.sleep(5)
 
-    monkeypatch.setattr(site, "Bucket", Hangs)
-    assert kinds(site.bucket({"blobs": "s3://b/p"}, 0.05)) == {"bucket"}
-    assert kinds(site.bucket({}, 0.05)) == set()
+    monkeypatch.setattr(doctor, "Bucket", Hangs)
+    assert kinds(doctor.bucket(Site(tmp_path, {"blobs": "s3://b/p"}, timeout=0.05))) == {"bucket"}
+    assert kinds(doctor.bucket(Site(tmp_path))) == set()
 
 
 @contextmanager
@@ -345,8 +347,10 @@ def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFix
 
 def test_every_kind_is_on_the_page() -> None:
     page = (ROOT / "docs" / "observe.md").read_text()
-    here = Path(site.__file__).parent
+    here = Path(doctor.__file__).parent
     named: Callable[[str], list[str]] = re.compile(r"(?:wrong|note)\(\s*\"([a-z-]+)\"").findall
-    kinds_ = {k for f in here.glob("*doctor.py") for k in named(f.read_text())} | {"identity"}
+    kinds_ = {k for f in (*here.glob("doctor.py"), *here.glob("job_checks.py")) for k in named(f.read_text())} | {
+        "identity"
+    }
     assert len(kinds_) > 12
     assert {k for k in kinds_ if f"`{k}`" not in page} == set()

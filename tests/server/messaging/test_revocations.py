@@ -13,7 +13,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.maintenance import site_doctor
+from fedprune_server.maintenance import doctor
 from fedprune_server.messaging.broker import revocations
 from fedprune_server.messaging.broker.revocations import RevocationCommandError, _watch, deliver, delivered, delivering
 
@@ -107,11 +107,11 @@ def test_a_command_that_keeps_failing_is_run_less_and_less_often_and_logged_once
 
 
 def test_the_doctor_says_that_the_broker_has_an_older_list(crl: Path, tmp_path: Path) -> None:
-    assert list(site_doctor.revocations(tmp_path)) == []  # no command does that here
+    assert list(doctor.revocations(doctor.Site(tmp_path))) == []  # no command does that here
     deliver("true", tmp_path, crl)
-    assert list(site_doctor.revocations(tmp_path)) == []
+    assert list(doctor.revocations(doctor.Site(tmp_path))) == []
     crl.write_text("second")
-    assert [a.kind for a in site_doctor.revocations(tmp_path)] == ["revocations"]
+    assert [a.kind for a in doctor.revocations(doctor.Site(tmp_path))] == ["revocations"]
 
 
 @pytest.mark.parametrize("wrong", ["", "  ", "a 'b"])

@@ -1,4 +1,4 @@
-"""What is wrong with a job's settings and results, by its state folder; the alert rules find the rest."""
+"""Checks of `doctor` on a job's settings and results; the alert rules cover its progress and its boards."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _PREFIXES = frozenset({"plain", "fedprune", "heterofl", "ca-hfp", "fedavg", "fed
 
 @dataclass(frozen=True)
 class Case:
-    """A job as it lies on the disk.
+    """A job as it is stored.
 
     Attributes:
         folder: Its state folder.
         settings: What `put_settings` kept.
-        state: Where it stands.
+        state: The coordinator's state.
         outsiders: Devices that can't be planned for.
         running: Whether a server runs on it.
-        groups: Channels of each group of the model; empty where that isn't known.
+        groups: Channels of each group of the model; empty if unknown.
         names: Names of the groups.
-        revoked: Devices that were shut out.
+        revoked: Revoked devices without another key.
     """
 
     folder: Path
@@ -55,23 +55,20 @@ class Case:
 
     @property
     def job(self) -> Mapping[str, Any]:
-        """The job's settings."""
         found: Mapping[str, Any] = self.settings.get("job", {})
         return found
 
     @property
     def name(self) -> str:
-        """The job's name."""
         return str(self.job.get("name", "?"))
 
     @property
     def begun(self) -> bool:
-        """Whether a job began here, or may begin any moment."""
         return bool(self.job) or self.running
 
     @property
     def here(self) -> int:
-        """Boards that are connected and can take part; none without a server."""
+        """Boards that are connected and can take part."""
         return sum(d.online and not d.excluded for d in self.state.devices.values()) if self.running else 0
 
     @property
@@ -92,16 +89,9 @@ def findings(case: Case) -> Iterator[Finding]:
     """All that is wrong with a job."""
     if case.state.phase is Phase.FINISHED:
         yield from _diverges(case)
-        return
-    if not case.begun:
-        return
-    yield from _paused(case)
-    yield from _excluded(case)
-    yield from _deadline(case)
-    yield from _refused(case)
-    yield from _outlying(case)
-    yield from _uncovered(case)
-    yield from _diverges(case)
+    elif case.begun:
+        for check in (_paused, _excluded, _deadline, _refused, _outlying, _uncovered, _diverges):
+            yield from check(case)
 
 
 def _paused(case: Case) -> Iterator[Finding]:
@@ -158,7 +148,9 @@ def _deadline(case: Case) -> Iterator[Finding]:
 def _refused(case: Case) -> Iterator[Finding]:
     rows = [r for r in case.state.history[-_ROUNDS:] if r["devices"]]
     parts = [p for r in rows for p in r["devices"].values()]
-    parts += [vars_of(t) for t in case.state.tasks.values() if t.progress is Progress.REFUSED] if not parts else []
+    if not parts:
+        refused = (t for t in case.state.tasks.values() if t.progress is Progress.REFUSED)
+        parts = [{"progress": t.progress.value, "reason": t.reason} for t in refused]
     if not parts or any(p["progress"] == Progress.FOLDED.value for p in parts):
         return
     if all(_is_late(p) for p in parts):
@@ -223,11 +215,6 @@ def _diverges(case: Case) -> Iterator[Finding]:
     if trouble:
         what, _, todo = trouble.partition(". ")
         yield wrong("training-diverges", f"job {case.name}: {what}", "the model gets worse, not better", todo)
-
-
-def vars_of(task: Any) -> dict[str, Any]:
-    """A part under way as a finished round has it."""
-    return {"progress": task.progress.value, "reason": task.reason}
 
 
 def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
