@@ -37,10 +37,9 @@ from fedprune.model.selection import Selection
 from fedprune.strategies.methods.plain import plain
 from fedprune.strategies.roles import Submodel
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Birth, BlobRequest, parse
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.offer import Offer
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Birth, BlobRequest, Offer, parse
+from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.blob_download import BlobDownloads

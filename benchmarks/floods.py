@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from synthetic_nets import setting, write
 
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.signed_channel import Sealer
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.topics import Topics

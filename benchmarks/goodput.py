@@ -31,10 +31,9 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.wire.chunk import PACKET_OVERHEAD, QOS, Chunk
-from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import BlobRequest, parse
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.offer import Offer
+from fedprune.wire.link import Link
+from fedprune.wire.messages import BlobRequest, Offer, parse
+from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.blob_download import BlobDownloads

@@ -24,7 +24,7 @@ import numpy as np
 from fedprune.core import tensorfile
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.planning.kernel_workload import workload
 from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.planning.plan import DENSITIES

@@ -65,7 +65,7 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
     from step_nets import network
 
     from fedprune.model.architecture import widths_at
-    from fedprune.model.features import Features
+    from fedprune.model.recipe import Features
     from fedprune.model.selection import Selection
     from fedprune.runtime.blocks import block_size
     from fedprune_export.formulation import Forms

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from fedprune.model.architecture import widths_at
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx

@@ -156,7 +156,7 @@ def child(folder: Path, batch: int) -> None:
 def carry_out(folder: Path, batch: int, spec: dict[str, Any], data: Any) -> None:
     """A round on noise: evaluation, a few steps, the check of the new model, evaluation, predictions of one sample."""
     from fedprune.model.recipe import Recipe
-    from fedprune.wire.offer import Offer
+    from fedprune.wire.messages import Offer
     from fedprune_device.serving.predictor import GRAPH, WEIGHTS
     from fedprune_device.storage.state_directory import DeviceStore
     from fedprune_device.training.round_runner import RoundRunner
@@ -203,7 +203,7 @@ def prepare_net(
     """Write a net, its samples and its costs."""
     from fedprune.core import tensorfile
     from fedprune.model.architecture import widths_at
-    from fedprune.model.features import Features
+    from fedprune.model.recipe import Features
     from fedprune.model.selection import Selection
     from fedprune.planning.costs import costs_at
     from fedprune_device.serving.predictor import GRAPH, WEIGHTS
@@ -254,7 +254,7 @@ def measure(root: Path, pythons: list[str], raw: Path) -> None:
 
 def compare(rows: list[dict[str, Any]], root: Path) -> dict[str, list[dict[str, Any]]]:
     """Predictions and their errors beside what was measured, in three groups: `rows`, `large` and `held_out`."""
-    from fedprune.model.features import Features
+    from fedprune.model.recipe import Features
     from fedprune.planning.costs import Costs
 
     table: dict[str, list[dict[str, Any]]] = {"rows": [], "large": [], "held_out": []}

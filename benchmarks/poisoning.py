@@ -29,8 +29,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.rounds.influence import TENSOR
-from fedprune.rounds.limits import LimitedUpdates, UpdateLimits
+from fedprune.rounds.limits import TENSOR, LimitedUpdates, UpdateLimits
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment

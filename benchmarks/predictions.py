@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 
 from fedprune.core import tensorfile
-from fedprune.model.features import Features
-from fedprune.model.recipe import Recipe
-from fedprune.wire.offer import Offer
+from fedprune.model.recipe import Features, Recipe
+from fedprune.wire.messages import Offer
 from fedprune_device.client import Board
 
 NETS = ("lenet", "vgg11_bn", "resnet20_bn")

@@ -22,7 +22,7 @@ from synthetic_nets import RESULTS, setting, write
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.jobs.job import Job
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import library

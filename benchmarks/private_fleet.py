@@ -22,8 +22,7 @@ from synthetic_nets import setting, write
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.jobs.job import Job
-from fedprune.updates.privacy_accounting import epsilon
-from fedprune.updates.privacy_settings import SHARED, Privacy
+from fedprune.updates.privacy import SHARED, Privacy, epsilon
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Federation, deal, digits_model

@@ -19,9 +19,9 @@ from benchmarks.swarm.site import find_mosquitto, free_port
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import MAX_PACKET, Chunk
+from fedprune.wire.link import Link
 from fedprune.wire.messages import TO, BlobNotFound, BlobRequest, parse
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.mqtt.unsent import HIGH_WATER
+from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_server.transfer.upload_workers.messages import Begin

@@ -165,7 +165,7 @@ def main() -> None:
     from synthetic_nets import setting, write
 
     from fedprune.model.architecture import widths_at
-    from fedprune.model.features import Features
+    from fedprune.model.recipe import Features
     from fedprune.model.selection import Selection
     from fedprune.runtime.blocks import block_size
     from fedprune_export.formulation import Forms

@@ -31,8 +31,8 @@ from synthetic_nets import RESULTS, setting, write
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
+from fedprune.wire.link import Link
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
-from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker

@@ -31,7 +31,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import pinned_context
-from fedprune.wire.blob_url import BlobUrl
+from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.http_download import HttpFetch
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.rng import keyed
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.planning.costs import costs_at
 from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime import blocks

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from fedprune.planning.form_times import Shape
+from fedprune.planning.probe_report import Shape
 from fedprune_export.autodiff.conv_geometry import Window, operator_attrs
 from fedprune_export.autodiff.rules.convolutions import Intended
 from fedprune_export.autodiff.rules.dense import Dense, Formulation

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.security.envelope import HEADER as ENVELOPE
-from fedprune.wire.checked_message import CheckedMessage
+from fedprune.security.signed_channel import HEADER as ENVELOPE
 from fedprune.wire.chunk import HEADER, MAX_PAYLOAD
-from fedprune.wire.join_messages import JoinAnswer, JoinRequest
+from fedprune.wire.fields import CheckedMessage
+from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer, Hello
 from fedprune.wire.topics import EVERYONE, JOIN, JOINED, NO_JOB, PREFIX, SERVERS
 from manual.docstring import summary

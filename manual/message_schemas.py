@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
-from fedprune.wire.checked_message import MAX_MESSAGE, VERSION, CheckedMessage, field_types, required_fields
-from fedprune.wire.fields import DEFINITIONS, Schema
+from fedprune.wire.fields import DEFINITIONS, MAX_MESSAGE, VERSION, CheckedMessage, Schema, field_types, required_fields
 from fedprune.wire.messages import BetweenServers, FromDevice, FromServer
 from manual.docstring import field_docstrings, summary
 

@@ -13,7 +13,7 @@ from typing import Any
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.main import build_parser
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.server_config import ServerConfig

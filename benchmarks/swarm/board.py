@@ -26,11 +26,11 @@ from fedprune.wire.messages import (
     Death,
     Finished,
     Hello,
+    Offer,
     Progress,
     Update,
     parse,
 )
-from fedprune.wire.offer import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import CHUNK_LEAVES, BlobSender, Pull
 from fedprune_device.network.uplink import ANNOUNCE_MAX_S, ANNOUNCE_S

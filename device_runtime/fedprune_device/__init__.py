@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from fedprune.core.lazy_attributes import lazy_attributes
+from fedprune.core.imports import lazy_attributes
 
 if TYPE_CHECKING:  # a command that only parses its options doesn't load numpy
     from fedprune_device.data.dataset import LocalData, load_data

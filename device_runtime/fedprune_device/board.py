@@ -20,9 +20,9 @@ from fedprune.planning.identification import identify
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.precision_files import FLOAT32
-from fedprune.wire.broker_url import tls_context
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.transfer import BlobSender
+from fedprune.wire.urls import tls_context
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.birth import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler

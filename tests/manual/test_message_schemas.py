@@ -20,7 +20,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.checked_message import field_types
+from fedprune.wire.fields import field_types
 from fedprune.wire.messages import Message, parse
 from manual import asyncapi, message_schemas
 from support.fakes.messages import DIGEST, EXAMPLES, messages

@@ -25,8 +25,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile_store import find
 from fedprune.runtime.blocks import block_size
-from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import BlobRequest, Refusal, parse
+from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.importing import import_onnx

@@ -12,8 +12,7 @@ from fedprune.core.rng import keyed
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.wire.messages import Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer, Update
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.state_directory import DeviceStore

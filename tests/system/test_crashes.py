@@ -13,7 +13,7 @@ from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.state import Progress
 from fedprune.security.tls import unpinned_context
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
 from support.processes.machine import listens
 from support.processes.real_site import Site, write_material
 

@@ -14,12 +14,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode, FedpruneError
-from fedprune.security.envelope import HEADER, seal
 from fedprune.security.keys import SigningKey
+from fedprune.security.signed_channel import HEADER, seal
 from fedprune.security.tls import unpinned_context
-from fedprune.wire.messages import Finished, Update, parse
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.offer import Offer
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Finished, Offer, Update, parse
 from fedprune.wire.topics import Topics
 from fedprune_device.cli import main as device_cli
 from fedprune_server.cli import main as server_cli

@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune.runtime.bundle import WEIGHTS, open_bundle
-from fedprune.runtime.quantization_check import Agreement
+from fedprune.runtime.precision import Agreement
 from fedprune_device.cli.main import main as device
 from fedprune_export.cli.main import main as export
 from fedprune_server.simulation.digits import digits_model, load_digits

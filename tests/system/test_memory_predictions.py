@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.state import Device
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.planning.costs import Costs
 from fedprune.planning.plan import Plan
 from fedprune.strategies import compose

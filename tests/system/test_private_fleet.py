@@ -11,7 +11,7 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.updates.privacy_accounting import epsilon
+from fedprune.updates.privacy import epsilon
 from fedprune_device.privacy.budget import PrivacyBudget
 from fedprune_server.cli.status import describe, status
 from support.processes.real_site import Site, write_material

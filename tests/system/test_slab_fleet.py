@@ -18,8 +18,8 @@ from fedprune.coordination import State
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
+from fedprune.wire.link import Link
 from fedprune.wire.messages import BlobRequest, parse
-from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import EVERYONE, Topics
 from fedprune_device.network import blob_download
 from fedprune_device.storage.state_directory import DeviceStore

@@ -9,7 +9,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import PlanError
 from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import costs_at, storage_bytes
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_export.bundles.inference import inference_model

@@ -14,7 +14,7 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import unpinned_context
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
 from fedprune_server.enrollment.pki import IdentityFolder
 from support.fakes.web_server import Behaviour, Handler, WebPlace
 from support.processes.machine import free_port

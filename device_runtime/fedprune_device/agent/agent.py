@@ -12,11 +12,9 @@ import time
 from collections.abc import Callable
 
 from fedprune.core.errors import FedpruneError
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.log_messages import LogRequest
-from fedprune.wire.messages import Accepted, BlobNotFound, BlobRequest, Cancelled, Death, Finished, Hello
-from fedprune.wire.offer import Offer
-from fedprune.wire.release_messages import ReleaseOffer, ReleaseWithdrawn
+from fedprune.wire.fleet_messages import LogRequest, ReleaseOffer, ReleaseWithdrawn
+from fedprune.wire.messages import Accepted, BlobNotFound, BlobRequest, Cancelled, Death, Finished, Hello, Offer
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_device.agent.birth import BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.network.connection import Connection, Received, ReceivedChunk

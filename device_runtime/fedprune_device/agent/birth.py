@@ -10,9 +10,8 @@ from fedprune.core.text import one_line
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version as onnxruntime_version
 from fedprune.updates import CODECS
-from fedprune.wire.log_messages import LOG
-from fedprune.wire.messages import TO, Birth, Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.fleet_messages import LOG
+from fedprune.wire.messages import TO, Birth, Offer, Update
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.launcher.slot_store import running
 from fedprune_device.network.connection import Connection

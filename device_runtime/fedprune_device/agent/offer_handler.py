@@ -13,8 +13,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Offer, Update
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.offer_checks import attempt_of, check_offer, fits, place_of, same_work

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ProtocolError
-from fedprune.planning.profile_sections import TIERS
+from fedprune.planning.profile import TIERS
 from fedprune.wire.topics import EVERYONE, check_device, check_name
 from fedprune_device.api.address import SOCKET
 from fedprune_device.data.splits import TEST_SHARE

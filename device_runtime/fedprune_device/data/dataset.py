@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from fedprune.core.disk import is_there
 from fedprune.core.errors import DataError, StorageError, remedy
+from fedprune.core.imports import own_module
 from fedprune.core.rng import keyed
-from fedprune.core.user_modules import own_module
 from fedprune.core.zip_limits import check_members
 from fedprune_device.data.labels import targets
 from fedprune_device.data.splits import TEST_SHARE

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.model import step_contract
-from fedprune.model.feeds import loss_numbers
 from fedprune.model.recipe import Recipe
+from fedprune.model.step_contract import loss_numbers
 from fedprune_device.data.labels import class_presence, class_weights, log_prior, positive_weights
 
 Array = npt.NDArray[Any]

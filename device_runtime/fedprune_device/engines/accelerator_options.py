@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedprune.core.disk import storage_errors
-from fedprune.planning.profile import HardwareProfile
-from fedprune.planning.profile_sections import TIERS
+from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.engine_selector import EngineSelector
 

@@ -20,15 +20,13 @@ from pathlib import Path
 from fedprune.core.errors import BrokerError, IdentityError, JoinError, ProtocolError, remedy
 from fedprune.core.text import one_line
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.join_token import PREFIX, Claim
-from fedprune.security.joining import Admission
-from fedprune.security.tls import pinned_context, unpinned_context
-from fedprune.security.trusted_time import BUILT
-from fedprune.wire.broker_url import BrokerUrl
-from fedprune.wire.join_messages import JoinAnswer
+from fedprune.security.joining import PREFIX, Admission, Claim
+from fedprune.security.tls import BUILT, pinned_context, unpinned_context
+from fedprune.wire.fleet_messages import JoinAnswer
+from fedprune.wire.link import Link
 from fedprune.wire.messages import parse
-from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
+from fedprune.wire.urls import BrokerUrl
 
 _LOG = logging.getLogger("fedprune.device")
 

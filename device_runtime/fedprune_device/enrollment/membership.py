@@ -14,10 +14,10 @@ from pathlib import Path
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BrokerError, ConfigError, IdentityError
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.tls import SYSTEM, insecure_allowed
-from fedprune.wire.broker_url import BrokerUrl, tls_context
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
+from fedprune.wire.urls import BrokerUrl, tls_context
 from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls, one_claim, read_claim
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.signed_channel import SignedChannel

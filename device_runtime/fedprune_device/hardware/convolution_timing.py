@@ -21,7 +21,7 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune.core.rng import keyed
-from fedprune.planning.form_times import FormTimes, Shape
+from fedprune.planning.probe_report import FormTimes, Shape
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
 from fedprune_device.hardware.layer_timing import Clock, median_seconds, remembered

@@ -21,9 +21,8 @@ from fedprune import __version__
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model import step_contract
-from fedprune.planning.form_times import FormTimes
 from fedprune.planning.latency_model import LatencyTable
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.probe_report import FormTimes, ProbeReport
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
 from fedprune.runtime.session import version as onnxruntime_version

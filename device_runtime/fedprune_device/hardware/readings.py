@@ -6,8 +6,7 @@ import contextlib
 import resource
 from pathlib import Path
 
-from fedprune.planning.identification import Facts
-from fedprune.planning.jetpack import l4t_release
+from fedprune.planning.identification import Facts, l4t_release
 
 UNDER_VOLTAGE = 1
 """Bit 0 of `firmware_flags`."""

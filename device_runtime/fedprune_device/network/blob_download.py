@@ -12,11 +12,9 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
 from fedprune.updates.width_deltas import compose
 from fedprune.wire.chunk import Chunk, ChunkLimit
-from fedprune.wire.messages import BlobRequest
-from fedprune.wire.offer import Offer
-from fedprune.wire.response_time import ResponseTime
+from fedprune.wire.messages import BlobRequest, Offer
 from fedprune.wire.topics import Topics
-from fedprune.wire.transfer import PATIENCE, Pull
+from fedprune.wire.transfer import PATIENCE, Pull, ResponseTime
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Death, Message, parse
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.rejected_messages import RejectedMessageLog
-from fedprune.wire.response_time import ResponseTime
+from fedprune.wire.link import Link
+from fedprune.wire.messages import Death, Message, RejectedMessageLog, parse
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import EVERYONE, NO_JOB, Topics
+from fedprune.wire.transfer import ResponseTime
 
 _LOG = logging.getLogger("fedprune.device")
 

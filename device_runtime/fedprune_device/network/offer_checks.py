@@ -10,8 +10,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.costs import storage_bytes
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import Codec
-from fedprune.wire.messages import Accepted, Cancelled, Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Accepted, Cancelled, Offer, Update
 from fedprune_device.storage.state_directory import DeviceStore
 
 

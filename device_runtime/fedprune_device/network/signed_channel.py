@@ -10,8 +10,7 @@ from dataclasses import replace
 
 from fedprune.core.errors import FedpruneError, StaleEpochError
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.envelope import Envelope
-from fedprune.security.signed_channel import Opener, Sealer
+from fedprune.security.signed_channel import Envelope, Opener, Sealer
 from fedprune.security.succession import Succession, follow
 from fedprune.wire.messages import Birth, Hello, Message, parse
 from fedprune_device.network.connection import Channel

@@ -14,12 +14,10 @@ from typing import Any
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.core.metrics import served
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.messages import Alive, BlobNotFound, BlobRequest, Message, Progress, Refusal, Update
-from fedprune.wire.mqtt.unsent import HIGH_WATER
-from fedprune.wire.offer import Offer
-from fedprune.wire.request_ids import SeenRequests, with_request_id
+from fedprune.wire.messages import Alive, BlobNotFound, BlobRequest, Message, Offer, Progress, Refusal, Update
+from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import NO_JOB
-from fedprune.wire.transfer import BlobSender
+from fedprune.wire.transfer import BlobSender, SeenRequests, with_request_id
 from fedprune_device.network.connection import Connection
 from fedprune_device.privacy.redaction import refused
 

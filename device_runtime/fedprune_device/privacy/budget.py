@@ -16,9 +16,8 @@ from typing import Any
 from fedprune.core import atomic_file
 from fedprune.core.errors import PrivacyError, StorageError
 from fedprune.model.recipe import Recipe
-from fedprune.updates.gaussian_noise import GaussianNoise
-from fedprune.updates.privacy_accounting import epsilon
-from fedprune.wire.offer import Offer
+from fedprune.updates.privacy import GaussianNoise, epsilon
+from fedprune.wire.messages import Offer
 from fedprune_device.privacy.policy import PrivacyPolicy, multiplier_of
 
 FILE = "privacy.json"

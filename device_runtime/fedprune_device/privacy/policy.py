@@ -18,7 +18,7 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, PrivacyError
 from fedprune.core.toml_file import read_toml
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy_accounting import epsilon
+from fedprune.updates.privacy import epsilon
 
 _LEAST = 1e-6
 """Less noise than this, in units of the clip, is none: what one such update costs could be no number."""
@@ -53,7 +53,7 @@ class PrivacyPolicy:
 
         Args:
             recipe: The offer's.
-            cost: What the board's releases have cost so far (`fedprune.updates.privacy_accounting`).
+            cost: What the board's releases have cost so far (`fedprune.updates.privacy`).
 
         Raises:
             PrivacyError: It is less private than the owner asks for.

@@ -25,7 +25,7 @@ from fedprune.core.errors import ReleaseError, StorageError, StorageFullError
 from fedprune.releases.release import MAX_FILE, Release, ReleaseFile, opened
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.succession import kept_successions
-from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device import launcher
 from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, files_digest, successors, write_file
 from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, LauncherState

@@ -16,8 +16,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import BlobRequest
-from fedprune.wire.release_messages import (
+from fedprune.wire.fleet_messages import (
     COMMITTED,
     DOWNLOADING,
     REFUSED,
@@ -28,6 +27,7 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
+from fedprune.wire.messages import BlobRequest
 from fedprune_device.hardware.readings import TEGRA
 from fedprune_device.launcher import state as on_disk
 from fedprune_device.network.connection import Connection

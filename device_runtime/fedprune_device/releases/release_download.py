@@ -8,8 +8,8 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import FedpruneError, ReleaseError
 from fedprune.releases.release import Release
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune.wire.messages import BlobRequest
-from fedprune.wire.release_messages import ReleaseOffer
 from fedprune.wire.transfer import Pull
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_source import DownloadedSource

@@ -10,7 +10,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.disk import storage_errors
 from fedprune.releases.release import FILES, MANIFEST, SIGNATURE
 from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
-from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune.wire.fleet_messages import MAX_MANIFEST
 
 
 class ReleaseSource(Protocol):

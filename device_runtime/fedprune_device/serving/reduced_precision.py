@@ -18,10 +18,9 @@ from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import FedpruneError, ModelError
 from fedprune.model.recipe import Recipe
-from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights, unpacked
+from fedprune.runtime.precision import CALIBRATION_SAMPLES, SAMPLES, Agreement, agreement, lowered_weights, unpacked
 from fedprune.runtime.precision_files import FASTEST, FLOAT32, SERVED, files_of, graph_file, served_files, weights_file
-from fedprune.runtime.quantization_check import SAMPLES, Agreement, agreement
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import targets
 from fedprune_device.serving.predictor import WEIGHTS, Predictor

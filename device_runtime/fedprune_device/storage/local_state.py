@@ -24,7 +24,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BundleError, StorageError
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Tensors
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 
 _LOG = logging.getLogger("fedprune.device")
 

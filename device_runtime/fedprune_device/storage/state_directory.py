@@ -35,7 +35,7 @@ from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, Sto
 from fedprune.core.validation import is_whole
 from fedprune.model.recipe import Recipe
 from fedprune.wire import messages
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.privacy.budget import PrivacyBudget
 from fedprune_device.privacy.policy import PrivacyPolicy
 from fedprune_device.serving.model_slots import ModelSlots

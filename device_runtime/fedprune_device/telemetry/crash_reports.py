@@ -24,7 +24,7 @@ from typing import Any
 from fedprune import __version__
 from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError, IdentityError, JoinError
-from fedprune.wire.log_messages import MAX_FRAMES, MAX_TEXT
+from fedprune.wire.fleet_messages import MAX_FRAMES, MAX_TEXT
 from fedprune_device.hardware.readings import memory, temperature_c
 from fedprune_device.privacy.redaction import KEPT, module_at, module_of, named, private
 

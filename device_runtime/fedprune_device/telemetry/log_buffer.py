@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from fedprune.core import atomic_file
 from fedprune.core.errors import FedpruneError
-from fedprune.wire.log_messages import MAX_LINES, MAX_TEXT, LogEntry, LogReport
+from fedprune.wire.fleet_messages import MAX_LINES, MAX_TEXT, LogEntry, LogReport
 from fedprune_device.privacy.redaction import KEPT as WITHHELD
 from fedprune_device.privacy.redaction import bare, private
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, ProtocolError
-from fedprune.wire.log_messages import CrashReport, LogRequest
+from fedprune.wire.fleet_messages import CrashReport, LogRequest
 from fedprune_device.network.connection import Connection
 from fedprune_device.telemetry.crash_reports import CrashReports
 from fedprune_device.telemetry.log_buffer import LogBuffer

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from fedprune.core.errors import ModelError
 from fedprune.runtime.blocks import OFF, block_size, turned_off
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 
 _LOG = logging.getLogger("fedprune.device")
 

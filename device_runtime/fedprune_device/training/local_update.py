@@ -18,10 +18,9 @@ from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.updates import Codec, encode
-from fedprune.updates.gaussian_noise import GaussianNoise
-from fedprune.updates.privacy_mechanism import noised
+from fedprune.updates.privacy import GaussianNoise, noised
 from fedprune.updates.remap import relocated
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState, RoundState, StateStore
 from fedprune_device.training.evaluation import PROBE_SAMPLES

@@ -17,7 +17,7 @@ from fedprune.core.errors import BundleError
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.selection import Tensors
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.storage.local_state import LocalState
 
 Array = npt.NDArray[Any]

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from fedprune.core import atomic_file
 from fedprune.core.errors import StorageError
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.round_runner import RoundResult, RoundRunner

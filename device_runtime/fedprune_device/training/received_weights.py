@@ -14,7 +14,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.updates import Codec, weights
 from fedprune.updates.remap import relocated
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 
 
 def unpacked(

@@ -13,9 +13,8 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import DivergedError, StorageError
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import FLOAT32
-from fedprune.updates.gaussian_noise import GaussianNoise
-from fedprune.wire.messages import Update
-from fedprune.wire.offer import Offer
+from fedprune.updates.privacy import GaussianNoise
+from fedprune.wire.messages import Offer, Update
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.model_slots import ModelSlots, Serving

@@ -13,9 +13,9 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
-from fedprune.model.feeds import anchors, numbers
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
+from fedprune.model.step_contract import anchors, numbers
 from fedprune.runtime.blocks import check_block, check_graph
 from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.session import Session

@@ -6,7 +6,7 @@ import os
 import threading
 from contextlib import suppress
 
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.hardware.readings import restart_peak
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.training.round_runner import RoundResult, RoundRunner

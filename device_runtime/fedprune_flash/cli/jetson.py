@@ -21,7 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedprune.core.errors import ConfigError, ExitCode, meant, shown
-from fedprune.planning.jetpack import jetpack
+from fedprune.planning.identification import jetpack
 
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
 _INITRD = "sudo ./tools/kernel_flash/l4t_initrd_flash.sh --external-device nvme0n1p1"

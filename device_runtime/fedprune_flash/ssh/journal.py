@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import JoinError, StorageError, reason, remedy, shown
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 
 DONE, BEGUN, REMOVED = "done", "begun", "removed"
 _VERSION = 1

@@ -27,8 +27,7 @@ from fedprune.core.errors import (
 )
 from fedprune.core.text import one_line, quantity
 from fedprune.output.tables import BAD, GOOD, Column, print_table
-from fedprune.planning.identification import Facts, identify
-from fedprune.planning.jetpack import l4t_release
+from fedprune.planning.identification import Facts, identify, l4t_release
 from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
 from fedprune_flash.kit.kit import Kit, Signer, files_for_board
 from fedprune_flash.kit.target import PYTHONS

@@ -8,7 +8,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.planning.form_times import FormTimes
+from fedprune.planning.probe_report import FormTimes
 from fedprune.runtime.bundle import ARCHITECTURE, INFERENCE, SUBMODEL, TRAINING, WEIGHTS, blocked_file
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.formulation import Forms

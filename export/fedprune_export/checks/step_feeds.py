@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
-from fedprune.model import feeds as feeds_of
 from fedprune.model import step_contract
+from fedprune.model import step_contract as feeds_of
 from fedprune.model.recipe import Recipe
 
 Array = npt.NDArray[Any]

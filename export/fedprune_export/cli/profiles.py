@@ -14,8 +14,7 @@ from fedprune.core.errors import ProfileError
 from fedprune.output.tables import Column, print_table
 from fedprune.planning import profile_store
 from fedprune.planning.identification import Facts, identify
-from fedprune.planning.profile import HardwareProfile
-from fedprune.planning.profile_sections import SECTIONS
+from fedprune.planning.profile import SECTIONS, HardwareProfile
 
 
 def register(subparsers: Any) -> None:

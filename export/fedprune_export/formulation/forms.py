@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedprune.core.errors import ConfigError
-from fedprune.planning.form_times import FormTimes, Shape
 from fedprune.planning.kernel_workload import BLOCKS
+from fedprune.planning.probe_report import FormTimes, Shape
 from fedprune_export.autodiff.conv_geometry import Window
 from fedprune_export.autodiff.rules.dense import Formulation, KernelForm, formulation
 

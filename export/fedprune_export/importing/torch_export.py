@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 
 from fedprune.core.errors import MissingExtraError, ModelError, reason, shape_text
-from fedprune.core.user_modules import own_module
+from fedprune.core.imports import own_module
 from fedprune_export.importing import metadata
 
 _TORCH_HINT = "First pip install torch --index-url https://download.pytorch.org/whl/cpu (a small CPU wheel), then"

@@ -1,6 +1,6 @@
 """Lower precision: folded norms, float16, int8, each with graphs that convert new weights.
 
-Not here: the rule by which a lower precision may serve (`fedprune.runtime.quantization_check`).
+Not here: the rule by which a lower precision may serve (`fedprune.runtime.precision`).
 """
 
 from fedprune_export.precision.accuracy_check import Trial, Trials

@@ -14,9 +14,8 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import INFERENCE, WEIGHTS
-from fedprune.runtime.precision import lowered_weights
+from fedprune.runtime.precision import SAMPLES, Agreement, agreement, lowered_weights
 from fedprune.runtime.precision_files import INT8, graph_file, weights_file
-from fedprune.runtime.quantization_check import SAMPLES, Agreement, agreement
 from fedprune.runtime.session import Array, Session
 from fedprune_export.checks.labelled_data import LabelledData
 from fedprune_export.ir.trace import sample_feeds

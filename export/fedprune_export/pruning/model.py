@@ -8,7 +8,7 @@ from functools import cached_property
 
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection, Tensors
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import Trace, trace

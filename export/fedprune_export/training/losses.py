@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune.model import step_contract
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune_export.autodiff.tape import BATCH, Shape, port
 from fedprune_export.ir.graph import Graph
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedprune.model import step_contract
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune_export.autodiff.intents import DOMAIN, SCALED_SUM
 from fedprune_export.autodiff.tape import Shape, Tape, port
 from fedprune_export.ir.graph import Graph

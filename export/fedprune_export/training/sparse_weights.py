@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from fedprune.model import step_contract
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune_export.ir.graph import Graph
 
 _TINY = float(np.finfo(np.float32).tiny)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
-from fedprune.model.features import Features
 from fedprune.model.nested_widths import axes_json
+from fedprune.model.recipe import Features
 from fedprune.model.trainable import frozen_tensors
 from fedprune_export.autodiff.tape import Tape, port, sample_shape
 from fedprune_export.formulation import Forms, formulated, intended

@@ -21,7 +21,7 @@ from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.output.tables import print_verdicts, progress
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.quarantine import Quarantine

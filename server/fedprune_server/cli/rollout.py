@@ -21,7 +21,7 @@ from fedprune.core.text import quantity, some
 from fedprune.output.tables import Column, print_table
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import CAREFUL, Fate, RolloutPhase
-from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
+from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
 from fedprune_server.cli.state import add_state
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from fedprune.coordination import Phase, State
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError
 from fedprune.core.text import quantity
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 from fedprune_server.devices.plan_vs_actual import Compared, compared, described, planned
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs

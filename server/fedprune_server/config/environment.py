@@ -15,7 +15,7 @@ from fedprune.core.errors import ConfigError, meant, remedy, shown
 from fedprune.core.toml_file import parse_toml
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.layers import Layer
 from fedprune_server.config.server_config import PLACES, ServerConfig

@@ -15,9 +15,9 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, FedpruneError, shown
 from fedprune.jobs.job import Job
 from fedprune.security.tls import SYSTEM
-from fedprune.wire.blob_url import BlobUrl
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
+from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.cluster_url import PROCESSES, check_url
 from fedprune_server.storage.s3.bucket import FOLDER, parse

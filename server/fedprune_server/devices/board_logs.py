@@ -22,7 +22,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune.output.log_lines import log_context
-from fedprune.wire.log_messages import CrashReport, LogReport, LogRequest
+from fedprune.wire.fleet_messages import CrashReport, LogReport, LogRequest
 
 log = logging.getLogger("fedprune.server")
 

@@ -14,8 +14,7 @@ from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress as Part
-from fedprune.wire.messages import Accepted, Cancelled, Finished
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.executor.offers import misfit, sent
 from fedprune_server.messaging.outbox import Outbox

@@ -22,7 +22,7 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME
 from fedprune.planning.profile_store import find
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.log_messages import LOG, CrashReport, LogReport
+from fedprune.wire.fleet_messages import LOG, CrashReport, LogReport, ReleaseReport
 from fedprune.wire.messages import (
     Birth,
     BlobNotFound,
@@ -34,7 +34,6 @@ from fedprune.wire.messages import (
     Update,
     parse,
 )
-from fedprune.wire.release_messages import ReleaseReport
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.devices.registry import DeviceRegistry

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
 from fedprune.output.log_lines import log_context
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Death, Hello
-from fedprune.wire.rejected_messages import RejectedMessageLog
+from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Death, Hello, RejectedMessageLog
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import NO_JOB
 from fedprune_server.devices.presence import Presence
 from fedprune_server.devices.quarantine import Quarantined, Released

@@ -39,10 +39,10 @@ from fedprune.security.certificates import (
     save_tls_key,
     seconds_of,
 )
-from fedprune.security.epoch import EpochFile
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.keys import SigningKey
 from fedprune.security.private_file import give_to_owner_of, write_public
+from fedprune.security.signed_channel import EpochFile
 from fedprune.security.succession import FILE as _SUCCESSIONS
 from fedprune.security.succession import NEW, Succession, load_signing_key, read_successions
 from fedprune.security.tls import PinnedContext, pinned_context

@@ -9,7 +9,7 @@ from fedprune.core.text import one_line
 from fedprune.security.authority import SERVER
 from fedprune.security.certificates import read_certificate
 from fedprune.security.joining import answer_text, check_request, digest_of
-from fedprune.wire.join_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
+from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder

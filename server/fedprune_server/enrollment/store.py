@@ -24,9 +24,8 @@ from fedprune.core.errors import (
     UsedClaimError,
     shown,
 )
-from fedprune.security.join_token import Claim
-from fedprune.security.joining import holds_claim
-from fedprune.wire.join_messages import JoinRequest
+from fedprune.security.joining import Claim, holds_claim
+from fedprune.wire.fleet_messages import JoinRequest
 from fedprune_server.storage.sqlite_errors import sqlite_errors
 
 APPROVED, WAITING, REVOKED = "approved", "waiting", "revoked"

@@ -17,7 +17,7 @@ from fedprune.coordination.base import EPSILON_NEXT
 from fedprune.coordination.privacy_budget import spent
 from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.jobs.state import State
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 
 EPSILON = "epsilon"
 

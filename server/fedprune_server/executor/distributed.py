@@ -18,7 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedprune.aggregation.partial_sums import PartialSums, blocks
+from fedprune.aggregation.update_sums import PartialSums, blocks
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import FedpruneError, reason

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.aggregation.partial_sums import PartialSums
+from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
@@ -20,7 +20,7 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.core.text import one_line
 from fedprune.jobs.job import Job
-from fedprune.rounds.influence import Lengths, lengths
+from fedprune.rounds.limits import Lengths, lengths
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.s3.store import BucketStore, Objects

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fedprune import __version__
-from fedprune.aggregation.partial_sums import PartialSums
+from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError, StorageError, reason
 from fedprune_server.executor.pool_tasks import Task, WorkerSpec

@@ -6,18 +6,17 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 
-from fedprune.aggregation.checks import check_squares
+from fedprune.aggregation.client_update import check_squares
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.coordination import commands as do
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
-from fedprune.model.classifier_head import spelt
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.rounds.influence import shortened
-from fedprune.rounds.update import RoundUpdate
+from fedprune.model.trainable import spelt
+from fedprune.rounds.limits import RoundUpdate, shortened
 from fedprune.strategies import Strategy
 from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
 from fedprune_server.executor.archive import Archive, parts

@@ -22,7 +22,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
-from fedprune.planning.form_times import FormTimes
+from fedprune.planning.probe_report import FormTimes
 from fedprune.rounds.limits import UpdateLimits
 from fedprune.rounds.round import Round, RoundResult
 from fedprune.strategies import compose

@@ -22,7 +22,7 @@ from fedprune.core.errors import FedpruneError
 from fedprune.core.text import quantity, some
 from fedprune.security.authority import CRL
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
 from fedprune.wire.topics import Topics
 from fedprune_server.config.server_config import EMBEDDED, LOCAL, without_password
 from fedprune_server.devices.board_logs import read_logs

@@ -8,7 +8,7 @@ from pathlib import Path
 from fedprune.core.errors import FedpruneError, IdentityError
 from fedprune.security.authority import CERTIFICATE, CRL, KEY, REGISTER, Authority
 from fedprune.security.certificates import key_digest, load_certificate, load_tls_key
-from fedprune.security.epoch import EpochFile
+from fedprune.security.signed_channel import EpochFile
 from fedprune.security.succession import Lineage
 from fedprune_server.maintenance.finding import Finding, Severity
 

@@ -15,7 +15,7 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors, sync_folder
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import Advance
-from fedprune.security.epoch import EpochFile
+from fedprune.security.signed_channel import EpochFile
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import NAME, Entry, Manifest
 from fedprune_server.maintenance.backup_record import record_restore

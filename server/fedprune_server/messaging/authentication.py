@@ -25,14 +25,11 @@ from fedprune.core.errors import (
     TwoSignersError,
 )
 from fedprune.releases.release import is_signed, signed
-from fedprune.security.envelope import unseal
 from fedprune.security.keys import VerifyingKey, grouped
-from fedprune.security.signed_channel import Opener, Sealer
-from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.join_messages import APPROVED
-from fedprune.wire.messages import Birth, Death, Hello, parse
-from fedprune.wire.rejected_messages import RejectedMessageLog
-from fedprune.wire.release_messages import ReleaseOffer
+from fedprune.security.signed_channel import Opener, Sealer, unseal
+from fedprune.wire.fleet_messages import APPROVED, ReleaseOffer
+from fedprune.wire.messages import Birth, Death, Hello, RejectedMessageLog, parse
+from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.enrollment.pki import IdentityFolder

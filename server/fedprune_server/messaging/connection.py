@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from fedprune.core.errors import ConfigError, IdentityError
 from fedprune.security.tls import insecure_allowed
-from fedprune.wire.broker_url import BrokerUrl
-from fedprune.wire.mqtt.inbox import Inbox
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
+from fedprune.wire.queues import Inbox
 from fedprune.wire.topics import Topics
+from fedprune.wire.urls import BrokerUrl
 from fedprune_server.config.server_config import LOCAL, ServerConfig
 from fedprune_server.devices.quarantine import FILE as QUARANTINE
 from fedprune_server.devices.quarantine import Quarantine

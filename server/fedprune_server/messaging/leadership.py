@@ -20,14 +20,12 @@ from pathlib import Path
 from typing import Protocol
 
 from fedprune.core.errors import ExitCode, FedpruneError, ProtocolError
-from fedprune.security.envelope import seal, unseal
-from fedprune.security.epoch import EpochFile
 from fedprune.security.keys import SigningKey
-from fedprune.wire.connection_events import ConnectionUp, Event
+from fedprune.security.signed_channel import EpochFile, seal, unseal
+from fedprune.wire.fleet_messages import ServerPresence, ServerQuery
+from fedprune.wire.link import Link
 from fedprune.wire.messages import parse
-from fedprune.wire.mqtt.inbox import Inbox
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.server_messages import ServerPresence, ServerQuery
+from fedprune.wire.queues import ConnectionUp, Event, Inbox
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder
 

@@ -7,15 +7,13 @@ from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.checked_message import MAX_MESSAGE
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD
 from fedprune.wire.chunk import QOS as CHUNK_QOS
-from fedprune.wire.log_messages import LogRequest
-from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello
-from fedprune.wire.mqtt.unsent import HIGH_WATER
-from fedprune.wire.offer import Offer
-from fedprune.wire.release_messages import ReleaseOffer
-from fedprune.wire.request_ids import SeenRequests, with_request_id
+from fedprune.wire.fields import MAX_MESSAGE
+from fedprune.wire.fleet_messages import LogRequest, ReleaseOffer
+from fedprune.wire.messages import BlobNotFound, BlobRequest, FromServer, Hello, Offer
+from fedprune.wire.queues import HIGH_WATER
+from fedprune.wire.transfer import SeenRequests, with_request_id
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.transfer.downloads import Downloads

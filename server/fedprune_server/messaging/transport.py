@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedprune.wire.chunk import MAX_PACKET
-from fedprune.wire.connection_events import Event
+from fedprune.wire.queues import Event
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.quarantine import Quarantine, Quarantined, Released
 
@@ -43,7 +43,7 @@ Item = tuple[str, bytes] | Event | Noticed
 
 
 class Wire(Protocol):
-    """What the server needs of its connection; `fedprune.wire.mqtt.link.Link` has it."""
+    """What the server needs of its connection; `fedprune.wire.link.Link` has it."""
 
     @property
     def connected(self) -> bool:

@@ -18,8 +18,7 @@ from fedprune.core.errors import ReleaseError
 from fedprune.core.text import one_line
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate, Give, Rollout, RolloutCommand, RolloutPhase, Wake, Withdraw
-from fedprune.wire.messages import FromServer
-from fedprune.wire.release_messages import (
+from fedprune.wire.fleet_messages import (
     COMMITTED,
     DOWNLOADING,
     REFUSED,
@@ -30,6 +29,7 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
+from fedprune.wire.messages import FromServer
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
 log = logging.getLogger("fedprune.server")

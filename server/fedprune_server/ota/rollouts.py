@@ -17,7 +17,7 @@ from fedprune.core.errors import ConfigError, ReleaseError, StorageError
 from fedprune.core.text import quantity
 from fedprune.releases.release import FILES, Release, read_release, signed
 from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPlan, Stage
-from fedprune.wire.release_messages import COMMITTED, MAX_NUMBER, STAGED, TRIAL, ReleaseOffer
+from fedprune.wire.fleet_messages import COMMITTED, MAX_NUMBER, STAGED, TRIAL, ReleaseOffer
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 

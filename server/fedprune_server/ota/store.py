@@ -19,8 +19,8 @@ from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ProtocolError, ReleaseError, StorageError
 from fedprune.releases.release import MAX_FILE
 from fedprune.releases.rollout import Rollout, RolloutPhase
+from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune.wire.messages import parse
-from fedprune.wire.release_messages import ReleaseOffer
 from fedprune_server.storage.sqlite_errors import sqlite_errors
 
 FOLDER = "releases"

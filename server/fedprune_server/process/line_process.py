@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from fedprune.core.errors import ProtocolError, shown
-from fedprune.wire.checked_message import read_checked
+from fedprune.wire.fields import read_checked
 from fedprune_server.process.children import reap
 
 log = logging.getLogger("fedprune.server")

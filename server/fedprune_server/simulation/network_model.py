@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.rng import keyed
-from fedprune.planning.profile_sections import Link
+from fedprune.planning.profile import Link
 
 ALWAYS = math.inf
 """End of a window that never closes."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import IdentityError
 from fedprune.security.tls import insecure_allowed
-from fedprune.wire.blob_url import BlobUrl
+from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.host_names import addresses_of, names_of
 from fedprune_server.enrollment.pki import IdentityFolder

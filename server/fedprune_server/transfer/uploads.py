@@ -11,8 +11,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest
-from fedprune.wire.response_time import ResponseTime
-from fedprune.wire.transfer import Pull
+from fedprune.wire.transfer import Pull, ResponseTime
 
 STALLED_S = 30.0
 """A pull that got nothing for so long gives its place to one that waits."""

@@ -16,8 +16,7 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.costs import WEIGHT_FILES, storage_bytes
-from fedprune.wire.messages import Birth, Refusal
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Birth, Offer, Refusal
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.local_state import FolderStateStore
 from support.fakes.agent_harness import Bench

@@ -12,8 +12,7 @@ import pytest
 from fedprune.core import tensorfile
 from fedprune.model.selection import Tensors
 from fedprune.updates import Codec, weights
-from fedprune.wire.messages import BlobRequest, Finished, Hello, Refusal
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import BlobRequest, Finished, Hello, Offer, Refusal
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore

@@ -14,7 +14,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.updates import Codec, decode
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore

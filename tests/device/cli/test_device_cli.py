@@ -20,8 +20,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.planning import profile_store
-from fedprune.planning.form_times import FormTimes, Shape
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.probe_report import FormTimes, ProbeReport, Shape
 from fedprune.runtime import blocks
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
 from fedprune_device.cli import main

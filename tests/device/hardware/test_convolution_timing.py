@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.planning.form_times import MOST_SHAPES, FormTimes, Shape
+from fedprune.planning.probe_report import MOST_SHAPES, FormTimes, Shape
 from fedprune.runtime.blocks import block_size
 from fedprune_device.hardware import convolution_timing
 from fedprune_device.hardware.convolution_timing import measure_forms, remembered_forms

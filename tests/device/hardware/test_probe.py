@@ -12,9 +12,8 @@ import onnxruntime
 import pytest
 
 from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
-from fedprune.planning.form_times import FormTimes
 from fedprune.planning.latency_model import LatencyTable, typical_table
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.probe_report import FormTimes, ProbeReport
 from fedprune_device.hardware import runtime_process
 from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
 from fedprune_device.hardware.probe import probe

@@ -13,8 +13,7 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, Chunk
-from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import BlobNotFound, BlobRequest, Offer, parse
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import Channel, Connection

@@ -16,12 +16,10 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
-from fedprune.security.tls import pinned_context
-from fedprune.security.trusted_time import BUILT
-from fedprune.wire.blob_url import BlobUrl
-from fedprune.wire.broker_url import tls_context
+from fedprune.security.tls import BUILT, pinned_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.transfer import BlobSender, Pull
+from fedprune.wire.urls import BlobUrl, tls_context
 from fedprune_device.network import http_download
 from fedprune_device.network.http_download import HttpFetch
 from support.fakes.web_server import Handler, WebPlace

@@ -16,7 +16,7 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import StorageError
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_device.network.blob_download import LeafReuse
 from fedprune_device.storage.state_directory import DeviceStore

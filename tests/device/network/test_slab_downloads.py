@@ -18,8 +18,7 @@ from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.model.recipe import Recipe
 from fedprune.updates.width_deltas import slab
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import BlobNotFound, BlobRequest
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import BlobNotFound, BlobRequest, Offer
 from fedprune.wire.transfer import PATIENCE, BlobSender
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.offer_checks import same_work, slabs_fit

@@ -15,8 +15,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.wire.messages import BlobRequest, Cancelled, Refusal, Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import BlobRequest, Cancelled, Offer, Refusal, Update
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network import http_download

@@ -13,8 +13,8 @@ import pytest
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode, PlanError, PrivacyError
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy_accounting import epsilon
-from fedprune.wire.log_messages import LogRequest
+from fedprune.updates.privacy import epsilon
+from fedprune.wire.fleet_messages import LogRequest
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.privacy.budget import FILE, PrivacyBudget

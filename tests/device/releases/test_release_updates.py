@@ -18,8 +18,7 @@ import pytest
 from fedprune.core.errors import RuntimeUnavailableError, StorageError
 from fedprune.security.keys import SigningKey
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
-from fedprune.wire.release_messages import (
+from fedprune.wire.fleet_messages import (
     COMMITTED,
     DOWNLOADING,
     REFUSED,
@@ -29,6 +28,7 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
+from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune_device.launcher.launcher import launch
 from fedprune_device.launcher.state import STABLE
 from fedprune_device.network.connection import Channel, Connection

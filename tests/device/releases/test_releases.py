@@ -32,7 +32,7 @@ from fedprune.releases.release import (
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.succession import Succession, follow
-from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device.launcher.slot_store import SlotStore, successors
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
 from fedprune_device.releases.installer import ReleaseInstaller

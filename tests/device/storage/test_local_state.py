@@ -21,7 +21,7 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState
 from fedprune_device.storage.state_directory import DeviceStore

@@ -12,8 +12,7 @@ import pytest
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import ModelError, StorageError, StorageFullError
-from fedprune.wire.messages import Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer, Update
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore

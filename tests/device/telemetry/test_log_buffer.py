@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
-from fedprune.wire.log_messages import CrashReport, LogReport, LogRequest
+from fedprune.wire.fleet_messages import CrashReport, LogReport, LogRequest
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_device.hardware.thermal_guard import ThermalGuard

@@ -17,8 +17,7 @@ from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime import blocks
-from fedprune.wire.messages import BlobRequest, Progress, Refusal, Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import BlobRequest, Offer, Progress, Refusal, Update
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore

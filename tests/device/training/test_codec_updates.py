@@ -20,7 +20,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.updates import CODECS, Codec, decode, is_packed, weights
 from fedprune.updates.remap import relocation
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.storage.local_state import LocalState

@@ -20,8 +20,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError, StorageFullError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.wire.messages import Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer, Update
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.agent.agent import Agent
 from fedprune_device.agent.offer_handler import OfferHandler

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fedprune.model.architecture import widths_at
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx

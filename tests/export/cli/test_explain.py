@@ -15,12 +15,10 @@ from torch import nn
 
 from fedprune.core.errors import ExitCode
 from fedprune.model.architecture import widths_at
-from fedprune.model.features import Features
-from fedprune.model.recipe import Recipe
+from fedprune.model.recipe import Features, Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.costs import costs_at
-from fedprune.planning.form_times import FormTimes, Shape
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.probe_report import FormTimes, ProbeReport, Shape
 from fedprune.runtime import blocks, session
 from fedprune.runtime.session import KernelTimes
 from fedprune_export.autodiff.conv_geometry import Window

@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
-from fedprune.model.features import Features
-from fedprune.model.feeds import first_step
-from fedprune.model.recipe import Recipe
+from fedprune.model.recipe import Features, Recipe
 from fedprune.model.selection import Selection
-from fedprune.planning.form_times import NAMES, FormTimes, Shape
+from fedprune.model.step_contract import first_step
+from fedprune.planning.probe_report import NAMES, FormTimes, Shape
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
 from fedprune_export.autodiff.conv_geometry import Window

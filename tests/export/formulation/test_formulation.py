@@ -15,7 +15,7 @@ from torch import nn
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime import blocks
 from fedprune.runtime.session import Session

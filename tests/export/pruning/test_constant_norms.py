@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph, Port

@@ -9,9 +9,9 @@ import pytest
 
 from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
-from fedprune.model.feeds import first_step
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
+from fedprune.model.step_contract import first_step
 from fedprune.runtime.session import Session
 from fedprune.strategies.importance.element_ranking import prunable
 from fedprune.strategies.importance.structured_from_mask import surviving, survivors

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedprune.model.architecture import TensorKind, widths_at
-from fedprune.model.nested_init import just_made, nested
+from fedprune.model.nested_widths import just_made, nested
 from fedprune.model.selection import Selection
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 from torch.nn import functional
 
 from fedprune.model import step_contract
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
 from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.ir.graph import Graph

@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.model import step_contract
-from fedprune.model.features import Features
-from fedprune.model.recipe import OPTIMIZERS
+from fedprune.model.recipe import OPTIMIZERS, Features
 from fedprune.runtime.session import Session
 from fedprune_export.autodiff.tape import port
 from fedprune_export.ir.graph import Graph

@@ -18,7 +18,7 @@ from torch import nn
 from fedprune.core.errors import PlanError
 from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session

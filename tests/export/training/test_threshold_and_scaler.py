@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from fedprune.model import step_contract
-from fedprune.model.features import Features
-from fedprune.model.feeds import first_step
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import Recipe
+from fedprune.model.recipe import Features, Recipe
 from fedprune.model.selection import Selection
+from fedprune.model.step_contract import first_step
 from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model

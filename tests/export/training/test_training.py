@@ -17,7 +17,7 @@ from torch import nn
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture, widths_at
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx

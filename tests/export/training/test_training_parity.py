@@ -16,7 +16,7 @@ import torch
 
 from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
 from fedprune_export.pruning.model import Model

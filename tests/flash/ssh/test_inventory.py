@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, ExitCode, JoinError, StorageError
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune_flash import BoardSettings
 from fedprune_flash.cli import main as cli
 from fedprune_flash.ssh.connection import ssh_command

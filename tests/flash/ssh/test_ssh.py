@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit

@@ -13,7 +13,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.releases.release import Release
 from fedprune.security.keys import SigningKey
-from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, STATES, ReleaseReport
+from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, STATES, ReleaseReport
 from fedprune_server.cli.main import main
 from fedprune_server.cli.rollout import add_rollout_command
 from fedprune_server.enrollment.pki import IdentityFolder

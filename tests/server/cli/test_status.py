@@ -16,7 +16,7 @@ from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, Progress, Task
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.main import main
 from fedprune_server.cli.status import status
 from fedprune_server.devices.quarantine import FILE, Quarantine

@@ -12,7 +12,7 @@ import pytest
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy_settings import WRITTEN, Privacy
+from fedprune.updates.privacy import WRITTEN, Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import parse_config

@@ -11,7 +11,7 @@ import pytest
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import environment_layer, variables
 from fedprune_server.config.layers import masked, merged

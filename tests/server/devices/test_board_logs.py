@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import StorageError
-from fedprune.wire.log_messages import CrashReport, LogReport
+from fedprune.wire.fleet_messages import CrashReport, LogReport
 from fedprune_server.devices import board_logs
 from fedprune_server.devices.board_logs import CRASHES, FILE, BoardLogs, frames_of, read_logs
 

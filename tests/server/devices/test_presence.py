@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.wire.connection_events import ConnectionUp
 from fedprune.wire.messages import Alive, Hello
+from fedprune.wire.queues import ConnectionUp
 from fedprune_server.devices.presence import ANSWER_S, QUIET_S, Presence
 from fedprune_server.engine import server
 from support.fakes.fleet import Fleet

@@ -23,6 +23,7 @@ from fedprune.core.tensorfile import decode
 from fedprune.jobs.state import Progress as Part
 from fedprune.jobs.state import Task
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.link import Link
 from fedprune.wire.messages import (
     MAX_REQUEST,
     Accepted,
@@ -34,7 +35,6 @@ from fedprune.wire.messages import (
     Hello,
     Progress,
 )
-from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.devices.quarantine import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.log_messages import LOG, CrashReport, LogReport, LogRequest
+from fedprune.wire.fleet_messages import LOG, CrashReport, LogReport, LogRequest
 from fedprune.wire.messages import TO, Birth, parse
 from fedprune_server.devices.board_logs import BoardLogs, read_logs
 from fedprune_server.monitoring.metrics import Metrics

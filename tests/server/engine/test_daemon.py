@@ -16,8 +16,7 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import ProtocolError
 from fedprune.jobs.state import Progress as Part
 from fedprune.jobs.state import Task
-from fedprune.wire.messages import Accepted, Birth, BlobRequest, Cancelled, Finished, Progress, Refusal, Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Accepted, Birth, BlobRequest, Cancelled, Finished, Offer, Progress, Refusal, Update
 from fedprune.wire.topics import Topics
 from fedprune_server.executor.offers import UPDATE_SIZE
 from fedprune_server.executor.retention import sweep

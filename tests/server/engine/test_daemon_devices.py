@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from fedprune.planning.profile_store import find
-from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Progress, Refusal
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Offer, Progress, Refusal
+from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune_server.devices.job_snapshot import JobSnapshot
 from fedprune_server.monitoring.display import Lines

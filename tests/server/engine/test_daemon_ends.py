@@ -12,8 +12,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import ModelError, StorageError, StorageFullError
-from fedprune.wire.messages import Finished
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Finished, Offer
 from fedprune_server.executor.offers import GRAPH_ROUNDS
 from fedprune_server.executor.retention import sweep
 from fedprune_server.storage.storage import Storage

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_server.engine.device_scheduler import DeviceScheduler
 from fedprune_server.engine.job_runner import JobRunner
 from support.fakes.several_jobs import SeveralJobs, named

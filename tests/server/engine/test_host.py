@@ -10,9 +10,8 @@ import pytest
 
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ConfigError
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Cancelled, Finished, Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Cancelled, Finished, Offer, Update
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.presence import ANSWER_S
 from fedprune_server.engine import server

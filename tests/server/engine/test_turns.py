@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.connection_events import ConnectionUp
+from fedprune.wire.queues import ConnectionUp
 from fedprune_server.engine.server import Server
 from fedprune_server.messaging.transport import TURN_S, DroppedMessage, Item
 from support.fakes.fleet import Fleet

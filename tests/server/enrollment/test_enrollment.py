@@ -19,9 +19,9 @@ import pytest
 from fedprune.core.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
 from fedprune.security.certificates import read_certificate
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.keys import grouped
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
 from fedprune_device.cli.main import main
 from fedprune_device.cli.options import add_membership
 from fedprune_device.enrollment import enrollment

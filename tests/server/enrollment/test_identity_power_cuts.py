@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.signed_channel import Opener, Sealer
-from fedprune.security.trusted_time import BUILT
-from fedprune.wire.join_messages import JoinAnswer, JoinRequest
+from fedprune.security.tls import BUILT
+from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import Birth, Hello, parse
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment.pki import IdentityFolder

@@ -21,11 +21,11 @@ from fedprune.security.certificates import (
     seconds_of,
 )
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.joining import make_request as make_join_request
 from fedprune.security.keys import SigningKey
-from fedprune.security.trusted_time import BUILT
-from fedprune.wire.join_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
+from fedprune.security.tls import BUILT
+from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
 from fedprune_server.enrollment import store as identity_store

@@ -15,10 +15,10 @@ from cryptography import x509
 
 from fedprune.core.errors import IdentityError, StorageError, UsedClaimError
 from fedprune.security.certificates import make_request, make_tls_key
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.joining import make_request as make_join_request
 from fedprune.security.keys import SigningKey
-from fedprune.wire.join_messages import APPROVED, JoinRequest
+from fedprune.wire.fleet_messages import APPROVED, JoinRequest
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService

@@ -14,7 +14,7 @@ from fedprune.coordination.privacy_budget import spent
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
 from fedprune.jobs.state import Device
 from fedprune.output.extras import install_command
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 from fedprune_server.executor.accountant import Accountant, accountant, costs, library
 
 PRIVACY = Privacy(clip=1.0, noise_multiplier=2.0)

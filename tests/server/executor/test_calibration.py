@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import DataError
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune_export.importing import import_onnx
 from fedprune_server.executor.calibration import MAX_SAMPLES, Calibration
 from fedprune_server.simulation.digits import digits_model, load_digits

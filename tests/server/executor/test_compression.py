@@ -22,8 +22,7 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
 from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode, packing
-from fedprune.wire.messages import Birth, parse
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Birth, Offer, parse
 from fedprune_device.training.received_weights import decoded
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx

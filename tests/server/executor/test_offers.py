@@ -18,7 +18,7 @@ from fedprune.model.selection import Selection
 from fedprune.runtime.precision import unpacked
 from fedprune.runtime.precision_files import graphs_of
 from fedprune.strategies.roles import Submodel
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.reduced_precision import ReducedPrecision

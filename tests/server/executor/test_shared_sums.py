@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.aggregation.coverage import Coverage
-from fedprune.aggregation.partial_sums import PartialSums
+from fedprune.aggregation.layout import Coverage
+from fedprune.aggregation.update_sums import PartialSums
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on

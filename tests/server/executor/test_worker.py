@@ -18,10 +18,10 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ModelError, StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
-from fedprune.model.nested_init import nested
+from fedprune.model.nested_widths import nested
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.rounds.influence import MEMORY
+from fedprune.rounds.limits import MEMORY
 from fedprune.strategies.importance.scoring import random_ranks
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx

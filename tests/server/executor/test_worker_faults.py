@@ -22,7 +22,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.model import step_contract
-from fedprune.rounds.influence import MEMORY
+from fedprune.rounds.limits import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.roles import Closing, Report, Submodel

@@ -18,7 +18,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
 from fedprune.output.tables import silent
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune_server.cli.main import main
 from fedprune_server.engine.state_directory import BLOBS
 from fedprune_server.enrollment.pki import IdentityFolder

@@ -27,8 +27,7 @@ from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
 from fedprune.security.keys import SigningKey
-from fedprune.wire.log_messages import CrashReport
-from fedprune.wire.server_messages import ServerPresence
+from fedprune.wire.fleet_messages import CrashReport, ServerPresence
 from fedprune_server.cli.main import main
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.enrollment.pki import IdentityFolder

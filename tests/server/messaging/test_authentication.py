@@ -20,16 +20,15 @@ from fedprune.releases.release import signed
 from fedprune.security import authority as authority_module
 from fedprune.security import device_identity, succession
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.envelope import seal
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune.security.keys import SigningKey
+from fedprune.security.signed_channel import seal
 from fedprune.security.succession import SUCCESSIONS, Succession, kept_successions
-from fedprune.security.trusted_time import BUILT
+from fedprune.security.tls import BUILT
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionUp, Event
-from fedprune.wire.join_messages import APPROVED, JoinAnswer
+from fedprune.wire.fleet_messages import APPROVED, JoinAnswer, ReleaseOffer
 from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
-from fedprune.wire.release_messages import ReleaseOffer
+from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_device.network import signed_channel as device_side
 from fedprune_device.network.connection import Connection, Received, ReceivedChunk

@@ -24,10 +24,9 @@ from fedprune.core.errors import IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.device_identity import DeviceIdentity
-from fedprune.security.join_token import Claim
-from fedprune.security.tls import pinned_context, unpinned_context
-from fedprune.security.trusted_time import BUILT
-from fedprune.wire.join_messages import JoinAnswer
+from fedprune.security.joining import Claim
+from fedprune.security.tls import BUILT, pinned_context, unpinned_context
+from fedprune.wire.fleet_messages import JoinAnswer
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
 from fedprune_device.enrollment.enrollment import Renewal

@@ -17,11 +17,11 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import BrokerError
+from fedprune.wire import link as link_module
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
+from fedprune.wire.link import Link
 from fedprune.wire.messages import BlobRequest, parse
-from fedprune.wire.mqtt import link as link_module
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.messaging.broker.child import kind
@@ -190,7 +190,7 @@ def test_it_survives_the_thread_that_started_it() -> None:
 PARENT = """
     import os, sys, time
     from fedprune_server.messaging.broker.embedded import EmbeddedBroker
-    from fedprune.wire.mqtt.link import Link
+    from fedprune.wire.link import Link
 
     broker = EmbeddedBroker(port=int(sys.argv[2]))
     broker.start()

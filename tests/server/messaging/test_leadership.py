@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.security.envelope import unseal
-from fedprune.security.epoch import EpochFile
 from fedprune.security.keys import SigningKey
-from fedprune.wire.connection_events import ConnectionUp, Event
+from fedprune.security.signed_channel import EpochFile, unseal
+from fedprune.wire.fleet_messages import ServerPresence, ServerQuery
 from fedprune.wire.messages import parse
-from fedprune.wire.server_messages import ServerPresence, ServerQuery
+from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_server.messaging import leadership
 from fedprune_server.messaging.leadership import SETTLED_S, Leadership, OtherServerError

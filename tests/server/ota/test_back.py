@@ -14,7 +14,7 @@ from fedprune.core.errors import ConfigError, ReleaseError
 from fedprune.releases.release import MANIFEST, Release, opened, write_again
 from fedprune.releases.rollout import Fate, RolloutPhase
 from fedprune.security.keys import SigningKey
-from fedprune.wire.release_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
+from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.rollouts import RolloutTerms, start_rollout, take_back

@@ -12,9 +12,9 @@ from fedprune.coordination import Phase
 from fedprune.releases.release import FILES, Release, read_release
 from fedprune.releases.rollout import Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionDown
+from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
-from fedprune.wire.release_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, ReleaseOffer, ReleaseReport
+from fedprune.wire.queues import ConnectionDown
 from fedprune.wire.transfer import Pull
 from fedprune_server.ota.store import RolloutStore
 from support.fakes.fleet import Air, Fleet, ToyDevice

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ConfigError, ReleaseError, StorageError
 from fedprune.releases.release import Release, read_release
 from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
-from fedprune.wire.messages import parse
-from fedprune.wire.release_messages import (
+from fedprune.wire.fleet_messages import (
     COMMITTED,
     DOWNLOADING,
     REFUSED,
@@ -26,6 +25,7 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
+from fedprune.wire.messages import parse
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import FILE, FOLDER, RolloutStore
 from support.fakes.runtime_releases import KEY, make_release

@@ -20,7 +20,7 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
-from fedprune.rounds.influence import MEMORY
+from fedprune.rounds.limits import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.answers import METHODS

@@ -14,7 +14,7 @@ from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

@@ -17,8 +17,7 @@ from fedprune.coordination.stragglers import PARTS, SILENT, SLOW
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.wire.messages import Cancelled, Progress
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Cancelled, Offer, Progress
 from fedprune_export.importing import import_onnx
 from fedprune_server.executor.retention import Garbage
 from fedprune_server.simulation.digits import deal, digits_model

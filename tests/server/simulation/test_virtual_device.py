@@ -13,7 +13,7 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore

@@ -13,7 +13,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.wire.chunk import HEADER, MAX_PACKET, Chunk
 from fedprune.wire.messages import BlobRequest, Cancelled, Progress, Update, parse
-from fedprune.wire.mqtt.unsent import HIGH_WATER
+from fedprune.wire.queues import HIGH_WATER
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.network.connection import Channel, Connection

@@ -20,8 +20,8 @@ from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ConfigError, ProtocolError
+from fedprune.wire.link import Link
 from fedprune.wire.messages import TO, BlobRequest
-from fedprune.wire.mqtt.link import Link
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_server.app import upload_workers

@@ -13,7 +13,7 @@ import pytest
 
 from fedprune.security.certificates import make_request, make_tls_key
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.wire.release_messages import COMMITTED, ReleaseReport
+from fedprune.wire.fleet_messages import COMMITTED, ReleaseReport
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.monitoring.alerts import Snapshot, evaluate

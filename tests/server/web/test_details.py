@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.model.selection import Selection
-from fedprune.wire.log_messages import CrashReport, LogReport
+from fedprune.wire.fleet_messages import CrashReport, LogReport
 from fedprune_server.devices.board_logs import BoardLogs, BoardReport
 from fedprune_server.web.state.details import details, held
 from fedprune_server.web.state.logs import LATEST, OF_BOARD, BoardLogTap

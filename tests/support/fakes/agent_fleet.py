@@ -15,9 +15,8 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import Accepted, Birth, BlobRequest, Finished, Update, parse
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Accepted, Birth, BlobRequest, Finished, Offer, Update, parse
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 

@@ -19,7 +19,6 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
 from fedprune.wire.messages import (
     TO,
     Accepted,
@@ -30,10 +29,11 @@ from fedprune.wire.messages import (
     Death,
     Finished,
     Hello,
+    Offer,
     Update,
     parse,
 )
-from fedprune.wire.offer import Offer
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_server.devices.quarantine import Quarantine

@@ -12,8 +12,7 @@ from fedprune.core.rng import keyed
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.wire.messages import Update
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer, Update
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundRunner

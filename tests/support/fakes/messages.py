@@ -6,8 +6,20 @@ from hypothesis import strategies as st
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.model.recipe import Recipe
-from fedprune.wire.blob_url import BlobUrl
-from fedprune.wire.log_messages import LEVELS, MAX_FRAMES, MAX_LINES, CrashReport, LogReport, LogRequest
+from fedprune.wire.fleet_messages import (
+    LEVELS,
+    MAX_FRAMES,
+    MAX_LINES,
+    STATES,
+    CrashReport,
+    LogReport,
+    LogRequest,
+    ReleaseOffer,
+    ReleaseReport,
+    ReleaseWithdrawn,
+    ServerPresence,
+    ServerQuery,
+)
 from fedprune.wire.messages import (
     MAX_REQUEST,
     PHASES,
@@ -23,13 +35,12 @@ from fedprune.wire.messages import (
     JoinAnswer,
     JoinRequest,
     Message,
+    Offer,
     Progress,
     Refusal,
     Update,
 )
-from fedprune.wire.offer import Offer
-from fedprune.wire.release_messages import STATES, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
-from fedprune.wire.server_messages import ServerPresence, ServerQuery
+from fedprune.wire.urls import BlobUrl
 
 names = st.from_regex(r"[A-Za-z0-9_.-]{1,64}", fullmatch=True).filter(lambda n: n not in (".", "..", "all", "-"))
 counts = st.integers(0, 2**63 - 1)

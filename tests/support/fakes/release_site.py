@@ -11,9 +11,7 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError
 from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
-from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse
-from fedprune.wire.release_messages import (
+from fedprune.wire.fleet_messages import (
     COMMITTED,
     REFUSED,
     ROLLED_BACK,
@@ -21,6 +19,8 @@ from fedprune.wire.release_messages import (
     ReleaseReport,
     ReleaseWithdrawn,
 )
+from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse
+from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.launcher.launcher import SlotExit, launch

@@ -11,9 +11,8 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.job import Job
-from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.messages import Birth, Finished
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Birth, Finished, Offer
+from fedprune.wire.queues import ConnectionUp
 from fedprune_server.engine.job_runner import JobRunner, RunnableJob
 from fedprune_server.engine.server import Server
 from support.fakes.fleet import Air, ToyDevice, ToyWorker, quick, server_of

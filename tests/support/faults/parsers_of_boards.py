@@ -16,7 +16,7 @@ import numpy as np
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import read_document
 from fedprune.core.errors import FedpruneError
-from fedprune.wire.log_messages import CrashReport
+from fedprune.wire.fleet_messages import CrashReport
 from fedprune_device.api.address import Address
 from fedprune_device.api.http_server import _Handler
 from fedprune_device.api.request import Answer, Request, array, batch, document

@@ -32,7 +32,7 @@ from fedprune.releases.rollout import Rollout, RolloutPlan
 from fedprune.releases.wheels import parsed, required
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune.security.issuance_log import Register
+from fedprune.security.register import Register
 from fedprune_export.checks.labelled_data import read as read_labelled
 from fedprune_server.config.tables import parse_config, read_config
 from fedprune_server.simulation.datasets.cifar import read_cifar

@@ -17,13 +17,12 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.core import tensorfile
 from fedprune.core.errors import FedpruneError
-from fedprune.core.npy_array import float32_array
+from fedprune.core.tensorfile import float32_array
 from fedprune.core.validation import is_digest
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
-from fedprune.planning.form_times import FormTimes
 from fedprune.planning.latency_model import LatencyTable, typical_table
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.probe_report import FormTimes, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import find
 from fedprune.releases.release import Release, ReleaseFile, opened, signed
@@ -40,21 +39,26 @@ from fedprune.security.certificates import (
     request_key,
 )
 from fedprune.security.certificates import make_request as make_csr
-from fedprune.security.envelope import Envelope, seal
-from fedprune.security.join_token import Claim
-from fedprune.security.joining import answer_text, check_answer, check_request, digest_of, make_request
+from fedprune.security.joining import Claim, answer_text, check_answer, check_request, digest_of, make_request
 from fedprune.security.keys import VerifyingKey
-from fedprune.security.signed_channel import Opener
+from fedprune.security.signed_channel import Envelope, Opener, seal
 from fedprune.wire import messages as m
-from fedprune.wire.blob_url import BlobUrl
-from fedprune.wire.broker_url import BrokerUrl
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.join_messages import APPROVED, JoinAnswer, JoinRequest
-from fedprune.wire.log_messages import CrashReport, LogReport, LogRequest
-from fedprune.wire.offer import Offer
-from fedprune.wire.release_messages import ReleaseOffer, ReleaseReport, ReleaseWithdrawn
+from fedprune.wire.fleet_messages import (
+    APPROVED,
+    CrashReport,
+    JoinAnswer,
+    JoinRequest,
+    LogReport,
+    LogRequest,
+    ReleaseOffer,
+    ReleaseReport,
+    ReleaseWithdrawn,
+)
+from fedprune.wire.messages import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
+from fedprune.wire.urls import BlobUrl, BrokerUrl
 from fedprune_device.training.received_weights import unpacked as offered
 from fedprune_server.transfer.http_server import BlobHandler
 from fedprune_server.transfer.upload_workers import messages

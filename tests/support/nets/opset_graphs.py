@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from fedprune.model import step_contract
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port

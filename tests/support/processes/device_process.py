@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.agent_fleet import TOPICS, MemoryServer
 

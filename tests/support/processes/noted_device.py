@@ -11,9 +11,9 @@ import sys
 from typing import Any
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.connection_events import Event
+from fedprune.wire.link import Link
 from fedprune.wire.messages import Accepted, Update, parse
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.queues import Event
 
 
 def _note(descriptor: int, topic: str, payload: bytes) -> None:

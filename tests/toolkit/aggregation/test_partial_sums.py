@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.aggregation.fold import Fold
-from fedprune.aggregation.partial_sums import blocks
+from fedprune.aggregation.update_sums import blocks
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors

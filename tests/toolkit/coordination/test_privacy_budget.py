@@ -19,8 +19,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Task
 from fedprune.model.selection import Selection
-from fedprune.updates.privacy_accounting import epsilon
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy, epsilon
 from support.fakes import tiny_job as toy
 from support.fakes.coordinator_shell import Shell
 from support.nets.two_groups import ARCHITECTURE, TRAINED
@@ -257,7 +256,7 @@ def rebirths(job: Job, times: int) -> Fleet:
 
 @pytest.mark.parametrize("kind", ["synchronous", "async"])
 def test_a_round_that_begins_again_and_again_overdraws_no_budget(kind: str) -> None:
-    from fedprune.updates.privacy_accounting import epsilon
+    from fedprune.updates.privacy import epsilon
 
     privacy = replace(LOCAL, epsilon_budget=4.0)
     schedule: dict[str, Any] = {} if kind == "synchronous" else {"schedule": {"kind": kind}}

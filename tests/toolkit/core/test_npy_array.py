@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedprune.core.errors import ProtocolError
-from fedprune.core.npy_array import float32_array
+from fedprune.core.tensorfile import float32_array
 
 pytestmark = pytest.mark.board
 

@@ -14,7 +14,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.presets import PRESETS
 from fedprune.strategies.strategy import Strategy
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy
 
 pytestmark = pytest.mark.board
 

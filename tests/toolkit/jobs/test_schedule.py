@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
-from fedprune.aggregation.server_optimizer import ServerStep
+from fedprune.aggregation.round_means import ServerStep
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Arrival, Decay, Mixing, Schedule, Staleness

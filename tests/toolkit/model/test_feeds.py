@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fedprune.model import step_contract
-from fedprune.model.feeds import anchors, first_step, numbers
 from fedprune.model.recipe import Recipe
+from fedprune.model.step_contract import anchors, first_step, numbers
 
 pytestmark = pytest.mark.board
 

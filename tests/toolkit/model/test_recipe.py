@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune.model.features import Features
-from fedprune.model.recipe import LEAST_MIXUP, Recipe
+from fedprune.model.recipe import LEAST_MIXUP, Features, Recipe
 
 pytestmark = pytest.mark.board
 

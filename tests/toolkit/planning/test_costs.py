@@ -24,7 +24,7 @@ from fedprune.model.architecture import (
     TensorSpec,
     widths_at,
 )
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.planning.costs import FROZEN_COPIES, HELD_BYTES, PROCESS_BYTES, WEIGHT_COPIES, costs_at, memory_seconds
 from fedprune.planning.kernel_workload import workload
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProfileError
-from fedprune.planning.form_times import MOST_SHAPES, NAMES, FormTimes, Shape
+from fedprune.planning.probe_report import MOST_SHAPES, NAMES, FormTimes, Shape
 
 pytestmark = pytest.mark.board
 

@@ -8,8 +8,7 @@ import pytest
 
 from fedprune.core.errors import ProfileError
 from fedprune.planning import profile_store
-from fedprune.planning.identification import Facts, identify
-from fedprune.planning.jetpack import RELEASES, jetpack, l4t_release
+from fedprune.planning.identification import RELEASES, Facts, identify, jetpack, l4t_release
 
 pytestmark = pytest.mark.board
 

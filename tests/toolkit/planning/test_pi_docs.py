@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ExitCode
-from fedprune.security.join_token import Claim
+from fedprune.security.joining import Claim
 from fedprune_device.cli.main import build_parser
 from fedprune_server.cli import main as server
 from support.paths import ROOT

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProfileError
-from fedprune.planning.form_times import FormTimes, Shape
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.probe_report import FormTimes, ProbeReport, Shape
 
 pytestmark = pytest.mark.board
 

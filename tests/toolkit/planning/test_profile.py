@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ExitCode, ProfileError
 from fedprune.planning import profile_store
-from fedprune.planning.profile import HardwareProfile
-from fedprune.planning.profile_sections import SECTIONS
+from fedprune.planning.profile import SECTIONS, HardwareProfile
 from support.paths import ROOT
 
 pytestmark = pytest.mark.board

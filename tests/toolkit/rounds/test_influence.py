@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.rounds.influence import (
+from fedprune.rounds.limits import (
     REACH,
     REJECTED,
     WHOLE,

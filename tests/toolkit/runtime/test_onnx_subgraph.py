@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
-from fedprune.model.feeds import first_step
 from fedprune.model.recipe import Recipe
+from fedprune.model.step_contract import first_step
 from fedprune.runtime.onnx_subgraph import metadata_of, part_for
 from fedprune.runtime.session import Session
 from support.paths import GRAPHS

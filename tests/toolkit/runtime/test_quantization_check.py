@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.quantization_check import LEAST_SAME, MOST_ERROR, MOST_LOST, agreement
+from fedprune.runtime.precision import LEAST_SAME, MOST_ERROR, MOST_LOST, agreement
 
 pytestmark = pytest.mark.board
 

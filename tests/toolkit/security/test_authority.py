@@ -19,8 +19,8 @@ from fedprune.core.errors import FedpruneError, IdentityError, ProtocolError, St
 from fedprune.security import authority as subject
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import common_name, make_request, make_tls_key, pin_of, read_certificate
-from fedprune.security.issuance_log import Register
-from fedprune.security.trusted_time import BUILT, TrustedTime
+from fedprune.security.register import Register
+from fedprune.security.tls import BUILT, TrustedTime
 
 pytestmark = pytest.mark.board
 
@@ -220,7 +220,7 @@ def test_a_damaged_register_is_an_error(authority: Authority, tmp_path: Path, li
 _APPEND = """
 import sys
 from pathlib import Path
-from fedprune.security.issuance_log import Register
+from fedprune.security.register import Register
 register = Register(Path(sys.argv[1]), lambda _: None)
 for i in range(20):
     with register.held():

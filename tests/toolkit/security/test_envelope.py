@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProtocolError, SignatureError
-from fedprune.security.envelope import HEADER, MAX_NUMBER, Envelope, seal, unseal
 from fedprune.security.keys import SigningKey
-from fedprune.wire.checked_message import MAX_MESSAGE
+from fedprune.security.signed_channel import HEADER, MAX_NUMBER, Envelope, seal, unseal
+from fedprune.wire.fields import MAX_MESSAGE
 from fedprune.wire.messages import Hello, parse
 from fedprune.wire.topics import Topics
 

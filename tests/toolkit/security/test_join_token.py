@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import JoinError
-from fedprune.security.canonical_encoding import transcript
-from fedprune.security.join_token import ID, PIN, SECRET, Claim, mac, same
+from fedprune.security.joining import ID, PIN, SECRET, Claim, mac, same
+from fedprune.security.keys import transcript
 
 pytestmark = pytest.mark.board
 

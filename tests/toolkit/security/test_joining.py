@@ -9,10 +9,17 @@ from fedprune.core.errors import FedpruneError, JoinError, ProtocolError, Signat
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request as make_csr
 from fedprune.security.certificates import make_tls_key
-from fedprune.security.join_token import Claim
-from fedprune.security.joining import answer_text, check_answer, check_request, digest_of, holds_claim, make_request
+from fedprune.security.joining import (
+    Claim,
+    answer_text,
+    check_answer,
+    check_request,
+    digest_of,
+    holds_claim,
+    make_request,
+)
 from fedprune.security.keys import SigningKey
-from fedprune.wire.join_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
+from fedprune.wire.fleet_messages import APPROVED, REFUSED, WAITING, JoinAnswer, JoinRequest
 from fedprune.wire.messages import parse
 
 pytestmark = pytest.mark.board

@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
 from fedprune.core.errors import ReplayError, StaleEpochError, StorageError
-from fedprune.security.epoch import EpochFile
 from fedprune.security.keys import SigningKey
-from fedprune.security.replay_protection import WINDOW, Window
-from fedprune.security.signed_channel import MAX_STREAMS, Opener, Sealer, stream_of
+from fedprune.security.signed_channel import MAX_STREAMS, WINDOW, EpochFile, Opener, Sealer, Window, stream_of
 
 pytestmark = pytest.mark.board
 

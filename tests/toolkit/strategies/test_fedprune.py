@@ -14,7 +14,7 @@ from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
-from fedprune.model.nested_init import nested
+from fedprune.model.nested_widths import nested
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose

@@ -13,10 +13,10 @@ from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import BundleError, ConfigError
 from fedprune.jobs.schedule import Arrival, Schedule, Staleness
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
-from fedprune.model.classifier_head import head_axes
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
+from fedprune.model.trainable import head_axes
 from fedprune.strategies.aggregators import VELOCITY, DeltaMean, Mean
 from support.fakes.strategy_reports import close, report, scene
 from support.nets.drawn_models import architectures, model, seeds, selections, trained

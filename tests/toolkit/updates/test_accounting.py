@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.updates.privacy_accounting import delta, epsilon, most_cost
+from fedprune.updates.privacy import delta, epsilon, most_cost
 
 pytestmark = pytest.mark.board
 

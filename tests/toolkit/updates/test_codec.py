@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as nst
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ProtocolError
-from fedprune.updates import CODECS, Codec, agreed, bound, decode, encode, is_packed, packing, sparse_indices, weights
+from fedprune.updates import CODECS, Codec, agreed, bound, decode, encode, is_packed, packing, weights
 from fedprune.updates.remap import relocated, relocation
 from fedprune.updates.update import ROW, STEPS
 from support.nets.drawn_models import architectures, selections
@@ -128,7 +128,7 @@ def test_over_rounds_nothing_is_lost(seed: int, text: str, rounds: int) -> None:
 @given(nst.arrays(np.float32, st.integers(1, 300), elements=st.floats(-9, 9, width=16)), st.floats(0.01, 1))
 def test_top_k_keeps_the_largest(values: Any, share: float) -> None:
     count = max(1, int(share * values.size))
-    kept = sparse_indices.largest(values, count)
+    kept = packing.largest(values, count)
     assert len(kept) == count
     assert (np.diff(kept) > 0).all()
     out = np.setdiff1d(np.arange(values.size), kept)
@@ -143,8 +143,8 @@ def test_top_k_keeps_the_largest(values: Any, share: float) -> None:
 @given(st.sets(st.integers(0, 5000), min_size=1).map(sorted), st.integers(1, 3000))
 def test_indices_come_back_from_either_form(indices: list[int], more: int) -> None:
     found, size = np.array(indices, np.int64), indices[-1] + more
-    assert sparse_indices.from_gaps(sparse_indices.to_gaps(found), len(found), size, "w").tolist() == indices
-    assert sparse_indices.from_bitmap(sparse_indices.to_bitmap(found, size), len(found), size, "w").tolist() == indices
+    assert packing.from_gaps(packing.to_gaps(found), len(found), size, "w").tolist() == indices
+    assert packing.from_bitmap(packing.to_bitmap(found, size), len(found), size, "w").tolist() == indices
 
 
 @pytest.mark.parametrize(("share", "form"), [(0.01, "w::gaps"), (0.05, "w::gaps"), (0.5, "w::bitmap")])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedprune.updates.gaussian_noise import GaussianNoise
+from fedprune.updates.privacy import GaussianNoise
 
 pytestmark = pytest.mark.board
 

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import TrainingError
 from fedprune.model.selection import Selection, Tensors
-from fedprune.updates.gaussian_noise import GaussianNoise
-from fedprune.updates.privacy_mechanism import noised, norm
+from fedprune.updates.privacy import GaussianNoise, noised, norm
 from support.nets.two_groups import ARCHITECTURE, TRAINED
 
 pytestmark = pytest.mark.board

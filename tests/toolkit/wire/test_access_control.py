@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedprune.wire.connection_events import ConnectionUp
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.link import Link
+from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from support.paths import ROOT
 

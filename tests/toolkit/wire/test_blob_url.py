@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.blob_url import LOOPBACK, MAX_URL, BlobUrl
+from fedprune.wire.urls import LOOPBACK, MAX_URL, BlobUrl
 
 pytestmark = pytest.mark.board
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.wire.mqtt.inbox import MESSAGE_BYTES, Inbox
+from fedprune.wire.queues import MESSAGE_BYTES, Inbox
 from fedprune.wire.topics import Topics
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
@@ -108,7 +108,7 @@ def test_what_is_no_topic_of_ours_has_a_place_too() -> None:
 def test_memory_that_chunks_come_and_go_in_is_kept() -> None:
     code = """
         import resource, sys
-        from fedprune.wire.mqtt.inbox import Inbox
+        from fedprune.wire.queues import Inbox
         if sys.argv[1] == "with":
             Inbox()
         chunk, before = bytes(98_304), resource.getrusage(resource.RUSAGE_SELF).ru_minflt

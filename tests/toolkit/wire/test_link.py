@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import BrokerError, ConfigError
-from fedprune.wire.broker_url import BrokerUrl, tls_context
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.mqtt import link as link_module
-from fedprune.wire.mqtt import unsent
-from fedprune.wire.mqtt.inbox import Inbox
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire import link as link_module
+from fedprune.wire import queues
+from fedprune.wire.link import Link
+from fedprune.wire.queues import ConnectionDown, ConnectionUp, Inbox
+from fedprune.wire.urls import BrokerUrl, tls_context
 from support.processes.machine import free_port
 
 Start = Callable[..., Any]
@@ -223,7 +222,7 @@ class TestWithMosquitto:
     def test_what_can_t_be_sent_is_declined_before_it_fills_the_memory(
         self, mosquitto: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(unsent, "OUTBOX_BYTES", 1_000_000)
+        monkeypatch.setattr(queues, "OUTBOX_BYTES", 1_000_000)
         with connected(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)
             sent = [sender.publish("x", bytes(100_000)) for _ in range(20)]
@@ -236,10 +235,10 @@ class TestWithMosquitto:
     def test_who_holds_chunks_back_is_woken_when_little_is_left_to_send(self, mosquitto: Any) -> None:
         with connected(mosquitto.url, "a") as sender:
             mosquitto.process.send_signal(19)
-            assert sender.publish("x", bytes(unsent.LOW_WATER))
+            assert sender.publish("x", bytes(queues.LOW_WATER))
             mosquitto.process.send_signal(18)
             assert sender.get(None) is None
-            assert sender.unsent < unsent.LOW_WATER
+            assert sender.unsent < queues.LOW_WATER
 
     def test_a_flood_is_dropped_and_counted(self, mosquitto: Any) -> None:
         with connected(mosquitto.url, "a") as sender, connected(mosquitto.url, "b", ["x"]) as receiver:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.log_messages import CrashReport, LogRequest
+from fedprune.wire.fleet_messages import CrashReport, LogRequest
 from fedprune.wire.messages import (
     MAX_MESSAGE,
     MAX_REQUEST,
@@ -18,10 +18,10 @@ from fedprune.wire.messages import (
     BlobRequest,
     Hello,
     Message,
+    Offer,
     Update,
     parse,
 )
-from fedprune.wire.offer import Offer
 from support.fakes.messages import DIGEST, EXAMPLES, REF, messages, scalars, texts
 
 pytestmark = pytest.mark.board

@@ -8,8 +8,7 @@ import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.messages import parse
-from fedprune.wire.offer import Offer
+from fedprune.wire.messages import Offer, parse
 
 pytestmark = pytest.mark.board
 

@@ -12,9 +12,7 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import BlobRequest
-from fedprune.wire.request_ids import SeenRequests, with_request_id
-from fedprune.wire.response_time import MAX_PATIENCE, ResponseTime
-from fedprune.wire.transfer import PATIENCE, BlobSender, Pull
+from fedprune.wire.transfer import MAX_PATIENCE, PATIENCE, BlobSender, Pull, ResponseTime, SeenRequests, with_request_id
 
 pytestmark = pytest.mark.board
 

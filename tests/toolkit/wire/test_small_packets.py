@@ -18,10 +18,9 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.core.errors import ProtocolError
 from fedprune.wire.chunk import MAX_PACKET, PACKET_OVERHEAD, Chunk, ChunkLimit, leaves_per_chunk
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.messages import BlobRequest, Update, parse
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.offer import Offer
+from fedprune.wire.link import Link
+from fedprune.wire.messages import BlobRequest, Offer, Update, parse
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 from fedprune_device.network.blob_download import BlobDownloads

@@ -15,9 +15,9 @@ import pytest
 from fedprune.blobs.blob_ref import LEAF
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.connection_events import ConnectionUp
+from fedprune.wire.link import Link
 from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
-from fedprune.wire.mqtt.link import Link
+from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 

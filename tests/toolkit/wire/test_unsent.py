@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedprune.wire.mqtt.unsent import Unsent
+from fedprune.wire.queues import Unsent
 
 pytestmark = pytest.mark.board
 

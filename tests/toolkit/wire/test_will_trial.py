@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import BrokerError
-from fedprune.wire.connection_events import ConnectionDown, ConnectionUp
-from fedprune.wire.mqtt import link as link_module
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.mqtt.will_trial import AGAIN_S, WillTrial
+from fedprune.wire import link as link_module
+from fedprune.wire.link import Link
+from fedprune.wire.queues import ConnectionDown, ConnectionUp
+from fedprune.wire.will_trial import AGAIN_S, WillTrial
 from support.faults.will_broker import NOT_AUTHORIZED, WillBroker
 
 UNAVAILABLE, BAD_PASSWORD, NOT_ALLOWED, SILENCE = 136, 134, 135, 0

@@ -1,4 +1,4 @@
-"""One update on its way into a round's sums."""
+"""An update as a fold takes it: checked, and rebased where its device began with an older model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,112 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.fixed_point import check_range
-from fedprune.model.architecture import Architecture
+from fedprune.aggregation.fixed_point import MAX_WEIGHT, check_range, magnitude
+from fedprune.core.errors import BundleError, ProtocolError, shown
+from fedprune.core.validation import is_whole, whole
+from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors, mesh
+
+MAX_STEPS = 2**31 - 1
+
+
+def check_model(architecture: Architecture, base: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
+    """The tensors that a fold begins with. Raises `BundleError`, which names one that is missing, not float32, of
+    another shape or not finite."""
+    out: Tensors = {}
+    for spec in architecture.tensors:
+        value = base.get(spec.name)
+        if value is None or value.dtype != np.float32 or value.shape != spec.shape:
+            raise BundleError(
+                f"tensor {spec.name} of the fold's base",
+                expected=f"float32 {spec.shape}",
+                got="nothing" if value is None else f"{value.dtype} {value.shape}",
+            )
+        flat = value.reshape(-1)
+        with np.errstate(over="ignore", invalid="ignore"):
+            square = float(np.dot(flat, flat))  # a quarter of what looking at every value costs
+        if not math.isfinite(square) and not math.isfinite(magnitude(value)):
+            raise BundleError(f"tensor {spec.name} of the fold's base", expected="finite numbers")
+        out[spec.name] = value
+    return out
+
+
+def check_submodel(
+    architecture: Architecture,
+    selection: Selection,
+    submodel: Mapping[str, npt.NDArray[Any]],
+    bounds: Mapping[str, float],
+    optional: Collection[str] = (),
+) -> None:
+    """Make sure that tensors are the submodel that a selection describes.
+
+    Args:
+        bounds: By tensor the largest magnitude that its values may have.
+        optional: Tensors that may be missing.
+
+    Raises:
+        BundleError: The selection is of another architecture.
+        ProtocolError: A tensor is missing, unknown, not float32, of another shape than the selection says, or holds
+            values that are not finite or out of bounds; the message names it.
+    """
+    if selection.architecture is not architecture and selection.architecture.digest != architecture.digest:
+        raise BundleError("update's selection belongs to another architecture")
+    unknown = sorted(set(submodel) - set(architecture.by_name))
+    if unknown:
+        raise ProtocolError(f"update holds a tensor that the model doesn't have: {unknown[0]!r}")
+    shapes = selection.shapes()
+    for spec in architecture.tensors:
+        value = submodel.get(spec.name)
+        if value is None and spec.name in optional:
+            continue
+        if value is None:
+            raise ProtocolError(f"update lacks tensor {spec.name}")
+        if value.dtype != np.float32:
+            raise ProtocolError(f"type of {spec.name} in an update", expected="float32", got=value.dtype)
+        if value.shape != shapes[spec.name]:
+            raise ProtocolError(f"shape of {spec.name} in an update", expected=shapes[spec.name], got=value.shape)
+    there = [t for t in architecture.tensors if t.name in submodel]
+    for spec in there:
+        check_range(spec.name, submodel[spec.name], bounds[spec.name])
+    for spec in there:
+        if spec.kind is TensorKind.STAT_VAR and submodel[spec.name].size:
+            least = float(submodel[spec.name].min())
+            if least < 0:
+                raise ProtocolError(f"values of {spec.name}", expected="variances from 0 up", got=f"{least:g}")
+
+
+def check_squares(selection: Selection, squares: Mapping[str, npt.NDArray[Any]], reported: Collection[str]) -> None:
+    """Make sure that tensors are squared gradients of a submodel, of those that the recipe has reported.
+
+    Raises `ProtocolError`, which names a tensor that was not asked for, is not float32, has another shape than the
+    selection says, or holds values that are negative or not finite.
+    """
+    shapes = selection.shapes()
+    largest = float(np.finfo(np.float32).max)
+    for name, value in sorted(squares.items()):
+        what = f"squared gradients of {shown(name)}"
+        if name not in reported:
+            raise ProtocolError(f"update holds {what}, which nobody asked for")
+        if value.dtype != np.float32:
+            raise ProtocolError(f"type of {what}", expected="float32", got=value.dtype)
+        if value.shape != shapes[name]:
+            raise ProtocolError(f"shape of {what}", expected=shapes[name], got=value.shape)
+        check_range(what, value, largest)
+        if value.size and float(value.min()) < 0:
+            raise ProtocolError(f"values of {what}", expected="numbers from 0 up", got=f"{float(value.min()):g}")
+
+
+def check_counts(weight: object, steps: object, most: int) -> None:
+    """Make sure that an update's weight (at most `most`) and optimiser steps are counts. Raises `ProtocolError`."""
+    if not is_whole(weight, 1, most):
+        raise ProtocolError(
+            "weight of an update",
+            expected=f"a whole number from 1 to {most} (a fold takes {MAX_WEIGHT} in all)",
+            got=repr(weight),
+        )
+    whole("steps of an update", steps, 1, MAX_STEPS, error=ProtocolError)
+
 
 Moves = dict[str, npt.NDArray[np.float64]]
 

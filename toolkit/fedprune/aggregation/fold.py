@@ -29,14 +29,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.checks import check_counts, check_model, check_submodel
-from fedprune.aggregation.client_update import ClientUpdate, rebased
-from fedprune.aggregation.coverage import partly_active
+from fedprune.aggregation.client_update import ClientUpdate, check_counts, check_model, check_submodel, rebased
 from fedprune.aggregation.fixed_point import MAX_WEIGHT, Range
-from fedprune.aggregation.layout import to_global
-from fedprune.aggregation.partial_sums import PartialSums, check_parts
-from fedprune.aggregation.server_optimizer import ServerStep
-from fedprune.aggregation.update_sums import UpdateSums
+from fedprune.aggregation.layout import partly_active, to_global
+from fedprune.aggregation.round_means import ServerStep
+from fedprune.aggregation.update_sums import PartialSums, UpdateSums, check_parts
 from fedprune.core.errors import BundleError, ProtocolError
 from fedprune.model.architecture import Architecture, TensorSpec
 from fedprune.model.element_mask import ElementMask

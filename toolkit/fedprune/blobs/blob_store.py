@@ -13,9 +13,8 @@ from contextlib import suppress
 from io import RawIOBase
 from pathlib import Path
 
-from fedprune.blobs.blob_folder import BlobFolder
 from fedprune.blobs.blob_ref import DIGEST, LEAF, SUFFIX, BlobRef, leaf_table, read_table_file, table_file
-from fedprune.blobs.partial_blob import PartialBlob
+from fedprune.blobs.partial_blob import BlobFolder, PartialBlob
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.validation import is_digest

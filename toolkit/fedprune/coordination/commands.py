@@ -146,8 +146,8 @@ class Extract:
         basis: What it is cut from.
         part: Whose it is.
         block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
-        forms: What forms of layers took there (`fedprune.planning.form_times`), as plain JSON types; None if that isn't
-            known.
+        forms: What forms of layers took there (`fedprune.planning.probe_report`), as plain JSON types; None if that
+            isn't known.
         coding: What of it travels encoded.
         accumulate: Parts in which the device works through a batch, unless the recipe asks for more.
     """

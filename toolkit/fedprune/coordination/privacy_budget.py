@@ -20,8 +20,7 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.state import State, Task
-from fedprune.updates.privacy_accounting import most_cost
-from fedprune.updates.privacy_settings import Privacy
+from fedprune.updates.privacy import Privacy, most_cost
 
 
 class PrivacyBudget:

@@ -11,7 +11,7 @@ from fedprune.coordination import commands as do
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Arrival, Schedule
 from fedprune.jobs.state import Progress, State, Task
-from fedprune.rounds.influence import weight_limit
+from fedprune.rounds.limits import weight_limit
 
 
 class UpdateWeights:

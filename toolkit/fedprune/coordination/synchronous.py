@@ -23,7 +23,7 @@ from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
-from fedprune.rounds.influence import capped
+from fedprune.rounds.limits import capped
 
 
 class SynchronousCoordinator(Coordinator):

@@ -237,7 +237,7 @@ class ReplayError(ProtocolError):
 
 class StaleEpochError(ReplayError):
     """A signed message is of an epoch that is over here, which its sender may not know
-    (`fedprune.security.replay_protection`)."""
+    (`fedprune.security.signed_channel`)."""
 
 
 class TwoSignersError(StaleEpochError):

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError
-from fedprune.core.npy_array import float32_array
+from fedprune.core.tensorfile import float32_array
 from fedprune.flower.messages import FORMAT, RECORD, STEPS, check_format
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.checks import check_counts, check_model
+from fedprune.aggregation.client_update import check_counts, check_model
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
@@ -25,10 +25,8 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors
-from fedprune.rounds.influence import capped
-from fedprune.rounds.limits import UpdateLimits
+from fedprune.rounds.limits import RoundUpdate, UpdateLimits, capped
 from fedprune.rounds.round import Round
-from fedprune.rounds.update import RoundUpdate
 from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
 
 FORMAT = "fedprune.flower-state/1"

@@ -16,14 +16,13 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, ProtocolError
-from fedprune.core.npy_array import float32_array
+from fedprune.core.tensorfile import float32_array
 from fedprune.flower.allocation import Allocation, Densities, NodeShare
 from fedprune.flower.messages import ASKING, FORMAT, RECORD, STEPS, check_format
 from fedprune.flower.rounds import Rounds, Task, Update, WholeModel
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
-from fedprune.model.features import Features
-from fedprune.model.recipe import Recipe
+from fedprune.model.recipe import Features, Recipe
 from fedprune.model.selection import Tensors
 
 _ASK_S = 60.0

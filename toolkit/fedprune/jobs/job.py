@@ -12,7 +12,7 @@ from fedprune.core.errors import ConfigError, ProtocolError, shown
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import SERVED
 from fedprune.updates.codecs import DOWN, PLAIN, Codec, agreed
-from fedprune.updates.privacy_settings import WRITTEN, Privacy
+from fedprune.updates.privacy import WRITTEN, Privacy
 from fedprune.wire.topics import check_job
 
 RULES = get_args(Rule)
@@ -79,7 +79,7 @@ class Job:
             than others, in multiples of the round's median; 0 for no limit.
         most_samples: The most samples that any device counts for; 0 for no limit.
         move_limit: The longest update, in multiples of the median of the round's updates of as many steps: a longer
-            one is shortened to it (`fedprune.rounds.influence`); 0 for no limit.
+            one is shortened to it (`fedprune.rounds.limits`); 0 for no limit.
     """
 
     name: str = "job"

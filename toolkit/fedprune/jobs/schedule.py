@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
-from fedprune.aggregation.server_optimizer import MAX_RATE
+from fedprune.aggregation.round_means import MAX_RATE
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
 

@@ -116,7 +116,7 @@ class Device(TrackedEntry):
 
     @property
     def forms(self) -> dict[str, Any] | None:
-        """What forms of layers took there, as `fedprune.planning.form_times` has it; None where it didn't say."""
+        """What forms of layers took there, as `fedprune.planning.probe_report` has it; None where it didn't say."""
         found: dict[str, Any] | None = (self.probe or {}).get("forms")
         return found
 

@@ -15,8 +15,7 @@ from enum import Enum
 from functools import cached_property
 
 from fedprune.core.errors import BundleError, shown
-from fedprune.model.axis import FIXED, MAX_SIZE, Axis, Segment, Volume, whole
-from fedprune.model.cost_rows import Activation, Layer
+from fedprune.model.axis import FIXED, MAX_SIZE, Activation, Axis, Layer, Segment, Volume, whole
 
 __all__ = [
     "FIXED",

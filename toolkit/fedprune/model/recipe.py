@@ -14,7 +14,74 @@ from typing import Any
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.validation import is_number
-from fedprune.model.features import Features
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a training graph can do; `fedprune.model.step_contract` says which inputs and outputs that makes.
+
+    Attributes:
+        logit_offset: A vector [classes] added to the logits before the loss (logit adjustment by label prior).
+        class_weight: A vector [classes] of loss weights, used as torch does: sum of w·loss over sum of w; with `bce`
+            the weight of each class's positive labels.
+        class_mask: A vector [classes]: logits of classes with 0 are replaced by 0 before the loss (HeteroFL).
+        proximal: Per trained tensor an anchor and a strength µ: adds µ/2 · |w − anchor|² to the loss.
+        element_mask: Per trained tensor a 0/1 mask: masked elements are 0 in the forward pass and stay put.
+        gradients: The gradients are outputs, too.
+        loss: `cross_entropy`, `bce` (with logits, one per label), `mse` or `huber`.
+        label_smoothing: A share of every label is spread over all classes (cross-entropy).
+        optimizer: `sgd`, `adam` or `adamw`.
+        clip: Gradients are scaled down to a global norm.
+        accumulate: A batch can be worked through in parts, whose gradients are summed.
+        squares: Sums of squared gradients are outputs.
+        sample_losses: The loss of every sample is an output.
+        ordered_dropout: The graph says in its metadata how channels lie on its tensors' axes.
+        axes: So it does, too, where the steps are all as wide as the device, for averages and masks.
+        threshold: Per trained tensor a number θ: elements below it in size are 0 in the forward pass, and what is above
+            it learns what its size is worth (FIARSE).
+        scale: The outputs of every layer with weights, but the last, are multiplied by a number (HeteroFL's scaler).
+        mixup: Every sample has a second label, that of the sample that was mixed into it, and a number λ says how much
+            the first counts (cross-entropy).
+        frozen: Patterns of tensors that stay as they are.
+        trainable: Patterns of the only tensors that are trained, if there are any.
+    """
+
+    logit_offset: bool = False
+    class_weight: bool = False
+    class_mask: bool = False
+    proximal: bool = False
+    element_mask: bool = False
+    gradients: bool = False
+    loss: str = "cross_entropy"
+    label_smoothing: bool = False
+    optimizer: str = "sgd"
+    clip: bool = False
+    accumulate: bool = False
+    squares: bool = False
+    sample_losses: bool = False
+    ordered_dropout: bool = False
+    axes: bool = False
+    threshold: bool = False
+    scale: bool = False
+    mixup: bool = False
+    frozen: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Short text that names this combination."""
+        parts = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            parts.append(field.name if value is True else f"{field.name}={_text(value)}")
+        return "+".join(parts) or "plain"
+
+
+def _text(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
 
 LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
 """The labels that each loss compares with: the number of a class, a 0 or 1 per class, or values."""
@@ -109,7 +176,7 @@ class Recipe:
         evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
             samples in every so many rounds; in the others it trains and serves without, which costs it less.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
-        update_clip: The most that the whole update may be long (`fedprune.updates.privacy_mechanism`); 0 leaves it as
+        update_clip: The most that the whole update may be long (`fedprune.updates.privacy`); 0 leaves it as
             it is. Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
     """

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.model import step_contract as step
 from fedprune.model.architecture import Activation, Architecture, Layer
-from fedprune.model.features import Features
+from fedprune.model.recipe import Features
 from fedprune.planning.kernel_workload import workload
 
 Numbers = npt.NDArray[np.float64]

@@ -21,7 +21,7 @@ from fedprune.core.errors import ProtocolError, ReleaseError, SignatureError, sh
 from fedprune.core.text import one_line
 from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.wire.release_messages import MAX_FILES, MAX_MANIFEST, MAX_NUMBER
+from fedprune.wire.fleet_messages import MAX_FILES, MAX_MANIFEST, MAX_NUMBER
 
 MANIFEST, SIGNATURE, FILES = "release.json", "release.sig", "files"
 """Names in a release's folder."""

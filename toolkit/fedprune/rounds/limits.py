@@ -1,17 +1,288 @@
-"""A job's limits on single updates (`fedprune.rounds.influence`), applied to the updates of a round."""
+"""Limits on how far a single update moves the next model.
+
+The mean of a round's updates has no protection of its own: one board that reports 10^15 samples, or weights at the edge
+of the accepted range, decides the result. Two limits hold by default. Both are relative to the round's own updates, so
+that they need no tuning:
+
+- Weight: n_k ← min(n_k, c · median_j n_j).
+- Length: per tensor Δ_k ← Δ_k · min(1, limit / ‖Δ_k‖). Δ_k is the difference to the tensor that the board received,
+  and ‖Δ_k‖² its sum of squares, divided by the number of elements of the whole model's tensor. So a length says how far
+  the update alone would move the model, whatever the board's width. Elements that a mask leaves out don't count.
+
+The length of an honest update grows with its optimiser steps. A board with more steps than the round's median may move
+as many times further, up to the multiple of the median that holds for weights.
+
+An update that is far longer than the round's median is rejected. Only the round's own updates decide this, so that
+fewer than half of them are rejected, whatever earlier rounds were like. The other updates are shortened to a multiple
+of their median.
+
+For this multiple the median counts as at least once and at most twice a *reference*, which the job keeps from round to
+round and renews from all valid updates. In a round it at most doubles, and it takes 20 rounds to halve: most boards
+move less and less while the model learns their data, but a board with few channels or unlike data may still move as
+far as all did at first. The reference stays between 1/1024 of a tensor's scale and the scale itself: the root mean
+square of the initial tensor, but at least 1. So hostile rounds can't raise the limit without bound, and boards count
+in full again within ten rounds after quiet ones. Batch-norm statistics are measured anew in each round instead of
+added up, and follow the scale of the data: their references have no upper end and may halve in a round, and their
+medians no lower one. A round of one or two updates has no majority: its limit is a multiple of the reference alone,
+which changes only as far as both updates agree. Updates without any change are left out of medians.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import statistics
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
 
 from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
-from fedprune.rounds.influence import MEMORY, Lengths, bounds, lengths, reaches, weight_limit
-from fedprune.rounds.update import RoundUpdate
-from fedprune.strategies.roles import Memories, Report, Scene
+from fedprune.model.architecture import Architecture
+from fedprune.model.selection import Tensors
+from fedprune.strategies.roles import Memories, Report, Scene, Submodel
+
+MEMORY = "move_reference"
+"""Key of the references in a job's memory: per tensor its reference and its scale."""
+
+TENSOR = 2.0
+"""Limit of a single tensor, as a multiple of `move_limit`: tensors differ more between boards than updates do."""
+
+REACH = 4.0
+"""How many times further than others a board with more steps may move if weights have no limit of their own."""
+
+REJECTED = 8.0
+"""An update longer than this many limits is rejected. None of the honest updates that we measured was."""
+
+_MAJORITY = 3
+"""Fewest updates that have an honest majority if one of them is hostile."""
+_GROWTH = 2.0
+"""Largest factor by which a reference grows in a round, and by which a round's median counts as longer than it."""
+_FALL = 2.0 ** (1 / 20)
+"""Largest factor by which a trained tensor's reference falls in a round; for batch-norm statistics it is `_GROWTH`."""
+_LEAST = 2.0**-10
+"""Lower end of a reference, as a multiple of its tensor's scale."""
+_DIGITS = 6
+"""Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not."""
+_NOTED = 0.5
+"""An update is reported if less than this share of it counts."""
+
+_NOTED_STATISTICS = 0.1
+"""The same for a batch-norm statistic: between honest boards with unlike data, statistics differ more than weights."""
+
+WHOLE = ""
+"""Key of all trained tensors together."""
+
+Lengths = Mapping[str, float]
+"""Root mean square of an update's change: by tensor of the whole model, and under `WHOLE` over all trained tensors.
+Elements of channels that the board doesn't hold count as unchanged; a mask's inactive ones are left out of the mean."""
+
+
+def lengths(report: Report) -> Lengths:
+    """Lengths of a checked update's change."""
+    sent, trained = report.sent.tensors, report.trained
+    active = {} if trained.mask is None else trained.mask.active
+    found: dict[str, float] = {}
+    squares, count = 0.0, 0.0
+    for spec in trained.selection.architecture.tensors:
+        size, square = float(math.prod(spec.shape)), 0.0
+        now, before = trained.tensors.get(spec.name), sent.get(spec.name)
+        if now is not None and before is not None and now.shape == before.shape and now.size:
+            moved = now.astype(np.float64).reshape(-1)
+            moved -= before.reshape(-1)
+            if spec.name in active:
+                moved *= active[spec.name].reshape(-1)
+                size *= max(1, int(np.count_nonzero(active[spec.name]))) / moved.size
+            square = float(np.dot(moved, moved))
+            found[spec.name] = _rounded(math.sqrt(square / size))
+        if spec.kind.trainable:
+            squares, count = squares + square, count + size
+    return found | {WHOLE: _rounded(math.sqrt(squares / max(1.0, count)))}
+
+
+def reaches(steps: Mapping[str, int], most: float) -> dict[str, float]:
+    """How many times further than a board of the round's median steps each device may move; `most` is the limit of
+    weights (0: `REACH`)."""
+    if len(steps) < _MAJORITY:
+        return dict.fromkeys(steps, 1.0)
+    middle = max(1, statistics.median_low(steps.values()))
+    return {device: max(1.0, min(count / middle, most or REACH)) for device, count in steps.items()}
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The limits of a round, applied to its updates.
+
+    Attributes:
+        rejected: Reasons by device whose update is rejected.
+        shares: By other device, then by tensor, the share of its change that counts; only tensors with a share below 1.
+        reasons: By device, why much less counts than it sent.
+        reference: The renewed references, for `MEMORY`.
+    """
+
+    rejected: Mapping[str, str]
+    shares: Mapping[str, Mapping[str, float]]
+    reasons: Mapping[str, str]
+    reference: dict[str, npt.NDArray[np.float64]]
+
+
+def bounds(
+    updates: Mapping[str, Lengths],
+    reach: Mapping[str, float],
+    remembered: Mapping[str, npt.NDArray[np.float64]],
+    architecture: Architecture,
+    model: Tensors,
+    times: float,
+) -> Bounds:
+    """Apply the limits to a round.
+
+    Args:
+        updates: Lengths by device.
+        reach: How many times further than others each may move its trained tensors (`reaches`).
+        remembered: References of the round before, empty in the first.
+        model: The global model; in the first round the initial one, from which the scales are taken.
+        times: Limit of a whole update, as a multiple of the median.
+    """
+    trained = {t.name for t in architecture.trainable}
+    scaled = trained | {WHOLE}
+    updates = {d: {n: v / reach[d] if n in scaled else v for n, v in u.items()} for d, u in updates.items()}
+    rejected = _rejected(updates, times, float(remembered[WHOLE][0]) if WHOLE in remembered else 0.0)
+    kept = {device: found for device, found in updates.items() if device not in rejected}
+    typical, reference = {}, {}
+    for name in sorted({name for found in updates.values() for name in found} | {WHOLE}):
+        before, scale = map(float, remembered.get(name, (0.0, _scale(name, trained, model))))
+        most, fall, floor = (scale, _FALL, before) if name in scaled else (math.inf, _GROWTH, 0.0)
+        moved = _moved(name, updates)
+        reference[name] = np.array([_renewed(before, moved, scale * _LEAST, most, fall), scale])
+        usual = _typical(before, _moved(name, kept), majority=len(moved) >= _MAJORITY)
+        typical[name] = min(max(usual, floor), most)
+    limits = {n: times * TENSOR * max(v, typical[WHOLE]) for n, v in typical.items()} | {WHOLE: times * typical[WHOLE]}
+    shares, reasons = {}, {}
+    for device, found in sorted(kept.items()):
+        whole = _share(found[WHOLE], limits[WHOLE])
+        mine = {n: _share(v, limits[n]) for n, v in found.items() if n != WHOLE}
+        mine = {n: min(s, whole) if n in trained else s for n, s in mine.items()}
+        least = min(mine, key=lambda n: mine[n], default=WHOLE)
+        shares[device] = {n: s for n, s in mine.items() if s < 1}
+        if least and mine[least] < (_NOTED if least in trained else _NOTED_STATISTICS):
+            name = WHOLE if least in trained and mine[least] == whole else least
+            part = f"tensor {name}: " if name else ""
+            how = _far(found[name], typical[name])
+            reasons[device] = f"its update stands out: {part}{how}; {mine[least]:.2g} of that counted"
+    return Bounds(rejected, shares, reasons, {**remembered, **reference})
+
+
+def shortened(report: Report, shares: Mapping[str, float]) -> Report:
+    """An update with only a share of each tensor's change; tensors without a share stay bit for bit the same."""
+    tensors = dict(report.trained.tensors)
+    for name in shares.keys() & tensors.keys():
+        before = report.sent.tensors[name].astype(np.float64)
+        tensors[name] = (before + shares[name] * (tensors[name] - before)).astype(np.float32)
+    return replace(report, trained=Submodel(report.trained.selection, tensors, report.trained.mask))
+
+
+def capped(samples: Mapping[str, int], times: float, most: int = 0) -> dict[str, int]:
+    """Weights of devices: their samples, up to `times` the median and up to `most` (0 for no limit)."""
+    limit = weight_limit(samples.values(), times, most)
+    return {name: min(count, limit) for name, count in samples.items()}
+
+
+def weight_limit(samples: Iterable[int], times: float, most: int = 0) -> int:
+    """Largest weight of a device; arguments as for `capped`."""
+    known = sorted(samples)
+    limit = most or 2**62
+    if times and len(known) >= _MAJORITY:
+        limit = min(limit, math.ceil(times * max(1, statistics.median_low(known))))
+    return limit
+
+
+def _rejected(updates: Mapping[str, Lengths], times: float, reference: float) -> dict[str, str]:
+    """Reasons by device whose update is too long to count; fewer than half of the updates, as the median is one."""
+    moved = _moved(WHOLE, updates)
+    if len(moved) < _MAJORITY:
+        return {}
+    middle = max(statistics.median_high(moved), reference)
+    far = {device: found[WHOLE] for device, found in updates.items() if found[WHOLE] > REJECTED * times * middle}
+    return {device: f"its update stands out: {_far(length, middle)}" for device, length in far.items()}
+
+
+def _moved(name: str, updates: Mapping[str, Lengths]) -> list[float]:
+    """Lengths of a tensor's changes, sorted, without those that are 0."""
+    return sorted(found[name] for found in updates.values() if found.get(name))
+
+
+def _typical(before: float, moved: Sequence[float], *, majority: bool) -> float:
+    """The length of which limits are multiples."""
+    if not moved:
+        return before
+    if not majority:
+        return before or moved[-1]
+    middle = statistics.median_low(moved)
+    return min(middle, _GROWTH * before) if before else middle
+
+
+def _renewed(before: float, moved: Sequence[float], least: float, most: float, fall: float) -> float:
+    """The next reference; 0 as long as no update has changed the tensor."""
+    if not moved:
+        return before
+    low, high = (statistics.median_low(moved),) * 2 if len(moved) >= _MAJORITY else (moved[0], moved[-1])
+    after = min(max(before or low, low), high)
+    if before:
+        after = min(max(after, before / fall), before * _GROWTH)
+    return min(max(after, least), most)
+
+
+def _far(length: float, usual: float) -> str:
+    over = length / usual if usual > 0 else math.inf
+    return f"it moved {over:.3g} times as far as is usual for its number of steps"
+
+
+def _scale(name: str, trained: Collection[str], model: Tensors) -> float:
+    if name == WHOLE:
+        return max((_scale(n, trained, model) for n in trained), default=1.0)
+    flat = model[name].astype(np.float64).reshape(-1)
+    return max(1.0, _rounded(math.sqrt(float(np.dot(flat, flat)) / max(1, flat.size))))
+
+
+def _share(length: float, limit: float) -> float:
+    return 1.0 if length <= limit else limit / length
+
+
+def _rounded(length: float) -> float:
+    return float(f"{length:.{_DIGITS}g}")
+
+
+@dataclass(frozen=True)
+class RoundUpdate:
+    """One update of a round, and how it is read.
+
+    Attributes:
+        device: The client's name.
+        key: Identifies the content: updates of equal keys are equal bit for bit.
+        weight: What it counts for.
+        steps: Optimiser steps behind it.
+        samples: Training samples that the client reports.
+        read: Reads and decodes it; all is checked that doesn't depend on the round's sums.
+        shares: By tensor the share of its change that counts, where that is less than all of it.
+        checked: It is in memory and has passed `Round.check`; it isn't checked again.
+    """
+
+    device: str
+    key: Hashable
+    weight: int
+    steps: int
+    samples: int
+    read: Callable[[], Report] = field(compare=False)
+    shares: Mapping[str, float] = field(default_factory=dict)
+    checked: bool = field(default=False, compare=False)
+
+    def report(self) -> Report:
+        """Read it, as far as it counts."""
+        report = replace(self.read(), weight=self.weight)
+        return shortened(report, self.shares) if self.shares else report
+
 
 _LOG = logging.getLogger(__name__)
 

@@ -14,12 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.fold import Fold
-from fedprune.aggregation.partial_sums import PartialSums
+from fedprune.aggregation.update_sums import PartialSums
 from fedprune.core.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.core.text import one_line
 from fedprune.model.selection import Tensors
-from fedprune.rounds.limits import LimitedUpdates, UpdateLimits
-from fedprune.rounds.update import RoundUpdate
+from fedprune.rounds.limits import LimitedUpdates, RoundUpdate, UpdateLimits
 from fedprune.strategies.roles import Memories, Report, Scene, Submodel
 from fedprune.strategies.strategy import Strategy
 

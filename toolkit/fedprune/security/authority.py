@@ -5,8 +5,8 @@ A folder holds it:
     authority.key    its ECDSA key, mode 0600
     authority.pem    its own certificate, which boards and brokers trust
     authority.key.new    its successor's key, while that one replaces it; authority.pem then has both certificates
-    register.jsonl   every certificate that was issued, and every one revoked (`fedprune.security.issuance_log`)
-    crl.pem          the list of revoked certificates that a broker loads (`fedprune.security.revocation_list`)
+    register.jsonl   every certificate that was issued, and every one revoked (`fedprune.security.register`)
+    crl.pem          the list of revoked certificates that a broker loads (`fedprune.security.register`)
 
 A rotation replaces the authority. From its begin to its end both are trusted: the old one still signs answers to
 requests to join and brokers' certificates, since boards may know no other; the new one issues the certificates that
@@ -54,10 +54,9 @@ from fedprune.security.certificates import (
     save_tls_key,
     seconds_of,
 )
-from fedprune.security.issuance_log import Register
 from fedprune.security.private_file import give_to_owner_of, write_public
-from fedprune.security.revocation_list import RevocationList
-from fedprune.security.trusted_time import BUILT
+from fedprune.security.register import Register, RevocationList
+from fedprune.security.tls import BUILT
 from fedprune.wire.topics import check_device, check_name
 
 NEW_KEY = "authority.key.new"

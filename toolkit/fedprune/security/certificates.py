@@ -20,9 +20,11 @@ from cryptography.x509.oid import NameOID
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError, ProtocolError, shown
-from fedprune.security.join_token import PIN
 from fedprune.security.private_file import read_private, write_private
-from fedprune.wire.join_messages import MAX_AUTHORITIES
+from fedprune.wire.fleet_messages import MAX_AUTHORITIES
+
+PIN = 12
+"""Bytes of an authority's pin: with 96 bits a second authority with the same one can't be made."""
 
 MAX_PEM = 8192
 """Limit of a certificate's or request's bytes."""

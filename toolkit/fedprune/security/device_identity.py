@@ -40,17 +40,14 @@ from fedprune.security.certificates import (
     save_tls_key,
     seconds_of,
 )
-from fedprune.security.envelope import MAX_NUMBER
-from fedprune.security.epoch import EpochFile
-from fedprune.security.join_token import Claim
-from fedprune.security.joining import Admission, check_answer
+from fedprune.security.joining import Admission, Claim, check_answer
 from fedprune.security.joining import make_request as make_join_request
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune.security.private_file import write_public
+from fedprune.security.signed_channel import MAX_NUMBER, EpochFile
 from fedprune.security.succession import SUCCESSIONS, Succession
-from fedprune.security.tls import PinnedContext, pinned_context
-from fedprune.security.trusted_time import TrustedTime
-from fedprune.wire.join_messages import JoinAnswer, JoinRequest
+from fedprune.security.tls import PinnedContext, TrustedTime, pinned_context
+from fedprune.wire.fleet_messages import JoinAnswer, JoinRequest
 from fedprune.wire.messages import parse
 
 _SIGNING, _EPOCH, _REQUEST, _NEW_KEY = "signing.key", "epoch", "request.json", "tls.key.new"

@@ -1,8 +1,9 @@
-"""Ed25519 keys (RFC 8032): what server and devices sign their messages with."""
+"""Ed25519 keys (RFC 8032), with which server and devices sign, and an unambiguous encoding of values to be signed."""
 
 from __future__ import annotations
 
 import hashlib
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,3 +112,20 @@ class SigningKey:
 def grouped(digits: str) -> str:
     """Hex digits in groups of four, for people."""
     return "-".join(digits[i : i + 4] for i in range(0, len(digits), 4))
+
+
+def transcript(domain: str, *parts: str | bytes | int | None) -> bytes:
+    """The values, each with its kind and length, after a domain that separates purposes: different values give
+    different bytes."""
+    rows = [domain.encode() + b"\0"]
+    for part in parts:
+        if part is None:
+            kind, raw = b"-", b""
+        elif isinstance(part, bytes):
+            kind, raw = b"b", part
+        elif isinstance(part, int):
+            kind, raw = b"n", str(part).encode()
+        else:
+            kind, raw = b"t", part.encode()
+        rows.append(kind + struct.pack("<I", len(raw)) + raw)
+    return b"".join(rows)

@@ -1,22 +1,304 @@
-"""Both ends of signed messages: a `Sealer` for what is sent, an `Opener` for what comes from one sender.
+"""Signed messages: envelopes, the sender's epochs, and protection against replays.
 
 sealer = Sealer(key, epochs)
 link.publish(topic, sealer.seal(topic, message.to_bytes()))
 
 opener = Opener(server_key, floors, begun)
 message = parse(opener.open(topic, payload))
+
+An envelope is a header of 92 bytes, then the message (`fedprune.wire.messages`). Numbers are little-endian.
+
+| offset | bytes | |
+|-------:|------:|---|
+|      0 |     3 | `FPS` |
+|      3 |     1 | version, 1 |
+|      4 |     8 | beginning of the sha256 of the sender's verifying key |
+|     12 |     8 | epoch |
+|     20 |     8 | counter |
+|     28 |    64 | Ed25519 signature |
+
+The signed bytes begin with a domain that no other signature of fedprune has, and contain the topic, so that a message
+is invalid on another topic, hence for another device, and outside of MQTT.
+
+A sender's epoch is a number that was on its disk before it was first used, larger than all earlier ones; within an
+epoch its counter grows by one per message. A receiver accepts each pair once, in any order as long as a message is not
+overtaken by 1,024 later ones.
+
+- A sender that restarts begins a new epoch, so that it never repeats a number.
+- A receiver stores each epoch before it acts on its first message. After a restart it begins with
+  `Window.after(epoch)`: every message of that epoch and of earlier ones is rejected, since it no longer knows which
+  have come. The sender therefore begins a new epoch when it learns that the receiver restarted: a device at every
+  `hello` of a server, a server at every `birth` of a device. Both are sent in epochs of their own, which are new to the
+  other side. After a `StaleEpochError` a receiver whose `hello` or `birth` got lost repeats it.
 """
 
 from __future__ import annotations
 
+import json
+import struct
 import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from fedprune.core.errors import ReplayError, StaleEpochError, TwoSignersError
-from fedprune.security.envelope import seal, unseal
-from fedprune.security.epoch import EpochFile
-from fedprune.security.keys import SigningKey, VerifyingKey
-from fedprune.security.replay_protection import Window
+from fedprune.core.atomic_file import write_whole
+from fedprune.core.errors import (
+    ProtocolError,
+    ReplayError,
+    SignatureError,
+    StaleEpochError,
+    StorageError,
+    TwoSignersError,
+    remedy,
+)
+from fedprune.core.validation import is_whole
+from fedprune.security.keys import SIGNATURE, SigningKey, VerifyingKey, grouped
+from fedprune.wire.fields import MAX_MESSAGE
+
+MAGIC = b"FPS"
+VERSION = 1
+MAX_NUMBER = 2**63 - 1
+"""Limit of epochs and counters, which fit into the integers of any database."""
+
+MAX_TOPIC = 1024
+"""Bytes of a topic that can be signed; ours have at most 270."""
+
+_DOMAIN = b"fedprune signed message 1\0"
+_HEADER = struct.Struct("<3sB8sQQ")
+
+HEADER = _HEADER.size + SIGNATURE
+"""Bytes before the message."""
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A received message in its envelope, which is not authentic before `verify`; `key_id` is the key that the sender
+    claims to have."""
+
+    key_id: bytes
+    epoch: int
+    counter: int
+    signature: bytes
+    body: bytes
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Envelope:
+        """Parse an envelope without verifying it. Raises `SignatureError` if the message has no envelope, and
+        `ProtocolError` if it is of another version, or too long."""
+        if len(raw) > HEADER + MAX_MESSAGE:
+            raise ProtocolError(
+                "signed message is too long", expected=f"at most {HEADER + MAX_MESSAGE} bytes", got=len(raw)
+            )
+        if len(raw) < HEADER or raw[:3] != MAGIC:
+            raise SignatureError(
+                "the message is not signed",
+                expected=f"{MAGIC.decode()} and a header of {HEADER} bytes",
+                got=f"{len(raw)} bytes",
+                hint="Its sender has no identity, or an older fedprune.",
+            )
+        _, version, key_id, epoch, counter = _HEADER.unpack_from(raw)
+        if version != VERSION:
+            raise ProtocolError("version of a signed message", expected=VERSION, got=version)
+        _check_number("epoch", epoch)
+        _check_number("counter", counter)
+        return cls(key_id, epoch, counter, bytes(raw[_HEADER.size : HEADER]), bytes(raw[HEADER:]))
+
+    def verify(self, key: VerifyingKey, topic: str) -> bytes:
+        """The message, if `key` has signed it for `topic`. Raises `SignatureError` if another key is named, or the
+        signature is invalid."""
+        if self.key_id != key.id:
+            raise SignatureError(
+                "the message is signed by another key",
+                expected=grouped(key.id.hex()),
+                got=grouped(self.key_id.hex()),
+                hint="Was the sender set up again? Then let it join again, or approve its new key.",
+            )
+        key.verify(self.signature, _signed(self.key_id, topic, self.epoch, self.counter, self.body))
+        return self.body
+
+
+def seal(key: SigningKey, topic: str, epoch: int, counter: int, body: bytes) -> bytes:
+    """Put a message into its envelope.
+
+    Args:
+        topic: Where it will be published.
+        epoch: A number that was on the sender's disk before it was first used.
+        counter: Larger than those of earlier messages of this epoch and stream.
+    """
+    if len(body) > MAX_MESSAGE:
+        raise ProtocolError("message is too long to be signed", expected=f"at most {MAX_MESSAGE} bytes", got=len(body))
+    _check_number("epoch", epoch)
+    _check_number("counter", counter)
+    key_id = key.verifying.id
+    header = _HEADER.pack(MAGIC, VERSION, key_id, epoch, counter)
+    return header + key.sign(_signed(key_id, topic, epoch, counter, body)) + body
+
+
+def unseal(key: VerifyingKey, topic: str, raw: bytes) -> Envelope:
+    """Parse and verify an envelope that came on a topic from the owner of a key; replays are not detected here.
+
+    Raises `SignatureError` if it is not signed, by another key, for another topic, or changed, and `ProtocolError` as
+    `Envelope.parse`.
+    """
+    envelope = Envelope.parse(raw)
+    envelope.verify(key, topic)
+    return envelope
+
+
+def _signed(key_id: bytes, topic: str, epoch: int, counter: int, body: bytes) -> bytes:
+    """The signed bytes; every part before the last has a fixed length or a length prefix."""
+    where = topic.encode()
+    if len(where) > MAX_TOPIC:
+        raise ProtocolError("topic of a signed message", expected=f"at most {MAX_TOPIC} bytes", got=len(where))
+    header = _HEADER.pack(MAGIC, VERSION, key_id, epoch, counter)
+    return _DOMAIN + header + struct.pack("<H", len(where)) + where + body
+
+
+def _check_number(what: str, value: int) -> None:
+    if not 0 <= value <= MAX_NUMBER:
+        raise ProtocolError(f"{what} of a signed message", expected=f"0 to {MAX_NUMBER}", got=value)
+
+
+WINDOW = 1024
+"""Later messages that may overtake one."""
+
+
+class Window:
+    """The numbers of one sender that have come.
+
+    Args:
+        epoch: The current epoch; none before the first message.
+        top: Highest counter that has come in it.
+        seen: A bit for each of the `WINDOW` counters up to `top`; the lowest bit is `top` itself.
+        closed: Whether the whole epoch is over.
+    """
+
+    def __init__(self, epoch: int = -1, top: int = -1, seen: int = 0, *, closed: bool = True) -> None:
+        self.epoch = epoch
+        self._top = top
+        self._seen = seen
+        self._closed = closed
+
+    @property
+    def top(self) -> int:
+        """Highest counter that has come in the current epoch; -1 for none."""
+        return self._top
+
+    @classmethod
+    def after(cls, epoch: int) -> Window:
+        """The window of a receiver that has restarted and knows only the latest epoch: it accepts later ones."""
+        return cls(epoch)
+
+    def check(self, epoch: int, counter: int) -> None:
+        """Check a message's numbers without recording them. Raises `StaleEpochError` if its epoch is over, and
+        `ReplayError` if it has come before, or too many later ones have come first."""
+        if epoch < self.epoch or (epoch == self.epoch and self._closed):
+            raise StaleEpochError(
+                "a signed message is of an epoch that is over",
+                expected=f"a later one than {self.epoch}" if self._closed else f"{self.epoch} or later",
+                got=epoch,
+                hint="It is a repetition, or its sender doesn't know yet that this side has restarted.",
+            )
+        if epoch > self.epoch:
+            return
+        behind = self._top - counter
+        if behind >= WINDOW:
+            raise ReplayError(
+                "a signed message is too old", expected=f"a number above {self._top - WINDOW}", got=counter
+            )
+        if behind >= 0 and self._seen >> behind & 1:
+            raise ReplayError("a signed message has come before", got=f"number {counter} of epoch {epoch}")
+
+    def accept(self, epoch: int, counter: int) -> bool:
+        """Record the numbers of a message with a valid signature; returns whether an epoch begins with it. Raises as
+        `check`."""
+        self.check(epoch, counter)
+        begins = epoch > self.epoch
+        if begins:
+            self.epoch, self._top, self._seen, self._closed = epoch, counter, 1, False
+        elif counter > self._top:
+            ahead = counter - self._top
+            # A jump beyond the window leaves nothing of it; shifting by 2^60 bits would leave nothing of the memory.
+            self._seen = (self._seen << ahead | 1) & (1 << WINDOW) - 1 if ahead < WINDOW else 1
+            self._top = counter
+        else:
+            self._seen |= 1 << self._top - counter
+        return begins
+
+
+_LAST_TIME = 2**53
+"""Limit of milliseconds from the clock: a wrong one must not use up the numbers."""
+
+_BLOCK = 256
+"""Epochs that are written at once, so that a connecting fleet doesn't make its server wait for the disk each time."""
+
+_AHEAD = 2**16
+"""Epochs by which a sender is never ahead of its clock: no sender begins that many within a minute."""
+
+
+class EpochFile:
+    """The file of a sender's epochs, next to its signing key.
+
+    They are written in blocks before the first of a block is used; a restart skips the rest of a block. A block begins
+    at the time in milliseconds where that is larger than the last one's end, so that a sender whose disk was reset to
+    an old copy is accepted again; a clock at 1970 does no harm. Raises `StorageError` if the file is damaged.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._written = self._latest = _read(path)
+
+    @staticmethod
+    def make(path: Path) -> None:
+        """Write a file without used epochs, so that a file that is missing later is known to be lost."""
+        write_whole(path, json.dumps({"v": 1, "epoch": 0}).encode())
+
+    def next(self) -> int:
+        """A new epoch; none is used up if the disk is full."""
+        if self._latest == self._written:
+            begin = max(self._written + 1, int(min(1000 * self._clock(), _LAST_TIME)))
+            end = begin + _BLOCK - 1
+            write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
+            self._latest, self._written = begin - 1, end
+        self._latest += 1
+        return self._latest
+
+    def leap(self) -> None:
+        """Begin a new block: the receiver knows a later epoch, perhaps of a copy of this disk."""
+        self._latest = self._written
+
+    @property
+    def written(self) -> int:
+        """The last written epoch; no later one was used."""
+        return self._written
+
+    def pass_over(self, used: int = 0) -> None:
+        """Skip all epochs that another holder of the key may have used: `used`, and some ahead of the clock."""
+        end = max(self._written, used, int(min(1000 * self._clock(), _LAST_TIME))) + _AHEAD
+        write_whole(self._path, json.dumps({"v": 1, "epoch": end}).encode())
+        self._latest = self._written = end
+
+
+def _read(path: Path) -> int:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    try:
+        epoch = json.loads(raw)["epoch"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        epoch = None
+    if not is_whole(epoch, 0, MAX_NUMBER - 1):
+        raise StorageError(
+            f"{path} is damaged",
+            hint="Delete it if the clock of this machine is right; the next epoch is then the time.",
+        )
+    return epoch
+
 
 _LEVELS = 4
 """Levels of a topic up to the device: fedprune/1/{site}/{device}."""

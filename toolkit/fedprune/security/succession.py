@@ -15,8 +15,7 @@ from typing import TypeVar
 from fedprune.core.atomic_file import move
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import IdentityError, ProtocolError, StorageError, remedy
-from fedprune.security.canonical_encoding import transcript
-from fedprune.security.keys import KEY, SIGNATURE, SigningKey, VerifyingKey
+from fedprune.security.keys import KEY, SIGNATURE, SigningKey, VerifyingKey, transcript
 from fedprune.wire.messages import MAX_SUCCESSIONS
 
 LENGTH = 2 * (2 * KEY + SIGNATURE)

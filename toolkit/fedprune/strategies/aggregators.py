@@ -11,10 +11,9 @@ import numpy.typing as npt
 
 from fedprune.aggregation.compiled_kernels import load
 from fedprune.aggregation.fold import Fold, Rule
-from fedprune.model.classifier_head import head_axes
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.model.trainable import matching
+from fedprune.model.trainable import head_axes, matching
 from fedprune.strategies.roles import Aggregator, Closing, Report, Scene, Submodel
 
 VELOCITY = "velocity"

@@ -28,7 +28,7 @@ from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.user_strategies import own_strategy
 from fedprune.updates.codecs import PLAIN
-from fedprune.updates.privacy_settings import LOCAL, SHARED
+from fedprune.updates.privacy import LOCAL, SHARED
 
 ROBUST = "robust"
 """The option that goes with every strategy."""

@@ -159,8 +159,8 @@ class Report:
         steps: Optimiser steps behind it.
         read_sent: Reads the submodel that it was sent.
         squares: Squared gradients of the last step by tensor, where the recipe asks for them; in the submodel's
-            coordinates, finite and not negative (`fedprune.aggregation.checks.check_squares`). A device may leave some
-            out.
+            coordinates, finite and not negative (`fedprune.aggregation.client_update.check_squares`). A device may
+            leave some out.
     """
 
     cut: Cut

@@ -26,7 +26,7 @@ from fedprune.core.errors import (
     meant,
     reason,
 )
-from fedprune.core.user_modules import own_module
+from fedprune.core.imports import own_module
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.strategies.allocation import Allocator

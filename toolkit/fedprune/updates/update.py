@@ -26,7 +26,7 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.core.errors import ProtocolError, shown
 from fedprune.model import step_contract
-from fedprune.updates import packing, sparse_indices
+from fedprune.updates import packing
 from fedprune.updates.codecs import Codec
 
 Array = npt.NDArray[Any]
@@ -151,7 +151,7 @@ def _largest(codec: Codec, name: str, shape: Shape, coded: bool) -> Iterator[tup
         yield name + _CODES, "I8", (_count(codec, size),) if kept else shape
         yield name + _SCALES, "F32", (_scales(codec, shape),)
         if kept:
-            yield name + _BITMAP, "U8", (sparse_indices.bitmap_bytes(size),)
+            yield name + _BITMAP, "U8", (packing.bitmap_bytes(size),)
 
 
 def _names(codec: Codec, name: str, start: Array, trained: Collection[str]) -> set[str]:
@@ -185,9 +185,9 @@ def _coded(codec: Codec, name: str, difference: Float32) -> Parts:
         codes, scales = _quantised(difference.reshape(rows, -1))
         return {name + _CODES: codes.reshape(difference.shape), name + _SCALES: scales}
     flat = difference.reshape(-1)
-    kept = sparse_indices.largest(flat, _count(codec, flat.size))
+    kept = packing.largest(flat, _count(codec, flat.size))
     codes, scales = _quantised(flat[kept][None])
-    gaps, bitmap = sparse_indices.to_gaps(kept), sparse_indices.to_bitmap(kept, flat.size)
+    gaps, bitmap = packing.to_gaps(kept), packing.to_bitmap(kept, flat.size)
     where = {name + _GAPS: gaps} if gaps.size < bitmap.size else {name + _BITMAP: bitmap}
     return {name + _CODES: codes[0], name + _SCALES: scales, **where}
 
@@ -231,9 +231,9 @@ def _places(name: str, parts: Mapping[str, Array], count: int, size: int) -> npt
     if (gaps in parts) == (bitmap in parts):
         raise ProtocolError(f"indices of {shown(name)} in an update", expected="gaps or a bitmap", got="both or none")
     if bitmap in parts:
-        found = _part(parts, bitmap, np.uint8, (sparse_indices.bitmap_bytes(size),))
-        return sparse_indices.from_bitmap(found, count, size, f"{shown(name)} in an update")
-    return sparse_indices.from_gaps(_part(parts, gaps, np.uint8, None), count, size, f"{shown(name)} in an update")
+        found = _part(parts, bitmap, np.uint8, (packing.bitmap_bytes(size),))
+        return packing.from_bitmap(found, count, size, f"{shown(name)} in an update")
+    return packing.from_gaps(_part(parts, gaps, np.uint8, None), count, size, f"{shown(name)} in an update")
 
 
 def _part(parts: Mapping[str, Array], name: str, kind: type[Any], shape: Shape | None) -> Array:

@@ -1,26 +1,27 @@
-"""Types of message fields: each checks what JSON gave, and describes what it accepts as JSON Schema (draft 2020-12).
+"""Messages between processes: fields that are declared once, and one canonical form in bytes.
 
-A message declares its fields with them: `session: Count`, `reason: Annotated[str, text(4096)]`. `bool`, `X | None`,
-`Annotated[tuple[X, ...], Items(64, "names")]`, `Annotated[dict[K, X], Items(8, "blobs")]` and a `TypedDict`, all of
-whose keys are required, need no more than that. A schema may accept more than its check where JSON Schema has no word
-for the difference, never less.
+A message declares its fields with types that check what JSON gave, and describe it as JSON Schema (draft 2020-12):
+`session: Count`, `reason: Annotated[str, text(4096)]`. `bool`, `X | None`, `Annotated[tuple[X, ...], Items(64,
+"names")]`, `Annotated[dict[K, X], Items(8, "blobs")]` and a `TypedDict`, all of whose keys are required, need no more
+than that. A schema may accept more than its check where JSON Schema has no word for the difference, never less.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 from fedprune.blobs.blob_ref import MAX_BLOB, BlobRef
 from fedprune.core import validation
-from fedprune.core.errors import ProtocolError, shown
+from fedprune.core.errors import ProtocolError, UnknownMessageError, shown
 from fedprune.core.validation import MAX_INT
-from fedprune.wire.blob_url import MAX_URL, URL_PATTERN, BlobUrl
 from fedprune.wire.topics import check_device, check_job, check_name, check_tag
+from fedprune.wire.urls import MAX_URL, URL_PATTERN, BlobUrl
 
 Schema = dict[str, Any]
 
@@ -283,3 +284,99 @@ WebAddress = Annotated[
         {"type": "string", "maxLength": MAX_URL, "pattern": URL_PATTERN},
     ),
 ]
+
+
+VERSION = 1
+MAX_MESSAGE = 256 * 1024
+"""Bytes that no message may exceed."""
+
+_NEWER = "newer"
+_FIELD_TYPES: dict[type[Any], Mapping[str, FieldType]] = {}
+
+
+@dataclass(frozen=True)
+class CheckedMessage:
+    """A message whose fields are checked when it is made, by the types that annotate them (`fedprune.wire.fields`). Its
+    type on the wire is `kind`."""
+
+    kind: ClassVar[str]
+
+    def __init_subclass__(cls, *, kind: str) -> None:
+        cls.kind = kind
+
+    def __post_init__(self) -> None:
+        for name, declared in field_types(type(self)).items():
+            object.__setattr__(self, name, declared.check(f"{self.kind}: field {name}", getattr(self, name)))
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON in UTF-8. Raises `ProtocolError` if it is longer than a message may be."""
+        body: dict[str, Any] = {"v": VERSION, "type": self.kind}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is not None or not f.metadata.get(_NEWER):
+                body[f.name] = value
+        raw = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False, default=BlobRef.to_dict).encode()
+        if len(raw) > MAX_MESSAGE:
+            raise ProtocolError(
+                f"{self.kind}: message is too long", expected=f"at most {MAX_MESSAGE} bytes", got=len(raw)
+            )
+        return raw
+
+
+def newer(*, compare: bool = True) -> Any:
+    """A field that older peers don't know: None by default, and then left out of the JSON."""
+    return field(default=None, compare=compare, metadata={_NEWER: True})
+
+
+def field_types(cls: type[CheckedMessage]) -> Mapping[str, FieldType]:
+    """The type of each field of a message, by name and in order."""
+    if cls not in _FIELD_TYPES:
+        hints = get_type_hints(cls, include_extras=True)
+        _FIELD_TYPES[cls] = {f.name: field_type(hints[f.name]) for f in fields(cls)}
+    return _FIELD_TYPES[cls]
+
+
+def required_fields(cls: type[CheckedMessage]) -> list[str]:
+    """Names of the fields without a default."""
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def read_checked(raw: bytes, what: str, types: Mapping[str, type[Any]]) -> Any:
+    """Read the JSON of a message, and check it by its type; keys that it doesn't know are ignored.
+
+    Args:
+        raw: The JSON; the caller has limited its length.
+        types: Classes of messages, by the type that they have on the wire.
+
+    Raises:
+        UnknownMessageError: It is of an unknown version or type.
+        ProtocolError: It is not JSON, or a field is missing or wrong; the error names the field.
+    """
+    try:
+        body = json.loads(raw, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ProtocolError(f"{what} is nested too deeply") from error
+    except ValueError as error:
+        raise ProtocolError(f"{what} is not JSON", got=shown(bytes(raw))) from error
+    if not isinstance(body, dict):
+        raise ProtocolError(what, expected="a JSON object", got=shown(body))
+    version = body.get("v")
+    if version != VERSION or isinstance(version, bool):
+        raise UnknownMessageError(
+            f"version of a {what}",
+            expected=VERSION,
+            got=shown(version),
+            hint="Run the same major version of fedprune on server and devices.",
+        )
+    kind = body.get("type")
+    cls = types.get(kind) if isinstance(kind, str) else None
+    if cls is None:
+        raise UnknownMessageError(f"type of a {what}", expected=", ".join(types), got=shown(kind))
+    for name in required_fields(cls):
+        if name not in body:
+            raise ProtocolError(f"{kind}: field {name}", expected="a value", got="nothing")
+    return cls(**{name: body[name] for name in field_types(cls) if name in body})
+
+
+def _refuse_constant(word: str) -> float:
+    raise ValueError(word)

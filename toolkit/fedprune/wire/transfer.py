@@ -8,8 +8,11 @@ arrive twice, late or in any order; each leaf is verified on arrival.
 
 from __future__ import annotations
 
+import random
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 from fedprune.blobs.blob_ref import DIGEST, LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
@@ -17,7 +20,64 @@ from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit, leaves_per_chunk, read_chunks
 from fedprune.wire.messages import MAX_REQUEST, BlobNotFound, BlobRequest
-from fedprune.wire.response_time import MAX_PATIENCE, ResponseTime
+
+_REMEMBERED = 4096
+
+
+def with_request_id(request: BlobRequest) -> BlobRequest:
+    """The request with a new random number."""
+    return replace(request, number=random.getrandbits(31))  # nosec B311  # no secret
+
+
+class SeenRequests:
+    """The random numbers of the latest blob requests: a sender may forget them, and requests may overtake births."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
+
+    def is_duplicate(self, device: str, request: BlobRequest) -> bool:
+        """Whether this very request has come from the device before; one without a number never has."""
+        if request.number is None:
+            return False
+        key = device, request.number
+        if key in self._seen:
+            return True
+        self._seen[key] = None
+        if len(self._seen) > _REMEMBERED:
+            self._seen.popitem(last=False)
+        return False
+
+
+MAX_PATIENCE = 120.0
+
+_DECAY = 0.95
+_ROUND_TRIPS = 2.0
+"""Response time in units of the time for connecting, until the first response: pieces of blobs are longer than the
+packets of a connection, and wait behind each other."""
+
+
+class ResponseTime:
+    """A decaying maximum of response times in seconds (`slowest`), shared by all transfers from one peer."""
+
+    def __init__(self) -> None:
+        self.slowest = 0.0
+
+    def connected(self, took: float) -> None:
+        """Connecting took this many seconds, which is two round trips."""
+        self.slowest = max(self.slowest, min(_ROUND_TRIPS * took, MAX_PATIENCE))
+
+    def told(self, slowest: float) -> None:
+        """The peer has measured this response time."""
+        self.slowest = max(self.slowest, min(slowest, MAX_PATIENCE))
+
+    def came(self, took: float) -> None:
+        """A request that was sent once was answered after this many seconds."""
+        self.slowest = max(_DECAY * self.slowest, took)
+
+    def patience(self, least: float) -> float:
+        """Seconds, at least `least`, after which a request or its answer was very likely lost."""
+        return min(max(least, 2 * self.slowest), max(MAX_PATIENCE, least))
+
 
 CHUNK_LEAVES = leaves_per_chunk(MAX_PACKET)
 """Leaves of a request at least."""

@@ -23,8 +23,8 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.profile import HardwareProfile
-from fedprune.updates.gaussian_noise import GaussianNoise
-from fedprune.wire.offer import Offer
+from fedprune.updates.privacy import GaussianNoise
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_device.serving.model_slots import ModelSlots

@@ -24,8 +24,8 @@ from fedprune.core.errors import FedpruneError, ProtocolError
 from fedprune.core.text import one_line
 from fedprune.security.tls import pinned_context
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.mqtt.link import Link
-from fedprune.wire.rejected_messages import RejectedMessageLog
+from fedprune.wire.link import Link
+from fedprune.wire.messages import RejectedMessageLog
 from fedprune.wire.topics import Topics
 from fedprune_server.process.children import begin_helper, replies_to_parent
 from fedprune_server.transfer.upload_workers.messages import (

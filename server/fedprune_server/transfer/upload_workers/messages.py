@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO, get_args
 
 from fedprune.core.errors import ProtocolError
-from fedprune.wire.checked_message import CheckedMessage
 from fedprune.wire.fields import (
     Attempt,
     Blob,
+    CheckedMessage,
     Count,
     Device,
     Digest,

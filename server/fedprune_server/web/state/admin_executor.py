@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedprune.core.errors import FedpruneError, ProtocolError, ReleaseError, reason
 from fedprune.releases.release import MANIFEST, Release
-from fedprune.wire.release_messages import MAX_MANIFEST
+from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune.wire.topics import check_name
 from fedprune_server.enrollment.approval import approve, deny, revoke
 from fedprune_server.enrollment.pki import IdentityFolder

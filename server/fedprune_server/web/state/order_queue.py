@@ -14,8 +14,7 @@ from typing import Annotated, Any, NamedTuple
 
 from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
-from fedprune.wire.checked_message import CheckedMessage
-from fedprune.wire.fields import Device, Items, Job, Name, choice, number, text, whole
+from fedprune.wire.fields import CheckedMessage, Device, Items, Job, Name, choice, number, text, whole
 from fedprune_server.web.auth.roles import LOOKS, NEEDED
 from fedprune_server.web.database import ConsoleDatabase
 

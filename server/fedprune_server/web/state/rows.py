@@ -10,7 +10,7 @@ from typing import Any
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_number
 from fedprune.jobs.state import Device, Progress, State, Task
-from fedprune.wire.release_messages import COMMITTED
+from fedprune.wire.fleet_messages import COMMITTED
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.web.state.records import FinishedRound
 from fedprune_server.web.state.surroundings import Member

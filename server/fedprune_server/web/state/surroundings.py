@@ -17,7 +17,7 @@ from fedprune.core.text import one_line
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate, RolloutPhase
 from fedprune.security.keys import VerifyingKey
-from fedprune.wire.release_messages import ReleaseOffer
+from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune_server.enrollment.store import APPROVED, WAITING, Device, IdentityStore
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 

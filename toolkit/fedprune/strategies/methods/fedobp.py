@@ -17,8 +17,8 @@ import numpy.typing as npt
 from fedprune.aggregation.fold import Fold
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
-from fedprune.model.classifier_head import head_axes
 from fedprune.model.selection import Tensors, mesh
+from fedprune.model.trainable import head_axes
 from fedprune.strategies.aggregators import same_coordinates
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.importance.element_ranking import quantile

@@ -9,8 +9,8 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
-from fedprune.model.classifier_head import HEAD
 from fedprune.model.recipe import Recipe
+from fedprune.model.trainable import HEAD
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.objectives import AsJob

@@ -5,7 +5,7 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - ranks that are settled before the first round and then stay: a submodel's channels are its own for good, so ordered
   dropout can make the ranking true, and a trained model is cut where it hurts least;
 - a nested start: in a model that was just made, as its normalisations tell, no channel listens to one that only wider
-  models have, so that what a width adds is silent until it has learnt (`fedprune.model.nested_init`);
+  models have, so that what a width adds is silent until it has learnt (`fedprune.model.nested_widths`);
 - a logit-adjusted loss, so that a device's missing classes don't pull on the model that all share (Menon et al. 2021,
   "Long-tail learning via logit adjustment", eq. 10, with the device's own label shares as prior);
 - ordered dropout over the fleet's densities, so that wide boards train the narrow models, too (FjORD, Horvath et al.
@@ -30,7 +30,7 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import SCORERS, Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture
-from fedprune.model.nested_init import just_made, nested
+from fedprune.model.nested_widths import just_made, nested
 from fedprune.model.recipe import LEAST_MIXUP, Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
@@ -85,7 +85,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Nested(Starter):
-    """A start at which what a width adds is silent: `fedprune.model.nested_init`.
+    """A start at which what a width adds is silent: `fedprune.model.nested_widths`.
 
     Attributes:
         densities: The widths that hold each other.

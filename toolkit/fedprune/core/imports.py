@@ -1,10 +1,12 @@
-"""Import of users' modules: strategies, torch factories and data functions."""
+"""Modules that are imported by name: a user's own, and a package's public ones when they are first used."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
 from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -31,3 +33,16 @@ def own_module(name: str) -> ModuleType:
                 del sys.modules[top]
                 raise
     return importlib.import_module(name)
+
+
+def lazy_attributes(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
+    """A package's `__getattr__` (PEP 562), from the module of each name."""
+
+    def load(name: str) -> object:
+        if name not in modules:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value: object = getattr(import_module(modules[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load

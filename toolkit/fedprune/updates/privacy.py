@@ -1,0 +1,292 @@
+"""Differential privacy of boards' updates: a job's settings, the noise, and what a number of releases cost.
+
+Neighbouring are two fleets of which one board has its samples in the one, and in the other none, so that it would hand
+back what it was sent: the board takes part in either. `docs/privacy.md` derives what is promised.
+
+With Δ = w_trained − w_received over all trained tensors that the board shares, it hands in
+
+    w_received + min(1, C/|Δ|)·Δ + s·z,   z ~ N(0, 1) per element,
+
+rounded to float32. C and s are the recipe's `update_clip` and `update_noise`. Batch-norm statistics, which are measured
+on the samples and have no bound, come back as they were received.
+
+Releases of noise multipliers z_1, z_2, ..., each chosen in the light of those before, cost as much as a single one of
+multiplier 1/μ with μ² = Σ 1/z² (Dong et al. 2019, Corollary 3.3), and that one's δ at an ε is
+
+    δ(ε) = Φ(μ/2 − ε/μ) − e^ε·Φ(−μ/2 − ε/μ)
+
+(Balle and Wang 2018, Theorem 8). Where the second part is too small for a float it is taken for 0, which never makes
+the cost too small. Nothing is taken off for devices that a round doesn't ask.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError, TrainingError
+from fedprune.model.recipe import Recipe
+from fedprune.model.selection import Tensors
+
+LOCAL = "local"
+SHARED = "shared"
+NOISES = (LOCAL, SHARED)
+
+WRITTEN = ("update_clip", "update_noise")
+"""Settings of a recipe that are written from these, never by people."""
+
+LEAST_NOISE = 0.01
+"""The least noise, in units of the clip: at that, one release costs an ε of thousands."""
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """Settings of a job's privacy, `[job.privacy]`.
+
+    Attributes:
+        clip: The most that a board's whole update may be long (L2 norm over all trained tensors that it shares); 0
+            turns privacy off.
+        noise_multiplier: σ, in units of `clip`.
+        noise: `local`: every board adds all of the noise, so that its own update is private, to the server as well.
+            `shared`: every board adds a part of it, so that the sum has the noise; the server is trusted.
+        boards: With `shared`, among how many boards the noise is shared out.
+        delta: δ of the promise.
+        epsilon_budget: The job ends before the round that would take a board beyond this ε; 0 for no end.
+    """
+
+    clip: float = 0.0
+    noise_multiplier: float = 0.0
+    noise: str = LOCAL
+    boards: int = 0
+    delta: float = 1e-5
+    epsilon_budget: float = 0.0
+
+    def __post_init__(self) -> None:
+        where = "job: privacy: "
+        validation.number(f"{where}clip", self.clip, 0, 1e6)
+        validation.number(f"{where}noise_multiplier", self.noise_multiplier, 0, 1e4)
+        if 0 < self.noise_multiplier < LEAST_NOISE:
+            expected = f"0, or {LEAST_NOISE} or more: less noise hides nothing"
+            raise ConfigError(f"{where}noise_multiplier", expected=expected, got=self.noise_multiplier)
+        validation.word(f"{where}noise", self.noise, NOISES)
+        validation.whole(f"{where}boards", self.boards, 0, 10**6)
+        validation.number(f"{where}delta", self.delta, 0, 1, above=True, below=True)
+        validation.number(f"{where}epsilon_budget", self.epsilon_budget, 0, 1e6)
+        if not self.clip and (self.noise_multiplier or self.epsilon_budget or self.boards):
+            raise ConfigError(f"{where}clip", expected="above 0 beside other settings of privacy", got=self.clip)
+        if self.epsilon_budget and not self.noise_multiplier:
+            raise ConfigError(
+                f"{where}epsilon_budget without noise_multiplier",
+                expected="noise_multiplier above 0",
+                got=self.noise_multiplier,
+                hint="Clipping alone promises nothing.",
+            )
+        if self.clip and (self.noise == SHARED) != (self.boards > 0):
+            raise ConfigError(
+                f"{where}boards with noise {self.noise!r}",
+                expected="1 or more, the boards that share the noise out" if self.noise == SHARED else "0",
+                got=self.boards,
+            )
+
+    @property
+    def on(self) -> bool:
+        """Whether boards clip at all."""
+        return self.clip > 0
+
+    @property
+    def local(self) -> bool:
+        """Whether every board adds all of the noise."""
+        return self.noise == LOCAL
+
+    @property
+    def noise_std(self) -> float:
+        """The standard deviation of the noise that a board adds to every element of its update."""
+        whole = self.noise_multiplier * self.clip
+        return whole if self.local else whole / math.sqrt(self.boards)
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """The settings by which the account of what is spent goes, and the budget, as plain JSON types."""
+        return {k: getattr(self, k) for k in ("noise_multiplier", "noise", "boards", "delta", "epsilon_budget")}
+
+    def asked_of(self, recipe: Recipe) -> Recipe:
+        """The recipe of a board under these settings. Raises `ConfigError` if it has settings by which a board would
+        tell more than its update."""
+        return replace(recipe, update_clip=self.clip, update_noise=self.noise_std) if self.on else recipe
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON types; empty where privacy is off."""
+        return asdict(self) if self.on else {}
+
+    @classmethod
+    def from_dict(cls, body: object) -> Privacy:
+        """Read and check. Raises `ConfigError`, which names the key, for an unknown key, a wrong type or a number out
+        of range."""
+        if not isinstance(body, Mapping):
+            raise ConfigError("job: privacy", expected="a table of settings, such as clip", got=repr(body))
+        return cls(**validation.known(cls, body, "job: privacy"))
+
+
+_MARGIN = 1.0 + 2.0**-30
+"""More than a norm can be wrong by: blocks of squares are off by 2^-37 of themselves at most, their sum is exact."""
+
+Array = npt.NDArray[Any]
+
+
+def noised(
+    update: Mapping[str, Array],
+    received: Mapping[str, Array],
+    trained: Collection[str],
+    clip: float,
+    noise: float,
+    source: GaussianNoise,
+) -> Tensors:
+    """An update as it may leave the board.
+
+    Where nothing is clipped and there is no noise, trained tensors keep their bits. Raises `TrainingError` if the
+    update is not finite.
+
+    Args:
+        received: The same tensors as the board received them.
+        trained: Names of those that were trained; all others are handed back as they were received.
+        clip: C, the most that the whole update may be long.
+        noise: s, the standard deviation of the noise on every element.
+    """
+    names = [n for n in update if n in trained]
+    size = norm(update, received, names)
+    if not math.isfinite(size):
+        raise TrainingError("the update is not finite", got=size)
+    factor = 1.0 if size <= clip else clip / size
+    out: Tensors = {}
+    for name, value in update.items():
+        if name not in trained:
+            out[name] = np.array(received[name], np.float32)
+        elif factor == 1.0 and not noise:
+            out[name] = np.asarray(value)
+        else:
+            out[name] = _moved(value, received[name], factor, noise, source)
+    return out
+
+
+def norm(update: Mapping[str, Array], received: Mapping[str, Array], names: Collection[str]) -> float:
+    """An upper bound of |Δ| over some tensors, larger than it by less than a billionth."""
+    squares = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for name in names:
+            after, before = np.ravel(update[name]), np.ravel(received[name])
+            for start in range(0, after.size, BLOCK):
+                moved = after[start : start + BLOCK].astype(np.float64) - before[start : start + BLOCK]
+                squares.append(float(np.dot(moved, moved)))
+    total = sum(squares)
+    return math.sqrt(math.fsum(squares)) * _MARGIN if math.isfinite(total) else math.inf
+
+
+def _moved(after: Array, before: Array, factor: float, noise: float, source: GaussianNoise) -> npt.NDArray[np.float32]:
+    """before + factor·(after − before) + noise, in blocks."""
+    out = np.empty(after.shape, np.float32)
+    flat, new, old = out.reshape(-1), np.ravel(after), np.ravel(before)
+    for start in range(0, flat.size, BLOCK):
+        at = slice(start, start + BLOCK)
+        base = old[at].astype(np.float64)
+        moved = base + factor * (new[at] - base)
+        if noise:
+            moved += noise * source.draw(base.size)
+        flat[at] = moved
+    return out
+
+
+BLOCK = 65_536
+"""Deviates that are drawn at once, 512 KiB of them."""
+
+_KEY_BYTES = 32
+_UNIT = 2.0**-53
+
+
+class GaussianNoise:
+    """Standard normal deviates that can't be foretold without the key, 32 bytes that always give the same ones.
+
+    Their bits are the key stream of AES-256 in counter mode, turned into normal deviates by Box and Muller (1958):
+    numpy's own generators are made for experiments, and can be told from their output. A deviate is at most 8.6 in
+    magnitude, as a uniform number of 53 bits is at least 2^-53: what that leaves out is negligible next to any δ.
+    """
+
+    def __init__(self, key: bytes) -> None:
+        if len(key) != _KEY_BYTES:
+            raise ValueError(f"a key of {_KEY_BYTES} bytes was expected, got {len(key)}")
+        self._stream = Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
+
+    @classmethod
+    def secret(cls) -> GaussianNoise:
+        """Noise with a key of the operating system's randomness, which nobody keeps."""
+        return cls(secrets.token_bytes(_KEY_BYTES))
+
+    @classmethod
+    def keyed(cls, *key: object) -> GaussianNoise:
+        """Noise that whoever knows its key can repeat: for simulations, where runs must be the same every time."""
+        return cls(hashlib.sha256("\x1f".join(["noise", *map(str, key)]).encode()).digest())
+
+    def draw(self, count: int) -> npt.NDArray[np.float64]:
+        """The next `count` deviates, `BLOCK` at most in one go."""
+        pairs = (count + 1) // 2
+        bits = np.frombuffer(self._stream.update(bytes(16 * pairs)), "<u8") >> np.uint64(11)
+        first, second = bits[:pairs].astype(np.float64), bits[pairs:].astype(np.float64)
+        radius = np.sqrt(-2.0 * np.log((first + 1.0) * _UNIT))
+        angle = second * (2.0 * np.pi * _UNIT)
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+
+
+_HALVES = 200
+_FAR = 700.0
+"""Beyond this e^ε is too large for a float."""
+
+
+def delta(cost: float, epsilon: float) -> float:
+    """δ at an ε from 0; `cost` is Σ 1/z², above 0."""
+    mu = math.sqrt(cost)
+    first, second = _tail(epsilon / mu - mu / 2), _tail(epsilon / mu + mu / 2)
+    return first - (math.exp(epsilon) * second if second and epsilon < _FAR else 0.0)
+
+
+def epsilon(cost: float, delta_: float) -> float:
+    """The least ε that is promised at a δ; `cost` is Σ 1/z², 0 for nothing and infinite where there was no noise."""
+    if cost <= 0:
+        return 0.0
+    if not math.isfinite(cost):
+        return math.inf
+    # Enough for any cost: zero-concentrated privacy of ρ = cost/2 (Bun and Steinke 2016, Proposition 1.3).
+    low, high = 0.0, cost / 2 + math.sqrt(2 * cost * math.log(1 / delta_))
+    if delta(cost, 0.0) <= delta_:
+        return 0.0
+    for _ in range(_HALVES):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (low, middle) if delta(cost, middle) <= delta_ else (middle, high)
+    return high
+
+
+def most_cost(epsilon_: float, delta_: float) -> float:
+    """The most that Σ 1/z² may be, so that ε is no larger; arguments are those of `epsilon`."""
+    low, high = 0.0, 1.0
+    while epsilon(high, delta_) <= epsilon_:
+        low, high = high, 2 * high
+    for _ in range(_HALVES):
+        middle = (low + high) / 2
+        if middle in (low, high):
+            break
+        low, high = (middle, high) if epsilon(middle, delta_) <= epsilon_ else (low, middle)
+    return low
+
+
+def _tail(value: float) -> float:
+    """P(N(0, 1) > value)."""
+    return 0.5 * math.erfc(value / math.sqrt(2))

@@ -1,0 +1,276 @@
+"""Messages outside of rounds: joining a fleet, releases of the runtime, boards' problems, and servers that meet.
+
+`fedprune.security.joining` makes and checks the signatures of join messages. A board sends no log before the server's
+`LogRequest`, which goes only to boards with the ability `LOG`. Messages between servers of one identity never reach
+devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, TypedDict
+
+from fedprune.wire.fields import (
+    CheckedMessage,
+    Count,
+    Device,
+    Digest,
+    Items,
+    Name,
+    TrueOrAbsent,
+    choice,
+    hexadecimal,
+    newer,
+    number,
+    text,
+    whole,
+)
+
+APPROVED, WAITING, REFUSED = "approved", "waiting", "refused"
+"""States of a request to join; a board may refuse a release, too."""
+
+MAX_AUTHORITIES = 2
+"""Certificate authorities that a fleet trusts at a time: two while one replaces the other."""
+
+Pem = Annotated[str, text(8192)]
+
+
+@dataclass(frozen=True)
+class JoinRequest(CheckedMessage, kind="join"):
+    """A request to join as a device, or, by a member, for a new certificate."""
+
+    site: Name
+    """The fleet's site."""
+    device: Device
+    """The name that it asks for."""
+    key: Annotated[str, hexadecimal(64)]
+    """The device's verifying key, as hex."""
+    csr: Annotated[str, text(4096)]
+    """Certificate request (PKCS #10, PEM) with the device as common name; its other contents are ignored."""
+    nonce: Annotated[str, hexadecimal(32)]
+    """Random; part of the topics of request and answer."""
+    claim: Annotated[str, hexadecimal(10)] | None
+    """Id of the claim that is used, as hex; None to wait for the operator's approval, or to renew."""
+    mac: Annotated[str, hexadecimal(64)] | None
+    """HMAC-SHA256 over all of the above, by a key derived from the claim's secret."""
+    signature: Annotated[str, hexadecimal(128)]
+    """Over all of the above, by `key`."""
+
+
+@dataclass(frozen=True)
+class JoinAnswer(CheckedMessage, kind="joined"):
+    """A server's answer to a `JoinRequest`."""
+
+    request: Digest
+    """sha256 of the answered request, including its signature."""
+    status: Annotated[str, choice(APPROVED, WAITING, REFUSED)]
+    """`approved`; `waiting` for the operator, so that the same request is to be repeated; or `refused`."""
+    reason: Annotated[str, text(4096)]
+    """Why, in words."""
+    time: Annotated[int, whole(0, 2**40)]
+    """The server's time in seconds since 1970; certificates that ended before are void."""
+    authority: Pem
+    """The certificate authorities that the fleet trusts (PEM), the oldest first: one, or two while one replaces the
+    other."""
+    certificate: Pem | None
+    """The device's certificate (PEM), if it is approved."""
+    server_key: Annotated[str, hexadecimal(64)] | None
+    """The server's verifying key, as hex, if the device is approved."""
+    signature: Annotated[str, hexadecimal(16, 160)]
+    """Over all of the above, by the first authority's key: ECDSA with SHA-256, in DER, as hex."""
+
+
+DOWNLOADING, STAGED, TRIAL = "downloading", "staged", "trial"
+COMMITTED, ROLLED_BACK = "committed", "rolled back"
+STATES = (DOWNLOADING, STAGED, TRIAL, COMMITTED, ROLLED_BACK, REFUSED)
+"""Progress of a release on a board; the last three are final."""
+
+MAX_NUMBER = 2**31 - 1
+MAX_MANIFEST = 65_536
+MAX_FILES = 64
+"""Limits of a release: its number, the bytes of its manifest, its files."""
+
+MAX_ATTEMPTS, MAX_SECONDS = 100, 3600.0
+"""Attempts of a trial, and seconds of each."""
+
+ReleaseNumber = Annotated[int, whole(0, MAX_NUMBER)]
+
+
+@dataclass(frozen=True)
+class ReleaseOffer(CheckedMessage, kind="release"):
+    """An offer of a release, which a board installs."""
+
+    number: ReleaseNumber
+    """The release's number."""
+    manifest: Annotated[str, text(MAX_MANIFEST)]
+    """Its manifest, as it was signed (`fedprune.releases.release.Release.to_bytes`)."""
+    signature: Annotated[str, hexadecimal(128)]
+    """The server's on it, as hex."""
+    leaves: Annotated[tuple[Digest, ...], Items(MAX_FILES, "digests", least=1)]
+    """For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that the
+    manifest says they name the blob that the board pulls."""
+    attempts: Annotated[int, whole(1, MAX_ATTEMPTS)]
+    """How often it may be started until it is healthy."""
+    seconds: Annotated[float, number(1, MAX_SECONDS)]
+    """How long each attempt may take."""
+
+
+@dataclass(frozen=True)
+class ReleaseWithdrawn(CheckedMessage, kind="release_withdrawn"):
+    """A release must no longer be installed; boards that try or run it continue."""
+
+    number: ReleaseNumber
+    """The release's number."""
+    reason: Annotated[str, text(4096)]
+    """Why, in words."""
+
+
+@dataclass(frozen=True)
+class ReleaseReport(CheckedMessage, kind="release_report"):
+    """Progress of a release on a board; sent after every birth and at every change."""
+
+    device: Device
+    number: ReleaseNumber
+    """The release's number."""
+    state: Annotated[str, choice(*STATES)]
+    """One of `STATES`."""
+    reason: Annotated[str, text(4096)]
+    """Why it was refused or rolled back, or what the board waits for."""
+    done: Count
+    """Leaves of its files that have arrived."""
+    total: Count
+    """Leaves of its files; 0 where none are fetched."""
+
+
+ReleaseFromServer = ReleaseOffer | ReleaseWithdrawn
+
+
+LOG = "log"
+"""Ability of a board: on request it sends warnings and errors of its log, and reports of crashes."""
+
+LEVELS = ("warning", "error")
+MAX_LINES = 64
+MAX_TEXT = 500
+MAX_FRAMES = 16
+"""Lines of one message, characters of one line, frames of a crash."""
+
+Measured = Annotated[float, number(-1e12, 1e12)]
+
+
+class LogEntry(TypedDict):
+    """A line of a board's log, numbered in rising order, with its time by the board's clock (seconds since 1970) and
+    how often it came."""
+
+    number: Count
+    at: Count
+    level: Annotated[str, choice(*LEVELS)]
+    count: Annotated[int, whole(1, 2**31 - 1)]
+    text: Annotated[str, text(MAX_TEXT)]
+
+
+class Frame(TypedDict):
+    """A frame of a crash's traceback."""
+
+    module: Annotated[str, text(128)]
+    line: Annotated[int, whole(0, 2**31 - 1)]
+    function: Annotated[str, text(128)]
+
+
+@dataclass(frozen=True)
+class LogReport(CheckedMessage, kind="log"):
+    """Warnings and errors of a board's log."""
+
+    device: Device
+    lines: Annotated[tuple[LogEntry, ...], Items(MAX_LINES)]
+    """Each with `number` (larger than that of every earlier one), `at` (seconds since 1970, by the board's clock),
+    `level`, `count` (how often it came) and `text`."""
+
+
+@dataclass(frozen=True)
+class CrashReport(CheckedMessage, kind="crash"):
+    """An unexpected end of a board's last run."""
+
+    device: Device
+    number: Count
+    """A number as those of lines, from the same counter."""
+    at: Count
+    """Time in seconds since 1970 by the board's clock."""
+    cause: Annotated[str, text(64)]
+    """`error` (one with an exit code), `exception`, `thread`, `signal` or `killed`; others may come."""
+    text: Annotated[str, text(2 * MAX_TEXT)]
+    """The exception or signal, for people."""
+    frames: Annotated[tuple[Frame, ...], Items(MAX_FRAMES)]
+    """The traceback, innermost frame first."""
+    release: Annotated[str, text(256)]
+    """The runtime that ran, with its version."""
+    slot: Annotated[str, text(64)]
+    """Which of two installed releases it was; empty without a launcher."""
+    uptime_s: Measured | None = None
+    """Seconds that it had run, or None."""
+    temperature_c: Measured | None = None
+    """The board's temperature, or None."""
+    memory_available: Count | None = None
+    """Bytes of memory that were free, or None."""
+    memory_total: Count | None = None
+    """Bytes of memory, or None."""
+
+
+@dataclass(frozen=True)
+class LogRequest(CheckedMessage, kind="log_wanted"):
+    """A server's request for a board's log, after every birth with the ability `LOG` and whenever it has stored
+    lines."""
+
+    lines: Annotated[int, whole(0, 100000)]
+    """Lines per hour; 0 for none."""
+    bytes: Annotated[int, whole(0, 2**31 - 1)]
+    """Bytes of their texts per hour."""
+    kept: Count | None = newer()
+    """The highest number of a line or crash that is on the server's disk; None for none yet."""
+
+
+Random = Annotated[str, hexadecimal(32)]
+
+
+@dataclass(frozen=True)
+class ServerQuery(CheckedMessage, kind="server-query"):
+    """A query for the servers that serve a site."""
+
+    instance: Random
+    """Random id of the querying process."""
+    nonce: Random
+    """Random; answers repeat it, so that older answers are ignored."""
+    mutual: TrueOrAbsent | None
+    """True where those who answer are to ask in turn, since the process serves the site itself; else null."""
+    host: Annotated[str, text(256)] | None
+    """Name of the machine of a process that serves the site or wants to; null where it only looks."""
+    folder: Annotated[str, text(4096)] | None
+    """That process's state folder; null where it only looks."""
+    lease: Random | None
+    """As in `ServerPresence`."""
+
+
+@dataclass(frozen=True)
+class ServerPresence(CheckedMessage, kind="server-presence"):
+    """A server's answer to a `ServerQuery`: it serves this site."""
+
+    nonce: Random
+    """The query's."""
+    instance: Random
+    """Random id of the answering process."""
+    host: Annotated[str, text(256)]
+    """Name of its machine."""
+    folder: Annotated[str, text(4096)]
+    """Its state folder."""
+    since: Count
+    """When it began to serve, in seconds since 1970."""
+    claim: Count
+    """The epoch with which it began to serve; of two settled servers the larger claim wins."""
+    epoch: Count
+    """The last epoch that it has written down. A server that takes over begins later ones."""
+    settled: TrueOrAbsent | None
+    """True once it has taken over on purpose or served for half a minute; else null."""
+    lease: Random | None
+    """Id of the database whose lease it holds; null where that is a file of its own. Between two servers of one
+    database the lease decides."""
+    embedded: TrueOrAbsent | None = newer()
+    """True where the broker is part of it, and ends with it; else null."""

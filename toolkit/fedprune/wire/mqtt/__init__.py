@@ -1,1 +1,0 @@
-"""One connection to an MQTT broker: reconnection, subscriptions, bounded inbox and outbox."""

@@ -1,0 +1,171 @@
+"""Addresses of brokers and of web servers with blobs, TLS contexts, and reasons why a broker can't be reached.
+
+Paths of blobs are those of a blob store's folder (`fedprune.blobs.blob_store`), so that any web server in front of one
+suffices: `{base}/{first two digits}/{sha256}`, and the same with `.leaves` for the file of the leaf table
+(`fedprune.blobs.blob_ref`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from fedprune.blobs.blob_ref import SUFFIX
+from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, shown
+
+MAX_URL = 512
+"""Characters of an address."""
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+"""Hosts that are reached without TLS, too: this machine."""
+
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?:\[(?P<six>[0-9A-Fa-f:.]{2,45})\]|(?P<host>[A-Za-z0-9.-]{1,253}))"
+    r"(?::(?P<port>[1-9][0-9]{0,4}))?(?P<path>(?:/[A-Za-z0-9._~-]{1,255})*)/?"
+)
+URL_PATTERN = f"^{re.sub('[?]P<[a-z]+>', '?:', _URL.pattern)}$"
+"""The same for other dialects of regular expressions, in JSON Schema."""
+
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?")
+_PORTS = {True: 443, False: 80}
+_EXPECTED = "https://host[:port][/path], or http:// for this machine alone, without user, query or fragment"
+
+
+@dataclass(frozen=True)
+class BlobUrl:
+    """The address of a web server with blobs: `host` in lower case, `path` empty or with a leading and no trailing
+    slash. Only this machine may do without TLS."""
+
+    host: str
+    port: int
+    tls: bool
+    path: str
+
+    @classmethod
+    def parse(cls, url: object, where: str = "address of blobs") -> BlobUrl:
+        """Read https://host[:port][/path]; http:// for this machine alone. Raises `ProtocolError`, which names
+        `where`."""
+        found = _URL.fullmatch(url) if isinstance(url, str) and len(url) <= MAX_URL else None
+        if found is None:
+            raise _refused(where, url)
+        tls = found["scheme"] == "https"
+        host = _address(found["six"], 6) if found["six"] is not None else _name(found["host"].lower())
+        port = int(found["port"] or _PORTS[tls])
+        if host is None or port > 65_535 or any(part in (".", "..") for part in found["path"].split("/")):
+            raise _refused(where, url)
+        if not tls and host not in LOOPBACK:
+            raise ProtocolError(where, expected="https://, since it is not on this machine", got=shown(url))
+        return cls(host, port, tls, found["path"])
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        port = "" if self.port == _PORTS[self.tls] else f":{self.port}"
+        return f"{'https' if self.tls else 'http'}://{host}{port}{self.path}"
+
+    def blob(self, sha256: str) -> str:
+        """The path of a blob on that host."""
+        return f"{self.path}/{sha256[:2]}/{sha256}"
+
+    def table(self, sha256: str) -> str:
+        """The path of the file of a blob's leaf table."""
+        return self.blob(sha256) + SUFFIX
+
+
+def _name(host: str) -> str | None:
+    """The host if it is a DNS name or an IPv4 address, else None."""
+    labels = host.split(".")
+    if labels[-1].isdecimal() or labels[-1].startswith("0x"):  # what some would read as an address
+        return _address(host, 4)
+    return host if all(_LABEL.fullmatch(label) for label in labels) else None
+
+
+def _address(host: str, version: int) -> str | None:
+    try:
+        found = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return str(found) if found.version == version else None
+
+
+def _refused(where: str, url: object) -> ProtocolError:
+    shortened = url.rpartition("@")[2] if isinstance(url, str) else url  # without a password
+    return ProtocolError(where, expected=f"{_EXPECTED}, of at most {MAX_URL} characters", got=shown(shortened))
+
+
+@dataclass(frozen=True)
+class BrokerUrl:
+    """A broker's address; the password is never part of an error or of repr."""
+
+    host: str
+    port: int
+    tls: bool
+    user: str | None
+    password: str | None
+
+    @classmethod
+    def parse(cls, url: str) -> BrokerUrl:
+        """Read mqtt://[user:password@]host[:port] or mqtts://... Raises `ConfigError` if it has another form."""
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError as error:
+            raise ConfigError("broker URL", expected="mqtt://[user:password@]host[:port]") from error
+        if "://" not in url:
+            shown = url.rpartition("@")[2][:200]  # without a password
+            raise ConfigError("broker URL", expected="mqtts://host[:port]", got=shown, hint=f"Try mqtts://{shown}.")
+        if parts.scheme not in ("mqtt", "mqtts") or not parts.hostname or parts.path.strip("/") or port == 0:
+            raise ConfigError(
+                "broker URL",
+                expected="mqtt://[user:password@]host[:port] or mqtts://...",
+                got=f"scheme {parts.scheme!r}, host {parts.hostname!r}",
+            )
+        tls = parts.scheme == "mqtts"
+        return cls(
+            parts.hostname,
+            port or (8883 if tls else 1883),
+            tls,
+            unquote(parts.username) if parts.username is not None else None,
+            unquote(parts.password) if parts.password is not None else None,
+        )
+
+    @property
+    def bare(self) -> str:
+        """The URL without user and password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.port}"
+
+    def __repr__(self) -> str:
+        return f"BrokerUrl({self})"
+
+
+def tls_context(ca: Path | None = None) -> ssl.SSLContext:
+    """A client's TLS context with these authorities, by default the system's. Raises `ConfigError` if the file can't be
+    used."""
+    try:
+        return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
+    except OSError as error:
+        raise ConfigError(f"can't use the CA file {ca}: {error}") from error
+
+
+def failure(error: OSError | FedpruneError) -> str:
+    """The reason why a broker can't be reached, for people."""
+    if isinstance(error, FedpruneError):
+        return str(error)
+    if isinstance(error, socket.gaierror):
+        return f"the host name is unknown ({error.strerror})"
+    if isinstance(error, ssl.SSLCertVerificationError) and error.reason == "CERTIFICATE_VERIFY_FAILED":
+        why = error.verify_message or "unknown authority"
+        return f"TLS failed (its certificate is not trusted: {why}; --ca names the authorities to trust)"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason or error})"
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return (error.strerror or str(error) or type(error).__name__).lower()
