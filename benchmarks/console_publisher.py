@@ -29,7 +29,7 @@ from fedprune.planning.profile_store import find  # noqa: E402
 from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
 from fedprune_server.devices.registry import DeviceRegistry  # noqa: E402
 from fedprune_server.monitoring.view import JobView  # noqa: E402
-from fedprune_server.web.setup import EVERY_S  # noqa: E402
+from fedprune_server.web.observer import EVERY_S  # noqa: E402
 from fedprune_server.web.state.publisher import BUDGET_S, ServedJobs, StatusPublisher  # noqa: E402
 from fedprune_server.web.state.status import FILE, StatusWriter  # noqa: E402
 from support.fakes.tiny_job import ARCHITECTURE, JOB  # noqa: E402 - next to the tests

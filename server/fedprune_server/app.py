@@ -7,20 +7,22 @@ import os
 import shlex
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, MissingExtraError
 from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
 from fedprune.security.tls import SYSTEM
 from fedprune.wire.topics import Topics
-from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.alert_settings import OFF
+from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.engine.further_jobs import further
 from fedprune_server.engine.job_runner import NO_SERVICES, DeviceServices, JobRunner, RunnableJob
@@ -28,6 +30,7 @@ from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import OpenJob, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.shared_identity import shared_identity
+from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import CommandExecutor
 from fedprune_server.executor.distributed import helped
@@ -37,20 +40,35 @@ from fedprune_server.messaging.connection import Connection, connection, identit
 from fedprune_server.messaging.leadership import Leadership, leadership
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
+from fedprune_server.monitoring.alerts import OtherServer
 from fedprune_server.monitoring.display import Lines, make_display
 from fedprune_server.monitoring.health import Pulse
-from fedprune_server.monitoring.monitor import restored
-from fedprune_server.monitoring.notifications import channels
+from fedprune_server.monitoring.monitor import Monitor, read_notified, restored
+from fedprune_server.monitoring.notifications import Notifier, channels
 from fedprune_server.monitoring.observer import DisplayObserver, Observer
-from fedprune_server.monitoring.setup import Watcher, monitoring, watching
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.transfer.upload_workers.messages import Begin
 from fedprune_server.transfer.upload_workers.workers import UploadWorkers
-from fedprune_server.web.setup import check_console, with_console
+from fedprune_server.web.database import FILE as CONSOLE
+from fedprune_server.web.database import ConsoleDatabase
+from fedprune_server.web.observer import ConsoleObserver, check_console, check_free
+from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
+from fedprune_server.web.state import status
+from fedprune_server.web.state.admin_executor import AdminExecutor
+from fedprune_server.web.state.logs import BoardLogTap
+from fedprune_server.web.state.order_handler import OrderHandler
+from fedprune_server.web.state.order_queue import OrderQueue
+from fedprune_server.web.state.publisher import ServedJobs, StatusPublisher
+from fedprune_server.web.state.surroundings import Members, ReleaseWatch, SurroundingsPoller
 
 log = logging.getLogger("fedprune.server")
+
+Watcher = Callable[[str], list[Observer]]
+"""Makes the observers of a job, by its name."""
+
+_TRACES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ def build_app(
             find_profile(name, profiles)  # a broken file is an error now, not when a board comes that needs it
         logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
         alerts = AlertBook(restored(config.state))
-        watch = stack.enter_context(watching(config, {"database": folder.lease.trouble}, alerts.counts))
+        watch = _watchers(stack, config, folder, alerts)
         jobs = [_open(stack, config, folder), *(_open(stack, c) for c in further(config, options.jobs))]
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
@@ -174,15 +192,10 @@ def build_app(
             stack.enter_context(delivering(config.on_revocation, config.state, identity.authority.crl_path))
         for line in chain.from_iterable(job.opened.changed for job in jobs):
             log.warning("setting changed since the last start: %s", line)
-        watched = [(runner, job.config.state) for runner, job in zip(runners, jobs, strict=True)]
-        here = server.count_connected if len(jobs) > 1 else None
         others = tuple if leader is None else leader.candidates
-        stack.enter_context(monitoring(config, watched, alerts, here, others))
-        stack.enter_context(
-            with_console(
-                config, reached, identity, server, releases_given=rollouts is not None, logs=logs, alerts=alerts
-            )
-        )
+        stack.enter_context(monitoring(config, server, [job.config.state for job in jobs], alerts, others))
+        if config.console_place is not None:
+            _console(stack, config, reached, identity, server, logs, alerts)
         reached.start(server.subscriptions)
         for job in jobs:
             job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
@@ -268,6 +281,141 @@ def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_other
     display = Lines(of_several=beside_others) if lines else make_display()
     steps = _NextSteps(job.config.state, until_finished=options.until_finished)
     return [DisplayObserver(display), *watch(job.opened.job.name), steps]
+
+
+def _watchers(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Watcher:
+    """What makes the configured observers of a job: metrics and spans."""
+    makers: list[Callable[[str], Observer]] = []
+    if config.metrics_place is not None:
+        with _extra("metrics", "console"):
+            from fedprune_server.monitoring.http import served
+            from fedprune_server.monitoring.metrics import Metrics
+        metrics = Metrics(config.state, alerts.counts)
+        ready = {"database": folder.lease.trouble, "broker": lambda: "" if metrics.connected else "not connected"}
+        stack.enter_context(served(config.metrics_place, metrics, ready))
+        makers.append(metrics.watch)
+    if config.traces != OFF or any(os.environ.get(name) for name in _TRACES):
+        with _extra("traces", "tracing"):
+            from fedprune_server.monitoring.traces import JobTraces, traced
+        tracer = stack.enter_context(traced(None if config.traces == OFF else config.traces))
+        makers.append(lambda job: JobTraces(tracer, job))
+    return lambda job: [make(job) for make in makers]
+
+
+@contextmanager
+def _extra(what: str, extra: str) -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("fedprune"):
+            raise
+        raise MissingExtraError(f"{what} need {error.name}, which is not installed", extra=extra) from error
+
+
+@contextmanager
+def monitoring(
+    config: ServerConfig,
+    server: Server,
+    folders: Sequence[Path],
+    alerts: AlertBook,
+    others: Callable[[], Sequence[OtherServer]] = tuple,
+) -> Iterator[None]:
+    """Alerts of a server: logged, notified, and kept in a book for console and metrics.
+
+    Raises:
+        ConfigError: A secret's file of [alerts] can't be used.
+    """
+    runners = list(server.runners.values())
+    views = [(runner.view, folder) for runner, folder in zip(runners, folders, strict=True)]
+    here = server.count_connected if len(runners) > 1 else None
+    monitor = Monitor(config.state, config.server_settings(), views, here=here, others=others, book=alerts)
+    for runner in runners:
+        runner.observers.join(monitor.watches[runner.view.job.name])
+    server.first.observers.join(monitor)
+    with ExitStack() as stack:
+        notifier = Notifier(
+            config.alerts, config.site, monitor.open, lambda: not monitor.hangs, read_notified(config.state)
+        )
+        monitor.notified = notifier.notified
+        stack.callback(monitor.close)  # after the notifier's last messages, which it writes down
+        stack.callback(notifier.close)
+        monitor.start()
+        yield
+
+
+def _console(
+    stack: ExitStack,
+    config: ServerConfig,
+    reached: Connection,
+    identity: IdentityFolder | None,
+    server: Server,
+    logs: BoardLogs,
+    alerts: AlertBook,
+) -> None:
+    """The console of a server whose settings `check_console` has checked."""
+    settings = _console_settings(config)
+    check_free(settings.address, settings.port)
+    members = releases = executor = None
+    if identity is not None:
+        store = IdentityStore(identity.path / "identity.db", read_only=True)
+        stack.callback(store.close)
+        members, executor = Members(store, identity.behind), AdminExecutor(config.state, config.console_releases)
+        releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
+    poller = SurroundingsPoller(members, releases, tuple if executor is None else executor.names)
+    stack.callback(poller.close)
+    poller.start()
+    from fedprune_server.web.auth.accounts import Accounts  # needs the extra
+
+    database = stack.enter_context(ConsoleDatabase(config.state / CONSOLE))
+    if len(Accounts(database)) == 0:
+        log.warning(
+            "no operator can log in to the console yet: fedprune-server operators add NAME --role admin --state %s",
+            config.state,
+        )
+    boards = BoardLogTap(config.state)
+    logs.told = boards.hear
+    writer = status.StatusWriter(config.state / status.FILE)
+    stack.callback(writer.close)
+    site = {
+        "version": __version__,
+        "site": reached.site,
+        "started_at": time.time(),
+        "broker": without_password(reached.url),
+        "database": without_password(config.database or "sqlite").partition("?")[0],
+        "blobs": config.blobs,
+        "insecure": identity is None,
+    }
+    publisher = StatusPublisher(served_jobs(server), site, writer, poller=poller, boards=boards, alerts=alerts)
+    handler = OrderHandler(OrderQueue(database), publisher, executor, config.console_orders)
+    observer = ConsoleObserver(publisher, handler, ConsoleProcess(settings))
+    stack.callback(observer.close)
+    for runner in server.runners.values():
+        runner.observers.join(observer)
+    logger = logging.getLogger("fedprune")
+    logger.addHandler(publisher.tap)
+    stack.callback(logger.removeHandler, publisher.tap)
+
+
+def served_jobs(server: Server) -> ServedJobs:
+    """The jobs of a server, as its console sees them."""
+    views = [runner.view for runner in server.runners.values()]
+    return ServedJobs(views, server.holder, server.present) if len(views) > 1 else ServedJobs(views)
+
+
+def _console_settings(config: ServerConfig) -> ConsoleSettings:
+    address, port = config.console_place or ("", 0)
+    return ConsoleSettings(
+        address=address,
+        port=port,
+        folder=str(config.state.resolve()),
+        certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
+        key=None if config.console_key is None else str(config.console_key.resolve()),
+        insecure=config.console_insecure,
+        orders=config.console_orders,
+        hosts=tuple(h.strip().lower() for h in config.console_hosts.split(",") if h.strip()),
+        proxied=config.console_proxy,
+        parent=os.getpid(),
+    )
 
 
 def _leader(

@@ -15,8 +15,8 @@ from fedprune.core.errors import ProtocolError
 from fedprune.wire.topics import check_device
 from fedprune_server.web.auth.roles import NEEDED, may
 from fedprune_server.web.context import Console, session_of
-from fedprune_server.web.paging import Page
 from fedprune_server.web.state.orders import RefusedError
+from fedprune_server.web.state.status import Page
 
 PREFIX = "/api/v1"
 _MAX_Q = 100

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.core.text import one_line
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.paging import MAX_SIZE, Page
+from fedprune_server.web.state.status import MAX_SIZE, Page
 
 _ORDER = "json_extract(what, '$.order')"
 _OUTCOME = (

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import ConfigError, ExitCode
+from fedprune_server.app import monitoring
 from fedprune_server.cli.main import main
 from fedprune_server.config.alert_settings import AlertSettings, shown_url
 from fedprune_server.config.server_config import ServerConfig
@@ -41,7 +42,6 @@ from fedprune_server.monitoring.notifications import (
     fetch,
     trial,
 )
-from fedprune_server.monitoring.setup import monitoring
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
 from support.paths import ROOT
@@ -363,7 +363,7 @@ def test_a_server_tells_of_what_ended_it_and_its_next_run_of_what_quiet_hours_he
         settings = AlertSettings(webhook=url, quiet_hours=quiet_hours)
         config = ServerConfig(state=tmp_path, alerts=settings)
         book = AlertBook(restored(tmp_path))
-        with monitoring(config, [(daemon.first, tmp_path)], book):
+        with monitoring(config, daemon, [tmp_path], book):
             book.update(opened, 0.0, NOON)
 
     now = datetime.now().hour

@@ -20,7 +20,7 @@ from fedprune_server.web.state.logs import LATEST, OF_BOARD, BoardLogTap
 from fedprune_server.web.state.records import Record
 from fedprune_server.web.state.rows import running, versions
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter, encoded
-from fedprune_server.web.views.channel_drawing import channels
+from fedprune_server.web.views.presentation import channels
 from support.fakes.console_fleet import ConsoleFleet, write
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB

@@ -14,13 +14,14 @@ import pytest
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
 from fedprune.output.log_lines import log_context
+from fedprune_server.app import served_jobs
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.setup import ConsoleObserver, jobs_of
+from fedprune_server.web.observer import ConsoleObserver
 from fedprune_server.web.state import rows
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import INTERRUPTED, OrderQueue
-from fedprune_server.web.state.publisher import COVERED_S, ServedJobs, StatusPublisher
+from fedprune_server.web.state.publisher import COVERED_S, StatusPublisher
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
 from fedprune_server.web.state.surroundings import Member, Members, SurroundingsPoller
 from support.fakes.fleet import Fleet
@@ -38,15 +39,13 @@ class Console:
 
     def __init__(self, folder: Path, server: Any, air: Any, allowed: str = "all", **more: Any) -> None:
         self._air, clock = air, lambda: air.now
-        desks, holder, present = jobs_of(server)
         self.writer = StatusWriter(folder / FILE)
-        jobs = ServedJobs([d.view for d in desks], holder, present)
-        self.publisher = StatusPublisher(jobs, SITE, self.writer, clock=clock, monotonic=clock, **more)
+        self.publisher = StatusPublisher(served_jobs(server), SITE, self.writer, clock=clock, monotonic=clock, **more)
         self.database = ConsoleDatabase(folder / "console.db")
         self.queue = OrderQueue(self.database, clock)
         handler = OrderHandler(self.queue, self.publisher, None, allowed)
         self.observer = ConsoleObserver(self.publisher, handler, None, clock)
-        for desk in desks:
+        for desk in server.runners.values():
             desk.observers.join(self.observer)
         self.view = FleetView(folder / FILE, clock=clock)
 

@@ -14,15 +14,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from fedprune.core.disk import storage_errors
 from fedprune_server.storage.sqlite_errors import sqlite_errors
-from fedprune_server.web.paging import MAX_SIZE, Page
 from fedprune_server.web.state.records import Record, Row
+
+MAX_SIZE = 500
+"""Rows of a page."""
 
 FILE = "status.db"
 """In the state folder."""
@@ -65,6 +67,17 @@ _TABLES = (
     "INSERT INTO beat VALUES (0, 0)",
 )
 """`change` counts all writes. A device that is gone has no `body`; `whole` is set once all devices are published."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """Some of many rows: page number `page` of `pages`, both from 1, with `size` of `total` rows."""
+
+    items: list[dict[str, Any]]
+    page: int
+    pages: int
+    size: int
+    total: int
 
 
 class StatusWriter:

@@ -5,20 +5,21 @@ Plans come as the server wrote them, with no more than JSON checked; whatever is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedprune.core.validation import is_number
 from fedprune.output.chart import Chart, Strip, chart, strip
-from fedprune_server.web.paging import MAX_SIZE
-from fedprune_server.web.state.status import FleetView
+from fedprune_server.web.state.status import MAX_SIZE, FleetView
 from fedprune_server.web.views import formatting as phrases
-from fedprune_server.web.views.channel_drawing import ChannelMap, channels
 
 AT_WORK = ("extracting", "offered", "training", "pulling", "stored")
 _OVER = ("folded", "refused")
 _PARTS = ("queued", "extracting", "offered", "training", "pulling", "stored", "folded", "refused")
 _MOST_CURVES = 4
+MOST_RANGES = 60
+"""Ranges of channels that are written in words; more are counted."""
 
 _FIGURES = {
     "round": "An update", "step": "A training step", "train": "All its steps", "transfer": "Transfer",
@@ -198,6 +199,58 @@ _DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
 def strips(coverage: Row | None) -> list[Strip]:
     """The coverage of each group, as drawn."""
     return [strip(g["name"], g["channels"], g["held"]) for g in (coverage or {}).get("groups", ())]
+
+
+@dataclass(frozen=True)
+class ChannelMap:
+    """The `kept` channels, of `of`, of a group that a device holds.
+
+    Attributes:
+        known: Whether it is known which; else the shape shows the first `kept`.
+        path: The shape, in channels, as SVG.
+        words: The channels as ranges, such as `0-3, 7`; empty if they are not known.
+    """
+
+    group: str
+    kept: int
+    of: int
+    known: bool
+    path: str
+    words: str
+
+
+def channels(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
+    """Lay out the channels of a group.
+
+    Args:
+        group: The group.
+        kept: Channels that it holds.
+        of: Channels that there are.
+        which: A bit for each, the first one highest, as hex; None, or what contradicts the numbers, if unknown.
+    """
+    found = None if which is None else list(_runs(which, of))
+    if found is None or sum(n for _, n in found) != kept:
+        return ChannelMap(group, kept, of, False, _path([(0, kept)] if kept else []), "")
+    words = [f"{at}-{at + n - 1}" if n > 1 else str(at) for at, n in found[:MOST_RANGES]]
+    more = len(found) - len(words)
+    return ChannelMap(
+        group, kept, of, True, _path(found), ", ".join([*words, *([f"and {more} more ranges"] if more else [])])
+    )
+
+
+def _runs(which: str, of: int) -> Iterator[tuple[int, int]]:
+    """Begin and length of each run of held channels."""
+    bits = "".join(f"{int(digit, 16):04b}" for digit in which)[:of]
+    at = bits.find("1")
+    while at >= 0:
+        end = bits.find("0", at)
+        end = len(bits) if end < 0 else end
+        yield at, end - at
+        at = bits.find("1", end)
+
+
+def _path(runs: list[tuple[int, int]]) -> str:
+    return "".join(f"M{at} 0h{n}v1h-{n}z" for at, n in runs)
 
 
 def _limits(found: object, bound: str) -> list[Row]:
