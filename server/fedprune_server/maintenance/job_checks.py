@@ -17,7 +17,7 @@ from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
 from fedprune_server.monitoring.alerts import SHOWN, JobStatus, at, command
 from fedprune_server.monitoring.monitor import off_by_far
-from fedprune_server.monitoring.reasons import kind_of
+from fedprune_server.monitoring.round_parts import kind_of
 
 _ROUNDS = 3
 """Rounds that are looked back at."""

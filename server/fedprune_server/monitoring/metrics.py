@@ -17,11 +17,8 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.reasons import KINDS, kind_of
+from fedprune_server.monitoring.round_parts import KINDS, OF_DEVICES, PARTS, begun, ended, kind_of
 from fedprune_server.monitoring.view import Facts, JobView
-
-PARTS = ("score", "extract", "train", "pull", "aggregate", "close", "evaluate", "round")
-"""Of a round, of which seconds are counted: `train` is from an offer to its update's announcement."""
 
 STATES = ("working", "idle", "excluded", "offline")
 
@@ -38,8 +35,8 @@ class Metrics:
 
     Args:
         folder: The state folder, whose blobs are measured; None for none.
-        alerts: Says how many alerts there are, by kind and severity, from whatever thread it is asked.
-        clock: Seconds that only grow.
+        alerts: Counts open alerts by kind and severity; called from any thread.
+        clock: Monotonic clock.
     """
 
     def __init__(
@@ -103,12 +100,7 @@ class Metrics:
 
 
 class JobMetrics(Observer):
-    """Counts one job's events.
-
-    Args:
-        metrics: Where to.
-        job: The job's name.
-    """
+    """Counts one job's events."""
 
     def __init__(self, metrics: Metrics, job: str) -> None:
         self._all, self._job, self._clock = metrics, job, metrics.clock
@@ -123,43 +115,24 @@ class JobMetrics(Observer):
             made.labels(job)
 
     def command(self, command: do.Command, now: float) -> None:
+        if (part := begun(command)) is None:
+            return
         at = self._clock()
-        match command:
-            case do.Score():
-                self._begun["score", ""] = at
-                self._round_at = at
-            case do.Extract():
-                self._begun["extract", command.part.device] = at
-            case do.SendOffer():
-                self._begun.setdefault(("train", command.device), at)
-            case do.PullUpdate():
-                self._begun.setdefault(("pull", command.device), at)
-            case do.Fold():
-                self._begun["aggregate", command.contribution.part.device] = at
-            case do.Close():
-                self._begun["close", ""] = at
-            case do.Evaluate():
-                self._begun["evaluate", ""] = at
+        if isinstance(command, do.Score):
+            self._round_at = at
+        if isinstance(command, (do.SendOffer, do.PullUpdate)):  # which may be repeated
+            self._begun.setdefault(part, at)
+        else:
+            self._begun[part] = at
 
     def event(self, event: on.Event, now: float) -> None:
-        match event:
-            case on.Scored():
-                self._done("score")
-            case on.Extracted():
-                self._done("extract", event.device)
-            case on.UpdateAnnounced():
-                self._done("train", event.device)
-            case on.UpdateStored():
-                self._done("pull", event.device)
-            case on.Folded():
-                self._done("aggregate", event.device)
-            case on.Closed():
-                self._done("close")
-            case on.Evaluated():
-                self._done("evaluate")
-            case on.UpdateRejected() | on.OfferRefused():
-                for part in ("extract", "train", "pull", "aggregate"):
-                    self._begun.pop((part, event.device), None)
+        if (part := ended(event)) is not None:
+            since = self._begun.pop(part, None)
+            if since is not None:
+                self._all.seconds.labels(self._job, part[0]).observe(self._clock() - since)
+        elif isinstance(event, (on.UpdateRejected, on.OfferRefused)):
+            for name in OF_DEVICES:
+                self._begun.pop((name, event.device), None)
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         job, all_ = self._job, self._all
@@ -211,11 +184,6 @@ class JobMetrics(Observer):
         all_.broker.labels(job).set(facts.connected)
         for queue, length in facts.queues.items():
             all_.queue.labels(job, queue).set(length)
-
-    def _done(self, part: str, device: str = "") -> None:
-        begun = self._begun.pop((part, device), None)
-        if begun is not None:
-            self._all.seconds.labels(self._job, part).observe(self._clock() - begun)
 
 
 class _Totals(Collector):

@@ -25,6 +25,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.jobs.state import Progress
 from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.round_parts import OF_DEVICES, begun, ended
 from fedprune_server.monitoring.view import JobView
 
 log = logging.getLogger("fedprune.server")
@@ -36,12 +37,7 @@ _DEVICE = "device"
 
 
 class JobTraces(Observer):
-    """Makes a job's spans.
-
-    Args:
-        tracer: Makes spans.
-        job: The job's name.
-    """
+    """Makes a job's spans."""
 
     def __init__(self, tracer: Tracer, job: str) -> None:
         self._tracer, self._job = tracer, job
@@ -54,54 +50,33 @@ class JobTraces(Observer):
         match command:
             case do.Score():
                 self._begin_round(command.round, now)
-                self._begin("score", "", now)
             case do.Extract():
                 if self._round is None or command.basis.round > self._number:
                     self._begin_round(command.basis.round, now)
-                name = command.part.device
-                self._device(name, command.basis.round, command.part.attempt, now)
-                self._begin("extract", name, now)
+                self._device(command.part.device, command.basis.round, command.part.attempt, now)
             case do.SendOffer():
                 self._device(command.device, command.round, command.attempt, now)
-                self._begin("train", command.device, now, restart=False)
-            case do.PullUpdate():
-                self._begin("pull", command.device, now, restart=False)
-            case do.Fold():
-                self._begin("aggregate", command.contribution.part.device, now, restart=False)
-            case do.Close():
-                self._begin("close", "", now)
-            case do.Evaluate():
-                self._begin("evaluate", "", now)
             case do.Finish():
                 self._end_all(now)
+        if (part := begun(command)) is not None:
+            repeated = isinstance(command, (do.SendOffer, do.PullUpdate, do.Fold))
+            self._begin(*part, now, restart=not repeated)
 
     def event(self, event: on.Event, now: float) -> None:
-        match event:
-            case on.Scored():
-                self._end("score", "", now)
-            case on.Extracted():
-                self._end("extract", event.device, now)
-            case on.UpdateAnnounced():
-                self._end("train", event.device, now)
-            case on.UpdateStored():
-                self._end("pull", event.device, now)
-            case on.Folded():
-                self._end("aggregate", event.device, now)
-                self._end(_DEVICE, event.device, now, outcome="folded")
-            case on.UpdateRejected() | on.OfferRefused():
-                for part in ("extract", "train", "pull", "aggregate", _DEVICE):
-                    self._end(part, event.device, now, reason=event.reason)
-            case on.Closed():
-                self._end("close", "", now)
-            case on.Evaluated():
-                self._end("evaluate", "", now)
+        if (part := ended(event)) is not None:
+            self._end(*part, now)
+        if isinstance(event, on.Folded):
+            self._end(_DEVICE, event.device, now, outcome="folded")
+        elif isinstance(event, (on.UpdateRejected, on.OfferRefused)):
+            for name in (*OF_DEVICES, _DEVICE):
+                self._end(name, event.device, now, reason=event.reason)
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """End the round's span, and those of devices that it didn't wait for."""
         counted = 0
         for name, part in summary["devices"].items():
             counted += part["progress"] == Progress.FOLDED.value
-            for what in ("extract", "train", "pull", "aggregate", _DEVICE):
+            for what in (*OF_DEVICES, _DEVICE):
                 self._end(what, name, now, reason=part["reason"], outcome=part["progress"])
         if self._round is not None and summary["round"] == self._number:
             self._round.set_attribute("fedprune.counted", counted)

@@ -20,9 +20,9 @@ from fedprune_server.monitoring import http
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import KINDS as ALERTS
 from fedprune_server.monitoring.http import HANGS_S, served
-from fedprune_server.monitoring.metrics import PARTS, Metrics
+from fedprune_server.monitoring.metrics import Metrics
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.reasons import KINDS, OTHER, kind_of
+from fedprune_server.monitoring.round_parts import KINDS, OTHER, PARTS, kind_of
 from support.fakes.static_job_view import StillJob
 from support.paths import ROOT
 
