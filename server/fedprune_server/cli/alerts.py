@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 
 def add_alerts_command(commands: Any) -> None:
-    """Add `alerts` to the parser of `fedprune-server`."""
     alerts = commands.add_parser("alerts", help="try the notifications of alerts")
     actions = alerts.add_subparsers(dest="action", required=True, metavar="ACTION")
     text = "send a test notification by every way that `run` with the same options would use"

@@ -85,20 +85,9 @@ class Broker:
 
 
 def write_broker(identity: IdentityFolder, kind: str, broker: Broker, out: Path) -> list[str]:
-    """Write configuration, access rules, and a new certificate for the broker.
+    """Write configuration, access rules, and a new certificate for the broker; returns the files' names.
 
-    Args:
-        identity: The server's.
-        kind: `mosquitto` or `emqx`.
-        broker: What to say.
-        out: The folder to write; the broker's private key among it has mode 0600.
-
-    Returns:
-        Names of the files.
-
-    Raises:
-        IdentityError: A host is neither name nor address.
-        StorageError: The disk fails or is full.
+    The broker's private key has mode 0600.
     """
     with storage_errors(f"can't write {out}"):
         out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from fedprune.core.cli import with_extra
 
 
 def register(commands: Any) -> None:
-    """Add the subcommand to the parser of `fedprune-server`."""
     demo = commands.add_parser(
         "demo",
         help="six devices, a broker and a server on this machine: narrow models against FedAvg",
@@ -28,7 +27,6 @@ def register(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo; returns the exit code."""
     # What the demo needs is heavy (database, pictures); other subcommands shall start without it.
     from fedprune_server.cli.demo_run import run_demo
 

@@ -53,22 +53,16 @@ _MEASURED = "payload at the broker: delivered to devices, received from them"
 
 @dataclass(frozen=True)
 class DemoFolder:
-    """The folder of a demo: everything that its processes read.
-
-    Attributes:
-        root: The folder.
-    """
+    """The folder of a demo: everything that its processes read."""
 
     root: Path
 
     @property
     def model(self) -> Path:
-        """The model with which both jobs begin."""
         return self.root / "model.onnx"
 
     @property
     def evaluation(self) -> Path:
-        """The server's own samples."""
         return self.root / "data" / "server.npz"
 
     @property
@@ -78,11 +72,9 @@ class DemoFolder:
 
     @property
     def profiles(self) -> Path:
-        """Hardware profiles of the boards."""
         return self.root / "profiles"
 
     def data(self, board: str) -> Path:
-        """A board's own samples."""
         return self.root / "data" / f"{board}.npz"
 
     @classmethod
@@ -115,20 +107,7 @@ class DemoFolder:
 
 
 def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool = False) -> int:
-    """Run both jobs, write the report, print the summary.
-
-    Args:
-        out: The folder of the run; an earlier demo's is cleared.
-        seed: Keys every random number.
-        rounds: Rounds of each job.
-        quick: Two rounds, if `rounds` doesn't say otherwise.
-
-    Returns:
-        The exit code, as `verdict` says.
-
-    Raises:
-        FedpruneError: A process died, or the folder can't be used.
-    """
+    """Run both jobs, write the report, print the summary; returns the exit code, as `verdict` says."""
     began = time.monotonic()
     rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
     jobs = fleet_job(seed, rounds), reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
@@ -251,15 +230,9 @@ class _Watch(Observer):
         self._watch = watch
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """Check the processes.
-
-        Raises:
-            ChildDiedError: One has ended.
-        """
         self._children.check()
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        """Read the meter."""
         self._meter(int(summary["round"]))
         if self._watch is not None:
             self._watch(self._children.pids)

@@ -40,7 +40,6 @@ _MAX_HOURS = 24 * 365
 
 
 def register(commands: Any) -> None:
-    """Add the commands to the parser of `fedprune-server`."""
     init = _command(commands, "init", "make this server's identity: its keys and certificate authority")
     init.add_argument(
         "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
@@ -115,11 +114,7 @@ def _port(text: str) -> int:
 
 
 def name_of(what: str) -> Callable[[str], str]:
-    """Reads a name of an option.
-
-    Args:
-        what: `site` or `device`.
-    """
+    """An argument type for names: `what` is `site` or `device`."""
 
     def checked(text: str) -> str:
         from fedprune.wire.topics import check_device, check_name

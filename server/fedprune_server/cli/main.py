@@ -32,17 +32,12 @@ _WITH_SETTINGS = ("run", "config", "alerts")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
     return run_command("fedprune-server", lambda: build_parser(given), given)
 
 
 def build_parser(argv: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The command line's grammar.
-
-    Args:
-        argv: The arguments, to leave the options of settings out where their command has none: they take a while.
-    """
+    """The parser; `argv` tells whether the command needs the options of settings, which take a while."""
     parser = argparse.ArgumentParser(
         prog="fedprune-server",
         description="Train one model on a fleet of unequal boards.",

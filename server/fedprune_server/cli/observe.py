@@ -21,7 +21,6 @@ _LOOK_S = 1.0
 
 
 def add_observe_commands(commands: Any) -> None:
-    """Add them to the parser's commands."""
     logs = commands.add_parser("logs", help="show warnings, errors and crashes that boards have told")
     add_state(logs)
     logs.add_argument("--device", type=name_of("device"), metavar="NAME", help="of this board alone")

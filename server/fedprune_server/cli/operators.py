@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 def add_operators_command(commands: Any) -> None:
-    """Add it to the parser's commands."""
     operators = commands.add_parser("operators", help="say who may use the console, and as what")
     actions = operators.add_subparsers(dest="action", required=True, metavar="ACTION")
     add = actions.add_parser("add", help="a new one; asks for the password, or reads it from standard input")

@@ -15,7 +15,6 @@ from fedprune_server.cli.state import add_state
 
 
 def add_release_command(commands: Any) -> None:
-    """Add it to the parser's commands."""
     release = commands.add_parser("release", help="make a signed release of the boards' runtime")
     source = release.add_mutually_exclusive_group(required=True)
     source.add_argument("--wheels", type=Path, metavar="DIR", help="all wheels that it is made of")

@@ -34,7 +34,6 @@ _SHOWN = 20
 
 
 def add_rollout_command(commands: Any) -> None:
-    """Add it to the parser's commands."""
     rollout = commands.add_parser("rollout", help="give boards a release in stages, pause, stop, take back")
     actions = rollout.add_subparsers(dest="action", required=True, metavar="ACTION")
     start = actions.add_parser("start", help="begin with a release that `fedprune-server release` made")

@@ -22,7 +22,6 @@ _SYSTEMD = Path("/run/systemd/system")
 
 
 def add_service_command(commands: Any) -> None:
-    """Add `service` to the parser of `fedprune-server`."""
     service = commands.add_parser("service", help="print or install the systemd unit of this server")
     actions = service.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (("print", "print the unit"), ("install", "write the unit, and let systemd read it")):

@@ -25,7 +25,6 @@ SWEEP = "sweep"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == [COMPARE]:
         return run_command(PROG, build_compare_parser, given[1:])
@@ -41,7 +40,6 @@ def _parser_of(given: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
     parser = argparse.ArgumentParser(
         prog=PROG,
         description="Simulate a fleet on a virtual clock and write its report.",
@@ -71,7 +69,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def build_compare_parser() -> argparse.ArgumentParser:
-    """The grammar of `fedprune-simulate compare`."""
     parser = argparse.ArgumentParser(
         prog=f"{PROG} {COMPARE}", description="Put runs side by side: curves, finals, time and bytes to a target."
     )
@@ -89,7 +86,6 @@ def build_compare_parser() -> argparse.ArgumentParser:
 
 
 def build_sweep_parser() -> argparse.ArgumentParser:
-    """The grammar of `fedprune-simulate sweep`."""
     parser = argparse.ArgumentParser(
         prog=f"{PROG} {SWEEP}", description="Simulate a fleet again and again, with other settings each time."
     )

@@ -19,15 +19,6 @@ _PULSE = "FEDPRUNE_PULSE"
 
 
 def add_state(parser: argparse.ArgumentParser, text: str = _TEXT) -> None:
-    """Add the option to a command.
-
-    Args:
-        parser: The command's.
-        text: What the folder is, for the help.
-
-    Raises:
-        ConfigError: The variable names a file that can't be used, as `run` would say.
-    """
     said = f"{text} (default: {VARIABLE}, or {_DEFAULT})"
     parser.add_argument("--state", type=Path, default=_folder(), metavar="DIR", help=said)
 
@@ -42,7 +33,6 @@ def _folder() -> Path:
 
 
 def add_state_commands(commands: Any) -> None:
-    """Add `status`, `export-model` and `replay` to the parser of `fedprune-server`."""
     status = commands.add_parser("status", help="show devices and rounds of a state folder")
     add_state(status)
     status.add_argument(
@@ -68,7 +58,6 @@ def add_state_commands(commands: Any) -> None:
 
 
 def add_health_command(commands: Any) -> None:
-    """Add `health` to the parser of `fedprune-server`."""
     health = commands.add_parser("health", help=f"whether the server lives that has {_PULSE} in its environment")
     health.add_argument("--pulse", type=Path, metavar="FILE", help=f"the file that it touches (default: {_PULSE})")
     health.add_argument("--within", type=seconds, default=120.0, metavar="S", help="how long ago (default: 120)")

@@ -31,12 +31,8 @@ LATEST = 10
 def status_of_all(state: Path) -> dict[str, Any]:
     """The first job of a state folder as `status` has it, with its further jobs under `jobs`, if it has any.
 
-    A device is at one job at a time: `job` says at which, if a server runs and it is at any. `alerts` are those that
-    the running server has open.
-
-    Raises:
-        StorageError: A folder holds no job, or is damaged.
-        IdentityError: The identity is damaged, or others may read it.
+    A device is at one job at a time: `job` names it while a server runs. `alerts` are those that the running server has
+    open.
     """
     first = status(state)
     first["alerts"] = _alerts(state, running=first["running"])
@@ -104,12 +100,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
 
 
 def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
-    """The same as text.
-
-    Args:
-        body: What `status` gave.
-        rounds: How many of the latest rounds to show.
-    """
+    """The same as text, with the latest rounds."""
     job, history = body["job"], body["rounds"]
     lines = [f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase(body)}" if job else "no job yet"]
     if not body["running"]:

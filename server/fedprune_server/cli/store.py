@@ -14,7 +14,6 @@ from fedprune_server.cli.state import add_state
 
 
 def add_store_commands(commands: Any) -> None:
-    """Add them to the parser's commands."""
     check = commands.add_parser("check", help="see whether all that a job needs is there and whole")
     add_state(check)
     check.add_argument(

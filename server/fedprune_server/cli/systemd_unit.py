@@ -17,15 +17,13 @@ _STATE = "/var/lib/"
 
 @dataclass(frozen=True)
 class ServerUnit:
-    """What a server's unit says.
+    """A server's unit.
 
     Attributes:
-        program: The path of `fedprune-server`.
-        config: The `fleet.toml`.
-        environment: A file with further settings, which needn't be there.
-        user: Who runs it, and whose the state folder is.
+        environment: A file with further settings, which may be missing.
+        user: Runs the server, and owns the state folder.
         state: The state folder, in /var/lib.
-        arguments: What else follows `run` in the command.
+        arguments: Further options of `run`.
         credentials: Files with secrets by setting, such as `server.database`; root may own them alone.
         memory_max: Most memory, as systemd writes it (share or bytes).
     """
@@ -60,7 +58,6 @@ class ServerUnit:
             raise ConfigError("arguments of a service", expected="one line each")
 
     def text(self) -> str:
-        """The unit file."""
         run = ("run", "--config", self.config, "--state", self.state, *self.arguments)
         secrets = []
         for setting, path in self.credentials:
@@ -136,15 +133,7 @@ _SANDBOX = (
 
 
 def program_of(executable: Path, prefix: Path) -> Path:
-    """The installed `fedprune-server`, which a unit starts.
-
-    Args:
-        executable: What the process was started as.
-        prefix: The Python environment's folder.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
+    """The installed `fedprune-server`, which a unit starts; raises `ConfigError` if there is none."""
     for path in (prefix / "bin" / "fedprune-server", executable):
         if path.name == "fedprune-server" and path.is_file():
             return path.absolute()

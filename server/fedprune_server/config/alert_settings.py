@@ -87,11 +87,7 @@ class AlertSettings:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any], where: str = "alerts") -> AlertSettings:
-        """Check a table [alerts].
-
-        Raises:
-            ConfigError: A key is unknown or has a wrong value.
-        """
+        """Check a table [alerts]; raises `ConfigError`."""
         validation.only([f.name for f in fields(cls)], body, where)
         values = dict(body)
         for field in fields(cls):
@@ -109,12 +105,10 @@ class AlertSettings:
 
     @property
     def recipients(self) -> tuple[str, ...]:
-        """Who gets e-mails."""
         return () if self.mail_to == OFF else tuple(a.strip() for a in self.mail_to.split(","))
 
     @property
     def relay(self) -> tuple[str, str, int]:
-        """Scheme, host and port of the mail relay."""
         scheme, host, port = _parts(self.mail_server)
         if scheme not in ("smtp", "smtps") or not host or port == 0 or self.mail_server.count("/") > 2:
             raise ConfigError(

@@ -14,11 +14,7 @@ _PLACE = re.compile(r"[A-Za-z0-9._\-]{1,253}:[0-9]{1,5}|\[[0-9A-Fa-f:.]{2,45}\]:
 
 
 def check_url(url: str) -> str:
-    """A setting that says where helpers are.
-
-    Raises:
-        ConfigError: It doesn't.
-    """
+    """Check a setting that says where helpers are; raises `ConfigError`."""
     place = url.removeprefix(_CLIENT) if url.startswith(_CLIENT) else url.removeprefix(_NODE)
     if url not in (PROCESSES, _AUTO) and not (url.startswith(_NODE) and _PLACE.fullmatch(place)):
         raise ConfigError(

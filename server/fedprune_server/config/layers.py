@@ -27,9 +27,9 @@ class Layer:
     """Settings of one origin.
 
     Attributes:
-        name: The origin, where a setting has no place of its own.
+        name: The origin, of a setting that has no place of its own.
         tables: The settings, as the tables of a `fleet.toml`.
-        places: Where settings and tables stand, such as `fleet.toml:12:1`; tables of a list by their index, from 0.
+        places: Positions of settings and tables, such as `fleet.toml:12:1`; tables of a list by their index, from 0.
     """
 
     name: str
@@ -42,12 +42,7 @@ class Layer:
 
 
 def file_layer(path: Path) -> Layer:
-    """What a `fleet.toml` says.
-
-    Raises:
-        ConfigError: It can't be read, or is no TOML.
-        MissingExtraError: Python 3.10 without the package tomli.
-    """
+    """A `fleet.toml`; raises `ConfigError` if it can't be read, or is no TOML."""
     tables, text = read_toml_text(path, ConfigError)
     places = {keys: f"{path}:{line}:{column}" for keys, (line, column) in key_places(text).items()}
     return Layer(str(path), tables, places)
@@ -63,12 +58,7 @@ def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]
 
 
 def origin(layers: Sequence[Layer], path: tuple[str, ...]) -> str | None:
-    """Where a setting comes from; None for its default.
-
-    Args:
-        layers: From the lowest to the highest.
-        path: The setting.
-    """
+    """Where a setting comes from, given the layers from the lowest to the highest; None for its default."""
     for layer in reversed(layers):
         if layer.has(path):
             return layer.places.get(path, layer.name)
@@ -77,15 +67,7 @@ def origin(layers: Sequence[Layer], path: tuple[str, ...]) -> str | None:
 
 @contextmanager
 def located(layers: Sequence[Layer], where: str) -> Iterator[None]:
-    """Let errors of a configuration name the place of the setting, instead of its file alone.
-
-    Args:
-        layers: Where settings may stand, from the lowest to the highest.
-        where: With which the messages begin that are to be changed.
-
-    Raises:
-        ConfigError: What the body raised, with the place.
-    """
+    """Let errors of a configuration, which begin with `where`, name the position of the setting in its layer."""
     try:
         yield
     except ConfigError as error:

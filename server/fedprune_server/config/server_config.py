@@ -216,27 +216,26 @@ class ServerConfig:
 
     @property
     def embedded(self) -> bool:
-        """Whether the server runs its own broker."""
         return self.broker == EMBEDDED
 
     @property
     def blobs_at(self) -> str | None:
-        """Where blobs lie on the web, as boards are told; None where nobody said it."""
+        """Where boards find blobs on the web; None for nowhere."""
         return None if self.blob_url == OFF else str(BlobUrl.parse(self.blob_url))
 
     @property
     def web_place(self) -> tuple[str, int] | None:
-        """The address and the port on which this server gives out blobs; None where it doesn't."""
+        """Address and port on which this server serves blobs; None if it does not."""
         return _place(self.serve_blobs, self.host)
 
     @property
     def metrics_place(self) -> tuple[str, int] | None:
-        """The address and the port on which this server gives out its figures; None where it doesn't."""
+        """Address and port of the metrics; None for none."""
         return _place(self.metrics, LOCAL[0], "metrics")
 
     @property
     def console_place(self) -> tuple[str, int] | None:
-        """The address and the port of the console; None where there is none."""
+        """Address and port of the console; None for none."""
         return _place(self.console, LOCAL[0], "console")
 
     def _check_console(self) -> None:
@@ -261,7 +260,7 @@ class ServerConfig:
             )  # fmt: skip
 
     def server_settings(self) -> dict[str, Any]:
-        """What the table [server] says, as JSON, with paths that hold in every folder; all but where that is kept."""
+        """The table [server] as JSON, with absolute paths, except for `ELSEWHERE`."""
         values = {k: getattr(self, k) for k in SERVER if k not in ELSEWHERE}
         return {k: str(v if v == SYSTEM else v.resolve()) if isinstance(v, Path) else v for k, v in values.items()}
 
@@ -290,13 +289,11 @@ by writing to the database."""
 
 
 def without_password(broker: str) -> str:
-    """A broker's address as it may be shown."""
     scheme, mark, rest = broker.partition("://")
     return f"{scheme}{mark}{rest.rpartition('@')[2]}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

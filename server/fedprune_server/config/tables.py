@@ -35,12 +35,11 @@ _SAID = {
 
 
 def read_config(path: Path) -> ServerConfig:
-    """Read a `fleet.toml`. Paths in it count from its folder.
+    """Read a `fleet.toml`, whose paths count from its folder.
 
     Raises:
         ConfigError: It can't be read, is no TOML, or a key is unknown or has a wrong value; the message names file,
             line, column, table and key.
-        MissingExtraError: Python 3.10 without the package tomli.
     """
     layer = file_layer(path)
     with located([layer], str(path)):
@@ -119,11 +118,7 @@ def as_tables(config: ServerConfig) -> dict[str, Any]:
 
 
 def changed_job(job: Job, changes: Mapping[str, Any]) -> Job:
-    """A job with other settings from the command line; None leaves a setting as it is.
-
-    Raises:
-        ConfigError: A value is wrong.
-    """
+    """A job with changes from the command line, except for those that are None."""
     chosen = {k: v for k, v in changes.items() if v is not None}
     return _located(lambda: ServerConfig(job=replace(job, **chosen)), "command line").job
 

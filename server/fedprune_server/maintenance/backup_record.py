@@ -22,7 +22,7 @@ def record_backup(folder: Path, now: float | None = None) -> None:
 
 
 def last_backup(folder: Path) -> float | None:
-    """When that was, in seconds since 1970; None where nothing is known."""
+    """When that was, in seconds since 1970; None if unknown."""
     try:
         at = json.loads((folder / FILE).read_bytes())["at"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -31,11 +31,7 @@ def last_backup(folder: Path) -> float | None:
 
 
 def record_restore(folder: Path, manifest: Manifest) -> None:
-    """Note of which backup a folder was restored.
-
-    Raises:
-        StorageError: The disk fails or is full.
-    """
+    """Note of which backup a folder was restored."""
     body = {"at": int(time.time()), "backup_at": manifest.at, "origin": manifest.origin}
     write_whole(folder / RESTORED, json.dumps(body).encode())
 

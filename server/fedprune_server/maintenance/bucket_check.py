@@ -21,21 +21,7 @@ _BACKUP = "`--repair` looks for it in the state folder and, with `--from BACKUP`
 def check_bucket(
     store: BucketStore, there: Lying, needs: Inventory, advance: Advance, *, running: bool
 ) -> Iterator[Finding]:
-    """Look a bucket over, and the folder that has a part of it.
-
-    Args:
-        store: The bucket.
-        there: What lies in the folder.
-        needs: What the job needs.
-        advance: Told how many bytes were read.
-        running: Whether a server runs on it.
-
-    Yields:
-        What was found.
-
-    Raises:
-        BucketError: The bucket can't be used.
-    """
+    """Look a bucket over, and the folder that has a part of it; `advance` is told the bytes that were read."""
     yield from _about(store, needs)
     objects = store.objects()
     for digest in sorted(needs.references - objects.keys()):
@@ -65,11 +51,6 @@ def check_bucket(
 
 
 def still_missing(store: BucketStore, digest: str) -> bool:
-    """Whether the bucket lacks a blob now.
-
-    Raises:
-        BucketError: The bucket can't be used.
-    """
     return not any(True for _ in store.bucket.list(f"{BLOBS}{digest}."))
 
 
@@ -142,20 +123,7 @@ def _folder(there: Lying) -> Iterator[Finding]:
 
 
 def mend(store: BucketStore, finding: Finding, folder: Path) -> Iterator[str]:
-    """Do about objects what a finding says.
-
-    Args:
-        store: The bucket.
-        finding: What is wrong with which objects.
-        folder: Where damaged objects that the job needs are laid.
-
-    Yields:
-        What was done.
-
-    Raises:
-        BucketError: The bucket can't be used.
-        StorageError: The disk fails.
-    """
+    """Repair objects as a finding says, moving damaged ones that the job needs to `folder`; yields what was done."""
     for key in finding.keys:
         if finding.repair is Repair.SET_ASIDE:
             data = store.bucket.get(key, store.max_size)

@@ -62,11 +62,9 @@ class Site:
     """A server, as its checks see it.
 
     Attributes:
-        folder: The state folder.
         server: Settings of the table [server].
         running: Whether a server runs on the folder, and with it the embedded broker.
         members: Whether there is an identity, and it is whole.
-        cases: The jobs.
         last_event: When a job last handled an event, in seconds since 1970; None if unknown.
         timeout: Seconds for broker, database and bucket, each.
         now: Seconds since 1970.
@@ -92,10 +90,6 @@ class Site:
 
 def examined(folder: Path, timeout: float = 5.0) -> list[Finding]:
     """All findings about a server and its fleet, the worst first.
-
-    Args:
-        folder: The state folder.
-        timeout: Seconds for broker, database and bucket, each.
 
     Raises:
         StorageError: It is no server's state folder.
@@ -145,12 +139,7 @@ def _checked(check: Callable[[Site], Iterable[Finding]], site: Site) -> Iterator
 
 
 def within(seconds: float, work: Callable[[], _T]) -> _T:
-    """What `work` returns; it is abandoned if it takes longer.
-
-    Raises:
-        TooSlowError: It took longer.
-        Exception: Whatever it raised.
-    """
+    """What `work` returns or raises; after too long it is abandoned, with a `TooSlowError`."""
     answers: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue()
 
     def run() -> None:
@@ -170,11 +159,7 @@ def within(seconds: float, work: Callable[[], _T]) -> _T:
 
 
 def revoked(folder: Path) -> frozenset[str]:
-    """Revoked devices that have no other key.
-
-    Raises:
-        IdentityError: The identity is damaged, or others may read it.
-    """
+    """Revoked devices that have no other key."""
     if not (folder / IDENTITY).is_dir():
         return frozenset()
     with IdentityFolder(folder, read_only=True) as opened:

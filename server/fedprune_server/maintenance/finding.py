@@ -31,10 +31,7 @@ class Finding:
     """Something that is wrong, will be, or is worth knowing.
 
     Attributes:
-        severity: How bad it is.
-        what: The finding, with names.
         advice: What to do, with a command where there is one.
-        repair: What a repair does.
         paths: The files that it is about.
         blob: Digest of the blob that it is about.
         keys: The objects of a bucket that it is about.
@@ -54,11 +51,9 @@ class Finding:
 
     @property
     def wrong(self) -> bool:
-        """Whether it is more than a note."""
         return self.severity is Severity.WRONG
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON of `doctor`."""
         severity = self.severity.value
         return {"kind": self.kind, "weight": severity, "what": self.what, "why": self.why, "todo": self.advice}
 

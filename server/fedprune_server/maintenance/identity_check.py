@@ -32,14 +32,7 @@ _NEEDED = {
 
 
 def check_identity(identity: Path) -> Iterator[Finding]:
-    """Look an identity folder over; its database is looked at elsewhere.
-
-    Args:
-        identity: The folder, which is there.
-
-    Yields:
-        What was found.
-    """
+    """Check an identity folder; its database is checked elsewhere."""
     missing = {name for name in _NEEDED if not (identity / name).exists()}
     for name, advice in _NEEDED.items():
         if name in missing:

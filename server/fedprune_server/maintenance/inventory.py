@@ -21,11 +21,9 @@ class Inventory:
     """What a job needs.
 
     Attributes:
-        settings: What the job was started with.
-        state: Where it stands.
         references: Digests without which it can't go on.
-        models: Of global models that `keep` promises.
-        awaited: Of updates that are on their way.
+        models: Global models that `keep` promises.
+        awaited: Updates that are on their way.
         archive: Whether all blobs are kept.
     """
 
@@ -43,11 +41,7 @@ class Inventory:
 
 
 def inventory(storage: Storage) -> Inventory:
-    """What the job of a database needs.
-
-    Raises:
-        StorageError: There is no job, or it is damaged.
-    """
+    """What the job of a database needs; raises `StorageError` if there is none, or it is damaged."""
     settings, state = storage.settings(), storage.load()
     if settings is None or state is None:
         raise StorageError(f"{storage.url} holds no job yet", hint="Has a server been started on it?")
@@ -65,11 +59,11 @@ class Lying:
     """Files of a folder of blobs.
 
     Attributes:
-        blobs: Files that are named as blobs are, by digest.
+        blobs: Blobs by digest.
         tables: Leaf tables, by their blob's digest.
         partial: What has arrived of blobs that are not yet whole.
         temporary: Files of writers, some of which may be dead.
-        strange: What nobody of ours wrote.
+        strange: Files that no server wrote.
     """
 
     blobs: Mapping[str, Path]
@@ -80,11 +74,7 @@ class Lying:
 
 
 def lying(root: Path) -> Lying:
-    """What lies in a folder of blobs; nothing is changed, nor made where it is missing.
-
-    Raises:
-        StorageError: It can't be read.
-    """
+    """The files of a folder of blobs; nothing is changed, nor made where it is missing."""
     blobs, tables = dict[str, Path](), dict[str, Path]()
     partial, temporary, strange = list[Path](), list[Path](), list[Path]()
     for path in _files(root):

@@ -34,9 +34,7 @@ class Case:
     """A job as it is stored.
 
     Attributes:
-        folder: Its state folder.
         settings: What `put_settings` kept.
-        state: The coordinator's state.
         outsiders: Devices that can't be planned for.
         running: Whether a server runs on it.
         groups: Channels of each group of the model; empty if unknown.
@@ -73,7 +71,6 @@ class Case:
 
     @property
     def status(self) -> JobStatus:
-        """The job as the alert rules see it."""
         job, state = self.job, self.state
         return JobStatus(
             self.name, self.folder, self.begun, state.phase, state.round, int(job.get("rounds", 0)), state.paused,
@@ -86,7 +83,6 @@ class Case:
 
 
 def findings(case: Case) -> Iterator[Finding]:
-    """All that is wrong with a job."""
     if case.state.phase is Phase.FINISHED:
         yield from _diverges(case)
     elif case.begun:

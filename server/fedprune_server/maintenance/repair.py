@@ -20,18 +20,12 @@ DAMAGED = "damaged"
 
 
 def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> Iterator[str]:
-    """Delete what is not needed, set damaged blobs aside, and fetch what a backup has.
+    """Delete what is not needed, set damaged blobs aside, and fetch what a backup has; yields what was done.
 
     Args:
         folder: The state folder, on which no server runs: the caller holds its lock.
         findings: What a check found.
         backup: The folder of a backup that may have missing blobs.
-
-    Yields:
-        What was done, after it was.
-
-    Raises:
-        StorageError: The disk fails.
     """
     bucket = bucket_of(folder, Storage.settings_in(folder))
     sources: tuple[BlobStore, ...] = (

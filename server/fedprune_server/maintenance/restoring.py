@@ -29,20 +29,12 @@ _MAX_MANIFEST = 64 * 2**20
 
 
 class Source(Protocol):
-    """A backup that is read from.
-
-    Attributes:
-        where: Its folder or file, for messages.
-    """
+    """A backup that is read from; `where` is its folder or file, for messages."""
 
     where: str
 
     def read(self, place: str, limit: int) -> bytes:
-        """A file of it.
-
-        Raises:
-            StorageError: It is missing, larger than `limit`, or can't be read.
-        """
+        """A file of it; raises `StorageError` if it is missing, larger than `limit`, or can't be read."""
         ...
 
 
@@ -76,11 +68,7 @@ class _Tar:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Source]:
-    """Open a backup.
-
-    Raises:
-        StorageError: There is none, or it is damaged.
-    """
+    """Open a backup; raises `StorageError` if there is none, or it is damaged."""
     if path.is_dir():
         yield _Folder(path)
         return
@@ -93,20 +81,12 @@ def opened(path: Path) -> Iterator[Source]:
 
 
 def read_manifest(source: Source, where: Path) -> Manifest:
-    """What a backup has.
-
-    Raises:
-        StorageError: It is no backup, or damaged.
-    """
+    """What a backup has; raises `StorageError` if it is no backup, or damaged."""
     return Manifest.parse(source.read(NAME, _MAX_MANIFEST), f"{where}: {NAME}")
 
 
 def verify(source: Source, manifest: Manifest, advance: Advance) -> None:
-    """Make sure that a backup is whole, and that the job finds in it all that it refers to.
-
-    Raises:
-        StorageError: It is not; or it is of a later version than this one.
-    """
+    """Make sure that a backup is whole, and that the job finds in it all that it refers to."""
     for entry in manifest.entries:
         _read(source, entry)
         advance(entry.size)
@@ -132,8 +112,7 @@ def restore(source: Source, manifest: Manifest, target: Path, database: str | No
 
     Raises:
         ConfigError: Something is there already.
-        StorageFullError: There is no room; nothing is left behind.
-        StorageError: The backup is damaged, or the disk fails.
+        StorageError: The backup is damaged, or the disk fails or is full; nothing is left behind.
     """
     target = target.absolute()
     check_target(target)
@@ -156,11 +135,7 @@ def restore(source: Source, manifest: Manifest, target: Path, database: str | No
 
 
 def check_target(target: Path) -> None:
-    """Make sure that nothing would be overwritten.
-
-    Raises:
-        ConfigError: Something is there.
-    """
+    """Make sure that nothing would be overwritten; raises `ConfigError`."""
     with storage_errors(f"can't look at {target}"):
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise ConfigError(

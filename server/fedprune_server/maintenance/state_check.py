@@ -47,15 +47,12 @@ def size_of(folder: Path) -> int:
 
 
 def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]:
-    """Look a state folder over.
+    """Check a state folder; yields findings as they are found.
 
     Args:
         folder: The folder.
         advance: Told how many bytes of blobs were read.
         running: Whether a server runs on it.
-
-    Yields:
-        What was found, as it is found.
 
     Raises:
         StorageError: There is no database, it is damaged, or it can't be read: then nothing else can be said.

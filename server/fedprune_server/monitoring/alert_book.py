@@ -14,23 +14,14 @@ _CHANGES = 4 * MOST
 
 @dataclass(frozen=True)
 class AlertChange:
-    """An alert that opened, changed its severity, or closed.
-
-    Attributes:
-        alert: The alert.
-        closed_at: When it closed, in seconds since 1970; None if it is open.
-    """
+    """An alert that opened, changed its severity, or (with `closed_at`, in seconds since 1970) closed."""
 
     alert: Alert
     closed_at: float | None = None
 
 
 class AlertBook:
-    """Open alerts.
-
-    Args:
-        restored: Alerts that the server's last run left open. They close like all others.
-    """
+    """Open alerts, at first those that the server's last run left open."""
 
     def __init__(self, restored: Iterable[Alert] = ()) -> None:
         self._open: dict[str, Alert] = {a.key: a for a in restored}
@@ -53,7 +44,7 @@ class AlertBook:
         return {(kind, severity): found[kind, severity] for kind, levels in KINDS.items() for severity in levels}
 
     def update(self, alerts: Iterable[Alert], now: float, at: float) -> list[AlertChange]:
-        """Update the alerts with one evaluation.
+        """Update the alerts with one evaluation; returns those that opened, changed their severity, or closed.
 
         An alert opens when it has held for its delay, and closes when it has been gone for as long, so that what comes
         and goes within its delay changes nothing. Another severity of an open alert has to last as long, too.
@@ -62,9 +53,6 @@ class AlertBook:
             alerts: Alerts that hold now.
             now: The monotonic clock.
             at: Seconds since 1970.
-
-        Returns:
-            Alerts that opened, changed their severity, or closed.
         """
         changes: list[AlertChange] = []
         held = {a.key: a for a in alerts}

@@ -73,10 +73,7 @@ class Alert:
     """A problem that an operator has to know of.
 
     Attributes:
-        kind: One of `KINDS`.
-        severity: One of `SEVERITIES`.
         since: When it began, in seconds since 1970.
-        what: What is wrong.
         why: What it leads to.
         todo: What to do about it, with a command where there is one.
         job: The job that it is about; None for the whole server.
@@ -107,17 +104,10 @@ class JobStatus:
     """A job, as the rules see it.
 
     Attributes:
-        name: Its name.
-        folder: Its state folder.
         begun: Whether it ever began.
-        phase: The phase of its round.
-        round: The current round.
-        rounds: All rounds.
-        paused: Whether an operator paused it.
         needed: Boards with which a round begins.
         known: Boards that ever announced themselves.
         away: Some of the boards that are not connected and not revoked.
-        revoked: Some of the revoked boards.
         deadline_s: Seconds that a round waits for updates.
         missed: Deadlines in a row that passed without an update.
         empty: Rounds in a row that closed without a usable update.
@@ -142,7 +132,6 @@ class JobStatus:
 
     @property
     def finished(self) -> bool:
-        """Whether the job trains no more."""
         return self.phase is Phase.FINISHED
 
     @property
@@ -153,14 +142,11 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class CertificateDates:
-    """A certificate that boards, servers or browsers rely on.
+    """A certificate that boards, servers or browsers rely on, valid from `begins` to `ends`, in seconds since 1970.
 
     Attributes:
-        path: Its file.
-        begins: When it becomes valid, in seconds since 1970.
-        ends: When it ends.
         todo: How it is replaced.
-        error: Why it can't be read; empty where it can.
+        error: Why it can't be read; empty if it can.
     """
 
     path: str
@@ -175,11 +161,11 @@ class OtherServer(Protocol):
 
     @property
     def host(self) -> str:
-        """Name of its machine."""
+        pass
 
     @property
     def folder(self) -> str:
-        """Its state folder."""
+        pass
 
     @property
     def since(self) -> float:
@@ -199,8 +185,6 @@ class RolloutStatus:
     """The latest rollout.
 
     Attributes:
-        release: The release's number.
-        phase: Where it stands.
         why: Why it is paused or stopped.
         failed: Boards on which it failed.
         left: Boards that haven't reported it yet.
@@ -221,9 +205,7 @@ class SiteFacts:
 
     Attributes:
         disk: Free bytes, and all, of the state folder's disk; None if unknown.
-        certificates: Those of server, broker, console and authority.
         waiting: Fingerprints of keys that wait for approval, by board.
-        rollout: The latest rollout.
     """
 
     disk: tuple[int, int] | None = None
@@ -237,8 +219,6 @@ class Snapshot:
     """A server and its fleet at one moment.
 
     Attributes:
-        folder: The server's state folder.
-        jobs: Its jobs.
         here: Boards that are connected and can take part.
         running: Whether a server runs on the folder.
         turned_s: Seconds since the server's loop turned; None if unknown.
@@ -264,12 +244,7 @@ class Snapshot:
 
 
 def evaluate(seen: Snapshot, now: float) -> list[Alert]:
-    """All alerts that a snapshot justifies.
-
-    Args:
-        seen: The snapshot.
-        now: Seconds since 1970.
-    """
+    """All alerts that a snapshot justifies at a time in seconds since 1970."""
     found = [*_server(seen, now), *_second_servers(seen, now)]
     for job in seen.jobs:
         if not job.finished and job.begun:
@@ -293,7 +268,6 @@ def command(*words: object) -> str:
 
 
 def at(folder: Path) -> tuple[str, str]:
-    """The arguments that name the state folder."""
     return "--state", str(folder)
 
 

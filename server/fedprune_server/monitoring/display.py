@@ -43,7 +43,7 @@ _STATES = {
 
 
 class Display(Protocol):
-    """Where a daemon shows what happens."""
+    """Where a running job is shown."""
 
     def refresh(self, snapshot: Callable[[], JobSnapshot]) -> None:
         """Show the present, if it is time to."""
@@ -59,21 +59,16 @@ class Display(Protocol):
 
 
 class Lines:
-    """One line per round, devices at debug level; for logs and for processes without a terminal.
-
-    Args:
-        of_several: Whether the job is one of several, so that lines say which.
-    """
+    """One line per round, devices at debug level, for logs. Lines of one job `of_several` name it."""
 
     def refresh(self, snapshot: Callable[[], JobSnapshot]) -> None:
-        """Nothing: lines come with events."""
+        pass
 
     def __init__(self, of_several: bool = False) -> None:
         self._of_several = of_several
         self._pace = _Pace()
 
     def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
-        """Log the round."""
         job = f"{snapshot.job}: " if self._of_several else ""
         log.info("%s%s%s", job, round_line(snapshot, summary), self._pace.rest(snapshot, summary))
         for row in snapshot.rows:
@@ -84,11 +79,7 @@ class Lines:
 
 
 class LiveTable:
-    """A table that is drawn anew in place; log lines scroll by above it.
-
-    Args:
-        stream: The terminal.
-    """
+    """A table that is redrawn in place; log lines scroll by above it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console
@@ -142,7 +133,6 @@ class _Above(logging.Handler):
         self.setFormatter(OneLine("%(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one record."""
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else None
         try:
             self._console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
@@ -168,7 +158,6 @@ class _Pace:
 
 
 def span(seconds: float) -> str:
-    """A length of time in a word or two."""
     for size, unit in ((3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}"
@@ -194,7 +183,6 @@ def make_display(stream: TextIO | None = None) -> Display:
 
 
 def title(snapshot: JobSnapshot) -> str:
-    """The header: round, phase, global accuracy, deadline."""
     parts = [f"{snapshot.job}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase]
     if "accuracy" in snapshot.metrics:
         parts.append(f"global accuracy {snapshot.metrics['accuracy']:.1%}")
@@ -208,7 +196,6 @@ def title(snapshot: JobSnapshot) -> str:
 
 
 def state_style(state: str) -> str:
-    """The style in which a device's state is shown."""
     return ATTENTION if "two boards" in state else _STATES.get(state.partition(" ")[0].rstrip(":"), BUSY)
 
 
@@ -234,7 +221,6 @@ def _own(row: DeviceRow) -> str:
 
 
 def row_line(row: DeviceRow) -> str:
-    """A device as one line of a log."""
     device, profile, density, parameters, down, up, seconds, accuracy, state = cells(row)
     return (
         f"{device} ({profile}): density {density}, {parameters} parameters, {down} MB down, {up} MB up, "

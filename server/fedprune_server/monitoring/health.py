@@ -28,13 +28,7 @@ _BETWEEN_S = 5.0
 
 
 class Pulse:
-    """Reports to systemd and to probes that the server's loop turns.
-
-    Args:
-        environment: Says who watches.
-        tell: Tells the service manager.
-        clock: Seconds that only grow.
-    """
+    """Reports to systemd and to probes that the server's loop turns."""
 
     def __init__(
         self,
@@ -51,7 +45,6 @@ class Pulse:
         self._said = ""
 
     def beat(self) -> None:
-        """Report a turn of the loop."""
         self._beat(RUNNING)
 
     def stop(self) -> None:
@@ -82,16 +75,13 @@ class Pulse:
 
 
 def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: float | None = None) -> str:
-    """Check a server's health file.
+    """Check a server's health file; returns `RUNNING` or `STANDING_BY`.
 
     Args:
         path: The file that it touches.
-        oldest_s: How long ago it may have been touched.
+        oldest_s: Seconds since it was touched, at most.
         running: Whether standing by isn't enough.
-        now: The time; by default the clock's.
-
-    Returns:
-        `RUNNING` or `STANDING_BY`.
+        now: Seconds since 1970.
 
     Raises:
         StorageError: There is no such server, or it hangs, or it only stands by.

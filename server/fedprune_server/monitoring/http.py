@@ -97,12 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def served(place: tuple[str, int], metrics: Metrics, checks: Checks) -> Iterator[int]:
-    """Serve metrics and health until the end; yields the port.
-
-    Args:
-        place: Address and port; port 0 for a free one.
-        metrics: The metrics.
-        checks: What the server needs to be ready.
+    """Serve metrics and health, on a free port if the port is 0; yields the port.
 
     Raises:
         ConfigError: The address can't be listened on.

@@ -61,12 +61,7 @@ _FAR_OFF = {"step_seconds": 2.0, "latency_seconds": 2.0, "peak_memory_bytes": 1.
 
 
 class JobWatch(Observer):
-    """Counts the events that a job's alerts depend on.
-
-    Args:
-        view: The job.
-        folder: Its state folder.
-    """
+    """Counts the events that a job's alerts depend on."""
 
     def __init__(self, view: JobView, folder: Path) -> None:
         self._view, self._folder = view, folder
@@ -132,9 +127,9 @@ class Monitor(Observer):
         folder: The server's state folder.
         server: Settings of the table [server].
         views: The jobs and their folders.
-        here: Says how many boards can take part; None to count those of the only job.
-        others: Says which other servers of this identity were heard.
-        book: Where open alerts are kept; None for what the last run left open.
+        here: Counts the boards that can take part; None to count those of the only job.
+        others: Other servers of this identity that were heard.
+        book: Open alerts; None for what the last run left open.
         tell: Called with every alert that opens, changes its severity, or closes; it must not block.
         clock: Seconds since 1970.
         monotonic: The monotonic clock.
@@ -212,7 +207,6 @@ class Monitor(Observer):
         self._look_safely()
 
     def look(self) -> None:
-        """Evaluate the alerts, and report changes."""
         at = self._clock()
         changes = self.book.update(evaluate(self._snapshot(), at), self._monotonic(), at)
         for change in changes:
@@ -272,11 +266,7 @@ class Monitor(Observer):
 
 
 def read_open(folder: Path) -> tuple[float, list[Alert]] | None:
-    """The last turn of the folder's server, in seconds since 1970, and its open alerts.
-
-    Returns:
-        None where no server wrote them, or the file is damaged.
-    """
+    """The last turn of the folder's server, in seconds since 1970, and its open alerts; None if unknown."""
     return _read(folder, "alerts")
 
 

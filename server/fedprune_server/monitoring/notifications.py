@@ -51,12 +51,7 @@ _MAX_SECRET = 4096
 
 
 class NotificationError(FedpruneError):
-    """A message could not be delivered.
-
-    Args:
-        what: Why.
-        lasting: Whether another try would fail alike.
-    """
+    """A message could not be delivered; if `lasting`, another try would fail alike."""
 
     exit_code = ExitCode.NOTIFICATION
 
@@ -67,14 +62,7 @@ class NotificationError(FedpruneError):
 
 @dataclass(frozen=True)
 class Message:
-    """A notification about some alerts.
-
-    Attributes:
-        event: `opened`, `repeated`, `resolved` or `test`.
-        at: When, in seconds since 1970.
-        site: The server's site.
-        alerts: The alerts, the most severe first.
-    """
+    """A notification about alerts, the most severe first. `event` is `opened`, `repeated`, `resolved` or `test`."""
 
     event: str
     at: float
@@ -114,14 +102,7 @@ class Channel(Protocol):
     name: str
 
     def send(self, message: Message) -> str:
-        """Deliver a message.
-
-        Returns:
-            What the other side answered.
-
-        Raises:
-            NotificationError: It could not be delivered.
-        """
+        """Deliver a message; returns the other side's answer, or raises `NotificationError`."""
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -130,14 +111,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url: str, data: bytes | None = None, headers: dict[str, str] | None = None) -> str:
-    """Ask an operator's address.
-
-    Returns:
-        The answer's status line.
-
-    Raises:
-        NotificationError: It gave no answer, or another one than success.
-    """
+    """Ask an operator's address; returns the answer's status line, or raises `NotificationError`."""
     request = urllib.request.Request(url, data, {"User-Agent": "fedprune", **(headers or {})})  # noqa: S310 - checked
     try:
         with urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_S) as answer:
@@ -153,12 +127,7 @@ def fetch(url: str, data: bytes | None = None, headers: dict[str, str] | None = 
 
 
 class Webhook:
-    """Posts messages as JSON.
-
-    Args:
-        url: Where to.
-        secret: Signs them; None for no signature.
-    """
+    """Posts messages as JSON, signed with a secret if there is one."""
 
     name = "webhook"
 
@@ -173,13 +142,7 @@ class Webhook:
 
 
 class Mail:
-    """Sends messages through a relay.
-
-    Args:
-        settings: Where to.
-        password: For the relay; None for no log-in.
-        context: The trusted TLS authorities; None for the system's.
-    """
+    """Sends messages through a relay, logging in if there is a password."""
 
     name = "e-mail"
 
@@ -228,11 +191,7 @@ class Mail:
 
 
 def channels(settings: AlertSettings) -> list[Channel]:
-    """The channels of the settings.
-
-    Raises:
-        ConfigError: A secret's file can't be used.
-    """
+    """The configured channels; raises `ConfigError` if a secret's file can't be used."""
     found: list[Channel] = []
     if settings.webhook != OFF:
         secret = None if settings.webhook_secret is None else _secret("webhook_secret", settings.webhook_secret)
@@ -244,13 +203,7 @@ def channels(settings: AlertSettings) -> list[Channel]:
 
 
 class NotificationSchedule:
-    """Decides which messages are due.
-
-    Args:
-        settings: The settings of notifications.
-        site: The server's site.
-        notified: Alerts of which an earlier run of the server sent a notification.
-    """
+    """Decides which messages are due, given the alerts of which an earlier run sent a notification."""
 
     def __init__(self, settings: AlertSettings, site: str, notified: Iterable[Alert] = ()) -> None:
         self._settings, self._site = settings, site
@@ -307,12 +260,7 @@ class NotificationSchedule:
 
 
 class Outbox:
-    """A channel's queue of messages and its thread.
-
-    Args:
-        channel: The channel.
-        pause_s: The pause after a first failure; it doubles with each further one.
-    """
+    """A channel's queue of messages and its thread. The pause after a failure doubles with each further one."""
 
     def __init__(self, channel: Channel, pause_s: float = _PAUSE_S) -> None:
         self._channel, self._pause_s = channel, pause_s
@@ -367,8 +315,8 @@ class Notifier:
     Args:
         settings: The settings of notifications.
         site: The server's site.
-        opened: Gives the open alerts; called on the notifier's thread.
-        works: Says whether the server's loop turns; called on the notifier's thread.
+        opened: Returns the open alerts; called on the notifier's thread.
+        works: Whether the server's loop turns; called on the notifier's thread.
         notified: Alerts of which an earlier run sent a notification.
         clock: Seconds since 1970.
 
@@ -444,7 +392,6 @@ class Notifier:
 
 
 def trial(site: str, at: float) -> Message:
-    """A test message."""
     alert = Alert(
         "test", INFO, at, "this is a test: notifications of this server arrive", "nothing is wrong", "nothing"
     )

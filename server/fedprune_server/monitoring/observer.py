@@ -31,12 +31,10 @@ class Calls(Generic[P]):
 
 
 class Observer:
-    """Observes a job. The server's loop calls every method, so all must be quick.
-
-    An observer has those of these methods that it wants to be called; `Observers` calls no others.
+    """Observes a job. The server's loop calls every method that an observer implements, so all must be quick.
 
     Attributes:
-        trace_id: What lines of the log are marked with; None for nothing.
+        trace_id: What log lines are marked with; None for nothing.
     """
 
     trace_id: str | None = None
@@ -70,11 +68,7 @@ _CALLS = ("event", "command", "noticed", "saved", "round_over", "finished", "tur
 
 
 class Observers:
-    """The observers of a job: per method those that implement it, in order of joining.
-
-    Args:
-        observers: Who looks on from the beginning.
-    """
+    """The observers of a job: per method those that implement it, in order of joining."""
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._all: list[Observer] = []
@@ -100,16 +94,11 @@ class Observers:
                 getattr(self, name).add(getattr(observer, name))
 
     def each_turn(self, action: Callable[[], object]) -> None:
-        """Call a function in every turn of the loop."""
         self.turned.add(lambda seconds, seen: action())
 
 
 class DisplayObserver(Observer):
-    """Shows a job on a terminal.
-
-    Args:
-        display: Where.
-    """
+    """Shows a job on a terminal."""
 
     def __init__(self, display: Display) -> None:
         self._display = display

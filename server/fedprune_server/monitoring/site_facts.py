@@ -29,9 +29,6 @@ def site_facts(folder: Path, server: Mapping[str, Any], *, members: bool = True)
         folder: The state folder.
         server: Settings of the table [server].
         members: Whether the identity can be read.
-
-    Raises:
-        StorageError: A database can't be read.
     """
     found = shutil.disk_usage(folder)
     waiting = _waiting(folder) if members and (folder / IDENTITY).is_dir() else {}

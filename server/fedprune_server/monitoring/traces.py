@@ -153,12 +153,8 @@ def traced(url: str | None, exporter: Callable[[], Any] | None = None) -> Iterat
     """A tracer that exports spans to a collector.
 
     Args:
-        url: Where its OTLP over HTTP is, such as `http://127.0.0.1:4318`; None for what OpenTelemetry's environment
-            says.
+        url: OTLP over HTTP, such as `http://127.0.0.1:4318`; None for what OpenTelemetry's environment says.
         exporter: Makes another exporter instead.
-
-    Yields:
-        The tracer.
     """
     if exporter is None:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter

@@ -24,15 +24,10 @@ class Facts:
     """Figures of a job at one moment.
 
     Attributes:
-        round: The current round.
-        rounds: Rounds in all.
-        phase: The round's phase.
         devices: Devices by state: `working`, `idle`, `excluded` or `offline`.
-        tasks: Parts of the round by how far they are.
-        quarantined: Devices that aren't listened to.
+        tasks: Parts of the round by progress.
         bytes_down: Payload bytes to all devices, over all starts.
         bytes_up: The same from them.
-        connected: Whether the broker is there.
         queues: What waits, by queue.
     """
 
@@ -51,16 +46,7 @@ class Facts:
 def facts_of(
     job: Job, state: State, registry: DeviceRegistry, quarantine: Quarantine, connected: bool, queues: Mapping[str, int]
 ) -> Facts:
-    """Figures of a job, by a look at every device.
-
-    Args:
-        job: The job.
-        state: The coordinator's state.
-        registry: The devices.
-        quarantine: Says who isn't heard.
-        connected: Whether the broker is there.
-        queues: What waits, by queue.
-    """
+    """Figures of a job, by a look at every device."""
     devices: Counter[str] = Counter()
     for name, device in state.devices.items():
         task = state.tasks.get(name)
@@ -92,19 +78,13 @@ class JobView:
     """Read-only view of a job.
 
     Attributes:
-        job: Its settings.
-        architecture: The global model's.
-        state: The coordinator's.
-        registry: Its devices.
-        quarantine: Who isn't listened to.
         pulled: Leaves of a device's update that are here, and of all.
-        connected: Whether the broker is connected.
         weight: Its weight in sharing devices with other jobs.
         pause: Pauses the job, or lets it go on.
         store: Blobs that are available without waiting.
         queues: How much waits, by queue.
         clock: Seconds since 1970.
-        away: What is said of a device that isn't there.
+        away: The state of a device that isn't connected.
     """
 
     job: Job
@@ -122,7 +102,6 @@ class JobView:
     away: str = OFFLINE
 
     def snapshot(self) -> JobSnapshot:
-        """The job as a table."""
         pulled = {n: p for n in self.state.tasks if (p := self.pulled(n)) is not None}
         found = self.registry.snapshot(self.clock(), self.connected(), pulled)
         if self.away == OFFLINE:

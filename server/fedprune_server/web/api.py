@@ -23,11 +23,7 @@ _MAX_Q = 100
 
 
 def router(console: Console) -> APIRouter:
-    """The API's routes.
-
-    Args:
-        console: What they need.
-    """
+    """The API's routes."""
     routes, view = APIRouter(prefix=PREFIX), console.view
 
     @routes.get("/me")

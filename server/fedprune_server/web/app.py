@@ -31,11 +31,7 @@ _QUEUE = 32
 
 
 def make_app(console: Console) -> ASGIApp:
-    """The application with its security middleware.
-
-    Args:
-        console: What its routes need.
-    """
+    """The application with its security middleware."""
     return SecurityMiddleware(make_routes(console), console.sessions, console.around)
 
 

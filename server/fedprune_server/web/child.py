@@ -46,11 +46,6 @@ _HEADER_BYTES = 32 * 1024
 
 
 def listening_socket(address: str, port: int) -> socket.socket:
-    """A socket that listens.
-
-    Raises:
-        OSError: It can't.
-    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -64,16 +59,7 @@ def listening_socket(address: str, port: int) -> socket.socket:
 
 
 def serve(settings: ConsoleSettings, replies: BinaryIO) -> None:
-    """Serve until the process ends.
-
-    Args:
-        settings: The console's.
-        replies: Takes signs of life.
-
-    Raises:
-        FedpruneError: A database can't be used.
-        OSError: The address can't be listened on, or the certificate can't be read.
-    """
+    """Serve until the process ends, sending signs of life to `replies`."""
     folder = Path(settings.folder)
     around = Surroundings(settings.certificate is not None, settings.proxied, settings.hosts)
     with ConsoleDatabase(folder / FILE) as database:

@@ -19,8 +19,7 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 class Connections:
     """Open connections by the browser's address and port.
 
-    A connection waits until the application has its whole request, and again once that is answered. Only `asyncio`'s
-    protocol methods and the application's messages tell which it is.
+    A connection waits until the application has its whole request, and again once that is answered.
 
     Args:
         most: Open connections; a further one takes the place of the one that has waited longest.
@@ -58,8 +57,6 @@ class Connections:
         connections = self
 
         class Watched(H11Protocol):
-            """A connection that reports its begin and end."""
-
             def connection_made(self, transport: Any) -> None:
                 connections.opened(_peer(transport), transport)
                 self._watched = transport

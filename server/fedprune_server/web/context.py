@@ -22,18 +22,7 @@ from fedprune_server.web.state.status import FleetView
 
 @dataclass
 class Console:
-    """A console, apart from its routes.
-
-    Attributes:
-        view: What the server has published.
-        accounts: The operators.
-        sessions: Who is logged in.
-        throttle: Slows logins that fail.
-        audit: Who did what.
-        orders: Operators' orders.
-        streams: Live events for browsers.
-        around: How browsers reach it.
-    """
+    """A console, apart from its routes."""
 
     view: FleetView
     accounts: Accounts
@@ -52,15 +41,7 @@ def make_console(
     hasher: PasswordHasher | None = None,
     clock: Callable[[], float] = time.time,
 ) -> Console:
-    """A console.
-
-    Args:
-        view: What the server has published.
-        database: Operators, sessions, orders and audit log.
-        around: How browsers reach it.
-        hasher: Of passwords; None for a slow one.
-        clock: Seconds since 1970.
-    """
+    """A console. Without a `hasher` passwords are hashed slowly, as they should be."""
     accounts, audit = Accounts(database, hasher, clock), Audit(database, clock)
     return Console(
         view,
@@ -75,6 +56,5 @@ def make_console(
 
 
 def session_of(request: Request) -> Session:
-    """The session of an authenticated request."""
     session: Session = request.state.session
     return session

@@ -73,11 +73,7 @@ class Pending:
 
 
 class Streams:
-    """All open streams.
-
-    Args:
-        beat_s: How often a stream without changes shows that it is open.
-    """
+    """All open streams. One without changes shows every `beat_s` seconds that it is open."""
 
     def __init__(self, beat_s: float = BEAT_S) -> None:
         self._beat_s = beat_s
@@ -95,13 +91,7 @@ class Streams:
             pending.add(kind, what)
 
     async def stream(self, operator: str, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
-        """Changes from now on, as text of a stream, until the operator is logged out.
-
-        Args:
-            operator: Whose stream it is.
-            ready: Whether the server responds.
-            allowed: Whether the operator is still logged in; asked now and then.
-        """
+        """Changes from now on, as text of a stream, while the operator is `allowed`, that is logged in."""
         pending = Pending()
         self._open[pending] = operator
         try:

@@ -34,13 +34,7 @@ COMPLAIN_S = 60.0
 class ConsoleObserver(Observer):
     """Publishes the server's status, takes orders and keeps the console's process running, in the server's loop.
 
-    What fails here is logged, once a minute at most, and costs the jobs nothing.
-
-    Args:
-        publisher: Publishes the status.
-        orders: Takes orders.
-        process: The console's process.
-        monotonic: Monotonic clock.
+    A failure is logged, once a minute at most, and costs the jobs nothing.
     """
 
     def __init__(
@@ -60,7 +54,6 @@ class ConsoleObserver(Observer):
         self._safely(lambda: self._publisher.round_over(seen.job.name, summary))
 
     def turned(self, seconds: Callable[[], float] | None, seen: JobView | None) -> None:
-        """Do everything, if it is time."""
         now = self._monotonic()
         if now < self._next_at:
             return
@@ -109,11 +102,6 @@ def check_console(config: ServerConfig) -> None:
 
 
 def check_free(address: str, port: int) -> None:
-    """Check that an address can be listened on.
-
-    Raises:
-        ConfigError: It can't.
-    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -126,11 +114,9 @@ def check_free(address: str, port: int) -> None:
 
 
 def check_tls(config: ServerConfig) -> None:
-    """Check that the console's certificate and key can be used now.
+    """Check that browsers accept the console's certificate now.
 
-    Raises:
-        ConfigError: They can't, or the certificate has ended, so that browsers refuse it. One that doesn't count yet is
-            an error in the log alone: after a power cut a machine's clock may be set only once the server runs.
+    One that isn't valid yet is only logged: after a power cut a machine's clock may be set once the server runs.
     """
     if config.console_certificate is None or config.console_key is None:
         return

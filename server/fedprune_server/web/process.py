@@ -27,18 +27,12 @@ _ENVIRONMENTS = ("LC_", "PYTHON")
 
 @dataclass(frozen=True)
 class ConsoleSettings:
-    """What the process is told on its standard input.
+    """Settings of the console's process, which it reads from its standard input.
 
     Attributes:
-        address: Where it listens.
-        port: 0 for a free one.
         folder: The state folder, with `console.db` and `status.db`.
-        certificate: Path of a certificate for TLS; None to do without.
-        key: Path of its key.
-        insecure: Whether it may listen without TLS where other machines reach it.
-        orders: Which orders the server takes: `none`, `look` or `all`.
-        hosts: Names that browsers may use for it in addition to its address; empty for any.
-        proxied: Whether a reverse proxy on this machine does TLS.
+        hosts: Names that browsers may use in addition to its address.
+        proxied: Whether a reverse proxy on this machine terminates TLS.
         parent: The server's process id.
     """
 
@@ -55,11 +49,6 @@ class ConsoleSettings:
 
     @classmethod
     def from_json(cls, text: bytes) -> ConsoleSettings:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: It is something else.
-        """
         try:
             body = json.loads(text)
             return cls(**{**body, "hosts": tuple(body["hosts"])})
@@ -71,12 +60,7 @@ class ConsoleSettings:
 
 
 class ConsoleProcess:
-    """A console's process. It repeats its address every few seconds, as a sign that it doesn't hang.
-
-    Args:
-        settings: Its settings.
-        command: What is started; None for the console.
-    """
+    """A console's process, or another `command`. It repeats its address every few seconds as a sign of life."""
 
     def __init__(self, settings: ConsoleSettings, command: list[str] | None = None) -> None:
         self._settings = settings
@@ -113,7 +97,7 @@ class ConsoleProcess:
 
 
 def harmless(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a server's environment that a process with browsers as clients may have."""
+    """Environment variables without secrets, for a process that browsers reach."""
     return {k: v for k, v in environment.items() if k in _ENVIRONMENT or k.startswith(_ENVIRONMENTS)}
 
 

@@ -73,7 +73,6 @@ class Surroundings:
 
     @property
     def login_cookie(self) -> str:
-        """Name of the login form's cookie."""
         return f"{self.cookie}-login"
 
 
@@ -82,13 +81,7 @@ class _TooLongError(Exception):
 
 
 class SecurityMiddleware:
-    """Passes requests to the application, with `session` (or None), `address` and `secure` in their state.
-
-    Args:
-        app: The application.
-        sessions: Who is logged in.
-        surroundings: How browsers reach this.
-    """
+    """Passes requests to the application, with `session` (or None), `address` and `secure` in their state."""
 
     def __init__(self, app: ASGIApp, sessions: Sessions, surroundings: Surroundings) -> None:
         self._app = app
@@ -161,8 +154,7 @@ class SecurityMiddleware:
         return None
 
     def _called_well(self, host: str) -> bool:
-        """Whether a browser calls this by an address or a name that is known: any other may be a name of another
-        site's that was made to point here."""
+        """Whether a browser uses an address or a known name: another site can point any other name here."""
         name = host_of(f"//{host}") if host and _plain(host) else None
         return name is not None and (name == "localhost" or name in self._around.hosts or is_address(name))
 
@@ -196,7 +188,6 @@ def host_of(url: str) -> str | None:
 
 
 def loopback(address: str) -> bool:
-    """Whether an address is this machine's loopback."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -204,7 +195,6 @@ def loopback(address: str) -> bool:
 
 
 def is_address(name: str) -> bool:
-    """Whether a host is an IP address."""
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -27,5 +27,4 @@ LOOKS = frozenset({"look", "coverage"})
 
 
 def may(role: str, needed: str) -> bool:
-    """Whether a role includes another."""
     return ROLES.index(role) >= ROLES.index(needed)

@@ -26,13 +26,7 @@ _SEEN_S = 60.0
 
 @dataclass(frozen=True)
 class Session:
-    """A logged-in operator.
-
-    Attributes:
-        operator: Who, with the role of now.
-        csrf: What every order must repeat, which other sites can't read.
-        id: The token's digest.
-    """
+    """A logged-in operator with the role of now, the token `csrf` that orders repeat, and the session's digest."""
 
     operator: Operator
     csrf: str
@@ -40,13 +34,7 @@ class Session:
 
 
 class Sessions:
-    """The sessions of a console.
-
-    Args:
-        database: Where they are kept.
-        accounts: The operators.
-        clock: Seconds since 1970.
-    """
+    """The sessions of a console."""
 
     def __init__(self, database: ConsoleDatabase, accounts: Accounts, clock: Callable[[], float] = time.time) -> None:
         self._database = database
@@ -55,11 +43,7 @@ class Sessions:
         self._secret = secrets.token_bytes(32)
 
     def begin(self, operator: Operator, address: str) -> str:
-        """Begin a session of an authenticated operator; returns its token, which is stored nowhere.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Begin a session of an authenticated operator; returns its token, which is stored nowhere."""
         token, now = secrets.token_urlsafe(32), self._clock()
         with self._database.transaction():
             self._database.do("DELETE FROM sessions WHERE made_at < ? OR seen_at < ?", now - LONGEST_S, now - IDLE_S)
@@ -80,9 +64,6 @@ class Sessions:
         Args:
             token: What the browser sent.
             used: Whether the operator uses the session now; an open stream doesn't count.
-
-        Raises:
-            StorageError: The disk fails or is full.
         """
         if not token or len(token) > 100:
             return None
@@ -99,11 +80,6 @@ class Sessions:
         return Session(operator, row["csrf"], row["token"])
 
     def end(self, token: str | None) -> None:
-        """End a session.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
         if token:
             self._database.do("DELETE FROM sessions WHERE token = ?", _digest(token))
 

@@ -33,12 +33,7 @@ class _Failures:
 
 @dataclass(frozen=True)
 class Limit:
-    """How failures delay further logins.
-
-    Attributes:
-        free: Failures that cost nothing.
-        longest_s: The longest wait; each failure beyond the free ones doubles it, from a second on.
-    """
+    """How failures delay logins: after `free` ones each doubles the wait, from a second up to `longest_s`."""
 
     free: int
     longest_s: float
@@ -48,12 +43,7 @@ PAIR, ADDRESS, ACCOUNT = Limit(4, 900.0), Limit(20, 900.0), Limit(30, 60.0)
 
 
 class Throttle:
-    """Counts failed logins, over restarts of the console.
-
-    Args:
-        database: Where they are kept.
-        clock: Seconds since 1970.
-    """
+    """Counts failed logins, over restarts of the console."""
 
     def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
         self._database = database

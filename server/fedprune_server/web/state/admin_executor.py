@@ -40,8 +40,8 @@ class AdminExecutor:
     """Carries out orders of these kinds.
 
     Args:
-        state: The server's state folder.
-        releases: A folder whose subfolders are releases that can be rolled out; None for no folder.
+        state: The state folder.
+        releases: A folder whose subfolders are releases that can be rolled out; None for no releases.
         clock: Seconds since 1970.
     """
 
@@ -55,11 +55,7 @@ class AdminExecutor:
         self._closed = False
 
     def submit(self, order: Order) -> None:
-        """Carry an order out soon.
-
-        Raises:
-            ProtocolError: Too many are waiting already.
-        """
+        """Carry an order out soon; raises `ProtocolError` if too many are waiting."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="fedprune-admin", daemon=True)
             self._thread.start()
@@ -69,7 +65,6 @@ class AdminExecutor:
             raise ProtocolError(f"{MOST} orders are waiting to be carried out") from None
 
     def answers(self) -> Iterator[Answer]:
-        """Answers since the last call."""
         with suppress(queue.Empty):
             while True:
                 yield self._answers.get_nowait()
@@ -94,11 +89,7 @@ class AdminExecutor:
             self._thread.join(10.0)
 
     def carry_out(self, order: Order) -> str:
-        """Carry an order out; returns what came of it.
-
-        Raises:
-            FedpruneError: It can't be done; the message says why.
-        """
+        """Carry an order out; returns the result for people, or raises `FedpruneError`."""
         device, key = order.device or "", order.key
         if order.order == "rollout_start":
             if order.release not in self.names() or self._releases is None:
@@ -120,7 +111,6 @@ class AdminExecutor:
             return revoke(identity, device)
 
     def _rollout(self, order: Order, why: str) -> str:
-        """Change the rollout that is under way, or was the last one."""
         if order.order == "rollout_back":
             left = order.release or ""
             if not left.isdecimal() or len(left) > _DIGITS:

@@ -55,16 +55,11 @@ class LogTap(logging.Handler):
             self.handleError(record)
 
     def take(self, most: int) -> list[LogLine]:
-        """The next lines."""
         return [self._lines.popleft() for _ in range(min(most, len(self._lines)))]
 
 
 class BoardLogTap:
-    """Logs of boards.
-
-    Args:
-        folder: The server's state folder.
-    """
+    """Log lines and crashes of boards, from the state folder and as they arrive."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -76,15 +71,10 @@ class BoardLogTap:
             self._new.append(_line(told))
 
     def take(self, most: int) -> list[LogLine]:
-        """The next lines."""
         return [self._new.popleft() for _ in range(min(most, len(self._new)))]
 
     def latest(self) -> list[LogLine]:
-        """The latest lines and crashes of all boards, oldest first, including those not taken yet.
-
-        Raises:
-            StorageError: They can't be read.
-        """
+        """The latest lines and crashes of all boards, oldest first, including those not taken yet."""
         self._new.clear()
         return [_line(told) for told in read_logs(self._folder, most=LATEST)]
 

@@ -13,14 +13,7 @@ _ORDERS = 20
 
 
 class OrderHandler:
-    """Carries out orders on the thread of the server's loop.
-
-    Args:
-        queue: Where orders come from.
-        publisher: Knows the jobs, and publishes details and coverage.
-        executor: Carries out orders about members and releases; None for a server without an identity.
-        allowed: Which orders are taken: `none`, `look` or `all`.
-    """
+    """Carries out orders on the thread of the server's loop; those about members and releases go to `executor`."""
 
     def __init__(
         self, queue: OrderQueue, publisher: StatusPublisher, executor: AdminExecutor | None, allowed: str = "all"
@@ -29,11 +22,7 @@ class OrderHandler:
         self._unsaved: list[Answer] = []
 
     def turn(self) -> None:
-        """Take orders and answer them.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Take orders and answer them."""
         for answer in self._unsaved:
             self._queue.answer(answer)
         self._unsaved.clear()

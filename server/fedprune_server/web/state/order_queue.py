@@ -60,13 +60,10 @@ class Order(CheckedMessage, kind="order"):
     """When it expires, in seconds since 1970; None for never."""
 
     def expired(self, now: float) -> bool:
-        """Whether it is too late to carry it out."""
         return self.until is not None and now > self.until
 
 
 class Answer(NamedTuple):
-    """What came of an order."""
-
     order: int
     ok: bool
     text: str
@@ -76,13 +73,6 @@ class OrderQueue:
     """The server's side of the orders: it takes them and answers them.
 
     Neither waits for the console's process: while that one writes, nothing is taken, and answers are kept.
-
-    Args:
-        database: The console's.
-        clock: Seconds since 1970.
-
-    Raises:
-        StorageError: The disk fails or is full.
     """
 
     def __init__(self, database: ConsoleDatabase, clock: Callable[[], float] = time.time) -> None:
@@ -91,11 +81,7 @@ class OrderQueue:
         self._answers = [Answer(row["number"], False, INTERRUPTED) for row in taken]
 
     def take(self, most: int) -> list[Order]:
-        """The next orders that have not expired; from now on they count as taken.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """The next orders that have not expired; from now on they count as taken."""
         rows = self._database.rows(
             "SELECT number, operator, kind, what, until FROM orders WHERE state = 'waiting' AND until >= ? "
             "ORDER BY number LIMIT ?",
@@ -119,11 +105,7 @@ class OrderQueue:
         self._answers.append(answer)
 
     def flush(self) -> None:
-        """Write the answers.
-
-        Raises:
-            StorageError: The disk fails or is full; the answers are kept.
-        """
+        """Write the answers; they are kept if the disk fails."""
         now = self._clock()
         statements = [s for answer in self._answers for s in answering(answer, now)]
         if statements and self._database.try_to(*statements):
@@ -139,11 +121,7 @@ def answering(answer: Answer, now: float) -> list[tuple[str, tuple[object, ...]]
 
 
 def read_order(row: Mapping[str, Any]) -> Order:
-    """A row's order, checked: the process that writes orders speaks with browsers.
-
-    Raises:
-        ProtocolError: A field is missing or wrong.
-    """
+    """A row as an order, checked, because browsers reach the process that writes orders."""
     try:
         what = json.loads(row["what"])
     except (ValueError, RecursionError) as error:

@@ -52,12 +52,7 @@ _NEEDS = {
 
 
 class RefusedError(Exception):
-    """An order was refused.
-
-    Args:
-        status: HTTP's.
-        text: The reason.
-    """
+    """An order was refused; `status` is HTTP's."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -66,14 +61,7 @@ class RefusedError(Exception):
 
 
 class OrderService:
-    """The console's side of the orders: checks them, adds them to the database and shows what came of them.
-
-    Args:
-        view: What the server has written.
-        audit: Log of all orders that change something.
-        database: The console's.
-        clock: Seconds since 1970.
-    """
+    """The console's side of the orders: checks them, adds them to the database and shows their answers."""
 
     def __init__(
         self, view: FleetView, audit: Audit, database: ConsoleDatabase, clock: Callable[[], float] = time.time
@@ -87,11 +75,6 @@ class OrderService:
 
     def give(self, session: Session, address: str, body: object) -> int:
         """Add an order; returns its number.
-
-        Args:
-            session: The operator's.
-            address: The browser's.
-            body: What the browser sent: `order` and the fields that this kind needs.
 
         Raises:
             RefusedError: The order is invalid, this operator may not give it, or too many are waiting.
@@ -147,11 +130,7 @@ class OrderService:
         return [("answer", {"order": r["number"], "ok": bool(r["ok"]), "text": r["text"]}) for r in done]
 
     def expire(self) -> None:
-        """Answer orders that the server has not taken in time, and doesn't take any more.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Answer orders that the server has not taken in time, and doesn't take any more."""
         now = self._clock()
         late = self._database.rows("SELECT number FROM orders WHERE state = 'waiting' AND until < ?", now - _GRACE_S)
         if late:
@@ -202,6 +181,5 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _there_are(names: Collection[str]) -> str:
-    """The names; of many the first few."""
     shown, more = ", ".join(nsmallest(_NAMED, names)), len(names) - _NAMED
     return f"there {'is' if len(names) == 1 else 'are'} {shown or 'none'}" + (f" and {more} more" if more > 0 else "")

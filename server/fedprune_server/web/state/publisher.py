@@ -56,16 +56,6 @@ class ServedJobs:
 class StatusPublisher:
     """Publishes the status of jobs.
 
-    Args:
-        jobs: The jobs.
-        site: The server, except for `connected` and `jobs`; see `records.Site`.
-        writer: The file that is written.
-        poller: Finds members and rollouts.
-        boards: Logs of boards; None where they are not kept.
-        alerts: The open alerts.
-        clock: Seconds since 1970.
-        monotonic: Monotonic clock.
-
     Attributes:
         tap: Collects lines of the server's log.
         faults: What could not be published since the caller looked last.
@@ -109,16 +99,13 @@ class StatusPublisher:
             self._before[name] = (history[-1]["at"] if history else None, _traffic(view))
 
     def changed(self, devices: Collection[str]) -> None:
-        """Publish these devices soon."""
         for name in devices:
             self._pending.setdefault(name)
 
     def add(self, *records: Record) -> None:
-        """Publish records soon."""
         self._records += records
 
     def round_over(self, job: str, summary: dict[str, Any]) -> None:
-        """Publish a finished round."""
         view, (before, counted) = self._views[job], self._before[job]
         sums = _traffic(view)
         moved = max(0, sums[0] - counted[0]), max(0, sums[1] - counted[1])
@@ -126,21 +113,12 @@ class StatusPublisher:
         self.add(rows.finished_round(job, summary, before, moved))
 
     def view_of(self, job: str) -> JobView:
-        """A job.
-
-        Raises:
-            ProtocolError: There is no such job.
-        """
         if job not in self._views:
             raise ProtocolError("no such job", expected=", ".join(self._views), got=job)
         return self._views[job]
 
     def view_with(self, device: str) -> JobView:
-        """The job that has a device or had it last; the first one where none had.
-
-        Raises:
-            ProtocolError: There is no such device.
-        """
+        """The job that has a device or had it last; the first one where none had."""
         job = self._jobs.holder(device) or self._of.get(device)
         view = self._views[job] if job is not None else self._jobs.views[0]
         if device not in view.state.devices and device not in view.registry.names:
@@ -148,32 +126,19 @@ class StatusPublisher:
         return view
 
     def add_details(self, device: str) -> None:
-        """Publish a device's details and its log soon.
-
-        Raises:
-            ProtocolError: There is no such device.
-        """
         self.add(details(self.view_with(device), device, self._clock()))
         if self._boards is not None:
             self.add(self._boards.of(device))
 
     def add_coverage(self, job: str) -> None:
-        """Publish a job's coverage soon, unless it was a moment ago.
-
-        Raises:
-            ProtocolError: There is no such job.
-        """
+        """Publish a job's coverage soon, unless it was a moment ago."""
         view, now = self.view_of(job), self._monotonic()
         if now - self._covered.get(job, -COVERED_S) >= COVERED_S:
             self._covered[job] = now
             self.add(coverage(view, self._clock()))
 
     def publish(self) -> None:
-        """Write what has changed.
-
-        Raises:
-            StorageError: The disk fails or is full; everything is published again when it no longer does.
-        """
+        """Write what has changed; after a failed write, everything."""
         now = self._monotonic()
         if self._stale:
             self._begin()

@@ -67,11 +67,7 @@ class PublishedJob(Record, kind="job", scope="name"):
 
 @dataclass(frozen=True)
 class FinishedRound(Record, kind="round", scope="job", key="round"):
-    """A finished round.
-
-    `refused` counts rejected updates by reason. Bytes are those of all devices since the previous round ended. Fields
-    are None where the server has restarted since and no longer knows.
-    """
+    """A finished round: rejected updates by reason, and bytes since the one before. None is unknown after a restart."""
 
     job: str
     round: int
@@ -92,14 +88,10 @@ class DeviceDetails(Record, kind="device", scope="name"):
     """A device's plan, its predictions next to its measurements, its latest rounds and its channels.
 
     Attributes:
-        name: The device.
-        job: The job that this is about.
         plan: Density, limits and the binding limit; None without a plan.
-        figures: Predicted and measured values.
         history: The device's part in the latest rounds, newest first.
         widths: Kept channels per group and, where the ranking is here, which: a bit for each channel of the group, the
             first one highest, as hex.
-        at: Seconds since 1970.
     """
 
     name: str

@@ -49,7 +49,7 @@ def device_row(
         here: Whether the device is connected, at whatever job.
         member: Its membership.
         traffic: Bytes to it and from it, of all jobs.
-        now: When it was heard last; None if that is unknown.
+        now: When it was last heard, in seconds since 1970.
         update: Its last report about the latest rollout's release.
     """
     state, contact = view.state, view.registry[name]
@@ -143,14 +143,7 @@ def running(software: str) -> tuple[str | None, int | None]:
 def finished_round(
     job: str, summary: dict[str, Any], before: float | None, traffic: tuple[int, int] | None
 ) -> FinishedRound:
-    """A finished round.
-
-    Args:
-        job: Its job.
-        summary: The coordinator's.
-        before: When the previous round ended; None for the first.
-        traffic: Bytes to and from devices meanwhile; None if they were not counted.
-    """
+    """A finished round; `before` is when the previous one ended, `traffic` the bytes to and from devices since then."""
     parts = list(summary["devices"].values())
     refused = Counter(one_line(str(p["reason"]), 150) or "?" for p in parts if p["progress"] == Progress.REFUSED.value)
     if len(refused) > 100:

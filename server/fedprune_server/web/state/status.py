@@ -81,14 +81,7 @@ class Page:
 
 
 class StatusWriter:
-    """The server's side: a new file.
-
-    Args:
-        path: The file; one of an earlier start is deleted.
-
-    Raises:
-        StorageError: It can't be made.
-    """
+    """The server's side: a new file, in place of that of an earlier start."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,15 +98,9 @@ class StatusWriter:
                 self._connection.execute(statement)
 
     def close(self) -> None:
-        """Close the file, which stays until the next start."""
         self._connection.close()
 
     def clear(self) -> None:
-        """Delete everything.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
         with self._errors(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.execute("DELETE FROM records")
@@ -135,9 +122,6 @@ class StatusWriter:
             devices: JSON of devices' rows, by name; None for those that are gone.
             at: Seconds since 1970.
             whole: Whether all devices that the server knows are in the file now.
-
-        Raises:
-            StorageError: The disk fails or is full; nothing is written then.
         """
         kinds, scopes = set[str](), set[str]()
         with self._errors(), self._connection:
@@ -181,26 +165,13 @@ class StatusWriter:
 
 
 def encoded(body: Record | Row) -> str:
-    """JSON of a record or of a device's row.
-
-    Raises:
-        ValueError: A number in it is not finite.
-    """
+    """JSON of a record or a row; raises `ValueError` if a number in it is not finite."""
     row = asdict(body) if isinstance(body, Record) else body
     return json.dumps(row, separators=(",", ":"), allow_nan=False)
 
 
 class FleetView:
-    """The console's side: pages of what the server has written.
-
-    Args:
-        path: The file.
-        orders: Which orders the server takes: `none`, `look` or `all`.
-        clock: Seconds since 1970.
-
-    Raises:
-        StorageError: The file can't be opened.
-    """
+    """The console's side: pages of what the server has written."""
 
     def __init__(self, path: Path, orders: str = "all", clock: Callable[[], float] = time.time) -> None:
         self.orders = orders
@@ -214,12 +185,10 @@ class FleetView:
         self._seen = self._latest()
 
     def close(self) -> None:
-        """Close the file."""
         self._connection.close()
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the server wrote last."""
         return max(0.0, self._clock() - float(self._rows("SELECT at FROM beat")[0][0]))
 
     @property
@@ -239,7 +208,7 @@ class FleetView:
 
     @property
     def rollouts(self) -> list[Row]:
-        """The latest rollouts, newest first."""
+        """The latest ones, newest first."""
         found = self._record("rollouts", "")
         return [] if found is None else list(found["rows"])
 
@@ -262,11 +231,9 @@ class FleetView:
 
     @property
     def device_names(self) -> Collection[str]:
-        """Names of all devices."""
         return {name for (name,) in self._rows("SELECT name FROM device_status WHERE body IS NOT NULL")}
 
     def job(self, name: str) -> Row | None:
-        """A job's current state."""
         return self._record("job", name)
 
     @property
@@ -284,7 +251,6 @@ class FleetView:
         return {**found, "online": {"yes": online["1"], "no": online["0"]}}
 
     def device(self, name: str) -> Row | None:
-        """A device's row."""
         found = self._rows("SELECT body FROM device_status WHERE name = ? AND body IS NOT NULL", name)
         return json.loads(found[0][0]) if found else None
 
@@ -347,17 +313,7 @@ class FleetView:
         return self._page("records", where, [], "json_extract(body, '$.at') DESC, key", page, size)
 
     def lines(self, *, page: int = 1, size: int = 100, q: str = "", only: Mapping[str, str] | None = None) -> Page:
-        """Lines of logs, newest first.
-
-        Args:
-            page: From 1.
-            size: Rows of a page.
-            q: Part of the text, in any case.
-            only: Values of `level`, `device` and `job`.
-
-        Raises:
-            ValueError: No such column or page.
-        """
+        """Lines of logs that contain `q` in any case, newest first; `only` filters by `level`, `device` and `job`."""
         where, values = ["kind = 'log'"], list[Any]()
         for name, wanted in (only or {}).items():
             if name not in _LINE_FILTERS:

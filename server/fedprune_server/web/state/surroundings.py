@@ -41,7 +41,7 @@ class Member(NamedTuple):
     Attributes:
         status: `member`, `waiting` or `revoked`.
         key: Fingerprint of a key that waits for approval.
-        behind: The server's keys of which the device knew an older one when it connected last, for people.
+        behind: The server's keys of which the device knew an older one when it last connected, for people.
     """
 
     status: str
@@ -50,12 +50,7 @@ class Member(NamedTuple):
 
 
 class Members:
-    """Memberships of all devices.
-
-    Args:
-        store: The identity's database, with a connection of its own.
-        behind: The server's keys of which a device knew an older one.
-    """
+    """Memberships of all devices, read through a connection of their own."""
 
     def __init__(self, store: IdentityStore, behind: Callable[[Device], Sequence[str]] = lambda _device: ()) -> None:
         self._store, self._behind = store, behind
@@ -64,22 +59,13 @@ class Members:
 
     @property
     def names(self) -> set[str]:
-        """All devices that ever asked to join."""
         return set(self._known)
 
     def status(self, device: str) -> Member | None:
-        """A device's membership; None for one that never asked."""
         return self._known.get(device)
 
     def look(self) -> set[str]:
-        """Read the database, if it has changed.
-
-        Returns:
-            Devices whose membership has changed since the last call.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Devices whose membership has changed since the last call."""
         version = self._store.version()
         before = self._known
         if version != self._version:
@@ -103,11 +89,7 @@ class Members:
 
 
 class ReleaseWatch:
-    """The latest rollouts, and each board's report about the last one.
-
-    Args:
-        store: The rollouts' database, with a connection of its own.
-    """
+    """The latest rollouts and each board's report about the last one, read through a connection of their own."""
 
     def __init__(self, store: RolloutStore) -> None:
         self._store = store
@@ -126,11 +108,7 @@ class ReleaseWatch:
         return moved
 
     def look(self) -> tuple[dict[str, Any], ...] | None:
-        """The latest rollouts, newest first; None where nothing has changed.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """The latest rollouts, newest first; None if nothing has changed."""
         version = self._store.version()
         if version == self._version:
             return None
@@ -155,13 +133,7 @@ class ReleaseWatch:
 
 @dataclass(frozen=True)
 class Seen:
-    """Result of a look.
-
-    Attributes:
-        changed: Devices whose membership or report has changed.
-        rollouts: The latest rollouts; None where nothing has changed.
-        releases: Names of releases that can be rolled out.
-    """
+    """Devices that have changed, the latest rollouts (None if unchanged), and releases that can be rolled out."""
 
     changed: frozenset[str]
     rollouts: tuple[dict[str, Any], ...] | None
@@ -192,20 +164,16 @@ class SurroundingsPoller:
 
     @property
     def names(self) -> set[str]:
-        """All devices that ever asked to join."""
         return set() if self._members is None else self._members.names
 
     @property
     def has_releases(self) -> bool:
-        """Whether the server gives boards releases."""
         return self._releases is not None
 
     def member(self, device: str) -> Member | None:
-        """A device's membership; None for one that never asked to join."""
         return Member("member") if self._members is None else self._members.status(device)
 
     def update(self, device: str) -> dict[str, Any] | None:
-        """A board's last report about the latest rollout's release."""
         return None if self._releases is None else self._releases.standing(device)
 
     def start(self) -> None:
@@ -214,11 +182,7 @@ class SurroundingsPoller:
         self._thread.start()
 
     def seen(self) -> Seen | None:
-        """Result of the latest look; None where there was none since the last call.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Result of the latest look; None where there was none since the last call."""
         if self._thread is None:
             return self.look()
         try:
@@ -230,11 +194,7 @@ class SurroundingsPoller:
         return found
 
     def look(self) -> Seen:
-        """Look, on this thread.
-
-        Raises:
-            StorageError: The disk fails; the next look that succeeds reports the changes.
-        """
+        """Look, on this thread; if the disk fails, the next look reports the changes."""
         if self._members is not None and not self._over.is_set():
             self._changed |= self._members.look()
         names: tuple[str, ...] = ()

@@ -36,12 +36,10 @@ _LENGTHS = ((86400.0, "d"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def word(state: str) -> str:
-    """A state's name for people."""
     return WORDS.get(state, state)
 
 
 def mark(word: str) -> str:
-    """CSS class of a state's mark."""
     return MARKS.get(word, "off")
 
 
@@ -59,7 +57,6 @@ def share(value: float | None) -> str:
 
 
 def decimals(value: float | None, digits: int) -> str:
-    """A number with fixed decimals, for columns."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
@@ -72,7 +69,6 @@ def number(value: float | None) -> str:
 
 
 def about(value: float) -> str:
-    """A number with three digits."""
     return f"{value:.3g}"
 
 
@@ -141,7 +137,6 @@ def ago(at: float | None, now: float | None = None) -> str:
 
 
 def metrics(values: Mapping[str, float]) -> list[tuple[str, str]]:
-    """A model's metrics, without `samples`."""
     return [(k, share(v) if k == "accuracy" else number(v)) for k, v in sorted(values.items()) if k != "samples"]
 
 
@@ -154,7 +149,6 @@ def plural(n: int, word: str) -> str:
 
 
 def action_text(entry: Mapping[str, Any]) -> str:
-    """An audit entry's action for people."""
     what, action = entry["what"], entry["action"]
     text = _DEEDS.get(action, action.replace("_", " "))
     text = text.format_map({k: what.get(k) or "–" for k in ("job", "device", "key", "release", "operator", "role")})

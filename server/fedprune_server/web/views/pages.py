@@ -65,11 +65,7 @@ class _Files(StaticFiles):
 
 
 class Pages:
-    """Renders pages.
-
-    Args:
-        console: What they show.
-    """
+    """Renders pages."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -89,14 +85,7 @@ class Pages:
         self._templates.globals["heat_scale"] = Markup(chart.scale())  # noqa: S704  # nosec B704  # the renderer escapes all names
 
     def draw(self, request: Request, name: str, status: int = 200, **shown: Any) -> HTMLResponse:
-        """A page for a logged-in operator.
-
-        Args:
-            request: Who asks.
-            name: The template's name, without its ending.
-            status: Of HTTP.
-            shown: The template's values, in addition to those of every page.
-        """
+        """A page for a logged-in operator: template `name`, with the values `shown` and those of every page."""
         session, view = session_of(request), self._console.view
         role = session.operator.role
         return self._page(
@@ -169,22 +158,12 @@ class Pages:
 def login_page(
     request: Request, console: Console, *, csrf: str, error: str, next_path: str, empty: bool
 ) -> HTMLResponse:
-    """The login form.
-
-    Args:
-        request: Who asks.
-        console: The console.
-        csrf: What the form must repeat in the field `csrf`.
-        error: What was wrong; empty at first.
-        next_path: Where to go on then, for the field `next`.
-        empty: Whether there is no account yet.
-    """
+    """The login form, which repeats `csrf` and names what was `wrong`; `next` is where to go afterwards."""
     pages: Pages = request.app.state.pages
     return pages.login(request, csrf=csrf, wrong=error, next=next_path, nobody=empty)
 
 
 def install(app: FastAPI, console: Console) -> None:
-    """Add the pages' routes, and their files."""
     view, pages = console.view, Pages(console)
     app.state.pages = pages
     assets = _Files(directory=Path(__file__).parents[1] / "static", packages=[("fedprune.output", "static")])

@@ -133,11 +133,7 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
 
 
 def device_charts(history: Sequence[Row]) -> list[Chart]:
-    """Curves of what a device measured in its rounds.
-
-    Args:
-        history: Its client updates, the newest first.
-    """
+    """Curves of what a device measured in its rounds, given newest first."""
     rows = [h for h in reversed(history) if h["metrics"]]
     at = [float(h["round"]) for h in rows]
     found = []
@@ -197,7 +193,6 @@ _DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
 
 
 def strips(coverage: Row | None) -> list[Strip]:
-    """The coverage of each group, as drawn."""
     return [strip(g["name"], g["channels"], g["held"]) for g in (coverage or {}).get("groups", ())]
 
 
