@@ -156,7 +156,7 @@ def _restore(arguments: argparse.Namespace) -> int:
     print(f"to go on: fedprune-server run --state {shlex.quote(str(target))}")
     if manifest.has_identity:
         print(
-            "first revoke again the devices that were revoked since the backup (docs/identity.md#a-backup-that-is-restored), "
+            "first revoke again what was revoked since the backup (docs/identity.md#a-backup-that-is-restored), "
             "and see that the old server doesn't run any more"
         )
     return int(ExitCode.OK)
