@@ -31,7 +31,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import random_ranks
 from fedprune.strategies.methods.robust import Robust, Robustness
-from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
 
 CLIENTS = 10
 REPEATS = 3

@@ -35,7 +35,7 @@ from fedprune.jobs.state import Progress, Task
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.selection import Selection
 from fedprune.strategies.methods.plain import plain
-from fedprune.strategies.roles import Submodel
+from fedprune.strategies.values import Submodel
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import Link
 from fedprune.wire.messages import Birth, BlobRequest, Offer, parse

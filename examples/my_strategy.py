@@ -1,6 +1,6 @@
 """A strategy of one's own, in `fleet.toml`: [job] strategy = "my_strategy:energy" and [job.options] momentum = 0.5."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -8,11 +8,13 @@ from fedprune import Ranking, Strategy, read_options
 from fedprune.model.architecture import TensorKind
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.importance.scoring import channel_sums, ranks
-from fedprune.strategies.objectives import AsJob
 
 
+@dataclass(frozen=True)
 class Energy(Strategy):
     """Ranks channels by the energy of the weights that make them, averaged over the rounds."""
+
+    lr_decay: float = 0.98
 
     def rank(self, scene):
         return Ranking(ranks(self.average(scene)))
@@ -22,6 +24,9 @@ class Energy(Strategy):
 
     def close(self, fold, scene, rate, reports):  # the first three rounds go only a part of the way
         return super().close(fold, scene, rate * min(1, scene.round / 4), reports)
+
+    def recipe(self, recipe, turn):
+        return replace(recipe, logit_adjustment=True, lr=recipe.lr * self.lr_decay ** (turn.round - 1))
 
     def average(self, scene):
         now = channel_sums(scene.architecture, lambda name: np.square(scene.model[name]), (TensorKind.WEIGHT,))
@@ -41,10 +46,7 @@ class Options:
 
 
 def energy(job):
-    """The strategy of a job: three methods of our own, and two roles that are there."""
+    """The strategy of a job: four methods of our own, and an aggregator that is there."""
     options = read_options(job, Options)
-    return Energy(
-        aggregator=Mean(rule="fill", server_momentum=options.momentum),
-        objective=AsJob({"logit_adjustment": True}, lr_decay=options.lr_decay),
-        inputs="sum",
-    )
+    aggregator = Mean(rule="fill", server_momentum=options.momentum)
+    return Energy(lr_decay=options.lr_decay, aggregator=aggregator, inputs="sum")

@@ -1,17 +1,18 @@
-"""Strategies that only experiments need: single ingredients, put together from roles."""
+"""Strategies that only experiments need."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedprune.aggregation.fold import Rule
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Tiers
-from fedprune.strategies.objectives import AsJob
+from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.options import read_options
-from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Turn
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,25 @@ class Options:
     lr_decay: float = 1.0
 
 
+@dataclass(frozen=True)
+class Slices(Ranked):
+    """Submodels of ranked channels, and a learning rate that decays."""
+
+    lr_decay: float = 1.0
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        return replace(recipe, lr=recipe.lr * self.lr_decay ** (turn.round - 1))
+
+
 def slices(job: Job) -> Strategy:
     """Submodels of ranked channels and a mean of them, with nothing else: what HeteroFL is without its extras."""
     options = read_options(job, Options)
-    return Strategy(
+    return Slices(
         "slices",
-        scorer=ByName(options.scorer, options.warmup_rounds),
+        scorer=options.scorer,
+        warmup_rounds=options.warmup_rounds,
+        lr_decay=options.lr_decay,
         aggregator=Mean(options.rule, options.server_momentum, options.weighting),
-        objective=AsJob(lr_decay=options.lr_decay),
         inputs="sum",
         allocator=Tiers(options.densities),
     )

@@ -15,9 +15,8 @@ import pytest
 
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.aggregators import DeltaMean, Mean
+from fedprune.strategies.aggregators import Aggregator, DeltaMean, Mean
 from fedprune.strategies.methods.robust import Robust, Robustness
-from fedprune.strategies.roles import Aggregator
 from support.fakes.strategy_reports import close, report, scene
 from support.nets.drawn_models import model
 from support.paths import ROOT

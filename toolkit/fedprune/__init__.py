@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from fedprune.model.selection import Selection
     from fedprune.strategies.options import read_options
     from fedprune.strategies.presets import compose
-    from fedprune.strategies.roles import Closing, Ranking, Submodel
     from fedprune.strategies.strategy import Strategy
+    from fedprune.strategies.values import Closing, Ranking, Submodel
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Architecture": "model.architecture",
-    "Closing": "strategies.roles",
+    "Closing": "strategies.values",
     "ExitCode": "core.errors",
     "FedpruneError": "core.errors",
     "Job": "jobs.job",
-    "Ranking": "strategies.roles",
+    "Ranking": "strategies.values",
     "Recipe": "model.recipe",
     "Selection": "model.selection",
     "Strategy": "strategies.strategy",
-    "Submodel": "strategies.roles",
+    "Submodel": "strategies.values",
     "compose": "strategies.presets",
     "read_options": "strategies.options",
 }

@@ -17,7 +17,7 @@ from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.roles import Past
+from fedprune.strategies.values import Past
 from fedprune.updates import Codec, decode, is_packed
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors, matching
 from fedprune.planning.probe_report import FormTimes
-from fedprune.strategies.roles import Submodel
+from fedprune.strategies.values import Submodel
 from fedprune.updates.remap import relocated, relocation
 from fedprune_export.bundles.bundle import blocked_step
 from fedprune_export.bundles.inference import inference_model

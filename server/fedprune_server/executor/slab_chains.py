@@ -13,8 +13,8 @@ from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.roles import Submodel
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Submodel
 from fedprune.updates import Codec
 from fedprune.updates.width_deltas import chains, own_share, places, slab
 

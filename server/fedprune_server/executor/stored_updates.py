@@ -18,7 +18,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import spelt
 from fedprune.rounds.limits import RoundUpdate, shortened
 from fedprune.strategies import Strategy
-from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
 from fedprune_server.executor.archive import Archive, parts
 
 

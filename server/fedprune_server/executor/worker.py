@@ -27,7 +27,7 @@ from fedprune.rounds.limits import UpdateLimits
 from fedprune.rounds.round import Round, RoundResult
 from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import magnitudes, threshold
-from fedprune.strategies.roles import Cut, Memories, Submodel, Turn
+from fedprune.strategies.values import Cut, Memories, Submodel, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import Accountant, accountant
 from fedprune_server.executor.background import Work

@@ -19,7 +19,7 @@ from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
-from fedprune.strategies.roles import Cut, Memory, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Memory, Scene, Submodel, Turn
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.archive import Archive
 from fedprune_server.executor.calibration import Calibration
@@ -91,7 +91,7 @@ class Moment:
         )
         turn = Turn(self.job.seed, self.round, "", widths, density)
         selection = self.archive.selection(self.basis.ranking, widths)
-        return strategy.extractor.extract(Cut(scene, turn, selection, self.archive.order(self.basis.order)))
+        return strategy.extract(Cut(scene, turn, selection, self.archive.order(self.basis.order)))
 
 
 Hook = Callable[[Moment], Mapping[str, float]]

@@ -16,7 +16,7 @@ from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import NO_CORRECTION, predict
 from fedprune.planning.plan import plan
 from fedprune.strategies import compose
-from fedprune.strategies.roles import Turn
+from fedprune.strategies.values import Turn
 from fedprune_server.devices.plan_vs_actual import compared, described, predicted, table
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import foresight_rows
@@ -74,7 +74,7 @@ def test_widths_that_the_job_gives_are_predicted_for_too() -> None:
 
 def test_what_the_strategy_adds_to_the_recipe_is_predicted_for_too() -> None:
     bare, job = replace(state(METRICS).devices["pi"], plan=None), replace(JOB, strategy="fedprune")
-    asked = compose(job).objective.recipe(job.recipe, Turn(job.seed, 1, "pi", bare.widths, 1.0, 100))
+    asked = compose(job).recipe(job.recipe, Turn(job.seed, 1, "pi", bare.widths, 1.0, 100))
     assert asked.own_copies == 3
     seen = predicted("pi", bare, job, toy.ARCHITECTURE)
     assert seen == vars(predict(toy.ARCHITECTURE, bare.widths, BOARD, asked, 100)) != vars(MADE.prediction)

@@ -17,7 +17,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.precision import unpacked
 from fedprune.runtime.precision_files import graphs_of
-from fedprune.strategies.roles import Submodel
+from fedprune.strategies.values import Submodel
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots

@@ -25,7 +25,7 @@ from fedprune.model import step_contract
 from fedprune.rounds.limits import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.roles import Closing, Report, Submodel
+from fedprune.strategies.values import Closing, Report, Submodel
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
@@ -204,7 +204,7 @@ def test_an_update_that_a_scorer_trips_over_costs_only_itself(
             seen += 1 // (report.cut.turn.device != "b")
         return {"seen": {"n": np.array([seen])}}
 
-    monkeypatch.setattr(type(w.strategy.scorer), "learn", learn)
+    monkeypatch.setattr(type(w.strategy), "learn", learn)
     closed = w.execute(do.Close(1, w.initial(), {}, ("a", "b", "c"), parts))
     assert isinstance(closed, on.Closed)
     assert set(closed.rejected) == {"b"}
@@ -220,7 +220,7 @@ def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkey
         list(reports())
         raise ZeroDivisionError
 
-    monkeypatch.setattr(type(w.strategy.scorer), "learn", learn)
+    monkeypatch.setattr(type(w.strategy), "learn", learn)
     with pytest.raises(ZeroDivisionError):
         w.execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
     w.store.path(found.weights).unlink()

@@ -15,7 +15,7 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.profile_store import find
-from fedprune.strategies.roles import Submodel
+from fedprune.strategies.values import Submodel
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import deal, digits_model
@@ -95,6 +95,25 @@ def test_what_is_measured_is_masked_as_what_is_sent_whoever_takes_part(
         assert sum(int(a.sum()) for a in submodel.mask.active.values()) < 0.25 * sum(
             a.size for a in submodel.mask.active.values()
         )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "factor"), [("support.fakes.picking_strategies:doubled", 2), ("fedobp", 1), ("history", 1)]
+)
+def test_what_is_measured_is_what_the_strategy_would_send_to_an_unseen_device(
+    model: Model, tmp_path: Path, strategy: str, factor: float
+) -> None:
+    """Nothing of it is a device's own."""
+    found: list[bool] = []
+
+    def look(moment: Moment) -> dict[str, float]:
+        submodel = moment.submodel(0.5)
+        slices = submodel.selection.gather(moment.model)
+        found.append(all(np.array_equal(v, factor * slices[n]) for n, v in submodel.tensors.items()))
+        return {}
+
+    simulation(model, tmp_path, strategy, measure=look).run()
+    assert found == [True] * 3
 
 
 def offers(run: Simulation) -> dict[str, dict[str, Any]]:

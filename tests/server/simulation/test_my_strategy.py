@@ -22,9 +22,9 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.rounds.limits import MEMORY
 from fedprune.strategies import compose
+from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.allocation import Allocator
-from fedprune.strategies.answers import METHODS
-from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Starter
+from fedprune.strategies.answers import CHECKS
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
@@ -33,6 +33,7 @@ from fedprune_server.simulation.simulation import Simulation
 from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "write-a-strategy.md"
+METHODS = CHECKS[fedprune.Strategy]
 JOB = Job(rounds=3, devices=3, density=0.5, strategy="my_strategy:energy", recipe=Recipe(epochs=2))
 
 
@@ -71,7 +72,7 @@ def test_it_learns_and_remembers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_extractor_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_strategy_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "halfway.py").write_text(blocks()[1])
     monkeypatch.syspath_prepend(str(tmp_path))
     state = simulated(replace(JOB, strategy="halfway:halfway"), tmp_path / "blobs").state
@@ -123,26 +124,17 @@ def test_the_page_lists_the_methods_that_can_be_overridden() -> None:
     }
 
 
-ROLES = {
-    "scorer": Scorer,
-    "extractor": Extractor,
-    "personaliser": Personaliser,
-    "objective": Objective,
-    "aggregator": Aggregator,
-    "allocator": Allocator,
-    "schedule": Schedule,
-    "starter": Starter,
-}
+PARTS = {"aggregator": Aggregator, "allocator": Allocator, "schedule": Schedule}
 
 
-@pytest.mark.parametrize("role", list(ROLES))
-def test_modules_have_the_roles_that_the_page_says(role: str) -> None:
+@pytest.mark.parametrize("part", list(PARTS))
+def test_modules_have_the_parts_that_the_page_says(part: str) -> None:
     page = PAGE.read_text()
-    row = next(line for line in page.splitlines() if line.startswith(f"| {role} |"))
+    row = next(line for line in page.splitlines() if line.startswith(f"| `{part}` |"))
     names = re.findall(r"`([a-z_.]+)`", row.split("|")[4])
     assert names
     for name in names:
         whole = name if name.startswith("fedprune.") else f"fedprune.{name}"
         module = importlib.import_module(whole)
         own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-        assert any(issubclass(kind, ROLES[role]) for kind in own), name
+        assert any(issubclass(kind, PARTS[part]) for kind in own), name

@@ -1,44 +1,63 @@
-"""Strategies whose extractors choose channels of their own, such as `support.fakes.picking_strategies:others`."""
+"""Strategies that choose channels of their own, such as `support.fakes.picking_strategies:others`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Fixed
+from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.element_importance import Importance
-from fedprune.strategies.extractors import Selected
-from fedprune.strategies.methods.autoflip import Emergent
-from fedprune.strategies.methods.fedper import OwnHistory
-from fedprune.strategies.objectives import AsJob
-from fedprune.strategies.roles import Cut, Submodel
-from fedprune.strategies.scorers import ByName
+from fedprune.strategies.methods.autoflip import without_empty_channels
+from fedprune.strategies.methods.fedper import fused
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Cut, Ranking, Scene, Submodel
 
 
 @dataclass(frozen=True)
-class Others(Selected):
-    """Channels by chance, whatever the ranking says."""
+class Others(Ranked):
+    """Channels by chance, whatever the ranking says, fused with the device's last ones."""
 
     def extract(self, cut: Cut) -> Submodel:
-        """As many as the cut has."""
         scene, turn = cut.scene, cut.turn
         chance = keyed(scene.seed, scene.round, turn.device, "others")
         ranks = [chance.permutation(n) for n in scene.architecture.sizes]
         selection = Selection.of(scene.architecture, turn.widths, ranks)
-        return Submodel(selection, selection.gather(scene.model))
+        return fused(cut, Submodel(selection, selection.gather(scene.model)), 0.5)
+
+
+@dataclass(frozen=True)
+class Emergent(Strategy):
+    """Channels that masks leave, out of a ranking that knows nothing of those masks."""
+
+    importance: Importance = field(default_factory=lambda: Importance("size", 50, 0.0))
+
+    def rank(self, scene: Scene) -> Ranking:
+        return self.importance.rank(scene)
+
+    def extract(self, cut: Cut) -> Submodel:
+        return fused(cut, without_empty_channels(cut, 0.3), 0.5)
+
+
+class Doubled(Strategy):
+    """Sends twice the weights."""
+
+    def extract(self, cut: Cut) -> Submodel:
+        sent = super().extract(cut)
+        return Submodel(sent.selection, {n: 2 * v for n, v in sent.tensors.items()})
+
+
+def doubled(job: Job) -> Strategy:
+    return Doubled(inputs="updates")
 
 
 def others(job: Job) -> Strategy:
-    """Channels by chance, and a memory of the last ones."""
-    parts = (ByName("magnitude"), Others(), Mean(rule="fill"), OwnHistory(0.5), AsJob())
-    return Strategy("others", *parts, inputs="updates", keeps_past=True)
+    return Others("others", scorer="magnitude", aggregator=Mean(rule="fill"), inputs="updates", keeps_past=True)
 
 
 def emergent(job: Job) -> Strategy:
-    """Channels that an extractor's masks leave, out of a ranking that knows nothing of those masks."""
-    parts = (Importance("size", 50, 0.0), Emergent(False, 0.3), Mean(rule="fill"), OwnHistory(0.5), AsJob())
-    return Strategy("emergent", *parts, inputs="updates", allocator=Fixed(0.3, elements=True), keeps_past=True)
+    allocator = Fixed(0.3, elements=True)
+    return Emergent("emergent", aggregator=Mean(rule="fill"), inputs="updates", allocator=allocator, keeps_past=True)

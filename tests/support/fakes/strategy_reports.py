@@ -1,4 +1,4 @@
-"""Updates as a strategy's roles see them, without a server."""
+"""Updates as a strategy sees them, without a server."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.roles import Aggregator, Closing, Cut, Memory, Report, Scene, Submodel, Turn
+from fedprune.strategies.aggregators import Aggregator
+from fedprune.strategies.values import Closing, Cut, Memory, Report, Scene, Submodel, Turn
 
 
 def scene(

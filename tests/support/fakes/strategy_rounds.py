@@ -1,4 +1,4 @@
-"""Rounds of a strategy without worker, boards or wire: its roles are asked as the worker asks them, in memory."""
+"""Rounds of a strategy without worker, boards or wire: its methods are called as the worker calls them, in memory."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fedprune.core.rng import keyed
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors, mesh
-from fedprune.strategies.roles import Cut, Past, Report, Scene, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Cut, Past, Report, Scene, Submodel, Turn
 
 A, B = (Axis((Segment(g, 0, n),)) for g, n in enumerate((6, 4)))
 
@@ -64,7 +64,7 @@ class Play:
     """A job's rounds.
 
     Attributes:
-        strategy: The roles.
+        strategy: The strategy.
         model: The global model, which rounds replace.
         devices: Who takes part.
         move: How devices train.
@@ -108,7 +108,7 @@ class Play:
         names = sorted(n for n, d in self.devices.items() if self.round not in d.absent)
         scene, strategy = self.scene(names), self.strategy
         ranking = strategy.rank(scene)
-        fold = strategy.aggregator.fold(scene, evidence=strategy.scorer.observes)
+        fold = strategy.aggregator.fold(scene, evidence=strategy.observes)
         self.sent, self.reports = {}, {}
         for name in names:
             device = self.devices[name]

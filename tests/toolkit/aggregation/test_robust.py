@@ -20,7 +20,7 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.methods.robust import Robust, Robustness, robust
-from fedprune.strategies.roles import Report, Scene
+from fedprune.strategies.values import Report, Scene
 from support.fakes.strategy_reports import close, close_fold, report, scene
 from support.fakes.strategy_rounds import NET
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections, trained, widths

@@ -30,7 +30,7 @@ from fedprune.planning.cost_prediction import Prediction, predict
 from fedprune.planning.plan import Plan
 from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
-from fedprune.strategies.roles import Turn
+from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET
 from support.fakes.tiny_job import ARCHITECTURE
 
@@ -121,7 +121,7 @@ def test_what_the_strategy_asks_of_a_board_is_within_its_limits(
     job = Job(strategy=strategy, options=options, devices=1, rounds=2)
 
     def foretold(turn: Turn) -> Prediction:
-        asked = compose(job).objective.recipe(job.recipe, replace(turn, round=round_))
+        asked = compose(job).recipe(job.recipe, replace(turn, round=round_))
         return predict(WIDE, turn.widths, PI, replace(asked, mask=mask), turn.samples)
 
     whole = foretold(Turn(job.seed, 1, "a", WIDE.sizes, 1.0, 10))
@@ -145,14 +145,14 @@ def test_a_job_whose_recipe_does_not_go_with_its_strategy_ends_before_anything_i
 @pytest.mark.parametrize("options", [("subflot", {"planned": True}), ("history", {"mu": 2.0})])
 def test_a_planned_devices_pull_goes_by_what_was_pruned(options: tuple[str, dict[str, Any]]) -> None:
     job, turn = turn_of(*options, budget=HALF)
-    objective = compose(job).objective
+    objective = compose(job)
     assert 0 < turn.density < 1
     assert objective.recipe(Recipe(), turn).proximal == pytest.approx(2 * (1 - sum(turn.widths) / sum(NET.sizes)))
 
 
 def test_a_planned_devices_outputs_are_scaled_by_what_it_keeps() -> None:
     job, turn = turn_of("heterofl", {"planned": True}, budget=HALF)
-    scale = compose(job).objective.recipe(Recipe(), turn).scale
+    scale = compose(job).recipe(Recipe(), turn).scale
     assert scale == pytest.approx(sum(NET.sizes) / sum(turn.widths)) != 1
 
 

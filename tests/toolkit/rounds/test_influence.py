@@ -23,7 +23,7 @@ from fedprune.rounds.limits import (
     shortened,
     weight_limit,
 )
-from fedprune.strategies.roles import Cut, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
 from support.nets.two_groups import ARCHITECTURE as NET
 from support.nets.two_groups import TRAINED
 

@@ -21,12 +21,13 @@ from fedprune.model.selection import Selection
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.allocation import Fixed, Fleet, Tiers
-from fedprune.strategies.extractors import Elements, Selected
+from fedprune.strategies.channel_ranking import Ranked
+from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.growth import Ladder, TimeDriven
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.methods import asynchronous, pr_fl
-from fedprune.strategies.roles import Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Turn
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 from support.paths import ROOT
 
@@ -51,7 +52,7 @@ def asked(strategy: Strategy, offers: Iterable[int]) -> list[int]:
     """Of a device's offers, by their rounds, those that ask for squared gradients, where every update counts."""
     found, last = [], 0
     for number in offers:
-        if strategy.objective.recipe(JOB.recipe, turn_in(number, last)).report_squares:
+        if strategy.recipe(JOB.recipe, turn_in(number, last)).report_squares:
             found.append(number)
         last = number
     return found
@@ -124,8 +125,8 @@ def test_schedules_are_what_the_options_say() -> None:
 
 def test_pr_fl_by_elements_and_by_channels() -> None:
     elements, channels = strategy_of("pr-fl"), strategy_of("pr-fl", masks="channels")
-    assert isinstance(elements.extractor, Elements)
-    assert isinstance(channels.extractor, Selected)
+    assert isinstance(elements, Masked)
+    assert isinstance(channels, Ranked)
     assert isinstance(elements.allocator, TimeDriven)
     assert isinstance(channels.allocator, TimeDriven)
     assert elements.allocator.start.elements
@@ -135,8 +136,8 @@ def test_pr_fl_by_elements_and_by_channels() -> None:
     assert asked(strategy_of("pr-fl", reported=1.0, interval=7), range(1, 15)) == [*range(1, 15)]
     assert asked(strategy_of("pr-fl", reported=0.0, interval=7), range(1, 15)) == [1, 8]
     turn = turn_in(50)
-    assert not channels.objective.recipe(recipe, turn).report_squares
-    assert not strategy_of("pr-fl", importance="taylor").objective.recipe(recipe, turn).report_squares
+    assert not channels.recipe(recipe, turn).report_squares
+    assert not strategy_of("pr-fl", importance="taylor").recipe(recipe, turn).report_squares
 
 
 @pytest.mark.parametrize(("masks", "density"), [("elements", 0.25), ("channels", 0.5)])
@@ -166,10 +167,10 @@ def test_every_device_reports_squares_once_an_interval_however_slow_it_is(gaps: 
 
 
 def test_whose_update_did_not_count_is_asked_again() -> None:
-    objective = strategy_of("pr-fl").objective
-    recipes = [objective.recipe(JOB.recipe, turn_in(n, last=3)) for n in (51, 60)]
+    strategy = strategy_of("pr-fl")
+    recipes = [strategy.recipe(JOB.recipe, turn_in(n, last=3)) for n in (51, 60)]
     assert [r.report_squares for r in recipes] == [True, True]
-    assert not objective.recipe(JOB.recipe, turn_in(60, last=51)).report_squares
+    assert not strategy.recipe(JOB.recipe, turn_in(60, last=51)).report_squares
 
 
 def test_fed_gmr_is_a_setting_of_pr_fl() -> None:

@@ -17,10 +17,9 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.extractors import Elements, global_mask
-from fedprune.strategies.roles import Submodel, Turn
-from fedprune.strategies.scorers import ByName
+from fedprune.strategies.element_masks import Masked, global_mask
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Submodel, Turn
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds
 
@@ -143,12 +142,7 @@ def test_norms_and_statistics_are_never_masked_and_biases_only_if_asked() -> Non
 
 def damped_fedavg(beta: float) -> Strategy:
     """FedAvg with damped momentum that sleeps in the first round."""
-    return replace(
-        autoflip(),
-        scorer=ByName("ordered"),
-        extractor=Elements(),
-        aggregator=Mean(server_momentum=beta, damped=True),
-    )
+    return Masked(inputs="updates", aggregator=Mean(server_momentum=beta, damped=True), explores=1)
 
 
 def test_without_pruning_it_is_fedavg_with_damped_momentum_bit_for_bit() -> None:
@@ -257,7 +251,7 @@ def test_a_warm_start_is_the_mean_of_what_explorers_found() -> None:
 
 
 def test_exploring_is_long_and_the_learning_rate_decays_afterwards() -> None:
-    objective = autoflip(exploration_epochs=20, patience=4, lr_decay=0.9).objective
+    objective = autoflip(exploration_epochs=20, patience=4, lr_decay=0.9)
     recipe = Recipe(epochs=2, lr=0.1, max_steps=5)
 
     def at(round_: int) -> Recipe:

@@ -16,12 +16,13 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies import compose
+from fedprune.strategies.channel_ranking import EVIDENCE
 from fedprune.strategies.importance.gradient_stats import Evidence
 from fedprune.strategies.importance.scoring import channel_sums, curvature, magnitude, movement, random_ranks, ranks
 from fedprune.strategies.methods.ca_hfp import ca_hfp
 from fedprune.strategies.methods.fedavg import fedavg
-from fedprune.strategies.roles import Memories, Scene
-from fedprune.strategies.scorers import EVIDENCE, ByName
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Memories, Scene
 from support.fakes.strategy_reports import close_fold, report, scene
 from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.fakes.tiny_job import ARCHITECTURE
@@ -36,7 +37,7 @@ def strategy(**options: Any) -> Any:
     return ca_hfp(Job(strategy="ca-hfp", options=options))
 
 
-def a_round(at: Scene, scorer: ByName, density: float, seed: int) -> tuple[Memories, Selection]:
+def a_round(at: Scene, scorer: Strategy, density: float, seed: int) -> tuple[Memories, Selection]:
     """One device of a density trains what the scorer ranks best; gives what the scorer remembers."""
     architecture = at.architecture
     selection = Selection.of(architecture, widths_at(architecture, density), scorer.rank(at).ranks)
@@ -50,7 +51,7 @@ def test_masks_are_nested_and_keep_what_the_ratio_says(data: st.DataObject, seed
     architecture = data.draw(architectures())
     score = data.draw(st.sampled_from(["curvature", "l1", "delta_w", "random"]))
     base = model(architecture, seed)
-    found = strategy(score=score).scorer.rank(scene(architecture, base, round=2)).ranks
+    found = strategy(score=score).rank(scene(architecture, base, round=2)).ranks
     kept: set[tuple[int, int]] = {(g, c) for g, n in enumerate(architecture.sizes) for c in range(n)}
     for ratio in RATIOS:
         selection = Selection.of(architecture, widths_at(architecture, 1 - ratio), found)
@@ -77,7 +78,7 @@ def test_with_all_ratios_0_its_sums_are_fedavg_s_bits_in_any_order(options: dict
 def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base = model(architecture, seed)
-    scorer = strategy(densities=[0.5]).scorer
+    scorer = strategy(densities=[0.5])
     memory: Memories = {}
     for t in range(1, 60):
         at = scene(architecture, base, memory, round=t)
@@ -98,7 +99,7 @@ def test_warm_up_is_random_until_every_channel_was_trained(data: st.DataObject, 
 
 
 def test_warm_up_lasts_as_long_as_it_is_told() -> None:
-    scorer = strategy(score="l1", warmup_rounds=3).scorer
+    scorer = strategy(score="l1", warmup_rounds=3)
     architecture = ARCHITECTURE
     base = model(architecture, 0)
     best = ranks(magnitude(architecture, base))
@@ -113,7 +114,7 @@ def test_what_nobody_trained_keeps_its_estimates(data: st.DataObject, seed: int)
     architecture = data.draw(architectures())
     base = model(architecture, seed)
     estimator = data.draw(st.sampled_from(["fisher", "secant"]))
-    scorer = strategy(estimator=estimator).scorer
+    scorer = strategy(estimator=estimator)
     memory, _ = a_round(scene(architecture, base), scorer, 1.0, seed)
     at = scene(architecture, base, memory, round=2)
     after, selection = a_round(at, scorer, 0.5, seed + 1)
@@ -159,7 +160,7 @@ def test_delta_w_ranks_by_how_far_weights_moved() -> None:
     at = scene(architecture, base, recipe=Recipe(lr=0.1, momentum=0.0))
     whole = Selection.full(architecture)
     part = {n: v + np.float32(0.001) * np.arange(v.size, dtype=np.float32).reshape(v.shape) for n, v in base.items()}
-    scorer = strategy(score="delta_w").scorer
+    scorer = strategy(score="delta_w")
     made = report(at, whole, part, 1)
     _, fold = close_fold(strategy().aggregator, at, [made], evidence=True)
     memory = scorer.learn(at, fold, lambda: iter([made]))
@@ -179,7 +180,7 @@ def test_delta_w_ranks_by_how_far_weights_moved() -> None:
 )
 def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job: Job) -> None:
     """g = −Δ / (steps·η_eff) with η_eff = lr / (1 − momentum), which is 0.2 / 0.25 here; h = g² of one device."""
-    base, whole, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job).scorer
+    base, whole, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job)
     at = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75))
     made = report(at, whole, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
     _, fold = close_fold(strategy().aggregator, at, [made], evidence=scorer.observes)
@@ -192,8 +193,8 @@ def test_another_estimator_begins_without_evidence() -> None:
     """A job that was stopped and goes on with other settings."""
     base = model(ARCHITECTURE, 0)
     for before, after in (("fisher", "secant"), ("secant", "fisher")):
-        memory, _ = a_round(scene(ARCHITECTURE, base), strategy(estimator=before).scorer, 1.0, 1)
-        at, scorer = scene(ARCHITECTURE, base, memory, round=2), strategy(estimator=after).scorer
+        memory, _ = a_round(scene(ARCHITECTURE, base), strategy(estimator=before), 1.0, 1)
+        at, scorer = scene(ARCHITECTURE, base, memory, round=2), strategy(estimator=after)
         drawn = random_ranks(ARCHITECTURE, 0, 2)
         assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(at).ranks, drawn, strict=True)), "warm-up, again"
         changed, _ = a_round(at, scorer, 1.0, 2)
@@ -206,7 +207,7 @@ def test_another_estimator_begins_without_evidence() -> None:
 def test_curvature_is_one_rule_by_whichever_name(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base, memories = model(architecture, seed), ({}, {})
-    scorers = (strategy(warmup_rounds=1).scorer, compose(Job(scorer="curvature", warmup_rounds=1)).scorer)
+    scorers = (strategy(warmup_rounds=1), compose(Job(scorer="curvature", warmup_rounds=1)))
     for t in range(1, 5):
         found = []
         for scorer, memory in zip(scorers, memories, strict=True):
@@ -223,7 +224,7 @@ def test_estimates_forget_as_fast_as_they_are_told() -> None:
     whole = Selection.full(architecture)
     recipe = Recipe(lr=1.0, momentum=0.0)
     for decay in (0.0, 0.5):
-        scorer, memory = strategy(decay=decay).scorer, {}
+        scorer, memory = strategy(decay=decay), {}
         for t, move in enumerate((0.1, 0.2)):
             at = scene(architecture, base, memory, round=t + 1, recipe=recipe)
             made = report(at, whole, {n: v + np.float32(move) for n, v in base.items()})
@@ -254,4 +255,4 @@ def test_scores_that_learn_need_sgd() -> None:
     for score in ("curvature", "delta_w"):
         with pytest.raises(ConfigError, match="SGD"):
             ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": score}))
-    assert ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": "l1"})).scorer.observes is False
+    assert ca_hfp(Job(strategy="ca-hfp", recipe=recipe, options={"score": "l1"})).observes is False

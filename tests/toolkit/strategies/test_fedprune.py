@@ -19,10 +19,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.importance.scoring import magnitude, ranks
-from fedprune.strategies.methods.fedprune import Settled
-from fedprune.strategies.roles import Scene, Turn
-from fedprune.strategies.scorers import Held
-from support.fakes.strategy_rounds import NET
+from fedprune.strategies.values import Scene, Turn
 from support.nets.drawn_models import architectures, model, seeds
 
 pytestmark = pytest.mark.board
@@ -35,16 +32,18 @@ def job(options: dict[str, Any] | None = None, **settings: Any) -> Job:
 @given(data=st.data(), seed=seeds)
 def test_ranks_are_those_of_the_first_model_whatever_follows(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
-    scorer, start = compose(job({"ranking": "magnitude"})).scorer, model(architecture, seed)
+    strategy, start = compose(job({"ranking": "magnitude"})), model(architecture, seed)
     first = Scene(architecture, 0, 1, start)
-    chosen = scorer.rank(first).ranks
-    memory = scorer.learn(first, Fold(architecture, start), lambda: iter(()))
+    chosen = strategy.rank(first).ranks
+    memory = strategy.learn(first, Fold(architecture, start), lambda: iter(()))
     later = Scene(architecture, 0, 2, model(architecture, seed + 1), memory)
 
     assert all(np.array_equal(a, b) for a, b in zip(chosen, ranks(magnitude(architecture, start)), strict=True))
-    assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(later).ranks, chosen, strict=True))
-    assert scorer.learn(later, Fold(architecture, start), lambda: iter(())) == {}
-    Selection.of(architecture, architecture.sizes, scorer.rank(later).ranks)  # which checks that they are permutations
+    assert all(np.array_equal(a, b) for a, b in zip(strategy.rank(later).ranks, chosen, strict=True))
+    assert strategy.learn(later, Fold(architecture, start), lambda: iter(())) == {}
+    Selection.of(
+        architecture, architecture.sizes, strategy.rank(later).ranks
+    )  # which checks that they are permutations
 
 
 @given(data=st.data(), seed=seeds)
@@ -59,9 +58,8 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
         start |= {t.name: start[t.name] + 1 for t in architecture.tensors if t.kind is TensorKind.NORM_BIAS}
     silent = nested(architecture, start, (0.25, 0.5, 0.75))
 
-    def begun(recipe: Recipe | None = None, **options: Any) -> Tensors | None:
-        starter = compose(job(options, recipe=recipe or Recipe())).starter
-        return None if starter is None else starter.begin(architecture, start)
+    def begun(recipe: Recipe | None = None, **options: Any) -> Tensors:
+        return compose(job(options, recipe=recipe or Recipe())).begin(architecture, start)
 
     assert same(begun(), start if trained else silent)
     assert same(begun(ranking="nested"), silent)
@@ -70,11 +68,11 @@ def test_a_model_that_was_just_made_is_started_nested_and_a_trained_one_as_it_is
     recipe = Recipe(ordered_dropout=(0.5,))
     assert same(begun(recipe=recipe), start if trained else nested(architecture, start, (0.5,)))
     for options in ({"ranking": "ordered"}, {"ranking": "magnitude"}, {"dropout": [], "densities": [1.0]}):
-        assert begun(**options) is None
-    chosen = compose(job()).scorer.rank(Scene(architecture, 0, 1, start)).ranks
+        assert begun(**options) is start
+    chosen = compose(job()).rank(Scene(architecture, 0, 1, start)).ranks
     first = ranks(magnitude(architecture, start)) if trained else [np.arange(n) for n in architecture.sizes]
     assert all(np.array_equal(a, b) for a, b in zip(chosen, first, strict=True))
-    always = compose(job({"ranking": "nested"})).scorer.rank(Scene(architecture, 0, 1, start)).ranks
+    always = compose(job({"ranking": "nested"})).rank(Scene(architecture, 0, 1, start)).ranks
     assert all(np.array_equal(a, np.arange(len(a))) for a in always)
 
 
@@ -95,25 +93,25 @@ def fresh(architecture: Architecture, seed: int) -> Tensors:
     }
 
 
-def same(a: Tensors | None, b: Tensors) -> bool:
-    return a is not None and all(np.array_equal(a[n], b[n]) for n in b)
+def same(a: Tensors, b: Tensors) -> bool:
+    return all(np.array_equal(a[n], b[n]) for n in b)
 
 
 def test_the_recipe_has_the_strategys_own_settings_beside_the_jobs() -> None:
     turn = Turn(0, 1, "a", (3,))
     plain, own = Recipe(lr=0.3), Recipe(average=0.5, ordered_dropout=(0.1,))
-    objective = compose(job()).objective
+    strategy = compose(job())
 
-    made = objective.recipe(plain, turn)
+    made = strategy.recipe(plain, turn)
     assert (made.lr, made.logit_adjustment, made.calibrate) == (0.3, True, True)
     assert made.ordered_dropout
-    assert (objective.recipe(own, turn).average, objective.recipe(own, turn).ordered_dropout) == (0.5, (0.1,))
-    assert not objective.recipe(Recipe(loss="mse"), turn).logit_adjustment
+    assert (strategy.recipe(own, turn).average, strategy.recipe(own, turn).ordered_dropout) == (0.5, (0.1,))
+    assert not strategy.recipe(Recipe(loss="mse"), turn).logit_adjustment
 
 
 def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_is_an_average() -> None:
     def made(recipe: Recipe, **options: Any) -> Recipe:
-        return compose(job(options)).objective.recipe(recipe, Turn(0, 1, "a", (3,)))
+        return compose(job(options)).recipe(recipe, Turn(0, 1, "a", (3,)))
 
     assert (made(Recipe()).clip_norm, made(Recipe()).blend) == (1.0, 0.5)
     assert made(Recipe(clip_norm=3.0)).clip_norm == 3.0
@@ -124,16 +122,16 @@ def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_i
 
 
 def test_the_learning_rate_of_round_t_is_lr_times_the_decay_to_the_t_minus_1() -> None:
-    objective = compose(job({"lr_decay": 0.5})).objective
-    rates = [objective.recipe(Recipe(lr=0.4), Turn(0, t, "a", (3,))).lr for t in (1, 2, 3, 4)]
+    strategy = compose(job({"lr_decay": 0.5}))
+    rates = [strategy.recipe(Recipe(lr=0.4), Turn(0, t, "a", (3,))).lr for t in (1, 2, 3, 4)]
     assert rates == [0.4, 0.2, 0.1, 0.05]
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce", "huber"])
 def test_samples_are_mixed_with_any_loss(loss: str) -> None:
     def made(own: float, option: float) -> float:
-        objective = compose(job({"mixup": option})).objective
-        return objective.recipe(Recipe(loss=loss, mixup=own), Turn(0, 1, "a", (3,))).mixup
+        strategy = compose(job({"mixup": option}))
+        return strategy.recipe(Recipe(loss=loss, mixup=own), Turn(0, 1, "a", (3,))).mixup
 
     assert (made(0.0, 0.0), made(0.0, 0.2), made(0.4, 0.2)) == (0.0, 0.2, 0.4)
 
@@ -142,7 +140,7 @@ def test_what_is_switched_off_is_off() -> None:
     off = {"adjust": False, "dropout": [], "average": 0.0, "calibrate": False, "server_momentum": 0.0, "clip_norm": 0}
     off["mixup"] = 0.0
 
-    assert compose(job(off)).objective.recipe(Recipe(), Turn(0, 1, "a", (3,))) == Recipe()
+    assert compose(job(off)).recipe(Recipe(), Turn(0, 1, "a", (3,))) == Recipe()
 
 
 @pytest.mark.parametrize(
@@ -170,26 +168,13 @@ def test_a_wrong_option_is_named(options: dict[str, Any], what: str) -> None:
 def test_ranks_of_another_description_of_the_model_are_settled_anew(data: st.DataObject, seed: int) -> None:
     one, other = data.draw(architectures()), data.draw(architectures())
     assume(one.digest != other.digest)
-    scorer, start = compose(job({"ranking": "magnitude"})).scorer, model(other, seed)
+    strategy, start = compose(job({"ranking": "magnitude"})), model(other, seed)
     first = Scene(one, 0, 1, model(one, seed))
-    memory = scorer.learn(first, Fold(one, first.model), lambda: iter(()))
+    memory = strategy.learn(first, Fold(one, first.model), lambda: iter(()))
     upgraded = Scene(other, 0, 2, start, memory)
-    chosen = scorer.rank(upgraded).ranks
+    chosen = strategy.rank(upgraded).ranks
 
     assert all(np.array_equal(a, b) for a, b in zip(chosen, ranks(magnitude(other, start)), strict=True))
-    again = scorer.learn(upgraded, Fold(other, start), lambda: iter(()))
+    again = strategy.learn(upgraded, Fold(other, start), lambda: iter(()))
     later = Scene(other, 0, 3, model(other, seed + 1), memory | again)
-    assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(later).ranks, chosen, strict=True))
-
-
-def test_held_ranks_of_settled_ones_are_remembered_beside_them() -> None:
-    """Round 2 holds round 1's ranks, and round 3, which ranks anew, finds that they are settled."""
-    scorer, memory = Held(Settled("magnitude"), 2), dict[str, Any]()
-    chosen = ranks(magnitude(NET, model(NET, 1)))
-    for t in (1, 2, 3):
-        at = Scene(NET, 0, t, model(NET, t), memory)
-        assert all(np.array_equal(a, b) for a, b in zip(scorer.rank(at).ranks, chosen, strict=True))
-        memory |= scorer.learn(at, Fold(NET, at.model), lambda: iter(()))
-        assert sorted(memory) == ["held", "ranks"]
-        for kept in memory.values():
-            assert all(np.array_equal(a, b) for a, b in zip(kept.values(), chosen, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(strategy.rank(later).ranks, chosen, strict=True))

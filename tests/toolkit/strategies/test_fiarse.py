@@ -15,8 +15,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import prunable
-from fedprune.strategies.roles import Submodel, Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Submodel, Turn
 from support.fakes.strategy_rounds import NET, Device, Play, identical, moved
 from support.nets.drawn_models import model, seeds
 
@@ -99,8 +99,8 @@ def test_biases_are_ranked_with_the_weights_if_so_asked() -> None:
 
 def test_boards_train_through_the_threshold_or_a_hard_mask() -> None:
     turn = Turn(0, 1, "a", NET.sizes)
-    assert fiarse().objective.recipe(Recipe(), turn) == Recipe(mask="threshold")
-    assert fiarse(mask="hard").objective.recipe(Recipe(), turn) == Recipe(mask="hard")
+    assert fiarse().recipe(Recipe(), turn) == Recipe(mask="threshold")
+    assert fiarse(mask="hard").recipe(Recipe(), turn) == Recipe(mask="hard")
 
 
 @pytest.mark.parametrize("options", [{"mask": "none"}, {"weighting": "all"}, {"densities": [0.0]}, {"k": 1}], ids=str)

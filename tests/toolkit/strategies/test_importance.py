@@ -12,15 +12,13 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
 from fedprune.core.rng import keyed
-from fedprune.jobs.job import Job
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Tensors, mesh
-from fedprune.strategies import compose
 from fedprune.strategies.element_importance import Importance, Kind
-from fedprune.strategies.extractors import Elements
 from fedprune.strategies.importance.element_ranking import prunable, top
-from fedprune.strategies.roles import Submodel
+from fedprune.strategies.methods.pr_fl import PrFl
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Submodel
 from support.fakes.strategy_rounds import NET, Device, Play
 from support.nets.drawn_models import model, seeds
 
@@ -35,7 +33,7 @@ def within(one: ElementMask, other: ElementMask) -> bool:
 
 
 def strategy(kind: Kind = "squares", interval: int = 2, floor: float = 0.0) -> Strategy:
-    return replace(compose(Job()), scorer=Importance(kind, interval, floor), extractor=Elements())
+    return PrFl(importance=Importance(kind, interval, floor), inputs="measurements")
 
 
 def squares(submodel: Submodel, device: str, round_: int) -> Tensors:
@@ -80,7 +78,7 @@ def test_squared_gradients_are_stretched_averaged_and_kept() -> None:
             play.play()
             seen += [play.reports[d].squares for d in devices]
         known, order = by_hand(seen, known, play.model)
-        got = play.strategy.scorer.rank(replace(play.scene(), round=play.round + 1)).order
+        got = play.strategy.rank(replace(play.scene(), round=play.round + 1)).order
         assert got is not None
         for n in NAMES:
             np.testing.assert_allclose(play.memory["importance"][n], known[n], rtol=1e-5, atol=1e-9)
@@ -91,11 +89,11 @@ def test_squared_gradients_are_stretched_averaged_and_kept() -> None:
 def test_an_update_that_comes_again_from_a_buffer_counts_once() -> None:
     play = Play(strategy(interval=3), model(NET, 1), {"a": Device(), "b": Device()}, squares=squares)
     play.play()
-    first, scorer, scene = play.reports["a"], play.strategy.scorer, play.scene
+    first, own, scene = play.reports["a"], play.strategy, play.scene
     fold = play.strategy.aggregator.fold(scene(), evidence=False)
     play.play()
     total = {n: np.array(v) for n, v in play.memory["importance/sum"].items()}
-    again = scorer.learn(scene(), fold, lambda: iter([first, play.reports["b"]]))
+    again = own.learn(scene(), fold, lambda: iter([first, play.reports["b"]]))
     for n in NAMES:
         np.testing.assert_array_equal((play.memory | again)["importance/sum"][n], total[n])
 

@@ -28,57 +28,31 @@ from fedprune.model.selection import Selection
 from fedprune.planning import profile_store
 from fedprune.strategies import Strategy, compose
 from fedprune.strategies.allocation import Fleet
-from fedprune.strategies.roles import Cut, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Scene, Turn
 from support.fakes.strategy_rounds import NET, Play, identical
 from support.fakes.strategy_rounds import Device as Part
 from support.nets.drawn_models import model
 
 SOURCE = '''
-"""Somebody's file."""
+"""A user's file."""
 from fedprune.core.errors import BundleError, ProtocolError, StorageError
 from fedprune.strategies.importance.scoring import magnitude, ranks
 from fedprune.strategies import Strategy
-from fedprune.strategies.extractors import Global, Selected
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.objectives import AsJob
-from fedprune.strategies.roles import Closing, Ranking, Scorer as Base, Starter as StarterBase, Submodel
+from fedprune.strategies.values import Closing, Ranking, Submodel
 import numpy as np
-
-class Scorer(Base):
-    def rank(self, scene):
-        return Ranking(ranks(magnitude(scene.architecture, scene.model)))
-    def learn(self, scene, fold, reports):
-        return {}
-
-class Starter(StarterBase):
-    def begin(self, architecture, model):
-        return model
-
-class Extractor(Selected):
-    pass
 
 class Aggregator(Mean):
     pass
 
-class Objective(AsJob):
-    pass
-
-class Personaliser(Global):
-    pass
-
-ROLES = {}
-
-def made(job):
-    found = dict(scorer=Scorer(), extractor=Extractor(), aggregator=Aggregator(), personaliser=Personaliser(),
-                 objective=Objective(), starter=Starter())
-    return Strategy("made", inputs="updates", **{**found, **ROLES})
-
-class Whole(Strategy):
+class Made(Strategy):
     def rank(self, scene):
         return Ranking(ranks(magnitude(scene.architecture, scene.model)))
 
-def whole(job):
-    return Whole(inputs="updates", aggregator=Aggregator(), **ROLES)
+PARTS = {}
+
+def made(job):
+    return Made(inputs="updates", **{"aggregator": Aggregator(), **PARTS})
 '''
 
 
@@ -116,39 +90,37 @@ def line_of(text: str) -> int:
     return next(n for n, line in enumerate(Path("mine.py").read_text().splitlines(), 1) if text in line)
 
 
-def changed(role: str, method: str, body: str, arguments: str = "*a, **k") -> str:
-    return f"\ndef changed(self, {arguments}):\n    {body}  # here\n{role}.{method} = changed\n"
+def changed(kind: str, method: str, body: str, arguments: str = "*a, **k") -> str:
+    return f"\ndef changed(self, {arguments}):\n    {body}  # here\n{kind}.{method} = changed\n"
 
 
 ASKED: dict[str, Callable[[Strategy], object]] = {
-    "Starter.begin": lambda s: s.starter and s.starter.begin(NET, model(NET, 0)),
-    "Scorer.rank": lambda s: s.scorer.rank(scene()),
-    "Scorer.learn": lambda s: s.scorer.learn(scene(), s.aggregator.fold(scene(), evidence=False), lambda: iter(())),
-    "Extractor.extract": lambda s: s.extractor.extract(cut()),
-    "Personaliser.personalise": lambda s: s.personaliser.personalise(cut(), Submodel(Selection.full(NET), {})),
-    "Objective.recipe": lambda s: s.objective.recipe(Recipe(), cut().turn),
+    "Made.begin": lambda s: s.begin(NET, model(NET, 0)),
+    "Made.rank": lambda s: s.rank(scene()),
+    "Made.learn": lambda s: s.learn(scene(), s.aggregator.fold(scene(), evidence=False), lambda: iter(())),
+    "Made.extract": lambda s: s.extract(cut()),
+    "Made.recipe": lambda s: s.recipe(Recipe(), cut().turn),
+    "Made.close": lambda s: s.close(s.aggregator.fold(scene(), evidence=False), scene(), 1.0, lambda: iter(())),
     "Aggregator.fold": lambda s: s.aggregator.fold(scene(), evidence=False),
-    "Aggregator.close": lambda s: s.aggregator.close(
-        s.aggregator.fold(scene(), evidence=False), scene(), 1.0, lambda: iter(())
-    ),
+    "Aggregator.close": lambda s: s.close(s.aggregator.fold(scene(), evidence=False), scene(), 1.0, lambda: iter(())),
 }
 
 
 def refused(mine: Any, name: str, body: str) -> StrategyError:
-    """What is said of a strategy in which one method of a role has another body."""
-    role, _, method = name.partition(".")
-    mine(changed(role, method, body))
+    """What is said of a strategy in which one method has another body."""
+    kind, _, method = name.partition(".")
+    mine(changed(kind, method, body))
     with pytest.raises(StrategyError) as caught:
         ASKED[name](strategy())
     return caught.value
 
 
 @pytest.mark.parametrize("name", ASKED)
-def test_a_slip_is_named_by_strategy_role_method_file_and_line(mine: Any, name: str) -> None:
-    role, _, _ = name.partition(".")
+def test_a_slip_is_named_by_strategy_method_file_and_line(mine: Any, name: str) -> None:
     error = refused(mine, name, "return ().items()")
     text = str(error)
-    assert f"strategy mine:made: {role.lower()} {name} failed at mine.py:{line_of('# here')} (AttributeError: " in text
+    part = "aggregator " if name.startswith("Aggregator") else ""
+    assert f"strategy mine:made: {part}{name} failed at mine.py:{line_of('# here')} (AttributeError: " in text
     assert "'tuple' object has no attribute 'items'" in text
     assert error.exit_code == ExitCode.CONFIG
 
@@ -161,12 +133,12 @@ def test_an_answer_of_another_type_is_named_too(mine: Any, name: str) -> None:
 
 
 WRONG = {
-    "Starter.begin": {
+    "Made.begin": {
         "{}": "answer['first.weight']: expected an array [6, 3], got nothing",
         "{n: v * np.float32('nan') for n, v in a[1].items()}": "answer['first.weight']: expected finite numbers",
         "{n: v.astype(float) for n, v in a[1].items()}": "expected an array of float32 [6, 3], got an array of float64",
     },
-    "Scorer.rank": {
+    "Made.rank": {
         "Ranking({'a': 1})": "answer.ranks: expected a tuple with an array for each of 2 groups, got dict of length 1",
         "Ranking((np.arange(6),))": "for each of 2 groups",
         "Ranking((np.arange(5), np.arange(4)))": "answer.ranks of group a: expected every channel from 0 to 5 once",
@@ -174,12 +146,12 @@ WRONG = {
         "Ranking((np.arange(6), np.arange(4)), {'nobody': np.ones(3)})": "got no such tensor",
         "Ranking((np.arange(6), np.arange(4)), {'head.bias': np.ones(4)})": "expected an array of numbers [3]",
     },
-    "Scorer.learn": {
+    "Made.learn": {
         "{'velocity': np.ones(3)}": "answer['velocity']: expected a dict of arrays by name, got an array",
         "{'velocity': {'x': 3}}": "answer['velocity']['x']: expected an array of numbers, by a text, got 3",
         "{3: {}}": "a collection's name: expected a text, got 3",
     },
-    "Extractor.extract": {
+    "Made.extract": {
         "Submodel(None, {})": "answer.selection: expected a Selection, got None",
         "Submodel(a[0].selection, {})": "answer.tensors['first.weight']: expected an array [6, 3], got nothing",
         "Submodel(a[0].selection, {'head.bias': np.ones(3)})": "float32 [3], got an array of float64 [3]",
@@ -195,37 +167,33 @@ WRONG = {
 
 @pytest.mark.parametrize(("name", "answer"), [(n, a) for n, answers in WRONG.items() for a in answers])
 def test_answers_are_checked_for_their_shape(mine: Any, name: str, answer: str) -> None:
-    role, _, method = name.partition(".")
-    mine(changed(role, method, f"return {answer}"))
+    kind, _, method = name.partition(".")
+    mine(changed(kind, method, f"return {answer}"))
     with pytest.raises(StrategyError) as caught:
         ASKED[name](strategy())
     assert WRONG[name][answer] in str(caught.value)
 
 
 def test_a_slip_below_is_named_at_the_users_own_line(mine: Any) -> None:
-    mine(changed("Scorer", "rank", "return Ranking(ranks([np.full(3, np.nan)]))"))
+    mine(changed("Made", "rank", "return Ranking(ranks([np.full(3, np.nan)]))"))
     with pytest.raises(StrategyError, match=r"failed at mine.py:\d+ \(channel scores: expected numbers, got NaN\)"):
-        ASKED["Scorer.rank"](strategy())
+        ASKED["Made.rank"](strategy())
 
 
 def test_a_method_with_other_arguments_is_named_where_it_is_defined(mine: Any) -> None:
-    mine(changed("Scorer", "rank", "return None", arguments=""))
+    mine(changed("Made", "rank", "return None", arguments=""))
     with pytest.raises(StrategyError) as caught:
-        ASKED["Scorer.rank"](strategy())
+        ASKED["Made.rank"](strategy())
     assert f"failed at mine.py:{line_of('def changed')} (TypeError" in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("more", "what"),
     [
+        ("PARTS['allocator'] = 3", "allocator: expected of class Allocator, got int"),
+        ("PARTS['schedule'] = 3", "schedule: expected of class Schedule, got int"),
         (
-            "ROLES['scorer'] = Global()",
-            "scorer: expected a role of class Scorer, got Global",
-        ),
-        ("ROLES['objective'] = None", "objective: expected a role of class Objective, got NoneType"),
-        ("ROLES['schedule'] = 3", "schedule: expected a Schedule, got int"),
-        (
-            "ROLES['aggregator'] = Aggregator(weighting=1)",
+            "PARTS['aggregator'] = Aggregator(weighting=1)",
             "weighting of its aggregator: expected samples or uniform",
         ),
         ("def made(job): return 5", "expected a Strategy, got int"),
@@ -251,7 +219,7 @@ class Allocator(AllocatorBase):
         return False
     def done(self, fleet):
         return np.bool_(False)
-ROLES['allocator'] = Allocator()
+PARTS['allocator'] = Allocator()
 """
 
 
@@ -273,7 +241,7 @@ def test_a_file_that_is_not_there_or_has_another_name_says_what_to_do(mine: Any)
     mine("")
     with pytest.raises(ConfigError, match=r"Start the command in the folder of the file, or install the package"):
         compose(Job(strategy="nowhere:made"))
-    with pytest.raises(ConfigError, match=r"Its functions are made, whole \(did you mean 'made'\?\)"):
+    with pytest.raises(ConfigError, match=r"Its functions are made \(did you mean 'made'\?\)"):
         compose(Job(strategy="mine:mad"))
     with pytest.raises(ConfigError, match=r"did you mean 'mine:made'\?"):
         compose(Job(strategy="mine.made"))
@@ -284,17 +252,17 @@ def test_what_is_not_the_strategys_fault_stays_what_it_is(mine: Any) -> None:
         raise BundleError("an update that can't be read")
         yield
 
-    mine(changed("Scorer", "learn", "return {} if list(a[2]()) else {}"))
+    mine(changed("Made", "learn", "return {} if list(a[2]()) else {}"))
     composed = strategy()
     fold = composed.aggregator.fold(scene(), evidence=False)
     with pytest.raises(BundleError, match=r"^an update that can't be read$"):
-        composed.scorer.learn(scene(), fold, lost)
-    mine(changed("Extractor", "reconstruct", "raise ProtocolError('this update is odd')"))
+        composed.learn(scene(), fold, lost)
+    mine(changed("Made", "reconstruct", "raise ProtocolError('this update is odd')"))
     with pytest.raises(ProtocolError, match=r"^this update is odd$"):
-        strategy().extractor.reconstruct(SimpleNamespace())  # type: ignore[arg-type]
-    mine(changed("Scorer", "rank", "raise StorageError('a blob is lost')"))
+        strategy().reconstruct(SimpleNamespace())  # type: ignore[arg-type]
+    mine(changed("Made", "rank", "raise StorageError('a blob is lost')"))
     with pytest.raises(StorageError):
-        ASKED["Scorer.rank"](strategy())
+        ASKED["Made.rank"](strategy())
 
 
 def test_a_good_strategy_does_what_it_did_without_checks(mine: Any) -> None:
@@ -305,47 +273,11 @@ def test_a_good_strategy_does_what_it_did_without_checks(mine: Any) -> None:
     assert identical(watched, bare)
 
 
-METHODS: dict[str, Callable[[Strategy], object]] = {
-    "begin": lambda s: s.begin(NET, model(NET, 0)),
-    "rank": lambda s: s.rank(scene()),
-    "learn": lambda s: s.learn(scene(), s.aggregator.fold(scene(), evidence=False), lambda: iter(())),
-    "extract": lambda s: s.extract(cut()),
-    "recipe": lambda s: s.recipe(Recipe(), cut().turn),
-    "close": lambda s: s.close(s.aggregator.fold(scene(), evidence=False), scene(), 1.0, lambda: iter(())),
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_a_strategys_own_methods_are_checked_as_roles_are(mine: Any, method: str) -> None:
-    job = Job(strategy="mine:whole", options={"robust": {"clip": 1.0}})
-    mine(changed("Whole", method, "return ().items()"))
-    with pytest.raises(StrategyError, match=rf"strategy mine:whole: Whole.{method} failed at mine.py:\d+ \(Attribute"):
-        METHODS[method](compose(job))
-    mine(changed("Whole", method, "return 5"))
-    with pytest.raises(StrategyError, match=rf"Whole.{method} at mine.py:\d+: answer: expected a"):
-        METHODS[method](compose(job))
-
-
-def test_a_method_that_raises_over_an_update_raises_unchanged(mine: Any) -> None:
-    mine(changed("Whole", "reconstruct", "raise ProtocolError('this update is odd')"))
-    with pytest.raises(ProtocolError, match=r"^this update is odd$"):
-        compose(Job(strategy="mine:whole")).reconstruct(SimpleNamespace())  # type: ignore[arg-type]
-
-
-def test_a_strategy_of_own_methods_does_what_its_roles_would(mine: Any) -> None:
-    mine("")
-    devices = {"a": Part(NET.sizes), "b": Part((3, 2))}
-    whole = compose(Job(strategy="mine:whole"))
-    assert (whole.name, whole.device_independent, whole.as_trained) == ("Whole", True, True)
-    bare = compose(Job(scorer="magnitude", warmup_rounds=0))
-    assert identical(*(Play(s, model(NET, 0), devices).play(2) for s in (whole, bare)))
-
-
 @pytest.mark.parametrize(("method", "flag"), [("extract", "device_independent"), ("reconstruct", "as_trained")])
 def test_what_a_method_of_ones_own_does_is_not_taken_for_the_shipped_one(mine: Any, method: str, flag: str) -> None:
-    mine(changed("Whole", method, "return None"))
-    assert getattr(compose(Job(strategy="mine:whole")), flag) is False
-    mine(changed("Extractor", method, "return None"))
+    mine("")
+    assert getattr(strategy(), flag) is True
+    mine(changed("Made", method, "return None"))
     assert getattr(strategy(), flag) is False
 
 

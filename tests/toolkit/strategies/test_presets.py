@@ -18,13 +18,14 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.strategies.allocation import Fixed, Tiers
-from fedprune.strategies.methods.fedper import OwnHistory
-from fedprune.strategies.methods.heterofl import LEVELS, Rolling
+from fedprune.strategies.methods.fedper import History
+from fedprune.strategies.methods.heterofl import LEVELS, FedRolex
 from fedprune.strategies.methods.robust import Robust
-from fedprune.strategies.methods.subflot import Transported
+from fedprune.strategies.methods.subflot import SubFlot
 from fedprune.strategies.presets import PRESETS, compose
-from fedprune.strategies.roles import Cut, Past, Submodel, Turn
+from fedprune.strategies.values import Cut, Past, Submodel, Turn
 from support.fakes.strategy_reports import scene
+from support.fakes.strategy_rounds import identical
 from support.fakes.tiny_job import ARCHITECTURE
 from support.nets.drawn_models import architectures, model, seeds, selections
 
@@ -106,22 +107,22 @@ def test_widths_come_from_the_option_then_the_job_then_the_preset() -> None:
 
 def test_fedprox_pulls_and_fedavg_does_not() -> None:
     recipe = Recipe(lr=0.1)
-    assert compose(job("fedprox", mu=0.3)).objective.recipe(recipe, turn()).proximal == 0.3
-    assert compose(job("fedavg")).objective.recipe(recipe, turn()) == recipe
-    assert compose(job("fedavg", lr_decay=0.5)).objective.recipe(recipe, turn(round_=3)).lr == 0.025
+    assert compose(job("fedprox", mu=0.3)).recipe(recipe, turn()).proximal == 0.3
+    assert compose(job("fedavg")).recipe(recipe, turn()) == recipe
+    assert compose(job("fedavg", lr_decay=0.5)).recipe(recipe, turn(round_=3)).lr == 0.025
 
 
 def test_heterofl_s_aids_follow_the_width() -> None:
-    objective = compose(job("heterofl", milestones=[2, 4])).objective
+    objective = compose(job("heterofl", milestones=[2, 4]))
     wide, narrow = (objective.recipe(Recipe(lr=1.0), turn(d)) for d in (1.0, 0.25))
     assert (wide.scale, narrow.scale) == (1.0, 4.0)
     for recipe in (wide, narrow):
         assert (recipe.calibrate, recipe.mask_absent_classes, recipe.clip_norm) == (True, True, 1.0)
     assert [objective.recipe(Recipe(lr=1.0), turn(1.0, r)).lr for r in (2, 3, 5)] == pytest.approx([1, 0.1, 0.01])
     bare = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0}
-    assert compose(job("heterofl", **bare)).objective.recipe(Recipe(), turn(0.5)) == Recipe()
+    assert compose(job("heterofl", **bare)).recipe(Recipe(), turn(0.5)) == Recipe()
     numbers = Recipe(loss="mse")
-    assert not compose(job("heterofl")).objective.recipe(numbers, turn()).mask_absent_classes
+    assert not compose(job("heterofl")).recipe(numbers, turn()).mask_absent_classes
 
 
 def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
@@ -133,8 +134,8 @@ def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
 
 def test_the_widest_settings_that_a_preset_takes_make_recipes_that_boards_take() -> None:
     """Recipes check themselves against the limits that boards keep; at these the limits are just reached."""
-    scaled = compose(job("heterofl", densities=[0.001])).objective.recipe(Recipe(), turn(0.001))
-    pulled = compose(job("subflot", sar=5e5)).objective.recipe(Recipe(), turn(0.001))
+    scaled = compose(job("heterofl", densities=[0.001])).recipe(Recipe(), turn(0.001))
+    pulled = compose(job("subflot", sar=5e5)).recipe(Recipe(), turn(0.001))
     assert scaled.scale == pytest.approx(1000)
     assert pulled.proximal == pytest.approx(999_000)
 
@@ -159,7 +160,7 @@ def test_a_rolling_window_moves_on_and_narrow_ones_lie_in_wide_ones(
 ) -> None:
     architecture = data.draw(architectures())
     at = scene(architecture, model(architecture, seed), round=round_)
-    found = Rolling(step).rank(at).ranks
+    found = FedRolex(step=step, inputs="sum").rank(at).ranks
     kept = {d: Selection.of(architecture, widths_at(architecture, d), found) for d in (1.0, 0.5, 0.25)}
     for g, n in enumerate(architecture.sizes):
         for density, selection in kept.items():
@@ -178,13 +179,14 @@ def test_history_mixes_where_both_hold_a_coordinate(data: st.DataObject, seed: i
     past = Past(before, before.gather(own), round=1)
     cut = Cut(at, turn(), selection, past=past)
     offered = Submodel(selection, selection.gather(now))
-    got = OwnHistory(alpha).personalise(cut, offered)
+    history = History(alpha=alpha, inputs="updates")
+    got = history.extract(cut)
     for name, value in got.tensors.items():
         both = selection.gather({n: before.covered(n).astype(np.float32) for n in now})[name] > 0
         mixed = alpha * offered.tensors[name] + (1 - alpha) * selection.gather(own)[name]
         assert np.allclose(value[both], mixed[both], atol=1e-6)
         assert value[~both].tobytes() == offered.tensors[name][~both].tobytes()
-    assert OwnHistory(alpha).personalise(Cut(at, turn(), selection), offered) is offered
+    assert identical(history.extract(Cut(at, turn(), selection)).tensors, offered.tensors)
 
 
 @given(st.data(), seeds, st.booleans())
@@ -198,14 +200,15 @@ def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: i
     past = Past(selection, mask.applied(selection.gather(model(architecture, seed + 1))), mask)
     cut = Cut(scene(architecture, now), turn(), selection, past=past)
     offered = Submodel(selection, selection.gather(now))
-    got = Transported().resized(past, cut) if transported else OwnHistory(0.0).personalise(cut, offered).tensors
+    subflot, history = SubFlot(inputs="updates"), History(alpha=0.0, inputs="updates")
+    got = subflot.resized(past, cut) if transported else history.extract(cut).tensors
     for name, value in got.items():
         own = mask.active.get(name, np.ones(value.shape, np.bool_))
         np.testing.assert_allclose(value, np.where(own, past.tensors[name], offered.tensors[name]), atol=1e-6)
 
 
 def test_history_pulls_by_what_was_pruned() -> None:
-    objective = compose(job("history", mu=2.0)).objective
+    objective = compose(job("history", mu=2.0))
     assert objective.recipe(Recipe(), turn(0.25)).proximal == 1.5
     assert objective.recipe(Recipe(), turn(1.0)).proximal == 0
     assert compose(job("history")).keeps_past
@@ -213,6 +216,6 @@ def test_history_pulls_by_what_was_pruned() -> None:
 
 def test_own_parts_are_named_to_the_boards_and_kept_from_the_sums() -> None:
     fedper = compose(job("fedper", personal=["head*"]))
-    assert fedper.objective.recipe(Recipe(), turn()).personal == ("head*",)
+    assert fedper.recipe(Recipe(), turn()).personal == ("head*",)
     assert fedper.aggregator.excluded == ("head*",)  # type: ignore[attr-defined]
-    assert compose(job("local")).objective.recipe(Recipe(), turn()).personal == ("*",)
+    assert compose(job("local")).recipe(Recipe(), turn()).personal == ("*",)

@@ -9,8 +9,8 @@ import pytest
 
 from fedprune.jobs.job import Job
 from fedprune.strategies import compose
-from fedprune.strategies.roles import Memory, Scene
-from fedprune.strategies.scorers import HELD, ByName, Held
+from fedprune.strategies.channel_ranking import HELD, Held, Ranked
+from fedprune.strategies.values import Memory, Scene
 from support.fakes.strategy_rounds import NET, Play
 from support.nets.drawn_models import model
 
@@ -27,9 +27,9 @@ def learnt(scorer: Held, at: Scene) -> Memory:
 
 
 def test_ranks_hold_until_the_next_interval() -> None:
-    held = Held(ByName("magnitude"), 3)
+    held = Held(scorer="magnitude", interval=3, inputs="sum")
     memory = learnt(held, scene(1, 1, {}))
-    own = [ByName("magnitude").rank(scene(1, seed, {})).ranks for seed in (1, 2)]
+    own = [Ranked(scorer="magnitude", inputs="sum").rank(scene(1, seed, {})).ranks for seed in (1, 2)]
     assert any((a != b).any() for a, b in zip(*own, strict=True))
     for round_, want in ((2, 0), (3, 0), (4, 1)):
         found = held.rank(scene(round_, 2, memory)).ranks
@@ -39,7 +39,7 @@ def test_ranks_hold_until_the_next_interval() -> None:
 @pytest.mark.parametrize("sizes", [(6,), (5, 4)])
 def test_ranks_of_another_description_of_the_model_do_not_hold(sizes: tuple[int, ...]) -> None:
     """A later version of the compiler may find other groups, of the same names."""
-    held = Held(ByName("ordered"), 5)
+    held = Held(interval=5, inputs="sum")
     at = scene(2, 1, {})
     memory = {HELD: {f"{'0' * 64}/{g}": np.arange(n, dtype=np.int32) for g, n in enumerate(sizes)}}
     found = held.rank(replace(at, memory=memory)).ranks

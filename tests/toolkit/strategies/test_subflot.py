@@ -14,11 +14,11 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.allocation import Fixed, Tiers
-from fedprune.strategies.methods.subflot import RATES, Transported
+from fedprune.strategies.methods.subflot import RATES, SubFlot
 from fedprune.strategies.optimal_transport import Transport
 from fedprune.strategies.presets import compose
-from fedprune.strategies.roles import Cut, Past, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Cut, Past, Submodel, Turn
 from support.fakes.strategy_reports import report, scene
 from support.fakes.strategy_rounds import NET, Device, Play, identical
 from support.nets.drawn_models import architectures, model, ranks, seeds, selections
@@ -45,9 +45,9 @@ def turn(density: float) -> Turn:
 def test_the_recipe_s_pull_is_twice_lambda_rho(sar: float, density: float) -> None:
     """A step's pull is µ·(w − w_sent), which tests of optimisers show: µ must be 2·λ·ρ."""
     recipe = Recipe(lr=0.1)
-    got = subflot(sar=sar).objective.recipe(recipe, turn(density))
+    got = subflot(sar=sar).recipe(recipe, turn(density))
     assert got.proximal == pytest.approx(2 * sar * (1 - density))
-    assert subflot(sar=sar).objective.recipe(recipe, turn(1.0)) == recipe
+    assert subflot(sar=sar).recipe(recipe, turn(1.0)) == recipe
     assert got.weight_decay == recipe.weight_decay
 
 
@@ -94,7 +94,7 @@ def test_a_device_that_hands_in_the_model_with_permuted_channels_changes_nothing
     architecture = data.draw(architectures())
     whole = model(architecture, seed)
     at = Selection.of(architecture, architecture.sizes, data.draw(ranks(architecture)))
-    lifted = Transported().reconstruct(report(scene(architecture, whole), at, at.gather(whole)))
+    lifted = SubFlot(inputs="updates").reconstruct(report(scene(architecture, whole), at, at.gather(whole)))
     assert lifted.selection.digest == Selection.full(architecture).digest
     assert identical(lifted.tensors, whole)
 
@@ -105,11 +105,11 @@ def test_alpha_0_is_the_history_and_fuse_0_the_global_model(data: st.DataObject,
     architecture = data.draw(architectures())
     at = data.draw(selections(architecture))
     whole, own = model(architecture, seed), at.gather(model(architecture, seed + 1))
-    extractor = Transported(alpha=0, fuse=0)
+    strategy = SubFlot(inputs="updates", alpha=0, fuse=0)
     here = scene(architecture, whole)
-    sent = extractor.extract(Cut(here, turn(0.5), at, past=Past(at, own)))
+    sent = strategy.extract(Cut(here, turn(0.5), at, past=Past(at, own)))
     assert identical(sent.tensors, own)
-    lifted = extractor.reconstruct(report(here, at, own)).tensors
+    lifted = strategy.reconstruct(report(here, at, own)).tensors
     assert all(np.array_equal(lifted[n], whole[n]) for n in whole)
 
 
@@ -121,9 +121,9 @@ def test_a_history_takes_the_widths_that_its_device_has_now(data: st.DataObject,
     )
     whole, own = model(architecture, seed), old.gather(model(architecture, seed + 1))
     cut = Cut(scene(architecture, whole), turn(0.5), new, past=Past(old, own))
-    resized = Transported().resized(Past(old, own), cut)
+    resized = SubFlot(inputs="updates").resized(Past(old, own), cut)
     assert {n: v.shape for n, v in resized.items()} == new.shapes()
-    assert {n: v.shape for n, v in Transported().extract(cut).tensors.items()} == new.shapes()
+    assert {n: v.shape for n, v in SubFlot(inputs="updates").extract(cut).tensors.items()} == new.shapes()
     # Reference: the history over the global model, cut anew; all of the history led onto that where nothing is added.
     placed = new.gather(old.scatter(own, whole))
     grown = any(b > a for a, b in zip(old.widths, new.widths, strict=True))
@@ -138,11 +138,11 @@ def test_a_history_that_shrinks_has_a_share_of_every_channel_and_one_that_grows_
     wide, narrow = Selection.full(NET), Selection.of(NET, (a, b))
     whole, all_of_it = model(NET, seed), model(NET, seed + 1)
     vectors = [t.name for t in NET.tensors if len(t.axes) == 1 and t.axes[0].groups]
-    less = Transported().resized(Past(wide, all_of_it), Cut(scene(NET, whole), turn(0.5), narrow))
+    less = SubFlot(inputs="updates").resized(Past(wide, all_of_it), Cut(scene(NET, whole), turn(0.5), narrow))
     for name in vectors:  # plans with uniform marginals keep the mean over channels
         assert np.allclose(less[name].mean(), all_of_it[name].mean(), atol=1e-5), name
     own = narrow.gather(all_of_it)
-    more = Transported().resized(Past(narrow, own), Cut(scene(NET, whole), turn(1.0), wide))
+    more = SubFlot(inputs="updates").resized(Past(narrow, own), Cut(scene(NET, whole), turn(1.0), wide))
     for name in vectors:
         k = len(own[name])
         assert more[name].tobytes() == np.concatenate([own[name], whole[name][k:]]).tobytes()
@@ -157,9 +157,10 @@ def test_a_device_with_other_widths_goes_on_from_its_history() -> None:
     assert {n: s.selection.widths for n, s in play.sent.items()} == {"a": (2, 1), "b": (3, 2), "c": (6, 4)}
 
 
-def test_options_reach_the_roles() -> None:
+def test_options_reach_the_strategy() -> None:
     strategy = subflot(alpha=0.3, maps="preserving", plans="group", ota_fuse=0.7, weighting="uniform")
-    assert strategy.extractor == Transported(Transport("preserving", "group"), 0.3, 0.7)
+    assert isinstance(strategy, SubFlot)
+    assert (strategy.transport, strategy.alpha, strategy.fuse) == (Transport("preserving", "group"), 0.3, 0.7)
     assert strategy.aggregator.weighting == "uniform"
     assert strategy.keeps_past
     assert subflot().allocator == Tiers(RATES)
@@ -168,7 +169,7 @@ def test_options_reach_the_roles() -> None:
     assert subflot(by="chance", every=5).allocator == Tiers(RATES, (), "chance", 5)
     assert compose(Job(strategy="subflot", density=0.5)).allocator == Fixed(0.5)
     recipe = Recipe(proximal=0.1)
-    assert subflot(sar=0).objective.recipe(recipe, turn(0.5)) == recipe
+    assert subflot(sar=0).recipe(recipe, turn(0.5)) == recipe
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,9 @@ def test_a_submodel_s_own_coordinates_are_kept() -> None:
     """Ranks may be any: a history is laid out by them, and so is what is sent."""
     at = Selection.of(NET, (3, 2), ([5, 1, 3, 0, 2, 4], [3, 0, 1, 2]))
     whole = model(NET, 0)
-    sent = Transported(alpha=0.5).extract(Cut(scene(NET, whole), turn(0.5), at, past=Past(at, at.gather(whole))))
+    sent = SubFlot(inputs="updates", alpha=0.5).extract(
+        Cut(scene(NET, whole), turn(0.5), at, past=Past(at, at.gather(whole)))
+    )
     assert isinstance(sent, Submodel)
     assert sent.selection is at
     assert identical(sent.tensors, Transport().prune(whole, at.gather(whole), at))

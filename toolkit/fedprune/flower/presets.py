@@ -10,8 +10,8 @@ from fedprune.core.errors import ConfigError, meant
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
-from fedprune.strategies.roles import Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Turn
 
 PRESETS = ("fedavg", "fedprox", "fedprune", "fedrolex", "heterofl", "plain")
 """Names of the strategies that work under Flower."""
@@ -55,7 +55,7 @@ def composed(job: Job) -> Strategy:
     strategy = compose(job)
     recipe = _recipe(job, strategy)
     reasons = {
-        "it ranks channels by curvature, of which a node's own loop says nothing": strategy.scorer.observes,
+        "it ranks channels by curvature, of which a node's own loop says nothing": strategy.observes,
         _PAST: strategy.keeps_past,
         _MASKS: strategy.masks or recipe.mask != "none",
         _PARTS: bool(recipe.personal),

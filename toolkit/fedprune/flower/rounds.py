@@ -27,7 +27,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors
 from fedprune.rounds.limits import RoundUpdate, UpdateLimits, capped
 from fedprune.rounds.round import Round
-from fedprune.strategies.roles import Cut, Memories, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Cut, Memories, Report, Scene, Submodel, Turn
 
 FORMAT = "fedprune.flower-state/1"
 

@@ -42,7 +42,7 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
-from fedprune.strategies.roles import Memories, Report, Scene, Submodel
+from fedprune.strategies.values import Memories, Report, Scene, Submodel
 
 MEMORY = "move_reference"
 """Key of the references in a job's memory: per tensor its reference and its scale."""

@@ -19,8 +19,8 @@ from fedprune.core.errors import BundleError, FedpruneError, StorageError, Strat
 from fedprune.core.text import one_line
 from fedprune.model.selection import Tensors
 from fedprune.rounds.limits import LimitedUpdates, RoundUpdate, UpdateLimits
-from fedprune.strategies.roles import Memories, Report, Scene, Submodel
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Memories, Report, Scene, Submodel
 
 _LOG = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Round:
     def fold(self) -> Fold:
         """The sums."""
         if self._fold is None:
-            self._fold = self._strategy.aggregator.fold(self.scene, evidence=self._strategy.scorer.observes)
+            self._fold = self._strategy.aggregator.fold(self.scene, evidence=self._strategy.observes)
         return self._fold
 
     def reset(self) -> None:

@@ -1,4 +1,4 @@
-"""Strategies as compositions of roles: allocator, scorer, extractor, objective, aggregator, personaliser.
+"""Strategies: one base class of seven methods, and one module per paper with its subclass (`methods`).
 
 Not here: the order of a round (`coordination`) and the arithmetic of sums (`aggregation`).
 """

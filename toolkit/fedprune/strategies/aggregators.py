@@ -1,7 +1,8 @@
-"""Aggregators that are means: of models, or of moves away from what devices were sent."""
+"""Aggregators: what makes the next model of updates. Here are means, of models or of their changes."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,13 +15,41 @@ from fedprune.aggregation.fold import Fold, Rule
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import head_axes, matching
-from fedprune.strategies.roles import Aggregator, Closing, Report, Scene, Submodel
+from fedprune.strategies.values import Closing, Report, Scene, Submodel
 
 VELOCITY = "velocity"
 """What the server momentum remembers."""
 
 _PARALLEL = 1e-5
 """A row whose change is this small a share of it across its own direction has only decayed."""
+
+
+class Aggregator(ABC):
+    """Turns a round's updates into the next global model."""
+
+    @property
+    def weighting(self) -> str:
+        """`samples`: devices count by their training samples; `uniform`: all count the same."""
+        return "samples"
+
+    @property
+    def by_tensor(self) -> bool:
+        """Whether a tensor's sums depend on that tensor of the updates alone, so that they can be made in parts."""
+        return False
+
+    @abstractmethod
+    def fold(self, scene: Scene, *, evidence: bool) -> Fold:
+        """Empty sums for a round."""
+
+    @abstractmethod
+    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
+        """Add a reconstructed update: all of it or, if this raises, nothing."""
+
+    @abstractmethod
+    def close(
+        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
+    ) -> Closing:
+        """The next model; arguments as for `Strategy.close`."""
 
 
 @dataclass(frozen=True)

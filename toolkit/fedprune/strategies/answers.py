@@ -1,7 +1,4 @@
-"""Checks of what a user's own strategy and roles answer: type and shape.
-
-Shipped roles are tested instead. A mistake is so reported where it was made (`fedprune.strategies.user_strategies`).
-"""
+"""Checks of the type and shape of what a user's methods return; shipped ones are tested instead."""
 
 from __future__ import annotations
 
@@ -16,21 +13,10 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
+from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.allocation import Allocator, Fleet
-from fedprune.strategies.roles import (
-    Aggregator,
-    Closing,
-    Cut,
-    Extractor,
-    Objective,
-    Personaliser,
-    Ranking,
-    Report,
-    Scene,
-    Scorer,
-    Starter,
-    Submodel,
-)
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Closing, Cut, Ranking, Report, Scene, Submodel
 
 Check = Callable[[Any, Sequence[Any]], None]
 """Looks at an answer and at what was asked with."""
@@ -40,7 +26,7 @@ _STORED = "fiub"
 
 
 class UnfitError(Exception):
-    """An answer that isn't what a role should give.
+    """An answer of another type or shape.
 
     Attributes:
         part: Which part of the answer, such as `.ranks`; empty for all of it.
@@ -162,27 +148,20 @@ def _anything(answer: Any, asked: Sequence[Any]) -> None:
     """What it answers isn't looked at."""
 
 
-METHODS: dict[str, Check] = {
-    "begin": _begun,
-    "rank": _ranked,
-    "learn": _remembered,
-    "extract": _sent,
-    "reconstruct": _lifted,
-    "recipe": _written,
-    "close": _closed,
-}
-"""The methods of a strategy that a subclass may override, each with the check of its answer."""
-
-ROLES: dict[type, dict[str, Check]] = {
-    Starter: {"begin": _begun},
-    Scorer: {"rank": _ranked, "learn": _remembered},
-    Extractor: {"extract": _sent, "reconstruct": _lifted},
+CHECKS: dict[type, dict[str, Check]] = {
+    Strategy: {
+        "begin": _begun,
+        "rank": _ranked,
+        "learn": _remembered,
+        "extract": _sent,
+        "reconstruct": _lifted,
+        "recipe": _written,
+        "close": _closed,
+    },
     Aggregator: {"fold": _sums, "add": _anything, "close": _closed},
-    Personaliser: {"personalise": _sent, "share": _lifted},
-    Objective: {"recipe": _written},
     Allocator: {"admit": _admitted, "open": _decided, "learn": _anything, "review": _decided, "done": _decided},
 }
-"""Per role its methods, each with the check of its answer."""
+"""The methods that a user may write, each with the check of its answer."""
 
 
 def _of(kind: type | tuple[type, ...], answer: Any, part: str = "", expected: str = "") -> None:

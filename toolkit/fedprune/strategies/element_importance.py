@@ -13,12 +13,11 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError, shown
 from fedprune.model.selection import Tensors, mesh
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable, with_floors
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
+from fedprune.strategies.values import Memories, Ranking, Report, Scene
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,7 +40,7 @@ BEFORE = "importance/before"
 
 
 @dataclass(frozen=True)
-class Importance(Scorer):
+class Importance:
     """Ranks elements anew every so many rounds; in between masks change with densities alone.
 
     Attributes:
@@ -70,7 +69,7 @@ class Importance(Scorer):
         """Channels in their own order, and the order of elements that holds."""
         return Ranking(ranks(ordered(scene.architecture)), self._order(scene))
 
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+    def learn(self, scene: Scene, reports: Callable[[], Iterator[Report]]) -> Memories:
         """The order, if it is new, and what devices reported."""
         out: Memories = {}
         if self._begins(scene):

@@ -24,7 +24,6 @@ from fedprune.strategies.methods.plain import plain
 from fedprune.strategies.methods.pr_fl import pr_fl
 from fedprune.strategies.methods.robust import robust
 from fedprune.strategies.methods.subflot import subflot
-from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.user_strategies import own_strategy
 from fedprune.updates.codecs import PLAIN
@@ -226,8 +225,7 @@ def _looks(job: Job, strategy: Strategy) -> str:
         "an aggregator that is no mean of all": type(strategy.aggregator) is not Mean,
         "an option by which only what an update has changed counts": isinstance(strategy.aggregator, Mean)
         and strategy.aggregator.changed != "",
-        "a scorer that goes by how single updates moved": isinstance(strategy.scorer, ByName)
-        and strategy.scorer.observes,
+        "a ranking by how single updates moved": strategy.observes,
         f"compression {', '.join(sorted(codecs))}, which rounds single updates": bool(codecs),
         "masks of single elements, which only some boards hold": strategy.masks,
         "rounds of exploration": strategy.explores > 0,

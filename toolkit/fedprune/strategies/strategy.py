@@ -13,27 +13,10 @@ from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.aggregators import Aggregator, Mean
 from fedprune.strategies.allocation import Allocator
-from fedprune.strategies.extractors import Global, Selected
-from fedprune.strategies.objectives import AsJob
-from fedprune.strategies.roles import (
-    Aggregator,
-    Closing,
-    Cut,
-    Extractor,
-    Memories,
-    Objective,
-    Personaliser,
-    Ranking,
-    Report,
-    Scene,
-    Scorer,
-    Starter,
-    Submodel,
-    Turn,
-)
-from fedprune.strategies.scorers import ByName
+from fedprune.strategies.importance.scoring import ordered, ranks
+from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
 
 Inputs = Literal["sum", "updates", "measurements"]
 """What the server needs of boards: a round's sum of updates, single updates, or measurements on samples as well."""
@@ -41,18 +24,15 @@ Inputs = Literal["sum", "updates", "measurements"]
 
 @dataclass(frozen=True)
 class Strategy:
-    """A strategy: seven methods that a subclass may override, with roles that are used where it doesn't.
+    """A strategy: seven methods that a subclass may override, and how updates are averaged.
 
     The methods are `begin`, `rank`, `learn`, `extract`, `reconstruct`, `recipe` and `close`. They must not keep state:
-    what must last is returned by `learn` and `close`, and is in `scene.memory` a round later.
+    what must last is returned by `learn` and `close`, and is in `scene.memory` a round later. It is stored after every
+    round, so that a round can be repeated in another process with the same bits.
 
     Attributes:
         name: Shown to people; by default the class's name.
-        scorer: Ranks channels and elements.
-        extractor: Makes submodels, and maps trained ones back.
-        aggregator: Makes the next global model.
-        personaliser: What of a device's model is its own, as far as the server keeps it.
-        objective: What boards minimise.
+        aggregator: Sums updates, and makes the next global model of the sums.
         inputs: What the server needs of boards; decides whether a job with privacy is accepted
             (`fedprune.strategies.presets`). Required, so that no strategy counts as private by omission.
         allocator: How much of the model each device gets; None leaves it to the planner, or to the job's `density`.
@@ -61,15 +41,10 @@ class Strategy:
         explorers_count: Whether the model becomes the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept (`Cut.past`).
         masks: Whether submodels have element masks, for which plans must leave room on boards.
-        starter: Makes the job's first model; None leaves it as it was imported.
     """
 
     name: str = ""
-    scorer: Scorer = field(default_factory=ByName)
-    extractor: Extractor = field(default_factory=Selected)
     aggregator: Aggregator = field(default_factory=Mean)
-    personaliser: Personaliser = field(default_factory=Global)
-    objective: Objective = field(default_factory=AsJob)
     inputs: Inputs = field(kw_only=True)
     allocator: Allocator | None = None
     schedule: Schedule | None = None
@@ -77,7 +52,6 @@ class Strategy:
     explorers_count: bool = False
     keeps_past: bool = False
     masks: bool = False
-    starter: Starter | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -86,29 +60,38 @@ class Strategy:
         weighting = self.aggregator.weighting
         validation.word(f"strategy {self.name}: weighting of its aggregator", weighting, ("samples", "uniform"))
 
+    @property
+    def observes(self) -> bool:
+        """Whether `learn` needs to know how far weights moved, so that the sums record it (`Fold(evidence=True)`)."""
+        return False
+
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
         """The job's first global model, made from the imported one: the same tensors and shapes, float32."""
-        return model if self.starter is None else self.starter.begin(architecture, model)
+        return model
 
     def rank(self, scene: Scene) -> Ranking:
         """Rank channels, and elements where there are element masks, once a round for all devices."""
-        return self.scorer.rank(scene)
+        return Ranking(ranks(ordered(scene.architecture)))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
         """Memories of a round that is about to close; `reports` reads the folded updates one by one."""
-        return self.scorer.learn(scene, fold, reports)
+        return {}
 
     def extract(self, cut: Cut) -> Submodel:
-        """The submodel to send to a device."""
-        return self.personaliser.personalise(cut, self.extractor.extract(cut))
+        """The submodel to send to a device: the ranking's first channels (HeteroFL, Diao et al. 2021, eq. 2).
+
+        With other channels than the cut's or a prefix of them the offer carries a ranking of its own, to which
+        `Report.trained` then refers.
+        """
+        return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
 
     def reconstruct(self, report: Report) -> Submodel:
         """What of a trained submodel enters the sums, in global coordinates."""
-        return self.personaliser.share(report, self.extractor.reconstruct(report))
+        return report.trained
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """A device's recipe of this round, made from the job's."""
-        return self.objective.recipe(recipe, turn)
+        return recipe
 
     def close(
         self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
@@ -125,15 +108,13 @@ class Strategy:
 
     @property
     def device_independent(self) -> bool:
-        """Whether devices of the same widths and density get the same submodel in a round."""
-        own = type(self).extract is not Strategy.extract
-        return not own and self.extractor.device_independent and self.personaliser.device_independent
+        """Whether devices of the same widths and density get the same submodel in a round, so that it is sent once."""
+        return type(self).extract is Strategy.extract
 
     @property
     def as_trained(self) -> bool:
-        """Whether updates enter the sums as they were trained."""
-        own = type(self).reconstruct is not Strategy.reconstruct
-        return not own and self.extractor.as_trained and self.personaliser.as_trained
+        """Whether updates enter the sums as they were trained, so that sums can be made tensor by tensor."""
+        return type(self).reconstruct is Strategy.reconstruct
 
     def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
         """The recipe by which a device's costs are predicted.

@@ -29,18 +29,16 @@ from fedprune.core.errors import (
 from fedprune.core.imports import own_module
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
+from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.allocation import Allocator
-from fedprune.strategies.answers import METHODS, ROLES, Check, UnfitError
-from fedprune.strategies.roles import Aggregator, Extractor, Objective, Personaliser, Scorer, Starter
+from fedprune.strategies.answers import CHECKS, Check, UnfitError
 from fedprune.strategies.strategy import Strategy
 
 T = TypeVar("T")
 
 _OURS = "fedprune"
 
-_OPTIONAL = ("starter", "allocator")
-
-_ABOUT_AN_UPDATE = ("reconstruct", "share", "add")
+_ABOUT_AN_UPDATE = ("reconstruct", "add")
 """In these methods our own errors are about the update at hand, and are raised unchanged."""
 
 _PAGE = "docs/write-a-strategy.md describes what each method takes and returns."
@@ -57,7 +55,7 @@ def own_strategy(job: Job) -> Strategy:
 
 
 def own_code(job: Job) -> str:
-    """Digest of the files that define a user's own strategy and its roles; empty for presets.
+    """Digest of the files that define a user's own strategy; empty for presets.
 
     Raises:
         ConfigError: As `own_strategy`.
@@ -65,26 +63,13 @@ def own_code(job: Job) -> str:
     if ":" not in job.strategy:
         return ""
     strategy, _ = _composed(job)
-    parts = [strategy, *(role for _, _, role in _roles(strategy) if role is not None)]
-    modules = {type(p).__module__ for p in parts} | {job.strategy.partition(":")[0]}
+    parts = (strategy, strategy.aggregator, strategy.allocator)
+    modules = {type(p).__module__ for p in parts if p is not None} | {job.strategy.partition(":")[0]}
     files = [sys.modules[m].__file__ for m in sorted(modules) if not _shipped(m) and m in sys.modules]
     digest = hashlib.sha256()
     for file in filter(None, files):
         digest.update(Path(file).read_bytes())
     return digest.hexdigest()
-
-
-def _roles(strategy: Strategy) -> list[tuple[str, type, object]]:
-    """The roles by name, with the class that each must be of."""
-    return [
-        ("starter", Starter, strategy.starter),
-        ("scorer", Scorer, strategy.scorer),
-        ("extractor", Extractor, strategy.extractor),
-        ("aggregator", Aggregator, strategy.aggregator),
-        ("personaliser", Personaliser, strategy.personaliser),
-        ("objective", Objective, strategy.objective),
-        ("allocator", Allocator, strategy.allocator),
-    ]
 
 
 def _shipped(module: str) -> bool:
@@ -113,19 +98,17 @@ def _composed(job: Job) -> tuple[Strategy, _Origin]:
 
 
 def _guarded(strategy: Strategy, name: str, origin: _Origin) -> Strategy:
-    roles: dict[str, Any] = {}
-    for role, kind, found in _roles(strategy):
-        if found is None and role in _OPTIONAL:
+    kinds = {"aggregator": Aggregator, "allocator": Allocator, "schedule": Schedule}
+    parts: dict[str, Any] = {}
+    for part, kind in kinds.items():
+        found = getattr(strategy, part)
+        if found is None and part != "aggregator":
             continue
         if not isinstance(found, kind):
-            got = type(found).__name__
-            raise StrategyError(
-                f"strategy {name}: {role}", expected=f"a role of class {kind.__name__}", got=got, hint=_PAGE
-            )
-        roles[role] = _checked(found, f"strategy {name}: {role}", ROLES[kind], origin)
-    if not (strategy.schedule is None or isinstance(strategy.schedule, Schedule)):
-        raise StrategyError(f"strategy {name}: schedule", expected="a Schedule", got=type(strategy.schedule).__name__)
-    return replace(_checked(strategy, f"strategy {name}:", METHODS, origin), **roles)
+            expected, got = f"of class {kind.__name__}", type(found).__name__
+            raise StrategyError(f"strategy {name}: {part}", expected=expected, got=got, hint=_PAGE)
+        parts[part] = _checked(found, f"strategy {name}: {part}", CHECKS.get(kind, {}), origin)
+    return replace(_checked(strategy, f"strategy {name}:", CHECKS[Strategy], origin), **parts)
 
 
 class _Origin:
@@ -153,7 +136,7 @@ class _Origin:
 
 
 def _checked(found: T, what: str, checks: Mapping[str, Check], origin: _Origin) -> T:
-    """A copy of a strategy or role, of a subclass in which the methods that its user wrote are checked."""
+    """A copy, of a subclass in which the methods that its user wrote are checked."""
     kind = type(found)
     own = {method for method in checks if not _shipped(_definer(kind, method).__module__)}
     if not own:

@@ -1,4 +1,4 @@
 """Scores of channels and elements, and the statistics that they are computed from.
 
-Not here: which score a job uses (`strategies.scorers`).
+Not here: which score a job uses (`strategies.channel_ranking`).
 """

@@ -1,1 +1,1 @@
-"""One module per method: the papers' strategies, the baselines, and our own."""
+"""One module per paper or baseline: its strategy, and the options of its preset."""

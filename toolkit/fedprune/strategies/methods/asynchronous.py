@@ -13,11 +13,10 @@ from fedprune.aggregation.fold import Rule
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Decay, Mixing, Schedule, Staleness
-from fedprune.strategies.aggregators import DeltaMean, Mean
+from fedprune.strategies.aggregators import Aggregator, DeltaMean, Mean
 from fedprune.strategies.allocation import dealt
-from fedprune.strategies.objectives import AsJob
+from fedprune.strategies.methods.fedavg import FedAvg
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Aggregator
 from fedprune.strategies.strategy import Strategy
 
 
@@ -174,10 +173,10 @@ def _strategy(
     except ConfigError as error:
         what = error.what.replace("schedule: ", f"job: option of {job.strategy}: ")
         raise ConfigError(what, expected=error.expected, got=error.got) from error
-    return Strategy(
+    return FedAvg(
         job.strategy,
         aggregator=aggregator,
-        objective=AsJob({"proximal": options.mu} if options.mu else {}),
+        mu=options.mu or None,
         inputs="updates",
         allocator=dealt(job, options.densities, default=(1.0,)),
         schedule=schedule,

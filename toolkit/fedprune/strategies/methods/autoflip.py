@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -20,13 +20,13 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, mesh
 from fedprune.strategies.aggregators import VELOCITY, Mean
 from fedprune.strategies.allocation import dealt
-from fedprune.strategies.extractors import Elements, global_mask, masked
+from fedprune.strategies.element_masks import Masked, global_mask, masked
 from fedprune.strategies.importance.element_ranking import prunable, quantile
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.importance.structured_from_mask import surviving, survivors
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Closing, Cut, Memories, Objective, Ranking, Report, Scene, Scorer, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
 
 NAME = "autoflip"
 
@@ -90,14 +90,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Guided(Scorer):
-    """Ranks elements by how far the round's participants moved them when they explored: AutoFLIP's scorer.
+class AutoFlip(Masked):
+    """Ranks elements by how far the round's participants moved them when they explored.
 
-    Attributes:
-        options: The preset's settings.
+    With the option `structured`, submodels don't have the channels that masks leave without weights.
     """
 
-    options: Options
+    options: Options = field(default_factory=Options)
+
+    @property
+    def device_independent(self) -> bool:
+        return True
 
     def rank(self, scene: Scene) -> Ranking:
         """+∞ for elements that stay, −∞ for masked ones; channels in their own order, those that are left first."""
@@ -118,6 +121,33 @@ class Guided(Scorer):
         names = self._names(scene.architecture)
         return {_GUIDANCE + r.cut.turn.device: _guidance(r, names) for r in reports()}
 
+    def extract(self, cut: Cut) -> Submodel:
+        return (
+            without_empty_channels(cut, self.options.masked_share) if self.options.structured else super().extract(cut)
+        )
+
+    def reconstruct(self, report: Report) -> Submodel:
+        """What the masked submodel with all its channels would be: channels that were cut are as they were sent."""
+        cut, trained = report.cut, report.trained
+        if not self.options.structured or not self.zeros or trained.mask is None:
+            return super().reconstruct(report)
+        whole = masked(cut, cut.selection, global_mask(cut)).tensors
+        onto = cut.selection.scatter(whole, cut.scene.model)
+        return Submodel(cut.selection, cut.selection.gather(trained.selection.scatter(trained.tensors, onto)))
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """A long first round, then a learning rate that decays.
+
+        However far an explorer got counts, as in the authors' code: early stopping doesn't take it back to its best
+        epoch.
+        """
+        options = self.options
+        if turn.round > 1:
+            return replace(recipe, lr=recipe.lr * options.lr_decay ** (turn.round - 2))
+        return replace(
+            recipe, epochs=options.exploration_epochs, patience=options.patience, best_epoch=False, max_steps=0
+        )
+
     def _mask(self, scene: Scene) -> ElementMask | None:
         explorers = sorted(n.removeprefix(_GUIDANCE) for n in scene.memory if n.startswith(_GUIDANCE))
         if not explorers or not self.options.pruned_share:
@@ -133,55 +163,6 @@ class Guided(Scorer):
 
     def _names(self, architecture: Architecture) -> tuple[str, ...]:
         return prunable(architecture, (TensorKind.BIAS,) if self.options.biases else ())
-
-
-@dataclass(frozen=True)
-class Emergent(Elements):
-    """Masked submodels without the channels that masks leave without weights.
-
-    Attributes:
-        share: As `survivors`.
-    """
-
-    share: float = 1.0
-
-    def extract(self, cut: Cut) -> Submodel:
-        """A slice of the global model: of the ranking's channels those that are left, with 0 where masked."""
-        mask = global_mask(cut)
-        if mask is None:
-            return super().extract(cut)
-        alive = survivors(cut.scene.architecture, mask, share=self.share)
-        return masked(cut, surviving(cut.selection, alive), mask)
-
-    def reconstruct(self, report: Report) -> Submodel:
-        """What the masked submodel with all its channels would be: channels that were cut are as they were sent."""
-        cut, trained = report.cut, report.trained
-        if not self.zeros or trained.mask is None:
-            return trained
-        whole = masked(cut, cut.selection, global_mask(cut)).tensors
-        onto = cut.selection.scatter(whole, cut.scene.model)
-        return Submodel(cut.selection, cut.selection.gather(trained.selection.scatter(trained.tensors, onto)))
-
-
-@dataclass(frozen=True)
-class Exploring(Objective):
-    """A long first round, then a learning rate that decays: AutoFLIP's objective.
-
-    However far an explorer got counts, as in the authors' code: early stopping doesn't take it back to its best epoch.
-
-    Attributes:
-        options: The preset's settings.
-    """
-
-    options: Options
-
-    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        if turn.round == 1:
-            options = self.options
-            return replace(
-                recipe, epochs=options.exploration_epochs, patience=options.patience, best_epoch=False, max_steps=0
-            )
-        return replace(recipe, lr=recipe.lr * self.options.lr_decay ** (turn.round - 2))
 
 
 @dataclass(frozen=True)
@@ -218,20 +199,32 @@ def autoflip(job: Job) -> Strategy:
     """
     options = read_options(job, Options)
     zeros = options.pruned == "decay"
-    return Strategy(
+    return AutoFlip(
         NAME,
-        scorer=Guided(options),
-        extractor=Emergent(zeros, options.masked_share) if options.structured else Elements(zeros),
+        options=options,
+        zeros=zeros,
         aggregator=Damped(
             server_momentum=options.server_momentum, damped=True, prune_start=options.prune_start and zeros
         ),
-        objective=Exploring(options),
         inputs="measurements",
         allocator=dealt(job, options.densities),
         explores=1,
         explorers_count=options.warm_start == "explored_mean",
         masks=True,
     )
+
+
+def without_empty_channels(cut: Cut, share: float) -> Submodel:
+    """A masked slice of the global model: of the ranking's channels those that are left, with 0 where masked.
+
+    Args:
+        cut: What to make it of.
+        share: As `survivors`.
+    """
+    mask = global_mask(cut)
+    if mask is None:
+        return masked(cut, cut.selection, None)
+    return masked(cut, surviving(cut.selection, survivors(cut.scene.architecture, mask, share=share)), mask)
 
 
 def _guidance(report: Report, names: tuple[str, ...]) -> dict[str, npt.NDArray[Any]]:

@@ -17,10 +17,10 @@ from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
+from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.importance.gradient_stats import DECAY, Estimator
 from fedprune.strategies.importance.scoring import Form
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
 
 SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "random": "random"}
@@ -73,23 +73,14 @@ def ca_hfp(job: Job) -> Strategy:
     number(name, "decay", options.decay, 0, 1, below=True)
     number(name, "warmup_rounds", options.warmup_rounds, 0, 10**6)
     number(name, "server_momentum", options.server_momentum, 0, 0.999)
-    scorer = ByName(
-        SCORES[options.score],
-        options.warmup_rounds,
-        cast(Form, options.form),
-        cast(Estimator, options.estimator),
-        options.decay,
-        options.per_count,
-    )
-    if scorer.observes and job.recipe.optimizer != "sgd":
-        raise ConfigError(
-            f"job: score {options.score!r} of {name} learns gradients from how far devices' SGD moves",
-            expected="recipe.optimizer 'sgd'",
-            got=repr(job.recipe.optimizer),
-        )
-    return Strategy(
+    strategy = Ranked(
         name,
-        scorer=scorer,
+        scorer=SCORES[options.score],
+        warmup_rounds=options.warmup_rounds,
+        form=cast(Form, options.form),
+        estimator=cast(Estimator, options.estimator),
+        decay=options.decay,
+        per_count=options.per_count,
         aggregator=Mean(
             rule=cast(Rule, options.reconstruction),
             server_momentum=options.server_momentum,
@@ -98,3 +89,10 @@ def ca_hfp(job: Job) -> Strategy:
         inputs="updates",
         allocator=dealt(job, options.densities),
     )
+    if strategy.observes and job.recipe.optimizer != "sgd":
+        raise ConfigError(
+            f"job: score {options.score!r} of {name} learns gradients from how far devices' SGD moves",
+            expected="recipe.optimizer 'sgd'",
+            got=repr(job.recipe.optimizer),
+        )
+    return strategy

@@ -8,7 +8,7 @@ readings and options.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -22,10 +22,9 @@ from fedprune.model.trainable import head_axes
 from fedprune.strategies.aggregators import same_coordinates
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.importance.element_ranking import quantile
-from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Cut, Memories, Personaliser, Ranking, Report, Scene, Scorer, Submodel
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Cut, Memories, Report, Scene, Submodel
 
 NAME = "fedobp"
 
@@ -88,22 +87,18 @@ class _Compared(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Apart(Personaliser):
-    """Keeps a device's own elements where they are far from the global model: FedOBP's personaliser.
+class FedObp(Strategy):
+    """Keeps a device's own elements where they are far from the global model.
 
-    Attributes:
-        options: The preset's settings.
+    They are protected from being overwritten, not kept from the others: all of an update enters the sums.
     """
 
-    options: Options
+    options: Options = field(default_factory=Options)
 
-    @property
-    def as_trained(self) -> bool:
-        return True
-
-    def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
-        """The submodel, with θ_i^{t−1} where its score is above the quantile."""
-        if self.options.q == 1:
+    def extract(self, cut: Cut) -> Submodel:
+        """A slice of the global model, with θ_i^{t−1} where its score is above the quantile."""
+        submodel = super().extract(cut)
+        if self.options.q == 1 or not cut.turn.device:
             return submodel
         compared = self.scores(cut, submodel)
         values = {n: self._normalised(c.score[c.known]) for n, c in compared.items() if c.known.any()}
@@ -122,9 +117,14 @@ class Apart(Personaliser):
                 tensors[name] = np.where(own, one.local, tensors[name])
         return Submodel(submodel.selection, tensors, submodel.mask)
 
-    def share(self, report: Report, lifted: Submodel) -> Submodel:
-        """All of it: own elements are protected from being overwritten, not kept from the others."""
-        return lifted
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        """The initial model, in the first round; moving averages of scores, where they are asked for."""
+        out: Memories = {}
+        if INITIAL not in scene.memory:
+            out[INITIAL] = {t.name: scene.model[t.name] for t in scene.architecture.tensors}
+        if self.options.average:
+            out |= {_SCORES + report.cut.turn.device: self._averages(report) for report in reports()}
+        return out
 
     def scores(self, cut: Cut, submodel: Submodel) -> dict[str, _Compared]:
         """Scores of what may stay the device's own, averaged over its visits if so asked."""
@@ -148,38 +148,12 @@ class Apart(Personaliser):
         low, high = float(score.min()), float(score.max())
         return (score - low) / (high - low) if high > low else score - low
 
-
-@dataclass(frozen=True)
-class Remembering(Scorer):
-    """Channels in their own order; remembers what the comparison of later rounds needs: FedOBP's scorer.
-
-    Attributes:
-        apart: The personaliser, whose scores are averaged.
-    """
-
-    apart: Apart
-
-    def rank(self, scene: Scene) -> Ranking:
-        """Channels in their own order."""
-        return Ranking(ranks(ordered(scene.architecture)))
-
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """The initial model, in the first round; moving averages of scores, where they are asked for."""
-        out: Memories = {}
-        if INITIAL not in scene.memory:
-            names = [t.name for t in scene.architecture.tensors]
-            out[INITIAL] = {n: scene.model[n] for n in names}
-        if self.apart.options.average:
-            for report in reports():
-                out[_SCORES + report.cut.turn.device] = self._averages(report)
-        return out
-
     def _averages(self, report: Report) -> dict[str, npt.NDArray[np.float32]]:
         cut, selection = report.cut, report.trained.selection
         plain = Submodel(selection, selection.gather(cut.scene.model), report.trained.mask)
         before = cut.scene.memory.get(_SCORES + cut.turn.device)
         out = {}
-        for name, one in self.apart.scores(cut, plain).items():
+        for name, one in self.scores(cut, plain).items():
             known = None if before is None else before[name]
             full = (
                 np.full(cut.scene.architecture.by_name[name].shape, np.nan, np.float32)
@@ -199,11 +173,9 @@ def fedobp(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range.
     """
     options = read_options(job, Options)
-    apart = Apart(options)
-    return Strategy(
+    return FedObp(
         NAME,
-        scorer=Remembering(apart),
-        personaliser=apart,
+        options=options,
         inputs="updates",
         allocator=dealt(job, options.densities),
         keeps_past=True,

@@ -13,10 +13,9 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import HEAD
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
-from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Cut, Objective, Personaliser, Report, Submodel, Turn
 from fedprune.strategies.strategy import Inputs, Strategy
+from fedprune.strategies.values import Cut, Submodel, Turn
 
 
 @dataclass(frozen=True)
@@ -63,51 +62,52 @@ class HistoryOptions:
 
 
 @dataclass(frozen=True)
-class OwnHistory(Personaliser):
-    """A device goes on from a mixture of the global model and of its own last one, at equal places.
-
-    w ← α·w_t + (1 − α)·w_k where its last update holds the coordinate, w_t elsewhere: SubFLOT's fusion (arXiv
-    2604.06631, eq. 6) without its transport, to tell what of its gain is memory alone.
+class FedPer(Strategy):
+    """Some tensors are a device's own; the others are FedAvg's.
 
     Attributes:
-        alpha: α.
+        personal: Patterns of the tensors that stay on the boards.
     """
 
-    alpha: float = 0.5
+    personal: tuple[str, ...] = (HEAD,)
 
-    @property
-    def as_trained(self) -> bool:
-        return True
-
-    def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
-        """The mixture; the submodel as it is until the device has a history."""
-        if cut.past is None or self.alpha == 1:
-            return submodel
-        model = cut.scene.model
-        own = submodel.selection.gather(cut.past.selection.scatter(cut.past.over(model), model))
-        tensors = {}
-        for name, value in submodel.tensors.items():
-            # w_t + (1 − α)·(w_k − w_t) leaves what the history doesn't hold as it is, bit for bit.
-            moved = value + (1 - self.alpha) * (own[name].astype(np.float64) - value)
-            tensors[name] = moved.astype(np.float32)
-        return Submodel(submodel.selection, tensors, submodel.mask)
-
-    def share(self, report: Report, lifted: Submodel) -> Submodel:
-        return lifted
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        return replace(recipe, personal=self.personal)
 
 
 @dataclass(frozen=True)
-class Pull(Objective):
-    """The job's recipe with a pull that grows with what was pruned (SubFLOT, eq. 7 and 8).
+class History(Strategy):
+    """A device goes on from a mixture of the global model and of its own last one, at equal places.
+
+    Without SubFLOT's transport (arXiv 2604.06631), to tell what of its gain is memory alone.
 
     Attributes:
-        mu: µ at a pruning rate of 1.
+        alpha: α of `fused`.
+        mu: µ of the pull at a pruning rate of 1 (SubFLOT, eq. 7 and 8).
     """
 
+    alpha: float = 0.5
     mu: float = 0.0
+
+    def extract(self, cut: Cut) -> Submodel:
+        return fused(cut, super().extract(cut), self.alpha)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         return replace(recipe, proximal=self.mu * turn.pruning_rate) if self.mu else recipe
+
+
+def fused(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
+    """w ← α·w_t + (1 − α)·w_k where the device's last update holds the coordinate, w_t elsewhere (SubFLOT, eq. 6)."""
+    if cut.past is None or alpha == 1:
+        return submodel
+    model = cut.scene.model
+    own = submodel.selection.gather(cut.past.selection.scatter(cut.past.over(model), model))
+    tensors = {}
+    for name, value in submodel.tensors.items():
+        # w_t + (1 − α)·(w_k − w_t) leaves what the history doesn't hold as it is, bit for bit.
+        moved = value + (1 - alpha) * (own[name].astype(np.float64) - value)
+        tensors[name] = moved.astype(np.float32)
+    return Submodel(submodel.selection, tensors, submodel.mask)
 
 
 def fedper(job: Job) -> Strategy:
@@ -137,10 +137,10 @@ def local(job: Job) -> Strategy:
 def _own_parts(
     job: Job, personal: tuple[str, ...], densities: tuple[float, ...], weighting: str, inputs: Inputs
 ) -> Strategy:
-    return Strategy(
+    return FedPer(
         job.strategy,
+        personal=personal,
         aggregator=Mean(weighting=weighting, excluded=personal),
-        objective=AsJob({"personal": personal}),
         inputs=inputs,
         allocator=dealt(job, densities, default=(1.0,)),
     )
@@ -156,11 +156,11 @@ def history(job: Job) -> Strategy:
     number(job.strategy, "alpha", options.alpha, 0, 1)
     number(job.strategy, "mu", options.mu, 0, 1e6)
     choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
-    return Strategy(
+    return History(
         job.strategy,
+        alpha=options.alpha,
+        mu=options.mu,
         aggregator=Mean(weighting=options.weighting),
-        personaliser=OwnHistory(options.alpha),
-        objective=Pull(options.mu),
         inputs="updates",
         allocator=dealt(job, options.densities),
         keeps_past=True,

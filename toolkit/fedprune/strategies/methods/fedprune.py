@@ -20,7 +20,7 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,11 +35,11 @@ from fedprune.model.recipe import LEAST_MIXUP, Recipe
 from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.allocation import dealt
+from fedprune.strategies.channel_ranking import places_of
 from fedprune.strategies.importance.scoring import ranks, score
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Memories, Objective, Ranking, Report, Scene, Scorer, Starter, Turn
-from fedprune.strategies.scorers import places_of
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Memories, Ranking, Report, Scene, Turn
 
 RANKS = "ranks"
 """Memory: the ranks that were settled, by the architecture's digest and the group's number."""
@@ -84,48 +84,34 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Nested(Starter):
-    """A start at which what a width adds is silent: `fedprune.model.nested_widths`.
+class FedPrune(Strategy):
+    """The ingredients above, as a job's options have them.
+
+    Ranks are those of the model that the job starts from, and are kept for the whole job. A trained model is cut by
+    what it has learnt. In a model that was just made all channels are alike, and any order is as good as another as
+    long as it stays. Should another version of the compiler find other groups of channels in the model, ranks are
+    settled again, by what the model is then.
 
     Attributes:
-        densities: The widths that hold each other.
-        always: Whether a trained model is started so, too.
+        options: The job's options.
+        widths: The widths that hold each other in a nested start; empty for the model as it was imported.
     """
 
-    densities: tuple[float, ...]
-    always: bool = False
+    options: Options = field(default_factory=Options)
+    widths: tuple[float, ...] = ()
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        """The first global model.
-
-        Raises:
-            BundleError: A density is not above 0 and at most 1.
-        """
-        if self.always or just_made(architecture, model):
-            return nested(architecture, model, self.densities)
+        """A start at which what a width adds is silent, for a model that was just made."""
+        if self.widths and (self.options.ranking == "nested" or just_made(architecture, model)):
+            return nested(architecture, model, self.widths)
         return model
-
-
-@dataclass(frozen=True)
-class Settled(Scorer):
-    """Ranks by the score of the model that the job starts from, kept for the whole job.
-
-    A trained model is cut by what it has learnt. In a model that was just made, all channels are alike, and any order
-    is as good as another as long as it stays. Should another version of the compiler ever find other groups of channels
-    in the model, ranks are settled anew, by what the model is then.
-
-    Attributes:
-        scorer: `magnitude` or `ordered`; `auto` is the latter for a model that was just made, else the former.
-    """
-
-    scorer: str = "auto"
 
     def rank(self, scene: Scene) -> Ranking:
         """The settled ranks; of the first round's model, if none are."""
         known = self._settled(scene)
         if known is not None:
             return known
-        name = self.scorer
+        name = {"nested": "ordered"}.get(self.options.ranking, self.options.ranking)
         if name == "auto":
             name = "ordered" if just_made(scene.architecture, scene.model) else "magnitude"
         return Ranking(ranks(score(name, scene.architecture, scene.model)))
@@ -136,26 +122,11 @@ class Settled(Scorer):
             return {}
         return {RANKS: dict(zip(places_of(scene.architecture), self.rank(scene).ranks, strict=True))}
 
-    def _settled(self, scene: Scene) -> Ranking | None:
-        known, places = scene.memory.get(RANKS, {}), places_of(scene.architecture)
-        return Ranking(tuple(np.asarray(known[p]) for p in places)) if set(known) == set(places) else None
-
-
-@dataclass(frozen=True)
-class Fair(Objective):
-    """The job's recipe with adjusted logits, mixup, dropout, clipping, a board's own statistics and blended average.
-
-    Attributes:
-        options: Which of them.
-    """
-
-    options: Options
-
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         """The device's recipe.
 
         Raises:
-            ConfigError: The job's own recipe has settings that don't go with these.
+            ConfigError: The job's own recipe has settings that don't go with the strategy's.
         """
         options = self.options
         average = recipe.average or options.average
@@ -170,6 +141,10 @@ class Fair(Objective):
             clip_norm=recipe.clip_norm or options.clip_norm,
             mixup=recipe.mixup or options.mixup,
         )
+
+    def _settled(self, scene: Scene) -> Ranking | None:
+        known, places = scene.memory.get(RANKS, {}), places_of(scene.architecture)
+        return Ranking(tuple(np.asarray(known[p]) for p in places)) if set(known) == set(places) else None
 
 
 def fedprune(job: Job) -> Strategy:
@@ -194,26 +169,25 @@ def fedprune(job: Job) -> Strategy:
         number(name, "dropout", density, 0.001, 1)
     rule: Rule = "fill" if options.rule == "fill" else "coverage"
     kind = DeltaMean if options.arrivals else Mean
-    return Strategy(
+    return FedPrune(
         name,
-        scorer=Settled("ordered" if options.ranking == "nested" else options.ranking),
+        options=options,
+        widths=_nested_widths(job, options),
         aggregator=kind(rule=rule, server_momentum=options.server_momentum),
-        objective=Fair(options),
         inputs="sum",
         allocator=dealt(job, options.densities),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
-        starter=_starter(job, options),
     )
 
 
-def _starter(job: Job, options: Options) -> Nested | None:
-    """A nested start over the widths at which steps train, or else over those of tiers.
+def _nested_widths(job: Job, options: Options) -> tuple[float, ...]:
+    """The widths of a nested start: those at which steps train, or else those of tiers; empty for no such start.
 
     Raises:
         ConfigError: A nested start is asked for, and there are no such widths.
     """
     if options.ranking not in ("auto", "nested"):
-        return None
+        return ()
     widths = tuple(d for d in job.recipe.ordered_dropout or options.dropout or options.densities if d < 1)
     if not widths and options.ranking == "nested":
         raise ConfigError(
@@ -222,9 +196,7 @@ def _starter(job: Job, options: Options) -> Nested | None:
             got="neither dropout nor densities",
             hint="Give the densities between which it shall be nested, or let ranking be ordered.",
         )
-    if not widths:
-        return None
-    return Nested(widths, always=options.ranking == "nested")
+    return widths
 
 
 def _buffered(arrivals: int) -> Schedule:

@@ -5,19 +5,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
+from fedprune.model.recipe import Recipe
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
-from fedprune.strategies.extractors import Elements
+from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, read_options
-from fedprune.strategies.roles import Ranking, Scene, Scorer
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Ranking, Scene, Turn
 
 NAME = "fiarse"
 
@@ -48,19 +48,17 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Sizes(Scorer):
-    """Channels in their own order; elements by |w|.
+class Fiarse(Masked):
+    """Elements by |w|, channels in their own order."""
 
-    Attributes:
-        biases: Whether biases can be masked, too.
-    """
-
-    biases: bool = False
+    options: Options = field(default_factory=Options)
 
     def rank(self, scene: Scene) -> Ranking:
-        """|w| of the global model."""
-        names = prunable(scene.architecture, (TensorKind.BIAS,) if self.biases else ())
+        names = prunable(scene.architecture, (TensorKind.BIAS,) if self.options.biases else ())
         return Ranking(ranks(ordered(scene.architecture)), magnitudes(scene.model, names))
+
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        return replace(recipe, mask=self.options.mask)
 
 
 def fiarse(job: Job) -> Strategy:
@@ -73,12 +71,10 @@ def fiarse(job: Job) -> Strategy:
     allocator: Allocator = Tiers(options.densities or (1.0, 1 / 4, 1 / 16, 1 / 64), elements=True)
     if job.density and not options.densities:
         allocator = Fixed(job.density, elements=True)
-    return Strategy(
+    return Fiarse(
         NAME,
-        scorer=Sizes(options.biases),
-        extractor=Elements(),
+        options=options,
         aggregator=Mean(weighting=options.weighting, changed="elements" if options.changed else ""),
-        objective=AsJob({"mask": options.mask}),
         inputs="updates",
         allocator=allocator,
     )

@@ -9,7 +9,7 @@ last layer a device's update counts only in rows of its own classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Objective, Ranking, Scene, Scorer, Turn
-from fedprune.strategies.scorers import ByName
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Ranking, Scene, Turn
 
 LEVELS = (1.0, 0.5, 0.25, 0.125, 0.0625)
 """The papers' widths a, b, c, d, e."""
@@ -79,14 +78,10 @@ class RollingOptions(Options):
 
 
 @dataclass(frozen=True)
-class Scaled(Objective):
-    """The aids of training narrow submodels.
+class HeteroFL(Strategy):
+    """The first channels, with the aids of training narrow submodels."""
 
-    Attributes:
-        options: Which of them.
-    """
-
-    options: Options
+    options: Options = field(default_factory=Options)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         options = self.options
@@ -104,7 +99,7 @@ class Scaled(Objective):
 
 
 @dataclass(frozen=True)
-class Rolling(Scorer):
+class FedRolex(HeteroFL):
     """A window that moves on: channel (t·step + j) mod n comes at place j in round t = 0, 1, …
 
     FedRolex (Alam et al. 2022, eq. 3). All devices of a round share the window's start, so that a narrow device's
@@ -117,7 +112,6 @@ class Rolling(Scorer):
     step: int = 1
 
     def rank(self, scene: Scene) -> Ranking:
-        """The window's channels first."""
         start = (scene.round - 1) * self.step
         return Ranking(tuple((np.arange(n, dtype=np.int64) + start) % n for n in scene.architecture.sizes))
 
@@ -128,7 +122,7 @@ def heterofl(job: Job) -> Strategy:
     Raises:
         ConfigError: An option is unknown or out of range.
     """
-    return _widths(job, read_options(job, Options), ByName("ordered"))
+    return _composed(job, HeteroFL(job.strategy, options=read_options(job, Options), inputs="sum"))
 
 
 def fedrolex(job: Job) -> Strategy:
@@ -139,10 +133,12 @@ def fedrolex(job: Job) -> Strategy:
     """
     options = read_options(job, RollingOptions)
     number(job.strategy, "step", options.step, 0, 10**6)
-    return _widths(job, options, Rolling(options.step))
+    return _composed(job, FedRolex(job.strategy, options=options, step=options.step, inputs="sum"))
 
 
-def _widths(job: Job, options: Options, scorer: Scorer) -> Strategy:
+def _composed(job: Job, strategy: HeteroFL) -> Strategy:
+    """A strategy with the aggregator and the widths that its options ask for."""
+    options = strategy.options
     choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
     number(job.strategy, "clip_norm", options.clip_norm, 0, 1e6)
     number(job.strategy, "factor", options.factor, 1e-6, 1)
@@ -161,11 +157,8 @@ def _widths(job: Job, options: Options, scorer: Scorer) -> Strategy:
             "weight decay changes",
             expected="optimizer adamw or sgd, weight_decay 0, or label_rows = false",
         )
-    return Strategy(
-        job.strategy,
-        scorer=scorer,
+    return replace(
+        strategy,
         aggregator=Mean(weighting=options.weighting, changed="rows" if rows else ""),
-        objective=Scaled(options),
-        inputs="sum",
         allocator=dealt(job, options.densities, options.shares, options.by, options.every, default=default),
     )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from fedprune.jobs.job import Job
 from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.scorers import ByName
+from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.strategy import Strategy
 
 
 def plain(job: Job) -> Strategy:
     """Compose what the job's `scorer`, `warmup_rounds`, `rule` and `server_momentum` say."""
-    return Strategy(
+    return Ranked(
         "plain",
-        scorer=ByName(job.scorer, job.warmup_rounds),
+        scorer=job.scorer,
+        warmup_rounds=job.warmup_rounds,
         aggregator=Mean(rule=job.rule, server_momentum=job.server_momentum),
         inputs="sum",
     )

@@ -8,25 +8,26 @@ silent or differ, and how they are read here. FedGMR (arXiv 2512.05372), the sam
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
+from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS, Schedule
 from fedprune.model.recipe import Recipe
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
+from fedprune.strategies.channel_ranking import Held, Ranked
 from fedprune.strategies.element_importance import Importance, Kind
-from fedprune.strategies.extractors import Elements, Selected
+from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.growth import Ladder, Start, TimeDriven
 from fedprune.strategies.methods.asynchronous import staleness_of
-from fedprune.strategies.objectives import AsJob
 from fedprune.strategies.options import choice, number, numbers, read_options
 from fedprune.strategies.recovery import Recovery, Step, Validation
-from fedprune.strategies.roles import Objective, Scorer, Turn
-from fedprune.strategies.scorers import ByName, Held
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Memories, Ranking, Report, Scene, Turn
 
 
 @dataclass(frozen=True)
@@ -122,24 +123,33 @@ _ASYNCHRONOUS = (
 
 
 @dataclass(frozen=True)
-class Reporting(Objective):
-    """The job's recipe; some updates of every interval also bring squared gradients.
+class PrFl(Masked):
+    """Masks of elements by importance.
 
-    Those of its last rounds, which know the model best that is ranked next, and every device's first. In asynchronous
-    rounds a device gets an offer when it comes back: whoever takes long may never come in an interval's last rounds.
+    Some updates of every interval also bring squared gradients: those of its last rounds, which know the model best
+    that is ranked next, and every device's first. In asynchronous rounds a device gets an offer when it comes back: one
+    that takes long may never come in an interval's last rounds.
 
     Attributes:
-        interval: I.
-        rounds: How many rounds are an interval's last ones.
+        importance: Of elements.
+        reporting: How many of an interval's last rounds bring squared gradients.
     """
 
-    interval: int
-    rounds: int
+    importance: Importance = field(default_factory=Importance)
+    reporting: int = 0
+
+    def rank(self, scene: Scene) -> Ranking:
+        return self.importance.rank(scene)
+
+    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
+        return self.importance.learn(scene, reports)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        interval, place = divmod(turn.round - 1, self.interval)
-        first = turn.last == 0 or (turn.last - 1) // self.interval < interval
-        last = place >= self.interval - self.rounds
+        if self.importance.kind != "squares":
+            return recipe
+        interval, place = divmod(turn.round - 1, self.importance.interval)
+        first = turn.last == 0 or (turn.last - 1) // self.importance.interval < interval
+        last = place >= self.importance.interval - self.reporting
         return replace(recipe, report_squares=recipe.report_squares or first or last)
 
 
@@ -164,31 +174,23 @@ def pr_fl(job: Job) -> Strategy:
             hint="Rounds in step take the fresh updates of all that deliver by the job's deadline.",
         )
     elements = options.masks == "elements"
-    rule: Literal["coverage", "zero"] = "coverage" if options.mean == "masked" else "zero"
-    squares = elements and options.importance == "squares"
-    return Strategy(
-        name,
-        scorer=_scorer(options, elements),
-        extractor=Elements() if elements else Selected(),
-        aggregator=Mean(rule=rule, weighting=options.weighting),
-        objective=Reporting(options.interval, math.ceil(options.reported * options.interval - 1e-9))
-        if squares
-        else AsJob(),
-        inputs="measurements",
-        allocator=_allocator(job, options, elements),
-        schedule=SYNCHRONOUS if options.synchronous else _schedule(job, options),
-        masks=elements,
-    )
-
-
-def _scorer(options: Options, elements: bool) -> Scorer:
     # Both are made for every combination: an option that is wrong is named whether it is used or not.
     importance = Importance(cast(Kind, options.importance), options.interval, options.layer_floor)
+    settings: dict[str, Any] = {
+        "aggregator": Mean(rule="coverage" if options.mean == "masked" else "zero", weighting=options.weighting),
+        "inputs": "measurements",
+        "allocator": _allocator(job, options, elements),
+        "schedule": SYNCHRONOUS if options.synchronous else _schedule(job, options),
+        "masks": elements,
+    }
     if elements:
-        return importance
-    size = ByName("magnitude")
-    # The asynchronous schedule ranks every I rounds by itself; rounds in step are ranked one by one.
-    return Held(size, options.interval) if options.synchronous else size
+        reporting = math.ceil(options.reported * options.interval - 1e-9)
+        return PrFl(name, importance=importance, reporting=reporting, **settings)
+    if (
+        options.synchronous
+    ):  # the asynchronous schedule ranks every I rounds by itself; rounds in step are ranked singly
+        return Held(name, scorer="magnitude", interval=options.interval, **settings)
+    return Ranked(name, scorer="magnitude", **settings)
 
 
 def _schedule(job: Job, options: Options) -> Schedule:

@@ -18,7 +18,8 @@ from fedprune.core import validation
 from fedprune.core.errors import BundleError, ConfigError, shown
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.roles import Aggregator, Closing, Report, Scene, Submodel
+from fedprune.strategies.aggregators import Aggregator
+from fedprune.strategies.values import Closing, Report, Scene, Submodel
 
 Reports = Callable[[], Iterator[tuple[Report, Submodel]]]
 

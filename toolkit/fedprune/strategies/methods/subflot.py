@@ -19,8 +19,8 @@ from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.optimal_transport import Maps, Plans, Transport
 from fedprune.strategies.options import choice, number, read_options
-from fedprune.strategies.roles import Cut, Extractor, Objective, Past, Report, Submodel, Turn
 from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Cut, Past, Report, Submodel, Turn
 
 RATES = (1.0, 0.75, 0.5, 0.25)
 """The paper's widths: pruning rates 0, 1/4, 1/2 and 3/4 of every layer's channels."""
@@ -59,18 +59,20 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Transported(Extractor):
+class SubFlot(Strategy):
     """Submodels by transport onto a device's own last model; updates by transport onto the global one.
 
     Attributes:
         transport: How models are led onto each other.
         alpha: α of Eq. 6.
         fuse: The same on the way back, where the paper's figure has it and its Eq. 9 has not; 1 for none.
+        sar: λ of the pull (SAR, Eqs. 7 and 8); 0 leaves it to the job's recipe.
     """
 
     transport: Transport = field(default_factory=Transport)
     alpha: float = 0.5
     fuse: float = 1.0
+    sar: float = 1.0
 
     def extract(self, cut: Cut) -> Submodel:
         """OTP; a slice of the global model until the device has a history."""
@@ -85,6 +87,10 @@ class Transported(Extractor):
         lifted = self.transport.aggregate(trained.tensors, trained.selection, model, self.fuse)
         return Submodel(Selection.full(trained.selection.architecture), lifted)
 
+    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
+        """λ·ρ·‖w − w_sent‖² is µ/2·‖w − w_sent‖² with µ = 2·λ·ρ: a device that holds the whole model is not pulled."""
+        return replace(recipe, proximal=2 * self.sar * turn.pruning_rate) if self.sar else recipe
+
     def resized(self, past: Past, cut: Cut) -> Tensors:
         """A device's last model at the widths that it has now.
 
@@ -98,22 +104,6 @@ class Transported(Extractor):
         if any(b > a for a, b in zip(old.widths, new.widths, strict=True)):
             return placed
         return self.transport.align(own, old, placed, new)
-
-
-@dataclass(frozen=True)
-class Anchored(Objective):
-    """The job's recipe with a pull towards what the device was sent, by its pruning rate (SAR, Eqs. 7 and 8).
-
-    λ·ρ·‖w − w_sent‖² is µ/2·‖w − w_sent‖² with µ = 2·λ·ρ: a device that holds the whole model is not pulled.
-
-    Attributes:
-        sar: λ; 0 leaves the pull to the job's recipe.
-    """
-
-    sar: float = 1.0
-
-    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        return replace(recipe, proximal=2 * self.sar * turn.pruning_rate) if self.sar else recipe
 
 
 def subflot(job: Job) -> Strategy:
@@ -139,13 +129,13 @@ def subflot(job: Job) -> Strategy:
                 hint="Tensors that must stay as they are go with fedavg, fedper or heterofl.",
             )
     densities = options.densities or (() if options.planned or job.density else RATES)
-    return Strategy(
+    return SubFlot(
         name,
-        extractor=Transported(
-            Transport(cast(Maps, options.maps), cast(Plans, options.plans)), options.alpha, options.ota_fuse
-        ),
+        transport=Transport(cast(Maps, options.maps), cast(Plans, options.plans)),
+        alpha=options.alpha,
+        fuse=options.ota_fuse,
+        sar=options.sar,
         aggregator=Mean(weighting=options.weighting),
-        objective=Anchored(options.sar),
         inputs="updates",
         allocator=dealt(job, densities, options.shares, options.by, options.every),
         keeps_past=True,

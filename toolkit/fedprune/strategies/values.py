@@ -1,14 +1,8 @@
-"""The roles that a strategy is composed of, and the values that they exchange.
-
-Roles have no state of their own: what must last is in the job's memory, which is stored after every round, so that a
-round can be repeated in another process with the same bits. The allocator is in `fedprune.strategies.allocation`; it
-runs in the coordinator, which sees no tensors.
-"""
+"""The values that a strategy's methods take and return."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -16,7 +10,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.aggregation.fold import Fold
 from fedprune.model.architecture import Architecture
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
@@ -27,7 +20,7 @@ Memory = Mapping[str, Mapping[str, npt.NDArray[Any]]]
 """What a job remembers between rounds: named collections of tensors, such as `velocity`. Loaded when asked for."""
 
 Memories = dict[str, dict[str, npt.NDArray[Any]]]
-"""What a role wants remembered from now on, by the same names; an empty collection is forgotten."""
+"""What is to be remembered from now on, by the same names; an empty collection is forgotten."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +30,7 @@ class Turn:
     Attributes:
         seed: The job's seed.
         round: The round, from 1.
-        device: The device's name.
+        device: The device's name; empty for a submodel that any device might get.
         widths: Its channels per group.
         density: The share of the model that it was given, above 0 and at most 1.
         samples: Its training samples.
@@ -93,7 +86,7 @@ class Past(Submodel):
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """An answer of a scorer.
+    """The order of channels, and of elements.
 
     Attributes:
         ranks: Per group its channels, best first: a device of width k gets the first k.
@@ -107,7 +100,7 @@ class Ranking:
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """A round as the worker's roles see it.
+    """A round.
 
     Attributes:
         architecture: The model.
@@ -115,7 +108,7 @@ class Scene:
         round: The round, from 1.
         model: The global model w_t.
         memory: What the job remembers.
-        recipe: The job's local training, before the objective has written a device's.
+        recipe: The job's local training, which a strategy may change for each device.
         participants: The devices that take part, sorted; empty where a device's submodel is made.
     """
 
@@ -189,125 +182,3 @@ class Closing:
     model: Tensors
     memories: Memories = field(default_factory=dict)
     rejected: Mapping[str, str] = field(default_factory=dict)
-
-
-class Starter(ABC):
-    """Makes the job's first global model."""
-
-    @abstractmethod
-    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        """The first global model, made from the imported one: the same tensors and shapes."""
-
-
-class Scorer(ABC):
-    """Ranks channels, and elements where there are element masks, once a round for all devices."""
-
-    @property
-    def observes(self) -> bool:
-        """Whether it learns from how far weights moved, so that the fold records movements (`Fold(evidence=True)`)."""
-        return False
-
-    @abstractmethod
-    def rank(self, scene: Scene) -> Ranking:
-        """The ranking of this round."""
-
-    def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """Memories of a round that is about to close.
-
-        Args:
-            scene: The round.
-            fold: Its sums.
-            reports: Reads the folded updates one by one.
-        """
-        return {}
-
-
-class Extractor(ABC):
-    """Makes a device's submodel of the global model, and maps the trained one back."""
-
-    @property
-    def device_independent(self) -> bool:
-        """Whether devices of the same widths and density get the same submodel in a round, so that it is sent once."""
-        return False
-
-    @property
-    def as_trained(self) -> bool:
-        """Whether `reconstruct` returns what was trained unchanged, so that sums can be made tensor by tensor."""
-        return False
-
-    @abstractmethod
-    def extract(self, cut: Cut) -> Submodel:
-        """The submodel to send.
-
-        Its selection is usually the cut's or a prefix of it. With other channels the offer carries a ranking of its
-        own, to which `Report.trained` then refers.
-        """
-
-    @abstractmethod
-    def reconstruct(self, report: Report) -> Submodel:
-        """The trained submodel in global coordinates, as it enters the sums."""
-
-
-class Personaliser(ABC):
-    """What of a device's model is its own, as far as the server keeps it."""
-
-    @property
-    def device_independent(self) -> bool:
-        """Whether it adds nothing of the device's own."""
-        return False
-
-    @property
-    def as_trained(self) -> bool:
-        """Whether `share` returns the reconstruction unchanged."""
-        return False
-
-    @abstractmethod
-    def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
-        """The submodel to send, with the device's own parts in it."""
-
-    @abstractmethod
-    def share(self, report: Report, lifted: Submodel) -> Submodel:
-        """The part of a reconstructed submodel that enters the global model."""
-
-
-class Objective(ABC):
-    """What a board minimises."""
-
-    @abstractmethod
-    def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """The device's recipe of this round, made from the job's."""
-
-
-class Aggregator(ABC):
-    """Turns a round's updates into the next global model."""
-
-    @property
-    def weighting(self) -> str:
-        """`samples`: devices count by their training samples; `uniform`: all count the same."""
-        return "samples"
-
-    @property
-    def by_tensor(self) -> bool:
-        """Whether a tensor's sums depend on that tensor of the updates alone, so that they can be made in parts."""
-        return False
-
-    @abstractmethod
-    def fold(self, scene: Scene, *, evidence: bool) -> Fold:
-        """Empty sums for a round."""
-
-    @abstractmethod
-    def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
-        """Add a reconstructed update: all of it or, if this raises, nothing."""
-
-    @abstractmethod
-    def close(
-        self, fold: Fold, scene: Scene, rate: float, reports: Callable[[], Iterator[tuple[Report, Submodel]]]
-    ) -> Closing:
-        """The next model.
-
-        Args:
-            fold: The sums.
-            scene: The round.
-            rate: Share of the way from w_t to the sums' mean that the schedule allows (1 in synchronous rounds).
-            reports: Reads all updates again, each with its reconstruction, for what is not a sum (a median).
-        """

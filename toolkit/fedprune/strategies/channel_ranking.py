@@ -1,4 +1,4 @@
-"""Scorers that rank channels by the name of a score, and one that holds another's ranks for some rounds."""
+"""Strategies that rank channels by a score, the same for all devices of a round, so that submodels are nested."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fedprune.strategies.importance.scoring import (
     ranks,
     score,
 )
-from fedprune.strategies.roles import Memories, Ranking, Report, Scene, Scorer
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Memories, Ranking, Report, Scene
 
 EVIDENCE = "evidence"
 """Memory: what scores that observe know of gradient and curvature."""
@@ -31,8 +32,8 @@ number."""
 
 
 @dataclass(frozen=True)
-class ByName(Scorer):
-    """A ranking by one score, the same for all devices of a round, so that masks are nested.
+class Ranked(Strategy):
+    """Channels ranked by a score.
 
     Attributes:
         scorer: `ordered`, `magnitude` or `curvature`; or what CA-HFP compares with: `movement`, by how far weights
@@ -57,7 +58,6 @@ class ByName(Scorer):
         return self.scorer in ("curvature", "movement")
 
     def rank(self, scene: Scene) -> Ranking:
-        """Ranks of channels; no order of elements."""
         evidence = self._evidence(scene) if self.observes else None
         unknown = evidence is not None and not evidence.complete
         if self.scorer == "random" or scene.round <= self.warmup_rounds or unknown:
@@ -65,7 +65,6 @@ class ByName(Scorer):
         return Ranking(ranks(self._scores(scene, evidence)))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """Evidence, where it observes."""
         if not self.observes:
             return {}
         evidence = self._evidence(scene)
@@ -83,7 +82,7 @@ class ByName(Scorer):
         return curvature(architecture, model, evidence, self.form, per_count=self.per_count)
 
     def _evidence(self, scene: Scene) -> Evidence:
-        """What is known; nothing where that was estimated in another way, before the job's settings changed."""
+        """What is known; nothing if it was estimated in another way, before the job's settings changed."""
         known = scene.memory.get(EVIDENCE)
         found = None if known is None else Evidence.from_tensors(scene.architecture, known)
         if found is None or found.estimator != self.estimator:
@@ -92,33 +91,26 @@ class ByName(Scorer):
 
 
 @dataclass(frozen=True)
-class Held(Scorer):
-    """Another scorer's ranks of channels, made anew every so many rounds only, for schedules that rank every round.
+class Held(Ranked):
+    """Ranks of channels that are made again every so many rounds only, for schedules that rank every round.
 
     Attributes:
-        scorer: The other one; it learns from every round.
-        interval: Rounds between two rankings.
+        interval: Rounds between two rankings; the score learns from every round.
     """
 
-    scorer: Scorer
-    interval: int
-
-    @property
-    def observes(self) -> bool:
-        return self.scorer.observes
+    interval: int = 1
 
     def rank(self, scene: Scene) -> Ranking:
-        """New ranks in the first round of an interval, and those again in its others; no order of elements."""
         held, places = scene.memory.get(HELD, {}), places_of(scene.architecture)
         if set(held) != set(places) or (scene.round - 1) % self.interval == 0:
-            return Ranking(self.scorer.rank(scene).ranks)
+            return super().rank(scene)
         return Ranking(tuple(held[p].astype(np.int64) for p in places))
 
     def learn(self, scene: Scene, fold: Fold, reports: Callable[[], Iterator[Report]]) -> Memories:
-        """The ranks that hold, and what the other one learns."""
+        """The ranks that hold, and what the score learns."""
         found = self.rank(scene).ranks
         held = {p: r.astype(np.int32) for p, r in zip(places_of(scene.architecture), found, strict=True)}
-        return {**self.scorer.learn(scene, fold, reports), HELD: dict(held)}
+        return {**super().learn(scene, fold, reports), HELD: dict(held)}
 
 
 def places_of(architecture: Architecture) -> list[str]:

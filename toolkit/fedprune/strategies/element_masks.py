@@ -1,4 +1,4 @@
-"""Extractors of plain slices and of masked elements, and the personaliser of global methods."""
+"""Strategies whose submodels have all channels, of whose elements only some are active."""
 
 from __future__ import annotations
 
@@ -7,49 +7,12 @@ from dataclasses import dataclass
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection
 from fedprune.strategies.importance.element_ranking import top
-from fedprune.strategies.roles import Cut, Extractor, Personaliser, Report, Submodel
+from fedprune.strategies.strategy import Strategy
+from fedprune.strategies.values import Cut, Report, Submodel
 
 
 @dataclass(frozen=True)
-class Selected(Extractor):
-    """The ranking's first channels, as they are in the global model (HeteroFL, Diao et al. 2021, eq. 2)."""
-
-    @property
-    def device_independent(self) -> bool:
-        return type(self).extract is Selected.extract
-
-    @property
-    def as_trained(self) -> bool:
-        return type(self).reconstruct is Selected.reconstruct
-
-    def extract(self, cut: Cut) -> Submodel:
-        return Submodel(cut.selection, cut.selection.gather(cut.scene.model))
-
-    def reconstruct(self, report: Report) -> Submodel:
-        return report.trained
-
-
-@dataclass(frozen=True)
-class Global(Personaliser):
-    """Nothing is a device's own, as far as the server knows: the personaliser of global methods."""
-
-    @property
-    def device_independent(self) -> bool:
-        return type(self).personalise is Global.personalise
-
-    @property
-    def as_trained(self) -> bool:
-        return type(self).share is Global.share
-
-    def personalise(self, cut: Cut, submodel: Submodel) -> Submodel:
-        return submodel
-
-    def share(self, report: Report, lifted: Submodel) -> Submodel:
-        return lifted
-
-
-@dataclass(frozen=True)
-class Elements(Extractor):
+class Masked(Strategy):
     """The ranking's first channels, of whose elements the most important ones of the whole model are active.
 
     How many those are is the turn's density, if the device has all channels; the masks of a round lie inside each other
@@ -63,7 +26,7 @@ class Elements(Extractor):
 
     @property
     def device_independent(self) -> bool:
-        return True
+        return type(self).extract is Masked.extract
 
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model, with 0 where masked.
@@ -71,8 +34,7 @@ class Elements(Extractor):
         Raises:
             BundleError: The order holds something that is no number.
         """
-        mask = global_mask(cut)
-        return masked(cut, cut.selection, mask)
+        return masked(cut, cut.selection, global_mask(cut))
 
     def reconstruct(self, report: Report) -> Submodel:
         """What was trained, at the places that it came from."""
