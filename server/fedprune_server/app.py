@@ -16,6 +16,7 @@ from pathlib import Path
 from fedprune import __version__
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError, MissingExtraError
+from fedprune.core.text import amount
 from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
@@ -120,9 +121,9 @@ class App:
         if self.connection.broker is not None:
             traffic = self.connection.broker.traffic()
             log.info(
-                "the broker took in %d and delivered %d payload bytes",
-                sum(traffic.received.values()),
-                sum(traffic.delivered.values()),
+                "the broker received %s and delivered %s of payload",
+                amount(sum(traffic.received.values()), "bytes"),
+                amount(sum(traffic.delivered.values()), "bytes"),
             )
 
 

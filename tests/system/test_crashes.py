@@ -119,7 +119,7 @@ def test_a_signal_ends_a_server_cleanly(
             server.send_signal(number)
         assert server.wait(60) == code
         assert "connection was lost" not in site.logs_in_full()
-        assert "took in 0 " not in site.logs_in_full()
+        assert "the broker received 0 " not in site.logs_in_full()
         assert not listens(site.port)
     finally:
         site.stop_all()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedprune.core.cli import seconds, whole_number, with_extra
 from fedprune.core.errors import ExitCode, StorageError
+from fedprune.core.text import amount
 from fedprune_server.cli.identity import name_of
 from fedprune_server.cli.state import add_state
 
@@ -74,7 +75,7 @@ def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:
         ran = "" if body["uptime_s"] is None else f" after {body['uptime_s']:.0f} s"
         heat = "" if body["temperature_c"] is None else f", {body['temperature_c']:.0f} °C"
         free = body["memory_available"]
-        room = "" if free is None else f", {free / 1e6:.0f} MB of memory free"
+        room = "" if free is None else f", {amount(free, 'bytes')} of memory free"
         slot = f", slot {body['slot']}" if body["slot"] else ""
         print(f"{row} ({body['cause']} in {body['release']}{slot}{ran}{heat}{room})", flush=True)
         for frame in frames_of(row):

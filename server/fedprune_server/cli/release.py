@@ -9,6 +9,7 @@ from typing import Any
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ExitCode, ReleaseError
+from fedprune.core.text import amount
 from fedprune.releases.release import MANIFEST, Release, ReleaseFile, write_again, write_release
 from fedprune.security.keys import SigningKey
 from fedprune_server.cli.state import add_state
@@ -48,7 +49,7 @@ def _release(arguments: argparse.Namespace) -> int:
     with IdentityFolder(arguments.state) as identity:
         key = identity.key
     release = _again(arguments, key) if arguments.again is not None else _of_wheels(arguments, key)
-    print(f"release {release.number} ({release.version}): {len(release.files)} wheels, {release.size / 1e6:.1f} MB")
+    print(f"release {release.number} ({release.version}): {len(release.files)} wheels, {amount(release.size, 'bytes')}")
     print(f"signed with key {key.verifying.hex}")
     return int(ExitCode.OK)
 

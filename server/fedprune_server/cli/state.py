@@ -10,7 +10,7 @@ from typing import Any
 
 from fedprune.core.cli import seconds, whole_number, with_extra
 from fedprune.core.errors import ExitCode, UsageError
-from fedprune.core.text import quantity
+from fedprune.core.text import amount, quantity
 
 VARIABLE = "FEDPRUNE_SERVER_STATE"
 _DEFAULT = "fedprune-state"
@@ -113,7 +113,7 @@ def _export_model(arguments: argparse.Namespace) -> int:
         state = conversion.state_dict(model.tensors, model.graph)
         compared = f"; {conversion.agreement(conversion.state_parity(state, model.graph, model.graph))}"
         size = conversion.write_state_dict(out, state)
-    print(f"{out}: {size:,} bytes{compared}")
+    print(f"{out}: {amount(size, 'bytes')}{compared}")
     return int(ExitCode.OK)
 
 

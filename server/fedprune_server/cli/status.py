@@ -10,7 +10,7 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError
-from fedprune.core.text import quantity
+from fedprune.core.text import amount, quantity
 from fedprune.updates.privacy import Privacy
 from fedprune_server.devices.plan_vs_actual import Compared, compared, described, planned
 from fedprune_server.devices.quarantine import read_rows
@@ -194,7 +194,7 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
         f"  device {device['name']} ({device['profile']}): {_connection(device)}, "
         f"{quantity(device['samples'], 'sample')}, "
         + (f"excluded: {device['excluded']}" if device["excluded"] else width)
-        + f", {device['bytes_down'] / 1e6:.2f} MB down, {device['bytes_up'] / 1e6:.2f} MB up"
+        + f", {amount(device['bytes_down'], 'bytes')} down, {amount(device['bytes_up'], 'bytes')} up"
         + ("" if epsilon is None else f", ε {epsilon:.3g}")
     ]
     times = described(device["compared"])

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedprune.core.cli import ended_by_signals, with_extra
 from fedprune.core.errors import ExitCode, StorageError, UsageError
-from fedprune.core.text import quantity
+from fedprune.core.text import amount, quantity
 from fedprune_server.cli.state import add_state
 
 
@@ -111,7 +111,7 @@ def _backup(arguments: argparse.Namespace) -> int:
         record_backup(part)
         print(
             f"{target}: job {made.job} in round {made.round}, {quantity(len(made.entries), 'file')}, "
-            f"{made.size:,} bytes"
+            f"{amount(made.size, 'bytes')}"
         )
         has_identity = has_identity or made.has_identity
     if has_identity:

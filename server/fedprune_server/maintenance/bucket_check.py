@@ -9,6 +9,7 @@ from pathlib import Path
 from fedprune.blobs.blob_ref import leaf_table, table_file
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError
+from fedprune.core.text import amount
 from fedprune.output.tables import Advance
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.inventory import Inventory, Lying
@@ -97,7 +98,7 @@ def _left_over(
     ):
         if keys:
             size = sum(sizes[key] for key in keys)
-            said = f"{what}: {len(keys)} objects in {store.bucket.url}, {size} bytes"
+            said = f"{what}: {len(keys)} objects in {store.bucket.url}, {amount(size, 'bytes')}"
             yield Finding(
                 Severity.NOTE, said, "They do no harm; `--repair` deletes them.", Repair.DELETE, (), "", tuple(keys)
             )

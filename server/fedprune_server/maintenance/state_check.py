@@ -15,7 +15,7 @@ from fedprune.blobs.blob_ref import SUFFIX, leaf_table, table_file
 from fedprune.core import tensorfile
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.core.text import quantity
+from fedprune.core.text import amount, quantity
 from fedprune.output.tables import Advance
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE
@@ -171,7 +171,7 @@ def _left_over(there: Lying, needs: Inventory, *, running: bool, cache: bool) ->
         ([] if running else there.temporary, "temporary files"),
     ):
         if paths:
-            said = f"{what}: {quantity(len(paths), 'file')}, {sum(map(_size, paths))} bytes"
+            said = f"{what}: {quantity(len(paths), 'file')}, {amount(sum(map(_size, paths)), 'bytes')}"
             yield Finding(Severity.NOTE, said, "They do no harm; `--repair` deletes them.", Repair.DELETE, tuple(paths))
     if there.strange:
         files = quantity(len(there.strange), "file")

@@ -156,7 +156,7 @@ class Storage:
         self._tasks = TrackedTable[Task](TASKS, task_row)
         self._saved_outsiders: dict[str, Any] = {}
         self.database = Database(url, read_only=not create)
-        self.url = self.database.url
+        self.url = str(self.database.file or self.database.url)
         self.log = EventLog(self.database, logged)
         self._engine = self.database.engine
         try:

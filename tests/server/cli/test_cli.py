@@ -355,7 +355,7 @@ def test_a_copy_that_is_refused_has_reached_nobody(
     def reaches(name: str) -> Callable[..., AbstractContextManager[None]]:
         return lambda *_, **__: (outward.append(name), nullcontext())[1]
 
-    for name in ("delivering", "monitoring", "with_console"):
+    for name in ("delivering", "monitoring", "_console"):
         monkeypatch.setattr(app, name, reaches(name))
 
     def refuse(leader: Leadership, *_: object, **__: object) -> None:

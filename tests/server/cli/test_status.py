@@ -193,7 +193,7 @@ def test_a_private_job_says_what_it_has_cost_whom(
     assert main(["status", "--state", str(stopped_state)]) == ExitCode.OK
     text = capsys.readouterr().out
     assert "  private: ε at most 4.38 (good) at δ 1e-05, budget 9; local noise of 2 times the clip 0.5\n" in text
-    assert ", 0.00 MB up, ε 4.38\n" in text
+    assert ", 0 bytes up, ε 4.38\n" in text
     monkeypatch.setitem(sys.modules, "dp_accounting", None)
     main(["status", "--state", str(stopped_state)])
     assert "private: ε unknown without the extra privacy at δ" in capsys.readouterr().out
