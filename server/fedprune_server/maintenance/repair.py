@@ -10,9 +10,10 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.disk import storage_errors, sync_folder
 from fedprune.core.errors import StorageError
 from fedprune.core.text import quantity
-from fedprune_server.maintenance.bucket_check import mend
 from fedprune_server.maintenance.finding import Finding, Repair
 from fedprune_server.storage.blob_place import BLOBS, bucket_of
+from fedprune_server.storage.s3.layout import BLOBS as OBJECTS
+from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 
 DAMAGED = "damaged"
@@ -35,7 +36,7 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
         sources = (BlobStore(folder / BLOBS), *sources)
     for finding in findings:
         if bucket is not None:
-            yield from mend(bucket, finding, folder / DAMAGED)
+            yield from _mend(bucket, finding, folder / DAMAGED)
         if finding.repair is Repair.DELETE and finding.paths:
             _delete(finding.paths)
             yield f"deleted {quantity(len(finding.paths), 'file')}, such as {finding.paths[0]}"
@@ -68,3 +69,19 @@ def _set_aside(folder: Path, path: Path) -> Path:
         sync_folder(target.parent)
         sync_folder(path.parent)
     return target
+
+
+def _mend(store: BucketStore, finding: Finding, folder: Path) -> Iterator[str]:
+    """Repair objects as a finding says, moving damaged ones that the job needs to `folder`; yields what was done."""
+    for key in finding.keys:
+        if finding.repair is Repair.SET_ASIDE:
+            data = store.bucket.get(key, store.max_size)
+            if data is None:
+                raise StorageError(f"{store.bucket.url}/{key} is gone", hint="Check again.")
+            folder.mkdir(mode=0o700, exist_ok=True)
+            store.write_file(folder / key.removeprefix(OBJECTS), data)
+            yield f"laid {key} in {folder}"
+        store.forget(key)
+        store.bucket.delete(key)
+    if finding.keys:
+        yield f"deleted {len(finding.keys)} objects, such as {store.bucket.url}/{finding.keys[0]}"

@@ -5,24 +5,28 @@ Nothing is written. While a server runs on the folder, only what is still so at 
 
 from __future__ import annotations
 
-import hashlib
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-from fedprune.blobs.blob_ref import SUFFIX, leaf_table, table_file
 from fedprune.core import tensorfile
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.core.text import amount, quantity
 from fedprune.output.tables import Advance
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE
-from fedprune_server.maintenance.bucket_check import check_bucket, still_missing
+from fedprune_server.maintenance.blob_checks import (
+    check_bucket,
+    check_file,
+    check_folder,
+    left_over_files,
+    size_of_file,
+    still_missing,
+)
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
-from fedprune_server.maintenance.inventory import Inventory, Lying, inventory, lying
+from fedprune_server.maintenance.inventory import Inventory, inventory, lying
 from fedprune_server.maintenance.replay import replayed_events
 from fedprune_server.ota.store import FILE as ROLLOUTS
 from fedprune_server.ota.store import FOLDER as RELEASES
@@ -32,9 +36,6 @@ from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.state_folder import MODEL
 from fedprune_server.storage.storage import Storage
 
-_BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
-_REPAIR = "`--repair` sees to it."
-
 
 def size_of(folder: Path) -> int:
     """Bytes that a check reads of a state folder's blobs."""
@@ -42,8 +43,8 @@ def size_of(folder: Path) -> int:
     store = bucket_of(folder, settings)
     if store is not None:
         objects = sum(size for keys in store.objects().values() for size in keys.values())
-        return objects + sum(_size(p) for p in lying(folder / RELEASES).blobs.values())
-    return sum(_size(p) for root in (folder / BLOBS, folder / RELEASES) for p in lying(root).blobs.values())
+        return objects + sum(size_of_file(p) for p in lying(folder / RELEASES).blobs.values())
+    return sum(size_of_file(p) for root in (folder / BLOBS, folder / RELEASES) for p in lying(root).blobs.values())
 
 
 def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]:
@@ -67,14 +68,14 @@ def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]
         if store is not None:
             wrong = list(check_bucket(store, there, needs, advance, running=running))
         else:
-            wrong = list(_blobs(there, needs, advance))
+            wrong = list(check_folder(there, needs, advance))
         if running:  # it may have gone on meanwhile, and deleted what it needs no more
             needs = inventory(storage)
             wrong = [
                 f for f in wrong if f.blob in needs.needed and (f.repair is not Repair.FETCH or _lost(folder, store, f))
             ]
         yield from wrong
-        yield from _left_over(there, needs, running=running, cache=store is not None)
+        yield from left_over_files(there, needs, running=running, cache=store is not None)
         if not running:
             yield from replayed_events(folder, storage, needs)
     yield from _beside(folder, advance)
@@ -117,67 +118,6 @@ def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
             yield Finding(Severity.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
 
 
-def _blobs(there: Lying, needs: Inventory, advance: Advance) -> Iterator[Finding]:
-    for digest in sorted(needs.references - there.blobs.keys()):
-        yield Finding(Severity.WRONG, f"blob {digest} is missing", _BACKUP, Repair.FETCH, blob=digest)
-    for row in needs.state.history:
-        model = str(row["model"])
-        if model in needs.models - needs.references and model not in there.blobs:
-            yield Finding(
-                Severity.NOTE,
-                f"the model after round {row['round']} ({model}) isn't there, though `keep` asks for it",
-                "It was let go of if `keep` was smaller then; else a backup may have it.",
-                Repair.FETCH,
-                blob=model,
-            )
-    for digest, path in there.blobs.items():
-        yield from _blob(digest, path, there.tables.get(digest), advance, needed=digest in needs.needed)
-
-
-def _blob(digest: str, path: Path, table: Path | None, advance: Advance, *, needed: bool) -> Iterator[Finding]:
-    try:
-        with storage_errors(f"can't read {path}", missing=True):
-            data = path.read_bytes()
-    except FileNotFoundError:  # deleted since the folder was looked through
-        if needed:
-            yield Finding(Severity.WRONG, f"blob {digest} is missing", _BACKUP, Repair.FETCH, blob=digest)
-        return
-    advance(len(data))
-    if hashlib.sha256(data).hexdigest() != digest:
-        files = (path,) if table is None else (path, table)
-        if needed:
-            yield Finding(Severity.WRONG, f"blob {path} is damaged", _BACKUP, Repair.SET_ASIDE, files, digest)
-        else:
-            yield Finding(
-                Severity.WRONG, f"blob {path} is damaged, and not needed", _REPAIR, Repair.DELETE, files, digest
-            )
-    elif table is not None and (found := _bytes(table)) is not None:
-        right = leaf_table(data)
-        if found not in (table_file(right), right):  # an older version table_file it bare
-            yield Finding(
-                Severity.NOTE, f"leaf table {table} is damaged: it is made again", "", Repair.DELETE, (table,), digest
-            )
-
-
-def _left_over(there: Lying, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
-    orphans = [] if running or needs.archive or cache else sorted(there.blobs.keys() - needs.needed)
-    lonely = [] if running else sorted(there.tables.keys() - there.blobs.keys())
-    unawaited = [p for p in there.partial if p.name.removesuffix(SUFFIX) not in needs.awaited]
-    orphaned = [p for d in orphans for p in (there.blobs[d], there.tables.get(d)) if p is not None]
-    for paths, what in (
-        (orphaned, "what nothing refers to (blobs and their leaf tables)"),
-        ([there.tables[d] for d in lonely], "leaf tables without a blob"),
-        ([] if running else unawaited, "parts of blobs that nobody sends any more"),
-        ([] if running else there.temporary, "temporary files"),
-    ):
-        if paths:
-            said = f"{what}: {quantity(len(paths), 'file')}, {amount(sum(map(_size, paths)), 'bytes')}"
-            yield Finding(Severity.NOTE, said, "They do no harm; `--repair` deletes them.", Repair.DELETE, tuple(paths))
-    if there.strange:
-        files = quantity(len(there.strange), "file")
-        yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
-
-
 def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
     """What is not the job's: rollouts and identity."""
     rollouts = folder / RELEASES / ROLLOUTS
@@ -185,7 +125,7 @@ def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
         yield from _sqlite(rollouts, "Restore a backup of it, or delete it: boards that have their release keep it.")
         there = lying(folder / RELEASES)
         for digest, path in there.blobs.items():
-            for found in _blob(digest, path, there.tables.get(digest), advance, needed=True):
+            for found in check_file(digest, path, there.tables.get(digest), advance, needed=True):
                 advice = found.advice if found.repair is Repair.DELETE else "Stop the rollout and begin it again."
                 yield Finding(found.severity, found.what, advice, found.repair, found.paths, digest)
     yield from _console(folder / CONSOLE)
@@ -242,18 +182,3 @@ def _lost(folder: Path, store: BucketStore | None, finding: Finding) -> bool:
     if store is not None:
         return still_missing(store, finding.blob)
     return not (folder / BLOBS / finding.blob[:2] / finding.blob).is_file()
-
-
-def _bytes(path: Path) -> bytes | None:
-    try:
-        with storage_errors(f"can't read {path}", missing=True):
-            return path.read_bytes()
-    except FileNotFoundError:
-        return None
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

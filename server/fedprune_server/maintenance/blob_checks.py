@@ -1,0 +1,172 @@
+"""Checks of a job's blobs, in its folder or its bucket: what is missing, damaged or left over."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Container, Iterator, Sequence
+from pathlib import Path
+
+from fedprune.blobs.blob_ref import SUFFIX, leaf_table, table_file
+from fedprune.core import tensorfile
+from fedprune.core.disk import storage_errors
+from fedprune.core.text import amount, quantity
+from fedprune.output.tables import Advance, silent
+from fedprune_server.maintenance.finding import Finding, Repair, Severity
+from fedprune_server.maintenance.inventory import Inventory, Lying
+from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, digest_of
+from fedprune_server.storage.s3.store import BucketStore
+
+_FROM_BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
+_FROM_FOLDER = "`--repair` looks for it in the state folder and, with `--from BACKUP`, there."
+_REPAIR = "`--repair` sees to it."
+
+
+def check_folder(there: Lying, needs: Inventory, advance: Advance) -> Iterator[Finding]:
+    """Check the blobs of a folder; `advance` is told the bytes that were read."""
+    yield from _missing(there.blobs, needs, "", _FROM_BACKUP)
+    for digest, path in there.blobs.items():
+        yield from check_file(digest, path, there.tables.get(digest), advance, needed=digest in needs.needed)
+
+
+def check_file(
+    digest: str, path: Path, table: Path | None, advance: Advance, *, needed: bool, cached: bool = False
+) -> Iterator[Finding]:
+    """Check a blob and its leaf table; a cached one is fetched again."""
+    try:
+        with storage_errors(f"can't read {path}", missing=True):
+            data = path.read_bytes()
+    except FileNotFoundError:  # deleted since the folder was listed
+        if needed:
+            yield Finding(Severity.WRONG, f"blob {digest} is missing", _FROM_BACKUP, Repair.FETCH, blob=digest)
+        return
+    advance(len(data))
+    if hashlib.sha256(data).hexdigest() != digest:
+        files = (path,) if table is None else (path, table)
+        if cached:
+            what = f"{path}, a copy of what the bucket has, is damaged: it is fetched again"
+            yield Finding(Severity.NOTE, what, "", Repair.DELETE, files, digest)
+        else:
+            yield _damaged(f"blob {path}", digest, _FROM_BACKUP, files, needed=needed)
+    elif table is not None and (found := _bytes(table)) is not None:
+        right = leaf_table(data)
+        if found not in (table_file(right), right):  # an older version wrote it bare
+            what = f"leaf table {table} is damaged: it is made again"
+            yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
+
+
+def left_over_files(there: Lying, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
+    """Files of a folder that the job doesn't need; a cache may hold any blob of its bucket."""
+    if not running:
+        orphans = [] if needs.archive or cache else sorted(there.blobs.keys() - needs.needed)
+        for paths, what in (
+            (
+                [p for d in orphans for p in (there.blobs[d], there.tables.get(d)) if p is not None],
+                "what nothing refers to (blobs and their leaf tables)",
+            ),
+            ([there.tables[d] for d in sorted(there.tables.keys() - there.blobs.keys())], "leaf tables without a blob"),
+            (
+                [p for p in there.partial if p.name.removesuffix(SUFFIX) not in needs.awaited],
+                "parts of blobs that nobody sends any more",
+            ),
+            (there.temporary, "temporary files"),
+        ):
+            if paths:
+                yield _left_over(f"{what}: {quantity(len(paths), 'file')}", sum(map(size_of_file, paths)), paths)
+    if there.strange:
+        files = quantity(len(there.strange), "file")
+        yield Finding(Severity.NOTE, f"{files} that no server wrote, such as {there.strange[0]}")
+
+
+def check_bucket(
+    store: BucketStore, there: Lying, needs: Inventory, advance: Advance, *, running: bool
+) -> Iterator[Finding]:
+    """Check the blobs of a bucket, and the folder that has copies of some of them."""
+    url = store.bucket.url
+    model = store.model()
+    if model is None or tensorfile.digest(model) != needs.settings.get("model"):
+        what = "is missing" if model is None else "is damaged"
+        advice = (
+            f"A server that is started on the folder goes by its own; delete {OWNER} and {MODEL} to have it write both."
+        )
+        yield Finding(Severity.NOTE, f"{url}/{MODEL} {what}", advice)
+    strange = [key for key, _ in store.bucket.list() if key not in (OWNER, MODEL) and digest_of(key) is None]
+    if strange:
+        what = f"{len(strange)} objects that no server wrote, such as {url}/{strange[0][:100]}"
+        yield Finding(Severity.NOTE, what)
+    objects = store.objects()
+    yield from _missing(objects, needs, url, _FROM_FOLDER)
+    doubled: list[str] = []
+    for digest, keys in sorted(objects.items()):
+        good = 0
+        for key in sorted(keys):
+            data = store.bucket.get(key, store.max_size)
+            if data is None:  # deleted meanwhile
+                continue
+            advance(len(data))
+            if hashlib.sha256(data).hexdigest() != digest:
+                needed = digest in needs.needed
+                yield _damaged(f"object {url}/{key}", digest, _FROM_FOLDER, keys=(key,), needed=needed)
+                continue
+            if good:
+                doubled.append(key)
+            good += 1
+    sizes = {key: size for found in objects.values() for key, size in found.items()}
+    orphans = [] if running or needs.archive else sorted(objects.keys() - needs.needed)
+    orphaned = [key for digest in orphans for key in objects[digest]]
+    again = [] if running else [key for key in doubled if key not in orphaned]
+    for found, what in ((orphaned, "what nothing refers to"), (again, "blobs that are there twice")):
+        if found:
+            yield _left_over(f"{what}: {len(found)} objects in {url}", sum(sizes[k] for k in found), keys=found)
+    for digest, path in there.blobs.items():
+        yield from check_file(digest, path, there.tables.get(digest), silent, needed=False, cached=True)
+
+
+def still_missing(store: BucketStore, digest: str) -> bool:
+    return not any(True for _ in store.bucket.list(f"{BLOBS}{digest}."))
+
+
+def size_of_file(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _missing(there: Container[str], needs: Inventory, bucket: str, advice: str) -> Iterator[Finding]:
+    for digest in sorted(d for d in needs.references if d not in there):
+        what = f"blob {digest} is missing{f' from {bucket}' if bucket else ''}"
+        yield Finding(Severity.WRONG, what, advice, Repair.FETCH, blob=digest)
+    for row in needs.state.history:
+        model = str(row["model"])
+        if model in needs.models - needs.references and model not in there:
+            where = f"in {bucket}" if bucket else "there"
+            yield Finding(
+                Severity.NOTE,
+                f"the model after round {row['round']} ({model}) isn't {where}, though `keep` asks for it",
+                "It was let go of if `keep` was smaller then; else a backup may have it.",
+                Repair.FETCH,
+                blob=model,
+            )
+
+
+def _damaged(
+    name: str, digest: str, advice: str, paths: tuple[Path, ...] = (), keys: tuple[str, ...] = (), *, needed: bool
+) -> Finding:
+    if needed:
+        return Finding(Severity.WRONG, f"{name} is damaged", advice, Repair.SET_ASIDE, paths, digest, keys)
+    what = f"{name} is damaged, and not needed"
+    return Finding(Severity.WRONG, what, _REPAIR, Repair.DELETE, paths, digest, keys)
+
+
+def _left_over(what: str, size: int, paths: Sequence[Path] = (), keys: Sequence[str] = ()) -> Finding:
+    advice = "They do no harm; `--repair` deletes them."
+    what = f"{what}, {amount(size, 'bytes')}"
+    return Finding(Severity.NOTE, what, advice, Repair.DELETE, tuple(paths), keys=tuple(keys))
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        with storage_errors(f"can't read {path}", missing=True):
+            return path.read_bytes()
+    except FileNotFoundError:
+        return None
