@@ -35,7 +35,7 @@ from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import CommandExecutor
 from fedprune_server.executor.distributed import helped
-from fedprune_server.maintenance.backup_record import restored_from
+from fedprune_server.maintenance.backup_manifest import restored_from
 from fedprune_server.messaging.broker.revocations import delivering
 from fedprune_server.messaging.connection import Connection, connection, identity_of
 from fedprune_server.messaging.leadership import Leadership, leadership

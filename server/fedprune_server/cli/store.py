@@ -92,7 +92,7 @@ def _check(arguments: argparse.Namespace) -> int:
 def _backup(arguments: argparse.Namespace) -> int:
     from fedprune.output.tables import byte_progress
     from fedprune_server.maintenance.backup import back_up
-    from fedprune_server.maintenance.backup_record import record_backup
+    from fedprune_server.maintenance.backup_manifest import record_backup
     from fedprune_server.maintenance.state_check import size_of
     from fedprune_server.storage.state_folder import folders
 
@@ -121,7 +121,7 @@ def _backup(arguments: argparse.Namespace) -> int:
 
 def _restore(arguments: argparse.Namespace) -> int:
     from fedprune.output.tables import byte_progress
-    from fedprune_server.maintenance.restoring import check_target, opened, read_manifest, restore, verify
+    from fedprune_server.maintenance.restoring import check_target, opened
     from fedprune_server.storage.state_folder import folders
 
     target: Path = arguments.state
@@ -130,24 +130,23 @@ def _restore(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         for part in parts:
             check_target(target / part.relative_to(backup))
-    manifests = []
     for part in parts:
         with ended_by_signals(), opened(part) as source:
-            manifest = read_manifest(source, part)
+            manifest = source.manifest
             with byte_progress(f"reading {part}", manifest.size) as advance:
-                verify(source, manifest, advance)
+                source.verify(advance)
         print(
             f"{part} is whole: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}"
         )
-        manifests.append(manifest)
     if arguments.dry_run:
         return int(ExitCode.OK)
-    for part, manifest in zip(parts, manifests, strict=True):
+    for part in parts:
         database = arguments.database if part == backup else None
-        writing = byte_progress(f"writing {target}", manifest.size)
-        with ended_by_signals(), opened(part) as source, writing as advance:
-            restore(source, manifest, target / part.relative_to(backup), database, advance)
-    manifest = manifests[0]
+        with ended_by_signals(), opened(part) as source:
+            with byte_progress(f"writing {target}", source.manifest.size) as advance:
+                source.restore(target / part.relative_to(backup), database, advance)
+            if part == backup:
+                manifest = source.manifest
     if manifest.has_operators:
         print(
             "the console's operators are those of the backup: remove again whoever was removed since, and give new "

@@ -53,20 +53,16 @@ class MovedError(StorageError):
 
 
 def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
-    """Make a backup.
+    """Make a backup; returns what it has.
 
     Args:
         state: The state folder; a server may be running on it.
         target: The backup: a folder, made if missing, or a file whose name ends in `.tar`.
         advance: Told how many bytes were written, or found to be there.
 
-    Returns:
-        What it has.
-
     Raises:
         ConfigError: The target is something else, another job's backup, or in the state folder itself.
-        StorageFullError: There is no room; an earlier backup in the target is as it was.
-        StorageError: The state folder is damaged, or the disk fails.
+        StorageError: The state folder is damaged, or the disk fails or is full; an earlier backup is as it was.
     """
     _check_apart(state, target)
     write = _write_tar if target.suffix == ".tar" else _write_folder
@@ -121,7 +117,6 @@ class _Collected:
         )  # fmt: skip
 
     def read(self, entry: Entry) -> bytes:
-        """A file's bytes, checked."""
         if entry.blob and isinstance(self._store, BucketStore):
             try:
                 return self._store.read(entry.sha256)

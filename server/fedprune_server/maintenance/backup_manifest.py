@@ -1,15 +1,22 @@
-"""What a backup's first file says: of which job it is, and what belongs to it, each file by its digest."""
+"""A backup's first file, its manifest: of which job it is, and which files belong to it, each by its digest.
+
+A state folder notes its last backup, and the backup that it was restored from; backups contain neither note.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import StorageError, shown
-from fedprune.core.validation import is_digest
+from fedprune.core.validation import is_digest, is_number
 
 FORMAT = "fedprune.backup/1"
 NAME = "manifest.json"
@@ -17,6 +24,7 @@ DATABASE = "server.db"
 CONSOLE = "console.db"
 """The console's accounts and audit log."""
 
+BACKED_UP, RESTORED = "backed-up.json", "restored.json"
 _MAX_BYTES = 64 * 2**20
 _PATH = re.compile(
     r"server\.db|console\.db|model\.onnx|identity/[a-z]+(\.[a-z]+)?|releases/rollouts\.db|(?:blobs|releases)/[0-9a-f]{2}/[0-9a-f]{64}"
@@ -25,13 +33,7 @@ _PATH = re.compile(
 
 @dataclass(frozen=True)
 class Entry:
-    """A file of a state folder.
-
-    Attributes:
-        path: Where it lies in the state folder.
-        sha256: What it holds.
-        size: Its bytes.
-    """
+    """A file of a state folder: its path there, its digest and its bytes."""
 
     path: str
     sha256: str
@@ -53,17 +55,15 @@ class Entry:
 
     @property
     def blob(self) -> bool:
-        """Whether it is one of the job's blobs."""
         return self.path.startswith("blobs/")
 
     @property
     def place(self) -> str:
-        """Where it lies in the backup: named by what it holds."""
+        """Where it is in the backup: named by its digest."""
         return self.path if self.blob else f"files/{self.sha256}"
 
     @property
     def private(self) -> bool:
-        """Whether only its owner may read it."""
         return not self.blob and self.path != "model.onnx"
 
 
@@ -72,12 +72,9 @@ class Manifest:
     """A backup.
 
     Attributes:
-        job: The job's name.
         model: Digest of the model's file with which the job began.
-        round: The round in which the job was.
         at: When the backup was made, in seconds since 1970.
-        version: Of which version of the program.
-        entries: Its files.
+        version: Of the program.
         origin: Machine and state folder that it was made of; empty where an earlier version made it.
     """
 
@@ -91,30 +88,24 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
         return sum(e.size for e in self.entries)
 
     @property
     def has_identity(self) -> bool:
-        """Whether the server's private keys are among them."""
         return any(e.path.startswith("identity/") for e in self.entries)
 
     @property
     def has_operators(self) -> bool:
-        """Whether the console's accounts are among them."""
         return any(e.path == CONSOLE for e in self.entries)
 
     @property
     def database(self) -> Entry:
-        """The database's copy."""
         return next(e for e in self.entries if e.path == DATABASE)
 
     def digest(self) -> str:
-        """A digest of all that it says."""
         return hashlib.sha256(_text(self._body())).hexdigest()
 
     def to_bytes(self) -> bytes:
-        """As a file."""
         return _text({**self._body(), "digest": self.digest()})
 
     def _body(self) -> dict[str, Any]:
@@ -125,15 +116,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, raw: bytes, where: str) -> Manifest:
-        """Read what `to_bytes` wrote.
-
-        Args:
-            raw: The file's bytes.
-            where: Its name, for errors.
-
-        Raises:
-            StorageError: It is damaged, or of another version.
-        """
+        """Read what `to_bytes` wrote; raises `StorageError` if it is damaged, or of another version."""
         try:
             if len(raw) > _MAX_BYTES:
                 raise ValueError("too long")
@@ -154,3 +137,39 @@ class Manifest:
 
 def _text(body: dict[str, Any]) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":")).encode()
+
+
+def record_backup(folder: Path, now: float | None = None) -> None:
+    """Note that a backup was made; where the folder can't be written to, nothing is noted."""
+    with suppress(OSError):
+        write_whole(folder / BACKED_UP, json.dumps({"at": time.time() if now is None else now}).encode())
+
+
+def last_backup(folder: Path) -> float | None:
+    """When that was, in seconds since 1970; None if unknown."""
+    try:
+        at = json.loads((folder / BACKED_UP).read_bytes())["at"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return float(at) if is_number(at) else None
+
+
+def record_restore(folder: Path, manifest: Manifest) -> None:
+    """Note of which backup a folder was restored."""
+    body = {"at": int(time.time()), "backup_at": manifest.at, "origin": manifest.origin}
+    write_whole(folder / RESTORED, json.dumps(body).encode())
+
+
+def restored_from(folder: Path) -> str:
+    """Of which backup a folder was restored and when, in words; empty where it wasn't."""
+    with suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        body = json.loads((folder / RESTORED).read_bytes())
+        at, backup_at = _day(body["at"]), _day(body["backup_at"])
+        origin = body["origin"]
+        source = "" if not origin else f" of {origin if str(origin).isprintable() else shown(origin)}"
+        return f"restored on {at} from a backup{source} made on {backup_at}"
+    return ""
+
+
+def _day(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(at))

@@ -30,7 +30,7 @@ from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import REVOKED
-from fedprune_server.maintenance.backup_record import last_backup
+from fedprune_server.maintenance.backup_manifest import last_backup
 from fedprune_server.maintenance.finding import Finding, note, of_alert, wrong
 from fedprune_server.maintenance.identity_check import check_identity
 from fedprune_server.maintenance.job_checks import Case, findings

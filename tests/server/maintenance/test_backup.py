@@ -25,7 +25,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance.backup import back_up
 from fedprune_server.maintenance.backup_manifest import CONSOLE, Entry, Manifest
 from fedprune_server.maintenance.finding import Severity
-from fedprune_server.maintenance.restoring import opened, read_manifest, restore, verify
+from fedprune_server.maintenance.restoring import opened
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import FILE, Storage
@@ -75,9 +75,8 @@ def test_a_lost_file_of_the_identity_keeps_nothing_else_of_it_out(state: Path, t
 
 def restored(backup: Path, target: Path, database: str | None = None) -> Path:
     with opened(backup) as source:
-        manifest = read_manifest(source, backup)
-        verify(source, manifest, silent)
-        restore(source, manifest, target, database, silent)
+        source.verify(silent)
+        source.restore(target, database, silent)
     return target
 
 

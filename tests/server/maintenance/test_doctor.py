@@ -32,7 +32,7 @@ from fedprune_server.cli.main import main
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.maintenance import doctor
-from fedprune_server.maintenance.backup_record import last_backup, record_backup
+from fedprune_server.maintenance.backup_manifest import last_backup, record_backup
 from fedprune_server.maintenance.doctor import Site
 from fedprune_server.maintenance.finding import Finding, of_alert
 from fedprune_server.maintenance.job_checks import Case, findings
