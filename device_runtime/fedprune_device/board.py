@@ -62,19 +62,9 @@ _LOG = logging.getLogger("fedprune.device")
 class AgentSettings:
     """How a board takes part.
 
-    Attributes:
-        profile: The board's hardware; without it only the disk limits what is accepted.
-        profile_name: The name that the server gets; the profile's by default.
-        probe: The board's measurements.
-        threads: Threads for training.
-        cuda: Whether to train on an NVIDIA GPU, if that works.
-        guard: Lets training wait while the board is too hot.
-        train_alone_s: Seconds after which the board trains without its server; 0 for never.
-        precision: The precision at which the model predicts (`serving.reduced_precision.SERVE`).
-        serve_job: The job whose models may serve; empty for those of any job.
-        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
-        engine: Describes what answers predictions; empty where that is nothing special.
-        web: Gives TLS with the web servers that offers name.
+    Without `profile` only the disk limits what is accepted. `train_alone_s` are the seconds after which the board
+    trains without its server, 0 for never. `serve_job` is the job whose models may serve, empty for any. `max_packet`
+    is the size in bytes of the MQTT packets that the broker accepts, as far as is known.
     """
 
     profile: HardwareProfile | None = None
@@ -95,13 +85,8 @@ class AgentSettings:
 class Services:
     """What an agent has in addition to its work for the server.
 
-    Attributes:
-        updater: Installs releases; or why none can be installed.
-        trial: The release's trial that is under way.
-        log: The lines for the server; by default those of the state directory.
-        crashes: The last run's end; the same.
-        status: What other threads see of the agent.
-        stopping: Ends the agent once it is set.
+    `updater` installs releases, or is the reason why none can be installed. By default `log` and `crashes` are those of
+    the state directory. `status` is what other threads see of the agent; `stopping` ends it.
     """
 
     updater: ReleaseInstaller | str = NO_LAUNCHER
@@ -121,16 +106,7 @@ def build_agent(
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> Agent:
-    """Make an agent.
-
-    Args:
-        connection: The connection to the server.
-        store: The state directory.
-        data: The board's samples.
-        settings: How the board takes part.
-        services: What it has in addition.
-        clock: A monotonic clock, in seconds.
-    """
+    """Make an agent; `clock` is monotonic, in seconds."""
     device, profile = connection.device, settings.profile
     store.slots.job = settings.serve_job
     uplink = Uplink(connection, BlobSender(store.blobs), settings.max_packet, services.status)

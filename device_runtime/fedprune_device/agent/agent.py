@@ -34,20 +34,7 @@ _FAILED_TURNS = 5
 
 
 class Agent:
-    """A device in a fleet (`fedprune_device.board.build_agent` makes one).
-
-    Args:
-        connection: The connection to the server.
-        store: The state directory.
-        births: Makes births.
-        uplink: Sends progress, updates and refusals.
-        offers: Carries out offers.
-        releases: Installs releases.
-        logs: Sends the board's log.
-        watchdog: Tells the service manager that the loop turns.
-        stopping: Ends the loop once it is set.
-        clock: A monotonic clock, in seconds.
-    """
+    """A device in a fleet (`fedprune_device.board.build_agent` makes one). `clock` is monotonic, in seconds."""
 
     def __init__(
         self,
@@ -69,13 +56,8 @@ class Agent:
         self._finished = False
 
     def run(self, until_finished: bool = False) -> None:
-        """Work until `stop` is called.
-
-        Args:
-            until_finished: Return when the server reports that a job is finished, too.
-
-        Raises:
-            Exception: Every turn fails with an unexpected error; the service manager must see the process end.
+        """Work until `stop` is called, or a job is finished, if `until_finished`. If every turn fails, the error is
+        raised: the service manager must see the process end.
         """
         failed = 0
         self._offers.resume(self._clock())

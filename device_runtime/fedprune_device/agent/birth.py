@@ -27,14 +27,8 @@ _LONGEST = 150
 
 
 class BirthBuilder:
-    """Makes births, and compares the last one with the board's present state.
-
-    Args:
-        connection: The connection that they are sent on.
-        data: The board's samples.
-        profile_name: The name of the board's hardware profile.
-        probe: The board's measurements.
-        engine: Describes what answers predictions; empty where that is nothing special.
+    """Makes births, and compares the last one with the board's present state. `engine` describes what answers
+    predictions.
     """
 
     def __init__(
@@ -53,12 +47,8 @@ class BirthBuilder:
         self._at = 0.0
 
     def birth(self, session: int, held: Offer | Update | None, now: float) -> Birth:
-        """A birth.
-
-        Args:
-            session: The connection's number.
-            held: The offer that the board works on, or the update that waits to be sent.
-            now: Monotonic seconds.
+        """The birth of connection number `session`; `held` is the offer in progress or the update that waits to be
+        sent.
         """
         samples, engine = self._said = self._data.samples, self._engine()
         self._at = now

@@ -35,17 +35,8 @@ _REMEMBERED = 32
 class OfferHandler:
     """The offer that a board has accepted, from then until the server has its update; and training offline.
 
-    One thread at a time trains. Its result changes nothing until `turn` commits it.
-
-    Args:
-        store: The board's state directory.
-        downloader: Downloads what an offer needs.
-        uplink: Sends progress, updates and refusals.
-        runner: Carries out rounds.
-        offline: Decides when to train while the server is away.
-        choice: Chooses among an offer's training graphs.
-        profile: The board's hardware; without it only the disk limits what is accepted.
-        guard: Lets training wait while the board is too hot.
+    One thread at a time trains. Its result changes nothing until `turn` commits it. Without a hardware profile only the
+    disk limits what is accepted.
     """
 
     def __init__(
@@ -193,12 +184,6 @@ class OfferHandler:
                 self._refuse(task.offer, error)
 
     def turn(self, now: float, *, connected: bool) -> None:
-        """Go on with what is under way.
-
-        Args:
-            now: Seconds that only grow.
-            connected: Whether there is a connection to the broker.
-        """
         took = self._supplied(lambda: self._downloader.turn(now))
         if took is not None:
             self._ready = took
@@ -312,11 +297,7 @@ class OfferHandler:
             self._round_failed(worker.offer, error, now)
 
     def _commit(self, worker: TrainingThread, result: RoundResult, now: float) -> None:
-        """Make a result last: the one place where what a worker returns changes the board's state.
-
-        Raises:
-            StorageError: The disk fails; the old model serves on.
-        """
+        """Make a result last: the one place where what a worker returns changes the board's state."""
         offer = worker.offer
         if worker.offline:
             serves = self._offline.better(result)

@@ -37,13 +37,7 @@ class Bound(socket.socket):
 
 @dataclass(frozen=True)
 class Address:
-    """An address that this machine alone reaches.
-
-    Attributes:
-        path: The socket's file; None for a port.
-        host: The port's address.
-        port: The port; 0 takes a free one.
-    """
+    """An address that only this machine reaches: a socket's file, or host and port (0 takes a free one)."""
 
     path: Path | None = None
     host: str = ""
@@ -51,11 +45,7 @@ class Address:
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Read `unix:/path` or `127.0.0.1:PORT`.
-
-        Raises:
-            ConfigError: It is not an address, or other machines could reach it.
-        """
+        """Read `unix:/path` or `127.0.0.1:PORT`; raises `ConfigError` for anything else."""
         if text.startswith("unix:"):
             path = Path(text.removeprefix("unix:"))
             if not path.is_absolute() or len(os.fsencode(path)) > _PATH_BYTES:
@@ -77,11 +67,7 @@ class Address:
         return cls(None, "127.0.0.1" if host == "localhost" else host, int(match[3]))
 
     def bind(self) -> Bound:
-        """A socket that listens there.
-
-        Raises:
-            StorageError: The file can't be made, or another program listens there.
-        """
+        """A listening socket; raises `StorageError` if another program listens there or the file can't be made."""
         return self._bind_port() if self.path is None else self._bind_file(self.path)
 
     def release(self, bound: Bound) -> None:

@@ -34,15 +34,7 @@ _PATHS = {
 
 
 class Endpoints:
-    """All that can be asked. May be asked from any thread.
-
-    Args:
-        model: What predicts.
-        samples: Takes samples; None where the board has its data from elsewhere.
-        status: The board's status.
-        class_names: Names of the classes, in their order.
-        pixels: How the model takes images.
-    """
+    """All that can be requested, from any thread. `samples` is None where the board's data comes from elsewhere."""
 
     def __init__(
         self,
@@ -58,14 +50,7 @@ class Endpoints:
         self._decoder = threading.Lock()  # one at a time: a picture is larger than its file
 
     def answer(self, request: Request) -> Answer:
-        """Answer a request.
-
-        Raises:
-            RequestError: The interface doesn't have it, or can't answer now.
-            DataError: Its sample doesn't fit.
-            ModelError: An operator fails.
-            StorageError: The disk fails or is full; nothing changed.
-        """
+        """Answer a request; raises the errors that `Answer.of` turns into answers."""
         # A page in a browser may send requests to this machine; browsers then name the page, or the name it used.
         if "origin" in request.headers:
             raise RequestError(403, "requests of web pages are not answered")

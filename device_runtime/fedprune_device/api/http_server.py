@@ -1,7 +1,7 @@
-"""The local interface's server: the standard library's, with bounds on size, time and number.
+"""The local interface's server: the standard library's, with bounds on size, time and number of connections.
 
-A connection is for one request. Whoever is slow loses it after a while, and at once to the next one who comes when all
-are taken, unless that one's user has as many already; what is being answered is never cut off.
+A connection is for one request. A slow client loses its connection after a while, and at once to a new client when all
+connections are taken, unless the new one's user has as many already. A request that is being answered is never cut off.
 """
 
 from __future__ import annotations
@@ -52,16 +52,7 @@ class _Client:
 
 
 class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Listens at once, and until `close`.
-
-    Args:
-        address: Where.
-        endpoints: What is answered.
-        connections: How many clients there may be at a time.
-
-    Raises:
-        StorageError: The address is taken, or can't be listened on.
-    """
+    """Listens from construction until `close`, for at most `connections` clients at a time."""
 
     daemon_threads = True
     block_on_close = False  # a client that hangs must not keep the board from ending
@@ -147,8 +138,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         _LOG.debug("a client of the local interface went", exc_info=True)
 
     def _make_room(self, user: int) -> None:
-        """Cut off who has been sending for longest: of the user with the most places, and of nobody with fewer than
-        `user` has."""
+        """Cut off the slowest connection of the user with the most places, if that has at least as many as `user`."""
         held = Counter(c.user for c in self._clients.values())
         sending = [c for c, state in self._clients.items() if state.since is not None]  # the longest first
         found = [c for c in sending if (own := self._clients[c].user) == user or held[own] > held[user]]

@@ -29,13 +29,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 5.0, 600.0
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A loaded model and its record.
-
-    Attributes:
-        predictor: The model.
-        record: What it is.
-    """
-
     predictor: Predictor
     record: Serving
 
@@ -51,14 +44,8 @@ class LoadedModel:
 
 
 class LiveModel:
-    """Follows the serving folder of a state directory, in a thread of its own.
-
-    Args:
-        serving: The folder.
-        threads: Threads that predict, in addition to those that train.
-        clock: Seconds that only grow.
-        cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
-        selector: Makes engines for what serves; None where onnxruntime alone answers.
+    """Follows the serving folder of a state directory, in a thread of its own. `threads` is for predictions, in
+    addition to those that train.
     """
 
     def __init__(
@@ -107,27 +94,15 @@ class LiveModel:
         return self._loaded
 
     def serving(self) -> LoadedModel:
-        """What answers now.
-
-        Raises:
-            RequestError: Nothing yet.
-        """
+        """The active model; raises `RequestError` if there is none yet."""
         if self._loaded is None:
             raise RequestError(503, "no model serves yet", hint="The board must finish a round first.")
         return self._loaded
 
     def predict(self, model: LoadedModel, x: Array) -> npt.NDArray[np.float64]:
-        """A model's predictions: probabilities of classes or labels, or numbers.
+        """Predictions of samples [n, ...] as rows [n, outputs], adjusted by the board's own label shares.
 
-        Args:
-            model: The model; the same one to the end, whatever serves meanwhile.
-            x: Samples [n, ...].
-
-        Returns:
-            Rows [n, outputs], adjusted by the board's own label shares.
-
-        Raises:
-            ModelError: An operator fails.
+        `model` answers whatever serves meanwhile. Raises `ModelError` if an operator fails.
         """
         with self._lock:
             logits = model.predictor.predict(x)

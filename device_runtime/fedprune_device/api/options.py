@@ -25,24 +25,14 @@ _LARGEST_ROOM = 2**40
 
 
 def local_address(arguments: argparse.Namespace) -> Address | None:
-    """Where to listen; None where the application isn't answered.
-
-    Raises:
-        ConfigError: It is no address of this machine.
-    """
+    """Where to listen; None where the application isn't answered."""
     if arguments.local is None:
         return None
     return Address.parse(arguments.local or f"unix:{arguments.state.absolute() / SOCKET}")
 
 
 def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> SampleSource:
-    """Where the board's samples come from.
-
-    Raises:
-        ConfigError: A setting makes no sense.
-        DataError: The source can't be used.
-        StorageError: The disk fails.
-    """
+    """The board's samples."""
     if arguments.data == LOCAL:
         limits = Limits(arguments.samples_most, min(arguments.samples_bytes, _LARGEST_ROOM))
         return stack.enter_context(SampleStore(arguments.state / "samples", limits, _shares(arguments)))
@@ -52,17 +42,8 @@ def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> SampleSourc
 def fixed_samples(
     arguments: argparse.Namespace, class_names: tuple[str, ...] = (), spool: Path | None = None
 ) -> SampleSource:
-    """The samples of a file, a function or a folder of images.
-
-    Args:
-        arguments: The command line.
-        class_names: Names of the classes, where the command line gives none.
-        spool: A folder for copies of large arrays, see `load_data`.
-
-    Raises:
-        ConfigError: A setting makes no sense.
-        DataError: The source can't be used.
-        StorageError: The disk fails.
+    """The samples of a file, a function or a folder of images. `spool` is a folder for copies of large arrays
+    (`load_data`).
     """
     source, names = arguments.data, arguments.class_names or class_names
     if Path(source).is_dir():
@@ -86,17 +67,8 @@ def answering(
 ) -> Iterator[None]:
     """Answer the application while the body runs, if there is an address.
 
-    Args:
-        address: Where.
-        arguments: The command line.
-        samples: The board's; the application adds to them if they are a set that takes some.
-        status: The board's status, in addition to its name, temperature and samples.
-        cuda: Whether onnxruntime is to predict on an NVIDIA GPU, if that works.
-        selector: Makes engines for what serves, where the board has TensorRT.
-
-    Raises:
-        ConfigError: A setting makes no sense.
-        StorageError: The address is taken, or the disk fails.
+    The application may add samples if `samples` is a `SampleStore`. With `cuda` onnxruntime predicts on an NVIDIA GPU,
+    if that works.
     """
     if address is None:
         yield

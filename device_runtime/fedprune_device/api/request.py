@@ -27,15 +27,7 @@ from fedprune_device.data.dataset import Shape
 
 
 class RequestError(FedpruneError):
-    """A request that can't be answered.
-
-    Args:
-        status: The status code.
-        what: What is wrong.
-        expected: What would have been right.
-        got: What was found.
-        hint: What the client can do.
-    """
+    """A request that can't be answered, with its HTTP status."""
 
     def __init__(self, status: int, what: str, *, expected: object = None, got: object = None, hint: str = "") -> None:
         super().__init__(what, expected=expected, got=got, hint=hint)
@@ -49,15 +41,7 @@ class RequestError(FedpruneError):
 
 @dataclass(frozen=True)
 class Request:
-    """A request.
-
-    Attributes:
-        method: Its method.
-        path: Its path.
-        query: The query of the address.
-        headers: Headers by name, in lower case.
-        body: Its body.
-    """
+    """A request; header names are in lower case."""
 
     method: str
     path: str
@@ -116,11 +100,7 @@ _TYPES = ("<f2", "<f4", "<f8", "<i4", "<i8")
 
 
 def document(request: Request, *names: str) -> dict[str, Any]:
-    """The body as a JSON object with these entries.
-
-    Raises:
-        RequestError: It is none.
-    """
+    """The body as a JSON object with exactly these entries."""
     if len(request.body) > _JSON_BYTES:
         hint = "Send safetensors, .npy or raw numbers."
         raise RequestError(
@@ -137,17 +117,7 @@ def document(request: Request, *names: str) -> dict[str, Any]:
 
 
 def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
-    """The numbers of a body.
-
-    Args:
-        request: The request.
-        shape: One sample's shape as the model takes it; None where there is no model yet.
-        tokens: Whether the model takes whole numbers.
-
-    Raises:
-        RequestError: The body is of no known kind, or no JSON.
-        DataError: It doesn't match its kind.
-    """
+    """The numbers of a body. `shape` is one sample's as the model takes it, None without a model."""
     if request.kind == JSON:
         return _rows(document(request, "x")["x"], tokens)
     if request.kind == SAFETENSORS:
@@ -158,16 +128,9 @@ def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
 
 
 def batch(x: Array, shape: Shape, most: int, *, tokens: bool) -> Array:
-    """One sample, or several, as a batch for a model.
+    """One sample, or several [n, ...], as a batch of at most `most` for a model; raises `DataError` if they don't fit.
 
-    Args:
-        x: One sample, or [n, ...].
-        shape: One sample's shape as the model takes it; names and None stand for any size.
-        most: Samples that a batch may have.
-        tokens: Whether the model takes whole numbers.
-
-    Raises:
-        DataError: It fits neither, is empty or too long, or holds a number that is not finite.
+    In `shape` names and None stand for any size.
     """
     if x.ndim == len(shape):
         x = x[None]

@@ -61,14 +61,7 @@ def made_engine(
 ) -> dict[str, Any]:
     """Make the engine of a model, wait for it, and return its facts (`EngineSelector.facts`).
 
-    Args:
-        selector: Makes it.
-        wanted: The model.
-        anew: Whether to make one even if there is a good one.
-        tell: Whether to report progress on stderr.
-
-    Raises:
-        FedpruneError: No engine was made; the message gives the reason.
+    With `anew` one is made even if there is a good one; `tell` reports progress on stderr.
     """
     selector.want(wanted, anew=anew)
     told = ""

@@ -95,13 +95,7 @@ def _slots(state: Path) -> ModelSlots:
 
 @dataclass(frozen=True, eq=False)
 class _Chosen:
-    """Samples to predict.
-
-    Attributes:
-        x: Their inputs.
-        y: Their labels, if any.
-        name: What part of the source they are; empty for all of it.
-    """
+    """Samples to predict, and what part of the source they are; empty for all of it."""
 
     x: Inputs
     y: npt.NDArray[Any] | None
@@ -109,12 +103,7 @@ class _Chosen:
 
 
 def _samples(arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...]) -> _Chosen:
-    """The samples of any source that a board trains on, and of arrays without labels.
-
-    Raises:
-        DataError: The source can't be read, or has no such samples.
-        ConfigError: A folder's name is not a class.
-    """
+    """The samples of any source that a board trains on, and of arrays without labels."""
     source, split = str(arguments.input), arguments.split
     if is_there(arguments.input, file=True) or (":" not in source and not arguments.input.is_dir()):
         found = _arrays(arguments.input)

@@ -71,12 +71,7 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:
-    """The bundle's recipe with the settings of the command line.
-
-    Raises:
-        ConfigError: A setting is unknown or out of range.
-        UsageError: The bundle's training step can't do what they ask for.
-    """
+    """The bundle's recipe with the settings of the command line."""
     body = bundle.recipe.to_dict() | dict(arguments.set)
     for name in ("epochs", "lr"):
         if getattr(arguments, name) is not None:
@@ -93,19 +88,7 @@ def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:
 
 
 class _LocalTraining:
-    """One training of a bundle on local samples.
-
-    Args:
-        bundle: The bundle.
-        recipe: How it is trained.
-        data: The samples.
-        trainer: Its loaded training step.
-        seed: Decides the order of the samples.
-        threads: Threads inside an operator.
-
-    Raises:
-        DataError: The samples don't fit the model.
-    """
+    """One training of a bundle on local samples."""
 
     def __init__(
         self, bundle: Bundle, recipe: Recipe, data: LocalData, trainer: Trainer, seed: int, threads: int
@@ -140,11 +123,7 @@ class _LocalTraining:
         )
 
     def finished(self, result: TrainingResult) -> tuple[dict[str, bytes], str]:
-        """The files of the trained bundle, and what was measured of its model.
-
-        Raises:
-            ModelError: The trained model contradicts its training step.
-        """
+        """The files of the trained bundle, and what was measured of its model."""
         tensors: Tensors = {n: result.tensors[n] for n in self._bundle.selection.shapes()}
         if self._recipe.calibrate and self._trainer.normalised:
             tensors = self._trainer.calibrated(tensors, self._data, self._recipe, seed=self._seed, device="")

@@ -20,12 +20,10 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Samples that are worked on at once, and take memory of their own only while they are.
+    """Samples that are worked on at once, made by `make` when they are needed.
 
-    Attributes:
-        make: Makes the samples.
-        y: Their labels, as `labels.targets` gives them.
-        partner: Classes of the samples that were mixed into them; None where they are their own.
+    `y` are labels as `labels.targets` gives them; `partner` the classes of samples mixed into them, None without
+    mixing.
     """
 
     make: Callable[[], Array]
@@ -44,16 +42,9 @@ class Part:
 
 
 class Batches:
-    """The steps of one round.
+    """The steps of one round: `per_epoch` and in all.
 
-    Args:
-        samples: Local training samples.
-        recipe: Epochs, batch size, parts of a batch, most steps.
-        normalised: Whether the model has batch-norm statistics that move.
-
-    Attributes:
-        per_epoch: Steps of an epoch.
-        steps: Steps of the round.
+    `normalised`: the model has batch-norm statistics that move.
     """
 
     def __init__(self, samples: int, recipe: Recipe, *, normalised: bool) -> None:
@@ -70,12 +61,7 @@ class Batches:
         self.steps = min(steps, recipe.max_steps) if recipe.max_steps else steps
 
     def rows(self, *key: object, seed: int) -> Iterator[tuple[int, Rows]]:
-        """Epoch and rows of every step.
-
-        Args:
-            *key: With the seed and the epoch it decides the order.
-            seed: The job's seed.
-        """
+        """Epoch and rows of every step; `key`, `seed` (the job's) and the epoch decide the order."""
         number = 0
         for epoch in range(self._recipe.epochs):
             order = keyed(seed, *key, "batches", epoch).permutation(self._samples)
@@ -104,15 +90,8 @@ def mixed(parts: Sequence[Part], alpha: float, rng: np.random.Generator) -> tupl
 
     Zhang, Cisse, Dauphin and Lopez-Paz 2018, "mixup: Beyond Empirical Risk Minimization" (arXiv:1710.09412), eq. 1 and
     2, as in the authors' code: one λ ~ Beta(α, α) per batch, whose samples are paired with a permutation of themselves.
-    Numbers to predict, and labels from 0 to 1, are mixed like samples. Classes stay, and have partners.
-
-    Args:
-        parts: The batch.
-        alpha: α.
-        rng: Gives λ and the orders.
-
-    Returns:
-        The mixed batch; and λ (float32, shape []), the share of each sample itself.
+    Numbers to predict, and labels from 0 to 1, are mixed like samples; classes stay, and have partners. Returns the
+    mixed batch and λ (float32, shape []), the share of each sample itself.
     """
     share = np.float32(rng.beta(alpha, alpha))
     out = []

@@ -87,15 +87,10 @@ class LocalData:
         return sum(getattr(self, f"{kind}_{split}").nbytes for kind in "xy" for split in _SPLITS)
 
     def with_validation(self, share: float, seed: int = 0, device: str = "") -> LocalData:
-        """The same with some of the training samples set aside for validation; unchanged where there are such already.
+        """The same with a share of the training samples (0 to below 1, rounded down) set aside, unless it has
+        validation samples.
 
-        Args:
-            share: Of the training samples, from 0 to below 1, rounded down.
-            seed: With the device's name it decides which.
-            device: The device's name.
-
-        Raises:
-            DataError: The share is out of range.
+        Seed and device name decide which.
         """
         if not 0 <= share < 1:
             raise DataError("share of the training samples for validation", expected="0 to below 1", got=share)
@@ -108,14 +103,7 @@ class LocalData:
         return LocalData(select(x, train), y[train], self.x_test, self.y_test, select(x, val), y[val])
 
     def moved_out(self, spool: Path) -> LocalData:
-        """The same with large arrays on the disk.
-
-        Args:
-            spool: The folder for the copies, which go with this process.
-
-        Raises:
-            StorageError: There is no room for them.
-        """
+        """The same with large arrays in temporary files in `spool`, which are deleted with this process."""
         train, test, val = (_moved_out(x, spool) for x in (self.x_train, self.x_test, self.x_val))
         return replace(self, x_train=train, x_test=test, x_val=val)
 
@@ -127,16 +115,10 @@ class LocalData:
         loss: str = "cross_entropy",
         token_ids: bool | None = None,
     ) -> None:
-        """Check the data against a model.
+        """Check the data against a model; raises `DataError` if labels don't fit the loss or classes, or samples the
+        input.
 
-        Args:
-            classes: Entries of the model's output.
-            shape: One sample's shape as the model takes it; names and None stand for any size.
-            loss: What the model is trained with.
-            token_ids: Whether the model takes whole numbers; None leaves that unchecked.
-
-        Raises:
-            DataError: Labels don't fit the loss or the number of classes, or samples have another shape or type.
+        In `shape`, one sample's, names and None stand for any size; `token_ids` None leaves the type unchecked.
         """
         for y in filter(len, (self.y_train, self.y_test, self.y_val)):
             targets(y, loss, classes)
@@ -180,16 +162,7 @@ def load_data(
 
 
 def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, *, token_ids: bool = False) -> Inputs:
-    """Read samples without labels; a source's labels are ignored.
-
-    Args:
-        source: As for `load_data`, but no label is needed. Of a source with `x_test` those samples are read, else all.
-        shape: One sample's shape as the model takes it; names and None stand for any size.
-        token_ids: Whether the model takes whole numbers.
-
-    Raises:
-        DataError: The source can't be read or doesn't hold usable samples; the message names it.
-    """
+    """Read samples without labels; a source's labels are ignored, and `x_test` is preferred (`load_data`)."""
     found = _found(source, 0, "", None)
     try:
         if isinstance(found, LocalData):
@@ -211,14 +184,8 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
 
 
 def check_shape(x: Inputs, shape: tuple[int | str | None, ...]) -> None:
-    """Check samples against a model's input.
-
-    Args:
-        x: Samples [n, ...].
-        shape: One sample's shape as the model takes it; names and None stand for any size.
-
-    Raises:
-        DataError: They have another shape.
+    """Check samples [n, ...] against one sample's shape, in which names and None stand for any size; raises
+    `DataError`.
     """
     got = x.shape[1:]
     if len(got) != len(shape) or any(isinstance(d, int) and d != g for d, g in zip(shape, got, strict=True)):
@@ -231,15 +198,7 @@ def check_shape(x: Inputs, shape: tuple[int | str | None, ...]) -> None:
 
 
 def check_type(x: Inputs, token_ids: bool) -> None:
-    """Check the samples' type against a model's input.
-
-    Args:
-        x: Samples.
-        token_ids: Whether the model takes whole numbers.
-
-    Raises:
-        DataError: They are of the other type.
-    """
+    """Check the samples' type against a model's input; raises `DataError`."""
     if (x.dtype.kind == "i") != token_ids:
         raise DataError(
             "type of inputs",
@@ -263,16 +222,7 @@ def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
 
 
 def checked_samples(x: object, y: object, split: str = "") -> tuple[Inputs, Array]:
-    """Samples and labels in the types that `LocalData` has.
-
-    Args:
-        x: Inputs [n, ...].
-        y: Labels.
-        split: What they are, for messages.
-
-    Raises:
-        DataError: Types, lengths or shapes don't fit, or a number is out of range.
-    """
+    """Samples [n, ...] and labels in the types of `LocalData`; raises `DataError`, which names the `split`."""
     labels, kind = _checked_labels(np.asarray(y), split), f"{split} " if split else ""
     inputs = checked_inputs(x if isinstance(x, StoredArray) else np.asarray(x), split)
     if len(inputs) != len(labels):
@@ -348,13 +298,8 @@ def _kind(array: Inputs) -> str:
 def read_arrays(path: Path, spool: Path | None = None) -> dict[str, Inputs]:
     """The arrays of an `.npz` file by name; objects in it are refused, not unpickled.
 
-    Args:
-        path: The file.
-        spool: A folder for copies of large arrays of samples that are compressed; without one they are held in memory.
-            Others of samples (`x`, `x_train`, ...) that are large stay in the file.
-
-    Raises:
-        DataError: It can't be read, or is another kind of file.
+    Large uncompressed arrays of samples (`x`, `x_train`, ...) stay in the file; compressed ones are copied to the
+    folder `spool`, or held in memory without one. Raises `DataError` if it isn't such a file.
     """
     try:
         with path.open("rb") as raw:
@@ -456,12 +401,4 @@ class SampleSource(Protocol):
         """Training samples now; the agent's loop asks for it, so that it must be known already."""
 
     def snapshot(self, shape: Shape | None = None) -> LocalData:
-        """The samples of a round.
-
-        Args:
-            shape: One sample's shape as the model takes it; names and None stand for any size.
-
-        Raises:
-            DataError: There is nothing to train on.
-            StorageError: The disk fails.
-        """
+        """A round's samples; raises `DataError` if there are none. In `shape` names and None stand for any size."""

@@ -17,13 +17,10 @@ _Entry = tuple[int, int, str]
 
 
 class FileIndex:
-    """Digests by path, as long as a file's size and time of change stay the same.
+    """Digests by path, valid while a file's size and modification time stay the same; without a path only in memory.
 
-    The file has a line of JSON per digest and only grows, until more than half of its lines say nothing any more: then
-    it is written again. What is damaged is passed over, and the file that it is about read again.
-
-    Args:
-        path: The file; None keeps nothing beyond this process.
+    The index has a line of JSON per digest and only grows, until more than half of its lines are stale: then it is
+    rewritten. A damaged line is skipped, and its file read again.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -39,11 +36,7 @@ class FileIndex:
 
     @contextmanager
     def updating(self) -> Iterator[FileIndex]:
-        """Look every file up in the body; entries of the others are given up, and new ones written at its end.
-
-        Raises:
-            StorageError: The index can't be written.
-        """
+        """Look every file up in the body; entries of the others are dropped, and new ones written at its end."""
         self._seen = set()
         yield self
         self._entries = {key: self._entries[key] for key in self._seen}

@@ -22,12 +22,7 @@ MAX_PIXELS = 2**24
 
 @dataclass(frozen=True)
 class Pixels:
-    """How a model takes images: scaled to its input, from 0 to 1, then (x − mean) / deviation.
-
-    Attributes:
-        mean: One for all colours, or one for each.
-        deviation: The same.
-    """
+    """How a model takes images: scaled to its input, from 0 to 1, then (x − mean) / deviation, overall or by colour."""
 
     mean: tuple[float, ...] = (0.0,)
     deviation: tuple[float, ...] = (1.0,)
@@ -46,14 +41,8 @@ class Pixels:
     def decoded(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
         """An image in the size that the model takes, [height, width, colours].
 
-        Args:
-            body: The file.
-            kinds: Pillow's names of the formats that it may have.
-            shape: The model's input, [1, height, width] or [3, height, width].
-
-        Raises:
-            DataError: It is no such image, or too large, or the model doesn't take images.
-            MissingExtraError: Pillow is not installed.
+        `kinds` are Pillow's names of the accepted formats; `shape` is [1 or 3, height, width]. Raises `DataError` if it
+        is another kind of file or too large, `MissingExtraError` without Pillow.
         """
         if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(s, int) for s in shape):
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")

@@ -32,16 +32,9 @@ class RoomError(DataError):
 
 
 class DecodedImages:
-    """A file without a name that holds images in the size that a model takes.
+    """A file without a name that holds at most `room` bytes of images in the size that a model takes.
 
-    Args:
-        pixels: How the model takes images.
-        shape: The model's input.
-        folder: Where the file is; None for the system's folder for temporary files.
-        room: Bytes that it may take.
-
-    Raises:
-        StorageError: It can't be made.
+    Without `folder` it is in the system's folder for temporary files.
     """
 
     def __init__(self, pixels: Pixels, shape: Shape, folder: Path | None, room: int) -> None:
@@ -62,13 +55,8 @@ class DecodedImages:
         return self._shape == shape and 2 * useless <= len(self._rows) and (fits or not useless)
 
     def row(self, name: str, read: Callable[[], bytes]) -> int:
-        """The row of an image, which is decoded if it is not there yet.
-
-        Raises:
-            RoomError: There is no room for it.
-            DataError: It can't be decoded, or the model doesn't take images.
-            StorageError: The disk is full or fails.
-            OSError: Its file can't be read.
+        """The row of an image, which is decoded if it is not there yet; `RoomError` if there is no room, `DataError` if
+        it can't be.
         """
         if name in self._rows:
             return self._rows[name]
@@ -122,24 +110,12 @@ class _Image:
 
 
 class ImageFolder:
-    """A board's samples as image files.
+    """A board's samples as image files, `CLASS/image.jpg`, where CLASS is a number or one of the names.
 
-    A round's images are decoded once, into a file without a name, as bytes; batches are read from there.
-
-    Args:
-        root: The folder; `CLASS/image.jpg` in it, where CLASS is a number or one of the names.
-        pixels: How the model takes images.
-        shares: What is held out.
-        most: Images that a round takes at most: as many of each class as there are, or a fair share. Their digests say
-            which ones: as good as at random, and always the same.
-        class_names: Names of the classes, in their order.
-        state: A folder for the index of files and for decoded images; without one nothing is remembered, and the
-            system's folder for temporary files is used.
-        room: Bytes that decoded images may take on the disk.
-
-    Raises:
-        ConfigError: A folder is no class.
-        StorageError: The folder can't be read.
+    A round's images are decoded once, into a file without a name of at most `room` bytes; batches are read from there.
+    A round takes at most `most` images: a fair share per class, chosen by their digests, always the same. `state` is a
+    folder for the index and decoded images; without it temporary files are used. Raises `ConfigError` if a folder is
+    not a class.
     """
 
     def __init__(
@@ -166,14 +142,8 @@ class ImageFolder:
         return self._training
 
     def snapshot(self, shape: Shape | None = None) -> LocalData:
-        """The images that are there now. One that can't be read, or isn't written to its end, is left out by name.
-
-        Args:
-            shape: The model's input, [1, height, width] or [3, height, width].
-
-        Raises:
-            DataError: There is nothing to train on, or the model takes no images.
-            StorageError: The folder can't be read, or there is no room for decoded images.
+        """The images that exist now; unreadable or incomplete ones are logged and left out. Raises `DataError` if none
+        is left.
         """
         if shape is None:
             raise DataError("the size of images", expected="a model's input")
@@ -255,11 +225,8 @@ def _in_turn(lines: Iterable[list[_T]]) -> Iterable[_T]:
 
 
 def _content(path: Path) -> bytes:
-    """An image's bytes.
-
-    Raises:
-        DataError: It is no plain file, or larger than an image may be.
-        OSError: It can't be read; ELOOP for a symbolic link.
+    """An image's bytes; raises `DataError` if it is not a plain file or too large, `OSError` (ELOOP) for a symbolic
+    link.
     """
     with open(path, "rb", opener=_opened) as file:
         status = os.fstat(file.fileno())

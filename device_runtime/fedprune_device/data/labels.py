@@ -24,18 +24,9 @@ _WANTED = {
 
 
 def targets(y: Array, loss: str, outputs: int) -> Array:
-    """Labels as a training graph takes them.
+    """Labels as a training graph takes them: int64 [n] with cross-entropy, else float32 [n, outputs].
 
-    Args:
-        y: Checked labels: int64 [n], or float32 [n] or [n, K].
-        loss: The recipe's loss.
-        outputs: Entries of the model's output.
-
-    Returns:
-        int64 [n] with cross-entropy, else float32 [n, outputs].
-
-    Raises:
-        DataError: They are of another kind, or out of range.
+    Raises `DataError` if they are of another kind, or out of range.
     """
     if loss == "cross_entropy":
         if y.dtype.kind != "i" or y.ndim != 1:
@@ -70,11 +61,7 @@ def _unfit(y: Array, loss: str, outputs: int, hint: str) -> DataError:
 
 
 def class_counts(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64]:
-    """Samples per class.
-
-    Raises:
-        DataError: A label is out of range.
-    """
+    """Samples per class; raises `DataError` if a label is out of range."""
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise DataError("a label is out of range", expected=f"0 to {classes - 1}", got=f"{y.min()} to {y.max()}")
     return np.bincount(y, minlength=classes).astype(np.int64)
@@ -95,20 +82,12 @@ def log_prior(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float32]
 
 
 def class_presence(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float32]:
-    """1 for every class that has a sample, else 0.
-
-    Raises:
-        DataError: A label is out of range.
-    """
+    """1 for every class that has a sample, else 0."""
     return np.asarray(class_counts(y, classes) > 0, np.float32)
 
 
 def class_weights(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float32]:
-    """Loss weights that make all present classes count alike: n / (present classes · n_c), 0 for absent ones.
-
-    Raises:
-        DataError: A label is out of range.
-    """
+    """Loss weights that make all present classes count alike: n / (present classes · n_c), 0 for absent ones."""
     counts = class_counts(y, classes).astype(np.float64)
     present = counts > 0
     out = np.zeros(classes, np.float64)
@@ -117,13 +96,7 @@ def class_weights(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.floa
 
 
 def positive_weights(y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Weights of positive labels that make them count like the negative ones: negatives over positives per class.
-
-    1 for a class that has only one of the two.
-
-    Args:
-        y: Labels of `bce`, [n, K].
-    """
+    """Weights of positive labels [n, K] of `bce`: negatives over positives per class; 1 where either is missing."""
     positive = y.sum(axis=0, dtype=np.float64)
     negative = len(y) - positive
     mixed = (positive > 0) & (negative > 0)
@@ -136,11 +109,9 @@ def positive_weights(y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 class LogitAdjustment:
     """Turns the logits of a model into those of the board's own predictions, as its training did.
 
-    Attributes:
-        offset: Added to the logits [classes], where the recipe adjusts them; None where not.
-        present: 1 for the classes that the board has samples of, 0 for those whose logits are replaced by 0, where the
-            recipe masks absent classes (HeteroFL, Diao et al. 2021, Sec. 3.3; the authors' code masks local tests,
-            too); None where not.
+    `offset` is added to the logits [classes], where the recipe adjusts them. `present` is 0 for the classes whose
+    logits are replaced by 0 because the board has no samples of them, where the recipe masks these (HeteroFL, Diao et
+    al. 2021, Sec. 3.3; the authors' code masks local tests, too).
     """
 
     offset: tuple[float, ...] | None = None
@@ -148,11 +119,7 @@ class LogitAdjustment:
 
     @classmethod
     def of(cls, y: npt.NDArray[np.int64], recipe: Recipe, classes: int) -> LogitAdjustment:
-        """What follows from the board's training labels and the recipe.
-
-        Raises:
-            DataError: A label is out of range.
-        """
+        """The adjustment for the board's training labels under the recipe."""
         offset = log_prior(y, classes) if recipe.logit_adjustment else None
         present = class_presence(y, classes) if recipe.mask_absent_classes else None
         return cls(

@@ -22,14 +22,7 @@ Terms = Mapping[str, Array]
 
 
 def data_loss(loss: str, outputs: npt.NDArray[np.float32], targets: Array, terms: Terms | None = None) -> float:
-    """The data loss that a training graph computes.
-
-    Args:
-        loss: `cross_entropy`, `bce`, `mse` or `huber`.
-        outputs: The model's outputs [n, K].
-        targets: Labels as the training graph takes them (`labels.targets`).
-        terms: What `loss_terms` gives; without it the plain loss.
-    """
+    """The data loss that a training graph computes from outputs [n, K], targets (`labels.targets`) and `loss_terms`."""
     terms = terms or {}
     if loss == "cross_entropy":
         return cross_entropy(outputs, targets, terms)
@@ -50,12 +43,9 @@ def data_loss(loss: str, outputs: npt.NDArray[np.float32], targets: Array, terms
 
 
 def cross_entropy(logits: npt.NDArray[np.float32], y: npt.NDArray[np.int64], terms: Terms) -> float:
-    """Cross-entropy as a training graph computes it.
+    """Cross-entropy of logits [n, classes] as a training graph computes it.
 
-    Args:
-        logits: [n, classes].
-        y: Labels [n].
-        terms: Offset, mask, weights and smoothing, by input name of the training graph.
+    `terms` are offset, mask, weights and smoothing, by input name of the graph.
     """
     z = logits.astype(np.float64)
     if step_contract.LOGIT_OFFSET in terms:
@@ -73,13 +63,7 @@ def cross_entropy(logits: npt.NDArray[np.float32], y: npt.NDArray[np.int64], ter
 
 
 def hits(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDArray[np.bool_] | None:
-    """Which samples' class is right [n], with `bce` which labels [n, K]; None where numbers are predicted.
-
-    Args:
-        loss: The loss that the model is trained with.
-        outputs: The model's outputs [n, K].
-        targets: Labels as the training graph takes them (`labels.targets`).
-    """
+    """Which samples' class is right [n], with `bce` which labels [n, K]; None where numbers are predicted."""
     if loss == "cross_entropy":
         return np.asarray(np.argmax(outputs, axis=1) == targets)
     if loss == "bce":
@@ -90,13 +74,7 @@ def hits(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDA
 def loss_terms(y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
     """The vectors over classes and the numbers that a recipe brings into the loss, by input name of the training graph.
 
-    Args:
-        y: All training labels, as `labels.targets` gives them.
-        recipe: The recipe.
-        classes: Entries of the model's output.
-
-    Raises:
-        DataError: A label is out of range.
+    `y` are all training labels, as `labels.targets` gives them.
     """
     features, out = recipe.features, dict[str, Array]()
     if features.logit_offset:

@@ -21,13 +21,7 @@ UNLABELLED = -1
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a set may hold.
-
-    Attributes:
-        samples: Samples in all.
-        bytes: Bytes that they take in all.
-        unlabelled: Share of both that samples without a label may take.
-    """
+    """How much a set may hold, and the share of both limits that unlabelled samples may take."""
 
     samples: int
     bytes: int
@@ -36,15 +30,9 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to become of a new sample.
+    """The decision on a new sample: whether it stays, and which samples make room for it.
 
-    Attributes:
-        id: The sample.
-        label: Its class, or `UNLABELLED`.
-        size: Its bytes.
-        seen: Samples of its class that were seen, with it.
-        kept: Whether it stays.
-        dropped: The samples that make room for it.
+    `seen` counts the samples of its class, this one included.
     """
 
     id: str
@@ -62,11 +50,8 @@ class _Class:
 
 
 class Reservoir:
-    """The samples that are kept, by name. It decides only; `SampleStore` stores them.
-
-    Args:
-        limits: How much it may hold.
-        seed: Of all draws: the same samples in the same order are always dealt with alike.
+    """The samples that are kept, by name. It decides only; `SampleStore` stores them. The same seed and order give the
+    same draws.
     """
 
     def __init__(self, limits: Limits, seed: int) -> None:
@@ -123,13 +108,7 @@ class Reservoir:
         return self._count[unlabelled], self._bytes[unlabelled]
 
     def judge(self, name: str, label: int, size: int) -> Verdict:
-        """What is to become of a new sample; nothing changes until `follow`.
-
-        Args:
-            name: The sample, which is not kept now.
-            label: Its class, or `UNLABELLED`.
-            size: Its bytes.
-        """
+        """Decide on a sample that is not kept now; nothing changes until `follow`."""
         own = self._classes.get(label, _Class())
         seen = own.seen + 1
         if size > self._limits[label == UNLABELLED][1]:
@@ -166,12 +145,7 @@ class Reservoir:
         self._count[label == UNLABELLED] += 1
 
     def drop(self, name: str, *, unseen: bool = False) -> None:
-        """Keep a sample no longer.
-
-        Args:
-            name: The sample.
-            unseen: Whether it is to count as never seen: it was deleted, or relabelled.
-        """
+        """Keep a sample no longer; with `unseen` it counts as never seen, because it was deleted or relabelled."""
         label, size = self._of.pop(name)
         found = self._classes[label]
         del found.ids[bisect_left(found.ids, name)]

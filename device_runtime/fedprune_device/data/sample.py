@@ -35,14 +35,8 @@ class NoSampleError(DataError):
 
 @dataclass(frozen=True)
 class Added:
-    """What became of a sample.
-
-    Attributes:
-        id: Its name: a digest of type, shape and numbers.
-        kept: Whether it is in the set now.
-        duplicate: Whether it was there before.
-        label: Its class; None without.
-        part: `train`, `val` or `test`.
+    """What became of a sample: its name (a digest of type, shape and numbers), its label and its part (`train`, `val`,
+    `test`).
     """
 
     id: str
@@ -53,21 +47,15 @@ class Added:
 
 
 def checked_label(label: int | None) -> int:
-    """A label as the set writes it: `UNLABELLED` for None.
-
-    Raises:
-        DataError: It is no class.
-    """
+    """A label as the set writes it: `UNLABELLED` for None."""
     if label is None:
         return UNLABELLED
     return whole("label", label, 0, MAX_LABEL, error=DataError)
 
 
 def encoded(x: Array) -> bytes:
-    """Type, shape and numbers of a sample: always the same bytes for the same sample.
-
-    Raises:
-        DataError: It is neither float32 nor int64, or a number is not finite or a negative token id.
+    """Type, shape and numbers of a sample: always the same bytes for the same sample. Raises `DataError` if it can't be
+    one.
     """
     if x.dtype not in (np.float32, np.int64) or not 1 <= x.ndim <= _RANK:
         kind = f"{x.dtype} {shape_text(*x.shape)}"

@@ -41,12 +41,7 @@ from fedprune_device.data.stored_array import FILE, StoredArray
 
 
 def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
-    """Samples by class (kept, and ever seen) and by part, and the room that they take.
-
-    Args:
-        reservoir: What is kept.
-        shares: What is held out.
-    """
+    """Samples by class (kept, and ever seen) and by part, and the room that they take."""
     kept = reservoir.kept()
     parts = Counter(shares.part(n) for c, names in kept.items() if c != UNLABELLED for n in names)
     classes = {
@@ -75,11 +70,7 @@ def record_of(seen: Mapping[int, int]) -> LogRecord:
 
 
 def seen_in(record: LogRecord) -> dict[int, int]:
-    """How many samples of each class were seen, as a log has it.
-
-    Raises:
-        ValueError: The record is damaged.
-    """
+    """How many samples of each class were seen, as a log has it; raises `ValueError` if the record is damaged."""
     if digest(record.payload) != record.name:
         raise ValueError("the digest is another")
     try:
@@ -109,14 +100,7 @@ _NOTED = 64
 class SampleStore:
     """The set. All methods may be called from any thread.
 
-    Args:
-        root: Its folder; made if missing.
-        limits: How many samples, and how many bytes on the disk, it may hold.
-        shares: What is held out.
-
-    Raises:
-        ConfigError: It was made with other shares, or there is room for nothing.
-        StorageError: The folder can't be written or read.
+    Raises `ConfigError` if it was made with other shares, or there is room for nothing.
     """
 
     def __init__(self, root: Path, limits: Limits, shares: SplitShares | None = None) -> None:
@@ -155,18 +139,10 @@ class SampleStore:
         return len(self._training)
 
     def add(self, x: Array, label: int | None = None) -> Added:
-        """Take a sample in, if it is to stay.
+        """Add a sample, if it is to stay.
 
-        Args:
-            x: One sample, float32 or int64, as the model takes it.
-            label: Its class.
-
-        Raises:
-            SampleConflictError: It is there with another label.
-            DataError: It is of another type, too large, or holds a number that is not finite; or the label is none, or
-                there are too many different ones.
-            StorageFullError: The disk is full; nothing changed.
-            StorageError: The disk fails; nothing changed.
+        Raises `SampleConflictError` if it exists with another label, `DataError` if it or its label is invalid,
+        `StorageError` if the disk fails or is full; then nothing changed.
         """
         payload = encoded(x)
         if len(payload) > self.largest:
@@ -193,13 +169,7 @@ class SampleStore:
             return self._take(name, number, payload)
 
     def label(self, name: str, label: int) -> Added:
-        """Give a sample a label, or another one.
-
-        Raises:
-            NoSampleError: It is not there.
-            DataError: The label is invalid, or there are too many different ones.
-            StorageError: The disk fails or is full; nothing changed.
-        """
+        """Label or relabel a sample; raises `NoSampleError` if it doesn't exist, `DataError` for an invalid label."""
         number = checked_label(label)
         with self._lock:
             self._known(name)
@@ -215,12 +185,7 @@ class SampleStore:
             return self._relabel(name, number, payload)
 
     def delete(self, name: str) -> None:
-        """Take a sample back.
-
-        Raises:
-            NoSampleError: It is not there.
-            StorageError: The disk fails or is full; nothing changed.
-        """
+        """Delete a sample; raises `NoSampleError` if it doesn't exist."""
         with self._lock:
             self._known(name)
             self._write([LogRecord(Kind.DELETED, bytes.fromhex(name))])
@@ -238,15 +203,7 @@ class SampleStore:
             return {**census(self._reservoir, self._shares), "disk_bytes": self._log.size}
 
     def snapshot(self, shape: Sequence[int | str | None] | None = None) -> LocalData:
-        """All samples with labels, as they are now; what comes later doesn't change them.
-
-        Args:
-            shape: One sample's shape as the model takes it. Samples of another shape are left out.
-
-        Raises:
-            DataError: There is nothing to train on.
-            StorageError: The disk fails.
-        """
+        """All labelled samples of this shape, as they are now; later changes don't affect them."""
         with self._lock:
             rows = [(n, c) for c, names in self._reservoir.kept().items() if c != UNLABELLED for n in names]
             places = {n: self._places[n] for n, _ in rows}

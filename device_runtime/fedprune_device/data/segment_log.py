@@ -59,14 +59,9 @@ class RecordPosition:
 
 @dataclass(frozen=True)
 class LogRecord:
-    """One record.
+    """One record: `name` has 16 bytes, a sample's name or a digest of the payload; `label` is -1 without a class.
 
-    Attributes:
-        kind: Its kind.
-        name: 16 bytes: a sample's name, or a digest of the payload.
-        label: The sample's class, or -1.
-        seen: Samples of that class that were seen; 0 for unknown.
-        payload: The sample, or the counts; empty where a record is read from a log, which has its place.
+    `seen` counts samples of that class, 0 for unknown. The payload is empty where a record is read from a log.
     """
 
     kind: Kind
@@ -87,15 +82,8 @@ def digest(payload: bytes) -> bytes:
 
 
 class SegmentLog:
-    """The log. Its writer must hold a lock.
-
-    Args:
-        root: The folder; made if missing.
-        key: Secret of this log, which keys the heads' digests.
-        segment_bytes: A segment that is longer gets no further record.
-
-    Raises:
-        StorageError: The folder can't be written or read.
+    """The log. Its writer must hold a lock. `key` is secret and keys the heads' digests; a segment ends at
+    `segment_bytes`.
     """
 
     def __init__(self, root: Path, key: bytes, segment_bytes: int) -> None:
@@ -123,11 +111,7 @@ class SegmentLog:
         return self._root / f"segment-{segment:08}.log"
 
     def replay(self) -> Iterator[tuple[LogRecord, RecordPosition]]:
-        """All records, oldest first. What is damaged is skipped and logged.
-
-        Raises:
-            StorageError: A segment can't be read.
-        """
+        """All records, oldest first. What is damaged is skipped and logged."""
         for segment in self._sizes:
             with storage_errors(f"can't read {self.path(segment)}"):
                 data = self.path(segment).read_bytes()
@@ -146,15 +130,7 @@ class SegmentLog:
         self._torn = self._torn or not self._sizes
 
     def append(self, records: Sequence[LogRecord]) -> list[RecordPosition]:
-        """Write records, durably, in one piece; if that fails, none of them is there.
-
-        Returns:
-            Where their payloads are stored.
-
-        Raises:
-            StorageFullError: No room.
-            StorageError: The disk fails.
-        """
+        """Write records durably, all or none, and return where their payloads are stored."""
         return self._append(records, sync=True)
 
     def note(self, record: LogRecord) -> None:
@@ -168,27 +144,15 @@ class SegmentLog:
 
     @contextlib.contextmanager
     def reading(self, places: Iterable[RecordPosition]) -> Iterator[Callable[[RecordPosition], bytes]]:
-        """Open segments for reading; once that is done, nothing that is written or removed disturbs.
-
-        Args:
-            places: What will be read.
-
-        Returns:
-            Reads a payload; what is cut short comes shorter.
-
-        Raises:
-            StorageError: A segment can't be opened or read.
+        """Open segments for reading; later writes and removals don't affect them. The reader returns less if a payload
+        is cut.
         """
         with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._root}"):
             files = {n: stack.enter_context(self.path(n).open("rb")) for n in sorted({p.segment for p in places})}
             yield lambda place: os.pread(files[place.segment].fileno(), place.size, place.at)
 
     def opened(self, segments: Sequence[int]) -> Copy:
-        """Segments that stay readable whatever is written or removed.
-
-        Raises:
-            StorageError: One can't be opened.
-        """
+        """Segments that stay readable whatever is written or removed."""
         descriptors: list[int] = []
         try:
             with storage_errors(f"can't read {self._root}"):
@@ -198,11 +162,6 @@ class SegmentLog:
         return copy
 
     def remove_oldest(self) -> None:
-        """Delete the oldest segment.
-
-        Raises:
-            StorageError: The disk fails.
-        """
         segment = next(iter(self._sizes))
         if segment == self._last:
             self._torn = True

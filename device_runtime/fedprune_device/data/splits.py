@@ -21,14 +21,7 @@ TEST_SHARE = 0.2
 
 @dataclass(frozen=True)
 class SplitShares:
-    """Which part of the samples is held out.
-
-    Attributes:
-        test: Share of all.
-        validation: Share of the rest.
-        seed: With the device's name, of the choice.
-        device: The device's name.
-    """
+    """Shares held out: of all samples for testing, of the rest for validation. Seed and device name choose them."""
 
     test: float = TEST_SHARE
     validation: float = 0.0
@@ -50,12 +43,7 @@ class SplitShares:
 
 
 def claimed(root: Path, shares: SplitShares) -> bytes:
-    """The key of the set in a folder. A new set is made with the shares that are asked for, and keeps them.
-
-    Raises:
-        ConfigError: The set was made with others.
-        StorageError: The folder can't be written or read.
-    """
+    """The key of the set in a folder. A new set keeps the shares that it is made with; others raise `ConfigError`."""
     path, wanted = root / "set.json", asdict(shares)
     body = atomic_file.read_document(path)
     if body is None:

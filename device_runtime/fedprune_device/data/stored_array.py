@@ -53,18 +53,11 @@ class Copy:
 class StoredArray:
     """An array of samples [n, ...] on the disk.
 
-    Attributes:
-        file: The file: a path, or a copy without a name.
-        stamp: Inode, size and time of the file's last change, which must stay the same; None for one that only grows.
-        offset: Where the numbers begin.
-        stored: Their type in the file.
-        whole: The array's shape in the file.
-        rows: The samples that belong to this array, in order; None for all.
-        checked: Whether all numbers have been found usable.
-        convert: Turns what is read into samples; None where only the type changes.
-        sample: The shape of one then.
-        places: Where each sample begins, in a file's bytes plus `FILE` times the number of the file; None where they
-            follow each other from `offset` on.
+    `file` is a path, or a copy without a name. `stamp` is the inode, size and modification time that the file must
+    keep, None for a file that only grows. `stored` and `whole` are type and shape in the file from `offset` on; `rows`
+    selects the samples of this array, None for all. `convert` turns what is read into samples of shape `sample`.
+    `places` is where each sample begins, in bytes plus `FILE` times the number of the file; None where they follow each
+    other.
     """
 
     file: Path | Copy
@@ -102,15 +95,7 @@ class StoredArray:
         return self.whole[0] if self.rows is None else len(self.rows)
 
     def __getitem__(self, rows: Any) -> Array:
-        """Some samples, read now.
-
-        Args:
-            rows: Numbers of samples, or a slice.
-
-        Raises:
-            DataError: The file has changed.
-            StorageError: It can't be read.
-        """
+        """Some samples, by their numbers or a slice, read now. Raises `DataError` if the file has changed."""
         chosen = _chosen(rows, len(self)) if self.rows is None else self.rows[rows]
         one = self.stored.itemsize * prod(self.whole[1:])
         raw = np.empty((np.size(chosen), *self.whole[1:]), self.stored)
@@ -184,16 +169,8 @@ def select(x: Inputs, rows: Rows) -> Inputs:
 def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None) -> Inputs:
     """An array of samples in an `.npz` file, on the disk if it is large.
 
-    Args:
-        path: The file.
-        archive: The same, opened.
-        info: The array's entry.
-        spool: A folder for a copy of what is compressed; without one that is held in memory.
-
-    Raises:
-        DataError: The numbers are cut short.
-        StorageError: There is no room for the copy.
-        Exception: It is damaged, as `zipfile` or numpy reports it.
+    A compressed one is copied to the folder `spool`, or held in memory without one. Damage raises whatever `zipfile` or
+    numpy raise.
     """
     # Header, checksum, offset and stamp are of one open file: another one may take the path's place meanwhile.
     if archive.fp is None:
@@ -220,15 +197,7 @@ def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: P
 
 
 def moved_out(x: Array, spool: Path) -> Inputs:
-    """Samples from memory, on the disk if they are large.
-
-    Args:
-        x: The samples.
-        spool: The folder for the copy, which goes with this process.
-
-    Raises:
-        StorageError: There is no room for the copy.
-    """
+    """Samples in a temporary file in `spool`, which is deleted with this process, if they are large."""
     if not _usable(x.dtype, x.shape):
         return x
     return _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))

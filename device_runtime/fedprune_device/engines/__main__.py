@@ -1,8 +1,7 @@
-"""The child process that makes an engine and tries it: `python -m fedprune_device.engines`, with its order on stdin.
+"""The child process that builds an engine and tries it: `python -m fedprune_device.engines`, with a request on stdin.
 
-Whatever TensorRT does to it, by a crash, a leak or the kernel's out-of-memory killer, happens to nobody else. What it
-made lies in the folder of the order; the last line of stdout says how it went, the last one of stderr why it didn't. It
-ends with the process that gave the order.
+TensorRT's crashes, leaks and use of memory end only this process. The result is in the request's folder; the last line
+of stdout has the outcome, the last line of stderr an error. It ends with its parent.
 """
 
 from __future__ import annotations
@@ -54,11 +53,7 @@ def main() -> int:
 
 
 def _end_with(parent: int) -> None:
-    """End when the parent does, even by kill -9: the next agent would empty the work folder and build at the same time.
-
-    Raises:
-        EngineError: It has ended already.
-    """
+    """End when the parent does, even by kill -9: the next agent would empty the work folder and build again."""
     # The kernel means the thread that started this process (prctl(2)): that one must live until an engine is made.
     with contextlib.suppress(AttributeError):  # Linux alone has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -19,12 +19,7 @@ CPU, _, TENSORRT = TIERS
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What a board computes with, as far as that works there.
-
-    Attributes:
-        name: One of `TIERS`.
-        plan: How engines are built.
-    """
+    """What a board computes with, one of `TIERS`, as far as that works there, and how engines are built."""
 
     name: str
     plan: EnginePlan
@@ -42,23 +37,12 @@ class Accelerator:
 
 
 def accelerator_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> Accelerator:
-    """The accelerator of the command line, or else of the profile.
-
-    Raises:
-        ConfigError: The plan makes no sense.
-        StorageError: It can't be read.
-    """
+    """The accelerator of the command line, or else of the profile."""
     name = arguments.tier or (CPU if profile is None else profile.software.tier)
     return Accelerator(name, EnginePlan() if arguments.engine_plan is None else read_plan(arguments.engine_plan))
 
 
 def read_plan(path: Path) -> EnginePlan:
-    """A plan from a file.
-
-    Raises:
-        ConfigError: It makes no sense.
-        StorageError: It can't be read.
-    """
     with storage_errors(f"can't read {path}"):
         raw = path.read_bytes()
     return EnginePlan.from_json(raw, str(path))

@@ -25,14 +25,7 @@ _MOST_LINES = 8
 
 @dataclass(frozen=True)
 class Bindings:
-    """A TensorRT that can be used.
-
-    Attributes:
-        trt: The module. What is called of it, and its classes, is compared with the real bindings in the tests.
-        version: Its version.
-        cuda: CUDA's runtime library.
-        device: The graphics unit.
-    """
+    """A TensorRT that can be used: the module, CUDA's runtime library, and the graphics unit."""
 
     trt: Any
     version: str
@@ -67,11 +60,7 @@ class Bindings:
 
 
 def find() -> Bindings:
-    """Find CUDA and TensorRT on this board.
-
-    Raises:
-        EngineError: One is missing, can't be loaded, or is too old; the message names it.
-    """
+    """Find CUDA and TensorRT on this board; raises `EngineError`, which names what is missing, damaged or too old."""
     cuda = Cuda()
     device = cuda.device()
     try:
@@ -92,11 +81,7 @@ def find() -> Bindings:
 
 
 class RejectedMessageLog:
-    """TensorRT's last errors, the only place where it gives the reason of a failure.
-
-    Attributes:
-        lines: The last few errors.
-    """
+    """TensorRT's last errors, the only place where it gives the reason of a failure."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -122,11 +107,7 @@ class RejectedMessageLog:
 
     @contextmanager
     def told(self, what: str) -> Iterator[None]:
-        """Turn what the bindings raise, a TypeError for an object that TensorRT didn't make, into an error of ours.
-
-        Raises:
-            EngineError: They raised something.
-        """
+        """Turn what the bindings raise, a TypeError for an object that TensorRT didn't make, into an `EngineError`."""
         try:
             yield
         except EngineError:

@@ -24,22 +24,10 @@ def build(
     timings: bytes,
     tell: Tell,
 ) -> tuple[bytes, bytes]:
-    """Build an engine.
+    """Build an engine; returns it and the timing cache.
 
-    Args:
-        bindings: The board's TensorRT.
-        complaints: Collects TensorRT's errors.
-        graph: The graph; its weights are external data in the same folder.
-        plan: How.
-        refittable: Whether it is to take new weights later.
-        timings: The timing cache of an earlier build on this board with this TensorRT; may be empty.
-        tell: Called with the progress, where TensorRT reports it.
-
-    Returns:
-        The engine and the timing cache.
-
-    Raises:
-        EngineError: TensorRT doesn't take the graph, or can't build it within the plan's limits.
+    The graph's weights are external data in its folder. A `refittable` engine takes new weights later. `timings` is the
+    timing cache of an earlier build with this TensorRT, or empty. Raises `EngineError`.
     """
     trt = bindings.trt
     logger = complaints.logger(trt)
@@ -79,20 +67,7 @@ def build(
 
 
 def refit(bindings: Bindings, complaints: RejectedMessageLog, base: bytes, graph: Path) -> bytes:
-    """Give an engine the weights of another file of the same graph.
-
-    Args:
-        bindings: The board's TensorRT.
-        complaints: Collects TensorRT's errors.
-        base: An engine that was built to take new weights.
-        graph: The graph, with the new weights in the same folder.
-
-    Returns:
-        The engine with these weights.
-
-    Raises:
-        EngineError: TensorRT refuses, or a weight isn't found in the file.
-    """
+    """Give an engine that was built to take new weights those next to a graph; raises `EngineError`."""
     trt = bindings.trt
     logger = complaints.logger(trt)
     runtime = trt.Runtime(logger)

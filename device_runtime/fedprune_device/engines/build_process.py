@@ -30,13 +30,8 @@ _MOST_SAID = 4096
 class BuildRequest:
     """What a child process is to make.
 
-    Attributes:
-        folder: Holds graph, weights and `x.npy`, the inputs of the check; the result goes there.
-        plan: The plan, as JSON.
-        refittable: Whether the engine is to take new weights later.
-        timings: The timing cache; None for none.
-        base: The engine that gets new weights; None to build one.
-        parent: The process that wants it, with which the child ends: this one.
+    `folder` holds graph, weights and `x.npy`, the inputs of the check, and gets the result. `base` is the engine that
+    gets new weights, None to build one. The child ends with the process `parent`.
     """
 
     folder: Path
@@ -60,13 +55,7 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What a child process made.
-
-    Attributes:
-        seconds: How long that took.
-        latency_s: Median time of one sample.
-        answers: The engine's outputs for the inputs of the check.
-    """
+    """What a child process made: in how many seconds, its median seconds per sample, and its outputs for the check."""
 
     seconds: float
     latency_s: float
@@ -74,18 +63,7 @@ class BuildResult:
 
 
 class BuildProcess:
-    """A child process at work.
-
-    Args:
-        cache: In whose work folder it works.
-        order: What it is to make.
-        timeout_s: When it is ended.
-        clock: Seconds that only grow.
-
-    Raises:
-        EngineError: It can't be started.
-        StorageError: The disk fails.
-    """
+    """A child process at work; raises `EngineError` if it can't be started."""
 
     def __init__(
         self, cache: EngineCache, order: BuildRequest, timeout_s: float, clock: Callable[[], float] = time.monotonic
@@ -110,11 +88,7 @@ class BuildProcess:
         return _last_line(self._out)
 
     def poll(self) -> BuildResult | None:
-        """What was made; None while it isn't done.
-
-        Raises:
-            EngineError: The child failed, was killed, or its time is over.
-        """
+        """The result, None until it is done; raises `EngineError` if the child failed, was killed, or took too long."""
         code = self._child.poll()
         if code is None:
             if self._clock() < self._until:

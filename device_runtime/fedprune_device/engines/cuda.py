@@ -44,14 +44,7 @@ _FUNCTIONS: dict[str, list[Any]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """A board's graphics unit.
-
-    Attributes:
-        sm: Its compute capability, such as 8.7.
-        shared_memory: Whether it shares the board's memory.
-        memory_free: Bytes that are free.
-        memory_total: Bytes in all.
-    """
+    """A board's graphics unit: its compute capability, such as 8.7, and its memory in bytes."""
 
     sm: str
     shared_memory: bool
@@ -60,11 +53,7 @@ class Device:
 
 
 class Cuda:
-    """CUDA's runtime library, loaded.
-
-    Raises:
-        EngineError: There is no such library here.
-    """
+    """CUDA's runtime library, loaded; raises `EngineError` without one."""
 
     def __init__(self) -> None:
         self._library = _load()
@@ -75,11 +64,7 @@ class Cuda:
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
 
     def device(self) -> Device:
-        """The first graphics unit, the only one of a Jetson.
-
-        Raises:
-            EngineError: There is none that works.
-        """
+        """The first graphics unit, the only one of a Jetson; raises `EngineError` if none works."""
         count = ctypes.c_int()
         try:
             self.call("cudaGetDeviceCount", ctypes.byref(count))
@@ -93,11 +78,7 @@ class Cuda:
         return Device(sm, bool(self._attribute(_INTEGRATED)), free.value, total.value)
 
     def call(self, name: str, *arguments: Any) -> None:
-        """Call a function that returns an error code.
-
-        Raises:
-            EngineError: It returns one; the message has CUDA's own words.
-        """
+        """Call a function; raises `EngineError` with CUDA's own words if it returns an error code."""
         code = getattr(self._library, name)(*arguments)
         if code:
             words = self._library.cudaGetErrorString(code) or b"unknown"
@@ -111,14 +92,7 @@ class Cuda:
 
 
 class Stream:
-    """A stream of CUDA, and memory of the device that goes with it.
-
-    Attributes:
-        handle: The stream, as a number.
-
-    Raises:
-        EngineError: CUDA refuses.
-    """
+    """A stream of CUDA, and memory of the device that goes with it."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda, self.handle = cuda, 0
@@ -128,15 +102,7 @@ class Stream:
         self.handle = int(found.value or 0)
 
     def memory(self, name: str, size: int) -> int:
-        """The address of some memory of the device. It is kept under its name, and replaced if it is too small.
-
-        Args:
-            name: Its name.
-            size: Bytes that it must have.
-
-        Raises:
-            EngineError: There is not so much.
-        """
+        """The address of memory of the device with a name. It is kept, and replaced if it is too small."""
         address, room = self._memory.get(name, (0, 0))
         if room < max(size, 1):
             if address:
@@ -157,11 +123,7 @@ class Stream:
         self._cuda.call("cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, _FROM_DEVICE, self.handle)
 
     def wait(self) -> None:
-        """Wait until all is done.
-
-        Raises:
-            EngineError: Something of it failed.
-        """
+        """Wait until all is done; raises `EngineError` if something failed."""
         self._cuda.call("cudaStreamSynchronize", self.handle)
 
     def __del__(self) -> None:  # no prediction uses it any more

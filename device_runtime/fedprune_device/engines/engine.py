@@ -20,16 +20,7 @@ _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "INT32": np.int32, "INT64": n
 class Engine:
     """An engine in the GPU's memory. One run at a time.
 
-    Args:
-        bindings: The board's TensorRT.
-        raw: The engine, as this TensorRT wrote it on this board.
-
-    Attributes:
-        inputs: Type and shape by input name, as onnxruntime names them; dimensions that are free are None.
-        outputs: Names of the outputs.
-
-    Raises:
-        EngineError: TensorRT doesn't take it, or there is no memory for it.
+    Inputs and outputs are named as onnxruntime names them; free dimensions are None.
     """
 
     def __init__(self, bindings: Bindings, raw: bytes) -> None:
@@ -46,15 +37,7 @@ class Engine:
         self._stream = Stream(bindings.cuda)
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run the engine, in parts where there are more samples than it takes at once.
-
-        Args:
-            feeds: Arrays by input name, with the samples along the first axis.
-            outputs: Names of the wanted outputs; all by default.
-
-        Raises:
-            EngineError: Feeds don't fit the engine, or it fails on them.
-        """
+        """Run the engine, in parts where there are more samples than it takes at once; by default for all outputs."""
         if set(feeds) != set(self.inputs):
             raise EngineError("inputs of the engine", expected=", ".join(self.inputs), got=", ".join(feeds))
         samples = len(next(iter(feeds.values())))

@@ -37,15 +37,7 @@ _MOST_COUNTED = 10**9
 
 @dataclass(frozen=True)
 class EnginePlatform:
-    """Where an engine is valid: on one kind of board, with one system and one TensorRT.
-
-    Attributes:
-        board: The board's name, as its device tree has it.
-        l4t: NVIDIA's release of Linux; empty elsewhere.
-        sm: The GPU's compute capability.
-        tensorrt: TensorRT's version.
-        power: The number of the power mode, which timings depend on; None where there is none.
-    """
+    """Where an engine is valid: on one kind of board, with one L4T release, power mode and TensorRT."""
 
     board: str
     l4t: str
@@ -65,15 +57,10 @@ class EnginePlatform:
 
 @dataclass(frozen=True)
 class CachedEngine:
-    """What is known of making engines for one key.
+    """What is known of making engines for one key: seconds of a refit and of a build with a known timing cache.
 
-    Attributes:
-        key: The key.
-        refit_s: Seconds of a refit; None before one was measured.
-        rebuild_s: Seconds of a build with a timing cache that knows the layers; None before.
-        refits: False when a refitted engine computed something else, or TensorRT refused.
-        failures: Builds in a row that failed.
-        reason: Why the last one did.
+    `refits` is False once a refitted engine computed something else, or TensorRT refused; `failures` are those in a
+    row.
     """
 
     key: str
@@ -85,12 +72,6 @@ class CachedEngine:
 
 
 class EngineCache:
-    """The folder of engines in a state directory.
-
-    Args:
-        root: The folder; made when something is first written.
-    """
-
     def __init__(self, root: Path) -> None:
         self.root = root
 
@@ -105,11 +86,7 @@ class EngineCache:
 
     @contextmanager
     def making(self) -> Iterator[None]:
-        """Be the one who makes an engine, in an empty work folder.
-
-        Raises:
-            StorageError: Another process is, or the disk fails.
-        """
+        """Hold the lock of building, with an empty work folder; raises `StorageError` if another process has it."""
         with storage_errors(f"can't write {self.root}"):
             self.root.mkdir(parents=True, exist_ok=True)
         busy = f"another process makes an engine in {self.root}"
@@ -124,16 +101,8 @@ class EngineCache:
                 shutil.rmtree(self.work, ignore_errors=True)
 
     def put(self, what: str, new: Path, key: str, facts: dict[str, Any]) -> None:
-        """Take a finished file from the work folder. A cut at any moment leaves the old one, the new one or none.
-
-        Args:
-            what: `ENGINE`, `BASE` or `TIMINGS`.
-            new: The file.
-            key: What it is for.
-            facts: What else is to be known of it.
-
-        Raises:
-            StorageError: The disk fails or is full.
+        """Move a finished file (`ENGINE`, `BASE` or `TIMINGS`) here. A power cut leaves the old one, the new one or
+        none.
         """
         with storage_errors(f"can't read {new}"):
             sha256 = file_digest(new)
@@ -143,15 +112,7 @@ class EngineCache:
         atomic_file.write_document(self._note(what), {**facts, "key": key, "sha256": sha256})
 
     def read(self, what: str, key: str) -> tuple[bytes, dict[str, Any]]:
-        """A file and its facts.
-
-        Args:
-            what: `ENGINE`, `BASE` or `TIMINGS`.
-            key: What it must be for.
-
-        Raises:
-            EngineError: There is none, it is for something else, or it is damaged.
-        """
+        """A file for a key and its facts; raises `EngineError` if there is none, it has another key, or is damaged."""
         try:
             note = atomic_file.read_document(self._note(what))
         except StorageError as error:
@@ -180,26 +141,14 @@ class EngineCache:
         return found if found.key == key else CachedEngine(key)
 
     def keep(self, record: CachedEngine) -> None:
-        """Keep what is known.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
         atomic_file.write_document(self.root / "record.json", asdict(record))
 
     @contextmanager
     def loading(self, sha256: str) -> Iterator[None]:
-        """Load an engine in this process, unless that has ended a process before.
+        """Load an engine in this process; raises `EngineError` if loading it has ended a process before.
 
-        Where another process is loading one at this moment, both do. Only the other one's end would be noticed: this
-        one would load the engine again at its next start.
-
-        Args:
-            sha256: The engine's digest.
-
-        Raises:
-            EngineError: It has.
-            StorageError: The disk fails.
+        While another process loads one, both do. Only the other one's end would be noticed: this one would load the
+        engine again at its next start.
         """
         marker = self._marker
         with ExitStack() as stack:
@@ -235,11 +184,7 @@ class EngineCache:
 
 
 def _checked(record: CachedEngine) -> CachedEngine:
-    """A record whose fields fit `CachedEngine`.
-
-    Raises:
-        ConfigError: One isn't.
-    """
+    """A record whose fields fit `CachedEngine`."""
     for name in ("refit_s", "rebuild_s"):
         if getattr(record, name) is not None:
             check.number(name, getattr(record, name), 0, math.inf)

@@ -24,12 +24,7 @@ _MOST_SAMPLES = 16
 
 
 def trial_inputs(inputs: Mapping[str, tuple[str, tuple[int | str | None, ...]]], most: int) -> Array:
-    """Inputs for the check: fixed noise, one sample more than fits into a batch, or 17; zeros for tokens.
-
-    Args:
-        inputs: The model's inputs, as a session names them.
-        most: The most samples that the engine takes at once.
-    """
+    """Inputs for the check: fixed noise, one sample more than fits into a batch of `most`, or 17; zeros for tokens."""
     kind, shape = inputs[step_contract.X]
     sizes = [d if isinstance(d, int) else 1 for d in shape[1:]]
     noise = keyed(0, "engine").standard_normal((min(most, _MOST_SAMPLES) + 1, *sizes))
@@ -46,13 +41,7 @@ def answers(session: Runs, x: Array) -> Array:
 def deviation(found: Array, expected: Array, tolerance: float) -> float:
     """How far an engine's answers are from onnxruntime's, relative to 1 plus the largest of those.
 
-    Args:
-        found: The engine's answers.
-        expected: Those of onnxruntime.
-        tolerance: The most that they may differ.
-
-    Raises:
-        WrongOutputError: They differ by more, in shape, or are not finite.
+    Raises `WrongOutputError` if by more than `tolerance`, in shape, or they are not finite.
     """
     if found.shape != expected.shape:
         raise WrongOutputError(

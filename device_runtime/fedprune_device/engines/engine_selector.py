@@ -38,13 +38,10 @@ REFIT, REBUILD, BUILD = "refit", "rebuild", "build"
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A model for which an engine is wanted.
+    """A model for which an engine is wanted, by its folder and the sha256 of its weights.
 
-    Attributes:
-        predictor: The float32 model in onnxruntime, on the CPU: the measure of the engine, and what answers when an
-            engine fails.
-        folder: Holds its graph and weights.
-        weights: sha256 of the weights.
+    `predictor` is the float32 model in onnxruntime, on the CPU: the engine's reference, and its replacement when it
+    fails.
     """
 
     predictor: Predictor
@@ -53,11 +50,7 @@ class EngineRequest:
 
     @classmethod
     def serving(cls, predictor: Predictor, folder: Path, record: Serving, threads: int = 1) -> EngineRequest:
-        """The active model. Engines are measured by its float32 version, also where a lower precision serves.
-
-        Raises:
-            ModelError: The float32 model can't be loaded.
-        """
+        """The active model. Engines are measured by its float32 version, also where a lower precision serves."""
         return cls(Predictor(folder, threads=threads) if record.lowered else predictor, folder, record.weights)
 
 
@@ -74,18 +67,10 @@ class _Job:
 
 
 class EngineSelector:
-    """Keeps an engine for the model that serves. Nothing that goes wrong with engines goes further than its `status`.
+    """Keeps an engine for the model that serves. Errors of engines only change its `status`.
 
-    Args:
-        root: The folder of engines.
-        plan: How they are built.
-        find: Finds TensorRT.
-        where: Gives the platform, from TensorRT's bindings.
-
-    Attributes:
-        status: What answers predictions, and why, in a few words.
-        facts: Numbers of the engine that answers: how it was made, seconds, deviation, latency; empty without one.
-        error: Why there is no engine, once that is so; else None.
+    `status` describes what answers predictions, and why; `facts` are numbers of the engine that answers (how it was
+    made, seconds, deviation, latency); `error` is why there is none, once that is so.
     """
 
     def __init__(
@@ -119,24 +104,19 @@ class EngineSelector:
         return "" if self._job is None else self._job.making.progress
 
     def want(self, wanted: EngineRequest, *, anew: bool = False) -> None:
-        """Ask for an engine for a model; `turn` does the rest. What was wanted before no longer is.
+        """Request an engine for a model in place of the last request; `turn` does the rest.
 
-        Args:
-            wanted: The model.
-            anew: Whether to make one even if there is one, and whatever failed before.
+        With `anew` one is made even if there is one, and whatever failed before.
         """
         self.close()
         self._wanted, self._anew, self.error = wanted, anew, None
         self.status, self.facts = "onnxruntime (an engine is being made)", {}
 
     def turn(self) -> CheckedSession | None:
-        """Go on without waiting for a child process.
+        """Go on without waiting for a child process; returns what answers from now on, once there is a good engine.
 
-        What this process must do itself, the caller waits for: to find CUDA and TensorRT and predict the samples of the
-        check on the processor, when it begins, and to load an engine and try it. For a large model that takes seconds.
-
-        Returns:
-            What answers from now on, once there is a good engine; else None, and onnxruntime answers.
+        The caller waits for what this process must do itself: find CUDA and TensorRT, predict the samples of the check
+        on the processor, load an engine and try it. For a large model that takes seconds.
         """
         wanted = self._wanted
         if wanted is None:
@@ -282,9 +262,9 @@ class EngineSelector:
         return answering
 
     def _failed(self, wanted: EngineRequest, found: Bindings, job: _Job, error: EngineError, *, tried: bool) -> None:
-        """What takes new weights, or has taken them, may be wrong where a plain engine is right: build one.
+        """Build a plain engine where one that takes new weights, or has taken them, may be wrong.
 
-        What a child process has tried and this one has no memory for is no error: no other way would help.
+        If a child has tried it and this process has no memory for it, that is no error: no other way would help.
         """
         self._job = None
         wrong = isinstance(error, WrongOutputError)
@@ -323,13 +303,7 @@ class EngineSelector:
 
 
 class CheckedSession:
-    """An engine that answers, and onnxruntime behind it for the day when it doesn't.
-
-    Args:
-        engine: The engine.
-        predictor: The same model in onnxruntime.
-        selector: Told when the engine fails.
-    """
+    """An engine that answers, with onnxruntime in reserve for when it fails."""
 
     def __init__(self, engine: Engine, predictor: Predictor, selector: EngineSelector) -> None:
         self.inputs, self.outputs = predictor.session.inputs, predictor.session.outputs

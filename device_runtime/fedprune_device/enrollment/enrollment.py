@@ -1,8 +1,8 @@
-"""How a board becomes a member of its fleet, and stays one: it joins with a claim or waits for approval, and renews.
+"""How a board becomes a member of its fleet and stays one: it joins with a claim or waits for approval, and renews.
 
-It asks on a connection of its own that needs no certificate. What is said there is no secret and proves itself, so
-whoever is in between can only keep it from being said. A user and a password of the broker are secrets: they go to a
-broker alone that has proved who it is.
+It asks on a connection of its own that needs no certificate. Its messages contain no secret and are signed, so an
+attacker in between can only block them. A user and a password of the broker are secrets: they go only to a broker that
+has proved its identity.
 """
 
 from __future__ import annotations
@@ -44,10 +44,8 @@ _SPREAD_S = 10.0
 
 
 def join_urls(broker: str) -> list[str]:
-    """Where a board can ask to be let in that is to use this broker, likeliest first.
-
-    Raises:
-        ConfigError: It is no URL.
+    """Where a board that is to use this broker can ask to join, likeliest first; raises `ConfigError` if it isn't a
+    URL.
     """
     url = BrokerUrl.parse(broker)
     if not url.tls or url.port != _MEMBERS_PORT:
@@ -62,24 +60,13 @@ class ForeignAnswerError(JoinError):
 
 @dataclass(frozen=True)
 class JoinRoute:
-    """How to ask.
-
-    Attributes:
-        url: The broker's.
-        tls: TLS to it.
-    """
-
     url: str
     tls: Callable[[], ssl.SSLContext]
 
 
 def join_routes(identity: DeviceIdentity, urls: Sequence[str], authority: Path | None) -> list[JoinRoute]:
-    """How a board can ask to be let in, likeliest first.
-
-    Args:
-        identity: The board's.
-        urls: Where.
-        authority: Who vouches for the broker; by default the fleet's own authority, once the board knows it.
+    """The brokers and TLS settings to ask over, likeliest first. By default the fleet's own authority vouches for them,
+    once it is known.
     """
     if not identity.joined and authority is None:
         return [JoinRoute(BrokerUrl.parse(url).bare, unpinned_context) for url in urls]
@@ -105,22 +92,9 @@ def enrol(
 ) -> Admission:
     """Ask until an answer comes; afterwards the identity has `joined`.
 
-    Args:
-        identity: The board's.
-        urls: Where to ask, in this order; the next one if a connection isn't answered.
-        claim: Lets it in at once.
-        pin: Of the authority, where there is no claim.
-        authority: Who vouches for the broker; by default the fleet's own authority, once the board knows it, and
-            before that nobody.
-        patience_s: Seconds after which to give up; None for never. Waiting for approval counts.
-        stopped: Ends it, too.
-        tell: Takes what an operator should read.
-
-    Raises:
-        IdentityError: There is neither claim nor pin.
-        JoinError: The server refuses, or all answers in time were another's.
-        BrokerError: No answer came in time, or it was stopped.
-        StorageError: The disk fails or is full.
+    Without a claim, `pin` must be that of the fleet's authority, and an operator must approve. `patience_s` limits the
+    whole wait; None waits for ever. Raises `IdentityError` without claim and pin, `JoinError` if the server refuses or
+    every answer was foreign, `BrokerError` if no answer came in time or it was stopped.
     """
     known = claim.pin if claim is not None else pin
     if known is None:
@@ -160,11 +134,8 @@ def _asked(
     stopped: threading.Event,
     tell: Callable[[str], None],
 ) -> Admission:
-    """Ask over one broker until it is settled, or time is up.
-
-    Raises:
-        BrokerError: It isn't there, or time is up.
-        ForeignAnswerError: Time is up, and what was answered wasn't the server's.
+    """Ask over one broker until it is settled or time is up (`BrokerError`; `ForeignAnswerError` if the answers weren't
+    the server's).
     """
     request, topics, told = identity.request(claim), Topics(identity.site), False
     doubt: ProtocolError | None = None
@@ -209,17 +180,10 @@ def _asked(
 
 
 class Renewal:
-    """Asks for a new certificate when it is time, beside what the board does; at the next connection it counts.
+    """Requests a new certificate in time, in a thread; it counts from the next connection.
 
-    It is time, too, when the server has named another authority than the certificate's, and when the broker hasn't let
-    the board in for a while, at most once a day: a board that lay in a drawer doesn't know what time it is.
-
-    Args:
-        identity: The board's; it has joined.
-        urls: Where to ask.
-        connected: Whether the board is connected.
-        authority: Who vouches for the broker; the fleet's own authority by default.
-        clock: Seconds that only grow.
+    It is also requested when the server has named another authority than the certificate's, and at most once a day
+    while the broker refuses the board, because the clock of a board that was switched off may be wrong.
     """
 
     def __init__(
@@ -269,11 +233,7 @@ class Renewal:
         return self._clock() - self._renewed_at >= _DAY_S
 
     def renew(self, patience_s: float = _PATIENCE_S) -> None:
-        """Ask for a new certificate.
-
-        Raises:
-            FedpruneError: No new certificate came; the old one stays.
-        """
+        """Request a new certificate; if none comes, an error is raised and the old one stays."""
         enrol(
             self._identity, self._urls, None, self._identity.pins[0], authority=self._authority,
             patience_s=patience_s, stopped=self._stopped, tell=_LOG.debug,
@@ -283,12 +243,6 @@ class Renewal:
 
 
 def read_claim(path: Path) -> Claim:
-    """A claim from a file.
-
-    Raises:
-        IdentityError: It can't be read.
-        JoinError: It is not a claim, or holds several.
-    """
     try:
         return one_claim(path.read_text(encoding="ascii"), str(path))
     except OSError as error:
@@ -298,15 +252,7 @@ def read_claim(path: Path) -> Claim:
 
 
 def one_claim(text: str, where: str) -> Claim:
-    """The claim in a text.
-
-    Args:
-        text: The text.
-        where: What holds it, for messages.
-
-    Raises:
-        JoinError: It is not a claim, or holds several.
-    """
+    """The claim in a text that `where` names in messages; raises `JoinError` if it is not exactly one claim."""
     count = sum(line.strip().upper().startswith(PREFIX) for line in text.splitlines())
     if count > 1:
         raise JoinError(

@@ -30,16 +30,7 @@ _PATIENCE_S = 60.0
 
 @dataclass(frozen=True)
 class Membership:
-    """A board's place in a fleet.
-
-    Attributes:
-        site: The fleet's site.
-        device: The board's name.
-        broker: The broker's URL.
-        urls: Where to ask to be let in.
-        authority: Who vouches for the broker; None for the fleet's own authority.
-        identity: The board's; None where it does without, on its server's machine.
-    """
+    """A board's place in a fleet. `identity` is None where the board works without one, on its server's machine."""
 
     site: str
     device: str
@@ -49,15 +40,7 @@ class Membership:
     identity: DeviceIdentity | None
 
     def connection(self, next_session: Callable[[], int]) -> Connection:
-        """The connection to the server, not started yet.
-
-        Args:
-            next_session: Numbers each connection to the broker.
-
-        Raises:
-            IdentityError: The board hasn't joined, or a file of its identity is damaged.
-            StorageError: A file of its identity can't be read.
-        """
+        """The connection to the server, not started yet; raises `IdentityError` if the board hasn't joined."""
         identity = self.identity
         if identity is None:
             channel = Channel(self.device, self.site)
@@ -76,13 +59,9 @@ class Membership:
         return Connection(link, channel)
 
     def web_context(self) -> ssl.SSLContext:
-        """TLS with web servers that have blobs: whom the system trusts, the fleet's authority and `authority` vouch.
+        """TLS with web servers that have blobs, by the system's authorities, the fleet's authority and `authority`.
 
-        A board shows them its certificate, if they ask for one.
-
-        Raises:
-            ConfigError: The file of authorities can't be used.
-            IdentityError: The board hasn't joined, or a file of its identity is damaged.
+        A board presents its certificate if they request one.
         """
         if self.identity is None:
             return tls_context()
@@ -103,16 +82,8 @@ class Membership:
 
 
 def membership(arguments: argparse.Namespace, *, insecure: bool = False) -> Membership:
-    """The place in a fleet that options name.
-
-    Args:
-        arguments: The options of `run` or `join` (`cli.options.add_membership`).
-        insecure: Do without an identity.
-
-    Raises:
-        ConfigError: No broker is named, or one that is not on this machine is to be used without TLS.
-        IdentityError: The identity is damaged.
-        StorageError: The disk fails or is full.
+    """The place in a fleet that the options of `cli.options.add_membership` name. Raises `ConfigError` if no broker is
+    named, or a remote one is to be used without TLS.
     """
     urls = checked_urls(arguments, insecure=insecure)
     identity = None
@@ -122,15 +93,8 @@ def membership(arguments: argparse.Namespace, *, insecure: bool = False) -> Memb
 
 
 def checked_urls(arguments: argparse.Namespace, *, insecure: bool = False) -> tuple[str, ...]:
-    """Where to ask to be let in; nothing is written yet.
-
-    Args:
-        arguments: The options of `run` or `join` (`cli.options.add_membership`).
-        insecure: Do without an identity.
-
-    Raises:
-        ConfigError: No broker is named, or one that is not on this machine is to be used without TLS or identity;
-            or the file of authorities can't be used.
+    """Where to ask to join; nothing is written yet. Raises `ConfigError` if no broker is named, or a remote one is to
+    be used without TLS or identity, or the file of authorities is invalid.
     """
     if not arguments.broker:
         raise ConfigError("no broker is given", hint="Use --broker mqtts://host or set FEDPRUNE_BROKER.")
@@ -161,23 +125,9 @@ def join_first(
     patient: bool,
     stopped: threading.Event | None = None,
 ) -> bool:
-    """Join, if this board hasn't yet; the file of its claim is deleted then.
+    """Join, if this board hasn't yet, and delete the file of its claim; False only if it was stopped.
 
-    Args:
-        member: As whom.
-        arguments: The options of `run` or `join` (`cli.options.add_membership`).
-        pin: Of the server's authority, where there is no claim.
-        patient: Wait as long as it takes.
-        stopped: Ends the waiting.
-
-    Returns:
-        Whether it is a member now; it isn't only if it was stopped.
-
-    Raises:
-        IdentityError: There is neither claim nor pin.
-        JoinError: The server refuses, or the claim is invalid.
-        BrokerError: No answer comes.
-        StorageError: The disk fails or is full.
+    `pin` is that of the server's authority, where there is no claim. Raises as `enrol` does.
     """
     identity, kept = member.identity, arguments.state / CLAIM
     if identity is None:

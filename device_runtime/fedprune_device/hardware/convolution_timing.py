@@ -36,16 +36,10 @@ _ENOUGH = 0.008
 def measure_forms(
     threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_counter, block: int | None = None
 ) -> FormTimes:
-    """Time the forms.
+    """Time the forms within `seconds`; the first shape is always measured, and a measurement that began is finished.
 
-    Args:
-        threads: Threads inside an operator.
-        seconds: Time for all of it; what has begun is finished, and the first shape is always measured.
-        clock: Seconds that only grow.
-        block: Channels that convolutions compute at once here; found by default, 0 for standard operators alone.
-
-    Raises:
-        ModelError: The graphs of standard operators don't run.
+    `block` is the number of channels that convolutions compute at once here; found by default, 0 for standard
+    operators.
     """
     files = _files()
     index: dict[str, Any] = json.loads(files["index.json"])
@@ -67,13 +61,7 @@ def measure_forms(
 
 
 def remembered_forms(path: Path, about: str, make: Callable[[], FormTimes]) -> FormTimes:
-    """The times of an earlier start, as long as nothing has changed that they depend on.
-
-    Args:
-        path: Where they are kept; nothing is kept where the folder isn't there yet.
-        about: What they depend on: board, versions, threads.
-        make: Measures.
-    """
+    """The times of an earlier start, valid while `about` (board, versions, threads) stays the same."""
     return remembered(path, about, _archive(), "forms", FormTimes.from_dict, make)
 
 

@@ -52,15 +52,10 @@ def remembered(
     read: Callable[[Any], _Measured],
     make: Callable[[], _Measured],
 ) -> _Measured:
-    """The measurement of an earlier start, as long as nothing has changed that it depends on.
+    """The measurement of an earlier start, valid while `about` (board, versions, threads) and the graphs stay the same.
 
-    Args:
-        path: Where it is kept; nothing is kept where the folder isn't there yet.
-        about: What it depends on: board, versions, threads.
-        asset: The graphs that are measured; it depends on these, too.
-        key: What it is called in the file.
-        read: Reads it from plain JSON types, and raises a `ProfileError` where they are damaged.
-        make: Measures.
+    Nothing is kept where `path`'s folder doesn't exist yet. `read` parses it, and raises `ProfileError` if it is
+    damaged.
     """
     depends = f"{about} {hashlib.sha256(asset).hexdigest()}"
     try:
@@ -132,16 +127,7 @@ class LayerNets:
 
 
 def measure(threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_counter) -> list[Measurement]:
-    """Time the nets' training steps and predictions.
-
-    Args:
-        threads: Threads inside an operator.
-        seconds: Time for all of it; points are left out where it doesn't suffice, but one per net.
-        clock: Seconds that only grow.
-
-    Raises:
-        ModelError: The shipped graphs don't run.
-    """
+    """Time the nets' training steps and predictions, at least one point per net, others while `seconds` last."""
     nets = LayerNets()
     began, found = clock(), list[Measurement]()
     end = began + seconds
@@ -157,26 +143,13 @@ def measure(threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_co
 def measure_table(
     threads: int = 1, seconds: float = 10.0, rate: float | None = None, clock: Clock = time.perf_counter
 ) -> LatencyTable:
-    """The table of this board, see `measure`.
-
-    Args:
-        threads: Threads inside an operator.
-        seconds: Time for the measurements.
-        rate: FLOP/s of the reference net's training step, if known.
-        clock: Seconds that only grow.
-    """
+    """The table of this board, see `measure`. `rate` is FLOP/s of the reference net's training step, if known."""
     measured = measure(threads, seconds, clock)
     return fitted(measured, rate) if rate else fitted(measured)
 
 
 def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -> LatencyTable:
-    """The table of an earlier start, as long as nothing has changed that it depends on.
-
-    Args:
-        path: Where it is kept; nothing is kept where the folder isn't there yet.
-        about: What it depends on: board, versions, threads.
-        make: Measures.
-    """
+    """The table of an earlier start, see `remembered`."""
     return remembered(path, about, _archive(), "latency", LatencyTable.from_dict, make)
 
 
@@ -242,13 +215,7 @@ def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> T
 
 
 def median_seconds(run: Callable[[], object], clock: Clock, enough: float = _ENOUGH) -> float:
-    """Seconds of a run, without the first, which allocates; slow boards run but once more.
-
-    Args:
-        run: What is timed.
-        clock: Seconds that only grow.
-        enough: Seconds of all runs after which there are enough of them.
-    """
+    """Seconds of a run, without the first, which allocates; slow boards run only once more."""
     began = clock()
     run()
     least = 1 if clock() - began > _LONG else _MIN_RUNS

@@ -1,7 +1,7 @@
 """The probe: what a board is and how fast it trains, measured on the board itself.
 
-A profile is a promise; a board may have a slower edition of its processor, less memory, a bad cooler. The probe runs
-what a round would run, graphs from the compiler: two seconds of a reference net, some more of nets of all kinds.
+Boards differ from their profile: a slower edition of the processor, less memory, a bad cooler. The probe runs what a
+round would run, graphs from the compiler: two seconds of a reference net, some more of nets of all kinds.
 """
 
 from __future__ import annotations
@@ -48,24 +48,13 @@ def probe(
     runtime: str = "",
     begin: Callable[[str, float], None] = lambda what, seconds: None,
 ) -> ProbeReport:
-    """Measure this board.
+    """Measure this board: `seconds` of a reference net, half of them training, and of layers and convolutions' forms.
 
-    Args:
-        threads: Threads inside an operator.
-        seconds: Time for the measurements of speed; half of it trains, half of it predicts.
-        root: Where /proc and /sys are found.
-        layer_seconds: Time for the layers' measurements, see `hardware.layer_timing`; 0 leaves them out.
-        form_seconds: Time for the measurements of convolutions' forms, see `hardware.convolution_timing`; 0 leaves them
-            out.
-        memory_file: Where the layers' times are kept, so that the next start need not measure them again; beside it
-            those of forms.
-        runtime: onnxruntime's version; by default that which is loaded here.
-        begin: Called before each measurement that is made, with its name and about how long it takes.
+    `root` is where /proc and /sys are found. `memory_file` keeps the layers' times for the next start, and a file next
+    to it those of forms. `runtime` is onnxruntime's version; by default that which is loaded. `begin` gets each
+    measurement's name and about how long it takes.
 
-    Raises:
-        MissingExtraError: onnxruntime is not installed.
-        RuntimeUnavailableError: onnxruntime is installed, but can't be loaded here.
-        ModelError: The shipped graphs don't run.
+    Raises `MissingExtraError` or `RuntimeUnavailableError` if onnxruntime is missing or can't be loaded.
     """
     began = time.monotonic()
     runtime = runtime or onnxruntime_version()
@@ -110,9 +99,6 @@ def process_memory() -> int | None:
     """Bytes that this process holds, onnxruntime with a loaded graph included; None where the kernel doesn't report it.
 
     Much of a library is read only once it is used: a small training graph is loaded first.
-
-    Raises:
-        ModelError: The shipped graph can't be loaded.
     """
     graph = resources.files("fedprune_device") / "assets" / "probe_training.onnx"
     Session(graph.read_bytes(), training=True)

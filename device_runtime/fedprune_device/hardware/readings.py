@@ -21,11 +21,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def facts(root: Path = Path("/")) -> Facts:
-    """Read what identifies this board; what can't be read stays empty.
-
-    Args:
-        root: Where /proc, /sys and /etc are found.
-    """
+    """What identifies this board; what can't be read stays empty."""
     total, _ = memory(root)
     entries = _text(root / "proc/device-tree/compatible").split("\0")
     return Facts(
@@ -38,11 +34,7 @@ def facts(root: Path = Path("/")) -> Facts:
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
-    """Bytes of main memory, in all and available; a control group's limit counts as memory.
-
-    Args:
-        root: Where /proc and /sys are found.
-    """
+    """Bytes of main memory, in all and available; a control group's limit counts as memory."""
     rows = dict(line.partition(":")[::2] for line in _text(root / "proc/meminfo").splitlines())
     total, available = (int((rows.get(k, "").split() or ["0"])[0]) * 1024 for k in ("MemTotal", "MemAvailable"))
     limit = _text(root / "sys/fs/cgroup/memory.max")
@@ -54,22 +46,16 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def board(root: Path = Path("/")) -> str:
-    """The board's model from the device tree; empty without one.
-
-    Args:
-        root: Where /proc is found.
-    """
+    """The board's model from the device tree; empty without one."""
     return _text(root / "proc/device-tree/model").rstrip("\0")[:200]
 
 
 def clock_hz(root: Path = Path("/")) -> int | None:
     """The highest clock of any core, from the kernel and not from the board's name.
 
-    (A 1.25 GHz edition of the Raspberry Pi 4 looks like the others:
-    https://github.com/geerlingguy/sbc-reviews/issues/110.)
+    (A 1.25 GHz edition of the Raspberry Pi 4 looks like the others: https:
 
-    Args:
-        root: Where /proc and /sys are found.
+    github.com/geerlingguy/sbc-reviews/issues/110.)
     """
     files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq")
     found = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]
@@ -81,11 +67,7 @@ def clock_hz(root: Path = Path("/")) -> int | None:
 
 
 def temperature_c(root: Path = Path("/")) -> float | None:
-    """The hottest thermal zone of the processor, else of the board; None where nothing can be read.
-
-    Args:
-        root: Where /sys is found.
-    """
+    """The hottest thermal zone of the processor, else of the board; None where nothing can be read."""
     zones: dict[bool, list[float]] = {True: [], False: []}
     for zone in (root / "sys/class/thermal").glob("thermal_zone*"):
         text = _text(zone / "temp")
@@ -95,11 +77,7 @@ def temperature_c(root: Path = Path("/")) -> float | None:
 
 
 def throttled(root: Path = Path("/")) -> bool:
-    """Whether the kernel reports that heat or low voltage slows the board down now.
-
-    Args:
-        root: Where /sys is found.
-    """
+    """Whether the kernel reports that heat or low voltage slows the board down now."""
     firmware = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled").removeprefix("0x")
     try:
         # Bits 0 to 3 of a Raspberry Pi's firmware: low voltage, clock capped, throttled, soft temperature limit.
@@ -117,11 +95,9 @@ def throttled(root: Path = Path("/")) -> bool:
 def firmware_flags(root: Path = Path("/")) -> int:
     """The faults that a Raspberry Pi's firmware reports, now and since boot (`get_throttled`); 0 on other boards.
 
-    Bits 0 to 3: low voltage, clock capped, throttled, soft temperature limit; bits 16 to 19 the same since boot
-    (https://www.raspberrypi.com/documentation/computers/os.html#vcgencmd).
+    Bits 0 to 3: low voltage, clock capped, throttled, soft temperature limit; bits 16 to 19 the same since boot (https:
 
-    Args:
-        root: Where /sys is found.
+    www.raspberrypi.com/documentation/computers/os.html#vcgencmd).
     """
     path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
     try:
@@ -131,11 +107,7 @@ def firmware_flags(root: Path = Path("/")) -> int:
 
 
 def power_mode(root: Path = Path("/")) -> int | None:
-    """The number of a Jetson's power mode, as nvpmodel keeps it; None on other boards.
-
-    Args:
-        root: Where /var is found.
-    """
+    """The number of a Jetson's power mode, as nvpmodel keeps it; None on other boards."""
     try:
         text = (root / "var/lib/nvpmodel/status").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -145,11 +117,7 @@ def power_mode(root: Path = Path("/")) -> int | None:
 
 
 def condition(root: Path = Path("/")) -> str:
-    """The board's condition in a few words, for a log.
-
-    Args:
-        root: Where /sys and /var are found.
-    """
+    """The board's condition in a few words, for a log."""
     found, flags, mode = temperature_c(root), firmware_flags(root), power_mode(root)
     parts = ["temperature unknown" if found is None else f"{found:.0f} °C"]
     parts += ["slowed down"] if throttled(root) else []

@@ -54,11 +54,8 @@ class RuntimeProcess:
         self.close()
 
     def check(self) -> str:
-        """Load onnxruntime there, and return its version.
-
-        Raises:
-            MissingExtraError: It is not installed.
-            RuntimeUnavailableError: It crashes, fails or hangs.
+        """Load onnxruntime there, and return its version; raises `RuntimeUnavailableError` if it crashes, fails or
+        hangs.
         """
         if self._process is None:
             self._memory = memory()[0], memory()[1] + own_memory()
@@ -66,15 +63,7 @@ class RuntimeProcess:
         return self._version
 
     def check_model(self, serving: Path | None = None) -> None:
-        """Check that a small graph and the active model compute what they should.
-
-        Args:
-            serving: The folder of the models that serve, if there is one.
-
-        Raises:
-            MissingExtraError: onnxruntime is not installed.
-            RuntimeUnavailableError: It can't be loaded or computes wrong results.
-        """
+        """Check that a small graph and the active model in the folder `serving` compute correct results."""
         self._ask({"check": None if serving is None else str(serving)}, _CHECK_S, "a small graph")
 
     def probe(
@@ -89,10 +78,6 @@ class RuntimeProcess:
         """Measure the board (`fedprune_device.hardware.probe.probe`).
 
         The available memory is what this process and the system had free when the other one was started.
-
-        Raises:
-            MissingExtraError: onnxruntime is not installed.
-            RuntimeUnavailableError: It can't be loaded here, or the measurements fail.
         """
         settings = {
             "threads": threads,
@@ -177,11 +162,7 @@ class RuntimeProcess:
         return answer.get("answer")
 
     def _answer(self, seconds: float) -> dict[str, Any] | None:
-        """The next answer; None if the process has ended.
-
-        Raises:
-            TimeoutError: No answer came in time.
-        """
+        """The next answer, None if the process has ended; raises `TimeoutError`."""
         until, pending = time.monotonic() + seconds, b""
         pipe = None if self._process is None else self._process.stdout
         while pipe is not None:

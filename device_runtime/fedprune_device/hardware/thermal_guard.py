@@ -23,19 +23,8 @@ _LOOK_S = 5.0
 class ThermalGuard:
     """Pauses training between two steps while the board is too hot or its voltage too low.
 
-    Args:
-        hot_c: Temperature in °C at which training waits.
-        cool_c: Below which it goes on; less than `hot_c`, so that it doesn't flutter.
-        root: Where /sys is found.
-        clock: Seconds that only grow.
-        sleep: Sleeps, in seconds.
-
-    Attributes:
-        waiting: Why training waits now; empty while it doesn't.
-        waited: Seconds that it has waited in all.
-
-    Raises:
-        ConfigError: The limits don't make sense.
+    Training waits from `hot_c` °C on until it is below `cool_c`. `waiting` is the reason for the current pause, empty
+    without one; `waited` are the seconds in all.
     """
 
     def __init__(
@@ -60,14 +49,7 @@ class ThermalGuard:
         self.waited = 0.0
 
     def pause(self, stop: Callable[[], bool]) -> bool:
-        """Wait while the board needs it; asked between two training steps.
-
-        Args:
-            stop: Whether training is to end, wait or no wait.
-
-        Returns:
-            The last value of `stop`.
-        """
+        """Wait while the board needs it, unless `stop` returns True; returns its last value."""
         now = self._clock()
         if now < self._next:
             return stop()

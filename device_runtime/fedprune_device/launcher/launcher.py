@@ -43,12 +43,8 @@ sys.exit(getattr(import_module(module), function)())
 
 @dataclass(frozen=True)
 class SlotExit:
-    """How a release that was started ended.
-
-    Attributes:
-        reason: In words.
-        code: The launcher's exit code, if it ends with the release.
-        asked: Whether the launcher was asked to stop.
+    """How a release that was started ended: the reason, the launcher's exit code if it ends with the release, and
+    whether the launcher was asked to stop.
     """
 
     reason: str
@@ -59,12 +55,7 @@ class SlotExit:
 def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
     """Choose the slot to start. An attempt of a trial is counted on the disk when this returns.
 
-    Returns:
-        The slot, its record, and the state, whose phase is `TRIAL` if the slot is on trial.
-
-    Raises:
-        DamagedError: Nothing can be started.
-        OSError: The disk fails.
+    The state's phase is `TRIAL` if the slot is on trial. Raises `DamagedError` if nothing can be started.
     """
     with home.changing():
         state = home.load()
@@ -104,13 +95,7 @@ def decide(home: SlotStore) -> tuple[str, SlotRecord, LauncherState]:
 def launch(home: SlotStore, run: Callable[[str, SlotRecord, LauncherState | None], SlotExit]) -> int:
     """Start the slot that `decide` chooses, and after a failed trial the next one; returns the exit code.
 
-    Args:
-        home: The slots.
-        run: Starts a slot and returns when it has ended. A slot on trial gets the state, whose deadline it keeps.
-
-    Raises:
-        DamagedError: Nothing can be started.
-        OSError: The disk fails.
+    `run` starts a slot and returns when it has ended; a slot on trial gets the state, whose deadline it keeps.
     """
     while True:
         slot, record, state = decide(home)

@@ -49,11 +49,6 @@ def starting(what: str, tell: Callable[[str], object] = notify, again: float = _
 
     The manager isn't told that the service is ready, because its watchdog would begin to count. After the body the
     start has nearly `START_S` seconds again.
-
-    Args:
-        what: What the start waits for.
-        tell: Sends to the service manager.
-        again: Seconds between two messages.
     """
     with repeating(lambda: tell(f"{status(what)}\n{more_time(START_S)}"), again, "fedprune-starting"):
         yield

@@ -83,8 +83,7 @@ class SlotStore:
         """The key that must have signed what is started; None if the board has none and slots are only checked for
         damage.
 
-        Raises:
-            DamagedError: Its file can't be read or is invalid.
+        Raises `DamagedError` if its file is invalid.
         """
         path = self.root / KEY
         try:
@@ -122,11 +121,7 @@ class SlotStore:
             _write(self.folder / name, asdict(state))
 
     def record(self, slot: str) -> SlotRecord:
-        """The record of a slot.
-
-        Raises:
-            DamagedError: Nothing is installed there, or the record is damaged.
-        """
+        """The record of a slot; raises `DamagedError` if nothing is installed there, or the record is damaged."""
         body = _read(self.folder / f"{slot}.json")
         try:
             files = {str(path): (str(sha256), int(size)) for path, (sha256, size) in body["files"].items()}
@@ -154,15 +149,10 @@ class SlotStore:
         _sync(self.folder)
 
     def whole(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> SlotRecord:
-        """A slot's record, if the server signed it, every file matches it and no other file exists.
+        """A slot's record, if the server (or `key`) signed it, every file matches it and no other file exists.
 
-        Args:
-            slot: The slot.
-            from_disk: Read synced files from the disk instead of the page cache, which hides write errors.
-            key: The key that must have signed it (default: the installed one).
-
-        Raises:
-            DamagedError: The first error that was found.
+        `from_disk` reads synced files from the disk instead of the page cache, which hides write errors. Raises
+        `DamagedError`.
         """
         record, folder = self.record(slot), self.root / slot
         key = self.key() if key is None else key
@@ -181,8 +171,7 @@ class SlotStore:
     def recover(self) -> LauncherState:
         """A state in place of a lost one. The lower number is the stable slot's, since the other may never have run.
 
-        Raises:
-            DamagedError: No slot is whole.
+        Raises `DamagedError` if no slot is whole.
         """
         versions = {}
         for slot in SLOTS:
@@ -213,13 +202,7 @@ def files_digest(files: Mapping[str, tuple[str, int]]) -> str:
 
 
 def successors(key: bytes, site: str, successions: Iterable[str]) -> list[bytes]:
-    """A key and those that replaced it, each signed by the one before.
-
-    Args:
-        key: The trusted key.
-        site: The fleet's name.
-        successions: The oldest first, as hex; the first invalid one ends the list.
-    """
+    """A key and those that replaced it, each signed by the one before: oldest first, up to the first invalid one."""
     found = [key]
     for text in islice(successions, _MOST_SUCCESSIONS):
         try:

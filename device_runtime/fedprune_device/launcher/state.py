@@ -28,13 +28,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class UpdateOutcome:
-    """How the last update ended, for the server.
-
-    Attributes:
-        version: The release's number.
-        result: `COMMITTED` or `ROLLED_BACK`.
-        reason: Why it was rolled back; else empty.
-    """
+    """How the last update ended, for the server: `COMMITTED`, or `ROLLED_BACK` for a reason."""
 
     version: int
     result: str
@@ -108,11 +102,7 @@ class LauncherState:
 
     @classmethod
     def read(cls, body: Any) -> LauncherState:
-        """Check a state that was read.
-
-        Raises:
-            DamagedError: It is invalid.
-        """
+        """Check a state that was read; raises `DamagedError`."""
         try:
             made = cls(**{**body, "outcome": UpdateOutcome(**body["outcome"]) if body["outcome"] else None})
             numbers = (made.left, made.highest, made.sequence)

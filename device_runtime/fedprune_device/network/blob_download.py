@@ -32,17 +32,7 @@ class LeafReuse:
         self._store = store
 
     def lend(self, partial: PartialBlob) -> int:
-        """Copy what a blob that is to arrive lacks and another one has.
-
-        Args:
-            partial: The blob, which has its leaf table.
-
-        Returns:
-            How many leaves were copied.
-
-        Raises:
-            StorageError: The disk is full, or can't be written.
-        """
+        """Copy what a blob lacks and another one has; returns the number of leaves."""
         table, missing = partial.table or b"", dict[bytes, list[int]]()
         for index, present in enumerate(partial.present):
             if not present:
@@ -80,30 +70,16 @@ _SHARED_LEAVES = 8
 
 
 class BlobDownloads:
-    """Parallel pulls of what a device lacks for an offer.
+    """Parallel downloads of what a device lacks for an offer.
 
-    An offer with slabs is one whose blobs other devices pull, too: this device then listens where the server publishes
-    them to all, takes what the others asked for, and makes its weights of the slabs. Whatever goes wrong with that, it
-    pulls its weights whole, on its own topic. Weights that can be decoded from something shorter it has in that way
-    before all others; they are decoded where they are used.
+    Other devices download an offer's slabs, too: this device then listens on the shared topics, takes what the others
+    requested, and makes its weights of the slabs. If anything fails, it downloads its weights whole, on its own topic.
+    Weights that can be decoded from something shorter are downloaded in that form first, unless `plainly`; they are
+    decoded where they are used.
 
-    Args:
-        store: Where the blobs end up; what is there of them already is not asked for again.
-        offer: The offer.
-        now: The time, on the same clock as later calls.
-        limit: How many leaves a chunk may hold, as far as is known.
-        answers: How long the server's answers take, as far as is known.
-        slabs: Whether to make the weights of slabs, if the offer has any.
-        shared: Whether shared topics can be heard.
-        plainly: Whether weights are pulled as they are, though they could be decoded.
-
-    Attributes:
-        deaf: Whether nothing came on a shared topic in time.
-
-    Raises:
-        StorageFullError: There is no room for them.
-        StorageError: The disk fails.
-        ProtocolError: A reference contradicts itself.
+    `limit` is the number of leaves that a chunk may hold, `answers` how long the server's answers take. `deaf`: nothing
+    came on a shared topic in time. Raises `StorageFullError` if there is no room, `ProtocolError` if a reference
+    contradicts itself.
     """
 
     def __init__(
@@ -190,16 +166,10 @@ class BlobDownloads:
         return [want for p in self._pulls.values() if not p.done for want in p.remind(now)]
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool = False) -> list[BlobRequest]:
-        """Take in a chunk; those of other blobs are ignored.
+        """Record a chunk, which may have come on a `shared` topic, and return further requests; other blobs' chunks are
+        ignored.
 
-        Args:
-            chunk: The chunk.
-            now: The time.
-            shared: Whether it came on a shared topic.
-
-        Raises:
-            ProtocolError: The blob can't be had from this server.
-            StorageError: The disk fails or is full.
+        Raises `ProtocolError` if this server can't send the blob.
         """
         pull = self._pulls.get(chunk.sha256)
         if pull is None or pull.done:
@@ -218,10 +188,10 @@ class BlobDownloads:
         return [want for p in self._pulls.values() if not p.done for want in p.on_tick(now)] + self._settle(now)
 
     def gone(self, sha256: str, now: float) -> list[BlobRequest]:
-        """The server doesn't have a blob any more: without what makes the weights they are pulled whole.
+        """Note that the server doesn't have a blob any more: if the weights are made from it, they are downloaded
+        whole.
 
-        Raises:
-            ProtocolError: It can't be done without.
+        Raises `ProtocolError` if the blob is necessary.
         """
         pull = self._pulls.get(sha256)
         if pull is None or pull.done:
@@ -257,16 +227,7 @@ class BlobDownloads:
 
 
 def composed(store: BlobStore, slabs: Sequence[BlobRef]) -> bytes:
-    """The tensor file that slabs make.
-
-    Args:
-        store: Where they are.
-        slabs: Their references, in ascending order.
-
-    Raises:
-        StorageError: One is not there, or damaged.
-        BundleError: They are invalid, or don't fit each other.
-    """
+    """The tensor file that slabs, in ascending order, make; raises `BundleError` if they don't fit each other."""
     tensors = tensorfile.decode(store.read(slabs[0].sha256))
     for ref in slabs[1:]:
         tensors = compose(tensors, tensorfile.decode(store.read(ref.sha256)))

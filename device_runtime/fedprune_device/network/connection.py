@@ -24,12 +24,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 @dataclass(frozen=True)
 class Received:
-    """A message of the server.
-
-    Attributes:
-        message: The message.
-        private: Whether it came on the board's own topic and belongs to no job.
-    """
+    """A message of the server. `private`: it came on the board's own topic and belongs to no job."""
 
     message: Message
     private: bool
@@ -37,12 +32,7 @@ class Received:
 
 @dataclass(frozen=True)
 class ReceivedChunk:
-    """A piece of a blob, whose digest a message has named.
-
-    Attributes:
-        chunk: The piece.
-        shared: Whether it came on a topic that several boards listen to.
-    """
+    """A piece of a blob, whose digest a message has named. `shared`: it came on a topic of several boards."""
 
     chunk: Chunk
     shared: bool
@@ -60,20 +50,11 @@ class Channel:
         return False
 
     def seal(self, topic: str, message: Message) -> bytes:
-        """The payload for a message.
-
-        Raises:
-            StorageError: It can't be signed, because what it takes can't be written.
-        """
+        """The payload for a message; raises `StorageError` if the number to sign it with can't be written."""
         return message.to_bytes()
 
     def open(self, topic: str, payload: bytes) -> Message:
-        """The message in a payload.
-
-        Raises:
-            ProtocolError: It is not a valid message of the server.
-            StorageError: What the board must remember of it can't be written.
-        """
+        """The message in a payload; raises `ProtocolError` if it is not a valid message of the server."""
         return parse(payload)
 
     def turn(self) -> None:
@@ -89,16 +70,7 @@ class Channel:
 
 
 class Connection:
-    """What the board sends and receives.
-
-    Args:
-        link: The connection to the broker.
-        channel: Seals and opens messages.
-        clock: A monotonic clock, in seconds.
-
-    Attributes:
-        answers: How long the server's answers take.
-    """
+    """What the board sends and receives; `answers` is how long the server's answers take."""
 
     def __init__(self, link: Link, channel: Channel, clock: Callable[[], float] = time.monotonic) -> None:
         self.link, self.device, self.topics = link, channel.device, channel.topics
@@ -117,11 +89,7 @@ class Connection:
         return self._channel.birth_due
 
     def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> bool:
-        """Send a message without waiting; False if that isn't possible now.
-
-        Raises:
-            StorageError: It can't be signed, because what it takes can't be written; nothing was sent.
-        """
+        """Send a message without waiting; False if that isn't possible now. Raises `StorageError` as `Channel.seal`."""
         topic = self.topics.up(self.device, job)
         return self.link.publish(topic, self._channel.seal(topic, message), qos)
 

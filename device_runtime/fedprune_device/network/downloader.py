@@ -17,15 +17,7 @@ from fedprune_device.storage.state_directory import DeviceStore
 
 
 class Downloader:
-    """Downloads the blobs of one offer at a time. No call waits for the network.
-
-    Args:
-        store: The board's state; blobs end up there.
-        connection: The connection; listens to shared topics.
-        uplink: Sends requests.
-        max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
-        context: Gives TLS with the web servers that offers name.
-    """
+    """Downloads the blobs of one offer at a time. No call waits for the network."""
 
     def __init__(
         self,
@@ -62,15 +54,8 @@ class Downloader:
     def begin(self, offer: Offer, now: float, *, plainly: bool = False, asks: bool = True) -> None:
         """Begin with an offer, in place of the one before.
 
-        Args:
-            offer: The offer.
-            now: The time.
-            plainly: Pull weights as they are, though they could be decoded.
-            asks: Whether the server can be asked at once, or is as soon as it is there.
-
-        Raises:
-            StorageError: The disk fails or has no room.
-            ProtocolError: A reference contradicts itself.
+        `plainly` downloads weights as they are, though they could be decoded. `asks`: the server can be asked now or
+        later.
         """
         self._plainly = plainly
         downloads = self._downloads = self._to_pull(offer, now)
@@ -94,30 +79,15 @@ class Downloader:
             self._ask(self._downloads, self._downloads.remind(now))
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
-        """Take in a chunk, which may have come on a shared topic.
-
-        Raises:
-            ProtocolError: The offer's blobs can't be had; so does StorageError.
-        """
+        """Record a chunk; raises `ProtocolError` if the offer's blobs can't be had."""
         self._pull(lambda downloads: downloads.chunk(chunk, now, shared=shared))
 
     def gone(self, sha256: str, now: float) -> None:
-        """The server doesn't have a blob any more.
-
-        Raises:
-            ProtocolError: The offer's blobs can't be had; so does StorageError.
-        """
+        """Note that the server no longer has a blob; raises `ProtocolError` if the offer can't do without it."""
         self._pull(lambda downloads: downloads.gone(sha256, now))
 
     def turn(self, now: float) -> float | None:
-        """Go on with what is on its way.
-
-        Returns:
-            Seconds that it took, once all of it is there; nothing is on its way then.
-
-        Raises:
-            ProtocolError: The offer's blobs can't be had; so does StorageError.
-        """
+        """Go on with what is being downloaded; returns the seconds that it took, once it is complete."""
         took = None
         if self._downloads is not None and self._web.over():
             self._pull_rest(self._downloads, now)

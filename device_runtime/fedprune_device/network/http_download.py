@@ -50,21 +50,9 @@ class HttpFetchError(Exception):
 
 
 class HttpFetch:
-    """Fetches blobs into a store, beginning at once.
+    """Downloads blobs from a base URL into a store, beginning at once.
 
-    Args:
-        store: Where they end up.
-        base: Their base URL.
-        refs: The blobs; what is there of them already is not asked for.
-        context: Gives TLS, with what vouches for web servers.
-        clock: Seconds that only grow.
-
-    Attributes:
-        base: Their base URL.
-        failure: Why it ended early, in one line; empty where it didn't.
-        done: Leaves of the blobs that are there.
-        total: Leaves of the blobs.
-        bytes: What came over the web: verified leaves.
+    `failure` is why it ended early, in one line. `done` and `total` count leaves, `bytes` those of verified leaves.
     """
 
     def __init__(
@@ -189,12 +177,8 @@ class HttpFetch:
                 raise HttpFetchError(f"leaf {wrong[0]} of blob {ref.sha256[:12]} there is not what the offer says")
 
     def _ask(self, path: str, length: int, range_: tuple[int, int] | None = None) -> http.client.HTTPResponse:
-        """Ask for something; the answer is as long as it must be, and its body not read yet.
-
-        Args:
-            path: What.
-            length: Bytes that are wanted.
-            range_: Where they begin, and how long the whole is; None for a whole.
+        """Request `length` bytes; `range_` is where they begin and how long the whole is, None for a whole. The body is
+        unread.
         """
         headers = {"Accept-Encoding": "identity", "User-Agent": "fedprune"}
         whole = range_ is None or length == range_[1]
@@ -271,13 +255,7 @@ class _Connection(http.client.HTTPConnection):
             self.sock.do_handshake()
 
     def answer(self, path: str, headers: dict[str, str], check: Callable[[], None]) -> http.client.HTTPResponse:
-        """Ask, once more where a connection that was kept has ended meanwhile.
-
-        Args:
-            path: What is asked for.
-            headers: The request's headers.
-            check: Raises an error if nothing is to be asked any more.
-        """
+        """Request a path, once more if a kept connection has ended meanwhile; `check` raises an error to stop."""
         while True:
             check()
             fresh = self.sock is None
@@ -313,13 +291,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 
 class HttpDownload:
-    """One fetch at a time, for the current offer. All of it is quick: a thread does the work.
-
-    Args:
-        store: Where blobs end up.
-        context: Gives TLS, with what vouches for web servers; the system's authorities by default.
-        clock: Seconds that only grow.
-    """
+    """One download at a time, for the current offer. Every call is quick: a thread does the work."""
 
     def __init__(
         self,
@@ -332,15 +304,7 @@ class HttpDownload:
         self._last: HttpFetch | None = None
 
     def begin(self, offer: Offer, refs: Sequence[BlobRef]) -> bool:
-        """Begin to fetch what is lacking for an offer, if that names a web server.
-
-        Args:
-            offer: The offer.
-            refs: What is lacking.
-
-        Returns:
-            Whether something is fetched now.
-        """
+        """Begin to download what an offer lacks, from the web server that it names; False without either."""
         self.stop()
         if offer.blobs_at is None or not refs:
             return False

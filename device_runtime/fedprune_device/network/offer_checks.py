@@ -17,16 +17,8 @@ from fedprune_device.storage.state_directory import DeviceStore
 def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | None) -> None:
     """Check an offer against the disk and the board's limits.
 
-    Args:
-        offer: The offer.
-        store: The device's state directory.
-        profile: What the board is, if that is known.
-
-    Raises:
-        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
-        PrivacyError: It is less private than the board's owner asks for.
-        StorageFullError: Its files don't fit on the disk.
-        PlanError: It is beyond what the profile allows.
+    Raises `ConfigError` for recipe or codec, `PrivacyError`, `StorageFullError`, or `PlanError` if it is beyond the
+    profile.
     """
     recipe = Recipe.from_dict(offer.recipe)
     store.privacy.check(recipe)
@@ -55,23 +47,13 @@ def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | Non
 
 
 def slabs_fit(offer: Offer, store: DeviceStore) -> bool:
-    """Whether the disk has room for an offer's slabs in addition to all that it needs.
-
-    Raises:
-        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
-        StorageError: The disk fails.
-    """
+    """Whether the disk has room for an offer's slabs in addition to all that it needs."""
     slabs = sum(r.size for r in offer.slabs or () if not store.blobs.has(r.sha256))
     return slabs + _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
 
 
 def fits(offer: Offer, store: DeviceStore) -> bool:
-    """Whether the disk has room for an offer without deleting anything.
-
-    Raises:
-        ConfigError: The recipe doesn't make sense, or the codec of updates isn't known here.
-        StorageError: The disk fails.
-    """
+    """Whether the disk has room for an offer without deleting anything."""
     return _needed(offer, Recipe.from_dict(offer.recipe), store) <= store.free_bytes()
 
 
@@ -93,16 +75,15 @@ def _full_size(offer: Offer) -> int:
 
 
 def _copies(recipe: Recipe) -> int:
-    """Arrays of the size of all weights that training can't do without.
+    """Arrays of the size of all weights that training can't do without: weights and optimiser's state, now and next.
 
-    Those are the weights as received, now and next, and the optimiser's state now and next. Which tensors are frozen
-    only the training graph says, so that a recipe that freezes some is held to the weights alone.
+    Which tensors are frozen only the training graph says, so a recipe that freezes some counts the weights alone.
     """
     return 1 if recipe.frozen or recipe.trainable else 3 + 2 * len(step_contract.states(recipe.optimizer))
 
 
 def same_work(one: Offer, other: Offer) -> bool:
-    """Whether two offers differ in nothing but the number of the attempt, the graph's form and the way of the weights.
+    """Whether two offers differ only in the number of the attempt, the graph's form and the way of the weights.
 
     They train to the same bits or, with another form of the graph, to the same numbers except for rounding.
     """

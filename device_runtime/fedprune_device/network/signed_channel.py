@@ -27,15 +27,8 @@ Anyone who may publish on the board's topics can send messages that lead to a bi
 
 
 class SignedChannel(Channel):
-    """Signs what the board sends; accepts only what its server has signed, and that only once.
-
-    Args:
-        identity: The board's; it has joined.
-        clock: A monotonic clock, in seconds.
-
-    Raises:
-        IdentityError: The board hasn't joined.
-        StorageError: The record of what it has received can't be read.
+    """Signs what the board sends; accepts only what its server has signed, and that only once. The board must have
+    joined.
     """
 
     def __init__(self, identity: DeviceIdentity, clock: Callable[[], float] = time.monotonic) -> None:
@@ -54,11 +47,7 @@ class SignedChannel(Channel):
         return self._born and (self._disbelieved or self._identity.renewed.is_set())
 
     def seal(self, topic: str, message: Message) -> bytes:
-        """A signed payload; a birth begins a new epoch.
-
-        Raises:
-            StorageError: The new epoch can't be written.
-        """
+        """A signed payload; a birth begins a new epoch. Raises `StorageError` if that can't be written."""
         if isinstance(message, Birth):
             self._disbelieved = False
             # The server may have restarted: only an epoch that is new to it is sure to count.
@@ -71,11 +60,8 @@ class SignedChannel(Channel):
         return self._sealer.seal(topic, message.to_bytes())
 
     def open(self, topic: str, payload: bytes) -> Message:
-        """The message in a payload that the server has signed and the board hasn't received before.
-
-        Raises:
-            ProtocolError: The payload is not signed by the server, was received before or is invalid.
-            StorageError: What the board must remember of it can't be written.
+        """The message in a payload that the server has signed and the board hasn't received before; else
+        `ProtocolError`.
         """
         self._follow(topic, payload)
         try:

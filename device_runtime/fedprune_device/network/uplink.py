@@ -77,14 +77,7 @@ class BoardStatus:
 
 
 class Uplink:
-    """Sends progress, updates, refusals and signs of life.
-
-    Args:
-        connection: The connection.
-        pieces: Reads pieces of blobs.
-        max_packet: Bytes of an MQTT packet that the broker lets through.
-        status: Shows other threads what the board works on.
-    """
+    """Sends progress, updates, refusals and signs of life, and shows other threads what the board works on."""
 
     def __init__(
         self,
@@ -170,13 +163,7 @@ class Uplink:
         self._announce_at = now + wait * random.uniform(0.75, 1.25)  # noqa: S311  # nosec B311  # spreads boards in time
 
     def progress(self, offer: Offer, status: tuple[str, int, int], now: float) -> None:
-        """Report an offer's progress if it has changed, at most once a second.
-
-        Args:
-            offer: The offer.
-            status: Phase, units done, units in all.
-            now: The time.
-        """
+        """Report an offer's progress (phase, units done, units in all) if it has changed, at most once a second."""
         self.status.working(offer, status)
         if now < self._report_at or status == self._reported:
             return

@@ -1,9 +1,9 @@
-"""How often a board has handed in updates with noise, counted by itself: on the disk before noise is drawn.
+"""How often a board has sent updates with noise, counted by itself: on the disk before noise is drawn.
 
-A server counts, too, but may be set back to an older backup, may run other jobs, or may be somebody else's. What is
-counted here is a board's own update with its own noise, as whoever sees single updates sees it; a job with `shared`
-noise promises more to those who see sums alone. Every draw of noise is a release: what was worked on twice, with
-other noise, counts twice, and so does what was never sent.
+A server counts, too, but it may be restored from an older backup, run other jobs, or be replaced. The board counts its
+own updates with its own noise, as an observer of single updates sees them; a job with `shared` noise promises more to
+those who see only sums. Every draw of noise counts, also for an offer that is done twice or an update that is never
+sent.
 """
 
 from __future__ import annotations
@@ -29,13 +29,7 @@ _MOST = 2**53
 class PrivacyBudget:
     """A board's count.
 
-    Args:
-        root: The state directory.
-
-    Attributes:
-        floor: What the owner asks for; None for nothing.
-        cost: Σ 1/z² over all draws.
-        draws: How many there were.
+    `floor` is what the owner asks for, None for nothing; `cost` is Σ 1/z² over all `draws`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -55,11 +49,9 @@ class PrivacyBudget:
         return self.floor is not None or self._marked or bool(self._damage)
 
     def check(self, recipe: Recipe) -> None:
-        """Check an offer's recipe before anything is done for it; from now on the board is private, if that is.
+        """Check an offer's recipe before anything is done for it, and mark the board as private if the recipe is.
 
-        Raises:
-            PrivacyError: It is less than the owner asks for, or what was spent is no longer known.
-            StorageError: The disk fails or is full.
+        Raises `PrivacyError` if it is less private than the owner asks for, or what was spent is no longer known.
         """
         if self.floor is None and not recipe.update_clip:
             return
@@ -71,11 +63,8 @@ class PrivacyBudget:
                 self._write(self.cost, self.draws)
 
     def draw(self, offer: Offer) -> GaussianNoise:
-        """Noise for an update; that it was drawn is on the disk before it is.
-
-        Raises:
-            PrivacyError: As `check`.
-            StorageError: The disk fails or is full: without its count there is no update.
+        """Noise for an update, counted on the disk before it is drawn; raises as `check`, and `StorageError` without a
+        count.
         """
         recipe = Recipe.from_dict(offer.recipe)
         self.check(recipe)
@@ -86,11 +75,7 @@ class PrivacyBudget:
         return GaussianNoise.secret()
 
     def describe(self, delta: float | None = None) -> str:
-        """What was spent, in words.
-
-        Args:
-            delta: δ; by default the owner's.
-        """
+        """What was spent, in words, at δ; by default the owner's."""
         floor = self.floor or PrivacyPolicy()
         if self._damage:
             return f"what was spent is not known: {self._damage}"

@@ -28,13 +28,8 @@ _HINT = "The board's owner asks for it; the job's [job.privacy] says otherwise."
 
 @dataclass(frozen=True)
 class PrivacyPolicy:
-    """What a job's privacy must be, at least.
-
-    Attributes:
-        least_noise: Standard deviation of the board's own noise, in units of the clip; 0 for any above 0.
-        most_clip: The most that the clip may be; 0 for any.
-        most_epsilon: The most that all of the board's releases together may cost; 0 for any.
-        delta: δ at which that is reckoned.
+    """The least privacy of a job: noise in units of the clip (0 for any above 0), the largest clip and ε (0 for any),
+    and δ.
     """
 
     least_noise: float = 0.0
@@ -49,15 +44,7 @@ class PrivacyPolicy:
         validation.number("privacy: delta", self.delta, 0, 1, above=True, below=True)
 
     def check(self, recipe: Recipe, cost: float) -> None:
-        """Check what one more update under a recipe would be.
-
-        Args:
-            recipe: The offer's.
-            cost: What the board's releases have cost so far (`fedprune.updates.privacy`).
-
-        Raises:
-            PrivacyError: It is less private than the owner asks for.
-        """
+        """Check one more update under a recipe, after releases that have cost `cost` (`fedprune.updates.privacy`)."""
         multiplier = multiplier_of(recipe)
         if not multiplier:
             raise PrivacyError(
@@ -97,11 +84,7 @@ def multiplier_of(recipe: Recipe) -> float:
 
 
 def read_policy(path: Path | None) -> PrivacyPolicy | None:
-    """The owner's policy, from its file; None without one.
-
-    Raises:
-        ConfigError: It can't be read, isn't TOML, or a setting is unknown or out of range.
-    """
+    """The owner's policy, from its file; None without one. Raises `ConfigError` if it is invalid."""
     if path is None:
         return None
     body = read_toml(path, ConfigError)

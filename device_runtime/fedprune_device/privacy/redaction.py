@@ -35,14 +35,11 @@ _IN_A_PACKAGE = (
 
 
 def private(text: str, limit: int) -> str:
-    """A text as it may leave the board: one line, without the owner's private data.
+    """A text as it may leave the board: one line of at most `limit` characters, without the owner's private data.
 
-    Paths, user names and passwords of addresses, claims, and lists of more than three numbers are left out. What else
-    an error says of samples it can't know; the runtime's own errors name shapes and places, not values.
-
-    Args:
-        text: The text.
-        limit: Characters that it may have.
+    Paths, user names and passwords of addresses, claims, and lists of more than three numbers are left out. It can't
+    recognise anything else that an error quotes from samples; the runtime's own errors name shapes and places, not
+    values.
     """
     flat = one_line(text, 8 * limit)
     flat = _OWNER.sub("", flat)
@@ -54,10 +51,10 @@ def private(text: str, limit: int) -> str:
 
 
 def bare(record: logging.LogRecord) -> str:
-    """A line of the log without anything that was filled in: what a board says of itself whose samples are private.
+    """A log line without anything that was filled in, for a board whose samples are private.
 
-    Of our own code's lines that is the text that stands in the code, with the names of errors; of others', whose they
-    are.
+    Of our own code's lines that is the format string, with the names of errors; of other code's lines the logger's
+    name.
     """
     module = module_at(record.pathname)
     if not module.startswith(_OURS) or not isinstance(record.msg, str):
@@ -83,12 +80,7 @@ def named(error: BaseException) -> str:
 
 
 def refused(error: BaseException, *, private: bool) -> str:
-    """Why an offer isn't carried out, as the server is told.
-
-    Args:
-        error: The reason.
-        private: Whether the job is: then nothing is said that an error may have from samples.
-    """
+    """Why an offer isn't carried out, for the server; for a private job without any text that may come from samples."""
     if private and not isinstance(error, _PLAIN):
         return f"{named(error)} {KEPT}"
     return str(error) if isinstance(error, FedpruneError) else f"{type(error).__name__}: {error}"

@@ -56,14 +56,9 @@ _AGAIN = "It is downloaded again the next time."
 class ReleaseInstaller:
     """Installs releases. Methods raise `StorageError` if the disk fails, and `StorageFullError` if there is no room.
 
-    Args:
-        root: The folder of slots and launcher.
-        key: The server's key, or a function that returns it, since the server may replace it.
-        identity: Folder of the board's identity, which keeps how that key replaced earlier ones; None without one.
-        keep: Packages of the board's own Python that no release may hide, see `KEPT`.
-        python: The Python that wheels must be for.
-        machine: The processor that they must be for.
-        free: Returns the free bytes on a folder's disk.
+    `key` may be a function, since the server may replace its key; `identity` is the folder of the board's identity,
+    which keeps how that key replaced earlier ones. `keep` are packages of the board's own Python that no release may
+    hide.
     """
 
     def __init__(
@@ -92,10 +87,8 @@ class ReleaseInstaller:
         return ("", ()) if self._identity is None else kept_successions(self._identity)
 
     def install(self, source: ReleaseSource) -> Release:
-        """Set a board up: the launcher, and a first release in the first slot, which needs no trial.
-
-        Raises:
-            ReleaseError: The release is refused, or something is installed already.
+        """Set a board up: the launcher, and a first release in the first slot, which needs no trial; else
+        `ReleaseError`.
         """
         root = self.home.root
         with storage_errors(f"can't write {root}"):
@@ -129,13 +122,9 @@ class ReleaseInstaller:
             place(store.path(file.sha256), self._incoming / file.sha256)
 
     def examine(self, source: ReleaseSource) -> Release:
-        """A release that this board would install, by its manifest alone; nothing is changed.
+        """A release that this board would install, by its manifest alone; nothing is changed. Raises `ReleaseError`.
 
-        Only `stage` checks that the board's Python has the packages that the release takes from it, because that takes
-        long.
-
-        Raises:
-            ReleaseError: It is refused.
+        Only `stage` checks the board's own packages, because that takes long.
         """
         release, state = self._opened(source), self._state()
         self._check_launcher()
@@ -162,9 +151,7 @@ class ReleaseInstaller:
         """Install a release in the slot that doesn't run; it waits there until `arm`. A second call continues the
         first.
 
-        Raises:
-            ReleaseError: It is refused.
-            StorageError: The disk fails, or a trial is under way.
+        Raises `ReleaseError` if it is refused, `StorageError` if a trial is under way.
         """
         with self._alone(), storage_errors(f"can't write {self.home.root}"):
             state = self._state()
@@ -183,14 +170,8 @@ class ReleaseInstaller:
         return release
 
     def arm(self, attempts: int = ATTEMPTS, seconds: float = SECONDS) -> None:
-        """Try the staged release at the service's next start.
-
-        Args:
-            attempts: Starts before it is rolled back.
-            seconds: Time of each start until it is healthy.
-
-        Raises:
-            StorageError: Nothing is staged, or the disk fails.
+        """Try the staged release at the service's next start, in so many attempts of so many seconds until it is
+        healthy.
         """
         if not 1 <= attempts <= 100 or not 1 <= seconds <= LONGEST_S:
             raise StorageError("a trial", expected=f"1 to 100 attempts of 1 to {LONGEST_S:g} s each")

@@ -49,12 +49,7 @@ NO_IDENTITY = "this board takes part without identity, so that it knows no key t
 def board_installer(
     identity: DeviceIdentity | None, environment: Mapping[str, str] = os.environ
 ) -> ReleaseInstaller | str:
-    """What installs releases on this board, or why nothing does.
-
-    Args:
-        identity: The board's; its server's key is the one that releases must be signed with.
-        environment: Where the launcher says which folder is its.
-    """
+    """The installer of releases on this board, or why there is none. The server of `identity` must sign them."""
     root = environment.get("FEDPRUNE_ROOT", "")
     if not root or not environment.get("FEDPRUNE_SLOT"):
         return NO_LAUNCHER
@@ -70,12 +65,8 @@ def board_installer(
 
 
 class ReleaseAgent:
-    """Installs the releases that the server offers, and reports how each ends.
-
-    Args:
-        connection: The connection.
-        updater: Installs releases; or why none can be installed here.
-        clock: A monotonic clock, in seconds.
+    """Installs the releases that the server offers, and reports how each ends. `updater` may be why none can be
+    installed.
     """
 
     def __init__(
@@ -123,13 +114,9 @@ class ReleaseAgent:
             self._guarded(lambda: self._on_withdrawn(message))
 
     def turn(self, *, quiet: bool) -> bool:
-        """Take the next step.
+        """Take the next step; True if the process is to end, so that the launcher begins the trial.
 
-        Args:
-            quiet: Whether a restart would cost nothing now.
-
-        Returns:
-            Whether the process is to end, so that the launcher begins the trial.
+        `quiet`: a restart would cost nothing now.
         """
         self._guarded(lambda: self._turn(quiet))
         return self._leaving

@@ -1,6 +1,6 @@
 """Checks whether a release is for this board: its number, Python, processor, launcher and the packages that it lacks.
 
-Which packages the board's own Python has is asked in a process of its own. On a busy board that may take minutes, so it
+A process of its own finds out which packages the board's own Python has. On a busy board that may take minutes, so it
 is never done in the loop that feeds the watchdog.
 """
 
@@ -18,15 +18,9 @@ _ANSWER_S = 120.0
 
 
 def check_release(release: Release, highest: int, board: Mapping[str, str]) -> None:
-    """Make sure that a release is for this board.
+    """Make sure that a release is for this board; raises `ReleaseError`.
 
-    Args:
-        release: The release.
-        highest: The highest number that was ever staged here.
-        board: The values that the release's `python` and `machine` must have.
-
-    Raises:
-        ReleaseError: It isn't.
+    `highest` is the highest number that was ever staged, `board` the required `python` and `machine`.
     """
     if release.number <= highest:
         raise ReleaseError(
@@ -47,12 +41,7 @@ def check_release(release: Release, highest: int, board: Mapping[str, str]) -> N
 
 
 def check_packages_on_board(release: Release) -> None:
-    """Make sure that the board's own Python has what a release takes from it. This may take minutes.
-
-    Raises:
-        ReleaseError: It lacks a package.
-        StorageError: It can't be asked.
-    """
+    """Make sure that the board's own Python has what a release takes from it. This may take minutes."""
     lacking = sorted(set(release.system) - own_packages(release.system))
     if lacking:
         raise ReleaseError(

@@ -19,18 +19,6 @@ class ReleaseDownload:
     """What is still missing of a release. Does no network I/O: it returns requests.
 
     Files that have arrived survive restarts; those of other releases are deleted.
-
-    Args:
-        updater: Installs releases.
-        offer: The server's offer.
-
-    Attributes:
-        release: The release.
-
-    Raises:
-        ReleaseError: It is refused.
-        StorageFullError: There is no room.
-        StorageError: The disk fails.
     """
 
     def __init__(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
@@ -60,12 +48,7 @@ class ReleaseDownload:
         return here + coming, sum(r.leaf_count for r in self._refs)
 
     def start(self, now: float) -> list[BlobRequest]:
-        """The first requests, for a new connection.
-
-        Raises:
-            ProtocolError: The offer contradicts itself.
-            StorageError: The disk fails or is full.
-        """
+        """The first requests, for a new connection."""
         wants = [] if self._pull is None else self._pull.start(now)
         return wants + self._onward(now)
 
@@ -74,21 +57,12 @@ class ReleaseDownload:
         return self._pull is not None and self._pull.ref.sha256 == sha256
 
     def chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
-        """Take in a chunk of the blob that is being downloaded; returns further requests.
-
-        Raises:
-            ProtocolError: The server doesn't have the blob.
-            StorageError: The disk fails or is full.
-        """
+        """Record a chunk of the blob that is being downloaded; returns further requests."""
         wants = [] if self._pull is None else self._pull.on_chunk(chunk, now)
         return wants + self._onward(now)
 
     def tick(self, now: float) -> list[BlobRequest]:
-        """Requests to repeat.
-
-        Raises:
-            ProtocolError, StorageError: As `chunk`.
-        """
+        """Requests to repeat."""
         return [] if self._pull is None else self._pull.on_tick(now)
 
     def _onward(self, now: float) -> list[BlobRequest]:
@@ -105,11 +79,7 @@ class ReleaseDownload:
 
 
 class StagingThread:
-    """Installs a downloaded release in a thread, so that the loop goes on and feeds the watchdog.
-
-    Attributes:
-        error: Why it failed; None if it succeeded.
-    """
+    """Installs a downloaded release in a thread, so that the loop goes on and feeds the watchdog."""
 
     def __init__(self, updater: ReleaseInstaller, pulled: ReleaseDownload) -> None:
         self.error: FedpruneError | None = ReleaseError("unpacking it ended without a word")

@@ -24,13 +24,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 
 class ReleaseTrial:
-    """A trial under way in this process.
-
-    Args:
-        home: The folder of the slots.
-        number: The release's number.
-        slot: The slot that it is in.
-    """
+    """A trial under way in this process, of a release's number in a slot."""
 
     def __init__(self, home: SlotStore, number: int, slot: str) -> None:
         self._home = home
@@ -39,11 +33,7 @@ class ReleaseTrial:
 
     @classmethod
     def current(cls, environment: Mapping[str, str] = os.environ) -> ReleaseTrial | None:
-        """The trial that the launcher began with this process; None where there is none.
-
-        Args:
-            environment: Where the launcher says which slot this is.
-        """
+        """The trial that the launcher began with this process, if any."""
         root, slot = environment.get("FEDPRUNE_ROOT", ""), environment.get("FEDPRUNE_SLOT", "")
         if not root or not slot:
             return None
@@ -54,13 +44,8 @@ class ReleaseTrial:
         return cls(home, state.highest, slot)
 
     def check(self, health: Callable[[], object]) -> None:
-        """Check what can be checked without a broker. What fails here fails always: the release is rolled back at once.
-
-        Args:
-            health: Checks onnxruntime, the active model and packages.
-
-        Raises:
-            FedpruneError: Something is wrong; the launcher knows it, and starts the stable slot next.
+        """Run the checks that need no broker. A failure is final: the launcher rolls the release back and starts the
+        stable slot.
         """
         try:
             health()
@@ -76,11 +61,7 @@ class ReleaseTrial:
         _LOG.info("release %d is healthy and stays", self.number)
 
     def check_packages(self) -> None:
-        """Check that the release brings what the runtime is made of.
-
-        Raises:
-            RuntimeUnavailableError: A package comes from elsewhere, or the slot's record is damaged.
-        """
+        """Check that the release brings its own packages; raises `RuntimeUnavailableError`."""
         try:
             system = self._home.record(self._slot).system
         except DamagedError as error:
@@ -96,17 +77,11 @@ class ReleaseTrial:
 
 
 def check_packages(slot: Path, system: Collection[str] = ()) -> None:
-    """Whether what the runtime is made of comes with the release, and not from what else the board has.
+    """Check that the runtime's packages come with the release, not from the board's own Python, except `system`.
 
-    The board's own packages stay in sight, for a data source that reads a camera by them; but what a release takes from
-    there unsaid is gone with the next `apt` or `pip`, when nothing goes back any more.
-
-    Args:
-        slot: The folder of the release.
-        system: Modules that it takes from the board's own Python.
-
-    Raises:
-        RuntimeUnavailableError: One comes from elsewhere; the message names it.
+    Those stay importable, for a data source that needs them (a camera); but a dependency that isn't declared is lost
+    with the next `apt` or `pip`, when there is no release to roll back to. Raises `RuntimeUnavailableError`, which
+    names the package.
     """
     for name in PACKAGES:
         if name in system:

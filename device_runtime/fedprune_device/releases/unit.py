@@ -1,5 +1,5 @@
-"""The systemd unit of a board's service: restarts, a watchdog, a sandbox, and limits that leave other services their
-share.
+"""The systemd unit of a board's service: restarts, a watchdog, a sandbox, and limits that leave room for other
+services.
 
 A CPU board gets a strict sandbox. On a Jetson CUDA needs the GPU's device files and generates code, so the unit allows
 these devices and memory that is both writable and executable.
@@ -47,16 +47,9 @@ HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # no
 class ServiceUnit:
     """The settings of a unit.
 
-    Attributes:
-        jetson: Whether the board computes on an NVIDIA GPU.
-        arguments: The arguments of `fedprune-device`.
-        root: The folder of launcher and slots.
-        state: The name of the folder under /var/lib.
-        user: The user that runs it.
-        environment: The file with the broker's address.
-        memory_max: The memory limit, as systemd writes it (share or bytes).
-        cpu_quota: The processor limit in per cent of one core; 0 for none.
-        needs: A file without which it isn't started; empty for none.
+    `arguments` are those of `fedprune-device`, `state` the name of the folder under /var/lib. `memory_max` is a share
+    or bytes, as systemd writes it; `cpu_quota` per cent of one core, 0 for no limit. Without the file `needs` it isn't
+    started.
     """
 
     jetson: bool = False

@@ -17,15 +17,10 @@ _SLOWEST_S = 10.0
 
 
 class Watchdog:
-    """Tells the service manager that the agent's loop turns.
+    """Reports to the service manager, which restarts a loop that hangs, that the agent's loop turns.
 
-    The manager restarts a loop that hangs. A release on trial is healthy a turn after the broker was reached.
-
-    Args:
-        trial: The trial that is under way, if one is.
-        tell: Tells the service manager.
-        interval: The manager's watchdog, in seconds, 0 for none; None asks the environment.
-        clock: A monotonic clock, in seconds.
+    A release on trial is healthy a turn after the broker was reached. `interval` is the manager's watchdog in seconds,
+    0 for none; None reads the environment.
     """
 
     def __init__(

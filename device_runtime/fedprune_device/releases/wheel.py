@@ -31,16 +31,8 @@ _PART = re.compile(r"[^/\\\x00-\x1f\x7f]{1,200}")
 class Wheel:
     """A wheel whose names and sizes have been checked, and which is unpacked as it was checked.
 
-    Args:
-        path: The file.
-        name: Its name, for messages.
-
-    Attributes:
-        size: Bytes of its files unpacked.
-        paths: Its files' paths within a slot.
-
-    Raises:
-        ReleaseError: It isn't a wheel, or a path leads out of the slot.
+    `size` are the bytes and `paths` the paths of its files unpacked. Raises `ReleaseError` if it isn't a wheel, or a
+    path leads out of the slot.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -74,17 +66,10 @@ class Wheel:
         return frozenset(top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".libs")))
 
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
-        """Write its files, unsynced.
+        """Write its files, unsynced, to an empty folder, or only read them without one; yields path, sha256 and size of
+        each.
 
-        Args:
-            folder: An empty folder; None only reads them.
-
-        Yields:
-            Path, sha256 and size of each file.
-
-        Raises:
-            ReleaseError: A file is damaged, or its size differs.
-            OSError: The disk fails or is full.
+        Raises `ReleaseError` if a file is damaged.
         """
         with zipfile.ZipFile(self._path) as archive:
             for inner, target in self._targets.items():
@@ -151,20 +136,11 @@ def install_wheels(
     recorded: Callable[[dict[str, tuple[str, int]]], SlotRecord],
     key: bytes | None = None,
 ) -> None:
-    """Replace what is in a slot. Its record is written last, so that a slot that was cut off counts as empty.
+    """Replace what is in a slot that isn't running. Its record is written last, so an interrupted slot counts as empty.
 
-    Args:
-        store: The board's slots.
-        slot: The slot, which must not be running.
-        wheels: Unpacked in this order.
-        recorded: Checks what was unpacked, by sha256 and size of each path, and returns the slot's record. If it
-            raises, the slot is emptied.
-        key: The key that must have signed the record (default: the installed one).
-
-    Raises:
-        ReleaseError: A wheel is damaged.
-        StorageError: The disk gives back something else than was written.
-        OSError: The disk fails or is full.
+    `recorded` checks what was unpacked, by sha256 and size of each path, and returns the slot's record, which `key`
+    (default: the installed one) must have signed. If it raises, the slot is emptied. Raises `ReleaseError` if a wheel
+    is damaged, `StorageError` if the disk gives back something else than was written.
     """
     folder = store.root / slot
     store.drop_record(slot)
@@ -199,11 +175,7 @@ def empty(folder: Path) -> None:
 
 
 def contents_digest(wheels: Iterable[Wheel]) -> str:
-    """The digest of all files of some wheels, see `files_digest`.
-
-    Raises:
-        ReleaseError: A file is damaged.
-    """
+    """The digest of all files of some wheels, see `files_digest`."""
     return files_digest({path: (sha256, size) for wheel in wheels for path, sha256, size in wheel.unpack(None)})
 
 

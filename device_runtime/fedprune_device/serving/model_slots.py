@@ -1,8 +1,8 @@
-"""The serving model on disk: two slots and a pointer, so that one whole model is always there.
+"""The serving model on disk: two slots and a pointer, so that one whole model always exists.
 
 A new model is put together in a folder of its own, checked there, moved into the slot that doesn't serve, and then the
-pointer is replaced. Readers check digests: after a power cut, or when a card has lost bits, the slot that was
-good before serves again.
+pointer is replaced. Readers check digests: after a power cut, or when a card has lost bits, the slot that was good
+before serves again.
 """
 
 from __future__ import annotations
@@ -31,20 +31,11 @@ _LATER = frozenset({"loss", "present", "precision", "lowered"})
 
 @dataclass(frozen=True)
 class Serving:
-    """The model that serves predictions.
+    """The model that serves predictions, by digests of graph and weights.
 
-    Attributes:
-        job: The job that it comes from.
-        round: The round.
-        classes: Entries of its logits.
-        inference: sha256 of the graph.
-        weights: sha256 of the weights.
-        offset: Added to the logits of own predictions, where the recipe adjusts logits.
-        slot: Its slot.
-        loss: What it was trained with.
-        present: 0 for the classes whose logits are replaced by 0 in own predictions, else 1; None where none are.
-        precision: At what it predicts; the float32 model is there in any case.
-        lowered: sha256 of that precision's graph and weights; empty for float32.
+    `offset` is added to the logits of own predictions, where the recipe adjusts logits; `present` is 0 for the classes
+    whose logits are replaced by 0. `lowered` is the digest of the lower precision's graph and weights, empty for
+    float32; the float32 model exists in any case.
     """
 
     job: str
@@ -72,11 +63,7 @@ class Serving:
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
-        """Read and check.
-
-        Raises:
-            StorageError: It is not what this class writes.
-        """
+        """Read and check; raises `StorageError`."""
         try:
             values = {f.name: body[f.name] for f in fields(cls) if f.name not in _LATER}
             values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have none of these
@@ -102,14 +89,9 @@ class Serving:
 
 
 class ModelSlots:
-    """The serving folder of a device. Reading needs no lock, so predictions work beside a running agent.
+    """The serving folder of a device. Reading needs no lock, so predictions work next to a running agent.
 
-    Args:
-        root: The folder; made when something is first written.
-        lasting: Whether staged models must outlive a power cut; where none is ever installed, they need not.
-
-    Attributes:
-        job: The job whose models may be installed; empty for those of any job.
+    Staged models survive a power cut if `lasting`; `job` is the only one whose models may be installed, empty for any.
     """
 
     def __init__(self, root: Path, *, lasting: bool = True) -> None:
@@ -118,11 +100,7 @@ class ModelSlots:
         self.job = ""
 
     def prepare(self) -> None:
-        """Make the folders and clear away what a killed process left.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Make the folders and clear away what a killed process left."""
         for folder in (self._root, *(self._root / n for n in (*_NAMES, _STAGE))):
             with storage_errors(f"can't write {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -134,19 +112,7 @@ class ModelSlots:
         return self._root / _STAGE
 
     def stage(self, inference: Path, weights: Path | bytes) -> Path:
-        """Put a candidate together, without touching what serves.
-
-        Args:
-            inference: The graph.
-            weights: Its weights: a file that never changes, or bytes.
-
-        Returns:
-            The candidate's folder; valid until the next call.
-
-        Raises:
-            StorageFullError: No room.
-            StorageError: The disk fails.
-        """
+        """Put a candidate together, without touching what serves, in a folder that is valid until the next call."""
         folder = self._root / _STAGE
         _clear(folder)
         atomic_file.place(inference, folder / GRAPH, sync=self._lasting)
@@ -157,16 +123,8 @@ class ModelSlots:
         return folder
 
     def install(self, record: Serving) -> Serving:
-        """Let the staged candidate serve, if it is of the job that may.
-
-        Args:
-            record: What it is; the slot is chosen here.
-
-        Returns:
-            The record with its slot.
-
-        Raises:
-            StorageError: The disk fails, or the staged files are not the record's; the old model serves on.
+        """Let the staged candidate serve, if its job may; returns the record with its slot. On errors the old model
+        serves on.
         """
         stage = self._root / _STAGE
         if self.job not in ("", record.job):
@@ -196,16 +154,7 @@ class ModelSlots:
         return self._root / record.slot
 
     def open(self, threads: int = 1, *, cuda: bool = False) -> tuple[Predictor, Serving]:
-        """Load what serves.
-
-        Args:
-            threads: Threads inside an operator.
-            cuda: Whether to compute on an NVIDIA GPU, if that works.
-
-        Raises:
-            ModelError: Nothing serves yet.
-            StorageError: The folder can't be read.
-        """
+        """Load what serves; raises `ModelError` if nothing does."""
         for _ in range(5):
             record = self.current()
             if record is None:
@@ -223,11 +172,7 @@ class ModelSlots:
         raise StorageError("the serving model changes faster than it can be loaded")
 
     def weights(self, record: Serving) -> bytes:
-        """The weights file of a model that serves.
-
-        Raises:
-            StorageError: It can't be read, or is damaged.
-        """
+        """The weights file of a model that serves; raises `StorageError` if it is damaged."""
         path = self._root / record.slot / WEIGHTS
         with storage_errors(f"can't read {path}"):
             raw = path.read_bytes()

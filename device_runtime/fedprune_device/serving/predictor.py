@@ -60,16 +60,7 @@ class Predictor:
         return self._dtype.kind == "i"
 
     def predict(self, x: Inputs, batch: int = 64) -> npt.NDArray[np.float32]:
-        """Logits of every sample.
-
-        Args:
-            x: Inputs [n, ...]; whole numbers where the model takes token ids.
-            batch: Samples per run.
-
-        Raises:
-            DataError: The inputs' shape or kind isn't the model's.
-            ModelError: An operator fails.
-        """
+        """Logits of every sample [n, ...], `batch` per run; raises `DataError` if the samples don't fit the model."""
         shape = self.input_shape
         if x.ndim != len(shape) + 1 or any(
             isinstance(d, int) and d != g for d, g in zip(shape, x.shape[1:], strict=True)
@@ -96,20 +87,11 @@ class Predictor:
         kind: str = "cross_entropy",
         batch: int = 64,
     ) -> None:
-        """The numeric check before a model may serve.
+        """The numeric check before a model may serve, on inputs `x`, or on fixed noise (the first token) without them.
 
-        Args:
-            classes: Entries that its logits must have.
-            x: A few inputs; fixed noise without them (or the first token).
-            y: Their labels, as the training graph takes them.
-            loss: What the training graph says the loss of these samples is at the same weights. A model with
-                batch-norm statistics has none: training and inference differ there by design.
-            terms: Vectors and numbers of the loss, as `losses.loss_terms` gives them.
-            kind: Which loss it is.
-            batch: Inputs per run.
-
-        Raises:
-            ModelError: Logits have another shape, are not finite, or contradict the training graph's loss.
+        `loss` is the training graph's for these samples, with labels `y` and `terms` as the graph takes them. A model
+        with batch-norm statistics has none: training and inference differ there by design. Raises `ModelError` if
+        logits have another shape, are not finite, or contradict that loss.
         """
         if x is None:
             free = [d if isinstance(d, int) else 1 for d in self.input_shape]

@@ -34,13 +34,7 @@ _FASTER = 0.9
 
 @dataclass(frozen=True)
 class Staged:
-    """A lowered model that may serve, beside the float32 one that it was made of.
-
-    Attributes:
-        precision: Which one.
-        graph: sha256 of its graph.
-        weights: sha256 of its weights.
-    """
+    """A lowered model that may serve, next to the float32 one that it was made of."""
 
     precision: str
     graph: str
@@ -48,13 +42,7 @@ class Staged:
 
 
 class ReducedPrecision:
-    """Lowers staged models.
-
-    Args:
-        serve: What is to serve, one of `SERVE`.
-        threads: Threads inside an operator.
-        lasting: Whether staged models must outlive a power cut.
-    """
+    """Lowers staged models to a precision, one of `SERVE`; they survive a power cut if `lasting`."""
 
     def __init__(self, serve: str = FLOAT32, threads: int = 1, *, lasting: bool = True) -> None:
         self._serve, self._threads, self._lasting = serve, threads, lasting
@@ -72,17 +60,8 @@ class ReducedPrecision:
         recipe: Recipe,
         classes: int,
     ) -> Staged | None:
-        """Lower the model that is staged in a folder.
-
-        Args:
-            folder: The float32 model's; a lowered one that may serve is put there, too.
-            kits: Graphs by precision.
-            data: The board's samples.
-            recipe: The round's recipe.
-            classes: Entries of the model's outputs.
-
-        Returns:
-            What is to serve; None for the float32 model.
+        """Lower the float32 model that is staged in a folder by the graphs `kits`; None if the float32 model is to
+        serve.
         """
         if not kits:
             return None
@@ -153,11 +132,7 @@ class PrecisionCheck:
 
 
 def clear(folder: Path, precision: str, *, made: bool = True) -> None:
-    """Delete the files of a precision, or only those that make it.
-
-    Raises:
-        StorageError: The disk fails.
-    """
+    """Delete the files of a precision, or, without `made`, only those that make it."""
     with storage_errors(f"can't write {folder}"):
         for name in files_of(precision):
             if (made or name not in served_files(precision)) and (folder / name).exists():

@@ -21,22 +21,11 @@ _OF_A_SERVER = ("server.db", "identity/authority.key")
 
 @dataclass(frozen=True)
 class DirectoryOwner:
-    """A device of a site.
-
-    Attributes:
-        device: Its name.
-        site: The site's name.
-    """
-
     device: str
     site: str
 
     def check(self, root: Path) -> None:
-        """Refuse another device's directory; one without an owner may be taken.
-
-        Raises:
-            StorageError: It is another device's, of another site, or a server's.
-        """
+        """Refuse another device's, another site's or a server's directory; one without an owner may be taken."""
         for name in _OF_A_SERVER:
             if (root / name).exists():
                 raise StorageError(
@@ -57,22 +46,14 @@ class DirectoryOwner:
         )
 
     def claim(self, root: Path) -> None:
-        """Write down that the directory is this device's.
-
-        Raises:
-            StorageError: It is another device's, or the disk fails or is full.
-        """
+        """Record that the directory is this device's."""
         self.check(root)
         if _read(root) != asdict(self):
             atomic_file.write_document(root / FILE, asdict(self))
 
 
 def check_unowned(root: Path) -> None:
-    """Refuse a device's directory as a server's state folder.
-
-    Raises:
-        StorageError: It is a device's.
-    """
+    """Refuse a device's directory as a server's state folder."""
     if (root / FILE).exists():
         raise StorageError(
             f"{root} is the state directory of a device",

@@ -1,8 +1,8 @@
-"""What a board keeps of its own from round to round: the moving average of its weights, its personal tensors, and
-what its last update left out.
+"""A board's own state between rounds: the moving average of its weights, personal tensors, and what its last update
+left out.
 
-There are two records at most: the newest, and the one that the newest was made from. A round that is done twice (a
-power cut, an update that was lost, another attempt) finds the same beginning both times and gives the same bits.
+There are two records at most: the newest, and the one that the newest was made from. A round that is repeated (a power
+cut, a lost update, another attempt) finds the same beginning both times and gives the same bits.
 """
 
 from __future__ import annotations
@@ -41,20 +41,11 @@ MOST_OTHERS = 3
 
 @dataclass(frozen=True, eq=False)
 class LocalState:
-    """What was kept after a round.
+    """The state after a round, in the coordinates of a selection.
 
-    Attributes:
-        job: The job.
-        seed: Its seed.
-        architecture: Digest of its architecture.
-        selection: Digest of the selection whose coordinates the tensors have.
-        ranking: Digest of the order of channels that it is the beginning of; None where that is unknown.
-        widths: Kept channels per group.
-        round: The round.
-        average: Moving average of all tensors; empty where the recipe asks for none.
-        personal: Tensors that stay on the board, as that round left them.
-        mask: Which elements of the average are active; None for all.
-        residual: What the round's encoded update left out of its tensors; empty where it left nothing out.
+    `ranking` is the digest of the order of channels that the selection begins, None where that is unknown; `widths` are
+    kept channels per group. `average` is empty without one; `mask` tells which of its elements are active, None for
+    all. `residual` is what the encoded update left out of its tensors.
     """
 
     job: str
@@ -111,11 +102,7 @@ class LocalState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LocalState:
-        """Read and check.
-
-        Raises:
-            StorageError: It is damaged.
-        """
+        """Read and check; raises `StorageError` if it is damaged."""
         try:
             arrays = tensorfile.decode(data)
             text, digest = arrays.pop(_HEAD).tobytes(), arrays.pop(_DIGEST).tobytes()
@@ -154,32 +141,16 @@ class StateStore(Protocol):
         ...
 
     def stage(self, record: bytes) -> None:
-        """Store a record that `read` doesn't return before `commit`.
-
-        Raises:
-            StorageError: It can't be stored.
-        """
+        """Store a record that `read` doesn't return before `commit`."""
         ...
 
     def commit(self, neighbour: str | None) -> None:
-        """Make the staged record the newest; delete all others except the one at `neighbour`.
-
-        Raises:
-            StorageError: The disk fails; what was there stays.
-        """
+        """Make the staged record the newest; delete all others except the one at `neighbour`."""
         ...
 
 
 class RoundState:
-    """Finds what an offer's round begins with, and keeps what it leaves.
-
-    Args:
-        states: Stores the records.
-        offer: The offer.
-
-    Attributes:
-        base: What an earlier round of the same run left; None where there is none.
-    """
+    """Finds what an offer's round begins with (`base`), and keeps what it leaves."""
 
     def __init__(self, states: StateStore, offer: Offer) -> None:
         self._states = states
@@ -199,20 +170,11 @@ class RoundState:
         self.base = None
 
     def stage(self, own: LocalState) -> None:
-        """Store the round's state without making it current: the round may still be cancelled.
-
-        Raises:
-            StorageFullError: No room.
-            StorageError: The disk fails.
-        """
+        """Store the round's state without making it current: the round may still be cancelled."""
         self._states.stage(own.to_bytes())
 
     def commit(self) -> None:
-        """Make the staged state current, and keep the state that the round began with.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Make the staged state current, and keep the state that the round began with."""
         self._states.commit(self._place)
 
 
@@ -238,21 +200,13 @@ class MemoryStateStore:
 
 
 class FolderStateStore:
-    """Records in the state directory. Those of other jobs, to which the board may come back, are laid aside.
-
-    Args:
-        root: The folder; made when something is first written.
-    """
+    """Records in the state directory. Those of other jobs, to which the board may return, are set aside."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
 
     def prepare(self) -> None:
-        """Make the folder and clear away what a killed process left.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Make the folder and clear away what a killed process left."""
         with storage_errors(f"can't write {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
         atomic_file.sweep(self._root)
@@ -275,16 +229,10 @@ class FolderStateStore:
                 atomic_file.remove(self._root / name)
 
     def turn_to(self, job: str, before: str = "") -> None:
-        """Lay aside what is of another job, and take out what was laid aside of this one.
+        """Set aside what is of another job, and take out what was set aside of this one.
 
-        After a crash at any point in it, doing it again loses nothing.
-
-        Args:
-            job: The job's name.
-            before: Whose the records are, where the folder has never held those of two jobs; empty for this one's.
-
-        Raises:
-            StorageError: The disk fails.
+        After a crash at any point, doing it again loses nothing. `before` is the job of a folder that never held those
+        of two.
         """
         marker = self._root / _JOB
         before = (_content(marker) or b"").decode(errors="replace") or before or job
@@ -296,11 +244,7 @@ class FolderStateStore:
         self._let_go()
 
     def forget(self, job: str) -> None:
-        """Delete what was laid aside of a job, which is over.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Delete what was set aside of a job that is over."""
         with storage_errors(f"can't delete {self._aside(job)}"):
             if self._aside(job).is_dir():
                 shutil.rmtree(self._aside(job))
@@ -333,11 +277,6 @@ class FolderStateStore:
         return [self._root / name for name in _SLOTS]
 
     def clear(self) -> None:
-        """Forget everything: the job is over.
-
-        Raises:
-            StorageError: The disk fails.
-        """
         for path in self.paths():
             if path.exists():
                 atomic_file.remove(path)

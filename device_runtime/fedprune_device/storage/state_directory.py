@@ -50,10 +50,8 @@ _LAST_TIME = 2**53
 
 @dataclass(frozen=True)
 class Task:
-    """The last offer, and whether nothing is left to do for it.
-
-    Attributes:
-        donor: sha256 of earlier weights that stay until its own are here, which may share leaves with them, or empty.
+    """The last offer, and whether it is done. `donor` is the digest of earlier weights that may share leaves with its
+    own.
     """
 
     offer: Offer
@@ -62,24 +60,7 @@ class Task:
 
 
 class DeviceStore:
-    """The state directory of one device.
-
-    Args:
-        root: The directory; made if missing.
-        clock: Seconds since 1970.
-        owner: Its owner; None to skip the check.
-
-    Attributes:
-        blobs: Weights and graphs.
-        slots: The serving model.
-        own: What it keeps of its own from round to round.
-        privacy: What it has told of its samples under noise, and what its owner asks for.
-        task: The last offer.
-        pending: An update that is not acknowledged.
-
-    Raises:
-        StorageError: Another process uses the directory, it is another device's, or it can't be written.
-    """
+    """The state directory of one device; raises `StorageError` if another process or device has it."""
 
     def __init__(
         self, root: Path, clock: Callable[[], float] = time.time, *, owner: DirectoryOwner | None = None
@@ -127,11 +108,7 @@ class DeviceStore:
         self.close()
 
     def hold_to(self, floor: PrivacyPolicy | None) -> None:
-        """Ask of every job what the board's owner asks for; an update that waits and is less private is dropped.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Require of every job what the board's owner requires; a waiting update that is less private is dropped."""
         self.privacy.floor = floor
         if floor is None or self.pending is None:
             return
@@ -148,8 +125,8 @@ class DeviceStore:
     def next_session(self) -> int:
         """A number for a new connection, larger than every earlier one, on disk before it is used.
 
-        It is the time in milliseconds where that is larger, so that also a board whose directory was deleted is
-        believed to be there again. On a disk that fails only this process knows it.
+        It is the time in milliseconds where that is larger, so that a board whose directory was deleted is accepted
+        again. On a disk that fails only this process knows it.
         """
         number = max(self.session + 1, int(min(1000 * self._clock(), _LAST_TIME)))
         try:
@@ -161,10 +138,8 @@ class DeviceStore:
         return number
 
     def accept(self, offer: Offer) -> None:
-        """Make an offer the current one; what is the board's own in another job is laid aside.
-
-        Raises:
-            StorageError: The disk fails or is full; the old offer stays.
+        """Make an offer the current one; the board's own state of another job is set aside. On errors the old offer
+        stays.
         """
         if self._of_another_run(offer):
             self.own.clear()
@@ -177,50 +152,29 @@ class DeviceStore:
         self._set_task(Task(offer, donor=donor))
 
     def dismiss(self) -> None:
-        """Keep earlier weights no longer: there is no room for them and the offer's.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Keep earlier weights no longer: there is no room for them and the offer's."""
         if self.task is not None and self.task.donor:
             self._set_task(replace(self.task, donor=""))
 
     def finish(self) -> None:
-        """Note that nothing is left to do for the current offer; its graphs stay for the next one.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Note that the current offer is done; its graphs stay for the next one."""
         if self.task is not None and not self.task.done:
             self._set_task(replace(self.task, done=True))
 
     def drop(self) -> None:
-        """Forget the current offer and what was kept for its job, which is over; its last model serves on.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Forget the current offer and what was kept for its job, which is over; its last model serves on."""
         atomic_file.remove(self.root / "offer.json")
         self.own.clear()
         self.task = None
 
     def keep(self, update: messages.Update) -> None:
-        """Keep an update until the server has it. Its weights must be in `blobs`.
-
-        Raises:
-            StorageError: The weights aren't there, or the disk fails or is full.
-        """
+        """Keep an update, whose weights must be in `blobs`, until the server has it."""
         if not self.blobs.has(update.weights.sha256):
             raise StorageError("an update's weights are missing from the store")
         atomic_file.write_document(self.root / "pending.json", {"message": _body(update)})
         self.pending = update
 
     def forget(self) -> None:
-        """Drop the pending update.
-
-        Raises:
-            StorageError: The disk fails.
-        """
         atomic_file.remove(self.root / "pending.json")
         self.pending = None
 
@@ -230,12 +184,10 @@ class DeviceStore:
         return pending if pending is not None and (pending.job, pending.round) == (offer.job, offer.round) else None
 
     def collect(self) -> int:
-        """Delete blobs, whole or partly pulled, that neither the current offer nor the pending update refers to.
+        """Delete blobs, whole or partial, that neither the current offer nor the pending update refers to; returns how
+        many.
 
         A disk that fails at this is a warning: what couldn't be deleted is tried again the next time.
-
-        Returns:
-            How many were deleted.
         """
         count = 0
         try:
@@ -247,11 +199,7 @@ class DeviceStore:
         return count
 
     def reclaimable_bytes(self, offer: Offer) -> int:
-        """Room that `collect` would make if this offer were the current one.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Room that `collect` would make if this offer were the current one."""
         partial = self.blobs.root / "partial"
         paths = [path for name in self._unwanted(Task(offer)) for path in (self.blobs.path(name), partial / name)]
         if self._of_another_run(offer):

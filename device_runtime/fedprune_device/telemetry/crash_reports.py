@@ -1,8 +1,8 @@
-"""How a board's last run ended unasked: recorded as it ends, or found out at the next start.
+"""How a board's last run ended by a fault: recorded as it ends, or found out at the next start.
 
-An exception that ends the service, or one of its threads, is written by the run itself. A fault in native code leaves
-what Python's faulthandler could still write; a run that was killed leaves only the mark that it had begun, unless the
-power was cut, which is no crash.
+An exception that ends the service, or one of its threads, is written by the run itself. After a fault in native code
+there is what Python's faulthandler could write; a killed run leaves only its start mark, unless the power was cut,
+which is no crash.
 """
 
 from __future__ import annotations
@@ -48,11 +48,8 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 class CrashReports:
     """What is known of how runs ended.
 
-    Args:
-        folder: The board's state directory, which this process holds.
-        clock: Seconds since 1970.
-        boot: Names this boot of the board; empty where nothing does.
-        quiet: Whether the board's samples are in a private job: of an exception its name alone is told then.
+    `boot` names this boot of the board, empty where that is unknown. If `quiet` (the board's samples are in a private
+    job), only an exception's name is reported.
     """
 
     def __init__(
@@ -69,8 +66,7 @@ class CrashReports:
 
     @property
     def report(self) -> dict[str, Any] | None:
-        """The crash that the server should hear of, if there is one: a `CrashReport`'s fields but for device and
-        number."""
+        """The fields of the `CrashReport` that the server should get, if there is one, except device and number."""
         try:
             found = atomic_file.read_document(self._folder / FILE)
         except FedpruneError:

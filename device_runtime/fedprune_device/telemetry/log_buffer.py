@@ -1,7 +1,7 @@
-"""Warnings and errors of a board's log, kept for its server: few, small, and there after a power cut.
+"""Warnings and errors of a board's log, kept for its server: few, small, and durable.
 
-A line that comes again is counted, not repeated. What doesn't fit is left out, the oldest first, and how much that was
-is said. The file is written once a minute at most, so that a card isn't worn by a board that complains.
+A repeated line is counted. What doesn't fit is left out, oldest first, and the number of lost lines is reported. The
+file is written once a minute at most, to spare the card.
 """
 
 from __future__ import annotations
@@ -33,14 +33,9 @@ _LAST = 2**53
 
 
 class LogBuffer(logging.Handler):
-    """Keeps what a board should tell its server of its log.
+    """Keeps the log lines for the server.
 
-    Args:
-        folder: The board's state directory.
-        device: The board's name.
-        clock: Seconds since 1970.
-        monotonic: Seconds that only grow.
-        quiet: Whether the board's samples are in a private job, so that nothing that is filled into a line is told.
+    If `quiet` (the board's samples are in a private job), lines are kept without the values that were filled in.
     """
 
     def __init__(
@@ -85,12 +80,7 @@ class LogBuffer(logging.Handler):
             self.handleError(record)
 
     def take(self, lines: int, size: int) -> LogReport | None:
-        """What may be told now; the same again until it is kept.
-
-        Args:
-            lines: Lines that the server takes in an hour.
-            size: Bytes of their texts.
-        """
+        """What may be sent now, within `lines` per hour and `size` bytes of text; the same again until it is kept."""
         with self._guard:
             self._withhold()
             self._turn_of_the_hour()
@@ -122,11 +112,7 @@ class LogBuffer(logging.Handler):
             self._dirty = True
 
     def save(self, *, now: bool = False) -> None:
-        """Write the file if it is time to; a disk that fails costs these lines and no more.
-
-        Args:
-            now: Don't wait.
-        """
+        """Write the file if it is due, or at once if `now`; if the disk fails, these lines are lost."""
         with self._guard:
             if not self._dirty or (not now and self._monotonic() < self._save_at):
                 return

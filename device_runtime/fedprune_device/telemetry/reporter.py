@@ -24,14 +24,7 @@ _LOGGER = "fedprune"
 
 
 class LogReporter:
-    """Sends the board's warnings and its last crash, once the server has asked for them.
-
-    Args:
-        connection: The connection.
-        log: The lines for the server.
-        crashes: The last run's end.
-        clock: A monotonic clock, in seconds.
-    """
+    """Sends the board's warnings and its last crash, once the server has asked for them."""
 
     def __init__(
         self,
@@ -93,10 +86,7 @@ def reporting(
 ) -> Iterator[tuple[LogBuffer, CrashReports]]:
     """Keep the log's warnings and how this run ends, for the server.
 
-    Args:
-        folder: The board's state directory, which this process holds.
-        device: The board's name.
-        quiet: Whether its samples are in a private job, of which no text tells.
+    If `quiet` (its samples are in a private job), no text of them is reported.
     """
     log, crashes = LogBuffer(folder, device, quiet=quiet), CrashReports(folder, quiet=quiet)
     logger = logging.getLogger(_LOGGER)

@@ -37,16 +37,8 @@ def measured(
 ) -> Tensors:
     """Statistics of some samples: the mean of what all batches give, as torch's BatchNorm has it with momentum=None.
 
-    Args:
-        run: Runs the graph.
-        names: The statistics.
-        feeds: All other inputs, but the samples.
-        x: The samples.
-        batches: Which of them are in each batch.
-        old: The statistics as they are. One that the graph leaves alone, or that isn't finite afterwards, stays so.
-
-    Returns:
-        The statistics alone.
+    `feeds` are all other inputs except the samples. A statistic that the graph leaves alone, or that isn't finite
+    afterwards, keeps its `old` value.
     """
     outputs = [step_contract.following(n) for n in names]
     none = {n: np.zeros_like(old[n]) for n in names}

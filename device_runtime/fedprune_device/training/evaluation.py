@@ -41,14 +41,7 @@ MEASURED = frozenset(
 
 
 class Evaluation:
-    """Measures models of one round.
-
-    Args:
-        data: The board's samples.
-        recipe: The round's recipe.
-        classes: Entries of the models' outputs.
-        own: What the board's own labels say about its predictions.
-    """
+    """Measures models of one round. `own` is what the board's own labels change in its predictions."""
 
     def __init__(self, data: LocalData, recipe: Recipe, classes: int, own: LogitAdjustment) -> None:
         self._data = data
@@ -61,12 +54,8 @@ class Evaluation:
             self.metrics["samples_validation"] = float(len(data.y_val))
 
     def add(self, model: Predictor, when: str) -> None:
-        """Measure a model.
-
-        Args:
-            model: The model.
-            when: `before` for the offered one, `after` for the trained one, `average` for the board's own average,
-                which is measured on test samples alone.
+        """Measure a model `before` (the offered one) or `after` training, or the board's own `average`, on test samples
+        alone.
         """
         began = time.monotonic()
         if self._add(model, "test", when):
@@ -75,15 +64,7 @@ class Evaluation:
             self._add(model, "val", "validation" if when == "after" else f"validation_{when}")
 
     def check(self, model: Predictor, loss: float | None) -> None:
-        """The numeric check before a model may serve.
-
-        Args:
-            model: The model.
-            loss: What the training graph says of the first samples, where both compute the same.
-
-        Raises:
-            ModelError: It fails.
-        """
+        """The numeric check before a model may serve; `loss` is the training graph's, where both compute the same."""
         y = targets(self._data.y_train, self._recipe.loss, self._classes)
         model.check(
             self._classes,

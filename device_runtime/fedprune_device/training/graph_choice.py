@@ -1,8 +1,7 @@
-"""Which training graph of an offer a board uses: one with channels in blocks, if it brings one for this processor, else
-the one of standard operators, which every board runs.
+"""Which training graph of an offer a board uses: one with channels in blocks for this processor, or the standard one.
 
-The server knows the length of blocks that the board announced. It may be another one by now (onnxruntime was replaced,
-the card moved to another board), so what counts is what is found here.
+The server knows the block length that the board announced, which may have changed (onnxruntime was replaced, the card
+moved to another board), so what is found here counts.
 """
 
 from __future__ import annotations
@@ -18,11 +17,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 
 class GraphChoice:
-    """Chooses, and learns from failures.
-
-    Args:
-        standard: Whether the graph of standard operators is always used, as on a GPU.
-    """
+    """Chooses, and learns from failures. With `standard`, as on a GPU, the standard graph is always used."""
 
     def __init__(self, *, standard: bool = False) -> None:
         self._standard = standard
@@ -47,15 +42,7 @@ class GraphChoice:
         return replace(offer, blocked=mine or None)
 
     def instead(self, offer: Offer, error: BaseException) -> Offer | None:
-        """What is to be tried where an offer's work has failed: the same with standard operators, from now on.
-
-        Args:
-            offer: The offer, as `suited` left it.
-            error: Why it failed.
-
-        Returns:
-            The offer; None where it used standard operators already, or it is not the graph that failed.
-        """
+        """The same offer with standard operators, from now on; None if it used them, or the graph didn't fail."""
         if not offer.blocked or not (isinstance(error, ModelError) or isinstance(error.__cause__, ModelError)):
             return None
         self._standard = self._failed = True

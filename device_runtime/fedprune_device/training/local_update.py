@@ -32,22 +32,10 @@ from fedprune_device.training.trainer import Trainer, TrainingResult
 def carried(
     base: LocalState | None, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: Callable[[BlobRef], bytes]
 ) -> Tensors:
-    """What the last update left out of tensors that are trained now.
+    """What the last update left out of tensors that are trained now, in the tensors' shapes.
 
-    In another selection it is that of the channels that both have, where the offer says how these have moved;
-    otherwise nothing is known to be the same, and nothing is left.
-
-    Args:
-        base: What the round before left; None where there is none.
-        offer: The offer, whose selection the tensors have.
-        tensors: The submodel's tensors, with all elements in their places.
-        read: Gives a blob of the offer.
-
-    Returns:
-        Arrays of the tensors' shapes, for some of them.
-
-    Raises:
-        StorageError: A blob can't be read.
+    In another selection it is carried over for the channels that both have, where the offer says how these have moved;
+    otherwise nothing is left.
     """
     found = {} if base is None else base.residual
     if base is not None and found and base.selection != offer.selection:
@@ -65,14 +53,11 @@ _LOG = logging.getLogger("fedprune.device")
 
 @dataclass(frozen=True)
 class UpdateFiles:
-    """What training leaves, in memory that outlives its graph.
+    """The files that training leaves, in memory that outlives its graph.
 
-    Attributes:
-        sent: The file that the server gets.
-        after: The trained model as it predicts; None where it is the file that is sent.
-        average: The board's own average, with what is blended into it, as it predicts, where there is one.
-        own: What the board keeps, where it keeps anything.
-        loss: What the training graph says of the model that is to serve, where it computes the same as inference.
+    `after` is the model as it predicts, None where that is the file `sent`; `average` the board's own, with what is
+    blended into it. `own` is what the board keeps. `loss` is the training graph's for the model that is to serve, where
+    it computes the same as inference.
     """
 
     sent: BlobRef
@@ -85,25 +70,9 @@ class UpdateFiles:
 class LocalUpdate:
     """What a board trains for an offer.
 
-    Args:
-        offer: The offer.
-        recipe: Its recipe.
-        weights: Its weights file.
-        mask: Its mask file, or None.
-        trainer: Its training graph.
-        states: Where the board keeps what is its own between rounds.
-        device: The board's name.
-        data: Its samples.
-        noise: Gives the noise that a private recipe asks for, asked as it is drawn.
-
-    Attributes:
-        tensors: What training begins with: what was received, with the board's personal tensors in it.
-        mask: Which elements are active; None for all.
-        kept: Finds and keeps what lasts from round to round; None where the recipe asks for nothing of the kind.
-
-    Raises:
-        BundleError: The files don't fit each other.
-        TrainingError: They don't fit the training graph.
+    `tensors` are what training begins with: what was received, with the board's personal tensors in it. `mask` tells
+    which elements are active, None for all; `kept` is None where the recipe keeps nothing between rounds. Raises
+    `BundleError` if the files don't fit each other, `TrainingError` if they don't fit the graph.
     """
 
     def __init__(
@@ -145,16 +114,10 @@ class LocalUpdate:
     def made(
         self, result: TrainingResult, put: Callable[[bytes], BlobRef], read: Callable[[BlobRef], bytes]
     ) -> UpdateFiles:
-        """What comes of the training.
+        """The files that follow from a training.
 
-        Args:
-            result: What training gave.
-            put: Takes the file that the server gets.
-            read: Gives the received weights once more, where the update is their difference to the trained ones.
-
-        Raises:
-            TrainingError: The training graph fails on it, or the update is not finite.
-            StorageError: The disk fails or is full, or the received weights are no longer there.
+        `put` takes the file that the server gets; `read` gives the received weights once more, where the update is
+        their difference to the trained ones. Raises `TrainingError` if the update is not finite.
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
         other = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None

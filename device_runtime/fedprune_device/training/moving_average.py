@@ -1,8 +1,7 @@
 """A board's own moving average of its trained weights: a ← decay · a + (1 − decay) · w, in the submodel's coordinates.
 
-It evens out what the noise of few local steps and of each round's averaging does to a personal model, and costs no
-bytes of the link. What serves may be a blend of it with the weights that were received, which know of other boards'
-data.
+It reduces the noise of few local steps and of each round's averaging in a personal model, without traffic. The active
+model may blend it with the received weights, which carry other boards' data.
 """
 
 from __future__ import annotations
@@ -32,21 +31,10 @@ def averaged(
     axes: TensorAxes | None = None,
     mask: ElementMask | None = None,
 ) -> Tensors:
-    """The average after a round.
+    """The average after a round, in arrays of their own.
 
-    In another selection of the same order of channels, what both have is carried over; of a selection of another order
-    nothing is known to be the same, so that the average starts over. So does an element that was masked before.
-
-    Args:
-        base: What the round before left; None where there is none.
-        offer: The offer, whose selection the tensors have.
-        trained: The trained tensors.
-        decay: Share of the old average that is kept.
-        axes: The channel groups of the tensors' axes.
-        mask: Which elements of the tensors are active.
-
-    Returns:
-        Arrays of their own.
+    In another selection of the same order of channels, the common part is carried over; of another order nothing is, so
+    that the average starts over. So does an element that was masked before.
     """
     out = {n: np.array(v, np.float32) for n, v in trained.items()}
     if base is None or not base.average:
@@ -67,13 +55,9 @@ def blended(
     *,
     mask: ElementMask | None = None,
 ) -> Tensors:
-    """The model that serves beside an average: (1 − share) · average + share · received.
+    """The model that serves with an average: (1 − share) · average + share · received; 0 where masked.
 
-    Args:
-        average: All tensors of the average; they stay as they are.
-        received: The tensors that are blended into it; of the others the average's own arrays are returned.
-        share: Share of the received weights.
-        mask: Which elements of the tensors are active; the others are 0.
+    Tensors that are not received are the average's own arrays.
     """
     out = dict(average)
     for name, value in received.items():

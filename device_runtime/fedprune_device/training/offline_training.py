@@ -29,11 +29,8 @@ _RECORD = "alone.json"
 class OfflineTraining:
     """Decides when the board trains on, from which model, and whether the result may serve.
 
-    Args:
-        store: The board's state directory.
-        runner: Trains. What the board keeps from round to round belongs to rounds: this runner has a store of its own.
-        every: Seconds between one training of the active model, in a round or offline, and the next; 0 for never.
-        clock: Seconds since 1970.
+    `every` is the number of seconds between one training of the active model and the next, 0 for never. What the board
+    keeps between rounds belongs to rounds, so `runner` has a store of its own.
     """
 
     def __init__(
@@ -49,15 +46,7 @@ class OfflineTraining:
         self._heard = now
 
     def due(self, now: float, *, connected: bool) -> Offer | None:
-        """What to train now, if it is time to; asked while nothing else is trained.
-
-        Args:
-            now: Monotonic seconds.
-            connected: Whether there is a connection to the broker.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """What to train now, if a training is due; called while nothing else is trained."""
         self._heard = now if self._heard is None else self._heard
         if not self._every or not self._is_time(now, connected):
             return None
@@ -73,11 +62,7 @@ class OfflineTraining:
         return before is None or after is None or after < before
 
     def record(self, result: RoundResult, *, serves: bool) -> None:
-        """Note that a training is done, so that the next one waits for its time.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Note that a training is done, so that the next one waits for its time."""
         times = int(self._number("times")) + 1
         atomic_file.write_document(self._store.root / _RECORD, {"at": self._clock(), "times": times})
         shown = ", ".join(f"{k} {v:.4g}" for k, v in sorted(result.metrics.items()))

@@ -25,21 +25,10 @@ def unpacked(
     widths: Sequence[int],
     maskable: Collection[str],
 ) -> tuple[Tensors, ElementMask | None]:
-    """Read what an offer names.
+    """All tensors in full, 0 where masked, and which elements are active (None for all).
 
-    Args:
-        weights: The weights file.
-        mask: The mask file, or None.
-        recipe: The recipe.
-        axes: The channel groups of the tensors' axes, from the training graph; needed with a mask.
-        widths: Channels per group.
-        maskable: Tensors that may have a mask: all but statistics.
-
-    Returns:
-        All tensors in full, with 0 where masked, and which elements are active (None for all).
-
-    Raises:
-        BundleError: The weights are no canonical tensor file, or mask and weights don't fit each other or the model.
+    `axes`, the channel groups of the tensors' axes, are needed with a mask; only `maskable` tensors may have one.
+    Raises `BundleError` if the files are invalid or don't fit each other or the model.
     """
     tensors: Tensors = tensorfile.decode(weights)
     # The inference graph finds its weights at offsets that only the canonical form has.
@@ -66,18 +55,7 @@ def unpacked(
 
 
 def decoded(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:
-    """The weights file of an offer.
-
-    Args:
-        offer: The offer.
-        read: Gives a blob by its digest.
-
-    Returns:
-        The file; None where what came doesn't make it, so that it must be pulled as it is.
-
-    Raises:
-        StorageError: A blob can't be read.
-    """
+    """The weights file of an offer; None where what came doesn't make it, so that it must be downloaded as it is."""
     if offer.coded is None:
         return None
     raw = read(offer.coded.sha256)

@@ -35,12 +35,9 @@ Report = Callable[[str, int, int], None]
 
 
 class DamagedBlobError(StorageError):
-    """A blob on the disk is not what its name says, and must be pulled again.
+    """A blob on the disk is not what its name says, and must be downloaded again.
 
-    Only the loop deletes it: it knows whether the blob is being downloaded again already.
-
-    Attributes:
-        sha256: Its name.
+    Only the loop deletes it, which knows whether it is being downloaded already.
     """
 
     sha256 = ""
@@ -50,11 +47,8 @@ class DamagedBlobError(StorageError):
 class RoundResult:
     """The result of an offer, which changes nothing that lasts before `RoundRunner.commit`.
 
-    Attributes:
-        update: The message to the server; its weights are in the store.
-        model: The new model, staged and checked.
-        metrics: All measurements; a private update reports only some of them.
-        own: The board's own state after the round, staged; None where the recipe keeps none.
+    A private update reports only some of the `metrics`. `own` is the board's own state, staged, None where the recipe
+    keeps none.
     """
 
     update: Update
@@ -63,27 +57,16 @@ class RoundResult:
     own: RoundState | None = None
 
     def keep(self) -> None:
-        """Make the board's own state after the round the current one.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Make the board's own state after the round the current one."""
         if self.own is not None:
             self.own.commit()
 
 
 class RoundRunner:
-    """Carries out offers, one at a time. The simulator does it here, too.
+    """Carries out offers, one at a time, on a board and in the simulator.
 
-    Args:
-        device: The device's name.
-        blobs: All blobs of an offer; trained weights are put there.
-        slots: Where models are staged and serve.
-        data: The device's samples; every offer takes those that there are when it begins.
-        trainer: The loaded training graph; benches may share it.
-        states: Stores the device's local state between rounds; by default as long as this runner exists.
-        lowering: Lowers what serves; by default nothing is lowered.
-        noise: The noise of a private update; by default of a key that isn't kept. Only simulations give another.
+    By default states last as long as this runner, nothing is lowered, and the noise of private updates has a key that
+    isn't kept; only simulations give another. `trainer` may be shared with other runners.
     """
 
     def __init__(
@@ -107,16 +90,8 @@ class RoundRunner:
         self._noise = noise or (lambda offer: GaussianNoise.secret())
 
     def commit(self, made: RoundResult) -> Update:
-        """Make a result current: the board's own state and the model that serves.
-
-        Args:
-            made: The result of `make` for the newest offer.
-
-        Returns:
-            The update, to be sent.
-
-        Raises:
-            StorageError: The disk fails; the old model serves on.
+        """Make the newest offer's result current: the board's own state and the active model. Returns the update to
+        send.
         """
         made.keep()
         self._slots.install(made.model)
@@ -132,28 +107,14 @@ class RoundRunner:
     ) -> RoundResult:
         """Evaluate, train, evaluate, check. Nothing that lasts changes: a stopped round's result is dropped.
 
-        The same offer always gives the same weights, so that one that was cut off can be done again; only a private
-        update's noise is another one each time. A private update tells nothing else that was measured on samples, nor
-        that training ran away.
+        The same offer always gives the same weights, so that an interrupted one can be repeated; only a private
+        update's noise differs each time. A private update reports nothing else that was measured on samples, nor that
+        training diverged. `report` gets phase, units done and units in all; `stop` is called between training steps and
+        after them.
 
-        Args:
-            offer: The offer; its blobs are in the store.
-            download_seconds: How long they took to arrive, for the metrics.
-            report: Told how far it is.
-            stop: Asked between training steps, and after them.
-
-        Returns:
-            The update, the staged model and the board's staged state.
-
-        Raises:
-            DamagedBlobError: A blob must be pulled again.
-            ConfigError: The recipe or the codec doesn't make sense.
-            BundleError: The weights are not a canonical tensor file, or a mask doesn't fit them.
-            DataError: The local data doesn't fit the model.
-            TrainingError: Training failed.
-            TrainingStoppedError: `stop` said so.
-            ModelError: A graph doesn't load, or the new model fails its check.
-            StorageError: The disk fails or is full.
+        Raises `DamagedBlobError` if a blob must be downloaded again, `ConfigError` for a recipe or codec, `BundleError`
+        for weights or mask, `DataError` for local data, `TrainingError`, `TrainingStoppedError` if `stop` returned
+        True, `ModelError` if a graph doesn't load or the new model fails its check, `StorageError`.
         """
         recipe = Recipe.from_dict(offer.recipe)
         # Damage is found out first, before a graph is loaded.

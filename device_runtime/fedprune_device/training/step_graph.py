@@ -35,14 +35,7 @@ _NUMBERS = frozenset(
 
 
 class Moved(NamedTuple):
-    """What a step gives.
-
-    Attributes:
-        loss: The batch's data loss.
-        hits: How many of its samples are right.
-        values: What has moved, by input name.
-        gradients: Those that were asked for.
-    """
+    """A step's result: the batch's data loss, its number of right samples, new values and requested gradients."""
 
     loss: float
     hits: int
@@ -53,29 +46,15 @@ class Moved(NamedTuple):
 class StepGraph:
     """A training graph written to the contract of `fedprune.model.step_contract`.
 
-    Args:
-        graph: A file or its bytes.
-        blocked: A graph for this processor, with channels in blocks, that takes whole batches: all other samples go
-            through `graph`, which is loaded when the first of them come. None for none.
-        threads: Threads inside an operator; with 1 the same inputs give the same bits.
-        session: Runs the graph instead of a session of onnxruntime.
-        cuda: Whether that session is to compute on an NVIDIA GPU.
+    `blocked` is a graph for this processor with channels in blocks, for whole batches; other samples go through
+    `graph`, which is loaded when they come. With one thread the same inputs give the same bits. `session` replaces that
+    of onnxruntime; `cuda` lets that compute on an NVIDIA GPU.
 
-    Attributes:
-        names: The model's tensors.
-        trainable: Those that an optimiser moves.
-        statistics: Those that a step measures.
-        frozen: Those that stay as they are.
-        states: The optimiser's arrays.
-        squares: Sums of squared gradients, where the graph has them.
-        gradients: The gradients, where the graph gives them.
-        scores: Whether it says how many samples are right.
-        input_shape: One sample's shape.
-        token_ids: Whether samples are whole numbers.
+    `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay. `states` are
+    the optimiser's arrays, `squares` sums of squared gradients. `scores`: whether it counts right samples. `token_ids`:
+    whether samples are whole numbers.
 
-    Raises:
-        ModelError: onnxruntime doesn't accept the graph, or it was made for another kind of processor.
-        TrainingError: It is not a training graph.
+    Raises `ModelError` if onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
     """
 
     def __init__(
@@ -145,11 +124,7 @@ class StepGraph:
             raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(lacking)[:5]))
 
     def check(self, tensors: Mapping[str, Array]) -> None:
-        """Check weights against the graph's inputs.
-
-        Raises:
-            TrainingError: A tensor is missing, unknown, of another type or of a shape that doesn't fit.
-        """
+        """Check weights against the graph's inputs; raises `TrainingError`."""
         for name in self.names:
             if name not in tensors:
                 raise TrainingError(f"tensor {name} is missing from the weights")
@@ -171,11 +146,7 @@ class StepGraph:
 
     @cached_property
     def axes(self) -> TensorAxes | None:
-        """The channel groups of the tensors' axes; None if the graph doesn't give them.
-
-        Raises:
-            BundleError: What it says can't be read.
-        """
+        """The channel groups of the tensors' axes; None if the graph doesn't give them."""
         text = self._session.metadata.get(step_contract.AXES)
         return None if text is None else TensorAxes.from_json(text)
 
@@ -192,18 +163,9 @@ class StepGraph:
         classes: int,
         mask: ElementMask | None = None,
     ) -> dict[str, Array]:
-        """What is fed in every step alike.
+        """The inputs that are the same in every step; `y` are all training labels, as `labels.targets` gives them.
 
-        Args:
-            tensors: The weights as received.
-            y: All training labels, as `labels.targets` gives them.
-            recipe: The recipe.
-            classes: Entries of the model's output.
-            mask: Which elements of the tensors are active; None for all.
-
-        Raises:
-            TrainingError: The graph was made for another kind of recipe.
-            DataError: A label is out of range.
+        Raises `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range.
         """
         feeds = numbers(recipe) | anchors(recipe, tensors, self.trainable) | loss_terms(y, recipe, classes)
         feeds |= self.masking(tensors, recipe, mask)
@@ -242,16 +204,8 @@ class StepGraph:
         number: int,
         gradients: Sequence[str] = (),
     ) -> Moved:
-        """One optimiser step.
-
-        Args:
-            feeds: Tensors, states and constants.
-            parts: The batch, in the parts in which it is worked through.
-            number: The step, from 1.
-            gradients: Outputs that are wanted, too.
-
-        Raises:
-            TrainingError: An operator fails.
+        """One optimiser step, number `number` from 1, on a batch in parts; `gradients` are further outputs that are
+        wanted.
         """
         feeds = dict(feeds)
         if step_contract.STEP_NUMBER in self._session.inputs:
@@ -285,15 +239,7 @@ class StepGraph:
         return Moved(loss, hits, moved, asked)
 
     def run_forward(self, feeds: dict[str, Array], outputs: Sequence[str]) -> Mapping[str, Array]:
-        """Run what of the graph some outputs need.
-
-        Args:
-            feeds: Inputs; those that aren't needed are left out.
-            outputs: Names of the outputs.
-
-        Raises:
-            TrainingError: The graph has no such output, or an operator fails.
-        """
+        """Run what of the graph some outputs need; feeds that aren't needed are left out."""
         session = self._given or self._forward.get(tuple(outputs))
         try:
             if session is None:

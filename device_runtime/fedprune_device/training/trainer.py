@@ -31,16 +31,10 @@ Array = npt.NDArray[Any]
 
 
 class EarlyStopping:
-    """Says when the validation loss has not fallen for long enough, and keeps the weights of its lowest.
+    """Detects that the validation loss has not fallen for `epochs` epochs, and keeps the best epoch's weights, if
+    `keep`.
 
-    Args:
-        epochs: So many without a lower loss are enough.
-        keep: Whether the best epoch's weights will be asked for; if not, the attributes stay empty.
-
-    Attributes:
-        tensors: The best epoch's.
-        steps: Optimiser steps that led to them.
-        squares: What else belongs to that epoch: the squared gradients of its last step.
+    `steps` led to these; `squares` are the squared gradients of the last one.
     """
 
     def __init__(self, epochs: int, *, keep: bool = True) -> None:
@@ -52,17 +46,7 @@ class EarlyStopping:
         self.squares: dict[str, Array] = {}
 
     def over(self, loss: float, tensors: Mapping[str, Array], steps: int, squares: Mapping[str, Array]) -> bool:
-        """Take in an epoch's end.
-
-        Args:
-            loss: The validation loss.
-            tensors: The weights; they must not be written to.
-            steps: Optimiser steps so far.
-            squares: Squared gradients of the last one, where they are reported.
-
-        Returns:
-            Whether training should end.
-        """
+        """Record an epoch's end; True if training should end. The tensors must not be written to."""
         if self._lowest is None or loss < self._lowest:
             self._lowest, self._waited = loss, 0
             if self._keep:
@@ -112,14 +96,7 @@ class TrainingResult:
 
     @classmethod
     def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
-        """What training would give that had changed nothing.
-
-        Args:
-            tensors: The weights and statistics that it began with.
-            steps: Steps that it should have taken.
-            samples: Local training samples.
-            seconds: Time that went into it.
-        """
+        """What a training that changed nothing would give."""
         nothing = math.nan
         return cls(dict(tensors), steps, samples, nothing, nothing, None, seconds, seconds / max(1, steps), {}, {})
 
@@ -166,19 +143,11 @@ class Trainer:
 
     @property
     def axes(self) -> TensorAxes | None:
-        """The channel groups of the tensors' axes; None if the graph doesn't give them.
-
-        Raises:
-            BundleError: What it says can't be read.
-        """
+        """The channel groups of the tensors' axes; None if the graph doesn't give them."""
         return self._graph.axes
 
     def check(self, tensors: Mapping[str, Array]) -> None:
-        """Check weights against the graph's inputs.
-
-        Raises:
-            TrainingError: A tensor is missing, unknown, of another type or of a shape that doesn't fit.
-        """
+        """Check weights against the graph's inputs; raises `TrainingError`."""
         self._graph.check(tensors)
 
     def train(
@@ -307,21 +276,9 @@ class Trainer:
     ) -> Tensors:
         """Batch-norm statistics of the local training samples at these weights, which stay as they are.
 
-        It is one pass in training mode, in batches of what a step works on at once: every statistic becomes the mean
-        of what the batches say, as torch's BatchNorm has it with momentum=None. Layers' outputs aren't scaled.
-
-        Args:
-            tensors: All tensors; elements that are masked are 0.
-            data: Local samples.
-            recipe: What the graph was made for.
-            seed: The job's seed: with the device it decides which samples are in one batch.
-            device: The device's name.
-
-        Returns:
-            The tensors with new statistics; those that are frozen stay as they are.
-
-        Raises:
-            TrainingError: The graph fails on them.
+        One pass in training mode, in batches of what a step works on at once: every statistic becomes the mean of the
+        batches', as torch's BatchNorm has it with momentum=None. Layers' outputs aren't scaled; frozen statistics stay.
+        Seed and device decide which samples share a batch.
         """
         names = self._graph.statistics
         if not names:
@@ -336,12 +293,7 @@ class Trainer:
     def loss(
         self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, classes: int, samples: int = 32
     ) -> float:
-        """Data loss of the first training samples at these weights, which stay as they are, without masks and scaler.
-
-        Raises:
-            TrainingError: Weights or recipe don't fit the graph.
-            DataError: The labels don't fit the recipe's loss.
-        """
+        """Data loss of the first training samples at these weights, which don't change, without masks and scaler."""
         self.check(tensors)
         y = targets(data.y_train, recipe.loss, classes)
         feeds = self._graph.constants(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
@@ -400,13 +352,9 @@ class Trainer:
 
 
 class TrainerCache:
-    """The training graph that was used last: another runner's round usually needs it again.
+    """The training graph that was used last, which another runner's round usually needs again.
 
-    Args:
-        threads: Threads inside an operator.
-        keep: Whether it stays loaded after training. A board lets it go: its memory is needed for the new model, and
-            loading it again takes less than a step or two.
-        cuda: Whether to compute on an NVIDIA GPU, if that works.
+    A board doesn't `keep` it after training: the new model needs its memory, and loading it takes less than two steps.
     """
 
     def __init__(self, threads: int = 1, *, keep: bool = False, cuda: bool = False) -> None:
@@ -416,17 +364,10 @@ class TrainerCache:
         self._loaded: tuple[str, Trainer] | None = None
 
     def of(self, sha256: str, read: Callable[[], bytes], blocked: Callable[[], bytes] | None = None) -> Trainer:
-        """A trainer for a graph.
+        """A trainer for a graph; `read` gives its bytes if they are needed.
 
-        Args:
-            sha256: The graph.
-            read: Gives its bytes, if they are needed.
-            blocked: Gives those of a graph for whole batches on this processor, if there is one. It is read again for
-                every round, since it serves one round's widths alone.
-
-        Raises:
-            ModelError: onnxruntime doesn't accept the graph.
-            TrainingError: It is not a training graph.
+        `blocked` gives a graph for whole batches on this processor, and is read for every round, whose widths alone it
+        serves.
         """
         if self._loaded is None or self._loaded[0] != sha256 or blocked is not None:
             self._loaded = None  # two loaded models are more than a small board has memory for
@@ -435,11 +376,7 @@ class TrainerCache:
         return self._loaded[1]
 
     def predictor(self, model: Path) -> Predictor:
-        """A staged model, opened.
-
-        Raises:
-            ModelError: onnxruntime doesn't accept it.
-        """
+        """A staged model, opened."""
         return Predictor(model, threads=self.threads, cuda=self._cuda)
 
     def release(self) -> None:

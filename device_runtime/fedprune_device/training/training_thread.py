@@ -18,18 +18,7 @@ NICENESS = 19
 class TrainingThread:
     """Carries out one offer, beginning at once. The loop commits or drops the result.
 
-    Args:
-        runner: Carries it out.
-        offer: The offer; its blobs are in the store.
-        download_seconds: How long they took to arrive.
-        guard: Lets training wait between steps while the board is too hot.
-        offline: Whether no server has asked for it.
-
-    Attributes:
-        offer: The offer.
-        status: Phase, units done and units in all.
-        result: The result, if training succeeded.
-        error: The error, if training failed.
+    `status` is phase, units done and units in all. `offline`: no server has requested it.
     """
 
     def __init__(

@@ -21,18 +21,9 @@ Progress = Callable[[int, int], None]
 
 
 def write_card(image: Path, card: Path, progress: Progress) -> str:
-    """Write an image to a card and read it back.
+    """Write an image to a card's device, which no other program may use, and read it back; returns its sha256.
 
-    Args:
-        image: The image.
-        card: The card's device, which no other program may use.
-        progress: Takes bytes written and read back, and bytes in all.
-
-    Returns:
-        sha256 of the image, as read back.
-
-    Raises:
-        CardError: The card can't be opened or written to, or gives back something else.
+    `progress` takes bytes written and read back, and bytes in all.
     """
     size = image.stat().st_size
     try:

@@ -23,15 +23,8 @@ _MAX_NAME = 60
 
 @dataclass(frozen=True)
 class Drive:
-    """A drive.
-
-    Attributes:
-        path: Its device, such as /dev/sdb.
-        size: Bytes.
-        name: Its maker's name for it.
-        removable: Whether it can be pulled out, as cards and sticks can.
-        read_only: Whether it can't be written to.
-        mounts: Where it and its partitions are mounted, and what else uses them.
+    """A drive by its device, such as /dev/sdb. `mounts` are where it and its partitions are mounted, and what else uses
+    them.
     """
 
     path: str
@@ -51,11 +44,7 @@ class Drive:
 
 
 def drives() -> list[Drive]:
-    """The drives of this machine.
-
-    Raises:
-        CardError: They can't be listed.
-    """
+    """The drives of this machine; raises `CardError` if they can't be listed."""
     if sys.platform == "darwin":
         listed = _output(("diskutil", "list", "-plist", "physical"))
         names = disk_names(listed)
@@ -75,15 +64,7 @@ def mmc_type(name: str) -> str:
 
 
 def from_lsblk(raw: bytes, mmc: Callable[[str], str] = mmc_type) -> list[Drive]:
-    """The drives in lsblk's output.
-
-    Args:
-        raw: The output.
-        mmc: Returns SD or MMC for a device's name.
-
-    Raises:
-        CardError: The output is invalid.
-    """
+    """The drives in lsblk's output; `mmc` returns SD or MMC for a device's name."""
     try:
         rows = json.loads(raw)["blockdevices"]
         return [_from_row(row, mmc) for row in rows if row.get("type") == "disk" and row.get("size")]
@@ -110,11 +91,7 @@ def _all(row: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def disk_names(raw: bytes) -> list[str]:
-    """The whole disks in the output of `diskutil list -plist`.
-
-    Raises:
-        CardError: The output is invalid.
-    """
+    """The whole disks in the output of `diskutil list -plist`."""
     names = _plist(raw).get("WholeDisks", [])
     if not isinstance(names, list):
         raise CardError("what diskutil says of this machine's drives can't be read", got=shown(names))
@@ -122,15 +99,7 @@ def disk_names(raw: bytes) -> list[str]:
 
 
 def from_diskutil(info: bytes, listed: bytes) -> Drive:
-    """A drive in diskutil's output.
-
-    Args:
-        info: `diskutil info -plist` of it.
-        listed: `diskutil list -plist`.
-
-    Raises:
-        CardError: The output is invalid.
-    """
+    """The drive of `diskutil info -plist`, mounted as `diskutil list -plist` has it."""
     body = _plist(info)
     name = str(body.get("DeviceIdentifier", ""))
     try:
@@ -176,16 +145,7 @@ def _output(command: tuple[str, ...]) -> bytes:
 
 
 def chosen(path: str, known: list[Drive], needed: int) -> Drive:
-    """The drive to write to.
-
-    Args:
-        path: Its device.
-        known: The drives of this machine.
-        needed: Bytes of the image.
-
-    Raises:
-        CardError: There is no such drive, or it must not be written to.
-    """
+    """The drive to write to; raises `CardError` if there is none, or it must not be written to."""
     real = str(Path(path).resolve())
     cards = [d for d in known if d.removable and not d.system and not d.read_only]
     drive = next((d for d in known if d.path in (path, real)), None)

@@ -31,12 +31,9 @@ _NANO = f'{_NVME} -p "-c bootloader/generic/cfg/flash_t234_qspi.xml" --showlogs 
 
 @dataclass(frozen=True)
 class Board:
-    """A developer kit.
+    """A developer kit: its first release of Jetson Linux on which the runtime works, and its commands.
 
-    Attributes:
-        first: The first release of Jetson Linux for it, of those on which the runtime works.
-        flash: The command by release line and by where the root file system goes, the usual place first.
-        thor: Whether it is a Thor.
+    They are by release line and by where the root file system goes, the usual place first.
     """
 
     first: tuple[int, ...]
@@ -72,15 +69,8 @@ BOARDS = {
 def commands(board: str, release: str, storage: str | None = None, user: str = "nvidia") -> list[str]:
     """What to type on an x86-64 Ubuntu, in a folder with NVIDIA's two archives, to put Jetson Linux on a board.
 
-    Args:
-        board: One of `BOARDS`.
-        release: Jetson Linux's, such as "36.4.3".
-        storage: Where its root file system goes; the usual place by default.
-        user: The first user, without whom the first boot asks at a screen.
-
-    Raises:
-        ConfigError: There is no such board, or its command for that release or storage is not known.
-        ProfileError: The release is no number.
+    Without `user` the first boot asks at a screen. Raises `ConfigError` if the command for that board, release and
+    storage is not known.
     """
     if board not in BOARDS:
         raise ConfigError(f"board{meant(board, BOARDS)}", expected=" or ".join(BOARDS), got=shown(board))

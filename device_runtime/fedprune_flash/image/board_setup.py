@@ -34,11 +34,8 @@ _RESERVED = ("root", "fedprune")
 class Wifi:
     """A wireless network.
 
-    Args:
-        ssid: Its name, of 1 to 32 bytes.
-        key: Its key in 64 hex digits. It opens this network, as the passphrase does, but doesn't reveal the passphrase.
-        country: Its country, as in ISO 3166; the radio stays off without one.
-        hidden: Whether it doesn't announce itself.
+    `key` in 64 hex digits opens this network, as the passphrase does, but doesn't reveal it. The radio stays off
+    without a `country`, as in ISO 3166.
     """
 
     ssid: str
@@ -50,8 +47,7 @@ class Wifi:
     def of(cls, ssid: str, passphrase: str, country: str, *, hidden: bool = False) -> Wifi:
         """A network of WPA2 or WPA3 with its passphrase, of 8 to 63 characters, or its key in 64 hex digits.
 
-        Raises:
-            ConfigError: A value is invalid; the passphrase is not shown.
+        Raises `ConfigError`, which doesn't show the passphrase.
         """
         raw = ssid.encode("utf-8", "surrogatepass")
         if not 1 <= len(raw) <= 32 or not ssid.isprintable():
@@ -75,17 +71,7 @@ class Wifi:
 
 @dataclass(frozen=True)
 class FirstBoot:
-    """A board's settings at its first boot.
-
-    Args:
-        hostname: Its name in the network.
-        user: The user who may log in, with sudo; None leaves the image's users as they are.
-        ssh_keys: Public keys of the user, who has no password.
-        wifi: Its wireless network, if any.
-
-    Raises:
-        ConfigError: A value is invalid.
-    """
+    """A board's settings at its first boot. `user` logs in by `ssh_keys`, with sudo; None keeps the image's users."""
 
     hostname: str
     user: str | None = None
@@ -107,10 +93,8 @@ class FirstBoot:
 
 
 def ssh_keys(text: str) -> tuple[str, ...]:
-    """The public keys of a file such as `~/.ssh/id_ed25519.pub` or `authorized_keys`.
-
-    Raises:
-        ConfigError: It has none, or anything else, such as a private key.
+    """The public keys of a file such as `~/.ssh/id_ed25519.pub` or `authorized_keys`; anything else raises
+    `ConfigError`.
     """
     if "PRIVATE KEY" in text:
         raise ConfigError("SSH key", expected="the public one, which ends with .pub", got="a private key")

@@ -52,14 +52,7 @@ def described(steps: Sequence[PlanStep]) -> str:
 
 @dataclass(frozen=True)
 class ImageSystem:
-    """The system in an image's root file system; empty where it can't be read.
-
-    Attributes:
-        title: Its name and version.
-        python: The version of its Python.
-        architecture: The architecture of its programs.
-        mount: Where it mounts its boot partition.
-    """
+    """The system in an image's root file system; empty where it can't be read. `mount` is its boot partition's."""
 
     title: str = ""
     python: str = ""
@@ -82,18 +75,9 @@ class ImageContents:
 def opened_image(
     source: Path, out: Path | None, progress: Progress | None = None, *, private: bool = False
 ) -> Iterator[BinaryIO]:
-    """An image's bytes, unpacked: in a new file that gets its name at the end, or for reading alone.
+    """An image's bytes, unpacked: in a new file that gets its name at the end, or for reading alone without `out`.
 
-    Args:
-        source: The image.
-        out: The new file; None for reading alone, in a temporary file if the image is packed.
-        progress: Takes the progress of unpacking.
-        private: Make the new file readable to this user alone, from its first byte on.
-
-    Raises:
-        ImageError: It isn't an image.
-        UsageError: `out` exists.
-        StorageError: The disk fails.
+    A `private` file is readable to this user alone, from its first byte on.
     """
     if out is None:
         if not packing(source):
@@ -113,16 +97,7 @@ def opened_image(
 
 
 def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:
-    """Examine an image.
-
-    Args:
-        file: Its bytes.
-        scheme: How it takes settings; None recognises it.
-        name: Its name in messages.
-
-    Raises:
-        ImageError: It has no partitions or no boot partition, or its scheme is not recognised.
-    """
+    """Examine an image; without a scheme that is recognised. Raises `ImageError`."""
     size = file.seek(0, os.SEEK_END)
     partitions = read_partitions(file, size, name)
     fat = Fat(partitions.boot.region(file, "the boot partition"))
@@ -136,9 +111,8 @@ def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image
 def check(contents: ImageContents, kit: Kit) -> None:
     """Make sure that image and kit fit each other.
 
-    Raises:
-        KitError: The kit is for another Python or architecture than the image's.
-        ImageError: The image has two root partitions for updates, and its scheme would make it reboot for ever.
+    Raises `KitError` for another Python or architecture, `ImageError` if the image has two root partitions for updates,
+    and its scheme would make it reboot for ever.
     """
     system, target = contents.system, kit.target
     if target.jetson:
@@ -168,20 +142,9 @@ def check(contents: ImageContents, kit: Kit) -> None:
 def customise(
     file: BinaryIO, contents: ImageContents, kit: Kit, wanted: FirstBoot, *, write: bool = True
 ) -> list[PlanStep]:
-    """Write a kit, and what starts it, to an image's boot partition.
+    """Write a kit, and what starts it, to an image's boot partition, or only plan it; returns the steps.
 
-    Args:
-        file: The image's bytes.
-        contents: What it contains.
-        kit: The kit.
-        wanted: The board's settings at its first boot.
-        write: Write it; else only plan it.
-
-    Returns:
-        The steps.
-
-    Raises:
-        ImageError: There is no room on the boot partition, or it has settings already.
+    Raises `ImageError` if there is no room on the boot partition, or it has settings already.
     """
     fat = Fat(contents.partitions.boot.region(file, "the boot partition"))
     files = first_boot_files(contents.scheme, wanted, contents.system.mount, contents.cmdline, unsigned=not kit.key)

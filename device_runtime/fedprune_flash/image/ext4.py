@@ -24,11 +24,7 @@ _MAX_FOLDER = 4 * 2**20
 
 
 class Ext4:
-    """An ext4 file system. `read` and `real` raise `ImageError` if there is no such file, or it can't be read.
-
-    Raises:
-        ImageError: It isn't an ext4 file system, or has unknown features.
-    """
+    """An ext4 file system. `read` and `real` raise `ImageError` if there is no such file, or it can't be read."""
 
     def __init__(self, region: Region) -> None:
         self._region = region

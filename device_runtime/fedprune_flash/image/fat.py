@@ -43,16 +43,7 @@ _LOWER_BASE, _LOWER_EXTENSION = 0x08, 0x10
 
 @dataclass(frozen=True)
 class FatEntry:
-    """A file or folder.
-
-    Attributes:
-        name: Its long name, or else its short one.
-        folder: Whether it is a folder.
-        size: Bytes of a file.
-        first: Its first cluster; 0 if it has none.
-        short: Its short name, eleven bytes.
-        at: Offset of its short entry in the folder, in bytes.
-    """
+    """A file or folder: its long name, else its short one; its first cluster, 0 for none; its short entry's offset."""
 
     name: str
     folder: bool
@@ -66,14 +57,7 @@ class Fat:
     """A FAT file system of 12, 16 or 32 bits. Every method raises `ImageError` where it is damaged.
 
     Paths are separated by `/` and begin at the root; the case of names is kept and ignored. Changes are in the file
-    after `flush`.
-
-    Args:
-        region: Its partition.
-        when: The time of new files; now by default.
-
-    Raises:
-        ImageError: It isn't a FAT file system, or is damaged.
+    after `flush`. New files have the time `when`; now by default.
     """
 
     def __init__(self, region: Region, when: datetime | None = None) -> None:
@@ -124,15 +108,9 @@ class Fat:
         return raw[: found.size]
 
     def write(self, path: str, data: bytes | BinaryIO, size: int | None = None) -> None:
-        """Write or replace a file, and make the folders that it needs.
+        """Write or replace a file, and make the folders that it needs. Of an open file `size` bytes are read.
 
-        Args:
-            path: The file.
-            data: Its content, or an open file with it.
-            size: Bytes to read from that file.
-
-        Raises:
-            ImageError: No room, a folder of that name, a name that FAT forbids, or content that ends too early.
+        Raises `ImageError` if there is no room, a folder has that name, FAT forbids it, or the content ends too early.
         """
         source = io.BytesIO(data) if isinstance(data, bytes) else data
         size = len(data) if isinstance(data, bytes) else size or 0
@@ -337,17 +315,8 @@ def _stamp(when: datetime) -> bytes:
 class _Layout:
     """Where each part is, in bytes from the beginning of the partition.
 
-    Attributes:
-        bits: 12, 16 or 32.
-        cluster: Bytes of a cluster.
-        tables: Where each copy of the table begins.
-        table_bytes: The size of one copy.
-        root: Where the root folder begins (12 and 16 bits).
-        root_bytes: Its size.
-        root_cluster: Its first cluster (32 bits).
-        data: Where cluster 2 begins.
-        clusters: How many clusters there are.
-        info: Where the sector with the number of free clusters is; 0 where there is none.
+    `tables` are the copies of the table; a fixed root folder begins at `root` (12 and 16 bits) or in `root_cluster` (32
+    bits), cluster 2 at `data`. The sector `info` has the number of free clusters; 0 where there is none.
     """
 
     bits: int

@@ -162,11 +162,7 @@ class Scheme(Enum):
 
 
 def recognise(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
-    """The scheme of an image, by its boot partition and by which paths its root file system has.
-
-    Raises:
-        ImageError: There is no cmdline.txt, or no scheme is recognised.
-    """
+    """The scheme of an image, by its boot partition and by which paths its root file system has."""
     if fat.find(CMDLINE) is None:
         raise ImageError(
             "the boot partition has no cmdline.txt", expected="that of a Raspberry Pi", got="an image for another board"
@@ -192,17 +188,9 @@ def recognise(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
 def first_boot_files(
     scheme: Scheme, wanted: FirstBoot, mount: str, cmdline: str, *, unsigned: bool = False
 ) -> dict[str, bytes]:
-    """All files to write next to the kit.
+    """Contents by name of all files to write next to the kit, including cmdline.txt where it changes.
 
-    Args:
-        scheme: How the image takes settings.
-        wanted: The board's settings.
-        mount: Where the image mounts its boot partition.
-        cmdline: The content of cmdline.txt.
-        unsigned: Whether the kit is installed without a signature.
-
-    Returns:
-        Contents by name, including cmdline.txt where it changes.
+    `mount` is where the image mounts its boot partition; an `unsigned` kit is installed without a signature.
     """
     files = {STARTER: _STARTER.format(options=" --unsigned" if unsigned else "")}
     words = cmdline.split()

@@ -59,23 +59,14 @@ class Partition:
 
 @dataclass(frozen=True)
 class Partitions:
-    """What an image of a board's card has.
-
-    Attributes:
-        boot: The FAT partition from which the board boots.
-        roots: Its Linux partitions; more than one where updates alternate between two.
-    """
+    """The FAT partition from which a board boots, and its Linux partitions: two where updates alternate."""
 
     boot: Partition
     roots: tuple[Partition, ...]
 
 
 def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Partitions:
-    """The partitions of an image of `size` bytes, called `name` in messages.
-
-    Raises:
-        ImageError: It has no table, a GPT, partitions beyond its end or over each other, or none to boot from.
-    """
+    """The partitions of an image of `size` bytes; raises `ImageError` if they are invalid or none boots."""
     file.seek(0)
     head = file.read(2 * SECTOR)
     if len(head) < 2 * SECTOR or head[510:512] != b"\x55\xaa":

@@ -30,11 +30,7 @@ Progress = Callable[[int, int], None]
 
 
 def packing(source: Path) -> str:
-    """How an image is packed: `xz`, `gzip`, or empty.
-
-    Raises:
-        ImageError: It can't be read, or isn't an image.
-    """
+    """How an image is packed: `xz`, `gzip`, or empty. Raises `ImageError` if it isn't an image."""
     try:
         with source.open("rb") as file:
             head = file.read(_ISO + 5)
@@ -51,16 +47,9 @@ def packing(source: Path) -> str:
 
 
 def unpack(source: Path, out: BinaryIO, progress: Progress | None = None) -> int:
-    """Copy an image, unpacked; runs of zeros take no space. Returns its size in bytes.
+    """Copy an image, unpacked, into an empty file; runs of zeros take no space. Returns its size in bytes.
 
-    Args:
-        source: The image.
-        out: An empty file, opened for writing.
-        progress: Takes its progress.
-
-    Raises:
-        ImageError: It isn't an image, or is damaged or cut short.
-        StorageFullError: There is no room.
+    Raises `ImageError` if it isn't an image, or is damaged or cut short.
     """
     kind = packing(source)
     total = source.stat().st_size

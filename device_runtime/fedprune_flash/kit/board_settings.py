@@ -39,16 +39,13 @@ _PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 class BoardSettings:
     """The settings of a board.
 
-    Args:
-        server: `mqtts://host[:port]`, without user and password; `mqtt://` on this machine alone, for trials.
-        device: The board's name, unique in its site.
-        site: The fleet's site.
-        data: Its samples: an absolute path on the board, or `package.module:function`.
-        authority: Whether the kit brings certificates of other authorities of the broker.
-        join: Where the board joins, if not at the broker's host, port 8884.
+    `server` is `mqtts:
 
-    Raises:
-        ConfigError: A value is invalid.
+    host[:port]` without user and password, or `mqtt:
+
+    ` on this machine alone, for trials. `data` is an absolute path on the board, or `package.module:function`.
+    `authority`: the kit brings certificates of other authorities of the broker. `join` is where the board joins, if not
+    at the broker's host, port 8884. Raises `ConfigError`.
     """
 
     server: str
@@ -88,11 +85,7 @@ class BoardSettings:
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> BoardSettings:
-        """Settings from JSON.
-
-        Raises:
-            ConfigError: They are invalid; the message names the key.
-        """
+        """Settings from JSON; raises `ConfigError`, which names the key."""
         try:
             return cls(**known(cls, body, "board.json"))
         except TypeError as error:
@@ -100,10 +93,8 @@ class BoardSettings:
 
 
 def checked_claim(text: str) -> str:
-    """The text of a one-time claim.
-
-    Raises:
-        ConfigError: It is empty, too long, not printable, or a private key, which must not be on a card.
+    """The text of a one-time claim; raises `ConfigError` if it isn't printable, or a private key, which must not be on
+    a card.
     """
     if _PRIVATE.search(text):
         raise ConfigError(
@@ -115,14 +106,9 @@ def checked_claim(text: str) -> str:
 
 
 def checked_authorities(raw: bytes, pin: str | None = None) -> bytes:
-    """Certificates of authorities in PEM form, without anything else in the file.
+    """Certificates of authorities in PEM form, without anything else in the file; raises `ConfigError`.
 
-    Args:
-        raw: The file.
-        pin: sha256 of one of the certificates (DER) as hex, with or without colons, which must be among them.
-
-    Raises:
-        ConfigError: There is no certificate, a secret, or not the pinned one.
+    `pin` is the sha256 of one of the certificates (DER) as hex, with or without colons, which must be among them.
     """
     if len(raw) > MAX_AUTHORITIES:
         raise ConfigError("certificate file", expected=f"at most {MAX_AUTHORITIES} bytes", got=len(raw))

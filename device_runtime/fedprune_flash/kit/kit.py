@@ -70,11 +70,7 @@ class Signer(Lineage):
     """The server's signing key, which signs kits; kits that an earlier key of the server signed are its own, too."""
 
     def check(self, kit: Kit) -> None:
-        """Make sure that this key, or one that it replaced, signed a kit.
-
-        Raises:
-            KitError: Another key did, or none.
-        """
+        """Make sure that this key, or one that it replaced, signed a kit."""
         signed = None if not kit.key else VerifyingKey.from_hex(kit.key)
         if signed is None or not self.includes(signed):
             raise KitError(
@@ -86,12 +82,7 @@ class Signer(Lineage):
 
 
 def server_signer(key: Path | None, *, unsigned: bool) -> Signer | None:
-    """The server's signing key, which kits are checked against; None with `--unsigned`.
-
-    Raises:
-        UsageError: Neither or both are given.
-        FedpruneError: The key can't be read.
-    """
+    """The server's signing key, which kits are checked against; None with `--unsigned`. Exactly one must be given."""
     if (key is None) is not unsigned:
         raise UsageError(
             "--signing-key or --unsigned",
@@ -114,15 +105,8 @@ class KitFile:
 class Kit:
     """A kit whose files were checked.
 
-    Attributes:
-        folder: Its folder.
-        target: The kind of board that it is for.
-        board: The board's settings.
-        files: All files but the manifest, sorted by path; the claim only while it is there.
-        fedprune: The version in it.
-        digest: sha256 of the manifest.
-        key: The key that signed it, as hex; empty if it is not signed.
-        contents: The digest of its unpacked wheels.
+    `files` are all but the manifest, sorted by path, the claim only while it exists; `digest` is the manifest's sha256.
+    `key` signed it, as hex, empty if it is not signed; `contents` is the digest of its unpacked wheels.
     """
 
     folder: Path
@@ -158,22 +142,9 @@ def build_kit(
 ) -> Kit:
     """Make a kit; the folder appears once it is complete. One with a claim is readable to this user alone.
 
-    Args:
-        out: The folder, which is made.
-        board: The board's settings.
-        target: The kind of board.
-        wheel: fedprune's own wheel; built from the checkout by default.
-        links: Folders with wheels, instead of a network.
-        authorities: Certificates in PEM form, if `board.authority`.
-        pin: sha256 of one of them, as hex.
-        claim: A one-time claim.
-        signer: The server's key, which signs it; None leaves it unsigned.
-
-    Raises:
-        UsageError: The folder exists.
-        ConfigError: Certificates or claim are invalid.
-        KitError: The wheels are not available, or don't suit the target.
-        StorageError: The disk fails.
+    `wheel` is fedprune's own, built from the checkout by default; `links` are folders with wheels, instead of a
+    network. `pin` is the sha256 of one of the `authorities`. Raises `KitError` if the wheels are not available, or
+    don't suit the target.
     """
     if out.exists():
         raise UsageError(f"{out} is there already", hint="Name a folder that isn't, or remove it.")
@@ -213,19 +184,9 @@ def build_kit(
 def files_for_board(
     kit: Kit, board: BoardSettings, claim: str | None, signer: Signer | None = None
 ) -> dict[str, bytes]:
-    """The files of a kit for another board of the same kind that differ: all but wheels and programs.
+    """Contents by path of a kit's files that differ for another board of the same kind: all but wheels and programs.
 
-    Args:
-        kit: The kit.
-        board: The other board's settings.
-        claim: Its claim, if it gets one.
-        signer: The server's key, which signs them.
-
-    Returns:
-        Contents by path, the manifest among them.
-
-    Raises:
-        ConfigError: The board is to trust authorities that the kit doesn't have, or the claim is invalid.
+    Raises `ConfigError` if the board is to trust authorities that the kit doesn't have, or the claim is invalid.
     """
     if board.authority != kit.board.authority:
         raise ConfigError("certificates of authorities", expected=f"as in {kit.folder}: {kit.board.authority}")
@@ -247,14 +208,9 @@ def _told(board: BoardSettings, target: Target) -> dict[str, str]:
 
 
 def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
-    """Read a kit and check its signature, if it has one, and every file of it.
+    """Read a kit and check its signature, if it has one, and every file of it; raises `KitError`.
 
-    Args:
-        folder: The kit.
-        signer: The server that must have signed it; None takes any kit, signed or not.
-
-    Raises:
-        KitError: It isn't a kit, a file is missing, damaged or one too many, or this server hasn't signed it.
+    The server of `signer` must have signed it; None takes any kit, signed or not.
     """
     raw = _read(folder / MANIFEST, _MAX_MANIFEST)
     try:
@@ -310,10 +266,8 @@ def _check_files(folder: Path, files: Sequence[KitFile]) -> None:
 
 
 def _signer(body: dict[str, Any]) -> str:
-    """The key that signed a manifest, as hex; empty if it is not signed.
-
-    Raises:
-        ProtocolError: The signature is not that of the named key.
+    """The key that signed a manifest, as hex; empty if it is not signed. Raises `ProtocolError` if the signature is
+    wrong.
     """
     if body.get("key") is None and not body.get("signature"):
         return ""

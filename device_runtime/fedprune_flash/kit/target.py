@@ -26,13 +26,9 @@ _MINOR = re.compile(r"3\.(\d{1,2})")
 class Target:
     """The kind of board that a kit is for.
 
-    Args:
-        python: The version of its Python, such as "3.13"; compiled wheels suit one version.
-        architecture: `aarch64` or `x86_64`, as `uname -m` prints it.
-        jetson: Use the board's own onnxruntime-gpu and TensorRT, which nothing in the kit may shadow.
-
-    Raises:
-        ConfigError: There are no wheels for such a board.
+    `python` is its version, such as "3.13"; compiled wheels suit one version. `architecture` is `aarch64` or `x86_64`.
+    On a `jetson` the board's own onnxruntime-gpu and TensorRT are used, which nothing in the kit may shadow. Raises
+    `ConfigError` if there are no wheels for such a board.
     """
 
     python: str = "3.13"

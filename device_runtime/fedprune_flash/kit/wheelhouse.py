@@ -43,11 +43,7 @@ def checkout() -> Path | None:
 
 
 def build_wheel(out: Path) -> Path:
-    """Build fedprune's own wheel from the checkout that runs.
-
-    Raises:
-        KitError: There is no checkout, or it doesn't build.
-    """
+    """Build fedprune's own wheel from the checkout that runs."""
     source = checkout()
     if source is None:
         raise KitError("there is no source code to build a wheel from", hint="Name one with --wheel.")
@@ -56,11 +52,7 @@ def build_wheel(out: Path) -> Path:
 
 
 def own_wheel(folder: Path) -> Path:
-    """fedprune's own wheel in a folder.
-
-    Raises:
-        KitError: There is none, or more than one.
-    """
+    """fedprune's own wheel in a folder."""
     found = sorted(p for p in folder.glob("*.whl") if parsed(p, KitError)[0] == OWN)
     if len(found) != 1:
         raise KitError(f"wheels of fedprune in {folder}", expected="one", got=len(found))
@@ -70,16 +62,8 @@ def own_wheel(folder: Path) -> Path:
 def fetch(wheel: Path, target: Target, out: Path, links: Sequence[Path] = ()) -> None:
     """Fetch what a board needs into a folder, except the packages of its own Python.
 
-    From a network only files of the lock file are taken, so that the same kit is the same tomorrow.
-
-    Args:
-        wheel: fedprune's own.
-        target: The board.
-        out: The folder.
-        links: Folders with wheels, in place of a network.
-
-    Raises:
-        KitError: pip fails, with its last lines in the message, or a file from the network is not in the lock file.
+    From a network only files of the lock file are taken, so that kits are reproducible; `links` are folders with
+    wheels, in place of a network. Raises `KitError`.
     """
     platforms = [part for tag in target.platforms for part in ("--platform", tag)]
     kind = ["--implementation", "cp", "--python-version", target.python, "--only-binary=:all:"]
@@ -122,12 +106,7 @@ def constraints(target: Target) -> list[str]:
 
 
 def check(wheels: Sequence[Path], target: Target) -> None:
-    """Make sure that the wheels run on the target and lack nothing.
-
-    Raises:
-        KitError: A wheel is for another Python or architecture, is damaged, would shadow the board's own packages, or
-            lacks a requirement; the message names it.
-    """
+    """Make sure that the wheels run on the target and lack nothing; raises `KitError`, which names the wheel."""
     runs = supported(target.version[1], [*target.platforms, f"linux_{target.architecture}"])
     versions: dict[str, Version] = {}
     for wheel in wheels:

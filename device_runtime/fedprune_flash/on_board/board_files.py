@@ -16,13 +16,9 @@ Owner = tuple[int, int]
 
 
 def write(path: Path, data: bytes, mode: int, owner: Owner | None = None) -> None:
-    """Replace a file's content; after a power cut it has the old content or the new one.
+    """Replace a file's content, in missing folders, too; after a power cut it has the old content or the new one.
 
-    Args:
-        path: The file; missing folders are made.
-        data: The new content.
-        mode: Its permissions, from its first byte on.
-        owner: Its owner (default: this user).
+    It has the permissions from its first byte on, and by default this user as its owner.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.partial")

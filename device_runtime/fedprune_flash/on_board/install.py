@@ -23,17 +23,7 @@ from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 
 
 def install(work: Installation, *, dry: bool, wait: float) -> None:
-    """Do the steps that are not done yet.
-
-    Args:
-        work: The installation.
-        dry: Only print the steps.
-        wait: Seconds within which the service must run; 0 doesn't wait for it.
-
-    Raises:
-        FedpruneError: A step fails.
-        OSError: The disk fails.
-    """
+    """Do the steps that are not done yet; `wait` seconds for the service to run, 0 not to wait for it."""
     work.check()
     if work.runtime.newer:
         print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
@@ -61,17 +51,7 @@ def install(work: Installation, *, dry: bool, wait: float) -> None:
 
 
 def remove(place: BoardSystem, *, dry: bool, purge: bool) -> None:
-    """Undo an installation.
-
-    Args:
-        place: The board.
-        dry: Only print the steps.
-        purge: Delete the board's state, its identity and the user, too.
-
-    Raises:
-        FedpruneError: A step fails.
-        OSError: The disk fails.
-    """
+    """Undo an installation; `purge` deletes the board's state, its identity and the user, too."""
     place.check_root()
     for step in removal(place, purge=purge):
         if not step.done():

@@ -46,9 +46,7 @@ class InstallStep(NamedTuple):
 class BoardSystem:
     """The board that something is installed on or removed from.
 
-    Args:
-        root: Where its file system begins. Anything but / is a trial: no user is made, and systemctl is only called if
-            it is in the root's usr/bin.
+    A `root` other than / is a trial: no user is made, and systemctl is only called if it is in the root's usr/bin.
     """
 
     def __init__(self, root: Path) -> None:
@@ -73,11 +71,7 @@ class BoardSystem:
         return entry.pw_uid, entry.pw_gid
 
     def server_key(self) -> bytes | None:
-        """The server's key that this board knows: root's own file, else that of the identity with which it joined.
-
-        Raises:
-            KitError: A file of it is invalid.
-        """
+        """The server's key that this board knows: root's own file, else that of the identity with which it joined."""
         for path in (f"{HOME}/{KEY}", f"{STATE}/identity/{KEY}"):
             if os.path.lexists(self.at(path)):
                 return read_key(str(self.at(path)), os.O_NOFOLLOW | os.O_NONBLOCK)  # the second is not root's
@@ -90,10 +84,8 @@ class BoardSystem:
 
 
 def read_key(given: str, flags: int = 0) -> bytes:
-    """A server's key, from its 64 hex digits or from a file with them, which is opened with these flags.
-
-    Raises:
-        KitError: It is something else.
+    """A server's key, from its 64 hex digits or from a file with them, which is opened with these flags; else
+    `KitError`.
     """
     digits = given
     try:
@@ -112,16 +104,8 @@ def read_key(given: str, flags: int = 0) -> bytes:
 def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsigned: bool) -> bytes | None:
     """The key that this board trusts with a kit; None for a kit that may be installed unsigned.
 
-    Unless the operator names a key, the known one stays if the kit's successions lead from it to the kit's own.
-
-    Args:
-        kit: The kit.
-        place: The board.
-        given: The server's key or its file, if the operator names it.
-        unsigned: Whether the operator accepts a kit without a signature.
-
-    Raises:
-        KitError: The kit is not signed, or not by a trusted key.
+    Unless the operator names a key, the known one stays if the kit's successions lead from it to the kit's own. Raises
+    `KitError` if the kit is not signed, or not by a trusted key.
     """
     known = place.server_key() if given is None else read_key(given)
     if kit.signature or (known is not None and not unsigned):
@@ -138,14 +122,7 @@ def trusted_key(kit: KitFolder, place: BoardSystem, given: str | None, *, unsign
 
 
 class Installation:
-    """A kit and the board that it is installed on.
-
-    Args:
-        kit: The kit.
-        place: The board.
-        start: Whether the service is started.
-        key: The trusted key; None for a kit that is not signed.
-    """
+    """A kit and the board that it is installed on; `key` is the trusted one, None for a kit that is not signed."""
 
     def __init__(self, kit: KitFolder, place: BoardSystem, *, start: bool, key: bytes | None = None) -> None:
         self.kit, self.place, self.key = kit, place, key
@@ -160,13 +137,7 @@ class Installation:
         return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner, self.key)
 
     def check(self) -> None:
-        """Make sure that the kit is for this board, and that there is room.
-
-        Raises:
-            KitError: It is for another board.
-            ReleaseError: Its wheels are damaged or contradict each other.
-            StorageFullError: There is no room.
-        """
+        """Make sure that the kit is for this board, its wheels can be installed and there is room."""
         wanted, found = self.kit.manifest.get("python"), self._python()
         if wanted != found:
             raise KitError(
@@ -305,12 +276,7 @@ class Installation:
 
 
 def removal(place: BoardSystem, *, purge: bool) -> list[InstallStep]:
-    """The steps that undo an installation, in order; they need no kit.
-
-    Args:
-        place: The board.
-        purge: Delete the board's state, its identity and the user, too.
-    """
+    """The steps that undo an installation, in order; they need no kit. `purge` deletes the board's state, too."""
 
     def disable() -> None:
         if place.control.running:

@@ -27,19 +27,11 @@ _VERSION = 4
 
 
 class KitFolder:
-    """A kit on the board.
+    """A kit on the board; raises `KitError` if its manifest is missing or invalid.
 
-    Attributes:
-        manifest: The content of kit.json, without the signature.
-        wheels: The wheels, sorted by name.
-        runtime: The name of its release: fedprune's version, and a digest of the wheels.
-        signature: The server's signature of the manifest, as hex; empty if it is not signed.
-        signed: The text that is signed.
-        site: The fleet's name; empty if the server's key was never replaced.
-        successions: How the key that signed it replaced earlier ones, as hex, the oldest first.
-
-    Raises:
-        KitError: There is no manifest, or it is invalid.
+    `runtime` is the name of its release: fedprune's version, and a digest of the wheels. `signed` is the text that is
+    signed, `signature` as hex, empty if there is none. `successions` are how the key that signed it replaced earlier
+    ones, as hex, the oldest first; `site` is empty if it never did.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -83,24 +75,14 @@ class KitFolder:
 
     @property
     def key(self) -> bytes:
-        """The key that the manifest names as its signer's.
-
-        Raises:
-            ValueError: It names none.
-        """
+        """The key that the manifest names as its signer's; raises `ValueError` if it names none."""
         return bytes.fromhex(str(self.manifest.get("key", "")))
 
     def authenticate(self, known: bytes | None) -> bytes:
-        """Make sure that the server signed the manifest, before anything else in the kit is read.
+        """Make sure that the server signed the manifest, before anything else in the kit is read; returns the key that
+        did.
 
-        Args:
-            known: The server's key, as this board knows it; None if it knows none and trusts the kit's own.
-
-        Returns:
-            The key that signed it.
-
-        Raises:
-            KitError: Neither that key nor a successor of it signed it.
+        `known` is the server's key, as this board knows it; None trusts the kit's own. Raises `KitError`.
         """
         try:
             key, signature = self.key, bytes.fromhex(self.signature)
@@ -122,12 +104,9 @@ class KitFolder:
         return key in successors(known, self.site, self.successions)
 
     def check(self) -> None:
-        """Make sure that every file matches the manifest, and that there is no other.
+        """Make sure that every file matches the manifest, and that there is no other; raises `KitError`.
 
         Names that begin with a dot are ignored: operating systems leave them on sticks, and no kit has any.
-
-        Raises:
-            KitError: A file doesn't match; the message names it.
         """
         wanted = self.names | {MANIFEST} | ({CLAIM} if self.manifest.get("claim") is not None else set())
         for path in sorted(self.folder.rglob("*")):
@@ -154,11 +133,7 @@ class KitFolder:
                 raise KitError(f"{name} of the kit is damaged", hint="Copy the kit again.")
 
     def read(self, name: str) -> bytes:
-        """The content of a small file.
-
-        Raises:
-            KitError: It can't be read.
-        """
+        """The content of a small file."""
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:

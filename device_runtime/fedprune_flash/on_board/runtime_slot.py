@@ -39,16 +39,9 @@ print("version", getattr(import_module(sys.argv[1]), "__version__", ""))
 class RuntimeSlot:
     """The runtime of a kit, and the folder that it is installed in.
 
-    Args:
-        kit: The kit.
-        root: The folder of launcher and slots.
-        python: The Python that will run it.
-        owner: The service's user, as whom the kit's modules are tested; None for the installing user.
-        key: The key that the launcher is to trust: it or a successor of it signed the kit. None for an unsigned kit.
-
-    Attributes:
-        home: The launcher's view of it.
-        folders: The folders that belong to the service's user, whose updates write there; the launcher stays root's.
+    `owner` is the service's user, as whom the kit's modules are tested; None for the installing user. The launcher is
+    to trust `key`: it or a successor of it signed the kit. None for an unsigned kit. `folders` belong to the service's
+    user, whose updates write there; the launcher stays root's.
     """
 
     def __init__(
@@ -95,11 +88,8 @@ class RuntimeSlot:
         return False
 
     def check(self) -> None:
-        """Make sure that the wheels can be unpacked and that there is room.
-
-        Raises:
-            ReleaseError: A file is not a wheel, or two wheels have a file of one name.
-            StorageFullError: There is no room.
+        """Make sure that the wheels can be unpacked and that there is room; raises `ReleaseError` or
+        `StorageFullError`.
         """
         wheels = self._wheels()
         check_distinct(wheels)
@@ -118,13 +108,8 @@ class RuntimeSlot:
         """Install the wheels in the free slot, test them, and make that slot the one that starts.
 
         The server's key is written once the new slot is whole, so that a board always has a slot that its key has
-        signed.
-
-        Raises:
-            ReleaseError: A wheel is damaged.
-            RuntimeUnavailableError: The runtime doesn't load on this board.
-            StorageError: The disk gives back something else than was written.
-            OSError: The disk fails or is full.
+        signed. Raises `ReleaseError` if a wheel is damaged, `RuntimeUnavailableError` if the runtime doesn't load on
+        this board.
         """
         home, state = self.home, self._state()
         for path in home.folder.iterdir():  # the service's user may write here: root follows none of its links

@@ -15,12 +15,7 @@ _CALL_S = 120.0
 
 
 class ServiceControl:
-    """systemd on this board.
-
-    Args:
-        root: Where the board's file system begins. Anything but / is a trial, whose systemctl is in the root's usr/bin;
-            if it is missing, nothing is started.
-    """
+    """systemd on this board. A `root` other than / is a trial: its usr/bin/systemctl is used, or nothing is started."""
 
     def __init__(self, root: Path) -> None:
         own = root / "usr/bin/systemctl"
@@ -55,15 +50,8 @@ class ServiceControl:
         return self.state().get("ActiveState") not in (None, "inactive", "failed")
 
     def wait(self, seconds: float, samples: str) -> None:
-        """Wait until it runs.
-
-        Args:
-            seconds: Limit of its start.
-            samples: The samples that it may be waiting for.
-
-        Raises:
-            BoardError: It doesn't run; the message has its last error.
-            DataError: It waits for its samples.
+        """Wait until the service runs; raises `BoardError` with its last error, or `DataError` if it waits for its
+        samples.
         """
         deadline = time.monotonic() + seconds
         while True:
@@ -97,12 +85,7 @@ class ServiceControl:
 
 
 def call(command: list[str], *, must: bool = True) -> str:
-    """Run a program and return its output.
-
-    Args:
-        command: The program and its arguments.
-        must: Raise `StorageError`, with its last line of output, if it fails.
-    """
+    """Run a program and return its output; raises `StorageError`, with its last line, if it fails and `must` not."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     try:
         done = subprocess.run(  # noqa: S603  # nosec B603  # systemctl, and the name of our unit

@@ -40,12 +40,9 @@ _HINT = "Is it on, and is the address right?"
 
 
 def ssh_command(row: BoardRow, *, accept_new: bool, length: int) -> list[str]:
-    """The command line for a board.
+    """The command line for a board; `length` are the bytes of the program that follows on standard input.
 
-    Args:
-        row: The board.
-        accept_new: Accept the key of an unknown host; a changed key is never accepted.
-        length: Bytes of the program that follows on standard input.
+    `accept_new` accepts the key of an unknown host; a changed key is never accepted.
     """
     options = {
         "BatchMode": "yes",
@@ -75,15 +72,7 @@ def ssh_command(row: BoardRow, *, accept_new: bool, length: int) -> list[str]:
 
 
 class BoardLink:
-    """An open connection to a board. Every method raises `BoardError` if it breaks or the board reports an error.
-
-    Args:
-        row: The board.
-        accept_new: Accept the key of an unknown host.
-
-    Raises:
-        BoardError: The board can't be reached, refuses the login, or has no suitable Python.
-    """
+    """An open connection to a board. Every method raises `BoardError` if it breaks or the board reports an error."""
 
     def __init__(self, row: BoardRow, *, accept_new: bool) -> None:
         self._root = row.root
@@ -123,13 +112,7 @@ class BoardLink:
     ) -> bool:
         """Copy a file of a kit, from an offset on; False if the board got something else, which it has deleted.
 
-        Args:
-            path: Its path in the kit.
-            data: Its content, or a file with it.
-            sha256: Its digest.
-            size: Its size.
-            offset: Bytes that the board has already.
-            told: Takes the number of bytes of each piece that was sent.
+        `told` takes the number of bytes of each piece that was sent.
         """
         request = {"op": "put", "root": self._root, "path": path, "sha256": sha256, "size": size, "offset": offset}
         self._send(json.dumps(request).encode() + b"\n")
@@ -146,12 +129,8 @@ class BoardLink:
         return self._answer(_ANSWER_S).get("put") is True
 
     def install(self, words: list[str], told: Callable[[str], None], seconds: float = INSTALL_S) -> tuple[int, str]:
-        """Run the installer that was copied; returns its exit code and its last line.
-
-        Args:
-            words: Its arguments.
-            told: Takes each line of its output.
-            seconds: Limit of the whole run.
+        """Run the installer that was copied; returns its exit code and its last line. `told` takes each line of its
+        output.
         """
         self._send(json.dumps({"op": "install", "root": self._root, "words": words}).encode() + b"\n")
         end = time.monotonic() + seconds

@@ -42,16 +42,9 @@ _OWN = ("device", "host")
 class BoardRow:
     """A board of the inventory.
 
-    Attributes:
-        device: Its name in the fleet.
-        host: Its name or address for SSH.
-        board: The hardware profile that it must have.
-        port: Its SSH port; None for that of SSH's configuration.
-        user: The user to log in as; empty for that of SSH's configuration.
-        key: The private key to log in with; empty for those of SSH's configuration and agent.
-        known_hosts: A file of host keys, in place of the user's own.
-        server, join, site, data: In place of the kit's.
-        root: Where the board's file system begins; anything but / is a trial.
+    `host`, `port`, `user`, `key` and `known_hosts` are for SSH; empty values leave them to SSH's configuration. `board`
+    is the hardware profile that it must have. `server`, `join`, `site` and `data` replace the kit's. A `root` other
+    than / is a trial.
     """
 
     device: str
@@ -103,11 +96,7 @@ class BoardRow:
                 raise ConfigError(f"board {shown(self.device)}: {name}: there is no file {getattr(self, name)}")
 
     def told(self, kit: BoardSettings) -> BoardSettings:
-        """The board's settings: those of a kit, with its own in their place.
-
-        Raises:
-            ConfigError: A value is invalid.
-        """
+        """The board's settings: those of a kit, with its own in their place."""
         try:
             return BoardSettings(
                 self.server or kit.server,
@@ -128,9 +117,7 @@ class BoardRow:
 def read_inventory(path: Path) -> tuple[BoardRow, ...]:
     """The boards of an inventory; relative paths in it begin at its folder.
 
-    Raises:
-        ConfigError: It can't be read, has an invalid value, or two boards of one name or address; the message has file,
-            line and column.
+    Raises `ConfigError` with file, line and column if it has an invalid value, or two boards have one name or address.
     """
     body, text = read_toml_text(path, ConfigError)
     places = _Places(path, text)

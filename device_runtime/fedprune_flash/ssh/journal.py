@@ -33,13 +33,9 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class JournalEntry:
-    """What is known of a board.
+    """What is known of a board: `DONE`, `BEGUN` or `REMOVED`, and the digest of what was done there.
 
-    Attributes:
-        state: `DONE`, `BEGUN` or `REMOVED`.
-        work: Digest of what was done there.
-        claim: The claim that was recorded for it and not yet delivered; empty if there is none.
-        used: Digests of the claims that it has had.
+    `claim` was recorded for it and not yet delivered, empty if there is none; `used` are digests of earlier ones.
     """
 
     state: str = BEGUN
@@ -49,16 +45,7 @@ class JournalEntry:
 
 
 class Journal:
-    """Entries by board, on the disk at every change. Threads may share it; one process at a time uses it.
-
-    Every method that changes it raises `StorageError` if the disk fails or is full.
-
-    Args:
-        path: The file, readable to this user alone; made if it is missing.
-
-    Raises:
-        StorageError: It is damaged or can't be read.
-    """
+    """Entries by board, on the disk at every change. Threads may share it; one process at a time uses it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,12 +95,9 @@ class Journal:
 class Claims:
     """Gives claims to boards that have not joined; no claim is given to two boards.
 
-    Args:
-        journal: Records whose they are.
-        texts: Claims; the first that is free is given.
-        server: The state folder of a server on this machine, which makes a claim for each board's name.
-        hours: The lifetime of claims that the server makes.
-        used: A file of which claims of `texts` were given to which board of which journal, if other runs use them, too.
+    The first free one of `texts` is given, or a server on this machine, by its state folder, makes one for each board's
+    name, valid for `hours`. The file `used` records which claims of `texts` were given to which board of which journal,
+    if other runs use them, too.
     """
 
     def __init__(
@@ -133,11 +117,8 @@ class Claims:
         return bool(self._texts) or self._server is not None
 
     def claim(self, device: str) -> str:
-        """The claim that was recorded for a board, else a new one, which is recorded first.
-
-        Raises:
-            JoinError: None is left, or the server makes none.
-            StorageError: The disk fails or is full.
+        """The claim that was recorded for a board, else a new one, which is recorded first. Raises `JoinError` if none
+        is left.
         """
         kept = self._journal.entry(device).claim
         if kept:
@@ -169,12 +150,7 @@ class Claims:
 
 
 def read_claims(path: Path) -> tuple[str, ...]:
-    """The claims of a file, one per line.
-
-    Raises:
-        JoinError: A line is not a claim, or is there twice.
-        StorageError: It can't be read.
-    """
+    """The claims of a file, one per line; raises `JoinError` if a line is not a claim, or is there twice."""
     try:
         lines = path.read_text(encoding="ascii", errors="replace").splitlines()
     except OSError as error:

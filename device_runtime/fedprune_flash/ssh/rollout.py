@@ -47,15 +47,10 @@ _SPARE = 64 * 2**20
 class RolloutOrder:
     """What is to be done with every board.
 
-    Attributes:
-        kits: Each board gets the one that is made for its kind.
-        remove: Undo an installation.
-        purge: With it: delete the board's state, too.
-        dry: Change nothing, and report what would be done.
-        wait: Seconds within which the service must run.
-        accept_new: Accept the key of an unknown host.
-        new_claims: Give another claim to boards that have one and haven't joined.
-        signer: The server's key, which signs each board's settings; None to install without signatures.
+    Each board gets the kit of its kind. `remove` undoes an installation, `purge` deletes the board's state, too; `dry`
+    changes nothing. Within `wait` seconds the service must run. `accept_new` accepts the key of an unknown host;
+    `new_claims` gives another claim to boards that have one and haven't joined. `signer` signs each board's settings;
+    None to install without signatures.
     """
 
     kits: tuple[Kit, ...] = ()
@@ -103,15 +98,7 @@ class _Content(NamedTuple):
 
 
 class SshRollout:
-    """Carries an order out on many boards, `jobs` at once.
-
-    Args:
-        order: The order.
-        claims: The source of claims.
-        journal: Keeps how far each board is.
-        jobs: Boards at once.
-        again: Visit boards that the journal knows as done, too.
-    """
+    """Carries an order out on many boards, `jobs` at once; `again` includes boards that are done."""
 
     def __init__(
         self, order: RolloutOrder, claims: Claims, journal: Journal, *, jobs: int, again: bool = False
@@ -125,8 +112,7 @@ class SshRollout:
     def run(self, rows: Sequence[BoardRow]) -> list[BoardOutcome]:
         """Visit all boards that are not done; returns one outcome per row, in their order.
 
-        Raises:
-            KeyboardInterrupt: The run was interrupted; connections are closed, and the journal shows what is not done.
+        When interrupted, connections are closed, and the journal shows what is not done.
         """
         with _shown() as report_for, ThreadPoolExecutor(self._jobs) as pool:
             futures = {pool.submit(self._outcome, row, report_for(row)): row.device for row in rows}
@@ -181,11 +167,7 @@ class _Visit:
     report: ProgressReport
 
     def run(self) -> str:
-        """What was done, in words.
-
-        Raises:
-            FedpruneError: It is another board than the inventory's, or something fails there.
-        """
+        """What was done, in words; raises if it is another board than the inventory's, or something fails there."""
         row, order = self.row, self.order
         found = self.link.ask("probe", free=True)
         _check_access(found)
