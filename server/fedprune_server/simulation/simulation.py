@@ -29,8 +29,8 @@ from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.checkpointing import RunFolder
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.pooled_runner import PooledBench
-from fedprune_server.simulation.fleet.virtual_device import Bench, pulls
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner, key_of
+from fedprune_server.simulation.fleet.virtual_device import pulls
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.round_notes import RoundRecorder
@@ -112,14 +112,14 @@ class Simulation:
         with (
             self._locked(),
             TemporaryDirectory(prefix="fedprune-simulation-") as scratch,
-            self._crew(),
-            closing(self._bench(Path(scratch))) as bench,
+            self._helped(),
+            closing(self._device_runner(Path(scratch))) as self._runner,
         ):
             if self._begun:
                 self._tidy()  # a kill may have come between the last state and what it made superfluous
             else:
                 self._save()
-            bench.boards = self._run.boards
+            self._runner.boards = self._run.boards
             if begun is not None:
                 begun(self)
             if isinstance(self.coordinator, SynchronousCoordinator):
@@ -129,8 +129,8 @@ class Simulation:
                     raise PlanError(
                         "the simulation has come to a standstill", hint=standstill(self.state, self.job.recipe)
                     )
-                key, item = self._run.pop()
-                event = self._event(bench, key, item)
+                item = self._run.pop()
+                event = self._event(item)
                 if event is None:
                     continue
                 finished = len(self.state.history)
@@ -162,7 +162,6 @@ class Simulation:
     def _take_up(self) -> bool:
         """Load the folder's state, or start from the beginning. Returns whether a state was loaded."""
         self._stalls = StallDetector(len(self._devices))
-        self._prepared: set[tuple[int, ...]] = set()
         saved = self._folder.load()
         if saved is not None:
             self._run, state = saved
@@ -185,7 +184,7 @@ class Simulation:
             yield
 
     @contextmanager
-    def _crew(self) -> Iterator[None]:
+    def _helped(self) -> Iterator[None]:
         """Worker processes, while the simulation runs."""
         alone = self._worker
         try:
@@ -194,18 +193,15 @@ class Simulation:
         finally:
             self._worker = alone
 
-    def _bench(self, scratch: Path) -> Bench:
-        workers, cuda = self.experiment.workers, self.experiment.cuda
-        if workers == 1:
-            return Bench(self.store, scratch, cuda=cuda)
-        return PooledBench(workers, self.store, scratch, cuda=cuda)
+    def _device_runner(self, scratch: Path) -> DeviceRunner:
+        return DeviceRunner(self.store, scratch, workers=self.experiment.workers, cuda=self.experiment.cuda)
 
-    def _event(self, bench: Bench, key: int, item: Item) -> on.Event | None:
+    def _event(self, item: Item) -> on.Event | None:
         """The coordinator's event for an item of the queue, or None."""
         run = self._run
         if isinstance(item, Trained):
             self._stalls.trained()
-            return self._train(bench, key, item)
+            return self._train(item)
         if isinstance(item, Left):
             return self._leave(item)
         if isinstance(item, on.DeviceBorn):
@@ -303,11 +299,11 @@ class Simulation:
             if at < until:
                 self._run.push(at, on.Progressed(command.device, command.round, command.attempt, part / PARTS))
 
-    def _train(self, bench: Bench, key: int, item: Trained) -> on.Event:
+    def _train(self, item: Trained) -> on.Event:
         device = self._devices[item.device]
-        self._prepare(bench, key, item)
+        self._train_ahead(item)
         try:
-            out = bench.carry_out(device, item.offer, item.round)
+            out = self._runner.carry_out(device, item.offer, item.round)
         except StorageError:
             raise
         except FedpruneError as error:
@@ -331,17 +327,12 @@ class Simulation:
         self._run.unsent[item.device] = event
         return event
 
-    def _prepare(self, bench: Bench, key: int, item: Trained) -> None:
-        """Announce the trainings under way to a runner that computes several at once."""
-        if bench.together < 2:
+    def _train_ahead(self, item: Trained) -> None:
+        """Let the runner compute all trainings of a round that are under way, where it has several processes."""
+        if self._runner.is_ready(key_of(item.device, item.offer, item.round)):
             return
-        group = self._run.group(key, item, bench.together)
-        self._prepared &= {tuple(g) for g in self._run.groups}
-        if tuple(group) not in self._prepared:
-            self._prepared.add(tuple(group))
-            under_way = [i for _, i in self._run.queue.values() if isinstance(i, Trained)]
-            bench.forget_but({(w.device, w.round, w.offer["weights"]["sha256"]) for w in (item, *under_way)})
-            bench.prepare([(self._devices[w.device], w.offer, w.round) for w in group.values()])
+        together = [item, *(w for w in self._run.trainings() if w.round == item.round)]
+        self._runner.prepare([(self._devices[w.device], w.offer, w.round) for w in together])
 
     def _spent(self, device: str) -> list[int]:
         return self._run.now.devices.setdefault(device, [0, 0, 0])
@@ -385,7 +376,9 @@ class Simulation:
         self._folder.save(self._run, self.state)
 
     def _tidy(self) -> None:
-        needed = self.state.references() | self._worker.graphs() | self._run.references()
+        """Delete superseded blobs, and what was trained ahead for offers that were cancelled."""
+        self._runner.forget_but({key_of(w.device, w.offer, w.round) for w in self._run.trainings()})
+        needed = self.state.references() | self._worker.graphs() | self._run.references() | self._runner.blobs
         for name in list(self.store.names()):
             if name not in needed:
                 self.store.delete(name)

@@ -82,7 +82,6 @@ class SimulationState:
         sizes: Bytes of the update last requested from each device.
         bounds: Maximum bytes of that update in the offered codec.
         boards: Digest of each board's state between rounds.
-        groups: Trainings that are computed together, by number.
         free: Times at which the server's link is free, for sending and for receiving.
         down: Bytes sent to devices.
         up: Bytes sent by devices.
@@ -103,7 +102,6 @@ class SimulationState:
     sizes: dict[str, int] = field(default_factory=dict)
     bounds: dict[str, int] = field(default_factory=dict)
     boards: dict[str, str] = field(default_factory=dict)
-    groups: list[dict[int, Trained]] = field(default_factory=list)
     free: list[float] = field(default_factory=lambda: [0.0, 0.0])
     down: int = 0
     up: int = 0
@@ -126,8 +124,8 @@ class SimulationState:
         if isinstance(item, _WORK):
             self._work.setdefault(item.device, set()).add(number)
 
-    def pop(self) -> tuple[int, Item]:
-        """Advance to the next item and return its number and the item.
+    def pop(self) -> Item:
+        """Advance to the next item and return it.
 
         Raises:
             IndexError: The queue is empty.
@@ -140,7 +138,7 @@ class SimulationState:
         self.clock = at
         if isinstance(item, _WORK):
             self._done(item.device, number)
-        return number, item
+        return item
 
     def _done(self, device: str, number: int) -> None:
         numbers = self._work[device]
@@ -156,29 +154,9 @@ class SimulationState:
                 del self.queue[key]
                 self._done(device, key)
 
-    def group(self, key: int, item: Trained, size: int) -> dict[int, Trained]:
-        """The trainings of the same round that are computed together with one.
-
-        A group stays the same once formed, so that it is the same after a kill.
-
-        Args:
-            key: The training's number in the queue, which it has just left.
-            item: The training.
-            size: Maximum size of the group.
-        """
-        self.groups = [g for g in self.groups if key in g or not self.queue.keys().isdisjoint(g)]
-        for group in self.groups:
-            if key in group:
-                return group
-        taken = set().union(*self.groups)
-        others = {
-            k: i
-            for k, (_, i) in self.queue.items()
-            if isinstance(i, Trained) and i.round == item.round and k not in taken
-        }
-        chosen = sorted({key: item, **others}.items(), key=lambda pair: (pair[0] != key, pair[1].device))[:size]
-        self.groups.append(dict(sorted(chosen, key=lambda pair: pair[1].device)))
-        return self.groups[-1]
+    def trainings(self) -> list[Trained]:
+        """Trainings under way."""
+        return [item for _, item in self.queue.values() if isinstance(item, Trained)]
 
     def finish_round(self, number: int) -> None:
         self.now.down, self.now.up = self.down, self.up
@@ -193,9 +171,6 @@ class SimulationState:
                 found |= texts(vars(item))
         for event in self.unsent.values():
             found |= texts(event.weights)
-        for group in self.groups:
-            for work in group.values():
-                found |= texts(work.offer)
         return found
 
     def save(self, folder: Path, coordinator: State, fingerprint: str) -> None:
@@ -221,7 +196,6 @@ class SimulationState:
             "sizes": self.sizes,
             "bounds": self.bounds,
             "boards": self.boards,
-            "groups": [[[k, asdict(v)] for k, v in g.items()] for g in self.groups],
             "free": self.free,
             "bytes": [self.down, self.up],
             "now": asdict(self.now),
@@ -287,7 +261,6 @@ class SimulationState:
                 sizes={str(k): int(v) for k, v in body["sizes"].items()},
                 bounds={str(k): int(v) for k, v in body.get("bounds", {}).items()},
                 boards=dict(body["boards"]),
-                groups=[{int(k): Trained(**v) for k, v in g} for g in body["groups"]],
                 free=[float(v) for v in body["free"]],
                 down=int(body["bytes"][0]),
                 up=int(body["bytes"][1]),

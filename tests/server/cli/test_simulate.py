@@ -16,8 +16,8 @@ from fedprune_server.cli.simulate import build_parser, main
 from fedprune_server.config.tables import read_config
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.fleet import demo_fleet
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
-from fedprune_server.simulation.fleet.virtual_device import Bench
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import TAIL
 from support.paths import ROOT
@@ -103,7 +103,7 @@ def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch, capsy
     arguments = ["--config", config(), "--out", str(tmp_path / "out")]
     assert main(arguments) == ExitCode.OK
     first = Record.load(tmp_path / "out" / "metrics.json")
-    again = "fedprune_server.simulation.fleet.virtual_device.Bench.carry_out"
+    again = "fedprune_server.simulation.fleet.device_runner.DeviceRunner.carry_out"
     monkeypatch.setattr(again, lambda *_: pytest.fail("trained again"))
     capsys.readouterr()
     assert main(arguments) == ExitCode.OK
@@ -124,7 +124,7 @@ def test_no_bar_begins_before_what_ends_it_is_known(config, tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, tmp_path, capsys, number):
     trained = []
-    whole = Bench.carry_out
+    whole = DeviceRunner.carry_out
 
     def carry_out(bench, device, offer, round_):
         trained.append((device.name, round_))
@@ -137,7 +137,7 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
     ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Bench, "carry_out", carry_out)
+            patch.setattr(DeviceRunner, "carry_out", carry_out)
             assert main([*arguments, str(out)]) == ExitCode.INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, ignored)

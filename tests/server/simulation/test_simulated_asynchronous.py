@@ -9,7 +9,8 @@ from fedprune.planning.profile_store import find
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Measure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.simulation import Simulation
@@ -91,7 +92,7 @@ def test_a_killed_run_goes_on_to_the_same_model(build, monkeypatch, schedule):
 def test_devices_work_on_several_rounds_at_a_time(build, monkeypatch):
     rounds = []
     pushed = []
-    carry_out = Bench.carry_out
+    carry_out = DeviceRunner.carry_out
 
     def watched(bench, device, offer, number):
         run = simulation._run
@@ -99,7 +100,7 @@ def test_devices_work_on_several_rounds_at_a_time(build, monkeypatch):
         pushed.append((device.name, number))
         return carry_out(bench, device, offer, number)
 
-    monkeypatch.setattr(Bench, "carry_out", watched)
+    monkeypatch.setattr(DeviceRunner, "carry_out", watched)
     simulation = build("run", SCHEDULES["one at a time"], weather=Weather(compute_spread=1.0), rounds=12)
     history = simulation.run()
     assert max(map(len, rounds)) > 1

@@ -28,8 +28,9 @@ from fedprune_server.executor.calibration import Calibration
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet import virtual_device
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.fleet_devices import with_link
-from fedprune_server.simulation.fleet.virtual_device import Bench, StoredData, VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
 from fedprune_server.simulation.measure import Measure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.run_folder import simulate
@@ -125,13 +126,13 @@ def test_a_device_s_own_link_takes_the_profile_s_place(build, devices):
 
 def test_devices_train_in_their_windows_only(build, devices, monkeypatch):
     availability, seen = Availability(40.0, 0.3, 0.6), []
-    carry_out = Bench.carry_out
+    carry_out = DeviceRunner.carry_out
 
     def watched(bench, device, offer, number):
         seen.append((device.name, simulation.clock))
         return carry_out(bench, device, offer, number)
 
-    monkeypatch.setattr(Bench, "carry_out", watched)
+    monkeypatch.setattr(DeviceRunner, "carry_out", watched)
     far = [on_link(d, latency_s=4) for d in devices]
     simulation = build(fleet=far, rounds=6, devices=1, deadline_s=90.0, simulation={"availability": availability})
     history = simulation.run()
@@ -144,8 +145,8 @@ def test_devices_train_in_their_windows_only(build, devices, monkeypatch):
 
 def test_an_update_that_a_window_cut_off_is_sent_when_the_device_is_back(build, devices, monkeypatch):
     trained = []
-    carry_out = Bench.carry_out
-    monkeypatch.setattr(Bench, "carry_out", lambda *a: trained.append(a[1].name) or carry_out(*a))
+    carry_out = DeviceRunner.carry_out
+    monkeypatch.setattr(DeviceRunner, "carry_out", lambda *a: trained.append(a[1].name) or carry_out(*a))
     device = on_link(devices[2], down_mb_s=1e3, up_mb_s=1e3, latency_s=0)
     quick = build("quick", fleet=[device], rounds=1)
     quick.run()
@@ -222,53 +223,31 @@ def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path):
     assert len(files[0]) == 4
 
 
-class Batched(Bench):
-    """A bench that is told of trainings that go together."""
-
-    together = 2
-
-    def __init__(self, *args, **named):
-        super().__init__(*args, **named)
-        self.ready = []
-        Batched.last = self
-
-    def prepare(self, work):
-        self.ready.append([(d.name, n, o["weights"]["sha256"]) for d, o, n in work])
-
-    def carry_out(self, device, offer, number):
-        assert any((device.name, number, offer["weights"]["sha256"]) in group for group in self.ready)
-        return super().carry_out(device, offer, number)
-
-
 class KillError(Exception):
     pass
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trainings", [1, 2, 3, 4, 5])
-def test_trainings_that_go_together_are_the_same_after_a_kill(build, monkeypatch, trainings):
-    monkeypatch.setattr("fedprune_server.simulation.simulation.Bench", Batched)
+@pytest.mark.parametrize("deadline_s", [1e6, 0.15], ids=["all in time", "some late"])
+def test_trainings_in_other_processes_give_the_same_run_also_after_a_kill(build, monkeypatch, deadline_s):
     monkeypatch.setattr("fedprune_server.simulation.checkpointing._INTERVAL_S", 0.0)  # in the middle of a round, too
     monkeypatch.setattr("fedprune_server.simulation.checkpointing._SHARE", 0.0)
-    whole = build("whole", recipe=Recipe(max_steps=1))
-    whole.run()
-    groups = Batched.last.ready
-    assert [len(g) for g in groups] == [2, 1, 2, 1]
-    left = [trainings]
+    asked = {"recipe": Recipe(max_steps=1), "deadline_s": deadline_s, "devices": 2}
+    whole = build("whole", **asked)
+    history = whole.run()
+    left = [2]
 
     def kill(_):
         left[0] -= 1
         if not left[0]:
             raise KillError
 
+    several = {"simulation": {"workers": 2}, **asked}
     with pytest.raises(KillError):
-        build("killed", recipe=Recipe(max_steps=1)).run(kill)
-    before = Batched.last.ready
-    resumed = build("killed", recipe=Recipe(max_steps=1))
-    assert resumed.run() == whole.state.history
-    seen = before + Batched.last.ready
-    assert all(group in groups for group in seen)
-    assert all(group in seen for group in groups)
+        build("killed", **several).run(kill)
+    resumed = build("killed", **several)
+    assert resumed.run() == history
+    assert set(resumed.store.names()) == set(whole.store.names())
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import MEASURED, RoundRunner
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.fleet.virtual_device import Bench, VirtualDevice, pulls
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, pulls
 from support.fakes.hidden_board import HiddenBoard, hidden_weights
 from support.paths import GRAPHS
 
@@ -51,7 +52,7 @@ def offer(store):
 
 
 def test_it_gives_what_a_board_gives(store, offer, tmp_path):
-    virtual = Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 4)
+    virtual = DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 4)
     slots = ModelSlots(tmp_path / "serving")
     slots.prepare()
     real = RoundRunner("d", store, slots, DEVICE.data).make(Offer("job", 4, 1, **offer), download_seconds=1.0).update
@@ -63,13 +64,13 @@ def test_it_gives_what_a_board_gives(store, offer, tmp_path):
 
 def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):
     monkeypatch.setattr("fedprune_device.training.evaluation.data_loss", lambda *_: float("nan"))
-    assert "loss_after" not in Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
+    assert "loss_after" not in DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
 
 
 def test_weights_that_a_board_refuses_are_refused(store, offer, tmp_path):
     offer["weights"] = store.put(tensorfile.encode(WEIGHTS, {"made": "elsewhere" * 9})).to_dict()
     with pytest.raises(BundleError, match="canonical"):
-        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
 
 
 def test_a_model_that_contradicts_its_training_graph_is_refused(store, offer, tmp_path):
@@ -78,13 +79,13 @@ def test_a_model_that_contradicts_its_training_graph_is_refused(store, offer, tm
     graph = (GRAPHS / "inference.onnx").read_bytes().replace(str(start).encode(), str(start - 16).encode())
     offer["inference"] = store.put(graph).to_dict()
     with pytest.raises(ModelError, match="training graph"):
-        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
 
 
 def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
     offer["classes"] = 2
     with pytest.raises(DataError):
-        Bench(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
 
 
 KEEPING = {
@@ -104,7 +105,7 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
     data = LocalData(x[:30], y[:30], x[30:45], y[30:45], x[45:], y[45:])
     board = HiddenBoard(tmp_path / "board", GRAPHS, data)
     device = VirtualDevice("d", find("raspberry-pi-4b"), data)
-    bench, saved = Bench(store, tmp_path / "scratch"), {}
+    runner, saved = DeviceRunner(store, tmp_path / "scratch"), {}
     for number, width in ((1, 8), (2, 8), (3, 4), (5, 8), (5, 8)):
         weights = hidden_weights(width, number)
         mask = ElementMask({"w1": weights["w1"] > 0}) if recipe.mask != "none" else None
@@ -116,24 +117,24 @@ def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, na
         body = {
             k: v for k, v in json.loads(offer.to_bytes()).items() if k not in ("v", "type", "job", "round", "attempt")
         }
-        before = dict(bench.boards)
-        virtual = bench.carry_out(device, body, number)
+        before = dict(runner.boards)
+        virtual = runner.carry_out(device, body, number)
         assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
         assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
         assert all(np.isfinite(v).all() for v in sent.values())
-        saved[number] = bench.boards["d"]
-        bench = Bench(store, tmp_path / f"scratch-{number}")  # another process, which goes on from what was saved
-        bench.boards |= before
-        assert bench.carry_out(device, body, number) == virtual
-        assert bench.boards["d"] == saved[number]
+        saved[number] = runner.boards["d"]
+        runner = DeviceRunner(store, tmp_path / f"scratch-{number}")  # another process
+        runner.boards |= before
+        assert runner.carry_out(device, body, number) == virtual
+        assert runner.boards["d"] == saved[number]
     assert ("accuracy_average" in virtual.metrics) == (recipe.average > 0)
     assert {"accuracy_validation", "loss_validation_before"} <= set(virtual.metrics)
 
 
 def test_nothing_is_kept_where_nothing_is_asked_for(store, offer, tmp_path):
-    bench = Bench(store, tmp_path / "scratch")
-    bench.carry_out(DEVICE, offer, 1)
-    assert bench.boards == {}
+    runner = DeviceRunner(store, tmp_path / "scratch")
+    runner.carry_out(DEVICE, offer, 1)
+    assert runner.boards == {}
 
 
 def test_weights_that_a_board_can_decode_come_encoded():

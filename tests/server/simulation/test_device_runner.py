@@ -22,8 +22,8 @@ from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
-from fedprune_server.simulation.fleet.pooled_runner import PooledBench
-from fedprune_server.simulation.fleet.virtual_device import Bench, Outcome, VirtualDevice, Work
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, Work
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 
 pytest.importorskip("torch")
 from support.nets import smooth_nets
@@ -85,7 +85,7 @@ def offers(model: Model, store: BlobStore, recipe: Recipe, fleet: list[VirtualDe
     return out
 
 
-def carried_out(tested: Bench, work: list[Work]) -> list[Outcome]:
+def carried_out(tested: DeviceRunner, work: list[Work]) -> list[Outcome]:
     tested.prepare(work)
     return [tested.carry_out(*item) for item in work]
 
@@ -93,7 +93,7 @@ def carried_out(tested: Bench, work: list[Work]) -> list[Outcome]:
 @pytest.mark.slow
 def test_other_processes_give_the_same_bits(model: Model, tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "blobs", durable=False)
-    alone, pooled = Bench(store, tmp_path / "1"), PooledBench(2, store, tmp_path / "2")
+    alone, pooled = DeviceRunner(store, tmp_path / "1"), DeviceRunner(store, tmp_path / "2", workers=2)
     fleet = devices(model, 3)
     try:
         for number in (1, 2):
@@ -113,14 +113,14 @@ def test_other_processes_give_the_same_bits(model: Model, tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_a_killed_process_is_said(model: Model, tmp_path: Path) -> None:
     store = BlobStore(tmp_path / "blobs", durable=False)
-    pooled = PooledBench(2, store, tmp_path / "scratch")
+    pooled = DeviceRunner(store, tmp_path / "scratch", workers=2)
     work = offers(model, store, RECIPES["plain"], devices(model, 1))
     try:
         carried_out(pooled, work)
         for process in pooled._pool._processes.values():
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(TrainingError, match="killed"):
-            pooled.prepare(work)
+            pooled.prepare(offers(model, store, RECIPES["plain"], devices(model, 1), 2))
     finally:
         pooled.close()
 
@@ -128,14 +128,16 @@ def test_a_killed_process_is_said(model: Model, tmp_path: Path) -> None:
 def test_few_samples_wait_for_a_process(model: Model, tmp_path: Path) -> None:
     """Those of devices that no process will work on soon are not read yet."""
     store = BlobStore(tmp_path / "blobs", durable=False)
-    pooled = PooledBench(2, store, tmp_path / "scratch")
+    pooled = DeviceRunner(store, tmp_path / "scratch", workers=2)
     read: list[str] = []
     found: list[int] = []
 
     class Answer:
-        def result(self) -> Any:
+        def exception(self) -> None:
             found.append(len(read))
-            return "outcome", None
+
+        def result(self) -> Any:
+            return None, None
 
     class Slow:
         def submit(self, _: object, device: VirtualDevice, *more: object) -> Answer:
@@ -145,6 +147,6 @@ def test_few_samples_wait_for_a_process(model: Model, tmp_path: Path) -> None:
     pooled.close()
     pooled._pool = Slow()  # type: ignore[assignment]
     work = offers(model, store, RECIPES["plain"], devices(model, 12))
-    assert len(pooled.ahead(work)) == 12
+    pooled.prepare(work)
     assert read == [d.name for d, _, _ in work]
     assert found[:3] == [4, 5, 6]
