@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune.core.errors import ConfigError
-from fedprune_server.cli.demo_run import DemoFolder
+from fedprune_server.cli.demo import DemoFolder
 from fedprune_server.simulation.fleet.demo_fleet import BOARDS
 from fedprune_server.simulation.results.record import Record
 

@@ -16,7 +16,7 @@ from fedprune.jobs.job import Job
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import export_torch
-from fedprune_server.cli.demo_run import DemoFolder, run_job
+from fedprune_server.cli.demo import DemoFolder, run_job
 from fedprune_server.simulation.digits import Federation, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job

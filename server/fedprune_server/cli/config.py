@@ -9,32 +9,31 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import with_extra
 from fedprune.core.errors import ExitCode
+from fedprune_server.cli.run import configured, run_options
+from fedprune_server.config.alert_settings import shown_url
+from fedprune_server.config.layers import brief, masked, origin
+from fedprune_server.config.server_config import PATHS
+from fedprune_server.config.tables import as_tables
 
 
-def add_config_command(commands: Any) -> None:
-    """Add `config` to the parser of `fedprune-server`; what `run` may be told, it may be told, too."""
-    config = commands.add_parser("config", help="check settings, and show where each comes from")
+def add_config(config: argparse.ArgumentParser) -> None:
     actions = config.add_subparsers(dest="action", required=True, metavar="ACTION")
-    run = commands.choices["run"]
     for name, text in (
         ("check", "check a fleet.toml together with the environment, and show what a server would use"),
         ("show", "show what `run` with the same options would use"),
     ):
         action = actions.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[run], add_help=False
+            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[run_options()]
         )
         if name == "check":
             action.add_argument("file", type=Path, metavar="FILE", help="the fleet.toml")
         action.add_argument("--json", action="store_true", help="as JSON, for programs")
         action.add_argument("--all", action="store_true", help="also what is as by default")
-        action.set_defaults(run=with_extra("server", _show))
+        action.set_defaults(function=_show)
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from fedprune_server.cli.run_options import configured
-
     if arguments.action == "check":
         arguments.config = arguments.file
     found = configured(arguments)
@@ -42,7 +41,6 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(rows, indent=2, sort_keys=True))
         return int(ExitCode.OK)
-    from fedprune_server.config.layers import brief
 
     table = ""
     for row in rows:
@@ -61,10 +59,6 @@ _DEFAULT = "default"
 
 def _rows(found: Any) -> Iterator[dict[str, Any]]:
     """Every setting with its value and its origin, without passwords."""
-    from fedprune_server.config.alert_settings import shown_url
-    from fedprune_server.config.layers import masked, origin
-    from fedprune_server.config.server_config import PATHS
-    from fedprune_server.config.tables import as_tables
 
     tables = as_tables(found.config)
     for path, value in _settings((), _whole(tables, found.config)):

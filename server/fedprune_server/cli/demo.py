@@ -1,21 +1,62 @@
-"""`fedprune-server demo`: a whole fleet on this machine, beside a fleet that trains the whole model everywhere."""
+"""`fedprune-server demo`: a fleet of real processes on this machine, next to one that trains the whole model."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import with_extra
+import numpy as np
+
+from fedprune.core.cli import ended_by_signals
+from fedprune.core.disk import locked, storage_errors
+from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.core.text import quantity
+from fedprune.jobs.job import Job
+from fedprune.output.tables import print_verdicts, progress
+from fedprune.wire.link import Link
+from fedprune.wire.topics import Topics
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.devices.quarantine import Quarantine
+from fedprune_server.engine.job_runner import JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.messaging.broker.embedded import EmbeddedBroker
+from fedprune_server.messaging.rate_limit import RateLimitedLink
+from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.monitoring.display import make_display
+from fedprune_server.monitoring.observer import DisplayObserver, Observer
+from fedprune_server.monitoring.view import JobView
+from fedprune_server.process.children import Children
+from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
+from fedprune_server.simulation.experiment import REFERENCE
+from fedprune_server.simulation.fleet.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
+from fedprune_server.simulation.results.record import Record, record_of
+from fedprune_server.simulation.results.report import claims, summary_text, write_report
+
+log = logging.getLogger("fedprune.server")
+
+MARK = "demo.json"
+"""Says that a folder is a demo's, so that the next demo may clear it."""
+
+_SITE = "demo"
+_MEASURED = "payload at the broker: delivered to devices, received from them"
 
 
-def register(commands: Any) -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="six devices, a broker and a server on this machine: narrow models against FedAvg",
-        description="Start a broker, a server and six device processes, each with its own mixture of digits; then the "
+def add_demo(demo: argparse.ArgumentParser) -> None:
+    demo.description = (
+        "Start a broker, a server and six device processes, each with its own mixture of digits; then the "
         "same devices with FedAvg at full width; compare accuracies and bytes, and write a report. It ends with exit "
-        "code 5 if a claim fails.",
+        "code 5 if a claim fails."
     )
     demo.add_argument(
         "--out", type=Path, default=Path("demo-run"), metavar="DIR", help="folder of the run (default: demo-run)"
@@ -23,11 +64,228 @@ def register(commands: Any) -> None:
     demo.add_argument("--rounds", type=int, metavar="N", help="rounds of each job")
     demo.add_argument("--seed", type=int, default=0, help="keys every random number (default: 0)")
     demo.add_argument("--quick", action="store_true", help="two rounds: does it run at all? Too few to judge it by")
-    demo.set_defaults(run=with_extra("server", run))
+    demo.set_defaults(function=_demo)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    # What the demo needs is heavy (database, pictures); other subcommands shall start without it.
-    from fedprune_server.cli.demo_run import run_demo
-
+def _demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.out, seed=arguments.seed, rounds=arguments.rounds, quick=arguments.quick)
+
+
+@dataclass(frozen=True)
+class DemoFolder:
+    """The folder of a demo: everything that its processes read."""
+
+    root: Path
+
+    @property
+    def model(self) -> Path:
+        return self.root / "model.onnx"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "data" / "server.npz"
+
+    @property
+    def calibration(self) -> Path:
+        """What the server measures batch-norm statistics on."""
+        return self.root / "data" / "calibration.npz"
+
+    @property
+    def profiles(self) -> Path:
+        return self.root / "profiles"
+
+    def data(self, board: str) -> Path:
+        return self.root / "data" / f"{board}.npz"
+
+    @classmethod
+    def prepare(cls, root: Path, seed: int) -> DemoFolder:
+        """Clear the folder of an earlier demo and write what a new one needs.
+
+        Raises:
+            ConfigError: The folder holds something that is not a demo's.
+        """
+        if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARK).is_file())):
+            raise ConfigError(
+                f"{root} holds something that is not a demo's",
+                hint="Name another folder with --out, or empty this one.",
+            )
+        if root.exists():
+            shutil.rmtree(root)
+        folder = cls(root)
+        for path in (root, root / "data", folder.profiles):
+            path.mkdir(parents=True)
+        (root / MARK).write_text(json.dumps({"format": "fedprune.demo/1", "seed": seed}) + "\n", encoding="utf-8")
+        folder.model.write_bytes(digits_model())
+        hands = deal([b.name for b in BOARDS], seed=seed)
+        np.savez(folder.evaluation, x=hands.x, y=hands.y)
+        np.savez(folder.calibration, x=hands.calibration)
+        for board in BOARDS:
+            write_hand(folder.data(board.name), hands.devices[board.name])
+            profile = board.profile()
+            (folder.profiles / f"{profile.name}.json").write_text(profile.to_json(), encoding="utf-8")
+        return folder
+
+
+def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool = False) -> int:
+    """Run both jobs, write the report, print the summary; returns the exit code, as `verdict` says."""
+    began = time.monotonic()
+    rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
+    jobs = fleet_job(seed, rounds), reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
+    with _alone(out), _logging(), ended_by_signals():
+        folder = DemoFolder.prepare(out, seed)
+        size = f"{quantity(len(BOARDS), 'device')}, {quantity(rounds, 'round')}"
+        print(f"{size}, two jobs: models as wide as each link allows, then FedAvg.")
+        print(f"Devices' output lies in {out}/*/devices/*.log\n")
+        data = Partition.of_devices(deal([b.name for b in BOARDS], seed=seed).devices, DIGITS)
+        fleet = replace(run_job("fedprune", jobs[0], folder), partition=data)
+        reference = replace(run_job(REFERENCE, jobs[1], folder), partition=data)
+        return _ended(out, fleet, reference, began)
+
+
+def _alone(out: Path) -> AbstractContextManager[None]:
+    """Hold the lock beside a demo's folder, which is cleared when another demo begins in it."""
+    out = out.resolve()
+    with storage_errors(f"can't make {out.parent}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    return locked(
+        out.with_name(f".{out.name}.lock"), f"another demo runs in {out}", "Wait for it, or name another folder: --out."
+    )
+
+
+def _ended(out: Path, fleet: Record, reference: Record, began: float) -> int:
+    fleet.save(out / "metrics.json")
+    reference.save(out / "metrics-reference.json")
+    unjudged = too_few(len(fleet.rounds))
+    with progress("writing the report"):
+        report = write_report(out, fleet, reference, judged=not unjudged)
+    print()
+    print_verdicts(summary_text(fleet, reference, judged=not unjudged))
+    if unjudged:
+        print(f"\n{unjudged}")
+    print(f"\n{time.monotonic() - began:.0f} s in all. Report: {report.html}")
+    return int(verdict(fleet, reference))
+
+
+def verdict(fleet: Record, reference: Record) -> ExitCode:
+    """How a demo ends: `CLAIM` if a claim failed. Few rounds show that it runs, and no more."""
+    held = too_few(len(fleet.rounds)) or all(c.held for c in claims(fleet, reference))
+    return ExitCode.OK if held else ExitCode.CLAIM
+
+
+def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str, int]], None] | None = None) -> Record:
+    """Run a job to its end: broker, server and one process per board.
+
+    Args:
+        title: For people.
+        job: The job.
+        folder: What the processes read; what they write goes into a folder of the job's name.
+        watch: Told the boards' process ids when the first round is over.
+
+    Raises:
+        FedpruneError: A process died, or the job can't go on.
+    """
+    place = folder.root / job.name
+    traffic: dict[int, tuple[int, int]] = {}
+    with ExitStack() as stack:
+        broker = stack.enter_context(EmbeddedBroker("127.0.0.1", 0))
+        children = stack.enter_context(Children())
+        for board in BOARDS:
+            _start_board(children, board.name, folder, place, broker.url)
+        state = stack.enter_context(StateFolder(place / "server"))
+        config = ServerConfig(
+            job=job,
+            model=str(folder.model),
+            evaluation=str(folder.evaluation),
+            calibration=str(folder.calibration),
+            site=_SITE,
+            state=state.path,
+        )
+        opened = state.open_job(config)
+        link = Link(broker.url, f"fedprune-server-{_SITE}")
+        stack.callback(link.close)
+        meter = _Watch(children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch)
+        quarantine = Quarantine()
+        site = SiteLink(RateLimitedLink(link, quarantine), Topics(_SITE), quarantine)
+        runner = JobRunner(
+            RunnableJob(
+                job,
+                opened.model.architecture,
+                opened.state,
+                state.storage,
+                state.store,
+                opened.worker,
+                opened.model.frozen,
+            ),
+            site,
+            profiles=(folder.profiles,),
+            observers=[meter, DisplayObserver(make_display())],
+        )
+        server = Server([runner], site, broker)
+        link.subscribe(server.subscriptions)
+        link.start()
+        began = time.time()
+        server.run(until_finished=True)
+        final = opened.state
+        ranking = final.ranking
+        return record_of(
+            title,
+            job,
+            opened.model.architecture,
+            final,
+            traffic=traffic,
+            ranking=state.store.read(ranking) if ranking and state.store.has(ranking) else None,
+            measured=_MEASURED,
+            began=began,
+        )
+
+
+class _Watch(Observer):
+    """Looks after the boards, and reads the broker's meter after every round."""
+
+    def __init__(
+        self, children: Children, meter: Callable[[int], None], watch: Callable[[dict[str, int]], None] | None
+    ) -> None:
+        self._children = children
+        self._meter = meter
+        self._watch = watch
+
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
+        self._children.check()
+
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        self._meter(int(summary["round"]))
+        if self._watch is not None:
+            self._watch(self._children.pids)
+
+
+def _start_board(children: Children, name: str, folder: DemoFolder, place: Path, url: str) -> None:
+    board = next(b for b in BOARDS if b.name == name)
+    devices = place / "devices"
+    devices.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--broker", url, "--site", _SITE]
+    command += ["--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
+    # Plans shall come from the profiles: a probe would measure this machine.
+    command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]
+    children.start(f"device {name}", command, devices / f"{name}.log", {"OMP_NUM_THREADS": "1"})
+
+
+def _bytes(broker: EmbeddedBroker) -> tuple[int, int]:
+    """Payload bytes down and up that passed the broker."""
+    meter = broker.traffic()
+    down = meter.delivered.get("down", 0) + meter.delivered.get("down/blob", 0)
+    return down, meter.received.get("up", 0) + meter.received.get("up/blob", 0)
+
+
+@contextmanager
+def _logging() -> Iterator[None]:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root = logging.getLogger("fedprune")
+    before = root.handlers[:], root.level, root.propagate
+    root.handlers[:], root.propagate = [handler], False
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.handlers[:], root.propagate = before[0], before[2]
+        root.setLevel(before[1])

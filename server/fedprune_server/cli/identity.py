@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from fedprune.core.cli import whole_number
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ExitCode, ProtocolError, UsageError
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey, grouped
-from fedprune_server.cli.state import add_state
-
-if TYPE_CHECKING:
-    from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_device.storage.directory_owner import check_unowned
+from fedprune_server.cli.broker_files import KEY, Broker, write_broker
+from fedprune_server.cli.state_option import add_state
+from fedprune_server.enrollment.approval import approve, revoke, revoked
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.storage.state_folder import folder_lock
 
 _ROTATE, _ROTATE_CA, _RETIRE_CA = "rotate", "rotate-ca", "retire-ca"
 _FILES = (
@@ -39,16 +41,16 @@ _MAX_CLAIMS = 1000
 _MAX_HOURS = 24 * 365
 
 
-def register(commands: Any) -> None:
-    init = _command(commands, "init", "make this server's identity: its keys and certificate authority")
+def add_init(init: argparse.ArgumentParser) -> None:
+    add_state(init)
     init.add_argument(
         "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
     )
-    init.set_defaults(run=_init)
+    init.set_defaults(function=_init)
 
-    identity = _command(
-        commands, "identity", "show this server's identity, or replace its signing key or certificate authority"
-    )
+
+def add_identity(identity: argparse.ArgumentParser) -> None:
+    add_state(identity)
     identity.add_argument(
         "action", nargs="?", default="show", choices=("show", _ROTATE, _ROTATE_CA, _RETIRE_CA), metavar="ACTION",
         help="show (default); of a stopped server, rotate: replace the signing key; rotate-ca: begin to replace the "
@@ -57,9 +59,11 @@ def register(commands: Any) -> None:
     identity.add_argument(
         "--force", action="store_true", help="retire-ca also while boards have none: they must join again with a claim"
     )
-    identity.set_defaults(run=_identity)
+    identity.set_defaults(function=_identity)
 
-    claim = _command(commands, "claim", "make one-time claims, each of which lets one device in")
+
+def add_claim(claim: argparse.ArgumentParser) -> None:
+    add_state(claim)
     claim.add_argument(
         "--device",
         type=name_of("device"),
@@ -69,9 +73,11 @@ def register(commands: Any) -> None:
     claim.add_argument("--count", type=whole_number, default=1, metavar="N", help="how many (default: 1)")
     claim.add_argument("--hours", type=whole_number, default=72, metavar="H", help="how long they last (default: 72)")
     claim.add_argument("--out", type=Path, metavar="FILE", help="write them to a new file that only you can read")
-    claim.set_defaults(run=_claim)
+    claim.set_defaults(function=_claim)
 
-    devices = _command(commands, "devices", "list devices, let one in that waits, or shut one out")
+
+def add_devices(devices: argparse.ArgumentParser) -> None:
+    add_state(devices)
     devices.add_argument("--json", action="store_true", help="the list as JSON, for programs")
     devices.add_argument(
         "action", nargs="?", default="list", choices=("list", "approve", "revoke", "replace"), metavar="ACTION",
@@ -83,9 +89,11 @@ def register(commands: Any) -> None:
     devices.add_argument(
         "--out", type=Path, metavar="FILE", help="write that claim to a new file that only you can read"
     )
-    devices.set_defaults(run=_devices)
+    devices.set_defaults(function=_devices)
 
-    broker = _command(commands, "broker-config", "write a broker's configuration, access rules and certificate")
+
+def add_broker_config(broker: argparse.ArgumentParser) -> None:
+    add_state(broker)
     broker.add_argument("kind", choices=("mosquitto", "emqx"), metavar="BROKER", help="which one it is")
     broker.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     broker.add_argument(
@@ -97,13 +105,7 @@ def register(commands: Any) -> None:
     broker.add_argument("--at", type=Path, metavar="DIR", help="where the broker finds the files (default: --out)")
     broker.add_argument("--form", choices=("2.0", "2.1"), default="2.0", help="of Mosquitto's file (default: 2.0)")
     broker.add_argument("--plugin", type=Path, metavar="FILE", help="Mosquitto's acl-file plugin, of form 2.1")
-    broker.set_defaults(run=_broker_config)
-
-
-def _command(commands: Any, name: str, text: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text)
-    add_state(parser)
-    return parser
+    broker.set_defaults(function=_broker_config)
 
 
 def _port(text: str) -> int:
@@ -128,9 +130,6 @@ def name_of(what: str) -> Callable[[str], str]:
 
 
 def _init(arguments: argparse.Namespace) -> int:
-    from fedprune_device.storage.directory_owner import check_unowned
-    from fedprune_server.enrollment.pki import IdentityFolder
-
     check_unowned(arguments.state)
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
         print(f"identity of site {identity.site} in {identity.path}: back it up, and let nobody else read it")
@@ -139,9 +138,6 @@ def _init(arguments: argparse.Namespace) -> int:
 
 
 def _identity(arguments: argparse.Namespace) -> int:
-    from fedprune_server.enrollment.pki import IdentityFolder
-    from fedprune_server.storage.state_folder import folder_lock
-
     action: str = arguments.action
     if arguments.force and action != _RETIRE_CA:
         raise UsageError("--force", expected=f"with {_RETIRE_CA}", got=f"with {action}")
@@ -174,8 +170,6 @@ def _describe(identity: IdentityFolder) -> None:
 
 
 def _claim(arguments: argparse.Namespace) -> int:
-    from fedprune_server.enrollment.pki import IdentityFolder
-
     _check_hours(arguments.hours)
     if arguments.count > _MAX_CLAIMS:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
@@ -218,9 +212,6 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def _devices(arguments: argparse.Namespace) -> int:
-    from fedprune_server.enrollment.approval import revoke
-    from fedprune_server.enrollment.pki import IdentityFolder
-
     with IdentityFolder(arguments.state) as identity:
         if arguments.action == "list":
             _list(identity, arguments)
@@ -240,7 +231,6 @@ def _devices(arguments: argparse.Namespace) -> int:
 
 def _replace(identity: Any, arguments: argparse.Namespace) -> None:
     """Standard output gets the claim alone, as that of `claim`."""
-    from fedprune_server.enrollment.approval import revoked
 
     with _claims_file(arguments.out) as file:
         keys, certificates = identity.revoke(arguments.device)
@@ -273,8 +263,6 @@ def _list(identity: Any, arguments: argparse.Namespace) -> None:
 
 
 def _approve(identity: Any, arguments: argparse.Namespace) -> None:
-    from fedprune_server.enrollment.approval import approve
-
     if arguments.key is None:
         raise UsageError(
             f"devices approve {arguments.device}", expected="--key FINGERPRINT, as the board shows it", got="none",
@@ -284,9 +272,6 @@ def _approve(identity: Any, arguments: argparse.Namespace) -> None:
 
 
 def _broker_config(arguments: argparse.Namespace) -> int:
-    from fedprune_server.cli.broker_files import KEY, Broker, write_broker
-    from fedprune_server.enrollment.pki import IdentityFolder
-
     given = {} if arguments.plugin is None else {"plugin": arguments.plugin}
     broker = Broker(
         tuple(arguments.host),

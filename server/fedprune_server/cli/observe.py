@@ -7,43 +7,39 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fedprune.core.cli import seconds, whole_number, with_extra
+from fedprune.core.cli import seconds, whole_number
 from fedprune.core.errors import ExitCode, StorageError
 from fedprune.core.text import amount
+from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.identity import name_of
-from fedprune_server.cli.state import add_state
-
-if TYPE_CHECKING:
-    from fedprune_server.devices.board_logs import BoardReport
+from fedprune_server.cli.state_option import add_state
+from fedprune_server.devices.board_logs import BoardReport, frames_of, read_logs
+from fedprune_server.maintenance.doctor import examined
 
 _LOOK_S = 1.0
 
 
-def add_observe_commands(commands: Any) -> None:
-    logs = commands.add_parser("logs", help="show warnings, errors and crashes that boards have told")
+def add_logs(logs: argparse.ArgumentParser) -> None:
     add_state(logs)
     logs.add_argument("--device", type=name_of("device"), metavar="NAME", help="of this board alone")
     logs.add_argument("--last", type=whole_number, default=100, metavar="N", help="the last N (default: 100)")
     logs.add_argument("--follow", action="store_true", help="wait for more, until Ctrl-C")
     logs.add_argument("--json", action="store_true", help="one JSON object on each line, for programs")
-    logs.set_defaults(run=with_extra("server", _logs))
+    logs.set_defaults(function=_logs)
 
-    doctor = commands.add_parser("doctor", help="say in words what is wrong with a fleet, and what to do")
+
+def add_doctor(doctor: argparse.ArgumentParser) -> None:
     add_state(doctor)
     doctor.add_argument(
         "--timeout", type=seconds, default=5.0, metavar="S",
         help="for how long broker, database and bucket are waited for, each (default: 5)",
     )  # fmt: skip
     doctor.add_argument("--json", action="store_true", help="as JSON, for programs")
-    doctor.set_defaults(run=with_extra("server", _doctor))
+    doctor.set_defaults(function=_doctor)
 
 
 def _logs(arguments: argparse.Namespace) -> int:
-    from fedprune_device.storage.directory_owner import check_unowned
-    from fedprune_server.devices.board_logs import read_logs
-
     folder: Path = arguments.state
     if not folder.is_dir():
         raise StorageError(f"{folder} is no server's state folder", hint="Give the folder of `run --state`.")
@@ -62,8 +58,6 @@ def _logs(arguments: argparse.Namespace) -> int:
 
 
 def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:
-    from fedprune_server.devices.board_logs import frames_of
-
     for row in rows:
         if as_json:
             print(json.dumps(row.to_dict(), sort_keys=True), flush=True)
@@ -83,8 +77,6 @@ def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from fedprune_server.maintenance.doctor import examined
-
     findings = examined(arguments.state, arguments.timeout)
     wrong = sum(f.wrong for f in findings)
     if arguments.json:

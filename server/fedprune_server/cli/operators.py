@@ -9,19 +9,14 @@ import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from fedprune.core.cli import with_extra
 from fedprune.core.errors import ExitCode, StorageError, UsageError
-from fedprune_server.cli.state import add_state
+from fedprune_server.cli.state_option import add_state
+from fedprune_server.web.auth.accounts import Accounts
 from fedprune_server.web.auth.roles import ROLES
 
-if TYPE_CHECKING:
-    from fedprune_server.web.auth.accounts import Accounts
 
-
-def add_operators_command(commands: Any) -> None:
-    operators = commands.add_parser("operators", help="say who may use the console, and as what")
+def add_operators(operators: argparse.ArgumentParser) -> None:
     actions = operators.add_subparsers(dest="action", required=True, metavar="ACTION")
     add = actions.add_parser("add", help="a new one; asks for the password, or reads it from standard input")
     add.add_argument("name", metavar="NAME", help="what they log in as")
@@ -36,7 +31,7 @@ def add_operators_command(commands: Any) -> None:
     shown.add_argument("--json", action="store_true", help="as JSON, for programs")
     for action, run in ((add, _add), (password, _password), (remove, _remove), (shown, _list)):
         add_state(action)
-        action.set_defaults(run=with_extra("console", run))
+        action.set_defaults(function=run)
 
 
 def _add(arguments: argparse.Namespace) -> int:

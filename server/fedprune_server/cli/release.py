@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ExitCode, ReleaseError
 from fedprune.core.text import amount
 from fedprune.releases.release import MANIFEST, Release, ReleaseFile, write_again, write_release
 from fedprune.security.keys import SigningKey
-from fedprune_server.cli.state import add_state
+from fedprune_device.releases.wheel import Wheel, contents_digest
+from fedprune_server.cli.state_option import add_state
+from fedprune_server.cli.wheels import check_wheels
+from fedprune_server.enrollment.pki import IdentityFolder
 
 
-def add_release_command(commands: Any) -> None:
-    release = commands.add_parser("release", help="make a signed release of the boards' runtime")
+def add_release(release: argparse.ArgumentParser) -> None:
     source = release.add_mutually_exclusive_group(required=True)
     source.add_argument("--wheels", type=Path, metavar="DIR", help="all wheels that it is made of")
     source.add_argument(
@@ -38,12 +39,10 @@ def add_release_command(commands: Any) -> None:
     release.add_argument(
         "--entry", default="fedprune_start:device", metavar="MODULE:FUNCTION", help="default: %(default)s"
     )
-    release.set_defaults(run=_release)
+    release.set_defaults(function=_release)
 
 
 def _release(arguments: argparse.Namespace) -> int:
-    from fedprune_server.enrollment.pki import IdentityFolder
-
     if (arguments.out / MANIFEST).exists():
         raise ReleaseError(f"{arguments.out} holds a release already", hint="Name another folder with --out.")
     with IdentityFolder(arguments.state) as identity:
@@ -61,9 +60,6 @@ def _again(arguments: argparse.Namespace, key: SigningKey) -> Release:
 
 
 def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
-    from fedprune_device.releases.wheel import Wheel, contents_digest
-    from fedprune_server.cli.wheels import check_wheels
-
     with storage_errors(f"can't read {arguments.wheels}"):
         wheels = sorted(p for p in arguments.wheels.iterdir() if p.suffix == ".whl")
     if not wheels:

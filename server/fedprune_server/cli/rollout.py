@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedprune.core.cli import whole_number
 from fedprune.core.disk import held
@@ -22,19 +22,17 @@ from fedprune.output.tables import Column, print_table
 from fedprune.releases.release import Release
 from fedprune.releases.rollout import CAREFUL, Fate, RolloutPhase
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
-from fedprune_server.cli.state import add_state
-
-if TYPE_CHECKING:
-    from fedprune_server.ota.rollouts import RolloutTerms
-    from fedprune_server.ota.store import RolloutEntry
+from fedprune_server.cli.state_option import add_state
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, start_rollout, take_back
+from fedprune_server.ota.store import RolloutEntry, RolloutStore
 
 _LOCK = "lock"
 _SHOWN = 20
 """Boards that a list on one line names."""
 
 
-def add_rollout_command(commands: Any) -> None:
-    rollout = commands.add_parser("rollout", help="give boards a release in stages, pause, stop, take back")
+def add_rollout(rollout: argparse.ArgumentParser) -> None:
     actions = rollout.add_subparsers(dest="action", required=True, metavar="ACTION")
     start = actions.add_parser("start", help="begin with a release that `fedprune-server release` made")
     start.add_argument("release", type=Path, metavar="DIR", help="the release's folder")
@@ -60,25 +58,25 @@ def add_rollout_command(commands: Any) -> None:
     )
     start.add_argument("--devices", metavar="NAMES", help="these boards alone, with commas (default: all that are in)")
     start.add_argument("--seed", type=int, default=0, help="another one chooses other boards to be early")
-    start.set_defaults(run=_start)
+    start.set_defaults(function=_start)
     pause = actions.add_parser("pause", help="begin nothing further; boards that were given the release go on with it")
-    pause.set_defaults(run=_pause)
+    pause.set_defaults(function=_pause)
     resume = actions.add_parser("resume", help="let a paused rollout go on")
-    resume.set_defaults(run=_resume)
+    resume.set_defaults(function=_resume)
     status = actions.add_parser("status", help="say how far the last rollout is, and what failed")
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
-    status.set_defaults(run=_status)
+    status.set_defaults(function=_status)
     listed = actions.add_parser("list", help="list all rollouts, the latest first")
     listed.add_argument("--json", action="store_true", help="as JSON, for programs")
-    listed.set_defaults(run=_list)
+    listed.set_defaults(function=_list)
     stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
-    stop.set_defaults(run=_stop)
+    stop.set_defaults(function=_stop)
     back = actions.add_parser(
         "back", help="take the boards that have the last release to what they had before, under a new number"
     )
     back.add_argument("--number", type=int, metavar="N", help="of the new release (default: the next that is free)")
     back.add_argument("--groups", type=_groups, metavar="SHARES", help="as for start (default: all at once)")
-    back.set_defaults(run=_back)
+    back.set_defaults(function=_back)
     for action in (pause, stop, back):
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
     for action in (start, pause, resume, status, listed, stop, back):
@@ -86,8 +84,6 @@ def add_rollout_command(commands: Any) -> None:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.rollouts import start_rollout
-
     if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
     begun = start_rollout(arguments.state, arguments.release, _terms(arguments), _named_boards(arguments.devices))
@@ -110,8 +106,6 @@ def _named_boards(given: str | None) -> list[str] | None:
 
 
 def _terms(arguments: argparse.Namespace) -> RolloutTerms:
-    from fedprune_server.ota.rollouts import RolloutTerms
-
     return RolloutTerms(
         arguments.groups or (),
         arguments.success,
@@ -138,8 +132,6 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.store import RolloutStore
-
     _latest(arguments.state)
     with RolloutStore(arguments.state) as store:
         entries = store.entries()[::-1]
@@ -160,8 +152,6 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.store import RolloutStore
-
     _latest(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.stop(arguments.reason)
@@ -172,8 +162,6 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 
 def _pause(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.store import RolloutStore
-
     _latest(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.pause(arguments.reason)
@@ -182,8 +170,6 @@ def _pause(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.store import RolloutStore
-
     _latest(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.resume()
@@ -194,8 +180,6 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _back(arguments: argparse.Namespace) -> int:
-    from fedprune_server.ota.rollouts import ALL_AT_ONCE, take_back
-
     _latest(arguments.state)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
     begun = take_back(arguments.state, arguments.reason, number=arguments.number, terms=terms)
@@ -206,9 +190,6 @@ def _back(arguments: argparse.Namespace) -> int:
 
 
 def _latest(state: Path) -> RolloutEntry | None:
-    from fedprune_server.enrollment.pki import IdentityFolder
-    from fedprune_server.ota.store import RolloutStore
-
     IdentityFolder(state).close()  # without an identity there is nothing to roll out, and nothing is made
     with RolloutStore(state) as store:
         return store.latest()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.atomic_file import write_whole
-from fedprune.core.cli import with_extra
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ExitCode, StorageError, UsageError, reason
+from fedprune_server.cli.systemd_unit import ServerUnit, program_of
 
 NAME = "fedprune-server.service"
 _UNITS = Path("/etc/systemd/system")
@@ -21,8 +21,7 @@ _SYSTEMD = Path("/run/systemd/system")
 """There where systemd is the machine's first process (sd_booted(3))."""
 
 
-def add_service_command(commands: Any) -> None:
-    service = commands.add_parser("service", help="print or install the systemd unit of this server")
+def add_service(service: argparse.ArgumentParser) -> None:
     actions = service.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (("print", "print the unit"), ("install", "write the unit, and let systemd read it")):
         action = actions.add_parser(name, help=text)
@@ -39,15 +38,13 @@ def add_service_command(commands: Any) -> None:
             help="a setting that stands in a file of root's, such as server.database=/etc/fedprune/database",
         )  # fmt: skip
         action.add_argument("arguments", nargs="*", metavar="-- OPTION", help="further options of `run`")
-        action.set_defaults(run=with_extra("server", _service))
+        action.set_defaults(function=_service)
     actions.choices["install"].add_argument(
         "--units", type=Path, default=_UNITS, metavar="DIR", help="where units lie (default: %(default)s)"
     )
 
 
 def _service(arguments: argparse.Namespace) -> int:
-    from fedprune_server.cli.systemd_unit import ServerUnit, program_of
-
     credentials = [tuple(text.partition("=")[::2]) for text in arguments.credential]
     unit = ServerUnit(
         arguments.program or str(program_of(Path(sys.argv[0]), Path(sys.prefix))),

@@ -1,21 +1,25 @@
-"""What `fedprune-server status` says of a state folder, as text for people and as JSON for programs."""
+"""`fedprune-server status`: a state folder as text for people, and as JSON for programs."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import Phase, State
+from fedprune.core.cli import whole_number
 from fedprune.core.disk import held
-from fedprune.core.errors import ConfigError
+from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.text import amount, quantity
 from fedprune.updates.privacy import Privacy
+from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.plan_vs_actual import Compared, compared, described, planned
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
-from fedprune_server.maintenance.doctor import revoked
+from fedprune_server.maintenance.identity_check import revoked
 from fedprune_server.monitoring.alerts import Snapshot, evaluate
 from fedprune_server.monitoring.display import metric_texts
 from fedprune_server.monitoring.monitor import read_open
@@ -26,6 +30,26 @@ _NOT_BEGUN = "not begun"
 
 LATEST = 10
 """Rounds that the text shows unless it is asked for more."""
+
+
+def add_status(status: argparse.ArgumentParser) -> None:
+    add_state(status)
+    status.add_argument(
+        "--rounds", type=whole_number, metavar="N", help="the last N rounds (default: 10; all with --json)"
+    )
+    status.add_argument("--json", action="store_true", help="as JSON, for programs")
+    status.set_defaults(function=_status)
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    body = status_of_all(arguments.state)
+    if arguments.json:
+        for job in (body, *body.get("jobs", [])):
+            job["rounds"] = job["rounds"][-(arguments.rounds or len(job["rounds"])) :]
+        print(json.dumps(body, indent=2, sort_keys=True))
+    else:
+        print(describe(body, arguments.rounds or LATEST))
+    return int(ExitCode.OK)
 
 
 def status_of_all(state: Path) -> dict[str, Any]:

@@ -1,20 +1,28 @@
-"""`fedprune-server check`, `backup` and `restore`: look after a server's state folder."""
+"""`fedprune-server check`, `backup`, `restore` and `replay`: look after a server's state folder."""
 
 from __future__ import annotations
 
 import argparse
 import shlex
 from pathlib import Path
-from typing import Any
 
-from fedprune.core.cli import ended_by_signals, with_extra
+from fedprune.core.cli import ended_by_signals
+from fedprune.core.disk import held
 from fedprune.core.errors import ExitCode, StorageError, UsageError
 from fedprune.core.text import amount, quantity
-from fedprune_server.cli.state import add_state
+from fedprune.output.tables import byte_progress
+from fedprune_server.cli.state_option import add_state
+from fedprune_server.maintenance.backup import back_up
+from fedprune_server.maintenance.backup_manifest import record_backup
+from fedprune_server.maintenance.finding import Finding
+from fedprune_server.maintenance.repair import repair
+from fedprune_server.maintenance.replay import replay
+from fedprune_server.maintenance.restoring import check_target, opened
+from fedprune_server.maintenance.state_check import check, size_of
+from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
 
 
-def add_store_commands(commands: Any) -> None:
-    check = commands.add_parser("check", help="see whether all that a job needs is there and whole")
+def add_check(check: argparse.ArgumentParser) -> None:
     add_state(check)
     check.add_argument(
         "--repair", action="store_true", help="delete what isn't needed, set damaged blobs aside, say what was done"
@@ -22,16 +30,18 @@ def add_store_commands(commands: Any) -> None:
     check.add_argument(
         "--from", dest="backup", type=Path, metavar="DIR", help="with --repair: a backup to take missing blobs from"
     )
-    check.set_defaults(run=with_extra("server", _check))
+    check.set_defaults(function=_check)
 
-    backup = commands.add_parser("backup", help="copy all that a job needs, also while its server runs")
+
+def add_backup(backup: argparse.ArgumentParser) -> None:
     add_state(backup)
     backup.add_argument(
         "--to", type=Path, required=True, metavar="PLACE", help="a folder, to which the next adds; or FILE.tar"
     )
-    backup.set_defaults(run=with_extra("server", _backup))
+    backup.set_defaults(function=_backup)
 
-    restore = commands.add_parser("restore", help="make a state folder of a backup")
+
+def add_restore(restore: argparse.ArgumentParser) -> None:
     restore.add_argument(
         "--from", dest="backup", type=Path, required=True, metavar="PLACE", help="what `backup --to` wrote"
     )
@@ -40,17 +50,15 @@ def add_store_commands(commands: Any) -> None:
         "--database", metavar="URL", help="of an empty PostgreSQL database (default: SQLite in the folder)"
     )
     restore.add_argument("--dry-run", action="store_true", help="see whether the backup is whole, and write nothing")
-    restore.set_defaults(run=with_extra("server", _restore))
+    restore.set_defaults(function=_restore)
+
+
+def add_replay(parser: argparse.ArgumentParser) -> None:
+    add_state(parser)
+    parser.set_defaults(function=_replay)
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from fedprune.core.disk import held
-    from fedprune.output.tables import byte_progress
-    from fedprune_server.maintenance.finding import Finding
-    from fedprune_server.maintenance.repair import repair
-    from fedprune_server.maintenance.state_check import check, size_of
-    from fedprune_server.storage.state_folder import LOCK, folder_lock, folders
-
     folder: Path = arguments.state
     if arguments.backup is not None and not arguments.repair:
         raise UsageError("--from without --repair", hint="A check alone changes nothing.")
@@ -90,12 +98,6 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _backup(arguments: argparse.Namespace) -> int:
-    from fedprune.output.tables import byte_progress
-    from fedprune_server.maintenance.backup import back_up
-    from fedprune_server.maintenance.backup_manifest import record_backup
-    from fedprune_server.maintenance.state_check import size_of
-    from fedprune_server.storage.state_folder import folders
-
     state: Path = arguments.state
     further = folders(state)
     if further and arguments.to.suffix == ".tar":
@@ -120,10 +122,6 @@ def _backup(arguments: argparse.Namespace) -> int:
 
 
 def _restore(arguments: argparse.Namespace) -> int:
-    from fedprune.output.tables import byte_progress
-    from fedprune_server.maintenance.restoring import check_target, opened
-    from fedprune_server.storage.state_folder import folders
-
     target: Path = arguments.state
     backup: Path = arguments.backup
     parts = [backup, *folders(backup)]
@@ -158,4 +156,13 @@ def _restore(arguments: argparse.Namespace) -> int:
             "first revoke again what was revoked since the backup (docs/identity.md#a-backup-that-is-restored), "
             "and see that the old server doesn't run any more"
         )
+    return int(ExitCode.OK)
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    rounds = 0
+    for step in replay(arguments.state):
+        rounds += 1
+        print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
+    print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")
     return int(ExitCode.OK)

@@ -29,10 +29,9 @@ from fedprune_server.devices.board_logs import read_logs
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.store import REVOKED
 from fedprune_server.maintenance.backup_manifest import last_backup
 from fedprune_server.maintenance.finding import Finding, note, of_alert, wrong
-from fedprune_server.maintenance.identity_check import check_identity
+from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
 from fedprune_server.messaging.leadership import described, leadership
@@ -156,17 +155,6 @@ def within(seconds: float, work: Callable[[], _T]) -> _T:
     if error is not None:
         raise error
     return found  # type: ignore[no-any-return]
-
-
-def revoked(folder: Path) -> frozenset[str]:
-    """Revoked devices that have no other key."""
-    if not (folder / IDENTITY).is_dir():
-        return frozenset()
-    with IdentityFolder(folder, read_only=True) as opened:
-        devices = opened.store.devices()
-    return frozenset(d.device for d in devices if d.status == REVOKED) - {
-        d.device for d in devices if d.status != REVOKED
-    }
 
 
 def _case(folder: Path, gone: frozenset[str]) -> tuple[Case, float | None]:

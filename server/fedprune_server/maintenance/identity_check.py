@@ -10,6 +10,8 @@ from fedprune.security.authority import CERTIFICATE, CRL, KEY, REGISTER, Authori
 from fedprune.security.certificates import key_digest, load_certificate, load_tls_key
 from fedprune.security.signed_channel import EpochFile
 from fedprune.security.succession import Lineage
+from fedprune_server.enrollment.pki import FOLDER, IdentityFolder
+from fedprune_server.enrollment.store import REVOKED
 from fedprune_server.maintenance.finding import Finding, Severity
 
 _RESTORE = "Restore the backup of the identity folder."
@@ -44,6 +46,17 @@ def check_identity(identity: Path) -> Iterator[Finding]:
     yield from _failure(lambda: EpochFile(identity / "epoch"))
     if not missing & {"server.key", "server.pem"}:
         yield from _failure(lambda: _server(identity))
+
+
+def revoked(folder: Path) -> frozenset[str]:
+    """Revoked devices that have no other key."""
+    if not (folder / FOLDER).is_dir():
+        return frozenset()
+    with IdentityFolder(folder, read_only=True) as opened:
+        devices = opened.store.devices()
+    return frozenset(d.device for d in devices if d.status == REVOKED) - {
+        d.device for d in devices if d.status != REVOKED
+    }
 
 
 def _failure(read: Callable[[], object]) -> Iterator[Finding]:

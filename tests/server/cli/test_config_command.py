@@ -9,7 +9,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune_server.cli.main import build_parser, main
-from fedprune_server.cli.run_options import configured
+from fedprune_server.cli.run import configured
 from fedprune_server.engine.state_directory import StateFolder
 from support.processes.real_site import write_material
 

@@ -6,7 +6,7 @@ from fedprune.core.disk import locked
 from fedprune.core.errors import ConfigError, ExitCode, StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune_server.cli.demo_run import DemoFolder, run_demo, verdict
+from fedprune_server.cli.demo import DemoFolder, run_demo, verdict
 from fedprune_server.simulation.experiment import fedavg
 from fedprune_server.simulation.fleet.demo_fleet import ROUNDS, fleet_job, reference_job, too_few
 from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow

@@ -15,7 +15,7 @@ from fedprune_export.cli import main as export
 from fedprune_flash.cli import main as flash
 from fedprune_server.cli import main as server
 from fedprune_server.cli import simulate
-from fedprune_server.cli.demo_run import DemoFolder
+from fedprune_server.cli.demo import DemoFolder
 from support.paths import ROOT
 
 MAIN = {

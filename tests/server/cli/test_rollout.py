@@ -15,7 +15,7 @@ from fedprune.releases.release import Release
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, ROLLED_BACK, STATES, ReleaseReport
 from fedprune_server.cli.main import main
-from fedprune_server.cli.rollout import add_rollout_command
+from fedprune_server.cli.rollout import add_rollout
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
@@ -223,9 +223,8 @@ def test_a_server_without_identity_or_boards_rolls_nothing_out(
 def test_the_page_names_every_option_and_every_state() -> None:
     docs = ROOT / "docs"
     page, protocol = (docs / "update-the-fleet.md").read_text(), (docs / "protocol.md").read_text()
-    parser = argparse.ArgumentParser()
-    add_rollout_command(parser.add_subparsers())
-    (rollout,) = (a.choices["rollout"] for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    rollout = argparse.ArgumentParser()
+    add_rollout(rollout)
     (actions,) = (a for a in rollout._actions if isinstance(a, argparse._SubParsersAction))
     options = {o for p in actions.choices.values() for a in p._actions for o in a.option_strings if o.startswith("--")}
     assert len(options) > 10

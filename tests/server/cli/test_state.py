@@ -11,7 +11,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_server.cli.main import build_parser, main
-from fedprune_server.cli.state import VARIABLE
+from fedprune_server.cli.state_option import VARIABLE
 
 OTHERWISE = {"alerts", "run", "config", "restore", "service"}
 """Commands that read settings in layers, make a new folder or write a unit."""

@@ -11,7 +11,7 @@ import pytest
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune_server.cli.main import build_parser
-from fedprune_server.cli.run_options import configured
+from fedprune_server.cli.run import configured
 from fedprune_server.config.server_config import ServerConfig, without_password
 from fedprune_server.storage.storage import FILE, Storage
 

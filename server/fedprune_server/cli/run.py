@@ -1,20 +1,29 @@
-"""The options of `run`, made from the settings that they override, and the configuration that they result in."""
+"""`fedprune-server run`: its options, made from the settings that they override, its configuration, and the run."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
+from fedprune.output.log_lines import logged_to_stdout
+from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.environment import CONFIG, environment_layer
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import PLACES, SWITCH, ServerConfig
 from fedprune_server.config.tables import anchored, parse_config
-from fedprune_server.engine.state_directory import stored_tables
+from fedprune_server.engine.state_directory import StateFolder, stored_tables
+from fedprune_server.monitoring.health import Pulse
+
+log = logging.getLogger("fedprune.server")
 
 _JOB = {
     "name": ("NAME", "the job's name"),
@@ -47,7 +56,40 @@ class Configured:
     layers: tuple[Layer, ...]
 
 
-def add_settings(parser: argparse.ArgumentParser) -> None:
+def add_run(run: argparse.ArgumentParser) -> None:
+    add_run_options(run)
+    run.set_defaults(function=_run)
+
+
+def add_run_options(run: argparse.ArgumentParser) -> None:
+    run.add_argument("--config", type=Path, metavar="FILE", help="fleet.toml; the options below win over it")
+    run.add_argument(
+        "--insecure", action="store_true", help="without identity, TLS and signatures: for trials on this machine alone"
+    )
+    run.add_argument(
+        "--job", type=Path, action="append", default=[], metavar="FILE",
+        help="a further job on the same boards; may be given several times",
+    )  # fmt: skip
+    run.add_argument(
+        "--standby", action="store_true", help="wait while another server has the job, and go on with it if that ends"
+    )
+    run.add_argument(
+        "--take-over", action="store_true",
+        help="replace another server of this identity that runs elsewhere: it ends, and boards follow this one",
+    )  # fmt: skip
+    run.add_argument("--until-finished", action="store_true", help="end when the job is done")
+    run.add_argument("--verbose", "-v", action="store_true", help="log more, such as each device's row per round")
+    _add_settings(run)
+
+
+def run_options() -> argparse.ArgumentParser:
+    """The options of `run`, for commands that take the same."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_run_options(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     """Add an option for each setting that has one; its destination is the setting, such as `server.keep`."""
     group = parser.add_argument_group("settings of the job")
     for f in fields(Job):
@@ -125,3 +167,43 @@ def _last_start(server: Mapping[str, Any]) -> Layer:
     state = Path(server.get("state", ServerConfig.state))
     tables = stored_tables(state, server)
     return Layer(_DEFAULTS) if tables is None else Layer(_LAST_START, tables)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = configured(arguments).config
+    options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
+    with ExitStack() as stack:
+        stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
+        pulse, waited = Pulse(), None
+        if arguments.standby:
+            with pulse.standing_by():
+                waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
+            # The other server may have been started with other settings meanwhile.
+            config = configured(arguments).config
+        app = stack.enter_context(build_app(config, options, waited, pulse))
+        with _stopped_by_signals(app.server) as signals:
+            app.run()
+        interrupted = bool(signals) and not app.server.finished
+        if interrupted:
+            log.info("stopped: the same command goes on with what %s holds", config.state)
+    # SIGTERM is how a service is stopped; Ctrl-C means that the operator didn't wait for the end.
+    return int(ExitCode.INTERRUPTED if interrupted and signal.SIGINT in signals else ExitCode.OK)
+
+
+@contextmanager
+def _stopped_by_signals(server: Any) -> Iterator[list[int]]:
+    """Stop the server at SIGTERM or Ctrl-C; the signals that came are in the list."""
+    came: list[int] = []
+
+    def stop(number: int, _frame: object) -> None:
+        came.append(number)  # and nothing slow: the loop may be in the middle of anything
+        server.stop()
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            log.info("stopped by %s", signal.Signals(came[0]).name)

@@ -1,0 +1,27 @@
+"""`fedprune-server health`: whether a server lives, for probes; it is called often, so it imports little."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from fedprune.core.cli import seconds
+from fedprune.core.errors import ExitCode, UsageError
+from fedprune_server.monitoring.health import FILE as _PULSE
+from fedprune_server.monitoring.health import check_pulse
+
+
+def add_health(health: argparse.ArgumentParser) -> None:
+    health.add_argument("--pulse", type=Path, metavar="FILE", help=f"the file that it touches (default: {_PULSE})")
+    health.add_argument("--within", type=seconds, default=120.0, metavar="S", help="how long ago (default: 120)")
+    health.add_argument("--ready", action="store_true", help="it must run, too, not only stand by")
+    health.set_defaults(function=_health)
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    path = arguments.pulse or (Path(os.environ[_PULSE]) if os.environ.get(_PULSE) else None)
+    if path is None:
+        raise UsageError("health", expected=f"--pulse FILE, or {_PULSE} in the environment", got="neither")
+    print(check_pulse(path, arguments.within, running=arguments.ready))
+    return int(ExitCode.OK)
