@@ -10,9 +10,9 @@ from fedprune.model.selection import Selection
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import Fixed
 from fedprune.strategies.channel_ranking import Ranked
-from fedprune.strategies.element_importance import Importance
 from fedprune.strategies.methods.autoflip import without_empty_channels
 from fedprune.strategies.methods.fedper import fused
+from fedprune.strategies.methods.pr_fl import Importance
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Ranking, Scene, Submodel
 

@@ -16,8 +16,7 @@ from fedprune.core.rng import keyed
 from fedprune.jobs.state import Device, State, Task
 from fedprune.model.architecture import widths_at
 from fedprune.strategies.allocation import Allocator, Fixed, Fleet, Tiers, natural
-from fedprune.strategies.growth import Ladder, TimeDriven, balanced
-from fedprune.strategies.recovery import Recovery, watch
+from fedprune.strategies.growth import Ladder, Recovery, TimeDriven, balanced, watch
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 pytestmark = pytest.mark.board

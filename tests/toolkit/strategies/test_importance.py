@@ -14,9 +14,8 @@ from fedprune.core.errors import ConfigError
 from fedprune.core.rng import keyed
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Tensors, mesh
-from fedprune.strategies.element_importance import Importance, Kind
 from fedprune.strategies.importance.element_ranking import prunable, top
-from fedprune.strategies.methods.pr_fl import PrFl
+from fedprune.strategies.methods.pr_fl import Importance, Kind, PrFl
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Submodel
 from support.fakes.strategy_rounds import NET, Device, Play

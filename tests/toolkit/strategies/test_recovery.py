@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.metrics import MAX_LOSS, believable
 from fedprune.jobs.state import Device, State
-from fedprune.strategies.recovery import Recovery, score
+from fedprune.strategies.growth import Recovery, score
 
 pytestmark = pytest.mark.board
 

@@ -51,13 +51,7 @@ class Options:
 
 @dataclass(frozen=True)
 class OneByOne(Options):
-    """Settings of `fedasync`.
-
-    Attributes:
-        rate: α.
-        mixing: `damped`, w ← (1 − α·s)·w + α·s·w_k; or `share`, w ← (1 − c)·w + c·w_k with c = α·s_k / Σ_j s_j over
-            all devices, PR-FL's reading.
-    """
+    """Options of `fedasync`, which `docs/strategies/fedasync.md` explains."""
 
     rate: float = 0.6
     staleness: str = "polynomial"
@@ -66,13 +60,7 @@ class OneByOne(Options):
 
 @dataclass(frozen=True)
 class Windows(Options):
-    """Settings of `fedfix`.
-
-    Attributes:
-        window_s: Δt.
-        mixing: `unbiased`, moves weighed by ceil(τ_k / Δt); or `share`, PR-FL's reading: models weighed by staleness.
-        rule: What a coordinate's moves are divided by: `fill`, by all of the round; `coverage`, by those that hold it.
-    """
+    """Options of `fedfix`, which `docs/strategies/fedfix.md` explains."""
 
     window_s: float = 60.0
     mixing: str = "unbiased"
@@ -81,13 +69,7 @@ class Windows(Options):
 
 @dataclass(frozen=True)
 class Buffers(Options):
-    """Settings of `fedbuff`.
-
-    Attributes:
-        buffer: K.
-        rule: What a coordinate's moves are divided by: `fill`, by all of the round; `coverage`, by those that hold it.
-        server_momentum: β of the server's momentum on the buffer's mean move.
-    """
+    """Options of `fedbuff`, which `docs/strategies/fedbuff.md` explains."""
 
     staleness: str = "polynomial"
     buffer: int = 10

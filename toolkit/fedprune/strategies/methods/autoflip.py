@@ -42,26 +42,7 @@ Start = Literal["init", "explored_mean"]
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the preset.
-
-    Attributes:
-        pruned_share: T_p: this share of all elements, those with the least guidance, is masked; 0 masks none.
-        exploration_epochs: Most local epochs of the first round, in which devices explore.
-        patience: Exploration ends when a device's validation loss has not improved for so many epochs, with the weights
-            that it has then; 0 for never.
-        server_momentum: β of v ← β·v + (1 − β)·Δ, w ← w − v.
-        lr_decay: The learning rate of round t is lr times this to the power of t − 2.
-        biases: Whether biases are ranked and masked, too.
-        scaling: Of the guidance within every tensor: `minmax`, to 0 to 1, or `robust`, by median and interquartile
-            range.
-        pruned: Masked elements count as 0 (`decay`: momentum leads them to 0) or not at all (`keep`).
-        prune_start: Whether the elements that the first mask prunes are 0 from the start.
-        warm_start: The model that training begins with: the initial one (`init`), or the mean of what the explorers
-            found (`explored_mean`).
-        structured: Whether channels are cut that masks leave without weights.
-        masked_share: With `structured`, a channel is cut where this share of its making weights is masked.
-        densities: Tiers of device widths; empty for what the planner or the job's density says.
-    """
+    """Options of `autoflip`, which `docs/strategies/autoflip.md` explains."""
 
     pruned_share: float = 0.3
     exploration_epochs: int = 150

@@ -29,22 +29,7 @@ SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "r
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `ca-hfp`.
-
-    Attributes:
-        densities: Widths by tier, 1 − ρ each; empty to leave it to the job's `density` or the planner.
-        score: `curvature` (the paper's), or what its Table II compares with: `l1` (Σ|w|), `delta_w` (Σ|Δw|), `random`.
-        form: Of the curvature score: `abs`, |g·w| + ½·h·w²; `signed`, g·w + h·w², eq. 15 to the letter; `hw2`, h·w².
-        estimator: Of h: `fisher`, the mean of squared moves; `secant`, change of gradient over change of weight.
-        decay: What old estimates keep of themselves every round.
-        per_count: A channel's layers count by the mean over their weights instead of by the sum.
-        warmup_rounds: Rounds of random nested masks, at least; scores that learn from devices wait until every channel
-            was trained once.
-        reconstruction: `fill`: from the current model (eq. 4). `zero`: none, what a device doesn't hold counts as 0
-            (our reading of Table II's arm without reconstruction). `coverage`: HeteroFL's mean over those that hold it.
-        weighting: `samples` (the paper's p_k), or `uniform`.
-        server_momentum: β of FedAvgM; the paper has none.
-    """
+    """Options of `ca-hfp`, which `docs/strategies/ca-hfp.md` explains."""
 
     densities: tuple[Any, ...] = ()
     score: str = "curvature"

@@ -16,15 +16,7 @@ from fedprune.strategies.values import Turn
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `fedavg`.
-
-    Attributes:
-        densities: Widths by tier. Empty for the whole model everywhere, or the job's `density`.
-        weighting: `samples`, or `uniform`.
-        server_momentum: β of FedAvgM (Hsu et al. 2019, Sec. 4.3).
-        damped: v ← β·v + (1 − β)·Δ instead of v ← β·v + Δ.
-        lr_decay: The learning rate of round t is lr · lr_decay^(t − 1).
-    """
+    """Options of `fedavg`, which `docs/strategies/fedavg.md` explains."""
 
     densities: tuple[Any, ...] = ()
     weighting: str = "samples"
@@ -35,11 +27,7 @@ class Options:
 
 @dataclass(frozen=True)
 class ProximalOptions(Options):
-    """Settings of `fedprox`: FedAvg's, and the pull.
-
-    Attributes:
-        mu: µ of µ/2 · |w − w_t|².
-    """
+    """Options of `fedprox`, which `docs/strategies/fedavg.md` explains."""
 
     mu: float = 0.01
 

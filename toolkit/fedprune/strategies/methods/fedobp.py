@@ -44,18 +44,7 @@ Bits = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the preset.
-
-    Attributes:
-        q: Elements whose score is above the q-quantile of all scores stay the device's own: about (1 − q) of them.
-            0 keeps all but the least, 1 none (FedAvg).
-        score: `sq_diff`: (θ_i − θ_g)²; `diff_times_local`: |(θ_i − θ_g) · θ_i|.
-        average: α of the scores' moving average, Ī ← (1 − α)·I + α·Ī at the device's visits; 0 for none.
-        normalisation: Of the scores before the quantile: `none`, from 0 to 1 in every tensor (`layer`), or over all
-            tensors (`global`, which changes no choice).
-        scope: Which tensors may stay a device's own: `all` that are trained, or the `classifier`, the last layer.
-        densities: Tiers of device widths; empty for what the planner or the job's density says.
-    """
+    """Options of `fedobp`, which `docs/strategies/fedobp.md` explains."""
 
     q: float = 0.9999
     score: str = "sq_diff"

@@ -20,13 +20,7 @@ from fedprune.strategies.values import Cut, Submodel, Turn
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `fedper`.
-
-    Attributes:
-        personal: Patterns of the tensors that stay on the boards; `@head` stands for the last layer.
-        densities: Widths by tier. Empty for the whole model everywhere, or the job's `density`.
-        weighting: `samples`, or `uniform`.
-    """
+    """Options of `fedper`, which `docs/strategies/fedper.md` explains."""
 
     personal: tuple[Any, ...] = (HEAD,)
     densities: tuple[Any, ...] = ()
@@ -35,25 +29,14 @@ class Options:
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """Settings of `local`.
-
-    Attributes:
-        densities: Widths by tier. Empty for the whole model everywhere, or the job's `density`.
-    """
+    """Options of `local`, which `docs/strategies/fedper.md` explains."""
 
     densities: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
 class HistoryOptions:
-    """Settings of `history`.
-
-    Attributes:
-        alpha: Share of the global model in what a device is sent.
-        mu: Strength of the pull towards what was sent, times the device's pruning rate: 2·λ of SubFLOT's penalty.
-        densities: Widths by tier; empty to leave it to the job's `density` or the planner.
-        weighting: `samples`, or `uniform`.
-    """
+    """Options of `history`, which `docs/strategies/fedper.md` explains."""
 
     alpha: float = 0.5
     mu: float = 0.0

@@ -47,26 +47,7 @@ RANKS = "ranks"
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `fedprune`.
-
-    Attributes:
-        densities: Widths by tier; empty to give every board the widest model that the planner finds fit for it.
-        ranking: What the ranks are settled by before the first round: `nested` is the model's own order, and what a
-            width adds is silent at first; `ordered` is the model's own order; `magnitude` is by size of weights; `auto`
-            is `nested` for a model that was just made, and `magnitude` for a trained one.
-        adjust: Logit-adjusted loss (cross-entropy only).
-        dropout: Densities at which steps train beside the device's own width; empty for none.
-        rule: `fill` or `coverage`.
-        server_momentum: β of the global model's moves.
-        average: Share of the old average that a board's own moving average keeps each round; 0 for none.
-        blend: Share of the received weights in the model that serves beside that average; without one, nothing.
-        calibrate: Boards measure batch-norm statistics of their own data after training.
-        clip_norm: Norm to which a step's gradients are scaled down; 0 leaves them.
-        mixup: α with which samples of a step are mixed; 0 for samples as they are.
-        lr_decay: The learning rate of round t is lr · lr_decay^(t − 1).
-        arrivals: An asynchronous job: the model moves whenever so many updates have arrived, by the moves that they
-            report, stale ones counting (k + 1)^-½ (FedBuff, Nguyen et al. 2022); 0 for synchronous rounds.
-    """
+    """Options of `fedprune`, which `docs/strategies/fedprune.md` explains."""
 
     densities: tuple[Any, ...] = ()
     ranking: str = "auto"

@@ -24,17 +24,7 @@ NAME = "fiarse"
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of the preset.
-
-    Attributes:
-        densities: Capacities γ, as tiers of equal size; empty for the job's density or, without one, 1, 1/4, 1/16 and
-            1/64.
-        mask: `threshold`: boards train through the threshold, which moves weights across it; `hard`: the round's mask
-            stays.
-        biases: Whether biases can be masked, too.
-        weighting: `uniform`: devices count alike, as in the paper, or by `samples`.
-        changed: Whether of an update only elements count that it changed. Otherwise all active ones do.
-    """
+    """Options of `fiarse`, which `docs/strategies/fiarse.md` explains."""
 
     densities: tuple[float, ...] = ()
     mask: str = "threshold"

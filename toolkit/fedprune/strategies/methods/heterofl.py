@@ -33,23 +33,7 @@ MOST_SCALED = 1e-3
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `heterofl`.
-
-    Attributes:
-        densities: Widths by tier; empty for the paper's five, or the job's `density`.
-        planned: The planner decides on widths instead, board by board.
-        shares: Share of the fleet in each tier; empty for equal ones.
-        by: Tiers are dealt by `name`, or by `chance`.
-        every: With `chance`, they are drawn anew every so many rounds (the paper's dynamic mode); 0 for never.
-        weighting: `uniform`, as in the paper, or `samples`.
-        scaler: Outputs are scaled by 1 / width in training.
-        static_norm: Batch-norm statistics are measured after training, by one pass over the local samples.
-        masked: Logits of absent classes are masked (cross-entropy only).
-        label_rows: Of the last layer only rows that were trained count; goes with `masked`, since without it all are.
-        clip_norm: Gradients' largest norm; 0 leaves it to the recipe.
-        milestones: After each of these rounds, the learning rate is `factor` times what it was.
-        factor: As above.
-    """
+    """Options of `heterofl`, which `docs/strategies/heterofl.md` explains."""
 
     densities: tuple[Any, ...] = ()
     planned: bool = False
@@ -68,11 +52,7 @@ class Options:
 
 @dataclass(frozen=True)
 class RollingOptions(Options):
-    """Settings of `fedrolex`: HeteroFL's, and how fast the window moves.
-
-    Attributes:
-        step: Channels by which it moves on each round.
-    """
+    """Options of `fedrolex`, which `docs/strategies/fedrolex.md` explains."""
 
     step: int = 1
 

@@ -28,22 +28,7 @@ RATES = (1.0, 0.75, 0.5, 0.25)
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `subflot`.
-
-    Attributes:
-        alpha: α: the global model's share in what a device is sent; its own last model has the rest.
-        sar: λ: strength of the pull, whose gradient is 2·λ·ρ·(w − w_sent) at pruning rate ρ.
-        maps: How input axes are led: `literal`, or `preserving` the function
-            (`fedprune.strategies.optimal_transport.Transport`).
-        plans: One plan per `layer`, or per `group` of channels.
-        ota_fuse: Share of what was led back in what a device adds to the mean; the global model has the rest.
-        densities: Widths by tier; empty for the paper's four, or the job's `density`.
-        planned: The planner decides on widths instead, board by board.
-        shares: Share of the fleet in each tier; empty for equal ones.
-        by: Tiers are dealt by `name`, or by `chance`.
-        every: With `chance`, they are drawn anew every so many rounds (the paper's dynamic regime); 0 for never.
-        weighting: `samples`, as in the paper, or `uniform`.
-    """
+    """Options of `subflot`, which `docs/strategies/subflot.md` explains."""
 
     alpha: float = 0.5
     sar: float = 1.0
