@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 from fedprune.core.errors import PlanError
 from fedprune.core.text import amount
@@ -280,100 +280,14 @@ def plan(
         if value is not None and (not math.isfinite(value) or value <= 0):
             raise PlanError(name, expected="a number above 0", got=value)
     room = round(training_memory(profile, probe) * (1 - margin))
-
-    def asked_of(widths: tuple[int, ...]) -> Recipe:
-        return recipe if isinstance(recipe, Recipe) else recipe(widths)
-
-    def need_of(widths: tuple[int, ...]) -> _Need:
-        costs = costs_at(architecture, widths)
-        return lambda tried: (
-            memory_use(architecture, widths, costs, tried, samples, frozen, probe=probe, correction=correction).total
-        )
-
-    def predicted_at(widths: tuple[int, ...]) -> _Predicted:
-        asked = asked_of(widths)
-        chosen = _in_parts(architecture, asked, samples, room, frozen, need_of(widths))[0]
-        seen = predict(
-            architecture, widths, profile, chosen, samples, probe=probe, correction=correction, frozen=frozen
-        )
-        return _Predicted(widths, asked, chosen, seen, _limits(seen, profile, room, byte_budget, deadline_s))
-
-    def remedies(found: _Predicted) -> str:
-        return _remedies(architecture, profile, found, samples, frozen, need_of(found.widths))
-
-    batch = min(asked_of(architecture.sizes).batch_size, samples)
-    table, memory = latency_table(profile, probe), bandwidth(profile, probe)
-    candidates = _candidates(architecture, table, batch, densities, memory)
-
-    def made(found: _Predicted, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
-        other = equal_work(architecture, table, batch, found.widths, memory)
-        seen = predict(
-            architecture,
-            other.widths,
-            profile,
-            found.recipe,
-            samples,
-            probe=probe,
-            correction=correction,
-            frozen=frozen,
-        )
-        return Plan(
-            found.widths,
-            density,
-            found.prediction,
-            found.limits,
-            bound,
-            Uniform(other.density, seen.step_s, seen.latency_s),
-            correction,
-            found.recipe.accumulate,
-            (*_notes(architecture, found, samples, frozen), *notes),
-            warning,
-        )
-
-    if not candidates:
-        raise PlanError("there is no density to choose from")
-    wider: tuple[int, ...] | None = None
-    for rung in candidates:
-        # Memory is looked at first: it takes a fraction of the time that a prediction takes.
-        if not _in_parts(architecture, asked_of(rung.widths), samples, room, frozen, need_of(rung.widths))[1]:
-            wider = rung.widths
-            continue
-        found = predicted_at(rung.widths)
-        if all(limit.fits for limit in found.limits):
-            widest = found if wider is None else predicted_at(candidates[0].widths)
-            kept = found.prediction.parameters / widest.prediction.parameters
-            missing = "" if wider is None or tuple(densities) != DENSITIES else _missing(widest, remedies(widest))
-            return made(
-                found,
-                rung.density,
-                _worst(predicted_at(wider).limits).name if wider else NOTHING,
-                (missing,) if kept >= LITTLE and missing else (),
-                f"only {kept:.1%} of the weights are kept. {missing}" if kept < LITTLE and missing else "",
-            )
-        wider = rung.widths
-    last = predicted_at(candidates[-1].widths)
-    worst, use = _worst(last.limits), last.prediction.memory
-    if [m.name for m in last.limits if not m.fits] == [MEMORY] and use.uncorrected <= room:
-        warning = (
-            f"the narrowest model takes more memory than the board has, by what its rounds measured: {worst.describe()}"
-        )
-        return made(last, candidates[-1].density, MEMORY, (), warning)
-    others = [m.describe() for m in last.limits if not m.fits and m is not worst]
-    raise PlanError(
-        f"no width of {architecture.name} fits {profile.name}: even the narrowest breaks {worst.name}"
-        if len(set(densities)) > 1
-        else f"{architecture.name} at density {max(densities):.3g} doesn't fit {profile.name}: it breaks {worst.name}",
-        expected=f"at most {amount(worst.limit, worst.unit)}",
-        got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
-        hint=(f"It also breaks {'; '.join(others)}. " if others else "") + _hint(last, worst, remedies(last)),
+    search = _Search(
+        architecture, profile, recipe, samples, room, byte_budget, deadline_s, probe, densities, correction, frozen
     )
-
-
-_Need: TypeAlias = Callable[[Recipe], int]
+    return search.plan()
 
 
 @dataclass(frozen=True)
-class _Predicted:
+class _Candidate:
     """A candidate's costs: the recipe as asked for, and with as many parts of a batch as memory needs."""
 
     widths: tuple[int, ...]
@@ -382,38 +296,222 @@ class _Predicted:
     prediction: Prediction
     limits: tuple[Limit, ...]
 
-
-def _in_parts(
-    architecture: Architecture,
-    recipe: Recipe,
-    samples: int,
-    room: int,
-    frozen: Collection[str],
-    need: _Need,
-    smallest: int | None = None,
-) -> tuple[Recipe, bool]:
-    """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory; and
-    whether it does.
-
-    Args:
-        room: Bytes that training may take.
-        need: Gives the bytes that training takes with a recipe.
-        smallest: Fewest samples of a part; None for what doesn't harm training.
-    """
-    best, least = recipe, math.inf
-    for parts in _parts(recipe, samples, smallest or _smallest(architecture, recipe, frozen)):
-        tried = recipe.in_parts(parts)
-        taken = need(tried)
-        if taken < least:
-            best, least = tried, taken
-        if taken <= room:
-            return tried, True
-    return best, False
+    @property
+    def worst(self) -> Limit:
+        """The limit that it breaks by most."""
+        return max((m for m in self.limits if not m.fits), key=lambda m: m.overshoot)
 
 
-def _smallest(architecture: Architecture, recipe: Recipe, frozen: Collection[str]) -> int:
-    """Fewest samples of a part of a batch that don't harm training."""
-    return NORMALISED_SAMPLES if normalises(architecture, recipe, frozen) else 2 if recipe.mixup else 1
+@dataclass(frozen=True)
+class _Search:
+    """The search for a plan; arguments are those of `plan`, and the bytes that training may take."""
+
+    architecture: Architecture
+    profile: HardwareProfile
+    recipe: Recipe | Callable[[tuple[int, ...]], Recipe]
+    samples: int
+    room: int
+    byte_budget: int | None
+    deadline_s: float | None
+    probe: ProbeReport | None
+    densities: Sequence[float]
+    correction: Correction
+    frozen: Collection[str]
+
+    def plan(self) -> Plan:
+        candidates = self._candidates()
+        if not candidates:
+            raise PlanError("there is no density to choose from")
+        wider: tuple[int, ...] | None = None
+        for rung in candidates:
+            # Memory is looked at first: it takes a fraction of the time that a prediction takes.
+            if not self._in_parts(rung.widths, self._asked(rung.widths))[1]:
+                wider = rung.widths
+                continue
+            found = self._predicted(rung.widths)
+            if all(limit.fits for limit in found.limits):
+                widest = found if wider is None else self._predicted(candidates[0].widths)
+                kept = found.prediction.parameters / widest.prediction.parameters
+                missing = "" if wider is None or tuple(self.densities) != DENSITIES else self._missing(widest)
+                little = kept < LITTLE and missing
+                return self._made(
+                    found,
+                    rung.density,
+                    self._predicted(wider).worst.name if wider else NOTHING,
+                    (missing,) if missing and not little else (),
+                    f"only {kept:.1%} of the weights are kept. {missing}" if little else "",
+                )
+            wider = rung.widths
+        last = self._predicted(candidates[-1].widths)
+        worst, use = last.worst, last.prediction.memory
+        if [m.name for m in last.limits if not m.fits] == [MEMORY] and use.uncorrected <= self.room:
+            measured = "the narrowest model takes more memory than the board has, by what its rounds measured"
+            return self._made(last, candidates[-1].density, MEMORY, (), f"{measured}: {worst.describe()}")
+        raise self._nothing_fits(last)
+
+    def _nothing_fits(self, last: _Candidate) -> PlanError:
+        worst, name, target = last.worst, self.architecture.name, self.profile.name
+        others = [m.describe() for m in last.limits if not m.fits and m is not worst]
+        also = f"It also breaks {'; '.join(others)}. " if others else ""
+        memory = f"Memory is for: {_terms(last.prediction.memory)}. " if worst.name == MEMORY else ""
+        return PlanError(
+            f"no width of {name} fits {target}: even the narrowest breaks {worst.name}"
+            if len(set(self.densities)) > 1
+            else f"{name} at density {max(self.densities):.3g} doesn't fit {target}: it breaks {worst.name}",
+            expected=f"at most {amount(worst.limit, worst.unit)}",
+            got=f"{amount(worst.value, worst.unit)}, {amount(worst.value - worst.limit, worst.unit)} too much",
+            hint=f"{also}{memory}{self._remedies(last)} {_HINTS[worst.name]}",
+        )
+
+    def _candidates(self) -> Sequence[Rung]:
+        if tuple(self.densities) == DENSITIES:
+            batch = min(self._asked(self.architecture.sizes).batch_size, self.samples)
+            return rungs(self.architecture, self._table, batch, self.densities, self._bandwidth)
+        found: dict[tuple[int, ...], Rung] = {}
+        for density in sorted(set(self.densities), reverse=True):
+            widths = widths_at(self.architecture, density)
+            found.setdefault(widths, Rung(density, widths, 1))
+        return list(found.values())
+
+    @property
+    def _table(self) -> LatencyTable:
+        return latency_table(self.profile, self.probe)
+
+    @property
+    def _bandwidth(self) -> float:
+        return bandwidth(self.profile, self.probe)
+
+    def _asked(self, widths: tuple[int, ...]) -> Recipe:
+        return self.recipe if isinstance(self.recipe, Recipe) else self.recipe(widths)
+
+    def _prediction(self, widths: tuple[int, ...], recipe: Recipe) -> Prediction:
+        return predict(
+            self.architecture,
+            widths,
+            self.profile,
+            recipe,
+            self.samples,
+            probe=self.probe,
+            correction=self.correction,
+            frozen=self.frozen,
+        )
+
+    def _predicted(self, widths: tuple[int, ...]) -> _Candidate:
+        asked = self._asked(widths)
+        recipe = self._in_parts(widths, asked)[0]
+        seen = self._prediction(widths, recipe)
+        return _Candidate(widths, asked, recipe, seen, self._limits(seen))
+
+    def _limits(self, prediction: Prediction) -> tuple[Limit, ...]:
+        limits = [Limit(MEMORY, prediction.memory_bytes, self.room, "bytes")]
+        if self.deadline_s is not None:
+            limits.append(Limit(TIME, prediction.round_s, self.deadline_s, "s"))
+        limits.append(Limit(LINK, prediction.round_bytes, self.profile.link.bytes_per_round, "bytes"))
+        if self.byte_budget is not None:
+            limits.append(Limit(BYTES, prediction.round_bytes, self.byte_budget, "bytes"))
+        limits.append(Limit(STORAGE, prediction.storage_bytes, self.profile.storage.budget_bytes, "bytes"))
+        return tuple(limits)
+
+    def _in_parts(self, widths: tuple[int, ...], recipe: Recipe, smallest: int | None = None) -> tuple[Recipe, bool]:
+        """The recipe with the fewest parts of a batch with which memory suffices, else those that need least memory;
+        and whether it does. Parts have at least `smallest` samples, by default as many as don't harm training."""
+        costs = costs_at(self.architecture, widths)
+        best, least = recipe, math.inf
+        for parts in _parts(recipe, self.samples, smallest or self._smallest(recipe)):
+            tried = recipe.in_parts(parts)
+            taken = memory_use(
+                self.architecture,
+                widths,
+                costs,
+                tried,
+                self.samples,
+                self.frozen,
+                probe=self.probe,
+                correction=self.correction,
+            ).total
+            if taken < least:
+                best, least = tried, taken
+            if taken <= self.room:
+                return tried, True
+        return best, False
+
+    def _smallest(self, recipe: Recipe) -> int:
+        """Fewest samples of a part of a batch that don't harm training."""
+        if normalises(self.architecture, recipe, self.frozen):
+            return NORMALISED_SAMPLES
+        return 2 if recipe.mixup else 1
+
+    def _made(self, found: _Candidate, density: float, bound: str, notes: tuple[str, ...], warning: str) -> Plan:
+        batch = min(self._asked(self.architecture.sizes).batch_size, self.samples)
+        other = equal_work(self.architecture, self._table, batch, found.widths, self._bandwidth)
+        seen = self._prediction(other.widths, found.recipe)
+        return Plan(
+            found.widths,
+            density,
+            found.prediction,
+            found.limits,
+            bound,
+            Uniform(other.density, seen.step_s, seen.latency_s),
+            self.correction,
+            found.recipe.accumulate,
+            (*self._notes(found), *notes),
+            warning,
+        )
+
+    def _notes(self, found: _Candidate) -> tuple[str, ...]:
+        """Why a batch is worked through in more parts than the recipe asks for, and what that changes."""
+        recipe = found.recipe
+        if recipe.accumulate == found.asked.accumulate:
+            return ()
+        why = (
+            f"batches of {min(recipe.batch_size, self.samples)} are worked through in parts of "
+            f"{recipe.part_sizes(self.samples)[0]} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
+        )
+        if not normalises(self.architecture, recipe, self.frozen):
+            return (why,)
+        statistics = (
+            "batch norm takes its statistics from each part, not from the whole batch: "
+            f"parts of full batches have at least {NORMALISED_SAMPLES} samples; "
+            "GroupNorm or LayerNorm would not depend on that"
+        )
+        return why, statistics
+
+    def _missing(self, widest: _Candidate) -> str:
+        """Why the whole model doesn't fit, and what would make it fit."""
+        broken = [
+            f"{m.describe()}: {_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
+            for m in widest.limits
+            if not m.fits
+        ]
+        return f"The whole model breaks {'; '.join(broken)}. {self._remedies(widest)}"
+
+    def _remedies(self, found: _Candidate) -> str:
+        """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that
+        suffice."""
+        needed = []
+        for limit in found.limits:
+            if limit.fits:
+                continue
+            if limit.name == MEMORY:
+                ways = self._memory_remedies(found, limit)
+                if not ways:
+                    return "No setting of the recipe or the board makes room for it."
+                needed.append(", or ".join(ways))
+            else:
+                needed.append(_SETTINGS[limit.name].format(math.ceil(limit.value)))
+        return f"It fits with {'; and with '.join(needed)}."
+
+    def _memory_remedies(self, found: _Candidate, limit: Limit) -> list[str]:
+        """Settings each of which would make a candidate fit the memory, the least harmful first."""
+        ways: list[str] = []
+        smaller, fits = self._in_parts(found.widths, found.asked, smallest=1)
+        if fits:
+            ways.append(f"smaller parts of a batch (--set accumulate={smaller.accumulate})")
+        share = self.profile.memory.training_share * limit.overshoot
+        if share <= 1:
+            share = math.ceil(100 * share) / 100
+            ways.append(f"a larger share of the board's memory (memory.training_share = {share:.2g} in its profile)")
+        return ways
 
 
 def _parts(recipe: Recipe, samples: int, smallest: int) -> list[int]:
@@ -432,25 +530,6 @@ def normalises(architecture: Architecture, recipe: Recipe, frozen: Collection[st
     """Whether a batch norm of the model takes its statistics from the samples that are worked on at once."""
     statistics = {t.name for t in architecture.statistics}
     return bool(statistics) and not statistics <= frozen_tensors(architecture, recipe.features, frozen)
-
-
-def _notes(architecture: Architecture, found: _Predicted, samples: int, frozen: Collection[str]) -> tuple[str, ...]:
-    """Why a batch is worked through in more parts than the recipe asks for, and what that changes."""
-    recipe = found.recipe
-    if recipe.accumulate == found.asked.accumulate:
-        return ()
-    why = (
-        f"batches of {min(recipe.batch_size, samples)} are worked through in parts of "
-        f"{recipe.part_sizes(samples)[0]} (accumulate = {recipe.accumulate}): whole ones don't fit the memory"
-    )
-    if not normalises(architecture, recipe, frozen):
-        return (why,)
-    statistics = (
-        "batch norm takes its statistics from each part, not from the whole batch: "
-        f"parts of full batches have at least {NORMALISED_SAMPLES} samples; "
-        "GroupNorm or LayerNorm would not depend on that"
-    )
-    return why, statistics
 
 
 def _shares(use: MemoryBreakdown, limit: Limit) -> str:
@@ -474,79 +553,6 @@ _TERMS = {
 """Titles of the terms of `MemoryBreakdown`."""
 
 
-def _candidates(
-    architecture: Architecture, table: LatencyTable, batch: int, densities: Sequence[float], memory: float
-) -> Sequence[Rung]:
-    if tuple(densities) == DENSITIES:
-        return rungs(architecture, table, batch, densities, memory)
-    found: dict[tuple[int, ...], Rung] = {}
-    for density in sorted(set(densities), reverse=True):
-        widths = widths_at(architecture, density)
-        found.setdefault(widths, Rung(density, widths, 1))
-    return list(found.values())
-
-
-def _missing(widest: _Predicted, remedies: str) -> str:
-    """Why the whole model doesn't fit, and what would make it fit."""
-    broken = [
-        f"{m.describe()}: {_terms(widest.prediction.memory)}" if m.name == MEMORY else m.describe()
-        for m in widest.limits
-        if not m.fits
-    ]
-    return f"The whole model breaks {'; '.join(broken)}. {remedies}"
-
-
-def _hint(found: _Predicted, worst: Limit, remedies: str) -> str:
-    """What takes most of the memory, if that is what a candidate breaks, and what helps."""
-    if worst.name != MEMORY:
-        return f"{remedies} {_HINTS[worst.name]}"
-    return f"Memory is for: {_terms(found.prediction.memory)}. {remedies} {_HINTS[MEMORY]}"
-
-
-def _remedies(
-    architecture: Architecture,
-    profile: HardwareProfile,
-    found: _Predicted,
-    samples: int,
-    frozen: Collection[str],
-    need: _Need,
-) -> str:
-    """Settings with which a candidate would fit, one for each limit that it breaks; for memory, all that suffice."""
-    needed = []
-    for limit in found.limits:
-        if limit.fits:
-            continue
-        if limit.name == MEMORY:
-            ways = _memory_remedies(architecture, profile, found, limit, samples, frozen, need)
-            if not ways:
-                return "No setting of the recipe or the board makes room for it."
-            needed.append(", or ".join(ways))
-        else:
-            needed.append(_SETTINGS[limit.name].format(math.ceil(limit.value)))
-    return f"It fits with {'; and with '.join(needed)}."
-
-
-def _memory_remedies(
-    architecture: Architecture,
-    profile: HardwareProfile,
-    found: _Predicted,
-    limit: Limit,
-    samples: int,
-    frozen: Collection[str],
-    need: _Need,
-) -> list[str]:
-    """Settings each of which would make a candidate fit the memory, the least harmful first."""
-    ways: list[str] = []
-    smaller, fits = _in_parts(architecture, found.asked, samples, int(limit.limit), frozen, need, smallest=1)
-    if fits:
-        ways.append(f"smaller parts of a batch (--set accumulate={smaller.accumulate})")
-    share = profile.memory.training_share * limit.overshoot
-    if share <= 1:
-        share = math.ceil(100 * share) / 100
-        ways.append(f"a larger share of the board's memory (memory.training_share = {share:.2g} in its profile)")
-    return ways
-
-
 _SETTINGS = {
     TIME: "a longer deadline (--deadline {0}, a job's deadline_s = {0})",
     LINK: "link.bytes_per_round = {} in the board's profile",
@@ -562,29 +568,6 @@ _HINTS = {
     BYTES: "Raise the job's byte budget, or use a smaller model.",
     STORAGE: "Raise storage.budget_bytes of the profile.",
 }
-
-
-def _limits(
-    prediction: Prediction,
-    profile: HardwareProfile,
-    room: int,
-    byte_budget: int | None,
-    deadline_s: float | None,
-) -> tuple[Limit, ...]:
-    limits = [
-        Limit(MEMORY, prediction.memory_bytes, room, "bytes"),
-        Limit(LINK, prediction.round_bytes, profile.link.bytes_per_round, "bytes"),
-        Limit(STORAGE, prediction.storage_bytes, profile.storage.budget_bytes, "bytes"),
-    ]
-    if deadline_s is not None:
-        limits.append(Limit(TIME, prediction.round_s, deadline_s, "s"))
-    if byte_budget is not None:
-        limits.append(Limit(BYTES, prediction.round_bytes, byte_budget, "bytes"))
-    return tuple(sorted(limits, key=lambda limit: LIMITS.index(limit.name)))
-
-
-def _worst(limits: Sequence[Limit]) -> Limit:
-    return max((m for m in limits if not m.fits), key=lambda m: m.overshoot)
 
 
 def _number(value: Any, *, whole: bool = False) -> Any:
