@@ -6,18 +6,12 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fedprune import __version__
 from fedprune.core.cli import check_command, ended_by_signals, run_command, whole_number, with_extra
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.output.tables import print_verdicts, progress
-
-if TYPE_CHECKING:  # what follows needs packages of an extra; the command line doesn't
-    from fedprune_server.simulation.experiment import Experiment
-    from fedprune_server.simulation.results.record import Record
 
 PROG = "fedprune-simulate"
 COMPARE = "compare"
@@ -101,26 +95,25 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> int:
     with progress("reading the fleet"):
+        from fedprune_server.simulation.api import simulate
         from fedprune_server.simulation.fleet.demo_fleet import too_few
         from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
-        from fedprune_server.simulation.results.report import summary_text, write_report
+        from fedprune_server.simulation.results.report import summary_text
+        from fedprune_server.simulation.results.runs_progress import Following
 
         out = _run_folder(options.out)
         changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
         plan = (
             demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
         )
-    plan = replace(plan, workers=options.workers or plan.workers, cuda=options.cuda or plan.cuda)
-    compared, reference = plan.compared(), None
-    run = _one(plan, out)
-    if compared is not None:
-        reference = _one(compared, out, suffix="-reference", state="reference")
+    with _goes_on(out):
+        run = simulate(plan, folder=out, workers=options.workers, cuda=options.cuda, following=Following)
     # What the demo claims was chosen for its own fleet, budget and rounds.
     unjudged = too_few(plan.job.rounds) if options.demo else ""
     judged = options.demo and not unjudged
     with progress("writing the report"):
-        report = write_report(out, run, reference, judged=judged)
-    print_verdicts(summary_text(run, reference, judged=judged))
+        report = run.report(out, judged=judged)
+    print_verdicts(summary_text(run.record, run.reference, judged=judged))
     if unjudged:
         print(f"\n{unjudged}")
     print(f"\nReport: {report.html}")
@@ -190,14 +183,6 @@ def _goes_on(folder: Path) -> Iterator[None]:
             yield
         except KeyboardInterrupt as stopped:
             raise KeyboardInterrupt(f"the same command goes on with what {folder} holds") from stopped
-
-
-def _one(experiment: Experiment, folder: Path, *, suffix: str = "", state: str = "run") -> Record:
-    from fedprune_server.simulation.results.run_folder import simulate
-    from fedprune_server.simulation.results.runs_progress import Following
-
-    with _goes_on(folder), Following(experiment.title) as following:
-        return simulate(experiment, folder, following.show, begun=following.begin, suffix=suffix, state=state)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from fedprune.jobs.job import Job
 from fedprune.output import page
 from fedprune.strategies.strategy import Strategy
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.fleet.simulated_fleet import read_plan
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.comparison import final_rows
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.report import html_table, markdown_table
+from fedprune_server.simulation.results.report import Report, html_table, markdown_table, write_report
 from fedprune_server.simulation.results.run_folder import simulate as simulate_experiment
+from fedprune_server.simulation.results.runs_progress import Following
 
 _HEIGHT = 620
 """Pixels of a page in a notebook."""
@@ -39,9 +42,10 @@ class Page:
 
 @dataclass(frozen=True, repr=False)
 class Run:
-    """A simulated run, printed as a table of its results. `record` has all its numbers."""
+    """A simulated run, printed as a table of its results. `record` has all its numbers, `reference` FedAvg's if run."""
 
     record: Record
+    reference: Record | None = None
 
     @property
     def curves(self) -> dict[str, list[float | None]]:
@@ -66,6 +70,10 @@ class Run:
     def compare(self, *others: Run) -> Comparison:
         """A comparison whose speed-ups are relative to this run."""
         return Comparison((self.record, *(other.record for other in others)))
+
+    def report(self, folder: Path, *, judged: bool = True) -> Report:
+        """Write the report into a folder; `judged` tells whether a comparison with the reference tests the claims."""
+        return write_report(folder, self.record, self.reference, judged=judged)
 
     def __str__(self) -> str:
         return str(self.compare())
@@ -96,7 +104,7 @@ class Comparison:
 
 
 def simulate(
-    fleet: str | Path | Mapping[str, Any],
+    fleet: str | Path | Mapping[str, Any] | Plan,
     *,
     model: Model | None = None,
     strategy: str | Callable[[Job], Strategy] | None = None,
@@ -104,25 +112,64 @@ def simulate(
     rounds: int | None = None,
     title: str = "",
     folder: str | Path | None = None,
+    reference: bool = False,
+    workers: int | None = None,
+    cuda: bool = False,
+    following: Callable[[str], AbstractContextManager[Following]] | None = None,
 ) -> Run:
     """Run a fleet on a virtual clock.
 
     Args:
-        fleet: A `fleet.toml`, or its tables; paths in tables are relative to the current folder.
+        fleet: A `fleet.toml`, or its tables; paths in tables are relative to the current folder. Of a plan that was
+            read before, `model`, `strategy`, `seed`, `rounds`, `title` and `reference` are its own.
         model: Replaces the model of the table [model]; see `fedprune_export.load`.
         strategy: Replaces the job's: a name, or a module's function that composes one.
         seed: Replaces the job's.
         rounds: Replaces the job's.
         title: The run's name; by default that of `strategy`, else of the job.
         folder: Where the run is saved, so that it resumes after a kill; by default nothing is saved.
+        reference: Whether FedAvg at full width is run on the same devices, too.
+        workers: Number of processes; by default the fleet's.
+        cuda: Whether to train on an NVIDIA GPU, if that works.
+        following: Opens a display of progress for a run of a given title.
 
     Raises:
         ConfigError: A setting is missing, unknown or wrong; the message names it.
         FedpruneError: Model or data can't be read, or a training fails.
     """
-    if callable(strategy):
-        strategy = f"{strategy.__module__}:{strategy.__qualname__}"
-    path, tables = (Path("settings"), fleet) if isinstance(fleet, Mapping) else (Path(fleet), None)
-    title = title or strategy or ""
-    plan = read_plan(path, strategy=strategy, seed=seed, rounds=rounds, title=title, tables=tables, model=model)
-    return Run(simulate_experiment(plan, None if folder is None else Path(folder)))
+    place = None if folder is None else Path(folder)
+    if isinstance(fleet, Plan):
+        plan = fleet
+    else:
+        if callable(strategy):
+            strategy = f"{strategy.__module__}:{strategy.__qualname__}"
+        path, tables = (Path("settings"), fleet) if isinstance(fleet, Mapping) else (Path(fleet), None)
+        plan = read_plan(
+            path,
+            reference=reference,
+            strategy=strategy,
+            seed=seed,
+            rounds=rounds,
+            title=title or strategy or "",
+            tables=tables,
+            model=model,
+        )
+    plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda)
+    compared = plan.compared()
+    record = _simulated(plan, place, following)
+    if compared is None:
+        return Run(record)
+    return Run(record, _simulated(compared, place, following, suffix="-reference", state="reference"))
+
+
+def _simulated(
+    experiment: Experiment,
+    folder: Path | None,
+    following: Callable[[str], AbstractContextManager[Following]] | None,
+    *,
+    suffix: str = "",
+    state: str = "run",
+) -> Record:
+    with nullcontext() if following is None else following(experiment.title) as shown:
+        show, begin = (None, None) if shown is None else (shown.show, shown.begin)
+        return simulate_experiment(experiment, folder, show, begun=begin, suffix=suffix, state=state)
