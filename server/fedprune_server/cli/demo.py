@@ -8,8 +8,8 @@ import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,12 @@ from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
+from fedprune.output.log_lines import logged_to_stdout
 from fedprune.output.tables import print_verdicts, progress
-from fedprune.wire.link import Link
-from fedprune.wire.topics import Topics
+from fedprune_server.app import StartOptions, build_app
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.engine.job_runner import JobRunner, RunnableJob
-from fedprune_server.engine.server import Server
-from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
-from fedprune_server.messaging.rate_limit import RateLimitedLink
-from fedprune_server.messaging.transport import SiteLink
-from fedprune_server.monitoring.display import make_display
-from fedprune_server.monitoring.observer import DisplayObserver, Observer
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.children import Children
 from fedprune_server.simulation.datasets.picture import Partition
@@ -131,7 +124,7 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
     began = time.monotonic()
     rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
     jobs = fleet_job(seed, rounds), reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
-    with _alone(out), _logging(), ended_by_signals():
+    with _alone(out), logged_to_stdout(verbose=False), ended_by_signals():
         folder = DemoFolder.prepare(out, seed)
         size = f"{quantity(len(BOARDS), 'device')}, {quantity(rounds, 'round')}"
         print(f"{size}, two jobs: models as wide as each link allows, then FedAvg.")
@@ -186,54 +179,34 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
     """
     place = folder.root / job.name
     traffic: dict[int, tuple[int, int]] = {}
-    with ExitStack() as stack:
-        broker = stack.enter_context(EmbeddedBroker("127.0.0.1", 0))
-        children = stack.enter_context(Children())
+    config = ServerConfig(
+        job=job,
+        model=str(folder.model),
+        evaluation=str(folder.evaluation),
+        calibration=str(folder.calibration),
+        site=_SITE,
+        state=place / "server",
+        port=0,
+        profiles=folder.profiles,
+    )
+    with build_app(config, StartOptions(insecure=True, until_finished=True)) as app, Children() as children:
+        broker, runner = app.connection.broker, app.server.first
+        if broker is None:
+            raise ConfigError("the demo's broker", expected="an embedded one")
         for board in BOARDS:
             _start_board(children, board.name, folder, place, broker.url)
-        state = stack.enter_context(StateFolder(place / "server"))
-        config = ServerConfig(
-            job=job,
-            model=str(folder.model),
-            evaluation=str(folder.evaluation),
-            calibration=str(folder.calibration),
-            site=_SITE,
-            state=state.path,
-        )
-        opened = state.open_job(config)
-        link = Link(broker.url, f"fedprune-server-{_SITE}")
-        stack.callback(link.close)
-        meter = _Watch(children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch)
-        quarantine = Quarantine()
-        site = SiteLink(RateLimitedLink(link, quarantine), Topics(_SITE), quarantine)
-        runner = JobRunner(
-            RunnableJob(
-                job,
-                opened.model.architecture,
-                opened.state,
-                state.storage,
-                state.store,
-                opened.worker,
-                opened.model.frozen,
-            ),
-            site,
-            profiles=(folder.profiles,),
-            observers=[meter, DisplayObserver(make_display())],
-        )
-        server = Server([runner], site, broker)
-        link.subscribe(server.subscriptions)
-        link.start()
+        runner.observers.join(_Watch(children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch))
         began = time.time()
-        server.run(until_finished=True)
-        final = opened.state
-        ranking = final.ranking
+        app.run()
+        view = runner.view
+        ranking = view.state.ranking
         return record_of(
             title,
             job,
-            opened.model.architecture,
-            final,
+            view.architecture,
+            view.state,
             traffic=traffic,
-            ranking=state.store.read(ranking) if ranking and state.store.has(ranking) else None,
+            ranking=view.store.read(ranking) if ranking and view.store.has(ranking) else None,
             measured=_MEASURED,
             began=began,
         )
@@ -274,18 +247,3 @@ def _bytes(broker: EmbeddedBroker) -> tuple[int, int]:
     meter = broker.traffic()
     down = meter.delivered.get("down", 0) + meter.delivered.get("down/blob", 0)
     return down, meter.received.get("up", 0) + meter.received.get("up/blob", 0)
-
-
-@contextmanager
-def _logging() -> Iterator[None]:
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    root = logging.getLogger("fedprune")
-    before = root.handlers[:], root.level, root.propagate
-    root.handlers[:], root.propagate = [handler], False
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.handlers[:], root.propagate = before[0], before[2]
-        root.setLevel(before[1])
