@@ -102,15 +102,27 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-def test_a_broker_that_is_not_there_ends_with_one_clear_error(
-    model: Path, tmp_path: Path, closed_port: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    url = f"mqtt://127.0.0.1:{closed_port}"
-    assert (
-        main(["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url])
-        == ExitCode.BROKER
-    )
-    assert f"127.0.0.1:{closed_port}" in one_line(capsys)
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["--model", "{model}", "--broker", "mqtt://127.0.0.1:{port}"], ExitCode.BROKER, "127.0.0.1:{port}"),
+        (["--model", "{folder}/wrong.onnx"], ExitCode.MODEL, "wrong.onnx"),
+        ([], ExitCode.CONFIG, "--model"),
+        (["--model", "{model}", "--schedule", "weekly"], ExitCode.CONFIG, "sync or semi-async or async, got 'weekly'"),
+        (["--model", "{model}", "--evaluation", "{folder}/e.npz"], ExitCode.DATA, "e.npz"),
+    ],
+    ids=["broker", "model", "no model", "schedule", "evaluation"],
+)
+def test_a_start_that_fails_ends_with_one_clear_error(
+    model: Path, tmp_path: Path, closed_port: int, options: list[str], code: ExitCode, words: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "wrong.onnx").write_bytes(b"not onnx")
+    np.savez(tmp_path / "e.npz", x=np.zeros((4, 9), np.float32), y=np.zeros(4, np.int64))
+    known = {"model": model, "folder": tmp_path, "port": closed_port}
+    filled = [option.format(**known) for option in options]
+    assert main(["run", "--insecure", "--state", str(tmp_path / "s"), *filled]) == code
+    assert words.format(**known) in one_line(capsys)
 
 
 def test_a_taken_port_ends_with_one_clear_error(
@@ -126,13 +138,6 @@ def test_a_taken_port_ends_with_one_clear_error(
     assert f"port {taken_port} of 127.0.0.1 is taken" in one_line(capsys)
 
 
-def test_a_file_that_is_no_model_ends_with_one_clear_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wrong = tmp_path / "wrong.onnx"
-    wrong.write_bytes(b"not onnx")
-    assert main(["run", "--insecure", "--model", str(wrong), "--state", str(tmp_path / "s")]) == ExitCode.MODEL
-    assert "wrong.onnx" in one_line(capsys)
-
-
 def test_a_model_cut_short_can_be_replaced_by_the_whole_one(model: Path, tmp_path: Path, closed_port: int) -> None:
     cut = tmp_path / "cut.onnx"
     cut.write_bytes(model.read_bytes()[:-40])
@@ -145,37 +150,6 @@ def test_a_model_cut_short_can_be_replaced_by_the_whole_one(model: Path, tmp_pat
         main(["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--broker", url])
         == ExitCode.BROKER
     )
-
-
-def test_a_new_folder_needs_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--insecure", "--state", str(tmp_path / "s")]) == ExitCode.CONFIG
-    assert "--model" in one_line(capsys)
-
-
-def test_a_schedule_that_is_none_is_a_setting_that_is_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    line = ["run", "--insecure", "--model", str(model), "--state", str(tmp_path / "s"), "--schedule", "weekly"]
-    assert main(line) == ExitCode.CONFIG
-    assert "expected sync or semi-async or async, got 'weekly'" in one_line(capsys)
-
-
-def test_evaluation_data_that_do_not_fit_the_model_are_refused(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    np.savez(tmp_path / "e.npz", x=np.zeros((4, 9), np.float32), y=np.zeros(4, np.int64))
-    command = [
-        "run",
-        "--insecure",
-        "--model",
-        str(model),
-        "--evaluation",
-        str(tmp_path / "e.npz"),
-        "--state",
-        str(tmp_path / "s"),
-    ]
-    assert main(command) == ExitCode.DATA
-    assert "e.npz" in one_line(capsys)
 
 
 def test_another_model_is_refused_by_a_folder_that_has_one(

@@ -83,40 +83,6 @@ def test_an_empty_file_gives_defaults(tmp_path: Path) -> None:
     assert read(tmp_path, "") == ServerConfig()
 
 
-@pytest.mark.parametrize(
-    ("text", "where"),
-    [
-        ("[jop]\n", "unknown table 'jop'"),
-        ("job = 3\n", "job: expected a table"),
-        ("[job]\nround = 3\n", "[job] unknown key 'round'"),
-        ("[job]\nrounds = 0\n", "[job] rounds"),
-        ('[job]\nrounds = "3"\n', "[job] rounds"),
-        ("[job]\nparticipation = 1.5\n", "[job] participation"),
-        ('[job]\nscorer = "oracle"\n', "[job] scorer"),
-        ("[job.recipe]\nepochs = 0\n", "[job.recipe] epochs"),
-        ("[job.recipe]\nepoch = 1\n", "[job.recipe] unknown key 'epoch'"),
-        ("[job]\nrecipe = 3\n", "[job] recipe"),
-        ("[model]\nfile = 'x'\n", "[model]: unknown key 'file'"),
-        ("[model]\npath = 3\n", "[model] path"),
-        ("[evaluation]\ndata = ''\n", "[evaluation] data"),
-        ("[server]\nport = 70000\n", "[server] port"),
-        ("[server]\nport = true\n", "[server] port"),
-        ("[server]\nhost = ''\n", "[server] host"),
-        ("[server]\nkeep = 0\n", "[server] keep"),
-        ("[server]\nbroker = 'http://x'\n", "[server] broker"),
-        ("[server]\nsite = 'a/b'\n", "[server] site"),
-        ("[server]\nprofiles = 'nowhere'\n", "[server] profiles"),
-        ("[server]\nsites = 'a'\n", "[server]: unknown key 'sites'"),
-        ("[job\n", "this is not TOML"),
-    ],
-)
-def test_what_is_wrong_is_named_with_file_table_and_key(tmp_path: Path, text: str, where: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        read(tmp_path, text)
-    assert str(tmp_path / "fleet.toml") in str(caught.value)
-    assert where in str(caught.value)
-
-
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.toml"):
         read_config(tmp_path / "nowhere.toml")

@@ -180,24 +180,11 @@ _DEEDS = {
     "operator_remove": "remove operator {operator}",
 }
 
-FILTERS: dict[str, Any] = {
-    "mark": mark,
-    "word": word,
-    "size": size,
-    "share": share,
-    "number": number,
-    "decimals": decimals,
-    "count": count,
-    "seconds": seconds,
-    "clock": clock,
-    "machine_time": machine_time,
-    "ago": ago,
-    "metrics": metrics,
-    "versions": versions,
-    "plural": plural,
-    "runs": runs,
-    "action_text": action_text,
-}
+_FILTERS = (
+    mark, word, size, share, number, decimals, count, seconds, clock, machine_time, ago, metrics, versions, plural,
+    runs, action_text,
+)  # fmt: skip
+FILTERS: dict[str, Any] = {function.__name__: function for function in _FILTERS}
 """By the names that templates use."""
 
 
