@@ -201,14 +201,11 @@ class Board:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection to a port or a unix socket."""
-
     def __init__(self, address: str, timeout: float) -> None:
         self._path = address.removeprefix("unix:") if address.startswith("unix:") else None
         super().__init__("localhost" if self._path else address, timeout=timeout)
 
     def connect(self) -> None:
-        """Connect."""
         if self._path is None:
             super().connect()
             return

@@ -82,11 +82,9 @@ class Agent:
 
     @property
     def status(self) -> BoardStatus:
-        """What the board works on; may be read from any thread."""
         return self._uplink.status
 
     def stop(self) -> None:
-        """Let `run` return soon; may be called from a signal handler or another thread."""
         self._stopping.set()
 
     def _guarded(self, step: Callable[..., None], *arguments: object) -> Exception | None:

@@ -61,7 +61,6 @@ class OfferHandler:
 
     @property
     def under_way(self) -> bool:
-        """Whether a download or a training is under way, or a stopped one has still to end."""
         return self._worker is not None or self._downloader.offer is not None
 
     @property
@@ -73,7 +72,6 @@ class OfferHandler:
 
     @property
     def held(self) -> Offer | Update | None:
-        """The offer that is worked on, or else the update that waits to be handed in."""
         task = self._store.task
         return task.offer if task is not None and not task.done else self._store.pending
 
@@ -90,15 +88,12 @@ class OfferHandler:
         self._downloader.remind(now)
 
     def heard(self, now: float) -> None:
-        """Note that the broker or the server is there."""
         self._offline.heard(now)
 
     def wanted(self, request: BlobRequest, now: float) -> None:
-        """The server asks for pieces of the update."""
         self._uplink.answer(request, self._store.pending, now)
 
     def offered(self, offer: Offer, now: float) -> None:
-        """The server offers work; it may have come late, or twice."""
         offer = self._choice.suited(self._runner.lowering.wanted(offer))
         task = self._store.task
         if self._uplink.refuse_again(offer):
@@ -121,11 +116,9 @@ class OfferHandler:
         self._supplied(lambda: self._downloader.chunk(chunk, now, shared=shared))
 
     def gone(self, sha256: str, now: float) -> None:
-        """The server no longer has what was asked for."""
         self._supplied(lambda: self._downloader.gone(sha256, now))
 
     def accepted(self, message: Accepted) -> None:
-        """The server has an update."""
         task, pending = self._store.task, self._store.pending
         if pending is None or place_of(pending) != place_of(message) or pending.weights.sha256 != message.weights:
             return
@@ -136,7 +129,6 @@ class OfferHandler:
         self._collect()
 
     def cancelled(self, message: Cancelled) -> None:
-        """The server wants nothing more of an attempt."""
         task, pending = self._store.task, self._store.pending
         meant = attempt_of(message)
         # What is cancelled may be offered again under the same number: a server that waits for devices does that.
@@ -150,7 +142,6 @@ class OfferHandler:
         self._collect()
 
     def finished(self, message: Finished) -> None:
-        """A job is done."""
         task, pending = self._store.task, self._store.pending
         _LOG.info("job %s is finished", message.job)
         self._seen.clear()
@@ -198,7 +189,6 @@ class OfferHandler:
             self._uplink.announce(self._store.pending, now)
 
     def report(self, now: float) -> bool:
-        """Report progress; returns whether nothing is under way."""
         if self._downloader.offer is not None:
             self._uplink.progress(self._downloader.offer, ("download", *self._downloader.progress), now)
         elif self._worker is not None and self._worker.offline:
@@ -219,7 +209,6 @@ class OfferHandler:
 
     @property
     def _busy(self) -> bool:
-        """Whether the current offer is being pulled or trained."""
         training = self._worker is not None and not self._worker.stopped and not self._worker.offline
         return training or self._downloader.offer is not None or self._ready is not None
 
@@ -267,7 +256,6 @@ class OfferHandler:
         return None
 
     def _train(self, now: float, *, connected: bool) -> None:
-        """Start a worker, if there is something to train."""
         task = self._store.task
         if self._ready is not None and task is not None:
             seconds, self._ready = self._ready, None

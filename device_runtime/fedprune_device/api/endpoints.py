@@ -87,7 +87,6 @@ class Endpoints:
         return Answer({"model": _named(model), "classes": record.classes, **names, "predictions": predictions})
 
     def _row(self, row: list[float], loss: str, top: int | None) -> dict[str, Any]:
-        """The answer for one sample."""
         order = sorted(range(len(row)), key=lambda c: (-row[c], c))
         found = self._one(order[0], row[order[0]]) if loss == "cross_entropy" else {}
         if loss not in ("cross_entropy", "bce"):

@@ -96,7 +96,6 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     # What the standard library calls
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept a client."""
         try:
             return super().get_request()
         except OSError as error:
@@ -105,7 +104,6 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a client a thread, if there is one left."""
         user = _user(request)
         with self._lock:
             if len(self._clients) >= self._most:
@@ -124,7 +122,6 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.shutdown_request(request)
 
     def shutdown_request(self, request: Any) -> None:
-        """A client is done with."""
         with self._lock:
             self._clients.pop(request, None)
         super().shutdown_request(request)
@@ -155,19 +152,15 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """Reads one request, and answers it."""
-
     server: LocalServer
     protocol_version = "HTTP/1.1"
     timeout = SOCKET_SECONDS
 
     def handle(self) -> None:
-        """Answer the connection's only request."""
         self.close_connection = True
         self.handle_one_request()
 
     def do_GET(self) -> None:
-        """Answer."""
         read = False
         try:
             body = self._body()
@@ -196,7 +189,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._linger()
 
     def version_string(self) -> str:
-        """The Server header."""
         return f"fedprune/{__version__}"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name

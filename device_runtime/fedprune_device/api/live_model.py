@@ -34,12 +34,10 @@ class LoadedModel:
 
     @property
     def shape(self) -> Shape:
-        """One sample's shape."""
         return self.predictor.input_shape
 
     @property
     def tokens(self) -> bool:
-        """Whether it takes whole numbers."""
         return self.predictor.takes_tokens
 
 
@@ -90,7 +88,6 @@ class LiveModel:
 
     @property
     def loaded(self) -> LoadedModel | None:
-        """What answers now; None before the first model."""
         return self._loaded
 
     def serving(self) -> LoadedModel:
@@ -109,7 +106,6 @@ class LiveModel:
         return likely(model.record.loss, model.record.own(logits).astype(np.float64))
 
     def look(self) -> None:
-        """Load what serves, if it is another model; what can't be loaded or fails its check is tried again later."""
         with self._looking:
             self._look()
             self._turn()

@@ -32,7 +32,6 @@ def local_address(arguments: argparse.Namespace) -> Address | None:
 
 
 def open_samples(arguments: argparse.Namespace, stack: ExitStack) -> SampleSource:
-    """The board's samples."""
     if arguments.data == LOCAL:
         limits = Limits(arguments.samples_most, min(arguments.samples_bytes, _LARGEST_ROOM))
         return stack.enter_context(SampleStore(arguments.state / "samples", limits, _shares(arguments)))

@@ -72,7 +72,6 @@ class Answer:
         return cls({"error": body}, status, {"Retry-After": "1"} if status == 503 else {})
 
     def to_bytes(self) -> bytes:
-        """The body as it is sent."""
         return json.dumps(self.body, allow_nan=False).encode() + b"\n"
 
 

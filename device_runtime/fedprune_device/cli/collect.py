@@ -48,7 +48,6 @@ def collect(arguments: argparse.Namespace) -> int:
 
 
 def _images(root: Path) -> Iterator[Sample]:
-    """The images of a folder, sorted by name; their labels are the names of their folders."""
     with storage_errors(f"can't read {root}"):
         files = sorted(p for p in root.glob("*/*") if p.suffix.lower() in ENDINGS)
     if not files:

@@ -37,12 +37,10 @@ _MOST_HOURS = 8760.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
     return run_command("fedprune-device", build_parser, argv)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line's grammar."""
     parser = argparse.ArgumentParser(
         prog="fedprune-device",
         description="Train on this board's own data as part of a fleet, and predict with what was learnt.",

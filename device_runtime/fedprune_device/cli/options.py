@@ -29,7 +29,6 @@ def threads() -> int:
 
 
 def add_membership(parser: argparse.ArgumentParser) -> None:
-    """Add the options for name, site, broker and state folder."""
     parser.add_argument(
         "--broker",
         metavar="URL",
@@ -68,7 +67,6 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
 
 
 def add_local_options(parser: argparse.ArgumentParser) -> None:
-    """Add to `run` where samples come from, and the local interface."""
     parser.add_argument(
         "--data",
         required=True,
@@ -114,7 +112,6 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
 
 
 def add_accelerator_options(parser: argparse.ArgumentParser) -> None:
-    """Add what is to compute to `run`."""
     parser.add_argument(
         "--tier", choices=TIERS, help="what computes, if it works here: docs/jetson.md (default: as the profile says)"
     )
@@ -124,7 +121,6 @@ def add_accelerator_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_policy_option(parser: argparse.ArgumentParser) -> None:
-    """Add the option that names the owner's file."""
     named = os.environ.get(PRIVACY)
     parser.add_argument(
         "--privacy",

@@ -64,7 +64,6 @@ def predict(arguments: argparse.Namespace) -> int:
 
 
 def _graph(bundle: Bundle, precision: str | None) -> Path:
-    """The graph of a bundle at a precision."""
     if precision is None:
         return bundle.folder
     if precision not in bundle.precisions:
@@ -77,7 +76,6 @@ def _graph(bundle: Bundle, precision: str | None) -> Path:
 
 
 def _slots(state: Path) -> ModelSlots:
-    """The serving models of a state folder that is there and may be read."""
     pointer = state / "serving" / "serving.json"
     with storage_errors(f"can't read {pointer}"):
         if not state.is_dir():
@@ -95,8 +93,6 @@ def _slots(state: Path) -> ModelSlots:
 
 @dataclass(frozen=True, eq=False)
 class _Chosen:
-    """Samples to predict, and what part of the source they are; empty for all of it."""
-
     x: Inputs
     y: npt.NDArray[Any] | None
     name: str = ""
@@ -135,7 +131,6 @@ def _named_part(found: Mapping[str, Inputs], split: str | None) -> _Chosen | Non
 
 
 def _checked(chosen: _Chosen, source: str) -> _Chosen:
-    """Samples in the types that a model takes."""
     if not chosen.x.shape or not len(chosen.x):
         raise DataError(f"{source} holds no samples", expected="inputs [n, ...]", got=chosen.x.shape)
     try:

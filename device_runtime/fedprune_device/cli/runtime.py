@@ -48,7 +48,6 @@ def _updater(arguments: argparse.Namespace) -> Any:
 
 
 def _server_key(given: str) -> Any:
-    """The server's verifying key, from its hex digits or from a file of them."""
     from fedprune.security.keys import VerifyingKey
 
     text, what = given, "--key"

@@ -71,7 +71,6 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:
-    """The bundle's recipe with the settings of the command line."""
     body = bundle.recipe.to_dict() | dict(arguments.set)
     for name in ("epochs", "lr"):
         if getattr(arguments, name) is not None:
@@ -88,8 +87,6 @@ def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:
 
 
 class _LocalTraining:
-    """One training of a bundle on local samples."""
-
     def __init__(
         self, bundle: Bundle, recipe: Recipe, data: LocalData, trainer: Trainer, seed: int, threads: int
     ) -> None:
@@ -123,7 +120,6 @@ class _LocalTraining:
         )
 
     def finished(self, result: TrainingResult) -> tuple[dict[str, bytes], str]:
-        """The files of the trained bundle, and what was measured of its model."""
         tensors: Tensors = {n: result.tensors[n] for n in self._bundle.selection.shapes()}
         if self._recipe.calibrate and self._trainer.normalised:
             tensors = self._trainer.calibrated(tensors, self._data, self._recipe, seed=self._seed, device="")

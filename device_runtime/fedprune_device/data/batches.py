@@ -32,7 +32,6 @@ class Part:
 
     @classmethod
     def of(cls, x: Inputs, y: Array, rows: Rows) -> Part:
-        """Some of the samples, with their labels."""
         return cls(lambda: x[rows], y[rows])
 
     @property

@@ -74,7 +74,6 @@ class LocalData:
 
     @property
     def samples(self) -> int:
-        """Training samples."""
         return len(self.y_train)
 
     def snapshot(self, shape: Shape | None = None) -> LocalData:
@@ -320,7 +319,6 @@ def read_arrays(path: Path, spool: Path | None = None) -> dict[str, Inputs]:
 
 
 def arrays_of(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
-    """The arrays of an opened `.npz` file by name; arguments as in `read_arrays`, errors as numpy raises them."""
     entries = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist()}
     return {
         name: member(path, file.zip, entries[name], spool) if name.partition("_")[0] == "x" else file[name]
@@ -354,7 +352,6 @@ def _call(source: str, seed: int, device: str) -> object:
 
 
 def _named(found: object) -> dict[str, Any]:
-    """Arrays by name, from a mapping or a tuple."""
     if isinstance(found, (tuple, list)):
         names = {2: ("x", "y"), 4: ("x_train", "y_train", "x_test", "y_test")}.get(len(found))
         if names is None:

@@ -55,7 +55,6 @@ class FileIndex:
         self._new, self._ends = [], True
 
     def known(self, key: str, status: os.stat_result) -> str | None:
-        """The digest of a file that has not changed."""
         size, changed, digest = self._entries.get(key, (-1, -1, ""))
         if (size, changed) != (status.st_size, status.st_mtime_ns):
             return None
@@ -63,7 +62,6 @@ class FileIndex:
         return digest
 
     def add(self, key: str, status: os.stat_result, digest: str) -> str:
-        """Remember a file's digest; returns it."""
         self._entries[key] = (status.st_size, status.st_mtime_ns, digest)
         self._seen.add(key)
         self._new.append(_line(key, self._entries[key]))

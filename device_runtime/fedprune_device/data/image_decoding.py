@@ -35,7 +35,6 @@ class Pixels:
             raise ConfigError("deviation of pixels", expected="above 0", got=min(self.deviation))
 
     def read(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.float32]:
-        """An image as one sample; arguments and errors are those of `decoded`."""
         return np.asarray(self.numbers(self.decoded(body, kinds, shape)[None])[0], np.float32)
 
     def decoded(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:

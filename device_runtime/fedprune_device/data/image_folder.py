@@ -220,7 +220,6 @@ class ImageFolder:
 
 
 def _in_turn(lines: Iterable[list[_T]]) -> Iterable[_T]:
-    """One of each line in turn, until all are over."""
     return (one for turn in zip_longest(*lines) for one in turn if one is not None)
 
 

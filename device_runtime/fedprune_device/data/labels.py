@@ -119,7 +119,6 @@ class LogitAdjustment:
 
     @classmethod
     def of(cls, y: npt.NDArray[np.int64], recipe: Recipe, classes: int) -> LogitAdjustment:
-        """The adjustment for the board's training labels under the recipe."""
         offset = log_prior(y, classes) if recipe.logit_adjustment else None
         present = class_presence(y, classes) if recipe.mask_absent_classes else None
         return cls(

@@ -73,16 +73,13 @@ class Reservoir:
         return len(self._of)
 
     def label(self, name: str) -> int:
-        """The class of a sample that is kept, or `UNLABELLED`."""
         return self._of[name][0]
 
     def kept(self) -> dict[int, list[str]]:
-        """Names by class."""
         return {label: list(c.ids) for label, c in sorted(self._classes.items()) if c.ids}
 
     @property
     def seen(self) -> dict[int, int]:
-        """Samples that were seen, by class."""
         return {label: c.seen for label, c in sorted(self._classes.items())}
 
     @property
@@ -95,7 +92,6 @@ class Reservoir:
         return label in self._classes
 
     def set_seen(self, label: int, seen: int) -> None:
-        """Restore how many samples of a class were seen."""
         found = self._classes.setdefault(label, _Class())
         found.seen = max(seen, len(found.ids))
 
@@ -104,7 +100,6 @@ class Reservoir:
         return self._limits[unlabelled]
 
     def held(self, *, unlabelled: bool) -> tuple[int, int]:
-        """Samples and bytes that they take now."""
         return self._count[unlabelled], self._bytes[unlabelled]
 
     def judge(self, name: str, label: int, size: int) -> Verdict:

@@ -193,12 +193,10 @@ class SampleStore:
             self._gone(name)
 
     def names(self) -> list[str]:
-        """Names of all samples that are kept."""
         with self._lock:
             return sorted(self._reservoir)
 
     def counts(self) -> dict[str, Any]:
-        """What is there, for people and programs: samples by class and part, what was seen, and the room."""
         with self._lock:
             return {**census(self._reservoir, self._shares), "disk_bytes": self._log.size}
 
@@ -276,7 +274,6 @@ class SampleStore:
         return self._added(verdict.id, verdict.label, kept=verdict.kept, duplicate=False)
 
     def _relabel(self, name: str, label: int, payload: bytes) -> Added:
-        """Take a sample out of one class and offer it to another."""
         old, size = self._reservoir.label(name), HEAD_BYTES + len(payload)
         seen = self._reservoir.seen[old]
         self._reservoir.drop(name, unseen=True)
@@ -302,7 +299,6 @@ class SampleStore:
         return self._append(records)
 
     def _append(self, records: list[LogRecord]) -> list[RecordPosition]:
-        """Append records; a new segment begins with what was seen, so that older ones may go."""
         if self._log.begins(sum(r.size for r in records)):
             counts = record_of(self._reservoir.seen)
             if counts.size <= self._segment // 4:

@@ -72,12 +72,10 @@ class LogRecord:
 
     @property
     def size(self) -> int:
-        """Bytes that it takes in a segment."""
         return HEAD_BYTES + len(self.payload)
 
 
 def digest(payload: bytes) -> bytes:
-    """The name of a payload."""
     return hashlib.sha256(payload).digest()[:NAME_BYTES]
 
 
@@ -98,16 +96,13 @@ class SegmentLog:
 
     @property
     def size(self) -> int:
-        """Bytes of all segments."""
         return sum(self._sizes.values())
 
     @property
     def segments(self) -> list[int]:
-        """Numbers of the segments, oldest first."""
         return list(self._sizes)
 
     def path(self, segment: int) -> Path:
-        """A segment's file."""
         return self._root / f"segment-{segment:08}.log"
 
     def replay(self) -> Iterator[tuple[LogRecord, RecordPosition]]:
@@ -138,7 +133,6 @@ class SegmentLog:
         self._append([record], sync=False)
 
     def begins(self, need: int) -> bool:
-        """Whether records of this size would begin a new segment."""
         size = self._sizes.get(self._last, self._segment_bytes)
         return self._torn or (size > 0 and size + need > self._segment_bytes)
 
@@ -172,7 +166,6 @@ class SegmentLog:
         del self._sizes[segment]
 
     def close(self) -> None:
-        """Close what is open."""
         self._close()
 
     def _append(self, records: Sequence[LogRecord], *, sync: bool) -> list[RecordPosition]:

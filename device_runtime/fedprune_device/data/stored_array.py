@@ -45,7 +45,6 @@ class Copy:
             os.close(descriptor)
 
     def fileno(self) -> int:
-        """The descriptor of the first."""
         return self.descriptors[0]
 
 
@@ -73,22 +72,18 @@ class StoredArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of the samples that are read: float32, or int64 for token ids."""
         return np.dtype(np.int64 if self.stored.kind == "i" else np.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Samples, and the shape of one."""
         return (len(self), *(self.whole[1:] if self.sample is None else self.sample))
 
     @property
     def ndim(self) -> int:
-        """Number of dimensions."""
         return len(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
         return sum(0 if kept is None else kept.nbytes for kept in (self.rows, self.places))
 
     def __len__(self) -> int:
@@ -113,7 +108,6 @@ class StoredArray:
         return np.asarray(self[:], dtype)
 
     def select(self, rows: Rows) -> StoredArray:
-        """Some of the samples, which stay on the disk."""
         return replace(self, rows=np.asarray(rows if self.rows is None else self.rows[rows], np.int64))
 
     def chunks(self) -> Iterator[Array]:
@@ -162,7 +156,6 @@ Inputs: TypeAlias = "Array | StoredArray"
 
 
 def select(x: Inputs, rows: Rows) -> Inputs:
-    """Some of the samples; those on the disk stay there."""
     return x.select(rows) if isinstance(x, StoredArray) else x[rows]
 
 
@@ -239,7 +232,6 @@ def _chosen(rows: Any, count: int) -> Rows:
 
 
 def _runs(rows: Rows) -> Iterator[tuple[int, int]]:
-    """First rows and lengths of the runs of neighbours, in order."""
     ends = np.flatnonzero(np.diff(rows) != 1) + 1
     for run in np.split(rows, ends) if len(rows) else []:
         yield int(run[0]), len(run)

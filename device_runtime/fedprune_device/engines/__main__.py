@@ -36,7 +36,6 @@ _RUNS = 11
 
 
 def main() -> int:
-    """Build what the request asks for; returns the exit code."""
     # Where memory runs out the kernel shall end this process, and not the board's agent.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
@@ -87,7 +86,6 @@ def _make(order: BuildRequest) -> dict[str, Any]:
 
 
 def _latency(engine: Engine, x: Any) -> float:
-    """Median time of one sample."""
     times = []
     for _ in range(_RUNS):
         began = time.perf_counter()

@@ -26,7 +26,6 @@ class Accelerator:
 
     @property
     def cuda(self) -> bool:
-        """Whether onnxruntime is to compute on an NVIDIA GPU."""
         return self.name != CPU
 
     def selector(self, state: Path) -> EngineSelector | None:
@@ -37,7 +36,6 @@ class Accelerator:
 
 
 def accelerator_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> Accelerator:
-    """The accelerator of the command line, or else of the profile."""
     name = arguments.tier or (CPU if profile is None else profile.software.tier)
     return Accelerator(name, EnginePlan() if arguments.engine_plan is None else read_plan(arguments.engine_plan))
 

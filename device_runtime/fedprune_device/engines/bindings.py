@@ -45,7 +45,6 @@ class Bindings:
 
     @property
     def tells_progress(self) -> bool:
-        """Whether a build reports progress."""
         return hasattr(self.trt, "IProgressMonitor") and hasattr(self.trt.IBuilderConfig, "progress_monitor")
 
     @property
@@ -54,7 +53,6 @@ class Bindings:
         return hasattr(self.trt.IBuilderConfig, "builder_optimization_level")
 
     def describe(self) -> str:
-        """What it can do, in a few words."""
         types = "types of the graph" if self.strongly_typed else "types of its own choice"
         return f"TensorRT {self.version}: {types}, {'takes' if self.refits else 'takes no'} new weights"
 
@@ -102,7 +100,6 @@ class RejectedMessageLog:
         return Logger()
 
     def take(self, message: str) -> None:
-        """Note an error."""
         self.lines = [*self.lines, reason(Exception(message))][-_MOST_LINES:]
 
     @contextmanager
@@ -116,5 +113,4 @@ class RejectedMessageLog:
             raise EngineError(what, got=self.lines[-1] if self.lines else reason(error)) from error
 
     def error(self, what: str) -> EngineError:
-        """An error with the last complaint."""
         return EngineError(what, got=self.lines[-1] if self.lines else "no reason")

@@ -127,7 +127,6 @@ def _monitor(trt: Any, tell: Tell) -> Any:
 
 
 def _refused(parser: Any, complaints: RejectedMessageLog, what: str) -> EngineError:
-    """A parser's errors about a file."""
     for i in range(parser.num_errors):
         complaints.take(str(parser.get_error(i).desc()))
     return complaints.error(what)

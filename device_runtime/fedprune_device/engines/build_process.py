@@ -42,12 +42,10 @@ class BuildRequest:
     parent: int = field(default_factory=os.getpid)
 
     def to_json(self) -> str:
-        """As JSON."""
         return json.dumps(asdict(self), default=str)
 
     @classmethod
     def from_json(cls, text: str) -> BuildRequest:
-        """What `to_json` gave."""
         body = json.loads(text)
         paths = {n: None if body[n] is None else Path(body[n]) for n in ("timings", "base")}
         return cls(Path(body["folder"]), body["plan"], body["refittable"], **paths, parent=body["parent"])
@@ -84,7 +82,6 @@ class BuildProcess:
 
     @property
     def progress(self) -> str:
-        """The child's last progress report."""
         return _last_line(self._out)
 
     def poll(self) -> BuildResult | None:
@@ -108,7 +105,6 @@ class BuildProcess:
         return self._made()
 
     def stop(self) -> None:
-        """End the child and all that it started."""
         if self._child.poll() is None:  # until then its number isn't reused
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._child.pid, signal.SIGKILL)

@@ -115,7 +115,6 @@ class Stream:
         return address
 
     def put(self, address: int, array: npt.NDArray[Any]) -> None:
-        """Copy an array to the device; it must stay until `wait` returns."""
         self._cuda.call("cudaMemcpyAsync", address, array.ctypes.data, array.nbytes, _TO_DEVICE, self.handle)
 
     def get(self, array: npt.NDArray[Any], address: int) -> None:
@@ -130,7 +129,6 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Free everything; CUDA's errors no longer matter."""
         addresses, handle = [address for address, _ in self._memory.values()], self.handle
         self._memory, self.handle = {}, 0
         with contextlib.suppress(EngineError):

@@ -57,7 +57,6 @@ class Engine:
         return {n: np.concatenate([p[n] for p in parts]) for n in names}
 
     def close(self) -> None:
-        """Give its memory back."""
         self._stream.close()
         self._context = self._engine = self._runtime = None
 

@@ -51,7 +51,6 @@ class EnginePlatform:
 
     @property
     def timings(self) -> str:
-        """What a timing cache is for."""
         return _digest(asdict(self))
 
 
@@ -77,11 +76,9 @@ class EngineCache:
 
     @property
     def work(self) -> Path:
-        """Where a child process works."""
         return self.root / "work"
 
     def path(self, what: str) -> Path:
-        """The path of `ENGINE`, `BASE` or `TIMINGS`."""
         return self.root / _FILES[what]
 
     @contextmanager
@@ -184,7 +181,6 @@ class EngineCache:
 
 
 def _checked(record: CachedEngine) -> CachedEngine:
-    """A record whose fields fit `CachedEngine`."""
     for name in ("refit_s", "rebuild_s"):
         if getattr(record, name) is not None:
             check.number(name, getattr(record, name), 0, math.inf)

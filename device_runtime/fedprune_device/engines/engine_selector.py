@@ -56,8 +56,6 @@ class EngineRequest:
 
 @dataclass(frozen=True)
 class _Job:
-    """A child process with what it is for."""
-
     making: BuildProcess
     way: str
     refittable: bool
@@ -95,12 +93,10 @@ class EngineSelector:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is being made or to be looked at."""
         return self._wanted is None
 
     @property
     def progress(self) -> str:
-        """How far the child process is, in its words."""
         return "" if self._job is None else self._job.making.progress
 
     def want(self, wanted: EngineRequest, *, anew: bool = False) -> None:
@@ -135,7 +131,6 @@ class EngineSelector:
         return found
 
     def close(self) -> None:
-        """End what is being made; nothing is wanted any more."""
         job, self._job, self._wanted = self._job, None, None
         if job is not None:
             job.making.stop()
@@ -144,7 +139,6 @@ class EngineSelector:
         self._lock.close()
 
     def fell_back(self, error: EngineError) -> None:
-        """Note that an engine failed while it answered."""
         self.status, self.facts = f"onnxruntime (the engine failed: {error})", {}
         _LOG.warning("onnxruntime answers, because the engine failed: %s", error)
 
@@ -311,7 +305,6 @@ class CheckedSession:
         self._predictor, self._selector = predictor, selector
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See `fedprune.runtime.session.Session.run`."""
         if self._engine is not None:
             try:
                 return self._engine.run(feeds, outputs)
@@ -321,13 +314,11 @@ class CheckedSession:
         return self._predictor.session.run(feeds, outputs)
 
     def close(self) -> None:
-        """Give the engine's memory back; onnxruntime answers from now on."""
         if self._engine is not None:
             self._engine.close()
         self._engine = None
 
 
 def here(found: Bindings) -> EnginePlatform:
-    """What board this is."""
     read = facts()
     return EnginePlatform(read.model[:200], read.l4t, found.device.sm, found.version, power_mode())

@@ -227,7 +227,6 @@ class Renewal:
                 _LOG.warning("no new certificate yet: %s", error)
 
     def due(self) -> bool:
-        """Whether to ask now."""
         if self._connected():
             return self._identity.renewal_due()
         return self._clock() - self._renewed_at >= _DAY_S

@@ -40,7 +40,6 @@ class Membership:
     identity: DeviceIdentity | None
 
     def connection(self, next_session: Callable[[], int]) -> Connection:
-        """The connection to the server, not started yet; raises `IdentityError` if the board hasn't joined."""
         identity = self.identity
         if identity is None:
             channel = Channel(self.device, self.site)

@@ -95,7 +95,6 @@ class _Time:
     end: float
 
     def over(self, points: int) -> bool:
-        """Whether measuring ends after this many points."""
         now = self.clock()
         return (points >= _MIN_POINTS and now > self.share) or (points >= 1 and now > self.end)
 
@@ -114,15 +113,12 @@ class LayerNets:
         return found
 
     def architecture(self, net: str) -> Architecture:
-        """A net's architecture."""
         return Architecture.from_json(self._files[f"{net}/architecture.json"])
 
     def training(self, net: str) -> bytes:
-        """A net's training graph."""
         return self._files[f"{net}/training.onnx"]
 
     def inference(self, net: str, point: int) -> bytes:
-        """A net's inference graph at one of its points."""
         return self._files[f"{net}/inference-{point}.onnx"]
 
 
@@ -143,13 +139,11 @@ def measure(threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_co
 def measure_table(
     threads: int = 1, seconds: float = 10.0, rate: float | None = None, clock: Clock = time.perf_counter
 ) -> LatencyTable:
-    """The table of this board, see `measure`. `rate` is FLOP/s of the reference net's training step, if known."""
     measured = measure(threads, seconds, clock)
     return fitted(measured, rate) if rate else fitted(measured)
 
 
 def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -> LatencyTable:
-    """The table of an earlier start, see `remembered`."""
     return remembered(path, about, _archive(), "latency", LatencyTable.from_dict, make)
 
 

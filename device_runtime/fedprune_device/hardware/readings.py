@@ -21,7 +21,6 @@ _STATUS = Path("/proc/self/status")
 
 
 def facts(root: Path = Path("/")) -> Facts:
-    """What identifies this board; what can't be read stays empty."""
     total, _ = memory(root)
     entries = _text(root / "proc/device-tree/compatible").split("\0")
     return Facts(
@@ -46,7 +45,6 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
 
 
 def board(root: Path = Path("/")) -> str:
-    """The board's model from the device tree; empty without one."""
     return _text(root / "proc/device-tree/model").rstrip("\0")[:200]
 
 
@@ -117,7 +115,6 @@ def power_mode(root: Path = Path("/")) -> int | None:
 
 
 def condition(root: Path = Path("/")) -> str:
-    """The board's condition in a few words, for a log."""
     found, flags, mode = temperature_c(root), firmware_flags(root), power_mode(root)
     parts = ["temperature unknown" if found is None else f"{found:.0f} °C"]
     parts += ["slowed down"] if throttled(root) else []
@@ -155,7 +152,6 @@ def resident_memory() -> int | None:
 
 
 def _status(name: str) -> int | None:
-    """An entry of the process's status, in bytes."""
     try:
         lines = _STATUS.read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -91,7 +91,6 @@ class RuntimeProcess:
         return replace(ProbeReport.from_dict(found), memory_total=total, memory_available=min(available, total))
 
     def close(self) -> None:
-        """End the process."""
         process, self._process = self._process, None
         if process is None:
             return

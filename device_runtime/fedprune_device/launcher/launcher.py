@@ -175,7 +175,6 @@ class StderrTail:
         self._thread.start()
 
     def read(self) -> str:
-        """The last line, once the process has ended."""
         self._thread.join(_WORDS_S)  # a child of it may hold the stream open
         return line(self._last.decode(errors="replace"))
 
@@ -191,7 +190,6 @@ class StderrTail:
 
 
 def signal_name(number: int) -> str:
-    """A signal's name, such as SIGILL."""
     try:
         return signal.Signals(number).name
     except ValueError:  # most real-time signals have none
@@ -199,7 +197,6 @@ def signal_name(number: int) -> str:
 
 
 def main() -> int:
-    """Start the installed runtime with these arguments."""
     home = SlotStore(Path(os.environ.get("FEDPRUNE_ROOT") or Path(sys.argv[0]).resolve().parent))
     try:
         if home.key() is None:

@@ -107,7 +107,6 @@ class SlotStore:
             os.close(descriptor)
 
     def load(self) -> LauncherState | None:
-        """The newest valid state; None if there is none."""
         found = []
         for name in ("state.json", "copy.json"):
             with suppress(DamagedError):
@@ -143,7 +142,6 @@ class SlotStore:
         _write(self.folder / f"{slot}.json", asdict(record))
 
     def drop_record(self, slot: str) -> None:
-        """Let a slot count as empty, durably, before it is changed."""
         with suppress(FileNotFoundError):
             (self.folder / f"{slot}.json").unlink()
         _sync(self.folder)
@@ -185,7 +183,6 @@ class SlotStore:
 
 
 def running(environment: Mapping[str, str] = os.environ) -> str:
-    """The slot that the launcher started and the number of its release; empty without a launcher."""
     root, slot = environment.get("FEDPRUNE_ROOT", ""), environment.get("FEDPRUNE_SLOT", "")
     if not root or slot not in SLOTS:
         return ""

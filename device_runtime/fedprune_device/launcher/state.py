@@ -64,25 +64,20 @@ class LauncherState:
         return SLOTS[1] if self.stable == SLOTS[0] else SLOTS[0]
 
     def stage(self, version: int, starts: int) -> LauncherState:
-        """The other slot is installed; it is dropped unless it is armed within so many starts."""
         return replace(self, phase=STAGED, left=starts, highest=max(self.highest, version), trouble="")
 
     def arm(self, attempts: int, seconds: float) -> LauncherState:
-        """Try the other slot at the next starts."""
         return replace(self, phase=TRIAL, left=attempts, seconds=seconds, trouble="")
 
     def used(self) -> LauncherState:
-        """Use up one start."""
         return replace(self, left=self.left - 1)
 
     def commit(self) -> LauncherState:
-        """The trial succeeded: its slot is the stable one from now on."""
         return replace(
             self, stable=self.other, phase=STABLE, left=0, trouble="", outcome=UpdateOutcome(self.highest, COMMITTED)
         )
 
     def roll_back(self, reason: str) -> LauncherState:
-        """Give up the other slot."""
         outcome = UpdateOutcome(self.highest, ROLLED_BACK, line(reason))
         return replace(self, phase=STABLE, left=0, trouble="", outcome=outcome)
 
@@ -95,14 +90,12 @@ class LauncherState:
         return replace(self, trouble=line(trouble))
 
     def fall_back(self, version: int, reason: str) -> LauncherState:
-        """Run the other slot, because the stable one is damaged."""
         return replace(
             LauncherState(self.other, highest=self.highest), outcome=UpdateOutcome(version, ROLLED_BACK, line(reason))
         )
 
     @classmethod
     def read(cls, body: Any) -> LauncherState:
-        """Check a state that was read; raises `DamagedError`."""
         try:
             made = cls(**{**body, "outcome": UpdateOutcome(**body["outcome"]) if body["outcome"] else None})
             numbers = (made.left, made.highest, made.sequence)
@@ -120,5 +113,4 @@ class LauncherState:
 
 
 def line(text: str) -> str:
-    """One printable line, of at most 300 characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]

@@ -47,7 +47,6 @@ class LeafReuse:
         return partial.count - before
 
     def _from(self, donor: str, partial: PartialBlob, missing: dict[bytes, list[int]]) -> None:
-        """Copy from one blob; what was copied is missing no more."""
         try:
             table = self._store.table(donor)
         except StorageError:
@@ -137,17 +136,14 @@ class BlobDownloads:
 
     @property
     def done(self) -> bool:
-        """Whether everything is there."""
         return not self._slabs and all(p.done for p in self._pulls.values())
 
     @property
     def lacking(self) -> tuple[BlobRef, ...]:
-        """What is still to be pulled."""
         return tuple(p.ref for p in self._pulls.values() if not p.done)
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Leaves that are there, and leaves in all, of the blobs that were lacking."""
         rows = [p.progress for p in self._pulls.values()]
         return sum(done for done, _ in rows), sum(total for _, total in rows)
 
@@ -157,7 +153,6 @@ class BlobDownloads:
         return frozenset(topics.shared(s, job) for s, p in self._pulls.items() if p.shared and not p.done)
 
     def start(self, now: float) -> list[BlobRequest]:
-        """What to ask for on a new connection."""
         self._listens_since = now
         return [want for p in self._pulls.values() if not p.done for want in p.start(now)] + self._settle(now)
 
@@ -178,7 +173,6 @@ class BlobDownloads:
         return pull.on_chunk(chunk, now) + self._settle(now)
 
     def tick(self, now: float) -> list[BlobRequest]:
-        """What to ask for again."""
         awaits = self._shared and any(p.shared and not p.done for p in self._pulls.values())
         if awaits and not self._heard and now - self._listens_since > self._answers.patience(PATIENCE):
             # A broker whose rules are older than shared topics lets nothing through there, and reports no error.

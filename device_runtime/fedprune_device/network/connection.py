@@ -50,11 +50,9 @@ class Channel:
         return False
 
     def seal(self, topic: str, message: Message) -> bytes:
-        """The payload for a message; raises `StorageError` if the number to sign it with can't be written."""
         return message.to_bytes()
 
     def open(self, topic: str, payload: bytes) -> Message:
-        """The message in a payload; raises `ProtocolError` if it is not a valid message of the server."""
         return parse(payload)
 
     def turn(self) -> None:
@@ -64,7 +62,6 @@ class Channel:
         """Note that the connection is lost."""
 
     def will(self, session: int) -> tuple[str, bytes]:
-        """Topic and payload that the broker publishes when the connection is lost."""
         topic = self.topics.up(self.device)
         return topic, self.seal(topic, Death(self.device, session))
 
@@ -89,7 +86,6 @@ class Connection:
         return self._channel.birth_due
 
     def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> bool:
-        """Send a message without waiting; False if that isn't possible now. Raises `StorageError` as `Channel.seal`."""
         topic = self.topics.up(self.device, job)
         return self.link.publish(topic, self._channel.seal(topic, message), qos)
 

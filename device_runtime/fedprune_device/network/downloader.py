@@ -37,17 +37,14 @@ class Downloader:
 
     @property
     def offer(self) -> Offer | None:
-        """Whose blobs are on their way; None where nothing is."""
         return None if self._downloads is None else self._downloads.offer
 
     @property
     def fetching(self) -> bool:
-        """Whether the web server is at work; nothing is pulled over MQTT meanwhile."""
         return self._web.fetching
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Leaves that are there, and leaves in all."""
         part = self._web if self._web.fetching else self._downloads
         return (0, 0) if part is None else part.progress
 
@@ -68,7 +65,6 @@ class Downloader:
             self._downloads.offer = offer
 
     def connected(self, now: float) -> None:
-        """A connection is there: ask for all that is lacking."""
         self._deaf = False
         if self._downloads is not None and not self._web.fetching:
             self._ask(self._downloads, self._downloads.start(now))
@@ -79,11 +75,9 @@ class Downloader:
             self._ask(self._downloads, self._downloads.remind(now))
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
-        """Record a chunk; raises `ProtocolError` if the offer's blobs can't be had."""
         self._pull(lambda downloads: downloads.chunk(chunk, now, shared=shared))
 
     def gone(self, sha256: str, now: float) -> None:
-        """Note that the server no longer has a blob; raises `ProtocolError` if the offer can't do without it."""
         self._pull(lambda downloads: downloads.gone(sha256, now))
 
     def turn(self, now: float) -> float | None:
@@ -103,7 +97,6 @@ class Downloader:
         return took
 
     def stop(self) -> None:
-        """Nothing is needed any more."""
         self._downloads = None
         self._web.stop()
 

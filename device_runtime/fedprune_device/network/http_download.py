@@ -80,7 +80,6 @@ class HttpFetch:
 
     @property
     def alive(self) -> bool:
-        """Whether it is running; False after `stop`, though its thread may take a moment to end."""
         return self._thread.is_alive() and not self._ending.is_set()
 
     @property
@@ -89,14 +88,12 @@ class HttpFetch:
         return self._behind + self._clock() - self._moved_at > STALL_S
 
     def stop(self, why: str = "") -> None:
-        """End at once, also in the middle of an answer; nothing more is written but what is being written now."""
         if self._thread.is_alive() and not self._ending.is_set():
             self.failure = why
         self._ending.set()
         self._connection.cut()
 
     def join(self, timeout: float) -> None:
-        """Wait for its end, but no longer than `timeout` seconds."""
         self._thread.join(timeout)
 
     def _run(self) -> None:
@@ -149,7 +146,6 @@ class HttpFetch:
         self.done += partial.count - present
 
     def _missing(self, partial: PartialBlob) -> None:
-        """Fetch what is missing, or a part of it where the connection breaks."""
         before = partial.count
         try:
             for first, end in _gaps(partial.present):
@@ -268,7 +264,6 @@ class _Connection(http.client.HTTPConnection):
                     raise
 
     def cut(self) -> None:
-        """End it from another thread: its reads and writes fail."""
         self._is_cut = True
         found = self.sock
         if found is not None:
@@ -315,12 +310,10 @@ class HttpDownload:
 
     @property
     def fetching(self) -> bool:
-        """Whether a download is under way, or its end hasn't been handled yet."""
         return self._fetch is not None
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Leaves that are there, and leaves in all."""
         return (0, 0) if self._fetch is None else (self._fetch.done, self._fetch.total)
 
     def over(self) -> bool:
@@ -346,12 +339,10 @@ class HttpDownload:
         return True
 
     def stop(self) -> None:
-        """Fetch no more."""
         if self._fetch is not None:
             self._fetch.stop()
             self._fetch = None
 
     def join(self, timeout: float) -> None:
-        """Wait for the last thread's end, but no longer than `timeout` seconds."""
         if self._last is not None:
             self._last.join(timeout)

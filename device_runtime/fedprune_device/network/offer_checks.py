@@ -95,10 +95,8 @@ def _work(offer: Offer) -> Offer:
 
 
 def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:
-    """Job and round."""
     return message.job, message.round
 
 
 def attempt_of(message: Offer | Update | Cancelled) -> tuple[str, int, int]:
-    """Job, round and attempt."""
     return message.job, message.round, message.attempt

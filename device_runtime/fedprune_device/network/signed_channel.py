@@ -86,7 +86,6 @@ class SignedChannel(Channel):
             )
 
     def lost(self) -> None:
-        """Note that the connection is lost."""
         self._silent_since = None
 
     def _follow(self, topic: str, payload: bytes) -> None:

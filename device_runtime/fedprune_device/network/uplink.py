@@ -50,25 +50,20 @@ class BoardStatus:
         self._measured: dict[str, float | None] = {"accuracy": None, "loss": None}
 
     def working(self, offer: Offer, status: tuple[str, int, int], *, alone: bool = False) -> None:
-        """It is at an offer: phase, units done, units in all; or trains on from one while the server is away."""
         self._at(offer, *status, alone=alone)
 
     def announcing(self, update: Update) -> None:
-        """An update waits to be handed in."""
         self._at(update, "announce")
         self._measured = {kind: served(update.metrics, kind) for kind in ("accuracy", "loss")}
 
     def idle(self) -> None:
-        """Nothing is to be done; job and round are the last ones."""
         if self._work["phase"] != "idle":
             self._work = {**self._work, "phase": "idle", "done": 0, "total": 0, "alone": False}
 
     def failed(self, offer: Offer, reason: str) -> None:
-        """An offer isn't carried out."""
         self._error = {"job": offer.job, "round": offer.round, "reason": reason[:500]}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
         return {"connected": self.connected, **self._work, "last_error": self._error, **self._measured}
 
     def _at(self, what: Offer | Update, phase: str, done: int = 0, total: int = 0, *, alone: bool = False) -> None:
@@ -105,12 +100,10 @@ class Uplink:
         self._refusal: Refusal | None = None
 
     def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> None:
-        """Send a message once."""
         self._spoke = True
         self._connection.send(message, job, qos)
 
     def ask(self, job: str, wants: Iterable[BlobRequest]) -> None:
-        """Ask for pieces of blobs."""
         for want in wants:
             self.send(with_request_id(want), job)
 
@@ -179,7 +172,6 @@ class Uplink:
             self._spoke, self._quiet_since = False, now
 
     def refuse(self, offer: Offer, error: BaseException) -> None:
-        """Refuse an offer, with the reason."""
         code = error.exit_code if isinstance(error, FedpruneError) else ExitCode.INTERNAL
         reason = refused(error, private=False)
         _LOG.warning("round %d of job %s: refused: %s", offer.round, offer.job, reason)

@@ -75,7 +75,6 @@ class PrivacyBudget:
         return GaussianNoise.secret()
 
     def describe(self, delta: float | None = None) -> str:
-        """What was spent, in words, at δ; by default the owner's."""
         floor = self.floor or PrivacyPolicy()
         if self._damage:
             return f"what was spent is not known: {self._damage}"

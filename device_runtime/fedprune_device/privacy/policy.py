@@ -44,7 +44,6 @@ class PrivacyPolicy:
         validation.number("privacy: delta", self.delta, 0, 1, above=True, below=True)
 
     def check(self, recipe: Recipe, cost: float) -> None:
-        """Check one more update under a recipe, after releases that have cost `cost` (`fedprune.updates.privacy`)."""
         multiplier = multiplier_of(recipe)
         if not multiplier:
             raise PrivacyError(

@@ -112,7 +112,6 @@ class ReleaseInstaller:
         return False
 
     def pulled(self) -> BlobStore:
-        """The store of a release's files that are downloaded."""
         return BlobStore(self._incoming / PULLED, max_size=MAX_FILE)
 
     def take(self, release: Release) -> None:
@@ -136,7 +135,6 @@ class ReleaseInstaller:
         return release
 
     def clear(self) -> None:
-        """Delete files that were left over."""
         with self._alone(), storage_errors(f"can't write {self._incoming}"):
             self._clear_incoming(None)
 
@@ -221,7 +219,6 @@ class ReleaseInstaller:
             )
 
     def _bring(self, source: ReleaseSource, state: LauncherState) -> Release:
-        """Check, download and install a release; the launcher's state stays as it is."""
         manifest, signature, slot = source.manifest()[: MAX_MANIFEST + 1], source.signature(), state.other
         release = opened(manifest, signature, self._key)
         self._check_launcher()
@@ -330,7 +327,6 @@ def _no_room(release: Release, need: int, there: int) -> StorageFullError:
 
 
 def write_launcher(path: Path) -> None:
-    """Write the launcher, one file of the modules that it consists of; raises `OSError` if the disk fails."""
     here, data = Path(str(launcher.__file__)).parent, io.BytesIO()
     with zipfile.ZipFile(data, "w") as archive:
         for package in ("fedprune_device", "fedprune_device/launcher"):

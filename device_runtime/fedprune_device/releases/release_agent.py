@@ -91,14 +91,12 @@ class ReleaseAgent:
         self._guarded(self._greet)
 
     def chunk(self, chunk: Chunk) -> bool:
-        """Take in a piece of a release; False if it is of another blob."""
         if self._pulling is None or not self._pulling.wants(chunk.sha256):
             return False
         self._guarded(lambda: self._on_chunk(chunk))
         return True
 
     def gone(self, sha256: str) -> bool:
-        """The server no longer has a file; False if it isn't one of the release that is being pulled."""
         if self._pulling is None or not self._pulling.wants(sha256):
             return False
         if self._offer is not None:
@@ -107,7 +105,6 @@ class ReleaseAgent:
         return True
 
     def on_message(self, message: ReleaseOffer | ReleaseWithdrawn) -> None:
-        """A release is offered or withdrawn."""
         if isinstance(message, ReleaseOffer):
             self._guarded(lambda: self._on_offer(message))
         else:
@@ -235,7 +232,6 @@ class ReleaseAgent:
             _LOG.warning("can't delete what was pulled: %s", error)
 
     def _greet(self) -> None:
-        """After a birth: report the state of a release, and request again what is missing."""
         if isinstance(self._updater, str):
             return
         self._last = None

@@ -42,18 +42,15 @@ class ReleaseDownload:
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Leaves that have arrived, and leaves in all."""
         here = sum(r.leaf_count for r in self._refs if self._store.has(r.sha256))
         coming = 0 if self._pull is None or self._pull.done else self._pull.progress[0]
         return here + coming, sum(r.leaf_count for r in self._refs)
 
     def start(self, now: float) -> list[BlobRequest]:
-        """The first requests, for a new connection."""
         wants = [] if self._pull is None else self._pull.start(now)
         return wants + self._onward(now)
 
     def wants(self, sha256: str) -> bool:
-        """Whether this blob is being downloaded."""
         return self._pull is not None and self._pull.ref.sha256 == sha256
 
     def chunk(self, chunk: Chunk, now: float) -> list[BlobRequest]:
@@ -62,7 +59,6 @@ class ReleaseDownload:
         return wants + self._onward(now)
 
     def tick(self, now: float) -> list[BlobRequest]:
-        """Requests to repeat."""
         return [] if self._pull is None else self._pull.on_tick(now)
 
     def _onward(self, now: float) -> list[BlobRequest]:
@@ -104,12 +100,10 @@ class StagingThread:
 
 
 def offer_source(offer: ReleaseOffer, updater: ReleaseInstaller) -> DownloadedSource:
-    """The source from which an offered release is installed."""
     return DownloadedSource(offer.manifest.encode(), bytes.fromhex(offer.signature), updater.pulled())
 
 
 def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> None:
-    """Delete what was downloaded, except the files of one release."""
     store = updater.pulled()
     kept = set() if keep is None else {f.sha256 for f in keep.files}
     for name in store.names():

@@ -61,7 +61,6 @@ class ReleaseTrial:
         _LOG.info("release %d is healthy and stays", self.number)
 
     def check_packages(self) -> None:
-        """Check that the release brings its own packages; raises `RuntimeUnavailableError`."""
         try:
             system = self._home.record(self._slot).system
         except DamagedError as error:

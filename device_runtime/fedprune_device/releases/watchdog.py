@@ -40,7 +40,6 @@ class Watchdog:
         self._connected = False
 
     def turn(self) -> None:
-        """A turn of the loop begins."""
         if not self._ready:
             self._ready = True
             self._tell(READY)
@@ -52,17 +51,14 @@ class Watchdog:
             self._commit(self._trial)
 
     def connected(self) -> None:
-        """The broker is reached."""
         self._connected = True
         self._tell(status("connected to the broker"))
 
     def lost(self, reason: str) -> None:
-        """The connection is lost."""
         self._connected = False
         self._tell(status(f"waiting for the broker: {reason}"))
 
     def stop(self) -> None:
-        """The service ends."""
         self._tell(STOPPING)
 
     def _commit(self, trial: ReleaseTrial) -> None:

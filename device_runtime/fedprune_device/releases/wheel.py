@@ -61,7 +61,6 @@ class Wheel:
 
     @property
     def modules(self) -> frozenset[str]:
-        """The top-level names of its modules."""
         tops = {path.split("/")[0] for path in self.paths}
         return frozenset(top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".libs")))
 
@@ -175,7 +174,6 @@ def empty(folder: Path) -> None:
 
 
 def contents_digest(wheels: Iterable[Wheel]) -> str:
-    """The digest of all files of some wheels, see `files_digest`."""
     return files_digest({path: (sha256, size) for wheel in wheels for path, sha256, size in wheel.unpack(None)})
 
 

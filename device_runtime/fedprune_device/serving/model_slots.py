@@ -52,7 +52,6 @@ class Serving:
 
     @property
     def files(self) -> dict[str, str]:
-        """Its files, with their sha256."""
         lowered = dict(zip(served_files(self.precision), self.lowered, strict=True)) if self.lowered else {}
         return {GRAPH: self.inference, WEIGHTS: self.weights} | lowered
 
@@ -63,7 +62,6 @@ class Serving:
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
-        """Read and check; raises `StorageError`."""
         try:
             values = {f.name: body[f.name] for f in fields(cls) if f.name not in _LATER}
             values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have none of these
@@ -100,7 +98,6 @@ class ModelSlots:
         self.job = ""
 
     def prepare(self) -> None:
-        """Make the folders and clear away what a killed process left."""
         for folder in (self._root, *(self._root / n for n in (*_NAMES, _STAGE))):
             with storage_errors(f"can't write {folder}"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +105,6 @@ class ModelSlots:
 
     @property
     def staging(self) -> Path:
-        """The folder in which a candidate is put together."""
         return self._root / _STAGE
 
     def stage(self, inference: Path, weights: Path | bytes) -> Path:
@@ -150,11 +146,9 @@ class ModelSlots:
         return None
 
     def folder(self, record: Serving) -> Path:
-        """A model's folder, until another model takes its slot."""
         return self._root / record.slot
 
     def open(self, threads: int = 1, *, cuda: bool = False) -> tuple[Predictor, Serving]:
-        """Load what serves; raises `ModelError` if nothing does."""
         for _ in range(5):
             record = self.current()
             if record is None:
@@ -172,7 +166,6 @@ class ModelSlots:
         raise StorageError("the serving model changes faster than it can be loaded")
 
     def weights(self, record: Serving) -> bytes:
-        """The weights file of a model that serves; raises `StorageError` if it is damaged."""
         path = self._root / record.slot / WEIGHTS
         with storage_errors(f"can't read {path}"):
             raw = path.read_bytes()

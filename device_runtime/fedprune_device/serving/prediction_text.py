@@ -23,7 +23,6 @@ def described(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequ
 
 
 def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
-    """The accuracy of outputs [n, K], or their loss where numbers are predicted."""
     wanted = targets(y, loss, outputs.shape[1])
     right = hits(loss, outputs, wanted)
     if right is None:

@@ -56,7 +56,6 @@ class Predictor:
 
     @property
     def takes_tokens(self) -> bool:
-        """Whether its inputs are whole numbers (token ids)."""
         return self._dtype.kind == "i"
 
     def predict(self, x: Inputs, batch: int = 64) -> npt.NDArray[np.float32]:

@@ -132,7 +132,6 @@ class PrecisionCheck:
 
 
 def clear(folder: Path, precision: str, *, made: bool = True) -> None:
-    """Delete the files of a precision, or, without `made`, only those that make it."""
     with storage_errors(f"can't write {folder}"):
         for name in files_of(precision):
             if (made or name not in served_files(precision)) and (folder / name).exists():

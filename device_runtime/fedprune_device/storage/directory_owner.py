@@ -46,7 +46,6 @@ class DirectoryOwner:
         )
 
     def claim(self, root: Path) -> None:
-        """Record that the directory is this device's."""
         self.check(root)
         if _read(root) != asdict(self):
             atomic_file.write_document(root / FILE, asdict(self))

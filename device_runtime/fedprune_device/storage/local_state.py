@@ -69,7 +69,6 @@ class LocalState:
         mask: ElementMask | None,
         residual: Tensors | None = None,
     ) -> LocalState:
-        """What an offer's round leaves."""
         place = (offer.job, offer.seed, offer.architecture, offer.selection, offer.ranking, offer.widths, offer.round)
         return cls(*place, average, personal, mask, residual or {})
 
@@ -89,7 +88,6 @@ class LocalState:
         return mine is not None and mine.shape == tensor.shape
 
     def to_bytes(self) -> bytes:
-        """As a tensor file whose head knows a digest of the rest."""
         arrays: dict[str, npt.NDArray[Any]] = {f"average/{n}": v for n, v in self.average.items()}
         arrays |= {f"personal/{n}": v for n, v in self.personal.items()}
         arrays |= {f"residual/{n}": v for n, v in self.residual.items()}
@@ -102,7 +100,6 @@ class LocalState:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> LocalState:
-        """Read and check; raises `StorageError` if it is damaged."""
         try:
             arrays = tensorfile.decode(data)
             text, digest = arrays.pop(_HEAD).tobytes(), arrays.pop(_DIGEST).tobytes()
@@ -125,7 +122,6 @@ class LocalState:
 
 
 def _digest(text: bytes, arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
-    """sha256 of a record: of its head, and of all names, types, shapes and bytes in their order."""
     digest = hashlib.sha256(text)
     for name, value in arrays.items():
         digest.update(json.dumps([name, value.dtype.str, value.shape]).encode())
@@ -140,9 +136,7 @@ class StateStore(Protocol):
         """The records, by place."""
         ...
 
-    def stage(self, record: bytes) -> None:
-        """Store a record that `read` doesn't return before `commit`."""
-        ...
+    def stage(self, record: bytes) -> None: ...
 
     def commit(self, neighbour: str | None) -> None:
         """Make the staged record the newest; delete all others except the one at `neighbour`."""
@@ -170,7 +164,6 @@ class RoundState:
         self.base = None
 
     def stage(self, own: LocalState) -> None:
-        """Store the round's state without making it current: the round may still be cancelled."""
         self._states.stage(own.to_bytes())
 
     def commit(self) -> None:
@@ -190,7 +183,6 @@ class MemoryStateStore:
         return dict(self.records)
 
     def stage(self, record: bytes) -> None:
-        """See `StateStore`."""
         self._staged = record
 
     def commit(self, neighbour: str | None) -> None:
@@ -206,7 +198,6 @@ class FolderStateStore:
         self._root = root
 
     def prepare(self) -> None:
-        """Make the folder and clear away what a killed process left."""
         with storage_errors(f"can't write {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
         atomic_file.sweep(self._root)
@@ -217,7 +208,6 @@ class FolderStateStore:
         return {name: data for name, data in found.items() if data is not None}
 
     def stage(self, record: bytes) -> None:
-        """See `StateStore`."""
         atomic_file.write_whole(self._root / _STAGED, record, private=True)
 
     def commit(self, neighbour: str | None) -> None:
@@ -273,7 +263,6 @@ class FolderStateStore:
                 shutil.rmtree(path)
 
     def paths(self) -> list[Path]:
-        """Files that there may be."""
         return [self._root / name for name in _SLOTS]
 
     def clear(self) -> None:

@@ -96,7 +96,6 @@ class DeviceStore:
             raise
 
     def close(self) -> None:
-        """Release the directory."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -157,7 +156,6 @@ class DeviceStore:
             self._set_task(replace(self.task, donor=""))
 
     def finish(self) -> None:
-        """Note that the current offer is done; its graphs stay for the next one."""
         if self.task is not None and not self.task.done:
             self._set_task(replace(self.task, done=True))
 
@@ -168,7 +166,6 @@ class DeviceStore:
         self.task = None
 
     def keep(self, update: messages.Update) -> None:
-        """Keep an update, whose weights must be in `blobs`, until the server has it."""
         if not self.blobs.has(update.weights.sha256):
             raise StorageError("an update's weights are missing from the store")
         atomic_file.write_document(self.root / "pending.json", {"message": _body(update)})
@@ -179,7 +176,6 @@ class DeviceStore:
         self.pending = None
 
     def waiting(self, offer: Offer) -> messages.Update | None:
-        """The update of an offer's round that the server doesn't have yet, if there is one."""
         pending = self.pending
         return pending if pending is not None and (pending.job, pending.round) == (offer.job, offer.round) else None
 
@@ -214,7 +210,6 @@ class DeviceStore:
         return total
 
     def free_bytes(self) -> int:
-        """Room on the disk."""
         return shutil.disk_usage(self.root).free
 
     def _of_another_run(self, offer: Offer) -> bool:

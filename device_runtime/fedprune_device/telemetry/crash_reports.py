@@ -80,7 +80,6 @@ class CrashReports:
         return found
 
     def told(self) -> None:
-        """The server has it."""
         with contextlib.suppress(FedpruneError):
             atomic_file.remove(self._folder / FILE)
 

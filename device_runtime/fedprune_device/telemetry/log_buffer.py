@@ -68,7 +68,6 @@ class LogBuffer(logging.Handler):
             return self._number
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a record; called by any thread, and quick."""
         try:
             text = record.getMessage()
             if record.exc_info and record.exc_info[1] is not None:
@@ -98,7 +97,6 @@ class LogBuffer(logging.Handler):
             return LogReport(self._device, tuple(cast(LogEntry, line) for line in told))
 
     def kept(self, number: int) -> None:
-        """The server has all up to a number."""
         with self._guard:
             gone = [line for line in self._lines if line["number"] <= number and line.get("told")]
             if not gone:

@@ -39,11 +39,9 @@ class LogReporter:
         self._next = 0.0
 
     def born(self) -> None:
-        """A birth is sent: the server answers with what it wants of the log, if it wants any."""
         self._wanted = None
 
     def lost(self) -> None:
-        """The connection is lost."""
         self._wanted = None
 
     def wanted(self, message: LogRequest) -> None:
@@ -58,7 +56,6 @@ class LogReporter:
             self._next = min(self._next, self._clock() + (0.0 if first else _BETWEEN_S))
 
     def turn(self) -> None:
-        """Save the log and send what is due."""
         self._log.save()
         now = self._clock()
         if self._wanted is None or now < self._next or not self._wanted.lines:

@@ -64,7 +64,6 @@ class Evaluation:
             self._add(model, "val", "validation" if when == "after" else f"validation_{when}")
 
     def check(self, model: Predictor, loss: float | None) -> None:
-        """The numeric check before a model may serve; `loss` is the training graph's, where both compute the same."""
         y = targets(self._data.y_train, self._recipe.loss, self._classes)
         model.check(
             self._classes,
@@ -86,7 +85,6 @@ class Evaluation:
         self.metrics["latency_seconds"] = float(np.median(times[1:]))
 
     def finite(self) -> dict[str, float]:
-        """All metrics that are finite."""
         return {name: value for name, value in self.metrics.items() if math.isfinite(value)}
 
     def _add(self, model: Predictor, split: str, name: str) -> bool:
@@ -105,7 +103,6 @@ class Evaluation:
 
 
 def training_metrics(result: TrainingResult) -> dict[str, float]:
-    """What training itself measured."""
     right = {} if result.train_accuracy is None else {"train_accuracy": result.train_accuracy}
     return right | {
         "loss_first": result.loss_first,

@@ -50,7 +50,6 @@ class TrainingThread:
         return self._stop.is_set()
 
     def stop(self) -> None:
-        """Let it end before its next training step."""
         self._stop.set()
 
     def join(self, timeout: float) -> None:

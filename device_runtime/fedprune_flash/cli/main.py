@@ -15,7 +15,6 @@ from fedprune_flash.cli.ssh import add_ssh_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
     return run_command("fedprune-flash", build_parser, argv)
 
 

@@ -46,7 +46,6 @@ class PlanStep:
 
 
 def described(steps: Sequence[PlanStep]) -> str:
-    """A plan as text, two lines a step."""
     return "\n".join(f"{number}. {s.what}\n   undone by: {s.reverse}" for number, s in enumerate(steps, 1))
 
 
@@ -97,7 +96,6 @@ def opened_image(
 
 
 def examine(file: BinaryIO, scheme: Scheme | None = None, name: str = "the image") -> ImageContents:
-    """Examine an image; without a scheme that is recognised. Raises `ImageError`."""
     size = file.seek(0, os.SEEK_END)
     partitions = read_partitions(file, size, name)
     fat = Fat(partitions.boot.region(file, "the boot partition"))

@@ -48,7 +48,6 @@ class Ext4:
             raise ImageError(f"the ext4 file system of {region.name} contradicts itself")
 
     def exists(self, path: str) -> bool:
-        """Whether a file or folder exists and can be read."""
         try:
             self._resolve(path)
         except ImageError:
@@ -60,7 +59,6 @@ class Ext4:
         return "/" + "/".join(self._resolve(path)[1])
 
     def read(self, path: str, limit: int = 2**20) -> bytes:
-        """The beginning of a file, at most `limit` bytes; symbolic links are followed."""
         number, _ = self._resolve(path)
         inode = self._inode(number)
         if _kind(inode) != _FILE:

@@ -72,12 +72,10 @@ class Fat:
 
     @property
     def cluster(self) -> int:
-        """Bytes of a cluster; every file takes whole ones."""
         return self._layout.cluster
 
     @property
     def free(self) -> int:
-        """Bytes of free clusters."""
         return self._table.free * self._layout.cluster
 
     def find(self, path: str) -> FatEntry | None:
@@ -93,7 +91,6 @@ class Fat:
         return found
 
     def listing(self, path: str = "") -> list[FatEntry]:
-        """What a folder holds, in the order of its entries, without `.` and `..`."""
         return list(self._open(path).entries())
 
     def read(self, path: str, limit: int = 2**20) -> bytes:
@@ -134,7 +131,6 @@ class Fat:
             folder.change(before, first, size, self._when)
 
     def make_folder(self, path: str) -> None:
-        """Make a folder and those above it, where they are missing."""
         above = ""
         for part in (p for p in path.split("/") if p):
             folder = self._open(above)

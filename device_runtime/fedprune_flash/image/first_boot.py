@@ -162,7 +162,6 @@ class Scheme(Enum):
 
 
 def recognise(fat: Fat, in_root: Callable[[str], bool]) -> Scheme:
-    """The scheme of an image, by its boot partition and by which paths its root file system has."""
     if fat.find(CMDLINE) is None:
         raise ImageError(
             "the boot partition has no cmdline.txt", expected="that of a Raspberry Pi", got="an image for another board"

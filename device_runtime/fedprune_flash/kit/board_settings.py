@@ -85,7 +85,6 @@ class BoardSettings:
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> BoardSettings:
-        """Settings from JSON; raises `ConfigError`, which names the key."""
         try:
             return cls(**known(cls, body, "board.json"))
         except TypeError as error:

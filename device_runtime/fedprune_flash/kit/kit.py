@@ -70,7 +70,6 @@ class Signer(Lineage):
     """The server's signing key, which signs kits; kits that an earlier key of the server signed are its own, too."""
 
     def check(self, kit: Kit) -> None:
-        """Make sure that this key, or one that it replaced, signed a kit."""
         signed = None if not kit.key else VerifyingKey.from_hex(kit.key)
         if signed is None or not self.includes(signed):
             raise KitError(
@@ -120,7 +119,6 @@ class Kit:
 
     @property
     def bytes(self) -> int:
-        """Size of all files, including the manifest."""
         return sum(f.bytes for f in self.files) + (self.folder / MANIFEST).stat().st_size
 
     @property

@@ -26,6 +26,5 @@ def unit(board: BoardSettings, target: Target) -> str:
 
 
 def environment(board: BoardSettings) -> str:
-    """The unit's environment: the board's names and servers."""
     rows = {"BROKER": board.server, "JOIN": board.join, "SITE": board.site, "DEVICE": board.device}
     return "".join(f"FEDPRUNE_{name}={value}\n" for name, value in rows.items() if value)

@@ -52,7 +52,6 @@ def build_wheel(out: Path) -> Path:
 
 
 def own_wheel(folder: Path) -> Path:
-    """fedprune's own wheel in a folder."""
     found = sorted(p for p in folder.glob("*.whl") if parsed(p, KitError)[0] == OWN)
     if len(found) != 1:
         raise KitError(f"wheels of fedprune in {folder}", expected="one", got=len(found))

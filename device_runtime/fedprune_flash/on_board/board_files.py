@@ -70,7 +70,6 @@ def blacken(path: Path) -> None:
 
 
 def owned(paths: Iterable[Path], owner: Owner | None) -> bool:
-    """Whether these paths and all below them have this owner; True without an owner."""
     if owner is None:
         return True
     try:

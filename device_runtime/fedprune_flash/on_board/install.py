@@ -23,7 +23,6 @@ from fedprune_flash.on_board.kit_folder import SERVICE, KitFolder, fingerprint
 
 
 def install(work: Installation, *, dry: bool, wait: float) -> None:
-    """Do the steps that are not done yet; `wait` seconds for the service to run, 0 not to wait for it."""
     work.check()
     if work.runtime.newer:
         print("already: a release of the server's, which is newer than any kit's: it stays", flush=True)
@@ -63,7 +62,6 @@ def remove(place: BoardSystem, *, dry: bool, purge: bool) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     parser.add_argument("--remove", action="store_true", help="undo an installation; what was learnt stays")

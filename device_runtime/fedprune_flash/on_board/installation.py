@@ -137,7 +137,6 @@ class Installation:
         return RuntimeSlot(self.kit, self.place.at(HOME), python, self.place.owner, self.key)
 
     def check(self) -> None:
-        """Make sure that the kit is for this board, its wheels can be installed and there is room."""
         wanted, found = self.kit.manifest.get("python"), self._python()
         if wanted != found:
             raise KitError(

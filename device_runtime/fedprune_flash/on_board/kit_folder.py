@@ -49,7 +49,6 @@ class KitFolder:
 
     @property
     def claimed(self) -> bool:
-        """Whether there is a claim to hand over."""
         return self.manifest.get("claim") is not None and (self.folder / CLAIM).exists()
 
     @property
@@ -70,7 +69,6 @@ class KitFolder:
 
     @property
     def jetson(self) -> bool:
-        """Whether the board's own numpy, onnxruntime and TensorRT are used."""
         return self.manifest.get("jetson") is True
 
     @property
@@ -133,7 +131,6 @@ class KitFolder:
                 raise KitError(f"{name} of the kit is damaged", hint="Copy the kit again.")
 
     def read(self, name: str) -> bytes:
-        """The content of a small file."""
         try:
             return (self.folder / name).read_bytes()
         except OSError as error:

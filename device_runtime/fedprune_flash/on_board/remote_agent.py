@@ -31,7 +31,6 @@ _Body = dict[str, Any]
 
 
 def probe(root: str) -> _Body:
-    """The board's identity, its free space, and whether this user may install."""
     top, user = Path(root), os.geteuid()
     live = root == "/"
     sudo = not live or user == 0 or _runs("sudo", "-n", "true")
@@ -105,7 +104,6 @@ def put(root: str, path: str, sha256: str, size: int, offset: int) -> _Body:
 
 
 def install(root: str, words: list[str]) -> _Body:
-    """Run the installer that was copied, and pass on its output."""
     command = [sys.executable, str(_folder(root) / "install.pyz"), *words]
     if root != "/":
         command += ["--root", root]

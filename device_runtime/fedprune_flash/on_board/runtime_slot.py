@@ -54,14 +54,12 @@ class RuntimeSlot:
 
     @property
     def laid_out(self) -> bool:
-        """Whether folders and launcher exist."""
         with suppress(OSError):
             same = (self.home.root / LAUNCHER).read_bytes() == self._kit.read(LAUNCHER)
             return same and all(f.is_dir() for f in self.folders)
         return False
 
     def lay_out(self) -> None:
-        """Make folders and launcher, which stays root's."""
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
         write_file(self.home.root / LAUNCHER, self._kit.read(LAUNCHER))

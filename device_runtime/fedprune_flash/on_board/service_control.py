@@ -23,11 +23,9 @@ class ServiceControl:
 
     @property
     def there(self) -> bool:
-        """Whether a service can be started."""
         return bool(self._systemctl)
 
     def tell(self, *words: str, must: bool = True) -> None:
-        """Call systemctl with these arguments; raises `StorageError` if it must succeed and fails."""
         if self.there:
             call([self._systemctl, *words], must=must)
 
@@ -41,7 +39,6 @@ class ServiceControl:
 
     @property
     def up(self) -> bool:
-        """Whether it runs or is being started."""
         return self.state().get("ActiveState") in ("active", "activating", "reloading")
 
     @property

@@ -103,7 +103,6 @@ class BoardLink:
             raise
 
     def ask(self, op: str, **values: Any) -> dict[str, Any]:
-        """Call a function of `remote_agent` with these arguments and `root`; returns its answer."""
         self._send(json.dumps({"op": op, "root": self._root, **values}).encode() + b"\n")
         return self._answer(_ANSWER_S)
 

@@ -96,7 +96,6 @@ class BoardRow:
                 raise ConfigError(f"board {shown(self.device)}: {name}: there is no file {getattr(self, name)}")
 
     def told(self, kit: BoardSettings) -> BoardSettings:
-        """The board's settings: those of a kit, with its own in their place."""
         try:
             return BoardSettings(
                 self.server or kit.server,

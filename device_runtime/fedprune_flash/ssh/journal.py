@@ -54,7 +54,6 @@ class Journal:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """Keep other runs away, and read again what an earlier one has recorded."""
         lock = self.path.with_name(f"{self.path.name}.lock")
         with locked(lock, f"another run uses {self.path}", "Wait until it is done."):
             with self._guard:
@@ -66,7 +65,6 @@ class Journal:
             return self._entries.get(device, JournalEntry())
 
     def note(self, device: str, *, state: str, work: str) -> None:
-        """Record how far a board is."""
         with self._guard:
             self._write(device, replace(self._entries.get(device, JournalEntry()), state=state, work=work))
 

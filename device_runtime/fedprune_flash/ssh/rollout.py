@@ -167,7 +167,6 @@ class _Visit:
     report: ProgressReport
 
     def run(self) -> str:
-        """What was done, in words; raises if it is another board than the inventory's, or something fails there."""
         row, order = self.row, self.order
         found = self.link.ask("probe", free=True)
         _check_access(found)
@@ -348,7 +347,6 @@ def print_outcomes(outcomes: Sequence[BoardOutcome]) -> None:
 
 
 def table(outcomes: Sequence[BoardOutcome]) -> str:
-    """One line per board. Reason and remedy are sentences, so that they have no column of their own width."""
     rows = [_HEAD, *((str(o.row), o.state, o.reason, o.remedy) for o in outcomes)]
     wide = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"{r[0]:<{wide[0]}}  {r[1]:<{wide[1]}}  {r[2]}{' -> ' if r[3] else ''}{r[3]}" for r in rows]
