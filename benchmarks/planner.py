@@ -132,7 +132,7 @@ def child(folder: Path, batch: int) -> None:
         import fedprune_device.api.options
         import fedprune_device.cli.main
         import fedprune_device.releases.release_agent
-        import fedprune_device.releases.watchdog
+        import fedprune_device.releases.release_trial
         import fedprune_device.telemetry.reporter  # noqa: F401
         from fedprune_device.data.dataset import load_data
         from fedprune_device.hardware.probe import process_memory

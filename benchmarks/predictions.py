@@ -68,8 +68,7 @@ def serve(folder: Path, threads: int) -> None:
     from fedprune_device.hardware.thermal_guard import ThermalGuard
     from fedprune_device.serving.model_slots import Serving
     from fedprune_device.storage.state_directory import DeviceStore
-    from fedprune_device.training.round_runner import RoundRunner, TrainerCache
-    from fedprune_device.training.training_thread import TrainingThread
+    from fedprune_device.training.round_runner import RoundRunner, TrainerCache, TrainingThread
 
     about = json.loads((folder / "about.json").read_text())
     rng = np.random.default_rng(0)

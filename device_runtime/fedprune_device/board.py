@@ -23,8 +23,7 @@ from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.transfer import BlobSender
 from fedprune.wire.urls import tls_context
-from fedprune_device.agent.agent import Agent
-from fedprune_device.agent.birth import BirthBuilder
+from fedprune_device.agent.agent import Agent, BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.api.address import LOCAL
 from fedprune_device.api.options import answering, local_address, open_samples
@@ -42,8 +41,7 @@ from fedprune_device.network.uplink import BoardStatus, Uplink
 from fedprune_device.privacy.policy import read_policy
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import NO_LAUNCHER, ReleaseAgent, board_installer
-from fedprune_device.releases.release_trial import ReleaseTrial
-from fedprune_device.releases.watchdog import Watchdog
+from fedprune_device.releases.release_trial import ReleaseTrial, Watchdog
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore

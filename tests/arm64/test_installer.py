@@ -10,7 +10,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.security.keys import SigningKey
 from fedprune_flash import BoardSettings, Signer, Target, build_kit
-from fedprune_flash.kit.installer_archive import INSTALLER
+from fedprune_flash.kit.kit import INSTALLER
 from support.fakes.tiny_wheels import fleet_of_wheels, wheel
 from support.processes.arm_board import copied
 from support.processes.arm_installation import STICK

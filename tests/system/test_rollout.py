@@ -19,8 +19,7 @@ import pytest
 from fedprune.releases.release import Release, read_release, write_release
 from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import SlotStore
-from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller
-from fedprune_device.releases.release_source import FolderSource
+from fedprune_device.releases.installer import LAUNCHER, FolderSource, ReleaseInstaller
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder

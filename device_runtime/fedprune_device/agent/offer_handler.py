@@ -21,9 +21,8 @@ from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
-from fedprune_device.training.round_runner import DamagedBlobError, RoundResult, RoundRunner
+from fedprune_device.training.round_runner import DamagedBlobError, RoundResult, RoundRunner, TrainingThread
 from fedprune_device.training.trainer import TrainingStoppedError
-from fedprune_device.training.training_thread import TrainingThread
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -17,8 +17,7 @@ from fedprune_device.api.request import RequestError
 from fedprune_device.data.dataset import Array, Shape
 from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector
 from fedprune_device.serving.model_slots import ModelSlots, Serving
-from fedprune_device.serving.prediction_text import likely
-from fedprune_device.serving.predictor import Predictor
+from fedprune_device.serving.predictor import Predictor, likely
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
     probe.add_argument("--json", action="store_true", help="as JSON, for programs")
     probe.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="threads for the benchmark")
-    probe.set_defaults(run=_probe)
+    probe.set_defaults(run=_command("measure", "probe_board"))
     identify = commands.add_parser("identify", help="show which hardware profile fits this board, and why")
     identify.add_argument("--json", action="store_true", help="as JSON, for programs")
-    identify.set_defaults(run=_identify)
+    identify.set_defaults(run=_command("measure", "identify_board"))
     _add_engine(commands)
     _add_runtime(commands)
     return parser
@@ -73,7 +74,7 @@ def _add_join(commands: Any) -> None:
         "--new-key", action="store_true", help="forget the identity that this board has, such as a revoked one"
     )
     join.add_argument("--patient", action="store_true", help="wait as long as it takes")
-    join.set_defaults(run=_join)
+    join.set_defaults(run=_command("join", "join"))
 
 
 def _add_run(commands: Any) -> None:
@@ -198,7 +199,7 @@ def _add_train(commands: Any) -> None:
         "--no-blocks", action="store_true", help="train with standard operators alone, not with channels in blocks"
     )
     add_sample_options(train.add_argument_group("images and samples"))
-    train.set_defaults(run=_train, device="")
+    train.set_defaults(run=_command("train", "train"), device="")
 
 
 def _add_predict(commands: Any) -> None:
@@ -228,7 +229,7 @@ def _add_predict(commands: Any) -> None:
     )
     predict.add_argument("--precision", choices=PRECISIONS, help="with --bundle: the precision, of those that it has")
     add_sample_options(predict.add_argument_group("images and samples"))
-    predict.set_defaults(run=_predict, device="", seed=0, validation_share=0.0)
+    predict.set_defaults(run=_command("predict", "predict"), device="", seed=0, validation_share=0.0)
 
 
 def _add_collect(commands: Any) -> None:
@@ -243,7 +244,7 @@ def _add_collect(commands: Any) -> None:
     where = collect.add_mutually_exclusive_group(required=True)
     where.add_argument("--local", metavar="ADDRESS", help="unix:/path or 127.0.0.1:PORT, as `run --local` has it")
     where.add_argument("--state", type=Path, metavar="DIR", help=f"the board's state folder: {SOCKET} in it")
-    collect.set_defaults(run=_collect)
+    collect.set_defaults(run=_command("collect", "collect"))
 
 
 def _add_engine(commands: Any) -> None:
@@ -259,7 +260,7 @@ def _add_engine(commands: Any) -> None:
     )
     build.add_argument("--anew", action="store_true", help="also where there is a good one, or others failed before")
     build.add_argument("--json", action="store_true", help="the report as JSON, for programs")
-    build.set_defaults(run=_build_engine)
+    build.set_defaults(run=_command("build_engine", "build_engine"))
 
 
 def _add_runtime(commands: Any) -> None:
@@ -288,9 +289,9 @@ def _add_runtime(commands: Any) -> None:
     slots.add_argument("--json", action="store_true", help="as JSON, for programs")
     for parser in (install, update, slots):
         parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")
-    install.set_defaults(run=_install)
-    update.set_defaults(run=_update)
-    slots.set_defaults(run=_slots)
+    install.set_defaults(run=_command("runtime", "install"))
+    update.set_defaults(run=_command("runtime", "update"))
+    slots.set_defaults(run=_command("runtime", "slots"))
     _add_unit(commands)
 
 
@@ -310,87 +311,31 @@ def _add_unit(commands: Any) -> None:
     unit.add_argument("--memory", default=ServiceUnit.memory_max, metavar="MOST", help="default: %(default)s")
     unit.add_argument("--cpu-quota", type=int, default=0, metavar="PERCENT", help="of one core (default: no limit)")
     unit.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what the service is started with: run ...")
-    unit.set_defaults(run=_unit)
+    unit.set_defaults(run=_command("runtime", "unit"))
 
 
-def _join(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.join import join
+def _command(module: str, name: str) -> Callable[[argparse.Namespace], int]:
+    """A command of a module next to this one, which is loaded when it runs."""
 
-    return join(arguments)
+    def run(arguments: argparse.Namespace) -> int:
+        return int(getattr(import_module(f"fedprune_device.cli.{module}"), name)(arguments))
+
+    return run
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from fedprune.output.log_lines import OneLine
     from fedprune.runtime.blocks import turn_off, turned_off
     from fedprune_device.board import run_board
 
-    logging.basicConfig(
-        level=arguments.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=arguments.log_level.upper(), handlers=[handler])
     if arguments.no_blocks:
         turn_off()
     turned_off()  # what is wrong with the setting comes first
     run_board(arguments)
     return int(ExitCode.OK)
-
-
-def _train(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.train import train
-
-    return train(arguments)
-
-
-def _predict(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.predict import predict
-
-    return predict(arguments)
-
-
-def _collect(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.collect import collect
-
-    return collect(arguments)
-
-
-def _probe(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.measure import probe_board
-
-    return probe_board(arguments)
-
-
-def _identify(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.measure import identify_board
-
-    return identify_board(arguments)
-
-
-def _build_engine(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.build_engine import build_engine
-
-    return build_engine(arguments)
-
-
-def _install(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.runtime import install
-
-    return install(arguments)
-
-
-def _update(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.runtime import update
-
-    return update(arguments)
-
-
-def _slots(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.runtime import slots
-
-    return slots(arguments)
-
-
-def _unit(arguments: argparse.Namespace) -> int:
-    from fedprune_device.cli.runtime import unit
-
-    return unit(arguments)
 
 
 def _hours(text: str) -> float:

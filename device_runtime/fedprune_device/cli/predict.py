@@ -22,8 +22,7 @@ from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, check
 from fedprune_device.data.labels import LogitAdjustment, targets
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.serving.prediction_text import described, judged
-from fedprune_device.serving.predictor import Predictor
+from fedprune_device.serving.predictor import Predictor, described, judged
 from fedprune_device.storage.directory_owner import FILE
 
 _MOST_NAMED = 10

@@ -20,7 +20,7 @@ _LARGEST_KEY_FILE = 200
 
 
 def install(arguments: argparse.Namespace) -> int:
-    from fedprune_device.releases.release_source import FolderSource
+    from fedprune_device.releases.installer import FolderSource
 
     release = _updater(arguments).install(FolderSource(arguments.release))
     print(f"release {release.number} ({release.version}) is installed in {arguments.root}")
@@ -28,7 +28,7 @@ def install(arguments: argparse.Namespace) -> int:
 
 
 def update(arguments: argparse.Namespace) -> int:
-    from fedprune_device.releases.release_source import FolderSource
+    from fedprune_device.releases.installer import FolderSource
 
     updater = _updater(arguments)
     release = updater.stage(FolderSource(arguments.release))

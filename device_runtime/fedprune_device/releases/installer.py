@@ -11,27 +11,86 @@ import logging
 import os
 import platform
 import shutil
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import zipfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import place
 from fedprune.core.disk import locked, storage_errors, sync_folder, write_all
 from fedprune.core.errors import ReleaseError, StorageError, StorageFullError
-from fedprune.releases.release import MAX_FILE, Release, ReleaseFile, opened
+from fedprune.releases.release import FILES, MANIFEST, MAX_FILE, SIGNATURE, Release, ReleaseFile, opened
+from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.succession import kept_successions
 from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device import launcher
+from fedprune_device.launcher.launcher import VERSION
 from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, files_digest, successors, write_file
 from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, LauncherState
-from fedprune_device.releases.release_checks import check_packages_on_board, check_release, own_packages
-from fedprune_device.releases.release_source import ReleaseSource
 from fedprune_device.releases.wheel import Wheel, check_distinct, empty, install_wheels
+
+
+class ReleaseSource(Protocol):
+    """A release that is read piece by piece, so that an interrupted installation continues where it was."""
+
+    def manifest(self) -> bytes:
+        """The manifest, as it was signed."""
+
+    def signature(self) -> bytes:
+        """The server's signature of the manifest."""
+
+    def read(self, sha256: str, at: int, limit: int) -> bytes:
+        """Bytes of a file of the release, at most `limit`, from offset `at`; empty only at its end."""
+
+
+class FolderSource:
+    """A release's folder on a stick or a share, as `fedprune.releases.release.write_release` makes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def manifest(self) -> bytes:
+        return _read(self._folder / MANIFEST, 0, MAX_MANIFEST + 1)
+
+    def signature(self) -> bytes:
+        return _read(self._folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
+
+    def read(self, sha256: str, at: int, limit: int) -> bytes:
+        return _read(self._folder / FILES / sha256, at, limit)
+
+
+class DownloadedSource:
+    """A release with a signed manifest, whose files were downloaded into a store."""
+
+    def __init__(self, manifest: bytes, signature: bytes, files: BlobStore) -> None:
+        self._manifest = manifest
+        self._signature = signature
+        self._files = files
+
+    def manifest(self) -> bytes:
+        return self._manifest
+
+    def signature(self) -> bytes:
+        return self._signature
+
+    def read(self, sha256: str, at: int, limit: int) -> bytes:
+        return _read(self._files.path(sha256), at, limit)
+
+
+def _read(path: Path, at: int, limit: int) -> bytes:
+    with storage_errors(f"can't read {path}"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return os.pread(descriptor, limit, at)
+        finally:
+            os.close(descriptor)
+
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -336,3 +395,57 @@ def write_launcher(path: Path) -> None:
         main = "import sys\nfrom fedprune_device.launcher.launcher import main\nsys.exit(main())\n"
         archive.writestr(zipfile.ZipInfo("__main__.py"), main)
     write_file(path, data.getvalue())
+
+
+_ANSWER_S = 120.0
+
+
+def check_release(release: Release, highest: int, board: Mapping[str, str]) -> None:
+    """Make sure that a release is for this board; raises `ReleaseError`.
+
+    `highest` is the highest number that was ever staged, `board` the required `python` and `machine`.
+    """
+    if release.number <= highest:
+        raise ReleaseError(
+            f"release {release.number}",
+            expected=f"a number above {highest}",
+            hint="To go back, release the earlier one again under a new number.",
+        )
+    for name, value in board.items():
+        if getattr(release, name) != value:
+            raise ReleaseError(f"release {release.number}: {name}", expected=value, got=getattr(release, name))
+    if release.launcher > VERSION:
+        raise ReleaseError(
+            f"release {release.number}: launcher",
+            expected=f"at most {VERSION}",
+            got=release.launcher,
+            hint="Set this board up again.",
+        )
+
+
+def check_packages_on_board(release: Release) -> None:
+    """Make sure that the board's own Python has what a release takes from it. This may take minutes."""
+    lacking = sorted(set(release.system) - own_packages(release.system))
+    if lacking:
+        raise ReleaseError(
+            f"release {release.number} needs {', '.join(lacking)} of the board's own Python, which lacks it",
+            hint="Install it there, or make a release that brings it.",
+        )
+
+
+def own_packages(names: Collection[str]) -> frozenset[str]:
+    """Those of some packages that the board's own Python has. This may take minutes."""
+    if not names:
+        return frozenset()
+    code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n)])"
+    command = [sys.executable, "-I", "-c", code, *sorted(names)]
+    asked = f"can't ask {sys.executable} for its packages"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_S, check=False)  # noqa: S603  # nosec B603  # our own line, in this Python; the names are arguments
+    except subprocess.TimeoutExpired as error:
+        raise StorageError(asked, expected=f"an answer within {_ANSWER_S:g} s", got="none") from error
+    except (OSError, UnicodeError) as error:
+        raise StorageError(asked, got=error) from error
+    if done.returncode:
+        raise StorageError(asked, got=done.stderr[-200:])
+    return frozenset(done.stdout.split())

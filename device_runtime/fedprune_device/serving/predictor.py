@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, ModelError, shape_text
 from fedprune.core.rng import keyed
+from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
 from fedprune.runtime.session import Runs, Session
-from fedprune_device.data.losses import Terms, data_loss
+from fedprune_device.data.labels import Terms, data_loss, hits, targets
 from fedprune_device.data.stored_array import Inputs
 
 Array = npt.NDArray[Any]
@@ -110,3 +112,30 @@ class Predictor:
                     got=f"{mine:.6g}",
                     hint="Inference graph, weights or training graph don't belong together.",
                 )
+
+
+def described(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str] = ()) -> Iterator[str]:
+    """One line per sample of outputs [n, K]: the `top` likeliest classes or labels, or all predicted numbers."""
+    for i, row in enumerate(likely(loss, outputs.astype(np.float64))):
+        best = np.argsort(-row, kind="stable")[:top] if loss in ("cross_entropy", "bce") else range(len(row))
+        shown = [f"{names[c] if c < len(names) else c} " if len(row) > 1 else "" for c in best]
+        digits = ".4f" if loss in ("cross_entropy", "bce") else ".6g"
+        yield f"{i}: " + ", ".join(f"{name}{row[c]:{digits}}" for name, c in zip(shown, best, strict=True))
+
+
+def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
+    wanted = targets(y, loss, outputs.shape[1])
+    right = hits(loss, outputs, wanted)
+    if right is None:
+        return f"loss {data_loss(loss, outputs, wanted):.6g} on {quantity(len(y), 'sample')}"
+    return f"accuracy {np.mean(right):.4f} on {quantity(len(y), 'sample')}"
+
+
+def likely(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Softmax over classes with cross-entropy, sigmoid per label with bce, else the numbers, [n, K]."""
+    if loss == "cross_entropy":
+        shares = np.exp(z - z.max(axis=1, keepdims=True))
+        return np.asarray(shares / shares.sum(axis=1, keepdims=True))
+    if loss == "bce":
+        return np.asarray(np.exp(-np.logaddexp(0, -z)))
+    return z

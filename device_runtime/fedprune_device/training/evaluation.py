@@ -12,8 +12,7 @@ import numpy.typing as npt
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import LogitAdjustment, targets
-from fedprune_device.data.losses import data_loss, hits, loss_terms
+from fedprune_device.data.labels import LogitAdjustment, data_loss, hits, loss_terms, targets
 from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.trainer import TrainingResult

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,19 +13,19 @@ import numpy.typing as npt
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import tensorfile
-from fedprune.core.errors import ProtocolError
+from fedprune.core.errors import BundleError, ConfigError, ProtocolError
 from fedprune.model import step_contract
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.updates import Codec, encode
+from fedprune.updates import Codec, encode, weights
 from fedprune.updates.privacy import GaussianNoise, noised
 from fedprune.updates.remap import relocated
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState, RoundState, StateStore
 from fedprune_device.training.evaluation import PROBE_SAMPLES
-from fedprune_device.training.moving_average import averaged, blended
-from fedprune_device.training.received_weights import unpacked
 from fedprune_device.training.trainer import Trainer, TrainingResult
 
 
@@ -199,3 +199,147 @@ class LocalUpdate:
             for name in self.mask.active.keys() & set(self._trainer.trainable):
                 out[name] = np.where(np.abs(out[name]) >= theta, out[name], np.float32(0))
         return out
+
+
+Array = npt.NDArray[Any]
+
+
+def averaged(
+    base: LocalState | None,
+    offer: Offer,
+    trained: Mapping[str, npt.NDArray[np.float32]],
+    decay: float,
+    *,
+    axes: TensorAxes | None = None,
+    mask: ElementMask | None = None,
+) -> Tensors:
+    """The average after a round, in arrays of their own.
+
+    In another selection of the same order of channels, the common part is carried over; of another order nothing is, so
+    that the average starts over. So does an element that was masked before.
+    """
+    out = {n: np.array(v, np.float32) for n, v in trained.items()}
+    if base is None or not base.average:
+        return out
+    if base.selection == offer.selection:
+        if {n: v.shape for n, v in base.average.items()} == {n: v.shape for n, v in trained.items()}:
+            for name in out:
+                _mix(out[name], base, name, decay, mask)
+    elif base.ranking is not None and base.ranking == offer.ranking and not (axes is None or mask or base.mask):
+        _carry(base, offer, out, decay, axes)
+    return out
+
+
+def blended(
+    average: Mapping[str, npt.NDArray[np.float32]],
+    received: Mapping[str, npt.NDArray[np.float32]],
+    share: float,
+    *,
+    mask: ElementMask | None = None,
+) -> Tensors:
+    """The model that serves with an average: (1 − share) · average + share · received; 0 where masked.
+
+    Tensors that are not received are the average's own arrays.
+    """
+    out = dict(average)
+    for name, value in received.items():
+        mixed = np.float32(share) * value
+        mixed += np.float32(1 - share) * average[name]
+        if mask is not None and name in mask.active:
+            mixed[~mask.active[name]] = 0
+        out[name] = mixed
+    return out
+
+
+def _mix(value: npt.NDArray[np.float32], base: LocalState, name: str, decay: float, mask: ElementMask | None) -> None:
+    """Mix the old average into new weights, in their place: boards have no memory to waste."""
+    fresh = None
+    if base.mask is not None and name in base.mask.active:
+        fresh = value[~base.mask.active[name]]
+    _mean(base.average[name], value, decay)
+    if fresh is not None and base.mask is not None:
+        value[~base.mask.active[name]] = fresh
+    if mask is not None and name in mask.active:
+        value[~mask.active[name]] = 0
+
+
+def _carry(base: LocalState, offer: Offer, out: Tensors, decay: float, axes: TensorAxes) -> None:
+    """Mix the part that both widths have into the new weights."""
+    if len(base.widths) != len(offer.widths):
+        return
+    common = tuple(map(min, base.widths, offer.widths))
+    differing = {g for g, (a, b) in enumerate(zip(base.widths, offer.widths, strict=True)) if a != b}
+    if not differing <= axes.prefixed or set(base.average) != set(out):
+        return
+    try:
+        axes.check(base.average, base.widths)
+        axes.check(out, offer.widths)
+    except BundleError:
+        return  # whatever it is, it is no average of this model
+    old = axes.narrowed(base.average, base.widths, common)
+    new = {n: v.copy() for n, v in axes.narrowed(out, offer.widths, common).items()}
+    for name in new:
+        _mean(old[name], new[name], decay)
+    axes.write_back(out, new, offer.widths, common)
+
+
+def _mean(old: Array, new: Array, decay: float) -> None:
+    """decay · old + (1 − decay) · new, in the place of the new."""
+    new *= np.float32(1 - decay)
+    new += np.float32(decay) * old
+
+
+def unpacked(
+    weights: bytes,
+    mask: bytes | None,
+    recipe: Recipe,
+    axes: TensorAxes | None,
+    widths: Sequence[int],
+    maskable: Collection[str],
+) -> tuple[Tensors, ElementMask | None]:
+    """All tensors in full, 0 where masked, and which elements are active (None for all).
+
+    `axes`, the channel groups of the tensors' axes, are needed with a mask; only `maskable` tensors may have one.
+    Raises `BundleError` if the files are invalid or don't fit each other or the model.
+    """
+    tensors: Tensors = tensorfile.decode(weights)
+    # The inference graph finds its weights at offsets that only the canonical form has.
+    if tensorfile.encode(tensors) != weights:
+        raise BundleError("the weights are not a canonical tensor file", hint="The server must write them again.")
+    if mask is None:
+        return tensors, None
+    if recipe.mask == "none":
+        raise BundleError("the offer has a mask", expected="recipe.mask 'hard' or 'threshold'", got="'none'")
+    if axes is None:
+        raise BundleError("the offer has a mask, but its training graph doesn't give its tensors' axes")
+    try:
+        bits = tensorfile.decode(mask)
+        for name in bits:
+            if name not in maskable or name not in tensors:
+                raise BundleError(f"mask of {name}", expected="no mask", got="one")
+        for name, value in tensors.items():
+            if value.dtype != np.float32:
+                raise BundleError(f"type of {name}", expected="float32", got=value.dtype)
+        known = ElementMask.from_tensors(bits, axes.shapes(widths))
+        return known.unpack(tensors), known
+    except BundleError as error:
+        raise BundleError(f"mask and weights of the offer don't fit each other: {error}") from error
+
+
+def decoded(offer: Offer, read: Callable[[str], bytes]) -> bytes | None:
+    """The weights file of an offer; None where what came doesn't make it, so that it must be downloaded as it is."""
+    if offer.coded is None:
+        return None
+    raw = read(offer.coded.sha256)
+    base = None if offer.held is None else read(offer.held)
+    try:
+        codec = Codec.parse(offer.weights_codec, "offer: weights_codec")
+        if codec is None:
+            return None
+        held = None if base is None else tensorfile.decode(base)
+        if held is not None and offer.moved is not None:
+            held = relocated(held, read(offer.moved.sha256), 2 * offer.weights.size + 2**20)
+        file = tensorfile.encode(weights.decode(codec, raw, held, offer.weights.size))
+    except (BundleError, ConfigError, ProtocolError):
+        return None
+    return file if tensorfile.digest(file) == offer.weights.sha256 else None

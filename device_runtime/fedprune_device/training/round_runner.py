@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from fedprune.blobs.blob_ref import BlobRef
@@ -17,13 +20,14 @@ from fedprune.updates.privacy import GaussianNoise
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.data.dataset import SampleSource
 from fedprune_device.data.labels import LogitAdjustment
+from fedprune_device.hardware.readings import restart_peak
+from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.local_state import MemoryStateStore, RoundState, StateStore
 from fedprune_device.training.evaluation import MEASURED, Evaluation, training_metrics
-from fedprune_device.training.local_update import LocalUpdate
-from fedprune_device.training.received_weights import decoded
+from fedprune_device.training.local_update import LocalUpdate, decoded
 from fedprune_device.training.trainer import TrainerCache, TrainingResult, TrainingStoppedError
 
 __all__ = ["MEASURED", "DamagedBlobError", "RoundResult", "RoundRunner", "TrainerCache"]
@@ -246,3 +250,68 @@ class RoundRunner:
     def _candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
         source = self._blobs.path(weights.sha256) if isinstance(weights, BlobRef) else weights
         return self._trainer.predictor(self._slots.stage(self._blobs.path(offer.inference.sha256), source))
+
+
+NICENESS = 19
+"""Everything else on the board, predictions above all, has priority over training."""
+
+
+class TrainingThread:
+    """Carries out one offer, beginning at once. The loop commits or drops the result.
+
+    `status` is phase, units done and units in all. `offline`: no server has requested it.
+    """
+
+    def __init__(
+        self,
+        runner: RoundRunner,
+        offer: Offer,
+        download_seconds: float = 0.0,
+        guard: ThermalGuard | None = None,
+        *,
+        offline: bool = False,
+    ) -> None:
+        self.runner, self.offer, self.offline = runner, offer, offline
+        self.status: tuple[str, int, int] = ("train", 0, 0)
+        self.result: RoundResult | None = None
+        self.error: BaseException | None = None
+        self._stop = threading.Event()
+        self._guard = guard
+        self._download_seconds = download_seconds
+        self._thread = threading.Thread(target=self._run, name="fedprune-training", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to stop, so that its result is dropped."""
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait for its end, but no longer than `timeout` seconds."""
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        # Linux counts niceness by thread; those that onnxruntime starts for this one inherit it.
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        restart_peak()
+        try:
+            self.result = self.runner.make(
+                self.offer, download_seconds=self._download_seconds, report=self._report, stop=self._ended
+            )
+        except Exception as error:  # noqa: BLE001 - it is handed to the loop, which reports it
+            self.error = error
+
+    def _ended(self) -> bool:
+        """Asked between two steps, which is where training may wait."""
+        return self._stop.is_set() if self._guard is None else self._guard.pause(self._stop.is_set)
+
+    def _report(self, phase: str, done: int, total: int) -> None:
+        self.status = (phase, done, total)

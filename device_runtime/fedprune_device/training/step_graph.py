@@ -20,7 +20,7 @@ from fedprune.runtime.blocks import check_block, check_graph
 from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Part
-from fedprune_device.data.losses import loss_terms
+from fedprune_device.data.labels import loss_terms
 
 Array = npt.NDArray[Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
-from fedprune_device.data.batches import Batches, Part, even_parts, mixed
+from fedprune_device.data.batches import Batches, Part, Rows, even_parts, mixed
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import targets
+from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.training.batch_norm import measured
 from fedprune_device.training.step_graph import StepGraph, weight_of
 
 Array = npt.NDArray[Any]
@@ -383,3 +383,41 @@ class TrainerCache:
         """Training is over."""
         if not self._keep:
             self._loaded = None
+
+
+Run = Callable[[dict[str, Array], Sequence[str]], Mapping[str, Array]]
+"""Takes feeds and names of outputs."""
+
+_HUGE = np.float32(2.0**40)
+"""An old value beside which a batch's is nothing, so that the share of it that is kept comes out to the last bit."""
+
+
+def measured(
+    run: Run,
+    names: Collection[str],
+    feeds: Mapping[str, Array],
+    x: Inputs,
+    batches: Sequence[Rows],
+    old: Mapping[str, Array],
+) -> Tensors:
+    """Statistics of some samples: the mean of what all batches give, as torch's BatchNorm has it with momentum=None.
+
+    `feeds` are all other inputs except the samples. A statistic that the graph leaves alone, or that isn't finite
+    afterwards, keeps its `old` value.
+    """
+    outputs = [step_contract.following(n) for n in names]
+    none = {n: np.zeros_like(old[n]) for n in names}
+    huge = run(
+        {**feeds, **{n: np.full_like(v, _HUGE) for n, v in none.items()}, step_contract.X: x[batches[0]]}, outputs
+    )
+    totals: dict[str, npt.NDArray[np.float64]] = {n: np.zeros(old[n].shape, np.float64) for n in names}
+    for rows in batches:
+        out = run({**feeds, **none, step_contract.X: x[rows]}, outputs)
+        for name in names:
+            totals[name] += np.asarray(out[step_contract.following(name)], np.float64)
+    result: Tensors = {}
+    for name in names:
+        taken = 1.0 - float(np.median(np.asarray(huge[step_contract.following(name)]))) / float(_HUGE)
+        fresh = totals[name] / (len(batches) * taken) if taken > 0 else totals[name] * np.nan
+        result[name] = np.asarray(fresh if np.isfinite(fresh).all() else old[name], np.float32)
+    return result

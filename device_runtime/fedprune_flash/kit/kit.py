@@ -14,16 +14,18 @@ wheelhouse/       fedprune and all its requirements for that board
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
-from fedprune.core import validation
+from fedprune.core import errors, validation
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import (
     ConfigError,
@@ -34,15 +36,27 @@ from fedprune.core.errors import (
     remedy,
     shown,
 )
+from fedprune.output import extras
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.succession import Lineage
+from fedprune_device.launcher import ed25519, slot_store, state
 from fedprune_device.launcher.slot_store import PURPOSE
+from fedprune_device.releases import wheel
 from fedprune_device.releases.installer import write_launcher
+from fedprune_device.releases.unit import ServiceUnit
 from fedprune_device.releases.wheel import Wheel, contents_digest
-from fedprune_flash.kit import service_files, wheelhouse
+from fedprune_flash.kit import wheelhouse
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities, checked_claim
-from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
 from fedprune_flash.kit.target import Target
+from fedprune_flash.on_board import (
+    board_files,
+    install,
+    installation,
+    kit_folder,
+    runtime_slot,
+    service_control,
+)
+from fedprune_flash.on_board.installation import HOME, SETTINGS, STATE, USER
 from fedprune_flash.on_board.kit_folder import (
     AUTHORITY,
     CLAIM,
@@ -200,8 +214,8 @@ def files_for_board(
 def _told(board: BoardSettings, target: Target) -> dict[str, str]:
     return {
         BOARD: board.to_json(),
-        ENVIRONMENT: service_files.environment(board),
-        SERVICE: service_files.unit(board, target),
+        ENVIRONMENT: environment(board),
+        SERVICE: unit(board, target),
     }
 
 
@@ -356,3 +370,47 @@ def _read(path: Path, limit: int) -> bytes:
     if len(raw) > limit:
         raise KitError(f"{path}", expected=f"at most {limit} bytes", got="more")
     return raw
+
+
+def unit(board: BoardSettings, target: Target) -> str:
+    """The systemd unit: the strict one, or that of a Jetson, whose agent may use the GPU."""
+    command = ["run", "--patient", "--state", STATE, "--data", board.data]
+    if board.authority:
+        command += ["--ca", f"{SETTINGS}/{AUTHORITY}"]
+    return ServiceUnit(
+        jetson=target.jetson,
+        arguments=tuple(command),
+        root=HOME,
+        user=USER,
+        environment=f"{SETTINGS}/{ENVIRONMENT}",
+        # Without samples the agent would be restarted again and again.
+        needs=board.data if board.data.startswith("/") else "",
+    ).text()
+
+
+def environment(board: BoardSettings) -> str:
+    rows = {"BROKER": board.server, "JOIN": board.join, "SITE": board.site, "DEVICE": board.device}
+    return "".join(f"FEDPRUNE_{name}={value}\n" for name, value in rows.items() if value)
+
+
+INSTALLER = "install.pyz"
+
+_MODULES = (
+    *(errors, extras, ed25519, slot_store, state, wheel),
+    *(board_files, install, installation, kit_folder, runtime_slot, service_control),
+)
+_MAIN = "import sys\nfrom fedprune_flash.on_board.install import main\nsys.exit(main())\n"
+
+
+def installer_archive() -> bytes:
+    """The archive that `python3 install.pyz` runs; the same bytes every time."""
+    names = {m.__name__ for m in _MODULES}
+    packages = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+    files = {f"{p.replace('.', '/')}/__init__.py": b"" for p in sorted(packages)}  # the packages' own import much more
+    files |= {f"{m.__name__.replace('.', '/')}.py": Path(str(m.__file__)).read_bytes() for m in _MODULES}
+    files["__main__.py"] = _MAIN.encode()
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return data.getvalue()

@@ -28,8 +28,7 @@ from fedprune.core.errors import (
 from fedprune.core.text import one_line, quantity
 from fedprune.output.tables import BAD, GOOD, Column, print_table
 from fedprune.planning.identification import Facts, identify, l4t_release
-from fedprune_flash.kit.installer_archive import INSTALLER, installer_archive
-from fedprune_flash.kit.kit import Kit, Signer, files_for_board
+from fedprune_flash.kit.kit import INSTALLER, Kit, Signer, files_for_board, installer_archive
 from fedprune_flash.kit.target import PYTHONS
 from fedprune_flash.on_board.kit_folder import CLAIM
 from fedprune_flash.ssh.connection import INSTALL_S, BoardLink

@@ -13,8 +13,7 @@ from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
-from fedprune_device.data.labels import targets
-from fedprune_device.data.losses import data_loss, hits
+from fedprune_device.data.labels import data_loss, hits, targets
 from fedprune_export.ir.graph import Port
 from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model

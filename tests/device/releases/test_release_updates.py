@@ -32,10 +32,14 @@ from fedprune.wire.messages import BlobNotFound, BlobRequest, parse
 from fedprune_device.launcher.launcher import launch
 from fedprune_device.launcher.state import STABLE
 from fedprune_device.network.connection import Channel, Connection
-from fedprune_device.releases.installer import ReleaseInstaller
-from fedprune_device.releases.release_agent import NO_IDENTITY, NO_LAUNCHER, ReleaseAgent, board_installer
-from fedprune_device.releases.release_download import ReleaseDownload
-from fedprune_device.releases.release_source import ReleaseSource
+from fedprune_device.releases.installer import ReleaseInstaller, ReleaseSource
+from fedprune_device.releases.release_agent import (
+    NO_IDENTITY,
+    NO_LAUNCHER,
+    ReleaseAgent,
+    ReleaseDownload,
+    board_installer,
+)
 from support.fakes.release_site import Board, ReleaseServer
 from support.fakes.runtime_releases import PUBLIC, make_release, source
 from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power

@@ -35,9 +35,7 @@ from fedprune.security.succession import Succession, follow
 from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device.launcher.slot_store import SlotStore, successors
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
-from fedprune_device.releases.installer import ReleaseInstaller
-from fedprune_device.releases.release_checks import own_packages
-from fedprune_device.releases.release_source import FolderSource
+from fedprune_device.releases.installer import FolderSource, ReleaseInstaller, own_packages
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from support.fakes.runtime_releases import KEY, PUBLIC, PYTHON, make_release, make_wheel, source, versions_in
 

@@ -13,8 +13,7 @@ from fedprune_device.launcher.launcher import decide
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, TRIAL, UpdateOutcome
 from fedprune_device.releases.installer import ReleaseInstaller
-from fedprune_device.releases.release_trial import PACKAGES, ReleaseTrial, check_packages
-from fedprune_device.releases.watchdog import Watchdog
+from fedprune_device.releases.release_trial import PACKAGES, ReleaseTrial, Watchdog, check_packages
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.runtime_releases import OUTSIDE, PUBLIC, make_release, source

@@ -10,7 +10,7 @@ from fedprune.core.errors import DataError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.losses import loss_terms
+from fedprune_device.data.labels import loss_terms
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.trainer import Trainer
 

@@ -25,9 +25,8 @@ from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.batch_norm import measured
-from fedprune_device.training.moving_average import averaged, blended
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.local_update import averaged, blended
+from fedprune_device.training.trainer import Trainer, measured
 from support.fakes.hidden_board import (
     CLASSES,
     DEVICE,

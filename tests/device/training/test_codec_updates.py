@@ -241,7 +241,7 @@ def test_what_is_left_out_needs_room(board: HiddenBoard, monkeypatch: pytest.Mon
 def test_a_birth_says_which_codecs_are_known() -> None:
     from types import SimpleNamespace
 
-    from fedprune_device.agent.birth import BirthBuilder
+    from fedprune_device.agent.agent import BirthBuilder
     from fedprune_device.network.connection import Channel, Connection
 
     link: Any = None

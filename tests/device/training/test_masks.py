@@ -23,7 +23,7 @@ from fedprune.runtime.session import Session
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import FolderStateStore, LocalState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.received_weights import unpacked
+from fedprune_device.training.local_update import unpacked
 from fedprune_device.training.trainer import Trainer, TrainingResult
 from support.fakes.hidden_board import (
     CLASSES,

@@ -19,8 +19,7 @@ from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Batches
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import class_weights, positive_weights, targets
-from fedprune_device.data.losses import data_loss, hits, loss_terms
+from fedprune_device.data.labels import class_weights, data_loss, hits, loss_terms, positive_weights, targets
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import EarlyStopping, Trainer, TrainingResult
@@ -543,5 +542,5 @@ def test_a_loss_of_many_outputs_is_that_of_its_parts(loss: str, monkeypatch: pyt
     outputs = rng.standard_normal((7, 5)).astype(np.float32)
     y = rng.integers(0, 2, (7, 5)).astype(np.float32)
     whole = data_loss(loss, outputs, y)
-    monkeypatch.setattr("fedprune_device.data.losses._AT_ONCE", 10)
+    monkeypatch.setattr("fedprune_device.data.labels._AT_ONCE", 10)
     assert data_loss(loss, outputs, y) == pytest.approx(whole, rel=1e-12)

@@ -24,7 +24,7 @@ from fedprune_device.launcher.slot_store import SlotStore, digest
 from fedprune_device.launcher.state import LauncherState
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_flash import BoardSettings, Kit, Signer, Target, build_kit
-from fedprune_flash.kit.installer_archive import installer_archive
+from fedprune_flash.kit.kit import installer_archive
 from fedprune_flash.on_board import board_files
 from fedprune_flash.on_board.installation import FIRST_BOOT
 from fedprune_flash.on_board.kit_folder import KitFolder

@@ -23,7 +23,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
 from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode, packing
 from fedprune.wire.messages import Birth, Offer, parse
-from fedprune_device.training.received_weights import decoded
+from fedprune_device.training.local_update import decoded
 from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model

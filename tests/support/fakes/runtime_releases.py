@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedprune.releases.release import Release, write_release
 from fedprune.security.keys import SigningKey
-from fedprune_device.releases.release_source import FolderSource
+from fedprune_device.releases.installer import FolderSource
 from fedprune_device.releases.release_trial import PACKAGES
 from fedprune_device.releases.wheel import Wheel, contents_digest
 

@@ -59,7 +59,7 @@ from fedprune.wire.messages import Offer
 from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl, BrokerUrl
-from fedprune_device.training.received_weights import unpacked as offered
+from fedprune_device.training.local_update import unpacked as offered
 from fedprune_server.transfer.http_server import BlobHandler
 from fedprune_server.transfer.upload_workers import messages
 from fedprune_server.web.state.order_queue import read_order

@@ -19,10 +19,10 @@ from fedprune.security.authority import Authority
 from fedprune.security.joining import Claim
 from fedprune_device.enrollment.enrollment import one_claim
 from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
+from fedprune_flash.image.boot_image import unpack
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.fat import Fat
 from fedprune_flash.image.partitions import Region, read_partitions
-from fedprune_flash.image.unpacking import unpack
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities
 from fedprune_flash.kit.kit import open_kit
 from fedprune_flash.on_board import remote_agent

@@ -7,7 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from fedprune_flash.kit.installer_archive import INSTALLER
+from fedprune_flash.kit.kit import INSTALLER
 from support.processes.arm_board import Board
 
 STICK = "/media/stick/kit"
