@@ -21,8 +21,8 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.precision_files import FLOAT32
 from fedprune.wire.chunk import MAX_PACKET
+from fedprune.wire.link import tls_context
 from fedprune.wire.transfer import BlobSender
-from fedprune.wire.urls import tls_context
 from fedprune_device.agent.agent import Agent, BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.api.address import LOCAL

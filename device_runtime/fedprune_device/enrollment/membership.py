@@ -16,8 +16,8 @@ from fedprune.core.errors import BrokerError, ConfigError, IdentityError
 from fedprune.security.device_identity import DeviceIdentity
 from fedprune.security.joining import Claim
 from fedprune.security.tls import SYSTEM, insecure_allowed
-from fedprune.wire.link import Link
-from fedprune.wire.urls import BrokerUrl, tls_context
+from fedprune.wire.link import Link, tls_context
+from fedprune.wire.urls import BrokerUrl
 from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls, one_claim, read_claim
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.signed_channel import SignedChannel

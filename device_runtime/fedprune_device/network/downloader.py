@@ -6,8 +6,8 @@ import ssl
 from collections.abc import Callable
 
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
+from fedprune.wire.link import tls_context
 from fedprune.wire.messages import BlobRequest, Offer
-from fedprune.wire.urls import tls_context
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.http_download import HttpDownload

@@ -22,8 +22,9 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
+from fedprune.wire.link import failure, tls_context
 from fedprune.wire.messages import Offer
-from fedprune.wire.urls import BlobUrl, failure, tls_context
+from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.blob_download import LeafReuse
 
 SILENT_S = 10.0

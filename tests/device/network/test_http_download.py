@@ -18,8 +18,9 @@ from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import BUILT, pinned_context
 from fedprune.wire.chunk import Chunk
+from fedprune.wire.link import tls_context
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune.wire.urls import BlobUrl, tls_context
+from fedprune.wire.urls import BlobUrl
 from fedprune_device.network import http_download
 from fedprune_device.network.http_download import HttpFetch
 from support.fakes.web_server import Handler, WebPlace

@@ -15,7 +15,7 @@ from fedprune.core.errors import ConfigError, IdentityError
 from fedprune.security.authority import Authority
 from fedprune.security.certificates import make_request, make_tls_key, save_tls_key
 from fedprune.security.tls import BUILT, check_peer, insecure_allowed, pinned_context, unpinned_context
-from fedprune.wire.urls import failure
+from fedprune.wire.link import failure
 
 pytestmark = pytest.mark.board
 

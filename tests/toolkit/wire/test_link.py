@@ -16,9 +16,9 @@ import pytest
 from fedprune.core.errors import BrokerError, ConfigError
 from fedprune.wire import link as link_module
 from fedprune.wire import queues
-from fedprune.wire.link import Link
+from fedprune.wire.link import Link, tls_context
 from fedprune.wire.queues import ConnectionDown, ConnectionUp, Inbox
-from fedprune.wire.urls import BrokerUrl, tls_context
+from fedprune.wire.urls import BrokerUrl
 from support.processes.machine import free_port
 
 Start = Callable[..., Any]

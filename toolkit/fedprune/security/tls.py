@@ -123,7 +123,7 @@ def check_peer(der: bytes | None, floor: int) -> None:
 
 def _refused(why: str) -> ssl.SSLCertVerificationError:
     error = ssl.SSLCertVerificationError(why)
-    error.reason = why  # shown by `fedprune.wire.urls.failure`
+    error.reason = why  # shown by `fedprune.wire.link.failure`
     return error
 
 

@@ -17,15 +17,41 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
-from fedprune.core.errors import BrokerError, FedpruneError
+from fedprune.core.errors import BrokerError, ConfigError, FedpruneError
 from fedprune.wire.queues import LOW_WATER, OUTBOX_MESSAGES, ConnectionDown, ConnectionUp, Event, Inbox, Unsent
-from fedprune.wire.urls import BrokerUrl, failure, tls_context
+from fedprune.wire.urls import BrokerUrl
 from fedprune.wire.will_trial import WillTrial
+
+
+def tls_context(ca: Path | None = None) -> ssl.SSLContext:
+    """A client's TLS context with these authorities, by default the system's. Raises `ConfigError` if the file can't be
+    used."""
+    try:
+        return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
+    except OSError as error:
+        raise ConfigError(f"can't use the CA file {ca}: {error}") from error
+
+
+def failure(error: OSError | FedpruneError) -> str:
+    """The reason why a broker can't be reached, for people."""
+    if isinstance(error, FedpruneError):
+        return str(error)
+    if isinstance(error, socket.gaierror):
+        return f"the host name is unknown ({error.strerror})"
+    if isinstance(error, ssl.SSLCertVerificationError) and error.reason == "CERTIFICATE_VERIFY_FAILED":
+        why = error.verify_message or "unknown authority"
+        return f"TLS failed (its certificate is not trusted: {why}; --ca names the authorities to trust)"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed ({error.reason or error})"
+    if isinstance(error, TimeoutError):
+        return "no answer"
+    return (error.strerror or str(error) or type(error).__name__).lower()
 
 
 class Subscriptions:

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-import socket
-import ssl
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from fedprune.blobs.blob_ref import SUFFIX
-from fedprune.core.errors import ConfigError, FedpruneError, ProtocolError, shown
+from fedprune.core.errors import ConfigError, ProtocolError, shown
 
 MAX_URL = 512
 """Characters of an address."""
@@ -144,28 +141,3 @@ class BrokerUrl:
 
     def __repr__(self) -> str:
         return f"BrokerUrl({self})"
-
-
-def tls_context(ca: Path | None = None) -> ssl.SSLContext:
-    """A client's TLS context with these authorities, by default the system's. Raises `ConfigError` if the file can't be
-    used."""
-    try:
-        return ssl.create_default_context(cafile=str(ca) if ca is not None else None)
-    except OSError as error:
-        raise ConfigError(f"can't use the CA file {ca}: {error}") from error
-
-
-def failure(error: OSError | FedpruneError) -> str:
-    """The reason why a broker can't be reached, for people."""
-    if isinstance(error, FedpruneError):
-        return str(error)
-    if isinstance(error, socket.gaierror):
-        return f"the host name is unknown ({error.strerror})"
-    if isinstance(error, ssl.SSLCertVerificationError) and error.reason == "CERTIFICATE_VERIFY_FAILED":
-        why = error.verify_message or "unknown authority"
-        return f"TLS failed (its certificate is not trusted: {why}; --ca names the authorities to trust)"
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed ({error.reason or error})"
-    if isinstance(error, TimeoutError):
-        return "no answer"
-    return (error.strerror or str(error) or type(error).__name__).lower()
