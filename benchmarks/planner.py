@@ -129,7 +129,7 @@ def child(folder: Path, batch: int) -> None:
     if batch:
         # All that `fedprune-device run` imports; a thread trains, as on a board.
         import fedprune_device.agent.agent
-        import fedprune_device.api.options
+        import fedprune_device.api.http_server
         import fedprune_device.cli.main
         import fedprune_device.releases.release_agent
         import fedprune_device.releases.release_trial

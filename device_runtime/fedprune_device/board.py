@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import signal
@@ -25,11 +24,12 @@ from fedprune.wire.link import tls_context
 from fedprune.wire.transfer import BlobSender
 from fedprune_device.agent.agent import Agent, BirthBuilder
 from fedprune_device.agent.offer_handler import OfferHandler
-from fedprune_device.api.address import LOCAL
-from fedprune_device.api.options import answering, local_address, open_samples
+from fedprune_device.api.address import Address
+from fedprune_device.api.http_server import answering
 from fedprune_device.data.dataset import LocalData, SampleSource
+from fedprune_device.data.sources import LOCAL, SampleOptions
 from fedprune_device.engines.accelerator_options import accelerator_of
-from fedprune_device.enrollment.membership import checked_urls, join_first, membership
+from fedprune_device.enrollment.membership import MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.hardware.probe import process_memory, table_summaries
 from fedprune_device.hardware.readings import condition, facts
 from fedprune_device.hardware.runtime_process import RuntimeProcess
@@ -138,75 +138,95 @@ def build_agent(
     )
 
 
-def run_board(arguments: argparse.Namespace) -> None:
-    """Take part in a fleet until the agent ends (`fedprune-device run`).
+@dataclass(frozen=True)
+class BoardConfig:
+    """The options of `fedprune-device run`; `train_alone` is in hours, temperatures in °C."""
 
-    Args:
-        arguments: The command line.
+    membership: MembershipOptions
+    samples: SampleOptions
+    local: str | None
+    privacy: Path | None
+    profile: str | None
+    tier: str | None
+    engine_plan: Path | None
+    threads: int
+    pause_above: float
+    resume_below: float
+    train_alone: float
+    serve: str
+    serve_job: str | None
+    max_packet: int
+    no_probe: bool
+    patient: bool
+    until_finished: bool
 
-    Raises:
-        FedpruneError: A setting is wrong, the runtime doesn't load, the state directory can't be used, or the board
-            can't join.
-    """
+
+def run_board(config: BoardConfig) -> None:
+    """Take part in a fleet until the agent ends (`fedprune-device run`)."""
     with RuntimeProcess() as runtime:
-        _run_board(arguments, runtime)
+        _run_board(config, runtime)
 
 
-def _run_board(arguments: argparse.Namespace, runtime: RuntimeProcess) -> None:
-    checked_urls(arguments, insecure=arguments.insecure)
-    policy = read_policy(arguments.privacy)
-    guard = ThermalGuard(arguments.pause_above, arguments.resume_below)
+def _run_board(config: BoardConfig, runtime: RuntimeProcess) -> None:
+    member_options, sample_options = config.membership, config.samples
+    state, device = member_options.state, member_options.device
+    checked_urls(member_options)
+    policy = read_policy(config.privacy)
+    guard = ThermalGuard(config.pause_above, config.resume_below)
     trial = ReleaseTrial.current()
     if trial is not None:
-        _check_trial(trial, runtime, arguments.state / "serving")
-    profile = _profile(arguments.profile)
-    accelerator = accelerator_of(arguments, profile)
-    address = local_address(arguments)
-    selector = None if address is None else accelerator.selector(arguments.state)
+        _check_trial(trial, runtime, state / "serving")
+    profile = _profile(config.profile)
+    accelerator = accelerator_of(config.tier, config.engine_plan, profile)
+    address = Address.given(config.local, state)
+    selector = None if address is None else accelerator.selector(state)
     stopping, status = threading.Event(), BoardStatus()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
-    owner = DirectoryOwner(arguments.device, arguments.site)
+    owner = DirectoryOwner(device, member_options.site)
     with ExitStack() as stack, _stopped_children(stopping):
-        fixed = None if arguments.data == LOCAL else open_samples(arguments, stack)  # what is wrong with it comes first
-        store = stack.enter_context(DeviceStore(arguments.state, owner=owner))
+        fixed = (
+            None if sample_options.data == LOCAL else sample_options.open(state, stack)
+        )  # what is wrong with it comes first
+        store = stack.enter_context(DeviceStore(state, owner=owner))
         store.hold_to(policy)
         if store.privacy.private:
             _LOG.info("privacy: %s", store.privacy.describe())
-        log, crashes = stack.enter_context(reporting(arguments.state, arguments.device, lambda: store.privacy.private))
-        data = open_samples(arguments, stack) if fixed is None else fixed
+        log, crashes = stack.enter_context(reporting(state, device, lambda: store.privacy.private))
+        data = sample_options.open(state, stack) if fixed is None else fixed
         runtime.check()  # before this process loads it, which may end the process
         stack.enter_context(
             answering(
                 address,
-                arguments,
+                state,
+                sample_options,
                 data,
                 status.to_dict,
                 cuda=accelerator.cuda and selector is None,  # what an engine is measured by must not share its faults
                 selector=selector,
             )
         )
-        member = membership(arguments, insecure=arguments.insecure)
-        if arguments.no_probe or (member.identity is not None and not member.identity.joined):
+        member = membership(member_options)
+        if config.no_probe or (member.identity is not None and not member.identity.joined):
             runtime.close()  # to join may take days
         with starting("waiting to be let into the fleet"):
-            if not join_first(member, arguments, patient=arguments.patient, stopped=stopping):
+            if not join_first(member, member_options, patient=config.patient, stopped=stopping):
                 return
         if member.identity is not None:
-            owner.claim(arguments.state)
+            owner.claim(state)
         connection = member.connection(store.next_session)
-        probe = None if arguments.no_probe else _probed(arguments, runtime, data, cuda=accelerator.cuda)
+        probe = None if config.no_probe else _probed(config, runtime, data, cuda=accelerator.cuda)
         runtime.close()
         _LOG.info("board: %s", condition())
         settings = AgentSettings(
             profile,
             probe=probe,
-            threads=arguments.threads,
+            threads=config.threads,
             cuda=accelerator.cuda,
             guard=guard,
-            train_alone_s=3600 * arguments.train_alone,
-            precision=arguments.serve,
-            serve_job=arguments.serve_job or "",
-            max_packet=arguments.max_packet,
+            train_alone_s=3600 * config.train_alone,
+            precision=config.serve,
+            serve_job=config.serve_job or "",
+            max_packet=config.max_packet,
             engine=lambda: "" if selector is None else selector.status,
             web=member.web_context,
         )
@@ -214,13 +234,13 @@ def _run_board(arguments: argparse.Namespace, runtime: RuntimeProcess) -> None:
         agent = build_agent(connection, store, data, settings, services)
         if stopping.is_set():
             return
-        connection.link.start(patient=arguments.patient)
+        connection.link.start(patient=config.patient)
         stack.callback(connection.link.close)
-        owner.claim(arguments.state)  # not before: a start that fails must not give the directory to a mistyped name
+        owner.claim(state)  # not before: a start that fails must not give the directory to a mistyped name
         renewal = member.renewal(connection.link)
         if renewal is not None:
             stack.enter_context(renewal)
-        agent.run(arguments.until_finished)
+        agent.run(config.until_finished)
 
 
 def _check_trial(trial: ReleaseTrial, runtime: RuntimeProcess, serving: Path) -> None:
@@ -231,8 +251,8 @@ def _check_trial(trial: ReleaseTrial, runtime: RuntimeProcess, serving: Path) ->
     trial.check(health)
 
 
-def _probed(arguments: argparse.Namespace, runtime: RuntimeProcess, data: SampleSource, *, cuda: bool) -> ProbeReport:
-    report = runtime.probe(arguments.threads, memory_file=arguments.state / "layer_times.json")
+def _probed(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *, cuda: bool) -> ProbeReport:
+    report = runtime.probe(config.threads, memory_file=config.membership.state / "layer_times.json")
     # A plan counts this process and its samples, which hold memory already.
     held = data.bytes if isinstance(data, LocalData) else 0
     taken = process_memory()

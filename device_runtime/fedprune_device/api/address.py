@@ -22,9 +22,6 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TCP = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]+)):(\d{1,5})")
 _BACKLOG = 32
 
-LOCAL = "local"
-"""Name of the sample source that applications on the board fill."""
-
 SOCKET = "local.sock"
 """The socket in the state folder, where no other address is given."""
 
@@ -65,6 +62,11 @@ class Address:
                 hint="The interface has no authentication, so that no other machine may reach it; use ssh -L for that.",
             )
         return cls(None, "127.0.0.1" if host == "localhost" else host, int(match[3]))
+
+    @classmethod
+    def given(cls, text: str | None, state: Path) -> Address | None:
+        """The address of the command line: None without one, by default the socket in the state folder."""
+        return None if text is None else cls.parse(text or f"unix:{state.absolute() / SOCKET}")
 
     def bind(self) -> Bound:
         """A listening socket; raises `StorageError` if another program listens there or the file can't be made."""

@@ -8,7 +8,8 @@ import shutil
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ExitCode, UsageError
-from fedprune_device.enrollment.membership import IDENTITY, checked_urls, join_first, membership
+from fedprune_device.cli.options import options_of
+from fedprune_device.enrollment.membership import IDENTITY, MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 
@@ -19,19 +20,20 @@ _OLD_IDENTITY = "identity.old"
 def join(arguments: argparse.Namespace) -> int:
     owner = DirectoryOwner(arguments.device, arguments.site)
     owner.check(arguments.state)
-    checked_urls(arguments)
+    options = options_of(MembershipOptions, arguments)
+    checked_urls(options)
     pin = _pin(arguments.pin)
     with DeviceStore(arguments.state, owner=owner):  # not while the service runs
         folder, old = arguments.state / IDENTITY, arguments.state / _OLD_IDENTITY
         with storage_errors(f"can't replace {folder}"):
             if arguments.new_key and folder.exists() and not old.exists():  # else the last try goes on
                 folder.rename(old)
-        member = membership(arguments)
+        member = membership(options)
         if member.identity is not None and member.identity.joined:
             print(f"{member.device} is a member already, with key {member.identity.key.verifying.fingerprint}")
         else:
             try:
-                join_first(member, arguments, pin=pin, patient=arguments.patient)
+                join_first(member, options, pin=pin, patient=arguments.patient)
             except BaseException:
                 if old.exists():  # what it was is better than nothing
                     shutil.rmtree(folder, ignore_errors=True)

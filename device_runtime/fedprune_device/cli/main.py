@@ -24,6 +24,7 @@ from fedprune_device.cli.options import (
     add_membership,
     add_policy_option,
     add_sample_options,
+    options_of,
     threads,
 )
 from fedprune_device.hardware.readings import TEGRA
@@ -326,7 +327,9 @@ def _command(module: str, name: str) -> Callable[[argparse.Namespace], int]:
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune.output.log_lines import OneLine
     from fedprune.runtime.blocks import turn_off, turned_off
-    from fedprune_device.board import run_board
+    from fedprune_device.board import BoardConfig, run_board
+    from fedprune_device.data.sources import SampleOptions
+    from fedprune_device.enrollment.membership import MembershipOptions
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -334,7 +337,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.no_blocks:
         turn_off()
     turned_off()  # what is wrong with the setting comes first
-    run_board(arguments)
+    member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)
+    run_board(options_of(BoardConfig, arguments, membership=member, samples=samples))
     return int(ExitCode.OK)
 
 

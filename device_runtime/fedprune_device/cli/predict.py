@@ -17,9 +17,10 @@ from fedprune.core.errors import BundleError, DataError, ExitCode, StorageError,
 from fedprune.core.zip_limits import check_members
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
-from fedprune_device.api.options import fixed_samples
+from fedprune_device.cli.options import options_of
 from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
 from fedprune_device.data.labels import LogitAdjustment, targets
+from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import Predictor, described, judged
@@ -107,8 +108,7 @@ def _samples(arguments: argparse.Namespace, shape: Shape, class_names: tuple[str
             return _checked(chosen, source)
         if "y" not in found and "y_train" not in found:
             raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(found) or "nothing")
-    trains = argparse.Namespace(**{**vars(arguments), "data": source})
-    data = fixed_samples(trains, class_names).snapshot(shape)
+    data = options_of(SampleOptions, arguments, data=source).fixed(class_names).snapshot(shape)
     split = split or ("test" if len(data.y_test) else "train")
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if not len(y):

@@ -23,10 +23,10 @@ from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_b
 from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
 from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, weights_file
-from fedprune_device.api.options import fixed_samples
-from fedprune_device.cli.options import threads
+from fedprune_device.cli.options import options_of, threads
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment
+from fedprune_device.data.sources import SampleOptions
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import PrecisionCheck
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
@@ -45,7 +45,7 @@ def train(arguments: argparse.Namespace) -> int:
     bundle = open_bundle(arguments.bundle)
     recipe = _recipe(bundle, arguments)
     check_folder(arguments.out, bundle.target)
-    samples = fixed_samples(arguments, bundle.class_names)
+    samples = options_of(SampleOptions, arguments).fixed(bundle.class_names)
     number = arguments.threads or threads()
     trainer = Trainer(bundle.path(TRAINING), blocked=bundle.blocked(block_size()), threads=number)
     data = samples.snapshot(trainer.input_shape)

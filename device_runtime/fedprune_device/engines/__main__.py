@@ -27,7 +27,8 @@ from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import RejectedMessageLog
 from fedprune_device.engines.build import build, refit
 from fedprune_device.engines.build_process import BuildRequest
-from fedprune_device.engines.engine import Engine, answers
+from fedprune_device.engines.engine import Engine
+from fedprune_device.engines.engine_check import answers
 
 _PR_SET_PDEATHSIG = 1
 _TOLD_EVERY_S = 0.5

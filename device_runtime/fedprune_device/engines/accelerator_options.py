@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,9 +34,9 @@ class Accelerator:
         return EngineSelector(state / ENGINES, self.plan)
 
 
-def accelerator_of(arguments: argparse.Namespace, profile: HardwareProfile | None) -> Accelerator:
-    name = arguments.tier or (CPU if profile is None else profile.software.tier)
-    return Accelerator(name, EnginePlan() if arguments.engine_plan is None else read_plan(arguments.engine_plan))
+def accelerator_of(tier: str | None, plan: Path | None, profile: HardwareProfile | None) -> Accelerator:
+    name = tier or (CPU if profile is None else profile.software.tier)
+    return Accelerator(name, EnginePlan() if plan is None else read_plan(plan))
 
 
 def read_plan(path: Path) -> EnginePlan:

@@ -20,8 +20,9 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
 from fedprune_device.engines.bindings import Bindings
 from fedprune_device.engines.build_process import BuildProcess, BuildRequest, BuildResult
-from fedprune_device.engines.engine import Array, Engine, WrongOutputError, answers, deviation, trial_inputs
+from fedprune_device.engines.engine import Array, Engine
 from fedprune_device.engines.engine_cache import BASE, ENGINE, TIMINGS, CachedEngine, EngineCache, EnginePlatform
+from fedprune_device.engines.engine_check import WrongOutputError, answers, deviation, trial_inputs
 from fedprune_device.hardware.readings import facts, power_mode
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.serving.predictor import WEIGHTS, Predictor

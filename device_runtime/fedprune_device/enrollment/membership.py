@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import secrets
 import ssl
 import sys
@@ -26,6 +25,20 @@ IDENTITY, CLAIM = "identity", "claim"
 """Folder of a board's identity, and file of its claim, in its state folder."""
 
 _PATIENCE_S = 60.0
+
+
+@dataclass(frozen=True)
+class MembershipOptions:
+    """The options of `cli.options.add_membership`; with `insecure` the board does without an identity."""
+
+    broker: str | None
+    join: str | None
+    ca: Path | None
+    site: str
+    device: str
+    state: Path
+    claim: str | None
+    insecure: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,36 +93,34 @@ class Membership:
         return Renewal(self.identity, self.urls, lambda: link.connected, self.authority)
 
 
-def membership(arguments: argparse.Namespace, *, insecure: bool = False) -> Membership:
-    """The place in a fleet that the options of `cli.options.add_membership` name. Raises `ConfigError` if no broker is
-    named, or a remote one is to be used without TLS.
-    """
-    urls = checked_urls(arguments, insecure=insecure)
-    identity = None
-    if not insecure:
-        identity = DeviceIdentity(arguments.state / IDENTITY, arguments.site, arguments.device)
-    return Membership(arguments.site, arguments.device, arguments.broker, urls, arguments.ca, identity)
+def membership(options: MembershipOptions) -> Membership:
+    """The place in a fleet that the options name; raises as `checked_urls`."""
+    urls = checked_urls(options)
+    state, site, device = options.state, options.site, options.device
+    identity = None if options.insecure else DeviceIdentity(state / IDENTITY, site, device)
+    return Membership(site, device, options.broker or "", urls, options.ca, identity)
 
 
-def checked_urls(arguments: argparse.Namespace, *, insecure: bool = False) -> tuple[str, ...]:
+def checked_urls(options: MembershipOptions) -> tuple[str, ...]:
     """Where to ask to join; nothing is written yet. Raises `ConfigError` if no broker is named, or a remote one is to
     be used without TLS or identity, or the file of authorities is invalid.
     """
-    if not arguments.broker:
+    insecure = options.insecure
+    if not options.broker:
         raise ConfigError("no broker is given", hint="Use --broker mqtts://host or set FEDPRUNE_BROKER.")
-    url = BrokerUrl.parse(arguments.broker)
+    url = BrokerUrl.parse(options.broker)
     if insecure or not url.tls:
         insecure_allowed(url.host)
-    if insecure and url.tls and arguments.ca is None:
+    if insecure and url.tls and options.ca is None:
         raise ConfigError(
             "--insecure", expected="a broker at mqtt://", got=url.bare,
             hint="A server whose broker is at mqtts:// has an identity: join it with --claim FILE, without --insecure.",
         )  # fmt: skip
-    if arguments.ca is not None and (insecure or not url.tls):
+    if options.ca is not None and (insecure or not url.tls):
         raise ConfigError("--ca", expected="a broker at mqtts://, and an identity", got=str(url))
-    if arguments.ca not in (None, SYSTEM):
-        tls_context(arguments.ca)
-    urls = [arguments.join] if arguments.join else join_urls(arguments.broker)
+    if options.ca not in (None, SYSTEM):
+        tls_context(options.ca)
+    urls = [options.join] if options.join else join_urls(options.broker)
     for other in map(BrokerUrl.parse, urls):
         if not other.tls:
             insecure_allowed(other.host)
@@ -118,7 +129,7 @@ def checked_urls(arguments: argparse.Namespace, *, insecure: bool = False) -> tu
 
 def join_first(
     member: Membership,
-    arguments: argparse.Namespace,
+    options: MembershipOptions,
     *,
     pin: bytes | None = None,
     patient: bool,
@@ -128,11 +139,11 @@ def join_first(
 
     `pin` is that of the server's authority, where there is no claim. Raises as `enrol` does.
     """
-    identity, kept = member.identity, arguments.state / CLAIM
+    identity, kept = member.identity, options.state / CLAIM
     if identity is None:
         return True
     if not identity.joined:
-        claim = _claim(arguments.claim, kept)
+        claim = _claim(options.claim, kept)
         if claim is None and pin is None:
             raise IdentityError(
                 f"{member.device} is no member of site {member.site} yet",
@@ -153,9 +164,9 @@ def join_first(
                 return False
             raise
         _tell(f"{member.device} is a member of site {member.site}, with key {identity.key.verifying.fingerprint}")
-    elif arguments.claim is not None:
+    elif options.claim is not None:
         _tell(
-            f"{member.device} is a member already, so that --claim {arguments.claim} is ignored. If it was shut out, "
+            f"{member.device} is a member already, so that --claim {options.claim} is ignored. If it was shut out, "
             "let it join again: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
         )
     with storage_errors(f"can't delete {kept}"):

@@ -443,7 +443,7 @@ def test_an_onnxruntime_that_kills_processes_is_an_exit_code_also_where_a_model_
     python.chmod(0o755)
     loaded: list[object] = []
     monkeypatch.setattr("fedprune_device.board.RuntimeProcess", lambda: RuntimeProcess(str(python)))
-    monkeypatch.setattr("fedprune_device.api.options.LiveModel", loaded.append)
+    monkeypatch.setattr("fedprune_device.api.http_server.LiveModel", loaded.append)
     assert run(tmp_path, state=str(state), local="127.0.0.1:0") == ExitCode.RUNTIME
     assert "signal 4" in capsys.readouterr().err
     assert not loaded, "this process has not loaded it"

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +7,17 @@ import pytest
 
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune.planning import profile_store
+from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.cli import main
-from fedprune_device.engines.accelerator_options import accelerator_of
+from fedprune_device.engines.accelerator_options import Accelerator, accelerator_of
 
 pytestmark = pytest.mark.board
 
 
-def asked(*options: str) -> argparse.Namespace:
-    return main.build_parser().parse_args(["run", "--state", "s", "--data", "d.npz", *options])
+def asked(*options: str, profile: HardwareProfile | None = None) -> Accelerator:
+    given = main.build_parser().parse_args(["run", "--state", "s", "--data", "d.npz", *options])
+    return accelerator_of(given.tier, given.engine_plan, profile)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def asked(*options: str) -> argparse.Namespace:
 def test_the_profile_says_what_computes_unless_the_command_line_does(
     tmp_path: Path, options: Any, profile: str | None, tier: str, cuda: bool, engines: bool
 ) -> None:
-    found = accelerator_of(asked(*options), None if profile is None else profile_store.find(profile))
+    found = asked(*options, profile=None if profile is None else profile_store.find(profile))
     assert (found.name, found.cuda) == (tier, cuda)
     selector = found.selector(tmp_path)
     assert (selector is not None) == engines
@@ -43,11 +44,11 @@ def test_the_profile_says_what_computes_unless_the_command_line_does(
 def test_a_plan_comes_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "engine.json"
     with pytest.raises(StorageError, match=r"engine\.json"):
-        accelerator_of(asked("--engine-plan", str(path)), None)
+        asked("--engine-plan", str(path))
     path.write_text("{}")
     with pytest.raises(ConfigError, match=r"engine\.json"):
-        accelerator_of(asked("--engine-plan", str(path)), None)
+        asked("--engine-plan", str(path))
     path.write_text(EnginePlan(level=1).to_json())
-    selector = accelerator_of(asked("--engine-plan", str(path), "--tier", "tensorrt"), None).selector(tmp_path)
+    selector = asked("--engine-plan", str(path), "--tier", "tensorrt").selector(tmp_path)
     assert selector is not None
     assert selector.plan.level == 1

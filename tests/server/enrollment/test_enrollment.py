@@ -23,10 +23,10 @@ from fedprune.security.joining import Claim
 from fedprune.security.keys import grouped
 from fedprune.wire.link import Link
 from fedprune_device.cli.main import main
-from fedprune_device.cli.options import add_membership
+from fedprune_device.cli.options import add_membership, options_of
 from fedprune_device.enrollment import enrollment
 from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls
-from fedprune_device.enrollment.membership import join_first, membership
+from fedprune_device.enrollment.membership import MembershipOptions, join_first, membership
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -165,9 +165,9 @@ def test_a_claim_for_a_board_that_is_a_member_is_ignored_and_that_is_said(
     assert join(server, tmp_path / "board", "--claim", str(claim)) == ExitCode.OK
     parser = argparse.ArgumentParser()
     add_membership(parser)
-    arguments = parser.parse_args([*words, "--claim", str(claim)])
+    options = options_of(MembershipOptions, parser.parse_args([*words, "--claim", str(claim)]))
     capsys.readouterr()
-    assert join_first(membership(arguments), arguments, patient=False)
+    assert join_first(membership(options), options, patient=False)
     assert "--new-key" in capsys.readouterr().err
 
 

@@ -1,0 +1,57 @@
+"""The sources of a board's samples, and the options that choose one."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedprune_device.data.dataset import SampleSource, load_data
+from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.data.image_folder import ImageFolder
+from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.sample_store import SampleStore
+from fedprune_device.data.splits import SplitShares
+
+LOCAL = "local"
+"""Name of the source that applications on the board fill."""
+
+_LARGEST_ROOM = 2**40
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Where samples come from, how images become samples, and how many are kept and held out."""
+
+    data: str
+    device: str
+    seed: int
+    validation_share: float
+    test_share: float
+    class_names: tuple[str, ...]
+    image_mean: tuple[float, ...]
+    image_deviation: tuple[float, ...]
+    samples_most: int
+    samples_bytes: int = 0
+
+    @property
+    def pixels(self) -> Pixels:
+        return Pixels(self.image_mean, self.image_deviation)
+
+    @property
+    def shares(self) -> SplitShares:
+        return SplitShares(self.test_share, self.validation_share, self.seed, self.device)
+
+    def open(self, state: Path, stack: ExitStack) -> SampleSource:
+        """The samples of a board with this state directory; `stack` closes them."""
+        if self.data == LOCAL:
+            limits = Limits(self.samples_most, min(self.samples_bytes, _LARGEST_ROOM))
+            return stack.enter_context(SampleStore(state / "samples", limits, self.shares))
+        return self.fixed(spool=state)
+
+    def fixed(self, class_names: tuple[str, ...] = (), spool: Path | None = None) -> SampleSource:
+        """The samples of a file, a function or a folder of images, with copies of large arrays in `spool`."""
+        source, names = Path(self.data), self.class_names or class_names
+        if source.is_dir():
+            return ImageFolder(source, self.pixels, self.shares, self.samples_most, names, spool)
+        return load_data(self.data, self.seed, self.device, self.validation_share, spool=spool)
