@@ -14,6 +14,7 @@ import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -95,7 +96,8 @@ class RuntimeProcess:
         if process is None:
             return
         if process.stdin is not None:
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # a request that a dead process never read
+                process.stdin.close()
         try:
             process.wait(_END_S)
         except subprocess.TimeoutExpired:

@@ -111,6 +111,18 @@ def test_a_probe_apart_that_fails_says_why(tmp_path: Path, script: str, says: st
         runtime.probe()
 
 
+def test_a_process_that_was_killed_between_two_requests_is_an_error_of_the_runtime() -> None:
+    with RuntimeProcess() as runtime:
+        runtime.check()
+        process = runtime._process
+        assert process is not None
+        process.kill()
+        process.wait()
+        with pytest.raises(RuntimeUnavailableError, match="killed by signal 9"):
+            runtime.check_model()
+        assert runtime._process is None
+
+
 def test_a_process_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime_process, "_START_S", 0.1)
     with RuntimeProcess(python(tmp_path, "exec sleep 600")) as runtime:
