@@ -67,9 +67,9 @@ class ConsoleObserver(Observer):
             self._complain(faults[0])
 
     def close(self) -> None:
-        self._orders.close()
         if self._process is not None:
             self._process.stop()
+        self._safely(self._orders.close)  # the console's process doesn't write to its database any more
 
     def _safely(self, act: Callable[[], None]) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
 from fedprune_server.web.state import rows
+from fedprune_server.web.state.admin_executor import AdminExecutor
 from fedprune_server.web.state.order_handler import OrderHandler
-from fedprune_server.web.state.order_queue import INTERRUPTED, OrderQueue
+from fedprune_server.web.state.order_queue import INTERRUPTED, Order, OrderQueue
 from fedprune_server.web.state.publisher import COVERED_S, StatusPublisher
 from fedprune_server.web.state.status import FILE, FleetView, StatusWriter
 from fedprune_server.web.state.surroundings import Member, Members, SurroundingsPoller
@@ -286,6 +288,43 @@ def test_a_pause_is_remembered_over_restarts(tmp_path: Path) -> None:
     again.first.pause(False)
     fleet.daemon = lambda **options: again  # type: ignore[method-assign]
     assert fleet.run().phase is Phase.FINISHED
+
+
+def test_an_order_that_fails_unexpectedly_is_answered_and_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, console = finished(tmp_path)
+    monkeypatch.setattr(console.publisher, "add_details", lambda name: {}[name])
+    numbers = [
+        console.order(kind, **about) for kind, about in (("look", {"device": "a"}), ("pause", {"job": JOB.name}))
+    ]
+    console.flush(2)
+    assert console.answer(numbers[0]) == (False, "it failed; the server's log says more")
+    assert console.answer(numbers[1]) == (True, f"job {JOB.name} is paused")
+
+
+def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, console = finished(tmp_path)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def carry_out(order: Order) -> str:
+        begun.set()
+        assert go_on.wait(30)
+        return "it is a member"
+
+    executor = AdminExecutor(tmp_path, None, lambda: 0.0)
+    monkeypatch.setattr(executor, "carry_out", carry_out)
+    observer = ConsoleObserver(
+        console.publisher, OrderHandler(console.queue, console.publisher, executor), None, lambda: 1e12
+    )
+    number = console.order("approve", device="a", key="ab12")
+    observer.turned(None, None)
+    assert begun.wait(30)
+    go_on.set()
+    observer.close()
+    assert console.answer(number) == (True, "it is a member")
 
 
 def test_orders_that_make_no_sense_are_answered(tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from fedprune.core.errors import FedpruneError, ProtocolError
+import logging
+
+from fedprune.core.errors import FedpruneError, ProtocolError, reason
 from fedprune_server.web.auth.roles import LOOKS
 from fedprune_server.web.state.admin_executor import KINDS, AdminExecutor
 from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
 from fedprune_server.web.state.publisher import StatusPublisher
+
+log = logging.getLogger("fedprune.server")
 
 _ORDERS = 20
 """Orders that are taken at a time."""
@@ -28,14 +32,19 @@ class OrderHandler:
         self._unsaved.clear()
         for order in self._queue.take(_ORDERS):
             self._take(order)
+        self._answer()
+
+    def close(self) -> None:
+        """End once the order under way is done, and answer what was carried out: the next start would call the rest
+        interrupted."""
+        if self._executor is not None:
+            self._executor.close()
+        self._answer()
+
+    def _answer(self) -> None:
         for answer in self._executor.answers() if self._executor is not None else ():
             self._queue.answer(answer)
         self._queue.flush()
-
-    def close(self) -> None:
-        """End once the order under way is done."""
-        if self._executor is not None:
-            self._executor.close()
 
     def _take(self, order: Order) -> None:
         try:
@@ -49,6 +58,10 @@ class OrderHandler:
             text = self._carry_out(order)
         except FedpruneError as error:
             self._queue.answer(Answer(order.number, False, str(error)))
+            return
+        except Exception as error:  # noqa: BLE001 - the orders that were taken with it must be carried out, too
+            log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
+            self._queue.answer(Answer(order.number, False, "it failed; the server's log says more"))
             return
         if order.order in ("pause", "resume"):  # saved as the loop's next turn ends, and not done before that
             self._unsaved.append(Answer(order.number, True, text))
