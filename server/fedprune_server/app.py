@@ -38,10 +38,9 @@ from fedprune_server.executor.distributed import helped
 from fedprune_server.maintenance.backup_manifest import restored_from
 from fedprune_server.messaging.broker.revocations import delivering
 from fedprune_server.messaging.connection import Connection, connection, identity_of
-from fedprune_server.messaging.leadership import Leadership, leadership
+from fedprune_server.messaging.leadership import Candidate, Leadership, leadership
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
-from fedprune_server.monitoring.alerts import OtherServer
 from fedprune_server.monitoring.display import Lines, make_display
 from fedprune_server.monitoring.health import Pulse
 from fedprune_server.monitoring.monitor import Monitor, read_notified, restored
@@ -319,7 +318,7 @@ def monitoring(
     server: Server,
     folders: Sequence[Path],
     alerts: AlertBook,
-    others: Callable[[], Sequence[OtherServer]] = tuple,
+    others: Callable[[], Sequence[Candidate]] = tuple,
 ) -> Iterator[None]:
     """Alerts of a server: logged, notified, and kept in a book for console and metrics.
 

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ExitCode, ReleaseError
 from fedprune.core.text import amount
 from fedprune.releases.release import MANIFEST, Release, ReleaseFile, write_again, write_release
+from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
 from fedprune.security.keys import SigningKey
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.cli.wheels import check_wheels
 from fedprune_server.enrollment.pki import IdentityFolder
+
+_EXTRA = "board"
+_GLIBC = 35  # of Ubuntu 22.04, the oldest system of a board that has Python 3.10 or newer
+_MODULES = {"pillow": "pil", "paho-mqtt": "paho", "onnxruntime-gpu": "onnxruntime"}
+"""Packages whose module, which is what a release names, is called otherwise."""
 
 
 def add_release(release: argparse.ArgumentParser) -> None:
@@ -83,6 +93,51 @@ def _of_wheels(arguments: argparse.Namespace, key: SigningKey) -> Release:
         )
 
     return write_release(arguments.out, made, wheels, key)
+
+
+def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequence[str] = ()) -> None:
+    """Make sure that wheels run on the boards, include fedprune, and lack nothing; else the first board would find out.
+
+    Args:
+        wheels: The files.
+        python: The boards' Python, such as cp311.
+        machine: Their processor, as `uname -m` prints it.
+        system: Modules that are taken from the boards' own Python.
+    """
+    version = re.fullmatch(r"cp3([0-9]{1,2})", python)
+    if version is None:
+        raise ReleaseError("--python", expected="a Python such as cp311", got=python)
+    minor = int(version[1])
+    platforms = [f"manylinux_2_{glibc}_{machine}" for glibc in range(_GLIBC, 4, -1)]
+    platforms += [f"{tag}_{machine}" for tag in ("manylinux2014", "manylinux2010", "manylinux1", "linux")]
+    runs = supported(minor, platforms)
+    versions: dict[str, Version] = {}
+    for wheel in wheels:
+        name, found, tags = parsed(wheel, ReleaseError)
+        if not tags & runs:
+            raise ReleaseError(
+                wheel.name,
+                expected=f"a wheel for {python} on {machine}",
+                got=", ".join(sorted(map(str, tags))[:3]),
+                hint="`pip download --platform` brings others; --python and --machine say what the boards have.",
+            )
+        if name in versions:
+            raise ReleaseError(f"wheels of {name}", expected="one", got=f"{versions[name]} and {found}")
+        versions[name] = found
+    if OWN not in versions:
+        raise ReleaseError(
+            f"there is no wheel of {OWN} among the {len(wheels)}",
+            hint="`python -m build --wheel` in the source code makes dist/fedprune-*.whl: copy it to the others.",
+        )
+    own = {canonicalize_name(name) for name in system}
+    markers = environment(minor, machine)
+    for wheel, wanted, there in unmet(wheels, markers, _EXTRA, lambda n: _MODULES.get(n, n) in own, ReleaseError):
+        raise ReleaseError(
+            f"{wheel.name} requires {wanted.name}{wanted.specifier}",
+            expected="a wheel of it",
+            got="none" if there is None else there,
+            hint="`pip download` it to the others, or name with --system what the boards' own Python has.",
+        )
 
 
 def _now() -> str:

@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
 
 from fedprune.coordination import Phase
 from fedprune.core.text import quantity, some
 from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.devices.quarantine import CROWDED_S
+from fedprune_server.messaging.leadership import Candidate
 
 CRITICAL, WARNING, INFO = "critical", "warning", "info"
 SEVERITIES = (INFO, WARNING, CRITICAL)
@@ -156,30 +156,6 @@ class CertificateDates:
     error: str = ""
 
 
-class OtherServer(Protocol):
-    """Another server of this identity (`messaging.leadership.Candidate`)."""
-
-    @property
-    def host(self) -> str:
-        pass
-
-    @property
-    def folder(self) -> str:
-        pass
-
-    @property
-    def since(self) -> float:
-        """When it was first heard, or became the leader, in seconds since 1970."""
-
-    @property
-    def heard_at(self) -> float:
-        """When it was last heard, in seconds since 1970."""
-
-    @property
-    def leads(self) -> bool:
-        """Whether it has taken over."""
-
-
 @dataclass(frozen=True)
 class RolloutStatus:
     """The latest rollout.
@@ -236,7 +212,7 @@ class Snapshot:
     running: bool = True
     turned_s: float | None = None
     broker: str = ""
-    others: Sequence[OtherServer] = ()
+    others: Sequence[Candidate] = ()
     quarantined: Mapping[str, str] = field(default_factory=dict)
     floods_joins: str | None = None
     site: SiteFacts | None = None

@@ -26,6 +26,7 @@ from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
 from fedprune.strategies import compose
 from fedprune_server.devices.plan_vs_actual import QUANTITIES, compared
+from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
 from fedprune_server.monitoring.alerts import (
     CRITICAL,
@@ -36,7 +37,6 @@ from fedprune_server.monitoring.alerts import (
     WARNING,
     Alert,
     JobStatus,
-    OtherServer,
     SiteFacts,
     Snapshot,
     evaluate,
@@ -145,7 +145,7 @@ class Monitor(Observer):
         views: Sequence[tuple[JobView, Path]],
         *,
         here: Callable[[], int] | None = None,
-        others: Callable[[], Sequence[OtherServer]] = tuple,
+        others: Callable[[], Sequence[Candidate]] = tuple,
         book: AlertBook | None = None,
         tell: Callable[[AlertChange], object] = lambda change: None,
         clock: Callable[[], float] = time.time,

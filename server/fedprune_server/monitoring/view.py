@@ -43,32 +43,6 @@ class Facts:
     queues: Mapping[str, int] = field(default_factory=dict)
 
 
-def facts_of(
-    job: Job, state: State, registry: DeviceRegistry, quarantine: Quarantine, connected: bool, queues: Mapping[str, int]
-) -> Facts:
-    """Figures of a job, by a look at every device."""
-    devices: Counter[str] = Counter()
-    for name, device in state.devices.items():
-        task = state.tasks.get(name)
-        works = task is not None and task.progress in _UNDER_WAY and state.awaits(task)
-        online = "working" if works else "idle"
-        devices["excluded" if device.excluded else online if device.online else "offline"] += 1
-    devices["excluded"] += len(registry.outsiders.keys() - state.devices.keys())
-    traffic = registry.traffic.values()
-    return Facts(
-        state.round,
-        job.rounds,
-        state.phase.value,
-        devices,
-        {p.value: state.tasks.count(p) for p in Progress},
-        sum(row["until"] is not None for row in quarantine.rows().values()),
-        sum(down for down, _ in traffic),
-        sum(up for _, up in traffic),
-        connected,
-        queues,
-    )
-
-
 OFFLINE = "offline"
 """What the table says of a device that isn't there."""
 
@@ -109,4 +83,24 @@ class JobView:
         return replace(found, rows=tuple(replace(r, state=self.away) if r.state == OFFLINE else r for r in found.rows))
 
     def facts(self) -> Facts:
-        return facts_of(self.job, self.state, self.registry, self.quarantine, self.connected(), self.queues())
+        """Figures of the job, by a look at every device."""
+        devices: Counter[str] = Counter()
+        for name, device in self.state.devices.items():
+            task = self.state.tasks.get(name)
+            works = task is not None and task.progress in _UNDER_WAY and self.state.awaits(task)
+            online = "working" if works else "idle"
+            devices["excluded" if device.excluded else online if device.online else "offline"] += 1
+        devices["excluded"] += len(self.registry.outsiders.keys() - self.state.devices.keys())
+        traffic = self.registry.traffic.values()
+        return Facts(
+            self.state.round,
+            self.job.rounds,
+            self.state.phase.value,
+            devices,
+            {p.value: self.state.tasks.count(p) for p in Progress},
+            sum(row["until"] is not None for row in self.quarantine.rows().values()),
+            sum(down for down, _ in traffic),
+            sum(up for _, up in traffic),
+            self.connected(),
+            self.queues(),
+        )

@@ -12,7 +12,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.main import build_parser, main
-from fedprune_server.cli.systemd_unit import ServerUnit
+from fedprune_server.cli.service import ServerUnit
 
 ANALYZE = shutil.which("systemd-analyze")
 analyzed = pytest.mark.skipif(ANALYZE is None, reason="systemd-analyze is not installed")

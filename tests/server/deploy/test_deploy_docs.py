@@ -10,7 +10,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode
 from fedprune_server.cli.main import build_parser, main
-from fedprune_server.cli.systemd_unit import ServerUnit
+from fedprune_server.cli.service import ServerUnit
 from fedprune_server.config.environment import CONFIG, variables
 from support.paths import ROOT
 
