@@ -25,7 +25,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedprune import strategies
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import FedpruneError
-from fedprune.flower import PRESETS, REFUSED, FedpruneStrategy, Part, answer
+from fedprune.flower import PRESETS, FedpruneStrategy, Part, answer
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
@@ -254,9 +254,8 @@ def case_state_goes_on_bit_for_bit() -> None:
 
 
 def case_strategies_are_taken_or_refused_by_name() -> None:
-    assert {*PRESETS, *REFUSED} == set(strategies.PRESETS)
-    for name, reason in REFUSED.items():
-        with refused(reason):
+    for name in strategies.PRESETS.keys() - set(PRESETS):
+        with refused("doesn't work under Flower"):
             FedpruneStrategy(model(), name, density=0.5)
     for name in PRESETS:
         _, _, made = one_round(FedpruneStrategy(model(), name, density=[1.0, 0.5], **QUIET), 2)
@@ -268,7 +267,7 @@ def case_strategies_are_taken_or_refused_by_name() -> None:
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(personal=("fc.*",)))
     with refused("masks of elements"):
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(mask="hard"))
-    with refused("squared gradients"):
+    with refused("boards measure"):
         FedpruneStrategy(model(), "fedavg", recipe=Recipe(report_squares=True))
     with refused("did you mean 'fedprune'"):
         FedpruneStrategy(model(), "fedprun")

@@ -97,11 +97,6 @@ class RunFolder:
     def write_checkpoint(self, model: Model, number: int, weights: bytes) -> None:
         """Write a global model as `checkpoints/round-000010/model.onnx` and `weights.safetensors`.
 
-        Args:
-            model: The imported model.
-            number: The round that has ended.
-            weights: The global model's tensor file.
-
         Raises:
             StorageFullError: There is no room.
             StorageError: The disk fails.

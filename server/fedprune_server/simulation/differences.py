@@ -15,13 +15,7 @@ _NOTHING = object()
 
 
 def differences(stored: Mapping[str, Any], given: Mapping[str, Any], ignored: Sequence[str] = ()) -> str:
-    """The settings that differ, as `job.recipe.lr (stored 0.05, given 0.1)`; empty where none does.
-
-    Args:
-        stored: What was written down, in JSON types.
-        given: What is given now, in JSON types.
-        ignored: Keys of the first level that don't count.
-    """
+    """The settings that differ, as `job.recipe.lr (stored 0.05, given 0.1)`; empty where none does."""
     old, new = ({k: v for k, v in body.items() if k not in ignored} for body in (stored, given))
     found = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in _pairs("", old, new)]
     return some(found, most=_MOST)

@@ -36,14 +36,7 @@ _TRIES = 1000
 
 @dataclass(frozen=True)
 class Federation:
-    """Data of a server and its devices.
-
-    Attributes:
-        x: The server's test inputs.
-        y: Their labels.
-        calibration: Inputs for batch-norm statistics.
-        devices: Each device's own data.
-    """
+    """Data of a server and its devices."""
 
     x: npt.NDArray[np.float32]
     y: npt.NDArray[np.int64]

@@ -36,10 +36,6 @@ _REPORT_S = 0.5
 class Run:
     """One run.
 
-    Attributes:
-        name: Its name, and its folder's.
-        settings: Everything that decides it, as JSON types.
-
     Raises:
         ConfigError: The name is not valid for a folder.
     """

@@ -97,10 +97,6 @@ class Simulation:
     ) -> list[dict[str, Any]]:
         """Run the job to its end, from its last saved state; a finished one that was given more rounds continues.
 
-        Args:
-            progress: Called after every training and every round.
-            begun: Called once, before the first training.
-
         Returns:
             The coordinator's history: a summary per round.
 

@@ -18,11 +18,7 @@ MAX_BIRTHS = 200
 
 
 class StallDetector:
-    """Ends a simulation that no device brings forward.
-
-    Args:
-        devices: Number of devices.
-    """
+    """Ends a simulation that no device brings forward."""
 
     def __init__(self, devices: int) -> None:
         self._devices = devices

@@ -19,12 +19,6 @@ __all__ = ["AsynchronousCoordinator", "Coordinator", "Phase", "State", "Synchron
 def coordinate(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Coordinator:
     """The coordinator of a job, synchronous or asynchronous by its strategy's schedule.
 
-    Args:
-        job: The job's settings.
-        architecture: The global model's architecture.
-        state: Where the job stands.
-        frozen: Tensors that the model's author froze.
-
     Raises:
         ConfigError: The job's strategy or its options are wrong.
     """

@@ -321,11 +321,7 @@ class Coordinator(ABC):
             device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
 
     def _spent_out(self, number: int) -> Commands:
-        """The end of a job of which no device may be asked once more: it stays with the model of its last round.
-
-        Args:
-            number: The round that was the last.
-        """
+        """The end of a job of which no device may be asked once more: it stays with the model of its last round."""
         self.state.round, self.state.phase = number, Phase.FINISHED
         self.state.tasks, self.state.deadline = TrackedDict(), None
         return [do.Finish(self.state.model)]

@@ -26,10 +26,6 @@ from fedprune.updates.privacy import Privacy, most_cost
 class PrivacyBudget:
     """A job's ledger.
 
-    Args:
-        state: Of the coordinator; it is written to.
-        privacy: The job's settings.
-
     Raises:
         ConfigError: The job has begun with noise and would go on without, or the other way round.
     """
@@ -72,9 +68,6 @@ class PrivacyBudget:
 
     def release(self, tasks: Mapping[str, Task]) -> bool:
         """Count a round's sums as released, unless that overdraws a budget of shared noise.
-
-        Args:
-            tasks: The parts that counted, by device.
 
         Returns:
             Whether they may be released; if not, nothing is counted.

@@ -156,9 +156,6 @@ class Stragglers:
         """The parts that a round needs no longer, as enough updates are in.
 
         What is on the disk already is waited for, and so are all while one is that was let go too often.
-
-        Args:
-            tally: How many parts are how far.
         """
         wanted = self._state.wanted
         if not wanted or tally[Progress.FOLDED] < wanted or tally[Progress.STORED]:

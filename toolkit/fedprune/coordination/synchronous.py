@@ -414,9 +414,6 @@ class WaitQueue:
 
     Devices have their turns in the order of their names; a device that is away when its turn comes lets the others go
     first.
-
-    Args:
-        state: The coordinator's; read, never changed.
     """
 
     def __init__(self, state: State) -> None:
@@ -425,11 +422,7 @@ class WaitQueue:
         self._here, self._away = deque(names), deque[str]()
 
     def next(self, count: int) -> list[str]:
-        """The next devices; fewer where no more wait.
-
-        Args:
-            count: How many, at most.
-        """
+        """The next devices; fewer where no more wait."""
         found: list[str] = []
         while len(found) < count and (self._here or self._away):
             line = self._here or self._away

@@ -19,14 +19,7 @@ from fedprune.strategies.allocation import Allocator, Fleet
 
 
 class WidthPlanner:
-    """Plans a job's devices, by the recipes that its strategy is going to ask them to train by.
-
-    Args:
-        job: The job's settings.
-        strategy: What the job composes.
-        architecture: The global model's architecture.
-        frozen: Tensors that the model's author froze.
-    """
+    """Plans a job's devices, by the recipes that its strategy is going to ask them to train by."""
 
     def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, frozen: Collection[str] = ()) -> None:
         self.job = job
@@ -58,13 +51,7 @@ class WidthPlanner:
             device.excluded = str(error)
 
     def replace(self, name: str, known: Device | None, device: Device) -> None:
-        """Plan a device that announced itself, with what still holds of what was known of it.
-
-        Args:
-            name: Its name.
-            known: The device before, if it was there.
-            device: The device as it announced itself.
-        """
+        """Plan a device that announced itself, with what still holds of what was known of it."""
         if known is not None and known.profile == device.profile and _steps(known) == _steps(device):
             device.correction = known.correction
         said = (device.profile, device.probe, device.samples)
@@ -126,11 +113,7 @@ class WidthPlanner:
 
 
 class PlannedWidths(Allocator):
-    """The allocator of jobs whose strategy has none: the planner.
-
-    Args:
-        planner: The job's.
-    """
+    """The allocator of jobs whose strategy has none: the planner."""
 
     def __init__(self, planner: WidthPlanner) -> None:
         self._planner = planner

@@ -14,7 +14,7 @@ except ImportError as error:
     ) from error
 
 from fedprune.flower.client import Part, answer
-from fedprune.flower.presets import PRESETS, REFUSED
+from fedprune.flower.presets import PRESETS
 from fedprune.flower.strategy import FedpruneStrategy
 
-__all__ = ["PRESETS", "REFUSED", "FedpruneStrategy", "Part", "answer"]
+__all__ = ["PRESETS", "FedpruneStrategy", "Part", "answer"]

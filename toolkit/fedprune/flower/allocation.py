@@ -46,12 +46,6 @@ class NodeShare:
 class Allocation:
     """Decides on shares, and remembers what nodes said.
 
-    Args:
-        job: The job's settings.
-        strategy: What it composes.
-        architecture: The model's.
-        wishes: Who gets how much.
-
     Raises:
         ConfigError: A density is not above 0 and at most 1, or there is no such profile.
     """

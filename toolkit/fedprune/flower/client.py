@@ -111,12 +111,7 @@ class Part:
         return self._said({key: ArrayRecord(arrays)}, samples, {STEPS: int(steps), **metrics})
 
     def evaluated(self, *, samples: int, **metrics: float) -> Message:
-        """The answer to a message that asked for evaluation.
-
-        Args:
-            samples: Samples that were looked at.
-            metrics: What was found.
-        """
+        """The answer to a message that asked for evaluation."""
         return self._said({}, samples, metrics)
 
     def _said(self, records: dict[str, Any], samples: int, metrics: Mapping[str, float]) -> Message:

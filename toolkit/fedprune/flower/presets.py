@@ -6,37 +6,14 @@ it keeps between rounds, masks that it trains under, gradients that it reports) 
 
 from __future__ import annotations
 
-from fedprune.core.errors import ConfigError, meant
+from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
-from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
 
 PRESETS = ("fedavg", "fedprox", "fedprune", "fedrolex", "heterofl", "plain")
 """Names of the strategies that work under Flower."""
-
-_PAST = "it goes on from what a device last handed in, which is kept by fedprune's own server"
-_PARTS = "a part of the model stays on the device, which a node of Flower doesn't keep"
-_MASKS = "devices train under masks of elements"
-_LATE = "its updates come in whenever they are ready, while Flower's rounds wait"
-
-REFUSED = {
-    "autoflip": _MASKS,
-    "ca-hfp": "it ranks channels by curvature, estimated from movements of plain SGD, of which a node's own loop says "
-    "nothing",
-    "fedasync": _LATE,
-    "fedbuff": _LATE,
-    "fedfix": _LATE,
-    "fedobp": _PAST,
-    "fedper": _PARTS,
-    "fiarse": _MASKS,
-    "history": _PAST,
-    "local": _PARTS,
-    "pr-fl": "it decides by squared gradients and times of rounds, which fedprune's own boards report",
-    "subflot": _PAST,
-}
-"""The others, and what each of them needs."""
 
 
 def composed(job: Job) -> Strategy:
@@ -45,38 +22,22 @@ def composed(job: Job) -> Strategy:
     Raises:
         ConfigError: There is no such strategy, its options are wrong, or it needs what Flower's nodes don't have.
     """
-    if job.strategy in REFUSED:
-        raise _refusal(job, REFUSED[job.strategy])
-    if job.strategy not in PRESETS and ":" not in job.strategy:
-        raise ConfigError(
-            f"no strategy is called {job.strategy!r}{meant(job.strategy, PRESETS)}",
-            expected=f"{', '.join(PRESETS)}, or package.module:function",
-        )
     strategy = compose(job)
-    recipe = _recipe(job, strategy)
+    recipe = strategy.recipe(job.recipe, Turn(job.seed, 1, "", ()))  # a device's of full width
     reasons = {
-        "it ranks channels by curvature, of which a node's own loop says nothing": strategy.observes,
-        _PAST: strategy.keeps_past,
-        _MASKS: strategy.masks or recipe.mask != "none",
-        _PARTS: bool(recipe.personal),
-        _LATE: strategy.schedule is not None,
+        "it estimates gradients from movements of plain SGD, which a node's own loop doesn't report": strategy.observes,
+        "it goes on from what a device last handed in, which fedprune's own server keeps": strategy.keeps_past,
+        "devices train under masks of elements": strategy.masks or recipe.mask != "none",
+        "a part of the model stays on the device, which a node of Flower doesn't keep": bool(recipe.personal),
+        "its updates come in whenever they are ready, while Flower's rounds wait": strategy.schedule is not None,
         "its first rounds explore": strategy.explores > 0,
-        "it needs the squared gradients that fedprune's own boards report": recipe.report_squares,
+        "it needs what fedprune's own boards measure": recipe.report_squares or strategy.inputs == "measurements",
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise _refusal(job, reason)
+    reason = next((reason for reason, holds in reasons.items() if holds), "")
+    if reason:
+        raise ConfigError(
+            f"strategy {job.strategy!r}, as it is set here, doesn't work under Flower: {reason}",
+            expected=", ".join(PRESETS),
+            hint="fedprune-server runs it.",
+        )
     return strategy
-
-
-def _recipe(job: Job, strategy: Strategy) -> Recipe:
-    """What a device of full width would train by."""
-    return strategy.recipe(job.recipe, Turn(job.seed, 1, "", ()))
-
-
-def _refusal(job: Job, reason: str) -> ConfigError:
-    return ConfigError(
-        f"strategy {job.strategy!r}, as it is set here, doesn't work under Flower: {reason}",
-        expected=", ".join(PRESETS),
-        hint="fedprune-server runs it.",
-    )

@@ -53,13 +53,7 @@ class WholeModel(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """What a node is sent.
-
-    Attributes:
-        cut: What its submodel was made of.
-        submodel: The submodel.
-        recipe: How the strategy would have it train.
-    """
+    """What a node is sent."""
 
     cut: Cut
     submodel: Submodel
@@ -68,13 +62,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What a node hands in, not yet checked.
-
-    Attributes:
-        tensors: What it made of its submodel.
-        samples: Its training samples.
-        steps: Optimiser steps behind it.
-    """
+    """What a node hands in, not yet checked."""
 
     tensors: Mapping[str, npt.NDArray[Any]]
     samples: int
@@ -98,10 +86,6 @@ class Outcome:
 
 class Rounds:
     """Runs the roles of a strategy, round by round.
-
-    Args:
-        model: What the job begins with.
-        job: Its settings.
 
     Attributes:
         architecture: The model's.

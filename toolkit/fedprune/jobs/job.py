@@ -206,12 +206,7 @@ class Job:
         return {k: v for k, v in body.items() if k not in _LATER or v not in (usual[k], {})}
 
     def codec(self, profile: object, known: Collection[str]) -> str | None:
-        """The codec of a device's updates, as text; None for none.
-
-        Args:
-            profile: Name of its hardware profile.
-            known: Names of the codecs that it knows.
-        """
+        """The codec of a device's updates, as text; None for none."""
         return agreed(self.compression_of.get(str(profile), self.compression), known)
 
     @classmethod

@@ -362,11 +362,6 @@ class State:
     ) -> State:
         """Read what `to_json` wrote.
 
-        Args:
-            text: That.
-            devices: Further devices by name, as JSON values.
-            tasks: Further parts by device, as JSON values.
-
         Raises:
             StorageError: The text is damaged or of another version.
         """

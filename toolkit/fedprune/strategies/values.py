@@ -68,11 +68,7 @@ class Submodel:
 
 @dataclass(frozen=True, eq=False)
 class Past(Submodel):
-    """What a device last handed in.
-
-    Attributes:
-        round: When.
-    """
+    """What a device last handed in."""
 
     round: int = 0
 

@@ -90,14 +90,3 @@ def draw_partition(federation: Federation, path: Path, title: str = "Data of the
     facts = {"Devices": f"{len(partition.counts):,}", "Samples": f"{total:,}"}
     path.write_text(document(title, [partition.heat_map()], facts), encoding="utf-8")
     return path
-
-
-def partition_table(federation: Federation) -> str:
-    """The partition as Markdown: samples of each device, and its most frequent classes."""
-    counts, names = federation.counts(), federation.samples.class_names
-    lines = ["| device | train | validation | test | classes, most first |", "|---|---:|---:|---:|---|"]
-    for row, (name, holding) in zip(counts, federation.holdings.items(), strict=True):
-        order = [int(c) for c in np.argsort(-row, kind="stable") if row[c]]
-        listed = ", ".join(f"{names[c]} {row[c]}" for c in order[:5]) + (", ..." if len(order) > 5 else "")
-        lines.append(f"| {name} | {len(holding.train)} | {len(holding.validation)} | {len(holding.test)} | {listed} |")
-    return "\n".join(lines) + "\n"

@@ -123,17 +123,6 @@ class Samples:
             begin += len(part)
         return out
 
-    def subset(self, rows: npt.ArrayLike) -> Samples:
-        """A copy of some samples, as a data set with the same names."""
-        wanted = np.asarray(rows, np.int64)
-        return replace(
-            self,
-            parts=(self.take(wanted),),
-            labels=self.labels[wanted],
-            testing=self.testing[wanted],
-            owners=None if self.owners is None else self.owners[wanted],
-        )
-
 
 @dataclass(frozen=True)
 class Preparation:

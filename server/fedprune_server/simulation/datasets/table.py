@@ -99,11 +99,6 @@ class DataPlan:
     def from_dict(cls, body: object, where: str = "[data]", folder: Path | None = None) -> DataPlan:
         """Read and check the table.
 
-        Args:
-            body: The table.
-            where: Names of file and table, for errors.
-            folder: Base of a relative source.
-
         Raises:
             ConfigError: An unknown key or a wrong value; the message names it.
         """

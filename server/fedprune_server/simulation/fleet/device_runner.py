@@ -37,14 +37,7 @@ _SPARE = 2
 
 @dataclass(frozen=True)
 class Outcome:
-    """A device's announcement after its training.
-
-    Attributes:
-        weights: The trained weights.
-        samples: Samples behind them.
-        steps: Optimiser steps taken.
-        metrics: What it measured.
-    """
+    """A device's announcement after its training."""
 
     weights: BlobRef
     samples: int
@@ -191,9 +184,6 @@ class _BlobState:
     Args:
         store: The blob's store.
         digest: The blob; None if nothing was kept yet.
-
-    Attributes:
-        digest: The blob as it is now.
     """
 
     def __init__(self, store: BlobStore, digest: str | None) -> None:

@@ -42,13 +42,7 @@ def pulls(offer: Mapping[str, Any], held: Collection[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class StoredData:
-    """Samples that are read when they are needed, and forgotten afterwards: a thousand devices' don't fit in memory.
-
-    Attributes:
-        samples: Training samples.
-        fingerprint: Digest of all samples and labels.
-        load: Reads them; the same ones every time.
-    """
+    """Samples that are read when they are needed, and forgotten afterwards: a thousand devices' don't fit in memory."""
 
     samples: int
     fingerprint: str
@@ -67,13 +61,7 @@ class StoredData:
 
 @dataclass(frozen=True)
 class VirtualDevice:
-    """A board that exists as a profile and data.
-
-    Attributes:
-        name: Its name.
-        profile: What kind of board it is.
-        data: Its own samples, or where they are read.
-    """
+    """A board that exists as a profile and data."""
 
     name: str
     profile: HardwareProfile
@@ -96,16 +84,6 @@ class VirtualDevice:
             DataError: They can't be read.
         """
         return self.data.load() if isinstance(self.data, StoredData) else self.data
-
-    def download_s(self, size: int) -> float:
-        """Seconds until `size` bytes from the server are here."""
-        link = self.profile.link
-        return link.latency_s + size / link.down_bytes_s
-
-    def upload_s(self, size: int) -> float:
-        """Seconds until `size` bytes from here are at the server."""
-        link = self.profile.link
-        return link.latency_s + size / link.up_bytes_s
 
     def train_s(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> float:
         """Seconds that the planner expects the training of a round to take."""

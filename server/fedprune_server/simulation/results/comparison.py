@@ -124,12 +124,7 @@ _DROPS = {"training TMACs": 3, "rounds": 4}
 
 
 def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[float] = ()) -> Path:
-    """Write `comparison.html`, a self-contained page, and `comparison.md`.
-
-    Args:
-        folder: The output folder, which is created if missing.
-        runs: The runs; the first is the baseline.
-        targets: Accuracies (losses) whose cost is compared.
+    """Write `comparison.html`, a self-contained page, and `comparison.md`; the first run is the baseline.
 
     Returns:
         The page.

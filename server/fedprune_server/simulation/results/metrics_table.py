@@ -44,11 +44,6 @@ def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
     metric and value. `rounds.parquet` has a row per round with the global model's numbers, the devices' mean latest
     measurements (`mean_...`), bytes and MACs. Both have title and job as metadata.
 
-    Args:
-        folder: The output folder.
-        record: The run.
-        suffix: Suffix of the files' stems.
-
     Raises:
         StorageError: The disk fails.
     """

@@ -200,12 +200,7 @@ class Record:
         return sum(r.macs for r in self.rounds)
 
     def reached(self, target: float, values: Sequence[float | None]) -> RoundRow | None:
-        """The first round that reaches a target, or None.
-
-        Args:
-            target: An accuracy, or a loss for regression.
-            values: A value per round.
-        """
+        """The first round that reaches a target, or None."""
         for row, value in zip(self.rounds, values, strict=True):
             if value is not None and (value <= target if self.measure == "loss" else value >= target):
                 return row

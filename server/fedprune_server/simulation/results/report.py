@@ -56,12 +56,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Report:
-    """Files of a report.
-
-    Attributes:
-        html: The page.
-        markdown: Its tables as Markdown.
-    """
+    """Files of a report."""
 
     html: Path
     markdown: Path

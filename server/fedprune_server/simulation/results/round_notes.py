@@ -106,15 +106,7 @@ class RoundRecorder:
         return number % max(1, self._job.rounds // _MAPS) == 0 or number in (1, self._job.rounds)
 
     def macs(self, device: str, number: int, offer: Mapping[str, Any], steps: int, samples: int) -> int:
-        """MACs of a training, forward and backward, with each step at its own widths.
-
-        Args:
-            device: The device's name.
-            number: The round.
-            offer: Its offer.
-            steps: Steps taken.
-            samples: Its training samples.
-        """
+        """MACs of a training, forward and backward, with each step at its own widths."""
         widths, recipe = tuple(offer["widths"]), Recipe.from_dict(offer["recipe"])
         per_epoch = -(-samples // recipe.batch_size)
         if not recipe.ordered_dropout:

@@ -42,11 +42,7 @@ class _Lines:
 
 
 class Following:
-    """A progress bar for one run, with a spinner while it is prepared; log lines scroll above.
-
-    Args:
-        title: The run's.
-    """
+    """A progress bar for one run, with a spinner while it is prepared; log lines scroll above."""
 
     def __init__(self, title: str) -> None:
         console = Console(stderr=True)

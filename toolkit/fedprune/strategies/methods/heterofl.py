@@ -84,9 +84,6 @@ class FedRolex(HeteroFL):
 
     FedRolex (Alam et al. 2022, eq. 3). All devices of a round share the window's start, so that a narrow device's
     channels are among a wide one's.
-
-    Attributes:
-        step: Channels per round.
     """
 
     step: int = 1

@@ -244,12 +244,7 @@ class Scratch(threading.local):
         self._kept: dict[str, Floats] = {}
 
     def array(self, name: str, shape: tuple[int, ...]) -> Floats:
-        """An array of any content, which is good until the same name is asked for again.
-
-        Args:
-            name: What it is for.
-            shape: Its shape.
-        """
+        """An array of any content, which is good until the same name is asked for again."""
         size = prod(shape)
         kept = self._kept.get(name)
         if kept is None or kept.size < size:
