@@ -19,7 +19,6 @@ def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
 
     Raises:
         JoinError: It doesn't wait, or with another key.
-        StorageError: The disk fails or is full.
     """
     given = fingerprint.strip().lower()
     known = identity.store.devices()
@@ -47,7 +46,6 @@ def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) 
 
     Raises:
         JoinError: None waits.
-        StorageError: The disk fails or is full.
     """
     given = None if fingerprint is None else fingerprint.strip().lower()
     keys = [
@@ -62,12 +60,7 @@ def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) 
 
 
 def revoke(identity: IdentityFolder, device: str) -> str:
-    """Shut a device out; returns what to say of it.
-
-    Raises:
-        JoinError: None of this name is let in or waits.
-        StorageError: The disk fails or is full.
-    """
+    """Shut a device out; returns what to say of it. Raises `JoinError` if none of this name is let in or waits."""
     keys, certificates = identity.revoke(device)
     if not keys and not certificates:
         near = meant(device, {d.device for d in identity.store.devices()})

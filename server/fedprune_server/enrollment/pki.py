@@ -118,9 +118,6 @@ class IdentityFolder:
         """Replace the signing key; boards follow by the succession that the old key signs.
 
         No server may run on the folder. A crash leaves the old key, or the new one with its succession.
-
-        Raises:
-            StorageError: The disk fails or is full.
         """
         new = SigningKey.make()
         new.save(self.path / _NEW_SIGNING)
@@ -138,7 +135,6 @@ class IdentityFolder:
 
         Raises:
             IdentityError: It is being replaced already.
-            StorageError: The disk fails or is full.
         """
         self.authority.begin_rotation(self.site)
         self.authority = Authority(self.path, self._clock)
@@ -153,7 +149,6 @@ class IdentityFolder:
 
         Raises:
             IdentityError: It is not being replaced, or boards have no certificate of the new one yet.
-            StorageError: The disk fails or is full.
         """
         if (left := self.without_new_certificate()) and not force:
             raise IdentityError(
@@ -186,11 +181,7 @@ class IdentityFolder:
         return [d.device for d in self.store.devices() if d.status == APPROVED and d.authority != latest]
 
     def revoke_again(self) -> None:
-        """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Revoke the certificates of revoked devices, where a crash or a disk lost that revocation."""
         devices = self.store.devices()
         members = {d.device for d in devices if d.status == APPROVED}
         for device in sorted({d.device for d in devices if d.status == REVOKED} - members):
@@ -201,12 +192,7 @@ class IdentityFolder:
 
     @classmethod
     def make(cls, state: Path, site: str, clock: Callable[[], float] = time.time) -> IdentityFolder:
-        """A new identity; one whose making was broken off is completed.
-
-        Raises:
-            IdentityError: There is one already.
-            StorageError: The disk fails or is full.
-        """
+        """A new identity; one whose making was broken off is completed. Raises `IdentityError` if there is one already."""
         check_name(site, "site")
         path = state / FOLDER
         if (path / _SITE).exists():
@@ -248,7 +234,6 @@ class IdentityFolder:
         Raises:
             JoinError: No device may have the name.
             ProtocolError: The name is none.
-            StorageError: The disk fails or is full.
         """
         if device is not None and check_device(device) == SERVER:
             raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
@@ -279,7 +264,6 @@ class IdentityFolder:
 
         Raises:
             IdentityError: A host is neither name nor address.
-            StorageError: The disk fails or is full.
         """
         return self._listening(_BROKER_CERTIFICATE, _BROKER_KEY, hosts)
 

@@ -52,12 +52,7 @@ class EnrollmentService:
         return self._topics.joined(nonce), self.answer(request)
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
-        """The answer to a request.
-
-        Raises:
-            ProtocolError: Who asks hasn't the keys that it asks for.
-            StorageError: The disk fails or is full.
-        """
+        """The answer to a request. Raises `ProtocolError` if who asks hasn't the keys that it asks for."""
         check_request(request)
         digest = digest_of(request)
         kept = self._identity.store.answer(digest)

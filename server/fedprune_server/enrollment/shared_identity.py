@@ -93,7 +93,6 @@ class SharedIdentity:
 
         Raises:
             LeaseLostError: Another server has taken the job over.
-            StorageError: Database or disk fail.
         """
         with self._lock:
             known = [*self._written]  # before the identity is read: what is heard meanwhile isn't gone

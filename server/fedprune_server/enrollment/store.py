@@ -195,11 +195,7 @@ class IdentityStore:
         return WAITING
 
     def approve(self, device: str, key: str, now: int) -> None:
-        """Let a key in that waits.
-
-        Raises:
-            JoinError: The name is another key's, or the key was revoked.
-        """
+        """Let a key in that waits. Raises `JoinError` if the name is another key's, or the key was revoked."""
         with self._transaction() as connection:
             self._let_in(connection, device, key, now)
 

@@ -179,10 +179,8 @@ class RolloutStore:
             connection.execute(change, (rollout.phase.value, _json(rollout.to_dict()), _json(reports), number))
 
     def stop(self, reason: str) -> int:
-        """Ask for the end of the rollout that is under way, which the daemon carries out; returns its number.
-
-        Raises:
-            ConfigError: None is under way.
+        """Ask for the end of the rollout that is under way, which the daemon carries out; returns its number. Raises
+        `ConfigError` if none is under way.
         """
         with self._transaction() as connection:
             number, _ = _running(connection)
@@ -203,10 +201,8 @@ class RolloutStore:
             return number
 
     def resume(self) -> int:
-        """Ask that a paused rollout goes on; returns its number.
-
-        Raises:
-            ConfigError: None is under way, or it isn't paused.
+        """Ask that a paused rollout goes on; returns its number. Raises `ConfigError` if none is under way, or it isn't
+        paused.
         """
         with self._transaction() as connection:
             number, hold = _running(connection)

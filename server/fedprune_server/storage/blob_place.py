@@ -36,7 +36,6 @@ def bucket_of(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore |
 
     Raises:
         ConfigError: The bucket has another job's blobs.
-        BucketError: It can't be used.
         MissingExtraError: boto3 isn't installed.
     """
     place = place_of(settings)
@@ -63,7 +62,6 @@ def opened(folder: Path, place: str, cache: int, settings: Mapping[str, Any] | N
 
     Raises:
         ConfigError: The bucket has another job's blobs.
-        BucketError: It can't be used.
         MissingExtraError: boto3 isn't installed.
     """
     if place == FOLDER:
@@ -104,12 +102,7 @@ def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed:
 
 
 def lay_down(store: BlobStore, number: str | None, job: str, model: bytes) -> None:
-    """Mark a bucket as this job's.
-
-    Raises:
-        BucketError: It can't be used.
-        StorageError: The job has no number.
-    """
+    """Mark a bucket as this job's. Raises `StorageError` if the job has no number."""
     if isinstance(store, BucketStore):
         if number is None:
             raise StorageError("a job in a bucket has no number")

@@ -163,10 +163,8 @@ class Database:
                 return result
 
     def copy(self, target: Path) -> None:
-        """Copy SQLite's file, completely or not at all; only its owner can read the copy.
-
-        Raises:
-            StorageError: It can't be read or written.
+        """Copy SQLite's file, completely or not at all; only its owner can read the copy. Raises `StorageError` if it
+        can't be read or written.
         """
         if self.file is None:
             raise StorageError(f"{self.url} has no file to copy")
@@ -312,10 +310,8 @@ def _read_only(url: sql.URL) -> sql.Engine:
 
 
 def reading_uri(path: Path) -> str:
-    """URI of a file for reading, also on a read-only disk.
-
-    Raises:
-        StorageError: What was written last can't be read there.
+    """URI of a file for reading, also on a read-only disk. Raises `StorageError` if what was written last can't be read
+    there.
     """
     uri = f"file:{urllib.parse.quote(str(path))}?mode=ro"
     log, index = (path.with_name(path.name + end) for end in ("-wal", "-shm"))

@@ -119,21 +119,15 @@ class Lease:
             self._thread.start()
 
     def check(self, connection: sql.Connection) -> None:
-        """Check, within a transaction that is about to write, that this server still holds the lease.
-
-        Raises:
-            LeaseLostError: Another has it.
+        """Check, within a transaction that is about to write, that this server still holds the lease. Raises
+        `LeaseLostError` if another has it.
         """
         if _read(connection, share=True).token != self._token:
             self._gone = True
             raise self._error()
 
     def confirm(self) -> None:
-        """Raise if the lease was lost.
-
-        Raises:
-            LeaseLostError: Another server has taken over.
-        """
+        """Raise if the lease was lost. Raises `LeaseLostError` if another server has taken over."""
         if self._gone:
             raise self._error()
 

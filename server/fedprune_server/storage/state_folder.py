@@ -46,11 +46,7 @@ def url_of(folder: Path, chosen: str | None = None) -> str:
 
 
 def kept(folder: Path) -> str | None:
-    """The URL that `keep` stored, or None.
-
-    Raises:
-        StorageError: It can't be read, or is damaged.
-    """
+    """The URL that `keep` stored, or None. Raises `StorageError` if it can't be read, or is damaged."""
     path = folder / PLACE
     with storage_errors(f"can't read {path}", missing=True):
         try:
@@ -67,11 +63,7 @@ def kept(folder: Path) -> str | None:
 
 
 def keep(folder: Path, url: str) -> None:
-    """Store the database's URL for the next start and for commands on the folder.
-
-    Raises:
-        StorageError: The disk fails or is full.
-    """
+    """Store the database's URL for the next start and for commands on the folder."""
     if url != f"sqlite:///{folder.resolve() / FILE}" and kept(folder) != url:
         write_whole(folder / PLACE, f"{url}\n".encode(), private=True)
 
@@ -80,10 +72,8 @@ FOLDER = "jobs"
 
 
 def folders(state: Path) -> list[Path]:
-    """Folders of a server's further jobs (`jobs/NAME` in its state folder), by name.
-
-    Raises:
-        StorageError: They can't be read.
+    """Folders of a server's further jobs (`jobs/NAME` in its state folder), by name. Raises `StorageError` if they
+    can't be read.
     """
     root = state / FOLDER
     with storage_errors(f"can't read {root}"):

@@ -203,10 +203,8 @@ class Storage:
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
-        """The database of a state folder that a server has used, for reading.
-
-        Raises:
-            StorageError: There is none, this user may not read it, or as the constructor.
+        """The database of a state folder that a server has used, for reading. Raises `StorageError` if there is none,
+        this user may not read it, or as the constructor.
         """
         cls.check_existing(folder)
         return cls(url_of(folder), create=False)
@@ -239,10 +237,8 @@ class Storage:
 
     @staticmethod
     def check_existing(folder: Path) -> None:
-        """Check that a server has used a folder.
-
-        Raises:
-            StorageError: It isn't, is a device's, or this user may not read it.
+        """Check that a server has used a folder. Raises `StorageError` if it isn't, is a device's, or this user may not
+        read it.
         """
         path = folder / FILE
         with storage_errors(f"can't read {path}"):

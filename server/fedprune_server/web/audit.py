@@ -51,9 +51,6 @@ class Audit:
             action: What was done: `login`, `logout`, an order's kind.
             what: To what.
             outcome: What came of it.
-
-        Raises:
-            StorageError: The disk fails or is full.
         """
         self._database.do(
             "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (?, ?, ?, ?, ?, ?)",
@@ -71,9 +68,6 @@ class Audit:
         Args:
             name: What was given as a name.
             address: From where.
-
-        Raises:
-            StorageError: The disk fails or is full.
         """
         now = self._monotonic()
         self._room = min(float(MOST_FAILED), self._room + (now - self._failed_at) / FAILED_EVERY_S)
@@ -95,7 +89,6 @@ class Audit:
 
         Raises:
             ValueError: Page or size are none.
-            StorageError: The disk fails.
         """
         if page < 1 or not 1 <= size <= MAX_SIZE:
             raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_SIZE}, got {page} and {size}")

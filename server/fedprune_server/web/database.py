@@ -100,11 +100,7 @@ class ConsoleDatabase:
         self.close()
 
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
-        """Rows of a query.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Rows of a query."""
         with self._translated():
             inside = self._writer == threading.get_ident()  # of a transaction, whose changes it must see
             return [dict(r) for r in (self._connection if inside else self._reader).execute(query, values)]
@@ -115,11 +111,7 @@ class ConsoleDatabase:
         return found[0] if found else None
 
     def do(self, query: str, *values: object) -> int:
-        """Execute a statement; returns the number of affected rows.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Execute a statement; returns the number of affected rows."""
         with self._writing, self._translated():
             return self._connection.execute(query, values).rowcount
 
@@ -131,9 +123,6 @@ class ConsoleDatabase:
 
         Returns:
             Whether they were carried out.
-
-        Raises:
-            StorageError: The disk fails or is full.
         """
         if not self._writing.acquire(blocking=False):
             return False
@@ -157,11 +146,7 @@ class ConsoleDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """A transaction.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """A transaction."""
         with self._writing, self._translated(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._writer = threading.get_ident()

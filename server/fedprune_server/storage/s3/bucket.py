@@ -36,11 +36,7 @@ class BucketError(StorageError):
 
 
 def parse(url: str) -> tuple[str, str]:
-    """Bucket and prefix of an address such as `s3://bucket/fleet/leaves`.
-
-    Raises:
-        ConfigError: It is none.
-    """
+    """Bucket and prefix of an address such as `s3://bucket/fleet/leaves`. Raises `ConfigError` if it is none."""
     name, _, prefix = url.removeprefix(SCHEME).partition("/")
     prefix = prefix.removesuffix("/")
     good = url.startswith(SCHEME) and _BUCKET.fullmatch(name) and (not prefix or _PREFIX.fullmatch(prefix))
@@ -96,11 +92,7 @@ class Bucket:
                 raise BucketError(f"can't open {self.url}: {error}", hint="Is AWS_ENDPOINT_URL right?") from error
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """Keys with this prefix, and the objects' sizes.
-
-        Raises:
-            BucketError: It can't be used.
-        """
+        """Keys with this prefix, and the objects' sizes."""
         options: dict[str, str] = {}
         while True:
             with self._translated("list"):
@@ -119,9 +111,6 @@ class Bucket:
             data: Its bytes.
             sha256: Their digest, as hex.
             replace: Whether it may replace an existing object; a bucket without conditional writes always replaces it.
-
-        Raises:
-            BucketError: It can't be used.
         """
         check = base64.b64encode(bytes.fromhex(sha256)).decode()
         written = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": check}
@@ -140,11 +129,7 @@ class Bucket:
                         raise
 
     def get(self, key: str, limit: int) -> bytes | None:
-        """An object's bytes, not verified; None if it doesn't exist or is larger than `limit`.
-
-        Raises:
-            BucketError: It can't be used.
-        """
+        """An object's bytes, not verified; None if it doesn't exist or is larger than `limit`."""
         with self._translated("read"):
             try:
                 found = self._client.get_object(Bucket=self._name, Key=self._prefix + key)
@@ -156,11 +141,7 @@ class Bucket:
                 return None if int(found["ContentLength"]) > limit else bytes(body.read())
 
     def delete(self, key: str) -> None:
-        """Delete an object, if it exists.
-
-        Raises:
-            BucketError: It can't be used.
-        """
+        """Delete an object, if it exists."""
         with self._translated("delete from"):
             self._client.delete_object(Bucket=self._name, Key=self._prefix + key)
 

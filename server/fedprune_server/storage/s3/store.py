@@ -166,7 +166,6 @@ class BucketStore(BlobStore):
 
         Raises:
             ConfigError: Another job's are.
-            BucketError: The bucket can't be used.
         """
         raw = self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT))
         if raw is None:
@@ -179,11 +178,8 @@ class BucketStore(BlobStore):
             )
 
     def claim(self, number: str, job: str, model: bytes) -> None:
-        """Mark the prefix as this job's, and store the job's first model there if none is.
-
-        Raises:
-            ConfigError: Another job, which began at the same time, has said so first.
-            BucketError: The bucket can't be used.
+        """Mark the prefix as this job's, and store the job's first model there if none is. Raises `ConfigError` if
+        another job, which began at the same time, has said so first.
         """
         if self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT)) is None:
             self._lay(OWNER, Owner(number, job).to_bytes(), replace=False)
@@ -196,11 +192,7 @@ class BucketStore(BlobStore):
         self.patience(WRITE, partial(self.bucket.put, key, data, digest, replace=replace))
 
     def model(self) -> bytes | None:
-        """The job's first model, not verified.
-
-        Raises:
-            BucketError: The bucket can't be used.
-        """
+        """The job's first model, not verified."""
         return self.patience("read", lambda: self.bucket.get(MODEL, _MODEL_LIMIT))
 
     # What it has.
@@ -243,11 +235,8 @@ class BucketStore(BlobStore):
         return ref
 
     def ship(self, sha256: str) -> None:
-        """Store a blob of the folder in the bucket.
-
-        Raises:
-            BucketError: The bucket can't be used.
-            StorageError: The blob isn't in the folder, or is damaged there.
+        """Store a blob of the folder in the bucket. Raises `StorageError` if the blob isn't in the folder, or is
+        damaged there.
         """
         if not self._known(sha256):
             self._ship(sha256, BlobStore.read(self, sha256))
@@ -306,7 +295,6 @@ class BucketStore(BlobStore):
         """A blob's bytes from the bucket, verified; cached in the folder if that caches any.
 
         Raises:
-            BucketError: The bucket can't be used.
             NotThereError: It doesn't have the blob.
             StorageError: It has only a damaged one.
         """

@@ -69,7 +69,6 @@ class Accounts:
 
         Raises:
             ConfigError: Name, role or password are none, or there is one of this name.
-            StorageError: The disk fails or is full.
         """
         self.check_new(name, role)
         check_password(name, password)
@@ -87,7 +86,6 @@ class Accounts:
 
         Raises:
             ConfigError: Name or role are none, or there is one of this name.
-            StorageError: The disk fails.
         """
         try:
             check_name(name, "operator")
@@ -99,22 +97,12 @@ class Accounts:
             raise _taken(name)
 
     def check_known(self, name: str) -> None:
-        """Check that an account exists.
-
-        Raises:
-            ConfigError: There is none.
-            StorageError: The disk fails.
-        """
+        """Check that an account exists. Raises `ConfigError` if there is none."""
         if self.get(name) is None:
             raise _unknown(name)
 
     def remove(self, name: str) -> None:
-        """Delete an account, and end its sessions.
-
-        Raises:
-            ConfigError: There is none of this name.
-            StorageError: The disk fails or is full.
-        """
+        """Delete an account, and end its sessions. Raises `ConfigError` if there is none of this name."""
         with self._database.transaction():
             gone = self._database.do("DELETE FROM operators WHERE name = ?", name)
             self._database.do("DELETE FROM sessions WHERE operator = ?", name)
@@ -122,11 +110,8 @@ class Accounts:
             raise _unknown(name)
 
     def set_password(self, name: str, password: str) -> None:
-        """Change an account's password, and end its sessions.
-
-        Raises:
-            ConfigError: There is none of this name, or the password is none.
-            StorageError: The disk fails or is full.
+        """Change an account's password, and end its sessions. Raises `ConfigError` if there is none of this name, or
+        the password is none.
         """
         check_password(name, password)
         hashed = self._hasher.hash(password)
@@ -152,10 +137,8 @@ class Accounts:
 
 
 def check_password(name: str, password: str) -> None:
-    """Refuse a password that is too short or too long.
-
-    Raises:
-        ConfigError: It is too short or long, or the operator's name.
+    """Refuse a password that is too short or too long. Raises `ConfigError` if it is too short or long, or the
+    operator's name.
     """
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
         raise ConfigError("password", expected=f"{MIN_PASSWORD} to {MAX_PASSWORD} characters", got=f"{len(password)}")
