@@ -159,7 +159,9 @@ def build_app(
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
         leader = _leader(stack, config, identity, folder, reached)
-        rollouts = None if identity is None else stack.enter_context(RolloutStore(config.state))
+        rollouts = None
+        if identity is not None:
+            rollouts = stack.enter_context(RolloutStore(config.state, config.database, folder.lease.check))
         services = DeviceServices(
             rollouts,
             None if identity is None else identity.store.members,
@@ -360,7 +362,7 @@ def _console(
         store = IdentityStore(identity.path / "identity.db", read_only=True)
         stack.callback(store.close)
         members, executor = Members(store, identity.behind), AdminExecutor(config.state, config.console_releases)
-        releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state)))
+        releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state, config.database, read_only=True)))
     poller = SurroundingsPoller(members, releases, tuple if executor is None else executor.names)
     stack.callback(poller.close)
     poller.start()

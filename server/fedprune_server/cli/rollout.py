@@ -26,6 +26,7 @@ from fedprune_server.cli.state_option import add_state
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, start_rollout, take_back
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
+from fedprune_server.storage.state_folder import has_database
 
 _LOCK = "lock"
 _SHOWN = 20
@@ -119,7 +120,7 @@ def _terms(arguments: argparse.Namespace) -> RolloutTerms:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    entry = _latest(arguments.state)
+    entry = next(reversed(_entries(arguments.state)), None)
     if arguments.json:
         print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
     elif entry is None:
@@ -132,9 +133,7 @@ def _status(arguments: argparse.Namespace) -> int:
 
 
 def _list(arguments: argparse.Namespace) -> int:
-    _latest(arguments.state)
-    with RolloutStore(arguments.state) as store:
-        entries = store.entries()[::-1]
+    entries = _entries(arguments.state)[::-1]
     if arguments.json:
         print(json.dumps([_body(e) for e in entries], indent=2, sort_keys=True))
         return int(ExitCode.OK)
@@ -152,7 +151,7 @@ def _list(arguments: argparse.Namespace) -> int:
 
 
 def _stop(arguments: argparse.Namespace) -> int:
-    _latest(arguments.state)
+    _entries(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.stop(arguments.reason)
     print(f"rollout {number} is to stop: boards that have the release keep it")
@@ -162,7 +161,7 @@ def _stop(arguments: argparse.Namespace) -> int:
 
 
 def _pause(arguments: argparse.Namespace) -> int:
-    _latest(arguments.state)
+    _entries(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.pause(arguments.reason)
     print(f"rollout {number} is paused: no further board is given the release, those at it end")
@@ -170,7 +169,7 @@ def _pause(arguments: argparse.Namespace) -> int:
 
 
 def _resume(arguments: argparse.Namespace) -> int:
-    _latest(arguments.state)
+    _entries(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.resume()
     print(f"rollout {number} goes on")
@@ -180,7 +179,7 @@ def _resume(arguments: argparse.Namespace) -> int:
 
 
 def _back(arguments: argparse.Namespace) -> int:
-    _latest(arguments.state)
+    _entries(arguments.state)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
     begun = take_back(arguments.state, arguments.reason, number=arguments.number, terms=terms)
     print(begun.told_back())
@@ -189,10 +188,13 @@ def _back(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _latest(state: Path) -> RolloutEntry | None:
-    IdentityFolder(state).close()  # without an identity there is nothing to roll out, and nothing is made
-    with RolloutStore(state) as store:
-        return store.latest()
+def _entries(state: Path) -> list[RolloutEntry]:
+    """All rollouts, the oldest first; nothing is made if there is none."""
+    IdentityFolder(state).close()  # without an identity there is nothing to roll out
+    if not has_database(state):
+        return []
+    with RolloutStore(state, read_only=True) as store:
+        return store.entries()
 
 
 def describe(entry: RolloutEntry) -> str:

@@ -192,7 +192,7 @@ class IdentityFolder:
 
     @classmethod
     def make(cls, state: Path, site: str, clock: Callable[[], float] = time.time) -> IdentityFolder:
-        """A new identity; one whose making was broken off is completed. Raises `IdentityError` if there is one already."""
+        """A new identity; one that was begun is completed. Raises `IdentityError` if there is one already."""
         check_name(site, "site")
         path = state / FOLDER
         if (path / _SITE).exists():

@@ -27,7 +27,6 @@ from fedprune.output.tables import Advance
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, Entry, Manifest
 from fedprune_server.maintenance.inventory import Inventory, inventory, lying
-from fedprune_server.ota.store import FILE as ROLLOUTS
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import reader
 from fedprune_server.storage.copying import snapshot
@@ -103,7 +102,6 @@ class _Collected:
         self._add(MODEL, state / MODEL)
         for name in _IDENTITY:  # what there is of it: a file that is lost must not keep the others out
             self._add_kept(state, scratch, f"{IDENTITY}/{name}")
-        self._add_kept(state, scratch, f"{RELEASES}/{ROLLOUTS}")
         self._add_kept(state, scratch, CONSOLE)
         if (state / RELEASES).is_dir():
             for digest, path in lying(state / RELEASES).blobs.items():

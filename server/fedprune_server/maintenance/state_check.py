@@ -28,8 +28,8 @@ from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
 from fedprune_server.maintenance.inventory import Inventory, inventory, lying
 from fedprune_server.maintenance.replay import replayed_events
-from fedprune_server.ota.store import FILE as ROLLOUTS
 from fedprune_server.ota.store import FOLDER as RELEASES
+from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.blob_place import BLOBS, bucket_of
 from fedprune_server.storage.database import reading_uri
 from fedprune_server.storage.s3.store import BucketStore
@@ -119,10 +119,13 @@ def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
 
 
 def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
-    """What is not the job's: rollouts and identity."""
-    rollouts = folder / RELEASES / ROLLOUTS
-    if rollouts.exists():
-        yield from _sqlite(rollouts, "Restore a backup of it, or delete it: boards that have their release keep it.")
+    """What is not the job's: rollouts and their files, and identity."""
+    try:
+        with RolloutStore(folder, read_only=True) as store:
+            store.entries()
+    except StorageError as error:
+        yield Finding(Severity.WRONG, error.what, "Restore a backup; boards that have a rollout's release keep it.")
+    if (folder / RELEASES).is_dir():
         there = lying(folder / RELEASES)
         for digest, path in there.blobs.items():
             for found in check_file(digest, path, there.tables.get(digest), advance, needed=True):

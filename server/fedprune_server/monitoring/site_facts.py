@@ -17,7 +17,8 @@ from fedprune_server.config.alert_settings import OFF
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.enrollment.store import WAITING, IdentityStore
 from fedprune_server.monitoring.alerts import CertificateDates, RolloutStatus, SiteFacts, at, command
-from fedprune_server.ota.store import FILE, FOLDER, RolloutStore
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.state_folder import has_database
 
 _CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")
 
@@ -80,7 +81,7 @@ def _waiting(folder: Path) -> dict[str, str]:
 
 
 def _rollout(folder: Path) -> RolloutStatus | None:
-    if not (folder / FOLDER / FILE).is_file():
+    if not has_database(folder):
         return None
     with RolloutStore(folder, read_only=True) as store:
         entry = store.latest()

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from fedprune.core.errors import ReleaseError
 from fedprune.core.text import one_line
@@ -70,7 +71,7 @@ class RolloutCoordinator:
         self._entry: RolloutEntry | None = None
         self._files: frozenset[str] = frozenset()
         self._offered: set[int] = set()
-        self._version: int | None = None
+        self._orders: list[tuple[Any, ...]] | None = None
         self._next_look = 0.0
         self._wake_time = math.inf
         self._zero = 0.0
@@ -143,11 +144,11 @@ class RolloutCoordinator:
         if not self._connected:
             return
         now = self._monotonic()
-        if self._version is None or now >= self._next_look:
+        if self._orders is None or now >= self._next_look:
             self._next_look = now + _LOOK_S
-            version = self._store.version()
-            if version != self._version:
-                self._version = version
+            orders = self._store.orders()
+            if orders != self._orders:
+                self._orders = orders
                 self._look()
             if self._entry is not None and self._members is not None:
                 self.without(set(self._entry.rollout.boards) - set(self._members()))
@@ -172,6 +173,13 @@ class RolloutCoordinator:
             release = Release.from_bytes(entry.offer.manifest.encode())
         except ReleaseError as error:  # written by another version
             log.error("rollout %d can't go on: %s", entry.number, error)
+            return False
+        if entry.wish is None and not all(self._store.blobs.has(f.sha256) for f in release.files):
+            log.error(
+                "rollout %d can't go on, because files of its release are missing here. Copy `releases/` from the "
+                "machine where it was begun and start the server again; or stop it: fedprune-server rollout stop",
+                entry.number,
+            )
             return False
         self._entry, self._heard_at, self._wake_time = entry, {}, math.inf
         self._zero = self._monotonic() - entry.rollout.now

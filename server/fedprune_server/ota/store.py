@@ -1,45 +1,36 @@
-"""Rollouts on the disk: the release, its boards, how far each is, and the files of the release that is under way.
+"""Rollouts in the server's database: the release, its boards, how far each is. Their files are in `<state>/releases`.
 
-They are in `<state>/releases`, not in a job's database, because they belong to the fleet and outlive jobs. The command
-line starts rollouts and asks for their end, the daemon runs them: each writes its own columns and reads the other's.
+The command line starts rollouts and asks for their end, the server runs them: each writes its own columns and reads the
+other's.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sql
+
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.disk import locked, storage_errors
+from fedprune.core.disk import locked
 from fedprune.core.errors import ConfigError, ProtocolError, ReleaseError, StorageError
 from fedprune.releases.release import MAX_FILE
 from fedprune.releases.rollout import Rollout, RolloutPhase
 from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune.wire.messages import parse
-from fedprune_server.storage.sqlite_errors import sqlite_errors
+from fedprune_server.storage.storage import database_of
+from fedprune_server.storage.tables import ROLLOUTS, encoded
 
 FOLDER = "releases"
-FILE = "rollouts.db"
 _LOCK = "start.lock"
 
-_FORMAT = 1
-_BUSY_S = 10
-_TABLE = """
-CREATE TABLE IF NOT EXISTS rollouts (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, release INTEGER NOT NULL, offer BLOB NOT NULL,
-    joins INTEGER NOT NULL, phase TEXT NOT NULL, rollout TEXT NOT NULL, reports TEXT NOT NULL, wish TEXT)
-"""
-_LATER = {"hold": "TEXT", "prior": "INTEGER", "leaves": "INTEGER"}
-"""Columns that were added later."""
-
-_ENTRIES = "SELECT number, at, offer, joins, rollout, reports, wish, hold, prior, leaves FROM rollouts"
-_LATEST = f"{_ENTRIES} ORDER BY number DESC LIMIT 1"
-_UNDER_WAY = f"phase IN ('{RolloutPhase.RUNNING.value}', '{RolloutPhase.PAUSED.value}')"
+_C = ROLLOUTS.c
+_UNDER_WAY = _C.phase.in_((RolloutPhase.RUNNING.value, RolloutPhase.PAUSED.value))
+_IN_ORDER = sql.select(ROLLOUTS).order_by(_C.number)
 
 Reports = dict[str, dict[str, Any]]
 """By board, its last report: state, reason, done, total, and when."""
@@ -75,46 +66,35 @@ class RolloutEntry:
 
 
 class RolloutStore:
-    """The rollouts of a fleet. Every method raises `StorageError` if the database is damaged or the disk fails or is
-    full.
+    """The rollouts of a site. Every method raises `StorageError` if the database is damaged or away, or the disk fails
+    or is full.
 
     Args:
         state: The server's state folder.
-        read_only: Change nothing, and don't take the lock of those who write.
+        database: The database's URL; None for the folder's.
+        fence: Called in each transaction that writes, before anything else; raises if this process may not.
+        read_only: Change nothing, and don't wait for those who write.
 
     Attributes:
         blobs: The files of the release that is under way; not with `read_only`.
-
-    Raises:
-        StorageError: The database is damaged, of another version, or the disk fails.
     """
 
-    def __init__(self, state: Path, *, read_only: bool = False) -> None:
-        self._path = state / FOLDER / FILE
-        self._begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
+    def __init__(
+        self,
+        state: Path,
+        database: str | None = None,
+        fence: Callable[[sql.Connection], None] | None = None,
+        *,
+        read_only: bool = False,
+    ) -> None:
+        self._lock = state / FOLDER / _LOCK
+        self._fence = fence
+        self._database = database_of(state, database, read_only=read_only)
         if not read_only:
             self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
-        with self._translated():
-            uri = f"{self._path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-            self._connection = sqlite3.connect(  # of one thread at a time, which needn't be this one
-                uri, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-            )
-            self._connection.execute("PRAGMA synchronous=FULL")
-        with self._transaction() as connection:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in ((_FORMAT,) if read_only else (0, _FORMAT)):
-                raise StorageError(f"{self._path} was written by another version", expected=_FORMAT, got=version)
-            if read_only:
-                return
-            connection.execute(_TABLE)
-            there = {row[1] for row in connection.execute("PRAGMA table_info(rollouts)")}
-            for name, kind in _LATER.items():
-                if name not in there:
-                    connection.execute(f"ALTER TABLE rollouts ADD COLUMN {name} {kind}")
-            connection.execute(f"PRAGMA user_version={_FORMAT}")
 
     def close(self) -> None:
-        self._connection.close()
+        self._database.close()
 
     def __enter__(self) -> RolloutStore:
         return self
@@ -124,7 +104,7 @@ class RolloutStore:
 
     def starting(self) -> AbstractContextManager[None]:
         """Keep other starts away, from `check_free` to `begin`, while files are written to `blobs`."""
-        return locked(self._path.parent / _LOCK, "another `rollout start` is under way", "Wait until it is done.")
+        return locked(self._lock, "another `rollout start` is under way", "Wait until it is done.")
 
     def check_free(self, release: int, manifest: str) -> None:
         """Make sure that a release could be rolled out now.
@@ -134,18 +114,13 @@ class RolloutStore:
             ReleaseError: Boards would refuse it, because they know a higher number or another release under this
                 number.
         """
-        with self._transaction() as connection:
-            self._check_free(connection, release, manifest)
+        with self._database.transaction() as connection:
+            _check_free(connection, release, manifest)
 
     def begin(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, joins: bool, prior: int | None = None) -> int:
-        """Start a rollout, whose files are in `blobs`; returns its number.
-
-        Raises:
-            ConfigError: A rollout is under way.
-            ReleaseError: As `check_free`.
-        """
-        with self._transaction() as connection:
-            self._check_free(connection, offer.number, offer.manifest)
+        """Start a rollout, whose files are in `blobs`; returns its number. Raises as `check_free`."""
+        with self._database.transaction() as connection:
+            _check_free(connection, offer.number, offer.manifest)
             return _insert(connection, offer, rollout, now, joins=joins, prior=prior)
 
     def begin_back(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, leaves: int, why: str) -> int:
@@ -162,165 +137,150 @@ class RolloutStore:
             ConfigError: Another one was started meanwhile.
             ReleaseError: A number as high as the release's was rolled out.
         """
-        with self._transaction() as connection:
-            last, highest = connection.execute("SELECT max(number), max(release) FROM rollouts").fetchone()
+        with self._database.transaction() as connection:
+            last, highest = connection.execute(sql.select(sql.func.max(_C.number), sql.func.max(_C.release))).one()
             if last != leaves:
                 raise ConfigError("another rollout was begun meanwhile", hint="See `fedprune-server rollout status`.")
             if offer.number <= highest:
                 raise ReleaseError("number of a release", expected=f"above {highest}", got=offer.number)
-            subject = connection.execute("SELECT release FROM rollouts WHERE number = ?", (leaves,)).fetchone()[0]
-            connection.execute(f"UPDATE rollouts SET wish = ? WHERE {_UNDER_WAY}", (why,))  # noqa: S608  # nosec B608  # ours
+            subject = connection.execute(sql.select(_C.release).where(_C.number == leaves)).scalar()
+            _change(connection, _UNDER_WAY, wish=why)
             return _insert(connection, offer, rollout, now, joins=False, leaves=subject)
 
     def save(self, number: int, rollout: Rollout, reports: Mapping[str, Any]) -> None:
         """Save a rollout's state and its boards' reports durably."""
-        with self._transaction() as connection:
-            change = "UPDATE rollouts SET phase = ?, rollout = ?, reports = ? WHERE number = ?"
-            connection.execute(change, (rollout.phase.value, _json(rollout.to_dict()), _json(reports), number))
+
+        def write() -> None:
+            with self._database.transaction() as connection:
+                if self._fence is not None:
+                    self._fence(connection)
+                _change(connection, _C.number == number, reports=encoded(reports), **_state(rollout))
+
+        self._database.patiently(write)
 
     def stop(self, reason: str) -> int:
-        """Ask for the end of the rollout that is under way, which the daemon carries out; returns its number. Raises
+        """Ask for the end of the rollout that is under way, which the server carries out; returns its number. Raises
         `ConfigError` if none is under way.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             number, _ = _running(connection)
-            connection.execute("UPDATE rollouts SET wish = ? WHERE number = ?", (reason, number))
+            _change(connection, _C.number == number, wish=reason)
             return number
 
     def pause(self, reason: str) -> int:
-        """Ask the daemon to give the release to no further board until `resume`; returns the rollout's number.
+        """Ask the server to give the release to no further board until `resume`; returns the rollout's number.
 
-        A paused rollout keeps its first reason.
-
-        Raises:
-            ConfigError: None is under way, or it is to stop.
+        A paused rollout keeps its first reason. Raises `ConfigError` if none is under way, or it is to stop.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             number, hold = _running(connection)
-            connection.execute("UPDATE rollouts SET hold = ? WHERE number = ?", (hold or reason or "-", number))
+            _change(connection, _C.number == number, hold=hold or reason or "-")
             return number
 
     def resume(self) -> int:
         """Ask that a paused rollout goes on; returns its number. Raises `ConfigError` if none is under way, or it isn't
         paused.
         """
-        with self._transaction() as connection:
+        with self._database.transaction() as connection:
             number, hold = _running(connection)
             if hold is None:
                 raise ConfigError(f"rollout {number} isn't paused", hint="See `fedprune-server rollout status`.")
-            connection.execute("UPDATE rollouts SET hold = NULL WHERE number = ?", (number,))
+            _change(connection, _C.number == number, hold=None)
             return number
 
     def entries(self) -> list[RolloutEntry]:
         """All rollouts, the oldest first."""
-        with self._transaction() as connection:
-            rows = connection.execute(f"{_ENTRIES} ORDER BY number").fetchall()
-        return [self._entry(row) for row in rows]
+        return [self._entry(row) for row in self._rows(_IN_ORDER)]
 
     def under_way(self) -> list[RolloutEntry]:
         """Rollouts that have not ended: the last one, and those that it replaces and that are to stop."""
-        with self._transaction() as connection:
-            rows = connection.execute(f"{_ENTRIES} WHERE {_UNDER_WAY} ORDER BY number").fetchall()
-        return [self._entry(row) for row in rows]
+        return [self._entry(row) for row in self._rows(_IN_ORDER.where(_UNDER_WAY))]
+
+    def orders(self) -> list[tuple[Any, ...]]:
+        """Number, `wish` and `hold` of the rollouts that have not ended."""
+        query = sql.select(_C.number, _C.wish, _C.hold).where(_UNDER_WAY).order_by(_C.number)
+        return [tuple(row) for row in self._rows(query)]
 
     def offer(self, number: int) -> ReleaseOffer | None:
         """The message to a rollout's boards; None if there is no such rollout."""
-        with self._transaction() as connection:
-            row = connection.execute(f"{_ENTRIES} WHERE number = ?", (number,)).fetchone()
-        return None if row is None else self._entry(row).offer
+        found = self._rows(_IN_ORDER.where(_C.number == number))
+        return self._entry(found[0]).offer if found else None
 
     def latest(self) -> RolloutEntry | None:
         """The rollout that was started last."""
-        with self._transaction() as connection:
-            row = connection.execute(_LATEST).fetchone()
-        return None if row is None else self._entry(row)
+        found = self._rows(sql.select(ROLLOUTS).order_by(_C.number.desc()).limit(1))
+        return self._entry(found[0]) if found else None
 
     def releases(self) -> set[int]:
         """The numbers of all releases that were rolled out."""
-        with self._transaction() as connection:
-            return {int(row[0]) for row in connection.execute("SELECT release FROM rollouts")}
+        return {int(row.release) for row in self._rows(sql.select(_C.release))}
 
     def version(self) -> int:
-        """A number that changes when another connection has changed anything."""
-        with self._translated():
-            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
+        """A number that grows with each change."""
+        return int(self._rows(sql.select(sql.func.coalesce(sql.func.sum(_C.changes), 0)))[0][0])
 
-    @staticmethod
-    def _check_free(connection: sqlite3.Connection, release: int, manifest: str) -> None:
-        under_way = connection.execute(f"SELECT number, release FROM rollouts WHERE {_UNDER_WAY}").fetchone()  # noqa: S608  # nosec B608  # ours
-        if under_way is not None:
-            raise ConfigError(
-                f"rollout {under_way[0]}, of release {under_way[1]}, is under way",
-                hint="Wait for its end, or stop it: fedprune-server rollout stop.",
-            )
-        highest = connection.execute("SELECT max(release) FROM rollouts").fetchone()[0]
-        if highest is not None and release < highest:
-            raise ReleaseError(
-                f"release {release}",
-                expected=f"a number of {highest} or more, because boards have seen that one",
-                hint="To go back: fedprune-server rollout back. Another old one: fedprune-server release --again.",
-            )
-        for (offer,) in connection.execute("SELECT offer FROM rollouts WHERE release = ?", (release,)):
-            before = parse(bytes(offer))
-            if not isinstance(before, ReleaseOffer) or before.manifest != manifest:
-                raise ReleaseError(
-                    f"another release {release} was rolled out before, and boards that have it would not take this one",
-                    hint="Release it under a higher number.",
-                )
+    def _rows(self, query: sql.Select[Any]) -> list[Any]:
+        def read() -> list[Any]:
+            with self._database.transaction() as connection:
+                return list(connection.execute(query))
 
-    def _entry(self, row: tuple[Any, ...]) -> RolloutEntry:
-        number, at, offer, joins, rollout, reports, wish, hold, prior, leaves = row
+        return self._database.patiently(read)
+
+    def _entry(self, row: Any) -> RolloutEntry:
         try:
-            message = parse(bytes(offer))
-            body, said = json.loads(rollout), json.loads(reports)
-            if not isinstance(message, ReleaseOffer) or not isinstance(said, dict):
+            message, reports = parse(bytes(row.offer)), json.loads(row.reports)
+            if not isinstance(message, ReleaseOffer) or not isinstance(reports, dict):
                 raise ValueError("not an offer with reports")
+            rollout = Rollout.from_dict(json.loads(row.rollout))
         except (ProtocolError, ValueError, TypeError, RecursionError) as error:
-            raise StorageError(f"{self._path}: rollout {number} is damaged ({error})") from error
-        made = Rollout.from_dict(body)
-        return RolloutEntry(int(number), float(at), message, bool(joins), made, said, wish, hold, prior, leaves)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._translated(), self._connection as connection:  # which commits, or rolls back
-            connection.execute(self._begin)
-            yield connection
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        hint = "If it is damaged, restore the server's backup, or delete it."
-        with storage_errors(f"can't use {self._path}"), sqlite_errors(self._path, hint):
-            yield
+            raise StorageError(f"{self._database.url}: rollout {row.number} is damaged ({error})") from error
+        return RolloutEntry(
+            row.number, row.at, message, row.joins, rollout, reports, row.wish, row.hold, row.prior, row.leaves
+        )
 
 
-def _running(connection: sqlite3.Connection) -> tuple[int, str | None]:
+def _check_free(connection: sql.Connection, release: int, manifest: str) -> None:
+    under_way = connection.execute(sql.select(_C.number, _C.release).where(_UNDER_WAY)).first()
+    if under_way is not None:
+        raise ConfigError(
+            f"rollout {under_way.number}, of release {under_way.release}, is under way",
+            hint="Wait for its end, or stop it: fedprune-server rollout stop.",
+        )
+    highest = connection.execute(sql.select(sql.func.max(_C.release))).scalar()
+    if highest is not None and release < highest:
+        raise ReleaseError(
+            f"release {release}",
+            expected=f"a number of {highest} or more, because boards have seen that one",
+            hint="To go back: fedprune-server rollout back. Another old one: fedprune-server release --again.",
+        )
+    for offer in connection.execute(sql.select(_C.offer).where(_C.release == release)).scalars():
+        before = parse(bytes(offer))
+        if not isinstance(before, ReleaseOffer) or before.manifest != manifest:
+            raise ReleaseError(
+                f"another release {release} was rolled out before, and boards that have it would not take this one",
+                hint="Release it under a higher number.",
+            )
+
+
+def _running(connection: sql.Connection) -> tuple[int, str | None]:
     """The number of the rollout that is under way and isn't to stop, and why it is to pause."""
-    found = connection.execute(f"SELECT number, wish, hold FROM rollouts WHERE {_UNDER_WAY} ORDER BY number DESC")  # noqa: S608  # nosec B608  # ours
-    number, wish, hold = found.fetchone() or (None, None, None)
-    if number is None:
+    row = connection.execute(_IN_ORDER.where(_UNDER_WAY).order_by(None).order_by(_C.number.desc())).first()
+    if row is None:
         raise ConfigError("no rollout is under way", hint="See `fedprune-server rollout status`.")
-    if wish is not None:
-        raise ConfigError(f"rollout {number} is to stop already", hint="See `fedprune-server rollout status`.")
-    return int(number), hold
+    if row.wish is not None:
+        raise ConfigError(f"rollout {row.number} is to stop already", hint="See `fedprune-server rollout status`.")
+    return int(row.number), row.hold
 
 
-def _insert(
-    connection: sqlite3.Connection,
-    offer: ReleaseOffer,
-    rollout: Rollout,
-    now: float,
-    *,
-    joins: bool,
-    prior: int | None = None,
-    leaves: int | None = None,
-) -> int:
-    row = (now, offer.number, offer.to_bytes(), joins, rollout.phase.value, _json(rollout.to_dict()), prior, leaves)
-    insert = (
-        "INSERT INTO rollouts (at, release, offer, joins, phase, rollout, reports, prior, leaves) "
-        "VALUES (?,?,?,?,?,?,'{}',?,?)"
-    )
-    return int(connection.execute(insert, row).lastrowid or 0)
+def _insert(connection: sql.Connection, offer: ReleaseOffer, rollout: Rollout, now: float, **values: int | None) -> int:
+    row = {"at": now, "release": offer.number, "offer": offer.to_bytes(), **_state(rollout), **values}
+    made = connection.execute(ROLLOUTS.insert().values(row)).inserted_primary_key
+    return int(made[0] if made else 0)
 
 
-def _json(body: object) -> str:
-    return json.dumps(body, sort_keys=True, separators=(",", ":"))
+def _change(connection: sql.Connection, where: sql.ColumnElement[bool], **values: str | None) -> None:
+    connection.execute(ROLLOUTS.update().where(where).values(changes=_C.changes + 1, **values))
+
+
+def _state(rollout: Rollout) -> dict[str, str]:
+    return {"phase": rollout.phase.value, "rollout": encoded(rollout.to_dict())}

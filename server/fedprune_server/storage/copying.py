@@ -11,7 +11,7 @@ from fedprune_server.storage.database import MARK, Database, copy_sqlite, transl
 from fedprune_server.storage.lease import DATABASE_ID
 from fedprune_server.storage.lease import ROW as LEASE
 from fedprune_server.storage.storage import Storage
-from fedprune_server.storage.tables import EVENTS, IDENTITY, META, TABLES
+from fedprune_server.storage.tables import EVENTS, IDENTITY, META, ROLLOUTS, TABLES
 
 RESTORED = "restored"
 """Row of `meta`: digest of the backup that a database was filled from."""
@@ -84,8 +84,9 @@ def _carry(source: Database, target: Database, more: dict[str, str] | None = Non
             for key, value in (more or {}).items():
                 writer.execute(META.insert().values(key=key, value=value))
             if target.postgresql:
-                last = writer.execute(sql.select(sql.func.max(EVENTS.c.number))).scalar()
                 writer.execute(META.insert().values(key=MARK, value=""))
-                if last is not None:
-                    query = "SELECT setval(pg_get_serial_sequence('events', 'number'), :last)"
-                    writer.execute(sql.text(query), {"last": last})
+                for table in (EVENTS, ROLLOUTS):
+                    last = writer.execute(sql.select(sql.func.max(table.c.number))).scalar()
+                    if last is not None:
+                        query = f"SELECT setval(pg_get_serial_sequence('{table.name}', 'number'), :last)"  # nosec B608  # ours
+                        writer.execute(sql.text(query), {"last": last})

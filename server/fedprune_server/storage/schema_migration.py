@@ -30,11 +30,6 @@ _NUMBERED = sql.Table(
 _FILES = "revision_"
 """What files of steps are called, before their revisions."""
 
-FIRST = "0001"
-"""The revision of databases that were made before revisions were counted."""
-
-_FIRST_FORMAT = "fedprune.server/1"
-
 
 def latest() -> str:
     """The revision of this version."""
@@ -51,10 +46,11 @@ def revision(connection: sql.Connection, url: str) -> str | None:
     Raises:
         StorageError: It is of a later version than this one, or of another program.
     """
-    found = _number(connection)
-    if found is None:
-        return _unnumbered(connection, url)
-    if found not in _revisions():
+    if not sql.inspect(connection).has_table(_NUMBERED.name):
+        return None
+    number = connection.execute(sql.select(_NUMBERED.c.version_num)).scalar()
+    found = None if number is None else str(number)
+    if found is not None and found not in _revisions():
         raise StorageError(
             f"{url} was written by a later version",
             expected=f"revision {latest()} of its schema or an older one",
@@ -81,25 +77,7 @@ def migrate(connection: sql.Connection, found: str | None) -> None:
 
     config = _config()
     config.attributes["connection"] = connection
-    if found == FIRST and _number(connection) is None:
-        command.stamp(config, FIRST)
     command.upgrade(config, "head")
-
-
-def _number(connection: sql.Connection) -> str | None:
-    if not sql.inspect(connection).has_table(_NUMBERED.name):
-        return None
-    number = connection.execute(sql.select(_NUMBERED.c.version_num)).scalar()
-    return None if number is None else str(number)
-
-
-def _unnumbered(connection: sql.Connection, url: str) -> str | None:
-    if not sql.inspect(connection).has_table("meta"):
-        return None
-    value = connection.execute(sql.text("SELECT value FROM meta WHERE key = 'format'")).scalar()
-    if value in (None, _FIRST_FORMAT):  # tables without a format: a crash came between the two
-        return FIRST
-    raise StorageError(f"{url} was written by another version", expected=_FIRST_FORMAT, got=value)
 
 
 def _config() -> Config:

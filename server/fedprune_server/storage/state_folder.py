@@ -45,6 +45,11 @@ def url_of(folder: Path, chosen: str | None = None) -> str:
     return check_url(url).render_as_string(hide_password=False)
 
 
+def has_database(folder: Path) -> bool:
+    """Whether a server has used a folder, or a command has begun its database."""
+    return (folder / FILE).is_file() or (folder / PLACE).is_file()
+
+
 def kept(folder: Path) -> str | None:
     """The URL that `keep` stored, or None. Raises `StorageError` if it can't be read, or is damaged."""
     path = folder / PLACE

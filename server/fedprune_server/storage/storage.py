@@ -27,7 +27,7 @@ from fedprune.jobs.state import Device, Task
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.storage.database import Database, mark, put_mark
 from fedprune_server.storage.schema_migration import latest, migrate, revision
-from fedprune_server.storage.state_folder import FILE, PLACE, url_of
+from fedprune_server.storage.state_folder import FILE, PLACE, has_database, url_of
 from fedprune_server.storage.tables import (
     DEVICES,
     EVENTS,
@@ -106,7 +106,6 @@ class EventLog:
 
 log = logging.getLogger("fedprune.server")
 
-FORMAT = "fedprune.server/2"
 PARTS_KEPT = 50_000
 """Devices' parts in finished rounds that a running server keeps in memory; all of them are in the database."""
 
@@ -165,16 +164,8 @@ class Storage:
                 found = revision(connection, self.url)
                 if create and found != latest():
                     self._migrate(connection, found)
-                if found is None and not create:
-                    raise StorageError(f"{self.url} holds no job yet", hint="Has a server been started on it?")
-                if found not in (None, latest()) and not create:
-                    raise StorageError(
-                        f"{self.url} was written by an older version",
-                        expected=f"revision {latest()} of its schema",
-                        got=found,
-                        hint="Start the server of this version on it once, which migrates it.",
-                    )
-                self._check_format(connection)
+                elif not create:
+                    _check_revision(found, self.url)
                 if create and self.database.postgresql and mark(connection) is None:
                     put_mark(connection, "")
         except BaseException:
@@ -191,15 +182,7 @@ class Storage:
             folder: The state folder.
             database: The database's URL from the configuration; None for the folder's.
         """
-        url, path = url_of(folder, database), folder / FILE
-        if url == _sqlite(folder):
-            with storage_errors(f"can't write {path}"):
-                try:
-                    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-                except FileExistsError:
-                    if path.stat().st_mode & 0o077:
-                        path.chmod(0o600)
-        return cls(url)
+        return cls(_private(folder, database))
 
     @classmethod
     def existing(cls, folder: Path) -> Storage:
@@ -207,7 +190,11 @@ class Storage:
         this user may not read it, or as the constructor.
         """
         cls.check_existing(folder)
-        return cls(url_of(folder), create=False)
+        storage = cls(url_of(folder), create=False)
+        if storage.settings() is None:  # commands may have begun the database before the server
+            storage.close()
+            raise StorageError(f"{storage.url} holds no job yet", hint="Has a server been started on it?")
+        return storage
 
     @classmethod
     def settings_in(cls, folder: Path, database: str | None = None) -> dict[str, Any] | None:
@@ -240,10 +227,9 @@ class Storage:
         """Check that a server has used a folder. Raises `StorageError` if it isn't, is a device's, or this user may not
         read it.
         """
-        path = folder / FILE
+        path = folder / (PLACE if (folder / PLACE).is_file() else FILE)
         with storage_errors(f"can't read {path}"):
-            path = folder / PLACE if (folder / PLACE).is_file() else path
-            there = path.is_file()
+            there = has_database(folder)
         if not there:
             check_unowned(folder)  # such a folder has an identity, too: the device's
         if not there and (folder / "identity").is_dir():
@@ -404,12 +390,6 @@ class Storage:
         elif found is not None:
             log.warning("%s is migrated from revision %s to %s", self.url, found, latest())
         migrate(connection, found)
-        self._put_meta(connection, "format", FORMAT)
-
-    def _check_format(self, connection: sql.Connection) -> None:
-        version = self._meta(connection, "format")
-        if version != FORMAT:
-            raise StorageError(f"{self.url} was written by another version", expected=FORMAT, got=version)
 
     def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
         """Summaries of the finished rounds; only the latest include their devices, up to `parts` of them."""
@@ -445,3 +425,56 @@ class Storage:
 
 def _sqlite(folder: Path) -> str:
     return f"sqlite:///{folder.resolve() / FILE}"
+
+
+def _private(folder: Path, database: str | None) -> str:
+    """The URL of a folder's database, whose file is made for its owner alone if it is in the folder."""
+    url, path = url_of(folder, database), folder / FILE
+    if url == _sqlite(folder):
+        with storage_errors(f"can't write {path}"):
+            try:
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            except FileExistsError:
+                if path.stat().st_mode & 0o077:
+                    path.chmod(0o600)
+    return url
+
+
+def _check_revision(found: str | None, url: str) -> None:
+    if found is None:
+        raise StorageError(f"{url} holds no job yet", hint="Has a server been started on it?")
+    if found != latest():
+        raise StorageError(
+            f"{url} was written by an older version",
+            expected=f"revision {latest()} of its schema",
+            got=found,
+            hint="Start the server of this version on it once, which migrates it.",
+        )
+
+
+def database_of(folder: Path, database: str | None = None, *, read_only: bool = False) -> Database:
+    """The database of a state folder, for tables that aren't a job's; never migrated, because a server may run on it.
+
+    Args:
+        folder: The state folder.
+        database: The database's URL from the configuration; None for the folder's.
+        read_only: Only look; else the tables are made if it is empty.
+
+    Raises:
+        StorageError: It is damaged, of another version or can't be opened.
+    """
+    url = url_of(folder, database) if read_only else _private(folder, database)
+    opened = Database(url, read_only=read_only)
+    try:
+        with opened.transaction() as connection:
+            found = revision(connection, opened.url)
+            if found is None and not read_only:
+                migrate(connection, None)
+                if opened.postgresql:
+                    put_mark(connection, "")
+            else:
+                _check_revision(found, opened.url)
+    except BaseException:
+        opened.close()
+        raise
+    return opened

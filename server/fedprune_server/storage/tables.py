@@ -57,6 +57,25 @@ ROUNDS = sql.Table(
     sql.Column("metrics", sql.Text, nullable=False),
     sql.Column("summary", sql.Text, nullable=False),
 )
+ROLLOUTS = sql.Table(
+    "rollouts",
+    TABLES,
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
+    sql.Column("at", sql.Float, nullable=False),
+    sql.Column("release", sql.BigInteger, nullable=False),
+    sql.Column("offer", sql.LargeBinary, nullable=False),
+    sql.Column("joins", sql.Boolean, nullable=False),
+    sql.Column("phase", sql.String(16), nullable=False),
+    sql.Column("rollout", sql.Text, nullable=False),
+    sql.Column("reports", sql.Text, nullable=False, default="{}"),
+    sql.Column("wish", sql.Text),
+    sql.Column("hold", sql.Text),
+    sql.Column("prior", sql.Integer),
+    sql.Column("leaves", sql.BigInteger),
+    sql.Column("changes", sql.Integer, nullable=False, default=1),
+)
+"""Rollouts of the whole site (`fedprune_server.ota.store`), in the database of a server's first job."""
+
 IDENTITY = sql.Table(
     "identity",
     TABLES,

@@ -136,7 +136,14 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda s: edit(s, PAUSED),
         "log ends in another state: .*paused",
     ),
-    "rollouts damaged": (lambda s: (s / "releases" / "rollouts.db").write_bytes(b"x" * 5000), "rollouts.db is damaged"),
+    "rollouts damaged": (
+        lambda s: edit(
+            s,
+            "INSERT INTO rollouts (number, at, release, offer, joins, phase, rollout, reports, changes) "
+            "VALUES (1, 1, 1, x'00', 1, 'done', '{}', '{}', 1)",
+        ),
+        "rollout 1 is damaged",
+    ),
     "identity damaged": (lambda s: (s / "identity" / "identity.db").write_bytes(b"x" * 5000), "identity.db is damaged"),
     "register missing": ((lambda s: (s / "identity" / "register.jsonl").unlink()), "register.jsonl is missing"),
     "list of revocations damaged": ((lambda s: flip(s / "identity" / "crl.pem")), "crl.pem is damaged.* devices list"),

@@ -461,13 +461,13 @@ def test_looking_at_rollouts_writes_nothing_and_waits_for_no_writer(tmp_path: Pa
         before = store.version()
         site_facts_module.site_facts(tmp_path, {})
         assert store.version() == before
-    with closing(sqlite3.connect(tmp_path / "releases" / "rollouts.db", isolation_level=None)) as writer:
+    with closing(sqlite3.connect(tmp_path / "server.db", isolation_level=None)) as writer:
         writer.execute("BEGIN IMMEDIATE")
         assert site_facts_module.site_facts(tmp_path, {}).rollout is None
 
 
 def test_rollouts_that_are_only_read_are_not_changed(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match=r"rollouts\.db"):
+    with pytest.raises(StorageError, match=r"server\.db"):
         RolloutStore(tmp_path, read_only=True)
     assert not list(tmp_path.iterdir())
     RolloutStore(tmp_path).close()

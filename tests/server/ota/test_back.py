@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,7 @@ from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ReleaseOffer, Relea
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.rollouts import RolloutTerms, start_rollout, take_back
-from fedprune_server.ota.store import FILE, FOLDER, RolloutEntry, RolloutStore
+from fedprune_server.ota.store import RolloutEntry, RolloutStore
 from support.fakes.runtime_releases import make_release
 
 NAMES = [f"board-{i}" for i in range(10)]
@@ -262,16 +261,3 @@ def test_a_board_that_failed_or_left_is_not_taken_back(field: Field) -> None:
     begun = take_back(field.state, "x")
     assert sorted(begun.rollout.boards) == sorted(set(NAMES) - {"board-3", "board-4"})
     assert all(b.fate is Fate.WAITING for b in begun.rollout.boards.values())
-
-
-def test_rollouts_of_an_older_version_go_on(field: Field) -> None:
-    field.store.close()
-    with sqlite3.connect(field.state / FOLDER / FILE) as old:
-        for column in ("hold", "prior", "leaves"):
-            old.execute(f"ALTER TABLE rollouts DROP COLUMN {column}")
-    old.close()
-    field.server()
-    assert (field.entry.hold, field.entry.prior, field.entry.leaves) == (None, None, None)
-    start_rollout(field.state, field.release(2), HALF)
-    field.live()
-    assert take_back(field.state, "x").again == 1

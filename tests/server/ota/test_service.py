@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, ReleaseError, StorageError
-from fedprune.releases.release import Release, read_release
+from fedprune.releases.release import FILES, Release, read_release
 from fedprune.releases.rollout import CAREFUL, Fate, Rollout, RolloutPhase, RolloutPlan, Stage
 from fedprune.wire.fleet_messages import (
     COMMITTED,
@@ -27,7 +28,8 @@ from fedprune.wire.fleet_messages import (
 )
 from fedprune.wire.messages import parse
 from fedprune_server.ota.coordinator import RolloutCoordinator
-from fedprune_server.ota.store import FILE, FOLDER, RolloutStore
+from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.state_folder import FILE
 from support.fakes.runtime_releases import KEY, make_release
 
 NAMES = [f"board-{i}" for i in range(10)]
@@ -59,6 +61,8 @@ class Site:
         self.on_send: Callable[[str, Any], None] = lambda *_: None
         self.desk: RolloutCoordinator | None = None
         self.store = RolloutStore(folder)
+        for file in read_release(release, KEY.verifying)[0].files:
+            self.store.blobs.put((release / FILES / file.sha256).read_bytes())
 
     def offer(self, number: int = 7) -> ReleaseOffer:
         made, manifest, signature = read_release(self.release, KEY.verifying)
@@ -414,12 +418,12 @@ def test_one_rollout_at_a_time_and_never_a_lower_number(site: Site) -> None:
 
 def test_a_damaged_database_is_named(site: Site) -> None:
     site.begin()
-    with site.store._transaction() as connection:
+    with closing(sqlite3.connect(site.folder / FILE)) as connection, connection:
         connection.execute("UPDATE rollouts SET rollout = '{}'")
     with pytest.raises(StorageError, match="rollout"):
         site.store.latest()
     site.store.close()
-    (site.folder / FOLDER / FILE).write_bytes(b"something else " * 100)
+    (site.folder / FILE).write_bytes(b"something else " * 100)
     with pytest.raises(StorageError, match=FILE):
         RolloutStore(site.folder)
 
@@ -456,3 +460,24 @@ def test_whatever_is_said_in_whatever_order_the_disk_knows_it_and_no_stage_is_sk
         assert all(b.reason for b in failed)
         if rollout.phase is RolloutPhase.STOPPED:
             assert rollout.why
+
+
+def test_a_rollout_waits_where_its_files_are_missing_and_can_be_stopped_there(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.begin()
+    digest = site.store.blobs.names()[0]
+    data = site.store.blobs.read(digest)
+    site.store.blobs.delete(digest)
+    site.start()
+    site.live(0.5)
+    assert "files of its release are missing" in caplog.text
+    assert site.offered == {}
+    site.store.blobs.put(data)
+    site.start()
+    assert site.offered
+    site.store.blobs.delete(digest)
+    site.start()
+    site.store.stop("elsewhere")
+    site.live(0.1)
+    assert site.rollout.phase is RolloutPhase.STOPPED

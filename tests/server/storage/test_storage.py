@@ -200,13 +200,6 @@ def test_a_state_that_is_no_state_is_an_error(storage: Storage) -> None:
         storage.load()
 
 
-def test_a_database_of_another_version_is_refused(storage: Storage, tmp_path: Path) -> None:
-    with storage._engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE meta SET value = 'fedprune.server/99' WHERE key = 'format'")
-    with pytest.raises(StorageError, match=r"fedprune\.server/99"):
-        Storage.at(tmp_path)
-
-
 def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="no server's state folder"):
         Storage.existing(tmp_path)

@@ -1,4 +1,4 @@
-"""The tables of format `fedprune.server/1`, which were made without Alembic at first."""
+"""The first tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ down_revision: str | None = None
 
 
 def upgrade() -> None:
-    """Make them."""
     op.create_table(
         "meta",
         sql.Column("key", sql.String(64), primary_key=True),
@@ -43,4 +42,31 @@ def upgrade() -> None:
         sql.Column("model", sql.String(64), nullable=False),
         sql.Column("metrics", sql.Text, nullable=False),
         sql.Column("summary", sql.Text, nullable=False),
+    )
+    op.create_table(
+        "tasks",
+        sql.Column("name", sql.String(64), primary_key=True),
+        sql.Column("body", sql.Text, nullable=False),
+    )
+    op.create_table(
+        "rollouts",
+        sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
+        sql.Column("at", sql.Float, nullable=False),
+        sql.Column("release", sql.BigInteger, nullable=False),
+        sql.Column("offer", sql.LargeBinary, nullable=False),
+        sql.Column("joins", sql.Boolean, nullable=False),
+        sql.Column("phase", sql.String(16), nullable=False),
+        sql.Column("rollout", sql.Text, nullable=False),
+        sql.Column("reports", sql.Text, nullable=False),
+        sql.Column("wish", sql.Text),
+        sql.Column("hold", sql.Text),
+        sql.Column("prior", sql.Integer),
+        sql.Column("leaves", sql.BigInteger),
+        sql.Column("changes", sql.Integer, nullable=False),
+    )
+    op.create_table(
+        "identity",
+        sql.Column("kind", sql.String(16), primary_key=True),
+        sql.Column("key", sql.String(256), primary_key=True),
+        sql.Column("body", sql.Text, nullable=False),
     )
