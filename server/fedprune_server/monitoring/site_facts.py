@@ -9,7 +9,7 @@ from typing import Any
 
 from cryptography import x509
 
-from fedprune.core.errors import FedpruneError, reason
+from fedprune.core.errors import FedpruneError, StorageError, reason
 from fedprune.releases.rollout import Fate
 from fedprune.security.certificates import load_authorities, load_certificate, seconds_of
 from fedprune.security.keys import VerifyingKey
@@ -83,8 +83,11 @@ def _waiting(folder: Path) -> dict[str, str]:
 def _rollout(folder: Path) -> RolloutStatus | None:
     if not has_database(folder):
         return None
-    with RolloutStore(folder, read_only=True) as store:
-        entry = store.latest()
+    try:
+        with RolloutStore(folder, read_only=True) as store:
+            entry = store.latest()
+    except StorageError:  # the server reports its database itself, and the other facts count all the same
+        return None
     if entry is None:
         return None
     rollout, boards = entry.rollout, entry.rollout.boards
