@@ -70,7 +70,7 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
         path, text, from_file = _setting(name, known)
         if path in places:
             raise ConfigError(where, expected="this or the variable without _FILE", got="both")
-        value = _content(Path(environment[name]), where) if from_file else environment[name]
+        value = file_text(Path(environment[name]), where) if from_file else environment[name]
         table = layer.tables
         for part in path[:-1]:
             table = table.setdefault(part, {})
@@ -135,7 +135,7 @@ def _no_value() -> Any:
     raise ValueError("more than a line")
 
 
-def _content(path: Path, where: str) -> str:
+def file_text(path: Path, where: str) -> str:
     """The text in a file, such as a secret's, without the end of its line."""
     try:
         with path.open("rb") as file:

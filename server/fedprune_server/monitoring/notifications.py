@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
-from pathlib import Path
 from typing import Any, Protocol
 
-from fedprune.core.errors import ConfigError, ExitCode, FedpruneError, reason, remedy
+from fedprune.core.errors import ExitCode, FedpruneError, reason
 from fedprune.core.text import one_line
 from fedprune_server.config.alert_settings import OFF, AlertSettings, shown_url
+from fedprune_server.config.environment import file_text
 from fedprune_server.monitoring.alerts import INFO, SEVERITIES, Alert
 
 log = logging.getLogger("fedprune.server")
@@ -47,7 +47,6 @@ _TOGETHER_S = 30.0
 _BEAT_S = 60.0
 _TIMEOUT_S = 10.0
 _PAUSE_S, _LONGEST_S = 2.0, 300.0
-_MAX_SECRET = 4096
 
 
 class NotificationError(FedpruneError):
@@ -194,10 +193,18 @@ def channels(settings: AlertSettings) -> list[Channel]:
     """The configured channels; raises `ConfigError` if a secret's file can't be used."""
     found: list[Channel] = []
     if settings.webhook != OFF:
-        secret = None if settings.webhook_secret is None else _secret("webhook_secret", settings.webhook_secret)
+        secret = (
+            None
+            if settings.webhook_secret is None
+            else file_text(settings.webhook_secret, "[alerts] webhook_secret").strip()
+        )
         found.append(Webhook(settings.webhook, None if secret is None else secret.encode()))
     if settings.recipients:
-        password = None if settings.mail_password is None else _secret("mail_password", settings.mail_password)
+        password = (
+            None
+            if settings.mail_password is None
+            else file_text(settings.mail_password, "[alerts] mail_password").strip()
+        )
         found.append(Mail(settings, password))
     return found
 
@@ -396,17 +403,3 @@ def trial(site: str, at: float) -> Message:
         "test", INFO, at, "this is a test: notifications of this server arrive", "nothing is wrong", "nothing"
     )
     return Message(TEST, at, site, (alert,))
-
-
-def _secret(name: str, path: Path) -> str:
-    where = f"[alerts] {name}"
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_SECRET + 1).decode().strip()
-    except OSError as error:
-        raise ConfigError(f"{where}: can't read {path}: {error.strerror}", hint=remedy(error)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: {path}", expected="a text in UTF-8", got="other bytes") from error
-    if not text or len(text) > _MAX_SECRET:
-        raise ConfigError(f"{where}: {path}", expected=f"a text of 1 to {_MAX_SECRET} bytes", got=f"{len(text)} bytes")
-    return text

@@ -193,7 +193,8 @@ def test_an_alert_that_gets_better_or_worse_stays_the_same_alert() -> None:
         assert book.update([bad if t % 5 else mild], float(t), NOW + t) == []
 
 
-def test_clients_that_flood_the_joins_under_ever_new_names_are_one_alert_after_a_while(tmp_path: Path) -> None:
+@pytest.mark.parametrize("named", [True, False])
+def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool) -> None:
     daemon, now, changes = Fleet(tmp_path, JOB).daemon(), [1000.0], []
     quarantine = Quarantine(lambda: now[0])
     view = replace(daemon.first.view, quarantine=quarantine)
@@ -202,14 +203,19 @@ def test_clients_that_flood_the_joins_under_ever_new_names_are_one_alert_after_a
     monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, tell=tell, clock=clock, monotonic=clock)
     for now[0] in range(1000, 1200):
         if now[0] % 20 == 0:
-            quarantine.crowded(f"eve\x1b[2J-{now[0]:.0f}" * 9)
+            quarantine.crowded(f"eve\x1b[2J-{now[0]:.0f}" * 9 if named else "")
         monitor.look()
     assert changes == [(1060, "joins-flooded")]
     (alert,) = monitor.book.open
-    assert "eve [2J-1180" in alert.what
-    assert len(alert.what) < 250
     assert alert.key == "joins-flooded"
+    assert len(alert.what) < 250
     assert "revoke" not in alert.todo
+    assert ("eve [2J-1180" if named else "from many MQTT clients") in alert.what
+    assert ("wait for the others" in alert.todo) is not named
+    if not named:
+        quarantine.crowded("eve")
+        quarantine.crowded("")
+        assert quarantine.floods_joins() == "eve", "the latest client that floods keeps its name for a while"
 
 
 def test_an_alert_about_predictions_names_each_board_up_to_a_few() -> None:
@@ -218,25 +224,6 @@ def test_an_alert_about_predictions_names_each_board_up_to_a_few() -> None:
     assert alert.what.endswith(
         "b0 memory 0 MB; b1 memory 1 MB; b2 memory 2 MB; b3 memory 3 MB; b4 memory 4 MB and 2 more"
     )
-
-
-def test_a_flood_of_joins_from_many_clients_is_the_same_alert_without_a_name(tmp_path: Path) -> None:
-    daemon, now = Fleet(tmp_path, JOB).daemon(), [1000.0]
-    quarantine = Quarantine(lambda: now[0])
-    view = replace(daemon.first.view, quarantine=quarantine)
-    clock = lambda: now[0]  # noqa: E731
-    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
-    for now[0] in range(1000, 1100):
-        if now[0] % 20 == 0:
-            quarantine.crowded("")
-        monitor.look()
-    (alert,) = monitor.book.open
-    assert alert.key == "joins-flooded"
-    assert "from many MQTT clients" in alert.what
-    assert "wait for the others" in alert.todo
-    quarantine.crowded("eve")
-    quarantine.crowded("")
-    assert quarantine.floods_joins() == "eve", "the latest client that floods keeps its name for a while"
 
 
 @pytest.mark.parametrize("client", ["eve", ""])

@@ -41,28 +41,18 @@ def _draws_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
 
 
-def test_a_row_has_every_column() -> None:
-    expected = ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "87.5%", "train 3/10")
-    assert cells(ROW) == expected
-
-
-def test_what_is_not_known_is_a_dash() -> None:
+def test_a_row_has_every_column_and_dashes_where_nothing_is_known() -> None:
+    assert cells(ROW) == ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "87.5%", "train 3/10")
     unknown = replace(ROW, density=None, parameters=0, seconds=None, accuracy=None)
     assert cells(unknown)[2:4] + cells(unknown)[6:8] == ("-",) * 4
-
-
-def test_where_there_is_no_accuracy_the_loss_is_shown() -> None:
     row = replace(ROW, accuracy=None, loss=0.25)
     assert cells(row)[-2] == "loss 0.25"
     assert ", loss 0.25, train 3/10" in row_line(row)
-    assert "global loss 0.125" in title(replace(SNAPSHOT, metrics={"loss": 0.125}))
 
 
-def test_the_header_tells_round_phase_accuracy_and_deadline() -> None:
+def test_the_header_has_round_phase_accuracy_deadline_and_a_lost_broker() -> None:
     assert title(SNAPSHOT) == "leaves: round 2 of 10, training, global accuracy 75.0%, deadline in 42 s"
-
-
-def test_the_header_tells_when_the_broker_is_away() -> None:
+    assert "global loss 0.125" in title(replace(SNAPSHOT, metrics={"loss": 0.125}))
     assert title(replace(SNAPSHOT, connected=False)).endswith("no connection to the broker")
 
 
@@ -77,17 +67,8 @@ def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], mon
     monkeypatch.setenv("COLUMNS", str(width))
     stream = Terminal()
     display = make_display(stream)
-    row = DeviceRow(
-        "attic-zero",
-        "raspberry-pi-zero-2w-metered-modem",
-        0.609,
-        12_345,
-        26_380_000,
-        26_150_000,
-        12.34,
-        0.4333,
-        "upload 0/7",
-    )
+    profile = "raspberry-pi-zero-2w-metered-modem"
+    row = DeviceRow("attic-zero", profile, 0.609, 12_345, 26_380_000, 26_150_000, 12.34, 0.4333, "upload 0/7")
     display.refresh(lambda: replace(SNAPSHOT, rows=(row,)))
     display.close()
     lines = [line for line in stream.getvalue().splitlines() if "attic-zero" in line]
@@ -98,16 +79,13 @@ def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], mon
     assert lines
 
 
-@pytest.mark.parametrize(
-    ("state", "style"),
-    [
-        ("ready", "green"), ("aggregated", "green"), ("train 3/10", "cyan"), ("offline", "yellow"),
-        ("excluded: no profile", "yellow"), ("refused: no room", "red"),
-        ("ready (two boards of this name?)", "yellow"),
-    ],
-)  # fmt: skip
-def test_a_state_has_a_colour(state: str, style: str) -> None:
-    assert state_style(state) == style
+def test_states_have_colours_and_times_are_a_word_or_two() -> None:
+    styles = {
+        "ready": "green", "aggregated": "green", "train 3/10": "cyan", "offline": "yellow",
+        "excluded: no profile": "yellow", "refused: no room": "red", "ready (two boards of this name?)": "yellow",
+    }  # fmt: skip
+    assert {state: state_style(state) for state in styles} == styles
+    assert [span(s) for s in (0.2, 89.0, 91.0, 5399.0, 5401.0)] == ["1 s", "89 s", "2 min", "90 min", "2 h"]
 
 
 def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
@@ -129,20 +107,12 @@ def test_lines_of_one_job_of_several_say_which(caplog: pytest.LogCaptureFixture)
     assert [r.getMessage() for r in caplog.records] == [f"{SNAPSHOT.job}: {round_line(SNAPSHOT, SUMMARY)}"]
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"), [(0.2, "1 s"), (89.0, "89 s"), (91.0, "2 min"), (5399.0, "90 min"), (5401.0, "2 h")]
-)
-def test_a_span_is_a_word_or_two(seconds: float, said: str) -> None:
-    assert span(seconds) == said
-
-
-def test_without_a_terminal_there_are_lines() -> None:
-    assert isinstance(make_display(io.StringIO()), Lines)
-
-
-def test_a_terminal_that_draws_nothing_in_place_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(make_display(Terminal()), Lines)
+@pytest.mark.parametrize(("stream", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
+def test_without_a_terminal_that_draws_in_place_there_are_lines(
+    stream: type[io.StringIO], term: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", term)
+    assert isinstance(make_display(stream()), Lines)
 
 
 def test_lines_show_devices_only_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
