@@ -137,23 +137,14 @@ def test_a_range_has_room_for_eight_times_its_reference(values: list[float]) -> 
     assert Range.around(reference).bound >= max(8.0, 8 * float(np.abs(reference).max()))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 8.001, -8.001])
-@pytest.mark.parametrize("at", [0, 65_535, 65_536, 99_999])
-def test_values_out_of_range_are_refused_wherever_they_are(value: float, at: int) -> None:
-    values = np.zeros(100_000, np.float32)
-    values[at] = value
-    with pytest.raises(ProtocolError, match=r"values of conv1: expected finite numbers of magnitude up to 8, got"):
-        check_range("conv1", values, 8.0)
-
-
 @pytest.mark.parametrize("quiet", [0.0, 0.01, 0.04, 0.1, 7.9])
 @pytest.mark.parametrize("at", [0, 8_191, 8_192, 131_071, 131_072, 399_999])
 def test_a_value_out_of_range_is_found_however_large_the_others_are(quiet: float, at: int) -> None:
     values = np.full(400_000, quiet, np.float32)
     check_range("w", values, 8.0)
-    for wrong in (8.001, -8.001, float("nan"), float("-inf")):
+    for wrong in (8.001, -8.001, float("nan"), float("inf"), float("-inf")):
         values[at] = wrong
-        with pytest.raises(ProtocolError, match="values of w"):
+        with pytest.raises(ProtocolError, match="values of w: expected finite numbers of magnitude up to 8, got"):
             check_range("w", values, 8.0)
 
 

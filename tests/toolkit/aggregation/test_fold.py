@@ -1,10 +1,10 @@
-"""Folding updates: FedAvg, coverage, filling, and bits that don't depend on order."""
+"""Folding updates: FedAvg, coverage, filling, masks, earlier models, momentum, and bits that don't depend on order."""
 
 from __future__ import annotations
 
 import random
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from fedprune.aggregation.fixed_point import MAX_WEIGHT, VALUE_BITS
 from fedprune.aggregation.fold import Fold, Rule
 from fedprune.core.errors import BundleError, FedpruneError, ProtocolError
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
+from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
-from support.nets.drawn_models import Update, architectures, model, ranks, rounds, seeds, selections, trained
+from support.nets.drawn_models import Update, architectures, model, ranks, rounds, seeds, selections, trained, widths
 
 pytestmark = pytest.mark.board
 
@@ -36,11 +37,13 @@ NORM = Architecture(
     2,
 )
 
+Masked = tuple[Selection, Tensors, int, int, ElementMask | None]
 
-def folded(architecture: Architecture, base: Tensors, updates: list[Update], **options: Any) -> Fold:
+
+def folded(architecture: Architecture, base: Tensors, updates: Sequence[Update | Masked], **options: Any) -> Fold:
     fold = Fold(architecture, base, **options)
-    for update in updates:
-        fold.add(*update)
+    for selection, part, weight, steps, *mask in updates:
+        fold.add(selection, part, weight, steps, mask=mask[0] if mask else None)
     return fold
 
 
@@ -58,15 +61,6 @@ def sums(spec: TensorSpec, updates: list[Update]) -> tuple[Any, Any, int]:
         total[at] += weight * part[spec.name].astype(np.float64)
         mass[at] += weight
     return total, mass, sum(u[2] for u in updates)
-
-
-@given(rounds(whole=True))
-def test_whole_updates_give_fedavg(case: tuple[Architecture, Tensors, list[Update]]) -> None:
-    architecture, base, updates = case
-    got, _ = folded(architecture, base, updates).close()
-    for spec in architecture.tensors:
-        total, _, weight = sums(spec, updates)
-        assert np.allclose(got[spec.name], total / weight, rtol=1e-6, atol=ATOL)
 
 
 @given(rounds(whole=True))
@@ -89,17 +83,6 @@ def test_coverage_is_the_mean_over_those_that_hold_a_coordinate(
 
 
 @given(rounds())
-def test_filling_is_the_mean_of_reconstructed_models(case: tuple[Architecture, Tensors, list[Update]]) -> None:
-    architecture, base, updates = case
-    got, _ = folded(architecture, base, updates, rule="fill").close()
-    weight = sum(u[2] for u in updates)
-    rebuilt = [(selection.scatter(part, base), n) for selection, part, n, _ in updates]
-    for spec in architecture.trainable:
-        expected = sum(n * full[spec.name].astype(np.float64) for full, n in rebuilt) / weight
-        assert np.allclose(got[spec.name], expected, rtol=1e-6, atol=ATOL)
-
-
-@given(rounds())
 def test_statistics_are_pooled_among_holders_by_both_rules(case: tuple[Architecture, Tensors, list[Update]]) -> None:
     cover, _ = folded(*case, rule="coverage").close()
     fill, _ = folded(*case, rule="fill").close()
@@ -116,38 +99,6 @@ def test_a_coordinate_that_nobody_holds_keeps_its_bits(
     for spec in architecture.tensors:
         masked = sums(spec, updates)[1] == 0
         assert got[spec.name][masked].tobytes() == base[spec.name][masked].tobytes()
-
-
-@settings(max_examples=30)
-@given(rounds(), st.sampled_from(["coverage", "fill"]), st.sampled_from([0.0, 0.5]), st.randoms(use_true_random=False))
-def test_order_does_not_change_a_bit(
-    case: tuple[Architecture, Tensors, list[Update]], rule: Rule, momentum: float, dice: random.Random
-) -> None:
-    architecture, base, updates = case
-    shuffled = list(updates)
-    dice.shuffle(shuffled)
-    one, one_velocity = folded(architecture, base, updates, rule=rule).close(momentum)
-    two, two_velocity = folded(architecture, base, shuffled, rule=rule).close(momentum)
-    assert identical(one, two)
-    assert identical(one_velocity or {}, two_velocity or {})
-
-
-@settings(max_examples=30)
-@given(rounds(), st.sampled_from(["coverage", "fill"]), st.integers(0, 5))
-def test_splitting_does_not_change_a_bit(
-    case: tuple[Architecture, Tensors, list[Update]], rule: Rule, cut: int
-) -> None:
-    architecture, base, updates = case
-    options: dict[str, Any] = {"rule": rule, "evidence": True}
-    whole = folded(architecture, base, updates, **options)
-    parts = folded(architecture, base, updates[cut:], **options)
-    if updates[:cut]:
-        parts.take([folded(architecture, base, updates[:cut], **options).partial()])
-    assert identical(parts.close()[0], whole.close()[0])
-    assert (parts.weight, parts.updates) == (whole.weight, whole.updates)
-    for spec in architecture.trainable:
-        for a, b in zip(parts.movement(spec.name), whole.movement(spec.name), strict=True):
-            assert a.tobytes() == b.tobytes()
 
 
 @given(rounds(), st.floats(0, 0.9))
@@ -174,14 +125,6 @@ def test_server_momentum_follows_fedavgm(case: tuple[Architecture, Tensors, list
 
 
 @given(rounds())
-def test_mass_is_the_weight_of_those_that_hold_a_coordinate(
-    case: tuple[Architecture, Tensors, list[Update]],
-) -> None:
-    fold = folded(*case)
-    assert all(np.array_equal(fold.mass(t.name), sums(t, case[2])[1]) for t in case[0].tensors)
-
-
-@given(rounds())
 def test_movement_is_what_those_that_trained_a_coordinate_did_per_step(
     case: tuple[Architecture, Tensors, list[Update]],
 ) -> None:
@@ -198,17 +141,6 @@ def test_movement_is_what_those_that_trained_a_coordinate_did_per_step(
         assert np.array_equal(held, mass > 0)
         assert np.allclose(mean, first / np.maximum(mass, 1), rtol=1e-9, atol=1e-11)
         assert np.allclose(square, second / np.maximum(mass, 1), rtol=1e-9, atol=1e-12)
-
-
-@given(st.data(), seeds)
-def test_equal_updates_give_that_update(data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures())
-    base, same = model(architecture, seed), model(architecture, seed + 1)
-    fold = Fold(architecture, base)
-    for weight in (3, 5, 17):
-        fold.add(Selection.full(architecture), same, weight)
-    got, _ = fold.close()
-    assert all(np.allclose(got[n], same[n], rtol=0, atol=2**-24) for n in same)
 
 
 @given(rounds())
@@ -402,25 +334,6 @@ def test_a_mean_is_within_a_bit_of_that_in_float64(
         assert (np.abs(got[spec.name] - mean) <= last * 0.5001 + unit / 2).all()
 
 
-@settings(max_examples=10)
-@given(st.data(), seeds)
-def test_sums_of_much_and_of_little_weight_come_together_either_way(data: st.DataObject, seed: int) -> None:
-    architecture = data.draw(architectures())
-    base = model(architecture, seed)
-    updates: list[Update] = []
-    for k, weight in enumerate((5, 2**15 - 5, 9, 40_000)):
-        selection = data.draw(selections(architecture))
-        updates.append((selection, trained(selection, base, seed + k), weight, 1))
-    expected = folded(architecture, base, updates).close()[0]
-    for cut in (1, 2, 3):
-        one, other = folded(architecture, base, updates[:cut]), folded(architecture, base, updates[cut:])
-        one.take([other.partial()])
-        assert identical(one.close()[0], expected)
-        one, other = folded(architecture, base, updates[:cut]), folded(architecture, base, updates[cut:])
-        other.take([one.partial()])
-        assert identical(other.close()[0], expected)
-
-
 @given(st.data(), seeds)
 def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
@@ -461,15 +374,246 @@ def test_memory_does_not_grow_with_the_fleet() -> None:
     assert peaks[1] < peaks[0] + base["w"].nbytes // 4
 
 
+def random_mask(selection: Selection, seed: int) -> ElementMask:
+    """A mask of about half of some trained tensors, and of nothing of the others."""
+    dice = np.random.default_rng(seed)
+    shapes = selection.shapes()
+    chosen = [t.name for t in selection.architecture.trainable if dice.random() < 0.7]
+    return ElementMask({n: np.asarray(dice.random(shapes[n]) < 0.5) for n in chosen})
+
+
+@st.composite
+def masked_rounds(draw: st.DrawFn) -> tuple[Architecture, Tensors, list[Masked]]:
+    """A round of up to four updates, with masks or without."""
+    architecture = draw(architectures())
+    base = model(architecture, draw(seeds))
+    common = draw(st.none() | ranks(architecture))
+    updates: list[Masked] = []
+    for _ in range(draw(st.integers(1, 4))):
+        order = draw(ranks(architecture)) if draw(st.booleans()) else common
+        selection = Selection.of(architecture, draw(widths(architecture)), order)
+        mask = random_mask(selection, draw(seeds)) if draw(st.booleans()) else None
+        weight, steps = draw(st.integers(1, 1000)), draw(st.integers(1, 50))
+        updates.append((selection, trained(selection, base, draw(seeds)), weight, steps, mask))
+    return architecture, base, updates
+
+
+def plain_sums(name: str, architecture: Architecture, updates: list[Masked]) -> tuple[Any, Any]:
+    """Σ n·m·w and Σ n·m, in float64 and by plain loops."""
+    spec = architecture.by_name[name]
+    total, mass = np.zeros(spec.shape), np.zeros(spec.shape)
+    for selection, part, weight, _, mask in updates:
+        at = np.ix_(*selection.maps(name)) if spec.axes else ...
+        active = np.ones(part[name].shape) if mask is None or name not in mask.active else mask.active[name]
+        total[at] += weight * active * part[name].astype(np.float64)
+        mass[at] += weight * active
+    return total, mass
+
+
+@given(masked_rounds())
+def test_masked_means_are_taken_over_those_whose_mask_holds_a_coordinate(
+    case: tuple[Architecture, Tensors, list[Masked]],
+) -> None:
+    architecture, base, updates = case
+    n = sum(u[2] for u in updates)
+    cover, fill, zero = (
+        folded(architecture, base, updates, rule=r).close()[0]  # type: ignore[arg-type]
+        for r in ("coverage", "fill", "zero")
+    )
+    fold = folded(*case)
+    for spec in architecture.trainable:
+        total, mass = plain_sums(spec.name, architecture, updates)
+        assert np.array_equal(fold.mass(spec.name), mass)
+        expected = np.where(mass > 0, total / np.maximum(mass, 1), base[spec.name])
+        assert np.allclose(cover[spec.name], expected, rtol=1e-6, atol=ATOL)
+        assert np.allclose(fill[spec.name], (total + (n - mass) * base[spec.name]) / n, rtol=1e-6, atol=ATOL)
+        assert np.allclose(zero[spec.name], total / n, rtol=1e-6, atol=ATOL)
+        for got in (cover, fill):
+            assert got[spec.name][mass == 0].tobytes() == base[spec.name][mass == 0].tobytes()
+
+
+@given(masked_rounds())
+def test_masks_of_ones_change_no_bit(case: tuple[Architecture, Tensors, list[Masked]]) -> None:
+    architecture, base, updates = case
+    ones = [
+        (s, p, n, k, ElementMask({t.name: np.ones(p[t.name].shape, np.bool_) for t in architecture.trainable}))
+        for s, p, n, k, _ in updates
+    ]
+    bare = [(*u[:4], None) for u in updates]
+    assert identical(folded(architecture, base, ones).close()[0], folded(architecture, base, bare).close()[0])
+
+
 @given(st.data(), seeds)
-def test_one_update_alone_is_what_it_reconstructs_to(data: st.DataObject, seed: int) -> None:
+def test_a_mask_of_whole_channels_is_a_narrower_submodel(data: st.DataObject, seed: int) -> None:
     architecture = data.draw(architectures())
     base = model(architecture, seed)
-    selection = data.draw(selections(architecture))
-    part = trained(selection, base, seed + 1)
-    expected = selection.scatter(part, base)
+    narrow = data.draw(selections(architecture))
+    other = data.draw(selections(architecture))
+    full = trained(Selection.full(architecture), base, seed + 1)
+    mask = ElementMask({t.name: narrow.covered(t.name) for t in architecture.trainable})
     for rule in ("coverage", "fill"):
-        fold = Fold(architecture, base, rule=rule)
-        fold.add(selection, part, 7)
-        got, _ = fold.close()
-        assert all(np.allclose(got[n], expected[n], rtol=0, atol=2**-24) for n in expected)
+        one, two = (Fold(architecture, base, rule=rule, evidence=True) for _ in range(2))
+        one.add(Selection.full(architecture), full, 3, 2, mask=mask)
+        two.add(narrow, narrow.gather(full), 3, 2)
+        for fold in (one, two):
+            fold.add(other, trained(other, base, seed + 2), 5, 4)
+        got, expected = one.close()[0], two.close()[0]
+        for spec in architecture.trainable:
+            assert got[spec.name].tobytes() == expected[spec.name].tobytes()
+            for a, b in zip(one.movement(spec.name), two.movement(spec.name), strict=True):
+                assert a.tobytes() == b.tobytes()
+
+
+@settings(max_examples=30)
+@given(masked_rounds(), st.sampled_from(["coverage", "fill", "zero"]), st.randoms(use_true_random=False))
+def test_order_does_not_change_a_bit(
+    case: tuple[Architecture, Tensors, list[Masked]], rule: Rule, dice: random.Random
+) -> None:
+    architecture, base, updates = case
+    shuffled = list(updates)
+    dice.shuffle(shuffled)
+    options: dict[str, Any] = {"rule": rule, "evidence": True}
+    whole = folded(architecture, base, updates, **options)
+    parts = folded(architecture, base, shuffled, **options)
+    steps: dict[str, Any] = {"rate": 0.3, "damped": True}
+    assert identical(parts.close(0.5, **steps)[0], whole.close(0.5, **steps)[0])
+    for spec in architecture.trainable:
+        assert all(
+            a.tobytes() == b.tobytes()
+            for a, b in zip(parts.movement(spec.name), whole.movement(spec.name), strict=True)
+        )
+
+
+@given(masked_rounds())
+def test_what_was_sent_makes_no_difference_where_it_is_the_base(
+    case: tuple[Architecture, Tensors, list[Masked]],
+) -> None:
+    architecture, base, updates = case
+    fold = Fold(architecture, base, evidence=True)
+    for selection, part, weight, steps, mask in updates:
+        fold.add(selection, part, weight, steps, mask=mask, sent=selection.gather(base))
+    expected = folded(architecture, base, updates, evidence=True)
+    assert identical(fold.close()[0], expected.close()[0])
+
+
+@given(masked_rounds(), seeds)
+def test_updates_of_earlier_models_move_the_model_of_now(
+    case: tuple[Architecture, Tensors, list[Masked]], seed: int
+) -> None:
+    architecture, base, updates = case
+    earlier = model(architecture, seed)
+    fold, moves = Fold(architecture, base), []
+    for k, (selection, _, weight, steps, mask) in enumerate(updates):
+        sent = selection.gather(earlier)
+        part = trained(selection, earlier, seed + k)
+        fold.add(selection, part, weight, steps, mask=mask, sent=sent)
+        moves.append((selection, {n: part[n] - sent[n] for n in part}, weight, steps, mask))
+    got, _ = fold.close()
+    for spec in architecture.trainable:
+        total, mass = plain_sums(spec.name, architecture, moves)
+        expected = base[spec.name] + total / np.maximum(mass, 1)
+        assert np.allclose(got[spec.name], expected, rtol=1e-6, atol=ATOL)
+        assert got[spec.name][mass == 0].tobytes() == base[spec.name][mass == 0].tobytes()
+    for spec in architecture.statistics:
+        assert (got[spec.name] >= 0).all() or not spec.name.endswith("var")
+
+
+@given(masked_rounds(), st.floats(0.01, 3))
+def test_a_rate_goes_that_share_of_the_way(case: tuple[Architecture, Tensors, list[Masked]], rate: float) -> None:
+    architecture, base, _ = case
+    mean = folded(*case).close()[0]
+    got = folded(*case).close(rate=rate)[0]
+    assert identical(folded(*case).close(rate=1.0)[0], mean)
+    for spec in architecture.tensors:
+        share = rate if spec.kind.trainable else min(rate, 1.0)
+        before = base[spec.name].astype(np.float64)
+        assert np.allclose(got[spec.name], before + share * (mean[spec.name] - before), rtol=1e-5, atol=1e-5)
+
+
+@given(masked_rounds(), st.floats(0.1, 0.95), st.floats(0.1, 2))
+def test_damped_momentum_is_a_moving_average(
+    case: tuple[Architecture, Tensors, list[Masked]], beta: float, rate: float
+) -> None:
+    architecture, base, updates = case
+    mean = folded(*case).close()[0]
+    before = {t.name: model(architecture, 5)[t.name] for t in architecture.trainable}
+    got, velocity = folded(*case).close(beta, before, rate=rate, damped=True)
+    assert velocity is not None
+    for spec in architecture.trainable:
+        held = plain_sums(spec.name, architecture, updates)[1] > 0
+        way = mean[spec.name].astype(np.float64) - base[spec.name]
+        speed = np.where(held, beta * before[spec.name] + (1 - beta) * rate * way, before[spec.name])
+        assert np.allclose(velocity[spec.name], speed, rtol=1e-5, atol=1e-5)
+        expected = base[spec.name] + np.where(held, speed, 0)
+        assert np.allclose(got[spec.name], expected, rtol=1e-5, atol=1e-5)
+
+
+@given(masked_rounds(), st.sampled_from([0.0, 0.5]))
+def test_excluded_tensors_keep_their_bits_and_need_not_come(
+    case: tuple[Architecture, Tensors, list[Masked]], momentum: float
+) -> None:
+    architecture, base, updates = case
+    out = [t.name for t in architecture.tensors][-2:]
+    without = [(s, {n: v for n, v in p.items() if n not in out}, n, k, m) for s, p, n, k, m in updates]
+    fold = folded(architecture, base, without, excluded=out, evidence=True)
+    got, velocity = fold.close(momentum)
+    expected = folded(architecture, base, updates).close(momentum)[0]
+    assert all(got[n].tobytes() == base[n].tobytes() for n in out)
+    assert not set(out) & set(velocity or {})
+    for spec in architecture.trainable:
+        if spec.name not in out:
+            assert got[spec.name].tobytes() == expected[spec.name].tobytes()
+        else:
+            assert not fold.mass(spec.name).any()
+            assert not fold.movement(spec.name)[2].any()
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), 1e9])
+def test_rates_that_make_no_sense_are_refused(rate: float) -> None:
+    with pytest.raises(BundleError, match="server rate"):
+        Fold(NORM, model(NORM, 0)).close(rate=rate)
+
+
+@pytest.mark.parametrize(
+    "active",
+    [
+        {"nowhere": np.ones(3, np.bool_)},
+        {"stat_mean": np.ones(3, np.bool_)},
+        {"weight": np.ones(4, np.bool_)},
+        {"weight": np.ones(3)},
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_and_leave_nothing_behind(active: dict[str, Any]) -> None:
+    base = model(NORM, 0)
+    selection = Selection.of(NORM, (3,))
+    fold = Fold(NORM, base)
+    with pytest.raises(ProtocolError, match="mask of"):
+        fold.add(selection, trained(selection, base, 1), 1, mask=ElementMask(active))
+    assert fold.weight == 0
+    assert identical(fold.close()[0], base)
+
+
+def test_an_update_that_would_leave_the_bounds_when_rebased_is_refused() -> None:
+    base = model(NORM, 0)
+    selection = Selection.full(NORM)
+    fold = Fold(NORM, base)
+    far = {**base, "weight": np.full(4, fold.bound("weight"), np.float32)}
+    low = {**base, "weight": -far["weight"]}
+    with pytest.raises(ProtocolError, match="moved as an earlier model was"):
+        fold.add(selection, far, 1, sent=low)
+    assert fold.weight == 0
+
+
+def test_clearing_forgets_all_updates() -> None:
+    base = model(NORM, 0)
+    selection = Selection.full(NORM)
+    fold = Fold(NORM, base, evidence=True)
+    fold.add(selection, trained(selection, base, 1), 3)
+    fold.clear()
+    assert (fold.weight, fold.updates) == (0, 0)
+    assert identical(fold.close()[0], base)
+
+
+def test_tensors_to_exclude_must_be_there() -> None:
+    with pytest.raises(BundleError, match="no tensor 'head'"):
+        Fold(NORM, model(NORM, 0), excluded=["head"])
