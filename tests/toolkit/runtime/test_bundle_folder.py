@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer,
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, TRAINING, WEIGHTS, open_bundle
-from fedprune.runtime.bundle_folder import PARTIAL, check_folder, is_bundle, write_bundle
+from fedprune.runtime.bundle_folder import check_folder, is_bundle, write_bundle
 from fedprune_export.cli.main import main
 from fedprune_server.simulation.digits import digits_model
 from support.faults.failing_disk import fault
@@ -251,54 +250,14 @@ def test_another_board_s_bundle_that_is_not_in_its_place_yet_is_not_replaced(tmp
     assert found(tmp_path / "b") == OLD
 
 
-def half(folder: Path, *names: str) -> Path:
-    """What an earlier version left that was cut off: it deleted the manifest first and wrote in place."""
-    with power():
-        export(folder, OLD)
-    (folder / MANIFEST).unlink()
-    for path in list(folder.iterdir()):
-        if path.name not in names:
-            path.unlink()
-    return folder
-
-
-@pytest.mark.parametrize("names", [FILES, FILES[:1], FILES[:3]])
-def test_what_an_earlier_version_left_is_replaced(tmp_path: Path, names: tuple[str, ...]) -> None:
-    folder = half(tmp_path / "b", *names)
-    (folder / f".{FILES[1]}.partial").write_bytes(b"torn")
-    export(folder, NEW)
-    assert found(folder) == NEW
-    assert listed(folder) == WHOLE
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda folder: (folder / NOTES).write_text("mine"),
-        lambda folder: (folder / FILES[0]).write_bytes(b"a graph of pytorch, weights.safetensors"),
-        lambda folder: (folder / FILES[0]).unlink(),
-    ],
-)
-def test_what_may_be_somebody_s_own_is_not(tmp_path: Path, spoil: Callable[[Path], object]) -> None:
-    folder = half(tmp_path / "b", *FILES)
-    spoil(folder)
-    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+@pytest.mark.parametrize("name", [NOTES, FILES[0]])
+def test_a_folder_with_files_but_no_bundle_is_left_as_it_is(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "b"
+    folder.mkdir()
+    (folder / name).write_bytes(b"mine")
     with pytest.raises(BundleError, match="not empty and holds no bundle"):
         export(folder, NEW)
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-
-
-def test_a_graph_of_an_export_is_known_again(tmp_path: Path) -> None:
-    (tmp_path / "m.onnx").write_bytes(digits_model())
-    out = tmp_path / "out"
-    words = [str(tmp_path / "m.onnx"), "--target", TARGET, "--out", str(out)]
-    assert main(words) == ExitCode.OK
-    before = listed(out)
-    (out / MANIFEST).unlink()
-    check_folder(out, TARGET)
-    assert main(words) == ExitCode.OK
-    assert listed(out) == before
-    assert not (out / PARTIAL).exists()
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {name: b"mine"}
 
 
 def test_an_export_that_fails_replaces_nothing_and_says_so(

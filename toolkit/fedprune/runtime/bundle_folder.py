@@ -1,7 +1,7 @@
 """The folder of a bundle: what may be written to it, and how a new bundle takes the place of an old one.
 
 The new bundle is written into `.bundle.partial` in the folder itself: that is on the same disk wherever the folder is
-mounted or linked to, and what else lies in the folder stays where it is. Once the new bundle is whole and durable, one
+mounted or linked to, and what else is in the folder stays where it is. Once the new bundle is whole and durable, one
 rename to `.bundle.complete` makes it the bundle of the folder: from then on readers take it from there
 (`fedprune.runtime.bundle.files_folder`). Its files then take their places one by one, and the folder with them goes. An
 export that is cut off before that rename has changed nothing; one that is cut off after it is finished by the next.
@@ -22,42 +22,27 @@ from fedprune.core.disk import locked, storage_errors, sync_folder
 from fedprune.core.errors import BundleError, StorageError, remedy, shown
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.bundle import (
     COMPLETE,
     FILES,
-    INFERENCE,
     MANIFEST,
-    WEIGHTS,
     Bundle,
     blocked_file,
     files_folder,
     manifest,
     open_bundle,
 )
-from fedprune.runtime.precision_files import PRECISIONS, files_of
+from fedprune.runtime.precision_files import files_of
 
 PARTIAL = ".bundle.partial"
-"""Where a bundle is written; whoever holds the lock may delete it."""
+"""Where a bundle is written; the holder of the lock may delete it."""
 _LOCK = ".bundle.lock"
 _PLACES = "places"
 """In it every file has a second name, which is moved to its place: that needs no room, and the first name stays."""
 
 REPORTS = ("report.json", "report.md", "report.html")
 """The export's report of the bundle."""
-
-_NAMES = frozenset(
-    (
-        *(*FILES, MANIFEST, tensorrt_config.NAME, *REPORTS),
-        *(name for precision in PRECISIONS for name in files_of(precision)),
-        *map(blocked_file, BLOCKS[1:]),
-    )
-)
-_UNFINISHED = frozenset(f".{name}.partial" for name in _NAMES)
-"""What `write_whole` calls a file while it writes it."""
-_HEAD = 64
-"""Bytes of a graph within which it says what wrote it."""
 
 
 def is_bundle(folder: Path) -> bool:
@@ -179,7 +164,7 @@ def _check_places(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a bundle beside the one that is there, and make it the one that counts."""
+    """Write a bundle next to the present one, and make it the one that counts."""
     partial = folder / PARTIAL
     try:
         places = partial / _PLACES
@@ -221,33 +206,18 @@ def _sweep(folder: Path) -> None:
     if partial.exists():
         shutil.rmtree(partial)
     if complete.exists():
-        complete.rename(partial)  # it goes in one piece: nobody may read one of which a part is deleted already
+        complete.rename(partial)  # it goes in one piece: a reader must never find a part of it
         sync_folder(folder)
         shutil.rmtree(partial)
-    for path in list(folder.iterdir()):
-        if path.name in _UNFINISHED and path.is_file():  # earlier versions wrote in place
-            path.unlink()
 
 
 def _left_over(folder: Path) -> bool:
-    """Whether nothing is in a folder without a manifest but what an export that was cut off has left."""
-    found = {path.name for path in folder.iterdir()} - {_LOCK, PARTIAL, COMPLETE}
-    if not found <= _NAMES | _UNFINISHED:
-        return False
-    return not found & _NAMES or _exported(folder / INFERENCE)
-
-
-def _exported(path: Path) -> bool:
-    """Whether a graph is one of ours, with its weights beside it: graphs of others may have the same file name."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        head = file.read(_HEAD)
-        return b"fedprune" in head and WEIGHTS.encode() in head + file.read()
+    """Whether nothing is in a folder but what an export that was cut off has left."""
+    return {path.name for path in folder.iterdir()} <= {_LOCK, PARTIAL, COMPLETE}
 
 
 def _target(path: Path) -> str:
-    """Whose bundle a manifest vouches for; empty where there is none that can be read."""
+    """The target that a manifest names; empty if it can't be read."""
     try:
         found = json.loads(path.read_bytes())["target"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
