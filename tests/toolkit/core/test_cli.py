@@ -287,18 +287,6 @@ def test_a_word_that_is_nearly_a_command_is_one_unless_a_file_has_its_name(
     check_command("verfy", ["verify", "bench"], "See help.")
 
 
-def test_an_option_that_is_cut_short_is_not_taken_for_a_longer_one(capsys: pytest.CaptureFixture[str]) -> None:
-    def build() -> argparse.ArgumentParser:
-        parser = argparse.ArgumentParser(prog="tool")
-        parser.add_argument("--rounds")
-        parser.set_defaults(run=lambda arguments: 0)
-        return parser
-
-    assert run_command("tool", build, ["--round", "20"]) == ExitCode.USAGE
-    assert "--rounds" in capsys.readouterr().err
-    assert run_command("tool", build, ["--rounds=20"]) == ExitCode.OK
-
-
 @pytest.mark.parametrize(("setting", "begins"), [({}, "\x1b[1;31merror:\x1b[0m "), ({"NO_COLOR": "1"}, "error: ")])
 def test_on_a_terminal_an_error_is_red(
     setting: dict[str, str], begins: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

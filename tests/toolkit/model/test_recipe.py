@@ -115,7 +115,7 @@ def test_a_setting_asks_for_its_input(setting: dict[str, Any], features: str) ->
     assert Recipe.from_dict(setting).features == Features(**dict.fromkeys(features.split(), True))
 
 
-@pytest.mark.parametrize("value", [None, "1", True, float("nan"), float("inf"), -1, 1e12, [1]])
+@pytest.mark.parametrize("value", [None, "1", True, float("nan"), float("inf"), -1, 1e12, 10**400, [1]])
 @pytest.mark.parametrize("name", [f.name for f in fields(Recipe) if type(f.default) in (int, float)])
 def test_numbers_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=f"recipe: {name}"):
@@ -132,13 +132,6 @@ def test_shares_that_are_kept_are_below_one(name: str) -> None:
 def test_counts_are_whole(name: str) -> None:
     with pytest.raises(ConfigError, match="whole number"):
         Recipe.from_dict({name: 1.5})
-
-
-@pytest.mark.parametrize("value", [10**400, -(10**400), float("nan"), float("inf"), "1", None, True])
-@pytest.mark.parametrize("name", ["epochs", "lr", "beta1", "epsilon"])
-def test_what_is_no_number_of_its_range_is_refused_by_name(name: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=f"recipe: {name}: expected a"):
-        Recipe.from_dict({name: value})
 
 
 @pytest.mark.parametrize(

@@ -71,30 +71,20 @@ def test_a_small_net_fits_whole() -> None:
     assert (made.widths, made.density, made.bound) == (NET.sizes, 1.0, NOTHING)
 
 
-def test_memory_binds() -> None:
-    made = plan(NET, memory_of(FULL.memory_bytes * 0.9), RECIPE, 500)
-    assert made.bound == "memory"
+@pytest.mark.parametrize(
+    ("bound", "limits"),
+    [
+        ("memory", {"profile": memory_of(FULL.memory_bytes * 0.9)}),
+        ("time", {"deadline_s": FULL.round_s * 0.5}),
+        ("bytes", {"byte_budget": FULL.round_bytes // 2}),
+        ("link", {"profile": board(link={"bytes_per_round": FULL.round_bytes // 2})}),
+        ("storage", {"profile": board(storage={"budget_bytes": 4 * FULL.wire_bytes})}),
+    ],
+)
+def test_each_limit_binds(bound: str, limits: dict[str, Any]) -> None:
+    made = plan(NET, **{"profile": BOARD, "recipe": RECIPE, "samples": 500, **limits})
+    assert made.bound == bound
     assert made.widths < NET.sizes
-
-
-def test_time_binds() -> None:
-    assert plan(NET, BOARD, RECIPE, 500, deadline_s=FULL.round_s * 0.5).bound == "time"
-
-
-def test_the_job_budget_binds() -> None:
-    made = plan(NET, BOARD, RECIPE, 500, byte_budget=FULL.round_bytes // 2)
-    assert made.bound == "bytes"
-    assert 2 * made.prediction.wire_bytes <= FULL.round_bytes // 2
-
-
-def test_the_link_binds() -> None:
-    made = plan(NET, board(link={"bytes_per_round": FULL.round_bytes // 2}), RECIPE, 500)
-    assert made.bound == "link"
-
-
-def test_storage_binds() -> None:
-    made = plan(NET, board(storage={"budget_bytes": 4 * FULL.wire_bytes}), RECIPE, 500)
-    assert made.bound == "storage"
 
 
 @st.composite
@@ -176,12 +166,6 @@ def test_a_looser_limit_never_gives_a_narrower_plan(situation: dict[str, Any], w
     after = plan(NET, **looser)
     assert made is not None
     assert all(a >= b for a, b in zip(after.widths, made.widths, strict=True))
-
-
-@given(situations())
-@BRIEF
-def test_the_same_question_has_the_same_answer(situation: dict[str, Any]) -> None:
-    assert made_or_none(situation) == made_or_none(situation)
 
 
 @given(situations())

@@ -1,4 +1,4 @@
-"""Means that single updates can't pull away: clipping, medians, trimmed means, and who stands out.
+"""Means that single updates can't pull away: clipping, medians, trimmed means, and outliers.
 
 All of it works under coverage: a coordinate's median is taken over the devices that hold it.
 

@@ -101,7 +101,7 @@ class BlobStore(BlobFolder):
         return view
 
     def _expect(self, sha256: str, data: bytes | memoryview) -> None:
-        """Make sure that bytes are what a blob's name says."""
+        """Make sure that bytes have the digest in a blob's name."""
         path = self.path(sha256)
         if hashlib.sha256(data).hexdigest() != sha256:
             raise StorageError(

@@ -139,7 +139,7 @@ class PartialBlob:
         """Keep the leaf table, if it is the one that the reference names."""
         if len(table) != self.ref.leaf_count * DIGEST or hashlib.sha256(table).hexdigest() != self.ref.leaves:
             return False
-        # Not flushed: whoever opens the partial again verifies it, and it is small to pull once more.
+        # Not flushed: it is verified when the partial is opened again, and small to pull once more.
         if self.ref.leaf_count > 1:
             self.store.write_file(self._leaves, table_file(table), flush=False)
         if self.table is None:
@@ -149,11 +149,11 @@ class PartialBlob:
         return True
 
     def write(self, index: int, leaf: bytes | memoryview) -> bool:
-        """Keep a leaf, if it is what the table says. Needs the table; a full disk keeps what has arrived before."""
+        """Keep a leaf, if it matches the table. Needs the table; a full disk keeps what has arrived before."""
         return not self.write_leaves(index, leaf)
 
     def write_leaves(self, first: int, payload: bytes | memoryview) -> list[int]:
-        """Keep those of some consecutive leaves that are what the table says; returns the indices of the others."""
+        """Keep those of some consecutive leaves that match the table; returns the indices of the others."""
         view = memoryview(payload)
         indices = range(first, first + max(1, -(-len(view) // LEAF)))
         wrong = self._wrong(indices, view)
@@ -177,7 +177,7 @@ class PartialBlob:
             self._flushed = end * LEAF
 
     def _hash_on(self) -> None:
-        """Hash what lies behind a gap that is closed now; it is read back."""
+        """Hash what follows a gap that is closed now; it is read back."""
         while not self._vouched and self._hashed < len(self.present) and self.present[self._hashed]:
             self._whole.update(os.pread(self._open(), self.ref.leaf_size(self._hashed), self._hashed * LEAF))
             self._hashed += 1
@@ -209,7 +209,7 @@ class PartialBlob:
             self.close()
             target = self.store.path(self.ref.sha256)
             with suppress(FileNotFoundError):  # another partial of the same blob was faster
-                if not os.path.samestat(meant, self._data.stat()):  # deleted, and begun anew by another
+                if not os.path.samestat(meant, self._data.stat()):  # deleted, and begun again by another
                     raise StorageError(f"{self._data} was replaced while it was being finished")
                 if self._leaves.is_file():
                     self.store.move(self._leaves, target.with_name(target.name + SUFFIX), flush=False)
@@ -268,7 +268,7 @@ class PartialBlob:
                     self._hashed += 1
 
     def _wrong(self, indices: range, view: memoryview) -> list[int]:
-        """Those of some consecutive leaves that are not what the table says."""
+        """Those of some consecutive leaves that don't match the table."""
         first, end = indices.start, indices.stop
         whole = len(view) == min(end * LEAF, self.ref.size) - first * LEAF
         if first >= 0 and whole and leaf_table(view) == (self.table or b"")[first * DIGEST : end * DIGEST]:

@@ -47,7 +47,7 @@ class _Leaves:
         self._good: set[int] = set()
 
     def expect(self, start: int, end: int) -> None:
-        """Make sure that bytes are what the table says. Raises `StorageError` if they aren't."""
+        """Make sure that bytes match the table. Raises `StorageError` if they don't."""
         for leaf in range(start // LEAF, -(-min(end, len(self.bytes)) // LEAF)):
             if leaf in self._good:
                 continue

@@ -10,7 +10,7 @@ import numpy as np
 def keyed(seed: int, *key: object) -> np.random.Generator:
     """A Philox generator that depends on nothing but `seed` and `key`, on every platform.
 
-    The key says what the numbers are for, such as (round, device, "batches"); each part is taken as text.
+    The key names the purpose of the numbers, such as (round, device, "batches"); each part is taken as text.
     """
     text = "\x1f".join([str(seed), *map(str, key)])
     digest = hashlib.sha256(text.encode()).digest()

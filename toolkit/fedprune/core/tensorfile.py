@@ -68,7 +68,7 @@ def encode(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = No
 
 
 def header_of(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The header that `encode` begins with; the first tensor lies at its end. Raises `BundleError` if a tensor's
+    """The header that `encode` begins with; the first tensor follows it. Raises `BundleError` if a tensor's
     type has no safetensors code."""
     rows = []
     for name, value in tensors.items():
@@ -85,7 +85,7 @@ def _bytes(value: Array) -> memoryview:
 
 
 def offsets(raw: bytes | memoryview) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Where each tensor of a file lies: name to (code, shape, absolute start, end). Raises `BundleError` if the
+    """Where each tensor of a file is: name to (code, shape, absolute start, end). Raises `BundleError` if the
     header is damaged, has gaps or overlaps, doesn't cover the file exactly, or a shape is one that numpy can't hold."""
     view = memoryview(raw)
     length = header_length(view)
@@ -142,7 +142,7 @@ def header_length(raw: bytes | memoryview) -> int:
 
 
 def array_at(raw: bytes | memoryview, code: str, shape: tuple[int, ...], start: int, end: int) -> Array:
-    """A tensor that lies where `offsets` says, as a read-only view."""
+    """A tensor at its place in `offsets`, as a read-only view."""
     return np.frombuffer(memoryview(raw)[start:end], dtype=_CODES[code]).reshape(shape)
 
 

@@ -35,7 +35,7 @@ def read_toml_text(path: Path, error: type[FedpruneError]) -> tuple[dict[str, An
     except UnicodeDecodeError as cause:
         line = raw.count(b"\n", 0, cause.start) + 1
         raise error(f"{path}:{line}: this is not TOML (not UTF-8 at line {line})") from cause
-    except ValueError as cause:  # the parser's own error is one, and says the line
+    except ValueError as cause:  # the parser's own error is one, and names the line
         place = re.search(r"at line (\d+), column (\d+)", str(cause))
         where = "" if place is None else f":{place[1]}:{place[2]}"
         raise error(f"{path}{where}: this is not TOML ({cause})") from cause

@@ -49,7 +49,7 @@ def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, most: int, re
     if member.compress_type not in PLAIN:
         raise refuse(f"{member.filename[:200]!r}: how it is packed", expected="deflate, or not at all")
     with archive.open(member) as source:
-        # Without a number `zipfile` would unpack the whole, whatever the archive says of its size.
+        # Without a number `zipfile` would unpack the whole, whatever size the archive claims.
         found = source.read(most + 1)
     if len(found) > most:
         raise refuse(f"{member.filename[:200]!r}", expected=f"at most {most} bytes", got="more")

@@ -136,7 +136,7 @@ class Architecture:
         return got
 
     def output_axes(self, name: str) -> tuple[int, ...]:
-        """Axes of a tensor whose index says which channel it makes, rather than which it reads.
+        """Axes of a tensor whose index is the channel that it makes, rather than the one that it reads.
 
         For a layer's weight that is the layer's output axis. Any other tensor (a bias, a norm's vector, an embedding)
         acts on the channels that it is indexed by, so that all its axes count.
@@ -311,7 +311,7 @@ def widths_at(
 def kept_share(architecture: Architecture, widths: Sequence[int]) -> float:
     """The share of all channels that these widths keep, all groups together: 1 at full width.
 
-    At equal shares of all groups it is the `density` of `widths_at`, but for rounding; where a planner keeps more of
+    At equal shares of all groups it is the `density` of `widths_at`, except for rounding; where a planner keeps more of
     one group than of another it is their mean, a group counting by its channels.
     """
     whole = sum(architecture.sizes)

@@ -1,6 +1,6 @@
 """Ordered dropout inside a device (FjORD, Horvath et al., arXiv:2102.13451): narrower steps of the same model.
 
-Tensors of a submodel lie in rank order, so that a narrower submodel is a prefix of every run of channels. A step at
+Tensors of a submodel are in rank order, so that a narrower submodel is a prefix of every run of channels. A step at
 narrower widths trains that prefix; the rest of weights and optimiser state stays as it is for that step.
 
 `nested` is a start at which wide models hold the narrow ones and nothing else. The channels of a model that was just
@@ -64,7 +64,7 @@ class TensorAxes:
     def prefixed(self) -> frozenset[int]:
         """Groups of which fewer channels are a prefix of every run of theirs, so that they can be narrowed.
 
-        Where a part of a group's channels lies by itself (shuffled or split channels), only the ranks would tell how
+        Where a part of a group's channels is apart (shuffled or split channels), only the ranks would tell how
         many of them are left, and where on that axis anything else begins.
         """
         out = set(range(len(self.sizes)))
@@ -148,7 +148,7 @@ class TensorAxes:
 
 
 def axes_json(architecture: Architecture) -> str:
-    """How channels lie on the axes of an architecture's tensors, as text for a training graph's metadata."""
+    """The channels on the axes of an architecture's tensors, as text for a training graph's metadata."""
     axes = {
         t.name: [[[s.group, s.start, s.count, s.inner] for s in a.segments] for a in t.axes]
         for t in architecture.tensors

@@ -18,7 +18,7 @@ from fedprune.core.validation import is_number
 
 @dataclass(frozen=True)
 class Features:
-    """What a training graph can do; `fedprune.model.step_contract` says which inputs and outputs that makes.
+    """What a training graph can do; `fedprune.model.step_contract` gives the resulting inputs and outputs.
 
     Attributes:
         logit_offset: A vector [classes] added to the logits before the loss (logit adjustment by label prior).
@@ -35,7 +35,7 @@ class Features:
         accumulate: A batch can be worked through in parts, whose gradients are summed.
         squares: Sums of squared gradients are outputs.
         sample_losses: The loss of every sample is an output.
-        ordered_dropout: The graph says in its metadata how channels lie on its tensors' axes.
+        ordered_dropout: The graph's metadata has the channels on its tensors' axes.
         axes: So it does, too, where the steps are all as wide as the device, for averages and masks.
         threshold: Per trained tensor a number θ: elements below it in size are 0 in the forward pass, and what is above
             it learns what its size is worth (FIARSE).

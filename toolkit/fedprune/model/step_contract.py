@@ -7,7 +7,7 @@ Inputs:
     `x` [N, ...]: float32, or int64 where the model reads token ids.
     `y`: int64 [N] (classes) with cross-entropy; float32 [N, K] with the other losses, 0 to 1 with `bce`.
     `y_partner` (with mixup): int64 [N], the label of the sample that was mixed into each: `y` in another order;
-        `y_share` (shape []): λ, how much `y` counts beside it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
+        `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
     Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam and AdamW `beta1`, `beta2` (float64),
         `epsilon` and `step_number` (int64, counting optimiser steps from 1); `label_smoothing`, `huber_delta`,
         `clip_norm` as asked for. float32 where nothing else is said.
@@ -91,7 +91,7 @@ RESERVED = frozenset(
 """Names that no tensor of a model may have; the importer renames such tensors."""
 
 AXES = "fedprune.axes"
-"""Key of a training graph's metadata that holds, on demand, how channels lie on its tensors' axes."""
+"""Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes."""
 
 BLOCK = "fedprune.block"
 """Key of a training graph's metadata that holds, where it was made for processors that compute a block of channels at
@@ -157,7 +157,7 @@ Array = npt.NDArray[Any]
 
 
 def numbers(recipe: Recipe) -> dict[str, Array]:
-    """The scalars that a recipe sets, the same in every step but for the share of labels where samples are mixed."""
+    """The scalars that a recipe sets, the same in every step except for the share of labels where samples are mixed."""
     out = {
         step_contract.LR: np.array(recipe.lr, np.float32),
         step_contract.WEIGHT_DECAY: np.array(recipe.weight_decay, np.float32),

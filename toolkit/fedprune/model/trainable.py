@@ -56,7 +56,7 @@ def frozen_tensors(architecture: Architecture, features: Features, frozen: Colle
 
     Those are what the model itself froze (`requires_grad=False` in torch) or, where the features name what is
     trainable, everything else; and whatever matches a pattern of `features.frozen`. Batch-norm statistics are tensors,
-    too: a frozen one isn't measured anew.
+    too: a frozen one isn't measured again.
 
     Raises:
         BundleError: `@head` is among the patterns, and the model has no last layer.

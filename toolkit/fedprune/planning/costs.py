@@ -71,7 +71,7 @@ AGENT_BYTES = 17_200_000
 
 INFERENCE_COPIES, INFERENCE_KERNEL_COPIES = 1.26, 3.37
 """Arrays of the size of the weights while a model is loaded: of most weights, and of those of convolutions and
-recurrent layers (`_LAID_OUT`), which onnxruntime lays out anew while the former arrays still exist."""
+recurrent layers (`_LAID_OUT`), which onnxruntime lays out again while the former arrays still exist."""
 
 _LAID_OUT = ("Conv", "GRU", "LSTM", "RNN")
 
@@ -230,7 +230,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
     return Costs(
         parameters=parameters,
         forward_macs=forward,
-        # Forward, weight gradient and input gradient cost the same; nobody needs the gradient of the model's input.
+        # Forward, weight gradient and input gradient cost the same; the gradient of the model's input isn't needed.
         training_macs=3 * forward - next(filter(None, macs), 0),
         wire_bytes=len(head) + FLOAT * parameters,
         activation_bytes=sum(values),

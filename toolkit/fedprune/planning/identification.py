@@ -58,7 +58,7 @@ RELEASES = (
 
 
 def l4t_release(text: str) -> str:
-    """The release in the first line of /etc/nv_tegra_release, such as "36.4.3"; empty where it says none."""
+    """The release in the first line of /etc/nv_tegra_release, such as "36.4.3"; empty where it names none."""
     found = _RELEASE.match(text.strip())
     return f"{found[1]}.{found[2]}" if found else ""
 

@@ -157,7 +157,7 @@ class Workload:
         reads, makes, weights = self._elements(sizes)
         macs = self._macs(sizes, reads, makes, weights)
         if self._first >= 0:
-            macs[:, self._first] *= 2 / 3  # nobody needs the gradient of the model's input
+            macs[:, self._first] *= 2 / 3  # the gradient of the model's input isn't needed
         taps = np.where((self._kernels > 1) & self._weighted, self._kernels / self._strides, 1.0)
         # A depthwise layer's input gradient is as large as its input, whatever the stride.
         taps = np.where(self._depthwise, self._kernels, taps)

@@ -41,7 +41,7 @@ _TRUST = 0.01
 _SWEEPS = 300
 _MAX_SECONDS = 1e3
 _LEAST_SECONDS = 1e-9
-"""Nothing runs in no time, whatever a table from outside says of some kinds: times are divided by one another."""
+"""The least time, whatever a received table has for some kinds: times are divided by one another."""
 
 _DIGITS = 5
 _STEPS, _PREDICTIONS = "training", "inference"

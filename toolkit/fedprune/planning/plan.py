@@ -150,7 +150,7 @@ class Plan:
         return "\n".join([*lines, *self.notes])
 
     def unbound(self) -> str:
-        """A line that says that no limit binds; empty where one does."""
+        """A line that tells that no limit binds; empty where one does."""
         if self.bound != NOTHING:
             return ""
         # The whole model is always tried first, unless the density was not the planner's to choose.

@@ -29,7 +29,7 @@ MOST_SHAPES = 64
 """Of a table that comes from outside."""
 
 _FAR = 2.5
-"""Distance, in doublings of a size, from which on a shape says nothing of another."""
+"""Distance, in doublings of a size, from which a shape tells nothing about another."""
 
 _MAX_SIZE, _MAX_PLACES, _MAX_WINDOW = 2**16, 2**24, 64
 _MAX_SECONDS = 1e3

@@ -64,7 +64,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A graphics or neural unit beside the processor; it serves predictions."""
+    """A graphics or neural unit in addition to the processor; it serves predictions."""
 
     kind: str = _text("Programming interface.", choices=("cuda", "other"))
     shared_memory: bool = _text("Whether it shares the main memory.", kind="flag")

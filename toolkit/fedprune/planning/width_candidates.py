@@ -1,6 +1,6 @@
 """Width plans from wide to narrow: near a uniform share of all groups, but on the cheap side of the board's cliffs.
 
-A rung keeps of every group a multiple of channels that the board's kernels like. Rungs lie on one another: what a
+A rung keeps of every group a multiple of channels that the board's kernels like. Rungs nest: what a
 narrow one keeps, every wider one keeps, so that a looser limit never gives a narrower model. A rung that the table
 expects to be slower than uniform width at as many MACs isn't one: the uniform widths take its place.
 """
@@ -60,7 +60,7 @@ def rungs(
 
     Args:
         table: What the board's kernels take.
-        bandwidth: Bytes per second of main memory, where that bounds a step beyond what the table says.
+        bandwidth: Bytes per second of main memory, where that bounds a step beyond the table's times.
     """
     model = _Model(architecture, table, table.to_json(), batch, bandwidth)
     return _rungs(model, tuple(sorted(set(densities), reverse=True)))
@@ -154,7 +154,7 @@ def _rungs(model: _Model, densities: tuple[float, ...]) -> tuple[Rung, ...]:
         if density < 1:
             for m in MULTIPLES:
                 shapes.setdefault(snapped(architecture, density, m), m)
-        # Clipped to the rung above, so that rungs lie on one another.
+        # Clipped to the rung above, so that rungs nest.
         candidates = list(dict.fromkeys(Rung(density, tuple(map(min, w, last)), m) for w, m in shapes.items()))
         gains, macs = _gains(model, candidates, uniform, last)
         # Of those that are about as fast the widest: coarse steps would leave a board's room unused.

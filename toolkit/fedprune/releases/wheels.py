@@ -88,7 +88,7 @@ def unmet(
 
 
 def required(wheel: Path, refuse: Refuse) -> list[str]:
-    """What a wheel requires, as its metadata says it. Raises `FedpruneError` as `refuse`: it is no wheel."""
+    """What a wheel requires by its metadata. Raises `refuse` if it is no wheel."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]

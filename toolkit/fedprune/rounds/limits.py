@@ -6,8 +6,8 @@ that they need no tuning:
 
 - Weight: n_k ← min(n_k, c · median_j n_j).
 - Length: per tensor Δ_k ← Δ_k · min(1, limit / ‖Δ_k‖). Δ_k is the difference to the tensor that the board received,
-  and ‖Δ_k‖² its sum of squares, divided by the number of elements of the whole model's tensor. So a length says how far
-  the update alone would move the model, whatever the board's width. Elements that a mask leaves out don't count.
+  and ‖Δ_k‖² its sum of squares, divided by the number of elements of the whole model's tensor. So a length tells how
+  far the update alone would move the model, whatever the board's width. Elements that a mask leaves out don't count.
 
 The length of an honest update grows with its optimiser steps. A board with more steps than the round's median may move
 as many times further, up to the multiple of the median that holds for weights.
@@ -21,7 +21,7 @@ round and renews from all valid updates. In a round it at most doubles, and it t
 move less and less while the model learns their data, but a board with few channels or unlike data may still move as
 far as all did at first. The reference stays between 1/1024 of a tensor's scale and the scale itself: the root mean
 square of the initial tensor, but at least 1. So hostile rounds can't raise the limit without bound, and boards count
-in full again within ten rounds after quiet ones. Batch-norm statistics are measured anew in each round instead of
+in full again within ten rounds after quiet ones. Batch-norm statistics are measured again in each round instead of
 added up, and follow the scale of the data: their references have no upper end and may halve in a round, and their
 medians no lower one. A round of one or two updates has no majority: its limit is a multiple of the reference alone,
 which changes only as far as both updates agree. Updates without any change are left out of medians.

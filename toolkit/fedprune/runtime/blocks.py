@@ -3,7 +3,7 @@
 Training graphs for one board lay channels out in blocks (the operators of `com.microsoft.nchwc`). How long a block is
 depends on processor and build; with a wrong one these operators compute garbage and say nothing. So each length is
 tried with a small graph that compares a convolution in blocks with a plain one. The wheels for Arm have none.
-A machine whose environment says `FEDPRUNE_NO_BLOCKS=1` does without them.
+`FEDPRUNE_NO_BLOCKS=1` in the environment turns them off.
 """
 
 from __future__ import annotations
@@ -45,15 +45,14 @@ def block_size() -> int:
     """Channels of a block; 0 where there are none, none that give right numbers, or where they are turned off.
 
     Raises:
-        ConfigError: The environment says something else than whether they are turned off.
+        ConfigError: The environment variable is invalid.
         MissingExtraError: onnxruntime is not installed.
     """
     return 0 if turned_off() else measured_block()
 
 
 def turned_off() -> bool:
-    """Whether somebody wants this machine to do without blocks. Raises `ConfigError` if the environment says neither
-    yes nor no."""
+    """Whether the environment turns blocks off. Raises `ConfigError` if it sets neither yes nor no."""
     said = os.environ.get(OFF, "").strip().lower()
     if said not in _YES + _NO:
         raise ConfigError(

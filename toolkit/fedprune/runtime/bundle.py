@@ -44,7 +44,7 @@ SUBMODEL = "submodel.json"
 COMPLETE = ".bundle.complete"
 """In a bundle's folder: a whole bundle that is about to take its place, see `files_folder`."""
 _LONGEST = 200
-"""Characters of what a manifest says, in a message."""
+"""Characters of a manifest's text in a message."""
 
 FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
 
@@ -85,7 +85,7 @@ class Bundle:
         return self.path(blocked_file(block)) if block in self.blocks else None
 
     def path(self, name: str) -> Path:
-        """Where one of its files lies."""
+        """Where one of its files is."""
         return self.folder / name
 
 
@@ -108,7 +108,7 @@ def manifest(
 
 
 def files_folder(folder: Path) -> Path:
-    """Where the files of a bundle lie: in its folder, or within it in `COMPLETE`, where an export was cut off.
+    """Where the files of a bundle are: in its folder, or within it in `COMPLETE`, where an export was cut off.
 
     An export writes a whole bundle before it touches the one that is there. From the moment when the new one is
     complete until its last file is in its place, the folder itself may hold files of both.
@@ -116,7 +116,7 @@ def files_folder(folder: Path) -> Path:
     complete = folder / COMPLETE
     try:
         return complete if (complete / MANIFEST).exists() else folder
-    except OSError:  # whoever reads the manifest says why
+    except OSError:  # the reader of the manifest reports why
         return folder
 
 
@@ -189,7 +189,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> None:
-    """What the manifest says of the model must be what the files are, for whoever reads it alone."""
+    """Make sure that the manifest describes the model of the files: some readers read it alone."""
     architecture = selection.architecture
     facts = {
         "architecture": architecture.digest,

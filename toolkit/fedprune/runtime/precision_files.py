@@ -13,7 +13,7 @@ SERVED = ("float16", INT8)
 FASTEST = "fastest"
 
 SERVE = (FLOAT32, *SERVED, FASTEST)
-"""Precisions that a board can be told to serve at."""
+"""Lower precisions at which a board can serve."""
 
 
 def graph_file(precision: str) -> str:
@@ -22,7 +22,7 @@ def graph_file(precision: str) -> str:
 
 
 def weights_file(precision: str) -> str:
-    """The file of its tensors, beside it."""
+    """The file of its tensors, in the same folder."""
     return f"{precision}.safetensors"
 
 
@@ -32,7 +32,7 @@ def prepare_file(precision: str) -> str:
 
 
 def calibrate_file(precision: str) -> str:
-    """The graph that measures ranges, beside the float32 weights."""
+    """The graph that measures ranges, in the folder of the float32 weights."""
     return f"calibrate-{precision}.onnx"
 
 

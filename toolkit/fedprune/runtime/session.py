@@ -22,7 +22,7 @@ from fedprune.core.errors import MissingExtraError, ModelError, RuntimeUnavailab
 Array = npt.NDArray[Any]
 
 # Wheels of onnxruntime report usage to their maker. Boards promise that nothing leaves them but weights, and
-# their links are counted by the byte: it stays off, here and in child processes, unless somebody sets it otherwise.
+# their links are counted by the byte: it stays off, here and in child processes, unless the environment sets it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
@@ -70,7 +70,7 @@ class Session:
     """A loaded graph, on the CPU unless CUDA is asked for and works.
 
     Memory patterns are off (batches and widths vary, and they cost memory without gaining time), threads don't spin (a
-    board serves predictions beside training) and, for training graphs, optimisation is basic: it halves the load time
+    board serves predictions while it trains) and, for training graphs, optimisation is basic: it halves the load time
     at the same speed. Threads may run it at once.
 
     Args:

@@ -1,6 +1,6 @@
 """How a TensorRT engine is to be built: which graph, how precise, for which batches, and with which limits.
 
-A bundle may carry one as `engine.json`. It is a wish of whoever exported the bundle: a board checks every field, and
+A bundle may carry one as `engine.json`. It is a wish of the exporter: a board checks every field, and
 without a plan takes the defaults.
 """
 

@@ -1,4 +1,4 @@
-"""The fleet's certificate authority: who gets a certificate, what it says, and which ones no longer count.
+"""The fleet's certificate authority: issued certificates, their contents, and revocations.
 
 A folder holds it:
 
@@ -122,7 +122,7 @@ class Authority:
     @classmethod
     def make(cls, folder: Path, site: str, clock: Callable[[], float] = time.time) -> Authority:
         """A new authority in a folder that has none. Raises `IdentityError` if there is one already, and
-        `ProtocolError` if the site's name is none."""
+        `ProtocolError` if the site's name is invalid."""
         check_name(site, "site")
         if (folder / CERTIFICATE).exists():
             raise IdentityError(f"{folder} has an authority already")
@@ -235,7 +235,7 @@ class Authority:
 
     def issue_server(self, csr: str, days: int = DEVICE_DAYS) -> str:
         """A certificate for the server itself to connect with, named `fedprune-server`. Raises `ProtocolError` if
-        the request is none."""
+        the request is invalid."""
         key = request_key(csr)
         with self._register.held():
             return self._issue(CLIENT, SERVER, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, None)

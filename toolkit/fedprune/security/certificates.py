@@ -111,8 +111,7 @@ def request_key(pem: str, device: str | None = None) -> ec.EllipticCurvePublicKe
 
 
 def read_certificate(pem: str | bytes, what: str) -> x509.Certificate:
-    """Read a certificate; whether it can be believed is not looked at. Raises `ProtocolError` if it is none, or too
-    long."""
+    """Read a certificate without verifying it. Raises `ProtocolError` if it is invalid or too long."""
     raw = pem.encode() if isinstance(pem, str) else pem
     if len(raw) > MAX_PEM:
         raise ProtocolError(what, expected=f"at most {MAX_PEM} bytes", got=len(raw))
@@ -137,7 +136,7 @@ def load_certificate(path: Path, what: str) -> x509.Certificate:
 
 def read_authorities(pem: str | bytes, what: str = "the authorities' certificates") -> tuple[x509.Certificate, ...]:
     """The authorities that a fleet trusts, the oldest first: one, or two while one replaces the other. Raises
-    `ProtocolError` if it is none, too long, or too many."""
+    `ProtocolError` if it is invalid, too long, or too many."""
     raw = pem.encode() if isinstance(pem, str) else pem
     found = tuple(read_certificate(part, what) for part in _CERTIFICATE.findall(raw[: MAX_PEM + 1])) or (
         read_certificate(raw, what),
@@ -183,7 +182,7 @@ def key_digest(key: object) -> bytes:
 
 def pin_of(authority: x509.Certificate) -> bytes:
     """What a claim names an authority by: the first 12 bytes of its key's sha256. Raises `ProtocolError` if its key
-    is none of ours."""
+    is of another kind."""
     return key_digest(authority.public_key())[:PIN]
 
 

@@ -1,6 +1,6 @@
 """TLS connections to a broker (one authority, host names checked, the clock ignored), and the boards' *time floor*.
 
-OpenSSL compares certificates with the machine's clock, and a board whose clock says 1970 or 2090 would be locked out.
+OpenSSL compares certificates with the machine's clock, and a board whose clock shows 1970 or 2090 would be locked out.
 Its own check of times is therefore switched off (X509_V_FLAG_NO_CHECK_TIME) and replaced: right after the handshake,
 before a byte of MQTT is sent, the broker's certificate must not have ended by the time floor. Everything else stays:
 the chain, the purpose (serverAuth), the host name.

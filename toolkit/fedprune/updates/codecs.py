@@ -11,7 +11,7 @@ PLAIN = "none"
 """No codec: a tensor file of float32."""
 
 CODECS = ("zlib", "float16", "int8", "top-k")
-"""What this version can encode and decode, updates and weights; a device says so in its birth."""
+"""What this version can encode and decode, updates and weights; a device announces it in its birth."""
 
 DOWN = ("zlib", "float16", "int8")
 """Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once

@@ -1,4 +1,4 @@
-"""The envelope of encoded tensors: a head that says how they are packed, and zlib that never gives more than it may.
+"""The envelope of encoded tensors: a header with the packing, and zlib with a bound on what it unpacks.
 
 | offset | bytes | |
 |---:|---:|---|
@@ -10,7 +10,7 @@
 | 16 | | the tensor file, or what zlib made of it |
 
 For zlib the bytes of numbers of more than one byte are sorted: first all first ones, then all second ones. Exponents of
-a tensor's numbers are much alike, so that they shrink; their last bits don't, wherever they lie.
+a tensor's numbers are much alike, so that they shrink; their last bits don't, in any order.
 
 A tensor file begins with the length of its header, at most 16 MiB, which no envelope's first bytes can be read as.
 
@@ -76,7 +76,7 @@ def to_bitmap(indices: Indices, size: int) -> Bytes:
 
 
 def from_bitmap(bitmap: Bytes, count: int, size: int, what: str) -> Indices:
-    """Indices that a bitmap says; arguments and errors are those of `from_gaps`."""
+    """Indices of a bitmap; arguments and errors are those of `from_gaps`."""
     if bitmap.shape != (bitmap_bytes(size),):
         raise ProtocolError(f"bitmap of {what}", expected=f"{bitmap_bytes(size)} bytes", got=bitmap.shape)
     bits = np.unpackbits(bitmap)
@@ -122,7 +122,7 @@ def pack(parts: Mapping[str, Array]) -> bytes:
 
 def unpack(raw: bytes, most: int) -> dict[str, Array]:
     """The tensors of an envelope whose tensor file may have `most` bytes; no more are ever allocated. Raises
-    `ProtocolError` if it is damaged, or is larger inside than it may be or says."""
+    `ProtocolError` if it is damaged, or is larger inside than it may be or claims."""
     if len(raw) < HEAD or not is_packed(raw) or raw[4] not in (_RAW, _ZLIB) or any(raw[5:8]):
         raise ProtocolError("head of an encoded update", expected="FPU, version 1, packed by zlib or not", got=raw[:8])
     size = int.from_bytes(raw[8:HEAD], "little")

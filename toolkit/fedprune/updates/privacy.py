@@ -226,12 +226,12 @@ class GaussianNoise:
 
     @classmethod
     def secret(cls) -> GaussianNoise:
-        """Noise with a key of the operating system's randomness, which nobody keeps."""
+        """Noise with a key of the operating system's randomness, which is not stored."""
         return cls(secrets.token_bytes(_KEY_BYTES))
 
     @classmethod
     def keyed(cls, *key: object) -> GaussianNoise:
-        """Noise that whoever knows its key can repeat: for simulations, where runs must be the same every time."""
+        """Noise that can be repeated with its key, for simulations: runs must be the same every time."""
         return cls(hashlib.sha256("\x1f".join(["noise", *map(str, key)]).encode()).digest())
 
     def draw(self, count: int) -> npt.NDArray[np.float64]:

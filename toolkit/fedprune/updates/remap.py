@@ -1,6 +1,6 @@
-"""Where the channels of one submodel lie in another: so that a device can go on with what it keeps in old coordinates.
+"""Where the channels of one submodel are in another, so that a device can go on with what it keeps in old coordinates.
 
-A server ranks channels anew, or gives a device another width; what a device holds (its last weights, what its last
+A server ranks channels again, or gives a device another width; what a device holds (its last weights, what its last
 update left out) is then of other channels, in another order. A relocation has, for a tensor `n` that is laid out
 differently now, `n::axes` (I32, one per axis): the number k of a list of places `k` (I32), or −1 for an axis that stays
 as it is. Places say for each index of the axis where it lay before, or −1 for a channel that wasn't there: its elements
@@ -28,7 +28,7 @@ _NOWHERE = -1
 
 
 def relocation(before: Selection, now: Selection) -> bytes:
-    """Where what was laid out by one selection lies by another, as the bytes of an envelope."""
+    """The places by one selection of what was laid out by another, as the bytes of an envelope."""
     lists: dict[bytes, int] = {}
     rows: dict[str, npt.NDArray[np.int32]] = {}
     for spec in now.architecture.tensors:

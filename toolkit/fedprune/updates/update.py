@@ -1,7 +1,7 @@
 """An update in fewer bytes: each trained tensor as its difference to the weights that were sent, in a codec.
 
 What wasn't trained (batch-norm statistics), and squared gradients, travel as they are. Inside the envelope
-(`fedprune.updates.packing`) lies a tensor file with, for a trained tensor `n`:
+(`fedprune.updates.packing`) is a tensor file with, for a trained tensor `n`:
 
 | part | type | codec | |
 |---|---|---|---|
@@ -119,7 +119,7 @@ def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32
             moved = _integers(start) + _unfolded(_part(parts, name + _BITS, np.int32, start.shape))
             out[name] = moved.view(np.float32).reshape(start.shape)
         else:
-            with np.errstate(over="ignore"):  # what is not finite then, whoever folds it refuses
+            with np.errstate(over="ignore"):  # what is not finite then is refused by the fold
                 out[name] = start + _difference(codec, name, parts, start.shape)
     if unread:
         raise ProtocolError(f"update holds something that codec {codec} doesn't have: {shown(min(unread))}")

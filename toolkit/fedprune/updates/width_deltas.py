@@ -1,8 +1,8 @@
 """Density slabs: what each width of a ranking adds to the next narrower one, so that all widths travel once.
 
-Submodels that are the first channels of one ranking, or whose masks lie inside each other, hold each other. In
+Submodels that are the first channels of one ranking, or whose masks are inside each other, hold each other. In
 ascending order, w_1 < ... < w_m, slab j is what w_j has and w_{j-1} has not, and w_j is the sum of slabs 1 to j (PR-FL,
-"Residual Split"). Whoever hears slabs 1 to j has w_j; together they are about as large as w_m, however many devices
+"Residual Split"). A receiver of slabs 1 to j has w_j; together they are about as large as w_m, however many devices
 hear them.
 
 The first slab is w_1's own tensor file. A later one is a tensor file, too, with entries in the order of the wide
@@ -32,7 +32,7 @@ from fedprune.model.selection import Indices, Selection, mesh
 Array = npt.NDArray[Any]
 
 Places = tuple[Indices, ...] | Indices
-"""Where a narrow tensor lies in a wide one: ascending indices per axis or, of masked ones, into the C order of both."""
+"""Where a narrow tensor is in a wide one: ascending indices per axis or, of masked ones, into the C order of both."""
 
 MAX_SLABS = 32
 """Slabs of which a submodel is made at most."""
@@ -168,7 +168,7 @@ def _bits(row: Indices, size: int) -> Array:
 
 
 def _sizes(shapes: Array | None) -> Iterator[tuple[int, ...]]:
-    """The shapes of tensors that grow, one after the other. Raises `BundleError` if they are none."""
+    """The shapes of tensors that grow, one after the other. Raises `BundleError` if they are invalid."""
     if shapes is None or shapes.dtype != np.int64 or shapes.ndim != 1:
         raise BundleError("this is no slab", expected=f"whole numbers named {_SHAPES}")
     numbers, at = shapes.tolist(), 0

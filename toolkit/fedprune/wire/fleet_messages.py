@@ -108,7 +108,7 @@ class ReleaseOffer(CheckedMessage, kind="release"):
     """The server's on it, as hex."""
     leaves: Annotated[tuple[Digest, ...], Items(MAX_FILES, "digests", least=1)]
     """For each file of the manifest, in order, the sha256 of its leaf table: with the digest and the size that the
-    manifest says they name the blob that the board pulls."""
+    manifest they name the blob that the board pulls."""
     attempts: Annotated[int, whole(1, MAX_ATTEMPTS)]
     """How often it may be started until it is healthy."""
     seconds: Annotated[float, number(1, MAX_SECONDS)]

@@ -201,7 +201,7 @@ class Link:
         A `patient` link returns at once and keeps trying; another one raises `BrokerError` and is closed if the first
         attempt fails.
         """
-        self._tell = patient  # otherwise the first failure is told by the exception
+        self._tell = patient  # otherwise the exception reports the first failure
         self._thread = threading.Thread(target=self._run, name=f"link-{self.client_id}", daemon=True)
         self._thread.start()
         if patient:

@@ -142,8 +142,8 @@ class Offer(CheckedMessage, kind="offer"):
     held: Digest | None = newer()
     """sha256 of what they are the difference to; None for the difference to 0."""
     moved: Blob | None = newer()
-    """Where channels lie that a device was sent last (`fedprune.updates.remap`); None where they lie as they did, or
-    where nothing is known of that."""
+    """Where the channels are that a device was sent last (`fedprune.updates.remap`); None where they are as they were,
+    or where that is unknown."""
     moved_from: Digest | None = newer()
     """Digest of the selection that those were sent in."""
     blobs_at: WebAddress | None = newer()

@@ -167,7 +167,7 @@ class ConnectionUp:
 
 @dataclass(frozen=True)
 class ConnectionDown:
-    """The connection is lost; `reason` says why."""
+    """The connection is lost, for this reason."""
 
     reason: str
 

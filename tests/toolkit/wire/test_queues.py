@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.wire.queues import MESSAGE_BYTES, Inbox
+from fedprune.wire.queues import MESSAGE_BYTES, Inbox, Unsent
 from fedprune.wire.topics import Topics
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
@@ -122,3 +122,42 @@ def test_memory_that_chunks_come_and_go_in_is_kept() -> None:
         for how in ("with", "without")
     )
     assert 3 * kept < given_back
+
+
+class Message:
+    published = False
+    asked = 0
+
+    def is_published(self) -> bool:
+        self.asked += 1
+        return self.published
+
+
+def test_bytes_count_until_they_are_on_their_way() -> None:
+    unsent, messages = Unsent(), [Message() for _ in range(4)]
+    for i, message in enumerate(messages):
+        unsent.add(message, 10**i, qos=0)
+    assert (unsent.size, len(unsent), unsent.settle()) == (1111, 4, False)
+    messages[0].published = messages[1].published = True
+    assert unsent.settle()
+    assert (unsent.size, len(unsent)) == (1100, 2)
+    unsent.clear()
+    assert (unsent.size, len(unsent), unsent.settle()) == (0, 0, False)
+
+
+def test_chunks_don_t_wait_behind_a_message_that_is_not_acknowledged() -> None:
+    unsent, message, chunk = Unsent(), Message(), Message()
+    unsent.add(message, 5, qos=1)
+    unsent.add(chunk, 7, qos=0)
+    chunk.published = True
+    assert unsent.settle()
+    assert (unsent.size, len(unsent)) == (5, 1)
+
+
+def test_only_the_first_of_many_is_asked() -> None:
+    unsent, messages = Unsent(), [Message() for _ in range(1000)]
+    for message in messages:
+        unsent.add(message, 1, qos=1)
+    for _ in range(3):
+        unsent.settle()
+    assert [m.asked for m in messages[:2]] == [3, 0]
