@@ -57,6 +57,7 @@ def failing(error: BaseException) -> Callable[[], Any]:
         (MemoryError(), ExitCode.INTERNAL),
         (ZeroDivisionError("oops"), ExitCode.INTERNAL),
         (OSError("strange"), ExitCode.INTERNAL),
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), ExitCode.INTERNAL),
     ],
 )
 def test_errors_are_one_line_and_a_code(

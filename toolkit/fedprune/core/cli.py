@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -51,7 +52,9 @@ def run_command(
             code = int(arguments.run(arguments))
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if not _reader_gone():
+            return _internal(prog, error)
         # The reader went away (`| head`); what is left must not fail again when the interpreter flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.OK)
@@ -83,6 +86,14 @@ def run_command(
         return int(ExitCode.INTERNAL)
     except Exception as error:  # noqa: BLE001  the last line of defence: a user never sees a bare traceback
         return _internal(prog, error)
+
+
+def _reader_gone() -> bool:
+    """Whether the reader of this process's output has ended; if not, another pipe broke."""
+    output = select.poll()
+    for descriptor in (1, 2):
+        output.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in output.poll(0))
 
 
 def _interrupted(error: KeyboardInterrupt) -> int:
