@@ -7,8 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
+from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.output import page
 from fedprune.strategies.strategy import Strategy
@@ -141,8 +143,11 @@ def simulate(
     if isinstance(fleet, Plan):
         plan = fleet
     else:
-        if callable(strategy):
+        if isinstance(strategy, FunctionType):
             strategy = f"{strategy.__module__}:{strategy.__qualname__}"
+        elif strategy is not None and not isinstance(strategy, str):
+            expected = "a name, or a module's function that composes one"
+            raise ConfigError("strategy", expected=expected, got=type(strategy).__name__)
         path, tables = (Path("settings"), fleet) if isinstance(fleet, Mapping) else (Path(fleet), None)
         plan = read_plan(
             path,

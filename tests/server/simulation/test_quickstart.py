@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pytest
 
 import fedprune_server
+from fedprune import Strategy, compose
 from fedprune.core.errors import ConfigError
 from fedprune_server import Comparison, Run, simulate
 from fedprune_server.cli.simulate import main
@@ -111,6 +113,12 @@ def test_a_wrong_setting_is_named(fleet: dict[str, Any]) -> None:
         simulate({**fleet, "job": {"rounds": 0}})
     with pytest.raises(ConfigError, match=r"settings: \[model\] path is missing"):
         simulate({k: v for k, v in fleet.items() if k != "model"})
+
+
+@pytest.mark.parametrize("strategy", [partial(compose), Strategy(inputs="sum"), 5])
+def test_a_strategy_of_another_kind_is_named(fleet: dict[str, Any], strategy: Any) -> None:
+    with pytest.raises(ConfigError, match="strategy: expected a name, or a module's function"):
+        simulate(fleet, strategy=strategy)
 
 
 def test_public_names_are_there_and_others_are_not() -> None:
