@@ -3,11 +3,11 @@
 Two listeners. The first asks for a certificate of the fleet's authority; its common name is the user. The second is for
 joining: it asks for no certificate and lets a client reach two topics, those with the client's own id in them.
 
-A client's id must be one that nobody can guess, also on the first listener: brokers end the connection of a client
-whose id another one takes, whichever listener that one comes by.
+A client's id must be unguessable on both listeners: a broker ends the connection of a client whose id another client
+takes on either listener.
 
 Nothing that a client leaves behind outlives it for long: no retained messages, no sessions without a client beyond an
-hour. Otherwise whoever reaches the listener for joining could fill the broker's memory under ever new ids.
+hour. Otherwise anyone who reaches the listener for joining could fill the broker's memory under ever new ids.
 
 EMQX gets the first listener alone: there a client without a certificate could say that its user is the server. Members
 may ask to renew on it.
@@ -50,13 +50,13 @@ MAX_JOINING = 100
 
 @dataclass(frozen=True)
 class Broker:
-    """What a broker's configuration says.
+    """The configuration of a broker.
 
     Attributes:
         hosts: Names and addresses by which boards and server reach it.
         port: Of the listener that asks for certificates.
         join_port: Of the listener for joining.
-        folder: Where the files lie on the broker's machine.
+        folder: Where the files are on the broker's machine.
         form: Of Mosquitto's configuration, one of `FORMS`.
         plugin: Mosquitto's plugin for access control lists, of form 2.1.
         bind: Address to listen on; all by default.

@@ -128,7 +128,7 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
         folder = DemoFolder.prepare(out, seed)
         size = f"{quantity(len(BOARDS), 'device')}, {quantity(rounds, 'round')}"
         print(f"{size}, two jobs: models as wide as each link allows, then FedAvg.")
-        print(f"Devices' output lies in {out}/*/devices/*.log\n")
+        print(f"Devices' output is in {out}/*/devices/*.log\n")
         data = Partition.of_devices(deal([b.name for b in BOARDS], seed=seed).devices, DIGITS)
         fleet = replace(run_job("fedprune", jobs[0], folder), partition=data)
         reference = replace(run_job(REFERENCE, jobs[1], folder), partition=data)
@@ -136,7 +136,7 @@ def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool
 
 
 def _alone(out: Path) -> AbstractContextManager[None]:
-    """Hold the lock beside a demo's folder, which is cleared when another demo begins in it."""
+    """Hold the lock next to a demo's folder, which the next demo clears."""
     out = out.resolve()
     with storage_errors(f"can't make {out.parent}"):
         out.parent.mkdir(parents=True, exist_ok=True)

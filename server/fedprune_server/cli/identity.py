@@ -1,4 +1,4 @@
-"""`fedprune-server init`, `claim`, `devices` and `broker-config`: who may take part, and how they are known."""
+"""`fedprune-server init`, `claim`, `devices` and `broker-config`: membership of boards."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def name_of(what: str) -> Callable[[str], str]:
 def _init(arguments: argparse.Namespace) -> int:
     check_unowned(arguments.state)
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
-        print(f"identity of site {identity.site} in {identity.path}: back it up, and let nobody else read it")
+        print(f"identity of site {identity.site} in {identity.path}: back it up, and keep it private")
         _describe(identity)
     return int(ExitCode.OK)
 
@@ -285,7 +285,7 @@ def _broker_config(arguments: argparse.Namespace) -> int:
     with IdentityFolder(arguments.state) as identity:
         for name in write_broker(identity, arguments.kind, broker, arguments.out):
             print(arguments.out / name)
-    print(f"the broker's user must be able to read them; {KEY} nobody else")
+    print(f"the broker's user must be able to read them, and {KEY} no other user")
     return int(ExitCode.OK)
 
 

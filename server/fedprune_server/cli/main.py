@@ -30,9 +30,9 @@ COMMANDS = {
     "alerts": ("alerts", "try the notifications of alerts"),
     "service": ("service", "print or install the systemd unit of this server"),
     "health": ("health", "whether the server lives that has FEDPRUNE_PULSE in its environment"),
-    "logs": ("observe", "show warnings, errors and crashes that boards have told"),
+    "logs": ("observe", "show warnings, errors and crashes that boards have sent"),
     "doctor": ("observe", "say in words what is wrong with a fleet, and what to do"),
-    "operators": ("operators", "say who may use the console, and as what"),
+    "operators": ("operators", "manage the accounts of the console"),
 }
 """Commands: the module with their options, and their help text."""
 

@@ -48,7 +48,7 @@ def _logs(arguments: argparse.Namespace) -> int:
     _show(rows, as_json=arguments.json)
     after = rows[-1].id if rows else 0
     if not rows and not arguments.follow and not arguments.json:
-        print("no board has told anything")
+        print("no board has sent anything")
     while arguments.follow:
         time.sleep(_LOOK_S)
         rows = read_logs(folder, arguments.device, after)

@@ -1,4 +1,4 @@
-"""`fedprune-server operators`: who may use the console, and as what."""
+"""`fedprune-server operators`: the accounts of the console."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _list(arguments: argparse.Namespace) -> int:
         made = datetime.fromtimestamp(operator.made_at, timezone.utc)
         print(f"{operator.name:<24} {operator.role:<9} since {made:%Y-%m-%d}")
     if not found:
-        print("nobody may use the console yet: fedprune-server operators add NAME --role admin")
+        print("the console has no accounts yet: fedprune-server operators add NAME --role admin")
     return int(ExitCode.OK)
 
 
@@ -99,7 +99,7 @@ class _Opened:
         return Accounts(self._database)
 
     def note(self, action: str, **what: str) -> None:
-        """Write to the audit log who did this at the terminal."""
+        """Note an action at the terminal in the audit log."""
         from fedprune_server.web.audit import Audit
 
         Audit(self._database).note(self._user, "terminal", action, what, "done")
@@ -117,7 +117,7 @@ def _user() -> str:
 
 
 def _read_password() -> str:
-    """A password that nobody sees: asked for twice at a terminal, else the first line of standard input."""
+    """A password: asked for twice, unseen, at a terminal; else the first line of standard input."""
     if not sys.stdin.isatty():
         line = sys.stdin.readline()
         if not line:

@@ -38,7 +38,7 @@ def add_release(release: argparse.ArgumentParser) -> None:
     release.add_argument("--name", default="", metavar="TEXT", help="its version for people (default: the number)")
     release.add_argument("--out", type=Path, required=True, metavar="DIR", help="the release's folder")
     release.add_argument("--python", default="cp311", metavar="TAG", help="the boards' Python (default: %(default)s)")
-    release.add_argument("--machine", default="aarch64", metavar="NAME", help="as `uname -m` says (default: aarch64)")
+    release.add_argument("--machine", default="aarch64", metavar="NAME", help="as of `uname -m` (default: aarch64)")
     release.add_argument(
         "--system",
         action="append",

@@ -225,7 +225,7 @@ def describe(entry: RolloutEntry) -> str:
 
 
 def _asked(entry: RolloutEntry) -> str:
-    """What the server was told and hasn't done yet."""
+    """An order that the server hasn't carried out yet."""
     phase = entry.rollout.phase
     if not phase.under_way:
         return ""

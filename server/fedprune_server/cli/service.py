@@ -84,7 +84,7 @@ class ServerUnit:
                 "Description=fedprune: the server of a fleet",
                 "Wants=network-online.target",
                 "After=network-online.target postgresql.service mosquitto.service",
-                "# A wrong setting is no better the tenth time; a broker that starts beside it is there by then.",
+                "# Retrying doesn't mend a wrong setting, but it waits for a broker that starts at the same time.",
                 "StartLimitIntervalSec=600",
                 "StartLimitBurst=10",
             ],
@@ -164,18 +164,18 @@ def add_service(service: argparse.ArgumentParser) -> None:
         action.add_argument(
             "--environment", default="/etc/fedprune/server.env", metavar="FILE", help="default: %(default)s"
         )
-        action.add_argument("--user", default="fedprune", metavar="NAME", help="who runs it (default: %(default)s)")
+        action.add_argument("--user", default="fedprune", metavar="NAME", help="its user (default: %(default)s)")
         action.add_argument("--state", default="/var/lib/fedprune", metavar="DIR", help="default: %(default)s")
         action.add_argument("--memory", default="90%", metavar="MOST", help="such as 8G (default: 90%%)")
         action.add_argument("--program", metavar="FILE", help="default: the fedprune-server of this environment")
         action.add_argument(
             "--credential", action="append", default=[], metavar="TABLE.KEY=FILE",
-            help="a setting that stands in a file of root's, such as server.database=/etc/fedprune/database",
+            help="a setting in a file that root owns, such as server.database=/etc/fedprune/database",
         )  # fmt: skip
         action.add_argument("arguments", nargs="*", metavar="-- OPTION", help="further options of `run`")
         action.set_defaults(function=_service)
     actions.choices["install"].add_argument(
-        "--units", type=Path, default=_UNITS, metavar="DIR", help="where units lie (default: %(default)s)"
+        "--units", type=Path, default=_UNITS, metavar="DIR", help="folder of the units (default: %(default)s)"
     )
 
 

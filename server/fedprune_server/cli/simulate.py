@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fedprune {__version__}")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config", type=Path, metavar="FILE", help="a fleet.toml with a [[devices]] table")
-    source.add_argument("--demo", action="store_true", help="the fleet of `fedprune-server demo`, beside FedAvg")
+    source.add_argument("--demo", action="store_true", help="the fleet of `fedprune-server demo`, next to FedAvg")
     parser.add_argument(
         "--out",
         type=Path,

@@ -71,7 +71,7 @@ def status_of_all(state: Path) -> dict[str, Any]:
 
 
 def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
-    """A job as it stands on the disk; a server may be running on it.
+    """A job as it is stored; a server may be running on it.
 
     Args:
         folder: The job's folder.
@@ -80,8 +80,8 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     Returns:
         JSON: the job's settings, its round and phase, all finished rounds, a row per device and, if the job is private,
         what that has cost each (`fedprune_server.executor.accountant.costs`). Devices that can't even be planned for
-        have rows, too, and every row says how the device's last part in a round went. Without a server nobody is
-        online; `seen_at` (and the job's `heard_at`) are then when the log last heard of a device (of anything), in
+        have rows, too. Every row has the outcome of the device's last part in a round. Without a server no device
+        is online; `seen_at` (and the job's `heard_at`) are then when the log last heard of a device (of anything), in
         seconds since 1970, and None while one runs or where the log doesn't say.
 
     Raises:

@@ -91,7 +91,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if wrong:
         raise StorageError(
             f"{folder}: {wrong} thing{'s are' if wrong > 1 else ' is'} wrong",
-            hint="See above; docs/back-up.md says what to do.",
+            hint="See above; docs/back-up.md explains what to do.",
         )
     print(f"{folder}: all that its job needs is there and whole")
     return int(ExitCode.OK)
@@ -117,7 +117,7 @@ def _backup(arguments: argparse.Namespace) -> int:
         )
         has_identity = has_identity or made.has_identity
     if has_identity:
-        print("it has the server's private keys: whoever has it is the server, so keep it to yourself")
+        print("it has the server's private keys, with which anyone can pose as the server: keep it private")
     return int(ExitCode.OK)
 
 
@@ -147,7 +147,7 @@ def _restore(arguments: argparse.Namespace) -> int:
                 manifest = source.manifest
     if manifest.has_operators:
         print(
-            "the console's operators are those of the backup: remove again whoever was removed since, and give new "
+            "the console's operators are those of the backup: remove those again who were removed since, and set new "
             "passwords where they were changed (fedprune-server operators)"
         )
     print(f"to go on: fedprune-server run --state {shlex.quote(str(target))}")

@@ -31,7 +31,7 @@ class AlertSettings:
         webhook_secret: A file with a key: the header `X-Fedprune-Signature` then proves that a post is this server's.
         heartbeat: An address that is fetched once a minute while the server works, for a service that notices when
             that ends; `off` for none.
-        mail_to: Who gets alerts by e-mail, with commas; `off` for no mail.
+        mail_to: Recipients of alerts by e-mail, with commas; `off` for no mail.
         mail_from: The sender of these e-mails.
         mail_server: The relay, as `smtp://host[:port]` (port 587) or `smtps://host[:port]` (TLS from the start, 465).
         mail_starttls: Whether a relay at `smtp://` is spoken to over TLS alone.

@@ -52,7 +52,7 @@ def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
 
 
 def environment_layer(environment: Mapping[str, str]) -> Layer:
-    """What the environment says. Relative paths in it count from the current folder.
+    """The settings of the environment, with relative paths from the current folder.
 
     Raises:
         ConfigError: A variable of one of the tables, or of what looks like one, is no setting, has no value that TOML
@@ -95,7 +95,7 @@ def _setting(name: str, known: Mapping[str, tuple[tuple[str, ...], bool]]) -> tu
 
 
 def _misspelt(name: str, known: Iterable[str]) -> str | None:
-    """The setting that somebody seems to have meant who wrote a table's name with one slip, and the key without any."""
+    """The setting that was meant by a name with one slip in the table and none in the key."""
     program, _, rest = name.partition("_")
     word, _, key = rest.removesuffix(_FILE).partition("_")
     if program != "FEDPRUNE" or not word.isalpha() or _LINK.search(name):

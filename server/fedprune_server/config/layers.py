@@ -1,4 +1,4 @@
-"""Settings in layers (file, environment, command line), of which each says where a setting stands in it."""
+"""Settings in layers (file, environment, command line), each with the positions of its settings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,6 @@ class Layer:
     places: Mapping[tuple[str | int, ...], str] = field(default_factory=dict)
 
     def has(self, path: tuple[str, ...]) -> bool:
-        """Whether it says anything of a setting."""
         return path in self.places or _at(self.tables, path) is not None
 
 
@@ -84,9 +83,9 @@ def masked(text: str) -> str:
 
 
 def _place(layers: Sequence[Layer], subject: str) -> str | None:
-    """Where the setting stands of which a message speaks; its table's place where it has none of its own.
+    """The position of the setting that a message names, or that of its table.
 
-    A table without a place stands where the first of its keys does, if one layer alone has it: that of what is missing.
+    A table without a position has that of its first key, if only one layer has the table: a key is missing there.
     """
     path: tuple[str | int, ...] = ()
     for path in _paths(subject):
@@ -111,7 +110,7 @@ def _paths(subject: str) -> Iterator[tuple[str | int, ...]]:
         yield table
     elif (key := _KEY.match(subject)) is not None:
         table = tuple(key[1].split("."))
-        words = re.findall(r"\w+", subject[key.end() :])[:20]  # the key comes first, but for a word or two
+        words = re.findall(r"\w+", subject[key.end() :])[:20]  # the key comes first, after a word or two
         yield from ((*table, "options", word) for word in words[1:2] if words[0] == "option")
         yield from ((*table, word) for word in words)
         yield table

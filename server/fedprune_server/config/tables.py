@@ -102,7 +102,7 @@ def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def as_tables(config: ServerConfig) -> dict[str, Any]:
-    """The tables of a `fleet.toml` that says the same as a configuration; paths count from the current folder."""
+    """A configuration as the tables of a `fleet.toml`, with paths from the current folder."""
     tables: dict[str, Any] = {
         "job": config.job.to_dict(),
         "model": {},

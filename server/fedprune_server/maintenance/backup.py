@@ -1,8 +1,8 @@
 """A backup of a state folder, made while its server runs.
 
-A backup is a folder, in which the next one adds what has changed, or a tar file. Files lie in it by what they hold; its
-manifest says which of them belong to it, and where they go. It is written last, so that a backup that breaks off leaves
-the one before it.
+A backup is a folder, in which the next one adds what has changed, or a tar file. Its files are named by their digests.
+Its manifest lists them with their places in the state folder. It is written last, so that a backup that breaks off
+leaves the one before it.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def left_over_files(there: Lying, needs: Inventory, *, running: bool, cache: boo
             ([there.tables[d] for d in sorted(there.tables.keys() - there.blobs.keys())], "leaf tables without a blob"),
             (
                 [p for p in there.partial if p.name.removesuffix(SUFFIX) not in needs.awaited],
-                "parts of blobs that nobody sends any more",
+                "parts of blobs that no board sends any more",
             ),
             (there.temporary, "temporary files"),
         ):

@@ -351,7 +351,7 @@ def revocations(site: Site) -> Iterator[Finding]:
 
 def _packets(link: Link, site: Site, url: str, name: str) -> Iterator[Finding]:
     size = int(site.server.get("max_packet", MAX_PACKET))
-    topic = Topics(name).down_blob(f"doctor-{secrets.token_hex(4)}")  # nobody listens there
+    topic = Topics(name).down_blob(f"doctor-{secrets.token_hex(4)}")  # without subscribers
     link.start(site.timeout)
     try:
         link.publish(topic, bytes(max(1, size - PACKET_OVERHEAD)))
@@ -362,7 +362,7 @@ def _packets(link: Link, site: Site, url: str, name: str) -> Iterator[Finding]:
         yield wrong(
             "broker-packets",
             f"the broker at {url} doesn't take packets of {size} bytes",
-            "models and updates travel in such packets, and the broker ends the connection of who sends them",
+            "models and updates travel in such packets, and the broker ends the connection of a client that sends them",
             "raise the broker's limit (docs/protocol.md), or set max_packet in [server] of this server's configuration",
         )
 

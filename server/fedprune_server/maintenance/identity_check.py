@@ -16,7 +16,7 @@ from fedprune_server.maintenance.finding import Finding, Severity
 
 _RESTORE = "Restore the backup of the identity folder."
 _NEXT_START = "The next start of the server makes a new one."
-_AGAIN = "`fedprune-server devices list` writes it anew, of the register; then let the broker load it."
+_AGAIN = "`fedprune-server devices list` writes it again, from the register; then let the broker load it."
 _NEEDED = {
     "site": "Write the site's name into it, or restore a backup of it.",
     KEY: _RESTORE,

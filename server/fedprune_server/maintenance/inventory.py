@@ -1,4 +1,4 @@
-"""What a job needs of its state folder, and what lies there: what checks, repairs and backups go by."""
+"""What a job needs of its state folder, and which files are in it, for checks, repairs and backups."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _excluded(case: Case) -> Iterator[Finding]:
             "excluded-devices",
             f"{quantity(len(names), 'device')} of job {case.name} are excluded ({some(names)}): {reason}",
             "what they could learn is missing from the model",
-            f"see {command('status', *at(case.folder))}; docs/add-a-board.md says what a board needs",
+            f"see {command('status', *at(case.folder))}; docs/add-a-board.md lists what a board needs",
         )
 
 
@@ -150,7 +150,7 @@ def _refused(case: Case) -> Iterator[Finding]:
     if not parts or any(p["progress"] == Progress.FOLDED.value for p in parts):
         return
     if all(_is_late(p) for p in parts):
-        return  # which the deadline says
+        return  # as the check of the deadline reports
     counts = Counter(kind_of(p["reason"]) for p in parts if p["reason"])
     example = next((p["reason"] for p in reversed(parts) if p["reason"]), "")
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())

@@ -17,7 +17,7 @@ from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 
 DAMAGED = "damaged"
-"""Folder beside `blobs` for what was set aside."""
+"""Folder next to `blobs` for files that were set aside."""
 
 
 def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> Iterator[str]:

@@ -162,7 +162,7 @@ class _Replay:
 def _plain(event: on.Event) -> on.Event:
     """What was worked out, without the way on which it travelled.
 
-    Slabs are made for who is in a round, and what is packed by zlib has other bytes with another zlib.
+    Slabs depend on the devices of a round, and packed bytes on the version of zlib.
     """
     if not isinstance(event, on.Extracted):
         return event

@@ -1,4 +1,4 @@
-"""A state folder looked over: whether all that its job needs is there, whole, and says the same.
+"""The check of a state folder: whether all that its job needs is there, whole, and consistent.
 
 Nothing is written. While a server runs on the folder, only what is still so at the end is held against it.
 """
@@ -78,7 +78,7 @@ def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]
         yield from left_over_files(there, needs, running=running, cache=store is not None)
         if not running:
             yield from replayed_events(folder, storage, needs)
-    yield from _beside(folder, advance)
+    yield from _other_files(folder, advance)
 
 
 def _whole(storage: Storage) -> None:
@@ -118,7 +118,7 @@ def _model(folder: Path, needs: Inventory) -> Iterator[Finding]:
             yield Finding(Severity.WRONG, f"{path} is damaged", "Put the model's file back, or restore a backup.")
 
 
-def _beside(folder: Path, advance: Advance) -> Iterator[Finding]:
+def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
     """What is not the job's: rollouts and their files, and identity."""
     try:
         with RolloutStore(folder, read_only=True) as store:

@@ -404,11 +404,14 @@ def _certificates(site: SiteFacts, now: float) -> Iterator[Alert]:
         if entry.error:
             what, why = entry.error, "connections that need it fail"
         elif entry.begins > now:
-            what, why = f"{entry.path} is valid from {day(entry.begins)} only", "who checks it refuses to connect"
+            what, why = (
+                f"{entry.path} is valid from {day(entry.begins)} only",
+                "clients refuse to connect",
+            )
         elif left <= 0:
-            what, why = f"{entry.path} ended on {day(entry.ends)}", "who checks it refuses to connect"
+            what, why = f"{entry.path} ended on {day(entry.ends)}", "clients refuse to connect"
         elif left <= _EXPIRES_S:
-            what, why = f"{entry.path} ends on {day(entry.ends)}", "then who checks it refuses to connect"
+            what, why = f"{entry.path} ends on {day(entry.ends)}", "then clients refuse to connect"
         else:
             continue
         ending = not entry.error and entry.begins <= now < entry.ends

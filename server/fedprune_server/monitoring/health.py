@@ -1,6 +1,6 @@
-"""A server's pulse: it beats where the loop turns, for systemd's watchdog and for who probes a container.
+"""A server's health, reported as its loop turns to systemd's watchdog and to probes of a container.
 
-To systemd it says `READY=1` at the first turn, `WATCHDOG=1` from then on, `STOPPING=1` at the end (sd_notify(3)). Where
+It sends systemd `READY=1` at the first turn, `WATCHDOG=1` from then on, `STOPPING=1` at the end (sd_notify(3)). Where
 `FEDPRUNE_PULSE` names a file, it is written as well, with whether the server runs or stands by.
 """
 
@@ -91,7 +91,8 @@ def check_pulse(path: Path, oldest_s: float, *, running: bool = False, now: floa
         said = path.read_text(errors="replace")[:100].strip()
     except OSError as error:
         raise StorageError(
-            f"no server says that it lives: {path}: {error.strerror}", hint=f"It does if {FILE} names the file there."
+            f"no server reports that it lives: {path}: {error.strerror}",
+            hint=f"{FILE} must name that file there.",
         ) from error
     if age > oldest_s:
         raise StorageError(f"the server's loop hasn't turned for {age:.0f} s", expected=f"at most {oldest_s:g} s")

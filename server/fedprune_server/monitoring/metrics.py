@@ -76,7 +76,7 @@ class Metrics:
         self.stale = histogram("staleness_rounds", "Rounds between an update's offer and its use", _STALE, "job")
         self.seconds = histogram("round_part_seconds", "Seconds of a round's parts", _SECONDS, "job", "part")
         self.save = histogram("database_save_seconds", "Seconds that saving a turn's events took", _SHORT, "job")
-        self.turn = histogram("loop_turn_seconds", "Seconds of a turn of the loop, beside waiting", _SHORT, "job")
+        self.turn = histogram("loop_turn_seconds", "Seconds of a turn of the loop, without waiting", _SHORT, "job")
         self.totals: dict[str, Facts] = {}
         self.registry.register(_Totals(self))
         if folder is not None:

@@ -1,4 +1,4 @@
-"""Who looks on while a job runs, and what they hear of. The daemon waits for none of them."""
+"""Observers of a running job. The server waits for none of them."""
 
 from __future__ import annotations
 

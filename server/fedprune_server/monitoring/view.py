@@ -44,7 +44,7 @@ class Facts:
 
 
 OFFLINE = "offline"
-"""What the table says of a device that isn't there."""
+"""The state of a device that isn't connected."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def test_systemd_hears_it_through_its_socket(tmp_path: Path, monkeypatch: pytest
 def test_a_file_tells_a_probe(tmp_path: Path) -> None:
     path = tmp_path / "pulse"
     ear = Ear(FEDPRUNE_PULSE=str(path))
-    with pytest.raises(StorageError, match="no server says that it lives"):
+    with pytest.raises(StorageError, match="no server reports that it lives"):
         check_pulse(path, 60)
     ear.pulse.beat()
     assert check_pulse(path, 60, running=True) == RUNNING

@@ -299,7 +299,7 @@ def test_an_order_that_fails_unexpectedly_is_answered_and_costs_no_other(
         console.order(kind, **about) for kind, about in (("look", {"device": "a"}), ("pause", {"job": JOB.name}))
     ]
     console.flush(2)
-    assert console.answer(numbers[0]) == (False, "it failed; the server's log says more")
+    assert console.answer(numbers[0]) == (False, "it failed; see the server's log")
     assert console.answer(numbers[1]) == (True, f"job {JOB.name} is paused")
 
 

@@ -75,7 +75,7 @@ class Sessions:
         if operator is None:
             return None
         if used and now - row["seen_at"] > _SEEN_S:
-            # No request waits for another process to write; the next one says the same.
+            # No request waits for another process to write; the next one writes it.
             self._database.try_to(("UPDATE sessions SET seen_at = ? WHERE token = ?", (now, row["token"])))
         return Session(operator, row["csrf"], row["token"])
 

@@ -117,7 +117,7 @@ class Throttle:
 
 
 def network(address: str) -> str:
-    """What stands for an address: with IPv6 its /64 network, all of whose addresses a client can use."""
+    """The network that is counted for an address: with IPv6 the /64, all of which a client can use."""
     try:
         found = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:

@@ -145,7 +145,7 @@ class AdminExecutor:
             return False, str(error)
         except Exception as error:  # noqa: BLE001 - an order must not end the thread that carries out orders
             log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
-            return False, "it failed; the server's log says more"
+            return False, "it failed; see the server's log"
 
 
 def _named(name: str) -> bool:

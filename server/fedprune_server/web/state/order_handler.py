@@ -61,7 +61,7 @@ class OrderHandler:
             return
         except Exception as error:  # noqa: BLE001 - the orders that were taken with it must be carried out, too
             log.error("an order of the console failed: %s: %s", type(error).__name__, reason(error))
-            self._queue.answer(Answer(order.number, False, "it failed; the server's log says more"))
+            self._queue.answer(Answer(order.number, False, "it failed; see the server's log"))
             return
         if order.order in ("pause", "resume"):  # saved as the loop's next turn ends, and not done before that
             self._unsaved.append(Answer(order.number, True, text))

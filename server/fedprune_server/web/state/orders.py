@@ -1,4 +1,4 @@
-"""Orders in the console's process: who may give which, and what came of them."""
+"""Orders in the console's process: permissions, limits and answers."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The console's pages: HTML from templates, whole without a script; scripts keep them live.
 
-Everything that a template shows is escaped; forms and orders carry the session's token. Pages ask the server by
-themselves for what it tells only who asks: a device's plan, and a job's coverage.
+Everything that a template shows is escaped; forms and orders carry the session's token. Pages order
+what the server publishes only on request: a device's plan, and a job's coverage.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Pages:
         return True
 
     def _page(self, request: Request, name: str, status: int, **shown: Any) -> HTMLResponse:
-        # Who isn't logged in doesn't learn whose console this is.
+        # Without a login a browser doesn't learn whose console this is.
         site = self._console.view.site if request.state.session is not None else None
         theme = request.cookies.get(THEME_COOKIE, "")
         text = self._templates.get_template(f"{name}.html").render(
