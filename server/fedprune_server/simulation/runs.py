@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from typing import Any
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
+from fedprune.core.text import some
 from fedprune.wire.topics import check_name
 from fedprune_server.process.children import begin_helper
-from fedprune_server.simulation.differences import differences
 
 DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
 """Files of a run's folder."""
@@ -294,3 +294,37 @@ def _standing(run: Run, out: Path, active: bool) -> Standing:
         return Standing(run.name, "running", float(body["share"]), str(body["note"]))
     except (OSError, ValueError, KeyError, TypeError):
         return Standing(run.name, "running" if active else "waiting")
+
+
+_MOST = 5
+"""Settings that a message names; with more of them another one is meant anyway."""
+
+_NOTHING = object()
+
+
+def differences(stored: Mapping[str, Any], given: Mapping[str, Any], ignored: Sequence[str] = ()) -> str:
+    """The settings that differ, as `job.recipe.lr (stored 0.05, given 0.1)`; empty where none does."""
+    old, new = ({k: v for k, v in body.items() if k not in ignored} for body in (stored, given))
+    found = [f"{name} (stored {_word(a)}, given {_word(b)})" for name, a, b in _pairs("", old, new)]
+    return some(found, most=_MOST)
+
+
+def _pairs(name: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Every place at which two values differ, as deep as both are tables."""
+    old, new = _table(old), _table(new)
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in (*old, *(k for k in new if k not in old)):
+            yield from _pairs(f"{name}.{key}" if name else key, old.get(key, _NOTHING), new.get(key, _NOTHING))
+    elif old != new:
+        yield name, old, new
+
+
+def _table(value: Any) -> Any:
+    """A list of tables that have names, by those."""
+    if isinstance(value, (list, tuple)) and value and all(isinstance(v, Mapping) and "name" in v for v in value):
+        return {str(v["name"]): v for v in value}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _word(value: Any) -> str:
+    return "nothing" if value is _NOTHING else shown(value)

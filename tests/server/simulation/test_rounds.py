@@ -12,8 +12,7 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
-from fedprune.coordination.sampling import ENOUGH
-from fedprune.coordination.stragglers import PARTS, SILENT, SLOW
+from fedprune.coordination.stragglers import ENOUGH, PARTS, SILENT, SLOW
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find

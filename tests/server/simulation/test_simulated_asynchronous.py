@@ -69,7 +69,7 @@ class KillError(Exception):
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 def test_a_killed_run_goes_on_to_the_same_model(build, monkeypatch, schedule):
-    monkeypatch.setattr("fedprune_server.simulation.checkpointing._INTERVAL_S", 0.0)
+    monkeypatch.setattr("fedprune_server.simulation.state._INTERVAL_S", 0.0)
     whole = build("whole", schedule, **HARSH)
     history = whole.run()
     assert [row["round"] for row in history] == list(range(1, 10))

@@ -18,15 +18,14 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.differences import differences
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Measure, Moment
 from fedprune_server.simulation.results.round_notes import Notes, RoundRecorder
 from fedprune_server.simulation.results.run_folder import is_run, simulate
-from fedprune_server.simulation.simulation import Simulation
-from fedprune_server.simulation.stall_detector import MAX_ATTEMPTS
+from fedprune_server.simulation.runs import differences
+from fedprune_server.simulation.simulation import MAX_ATTEMPTS, Simulation
 from support.paths import ROOT
 
 NAMES = ("a", "b")

@@ -230,8 +230,8 @@ class KillError(Exception):
 @pytest.mark.slow
 @pytest.mark.parametrize("deadline_s", [1e6, 0.15], ids=["all in time", "some late"])
 def test_trainings_in_other_processes_give_the_same_run_also_after_a_kill(build, monkeypatch, deadline_s):
-    monkeypatch.setattr("fedprune_server.simulation.checkpointing._INTERVAL_S", 0.0)  # in the middle of a round, too
-    monkeypatch.setattr("fedprune_server.simulation.checkpointing._SHARE", 0.0)
+    monkeypatch.setattr("fedprune_server.simulation.state._INTERVAL_S", 0.0)  # in the middle of a round, too
+    monkeypatch.setattr("fedprune_server.simulation.state._SHARE", 0.0)
     asked = {"recipe": Recipe(max_steps=1), "deadline_s": deadline_s, "devices": 2}
     whole = build("whole", **asked)
     history = whole.run()

@@ -40,7 +40,7 @@ from fedprune_server.simulation.datasets.idx import read_idx
 from fedprune_server.simulation.datasets.image_folder import read_image_folder
 from fedprune_server.simulation.datasets.npz import read_npz
 from fedprune_server.simulation.datasets.table import DataPlan
-from fedprune_server.simulation.network_tables import read_availability, read_dropouts, read_settings, read_weather
+from fedprune_server.simulation.network_model import read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep
 from fedprune_server.storage.s3 import bucket

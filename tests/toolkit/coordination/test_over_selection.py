@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
-from fedprune.coordination.sampling import ENOUGH, MAX_CUTS
+from fedprune.coordination.stragglers import ENOUGH, MAX_CUTS
 from fedprune.jobs.state import State
 from support.fakes.timed_shell import Board, Timed, begun
 from support.fakes.tiny_job import JOB

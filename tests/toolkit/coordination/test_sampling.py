@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination.sampling import beyond, drawn, places
+from fedprune.coordination.stragglers import beyond, drawn, places
 from fedprune.core.rng import keyed
 from support.fakes.timed_shell import Board, begun
 from support.fakes.tiny_job import JOB

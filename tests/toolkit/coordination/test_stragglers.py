@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
-from fedprune.coordination.sampling import MAX_CUTS
-from fedprune.coordination.stragglers import LOOKS, PARTS, SILENT, SLOW, Pace, news, note, share_of
+from fedprune.coordination.stragglers import LOOKS, MAX_CUTS, PARTS, SILENT, SLOW, Pace, news, note, share_of
 from fedprune.jobs.state import Progress, State, Task
 from support.fakes.timed_shell import Board, Timed, begun
 from support.fakes.tiny_job import JOB

@@ -1,4 +1,11 @@
-"""Devices that a synchronous round stops waiting for: late, too slow, silent, or no longer needed.
+"""The devices that a synchronous round asks, and those that it stops waiting for.
+
+Places are drawn, keyed by the job's seed and the round. With the job's `fairness` a share of them goes to those instead
+who were not asked for longest. A device that stays gets no place by turn twice before every other that was there has
+had one: with n devices, a share p of them asked and fairness f, no device waits for more than ⌈1 / (f·p)⌉ rounds.
+
+With `over_selection` more are asked than the round needs, and the slowest are dropped. So that this is not always the
+same ones, a device that was dropped in `MAX_CUTS` rounds in a row is waited for in its next one, up to the deadline.
 
 A job's `pace` is a factor. A round waits for a device up to `pace` times what half of its devices took from offer to
 announcement. Once that half has announced, a device is dropped
@@ -20,10 +27,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
-from fedprune.coordination.sampling import ENOUGH, MAX_CUTS
 from fedprune.jobs.state import Progress, State, Task
+
+MAX_CUTS = 3
+"""Rounds in a row that may close before a device is done; its next one waits for it."""
+
+ENOUGH = "enough updates are in"
 
 PARTS = 10
 """Parts of a device's training of which the coordinator is notified."""
@@ -175,3 +186,39 @@ class Stragglers:
     def _owed(self, name: str) -> bool:
         """Whether a round waits for a device because others closed without it too often."""
         return self._state.devices[name].cut >= MAX_CUTS
+
+
+def places(share: float, ready: int) -> int:
+    """How many of the devices that are ready a round needs, at least one.
+
+    Args:
+        share: Above 0, at most 1.
+        ready: How many there are, at least one.
+    """
+    return max(1, _ceil(share * ready))
+
+
+def beyond(count: int, over_selection: float, ready: int) -> int:
+    """How many a round asks that needs `count` of those that are ready."""
+    return min(ready, _ceil(count * (1 + over_selection)))
+
+
+def drawn(drawn_order: Sequence[str], asked: Mapping[str, int], count: int, fairness: float) -> list[str]:
+    """Whom a round asks.
+
+    Args:
+        drawn_order: The devices that are ready, in a random order.
+        asked: The round that each of them was last asked in.
+        count: How many to choose.
+        fairness: Share of the places that goes by turn, from 0 to 1.
+    """
+    turns = _ceil(count * fairness)
+    # Sorting keeps the random order of those who have waited alike.
+    first = sorted(drawn_order, key=asked.__getitem__)[:turns] if turns else []
+    taken = set(first)
+    return first + [n for n in drawn_order if n not in taken][: count - turns]
+
+
+def _ceil(value: float) -> int:
+    """Up to the next whole number, but not for what only rounding has put above one."""
+    return math.ceil(value - 1e-9)

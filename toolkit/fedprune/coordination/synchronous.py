@@ -15,8 +15,7 @@ from fedprune.aggregation.fixed_point import weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator, based, steps_of
-from fedprune.coordination.sampling import ENOUGH, beyond, drawn, places
-from fedprune.coordination.stragglers import LOOKS, TO_COME, Pace, Stragglers, note
+from fedprune.coordination.stragglers import ENOUGH, LOOKS, TO_COME, Pace, Stragglers, beyond, drawn, note, places
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import TrackedDict
@@ -34,7 +33,7 @@ class SynchronousCoordinator(Coordinator):
     round closes at its deadline with the updates that are on the server's disk; without any it starts again under the
     next attempt number, with a new choice of the devices that are present. The deadline counts from the last offer.
 
-    `coordination.sampling` chooses devices and decides whether a round closes without the slowest;
+    `coordination.stragglers` chooses devices and decides whether a round closes without the slowest;
     `coordination.stragglers` drops devices before the deadline. Where `in_flight` limits the devices that work at a
     time, every device has the deadline for its own offer.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import partial
 
 from fedprune.core.errors import FedpruneError, PlanError, StrategyError
@@ -121,18 +121,8 @@ class PlannedWidths(Allocator):
     def admit(self, fleet: Fleet, name: str, known: Device | None) -> None:
         self._planner.replace(name, known, fleet.state.devices[name])
 
-    def open(self, fleet: Fleet) -> bool:
-        return False
-
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
-        """Let a round's own times correct the predicted ones."""
         self._planner.learn(name, fleet.state.devices[name], task)
-
-    def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
-        return False
-
-    def done(self, fleet: Fleet) -> bool:
-        return False
 
 
 def _steps(device: Device) -> tuple[object, int]:

@@ -84,7 +84,7 @@ class Fleet:
 
 
 class Allocator(ABC):
-    """Decides on densities. Asked twice, it gives the same answer."""
+    """Decides on densities; by default they don't change with time. Asked twice, it gives the same answer."""
 
     @property
     def elements(self) -> bool:
@@ -101,60 +101,36 @@ class Allocator(ABC):
             known: The device before, if it was there; None also when settings may have changed.
         """
 
-    @abstractmethod
     def open(self, fleet: Fleet) -> bool:
-        """A round is about to begin, of number `fleet.state.round`.
+        """A round is about to begin, of number `fleet.state.round`; returns whether densities have changed."""
+        return False
 
-        Returns:
-            Whether densities have changed.
-        """
-
-    @abstractmethod
-    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
-        """An update counts.
+    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:  # noqa: B027 - may stay empty
+        """An update of a device counts.
 
         Args:
             fleet: The fleet.
-            name: Whose.
+            name: The device.
             task: The device's part.
             seconds: From the offer until the update was here; None where that is not known, as after a restart.
         """
 
-    @abstractmethod
     def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
-        """A round has ended, of number `fleet.state.round`.
+        """A round has ended, of number `fleet.state.round`; returns whether densities have changed.
 
         Args:
             fleet: The fleet.
             metrics: What the server measured of the new model; empty where it didn't.
-
-        Returns:
-            Whether densities have changed, so that masks must be made anew.
         """
+        return False
 
-    @abstractmethod
     def done(self, fleet: Fleet) -> bool:
         """Whether nothing more is to be gained, and the job may end before its last round."""
-
-
-class _Still(Allocator):
-    """What most allocators answer: nothing changes with time."""
-
-    def open(self, fleet: Fleet) -> bool:
-        return False
-
-    def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
-        """Nothing to learn."""
-
-    def review(self, fleet: Fleet, metrics: Mapping[str, float]) -> bool:
-        return False
-
-    def done(self, fleet: Fleet) -> bool:
         return False
 
 
 @dataclass(frozen=True)
-class Fixed(_Still):
+class Fixed(Allocator):
     """The same density for everybody, or for devices by name.
 
     Attributes:
@@ -176,7 +152,7 @@ class Fixed(_Still):
 
 
 @dataclass(frozen=True)
-class Tiers(_Still):
+class Tiers(Allocator):
     """Densities by tier (HeteroFL, Diao et al. 2021, Sec. 4: fixed or redrawn).
 
     Attributes:

@@ -26,7 +26,7 @@ HELD = 32
 _KEYS = ("name", "count", "profile", "data", "link", "validation")
 _LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
 
-Link = Mapping[str, float]
+LinkSettings = Mapping[str, float]
 """Speeds in MB/s and latency in seconds that differ from the profile's."""
 
 
@@ -38,7 +38,7 @@ class _Row:
     name: str
     profile: str
     data: str
-    link: Link
+    link: LinkSettings
     validation: float
 
 
@@ -47,7 +47,7 @@ def read_devices(
     seed: int,
     path: Path,
     federation: Federation | None = None,
-    links: Sequence[Link] = (),
+    links: Sequence[LinkSettings] = (),
     *,
     check: Callable[[LocalData], None] = lambda data: None,
 ) -> tuple[VirtualDevice, ...]:
@@ -152,10 +152,10 @@ def _own_name(name: str, where: str) -> str:
         raise ConfigError(where, expected=error.expected, got=error.got) from error
 
 
-def _links(value: object, where: str) -> list[Link]:
+def _links(value: object, where: str) -> list[LinkSettings]:
     """Links of a row's devices: one, or several in turn."""
     tables = value if isinstance(value, list) and value else [value]
-    found: list[Link] = []
+    found: list[LinkSettings] = []
     for table in tables:
         if not isinstance(table, Mapping):
             raise ConfigError(where, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
@@ -174,7 +174,7 @@ class _Boards:
         self._path = path
         self._known: dict[tuple[str, tuple[tuple[str, float], ...]], HardwareProfile] = {}
 
-    def get(self, name: str, link: Link) -> HardwareProfile:
+    def get(self, name: str, link: LinkSettings) -> HardwareProfile:
         """A profile with another link.
 
         Raises:
@@ -189,7 +189,7 @@ class _Boards:
         return self._known[key]
 
 
-def with_link(profile: HardwareProfile, link: Link) -> HardwareProfile:
+def with_link(profile: HardwareProfile, link: LinkSettings) -> HardwareProfile:
     """The same board on another link; missing values stay."""
     if not link:
         return profile

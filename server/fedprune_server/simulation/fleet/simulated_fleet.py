@@ -21,12 +21,14 @@ from fedprune_server.simulation.datasets.federation import Federation
 from fedprune_server.simulation.datasets.picture import Partition
 from fedprune_server.simulation.datasets.table import DataPlan
 from fedprune_server.simulation.experiment import REFERENCE, Experiment, fedavg
-from fedprune_server.simulation.fleet.fleet_devices import Link, named, read_devices
+from fedprune_server.simulation.fleet.fleet_devices import LinkSettings, named, read_devices
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Measure
-from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
-from fedprune_server.simulation.network_tables import (
+from fedprune_server.simulation.network_model import (
+    Availability,
+    DropOuts,
     Settings,
+    Weather,
     read_availability,
     read_dropouts,
     read_settings,
@@ -167,7 +169,7 @@ class Tables:
     dropouts: DropOuts
     availability: Availability
     weather: Weather
-    links: tuple[Link, ...]
+    links: tuple[LinkSettings, ...]
     settings: Settings
 
 

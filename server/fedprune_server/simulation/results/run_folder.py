@@ -12,10 +12,10 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
-from fedprune_server.simulation.differences import differences
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.metrics_table import write_metrics
 from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.runs import differences
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import OtherRunError
 
