@@ -25,14 +25,8 @@ _LONGEST_WAIT = 5.0
 
 
 class BoardError(Exception):
-    """The board can't be reached, or doesn't do what it is asked for.
-
-    Attributes:
-        status: The answer's status code; 0 where there was no answer.
-        what: What is wrong.
-        expected: What was expected; may be empty.
-        got: What was found; the same.
-        hint: What to do; the same.
+    """The board can't be reached, or doesn't do what it is asked for; `status` is the answer's code, 0 without an
+    answer.
     """
 
     def __init__(self, status: int, what: str, expected: str = "", got: str = "", hint: str = "") -> None:
@@ -70,16 +64,13 @@ class Predictions:
 
 
 class Board:
-    """A board's local interface. It makes a connection per request, so that any thread may use it.
+    """A board's local interface. It makes a connection per request, so that any thread may use it; methods raise
+    `BoardError`.
 
-    Samples are numpy arrays, or lists of numbers, or the bytes of a JPEG or PNG file where the model takes images.
-
-    Args:
-        address: `unix:/path` or `127.0.0.1:port`.
-        timeout: Seconds that connecting, sending or the next bytes of an answer may take; a try may take several times
-            as long.
-        tries: How often a request is tried when the board is busy or can't be reached. What is asked for may then be
-            done twice, which changes nothing: a sample that is there is known.
+    Samples are numpy arrays, or lists of numbers, or the bytes of a JPEG or PNG file where the model takes images. The
+    address is `unix:/path` or `127.0.0.1:port`. `timeout` seconds limit connecting, sending and waiting for the next
+    bytes of an answer, in each of `tries` tries while the board is busy or can't be reached. A repeated request changes
+    nothing: a sample that exists is recognised.
     """
 
     def __init__(self, address: str, *, timeout: float = 30.0, tries: int = 5) -> None:
@@ -88,14 +79,8 @@ class Board:
         self._address, self._timeout, self._tries = address, timeout, max(tries, 1)
 
     def predict(self, x: Any, top: int | None = None) -> Predictions:
-        """Predict with what serves.
-
-        Args:
-            x: One sample as the model takes it, a batch of them, or one image file's bytes.
-            top: Number of likeliest classes to return instead of all probabilities.
-
-        Raises:
-            BoardError: The board can't be reached, has no model yet, or the samples don't fit it.
+        """Predict one sample as the model takes it, a batch of them, or one image file; with `top` only the likeliest
+        classes.
         """
         query = "" if top is None else f"?top={top}"
         answer = self._ask("POST", f"/v1/predict{query}", *_body(x))
@@ -103,40 +88,20 @@ class Board:
         return Predictions(model["job"], model["round"], model["digest"], answer["predictions"])
 
     def add(self, x: Any, label: int | str | None = None) -> dict[str, Any]:
-        """Hand in one sample to learn from.
+        """Add a sample to learn from, with its class by number or name, if it is known.
 
-        Args:
-            x: The sample as the model takes it, or an image file's bytes.
-            label: Its class, by number or name; None where it isn't known yet.
-
-        Returns:
-            `id`, `kept`, `duplicate`, `label` and `part` (`train`, `val` or `test`).
-
-        Raises:
-            BoardError: The board can't be reached or takes no samples, or this one doesn't fit.
+        Returns `id`, `kept`, `duplicate`, `label` and `part` (`train`, `val` or `test`).
         """
         query = "" if label is None else f"?label={quote(str(label), safe='')}"
         return self._ask("POST", f"/v1/samples{query}", *_body(x))
 
     def label(self, sample: str, label: int | str) -> dict[str, Any]:
-        """Label a sample.
-
-        Args:
-            sample: Its `id`.
-            label: The class, by number or name.
-
-        Raises:
-            BoardError: The board can't be reached, or there is no such sample or class.
-        """
+        """Label the sample of this `id` with a class, by number or name."""
         body = json.dumps({"label": label}).encode()
         return self._ask("POST", f"/v1/samples/{quote(sample, safe='')}/label", body, "application/json")
 
     def delete(self, sample: str) -> None:
-        """Take a sample back; one that isn't there any more is fine.
-
-        Raises:
-            BoardError: The board can't be reached.
-        """
+        """Delete a sample; one that doesn't exist any more is fine."""
         try:
             self._ask("DELETE", f"/v1/samples/{quote(sample, safe='')}")
         except BoardError as error:
@@ -144,19 +109,10 @@ class Board:
                 raise
 
     def samples(self) -> dict[str, Any]:
-        """How many samples there are, by class and part, and how much room.
-
-        Raises:
-            BoardError: The board can't be reached or takes no samples.
-        """
+        """The number of samples, by class and part, and their room."""
         return self._ask("GET", "/v1/samples")
 
     def status(self) -> dict[str, Any]:
-        """What the board is at.
-
-        Raises:
-            BoardError: The board can't be reached.
-        """
         return self._ask("GET", "/v1/status")
 
     def healthy(self) -> bool:

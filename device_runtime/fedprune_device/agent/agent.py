@@ -43,14 +43,9 @@ from fedprune_device.releases.release_trial import Watchdog
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.reporter import LogReporter
 
-AGAIN_S = 60.0
-"""Seconds between two births on one connection."""
-
-_SOFTWARE = 256
-"""Characters of a birth's description of the software."""
-
-_LONGEST = 150
-"""Characters of the description of what answers predictions."""
+AGAIN_S = 60.0  # seconds between two births on one connection
+_SOFTWARE = 256  # characters of a birth's description of the software
+_LONGEST = 150  # characters of the description of what answers predictions
 
 
 class BirthBuilder:

@@ -27,8 +27,7 @@ from fedprune_device.training.trainer import TrainingStoppedError
 _LOG = logging.getLogger("fedprune.device")
 
 _MAX_DAMAGES = 3
-_REMEMBERED = 32
-"""Offers that are known when they come again."""
+_REMEMBERED = 32  # offers that are known when they come again
 
 
 class OfferHandler:

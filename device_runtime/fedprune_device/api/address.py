@@ -12,18 +12,14 @@ from pathlib import Path
 
 from fedprune.core.errors import ConfigError, StorageError, remedy
 
-MODE = 0o660
-"""Who may talk to the board: its user and its group."""
-
-_PATH_BYTES = 100
-"""What an address of a unix socket may be long, less a temporary name's ending."""
+MODE = 0o660  # who may talk to the board: its user and its group
+_PATH_BYTES = 100  # what an address of a unix socket may be long, less a temporary name's ending
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _TCP = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\[\]:/]+)):(\d{1,5})")
 _BACKLOG = 32
 
-SOCKET = "local.sock"
-"""The socket in the state folder, where no other address is given."""
+SOCKET = "local.sock"  # the socket in the state folder, where no other address is given
 
 
 class Bound(socket.socket):

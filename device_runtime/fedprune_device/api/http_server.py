@@ -36,16 +36,11 @@ from fedprune_device.hardware.readings import temperature_c
 
 _LOG = logging.getLogger("fedprune.device")
 
-CONNECTIONS = 8
-"""Clients at a time; each has a thread and at most one body."""
+CONNECTIONS = 8  # clients at a time; each has a thread and at most one body
 
 BODY_BYTES = 8 * 2**20
-REQUEST_SECONDS = 20.0
-"""How long a request may take to arrive."""
-
-SOCKET_SECONDS = 10.0
-"""How long a client may send nothing, or read nothing of its answer."""
-
+REQUEST_SECONDS = 20.0  # how long a request may take to arrive
+SOCKET_SECONDS = 10.0  # how long a client may send nothing, or read nothing of its answer
 _PEER = struct.Struct("3i")  # struct ucred: process, user, group
 _CLOSE_SECONDS = 5.0
 _LINGER_SECONDS = 1.0

@@ -91,8 +91,7 @@ NPY = "application/x-npy"
 RAW = "application/octet-stream"
 KINDS = (JSON, SAFETENSORS, NPY, RAW)
 
-_JSON_BYTES = 2**20
-"""Numbers in JSON take some thirty times their room in memory while they are read."""
+_JSON_BYTES = 2**20  # numbers in JSON take some thirty times their room in memory while they are read
 
 _HEAD_BYTES = 4096
 _TYPES = ("<f2", "<f4", "<f8", "<i4", "<i8")

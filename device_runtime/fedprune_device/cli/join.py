@@ -13,8 +13,7 @@ from fedprune_device.enrollment.membership import IDENTITY, MembershipOptions, c
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 
-_OLD_IDENTITY = "identity.old"
-"""The identity of a board that is about to join with a new key."""
+_OLD_IDENTITY = "identity.old"  # the identity of a board that is about to join with a new key
 
 
 def join(arguments: argparse.Namespace) -> int:

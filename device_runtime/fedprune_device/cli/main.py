@@ -32,8 +32,7 @@ from fedprune_device.hardware.thermal_guard import COOL_C, HOT_C
 from fedprune_device.releases.unit import ServiceUnit
 
 ROOT = Path("/opt/fedprune")
-_KEY = Path("/var/lib/fedprune/identity/server.pub")
-"""Where a board that has joined keeps its server's key."""
+_KEY = Path("/var/lib/fedprune/identity/server.pub")  # where a board that has joined keeps its server's key
 
 _MOST_HOURS = 8760.0
 

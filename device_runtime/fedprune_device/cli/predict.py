@@ -26,8 +26,7 @@ from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import Predictor, described, judged
 from fedprune_device.storage.directory_owner import FILE
 
-_MOST_NAMED = 10
-"""Folders of boards that an error names."""
+_MOST_NAMED = 10  # folders of boards that an error names
 
 
 def predict(arguments: argparse.Namespace) -> int:

@@ -32,11 +32,8 @@ from fedprune_device.serving.reduced_precision import PrecisionCheck
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
 from fedprune_device.training.trainer import Trainer, TrainingResult
 
-_EVERY_S = 1.0
-"""Seconds between two updates of the progress line on a terminal."""
-
-_EVERY_LINE_S = 10.0
-"""Seconds between two progress lines, elsewhere."""
+_EVERY_S = 1.0  # seconds between two updates of the progress line on a terminal
+_EVERY_LINE_S = 10.0  # seconds between two progress lines, elsewhere
 
 
 def train(arguments: argparse.Namespace) -> int:

@@ -16,8 +16,7 @@ from fedprune_device.data.dataset import Shape
 TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 ENDINGS = (".jpg", ".jpeg", ".png")
 MAX_BYTES = 4 * 2**20
-MAX_PIXELS = 2**24
-"""A file may be small and its picture not: it is asked for its size before it is unpacked."""
+MAX_PIXELS = 2**24  # a file may be small and its picture not: it is asked for its size before it is unpacked
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,7 @@ from fedprune_device.data.image_decoding import ENDINGS, MAX_BYTES, TYPES, Pixel
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import Copy, StoredArray
 
-INDEX = "images.index"
-"""The name of the index in a board's state folder."""
+INDEX = "images.index"  # the name of the index in a board's state folder
 
 _Entry = tuple[int, int, str]
 
@@ -159,8 +158,7 @@ class DecodedImages:
 
 _LOG = logging.getLogger("fedprune.device")
 
-_MOST_FILES = 200_000
-"""Files that are looked at, of each class as many as there are, or a fair share."""
+_MOST_FILES = 200_000  # files that are looked at, of each class as many as there are, or a fair share
 
 _T = TypeVar("_T")
 
@@ -169,8 +167,7 @@ _HASHED_AT_START = 1000
 """Files that are read at the start if the index doesn't know them; a round reads the others, so that a board with many
 new files is ready at once."""
 
-PIXEL_BYTES = 2**30
-"""Room on the disk for decoded images."""
+PIXEL_BYTES = 2**30  # room on the disk for decoded images
 
 
 @dataclass(frozen=True)

@@ -138,11 +138,9 @@ class LogitAdjustment:
         return logits
 
 
-_AT_ONCE = 2**16
-"""Outputs whose losses are computed at once."""
+_AT_ONCE = 2**16  # outputs whose losses are computed at once
 
-Terms = Mapping[str, Array]
-"""Arrays and numbers of the loss, by input name of the training graph."""
+Terms = Mapping[str, Array]  # arrays and numbers of the loss, by input name of the training graph
 
 
 def data_loss(loss: str, outputs: npt.NDArray[np.float32], targets: Array, terms: Terms | None = None) -> float:

@@ -16,8 +16,7 @@ from fedprune.core.validation import whole
 from fedprune_device.data.reservoir import UNLABELLED
 
 Array = npt.NDArray[Any]
-Row = tuple[str, int, Array]
-"""A sample's name, its label and its numbers."""
+Row = tuple[str, int, Array]  # a sample's name, its label and its numbers
 
 MAX_LABEL = 2**24 - 1
 

@@ -81,11 +81,8 @@ def seen_in(record: LogRecord) -> dict[int, int]:
 
 _LOG = logging.getLogger("fedprune.device")
 
-_SEGMENTS = 16
-"""Segments that the room on the disk is divided into."""
-
-_LIVE = 5 / 8
-"""Share of the room that samples take; the rest is for what no longer counts, and for cleaning."""
+_SEGMENTS = 16  # segments that the room on the disk is divided into
+_LIVE = 5 / 8  # share of the room that samples take; the rest is for what no longer counts, and for cleaning
 
 _PIECE = 256 * 1024
 """Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small ones is fast."""

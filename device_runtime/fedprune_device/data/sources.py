@@ -13,8 +13,7 @@ from fedprune_device.data.reservoir import Limits
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
 
-LOCAL = "local"
-"""Name of the source that applications on the board fill."""
+LOCAL = "local"  # name of the source that applications on the board fill
 
 _LARGEST_ROOM = 2**40
 

@@ -15,8 +15,7 @@ from fedprune.core.errors import ConfigError, StorageError
 _FORMAT = "fedprune.samples/1"
 
 
-TEST_SHARE = 0.2
-"""Share of the samples that is set aside where a source brings no test split of its own."""
+TEST_SHARE = 0.2  # share of the samples that is set aside where a source brings no test split of its own
 
 
 @dataclass(frozen=True)

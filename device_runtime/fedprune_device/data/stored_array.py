@@ -28,8 +28,7 @@ from fedprune.planning.costs import HELD_BYTES
 Array = npt.NDArray[Any]
 Rows = npt.NDArray[np.int64]
 
-FILE = 2**48
-"""More bytes than any file has: the factor that separates offsets of several files."""
+FILE = 2**48  # more bytes than any file has: the factor that separates offsets of several files
 
 _CHUNK_BYTES = 2**20
 
@@ -151,8 +150,7 @@ class StoredArray:
         )
 
 
-Inputs: TypeAlias = "Array | StoredArray"
-"""Samples in memory or on the disk: both give some as an array by `x[rows]`."""
+Inputs: TypeAlias = "Array | StoredArray"  # samples in memory or on the disk: both give some as an array by `x[rows]`
 
 
 def select(x: Inputs, rows: Rows) -> Inputs:

@@ -10,8 +10,7 @@ from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.engine_selector import EngineSelector
 
-ENGINES = "engines"
-"""The folder of engines in a state directory."""
+ENGINES = "engines"  # the folder of engines in a state directory
 
 CPU, _, TENSORRT = TIERS
 

@@ -10,8 +10,7 @@ from fedprune.core.errors import EngineError
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.bindings import Bindings, RejectedMessageLog
 
-Tell = Callable[[str], None]
-"""Takes a few words on how far a build is."""
+Tell = Callable[[str], None]  # takes a few words on how far a build is
 
 
 def build(

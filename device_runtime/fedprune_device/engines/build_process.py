@@ -22,8 +22,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import EngineError, reason
 from fedprune_device.engines.engine_cache import EngineCache
 
-_MOST_SAID = 4096
-"""Bytes at the end of a child's output that are read."""
+_MOST_SAID = 4096  # bytes at the end of a child's output that are read
 
 
 @dataclass(frozen=True)

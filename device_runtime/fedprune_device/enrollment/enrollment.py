@@ -30,8 +30,7 @@ from fedprune.wire.urls import BrokerUrl
 
 _LOG = logging.getLogger("fedprune.device")
 
-JOIN_PORT = 8884
-"""Of brokers that `fedprune-server broker-config` sets up, in addition to 8883 for members."""
+JOIN_PORT = 8884  # of brokers that `fedprune-server broker-config` sets up, in addition to 8883 for members
 
 _MEMBERS_PORT = 8883
 _AGAIN_S = 5.0
@@ -39,8 +38,7 @@ _WAITING_S = 20.0
 _LOOK_S = 600.0
 _DAY_S = 24 * 3600.0
 _PATIENCE_S = 60.0
-_SPREAD_S = 10.0
-"""Seconds over which boards spread their requests when an authority is replaced."""
+_SPREAD_S = 10.0  # seconds over which boards spread their requests when an authority is replaced
 
 
 def join_urls(broker: str) -> list[str]:

@@ -21,8 +21,7 @@ from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls, one
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.network.signed_channel import SignedChannel
 
-IDENTITY, CLAIM = "identity", "claim"
-"""Folder of a board's identity, and file of its claim, in its state folder."""
+IDENTITY, CLAIM = "identity", "claim"  # folder of a board's identity, and file of its claim, in its state folder
 
 _PATIENCE_S = 60.0
 

@@ -26,11 +26,8 @@ from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
 from fedprune_device.hardware.layer_timing import Clock, median_seconds, remembered
 
-ARCHIVE = "probe_forms.tar.gz"
-"""The asset: `index.json` and a graph per shape, length of a block and form."""
-
-_ENOUGH = 0.008
-"""Seconds that one graph's runs take where they are short: there are two hundred of them."""
+ARCHIVE = "probe_forms.tar.gz"  # the asset: `index.json` and a graph per shape, length of a block and form
+_ENOUGH = 0.008  # seconds that one graph's runs take where they are short: there are two hundred of them
 
 
 def measure_forms(

@@ -70,18 +70,14 @@ def remembered(
     return found
 
 
-ARCHIVE = "probe_layers.tar.gz"
-"""The asset: `index.json` and a folder per net."""
+ARCHIVE = "probe_layers.tar.gz"  # the asset: `index.json` and a folder per net
 
 _MIN_POINTS = 3
 """Widths of a net that are measured even where its share of the time is over; one, where all of the time is."""
 
 _MIN_RUNS, _MAX_RUNS = 3, 25
-_ENOUGH = 0.03
-"""Seconds that one point's runs take where they are short."""
-
-_LONG = 0.3
-"""Seconds of a run from which on one is enough."""
+_ENOUGH = 0.03  # seconds that one point's runs take where they are short
+_LONG = 0.3  # seconds of a run from which on one is enough
 
 Clock = Callable[[], float]
 

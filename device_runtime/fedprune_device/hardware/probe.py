@@ -33,8 +33,7 @@ from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 _MIN_RUNS = 3
 
-FORM_FILE = "form_times.json"
-"""The name of the file that keeps the times of convolutions' forms."""
+FORM_FILE = "form_times.json"  # the name of the file that keeps the times of convolutions' forms
 
 
 def probe(

@@ -8,14 +8,12 @@ from pathlib import Path
 
 from fedprune.planning.identification import Facts, l4t_release
 
-UNDER_VOLTAGE = 1
-"""Bit 0 of `firmware_flags`."""
+UNDER_VOLTAGE = 1  # Bit 0 of `firmware_flags`
 
 _LONGEST = 200
 _MOST = 20
 
-TEGRA = Path("/etc/nv_tegra_release")
-"""On a Jetson: the release of its software."""
+TEGRA = Path("/etc/nv_tegra_release")  # on a Jetson: the release of its software
 
 _STATUS = Path("/proc/self/status")
 

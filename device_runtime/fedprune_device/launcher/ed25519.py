@@ -13,8 +13,7 @@ _ORDER = 2**252 + 27742317777372353535851937790883648493
 _D = -121665 * pow(121666, -1, _P) % _P
 _ROOT = pow(2, (_P - 1) // 4, _P)  # of -1
 
-_Point = tuple[int, int, int, int]
-"""X, Y, Z and T of a point (X/Z, Y/Z) with T = XY/Z."""
+_Point = tuple[int, int, int, int]  # X, Y, Z and T of a point (X/Z, Y/Z) with T = XY/Z
 
 _ZERO: _Point = (0, 1, 1, 0)
 

@@ -23,8 +23,7 @@ from fedprune_device.launcher.sd_notify import notify
 from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore
 from fedprune_device.launcher.state import COMMITTED, STAGED, TRIAL, DamagedError, LauncherState, UpdateOutcome, line
 
-VERSION = 1
-"""Releases name the oldest launcher that can start them (`Release.launcher`)."""
+VERSION = 1  # releases name the oldest launcher that can start them (`Release.launcher`)
 
 _PAUSE_S = 0.2
 _GRACE_S = 10.0

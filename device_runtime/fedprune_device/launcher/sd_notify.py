@@ -15,8 +15,7 @@ _SOCKET, _WATCHDOG = "NOTIFY_SOCKET", "WATCHDOG_USEC"
 
 READY, WATCHDOG, STOPPING = "READY=1", "WATCHDOG=1", "STOPPING=1"
 
-START_S = 900
-"""How long a start may take without a message: the unit's TimeoutStartSec."""
+START_S = 900  # how long a start may take without a message: the unit's TimeoutStartSec
 
 _AGAIN_S = 60.0
 

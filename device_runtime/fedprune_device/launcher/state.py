@@ -18,8 +18,7 @@ STABLE, STAGED, TRIAL = "stable", "staged", "trial"
 COMMITTED, ROLLED_BACK = "committed", "rolled back"
 
 MOST_STARTS = 1000
-LONGEST_S = 3600.0
-"""Limits of starts, attempts and an attempt's seconds."""
+LONGEST_S = 3600.0  # limits of starts, attempts and an attempt's seconds
 
 
 class DamagedError(Exception):

@@ -27,23 +27,15 @@ from fedprune.wire.messages import Offer
 from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.blob_download import LeafReuse
 
-SILENT_S = 10.0
-"""How long the server may take to connect, and to send nothing."""
-
-STALL_S = 30.0
-"""How long a leaf may take, or an answer to begin; who looks at `stalled` ends it then."""
+SILENT_S = 10.0  # how long the server may take to connect, and to send nothing
+STALL_S = 30.0  # how long a leaf may take, or an answer to begin; who looks at `stalled` ends it then
 
 LEAST_BYTES_PER_S = 8192.0
 """What must come, or the fetch falls behind; at `STALL_S` behind it ends, too. What came faster before is no credit."""
 
-_ANSWER_S = 1.0
-"""How long an answer's beginning may take without the fetch falling behind."""
-
-_BATCH = 8
-"""Leaves that are held in memory at a time."""
-
-_CUTS = 5
-"""Connections that may break in the middle of a blob, if each brought something."""
+_ANSWER_S = 1.0  # how long an answer's beginning may take without the fetch falling behind
+_BATCH = 8  # leaves that are held in memory at a time
+_CUTS = 5  # connections that may break in the middle of a blob, if each brought something
 
 
 class HttpFetchError(Exception):

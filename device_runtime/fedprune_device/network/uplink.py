@@ -29,8 +29,7 @@ ANNOUNCE_MAX_S = 60.0
 ALIVE_S = 300.0
 """Seconds of silence after which a board sends a sign of life: its broker may not report when it is gone."""
 
-_MOST_WANTS = 64
-"""Wants that are kept; what is dropped beyond is asked for again."""
+_MOST_WANTS = 64  # wants that are kept; what is dropped beyond is asked for again
 
 
 class BoardStatus:

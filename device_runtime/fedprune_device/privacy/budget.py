@@ -20,8 +20,7 @@ from fedprune.updates.privacy import GaussianNoise, epsilon
 from fedprune.wire.messages import Offer
 from fedprune_device.privacy.policy import PrivacyPolicy, multiplier_of
 
-FILE = "privacy.json"
-"""In the board's state directory."""
+FILE = "privacy.json"  # in the board's state directory
 
 _MOST = 2**53
 

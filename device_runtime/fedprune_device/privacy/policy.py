@@ -20,8 +20,7 @@ from fedprune.core.toml_file import read_toml
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import epsilon
 
-_LEAST = 1e-6
-"""Less noise than this, in units of the clip, is none: what one such update costs could be no number."""
+_LEAST = 1e-6  # less noise than this, in units of the clip, is none: what one such update costs could be no number
 
 _HINT = "The board's owner asks for it; the job's [job.privacy] says otherwise."
 

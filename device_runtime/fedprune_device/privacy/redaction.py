@@ -9,8 +9,7 @@ import sys
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, PrivacyError, ProtocolError, StorageFullError
 from fedprune.core.text import one_line
 
-OTHER = "(other)"
-"""In the place of a module that is neither the runtime's nor one that every board has."""
+OTHER = "(other)"  # in the place of a module that is neither the runtime's nor one that every board has
 
 KEPT = "(its words stay on the board, whose samples are in a private job)"
 

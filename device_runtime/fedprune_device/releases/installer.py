@@ -95,17 +95,13 @@ def _read(path: Path, at: int, limit: int) -> bytes:
 _LOG = logging.getLogger("fedprune.device")
 
 LAUNCHER = "launcher.pyz"
-STARTS = 10
-"""Starts of the service after which a staged release is dropped if it isn't armed."""
-
-ATTEMPTS, SECONDS = 3, 600.0
-"""Of a trial, and of each attempt."""
+STARTS = 10  # starts of the service after which a staged release is dropped if it isn't armed
+ATTEMPTS, SECONDS = 3, 600.0  # of a trial, and of each attempt
 
 KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
 """Packages of JetPack, built for its GPU and for each other; a wheel must not hide them."""
 
-PULLED = "pulled"
-"""Folder within `incoming` of downloaded files, as a blob store."""
+PULLED = "pulled"  # folder within `incoming` of downloaded files, as a blob store
 
 _MARGIN = 32 * 2**20
 _PIECE = 2**18

@@ -39,11 +39,8 @@ from fedprune_device.releases.installer import KEPT, DownloadedSource, ReleaseIn
 
 _LOG = logging.getLogger("fedprune.device")
 
-_PROGRESS_S = 10.0
-"""Between two reports of a download."""
-
-_LOOK_S = 0.5
-"""Between two looks at the state of the trial under way."""
+_PROGRESS_S = 10.0  # between two reports of a download
+_LOOK_S = 0.5  # between two looks at the state of the trial under way
 
 NO_LAUNCHER = "this board's runtime was not started by a launcher, so that nothing could go back by itself"
 NO_IDENTITY = "this board takes part without identity, so that it knows no key that releases are signed with"

@@ -96,8 +96,7 @@ def check_packages(slot: Path, system: Collection[str] = ()) -> None:
             )
 
 
-_SLOWEST_S = 10.0
-"""Between two beats; the service manager may want them more often."""
+_SLOWEST_S = 10.0  # between two beats; the service manager may want them more often
 
 
 class Watchdog:

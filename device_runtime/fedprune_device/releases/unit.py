@@ -35,8 +35,7 @@ JETSON_DEVICES = (
 )
 """The GPU's files under JetPack 5 and 6 (nvhost) and later (nvidia). systemd ignores those that a board lacks."""
 
-JETSON_CLASSES = ("char-nvidia", "char-nvhost", "char-drm")
-"""Their drivers in /proc/devices."""
+JETSON_CLASSES = ("char-nvidia", "char-nvhost", "char-drm")  # their drivers in /proc/devices
 
 
 HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # nosec B108  # names alone

@@ -20,25 +20,14 @@ from fedprune_device.data.stored_array import Inputs
 Array = npt.NDArray[Any]
 
 GRAPH = "inference.onnx"
-WEIGHTS = "weights.safetensors"
-"""The graph's weights are external data in this file beside it."""
+WEIGHTS = "weights.safetensors"  # the graph's weights are external data in this file beside it
 
 
 class Predictor:
-    """A loaded inference graph with its weights.
+    """A loaded inference graph with its weights: a folder, or `inference.onnx` in it next to `weights.safetensors`.
 
-    Args:
-        model: The folder, or `inference.onnx` in it with `weights.safetensors` beside it.
-        threads: Threads inside an operator.
-        session: Runs the graph instead of a session of onnxruntime.
-        cuda: Whether that session is to compute on an NVIDIA GPU.
-
-    Attributes:
-        session: What runs the graph.
-        input_shape: One sample's shape.
-
-    Raises:
-        ModelError: A file is missing, or onnxruntime doesn't accept the graph with these weights.
+    `session` replaces that of onnxruntime; `cuda` lets that compute on an NVIDIA GPU. Raises `ModelError` if a file is
+    missing, or onnxruntime refuses the graph with these weights.
     """
 
     def __init__(self, model: Path, *, threads: int = 1, session: Runs | None = None, cuda: bool = False) -> None:

@@ -28,8 +28,7 @@ from fedprune_device.serving.predictor import WEIGHTS, Predictor
 _LOG = logging.getLogger("fedprune.device")
 
 _TURNS = 9
-_FASTER = 0.9
-"""Share of float32's time that a lowered model may take to be called faster: less may be chance."""
+_FASTER = 0.9  # share of float32's time that a lowered model may take to be called faster: less may be chance
 
 
 @dataclass(frozen=True)

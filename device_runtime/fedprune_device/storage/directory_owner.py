@@ -15,8 +15,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 _LONGEST = 64
 
-_OF_A_SERVER = ("server.db", "identity/authority.key")
-"""What only a server's state folder has."""
+_OF_A_SERVER = ("server.db", "identity/authority.key")  # what only a server's state folder has
 
 
 @dataclass(frozen=True)

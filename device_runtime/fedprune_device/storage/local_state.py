@@ -32,11 +32,9 @@ _FORMAT = "fedprune.own/1"
 _HEAD, _DIGEST = "record", "sha256"
 _FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
 _SLOTS = ("a", "b")
-_STAGED = ".staged.partial"
-"""What a round has left while its result may still be dropped; a new process deletes it."""
+_STAGED = ".staged.partial"  # what a round has left while its result may still be dropped; a new process deletes it
 _JOB, _OTHERS = "job", "others"
-MOST_OTHERS = 3
-"""Number of jobs, in addition to the present one, whose personal state a board keeps: the latest ones."""
+MOST_OTHERS = 3  # number of jobs, in addition to the present one, whose personal state a board keeps: the latest ones
 
 
 @dataclass(frozen=True, eq=False)

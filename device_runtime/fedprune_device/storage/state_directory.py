@@ -44,8 +44,7 @@ from fedprune_device.storage.local_state import FolderStateStore
 
 _LOG = logging.getLogger("fedprune.device")
 
-_LAST_TIME = 2**53
-"""Milliseconds that no right clock shows; a wrong one must not use up the numbers."""
+_LAST_TIME = 2**53  # milliseconds that no right clock shows; a wrong one must not use up the numbers
 
 
 @dataclass(frozen=True)

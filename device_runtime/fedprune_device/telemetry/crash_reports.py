@@ -36,8 +36,7 @@ FAULT = "fault.txt"
 """In the board's state directory: a crash that the server hasn't heard of, the run that is under way, and what
 faulthandler writes."""
 
-_SAFE = ("signal", "killed")
-"""Causes whose texts have nothing of an exception's own words."""
+_SAFE = ("signal", "killed")  # causes whose texts have nothing of an exception's own words
 
 _MOST_FAULT = 65_536
 _FATAL = re.compile(r"^(?:Fatal Python error|Windows fatal exception): (.{1,200})$", re.MULTILINE)

@@ -19,12 +19,10 @@ from fedprune.wire.fleet_messages import MAX_LINES, MAX_TEXT, LogEntry, LogRepor
 from fedprune_device.privacy.redaction import KEPT as WITHHELD
 from fedprune_device.privacy.redaction import bare, private
 
-FILE = "log.json"
-"""In the board's state directory."""
+FILE = "log.json"  # in the board's state directory
 
 KEPT = 64
-KEPT_BYTES = 16_384
-"""Lines, and bytes of their texts, that wait for the server at most."""
+KEPT_BYTES = 16_384  # lines, and bytes of their texts, that wait for the server at most
 
 _SAVE_S = 60.0
 _HOUR_S = 3600.0

@@ -17,14 +17,12 @@ from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.trainer import TrainingResult
 
-PROBE_SAMPLES = 32
-"""Local samples with which a new model is checked before it serves."""
+PROBE_SAMPLES = 32  # local samples with which a new model is checked before it serves
 
 _MOST_AT_ONCE = 64
 """Samples that are predicted at once, where a training step takes as many: the planner counts a step's memory."""
 
-_PREDICTIONS = 7
-"""Predictions of one sample that are timed in a round."""
+_PREDICTIONS = 7  # predictions of one sample that are timed in a round
 
 MEASURED = frozenset(
     {

@@ -20,8 +20,7 @@ from fedprune_device.training.round_runner import RoundResult, RoundRunner
 
 _LOG = logging.getLogger("fedprune.device")
 
-AWAY_S = 600.0
-"""Seconds without a connection after which the server counts as away."""
+AWAY_S = 600.0  # seconds without a connection after which the server counts as away
 
 _RECORD = "alone.json"
 

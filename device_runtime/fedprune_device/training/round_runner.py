@@ -34,8 +34,7 @@ __all__ = ["MEASURED", "DamagedBlobError", "RoundResult", "RoundRunner", "Traine
 
 _LOG = logging.getLogger("fedprune.device")
 
-Report = Callable[[str, int, int], None]
-"""Takes the phase, units done and units in all."""
+Report = Callable[[str, int, int], None]  # takes the phase, units done and units in all
 
 
 class DamagedBlobError(StorageError):
@@ -252,8 +251,7 @@ class RoundRunner:
         return self._trainer.predictor(self._slots.stage(self._blobs.path(offer.inference.sha256), source))
 
 
-NICENESS = 19
-"""Everything else on the board, predictions above all, has priority over training."""
+NICENESS = 19  # everything else on the board, predictions above all, has priority over training
 
 
 class TrainingThread:

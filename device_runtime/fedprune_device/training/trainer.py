@@ -102,26 +102,10 @@ class TrainingResult:
 
 
 class Trainer:
-    """A loaded training graph, with what a round needs of it.
+    """A loaded training graph, with what a round needs of it; arguments and errors are those of `StepGraph`.
 
-    Args:
-        graph: A training graph written to the contract of `fedprune.model.step_contract`: a file or its bytes.
-        blocked: The same for this processor and whole batches alone, with channels in blocks; None for none.
-        threads: Threads inside an operator; with 1 the same inputs give the same bits.
-        session: Runs the graph instead of a session of onnxruntime.
-        cuda: Whether that session is to compute on an NVIDIA GPU.
-
-    Attributes:
-        names: The model's tensors.
-        trainable: Those that an optimiser moves.
-        frozen: Those that stay as they are; all others are statistics.
-        normalised: Whether there are batch-norm statistics that move.
-        input_shape: One sample's shape.
-        token_ids: Whether samples are whole numbers.
-
-    Raises:
-        ModelError: onnxruntime doesn't accept the graph.
-        TrainingError: It is not a training graph.
+    `frozen` tensors stay as they are, `trainable` ones are moved by an optimiser, all others are statistics.
+    `normalised`: there are batch-norm statistics that move.
     """
 
     def __init__(
@@ -385,8 +369,7 @@ class TrainerCache:
             self._loaded = None
 
 
-Run = Callable[[dict[str, Array], Sequence[str]], Mapping[str, Array]]
-"""Takes feeds and names of outputs."""
+Run = Callable[[dict[str, Array], Sequence[str]], Mapping[str, Array]]  # takes feeds and names of outputs
 
 _HUGE = np.float32(2.0**40)
 """An old value beside which a batch's is nothing, so that the share of it that is kept comes out to the last bit."""

@@ -14,8 +14,7 @@ from fedprune.core.disk import write_all
 from fedprune.core.errors import CardError
 
 _PIECE = 4 * 2**20
-_HEAD = 4096
-"""Bytes with the partition table, which are written last, so that a half-written card doesn't boot."""
+_HEAD = 4096  # bytes with the partition table, which are written last, so that a half-written card doesn't boot
 
 Progress = Callable[[int, int], None]
 

@@ -38,8 +38,7 @@ _OTHERS = {
     b"QFI\xfb": ("an image for QEMU", "Convert it with `qemu-img convert -O raw`."),
 }
 
-Progress = Callable[[int, int], None]
-"""Takes bytes of the source read, and bytes in all."""
+Progress = Callable[[int, int], None]  # takes bytes of the source read, and bytes in all
 
 
 def packing(source: Path) -> str:
@@ -113,8 +112,7 @@ _TELLING = {
 }
 """Keys in no template of cloud-init (https://github.com/RPi-Distro/pi-gen, stage2/04-cloud-init/files)."""
 
-_MARGIN = 64
-"""Clusters for folders, in addition to those of files."""
+_MARGIN = 64  # clusters for folders, in addition to those of files
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,13 @@ _MAX_FOLDER = 65_536 * _ENTRY
 _PIECE = 2**20
 
 _FAT12_CLUSTERS = 4084
-_MAX_TABLE = 64 * 2**20
-"""Bytes of a table that are read: that of a partition of 64 GB."""
+_MAX_TABLE = 64 * 2**20  # bytes of a table that are read: that of a partition of 64 GB
 
 _UNKNOWN = 0xFFFFFFFF
 _RESERVED_BITS = 0xF0000000
 
 _MAX_NAME = 255
-_PER_ENTRY = 13
-"""UTF-16 units of a long name that one directory entry holds."""
+_PER_ENTRY = 13  # UTF-16 units of a long name that one directory entry holds
 
 _FORBIDDEN = frozenset('"*/:<>?\\|')
 _SHORT = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789!#$%&'()-@^_`{}~")

@@ -22,8 +22,7 @@ from fedprune.security.tls import insecure_allowed
 from fedprune.wire.topics import check_device, check_name
 from fedprune_device.releases.unit import HIDDEN
 
-SAMPLES = "/srv/fedprune/samples.npz"
-"""The default place of a board's samples."""
+SAMPLES = "/srv/fedprune/samples.npz"  # the default place of a board's samples
 
 MAX_CLAIM = 4096
 MAX_AUTHORITIES = 256 * 1024

@@ -72,8 +72,7 @@ from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
 
 BOARD = "board.json"
 
-MAX_BYTES = 2**31
-"""The most bytes of a kit; a boot partition holds less."""
+MAX_BYTES = 2**31  # the most bytes of a kit; a boot partition holds less
 
 _MAX_FILES = 500
 _MAX_MANIFEST = 2**20

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from fedprune.core.errors import StorageError
 
-Owner = tuple[int, int]
-"""Numbers of a user and its group."""
+Owner = tuple[int, int]  # numbers of a user and its group
 
 
 def write(path: Path, data: bytes, mode: int, owner: Owner | None = None) -> None:

@@ -22,8 +22,7 @@ from fedprune_flash.on_board.service_control import ServiceControl, call
 USER = "fedprune"
 HOME, SETTINGS, STATE = "/opt/fedprune", "/etc/fedprune", "/var/lib/fedprune"
 TEGRA = "/etc/nv_tegra_release"
-PYTHON = "/usr/bin/python3"
-"""The Python of the service."""
+PYTHON = "/usr/bin/python3"  # the Python of the service
 
 FIRST_BOOT = "/run/systemd/system/fedprune-install.service"
 """The unit that an image customised for cloud-init makes at every boot, until the kit is installed."""

@@ -24,8 +24,7 @@ MARK = "fedprune: "
 _PIECE = 2**18
 _WAIT_S = 60.0
 _LOCK = ".lock"
-_JOINED = ("device.pem", "tls.key", "authority.pem", "server.pub")
-"""Files of an identity that is whole."""
+_JOINED = ("device.pem", "tls.key", "authority.pem", "server.pub")  # files of an identity that is whole
 
 _Body = dict[str, Any]
 

@@ -21,8 +21,7 @@ ENTRY = "fedprune_start:device"
 NUMBER = 0
 """The release number of every kit. Those of a server are higher, so that a kit never replaces one."""
 
-SPARE = 64 * 2**20
-"""Bytes that stay free."""
+SPARE = 64 * 2**20  # bytes that stay free
 
 _FOLDERS = ("state", "incoming", *SLOTS)
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,80}")

@@ -18,16 +18,14 @@ from fedprune.core.text import one_line
 from fedprune_flash.on_board import remote_agent
 from fedprune_flash.ssh.inventory import BoardRow
 
-OLDEST = (3, 10)
-"""The oldest Python that the runtime supports."""
+OLDEST = (3, 10)  # the oldest Python that the runtime supports
 
 # It holds nothing of the inventory, so that nothing needs quoting for the remote shell.
 _BEGIN = (
     "import sys; print('fedprune: [%d, %d]' % sys.version_info[:2]); sys.stdout.flush(); "
     "exec(compile(sys.stdin.buffer.read(int(sys.argv[1])), 'remote_agent', 'exec'))"
 )
-INSTALL_S = 1800.0
-"""Limit of an installer, without the wait for the service."""
+INSTALL_S = 1800.0  # limit of an installer, without the wait for the service
 
 _CONNECT_S = 20
 _ANSWER_S = 180.0

@@ -32,10 +32,8 @@ _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}")
 _FILE = re.compile(r"[^-\x00-\x1f\x7f\"%][^\x00-\x1f\x7f\"%]{0,300}")
 _ROOT = re.compile(r"/|(/[A-Za-z0-9_.+-]{1,100}){1,20}")
-_SETTING = re.compile(r"(?:port of )?(\w*)")
-"""The beginning of an error of a row: the key, in most cases."""
-_OWN = ("device", "host")
-"""Keys that no two boards share, and which have no default."""
+_SETTING = re.compile(r"(?:port of )?(\w*)")  # the beginning of an error of a row: the key, in most cases
+_OWN = ("device", "host")  # keys that no two boards share, and which have no default
 
 
 @dataclass(frozen=True)
