@@ -208,7 +208,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess) -> None:
         member = membership(member_options)
         if config.no_probe or (member.identity is not None and not member.identity.joined):
             runtime.close()  # to join may take days
-        with starting("waiting to be let into the fleet"):
+        with starting("waiting to join the fleet"):
             if not join_first(member, member_options, patient=config.patient, stopped=stopping):
                 return
         if member.identity is not None:

@@ -38,7 +38,7 @@ class BoardError(Exception):
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the board predicts.
+    """The board's predictions.
 
     Attributes:
         job: The job that its model is of.

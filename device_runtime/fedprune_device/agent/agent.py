@@ -1,7 +1,7 @@
 """The agent's loop: receives a message, dispatches it by its type, and takes the next step of all that is under way.
 
 A worker thread trains. Every message may come twice, late or never: what must not be lost is on the disk before the
-server is told of it, and is sent again until the server has answered.
+server hears of it, and is sent again until the server has answered.
 """
 
 from __future__ import annotations

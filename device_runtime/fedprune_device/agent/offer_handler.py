@@ -1,6 +1,6 @@
 """A board's work for its server: download what was offered, train, commit the result, announce the update.
 
-What must not be lost is on the disk before the server is told of it, and is sent again until the server has answered.
+What must not be lost is on the disk before the server hears of it, and is sent again until the server has answered.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ class OfferHandler:
         return training or self._downloader.offer is not None or self._ready is not None
 
     def _renumber(self, offer: Offer, now: float) -> None:
-        """Let what is under way, or waits to be handed in, count for another attempt at the same work."""
+        """Continue the current work, or the waiting update, for another attempt at the same offer."""
         pending = self._store.waiting(offer)
         if pending is not None:
             self._store.keep(replace(pending, attempt=offer.attempt))
@@ -243,7 +243,7 @@ class OfferHandler:
         self._downloader.begin(offer, now, plainly=self._damages > 0)  # what couldn't be read once is not decoded again
 
     def _supplied(self, step: Callable[[], float | None]) -> float | None:
-        """Go on with what is on its way; an offer that can't be supplied is refused."""
+        """Continue the download; an offer whose blobs can't be had is refused."""
         offer = self._downloader.offer
         try:
             return step()

@@ -1,4 +1,4 @@
-"""What the local interface answers: predictions, samples, status."""
+"""Endpoints of the local interface: predictions, samples, status."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ class Endpoints:
         """A class by its number or its name."""
         model = self._model.loaded
         if model is not None and model.record.loss != "cross_entropy":
-            raise RequestError(409, "labels of this model are no classes", got=f"loss {model.record.loss}")
+            raise RequestError(409, "labels of this model aren't classes", got=f"loss {model.record.loss}")
         most = MAX_LABEL if model is None else model.record.classes - 1
         most = min(most, len(self._names) - 1) if self._names else most
         if isinstance(value, str) and value in self._names:
@@ -167,7 +167,9 @@ class Endpoints:
         shape = None if model is None else model.shape
         if request.kind in TYPES:
             if shape is None:
-                raise RequestError(503, "no model says how large images are", hint="Wait for the first round.")
+                raise RequestError(
+                    503, "without a model the size of images is unknown", hint="Wait for the first round."
+                )
             with self._decoder:
                 return self._pixels.read(request.body, (TYPES[request.kind],), shape)
         if request.kind not in KINDS:

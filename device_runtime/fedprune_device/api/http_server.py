@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         return f"fedprune/{__version__}"
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the library's name
-        """Requests are no news."""
+        """Requests aren't logged."""
 
     def _body(self) -> bytes:
         lengths = self.headers.get_all("Content-Length", [])

@@ -1,4 +1,4 @@
-"""What the local interface is asked and what it answers, whatever carries the two."""
+"""Requests and answers of the local interface, independent of their transport."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is answered: a status, and a body of JSON."""
+    """An answer: a status, and a body of JSON."""
 
     body: dict[str, Any]
     status: int = 200
@@ -108,7 +108,7 @@ def document(request: Request, *names: str) -> dict[str, Any]:
     try:
         found = json.loads(request.body.decode(), parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise RequestError(400, "the body is no JSON", expected=wanted, got=shown(request.body)) from error
+        raise RequestError(400, "the body isn't JSON", expected=wanted, got=shown(request.body)) from error
     if not isinstance(found, dict) or set(found) != set(names):
         raise RequestError(400, "the body", expected=wanted, got=shown(request.body))
     return found
@@ -166,7 +166,7 @@ def _safetensors(body: bytes) -> Array:
     try:
         found = tensorfile.decode(body)
     except BundleError as error:
-        raise DataError("the body is no safetensors file", got=str(error)) from error
+        raise DataError("the body isn't a safetensors file", got=str(error)) from error
     if list(found) != ["x"]:
         raise DataError("tensors in the body", expected="one, named x", got=shown(", ".join(found)))
     return _known(found["x"], found["x"].dtype.newbyteorder("<").str)
@@ -183,7 +183,7 @@ def _npy(body: bytes) -> Array:
         shape, fortran, kind = read(file)
     except Exception as error:  # what is damaged makes numpy's parser raise anything
         hint = "Write it with numpy.save, without objects."
-        raise DataError("the body is no .npy file", got=reason(error), hint=hint) from error
+        raise DataError("the body isn't a .npy file", got=reason(error), hint=hint) from error
     data = memoryview(body)[file.tell() :]
     wanted = math.prod(shape) * max(kind.itemsize, 1)
     if kind.hasobject or len(data) != wanted or min(shape, default=0) < 0:
@@ -195,7 +195,9 @@ def _npy(body: bytes) -> Array:
 
 def _raw(body: bytes, shape: Shape | None, tokens: bool) -> Array:
     if shape is None:
-        raise RequestError(503, "no model says of what shape raw numbers are", hint="Send safetensors, .npy or JSON.")
+        raise RequestError(
+            503, "without a model the shape of raw numbers is unknown", hint="Send safetensors, .npy or JSON."
+        )
     kind = np.dtype("<i8" if tokens else "<f4")
     sizes = [s for s in shape if isinstance(s, int)]
     one = math.prod(sizes) * kind.itemsize
@@ -217,4 +219,4 @@ def _known(x: Array, kind: str) -> Array:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} isn't a number of JSON")

@@ -233,7 +233,7 @@ def _add_predict(commands: Any) -> None:
 
 
 def _add_collect(commands: Any) -> None:
-    collect = commands.add_parser("collect", help="hand in samples from files, to a board that runs with --local")
+    collect = commands.add_parser("collect", help="add samples from files to a board that runs with --local")
     collect.add_argument(
         "sources",
         nargs="+",
@@ -258,7 +258,7 @@ def _add_engine(commands: Any) -> None:
     build.add_argument(
         "--plan", type=Path, metavar="FILE", help="an engine.json (default: the bundle's, or docs/jetson.md's values)"
     )
-    build.add_argument("--anew", action="store_true", help="also where there is a good one, or others failed before")
+    build.add_argument("--anew", action="store_true", help="even if there is a good one, or others failed before")
     build.add_argument("--json", action="store_true", help="the report as JSON, for programs")
     build.set_defaults(run=_command("build_engine", "build_engine"))
 

@@ -50,7 +50,7 @@ def add_membership(parser: argparse.ArgumentParser) -> None:
         "--join",
         metavar="URL",
         default=os.environ.get(JOIN),
-        help=f"where to ask to be let in, ${JOIN} (default: the broker's port for joining, 8884, then the broker)",
+        help=f"where to ask to join, ${JOIN} (default: the broker's port for joining, 8884, then the broker)",
     )
     parser.add_argument(
         "--ca",
@@ -83,7 +83,7 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SRC",
         help=".npz with x and y, package.module:function, a folder with a folder of images per class, "
-        "or `local`: what the application hands in",
+        "or `local`: what the application adds",
     )
     local = parser.add_argument_group("the local interface (docs/local-interface.md)")
     local.add_argument(
@@ -118,7 +118,7 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
         type=float,
         default=TEST_SHARE,
         metavar="SHARE",
-        help="of samples handed in or in folders, kept for testing (default: %(default)s)",
+        help="of added samples, or of those in folders, kept for testing (default: %(default)s)",
     )
 
 

@@ -43,7 +43,9 @@ def predict(arguments: argparse.Namespace) -> int:
             labels = targets(load_data(arguments.data).y_train, loss, classes)
             own = LogitAdjustment.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
     elif arguments.precision is not None:
-        raise UsageError("--precision", expected="with --bundle", hint="What a board serves at says its `run --serve`.")
+        raise UsageError(
+            "--precision", expected="with --bundle", hint="A board's own precision is set by `run --serve`."
+        )
     else:
         predictor, record = _slots(arguments.state).open(arguments.threads)
         own, loss = record.own, record.loss
@@ -85,7 +87,8 @@ def _slots(state: Path) -> ModelSlots:
             pointer.open("rb").close()
         elif inside := sorted(p.parent.name for p in state.glob(f"*/{FILE}")):
             raise StorageError(
-                f"{state} is no board's state folder", expected=f"one of those in it: {', '.join(inside[:_MOST_NAMED])}"
+                f"{state} isn't a board's state folder",
+                expected=f"one of those in it: {', '.join(inside[:_MOST_NAMED])}",
             )
     return ModelSlots(state / "serving")
 

@@ -1,4 +1,4 @@
-"""One sample that the application handed in: its bytes, its label, and the part of the set that it belongs to."""
+"""One sample of the application: its bytes, its label, and the part of the set that it belongs to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The samples that the application hands in: a bounded set on the disk, and the board's training data.
+"""The samples that the application adds: a bounded set on the disk, and the board's training data.
 
 samples/set.json            what the set was made with, and its key
 samples/segment-*.log       the samples (`data.segment_log`)
@@ -64,7 +64,7 @@ def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
 
 
 def record_of(seen: Mapping[int, int]) -> LogRecord:
-    """What a log keeps of how many samples of each class were ever seen."""
+    """A record of how many samples of each class were ever seen."""
     payload = json.dumps({str(c): n for c, n in seen.items()}).encode()
     return LogRecord(Kind.COUNTS, digest(payload), payload=payload)
 
@@ -230,7 +230,7 @@ class SampleStore:
                 "there is nothing to train on yet",
                 expected="samples with labels",
                 got=f"{len(fitting)}, none of them for training",
-                hint="Hand some in: POST /v1/samples?label=...",
+                hint="Add some: POST /v1/samples?label=...",
             )
         one = fitting[0][2]
         held = one.size * 4 * len(fitting) <= HELD_BYTES
@@ -397,10 +397,10 @@ class SampleStore:
             )
 
     def _check_room_for(self, label: int) -> None:
-        """What is counted per class must stay small, also before a model says how many there are."""
+        """Bound the number of counted classes, also before a model defines them."""
         most = max(self._limits.samples, _LABELS)
         if label != UNLABELLED and not self._reservoir.knows(label) and self._reservoir.labels >= most:
-            raise DataError("label", expected=f"at most {most} different ones", got=f"{label} beside them")
+            raise DataError("label", expected=f"at most {most} different ones", got=f"{label} in addition")
 
     def _added(self, name: str, label: int, *, kept: bool, duplicate: bool) -> Added:
         return Added(name, kept, duplicate, None if label == UNLABELLED else label, self._shares.part(name))

@@ -145,14 +145,14 @@ def join_first(
         claim = _claim(options.claim, kept)
         if claim is None and pin is None:
             raise IdentityError(
-                f"{member.device} is no member of site {member.site} yet",
+                f"{member.device} isn't a member of site {member.site} yet",
                 hint="Let it join with a claim of `fedprune-server claim` (--claim FILE), or without one: "
                 "`fedprune-device join --pin HEX`, with the pin that `fedprune-server init` showed, and the operator's "
                 "approval. For a trial on the server's machine: --insecure on both sides.",
             )
         stopped = stopped or threading.Event()
         patience = None if patient else _PATIENCE_S
-        _tell(f"{member.device} asks to be let into site {member.site}")
+        _tell(f"{member.device} asks to join site {member.site}")
         try:
             enrol(
                 identity, member.urls, claim, pin,
@@ -165,7 +165,7 @@ def join_first(
         _tell(f"{member.device} is a member of site {member.site}, with key {identity.key.verifying.fingerprint}")
     elif options.claim is not None:
         _tell(
-            f"{member.device} is a member already, so that --claim {options.claim} is ignored. If it was shut out, "
+            f"{member.device} is a member already, so that --claim {options.claim} is ignored. If it was revoked, "
             "let it join again: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
         )
     with storage_errors(f"can't delete {kept}"):

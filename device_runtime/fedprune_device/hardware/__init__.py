@@ -1,4 +1,4 @@
-"""What the board is and measures of itself: probe, layer times, memory, temperature.
+"""The board's hardware and its measurements: probe, layer times, memory, temperature.
 
 Not here: profiles and reports as data (`fedprune.planning`).
 """

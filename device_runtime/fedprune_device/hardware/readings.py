@@ -1,4 +1,4 @@
-"""What the kernel reports about this board and this process: memory, clock, temperature, voltage."""
+"""The kernel's readings of this board and this process: memory, clock, temperature, voltage."""
 
 from __future__ import annotations
 

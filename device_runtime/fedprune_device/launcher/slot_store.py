@@ -39,7 +39,7 @@ _ENTRY = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class SlotRecord:
-    """What an installed release consists of.
+    """The contents of an installed release.
 
     Attributes:
         version: Its number.
@@ -138,7 +138,7 @@ class SlotStore:
         return made
 
     def write_record(self, slot: str, record: SlotRecord) -> None:
-        """Record what is in a slot, from when on it counts as installed."""
+        """Write a slot's record; from then on it counts as installed."""
         _write(self.folder / f"{slot}.json", asdict(record))
 
     def drop_record(self, slot: str) -> None:

@@ -65,7 +65,7 @@ class LeafReuse:
 
 
 _SHARED_LEAVES = 8
-"""Leaves of a shared blob that are asked for at a time: many ask, and one answer serves all of them."""
+"""Leaves of a shared blob per request: many boards request them, and one answer serves all."""
 
 
 class BlobDownloads:

@@ -1,4 +1,4 @@
-"""What the current offer needs, on its way to the board: from the web server that it names, and the rest over MQTT."""
+"""The download of what an offer needs: from the web server that it names, and the rest over MQTT."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Downloader:
             self._ask(downloads, downloads.start(now))
 
     def renumber(self, offer: Offer) -> None:
-        """Let what is on its way count for another attempt at the same work."""
+        """Continue the download for another attempt at the same work."""
         if self._downloads is not None:
             self._downloads.offer = offer
 

@@ -58,7 +58,7 @@ def fits(offer: Offer, store: DeviceStore) -> bool:
 
 
 def _needed(offer: Offer, recipe: Recipe, store: DeviceStore) -> int:
-    """Bytes on the disk that an offer asks for beyond what is there of it."""
+    """Bytes on the disk that an offer needs in addition to what has arrived."""
     coming = offer.blobs() if offer.coded is None else (*offer.blobs(), offer.coded)
     lacking = [r for r in coming if not store.blobs.has(r.sha256)]
     codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")

@@ -1,4 +1,4 @@
-"""What a device sends to the server: signs of life, progress, refusals and updates.
+"""Messages of a device to its server: signs of life, progress, refusals and updates.
 
 Nothing here is lost for good when the connection is down: births, updates and refusals are sent again.
 """

@@ -44,7 +44,7 @@ class PrivacyBudget:
 
     @property
     def private(self) -> bool:
-        """Whether the board's samples are, or have been, in a private job, or must be: it says less of itself then."""
+        """Whether the board's samples are, or have been, in a private job, or must be: its reports say less then."""
         return self.floor is not None or self._marked or bool(self._damage)
 
     def check(self, recipe: Recipe) -> None:

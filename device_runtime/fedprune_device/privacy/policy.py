@@ -1,4 +1,4 @@
-"""What a board's owner asks of a job's privacy before the board takes part: a file of its own, `[privacy]`.
+"""The privacy that a board's owner requires of jobs: a file of its own, `[privacy]`.
 
     [privacy]
     least_noise = 1.0     # standard deviation of this board's own noise, in units of the clip
@@ -6,7 +6,7 @@
     most_epsilon = 8.0    # for all private jobs together that this state directory has seen
     delta = 1e-5          # at which that is reckoned
 
-What isn't said isn't asked for, but that there is noise at all. The server has no say in it.
+Settings that are left out require nothing, except that there is noise at all. The server can't change them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedprune.updates.privacy import epsilon
 
 _LEAST = 1e-6  # less noise than this, in units of the clip, is none: what one such update costs could be no number
 
-_HINT = "The board's owner asks for it; the job's [job.privacy] says otherwise."
+_HINT = "The board's owner asks for it; the job's [job.privacy] allows less."
 
 
 @dataclass(frozen=True)

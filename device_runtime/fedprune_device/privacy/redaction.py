@@ -86,7 +86,7 @@ def refused(error: BaseException, *, private: bool) -> str:
 
 
 def module_of(name: str) -> str:
-    """A module's name as it may be told: our own in full, of well-known packages the package, of others nothing."""
+    """A module's name as it may leave the board: our own in full, of well-known packages the package, else nothing."""
     top = name.partition(".")[0]
     if top in _OURS:
         return name[:128]

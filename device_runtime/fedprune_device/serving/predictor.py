@@ -20,7 +20,7 @@ from fedprune_device.data.stored_array import Inputs
 Array = npt.NDArray[Any]
 
 GRAPH = "inference.onnx"
-WEIGHTS = "weights.safetensors"  # the graph's weights are external data in this file beside it
+WEIGHTS = "weights.safetensors"  # the graph's weights are external data in this file next to it
 
 
 class Predictor:

@@ -1,4 +1,4 @@
-"""The model that serves at lower precision: made on the board of every round's weights, and held to what float32 says.
+"""The model that serves at lower precision: made on the board of every round's weights, and compared with float32.
 
 The server sends graphs; weights and the ranges of activations are the board's own. A model that doesn't say what
 float32 says, or can't be made here, doesn't serve: float32 does, and the log says why.
@@ -100,7 +100,7 @@ class ReducedPrecision:
         return model
 
     def _chosen(self, candidates: Mapping[str, Predictor], data: LocalData) -> str:
-        """What serves of what may: what was asked for, or what predicts one sample fastest."""
+        """The precision that serves: the requested one, or that which predicts one sample fastest."""
         if self._serve != FASTEST:
             return self._serve if self._serve in candidates else FLOAT32
         times: dict[str, list[float]] = {p: [] for p in candidates}
@@ -116,7 +116,7 @@ class ReducedPrecision:
 
 
 class PrecisionCheck:
-    """What float32 says of samples that may decide something: validation samples or, without any, training samples."""
+    """Float32's predictions of validation samples or, without any, of training samples."""
 
     def __init__(self, whole: Predictor, data: LocalData, recipe: Recipe, classes: int) -> None:
         validated = len(data.y_val) > 0

@@ -65,7 +65,7 @@ def _read(root: Path) -> dict[str, object]:
     try:
         return atomic_file.read_document(root / FILE) or {}
     except StorageError as error:
-        _LOG.warning("%s: whose directory it is, is no longer known", error)
+        _LOG.warning("%s: its owner is no longer known", error)
         return {}
 
 

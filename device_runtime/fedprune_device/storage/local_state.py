@@ -250,7 +250,7 @@ class FolderStateStore:
                 atomic_file.move(source / name, target / name)
 
     def _let_go(self) -> None:
-        """Delete what is of jobs that the board has not worked for for long."""
+        """Delete the state of the jobs that the board hasn't worked for longest."""
         others = self._root / _OTHERS
         with storage_errors(f"can't write {others}"):
             aside = list(others.iterdir()) if others.is_dir() else []

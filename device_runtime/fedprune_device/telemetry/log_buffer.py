@@ -50,7 +50,7 @@ class LogBuffer(logging.Handler):
         self._guard = threading.RLock()
         self._lines: list[dict[str, Any]] = []
         self._told: dict[tuple[str, str], int] = {}
-        """What was told in this hour, and how often it has come since."""
+        """The lines that were sent in this hour, and how often they were repeated since."""
         self._number = self._left_out = self._sent_lines = self._sent_bytes = 0
         self._hour = monotonic()
         self._save_at = monotonic()
@@ -151,7 +151,7 @@ class LogBuffer(logging.Handler):
                 self._left_out += self._lines.pop(0)["count"]
 
     def _turn_of_the_hour(self) -> None:
-        """Every hour the allowance is new, what came again is told once more, and what was left out is said."""
+        """Every hour renew the allowance, report repeated lines once more and the number of lost ones."""
         now = self._monotonic()
         if now - self._hour < _HOUR_S:
             return

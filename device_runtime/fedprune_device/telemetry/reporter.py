@@ -14,8 +14,8 @@ from fedprune_device.network.connection import Connection
 from fedprune_device.telemetry.crash_reports import CrashReports
 from fedprune_device.telemetry.log_buffer import LogBuffer
 
-_AGAIN_S = 60.0  # what the server hasn't kept after so long is told again
-_BETWEEN_S = 5.0  # between two messages of lines: what comes at once is told at once
+_AGAIN_S = 60.0  # lines that the server hasn't acknowledged by then are sent again
+_BETWEEN_S = 5.0  # between two messages of lines, so that lines of one moment share a message
 
 _LOGGER = "fedprune"
 

@@ -1,4 +1,4 @@
-"""What a board measures of its models, on its own samples."""
+"""Measurements of a board's models on its own samples."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class GraphChoice:
         return f"with standard operators ({self._why(offer)})"
 
     def _why(self, offer: Offer) -> str:
-        """What lies on the board's side comes first: no other recipe would change it."""
+        """Reasons of the board come first: no other recipe would change them."""
         if self._standard:
             return "with channels in blocks it failed" if self._failed else "a GPU has no blocks of channels"
         if turned_off():

@@ -150,7 +150,7 @@ class LocalUpdate:
         return UpdateFiles(sent, kept, self._predicting(served) if served else None, own, loss)
 
     def _sent(self, result: TrainingResult, after: Tensors) -> Tensors:
-        """What the server gets: what was trained, without what is frozen, which it has, and what is personal."""
+        """The tensors for the server: those that were trained, without frozen ones, which it has, and personal ones."""
         tensors, trainer = result.tensors, self._trainer
         if self._calibrates:  # those that training left are mostly of the weights that were received
             tensors = {n: v if n in trainer.trainable else after[n] for n, v in tensors.items()}

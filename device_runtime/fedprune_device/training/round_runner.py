@@ -1,4 +1,4 @@
-"""What a device does for an offer once all is there: evaluate, train, evaluate, check, swap the serving model."""
+"""One round of an offer whose blobs are complete: evaluate, train, evaluate, check, swap the serving model."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ class RoundRunner:
         if stop():
             raise TrainingStoppedError("training was stopped after its last step")
         report("evaluate", 1, 2)
-        # From here on there is memory for the new ones alone, beside the model that is loaded and what is blended in.
+        # From here on there is memory for the new ones alone, besides the loaded model and what is blended in.
         work.tensors = {}
         made, kept = work.made(result, self._blobs.put, self._blob), work.kept
         result = replace(result, tensors={}, squares={}, last_squares={})  # arrays in the loaded graph's memory
@@ -285,7 +285,7 @@ class TrainingThread:
 
     @property
     def stopped(self) -> bool:
-        """Whether it was told to stop, so that its result is dropped."""
+        """Whether `stop` was called, so that its result is dropped."""
         return self._stop.is_set()
 
     def stop(self) -> None:

@@ -265,7 +265,7 @@ class StepGraph:
 
 
 def weight_of(y: Array, feeds: Mapping[str, Array]) -> float:
-    """What a part of a batch adds to the divisor of the loss."""
+    """A batch part's share of the loss's divisor."""
     if y.ndim == 1 and step_contract.CLASS_WEIGHT in feeds:
         return float(feeds[step_contract.CLASS_WEIGHT][y].sum(dtype=np.float64))
     return float(len(y))

@@ -169,7 +169,7 @@ class Trainer:
         Raises:
             TrainingError: Graph, weights and recipe don't fit each other.
             DivergedError: A loss or weight is not finite.
-            TrainingStoppedError: `stop` said so.
+            TrainingStoppedError: `stop` returned True.
             DataError: Labels or shapes of the data don't fit the model.
         """
         began = time.monotonic()
@@ -372,7 +372,7 @@ class TrainerCache:
 Run = Callable[[dict[str, Array], Sequence[str]], Mapping[str, Array]]  # takes feeds and names of outputs
 
 _HUGE = np.float32(2.0**40)
-"""An old value beside which a batch's is nothing, so that the share of it that is kept comes out to the last bit."""
+"""An old value that makes a batch's negligible, so that the share of it that is kept is exact to the last bit."""
 
 
 def measured(

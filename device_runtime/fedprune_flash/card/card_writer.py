@@ -40,7 +40,7 @@ def write_card(image: Path, card: Path, progress: Progress) -> str:
             f"{card} gives back something else than was written",
             expected=f"sha256 {wanted[:12]}",
             got=found[:12],
-            hint="Take another card: this one is broken, or smaller than it says.",
+            hint="Take another card: this one is broken, or smaller than it reports.",
         )
     return wanted
 

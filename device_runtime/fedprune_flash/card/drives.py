@@ -69,7 +69,7 @@ def from_lsblk(raw: bytes, mmc: Callable[[str], str] = mmc_type) -> list[Drive]:
         rows = json.loads(raw)["blockdevices"]
         return [_from_row(row, mmc) for row in rows if row.get("type") == "disk" and row.get("size")]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise CardError("what lsblk says of this machine's drives can't be read", got=shown(raw[:60])) from error
+        raise CardError("lsblk's list of this machine's drives can't be read", got=shown(raw[:60])) from error
 
 
 def _from_row(row: Mapping[str, Any], mmc: Callable[[str], str]) -> Drive:
@@ -94,7 +94,7 @@ def disk_names(raw: bytes) -> list[str]:
     """The whole disks in the output of `diskutil list -plist`."""
     names = _plist(raw).get("WholeDisks", [])
     if not isinstance(names, list):
-        raise CardError("what diskutil says of this machine's drives can't be read", got=shown(names))
+        raise CardError("diskutil's list of this machine's drives can't be read", got=shown(names))
     return [str(name) for name in names]
 
 
@@ -117,16 +117,16 @@ def from_diskutil(info: bytes, listed: bytes) -> Drive:
             tuple(sorted(mounts)),
         )
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise CardError("what diskutil says of a drive can't be read", got=shown(info[:60])) from error
+        raise CardError("diskutil's description of a drive can't be read", got=shown(info[:60])) from error
 
 
 def _plist(raw: bytes) -> dict[str, Any]:
     try:
         body = plistlib.loads(raw)
     except Exception as error:  # damaged data makes plistlib raise LookupError, IndexError and more
-        raise CardError("what diskutil says of this machine's drives can't be read", got=shown(raw[:60])) from error
+        raise CardError("diskutil's list of this machine's drives can't be read", got=shown(raw[:60])) from error
     if not isinstance(body, dict):
-        raise CardError("what diskutil says of this machine's drives can't be read", got=shown(body))
+        raise CardError("diskutil's list of this machine's drives can't be read", got=shown(body))
     return body
 
 
@@ -151,7 +151,9 @@ def chosen(path: str, known: list[Drive], needed: int) -> Drive:
     drive = next((d for d in known if d.path in (path, real)), None)
     there = f"a card or stick: {'; '.join(str(d) for d in cards) or 'none is there'}"
     if drive is None:
-        raise CardError(f"{path} is no drive of this machine", expected=there, hint="Name the drive, not a partition.")
+        raise CardError(
+            f"{path} isn't a drive of this machine", expected=there, hint="Name the drive, not a partition."
+        )
     if drive.system:
         raise CardError(f"{drive} holds this system", expected=there)
     if not drive.removable:

@@ -139,7 +139,7 @@ class ImageSystem:
 
 @dataclass(frozen=True)
 class ImageContents:
-    """What an image contains."""
+    """The contents of an image."""
 
     partitions: Partitions
     system: ImageSystem
@@ -281,7 +281,7 @@ def _check_template(name: str, content: bytes) -> None:
         own = [line for line in own if line.partition(":")[0] in telling]
     if own:
         raise ImageError(
-            f"{name} on the boot partition says something already",
+            f"{name} on the boot partition has settings already",
             got=repr(own[0][:60]),
             hint="Take an unchanged image.",
         )

@@ -98,7 +98,7 @@ def _check(found: list[Partition], size: int) -> None:
     end = SECTOR
     for partition in sorted(found, key=lambda p: p.start):
         if partition.start < end:
-            raise ImageError(f"partition {partition.number} lies over another one or the table")
+            raise ImageError(f"partition {partition.number} overlaps another one or the table")
         end = partition.start + partition.size
         if end > size:
             raise ImageError(

@@ -112,14 +112,16 @@ class KitFolder:
             if any(part.startswith(".") for part in name.split("/")):
                 continue
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                raise KitError(f"{shown(name)} of the kit is no plain file", hint="Copy or make the kit again.")
+                raise KitError(f"{shown(name)} of the kit isn't a plain file", hint="Copy or make the kit again.")
             if not path.is_dir() and name not in wanted:
                 raise KitError(f"{shown(name)} is not part of the kit", hint="Remove it, or make the kit again.")
         rows = [*self.manifest["files"], *([self.manifest["claim"]] if self.claimed else [])]
         for row in rows:
             name = str(row["path"])
             if not SAFE_PATH.fullmatch(name):
-                raise KitError(f"the kit names a file {shown(name)}, which is no path of a kit", hint="Make it again.")
+                raise KitError(
+                    f"the kit names a file {shown(name)}, which isn't a path of a kit", hint="Make it again."
+                )
             found = hashlib.sha256()
             try:
                 with (self.folder / name).open("rb") as file:
@@ -135,7 +137,7 @@ class KitFolder:
             return (self.folder / name).read_bytes()
         except OSError as error:
             raise KitError(
-                f"can't read {self.folder / name}: {error.strerror}", hint="This is no whole kit; copy it again."
+                f"can't read {self.folder / name}: {error.strerror}", hint="The kit is incomplete; copy it again."
             ) from error
 
 

@@ -78,7 +78,7 @@ class ServiceControl:
         except StorageError:
             lines = []
         errors = [line for line in lines if "error:" in line]
-        return "".join(c for c in (errors or lines or ["it said nothing"])[-1] if c.isprintable())[:300]
+        return "".join(c for c in (errors or lines or ["it logged nothing"])[-1] if c.isprintable())[:300]
 
 
 def call(command: list[str], *, must: bool = True) -> str:

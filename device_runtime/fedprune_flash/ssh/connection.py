@@ -168,7 +168,7 @@ class BoardLink:
     def _answer(self, seconds: float) -> dict[str, Any]:
         body = self._heard(seconds)
         if not isinstance(body, dict):
-            raise BoardError("the board says something else than an answer", got=shown(body))
+            raise BoardError("the board sends something else than an answer", got=shown(body))
         if "error" in body:
             raise BoardError(f"on the board: {one_line(str(body['error']))}")
         return body
@@ -187,7 +187,9 @@ class BoardLink:
                         return json.loads(line[len(remote_agent.MARK) :])
         except (ValueError, RecursionError) as error:
             raise BoardError("the board's answer can't be read") from error
-        raise BoardError("the board's login says too much", hint="Its shell must not print where there is no terminal.")
+        raise BoardError(
+            "the board's login prints too much", hint="Its shell must not print where there is no terminal."
+        )
 
     @contextmanager
     def _within(self, seconds: float) -> Iterator[None]:

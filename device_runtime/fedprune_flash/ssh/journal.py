@@ -143,7 +143,7 @@ class Claims:
             raise JoinError(f"can't run fedprune-server: {reason(error)}") from error
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-            raise JoinError(f"the server makes no claim for {device}: {said.removeprefix('error: ')[:300]}")
+            raise JoinError(f"the server doesn't make a claim for {device}: {said.removeprefix('error: ')[:300]}")
         return Claim.parse(done.stdout).text
 
 

@@ -81,7 +81,7 @@ def test_a_head_that_lies_takes_neither_memory_nor_time(shape: str) -> None:
 
 
 def test_raw_numbers_need_a_model_of_one_shape() -> None:
-    with pytest.raises(RequestError, match="no model says"):
+    with pytest.raises(RequestError, match="without a model"):
         read(bytes(24), RAW)
     with pytest.raises(DataError, match="raw numbers for"):
         read(bytes(24), RAW, ("time", 3))

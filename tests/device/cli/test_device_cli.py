@@ -167,7 +167,7 @@ def test_predict_names_the_boards_folders_inside_the_one_that_was_given(tmp_path
     np.savez(tmp_path / "d.npz", x=np.zeros((5, 6), np.float32))
     arguments = ["predict", "--state", str(tmp_path), "--input", str(tmp_path / "d.npz")]
     assert main.main(arguments) == ExitCode.STORAGE
-    assert "is no board's state folder: expected one of those in it: attic, yard" in capsys.readouterr().err
+    assert "isn't a board's state folder: expected one of those in it: attic, yard" in capsys.readouterr().err
 
 
 def test_a_state_folder_that_may_not_be_read_is_a_storage_error(

@@ -180,7 +180,7 @@ def test_an_exception_that_ends_the_run_is_reported_by_module_and_line(tmp_path:
     assert str(tmp_path) not in json.dumps(body)
 
 
-@pytest.mark.parametrize("error", [IdentityError("pi is no member of site default yet"), JoinError("refused")])
+@pytest.mark.parametrize("error", [IdentityError("pi isn't a member of site default yet"), JoinError("refused")])
 def test_a_board_that_is_not_let_in_has_not_crashed(tmp_path: Path, error: FedpruneError) -> None:
     crash(tmp_path, error)
     assert CrashReports(tmp_path).report is None

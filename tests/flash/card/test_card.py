@@ -93,8 +93,8 @@ def test_this_machines_own_drives_can_be_read() -> None:
         ("/dev/mmcblk1", "is built in"),
         ("/dev/sdc", "is in use (crypt"),
         ("/dev/sdd", "is read-only"),
-        ("/dev/sdb1", "is no drive of this machine"),
-        ("/dev/null", "is no drive of this machine"),
+        ("/dev/sdb1", "isn't a drive of this machine"),
+        ("/dev/null", "isn't a drive of this machine"),
     ],
 )
 def test_drives_that_must_not_be_written_to_are_refused(path: str, words: str) -> None:

@@ -444,7 +444,7 @@ WRONG: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "gz garbage": (lambda raw: b"\x1f\x8b\x08\x00" + b"garbage" * 99, "damaged or cut short"),
     "no fat type": (lambda raw: raw[:450] + b"\x83" + raw[451:], "no boot partition"),
     "no fat": (lambda raw: raw[: 2048 * 512] + bytes(512) + raw[2048 * 512 + 512 :], "holds no FAT"),
-    "overlap": (lambda raw: raw[:470] + raw[454:458] + raw[474:], "lies over another"),
+    "overlap": (lambda raw: raw[:470] + raw[454:458] + raw[474:], "overlaps another"),
 }
 
 
@@ -480,7 +480,7 @@ def test_a_guid_table_is_refused(kit: Kit, key: Path, tmp_path: Path, capsys: Ca
         (
             {"boot": {**BOOTS["cloud-init"], "user-data": "#cloud-config\nhostname: mine\n"}},
             ExitCode.IMAGE,
-            "user-data on the boot partition says something already",
+            "user-data on the boot partition has settings already",
         ),
         ({"scheme": "firstrun", "more": "start={start},size=2048,type=83\n"}, ExitCode.IMAGE, "two root partitions"),
     ],

@@ -57,8 +57,8 @@ SCRIPTS: dict[str, tuple[str, str]] = {
         "can't be read",
     ),
     "a list": (f"{HELLO}; echo 'fedprune: []'; cat >/dev/null", "something else than an answer"),
-    "endless": (f"{HELLO}; yes", "the board's login says too much"),
-    "endless line": (f"{HELLO}; cat /dev/zero", "the board's login says too much"),
+    "endless": (f"{HELLO}; yes", "the board's login prints too much"),
+    "endless line": (f"{HELLO}; cat /dev/zero", "the board's login prints too much"),
     "an error": (
         f'{HELLO}; echo \'fedprune: {{"error": "disk\\u000afull"}}\'; cat >/dev/null',
         "on the board: disk full",
