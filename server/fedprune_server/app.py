@@ -30,7 +30,7 @@ from fedprune_server.engine.job_runner import NO_SERVICES, DeviceServices, JobRu
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import OpenJob, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.shared_identity import shared_identity
+from fedprune_server.enrollment.shared_identity import SharedIdentity
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import CommandExecutor
@@ -158,6 +158,10 @@ def build_app(
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
+        shared = None
+        if identity is not None and folder.lease.shared is not None:
+            shared = stack.enter_context(SharedIdentity(folder.database_url, folder.lease, identity, config.state))
+            shared.take_over()
         leader = _leader(stack, config, identity, folder, reached)
         rollouts = None
         if identity is not None:
@@ -201,6 +205,8 @@ def build_app(
         reached.start(server.subscriptions)
         for job in jobs:
             job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
+        if shared is not None:
+            server.first.observers.each_turn(shared.turn)
         if pulse is not None:
             server.first.observers.each_turn(pulse.beat)
             stack.callback(pulse.stop)
@@ -429,8 +435,6 @@ def _leader(
 ) -> Leadership | None:
     if identity is None:
         return None
-    if folder.lease.shared is not None:
-        stack.enter_context(shared_identity(folder.database_url, folder.lease, config.state, identity))
     embedded = reached.broker is not None
     return stack.enter_context(
         leadership(reached.url, identity, config.state, config.ca, folder.lease.shared, embedded=embedded)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+import math
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import sqlalchemy as sql
@@ -27,7 +27,7 @@ from fedprune_server.storage.tables import IDENTITY, encoded, upsert
 
 log = logging.getLogger("fedprune.server")
 
-LOOKED_S = 1.0
+LOOKED_S, AGAIN_S = 1.0, 5.0
 _LINE, _EARLIER, _AUTHORITY = "register", "earlier key", "earlier issuer"
 
 
@@ -37,28 +37,73 @@ class SharedIdentity:
     Args:
         url: The PostgreSQL database, of this version's schema.
         lease: The lease on it, which this server holds.
+        identity: The server's identity.
+        state: The state folder with it.
+        clock: Monotonic clock, seconds.
 
     Raises:
         StorageError: It can't be reached.
     """
 
-    def __init__(self, url: str, lease: Lease) -> None:
-        self._database, self._lease = Database(url), lease
+    def __init__(
+        self,
+        url: str,
+        lease: Lease,
+        identity: IdentityFolder,
+        state: Path,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lease, self._identity, self._clock = lease, identity, clock
+        # With a connection of its own, which sees changes by this server, by commands and by the console alike.
+        self._watched = IdentityFolder(state)
+        self._database = Database(url)
         self._written: dict[tuple[str, str], str] = {}
-        self._lock = threading.Lock()
+        self._version: int | None = None
+        self._look_at = math.inf  # until the identity is complete, and after the lease is lost
+        self._logged = ""
 
     def close(self) -> None:
-        """Let go of the database."""
+        """Write the last changes, and let go of the database."""
+        if self._look_at < math.inf:
+            self._look_at = 0.0
+            self.turn()
+        self._identity.store.also_hear = lambda _begun: None
+        self._watched.close()
         self._database.close()
 
-    def take_over(self, identity: IdentityFolder) -> None:
-        """Complete an identity from the database, then the database from the identity.
+    def __enter__(self) -> SharedIdentity:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def turn(self) -> None:
+        """Write what has changed into the database, once a second; called in each turn of the server's loop."""
+        now = self._clock()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOKED_S
+        try:
+            version = self._watched.store.version()
+            if version != self._version:
+                self._share(self._watched)
+                self._version, self._logged = version, ""
+        except LeaseLostError:
+            self._look_at = math.inf  # the job's own transactions report it
+        except FedpruneError as error:
+            if str(error) != self._logged:
+                log.error("the database doesn't have the latest devices and revocations: %s", error)
+            self._logged, self._look_at = str(error), self._clock() + AGAIN_S
+
+    def take_over(self) -> None:
+        """Complete the identity from the database, then the database from the identity, and go on with that.
 
         Raises:
             IdentityError: The identity has an earlier signing key or authority than the server that had the job.
             LeaseLostError: Another server has taken the job over.
             StorageError: A row is damaged, or database or disk fail.
         """
+        identity = self._identity
         with self._database.transaction() as connection:
             rows = connection.execute(sql.select(IDENTITY)).all()
         self._written = {(kind, key): body for kind, key, body in rows}
@@ -80,22 +125,18 @@ class SharedIdentity:
         identity.store.merge(shared)
         identity.authority.adopt(lines)
         identity.revoke_again()
-        self.share(identity, epochs=True)
+        self._share(identity, epochs=True)
+        identity.store.also_hear = self.hear
+        self._look_at = 0.0
 
-    def share(self, identity: IdentityFolder, *, epochs: bool = False) -> None:
+    def _share(self, identity: IdentityFolder, *, epochs: bool = False) -> None:
         """Write into the database what has changed in an identity, and delete from it what the identity has deleted.
 
         Certificates stay for good, epochs as long as a key isn't revoked.
 
-        Args:
-            identity: The identity.
-            epochs: Also the epochs of senders, which `hear` writes as they begin.
-
-        Raises:
-            LeaseLostError: Another server has taken the job over.
+        Epochs of senders are written by `hear` as they begin.
         """
-        with self._lock:
-            known = [*self._written]  # before the identity is read: what is heard meanwhile isn't gone
+        known = [*self._written]
         lines = identity.authority.lines()
         found = [row for row in identity.store.shared() if epochs or row[0] != EPOCH_ROW]
         rows = [(kind, key, encoded(value)) for kind, key, value in found]
@@ -115,55 +156,22 @@ class SharedIdentity:
         )
 
     def hear(self, begun: Sequence[tuple[str, str, int]]) -> None:
-        """Write epochs of senders into the database.
-
-        Raises:
-            LeaseLostError: Another server has taken the job over.
-            StorageError: The database fails.
-        """
+        """Write epochs of senders into the database."""
         rows = [(EPOCH_ROW, f"{key} {stream}", encoded([key, stream, epoch])) for key, stream, epoch in begun]
         self._database.patiently(lambda: self._write(rows))
 
     def _write(self, rows: Sequence[tuple[str, str, str]], gone: Sequence[tuple[str, str]] = ()) -> None:
-        with self._lock:
-            changed = [row for row in rows if self._written.get(row[:2]) != row[2]]
-            if not changed and not gone:
-                return
-            with self._database.transaction() as connection:
-                self._lease.check(connection)
-                upsert(connection, IDENTITY, [{"kind": k, "key": n, "body": b} for k, n, b in changed])
-                for kind, key in gone:
-                    connection.execute(IDENTITY.delete().where(IDENTITY.c.kind == kind, IDENTITY.c.key == key))
-            self._written.update({row[:2]: row[2] for row in changed})
-            for row in gone:
-                self._written.pop(row, None)
-
-
-@contextmanager
-def shared_identity(url: str, lease: Lease, state: Path, identity: IdentityFolder) -> Iterator[None]:
-    """Complete an identity from the database, and write its changes there while the body runs.
-
-    Args:
-        url: The database.
-        lease: The lease on it, held.
-        state: The state folder with the identity.
-        identity: The server's.
-
-    Raises:
-        IdentityError: The identity has an earlier signing key or authority than the server that had the job.
-        StorageError: A row is damaged, or database or disk fail.
-    """
-    with closing(SharedIdentity(url, lease)) as shared, IdentityFolder(state) as watched:
-        shared.take_over(identity)
-        identity.store.also_hear = shared.hear
-        closed = threading.Event()
-        thread = threading.Thread(target=_watch, args=(shared, watched, closed), name="identity", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            closed.set()
-            thread.join()
+        changed = [row for row in rows if self._written.get(row[:2]) != row[2]]
+        if not changed and not gone:
+            return
+        with self._database.transaction() as connection:
+            self._lease.check(connection)
+            upsert(connection, IDENTITY, [{"kind": k, "key": n, "body": b} for k, n, b in changed])
+            for kind, key in gone:
+                connection.execute(IDENTITY.delete().where(IDENTITY.c.kind == kind, IDENTITY.c.key == key))
+        self._written.update({row[:2]: row[2] for row in changed})
+        for row in gone:
+            self._written.pop(row, None)
 
 
 def _check_key(identity: IdentityFolder, earlier: str) -> None:
@@ -180,26 +188,3 @@ def _check_authority(identity: IdentityFolder, earlier: str) -> None:
             f"{identity.path} has an earlier certificate authority than the server that had the job",
             hint="Copy authority.* of that server's identity into this one's.",
         )
-
-
-def _watch(shared: SharedIdentity, identity: IdentityFolder, closed: threading.Event) -> None:
-    """Write changes of the identity into the database, whether this server, a command or the console makes them.
-
-    The identity has a connection of its own here, which sees the changes of all others.
-    """
-    logged, version = "", None
-    while True:
-        over = closed.wait(LOOKED_S)
-        try:
-            found = identity.store.version()
-            if found != version:
-                shared.share(identity)
-                version, logged = found, ""
-        except LeaseLostError:
-            return  # the job's own transactions report it
-        except FedpruneError as error:
-            if str(error) != logged:
-                log.error("the database doesn't have the latest devices and revocations: %s", error)
-            logged = str(error)
-        if over:
-            return
