@@ -67,13 +67,11 @@ class BoardReport:
 
     Attributes:
         id: Grows with each that came.
-        device: The board.
         kind: `line` or `crash`.
         at: When, in seconds since 1970, by the board's clock.
         received: The same by the server's.
         level: `warning` or `error`.
         count: How often the line came.
-        text: What it says, on one line.
         body: A crash's `cause`, `frames`, `release`, `slot`, `uptime_s`, `temperature_c` and memory; nothing for lines.
     """
 
@@ -97,16 +95,9 @@ class BoardReport:
 
 
 class BoardLogs:
-    """Boards' log lines and crashes in a state folder.
+    """Boards' log lines and crashes in a state folder; a board may send `lines` lines in an hour, none with 0.
 
-    Args:
-        folder: The folder.
-        lines: Lines that a board may tell in an hour; 0 for none.
-        clock: Seconds since 1970.
-        monotonic: Seconds that only grow.
-
-    Raises:
-        StorageError: The file is damaged, of another version, or the disk fails.
+    Raises `StorageError` if the file is damaged, of another version, or the disk fails.
     """
 
     def __init__(
@@ -185,10 +176,8 @@ class BoardLogs:
         self._put((message.device, *row))
 
     def save(self) -> dict[str, LogRequest]:
-        """Save new lines; if the disk fails they are lost here, and boards send them again.
-
-        Returns:
-            What to answer boards, by name.
+        """Save new lines, and return what to answer boards, by name. If the disk fails, lines are lost here, and boards
+        send them again.
         """
         if not self._answers:
             return {}
@@ -245,17 +234,7 @@ _SELECT = "SELECT id, device, kind, at, received, level, count, text, body FROM 
 
 
 def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int = 1000) -> list[BoardReport]:
-    """Boards' logs of a state folder, oldest first.
-
-    Args:
-        folder: The folder.
-        device: One board's alone.
-        after: What is newer than this `id`.
-        most: Only the latest, this many.
-
-    Raises:
-        StorageError: The file is damaged, or can't be read.
-    """
+    """The latest `most` lines and crashes of all boards or of one, with an `id` above `after`, oldest first."""
     path = folder / FILE
     if not path.is_file():
         return []

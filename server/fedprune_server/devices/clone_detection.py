@@ -51,17 +51,10 @@ class CloneDetector:
         self._signs: dict[str, deque[float]] = {}
 
     def born(self, device: str, session: int, what: Description, online: bool, now: float) -> str:
-        """Take in an announcement.
-
-        Args:
-            device: Whose it is; one of those whom the server knows, so that strangers can't fill the memory.
-            session: Number of its connection.
-            what: What it says of itself.
-            online: Whether its previous connection is still open, as far as the server knows.
-            now: Monotonic clock.
+        """Note an announcement by a known device, so that strangers can't fill the memory.
 
         Returns:
-            Why there seem to be two boards of that name, where that is news; else nothing.
+            Why there seem to be two boards of that name, if that is news; otherwise nothing.
         """
         seen = self._seen.setdefault(device, _Seen(session, what))
         if session == seen.session:
@@ -84,10 +77,8 @@ class CloneDetector:
         return reason if reason and self._tell(device, now) else ""
 
     def doubled(self, device: str, now: float) -> bool:
-        """Take a sign that two boards sign with one key.
-
-        Returns:
-            Whether the signs suffice and that is news: it is once an hour.
+        """Note a sign that two boards sign with one key; returns whether the signs suffice and that is news, once an
+        hour.
         """
         signs = self._signs.setdefault(device, deque(maxlen=SIGNS))
         if not signs or now - signs[-1] >= APART_S:

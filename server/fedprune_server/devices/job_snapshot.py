@@ -11,16 +11,15 @@ class DeviceRow:
     """One device.
 
     Attributes:
-        device: Its name.
         profile: Its hardware profile's name.
         density: Kept share of its channels; None before it is planned for.
         parameters: Parameters of its submodel.
         bytes_down: Payload bytes to it so far.
         bytes_up: Payload bytes from it so far.
         seconds: From its last offer to the arrival of its update, None before the first.
-        accuracy: Of the model that it serves, on its own test samples, as it said last.
+        accuracy: Of the model that it serves, on its own test samples, as last reported.
         state: What it is doing.
-        loss: Its loss there; shown where there is no accuracy, because numbers are predicted.
+        loss: Its loss there; shown without accuracy, if numbers are predicted.
     """
 
     device: str
@@ -37,18 +36,7 @@ class DeviceRow:
 
 @dataclass(frozen=True)
 class JobSnapshot:
-    """A job at one moment.
-
-    Attributes:
-        job: Its name.
-        round: The current round.
-        rounds: Rounds in all.
-        phase: Where the round stands.
-        metrics: The global model's, after the last finished round.
-        remaining_s: Seconds until the round's deadline, if one runs.
-        connected: Whether the broker is there.
-        rows: The devices by name.
-    """
+    """A job at one moment: its round, the deadline's remaining seconds, the latest metrics, its devices."""
 
     job: str
     round: int

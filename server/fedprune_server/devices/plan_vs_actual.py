@@ -30,13 +30,7 @@ Compared = dict[str, tuple[float | None, float | None]]
 
 
 def compared(name: str, state: State | None, predicted: Mapping[str, Any] | None) -> Compared:
-    """A device's predictions and its latest measurements at the same widths.
-
-    Args:
-        name: The device.
-        state: The coordinator's state.
-        predicted: Figures of a prediction; None without any.
-    """
+    """A device's predictions and its latest measurements at the same widths."""
     measured = _measured(name, state)
     rows = {m: (_number(predicted, figure), _number(measured, m)) for m, (_, figure, _) in QUANTITIES.items()}
     return {m: pair for m, pair in rows.items() if pair != (None, None)}
@@ -48,14 +42,7 @@ def planned(plan: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def predicted(name: str, device: Device, job: Job, architecture: Architecture) -> Mapping[str, Any] | None:
-    """Predicted cost of a device's rounds before any of them: by its plan, or at the job's widths.
-
-    Args:
-        name: The device.
-        device: What is known of it.
-        job: The job's settings.
-        architecture: The global model's architecture.
-    """
+    """Predicted cost of a device's rounds before any of them: by its plan, or at the job's widths."""
     if device.plan is not None:
         return planned(device.plan)
     if not device.widths:

@@ -19,13 +19,7 @@ ANSWER_S = 75.0
 
 
 class Presence:
-    """When devices were heard last.
-
-    Args:
-        session: The number of a device's connection, or None if it isn't here.
-        quiet_s: A device that has said nothing for so long is asked whether it is there.
-        answer_s: How long it has for an answer.
-    """
+    """When devices were heard last; `session` gives the number of a device's connection, or None."""
 
     def __init__(
         self, session: Callable[[str], int | None], quiet_s: float = QUIET_S, answer_s: float = ANSWER_S
@@ -46,11 +40,8 @@ class Presence:
         self._asked.pop(device, None)
 
     def connected(self, now: float, devices: Iterable[str]) -> None:
-        """The broker is connected, and all devices are asked: it may have lost their death messages.
-
-        Args:
-            now: The time.
-            devices: Who was there, as far as is known.
+        """The broker is connected, and all devices that were connected are asked: it may have lost their death
+        messages.
         """
         self._heard.clear()
         sessions = ((name, self._session(name)) for name in devices)

@@ -125,13 +125,7 @@ class _Ledger:
 
 
 class Quarantine:
-    """Message allowances of all devices, and their quarantine.
-
-    Args:
-        clock: Seconds that only grow, above 0.
-        path: File for `fedprune-server status`; None for no file.
-        wall: Seconds since 1970, for display.
-    """
+    """Message allowances of all devices, and their quarantine, stored in `path` for `fedprune-server status`."""
 
     def __init__(
         self,
@@ -156,13 +150,7 @@ class Quarantine:
                 self._ledgers[device] = _Ledger(at=self._clock())
 
     def hears(self, device: str, size: int, *, chunk: bool = False) -> bool:
-        """Charge a device for a message; returns whether to read it.
-
-        Args:
-            device: The topic's device name.
-            size: Bytes.
-            chunk: Whether it is a chunk of a blob.
-        """
+        """Charge a device for a message, perhaps a chunk of a blob; returns whether to read it."""
         ledger, now = self._ledgers.get(device), self._clock()
         if ledger is None:
             return self._stranger(MESSAGE + size / BYTES_PER_POINT, now)
@@ -201,13 +189,7 @@ class Quarantine:
             ledger.points = min(BURST, ledger.points + EARNED)
 
     def fetches(self, device: str, sha256: str, leaves: int) -> None:
-        """Charge a request for part of an offered blob, which is free a few times over.
-
-        Args:
-            device: The device.
-            sha256: The blob.
-            leaves: Of the whole blob.
-        """
+        """Charge a request for part of an offered blob of so many leaves, which is free a few times over."""
         if (ledger := self._ledgers.get(device)) is None:
             return
         spent = ledger.fetching.pop(sha256, 0)
@@ -264,10 +246,8 @@ class Quarantine:
         self._crowd = client, now + CROWDED_S
 
     def floods_joins(self) -> str | None:
-        """The MQTT client id that flooded the requests to join within `CROWDED_S`.
-
-        Returns:
-            Empty if only many clients together did; None if none did.
+        """The MQTT client id that flooded the requests to join within `CROWDED_S`; empty if only many clients together
+        did, None if none did.
         """
         now = self._clock()
         if self._crowd is not None and self._crowd[1] > now:

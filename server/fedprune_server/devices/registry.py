@@ -50,7 +50,7 @@ class DeviceRegistry:
         state: The coordinator's state; read, never changed.
         traffic: Payload bytes to and from each device before this start of the server.
         limit: How many devices there may ever be; names cost a stranger nothing, but memory and disk here.
-        outsiders: Devices that couldn't be planned for before this start of the server, as `outsiders` gave them.
+        outsiders: Devices that couldn't be planned for before this start of the server.
     """
 
     def __init__(
@@ -85,15 +85,8 @@ class DeviceRegistry:
         return self._contacts.get(device) or Contact()
 
     def admit(self, device: str, software: str, size: int) -> None:
-        """Admit a device that announces itself.
-
-        Args:
-            device: Its name.
-            software: What it says that it runs.
-            size: Bytes of its announcement.
-
-        Raises:
-            ProtocolError: It is a new one, and there are too many already.
+        """Admit a device that announces itself. Raises `ProtocolError` if it is a new one, and there are too many
+        already.
         """
         if device not in self._contacts:
             if len(self._contacts) >= self._limit:
@@ -162,16 +155,7 @@ class DeviceRegistry:
             contact.seconds, contact.offered_at = now - contact.offered_at, None
 
     def born(self, device: str, session: int, profile: str, samples: int, now: float, *, connected: bool) -> None:
-        """Note a device's announcement, and whether another board seems to use its name.
-
-        Args:
-            device: Its name; it has been admitted.
-            session: Number of its connection.
-            profile: What it says that it is.
-            samples: Its training samples.
-            now: Monotonic clock, seconds.
-            connected: Whether the device was connected before.
-        """
+        """Note an admitted device's announcement, and whether another board seems to use its name."""
         reason = self.clones.born(device, session, (profile, samples), connected, now)
         if reason:
             log.warning(
@@ -185,12 +169,7 @@ class DeviceRegistry:
             )
 
     def doubled(self, device: str, now: float) -> None:
-        """Take a sign that two boards sign with one key; enough of them are logged.
-
-        Args:
-            device: Its name.
-            now: Monotonic clock.
-        """
+        """Note a sign that two boards sign with one key; enough of them are logged."""
         if self.clones.doubled(device, now):
             log.warning(
                 "two boards seem to use the identity of %s, as if one were a copy of the other's card or state folder: "
@@ -204,14 +183,7 @@ class DeviceRegistry:
             )
 
     def exclude(self, device: str, problem: str, profile: str, samples: int) -> None:
-        """Note that a device can't be planned for; logged once.
-
-        Args:
-            device: Its name; it has been admitted.
-            problem: Why.
-            profile: What it says that it is.
-            samples: Its training samples.
-        """
+        """Note that an admitted device can't be planned for; logged once."""
         if self[device].problem != problem:
             log.warning("%sdevice %s is excluded: %s", self.prefix, device, problem)
         self[device].problem = problem
@@ -255,13 +227,7 @@ class DeviceRegistry:
         return device in self.outsiders if known is None else bool(known.excluded)
 
     def snapshot(self, now: float, connected: bool, pulled: Mapping[str, tuple[int, int]]) -> JobSnapshot:
-        """The job as a table.
-
-        Args:
-            now: The clock of deadlines.
-            connected: Whether the broker is there.
-            pulled: Leaves that have arrived and leaves in all of the updates under way, by device.
-        """
+        """The job as a table; `pulled` has arrived leaves and all leaves of the updates under way, by device."""
         state = self._state
         names = sorted(state.devices.keys() | self._contacts.keys())
         return JobSnapshot(
@@ -276,12 +242,7 @@ class DeviceRegistry:
         )
 
     def row(self, name: str, pulled: tuple[int, int] | None) -> DeviceRow:
-        """A device's row of the table.
-
-        Args:
-            name: The device.
-            pulled: Leaves of its update that have arrived, and of all; None where none is under way.
-        """
+        """A device's row of the table; `pulled` as in `snapshot`."""
         return self._row(name, pulled)
 
     def _row(self, name: str, pulled: tuple[int, int] | None) -> DeviceRow:

@@ -18,15 +18,9 @@ connect go up to a minute."""
 class GracefulShutdown:
     """Waits, at the end of a job, for devices to be told.
 
-    Devices that are there are told at once, others as they announce themselves. One that ends with the job goes as soon
-    as it was told; one that was away when the job ended (it was started again, or has just lost its connection) would
-    wait for a server that is no more.
-
-    Args:
-        there: Devices that are there as the last job is done.
-        away: Others, that take part.
-        here: Whether a device is there now.
-        now: The time.
+    Connected devices are told at once, others as they announce themselves. One that ends with the job goes as soon as
+    it was told; one that was away when the job ended (it was started again, or has just lost its connection) would wait
+    for a server that has ended.
     """
 
     def __init__(self, there: Iterable[str], away: Iterable[str], here: Callable[[str], bool], now: float) -> None:
@@ -35,11 +29,7 @@ class GracefulShutdown:
         self._there, self._away = set(there), set(away)
 
     def over(self, now: float) -> bool:
-        """Whether no device is left to wait for.
-
-        Args:
-            now: The time.
-        """
+        """Whether no device is left to wait for."""
         back = {n for n in self._away if self._here(n)}
         gone = {n for n in self._there if not self._here(n)}
         self._away -= back

@@ -10,15 +10,8 @@ from fedprune_server.enrollment.store import WAITING
 
 
 def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
-    """Let a device in that waits; returns what to say of it.
-
-    Args:
-        identity: The server's.
-        device: Its name.
-        fingerprint: Of its key, as the board shows it.
-
-    Raises:
-        JoinError: It doesn't wait, or with another key.
+    """Approve a waiting device with the key of this fingerprint; returns a message. Raises `JoinError` if it doesn't
+    wait, or with another key.
     """
     given = fingerprint.strip().lower()
     known = identity.store.devices()
@@ -37,15 +30,8 @@ def approve(identity: IdentityFolder, device: str, fingerprint: str) -> str:
 
 
 def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) -> str:
-    """Turn away what waits under a name; a device of that name that is let in stays. Returns what to say of it.
-
-    Args:
-        identity: The server's.
-        device: The name.
-        fingerprint: Of the key to turn away; None for all that wait.
-
-    Raises:
-        JoinError: None waits.
+    """Turn away the key of this fingerprint, or all that wait under a name; an approved device of that name stays.
+    Returns a message. Raises `JoinError` if none waits.
     """
     given = None if fingerprint is None else fingerprint.strip().lower()
     keys = [
@@ -60,7 +46,7 @@ def deny(identity: IdentityFolder, device: str, fingerprint: str | None = None) 
 
 
 def revoke(identity: IdentityFolder, device: str) -> str:
-    """Shut a device out; returns what to say of it. Raises `JoinError` if none of this name is let in or waits."""
+    """Revoke a device; returns a message. Raises `JoinError` if none of this name is approved or waits."""
     keys, certificates = identity.revoke(device)
     if not keys and not certificates:
         near = meant(device, {d.device for d in identity.store.devices()})
@@ -69,7 +55,7 @@ def revoke(identity: IdentityFolder, device: str) -> str:
 
 
 def revoked(identity: IdentityFolder, device: str, keys: int, certificates: int) -> str:
-    """What to say of a device that was shut out."""
+    """A message about a device that was revoked."""
     line = f"{device}: {quantity(keys, 'key')} and {quantity(certificates, 'certificate')} revoked"
     if not certificates:
         return line

@@ -65,7 +65,7 @@ _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 
 
 class IdentityFolder:
-    """A server's identity.
+    """A server's identity. Every method raises `StorageError` if the disk fails or is full.
 
     Args:
         state: The server's state folder.
@@ -73,16 +73,13 @@ class IdentityFolder:
         read_only: Only look: nothing is made, mended or issued, and a disk that can't be written to will do.
 
     Attributes:
-        site: The site's name.
-        authority: The certificate authority.
         key: What the server signs its messages with.
         successions: Of the signing key, the oldest first.
-        epochs: Its epochs.
         store: Claims, devices and answers.
 
     Raises:
         IdentityError: There is none, or a file of it is damaged or open to other users.
-        StorageError: The disk fails, or the folder is a device's.
+        StorageError: The folder is a device's.
     """
 
     def __init__(self, state: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
@@ -131,10 +128,7 @@ class IdentityFolder:
     def rotate_authority(self) -> None:
         """Begin to replace the certificate authority: boards and server get certificates of the new one.
 
-        No server may run on the folder.
-
-        Raises:
-            IdentityError: It is being replaced already.
+        No server may run on the folder. Raises `IdentityError` if it is being replaced already.
         """
         self.authority.begin_rotation(self.site)
         self.authority = Authority(self.path, self._clock)
@@ -142,13 +136,8 @@ class IdentityFolder:
     def retire_authority(self, *, force: bool = False) -> None:
         """End the replacement of the certificate authority: the old one counts no more.
 
-        No server may run on the folder.
-
-        Args:
-            force: Also while boards have no certificate of the new one; they must join again.
-
-        Raises:
-            IdentityError: It is not being replaced, or boards have no certificate of the new one yet.
+        No server may run on the folder. Raises `IdentityError` if the authority is not being replaced, or, without
+        `force`, if boards have no certificate of the new one yet: they would have to join again.
         """
         if (left := self.without_new_certificate()) and not force:
             raise IdentityError(
@@ -162,10 +151,7 @@ class IdentityFolder:
         self.authority = Authority(self.path, self._clock)
 
     def behind(self, device: Device) -> list[str]:
-        """What of this server a device that is let in knew an earlier one of when it connected last.
-
-        Empty, too, before its first connection.
-        """
+        """Keys of this server of which an approved device knew an earlier one when it connected last."""
         present = {
             "signing key": (device.server_key, self.key.verifying.id.hex()),
             "certificate authority": (device.authority, self.authority.pins[-1].hex()),
@@ -174,7 +160,7 @@ class IdentityFolder:
         return earlier if device.status == APPROVED else []
 
     def without_new_certificate(self) -> list[str]:
-        """Boards that are let in and have not reported a certificate of the authority that replaces the old one."""
+        """Approved boards that have not reported a certificate of the authority that replaces the old one."""
         if not self.authority.rotating:
             return []
         latest = self.authority.pins[-1].hex()
@@ -214,7 +200,6 @@ class IdentityFolder:
         return cls(state, clock)
 
     def close(self) -> None:
-        """Close the database."""
         with suppress(StorageError):
             self.store.close()
 
@@ -225,15 +210,9 @@ class IdentityFolder:
         self.close()
 
     def claim(self, device: str | None, seconds: int) -> Claim:
-        """A new one-time claim, kept by its key alone: its text is nowhere but in what this returns.
+        """A new one-time claim for a device, or for any; only its key is stored, and its text is only in the result.
 
-        Args:
-            device: For whom; None for any one.
-            seconds: How long it can be used.
-
-        Raises:
-            JoinError: No device may have the name.
-            ProtocolError: The name is none.
+        Raises `JoinError` or `ProtocolError` if no device may have the name.
         """
         if device is not None and check_device(device) == SERVER:
             raise JoinError(f"no device may be called {SERVER!r}", hint="Choose another name.")
@@ -242,33 +221,21 @@ class IdentityFolder:
         return made
 
     def revoke(self, device: str) -> tuple[int, int]:
-        """Shut a device out: its key at once, its certificates as soon as the broker loads the list again.
-
-        Returns:
-            How many keys and certificates that were.
-
-        Raises:
-            StorageError: The disk fails or is full; doing it again does the rest.
+        """Revoke a device's keys at once, its certificates as soon as the broker loads the list again; returns how many
+        of both. After an error it can be done again.
         """
         return self.store.revoke(check_device(device), self.authority.now()), self.authority.revoke_device(device)
 
     def broker(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        """What an embedded broker encrypts with.
+        """Paths of an embedded broker's certificate, its key, and the authority's certificate.
 
-        Args:
-            hosts: The names and addresses by which boards reach it.
-
-        Returns:
-            Paths of its certificate, that one's key, and the authority's certificate. The certificate is issued anew
-            where the hosts have changed, and in its last year.
-
-        Raises:
-            IdentityError: A host is neither name nor address.
+        The certificate is issued again if the hosts, by which boards reach the broker, have changed, and in its last
+        year. Raises `IdentityError` if a host is neither a name nor an address.
         """
         return self._listening(_BROKER_CERTIFICATE, _BROKER_KEY, hosts)
 
     def web(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
-        """What a web server of blobs encrypts with; all else as `broker`."""
+        """The same for a web server of blobs."""
         return self._listening(_WEB_CERTIFICATE, _WEB_KEY, hosts)
 
     def _listening(self, certificate_name: str, key_name: str, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
@@ -281,29 +248,16 @@ class IdentityFolder:
         return certificate, private, self.path / CERTIFICATE
 
     def context(self, authority: Path | None = None) -> PinnedContext:
-        """TLS for the server's own connection to the broker.
+        """TLS for the server's own connection to a broker whose certificate `authority`, or else this server, vouches
+        for.
 
-        The server's certificate is issued anew, with a new key, in the last third of its time: here, because whoever
-        connects as the server needs it, and because other commands may run as another user, root for one, whose
-        files the server couldn't read.
-
-        Args:
-            authority: Who vouches for the broker; this server by default.
-
-        Raises:
-            IdentityError: A file is damaged.
+        The server's certificate is issued again, with a new key, in the last third of its time: here, because other
+        commands may run as another user, such as root, whose files the server couldn't read.
         """
         return pinned_context(*self.client(authority), self.authority.now)
 
     def client(self, authority: Path | None = None) -> tuple[Path, Path, Path]:
-        """Paths of what `context` is made of: the authority, the server's certificate and that one's key.
-
-        Args:
-            authority: As `context`.
-
-        Raises:
-            IdentityError: As `context`.
-        """
+        """Paths of what `context` is made of: the authority, the server's certificate and that one's key."""
         certificate, key = (self.path / name for name in (_CERTIFICATE, _KEY))
         with self._issuing:  # several connections may want it at once
             if not self._lasts(certificate, key, _SERVER_LASTS_S, client=True):
@@ -314,7 +268,7 @@ class IdentityFolder:
         return authority or self.path / CERTIFICATE, certificate, key
 
     def _lasts(self, certificate: Path, key: Path, seconds: int, *, client: bool) -> bool:
-        """Whether a certificate is the present authority's and for this key, and lasts so long or as long as that."""
+        """Whether a certificate is the current authority's and for this key, and lasts long enough."""
         try:
             found = load_certificate(certificate, "certificate")
             if key_digest(found.public_key()) != key_digest(load_tls_key(key).public_key()):

@@ -18,11 +18,7 @@ log = logging.getLogger("fedprune.server")
 
 
 class EnrollmentService:
-    """Answers requests to join. Whoever asks the same twice gets the same certificate twice.
-
-    Args:
-        identity: The server's.
-    """
+    """Answers requests to join. The same request gets the same certificate again."""
 
     def __init__(self, identity: IdentityFolder) -> None:
         self._identity = identity
@@ -30,18 +26,12 @@ class EnrollmentService:
 
     @property
     def subscription(self) -> str:
-        """What to listen to."""
+        """The topics of requests."""
         return self._topics.join_subscription()
 
     def receive(self, topic: str, payload: bytes) -> tuple[str, JoinAnswer]:
-        """Answer a message on a topic of requests.
-
-        Returns:
-            The answer's topic, and the answer.
-
-        Raises:
-            ProtocolError: It is no request, or not by who it says; nobody is answered.
-            StorageError: The disk fails or is full; the same request can be made again.
+        """The topic and the answer to a message on a topic of requests. Raises `ProtocolError` if it isn't a valid
+        request, which gets no answer.
         """
         nonce = self._topics.parse_join(topic)
         request = parse(payload)
@@ -52,7 +42,7 @@ class EnrollmentService:
         return self._topics.joined(nonce), self.answer(request)
 
     def answer(self, request: JoinRequest) -> JoinAnswer:
-        """The answer to a request. Raises `ProtocolError` if who asks hasn't the keys that it asks for."""
+        """The answer to a request. Raises `ProtocolError` if the sender hasn't the keys that the request names."""
         check_request(request)
         digest = digest_of(request)
         kept = self._identity.store.answer(digest)
@@ -74,12 +64,7 @@ class EnrollmentService:
         return answer
 
     def _issue(self, request: JoinRequest) -> str:
-        """A certificate for a device that was let in.
-
-        Raises:
-            JoinError: It was shut out meanwhile, by a command beside the server.
-            IdentityError: The authority issues none.
-        """
+        """A certificate for an approved device. Raises `JoinError` if a command has revoked it meanwhile."""
         authority = self._identity.authority
         certificate = authority.issue_device(request.site, request.device, request.csr)
         # Whoever revokes takes the key's approval first and then looks for certificates. So a key that is still
@@ -90,10 +75,10 @@ class EnrollmentService:
         return certificate
 
     def _may(self, request: JoinRequest, digest: str) -> bool:
-        """Whether a device is let in; False if it must wait.
+        """Whether a device is approved; False if it must wait.
 
         Raises:
-            JoinError: It is not.
+            JoinError: It is refused.
             IdentityError: The authority would issue no certificate; no claim is used.
         """
         if request.site != self._identity.site:

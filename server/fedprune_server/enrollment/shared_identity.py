@@ -32,18 +32,7 @@ _LINE, _EARLIER, _AUTHORITY = "register", "earlier key", "earlier issuer"
 
 
 class SharedIdentity:
-    """The database's copy of what changes in an identity.
-
-    Args:
-        url: The PostgreSQL database, of this version's schema.
-        lease: The lease on it, which this server holds.
-        identity: The server's identity.
-        state: The state folder with it.
-        clock: Monotonic clock, seconds.
-
-    Raises:
-        StorageError: It can't be reached.
-    """
+    """The PostgreSQL database's copy of what changes in an identity, written by the holder of its lease."""
 
     def __init__(
         self,
@@ -101,7 +90,7 @@ class SharedIdentity:
         Raises:
             IdentityError: The identity has an earlier signing key or authority than the server that had the job.
             LeaseLostError: Another server has taken the job over.
-            StorageError: A row is damaged, or database or disk fail.
+            StorageError: A row is damaged.
         """
         identity = self._identity
         with self._database.transaction() as connection:
@@ -132,9 +121,8 @@ class SharedIdentity:
     def _share(self, identity: IdentityFolder, *, epochs: bool = False) -> None:
         """Write into the database what has changed in an identity, and delete from it what the identity has deleted.
 
-        Certificates stay for good, epochs as long as a key isn't revoked.
-
-        Epochs of senders are written by `hear` as they begin.
+        Certificates stay for good, epochs of senders, which `hear` writes as they begin, as long as a key isn't
+        revoked.
         """
         known = [*self._written]
         lines = identity.authority.lines()

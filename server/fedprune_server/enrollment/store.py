@@ -86,17 +86,14 @@ class Device:
 
 
 class IdentityStore:
-    """The database.
+    """The database. Every method raises `StorageError` if it is damaged, or the disk fails or is full.
 
     Args:
-        path: The file, made with mode 0600 where there is none.
+        path: The file, made with mode 0600 if missing.
         read_only: Only look: nothing is made or changed, and a disk that can't be written to will do.
 
     Attributes:
-        also_hear: Writes epochs of senders down elsewhere, too, before `hear` returns.
-
-    Raises:
-        StorageError: It is damaged, of another version, or the disk fails.
+        also_hear: Stores epochs of senders elsewhere, too, before `hear` returns.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
@@ -124,18 +121,10 @@ class IdentityStore:
             connection.execute(f"PRAGMA user_version={_FORMAT}")
 
     def close(self) -> None:
-        """Close the database."""
         self._connection.close()
 
     def add_claim(self, claim: Claim, device: str | None, now: int, expires: int) -> None:
-        """Keep a claim, by its key alone: its secret is not here.
-
-        Args:
-            claim: The claim.
-            device: For whom; None for any one.
-            now: Seconds since 1970.
-            expires: When it ends.
-        """
+        """Store a claim's key, without its secret, for a device or for any (None); times are in seconds since 1970."""
         with self._transaction() as connection:
             connection.execute("DELETE FROM claims WHERE used IS NULL AND expires < ?", (now - KEPT_CLAIMS_S,))
             row = (claim.id.hex(), claim.key, device, now, expires)
@@ -147,9 +136,9 @@ class IdentityStore:
         The very same request may use it again, whatever has become of the claim since.
 
         Raises:
-            UnknownClaimError: There is none, or its secret isn't known to who asks.
+            UnknownClaimError: There is none, or the sender doesn't know its secret.
             UsedClaimError: Another request used it.
-            ExpiredClaimError: It is over.
+            ExpiredClaimError: It has expired.
             ForeignClaimError: It is for another device.
             JoinError: The name is another key's, or the key was revoked.
         """
@@ -173,13 +162,8 @@ class IdentityStore:
                 raise JoinError(f"{request.device} is approved no more")
 
     def ask(self, device: str, key: str, now: int) -> str:
-        """Note that a key asks to be a device, without a claim.
-
-        Returns:
-            Its status: `waiting`, or what was decided.
-
-        Raises:
-            JoinError: Too many wait.
+        """Store that a key asks to be a device, without a claim; returns its status. Raises `JoinError` if too many
+        wait.
         """
         with self._transaction() as connection:
             status = self._status(connection, device, key)
@@ -195,16 +179,12 @@ class IdentityStore:
         return WAITING
 
     def approve(self, device: str, key: str, now: int) -> None:
-        """Let a key in that waits. Raises `JoinError` if the name is another key's, or the key was revoked."""
+        """Approve a waiting key. Raises `JoinError` if the name is another key's, or the key was revoked."""
         with self._transaction() as connection:
             self._let_in(connection, device, key, now)
 
     def revoke(self, device: str, now: int) -> int:
-        """Shut out all keys of a device, those that wait included.
-
-        Returns:
-            How many there were.
-        """
+        """Revoke all keys of a device, also those that wait; returns how many there were."""
         with self._transaction() as connection:
             # A revoked key is never approved again: its sender's sequence numbers are not needed.
             connection.execute("DELETE FROM heard WHERE key IN (SELECT key FROM devices WHERE device = ?)", (device,))
@@ -212,18 +192,14 @@ class IdentityStore:
             return connection.execute(change, (REVOKED, now, device, REVOKED)).rowcount
 
     def deny(self, device: str, keys: Iterable[str], now: int) -> int:
-        """Turn away keys of a device that wait; one that was let in meanwhile stays.
-
-        Returns:
-            How many there were.
-        """
+        """Turn away keys of a device that wait; one that was approved meanwhile stays. Returns how many there were."""
         with self._transaction() as connection:
             change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND key = ? AND status = ?"
             rows = [(REVOKED, now, device, key, WAITING) for key in keys]
             return sum(connection.execute(change, row).rowcount for row in rows)
 
     def devices(self) -> list[Device]:
-        """All keys that asked or were let in, by name."""
+        """All keys that asked or were approved, by name."""
         with self._transaction() as connection:
             rows = connection.execute(
                 "SELECT device, key, status, asked, server_key, authority FROM devices LEFT JOIN followed USING (key) "
@@ -232,11 +208,11 @@ class IdentityStore:
             return [Device(*row) for row in rows]
 
     def key_of(self, device: str) -> str | None:
-        """The verifying key of a device that is let in."""
+        """The verifying key of an approved device."""
         return self.members().get(device)
 
     def members(self) -> dict[str, str]:
-        """The verifying keys of all devices that are let in, by name."""
+        """The verifying keys of all approved devices, by name."""
         return {d.device: d.key for d in self.devices() if d.status == APPROVED}
 
     def version(self) -> int:
@@ -252,7 +228,7 @@ class IdentityStore:
     def hear(
         self, begun: Sequence[tuple[str, str, int]], followed: Iterable[tuple[str, str | None, str | None]] = ()
     ) -> None:
-        """Keep which epochs of senders have begun; all are on the disk when this returns.
+        """Store which epochs of senders have begun, on the disk when this returns.
 
         Args:
             begun: Verifying key, stream and epoch of each.
@@ -286,10 +262,8 @@ class IdentityStore:
     def merge(self, rows: Iterable[SharedRow]) -> None:
         """Merge another server's rows: what either side has revoked or used stays so, and the later epochs count.
 
-        As after a decision here, keys that wait under the name of an approved one and epochs of revoked keys go.
-
-        Raises:
-            StorageError: A row is damaged, or the disk fails; nothing is taken in.
+        As after a decision here, keys that wait under the name of an approved one and epochs of revoked keys go. Raises
+        `StorageError`, and merges nothing, if a row is damaged.
         """
         with self._transaction() as connection:
             kind = ""

@@ -60,14 +60,8 @@ ALL_AT_ONCE = RolloutTerms((1.0,), success=0.01, errors=0.99, board_seconds=86_4
 
 @dataclass(frozen=True)
 class StartedRollout:
-    """A rollout that was started.
-
-    Attributes:
-        number: The rollout's.
-        release: The release that boards are given.
-        rollout: Its boards and stages.
-        left: Number of the release from which it takes boards back; None otherwise.
-        again: Number of the earlier release whose content it has; None as before.
+    """A rollout that was started; one that takes boards back from release `left` to what release `again` holds names
+    both.
     """
 
     number: int
@@ -92,18 +86,10 @@ def start_rollout(
     devices: Collection[str] | None = None,
     clock: Callable[[], float] = time.time,
 ) -> StartedRollout:
-    """Start a rollout.
+    """Start a rollout to these boards, or to all members, now and later.
 
-    Args:
-        state: The server's state folder.
-        folder: The release's folder.
-        terms: How careful it is.
-        devices: The boards; None for all members, now and later.
-        clock: Seconds since 1970.
-
-    Raises:
-        FedpruneError: The release is damaged or not this server's, a rollout is under way, a board is not a member, or
-            the disk fails.
+    Raises `FedpruneError` if the release is damaged or not this server's, a rollout is under way, or a board is not a
+    member.
     """
     with IdentityFolder(state) as identity:
         release, manifest, signature = read_release(folder, identity.key.verifying)
@@ -136,9 +122,8 @@ def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:
 
 
 def _kept(store: RolloutStore, folder: Path, release: Release, others: set[str]) -> tuple[str, ...]:
-    """Store a release's files, from which the daemon serves them; returns the digests of their leaf tables, in order.
-
-    All other files but `others` are deleted.
+    """Store a release's files for the server, and delete all others but `others`; returns the digests of their leaf
+    tables, in order.
     """
     wanted = {f.sha256 for f in release.files} | others
     for old in store.blobs.names():
@@ -174,7 +159,6 @@ def take_back(
     Raises:
         ConfigError: There is no release to go back from or to, no board has it, or another rollout was started since.
         ReleaseError: The earlier release's files are gone, or the number isn't above all that were rolled out.
-        FedpruneError: There is no identity, or the disk fails.
     """
     with IdentityFolder(state) as identity:
         key, members = identity.key, identity.store.members()
@@ -251,15 +235,11 @@ def release_of(entry: RolloutEntry) -> Release:
 
 
 def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: Collection[str]) -> RolloutEntry | None:
-    """The rollout whose release most of these boards have now; None if no board has one of this server's.
+    """The one of these rollouts whose release most of these boards have now; None if no board has one of this server's.
 
-    It must be for the same Python and processor, a board must have reported success with it, and boards must not have
-    been taken back from it. Of two with equally many boards it is the one with the higher number.
-
-    Args:
-        entries: All rollouts before this one, the oldest first.
-        release: The release that the boards are given.
-        boards: Their names.
+    It must be for the same Python and processor as `release`, which the boards are to get, a board must have reported
+    success with it, and boards must not have been taken back from it. Of two with equally many boards it is the one
+    with the higher number.
     """
     return _usual(entries, release, boards, other_than=release)
 
@@ -279,12 +259,8 @@ def boards_with(entries: Iterable[RolloutEntry], number: int) -> set[str]:
 
 
 def worth_keeping(entries: Sequence[RolloutEntry], before: RolloutEntry | None) -> set[str]:
-    """Digests of the files that boards may be taken back to.
-
-    Args:
-        entries: All rollouts, the oldest first.
-        before: The one whose release the next one's boards have. For other boards it is the release that most boards of
-            their Python and processor have.
+    """Digests of the files that boards may be taken back to: of the rollout `before` the next one, and, for other
+    boards, of the release that most boards of their Python and processor have.
     """
     everybody = {name for entry in entries for name in entry.rollout.boards}
     kinds = {(r.python, r.machine): r for r in map(release_of, entries)}

@@ -41,11 +41,9 @@ class RolloutEntry:
     """A rollout of a release.
 
     Attributes:
-        number: Counts rollouts.
         at: When it was started, in seconds since 1970.
         offer: The message to its boards.
         joins: Whether boards that join the fleet later belong to it.
-        rollout: Its state.
         reports: Each board's last report.
         wish: Why it is to stop; None if it isn't.
         hold: Why it is to pause; None if it isn't.
@@ -109,10 +107,8 @@ class RolloutStore:
     def check_free(self, release: int, manifest: str) -> None:
         """Make sure that a release could be rolled out now.
 
-        Raises:
-            ConfigError: A rollout is under way.
-            ReleaseError: Boards would refuse it, because they know a higher number or another release under this
-                number.
+        Raises `ConfigError` if a rollout is under way, and `ReleaseError` if boards would refuse the release, because
+        they know a higher number or another release under this number.
         """
         with self._database.transaction() as connection:
             _check_free(connection, release, manifest)
@@ -124,18 +120,11 @@ class RolloutStore:
             return _insert(connection, offer, rollout, now, joins=joins, prior=prior)
 
     def begin_back(self, offer: ReleaseOffer, rollout: Rollout, now: float, *, leaves: int, why: str) -> int:
-        """Start a rollout that takes boards back, in place of the last one; returns its number.
+        """Start a rollout of an earlier release under a new number to the boards that have the last one, rollout
+        `leaves`, which ends because of `why`; returns its number.
 
-        Args:
-            offer: The earlier release under a new number; its files are in `blobs`.
-            rollout: To the boards that have the last release.
-            now: Seconds since 1970.
-            leaves: The last rollout's number.
-            why: Why that one ends.
-
-        Raises:
-            ConfigError: Another one was started meanwhile.
-            ReleaseError: A number as high as the release's was rolled out.
+        Raises `ConfigError` if another one was started meanwhile, and `ReleaseError` if a number as high as the
+        release's was rolled out.
         """
         with self._database.transaction() as connection:
             last, highest = connection.execute(sql.select(sql.func.max(_C.number), sql.func.max(_C.release))).one()

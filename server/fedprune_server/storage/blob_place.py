@@ -32,12 +32,7 @@ def number_of(settings: Mapping[str, Any] | None) -> str | None:
 
 
 def bucket_of(folder: Path, settings: Mapping[str, Any] | None) -> BucketStore | None:
-    """The bucket that has a job's blobs, for reading; None if they are in the folder.
-
-    Raises:
-        ConfigError: The bucket has another job's blobs.
-        MissingExtraError: boto3 isn't installed.
-    """
+    """The bucket that has a job's blobs, for reading; None if they are in the folder. Raises what `opened` raises."""
     place = place_of(settings)
     if place == FOLDER:
         return None
@@ -52,13 +47,7 @@ def reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
 
 
 def opened(folder: Path, place: str, cache: int, settings: Mapping[str, Any] | None) -> BlobStore:
-    """The store of a server.
-
-    Args:
-        folder: The state folder.
-        place: `folder`, or a bucket's URL.
-        cache: Bytes that the folder may hold of what a bucket has.
-        settings: The job's, if there is one yet.
+    """The store of a server; `cache` is how many bytes of a bucket's blobs the folder may hold.
 
     Raises:
         ConfigError: The bucket has another job's blobs.
@@ -76,13 +65,8 @@ def new_number() -> str:
 
 
 def move_in(folder: Path, store: BlobStore, settings: Mapping[str, Any], needed: Iterable[str]) -> None:
-    """Copy the blobs that a job needs to its store.
-
-    It may be in the folder, after a restore or where it was kept until now, or in another bucket.
-
-    Raises:
-        BucketError: A bucket can't be used.
-        StorageError: A blob is damaged, or the disk fails.
+    """Copy the blobs that a job needs to its store, from the folder (after a restore, or where they were kept until
+    now) or from another bucket. Raises `StorageError` if a blob is damaged.
     """
     near, missing = BlobStore(folder / BLOBS), [d for d in sorted(needed) if not store.has(d)]
     moved = 0

@@ -22,14 +22,8 @@ _ROWS = 500
 
 
 def snapshot(storage: Storage, target: Path) -> None:
-    """Write everything that a database holds now to a SQLite file, while others may be writing to it.
-
-    Args:
-        storage: The database, of this version's schema.
-        target: The file, which isn't there.
-
-    Raises:
-        StorageError: It can't be read or written.
+    """Write everything that a database of this version holds now to a new SQLite file, while others may be writing to
+    it.
     """
     if storage.database.file is not None:
         copy_sqlite(storage.database.file, target)
@@ -46,16 +40,11 @@ def snapshot(storage: Storage, target: Path) -> None:
 
 
 def fill(url: str, source: Path, digest: str) -> None:
-    """Fill an empty database with a SQLite file's rows, in one transaction.
+    """Fill an empty database, in one transaction, with the rows of a file that `snapshot` wrote, which is migrated if
+    it is of an older version.
 
-    Args:
-        url: The database's.
-        source: What `snapshot` wrote, also of an older version: it is migrated.
-        digest: Of the backup; a database that was filled from it is left as it is.
-
-    Raises:
-        ConfigError: The database holds a job.
-        StorageError: It can't be read or written.
+    A database that was filled from the backup with this digest is left as it is. Raises `ConfigError` if the database
+    holds a job.
     """
     with Storage(url) as storage, Storage(f"sqlite:///{source}") as copy:
         with storage.database.transaction() as connection:

@@ -52,15 +52,11 @@ class LostConnectionError(StorageError):
 
 
 class Database:
-    """A database connection.
-
-    Args:
-        url: Where it is, as SQLAlchemy writes it.
-        read_only: Only look; what isn't there is not made.
+    """A database connection. Its methods raise `LostConnectionError` if the database is away, `StorageFullError` if it
+    has no room, and `StorageError` if it can't be used.
 
     Attributes:
-        url: The same as it may be shown: without a password.
-        engine: SQLAlchemy's.
+        url: As it may be shown, without a password.
         fence: Called in each transaction that writes, before anything else; raises if this process may not.
         patience_s: For how long the database may be away.
 
@@ -96,13 +92,6 @@ class Database:
 
     @contextmanager
     def transaction(self) -> Iterator[sql.Connection]:
-        """A transaction, committed at the end.
-
-        Raises:
-            LostConnectionError: The database is away.
-            StorageFullError: It has no room.
-            StorageError: It can't be used.
-        """
         with translated(self.url), self._connection() as connection, connection.begin():
             yield connection
 
@@ -110,11 +99,8 @@ class Database:
     def writing(self) -> Iterator[sql.Connection]:
         """A transaction that only the lease's holder may commit.
 
-        If the one before it broke off as it was committed, this must be the same again: it is then rolled back where
-        that one is found to be there.
-
-        Raises:
-            StorageError: As `transaction`; or what `fence` raises.
+        If the previous one broke off as it was committed, this one must be the same again: it is rolled back if that
+        one is found to be committed.
         """
         with translated(self.url), self._connection() as connection, connection.begin() as transaction:
             if self.fence is not None:
@@ -131,13 +117,8 @@ class Database:
         self._doubtful = None
 
     def patiently(self, work: Callable[[], _Result]) -> _Result:
-        """Repeat work until the database can be reached, for `patience_s` at most.
-
-        Args:
-            work: What to do, in one transaction; its effects on memory come after that.
-
-        Raises:
-            LostConnectionError: It didn't come back.
+        """Repeat one transaction until the database can be reached, for `patience_s` at most; its effects on memory
+        come after that.
         """
         until = None
         while True:
@@ -183,12 +164,7 @@ class Database:
 
 
 def check_url(url: str) -> sql.URL:
-    """Parse a database's URL.
-
-    Raises:
-        ConfigError: It is none, or of a database that can't be used.
-        MissingExtraError: The driver isn't installed.
-    """
+    """Parse a database's URL. Raises `ConfigError` and `MissingExtraError` as `Database`."""
     expected = "postgresql+psycopg://user@host/name or sqlite:////path"
     try:
         parsed = sql.make_url(url)
@@ -215,11 +191,8 @@ def shown(url: sql.URL) -> str:
 
 
 def copy_sqlite(source: Path, target: Path) -> None:
-    """Copy a SQLite database that may be in use; only the owner can read the copy, which is complete and on the disk.
-
-    Raises:
-        StorageFullError: No room; no copy is left behind.
-        StorageError: It can't be read or written.
+    """Copy a SQLite database that may be in use; only the owner can read the copy, which is complete and on the disk,
+    or missing.
     """
     with appearing(target, private=True) as partial, translated(str(source)):
         _copy_pages(source, partial)
@@ -252,11 +225,7 @@ def put_mark(connection: sql.Connection, value: str) -> None:
 
 @contextmanager
 def translated(url: str) -> Iterator[None]:
-    """Turn errors of SQLAlchemy and SQLite into ours.
-
-    Args:
-        url: The database's name, for the message.
-    """
+    """Turn errors of SQLAlchemy and SQLite into this project's own, about the database of this name."""
     try:
         yield
     except (sql.exc.SQLAlchemyError, sqlite3.Error) as error:

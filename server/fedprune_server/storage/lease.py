@@ -50,18 +50,11 @@ class _Row:
 
 
 class Lease:
-    """A server's lease on a database.
-
-    Args:
-        url: The database's.
-        folder: The server's state folder, whose lock it holds.
+    """A server's lease on a database, for the server that holds the lock of the state folder `folder`.
 
     Attributes:
         lost: Called, in a thread of the lease's, if another server has taken over.
         shared: Id of the database if several servers can share it, once the lease is taken; None for SQLite.
-
-    Raises:
-        StorageError: The database can't be reached.
     """
 
     def __init__(self, url: str, folder: Path) -> None:
@@ -83,12 +76,8 @@ class Lease:
     def wait(self, *, standby: bool) -> None:
         """Take PostgreSQL's lease, if the database exists already, once no other server holds it.
 
-        Args:
-            standby: Wait for as long as it takes; else only until it is clear whether its holder lives.
-
-        Raises:
-            BusyError: Another server holds it, and this one doesn't stand by.
-            StorageError: The database can't be reached.
+        Raises `BusyError` if another server is found to hold it, unless this one stands by: then it waits for as long
+        as it takes.
         """
         if not self._database.postgresql:  # where the folder's lock was waited for
             return
@@ -105,12 +94,7 @@ class Lease:
             log.warning("taking over from %s", said.rpartition(":")[0])
 
     def take(self) -> None:
-        """Take the lease of an existing database, unless `wait` has.
-
-        Raises:
-            BusyError: Another server holds it.
-            StorageError: The database can't be used.
-        """
+        """Take the lease of an existing database, unless `wait` has. Raises `BusyError` if another server holds it."""
         if self._token is None and not self._try():
             raise self._busy()
         if self._database.postgresql:
@@ -119,22 +103,19 @@ class Lease:
             self._thread.start()
 
     def check(self, connection: sql.Connection) -> None:
-        """Check, within a transaction that is about to write, that this server still holds the lease. Raises
-        `LeaseLostError` if another has it.
-        """
+        """Raise `LeaseLostError`, within a transaction that is about to write, if another server has taken over."""
         if _read(connection, share=True).token != self._token:
             self._gone = True
             raise self._error()
 
     def confirm(self) -> None:
-        """Raise if the lease was lost. Raises `LeaseLostError` if another server has taken over."""
+        """Raise `LeaseLostError` if another server was found to have taken over."""
         if self._gone:
             raise self._error()
 
     def trouble(self) -> str:
-        """Why this server can't write to its database; empty if it can. May be called from any thread.
-
-        It locks nothing, and the database is asked once a second at most, however often this is called.
+        """Why this server can't write to its database; empty if it can. May be called often and from any thread: it
+        locks nothing, and asks the database once a second at most.
         """
         with self._looking:
             now = time.monotonic()

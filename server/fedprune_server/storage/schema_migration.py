@@ -37,14 +37,8 @@ def latest() -> str:
 
 
 def revision(connection: sql.Connection, url: str) -> str | None:
-    """The revision of a database; None for an empty one.
-
-    Args:
-        connection: To the database.
-        url: Its name, for errors.
-
-    Raises:
-        StorageError: It is of a later version than this one, or of another program.
+    """The revision of a database; None for an empty one. Raises `StorageError` if it is of a later version or of
+    another program.
     """
     if not sql.inspect(connection).has_table(_NUMBERED.name):
         return None
@@ -62,12 +56,7 @@ def revision(connection: sql.Connection, url: str) -> str | None:
 
 
 def migrate(connection: sql.Connection, found: str | None) -> None:
-    """Migrate a database to this version's schema within the connection's transaction.
-
-    Args:
-        connection: To the database, in a transaction.
-        found: What `revision` said.
-    """
+    """Migrate a database of the revision `found` to this version's schema within the connection's transaction."""
     if found is None:
         TABLES.create_all(connection, checkfirst=False)  # tables of that name are another program's
         _NUMBERED.create(connection)

@@ -29,15 +29,8 @@ _LONGEST = 4096
 
 
 def url_of(folder: Path, chosen: str | None = None) -> str:
-    """The URL of a folder's database, which need not exist yet.
-
-    Args:
-        folder: The state folder.
-        chosen: The URL from the configuration, which takes precedence.
-
-    Raises:
-        ConfigError: It is no URL that can be used; so for one in the folder.
-        StorageError: The folder can't be read.
+    """The URL of a folder's database, which need not exist yet; `chosen`, from the configuration, takes precedence.
+    Raises `ConfigError` if it is no URL that can be used.
     """
     url = chosen or kept(folder)
     if url is None:
@@ -96,14 +89,8 @@ _PATIENCE_S = 3.0
 
 @contextmanager
 def folder_lock(path: Path, *, standby: bool = False) -> Iterator[None]:
-    """Keep servers off a state folder.
-
-    Args:
-        path: The folder.
-        standby: Wait until no server has it, however long that takes.
-
-    Raises:
-        StorageError: One runs on it, or it can't be used.
+    """Keep other servers off a state folder. Raises `StorageError` if one runs on it, unless this one stands by: then
+    it waits.
     """
     descriptor = _taken(path, standby=standby)
     try:

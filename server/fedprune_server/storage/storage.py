@@ -50,12 +50,7 @@ _PRUNE_EVERY, _PAGE = 500, 1000
 
 
 class EventLog:
-    """The event log of a job's database.
-
-    Args:
-        database: The database.
-        least: How many events it keeps at least; 0 for all.
-    """
+    """The event log of a job's database, which keeps at least the latest `least` events; all with 0."""
 
     def __init__(self, database: Database, least: int = LOGGED_EVENTS) -> None:
         self.least = least
@@ -133,14 +128,11 @@ class Storage:
 
     Args:
         url: Where it is, as SQLAlchemy writes it, such as `sqlite:////var/lib/fedprune/server.db`.
-        create: Make what is missing, and migrate what is of an older version. Readers must not, and open it
-            to read only.
+        create: Make what is missing, and migrate what is of an older version; readers open it read-only instead.
         logged: How many events the log keeps at least; 0 for all.
 
     Attributes:
         url: The same without a password, for messages.
-        database: The connection to it.
-        log: All events.
 
     Raises:
         StorageError: The database is damaged, of another version or can't be opened.
@@ -174,13 +166,9 @@ class Storage:
 
     @classmethod
     def at(cls, folder: Path, database: str | None = None) -> Storage:
-        """The database of a state folder, created if it doesn't exist.
+        """The database of a state folder, or the given one, created if it doesn't exist.
 
         Only its owner may read it: the broker's address may hold a password.
-
-        Args:
-            folder: The state folder.
-            database: The database's URL from the configuration; None for the folder's.
         """
         return cls(_private(folder, database))
 
@@ -201,13 +189,6 @@ class Storage:
         """The settings of a state folder's job, also of an older version; None if there are none.
 
         Nothing is migrated: a server of the older version may be running.
-
-        Args:
-            folder: The state folder.
-            database: The database's URL from the configuration; None for the folder's.
-
-        Raises:
-            StorageError: The database is damaged, of a later version, or can't be read.
         """
         url = url_of(folder, database)
         if url == _sqlite(folder) and not (folder / FILE).is_file():
@@ -290,23 +271,16 @@ class Storage:
 
     @_patient
     def save(self, state: State, events: Sequence[Event], now: float, traffic: Traffic | None = None) -> bool:
-        """Make events and the state after them durable, all or nothing.
+        """Make events and the state after them durable, all or nothing; returns whether anything was written.
 
         Events that changed nothing are not written: whatever they led to (another copy of an acknowledgement, say)
         follows from the state that is on the disk already. Nor are bytes alone: they are written with the next change.
 
         Args:
-            state: The state after the events; what has changed of it is settled.
-            events: What happened, in order; none for a state that no event led to (a new job's).
+            state: The state after the events; its changes are settled.
+            events: What happened, in order; none for a new job's state.
             now: When, in seconds since 1970.
-            traffic: Bytes so far by device, for the table of devices: at least of those whose number has changed.
-
-        Returns:
-            Whether anything was written.
-
-        Raises:
-            StorageFullError: There is no room; what was saved before is untouched.
-            StorageError: The database can't be written.
+            traffic: Bytes so far by device, at least of those whose number has changed.
         """
         # Devices, tasks and finished rounds have tables of their own, so that an event doesn't write all of them.
         body = replace(state, history=[], devices=TrackedDict(), tasks=TrackedDict()).to_json()
@@ -340,11 +314,8 @@ class Storage:
     def load(self) -> State | None:
         """The last saved state, or None for a new database.
 
-        Of finished rounds it has what came of them; of their devices only the latest rounds', as many as hold
-        `PARTS_KEPT` parts.
-
-        Raises:
-            StorageError: It is damaged.
+        Of finished rounds it has the results; of their devices only the latest rounds', as many as hold `PARTS_KEPT`
+        parts.
         """
         with self._transaction() as connection:
             text = self._meta(connection, "state")
@@ -453,15 +424,10 @@ def _check_revision(found: str | None, url: str) -> None:
 
 
 def database_of(folder: Path, database: str | None = None, *, read_only: bool = False) -> Database:
-    """The database of a state folder, for tables that aren't a job's; never migrated, because a server may run on it.
+    """The database of a state folder, for tables that aren't a job's.
 
-    Args:
-        folder: The state folder.
-        database: The database's URL from the configuration; None for the folder's.
-        read_only: Only look; else the tables are made if it is empty.
-
-    Raises:
-        StorageError: It is damaged, of another version or can't be opened.
+    Its tables are made if it is empty, unless it is only read. It is never migrated, because a server may run on it.
+    Raises `StorageError` if it is damaged, of another version or can't be opened.
     """
     url = url_of(folder, database) if read_only else _private(folder, database)
     opened = Database(url, read_only=read_only)

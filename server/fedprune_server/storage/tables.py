@@ -132,11 +132,7 @@ def encoded(value: object) -> str:
 
 
 def decoded(text: str, url: str) -> Any:
-    """What `encoded` wrote.
-
-    Raises:
-        StorageError: It is damaged; the message names the database.
-    """
+    """Read what `encoded` wrote. Raises `StorageError`, which names the database, if it is damaged."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -148,12 +144,7 @@ Row = dict[str, Any]
 
 
 class TrackedTable(Generic[E]):
-    """A table that mirrors a `TrackedDict`.
-
-    Args:
-        table: With a column `name` and one `body`, by which rows are compared.
-        row: An entry's row.
-    """
+    """A table that mirrors a `TrackedDict`: rows have a column `name`, and are compared by their column `body`."""
 
     def __init__(self, table: sql.Table, row: Callable[[str, E], Row]) -> None:
         self._table = table
@@ -161,23 +152,14 @@ class TrackedTable(Generic[E]):
         self._known: dict[str, int] = {}
 
     def load(self, connection: sql.Connection, url: str) -> dict[str, Any]:
-        """Bodies of all rows, by name.
-
-        Raises:
-            StorageError: One is damaged; the message names the database.
-        """
+        """Bodies of all rows, by name."""
         columns = self._table.c
         rows = connection.execute(sql.select(columns.name, columns.body)).all()
         self._known = {name: hash(body) for name, body in rows}
         return {name: decoded(body, url) for name, body in rows}
 
     def changes(self, roll: TrackedDict[E], *, everything: bool) -> dict[str, Row | None]:
-        """Rows that differ from the table; None for those to delete.
-
-        Args:
-            roll: The entries.
-            everything: Compare all entries, not only those marked as changed.
-        """
+        """Rows of changed entries, or of all, that differ from the table; None for those to delete."""
         found: dict[str, Row | None] = {}
         for name in roll.keys() | self._known.keys() if everything else roll.changed:
             entry = roll.get(name)

@@ -22,13 +22,7 @@ MOST_FAILED, FAILED_EVERY_S = 100, 60.0
 
 
 class Audit:
-    """The audit log.
-
-    Args:
-        database: Where it is kept.
-        clock: Seconds since 1970.
-        monotonic: The monotonic clock.
-    """
+    """The audit log. Every method raises `StorageError` if the disk fails or is full."""
 
     def __init__(
         self,
@@ -43,14 +37,8 @@ class Audit:
     def note(
         self, operator: str, address: str, action: str, what: dict[str, Any] | None = None, outcome: str = ""
     ) -> None:
-        """Add a line.
-
-        Args:
-            operator: Who; of a failed login what was given as a name.
-            address: From where.
-            action: What was done: `login`, `logout`, an order's kind.
-            what: To what.
-            outcome: What came of it.
+        """Add a line: who (for a failed login the given name) did which action (`login`, an order's kind) to what, from
+        where.
         """
         self._database.do(
             "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (?, ?, ?, ?, ?, ?)",
@@ -63,12 +51,7 @@ class Audit:
         )
 
     def failed(self, name: str, address: str) -> None:
-        """Note a failed login; of many in a short time only some get a line, and the next line counts the others.
-
-        Args:
-            name: What was given as a name.
-            address: From where.
-        """
+        """Note a failed login; of many in a short time only some get a line, and the next line counts the others."""
         now = self._monotonic()
         self._room = min(float(MOST_FAILED), self._room + (now - self._failed_at) / FAILED_EVERY_S)
         self._failed_at = now
@@ -80,15 +63,8 @@ class Audit:
         self.note(name, address, "login", {"unlisted before": unlisted} if unlisted else None, "failed")
 
     def page(self, page: int = 1, size: int = 50, operator: str | None = None) -> Page:
-        """Entries, newest first; an order and its outcome are two lines of the log, but one entry.
-
-        Args:
-            page: From 1.
-            size: Of a page.
-            operator: Whose alone.
-
-        Raises:
-            ValueError: Page or size are none.
+        """Entries of all operators or of one, newest first; an order and its outcome are two lines of the log, but one
+        entry. Raises `ValueError` if page, from 1, or size are out of range.
         """
         if page < 1 or not 1 <= size <= MAX_SIZE:
             raise ValueError(f"expected a page from 1 on and a size from 1 to {MAX_SIZE}, got {page} and {size}")

@@ -57,11 +57,8 @@ CREATE TRIGGER IF NOT EXISTS audit_is BEFORE UPDATE ON audit
 class ConsoleDatabase:
     """The database, created if it doesn't exist. Threads may share it: writers wait for each other, readers don't wait.
 
-    Args:
-        path: Its file.
-
-    Raises:
-        StorageError: It can't be opened, is damaged, of another version, or open to other users.
+    Every method raises `StorageError` if the database is damaged, or the disk fails or is full; so does the constructor
+    if other users may read it, or it is of another version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,7 +97,6 @@ class ConsoleDatabase:
         self.close()
 
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
-        """Rows of a query."""
         with self._translated():
             inside = self._writer == threading.get_ident()  # of a transaction, whose changes it must see
             return [dict(r) for r in (self._connection if inside else self._reader).execute(query, values)]
@@ -116,13 +112,8 @@ class ConsoleDatabase:
             return self._connection.execute(query, values).rowcount
 
     def try_to(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
-        """Execute statements in a transaction, unless another process is writing.
-
-        Args:
-            statements: Queries and their values.
-
-        Returns:
-            Whether they were carried out.
+        """Execute statements with their values in a transaction, unless another process is writing; returns whether it
+        did.
         """
         if not self._writing.acquire(blocking=False):
             return False
@@ -146,7 +137,6 @@ class ConsoleDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """A transaction."""
         with self._writing, self._translated(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._writer = threading.get_ident()

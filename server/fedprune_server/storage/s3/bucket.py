@@ -51,20 +51,13 @@ def parse(url: str) -> tuple[str, str]:
 
 
 class Bucket:
-    """The objects under a prefix.
+    """The objects under a prefix, `s3://bucket/prefix`. Methods raise `BucketError` if the bucket can't be used.
 
-    Methods may be called from several threads. None retries for longer than a hiccup: that is up to the caller.
-
-    Args:
-        url: `s3://bucket/prefix`.
-
-    Attributes:
-        url: The same.
+    They may be called from several threads. None retries for longer than a hiccup: that is up to the caller.
 
     Raises:
-        ConfigError: The URL is none.
+        ConfigError: The URL is invalid.
         MissingExtraError: boto3 isn't installed.
-        BucketError: The environment says nothing that boto3 can use.
     """
 
     def __init__(self, url: str) -> None:
@@ -104,13 +97,8 @@ class Bucket:
             options["ContinuationToken"] = page["NextContinuationToken"]
 
     def put(self, key: str, data: bytes | memoryview, sha256: str, *, replace: bool = True) -> None:
-        """Write an object; the bucket verifies the digest.
-
-        Args:
-            key: Its name.
-            data: Its bytes.
-            sha256: Their digest, as hex.
-            replace: Whether it may replace an existing object; a bucket without conditional writes always replaces it.
+        """Write an object; the bucket verifies its SHA-256. With `replace=False` an existing object stays, unless the
+        bucket has no conditional writes.
         """
         check = base64.b64encode(bytes.fromhex(sha256)).decode()
         written = {"Bucket": self._name, "Key": self._prefix + key, "Body": bytes(data), "ChecksumSHA256": check}
@@ -210,14 +198,11 @@ class RetryPolicy:
         self._stopped.set()
 
     def __call__(self, kind: str, work: Callable[[], _Result]) -> _Result:
-        """Call a function, again with growing pauses while the bucket can't be used.
-
-        Args:
-            kind: What it is, in a word: each kind is said to wait once.
-            work: Does it.
+        """Call a function, again with growing pauses while the bucket can't be used; each kind of work is logged as
+        waiting once.
 
         Raises:
-            BucketError: It can't be done, and there is no patience.
+            BucketError: It failed, and the policy isn't endless.
             StoppedError: `stop` was called meanwhile.
         """
         pause = PAUSE_S

@@ -28,12 +28,7 @@ def digest_of(key: str) -> str | None:
 
 @dataclass(frozen=True)
 class Owner:
-    """The job that owns the blobs under a prefix.
-
-    Attributes:
-        number: By which the job's settings know them.
-        job: The job's name.
-    """
+    """The job that owns the blobs under a prefix, and the number by which its settings know them."""
 
     number: str
     job: str
@@ -43,15 +38,7 @@ class Owner:
 
     @classmethod
     def parse(cls, raw: bytes, where: str) -> Owner:
-        """Read what `to_bytes` wrote.
-
-        Args:
-            raw: The object's bytes.
-            where: Its name, for errors.
-
-        Raises:
-            StorageError: It is damaged, or of another version.
-        """
+        """Read what `to_bytes` wrote. Raises `StorageError` if it is damaged, or of another version."""
         try:
             said = json.loads(raw)
         except (ValueError, RecursionError):

@@ -29,12 +29,7 @@ from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, OWNER_LIMIT, 
 
 
 class Deletions:
-    """Deletes objects one by one, on a thread that runs while there are any.
-
-    Args:
-        bucket: Where they are.
-        patience: How long a bucket is waited for that can't be used.
-    """
+    """Deletes objects one by one, on a thread that runs while there are any."""
 
     def __init__(self, bucket: Bucket, patience: RetryPolicy) -> None:
         self._bucket = bucket
@@ -96,10 +91,10 @@ class NotThereError(StorageError):
 
 
 class BucketStore(BlobStore):
-    """Blobs in a bucket.
+    """Blobs in a bucket. Methods raise `BucketError` if the bucket can't be used.
 
     What is read is fetched if it isn't in the folder, and checked against its name before it is there. `put` returns
-    when the bucket has the blob; `delete` at once, and the bucket's objects go in the background.
+    when the bucket has the blob; `delete` at once, and the bucket's objects are deleted in the background.
 
     Args:
         root: The folder of the cache.
@@ -108,11 +103,7 @@ class BucketStore(BlobStore):
         keeping: Whether fetched blobs are cached in the folder; readers leave it as it is.
 
     Attributes:
-        bucket: The bucket.
         patience: How long calls wait for a bucket that can't be used: at first not at all.
-
-    Raises:
-        BucketError: The bucket can't be used.
     """
 
     def __init__(self, root: Path, url: str, *, cache: int = 2**62, keeping: bool = True) -> None:
@@ -159,13 +150,8 @@ class BucketStore(BlobStore):
     # Whose it is.
 
     def check_owner(self, number: str | None) -> None:
-        """Check that the prefix isn't another job's.
-
-        Args:
-            number: The job's own; None for one that has none yet.
-
-        Raises:
-            ConfigError: Another job's are.
+        """Check that the prefix isn't another job's; `number` is None for a job that has none yet. Raises `ConfigError`
+        if it is.
         """
         raw = self.patience("read", lambda: self.bucket.get(OWNER, OWNER_LIMIT))
         if raw is None:
@@ -229,7 +215,6 @@ class BucketStore(BlobStore):
     # In.
 
     def put(self, data: bytes | memoryview) -> BlobRef:
-        """Store bytes in the bucket."""
         ref = super().put(data)
         self._ship(ref.sha256, data)
         return ref
@@ -277,7 +262,6 @@ class BucketStore(BlobStore):
         return self.fetch(sha256)
 
     def map(self, sha256: str) -> memoryview:
-        """A blob's bytes as a memory map."""
         if self._keeping:
             return self._healed(sha256, lambda: BlobStore.map(self, sha256), lambda data: self._mapped(sha256, data))
         return memoryview(self.read(sha256))
@@ -294,9 +278,7 @@ class BucketStore(BlobStore):
     def fetch(self, sha256: str) -> bytes:
         """A blob's bytes from the bucket, verified; cached in the folder if that caches any.
 
-        Raises:
-            NotThereError: It doesn't have the blob.
-            StorageError: It has only a damaged one.
+        Raises `NotThereError` if the bucket doesn't have the blob, and `StorageError` if it has only a damaged one.
         """
         super().path(sha256)
         if self._keeping:
@@ -359,7 +341,6 @@ class BucketStore(BlobStore):
         self._trim()
 
     def check_room(self, size: int) -> None:
-        """Make room in the folder."""
         try:
             super().check_room(size)
         except StorageFullError:
@@ -368,11 +349,7 @@ class BucketStore(BlobStore):
             super().check_room(size)
 
     def _trim(self, free: int = 0) -> None:
-        """Evict the least recently used blobs that are in the bucket.
-
-        Args:
-            free: Bytes to free, however much the folder may hold.
-        """
+        """Evict the least recently used blobs that are in the bucket, and `free` bytes at least."""
         if self._helper:
             return
         with self._lock:
@@ -424,11 +401,7 @@ class BucketStore(BlobStore):
 
 
 class LocalCopy(BlobStore):
-    """The blobs of a bucket that are in the folder, for callers that must not wait for the bucket.
-
-    Args:
-        store: The store.
-    """
+    """The blobs of a bucket that are in the folder, for callers that must not wait for the bucket."""
 
     def __init__(self, store: BucketStore) -> None:
         super().__init__(store.root, max_size=store.max_size, reserve=store.reserve, durable=store.durable)
@@ -442,7 +415,6 @@ class LocalCopy(BlobStore):
         return found
 
     def map(self, sha256: str) -> memoryview:
-        """A blob's bytes as a memory map."""
         self._store.touch(sha256)
         return super().map(sha256)
 
@@ -451,7 +423,6 @@ class LocalCopy(BlobStore):
         return self._store.known_size(sha256) or super().size(sha256)
 
     def check_room(self, size: int) -> None:
-        """Make room in the folder."""
         self._store.check_room(size)
 
 

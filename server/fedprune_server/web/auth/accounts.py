@@ -20,14 +20,7 @@ MIN_PASSWORD, MAX_PASSWORD = 12, 1024
 
 @dataclass(frozen=True)
 class Operator:
-    """An operator's account.
-
-    Attributes:
-        name: What they log in as.
-        role: One of `ROLES`.
-        made_at: When the account was made, in seconds since 1970.
-        changed_at: When role or password were changed last.
-    """
+    """An operator's account; its times are in seconds since 1970."""
 
     name: str
     role: str
@@ -36,12 +29,9 @@ class Operator:
 
 
 class Accounts:
-    """The operators' accounts.
+    """The operators' accounts, with passwords as argon2id hashes, by default as RFC 9106 recommends for little memory.
 
-    Args:
-        database: Where they are kept.
-        hasher: Makes hashes of passwords; None for argon2id as RFC 9106 recommends it for little memory.
-        clock: Seconds since 1970.
+    Every method raises `StorageError` if the disk fails or is full.
     """
 
     def __init__(
@@ -65,11 +55,7 @@ class Accounts:
         return None if row is None else _operator(row)
 
     def add(self, name: str, role: str, password: str) -> Operator:
-        """Add an account.
-
-        Raises:
-            ConfigError: Name, role or password are none, or there is one of this name.
-        """
+        """Add an account. Raises `ConfigError` if name, role or password are invalid, or the name is taken."""
         self.check_new(name, role)
         check_password(name, password)
         hashed, now = self._hasher.hash(password), self._clock()
@@ -82,11 +68,7 @@ class Accounts:
         return Operator(name, role, now, now)
 
     def check_new(self, name: str, role: str) -> None:
-        """Check that an account of this name and role could be added.
-
-        Raises:
-            ConfigError: Name or role are none, or there is one of this name.
-        """
+        """Check that an account of this name and role could be added. Raises `ConfigError` if it couldn't."""
         try:
             check_name(name, "operator")
         except ProtocolError as error:
