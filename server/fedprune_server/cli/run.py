@@ -8,7 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
 from fedprune_server.app import StartOptions, build_app
+from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import CONFIG, environment_layer
 from fedprune_server.config.layers import Layer, file_layer, located, merged
-from fedprune_server.config.server_config import PLACES, SWITCH, ServerConfig
+from fedprune_server.config.server_config import PLACES, ServerConfig
+from fedprune_server.config.setting import SWITCH
 from fedprune_server.config.tables import anchored, parse_config
 from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.monitoring.health import Pulse
@@ -99,19 +101,23 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     text = "when the model is updated: sync, semi-async or async (default: the strategy's)"
     _add(group, ("job", "schedule", "kind"), metavar="KIND", help=text)
     group = parser.add_argument_group("settings of the server")
-    for setting in fields(ServerConfig):
-        if option := setting.metadata.get("metavar"):
-            place = PLACES.get(setting.name, ("server", setting.name))
-            text = setting.metadata["text"].replace("%", "%%").removesuffix(".")
-            text = text[0].lower() + text[1:]
-            if option == SWITCH:
-                _add(group, place, action="store_true", default=None, help=text)
-                continue
-            if setting.default is not None:
-                text = f"{text} (default: {setting.default})"
-            kind = next((k for k in (int, float) if k.__name__ in str(setting.type)), str)
-            _add(group, place, type=kind, metavar=option, help=text)
-    _add(group, ("alerts", "webhook"), metavar="URL", help="post alerts as JSON to this address; off")
+    for kind, table in ((ServerConfig, "server"), (AlertSettings, "alerts")):
+        for setting in fields(kind):
+            _add_setting(group, setting, PLACES.get(setting.name, (table, setting.name)))
+
+
+def _add_setting(parser: Any, setting: Field[Any], place: tuple[str, ...]) -> None:
+    metavar, default = setting.metadata.get("metavar"), setting.default
+    if not metavar:
+        return
+    text = setting.metadata["text"].replace("%", "%%").removesuffix(".")
+    text = text[0].lower() + text[1:]
+    if metavar == SWITCH:
+        _add(parser, place, action="store_true", default=None, help=text)
+        return
+    text = text if default is None else f"{text} (default: {default})"
+    kind = next((k for k in (int, float) if k.__name__ in str(setting.type)), str)
+    _add(parser, place, type=kind, metavar=metavar, help=text)
 
 
 def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Configured:

@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
+from fedprune_server.config.setting import check_settings, setting
 
 OFF = "off"
 PATHS = ("webhook_secret", "mail_password")
@@ -24,50 +25,46 @@ _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
 
 @dataclass(frozen=True)
 class AlertSettings:
-    """Settings of notifications, `[alerts]`.
+    """Settings of notifications, `[alerts]`."""
 
-    Attributes:
-        webhook: Where alerts are posted as JSON, as `https://...` or `http://...`; `off` for nowhere.
-        webhook_secret: A file with a key: the header `X-Fedprune-Signature` then proves that a post is this server's.
-        heartbeat: An address that is fetched once a minute while the server works, for a service that notices when
-            that ends; `off` for none.
-        mail_to: Recipients of alerts by e-mail, with commas; `off` for no mail.
-        mail_from: The sender of these e-mails.
-        mail_server: The relay, as `smtp://host[:port]` (port 587) or `smtps://host[:port]` (TLS from the start, 465).
-        mail_starttls: Whether a relay at `smtp://` is spoken to over TLS alone.
-        mail_user: The name to log in with at the relay; `off` for no log-in.
-        mail_password: A file with the password for that.
-        severity: The least severity that is notified: `info`, `warning` or `critical`.
-        quiet_hours: A time of the day, by the server's time zone, as `22:00-07:00`, in which only `quiet_severity`
-            counts; `off` for none. What is still open afterwards is notified then.
-        quiet_severity: The least severity that is notified in quiet hours.
-        repeat_minutes: How often an open alert is notified again; 0 for once.
-        resolved: Whether the end of an alert is notified, too.
-    """
-
-    webhook: str = OFF
-    webhook_secret: Path | None = None
-    heartbeat: str = OFF
-    mail_to: str = OFF
-    mail_from: str = "fedprune@localhost"
-    mail_server: str = "smtp://localhost"
-    mail_starttls: bool = True
-    mail_user: str = OFF
-    mail_password: Path | None = None
-    severity: str = "warning"
-    quiet_hours: str = OFF
-    quiet_severity: str = "critical"
-    repeat_minutes: int = 240
-    resolved: bool = True
+    webhook: str = setting(
+        OFF, "Where alerts are posted as JSON: `https://...` or `http://...`; `off` for nowhere.", "URL"
+    )
+    webhook_secret: Path | None = setting(
+        None, "A file with a key, with which the header `X-Fedprune-Signature` proves that a post is this server's."
+    )
+    heartbeat: str = setting(
+        OFF,
+        "An address that is fetched once a minute while the server works, for a service that notices when that ends; "
+        "`off` for none.",
+    )
+    mail_to: str = setting(OFF, "Recipients of alerts by e-mail, with commas; `off` for no mail.")
+    mail_from: str = setting("fedprune@localhost", "The sender of these e-mails.")
+    mail_server: str = setting(
+        "smtp://localhost",
+        "The relay: `smtp://host[:port]` (port 587) or `smtps://host[:port]` (TLS from the start, 465).",
+    )
+    mail_starttls: bool = setting(True, "Whether a relay at `smtp://` is used only over TLS.")
+    mail_user: str = setting(OFF, "The name to log in with at the relay; `off` for no log-in.")
+    mail_password: Path | None = setting(None, "A file with the password for that.")
+    severity: str = setting(
+        "warning", "The least severity that is notified: `info`, `warning` or `critical`.", choices=_LEVELS
+    )
+    quiet_hours: str = setting(
+        OFF,
+        "A time of the day, by the server's time zone, as `22:00-07:00`, in which only `quiet_severity` counts; `off` "
+        "for none. What is still open afterwards is notified then.",
+    )
+    quiet_severity: str = setting("critical", "The least severity that is notified in quiet hours.", choices=_LEVELS)
+    repeat_minutes: int = setting(
+        240, "How often an open alert is notified again, in minutes; 0 for once.", within=(0, 100_000)
+    )
+    resolved: bool = setting(True, "Whether the end of an alert is notified, too.")
 
     def __post_init__(self) -> None:
         for name in ("webhook", "heartbeat"):
             _check_url(name, getattr(self, name))
-        for name in ("mail_starttls", "resolved"):
-            validation.truth(f"alerts: {name}", getattr(self, name))
-        for name in ("severity", "quiet_severity"):
-            validation.word(f"alerts: {name}", getattr(self, name), _LEVELS)
-        validation.whole("alerts: repeat_minutes", self.repeat_minutes, 0, 100_000)
+        check_settings(self, "alerts")
         for name in PATHS:
             path = getattr(self, name)
             if path is not None and not path.is_file():

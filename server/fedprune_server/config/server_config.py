@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import re
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,29 +19,15 @@ from fedprune.wire.topics import check_name
 from fedprune.wire.urls import BlobUrl
 from fedprune_server.config.alert_settings import OFF, AlertSettings
 from fedprune_server.config.cluster_url import PROCESSES, check_url
+from fedprune_server.config.setting import SWITCH, check_settings, setting
 from fedprune_server.storage.s3.bucket import FOLDER, parse
 
 EMBEDDED = "embedded"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-PLACE, SWITCH = "[ADDRESS:]PORT", "-"
+PLACE = "[ADDRESS:]PORT"
 
 _WEB = re.compile(r"https?://[A-Za-z0-9_.:\[\]-]+(?:/[A-Za-z0-9_./-]*)?")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,252}[A-Za-z0-9])?")
-
-
-def setting(
-    default: Any, text: str, metavar: str = "", *, within: tuple[int, int] | None = None, choices: Sequence[str] = ()
-) -> Any:
-    """A field of `ServerConfig`.
-
-    Args:
-        default: Its default.
-        text: Its description, in the documentation and in `--help`.
-        metavar: The value's name in `--help` if the setting is an option of `run`, too; `SWITCH` for one without.
-        within: The least and the greatest value of a whole number.
-        choices: The values of a text that has few.
-    """
-    return field(default=default, metadata={"text": text, "metavar": metavar, "within": within, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -157,14 +142,7 @@ class ServerConfig:
                 expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
                 got=repr(without_password(self.broker)),
             )
-        for f in fields(self):
-            value, what = getattr(self, f.name), f"server: {f.name}"
-            if within := f.metadata.get("within"):
-                validation.whole(what, value, *within)
-            elif choices := f.metadata.get("choices"):
-                validation.word(what, value, choices)
-            elif f.type == "bool":
-                validation.truth(what, value)
+        check_settings(self, "server")
         if self.blobs != FOLDER:
             parse(self.blobs)
             if self.receivers:

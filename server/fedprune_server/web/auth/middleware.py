@@ -121,7 +121,8 @@ class SecurityMiddleware:
         """The browser's address, and whether the connection uses TLS."""
         client = scope.get("client")
         address, secure = (client[0] if client else "unknown"), self._around.tls
-        if self._around.proxied and loopback(address):
+        found = address_of(address)
+        if self._around.proxied and (address == "localhost" or (found is not None and found.is_loopback)):
             # Only the last entry is the proxy's; clients can send the ones before it.
             address = headers.get("x-forwarded-for", "").rpartition(",")[2].strip() or address
             secure = secure or headers.get("x-forwarded-proto", "").strip().lower() == "https"
@@ -156,7 +157,7 @@ class SecurityMiddleware:
     def _called_well(self, host: str) -> bool:
         """Whether a browser uses an address or a known name: another site can point any other name here."""
         name = host_of(f"//{host}") if host and _plain(host) else None
-        return name is not None and (name == "localhost" or name in self._around.hosts or is_address(name))
+        return name is not None and (name == "localhost" or name in self._around.hosts or address_of(name) is not None)
 
     async def _refuse(self, send: Send, path: str, status: int, text: str) -> None:
         headers = [(b"content-type", b"application/json")]
@@ -187,19 +188,12 @@ def host_of(url: str) -> str | None:
         return None
 
 
-def loopback(address: str) -> bool:
+def address_of(name: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """A host as an IP address; None if it is a name."""
     try:
-        return ipaddress.ip_address(address).is_loopback
+        return ipaddress.ip_address(name)
     except ValueError:
-        return address == "localhost"
-
-
-def is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
+        return None
 
 
 def safe_path(path: str | None) -> str:
