@@ -24,10 +24,6 @@ def test_one_is_one(number: int, words: str) -> None:
     assert quantity(number, "file", form=",") == words
 
 
-def test_a_noun_may_have_a_plural_of_its_own() -> None:
-    assert [quantity(n, "copy", "copies") for n in (1, 2)] == ["1 copy", "2 copies"]
-
-
 def test_no_command_counts_by_itself() -> None:
     """What is printed by a `print` or goes to a page has its noun from `quantity`."""
     root = Path(fedprune.__file__).parents[2]

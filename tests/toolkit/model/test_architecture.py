@@ -87,19 +87,10 @@ def test_a_density_that_gives_whole_channels_gives_those(density: float, kept: i
     assert widths_at(ten, density) == (kept,)
 
 
-def test_widths_of_single_groups_can_be_set() -> None:
-    assert widths_at(PLAIN, 1.0, {"hidden": 3}) == (3,)
-
-
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.01, float("nan")])
 def test_a_density_out_of_range_is_refused(density: float) -> None:
     with pytest.raises(BundleError, match="density"):
         widths_at(PLAIN, density)
-
-
-def test_an_unknown_group_is_refused_by_name() -> None:
-    with pytest.raises(BundleError, match="'conv9'"):
-        widths_at(PLAIN, 0.5, {"conv9": 1})
 
 
 @pytest.mark.parametrize("kept", [(0,), (5,), (-1,), (), (1, 1)])

@@ -29,6 +29,9 @@ MAX_WEIGHT = 2**24
 
 VALUE_BITS = 38
 
+_HEADROOM = 3
+"""Doublings above the largest magnitude of what a range is made for."""
+
 _BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
 _LONGEST = 32_768  # numbers of one row at once
 # Adding 1.5·2^52 to a whole number of magnitude up to 2^51 in float64 leaves it in the low bits of the mantissa:
@@ -69,16 +72,15 @@ class Range:
         return math.ldexp(1.0, self.exponent - VALUE_BITS * self.limbs)
 
     @classmethod
-    def around(cls, reference: npt.NDArray[Any], *, least: int = 3, headroom: int = 3, limbs: int = 1) -> Range:
+    def around(cls, reference: npt.NDArray[Any], *, least: int = 3, limbs: int = 1) -> Range:
         """A range with room above the largest magnitude of `reference`, the same wherever it is computed.
 
         Args:
             reference: Finite values that all parties agree on, such as the round's base tensor.
             least: The exponent isn't smaller than this.
-            headroom: Doublings above the reference's largest magnitude.
         """
         top = magnitude(reference)
-        return cls(max(least, math.frexp(top)[1] + headroom) if math.isfinite(top) else least, limbs)
+        return cls(max(least, math.frexp(top)[1] + _HEADROOM) if math.isfinite(top) else least, limbs)
 
 
 def weight_in(samples: int, total: int, devices: int) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def quantity(number: int, one: str, many: str = "", *, form: str = "") -> str:
-    """A number, formatted by `form`, with its noun; the plural has an `s` by default."""
-    return f"{number:{form}} {one if number == 1 else many or one + 's'}"
+def quantity(number: int, noun: str, *, form: str = "") -> str:
+    """A number, formatted by `form`, with its noun, whose plural has an `s`."""
+    return f"{number:{form}} {noun if number == 1 else noun + 's'}"
 
 
 def one_line(value: str, limit: int = 500) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
@@ -288,23 +288,13 @@ class Architecture:
                 raise BundleError(f"architecture: channels of group {self.groups[g].name} are uneven on {name}")
 
 
-def widths_at(
-    architecture: Architecture, density: float, overrides: Mapping[str, int] | None = None
-) -> tuple[int, ...]:
-    """Widths that keep `density` of every group, at least one channel: ceil(density × size) (CA-HFP, Sec. III);
-    `overrides` gives widths of single groups by name.
-
-    Raises `BundleError` if the density is not above 0 and at most 1, or an override names no group.
-    """
+def widths_at(architecture: Architecture, density: float) -> tuple[int, ...]:
+    """Widths that keep `density` of every group, at least one channel: ceil(density × size) (CA-HFP, Sec. III).
+    Raises `BundleError` if the density is not above 0 and at most 1."""
     if not 0 < density <= 1:
         raise BundleError("density", expected="above 0 and at most 1", got=density)
     # The product may land a hair above a whole number (0.7 × 10): that hair is not a channel.
     widths = [max(1, min(g.size, -int(-(density * g.size - 1e-9) // 1))) for g in architecture.groups]
-    names = {g.name: i for i, g in enumerate(architecture.groups)}
-    for name, width in (overrides or {}).items():
-        if name not in names:
-            raise BundleError(f"no channel group is called {name!r}", expected=", ".join(names))
-        widths[names[name]] = width
     return architecture.check_widths(widths)
 
 

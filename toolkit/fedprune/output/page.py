@@ -57,27 +57,25 @@ def table(
     *,
     words: Sequence[int] = (),
     label: str = "",
-    marked: Sequence[int] = (),
 ) -> str:
     """A table; a long one has a search field and scrolls.
 
     Args:
         words: Columns of text, which are aligned to the left as the first one is; the others hold numbers.
         label: Its name for screen readers; by default its heads.
-        marked: Rows that stand out.
     """
     kinds = ["" if not i else ' class="word"' if i in words else ' class="num"' for i in range(len(titles))]
     heads = zip(titles, kinds, strict=True)
     head = "".join(f'<th scope="col"{k}>{text(t)}</th>' if t else f"<td{k}></td>" for t, k in heads)
     label = label or ", ".join(filter(None, titles))
     body = "".join(
-        f"<tr{' class=marked' if i in marked else ''}>"
+        "<tr>"
         + "".join(
             f'<th scope="row">{text(c)}</th>' if not j else f"<td{k}>{text(c)}</td>"
             for j, (c, k) in enumerate(zip(row, kinds, strict=True))
         )
         + "</tr>"
-        for i, row in enumerate(rows)
+        for row in rows
     )
     long = len(rows) > SEARCHED
     return (

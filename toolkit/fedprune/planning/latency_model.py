@@ -99,9 +99,9 @@ class LatencyTable:
         """Times of training steps, [n]; `widths` are [n, groups] or [groups]."""
         return np.maximum(_LEAST_SECONDS, workload(architecture).training(widths, batch) @ _vector(self.training))
 
-    def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike, batch: int = 1) -> Numbers:
-        """Time of predictions, as `step_seconds` gives it."""
-        work = workload(architecture).inference(widths, batch, self.block)
+    def latency_seconds(self, architecture: Architecture, widths: npt.ArrayLike) -> Numbers:
+        """Time of predictions of one sample, as `step_seconds` gives it."""
+        work = workload(architecture).inference(widths, 1, self.block)
         return np.maximum(_LEAST_SECONDS, work @ _vector(self.inference))
 
     def to_dict(self) -> dict[str, Any]:

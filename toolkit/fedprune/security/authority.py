@@ -233,12 +233,12 @@ class Authority:
         with self._register.held():
             self._known(device, request_key(csr))
 
-    def issue_server(self, csr: str, days: int = DEVICE_DAYS) -> str:
+    def issue_server(self, csr: str) -> str:
         """A certificate for the server itself to connect with, named `fedprune-server`. Raises `ProtocolError` if
         the request is invalid."""
         key = request_key(csr)
         with self._register.held():
-            return self._issue(CLIENT, SERVER, key, days, ExtendedKeyUsageOID.CLIENT_AUTH, None)
+            return self._issue(CLIENT, SERVER, key, DEVICE_DAYS, ExtendedKeyUsageOID.CLIENT_AUTH, None)
 
     def issue_broker(self, hosts: Iterable[str], csr: str, days: int = BROKER_DAYS) -> str:
         """A certificate for a broker that boards and server reach by these names and addresses.

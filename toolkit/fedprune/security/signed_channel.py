@@ -167,23 +167,15 @@ WINDOW = 1024
 class Window:
     """The numbers of one sender that have come.
 
-    Args:
-        epoch: The current epoch; none before the first message.
-        top: Highest counter that has come in it.
-        seen: A bit for each of the `WINDOW` counters up to `top`; the lowest bit is `top` itself.
-        closed: Whether the whole epoch is over.
+    Attributes:
+        epoch: The current epoch; -1 before the first message.
+        top: Highest counter that has come in it; -1 for none.
     """
 
-    def __init__(self, epoch: int = -1, top: int = -1, seen: int = 0, *, closed: bool = True) -> None:
-        self.epoch = epoch
-        self._top = top
-        self._seen = seen
-        self._closed = closed
-
-    @property
-    def top(self) -> int:
-        """Highest counter that has come in the current epoch; -1 for none."""
-        return self._top
+    def __init__(self, epoch: int = -1) -> None:
+        self.epoch, self.top = epoch, -1
+        self._seen = 0  # a bit for each of the `WINDOW` counters up to `top`; the lowest bit is `top` itself
+        self._closed = True  # the whole epoch is over
 
     @classmethod
     def after(cls, epoch: int) -> Window:
@@ -202,10 +194,10 @@ class Window:
             )
         if epoch > self.epoch:
             return
-        behind = self._top - counter
+        behind = self.top - counter
         if behind >= WINDOW:
             raise ReplayError(
-                "a signed message is too old", expected=f"a number above {self._top - WINDOW}", got=counter
+                "a signed message is too old", expected=f"a number above {self.top - WINDOW}", got=counter
             )
         if behind >= 0 and self._seen >> behind & 1:
             raise ReplayError("a signed message has come before", got=f"number {counter} of epoch {epoch}")
@@ -216,14 +208,14 @@ class Window:
         self.check(epoch, counter)
         begins = epoch > self.epoch
         if begins:
-            self.epoch, self._top, self._seen, self._closed = epoch, counter, 1, False
-        elif counter > self._top:
-            ahead = counter - self._top
+            self.epoch, self.top, self._seen, self._closed = epoch, counter, 1, False
+        elif counter > self.top:
+            ahead = counter - self.top
             # A jump beyond the window leaves nothing of it; shifting by 2^60 bits would leave nothing of the memory.
             self._seen = (self._seen << ahead | 1) & (1 << WINDOW) - 1 if ahead < WINDOW else 1
-            self._top = counter
+            self.top = counter
         else:
-            self._seen |= 1 << self._top - counter
+            self._seen |= 1 << self.top - counter
         return begins
 
 
