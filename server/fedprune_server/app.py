@@ -200,8 +200,7 @@ def build_app(
             log.warning("setting changed since the last start: %s", line)
         others = tuple if leader is None else leader.candidates
         stack.enter_context(monitoring(config, server, [job.config.state for job in jobs], alerts, others))
-        if config.console_place is not None:
-            _console(stack, config, reached, identity, server, logs, alerts)
+        _console(stack, config, reached, identity, server, logs, alerts)
         reached.start(server.subscriptions)
         for job in jobs:
             job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
@@ -360,9 +359,11 @@ def _console(
     logs: BoardLogs,
     alerts: AlertBook,
 ) -> None:
-    """The console of a server whose settings `check_console` has checked."""
-    settings = _console_settings(config)
-    check_free(settings.address, settings.port)
+    """The console, if there is one, of a server whose settings `check_console` has checked."""
+    if config.console_place is None:
+        return
+    address, port = config.console_place
+    check_free(address, port)
     members = releases = executor = None
     if identity is not None:
         store = IdentityStore(identity.path / "identity.db", read_only=True)
@@ -395,6 +396,18 @@ def _console(
     }
     publisher = StatusPublisher(served_jobs(server), site, writer, poller=poller, boards=boards, alerts=alerts)
     handler = OrderHandler(OrderQueue(database), publisher, executor, config.console_orders)
+    settings = ConsoleSettings(
+        address=address,
+        port=port,
+        folder=str(config.state.resolve()),
+        certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
+        key=None if config.console_key is None else str(config.console_key.resolve()),
+        insecure=config.console_insecure,
+        orders=config.console_orders,
+        hosts=tuple(h.strip().lower() for h in config.console_hosts.split(",") if h.strip()),
+        proxied=config.console_proxy,
+        parent=os.getpid(),
+    )
     observer = ConsoleObserver(publisher, handler, ConsoleProcess(settings))
     stack.callback(observer.close)
     for runner in server.runners.values():
@@ -408,22 +421,6 @@ def served_jobs(server: Server) -> ServedJobs:
     """The jobs of a server, as its console sees them."""
     views = [runner.view for runner in server.runners.values()]
     return ServedJobs(views, server.holder, server.present) if len(views) > 1 else ServedJobs(views)
-
-
-def _console_settings(config: ServerConfig) -> ConsoleSettings:
-    address, port = config.console_place or ("", 0)
-    return ConsoleSettings(
-        address=address,
-        port=port,
-        folder=str(config.state.resolve()),
-        certificate=None if config.console_certificate is None else str(config.console_certificate.resolve()),
-        key=None if config.console_key is None else str(config.console_key.resolve()),
-        insecure=config.console_insecure,
-        orders=config.console_orders,
-        hosts=tuple(h.strip().lower() for h in config.console_hosts.split(",") if h.strip()),
-        proxied=config.console_proxy,
-        parent=os.getpid(),
-    )
 
 
 def _leader(
