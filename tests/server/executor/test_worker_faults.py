@@ -228,6 +228,21 @@ def test_our_own_failures_are_nobodys_fault(model: Model, tmp_path: Path, monkey
         worker(model, tmp_path, importance="size").execute(do.Close(1, w.initial(), {}, ("a",), (found,)))
 
 
+def test_a_strategy_that_fails_after_its_first_update_is_blamed_itself(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = worker(model, tmp_path, importance="size")
+    parts = tuple(contribution(w, name, nothing) for name in "abc")
+
+    def learn(self: object, scene: object, fold: object, reports: Callable[[], Any]) -> dict[str, Any]:
+        next(reports())
+        raise KeyError("lr")
+
+    monkeypatch.setattr(type(w.strategy), "learn", learn)
+    with pytest.raises(StrategyError, match="lr"):
+        w.execute(do.Close(1, w.initial(), {}, ("a", "b", "c"), parts))
+
+
 def test_an_explorer_that_stands_out_leaves_no_guidance(model: Model, tmp_path: Path) -> None:
     options = {"pruned_share": 0.5, "robust": {"check": "norm"}}
     job = Job.from_dict({"name": "t", "strategy": "autoflip", "options": options})

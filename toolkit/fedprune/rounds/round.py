@@ -54,6 +54,7 @@ class Round:
         self._limits = limits
         self._fold: Fold | None = None
         self._reading = ""
+        self._read = False
 
     @property
     def fold(self) -> Fold:
@@ -109,9 +110,10 @@ class Round:
         An update that passed when it arrived may fail now: its limits depend on all updates, and a scorer reads it for
         the first time. It is left out with its reason, so that no update can keep a round from closing. The result
         depends on the updates alone, whatever was added before and in whatever order. `rate` is the share of the way to
-        the sums' mean.
+        the sums' mean. Raises `StrategyError` if no update is left because the strategy fails on several of them.
         """
         at_fault: dict[str, str] = {}
+        by_strategy = 0
         while True:
             limited = self.limited([u for u in updates if u.device not in at_fault])
             found = limited.rejected or self._include_exactly(limited.updates)
@@ -121,7 +123,11 @@ class Round:
                     break
                 except _AtFaultError as error:
                     found = {error.device: error.reason}
+                    by_strategy += error.read
             at_fault |= found
+            if by_strategy > 1 and len(at_fault) == len(updates):
+                reason = next(reversed(at_fault.values()))
+                raise StrategyError(f"the strategy fails on every update of round {self.scene.round}: {reason}")
         self.reset()
         rejected = dict(sorted((at_fault | dict(result.rejected)).items()))
         reasons = {device: why for device, why in limited.reasons.items() if device not in rejected}
@@ -164,8 +170,10 @@ class Round:
         def reports() -> Iterator[Report]:
             for update in limited.updates:
                 if update.device not in rejected:
-                    self._reading = update.device
-                    yield update.report()
+                    self._reading, self._read = update.device, False
+                    report = update.report()
+                    self._read = True
+                    yield report
             self._reading = ""
 
         with self._blaming():
@@ -190,7 +198,7 @@ class Round:
                 raise
             reason = self._reason(device, error)
             self.reset()
-            raise _AtFaultError(device, reason) from error
+            raise _AtFaultError(device, reason, read=self._read) from error
 
     def _reason(self, device: str, error: Exception) -> str:
         """Why an update can't count; errors of this machine are raised again.
@@ -209,9 +217,10 @@ class Round:
 
 
 class _AtFaultError(Exception):
-    """An update that can't count after all."""
+    """An update that can't count after all; `read` if the strategy fails on it, and not its reading."""
 
-    def __init__(self, device: str, reason: str) -> None:
+    def __init__(self, device: str, reason: str, *, read: bool) -> None:
         super().__init__(device, reason)
         self.device = device
         self.reason = reason
+        self.read = read
