@@ -177,7 +177,6 @@ class ClientUpdate:
 
 
 def norm(moves: Mapping[str, npt.NDArray[np.float64]]) -> float:
-    """The Euclidean norm of all tensors together."""
     return math.sqrt(sum(float(np.vdot(v, v)) for v in moves.values()))
 
 

@@ -62,12 +62,10 @@ def use(kernels: Mapping[str, Kernel]) -> None:
 
 
 def kernels() -> Mapping[str, Kernel]:
-    """The kernels in use."""
     return _compiled
 
 
 def in_use() -> bool:
-    """Whether anything is compiled."""
     return bool(_compiled)
 
 
@@ -361,7 +359,6 @@ def _may_run_what_it_wrote() -> bool:
 
 
 def _compile() -> dict[str, Kernel]:
-    """All kernels as machine code."""
     import numba  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     types: Any = numba.types

@@ -63,7 +63,6 @@ class Range:
 
     @property
     def bound(self) -> float:
-        """The largest magnitude of a value."""
         return 2.0**self.exponent
 
     @property

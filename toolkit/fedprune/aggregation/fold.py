@@ -115,7 +115,6 @@ class Fold:
 
     @property
     def shared(self) -> tuple[TensorSpec, ...]:
-        """The tensors that are summed."""
         return self._shared
 
     def partial(self) -> PartialSums:

@@ -76,7 +76,6 @@ class Direction:
         self._sum: Tensors | None = None
 
     def add(self, addition: ClientUpdate) -> None:
-        """Add an update's direction."""
         unit = self._unit(addition)
         shapes = addition.selection.shapes()
         tensors = {n: np.asarray(unit.get(n, np.zeros(s)), np.float32) for n, s in shapes.items()}
@@ -113,7 +112,6 @@ class Slab:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the rows."""
         return (self.stop - self.start, *self.spec.shape[1:]) if self.spec.axes else ()
 
 

@@ -52,7 +52,6 @@ class PartialSums:
 
     @property
     def weight(self) -> int:
-        """The weight of all updates."""
         return sum(weight for _, weight in self.shares)
 
     def same_updates(self, other: PartialSums) -> bool:
@@ -174,7 +173,6 @@ class UpdateSums:
             self.settle()
 
     def settle(self) -> None:
-        """Add the updates that wait."""
         waiting, self._waiting = self._waiting, []
         groups: dict[str, list[_Waiting]] = {}
         for one in waiting:
@@ -184,7 +182,6 @@ class UpdateSums:
             self._add_together(alike, {})
 
     def arrays(self) -> dict[Key, npt.NDArray[np.int64]]:
-        """All sums."""
         kinds = {"value": self._values, "moved": self.moved, "square": self.squared}
         return {
             (kind, name, i): limb

@@ -43,7 +43,6 @@ class BlobRef:
 
     @classmethod
     def of(cls, data: bytes | memoryview) -> BlobRef:
-        """The reference of these bytes."""
         table = leaf_table(data)
         return cls(hashlib.sha256(data).hexdigest(), len(data), hashlib.sha256(table).hexdigest())
 
@@ -61,7 +60,6 @@ class BlobRef:
         return min(LEAF, self.size - index * LEAF)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         return {"sha256": self.sha256, "size": self.size, "leaves": self.leaves}
 
     @classmethod

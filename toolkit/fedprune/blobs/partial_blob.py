@@ -39,7 +39,6 @@ class BlobFolder:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def has(self, sha256: str) -> bool:
-        """Whether the blob is here."""
         return self.path(sha256).is_file()
 
     def path(self, sha256: str) -> Path:
@@ -132,7 +131,6 @@ class PartialBlob:
 
     @property
     def complete(self) -> bool:
-        """Whether the whole blob is in the store."""
         return self.store.has(self.ref.sha256)
 
     def set_table(self, table: bytes) -> bool:

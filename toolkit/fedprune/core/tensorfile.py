@@ -167,7 +167,6 @@ def load(path: Path) -> dict[str, Array]:
 
 
 def digest(raw: bytes | memoryview) -> str:
-    """sha256 as hex."""
     return hashlib.sha256(raw).hexdigest()
 
 

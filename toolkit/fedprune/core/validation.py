@@ -41,7 +41,6 @@ def is_whole(value: object, low: int = 0, high: int = MAX_INT) -> TypeGuard[int]
 
 
 def is_digest(value: object) -> TypeGuard[str]:
-    """Whether it is a sha256 in lower-case hex."""
     return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
 
 
@@ -76,14 +75,12 @@ def whole(what: str, value: object, low: int = 0, high: int = MAX_INT, *, error:
 
 
 def word(what: str, value: Any, allowed: Sequence[str], *, error: Error = ConfigError) -> str:
-    """One of a few words."""
     if value in allowed:
         return str(value)
     raise error(what, expected=" or ".join(allowed), got=shown(value))
 
 
 def truth(what: str, value: object, *, error: Error = ConfigError) -> bool:
-    """True or false."""
     if isinstance(value, bool):
         return value
     raise error(what, expected="true or false", got=shown(value))
@@ -104,7 +101,6 @@ def matching(what: str, value: object, pattern: re.Pattern[str], expected: str, 
 
 
 def digest(what: str, value: object, *, error: Error = ConfigError) -> str:
-    """A sha256 in lower-case hex."""
     return matching(what, value, _DIGEST, "64 hex digits", error=error)
 
 

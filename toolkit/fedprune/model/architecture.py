@@ -71,7 +71,6 @@ class TensorSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape at full width."""
         return tuple(a.length for a in self.axes)
 
 
@@ -103,25 +102,20 @@ class Architecture:
 
     @cached_property
     def by_name(self) -> dict[str, TensorSpec]:
-        """Tensors by name."""
         return {t.name: t for t in self.tensors}
 
     @cached_property
     def trainable(self) -> tuple[TensorSpec, ...]:
-        """The tensors that an optimiser moves."""
         return tuple(t for t in self.tensors if t.kind.trainable)
 
     @cached_property
     def statistics(self) -> tuple[TensorSpec, ...]:
-        """The batch-norm statistics."""
         return tuple(t for t in self.tensors if not t.kind.trainable)
 
     def shape(self, name: str, widths: Sequence[int]) -> tuple[int, ...]:
-        """Shape of tensor `name` at these widths."""
         return tuple(a.size(widths, self.sizes) for a in self.by_name[name].axes)
 
     def shapes(self, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors at these widths."""
         return {t.name: self.shape(t.name, widths) for t in self.tensors}
 
     def check_widths(self, widths: Sequence[int]) -> tuple[int, ...]:
@@ -164,14 +158,12 @@ class Architecture:
         return tuple(out)
 
     def describe(self) -> str:
-        """One line per channel group, for people."""
         return "\n".join(
             f"{g.name}: {g.size} channels: {', '.join(self.summary(i))}" for i, g in enumerate(self.groups)
         )
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the canonical JSON, as hex."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -25,7 +25,6 @@ class Segment:
 
     @property
     def length(self) -> int:
-        """Indices that the segment covers at full width."""
         return self.count * self.inner
 
 
@@ -42,12 +41,10 @@ class Axis:
 
     @cached_property
     def length(self) -> int:
-        """Indices at full width."""
         return sum(s.length for s in self.segments)
 
     @cached_property
     def groups(self) -> tuple[int, ...]:
-        """The channel groups on this axis, ascending."""
         return tuple(sorted({s.group for s in self.segments if s.group != FIXED}))
 
     def to_rows(self) -> list[list[int]]:
@@ -133,7 +130,6 @@ class Layer:
     inner: Axis = NO_AXIS
 
     def to_row(self) -> list[Any]:
-        """As JSON types."""
         row: list[Any] = [self.name, self.op, self.weight, self.positions, self.output_axis]
         for volume in (self.reads, self.makes):
             row += [[a.to_rows() for a in volume.axes], volume.positions]
@@ -175,7 +171,6 @@ class Activation:
     kept: bool
 
     def to_row(self) -> list[Any]:
-        """As JSON types."""
         return [self.name, self.channels.to_rows(), self.positions, int(self.kept)]
 
     @classmethod

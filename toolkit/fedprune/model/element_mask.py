@@ -29,7 +29,6 @@ class ElementMask:
 
     @property
     def size(self) -> int:
-        """Elements of the tensors that the mask names."""
         return sum(m.size for m in self.active.values())
 
     @property

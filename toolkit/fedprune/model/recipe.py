@@ -400,7 +400,6 @@ class Recipe:
         return cls(**settings)
 
     def to_json(self) -> str:
-        """Canonical JSON."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 

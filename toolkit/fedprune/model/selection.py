@@ -100,7 +100,6 @@ class Selection:
         return self._maps[name]
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the submodel's tensors."""
         return dict(self._shapes)
 
     @cached_property
@@ -153,7 +152,6 @@ class Selection:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the canonical JSON, as hex."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:

@@ -384,7 +384,6 @@ def _axis(first: float, last: float) -> tuple[float, float, int]:
 
 
 def _marks(first: float, last: float, parts: int) -> tuple[str, ...]:
-    """Numbers at equal distances."""
     if last <= first:
         return ("", _whole(first), "")
     return tuple(_whole(first + (last - first) * k / parts) for k in range(parts + 1))

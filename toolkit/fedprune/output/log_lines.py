@@ -37,7 +37,6 @@ class OneLine(logging.Formatter):
     """Plain text: a record is one line, whatever its words hold; a traceback follows, indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
-        """The record's line."""
         return printable(super().formatMessage(record))
 
     def formatException(self, ei: object) -> str:  # noqa: N802 - the name is logging's
@@ -50,7 +49,6 @@ class JsonLines(logging.Formatter):
     """A JSON object for each record: `at`, `level`, `message`, and `job`, `round`, `device`, `trace_id` where known."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's line."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         body: dict[str, object] = {
             "at": f"{at}.{int(record.msecs):03d}Z",

@@ -124,7 +124,6 @@ def charts(drawn: Sequence[Chart], key: str) -> str:
 
 
 def items(lines: Sequence[str]) -> str:
-    """A list of lines of text."""
     listed = "".join(f"<li>{text(line)}</li>" for line in lines)
     return f"<ul>{listed}</ul>" if listed else ""
 

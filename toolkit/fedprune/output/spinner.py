@@ -80,7 +80,6 @@ class _Watched:
         return self._stream.write(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
-        """Write lines to the stream."""
         self._used()
         self._stream.writelines(lines)
 

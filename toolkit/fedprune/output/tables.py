@@ -164,5 +164,4 @@ def byte_progress(title: str, total: int) -> Iterator[Advance]:
         yield lambda more: bar.advance(task, more)
 
 
-def silent(more: int) -> None:
-    """An `Advance` that shows nothing."""
+def silent(more: int) -> None: ...

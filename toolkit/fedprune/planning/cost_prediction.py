@@ -71,7 +71,6 @@ class Prediction:
 
     @property
     def round_s(self) -> float:
-        """Time of a round."""
         return self.train_s + self.transfer_s
 
     @property

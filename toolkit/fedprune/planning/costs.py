@@ -111,7 +111,6 @@ class MemoryBreakdown:
 
     @property
     def total(self) -> int:
-        """All of it."""
         return self.uncorrected + self.learnt
 
     @property
@@ -154,7 +153,6 @@ class Costs:
 
     @property
     def parameter_bytes(self) -> int:
-        """All tensors as float32."""
         return FLOAT * self.parameters
 
     def training_memory(

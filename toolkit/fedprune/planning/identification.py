@@ -115,7 +115,6 @@ class Identification:
         return bool(self.profile.identify) and any(e.startswith("device tree: ") for e in self.evidence)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         return {
             "profile": self.profile.name,
             "title": self.profile.title,
@@ -128,7 +127,6 @@ class Identification:
         }
 
     def describe(self) -> str:
-        """Some lines for people."""
         lines = [f"{self.profile.name}: {self.profile.title}"]
         lines += [f"  because of {e}" for e in self.evidence]
         lines += [f"  but {d}" for d in self.differences]

@@ -105,7 +105,6 @@ class LatencyTable:
         return np.maximum(_LEAST_SECONDS, work @ _vector(self.inference))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         body: dict[str, Any] = {"block": self.block, "points": self.points}
         if math.isfinite(self.error):
             body["error"] = self.error
@@ -137,7 +136,6 @@ class LatencyTable:
             raise ProfileError(f"this is not a latency table ({type(error).__name__}: {str(error)[:80]})") from error
 
     def to_json(self) -> str:
-        """Canonical JSON."""
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 

@@ -63,7 +63,6 @@ class Limit:
 
     @property
     def fits(self) -> bool:
-        """Whether the need is within the limit."""
         return self.value <= self.limit
 
     @property
@@ -73,11 +72,9 @@ class Limit:
 
     @property
     def overshoot(self) -> float:
-        """Need over limit."""
         return self.value / self.limit if self.limit > 0 else math.inf
 
     def describe(self) -> str:
-        """One line for people."""
         share = f"{self.overshoot:.0%}" if math.isfinite(self.overshoot) else "over"
         return f"{self.name}: {amount(self.value, self.unit)} of {amount(self.limit, self.unit)} ({share})"
 
@@ -198,7 +195,6 @@ class Plan:
         return f"; {amount(p.step_j, 'J')} per step, {amount(p.latency_j, 'J')} per prediction"
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         lists = {"widths": list(self.widths), "limits": [asdict(m) for m in self.limits], "notes": list(self.notes)}
         return {**asdict(self), **lists}
 

@@ -90,7 +90,6 @@ class FormTimes:
         return dict(found[1]) if found is not None and shape.distance(found[0]) <= _FAR else {}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         return {
             "rows": [
                 {
@@ -218,7 +217,6 @@ class ProbeReport:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         body = {f.name: getattr(self, f.name) for f in fields(self)}
         tables = {"latency": self.latency, "forms": self.forms}
         return {**body, **{name: None if table is None else table.to_dict() for name, table in tables.items()}}

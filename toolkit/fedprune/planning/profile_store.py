@@ -23,7 +23,6 @@ def shipped_folder() -> Path:
 
 
 def shipped() -> tuple[str, ...]:
-    """Names of the profiles that come with fedprune, sorted."""
     return tuple(sorted(p.stem for p in shipped_folder().glob("*.toml")))
 
 

@@ -113,12 +113,10 @@ class _Model:
         self.key = (architecture.digest, key, batch, bandwidth)
 
     def steps(self, widths: Sequence[tuple[int, ...]]) -> Times:
-        """Times of training steps."""
         floor = memory_seconds(self.architecture, widths, self.batch, self.bandwidth)
         return np.maximum(floor, self.table.step_seconds(self.architecture, widths, self.batch))
 
     def latencies(self, widths: Sequence[tuple[int, ...]]) -> Times:
-        """Times of predictions."""
         return self.table.latency_seconds(self.architecture, widths)
 
     def __hash__(self) -> int:

@@ -86,7 +86,6 @@ class Release:
 
     @property
     def size(self) -> int:
-        """Bytes of all its files."""
         return sum(f.size for f in self.files)
 
     def to_bytes(self) -> bytes:
@@ -137,7 +136,6 @@ class Release:
 
 
 def signed(manifest: bytes, key: SigningKey) -> bytes:
-    """The detached signature of a manifest."""
     return key.sign(_PURPOSE + manifest)
 
 

@@ -111,7 +111,6 @@ class RolloutPhase(str, Enum):
 
     @property
     def under_way(self) -> bool:
-        """Whether it hasn't ended."""
         return self in (RolloutPhase.RUNNING, RolloutPhase.PAUSED)
 
 
@@ -178,7 +177,6 @@ class Rollout:
         return cls(plan, fates)
 
     def tick(self, now: float) -> list[RolloutCommand]:
-        """Process the passing of time."""
         if not self.phase.under_way:
             return []
         self.now = now
@@ -260,7 +258,6 @@ class Rollout:
         return [*given, *self.tick(now)]
 
     def stop(self, reason: str) -> list[RolloutCommand]:
-        """Stop the rollout."""
         return self._halt(f"stopped: {one_line(reason, 300)}") if self.phase.under_way else []
 
     def pause(self, reason: str, now: float) -> list[RolloutCommand]:
@@ -280,7 +277,6 @@ class Rollout:
         return [*(self._give(name, now) for name in late), *self.tick(now)]
 
     def failures(self) -> dict[str, str]:
-        """The boards that failed, and why."""
         return {n: b.reason for n, b in sorted(self.boards.items()) if b.fate is Fate.FAILED}
 
     def _onward(self, now: float) -> list[RolloutCommand]:
@@ -339,7 +335,6 @@ class Rollout:
         return [Withdraw(name) for name in given]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON data."""
         boards = {n: {**asdict(b), "fate": b.fate.value} for n, b in sorted(self.boards.items())}
         body = {"stage": self.stage, "stage_ends": list(self.stage_ends), "phase": self.phase.value, "why": self.why}
         body["now"] = self.now

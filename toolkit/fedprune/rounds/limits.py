@@ -81,7 +81,6 @@ Elements of channels that the board doesn't hold count as unchanged; a mask's in
 
 
 def lengths(report: Report) -> Lengths:
-    """Lengths of a checked update's change."""
     sent, trained = report.sent.tensors, report.trained
     active = {} if trained.mask is None else trained.mask.active
     found: dict[str, float] = {}

@@ -58,13 +58,11 @@ class Round:
 
     @property
     def fold(self) -> Fold:
-        """The sums."""
         if self._fold is None:
             self._fold = self._strategy.aggregator.fold(self.scene, evidence=self._strategy.observes)
         return self._fold
 
     def reset(self) -> None:
-        """Start again with empty sums."""
         self._fold, self.included = None, {}
 
     def receive(self, update: RoundUpdate) -> str:

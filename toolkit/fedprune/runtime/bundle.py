@@ -85,7 +85,6 @@ class Bundle:
         return self.path(blocked_file(block)) if block in self.blocks else None
 
     def path(self, name: str) -> Path:
-        """Where one of its files is."""
         return self.folder / name
 
 

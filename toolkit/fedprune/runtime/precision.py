@@ -179,7 +179,6 @@ class Agreement:
         return ""
 
     def describe(self) -> str:
-        """In a few words."""
         parts = [f"on {quantity(self.samples, 'sample', form=',')}"]
         if self.same is not None:
             parts.append(f"{self.same:.1%} decided alike")
@@ -188,7 +187,6 @@ class Agreement:
         return ", ".join([*parts, f"outputs {self.error:.2g} of their spread apart"])
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
         return {**asdict(self), "right": None if self.right is None else list(self.right)}
 
 

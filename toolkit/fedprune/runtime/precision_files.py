@@ -17,7 +17,6 @@ SERVE = (FLOAT32, *SERVED, FASTEST)
 
 
 def graph_file(precision: str) -> str:
-    """The file of a lowered graph."""
     return f"{precision}.onnx"
 
 
@@ -47,6 +46,5 @@ def files_of(precision: str) -> tuple[str, ...]:
 
 
 def graphs_of(precision: str) -> tuple[str, ...]:
-    """The graphs of a precision."""
     graphs = (graph_file(precision), prepare_file(precision))
     return (*graphs, calibrate_file(precision)) if precision == INT8 else graphs

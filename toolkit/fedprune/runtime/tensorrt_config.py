@@ -80,11 +80,9 @@ class EnginePlan:
 
     @property
     def digest(self) -> str:
-        """sha256 of its canonical text."""
         return digest(self.to_json().encode())
 
     def to_json(self) -> str:
-        """As canonical JSON."""
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True) + "\n"
 
     @classmethod

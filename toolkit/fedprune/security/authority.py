@@ -162,7 +162,6 @@ class Authority:
 
     @property
     def rotating(self) -> bool:
-        """Whether a successor is replacing it."""
         return len(self._signers) > 1
 
     @property
@@ -262,7 +261,6 @@ class Authority:
         return [i for i in self._issued.values() if i.kind == DEVICE and i.name == device]
 
     def is_revoked(self, serial: int) -> bool:
-        """Whether a certificate was revoked."""
         return serial in self._revoked
 
     def revoke(self, serial: int) -> None:
@@ -363,7 +361,6 @@ class Authority:
         return pem
 
     def _take(self, entry: dict[str, Any]) -> None:
-        """Apply a line of the register."""
         parsed = _parsed(entry)
         if isinstance(parsed, Issued):
             self._issued[parsed.serial] = parsed

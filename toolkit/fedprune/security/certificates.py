@@ -56,7 +56,6 @@ def save_tls_key(key: TlsKey, path: Path) -> None:
 
 
 def tls_key_pem(key: TlsKey) -> bytes:
-    """A key as PKCS8 PEM without a password."""
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -76,7 +75,6 @@ def load_tls_key(path: Path, what: str = "TLS key") -> TlsKey:
 
 
 def common_name(name: str) -> x509.Name:
-    """A subject with only a common name."""
     return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
 
 

@@ -266,7 +266,6 @@ class DeviceIdentity:
         return request if (request.site, request.device) == (self.site, self.device) else None
 
     def _forget(self) -> None:
-        """Drop the pending request."""
         with storage_errors(f"can't write {self.folder}"):
             for name in (_REQUEST, _NEW_KEY):
                 (self.folder / name).unlink(missing_ok=True)

@@ -225,7 +225,6 @@ class Claim:
 
     @property
     def text(self) -> str:
-        """The text that `parse` reads."""
         raw = self.id + self.secret + self.pin
         body = base64.b32encode(raw + _check(raw)).decode()
         return "-".join([PREFIX, *(body[i : i + _GROUP] for i in range(0, len(body), _GROUP))])

@@ -43,7 +43,6 @@ class VerifyingKey:
 
     @property
     def hex(self) -> str:
-        """The key as messages carry it."""
         return self.raw.hex()
 
     @property
@@ -102,7 +101,6 @@ class SigningKey:
         write_private(path, pem)
 
     def sign(self, data: bytes) -> bytes:
-        """The signature of some bytes; the same for the same bytes."""
         return self._key.sign(data)
 
     def __repr__(self) -> str:

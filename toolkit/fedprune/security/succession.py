@@ -43,7 +43,6 @@ class Succession:
 
     @classmethod
     def make(cls, site: str, before: SigningKey, after: VerifyingKey) -> Succession:
-        """Replace a key."""
         return cls(before.verifying, after, before.sign(_text(site, before.verifying, after)))
 
     @classmethod

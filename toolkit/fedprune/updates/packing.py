@@ -48,7 +48,6 @@ def largest(values: npt.NDArray[np.float32], count: int) -> Indices:
 
 
 def to_gaps(indices: Indices) -> Bytes:
-    """Rising indices as gaps."""
     gaps = np.diff(indices, prepend=-1) - 1
     more = gaps // _MORE
     out = np.full(int(more.sum()) + gaps.size, _MORE, np.uint8)
@@ -87,7 +86,6 @@ def from_bitmap(bitmap: Bytes, count: int, size: int, what: str) -> Indices:
 
 
 def bitmap_bytes(size: int) -> int:
-    """Bytes of a bitmap of so many elements."""
     return -(-size // 8)
 
 
@@ -100,7 +98,6 @@ _LEVEL = 6
 
 
 def is_packed(raw: bytes | memoryview) -> bool:
-    """Whether this is an envelope, and no tensor file."""
     return bytes(raw[:4]) == _MAGIC
 
 

@@ -71,7 +71,6 @@ class Chunk:
         return cls(digest.hex(), PARTS[part], first, memoryview(raw)[HEADER.size :])
 
     def leaves(self) -> Iterator[tuple[int, memoryview]]:
-        """The leaves or pieces with their indices."""
         view = memoryview(self.payload)
         for at in range(0, len(view), LEAF):
             yield self.first + at // LEAF, view[at : at + LEAF]

@@ -81,8 +81,6 @@ def field_type(hint: Any) -> FieldType:
 
 
 def whole(low: int = 0, high: int = MAX_INT) -> FieldType:
-    """A whole number in a range."""
-
     def check(where: str, value: object) -> int:
         return validation.whole(where, value, low, high, error=ProtocolError)
 
@@ -337,7 +335,6 @@ def field_types(cls: type[CheckedMessage]) -> Mapping[str, FieldType]:
 
 
 def required_fields(cls: type[CheckedMessage]) -> list[str]:
-    """Names of the fields without a default."""
     return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
 
 

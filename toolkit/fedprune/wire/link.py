@@ -111,7 +111,6 @@ class Subscriptions:
         return self._awaited.pop(mid, "")
 
     def lost(self) -> None:
-        """Forget the requests of a lost connection."""
         self._requested.clear()
         self._awaited.clear()
         self._awaited_optional.clear()
@@ -278,7 +277,6 @@ class Link:
 
     @property
     def unsent(self) -> int:
-        """Payload bytes that wait to be sent or acknowledged."""
         return self._unsent.size
 
     def flush(self, timeout: float) -> bool:
@@ -482,7 +480,6 @@ class Link:
             log.warning("inbox of %s is full: messages are dropped", self.client_id)
 
     def _settle(self) -> None:
-        """Remove what was sent from the list of unsent messages."""
         with self._state:
             before = self._unsent.size
             if self._unsent.settle():

@@ -71,7 +71,6 @@ class RejectedMessageLog:
         self._since = clock()
 
     def about(self, topic: str, error: FedpruneError) -> None:
-        """Record that a message on a topic was rejected."""
         now = self._clock()
         if now - self._since >= AGAIN_S:
             if self._suppressed:

@@ -64,7 +64,6 @@ class Inbox(Generic[E]):
         self._items.put(event)
 
     def wake(self) -> None:
-        """Let a waiting `get` return."""
         if self._items.empty():
             self._items.put(None)
 
@@ -134,11 +133,9 @@ class Unsent:
 
     @property
     def room(self) -> bool:
-        """Whether one more message may be published."""
         return self.size < OUTBOX_BYTES and len(self) < OUTBOX_MESSAGES
 
     def add(self, message: MQTTMessageInfo, size: int, qos: int) -> None:
-        """Count a published message."""
         self._waiting[qos > 0].append((message, size))
         self.size += size
 
@@ -151,7 +148,6 @@ class Unsent:
         return len(self) < before
 
     def clear(self) -> None:
-        """Forget all: the connection is lost."""
         for waiting in self._waiting:
             waiting.clear()
         self.size = 0

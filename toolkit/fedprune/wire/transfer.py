@@ -25,7 +25,6 @@ _REMEMBERED = 4096
 
 
 def with_request_id(request: BlobRequest) -> BlobRequest:
-    """The request with a new random number."""
     return replace(request, number=random.getrandbits(31))  # nosec B311  # no secret
 
 
@@ -163,7 +162,6 @@ class Pull:
 
     @property
     def done(self) -> bool:
-        """Whether the blob is in the store, verified."""
         return self._done
 
     @property

@@ -65,11 +65,9 @@ class BlobUrl:
         return f"{'https' if self.tls else 'http'}://{host}{port}{self.path}"
 
     def blob(self, sha256: str) -> str:
-        """The path of a blob on that host."""
         return f"{self.path}/{sha256[:2]}/{sha256}"
 
     def table(self, sha256: str) -> str:
-        """The path of the file of a blob's leaf table."""
         return self.blob(sha256) + SUFFIX
 
 
@@ -132,7 +130,6 @@ class BrokerUrl:
 
     @property
     def bare(self) -> str:
-        """The URL without user and password."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{'mqtts' if self.tls else 'mqtt'}://{host}:{self.port}"
 
