@@ -306,7 +306,7 @@ def test_what_is_left_over_is_counted_and_goes_by_a_repair_alone(tmp_path: Path)
     for words in (
         "what nothing refers to",
         "without a blob",
-        "that nobody sends",
+        "that no board sends",
         "temporary files",
         "notes.txt",
     ):
