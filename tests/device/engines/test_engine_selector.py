@@ -15,12 +15,27 @@ from fedprune_device.engines import engine_selector as engines_keeper
 from fedprune_device.engines.bindings import Bindings
 from fedprune_device.engines.build_process import BuildProcess, BuildRequest
 from fedprune_device.engines.engine_cache import ENGINE, CachedEngine, EngineCache
-from fedprune_device.engines.engine_selector import BUILD, MOST_FAILURES, REBUILD, REFIT, EngineSelector
+from fedprune_device.engines.engine_selector import (
+    BUILD,
+    MOST_FAILURES,
+    REBUILD,
+    REFIT,
+    CheckedSession,
+    EngineRequest,
+    EngineSelector,
+)
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.engine_board import EngineBoard, X
 from support.fakes.tensorrt import VERSIONS
 
 pytestmark = pytest.mark.board
+
+
+def agree(found: CheckedSession | None, wanted: EngineRequest) -> None:
+    """An engine answers, and what onnxruntime answers."""
+    assert found is not None
+    predicted = Predictor(wanted.folder, session=found).predict(X)
+    np.testing.assert_allclose(predicted, wanted.predictor.predict(X), rtol=1e-6)
 
 
 @pytest.mark.parametrize("board", VERSIONS, indirect=True)
@@ -37,9 +52,7 @@ def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: E
     assert selector.status == f"TensorRT {board.version}, float32"
     # New weights come the same way with every version, refitted where that is right.
     again = board.model(2)
-    found = board.answering(selector, again)
-    assert found is not None, selector.status
-    np.testing.assert_allclose(Predictor(again.folder, session=found).predict(X), again.predictor.predict(X), rtol=1e-6)
+    agree(board.answering(selector, again), again)
     refits = board.version != "8.6.1" and not board.version.startswith("11.3.")
     assert selector.facts["way"] == (REFIT if refits else BUILD)
     assert all((" REFIT " in b) == refits for b in board.builds)
@@ -58,9 +71,7 @@ def test_weights_that_hardly_differ_are_other_weights(board: EngineBoard) -> Non
     found = board.answering(selector, wanted)
     assert found is not None
     assert selector.facts["way"] == REFIT
-    np.testing.assert_allclose(
-        Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
-    )
+    agree(found, wanted)
 
 
 @pytest.mark.once
@@ -134,10 +145,7 @@ def test_a_bad_refit_never_answers_and_is_not_tried_again(board: EngineBoard, se
     for seed in (2, 3):
         wanted = board.model(seed)
         found = board.answering(selector, wanted)
-        assert found is not None
-        np.testing.assert_allclose(
-            Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
-        )
+        agree(found, wanted)
         assert selector.facts["way"] == REBUILD
     tries = board.calls().count("OnnxParserRefitter.refit_from_file")
     assert tries == (0 if setting == "no_refitter" else 1)
@@ -169,14 +177,49 @@ def test_where_refittable_engines_compute_something_else_plain_ones_are_built(bo
     assert not (board.engines / "base.plan").exists()
 
 
-def test_an_engine_that_contradicts_onnxruntime_never_answers(board: EngineBoard) -> None:
-    board.set(wrong=True)
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("wrong", "the engine contradicts onnxruntime: expected a deviation of at most"),
+        ("killed", "SIGKILL. Memory ran out"),
+        ("load_kills", "ended by SIGSEGV"),
+    ],
+)
+def test_onnxruntime_goes_on_where_a_child_makes_no_good_engine(board: EngineBoard, setting: str, words: str) -> None:
+    board.set(**{setting: True})
     selector = board.selector()
     assert board.answering(selector, board.model(1)) is None
-    assert selector.status.startswith(
-        "onnxruntime (the engine contradicts onnxruntime: expected a deviation of at most"
-    )
+    assert selector.status.startswith("onnxruntime (")
+    assert words in selector.status
     assert not (board.engines / "engine.plan").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("DOUBLE_MEMORY", "10", "cudaMalloc failed: out of memory (2)"),
+        ("DOUBLE_DEVICES", "0", "CUDA finds none"),
+        ("DOUBLE_DEVICES", "-1", "driver too old"),
+    ],
+)
+def test_a_gpu_that_cannot_be_used_is_a_reason_and_without_one_tensorrt_is_not_loaded(
+    board: EngineBoard, monkeypatch: pytest.MonkeyPatch, name: str, value: str, words: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    selector = board.selector()
+    assert board.answering(selector, board.model(1)) is None
+    assert words in selector.status
+    assert bool(board.calls()) == (name == "DOUBLE_MEMORY")
+
+
+def test_without_a_tensorrt_that_loads_onnxruntime_answers(board: EngineBoard) -> None:
+    module = board.site / "tensorrt.py"
+    module.write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
+    for words in ("libnvinfer.so.10", "TensorRT is not installed"):
+        selector = board.selector()
+        assert board.answering(selector, board.model(1)) is None
+        assert words in selector.status
+        module.unlink(missing_ok=True)
 
 
 def test_an_engine_on_the_disk_is_checked_again_before_it_answers(board: EngineBoard) -> None:
@@ -231,20 +274,6 @@ def test_a_builder_that_takes_too_long_is_ended(board: EngineBoard, monkeypatch:
     assert not selector.cache.work.exists()
 
 
-def test_a_builder_that_the_kernel_kills_is_named(board: EngineBoard) -> None:
-    board.set(killed=True)
-    selector = board.selector()
-    assert board.answering(selector, board.model(1)) is None
-    assert "SIGKILL. Memory ran out" in selector.status
-
-
-def test_an_engine_that_kills_who_loads_it_kills_the_child_alone(board: EngineBoard) -> None:
-    board.set(load_kills=True)
-    selector = board.selector()
-    assert board.answering(selector, board.model(1)) is None
-    assert "ended by SIGSEGV" in selector.status
-
-
 def test_an_engine_that_ended_a_process_is_not_loaded_again(board: EngineBoard) -> None:
     wanted = board.model(1)
     selector = board.selector()
@@ -284,10 +313,7 @@ def test_damage_on_the_disk_costs_time_alone(board: EngineBoard, name: str) -> N
     raw[len(raw) // 2] ^= 0xFF
     path.write_bytes(raw)
     found = board.answering(board.selector(), wanted)
-    assert found is not None
-    np.testing.assert_allclose(
-        Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
-    )
+    agree(found, wanted)
 
 
 def test_one_bit_is_damage_even_where_it_changes_no_answer(board: EngineBoard) -> None:
@@ -329,13 +355,6 @@ def test_onnxruntime_takes_over_from_an_engine_that_fails(board: EngineBoard, se
     before = len(board.calls())
     engine.predict(X)
     assert board.calls()[before:] == []
-
-
-def test_a_gpu_without_memory_is_a_reason(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOUBLE_MEMORY", "10")
-    selector = board.selector()
-    assert board.answering(selector, board.model(1)) is None
-    assert "cudaMalloc failed: out of memory (2)" in selector.status
 
 
 def test_a_build_that_takes_the_agent_down_is_not_tried_for_ever(board: EngineBoard) -> None:
@@ -420,9 +439,7 @@ def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
     found = board.answering(selector, wanted)
     assert found is not None
     assert child.returncode == -signal.SIGKILL
-    np.testing.assert_allclose(
-        Predictor(wanted.folder, session=found).predict(X), wanted.predictor.predict(X), rtol=1e-6
-    )
+    agree(found, wanted)
 
 
 def test_a_model_that_is_replaced_meanwhile_gets_no_engine(board: EngineBoard) -> None:
@@ -460,29 +477,6 @@ def test_a_batch_is_split_into_what_the_engine_takes_and_filled_up(board: Engine
     for count in (0, 1, 2, 4, 5, 9):
         out = found.run({step_contract.X: X[:count]})[step_contract.LOGITS]
         np.testing.assert_allclose(out, expected[:count], rtol=1e-6)
-
-
-def test_without_a_gpu_tensorrt_is_not_even_loaded(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    for devices, words in (("0", "CUDA finds none"), ("-1", "driver too old")):
-        monkeypatch.setenv("DOUBLE_DEVICES", devices)
-        selector = board.selector()
-        assert board.answering(selector, board.model(1)) is None
-        assert words in selector.status
-    assert board.calls() == []
-
-
-def test_without_tensorrt_onnxruntime_answers(board: EngineBoard) -> None:
-    (board.site / "tensorrt.py").unlink()
-    selector = board.selector()
-    assert board.answering(selector, board.model(1)) is None
-    assert "TensorRT is not installed" in selector.status
-
-
-def test_a_tensorrt_that_cant_be_loaded_is_a_reason(board: EngineBoard) -> None:
-    (board.site / "tensorrt.py").write_text("raise ImportError('libnvinfer.so.10: cannot open shared object file')")
-    selector = board.selector()
-    assert board.answering(selector, board.model(1)) is None
-    assert "libnvinfer.so.10" in selector.status
 
 
 def test_a_bug_of_ours_is_a_reason_and_not_said_twice_a_second(

@@ -35,39 +35,16 @@ HERE = f"{sys.version_info[0]}.{sys.version_info[1]}"
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A certificate, made by openssl, and its key beside it."""
     folder = tmp_path_factory.mktemp("authority")
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "9",
-            "-subj",
-            "/CN=lab",
-            "-keyout",
-            str(folder / "key.pem"),
-            "-out",
-            str(folder / "ca.pem"),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    made = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 9 -subj /CN=lab"
+    files = ["-keyout", str(folder / "key.pem"), "-out", str(folder / "ca.pem")]
+    subprocess.run([*made.split(), *files], check=True, capture_output=True)
     return folder / "ca.pem"
 
 
 def fingerprint(path: Path) -> str:
     """sha256 as openssl prints it."""
-    done = subprocess.run(
-        ["openssl", "x509", "-in", str(path), "-noout", "-fingerprint", "-sha256"],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    command = ["openssl", "x509", "-in", str(path), "-noout", "-fingerprint", "-sha256"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return done.stdout.strip().partition("=")[2]
 
 

@@ -62,11 +62,6 @@ def test_the_inventory_in_the_docs_is_one(tmp_path: Path) -> None:
         ({"board": "raspberry-pi-6"}, "board"),
         ({"key": 'a"b'}, "key"),
         ({"key": "a\nb"}, "key"),
-        ({"server": "mqtts://ann:secret@host"}, "without user and password"),
-        ({"server": "mqtt://host"}, "without TLS"),
-        ({"join": "host"}, "join"),
-        ({"site": "a b"}, "site"),
-        ({"data": "/srv/../etc/shadow"}, "data"),
         ({"root": "relative"}, "root"),
         ({"root": "/a/../b"}, "root"),
         ({"root": "/a;b"}, "root"),
@@ -77,7 +72,6 @@ def test_values_are_checked_before_anything_is_sent(changes: dict[str, object], 
     with pytest.raises(ConfigError) as caught:
         BoardRow(**{**GOOD, **changes})  # type: ignore[arg-type]
     assert words in str(caught.value)
-    assert "secret" not in str(caught.value)
 
 
 @given(st.text(max_size=40))
@@ -127,17 +121,9 @@ def test_a_port_of_the_users_own_configuration_counts(tmp_path: Path) -> None:
     [
         ("", "1 to 1000 tables"),
         ("board = 3", "1 to 1000 tables"),
-        ("[[board]]\nhost = 'a'", "has no device"),
         ("[[board]]\ndevice = 'a'\nhost = 'a'", "has no board"),
         ("[defaults]\nhost = 'a'\n[[board]]", "unknown key 'host'"),
-        ("[defaults]\nhots = 'a'\n[[board]]", "unknown key 'hots'"),
-        ("[bords]", "unknown table"),
         ("[[board]]\n" * 1001, "1 to 1000 tables"),
-        ("[[board]]\ndevice = 'a'\nhost = 'h'\nboard = 'raspberry-pi-5'\n" * 2, "two boards with the device"),
-        (
-            "".join(f"[[board]]\ndevice = '{n}'\nhost = 'h'\nboard = 'raspberry-pi-5'\n" for n in "ab"),
-            "two boards with the address",
-        ),
         ("[[", "not TOML"),
     ],
 )
@@ -187,6 +173,7 @@ def test_a_wrong_row_is_named_with_its_line(tmp_path: Path, row: str, defaults: 
     with pytest.raises(ConfigError) as caught:
         read_inventory(path)
     assert str(caught.value).startswith(f"{path}:{said}")
+    assert "a:b@" not in str(caught.value)
 
 
 def test_what_a_board_is_told_is_the_kits_unless_it_says_otherwise() -> None:
