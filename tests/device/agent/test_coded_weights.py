@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,20 +15,21 @@ from fedprune.wire.messages import BlobRequest, Finished, Hello, Offer, Refusal
 from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
-from support.fakes.agent_fleet import MemoryLink, MemoryServer
-from support.fakes.agent_harness import agent_on
+from support.fakes.agent_fleet import MemoryLink
+from support.fakes.agent_harness import Bench, agent_on
 
 pytestmark = pytest.mark.board
 
 INT8 = Codec("int8")
 
 
-class Rounds:
+class Rounds(Bench):
     """A server whose second round's weights are a difference to the first's, and the board."""
 
     def __init__(self, root: Path, graphs: Path, first: Tensors, data: LocalData) -> None:
-        self.root, self.data, self.first = root, data, first
-        self.server = MemoryServer(root / "server", graphs, first)
+        super().__init__(root, graphs, first, data)
+        self.first = first
+        self.stop_on(Refusal)
         moved = {n: (v + np.float32(0.01)).astype(np.float32) for n, v in first.items()}
         self.raw = weights.encode(INT8, moved, first, set(first))
         self.second = weights.decode(INT8, self.raw, first, 10**6)
@@ -40,16 +40,6 @@ class Rounds:
         held = self.server.weights.sha256
         whole = put(tensorfile.encode(self.second))
         return self.server.offer(2, weights=whole, weights_codec="int8", coded=put(raw), held=held)
-
-    def run(self, until_finished: bool = True) -> None:
-        with DeviceStore(self.root / "state") as store:
-            agent = agent_on(store, MemoryLink(self.server), self.data)
-            late = threading.Timer(60, agent.stop)
-            late.start()
-            self.server.react = lambda m: agent.stop() if isinstance(m, Refusal) else None
-            agent.run(until_finished)
-            assert late.is_alive(), self.server.seen[-5:]
-            late.cancel()
 
     @property
     def pulled(self) -> set[str]:

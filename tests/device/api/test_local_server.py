@@ -5,7 +5,6 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from fedprune_device.api.address import Address
 from fedprune_device.api.http_server import LocalServer
 from fedprune_device.client import Board
 from support.fakes.local_board import LocalBoard, ask, npy, parsed, received, request
+from support.waiting import until
 
 pytestmark = pytest.mark.board
 
@@ -27,13 +27,6 @@ X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
 NPY = "application/x-npy"
 GOOD = request("GET", "/v1/health")
 ALLOWED = {200, 201, 400, 403, 404, 405, 409, 411, 413, 414, 415, 422, 431, 503, 505}
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 # The protocol

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from contextlib import suppress
 from typing import Any
@@ -17,6 +16,7 @@ from hypothesis.extra import numpy as arrays
 from fedprune.core.errors import DataError
 from fedprune_device.api.request import JSON, NPY, RAW, SAFETENSORS, Request, RequestError, array, batch
 from fedprune_device.client import _body
+from support.fakes.local_board import npy
 
 pytestmark = pytest.mark.board
 
@@ -29,12 +29,6 @@ FLOATS = arrays.arrays(
 
 def read(body: bytes, kind: str, shape: Any = None, *, tokens: bool = False) -> Any:
     return array(Request("POST", "/v1/predict", {}, {"content-type": kind}, body), shape, tokens=tokens)
-
-
-def npy(x: Any) -> bytes:
-    file = io.BytesIO()
-    np.save(file, x)
-    return file.getvalue()
 
 
 @given(FLOATS)

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from fedprune_device.training.round_runner import RoundRunner
 from support.fakes.engine_board import EngineBoard, X
 from support.fakes.hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
 from support.fakes.local_board import LocalBoard
+from support.waiting import until
 
 pytestmark = pytest.mark.board
 
@@ -117,12 +116,12 @@ def test_a_builder_ends_with_a_process_that_is_killed(board: EngineBoard, state:
     command = [sys.executable, "-m", "fedprune_device.cli.main", "build-engine", "--state", state]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as agent:
         try:
-            _until(lambda: bool(board.builds))
+            until(lambda: bool(board.builds))
             (builder,) = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
         finally:
             agent.kill()
     try:
-        _until(lambda: _ended(builder))
+        until(lambda: _ended(builder))
     finally:
         with suppress(ProcessLookupError):
             os.kill(int(builder), signal.SIGKILL)
@@ -196,14 +195,6 @@ def _lowered(root: Path, graphs: Path, data: LocalData, precision: str) -> Path:
     assert record is not None
     assert record.precision == precision
     return root
-
-
-def _until(true: Callable[[], bool]) -> None:
-    for _ in range(3000):
-        if true():
-            return
-        time.sleep(0.02)
-    raise AssertionError("it doesn't come about")
 
 
 def _ended(process: str) -> bool:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +26,7 @@ from fedprune_device.engines.engine_selector import (
 from fedprune_device.serving.predictor import Predictor
 from support.fakes.engine_board import EngineBoard, X
 from support.fakes.tensorrt import VERSIONS
+from support.waiting import until
 
 pytestmark = pytest.mark.board
 
@@ -266,7 +266,7 @@ def test_a_builder_that_takes_too_long_is_ended(board: EngineBoard, monkeypatch:
     selector.turn()
     assert selector._job is not None
     child = selector._job.making._child
-    _until(lambda: bool(board.builds))
+    until(lambda: bool(board.builds))
     monkeypatch.setattr(selector._job.making, "_until", 0.0)
     assert selector.turn() is None
     assert "wasn't built in time: expected at most 1800 s" in selector.status
@@ -433,7 +433,7 @@ def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
     selector.turn()
     assert selector._job is not None
     child = selector._job.making._child
-    _until(lambda: bool(board.builds))
+    until(lambda: bool(board.builds))
     board.set()
     wanted = board.model(2)
     found = board.answering(selector, wanted)
@@ -497,7 +497,7 @@ def test_progress_is_told(board: EngineBoard) -> None:
     selector: EngineSelector = board.selector()
     selector.want(board.model(1))
     selector.turn()
-    _until(lambda: selector.progress == "Building: 1 of 2")
+    until(lambda: selector.progress == "Building: 1 of 2")
     selector.close()
 
 
@@ -507,14 +507,6 @@ def _no_memory(*_: object) -> None:
 
 def _full(*_: object) -> None:
     raise StorageFullError("there is no room")
-
-
-def _until(true: object, seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
-    while not true():  # type: ignore[operator]
-        if time.monotonic() > until:
-            raise AssertionError("it doesn't come about")
-        time.sleep(0.02)
 
 
 def test_engines_leave_nothing_but_what_the_shelf_names(board: EngineBoard, tmp_path: Path) -> None:

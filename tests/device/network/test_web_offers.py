@@ -16,39 +16,23 @@ from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import BlobRequest, Cancelled, Offer, Refusal, Update
-from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network import http_download
-from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.trainer import Trainer
-from support.fakes.agent_fleet import MemoryLink, MemoryServer
-from support.fakes.agent_harness import agent_on
+from support.fakes.agent_harness import Bench, expected, same
 from support.fakes.web_server import Handler, WebPlace
 
 pytestmark = pytest.mark.board
 
 
-class Board:
+class Board(Bench):
     """An agent, its server, and a web server that has the server's blobs."""
 
     def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData, web: WebPlace) -> None:
-        self.root, self.data, self.web = root, data, web
-        self.server = MemoryServer(web.root, graphs, weights)
-        self.agent: Agent | None = None
+        super().__init__(root, graphs, weights, data, web.root)
+        self.web = web
 
     def offer(self, number: int, recipe: Recipe | None = None, **other: Any) -> Offer:
         return self.server.offer(number, recipe, **{"blobs_at": self.web.url, **other})
-
-    def run(self, limit: float = 30.0) -> float:
-        with DeviceStore(self.root / "state") as store:
-            link = MemoryLink(self.server)
-            self.agent = agent_on(store, link, self.data)
-            late = threading.Timer(limit, self.agent.stop)
-            late.start()
-            self.agent.run(until_finished=True)
-            assert late.is_alive(), f"not done after {limit} s: {self.server.seen[-5:]}"
-            late.cancel()
-        return limit
 
     @property
     def wants(self) -> list[BlobRequest]:
@@ -65,17 +49,6 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 def board(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Iterator[Board]:
     with WebPlace(BlobStore(tmp_path / "server", durable=False)) as web:
         yield Board(tmp_path, graphs, weights, data, web)
-
-
-def expected(graphs: Path, weights: Tensors, data: LocalData, number: int) -> Tensors:
-    recipe = Recipe(epochs=2, batch_size=16)
-    return (
-        Trainer(graphs / "plain.onnx").train(weights, data, recipe, seed=7, device="d", round=number, classes=3).tensors
-    )
-
-
-def same(one: Any, other: Any) -> bool:
-    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -41,7 +41,7 @@ from fedprune_device.releases.release_agent import (
     board_installer,
 )
 from support.fakes.release_site import Board, ReleaseServer
-from support.fakes.runtime_releases import PUBLIC, make_release, source
+from support.fakes.runtime_releases import make_release
 from support.faults.power_cuts import KINDS, TURNS, CutError, cuts, power
 
 pytestmark = pytest.mark.board
@@ -49,29 +49,13 @@ pytestmark = pytest.mark.board
 BIG: dict[str, bytes | str] = {"library/big.txt": "VERSION = 2\n" + random.Random(0).randbytes(1_000_000).hex()}
 
 
-@pytest.fixture(scope="module")
-def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    folder = tmp_path_factory.mktemp("releases")
-    return {n: make_release(folder / str(n), n) for n in (1, 2, 3, 4)}
-
-
-@pytest.fixture(scope="module")
-def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A board with release 1."""
-    root = tmp_path_factory.mktemp("fresh") / "board"
-    ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
-    return root
-
-
 Make = Callable[..., Board]
 
 
 @pytest.fixture
-def board(fresh: Path, tmp_path: Path) -> Make:
+def board(installed: Callable[..., Path], tmp_path: Path) -> Make:
     def make(*offered: Path, name: str = "board") -> Board:
-        root = tmp_path / name
-        shutil.copytree(fresh, root)
-        return Board(root, ReleaseServer(tmp_path / f"{name}-server", *offered))
+        return Board(installed(name), ReleaseServer(tmp_path / f"{name}-server", *offered))
 
     return make
 

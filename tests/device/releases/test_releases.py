@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -55,10 +56,8 @@ GOOD = Release(
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> ReleaseInstaller:
-    updater = ReleaseInstaller(tmp_path / "board", PUBLIC)
-    updater.install(source(make_release(tmp_path / "one", 1)))
-    return updater
+def board(installed: Callable[..., Path]) -> ReleaseInstaller:
+    return ReleaseInstaller(installed(), PUBLIC)
 
 
 def body(**changes: Any) -> bytes:

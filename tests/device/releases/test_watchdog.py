@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,9 @@ def check_model(serving: Path | None, python: str = sys.executable) -> None:
 
 
 @pytest.fixture
-def board(tmp_path: Path) -> ReleaseInstaller:
-    updater = ReleaseInstaller(tmp_path / "board", PUBLIC)
+def board(installed: Callable[..., Path], tmp_path: Path) -> ReleaseInstaller:
+    updater = ReleaseInstaller(installed(), PUBLIC)
     with power():
-        updater.install(source(make_release(tmp_path / "1", 1)))
         updater.stage(source(make_release(tmp_path / "2", 2, system=OUTSIDE)))
         updater.arm()
     return updater

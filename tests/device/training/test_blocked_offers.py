@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime import blocks
 from fedprune.wire.messages import BlobRequest, Offer, Progress, Refusal, Update
-from fedprune_device.agent.agent import Agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training import graph_choice
@@ -26,8 +24,7 @@ from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import Trainer
-from support.fakes.agent_fleet import MemoryLink, MemoryServer
-from support.fakes.agent_harness import agent_on
+from support.fakes.agent_harness import Bench
 
 pytestmark = pytest.mark.board
 
@@ -53,36 +50,16 @@ def made_for(graph: bytes, block: int) -> bytes:
     return graph + bytes([0x72, len(entry)]) + entry
 
 
-class Fleet:
-    """A board that may be started again and again, and its server, whose offers bring a graph for blocks of 16."""
+class Fleet(Bench):
+    """A board and its server, whose offers bring a graph for blocks of 16."""
 
     def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
-        self.root, self.data, self.weights = root, data, weights
-        self.server = MemoryServer(root / "server", graphs, weights)
-        plain = (graphs / "plain.onnx").read_bytes()
-        self.blocked = self.server.blobs.put(made_for(plain, 16))
-        self.graph = plain
-        self.agent: Agent | None = None
+        super().__init__(root, graphs, weights, data)
+        self.weights, self.graph = weights, (graphs / "plain.onnx").read_bytes()
+        self.blocked = self.server.blobs.put(made_for(self.graph, 16))
 
     def offer(self, number: int, recipe: Recipe | None = None, **other: Any) -> Offer:
         return self.server.offer(number, recipe, **{"blocked": {"16": self.blocked}, **other})
-
-    def run(self, until_finished: bool = True, **options: Any) -> None:
-        with DeviceStore(self.root / "state") as store:
-            self.agent = agent_on(store, MemoryLink(self.server), self.data, **options)
-            late = threading.Timer(60, self.agent.stop)
-            late.start()
-            self.agent.run(until_finished)
-            assert late.is_alive(), self.server.seen[-5:]
-            late.cancel()
-
-    def stop_on(self, kind: type, **fields: Any) -> None:
-        def react(message: Any) -> None:
-            if isinstance(message, kind) and all(getattr(message, k) == v for k, v in fields.items()):
-                assert self.agent is not None
-                self.agent.stop()
-
-        self.server.react = react
 
     def wanted(self) -> set[str]:
         return {m.sha256 for m in self.server.of(BlobRequest)}

@@ -35,10 +35,10 @@ from fedprune_device.training import offline_training as alone
 from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
-from fedprune_device.training.trainer import Trainer
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
-from support.fakes.agent_harness import agent_on
+from support.fakes.agent_harness import agent_on, expected, same
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
+from support.waiting import until
 
 pytestmark = pytest.mark.board
 
@@ -92,13 +92,6 @@ class Board:
             return tensorfile.decode(store.slots.weights(record))
 
 
-def until(condition: Callable[[], object], what: str = "it") -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen"
-        time.sleep(0.01)
-
-
 @pytest.fixture
 def board(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Board:
     return Board(tmp_path, graphs, weights, data)
@@ -108,16 +101,6 @@ def board(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Bo
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server is away at once."""
     monkeypatch.setattr(alone, "AWAY_S", 1.0)
-
-
-def expected(graphs: Path, weights: Tensors, data: LocalData, number: int) -> Tensors:
-    recipe = Recipe(epochs=2, batch_size=16)
-    trained = Trainer(graphs / "plain.onnx").train(weights, data, recipe, seed=7, device="d", round=number, classes=3)
-    return {n: np.array(v) for n, v in trained.tensors.items()}
-
-
-def same(one: Tensors, other: Tensors) -> bool:
-    return list(one) == list(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
 
 
 def times(board: Board) -> int:

@@ -41,18 +41,18 @@ def agent_on(
 class Bench:
     """An agent that can be started again and again on one state directory, and its server."""
 
-    def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData) -> None:
+    def __init__(self, root: Path, graphs: Path, weights: Tensors, data: LocalData, blobs: Path | None = None) -> None:
         self.root, self.data = root, data
-        self.server = MemoryServer(root / "server", graphs, weights)
+        self.server = MemoryServer(blobs or root / "server", graphs, weights)
         self.store: DeviceStore | None = None
         self.agent: Agent | None = None
         self.profile: Any = None
         self.floor: PrivacyPolicy | None = None
 
-    def run(self, until_finished: bool = True, limit: float = 60.0) -> None:
+    def run(self, until_finished: bool = True, limit: float = 60.0, **settings: Any) -> None:
         with DeviceStore(self.root / "state") as self.store:
             self.store.hold_to(self.floor)
-            self.agent = agent_on(self.store, MemoryLink(self.server), self.data, profile=self.profile)
+            self.agent = agent_on(self.store, MemoryLink(self.server), self.data, profile=self.profile, **settings)
             late = threading.Timer(limit, self.agent.stop)
             late.start()
             self.agent.run(until_finished)

@@ -1,0 +1,36 @@
+"""Releases, and an installed board, which no test may change."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedprune_device.releases.installer import ReleaseInstaller
+from support.fakes.runtime_releases import PUBLIC, make_release, source
+
+
+@pytest.fixture(scope="session")
+def releases(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("releases")
+    return {n: make_release(folder / str(n), n) for n in (1, 2, 3, 4)}
+
+
+@pytest.fixture(scope="session")
+def fresh(releases: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A board with release 1."""
+    root = tmp_path_factory.mktemp("fresh") / "board"
+    ReleaseInstaller(root, PUBLIC).install(source(releases[1]))
+    return root
+
+
+@pytest.fixture
+def installed(fresh: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Make a copy of that board."""
+
+    def copy(name: str = "board") -> Path:
+        return Path(shutil.copytree(fresh, tmp_path / name))
+
+    return copy
