@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProfileError
-from fedprune.planning.probe_report import MOST_SHAPES, NAMES, FormTimes, ProbeReport, Shape
+from fedprune.planning.probe_report import _LIMITS, MOST_SHAPES, NAMES, FormTimes, ProbeReport, Shape
 
 pytestmark = pytest.mark.board
 
@@ -64,36 +64,19 @@ def test_a_missing_measurement_is_named(name: str) -> None:
         ProbeReport.from_dict(body)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("cores", 0),
-        ("cores", True),
-        ("cores", 2.5),
-        ("cores", None),
-        ("memory_total", -1),
-        ("seconds", 10**400),
-        ("memory_available", 2_000_000_000),
-        ("memory_available", "much"),
-        ("seconds", float("nan")),
-        ("seconds", -1),
-        ("clock_hz", 0),
-        ("train_rate", 0),
-        ("train_rate", float("inf")),
-        ("infer_rate", "fast"),
-        ("temperature_c", float("nan")),
-        ("throttled", 1),
-        ("board", None),
-        ("board", "x" * 201),
-        ("onnxruntime", 1.31),
-        ("block", 1),
-        ("block", 12),
-        ("block", True),
-        ("block", 16.0),
-        ("block", "16"),
-        ("block", None),
-    ],
-)
+def refused(name: str) -> list[Any]:
+    """Values on the other side of each limit of a measurement."""
+    whole, low, high, optional = _LIMITS[name]
+    wrong = [low - 1, 2 * high + 1, math.nan, math.inf, 10**400, "much", True, [1]]
+    return wrong + ([low + 0.5] if whole else []) + ([] if optional else [None])
+
+
+BAD: list[tuple[str, Any]] = [(name, value) for name in _LIMITS for value in refused(name)]
+BAD += [("memory_available", 2_000_000_000), ("throttled", 1), ("onnxruntime", 1.31), ("board", None)]
+BAD += [("board", "x" * 201), *(("block", value) for value in (1, 12, True, 16.0, "16", None))]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: str(value)[:20])
 def test_a_bad_measurement_is_named(name: str, value: Any) -> None:
     with pytest.raises(ProfileError, match=f"probe report: {name}"):
         ProbeReport.from_dict({**REPORT.to_dict(), name: value})
