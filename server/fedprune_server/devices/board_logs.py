@@ -12,17 +12,17 @@ import logging
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune.output.log_lines import log_context
 from fedprune.wire.fleet_messages import CrashReport, LogReport, LogRequest
+from fedprune_server.storage.sqlite_file import SqliteFile, sqlite_errors
 
 log = logging.getLogger("fedprune.server")
 
@@ -43,6 +43,7 @@ _LATEST = 253_402_214_400
 """Seconds from 1970 to the last day that calendars know, of the year 9999: a board's clock may say anything."""
 
 _FORMAT = 1
+_HINT = "It may be deleted: it holds boards' lines alone."
 _BUSY_S = 5
 _LOOP_BUSY_MS = 200  # the server's loop waits no longer for who reads; boards tell their lines again
 _TABLE = """
@@ -107,7 +108,7 @@ class BoardLogs:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._path, self._lines, self._clock, self._monotonic = folder / FILE, lines, clock, monotonic
+        self._lines, self._clock, self._monotonic = lines, clock, monotonic
         self._waiting: deque[tuple[Any, ...]] = deque()
         self._answers: set[str] = set()
         self._kept: dict[str, int] = {}
@@ -115,25 +116,13 @@ class BoardLogs:
         self._complained = False
         self.told: Callable[[BoardReport], None] = lambda row: None
         """Called with each line and crash that is new on the disk."""
-        with _translated(self._path):
-            self._path.touch(0o600)
-            self._connection = sqlite3.connect(self._path, timeout=_BUSY_S, isolation_level=None)
-        try:
-            with _translated(self._path):
-                self._connection.execute("PRAGMA synchronous=FULL")
-                version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-                if version not in (0, _FORMAT):
-                    raise StorageError(f"{self._path} was written by another version", expected=_FORMAT, got=version)
-                self._connection.execute(_TABLE)
-                self._connection.execute(f"PRAGMA user_version={_FORMAT}")
-                self._connection.execute(f"PRAGMA busy_timeout={_LOOP_BUSY_MS}")
-                self._kept.update(self._connection.execute("SELECT device, max(number) FROM told GROUP BY device"))
-        except BaseException:
-            self._connection.close()
-            raise
+        self._file = SqliteFile(folder / FILE, _TABLE, _FORMAT, _HINT)
+        with self._file.errors():
+            self._file.connection.execute(f"PRAGMA busy_timeout={_LOOP_BUSY_MS}")
+            self._kept.update(self._file.connection.execute("SELECT device, max(number) FROM told GROUP BY device"))
 
     def close(self) -> None:
-        self._connection.close()
+        self._file.close()
 
     def __enter__(self) -> BoardLogs:
         return self
@@ -218,8 +207,7 @@ class BoardLogs:
         return allowed
 
     def _write(self, rows: list[tuple[Any, ...]]) -> list[BoardReport]:
-        with _translated(self._path), self._connection as connection:  # which commits, or rolls back
-            connection.execute("BEGIN IMMEDIATE")
+        with self._file.transaction() as connection:
             last = connection.execute("SELECT max(id) FROM told").fetchone()[0] or 0
             connection.executemany(_INSERT, rows)
             found = [_row(r) for r in connection.execute(f"{_SELECT} WHERE id > ? ORDER BY id", (last,))]
@@ -241,7 +229,7 @@ def read_logs(folder: Path, device: str | None = None, after: int = 0, most: int
     query, values = f"{_SELECT} WHERE id > ?", [after]
     if device is not None:
         query, values = f"{query} AND device = ?", [after, device]  # type: ignore[list-item]
-    with _translated(path):
+    with sqlite_errors(path, _HINT):
         opened = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=_BUSY_S)
         with closing(opened) as connection:
             if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
@@ -270,12 +258,3 @@ def _row(values: tuple[Any, ...]) -> BoardReport:
 def _place(body: Mapping[str, Any]) -> str:
     ours = [f for f in body["frames"] if f["line"]]
     return f" ({ours[0]['module']}:{ours[0]['line']})" if ours else ""
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        with storage_errors(f"can't use {path}"):
-            yield
-    except sqlite3.Error as error:
-        raise StorageError(f"{path}: {error}", hint="It may be deleted: it holds boards' lines alone.") from error

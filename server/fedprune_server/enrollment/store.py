@@ -6,15 +6,12 @@ disk before anything that follows from it is said.
 
 from __future__ import annotations
 
-import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.disk import storage_errors
 from fedprune.core.errors import (
     ExpiredClaimError,
     ForeignClaimError,
@@ -26,7 +23,7 @@ from fedprune.core.errors import (
 )
 from fedprune.security.joining import Claim, holds_claim
 from fedprune.wire.fleet_messages import JoinRequest
-from fedprune_server.storage.sqlite_errors import sqlite_errors
+from fedprune_server.storage.sqlite_file import SqliteFile
 
 APPROVED, WAITING, REVOKED = "approved", "waiting", "revoked"
 
@@ -44,7 +41,6 @@ KEPT_CLAIMS_S = 30 * 86_400
 """Seconds for which unused claims are kept after their end, so that a late board learns the reason."""
 
 _FORMAT = 2
-_BUSY_S = 10
 _TABLES = """
 CREATE TABLE IF NOT EXISTS claims (
     id TEXT PRIMARY KEY, key BLOB NOT NULL, device TEXT, made INTEGER NOT NULL, expires INTEGER NOT NULL,
@@ -85,7 +81,7 @@ class Device:
     authority: str | None = None
 
 
-class IdentityStore:
+class IdentityStore(SqliteFile):
     """The database. Every method raises `StorageError` if it is damaged, or the disk fails or is full.
 
     Args:
@@ -98,34 +94,12 @@ class IdentityStore:
 
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.also_hear: Callable[[Sequence[tuple[str, str, int]]], None] = lambda _begun: None
-        self._path = path
-        self._begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
-        with storage_errors(f"can't use {path}"):
-            os.close(os.open(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT, 0o600))
-        with self._translated():
-            name = f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
-            self._connection = sqlite3.connect(
-                name, uri=True, timeout=_BUSY_S, isolation_level=None, check_same_thread=False
-            )
-            self._connection.execute("PRAGMA synchronous=FULL")
-        with self._transaction() as connection:
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in ((_FORMAT,) if read_only else (0, 1, _FORMAT)):
-                older = "A start of the server brings an older one up to date."
-                hint = older if version < _FORMAT else "Use the version of fedprune that wrote it, or a later one."
-                raise StorageError(f"{path} was written by another version", expected=_FORMAT, got=version, hint=hint)
-            if read_only:
-                return
-            for statement in _TABLES.split(";"):
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version={_FORMAT}")
-
-    def close(self) -> None:
-        self._connection.close()
+        hint = "If it is damaged, restore the backup of the identity folder."
+        super().__init__(path, _TABLES, _FORMAT, hint, read_only=read_only)
 
     def add_claim(self, claim: Claim, device: str | None, now: int, expires: int) -> None:
         """Store a claim's key, without its secret, for a device or for any (None); times are in seconds since 1970."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.execute("DELETE FROM claims WHERE used IS NULL AND expires < ?", (now - KEPT_CLAIMS_S,))
             row = (claim.id.hex(), claim.key, device, now, expires)
             connection.execute("INSERT INTO claims (id, key, device, made, expires) VALUES (?, ?, ?, ?, ?)", row)
@@ -142,7 +116,7 @@ class IdentityStore:
             ForeignClaimError: It is for another device.
             JoinError: The name is another key's, or the key was revoked.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             query = "SELECT key, device, expires, used FROM claims WHERE id = ?"
             row = connection.execute(query, (request.claim,)).fetchone()
             known = holds_claim(request, row[0] if row else bytes(32))
@@ -165,7 +139,7 @@ class IdentityStore:
         """Store that a key asks to be a device, without a claim; returns its status. Raises `JoinError` if too many
         wait.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             status = self._status(connection, device, key)
             if status is not None:
                 return status
@@ -180,12 +154,12 @@ class IdentityStore:
 
     def approve(self, device: str, key: str, now: int) -> None:
         """Approve a waiting key. Raises `JoinError` if the name is another key's, or the key was revoked."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             self._let_in(connection, device, key, now)
 
     def revoke(self, device: str, now: int) -> int:
         """Revoke all keys of a device, also those that wait; returns how many there were."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             # A revoked key is never approved again: its sender's sequence numbers are not needed.
             connection.execute("DELETE FROM heard WHERE key IN (SELECT key FROM devices WHERE device = ?)", (device,))
             change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND status != ?"
@@ -193,14 +167,14 @@ class IdentityStore:
 
     def deny(self, device: str, keys: Iterable[str], now: int) -> int:
         """Turn away keys of a device that wait; one that was approved meanwhile stays. Returns how many there were."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND key = ? AND status = ?"
             rows = [(REVOKED, now, device, key, WAITING) for key in keys]
             return sum(connection.execute(change, row).rowcount for row in rows)
 
     def devices(self) -> list[Device]:
         """All keys that asked or were approved, by name."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             rows = connection.execute(
                 "SELECT device, key, status, asked, server_key, authority FROM devices LEFT JOIN followed USING (key) "
                 "ORDER BY device, asked, key"
@@ -215,14 +189,9 @@ class IdentityStore:
         """The verifying keys of all approved devices, by name."""
         return {d.device: d.key for d in self.devices() if d.status == APPROVED}
 
-    def version(self) -> int:
-        """A number that is another one after another connection has changed anything."""
-        with self._translated():
-            return int(self._connection.execute("PRAGMA data_version").fetchone()[0])
-
     def heard(self, key: str) -> dict[str, int]:
         """The latest epoch of a sender by stream (`fedprune.security.signed_channel`), as `hear` wrote it."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return dict(connection.execute("SELECT stream, epoch FROM heard WHERE key = ?", (key,)))
 
     def hear(
@@ -234,14 +203,14 @@ class IdentityStore:
             begun: Verifying key, stream and epoch of each.
             followed: Verifying key of each device, and its `server_key` and `authority` as in `Device`.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO followed VALUES (?, ?, ?)", followed)
             connection.executemany("INSERT OR REPLACE INTO heard (key, stream, epoch) VALUES (?, ?, ?)", begun)
         self.also_hear(begun)
 
     def shared(self) -> list[SharedRow]:
         """All that another server must know to go on in this one's place: devices, claims and epochs of senders."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             return [
                 *(
                     (DEVICE_ROW, f"{device} {key}", [device, key, *rest])
@@ -265,7 +234,7 @@ class IdentityStore:
         As after a decision here, keys that wait under the name of an approved one and epochs of revoked keys go. Raises
         `StorageError`, and merges nothing, if a row is damaged.
         """
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             kind = ""
             try:
                 for kind, _, row in rows:
@@ -285,13 +254,13 @@ class IdentityStore:
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = connection.execute("SELECT answer FROM answers WHERE request = ?", (request,)).fetchone()
         return None if row is None else bytes(row[0])
 
     def keep_answer(self, request: str, device: str, answer: bytes) -> None:
         """Keep an answer, so that the same request gets the same one."""
-        with self._transaction() as connection:
+        with self.transaction() as connection:
             row = (request, device, answer)
             connection.execute("INSERT OR IGNORE INTO answers (request, device, answer) VALUES (?, ?, ?)", row)
             connection.execute(
@@ -320,16 +289,6 @@ class IdentityStore:
         query = "SELECT status FROM devices WHERE device = ? AND key = ?"
         row = connection.execute(query, (device, key)).fetchone()
         return None if row is None else str(row[0])
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._translated(), self._connection as connection:  # which commits, or rolls back
-            connection.execute(self._begin)
-            yield connection
-
-    def _translated(self) -> AbstractContextManager[None]:
-        hint = "If it is damaged, restore the backup of the identity folder."
-        return sqlite_errors(self._path, hint, "Make room; nothing is lost.")
 
 
 def _merge_device(connection: sqlite3.Connection, row: list[Any]) -> None:

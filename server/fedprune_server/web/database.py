@@ -9,20 +9,18 @@ import os
 import sqlite3
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune_server.storage.sqlite_errors import sqlite_errors
+from fedprune_server.storage.sqlite_file import BUSY_S, SqliteFile
 
 FILE = "console.db"
 """In the state folder."""
 
 VERSION = 1
-_BUSY_S = 10.0
-"""So long a statement that writes waits for another process."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS operators (
@@ -70,19 +68,12 @@ class ConsoleDatabase:
                 raise StorageError(
                     f"{path} can be read by other users", hint=f"See who may have read it, then: chmod 600 {path}"
                 )
-        with self._translated():
-            self._connection = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-            self._connection.row_factory = sqlite3.Row
-            self._connection.execute("PRAGMA journal_mode=WAL")
-            self._connection.execute("PRAGMA synchronous=FULL")
-            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, VERSION):
-                raise StorageError(f"{path} is of another version", expected=VERSION, got=version)
-            self._connection.executescript(_TABLES)
-            self._connection.execute(f"PRAGMA user_version={VERSION}")
-            # What reads has a connection of its own: on one that waits to write it would wait, too.
-            self._reader = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
-            self._reader.row_factory = sqlite3.Row
+        hint = "If it is damaged, delete it and add the operators again."
+        self._file = SqliteFile(path, _TABLES, VERSION, hint, wal=True)
+        self._connection = self._file.connection
+        # What reads has a connection of its own: on one that waits to write it would wait, too.
+        self._reader = self._file.connect()
+        self._connection.row_factory = self._reader.row_factory = sqlite3.Row
         self._writing = threading.RLock()
         self._writer = 0
 
@@ -97,7 +88,7 @@ class ConsoleDatabase:
         self.close()
 
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
-        with self._translated():
+        with self._file.errors():
             inside = self._writer == threading.get_ident()  # of a transaction, whose changes it must see
             return [dict(r) for r in (self._connection if inside else self._reader).execute(query, values)]
 
@@ -108,7 +99,7 @@ class ConsoleDatabase:
 
     def do(self, query: str, *values: object) -> int:
         """Execute a statement; returns the number of affected rows."""
-        with self._writing, self._translated():
+        with self._writing, self._file.errors():
             return self._connection.execute(query, values).rowcount
 
     def try_to(self, *statements: tuple[str, tuple[object, ...]]) -> bool:
@@ -118,7 +109,7 @@ class ConsoleDatabase:
         if not self._writing.acquire(blocking=False):
             return False
         try:
-            with self._translated():
+            with self._file.errors():
                 self._connection.execute("PRAGMA busy_timeout=0")
                 try:
                     self._connection.execute("BEGIN IMMEDIATE")
@@ -127,7 +118,7 @@ class ConsoleDatabase:
                         raise
                     return False
                 finally:
-                    self._connection.execute(f"PRAGMA busy_timeout={int(1000 * _BUSY_S)}")
+                    self._connection.execute(f"PRAGMA busy_timeout={int(1000 * BUSY_S)}")
                 with self._connection:  # which commits, or rolls back where SQLite hasn't done so itself
                     for query, values in statements:
                         self._connection.execute(query, values)
@@ -137,13 +128,10 @@ class ConsoleDatabase:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        with self._writing, self._translated(), self._connection:
+        with self._writing, self._file.errors(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._writer = threading.get_ident()
             try:
                 yield
             finally:
                 self._writer = 0
-
-    def _translated(self) -> AbstractContextManager[None]:
-        return sqlite_errors(self.path, "If it is damaged, delete it and add the operators again.")

@@ -492,7 +492,7 @@ def test_what_nobody_needs_any_more_is_let_go_of(identity: IdentityFolder, ask: 
     assert identity.store.heard(key) == {"up": 5}
 
     def claims() -> int:
-        return int(identity.store._connection.execute("SELECT count(*) FROM claims").fetchone()[0])
+        return int(identity.store.connection.execute("SELECT count(*) FROM claims").fetchone()[0])
 
     NOW[0] += HOUR + identity_store.KEPT_CLAIMS_S - 5
     identity.claim("pi-3", HOUR)

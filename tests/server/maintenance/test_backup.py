@@ -150,7 +150,7 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: s
         assert (new / path).read_bytes() == (state / path).read_bytes()
     with IdentityFolder(new) as identity, IdentityFolder(state) as before:
         assert identity.site == before.site == "default"
-        assert identity.store._connection.execute("SELECT id FROM claims").fetchall() != []
+        assert identity.store.connection.execute("SELECT id FROM claims").fetchall() != []
     with RolloutStore(new) as rollouts, RolloutStore(state) as old:
         assert rollouts.blobs.names() == old.blobs.names() != []
     end = play_job(new)
@@ -446,7 +446,7 @@ def test_a_claim_that_was_made_before_the_backup_is_known_after_it(state: Path, 
         claim: Claim = identity.claim("cellar", 3600)
     back_up(state, tmp_path / "backup", silent)
     with IdentityFolder(restored(tmp_path / "backup", tmp_path / "new")) as identity:
-        known = identity.store._connection.execute("SELECT id FROM claims WHERE device = 'cellar'").fetchall()
+        known = identity.store.connection.execute("SELECT id FROM claims WHERE device = 'cellar'").fetchall()
     assert known == [(claim.id.hex(),)]
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.disk import storage_errors
-from fedprune_server.storage.sqlite_errors import sqlite_errors
+from fedprune_server.storage.sqlite_file import sqlite_errors
 from fedprune_server.web.state.records import Record, Row
 
 MAX_SIZE = 500
