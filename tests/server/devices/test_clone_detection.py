@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from fedprune_server.devices.clone_detection import (
     AGAIN_S,
     APART_S,
@@ -14,76 +16,62 @@ from fedprune_server.devices.clone_detection import (
 
 PI, NANO = ("pi", 300), ("nano", 80)
 
+Births = list[tuple[int, tuple[str, int], bool, float]]
+"""Session, description, whether the one before is still connected, and when."""
 
-def test_another_board_beside_a_connected_one_is_noticed() -> None:
+TWO_BOARDS: dict[str, tuple[Births, str]] = {
+    "another beside a connected one": (
+        [(1, PI, False, 0.0), (2, NANO, True, 1.0)],
+        "first it was a pi with 300 samples, now it is a nano with 80 samples",
+    ),
+    "taking turns": ([(0, PI, False, 0.0), (1, NANO, False, 1.0), (2, PI, False, 2.0)],
+                     "first it was a nano with 80 samples, now it is a pi with 300 samples"),
+    "connecting often": (
+        [(n, PI, False, float(n)) for n in range(MANY + 1)],
+        f"it has connected {MANY} times within {MANY - 1} s",
+    ),
+    "a connection that speaks again after another one": (
+        [(5, PI, False, 0.0), (6, PI, True, 1.0), (5, PI, True, 2.0)],
+        "two connections take turns",
+    ),
+    "fewer samples": (
+        [(1, PI, False, 0.0), (2, ("pi", 20), True, 20.0)],
+        "first it was a pi with 300 samples, now it is a pi with 20 samples",
+    ),
+}  # fmt: skip
+ONE_BOARD: dict[str, Births] = {
+    "restarted with other data": [(1, PI, False, 0.0), (2, ("pi", 301), False, 10.0)],
+    "back now and then": [(n, PI, True, 60.0 * n) for n in range(50)],
+    "an announcement that is repeated": [(1, PI, True, 0.1 * n) for n in range(50)],
+    "more samples": [(1, PI, False, 0.0), (1, ("pi", 320), True, 5.0), (2, ("pi", 330), True, 10.0)],
+    "a connection that outlives another one": [(5, PI, False, 0.0), (6, PI, True, 1.0), (5, PI, False, 2.0)],
+}
+
+
+@pytest.mark.parametrize("case", TWO_BOARDS)
+def test_two_boards_of_one_name_are_noticed(case: str) -> None:
+    births, reason = TWO_BOARDS[case]
     names = CloneDetector()
-    assert names.born("a", 1, PI, False, 0.0) == ""
-    assert names.born("a", 2, NANO, True, 1.0) == "first it was a pi with 300 samples, now it is a nano with 80 samples"
+    assert [names.born("a", *birth) for birth in births] == [""] * (len(births) - 1) + [reason]
     assert names.suspects("a")
+    names.forget("a")
+    assert names.born("a", 1, PI, True, 30.0) == ""
 
 
-def test_boards_that_take_turns_are_noticed() -> None:
+@pytest.mark.parametrize("case", ONE_BOARD)
+def test_one_board_is_not_suspected(case: str) -> None:
     names = CloneDetector()
-    for session, what in enumerate((PI, NANO)):
-        assert names.born("a", session, what, False, float(session)) == ""
-    assert "first it was a nano" in names.born("a", 2, PI, False, 2.0)
-
-
-def test_boards_that_look_alike_are_noticed_by_how_often_they_connect() -> None:
-    names = CloneDetector()
-    said = [names.born("a", n, PI, False, float(n)) for n in range(MANY + 1)]
-    assert said[-1] == f"it has connected {MANY} times within {MANY - 1} s"
-    assert not any(said[:-1])
-
-
-def test_a_board_that_is_restarted_with_other_data_is_not_suspected() -> None:
-    names = CloneDetector()
-    names.born("a", 1, PI, False, 0.0)
-    assert names.born("a", 2, ("pi", 301), False, 10.0) == ""
+    assert not any(names.born("a", *birth) for birth in ONE_BOARD[case])
     assert not names.suspects("a")
-
-
-def test_a_board_that_comes_back_now_and_then_is_not_suspected() -> None:
-    names = CloneDetector()
-    assert not any(names.born("a", n, PI, True, 60.0 * n) for n in range(50))
-
-
-def test_an_announcement_that_is_repeated_means_nothing() -> None:
-    names = CloneDetector()
-    assert not any(names.born("a", 1, PI, True, 0.1 * n) for n in range(50))
 
 
 def test_a_suspicion_is_told_once_and_settles() -> None:
     names = CloneDetector()
-    said = [names.born("a", n, (PI, NANO)[n % 2], True, float(n)) for n in range(9)]
-    assert [bool(s) for s in said] == [False, True, *[False] * 7]
+    told = [names.born("a", n, (PI, NANO)[n % 2], True, float(n)) for n in range(9)]
+    assert [bool(s) for s in told] == [False, True, *[False] * 7]
     names.settle(8.0 + QUIET_S)
     assert not names.suspects("a")
     assert names.born("a", 9, NANO, True, 1.0 + AGAIN_S)
-
-
-def test_more_samples_are_no_sign_of_another_board() -> None:
-    names = CloneDetector()
-    names.born("a", 1, ("pi", 300), False, 0.0)
-    names.born("a", 1, ("pi", 320), True, 5.0)
-    assert names.born("a", 2, ("pi", 330), True, 10.0) == ""
-    assert names.born("a", 3, ("pi", 20), True, 20.0) != ""
-
-
-def test_a_connection_that_speaks_again_after_another_one_is_a_second_board() -> None:
-    names = CloneDetector()
-    assert names.born("a", 5, PI, False, 0.0) == ""
-    assert names.born("a", 6, PI, True, 1.0) == ""
-    assert names.born("a", 5, PI, True, 2.0) == "two connections take turns"
-    names.forget("a")
-    assert names.born("a", 1, PI, True, 3.0) == ""
-
-
-def test_a_connection_that_outlives_another_one_is_no_news() -> None:
-    names = CloneDetector()
-    names.born("a", 5, PI, False, 0.0)
-    names.born("a", 6, PI, True, 1.0)
-    assert names.born("a", 5, PI, False, 2.0) == ""
 
 
 def test_signs_that_come_at_once_or_seldom_are_no_proof_of_a_copy() -> None:

@@ -10,11 +10,8 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sql
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from fedprune.coordination import State, SynchronousCoordinator
+from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError, StorageError
 from fedprune_server.cli.status import status
@@ -24,8 +21,7 @@ from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.database import LostConnectionError
 from fedprune_server.storage.storage import FILE, Storage
-from support.fakes.stored_job import born, filled
-from support.fakes.tiny_job import ARCHITECTURE, JOB
+from support.fakes.stored_job import filled
 from support.processes.postgres import Postgres
 
 pytestmark = pytest.mark.postgresql
@@ -39,66 +35,6 @@ def storage(postgres: Postgres) -> Iterator[Storage]:
 
 def again(storage: Storage, *, create: bool = True) -> Storage:
     return Storage(storage.database.engine.url.render_as_string(hide_password=False), create=create)
-
-
-def test_a_state_comes_back_as_it_was(storage: Storage) -> None:
-    assert storage.load() is None
-    storage.save(filled(), [born("a")], 1.0, {"a": (7, 8)})
-    storage.put_settings({"job": JOB.to_dict()})
-    storage.put_outsiders({"x": {"excluded": "no profile", "session": 2}})
-    with again(storage, create=False) as other:
-        assert other.load() == filled()
-        assert other.rounds() == filled().history
-        assert other.settings() == {"job": JOB.to_dict()}
-        assert other.outsiders() == {"x": {"excluded": "no profile", "session": 2}}
-        assert other.traffic()["a"] == (7, 8)
-        assert other.devices()[0]["online"] is True
-        assert other.log.heard() == (1.0, {"a": 1.0})
-
-
-@pytest.mark.slow
-@settings(max_examples=10, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3), st.booleans()), max_size=8))
-def test_what_is_saved_step_by_step_is_what_was_there_last(
-    postgres: Postgres, steps: list[tuple[str, int, bool]]
-) -> None:
-    state = State(model="m" * 64)
-    coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
-    changes = 0
-    with Storage(postgres.database()) as storage:
-        storage.save(state, (), 0.0)
-        for name, session, alive in steps:
-            event = born(name, session) if alive else on.DeviceDied(name, session)
-            before = state.to_json()
-            coordinator.handle(event, 0.0)
-            changes += state.to_json() != before
-            storage.save(state, [event], 0.0)
-        with again(storage) as other:
-            assert other.load() == state
-            assert len(list(other.log.events())) == changes
-
-
-def test_the_log_keeps_only_the_latest_events(postgres: Postgres) -> None:
-    state = State(model="m" * 64)
-    with Storage(postgres.database(), logged=20) as storage:
-        for number in range(100):
-            state.round = number
-            storage.save(state, [on.Scored(number, "r" * 64)], float(number))
-        assert [body["round"] for _, _, _, body in storage.log.events()] == list(range(80, 100))
-
-
-def test_whoever_only_looks_can_not_write(storage: Storage) -> None:
-    with again(storage, create=False) as other, pytest.raises(StorageError, match="read-only"):
-        other.put_settings({})
-
-
-def test_looking_at_an_empty_database_makes_no_tables(postgres: Postgres) -> None:
-    url = postgres.database()
-    with pytest.raises(StorageError, match="holds no job yet"):
-        Storage(url, create=False)
-    engine = sql.create_engine(url)
-    assert sql.inspect(engine).get_table_names() == []
-    engine.dispose()
 
 
 def test_every_commit_waits_for_the_disk_whatever_the_database_says(postgres: Postgres) -> None:

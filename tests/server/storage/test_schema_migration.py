@@ -21,7 +21,6 @@ from fedprune_server.storage import schema_migration
 from fedprune_server.storage.migrations import versions
 from fedprune_server.storage.storage import FILE, Storage
 from fedprune_server.storage.tables import TABLES
-from support.processes.postgres import Postgres
 
 STEP = """
 import sqlalchemy as sql
@@ -57,47 +56,38 @@ def differences(url: str) -> list[object]:
         engine.dispose()
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgresql)])
-def empty(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / FILE}"
-    server: Postgres = request.getfixturevalue("postgres")
-    return server.database()
+def test_a_new_database_has_the_tables_that_the_program_knows(url: str) -> None:
+    Storage(url).close()
+    assert differences(url) == []
 
 
-def test_a_new_database_has_the_tables_that_the_program_knows(empty: str) -> None:
-    Storage(empty).close()
-    assert differences(empty) == []
-
-
-def test_the_steps_lead_from_nothing_to_those_tables(empty: str) -> None:
+def test_the_steps_lead_from_nothing_to_those_tables(url: str) -> None:
     """A new database is made at once; what Alembic would make step by step is the same."""
     config = schema_migration._config()
-    engine = sql.create_engine(empty)
+    engine = sql.create_engine(url)
     with engine.begin() as connection:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
     engine.dispose()
-    assert differences(empty) == []
+    assert differences(url) == []
 
 
-def test_tables_of_another_program_are_let_alone(empty: str) -> None:
-    engine = sql.create_engine(empty)
+def test_tables_of_another_program_are_let_alone(url: str) -> None:
+    engine = sql.create_engine(url)
     with engine.begin() as connection:
         connection.exec_driver_sql("CREATE TABLE devices (id INTEGER PRIMARY KEY)")
     for _ in range(2):
         with pytest.raises(StorageError):
-            Storage(empty)
+            Storage(url)
         assert sql.inspect(engine).get_table_names() == ["devices"]
     engine.dispose()
 
 
-def test_revisions_are_those_that_alembic_walks(empty: str) -> None:
+def test_revisions_are_those_that_alembic_walks(url: str) -> None:
     walked = ScriptDirectory.from_config(schema_migration._config()).walk_revisions()
     assert schema_migration._revisions() == tuple(step.revision for step in walked)
-    Storage(empty).close()
-    engine = sql.create_engine(empty)
+    Storage(url).close()
+    engine = sql.create_engine(url)
     with engine.connect() as connection:
         assert MigrationContext.configure(connection).get_current_revision() == schema_migration.latest()
     engine.dispose()
@@ -116,9 +106,9 @@ assert "alembic" not in sys.modules
 
 
 def test_a_step_brings_a_database_of_an_older_version_along(
-    empty: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Storage(empty) as storage:
+    with Storage(url) as storage:
         storage.put_settings({"job": {"name": "job"}})
     (tmp_path / "steps").mkdir()
     (tmp_path / "steps" / "revision_9999.py").write_text(STEP.format(latest=schema_migration.latest()))
@@ -129,11 +119,11 @@ def test_a_step_brings_a_database_of_an_older_version_along(
     monkeypatch.setattr(schema_migration, "_config", lambda: config)
     schema_migration._revisions.cache_clear()
     try:
-        with Storage(empty) as storage:
+        with Storage(url) as storage:
             assert storage.settings() == {"job": {"name": "job"}}
             columns = sql.inspect(storage.database.engine).get_columns("rounds")
             assert "colour" in {c["name"] for c in columns}
-        Storage(empty).close()
+        Storage(url).close()
     finally:
         schema_migration._revisions.cache_clear()
 
@@ -180,15 +170,15 @@ def test_whoever_only_looks_migrates_nothing(tmp_path: Path, monkeypatch: pytest
     assert dump(tmp_path / FILE) == before
 
 
-def test_a_later_versions_database_is_refused_and_left_alone(empty: str) -> None:
-    Storage(empty).close()
-    engine = sql.create_engine(empty)
+def test_a_later_versions_database_is_refused_and_left_alone(url: str) -> None:
+    Storage(url).close()
+    engine = sql.create_engine(url)
     with engine.begin() as connection:
         connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
         connection.exec_driver_sql("DROP TABLE events")
     for create in (True, False):
         with pytest.raises(StorageError, match=r"a later version: .*got 9999\. Install that version"):
-            Storage(empty, create=create)
+            Storage(url, create=create)
     assert "events" not in sql.inspect(engine).get_table_names()
     engine.dispose()
 

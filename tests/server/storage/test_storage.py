@@ -1,4 +1,4 @@
-"""The server's database: an event and its state are saved together or not at all."""
+"""The server's database: an event and its state are saved together or not at all, and the log of events."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+import sqlalchemy as sql
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedprune.coordination import State, SynchronousCoordinator
@@ -22,43 +23,53 @@ from support.fakes.tiny_job import ARCHITECTURE, JOB
 
 
 @pytest.fixture
-def storage(tmp_path: Path) -> Iterator[Storage]:
+def storage(url: str) -> Iterator[Storage]:
+    with Storage(url) as made:
+        yield made
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[Storage]:
+    """A state folder's own database."""
     with Storage.at(tmp_path) as made:
         yield made
 
 
-def test_a_new_database_holds_no_state(storage: Storage) -> None:
+def test_a_state_comes_back_as_it_was(storage: Storage, url: str) -> None:
     assert storage.load() is None
+    storage.save(filled(), [born("a")], 1.0, {"a": (7, 8)})
+    storage.put_settings({"job": JOB.to_dict()})
+    storage.put_outsiders({"x": {"excluded": "no profile", "session": 2}})
+    with Storage(url, create=False) as other:
+        assert other.load() == filled()
+        assert other.rounds() == filled().history
+        assert other.settings() == {"job": JOB.to_dict()}
+        assert other.outsiders() == {"x": {"excluded": "no profile", "session": 2}}
+        assert other.traffic()["a"] == (7, 8)
+        assert other.devices()[0]["online"] is True
+        assert other.log.heard() == (1.0, {"a": 1.0})
+        with pytest.raises(StorageError, match=r"read-?only"):
+            other.put_settings({})
 
 
-def test_a_state_comes_back_as_it_was(storage: Storage, tmp_path: Path) -> None:
-    state = filled()
-    assert state.history
-    storage.save(state, (), 1.0)
-    with Storage.at(tmp_path) as other:
-        assert other.load() == state
-
-
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 3), st.booleans()), max_size=8))
 def test_what_is_saved_step_by_step_is_what_was_there_last(
-    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int, bool]]
+    storage: Storage, steps: list[tuple[str, int, bool]]
 ) -> None:
-    folder = tmp_path_factory.mktemp("db")
     state = State(model="m" * 64)
     coordinator = SynchronousCoordinator(JOB, ARCHITECTURE, state)
-    changes = 0
-    with Storage.at(folder) as storage:
-        storage.save(state, (), 0.0)
-        for name, session, alive in steps:
-            event = born(name, session) if alive else on.DeviceDied(name, session)
-            before = state.to_json()
-            coordinator.handle(event, 0.0)
-            changes += state.to_json() != before
-            storage.save(state, [event], 0.0)
-    with Storage.at(folder) as storage:
-        assert storage.load() == state
-        assert len(list(storage.log.events())) == changes
+    changes, logged = 0, len(list(storage.log.events()))
+    storage.save(state, (), 0.0)
+    for name, session, alive in steps:
+        event = born(name, session) if alive else on.DeviceDied(name, session)
+        before = state.to_json()
+        coordinator.handle(event, 0.0)
+        changes += state.to_json() != before
+        storage.save(state, [event], 0.0)
+    with Storage(storage.database.engine.url.render_as_string(hide_password=False)) as other:
+        assert other.load() == state
+        assert len(list(other.log.events())) == logged + changes
 
 
 @settings(max_examples=15, deadline=None)
@@ -81,17 +92,17 @@ def test_events_may_be_saved_by_the_handful(tmp_path_factory: pytest.TempPathFac
         assert [kind for _, _, kind, _ in storage.log.events()] == [type(e).__name__ for e in TO_THE_SECOND_ROUND]
 
 
-def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, tmp_path: Path) -> None:
+def test_a_state_in_another_ones_place_leaves_nothing_of_it(storage: Storage, url: str) -> None:
     storage.save(filled(), (), 1.0)
     state = State(model="o" * 64, history=filled().history)
     state.devices["z"] = Device(1, True, {"name": "board"}, None, 5)
     storage.save(state, (), 2.0)
-    with Storage.at(tmp_path) as other:
+    with Storage(url) as other:
         assert other.load() == state
 
 
 def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
-    storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    storage: Storage, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = filled()
     state.history += [{**state.history[0], "round": n} for n in (2, 3)]
@@ -100,17 +111,11 @@ def test_old_rounds_devices_stay_on_the_disk_and_leave_the_memory(
     state.slim(7)
     assert [len(r["devices"]) for r in state.history] == [0, 3, 3]
     monkeypatch.setattr("fedprune_server.storage.storage.PARTS_KEPT", 7)
-    with Storage.at(tmp_path) as other:
+    with Storage(url) as other:
         assert other.load() == state
         state.round = 9
         assert other.save(state, (), 2.0)
         assert other.rounds() == whole
-
-
-def test_rounds_are_rows_of_their_own(storage: Storage) -> None:
-    state = filled()
-    storage.save(state, (), 1.0)
-    assert storage.rounds() == state.history
 
 
 def test_devices_can_be_queried(storage: Storage) -> None:
@@ -134,12 +139,6 @@ def test_bytes_are_written_with_the_next_change(storage: Storage) -> None:
     assert storage.traffic()["a"] == (1, 900)
 
 
-def test_settings_come_back(storage: Storage, tmp_path: Path) -> None:
-    storage.put_settings({"job": JOB.to_dict()})
-    with Storage.existing(tmp_path) as other:
-        assert other.settings() == {"job": JOB.to_dict()}
-
-
 def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
     before = State(model="a" * 64)
     with Storage.at(tmp_path) as storage:
@@ -154,20 +153,20 @@ def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
         assert len(list(storage.log.events())) == 1
 
 
-def test_every_commit_waits_for_the_disk(storage: Storage) -> None:
-    with storage._engine.connect() as connection:
+def test_every_commit_waits_for_the_disk(file: Storage) -> None:
+    with file._engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
 
 
-def test_a_full_disk_says_so_and_loses_nothing(storage: Storage, tmp_path: Path) -> None:
+def test_a_full_disk_says_so_and_loses_nothing(file: Storage, tmp_path: Path) -> None:
     before = State(model="a" * 64)
-    storage.save(before, (), 1.0)
-    with storage._engine.connect() as connection:
+    file.save(before, (), 1.0)
+    with file._engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageFullError, match="no room left"):
-        storage.save(State(model="b" * 64), [on.UpdateRejected("a", 1, 1, "x" * 100_000)], 2.0)
+        file.save(State(model="b" * 64), [on.UpdateRejected("a", 1, 1, "x" * 100_000)], 2.0)
     with Storage.at(tmp_path) as other:
         assert other.load() == before
 
@@ -212,15 +211,6 @@ def test_looking_at_a_folder_without_a_database_makes_none(tmp_path: Path) -> No
         Storage.existing(tmp_path)
 
 
-def test_whoever_only_looks_can_not_write(tmp_path: Path) -> None:
-    with Storage.at(tmp_path) as made:
-        made.put_settings({"job": {}})
-        with Storage.existing(tmp_path) as storage:
-            assert storage.settings() == {"job": {}}
-            with pytest.raises(StorageError, match="readonly"):
-                storage.put_settings({})
-
-
 def test_a_database_of_another_user_is_an_error_that_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Storage.at(tmp_path).close()
     monkeypatch.setattr("os.access", lambda *_, **__: False)
@@ -228,10 +218,59 @@ def test_a_database_of_another_user_is_an_error_that_says_so(tmp_path: Path, mon
         Storage.existing(tmp_path)
 
 
-def test_looking_at_an_empty_database_makes_no_tables(tmp_path: Path) -> None:
-    sqlite3.connect(tmp_path / FILE).close()
-    (tmp_path / FILE).touch()
+def test_looking_at_an_empty_database_makes_no_tables(url: str, tmp_path: Path) -> None:
+    if url.startswith("sqlite"):
+        (tmp_path / FILE).touch()
     with pytest.raises(StorageError, match="holds no job yet"):
-        Storage.existing(tmp_path)
-    with Storage.at(tmp_path) as storage:
-        assert storage.load() is None
+        Storage(url, create=False)
+    engine = sql.create_engine(url)
+    assert sql.inspect(engine).get_table_names() == []
+    engine.dispose()
+
+
+def test_events_are_kept_in_order_with_their_time(storage: Storage) -> None:
+    state = State(model="m" * 64)
+    coordinator = SynchronousCoordinator(replace(JOB, devices=9), ARCHITECTURE, state)
+    for number, name in enumerate("cab"):
+        coordinator.handle(born(name), float(number))
+        storage.save(state, [born(name)], float(number))
+    assert [(at, kind, body["device"]) for _, at, kind, body in storage.log.events()] == [
+        (0.0, "DeviceBorn", "c"),
+        (1.0, "DeviceBorn", "a"),
+        (2.0, "DeviceBorn", "b"),
+    ]
+
+
+def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = State(model="m" * 64)
+    for number in range(1, 8):
+        state.round = number
+        storage.save(state, [on.Scored(number, "r" * 64)], float(number))
+    whole = list(storage.log.events())
+    asked: list[int] = []
+    transaction = storage.database.transaction
+    monkeypatch.setattr(storage.database, "transaction", lambda: asked.append(1) or transaction())
+    for page in (1, 3, 7):
+        monkeypatch.setattr("fedprune_server.storage.storage._PAGE", page)
+        asked.clear()
+        assert list(storage.log.events()) == whole
+        assert len(asked) == 7 // page + 1 + (7 % page > 0)
+    assert list(storage.log.events(after=5)) == whole[5:]
+
+
+def test_the_log_keeps_only_the_latest_events(url: str) -> None:
+    state = State(model="m" * 64)
+    with Storage(url, logged=20) as storage:
+        for number in range(100):
+            state.round = number
+            storage.save(state, [on.Scored(number, "r" * 64)], float(number))
+        numbers = [body["round"] for _, _, _, body in storage.log.events()]
+    assert numbers == list(range(80, 100))
+
+
+def test_a_server_is_no_device_that_was_heard(storage: Storage) -> None:
+    events: list[on.Event] = [born("a"), born("b"), on.DeviceDied("a", 1), on.Scored(1, "r" * 64)]
+    for number, event in enumerate(events, 1):
+        with storage.database.writing() as connection:
+            storage.log.write(connection, [event], float(number))
+    assert storage.log.heard() == (4.0, {"a": 3.0, "b": 2.0})
