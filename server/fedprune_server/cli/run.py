@@ -139,8 +139,9 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
     layers = (below, above, command)
     with located(layers, below.name):
         tables = merged(below.tables, above.tables)
-        kind = command.tables.get("job", {}).get("schedule")
-        if kind and isinstance(job := tables.get("job"), dict) and job.get("schedule", {}).get("kind") != kind["kind"]:
+        job, chosen = tables.get("job", {}), command.tables.get("job", {}).get("schedule")
+        schedule = job.get("schedule") if isinstance(job, Mapping) else None
+        if chosen and isinstance(schedule, Mapping) and schedule.get("kind") != chosen["kind"]:
             tables["job"] = {k: v for k, v in job.items() if k != "schedule"}  # whose other keys are of another kind
         return Configured(parse_config(merged(tables, command.tables), below.name, Path()), layers)
 

@@ -48,11 +48,12 @@ def file_layer(path: Path) -> Layer:
 
 
 def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables in which the upper layer wins, key by key."""
+    """Tables in which the upper layer wins, key by key; what should be a table and isn't stays, as an error."""
     both = dict(lower)
     for key, value in upper.items():
-        below = both.get(key)
-        both[key] = merged(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        if isinstance(value, Mapping) and key in lower:
+            value = merged(lower[key], value) if isinstance(lower[key], Mapping) else lower[key]
+        both[key] = value
     return both
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune.core.errors import ExitCode
+from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.run import configured
 from fedprune_server.engine.state_directory import StateFolder
@@ -92,6 +92,28 @@ def test_lines_show_what_is_not_as_by_default(file: Path, capsys: pytest.Capture
     ]  # fmt: skip
     assert main(["config", "check", str(file), "--all"]) == ExitCode.OK
     assert "max_devices = 1000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind", "found"),
+    [
+        ('{ kind = "async", window_s = 3 }', "sync", {"kind": "sync"}),
+        ('{ kind = "semi-async", window_s = 3.0 }', "semi-async", {"kind": "semi-async", "window_s": 3.0}),
+    ],
+)
+def test_another_kind_of_schedule_replaces_the_files_and_the_same_keeps_its_keys(
+    file: Path, schedule: str, kind: str, found: dict[str, object]
+) -> None:
+    file.write_text(f"[job]\nschedule = {schedule}\n")
+    arguments = build_parser().parse_args(["run", "--config", str(file), "--schedule", kind])
+    assert configured(arguments, {}).config.job.schedule == found
+
+
+@pytest.mark.parametrize("text", ["[job]\nschedule = 3\n", "job = 3\n"])
+def test_what_should_be_a_table_is_named_whatever_the_command_line_says(file: Path, text: str) -> None:
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"{file}:\d:1: (\[job\] schedule|job): expected a table"):
+        configured(build_parser().parse_args(["run", "--config", str(file), "--schedule", "sync"]), {})
 
 
 def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
