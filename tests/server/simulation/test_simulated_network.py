@@ -269,6 +269,9 @@ def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(
         build("killed", recipe=keeping, rounds=3).run(kill)
     resumed = build("killed", recipe=keeping, rounds=3)
     assert resumed.run() == whole.state.history
+    rounds = resumed.record().rounds
+    assert rounds == whole.record().rounds
+    assert all(row.local == row.own["accuracy_average"] for row in rounds)  # what serves
     assert set(resumed.store.names()) == set(whole.store.names())
 
 
