@@ -105,8 +105,8 @@ if ctypes.CDLL(None, use_errno=True).prctl(65, 1, 0, 0, 0):
 import fedprune_server.cli.main, fedprune_server.engine.server
 import fedprune_server.engine.state_directory, fedprune_server.messaging.connection
 import scipy.optimize, sqlalchemy, pyarrow, onnx, psycopg, numpy as np
-from fedprune_device.releases.release_trial import _run_small_graph
-_run_small_graph()
+from fedprune_device.hardware.runtime_process import _check_model
+_check_model(None)
 scipy.optimize.linear_sum_assignment(np.eye(3))
 print("computed")
 """
