@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
+from fedprune.core.validation import restored
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.strategies import compose
@@ -93,3 +95,42 @@ def test_long_keys_make_no_long_messages(read: Callable[[dict[str, Any]], object
         read({LONG: 1})
     assert "'kkk" in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+@dataclass(frozen=True)
+class Inner:
+    name: str
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Outer:
+    count: int
+    inner: tuple[Inner, ...]
+    more: Inner | None = None
+
+
+@given(st.integers(-(2**63) + 1, 2**63 - 1), st.lists(st.builds(Inner, st.text(), st.none() | st.floats(-1e9, 1e9))))
+def test_a_dataclass_is_restored_from_its_json(count: int, inner: list[Inner]) -> None:
+    for whole in (Outer(count, tuple(inner)), Outer(count, (), inner[0] if inner else None)):
+        assert restored(Outer, json.loads(json.dumps(asdict(whole))) | {"newer": 1}) == whole
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        None,
+        [],
+        {"count": 1, "inner": []},
+        {"count": 1.5, "inner": [], "more": None},
+        {"count": True, "inner": [], "more": None},
+        {"count": 2**63, "inner": [], "more": None},
+        {"count": 1, "inner": "ab", "more": None},
+        {"count": 1, "inner": [{"name": "x"}], "more": None},
+        {"count": 1, "inner": [{"name": 1, "share": None}], "more": None},
+        {"count": 1, "inner": [], "more": {"name": "x", "share": float("nan")}},
+    ],
+)
+def test_what_is_no_such_dataclass_is_not_restored(body: object) -> None:
+    with pytest.raises((ValueError, KeyError)):
+        restored(Outer, body)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
-from typing import Any, TypeGuard
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from types import UnionType
+from typing import Any, TypeGuard, Union, cast, get_args, get_origin, get_type_hints
 
 from fedprune.core.errors import ConfigError, FedpruneError, meant, shown
 
@@ -158,3 +159,21 @@ def known(kind: type[Any], body: Mapping[str, Any], where: str) -> dict[str, Any
     """A copy of a table whose keys are all fields of a dataclass. Raises `ConfigError`, which names another key."""
     only((f.name for f in fields(kind)), body, where)
     return dict(body)
+
+
+def restored(kind: Any, value: Any) -> Any:
+    """A value of a type, such as a dataclass, from what `dataclasses.asdict` and JSON made of it; keys that the
+    dataclass doesn't know are ignored. Raises `ValueError`, or `KeyError` for a missing key."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        (one,) = (arg for arg in inner if arg is not type(None))
+        return None if value is None else restored(one, value)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(restored(inner[0], item) for item in value)
+    if is_dataclass(kind) and isinstance(value, Mapping):
+        hints, make = get_type_hints(kind), cast("Callable[..., Any]", kind)
+        return make(**{f.name: restored(hints[f.name], value[f.name]) for f in fields(kind)})
+    plain = {float: is_number(value), int: is_whole(value, -MAX_INT), str: isinstance(value, str)}
+    if plain.get(kind):
+        return value
+    raise ValueError(f"{shown(value)} is no {getattr(kind, '__name__', kind)}")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fedprune.core.errors import PlanError
 from fedprune.core.text import amount
-from fedprune.core.validation import MAX_INT, is_number, is_whole
+from fedprune.core.validation import restored
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import frozen_tensors
@@ -202,35 +202,12 @@ class Plan:
     def from_dict(cls, body: object) -> Plan:
         """Read and check what `to_dict` writes. Raises `PlanError` if it is not what `to_dict` writes."""
         try:
-            if not isinstance(body, Mapping):
-                raise TypeError(f"a {type(body).__name__}")
-            figures = body["prediction"]
-            use = {f.name: _number(figures["memory"][f.name], whole=True) for f in fields(MemoryBreakdown)}
-            plain = {f.name: _figure(figures[f.name], str(f.type)) for f in fields(Prediction) if f.name != "memory"}
-            prediction = Prediction(**plain, memory=MemoryBreakdown(**use))
-            limits = tuple(
-                Limit(
-                    _choice(m["name"], LIMITS),
-                    _number(m["value"]),
-                    _number(m["limit"]),
-                    _choice(m["unit"], ("bytes", "s")),
-                )
-                for m in body["limits"]
-            )
-            plan = cls(
-                widths=tuple(_number(w, whole=True) for w in body["widths"]),
-                density=_number(body["density"]),
-                prediction=prediction,
-                limits=limits,
-                bound=_choice(body["bound"], (*LIMITS, NOTHING)),
-                uniform=Uniform(**{f.name: _number(body["uniform"][f.name]) for f in fields(Uniform)}),
-                correction=Correction(**{f.name: _number(body["correction"][f.name]) for f in fields(Correction)}),
-                accumulate=_number(body["accumulate"], whole=True),
-                notes=tuple(_text(note) for note in body["notes"]),
-                warning=_text(body["warning"]),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            plan: Plan = restored(cls, body)
+        except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
+        names, units = {limit.name for limit in plan.limits}, {limit.unit for limit in plan.limits}
+        if not names <= set(LIMITS) or not units <= {"bytes", "s"} or plan.bound not in (*LIMITS, NOTHING):
+            raise PlanError("plan: an unknown limit or unit", got=(sorted(names), sorted(units), plan.bound))
         if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths) or plan.accumulate < 1:
             got = (plan.density, plan.widths, plan.accumulate)
             raise PlanError("plan: density, widths or accumulate are out of range", got=got)
@@ -564,26 +541,3 @@ _HINTS = {
     BYTES: "Raise the job's byte budget, or use a smaller model.",
     STORAGE: "Raise storage.budget_bytes of the profile.",
 }
-
-
-def _number(value: Any, *, whole: bool = False) -> Any:
-    if not (is_whole(value, -MAX_INT) if whole else is_number(value)):
-        raise ValueError(f"{value!r} is not a {'whole ' if whole else ''}number")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{value!r} is not a text")
-    return value
-
-
-def _figure(value: Any, kind: str) -> Any:
-    """A figure of a prediction; those that a profile may lack are numbers or null."""
-    return None if value is None and "None" in kind else _number(value, whole=kind == "int")
-
-
-def _choice(value: Any, choices: tuple[str, ...]) -> str:
-    if value not in choices:
-        raise ValueError(f"{value!r} is none of {', '.join(choices)}")
-    return str(value)

@@ -346,7 +346,7 @@ class Rollout:
         try:
             if body["format"] != FORMAT:
                 raise ValueError(body["format"])
-            plan = RolloutPlan(**{**body["plan"], "stages": tuple(Stage(**s) for s in body["plan"]["stages"])})
+            plan: RolloutPlan = validation.restored(RolloutPlan, body["plan"])
             boards = {str(n): BoardFate(**{**b, "fate": Fate(b["fate"])}) for n, b in body["boards"].items()}
             stage, ends = int(body["stage"]), [float(e) for e in body["stage_ends"]]
             if not -1 <= stage < len(plan.stages) or len(ends) != stage + 1:
