@@ -11,7 +11,7 @@ from typing import TypeVar
 from fedprune.core.text import amount, quantity
 from fedprune.output.chart import Chart, chart, scale, style, tiles, together
 from fedprune.output.page import Bar, bars, boxes, charts, paragraph
-from fedprune_server.simulation.results.record import Record, RoundRow, beside
+from fedprune_server.simulation.results.record import Record, RoundRow, beside, measured_names, shown
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def devices(run: Record, reference: Record | None) -> str:
             value = each.latest.get(device.name)
             name = f"{device.name} (density {device.density:.2f})" if not i else f"{device.name} ({names[i]})"
             share = 0.0 if value is None else min(1.0, max(0.0, value / top))
-            rows.append(Bar(name, ((f"part {style(i)}", 0.0, share),), _said(value, kind)))
+            rows.append(Bar(name, ((f"part {style(i)}", 0.0, share),), shown(value, kind)))
     legend = boxes(names) if len(runs) > 1 else ""
     text = paragraph("The model that each device serves, on its own test data, as measured last; – for never.")
     return "".join(parts) + text + legend + bars(rows, f"Local {kind} of each device")
@@ -121,13 +121,13 @@ def channel_map(run: Record) -> str:
 def coverage_map(run: Record) -> str:
     """Share of each round's client updates that trained a channel: a row per round, a strip per group."""
     noted = [r for r in run.rounds if r.coverage]
-    shown = [i for i, (_, size) in enumerate(run.groups) if size > 1][:GROUPS]
-    if not noted or not shown:
+    groups = [i for i, (_, size) in enumerate(run.groups) if size > 1][:GROUPS]
+    if not noted or not groups:
         return ""
     rows = [
         Bar(
             f"round {row.round}",
-            [tiles(run.groups[g][0], [c / max(1, row.updates) for c in row.coverage[g]]) for g in shown],
+            [tiles(run.groups[g][0], [c / max(1, row.updates) for c in row.coverage[g]]) for g in groups],
             quantity(row.updates, "update"),
         )
         for row in _spread(noted, ROUNDS)
@@ -150,12 +150,8 @@ def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
         title = f"Local {kind} as {'received' if moment == 'before' else 'trained'}"
         rows.append((title, partial(Record.own_means, metric=f"{kind}_{moment}")))
     suffix = "_loss" if kind == "loss" else ""
-    names: dict[str, None] = {}
-    for run in runs:
-        for row in run.rounds:
-            names |= dict.fromkeys(n for n in row.measured if n.endswith("_loss") == (kind == "loss"))
-    shown = sorted(names, key=lambda name: "/" in name)[:MEASURED]  # further sets of samples last
-    rows += [(f"Measured: {name.removesuffix(suffix)}", partial(Record.measured_values, name=name)) for name in shown]
+    names = sorted(measured_names(runs), key=lambda name: "/" in name)[:MEASURED]  # further sets of samples last
+    rows += [(f"Measured: {name.removesuffix(suffix)}", partial(Record.measured_values, name=name)) for name in names]
     return [row for row in rows if any(v is not None for run in runs for v in row[1](run))]
 
 
@@ -188,7 +184,7 @@ def _chart(
         title,
         places,
         series,
-        partial(_said, kind=kind),
+        partial(shown, kind=kind),
         unit=(0.01, "%") if accuracy else (1.0, ""),
         along=along,
         top=100.0 if accuracy else None,
@@ -209,7 +205,7 @@ def _histogram(runs: Sequence[Record]) -> str:
     edges = [low + (high - low) * i / bins for i in range(bins + 1)]
     rows = [
         Bar(
-            f"{_said(edges[i], kind)} to {_said(edges[i + 1], kind)}" + (f", {run.title}" if len(runs) > 1 else ""),
+            f"{shown(edges[i], kind)} to {shown(edges[i + 1], kind)}" + (f", {run.title}" if len(runs) > 1 else ""),
             ((f"part {('one', 'two')[j]}", 0.0, found[j][i] / most),),
             quantity(found[j][i], "device"),
         )
@@ -223,12 +219,6 @@ def _histogram(runs: Sequence[Record]) -> str:
 def _group_names(run: Record) -> str:
     named = ", ".join(f"{label} ({size})" for label, size in run.groups[:GROUPS])
     return f"Groups from left to right: {named}."
-
-
-def _said(value: float | None, kind: str) -> str:
-    if value is None or not math.isfinite(value):
-        return "–"
-    return f"{value:.1%}" if kind == "accuracy" else f"{value:.4g}"
 
 
 def _spread(entries: Iterable[T], most: int) -> list[T]:

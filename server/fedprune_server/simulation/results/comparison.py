@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,8 +12,8 @@ from fedprune.core.text import quantity
 from fedprune.output import page
 from fedprune.output.tables import Column, print_table
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.record import Record, beside
-from fedprune_server.simulation.results.report import TAIL, html_table, markdown_table, shown
+from fedprune_server.simulation.results.record import Record, beside, measured_names, shown
+from fedprune_server.simulation.results.report import TAIL, html_table, markdown_table
 from fedprune_server.simulation.results.run_folder import RECORD
 
 PAGE = "comparison.html"
@@ -49,10 +48,7 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results, means over the last rounds; the first row is the header."""
     kind = runs[0].measure
     own = [f"{kind}_{m}" for m in beside(runs)]
-    names: dict[str, None] = {}
-    for run in runs:
-        for row in run.rounds:
-            names |= dict.fromkeys(n for n in row.measured if n.endswith("_loss") == (kind == "loss"))
+    names = measured_names(runs)
     head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
     rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names)]
     for run in runs:
@@ -66,9 +62,7 @@ def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
                 f"{run.last.down / 1e6:,.2f}",
                 f"{run.last.up / 1e6:,.2f}",
                 f"{run.macs() / 1e12:.3g}" if run.macs() else "–",
-                shown(run, local),
-                shown(run, whole),
-                *(shown(run, math.nan if v is None else v) for v in more),
+                *(shown(v, kind) for v in (local, whole, *more)),
             )
         )
     return rows
@@ -166,7 +160,7 @@ def _tail(values: Sequence[float | None]) -> float | None:
 
 
 def _target(run: Record, target: float) -> str:
-    return f"Until the global model's {run.measure} was {shown(run, target)}"
+    return f"Until the global model's {run.measure} was {shown(target, run.measure)}"
 
 
 def _place(place: Path) -> str:

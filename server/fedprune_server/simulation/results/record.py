@@ -344,6 +344,20 @@ def beside(runs: Sequence[Record]) -> tuple[str, ...]:
     return tuple(moment for moment, sign in pairs if f"{kind}_{sign}" in measured)
 
 
+def measured_names(runs: Sequence[Record]) -> list[str]:
+    """Names of the runs' measurements of the global model, of the kind that they are judged by."""
+    wants_loss = runs[0].measure == "loss"
+    names = dict.fromkeys(name for run in runs for row in run.rounds for name in row.measured)
+    return [name for name in names if name.endswith("_loss") == wants_loss]
+
+
+def shown(value: float | None, kind: str) -> str:
+    """An accuracy as a percentage, a loss as a number."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.1%}" if kind == "accuracy" else f"{value:.4g}"
+
+
 def _missed(state: State) -> dict[str, list[str]]:
     """Reasons of refusals per device, one for each finished round."""
     found: dict[str, list[str]] = {}

@@ -14,7 +14,7 @@ from fedprune_server.devices import plan_vs_actual
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.executor.divergence import advice
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.record import DeviceRow, Record
+from fedprune_server.simulation.results.record import DeviceRow, Record, shown
 
 TAIL = 5
 """Rounds in a final mean: single rounds of a small test set are noisy."""
@@ -94,11 +94,11 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
         ("", *(r.title for r in runs)),
         (
             f"mean local {run.measure}{_over(tail)}",
-            *(shown(r, f[0]) + _part(r) for r, f in zip(runs, finals, strict=True)),
+            *(shown(f[0], r.measure) + _part(r) for r, f in zip(runs, finals, strict=True)),
         ),
-        (f"global {run.measure}{_over(tail)}", *(shown(r, f[1]) for r, f in zip(runs, finals, strict=True))),
+        (f"global {run.measure}{_over(tail)}", *(shown(f[1], r.measure) for r, f in zip(runs, finals, strict=True))),
         *(
-            (f"{kind} {run.measure}, last round", *(shown(r, f[i]) for r, f in zip(runs, last, strict=True)))
+            (f"{kind} {run.measure}, last round", *(shown(f[i], r.measure) for r, f in zip(runs, last, strict=True)))
             for i, kind in enumerate(("mean local", "global"))
             if tail > 1
         ),
@@ -150,7 +150,7 @@ def plan_rows(run: Record) -> list[tuple[str, ...]]:
                     d.bound or "the job",
                     " · ".join(map(str, d.widths)),
                     f"{d.parameters:,}",
-                    shown(run, latest.get(d.name, math.nan)),
+                    shown(latest.get(d.name), run.measure),
                     _absence(run, d),
                 )
                 for d in run.devices
@@ -307,13 +307,6 @@ def _change(ratio: float) -> str:
 
 def _percent(value: float, digits: int = 0) -> str:
     return f"{value:.{digits}%}" if math.isfinite(value) else "–"
-
-
-def shown(run: Record, value: float) -> str:
-    """An accuracy as a percentage, a loss as a number."""
-    if run.measure == "accuracy":
-        return _percent(value, 1)
-    return f"{value:.4g}" if math.isfinite(value) else "–"
 
 
 def _worse(run: Record, mine: float, theirs: float) -> float:
