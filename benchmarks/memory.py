@@ -22,7 +22,6 @@ MOST_WORK = 0.3
 """Estimated work that may be added, as a share of the step's."""
 
 TURNS, WARM_UP = 9, 2
-KINDS = ("blocks", "standard")
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 
 
@@ -67,15 +66,13 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
     from fedprune.model.architecture import widths_at
     from fedprune.model.recipe import Features
     from fedprune.model.selection import Selection
-    from fedprune.runtime.blocks import block_size
-    from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training.checkpointing import recomputed
     from fedprune_export.training.memory import GAPS_AGAIN, taken, training_memory
     from fedprune_export.training.step_graph import training_graph
     from fedprune_export.training.value_sizes import value_sizes
 
-    model, block = import_onnx(export_torch(network(name)), name), block_size()
+    model = import_onnx(export_torch(network(name)), name)
     arch = model.architecture
     (folder / f"{name}.json").write_text(json.dumps(arch.input_shape))
     rows = []
@@ -88,32 +85,30 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
             "density": density,
             "torch_mb": 1.024 * peak("torch", name, folder, density),
         }
-        for kind in KINDS:
-            forms = {"widths": widths, "forms": Forms(block, BATCH if block else 0)} if kind == "blocks" else {}
-            graph = training_graph(model, Features(), **forms)  # type: ignore[arg-type]
-            sizes = value_sizes(graph, arch, widths, BATCH, max(1, block))
-            start = time.perf_counter()
-            found = recomputed(graph, sizes, 0, most_work=MOST_WORK)
-            seconds = time.perf_counter() - start
-            said = training_memory(graph, sizes), taken(found.graph, sizes, found.live_bytes, GAPS_AGAIN)
-            paths = folder / "plain.onnx", folder / "again.onnx"
-            for path, one in zip(paths, (graph, found.graph), strict=True):
-                path.write_bytes(one.to_bytes())
-            peaks = [our_peak(path, folder, name, density) for path in paths]
-            ms, slower = ratio(*(our_step(path, tensors, *batch(arch.input_shape), 1) for path in paths))
-            row[kind] = {
-                "plain_mb": peaks[0],
-                "again_mb": peaks[1],
-                "plain_said_mb": said[0].peak / 1e6,
-                "again_said_mb": said[1].peak / 1e6,
-                "values": found.values,
-                "work": found.work,
-                "write_s": seconds,
-                "ms": ms,
-                "slower": slower,
-            }
+        graph = training_graph(model, Features())
+        sizes = value_sizes(graph, arch, widths, BATCH)
+        start = time.perf_counter()
+        found = recomputed(graph, sizes, 0, most_work=MOST_WORK)
+        seconds = time.perf_counter() - start
+        said = training_memory(graph, sizes), taken(found.graph, sizes, found.live_bytes, GAPS_AGAIN)
+        paths = folder / "plain.onnx", folder / "again.onnx"
+        for path, one in zip(paths, (graph, found.graph), strict=True):
+            path.write_bytes(one.to_bytes())
+        peaks = [our_peak(path, folder, name, density) for path in paths]
+        ms, slower = ratio(*(our_step(path, tensors, *batch(arch.input_shape), 1) for path in paths))
+        row |= {
+            "plain_mb": peaks[0],
+            "again_mb": peaks[1],
+            "plain_said_mb": said[0].peak / 1e6,
+            "again_said_mb": said[1].peak / 1e6,
+            "values": found.values,
+            "work": found.work,
+            "write_s": seconds,
+            "ms": ms,
+            "slower": slower,
+        }
         rows.append(row)
-        print(name, density, {k: (round(row[k]["again_mb"]), round(row[k]["slower"], 2)) for k in KINDS}, flush=True)
+        print(name, density, round(row["again_mb"]), round(row["slower"], 2), flush=True)
     return rows
 
 
@@ -132,24 +127,19 @@ def main(nets: list[str]) -> None:
 
 
 def page(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    lines, summary = [], []
-    for row in rows:
-        for kind in KINDS:
-            k = row[kind]
-            lines.append(
-                f"| {row['net']} | {row['density']:g} | {kind} | {row['torch_mb']:.0f} | {k['plain_mb']:.0f} "
-                f"| {k['plain_said_mb']:.0f} | {k['again_mb']:.0f} | {k['again_said_mb']:.0f} "
-                f"| {k['again_mb'] / row['torch_mb']:.2f} | {k['slower']:.2f} | {k['values']} | {k['write_s']:.1f} |"
-            )
-    for kind in KINDS:
-        plain = [r[kind]["plain_mb"] / r["torch_mb"] for r in rows]
-        again = [r[kind]["again_mb"] / r["torch_mb"] for r in rows]
-        errors = [abs(r[kind][f"{w}_said_mb"] / r[kind][f"{w}_mb"] - 1) for r in rows for w in ("plain", "again")]
-        slower = [r[kind]["slower"] for r in rows]
-        summary.append(
-            f"| {kind} | {mean(plain):.2f} | {mean(again):.2f} | {mean(slower):.2f} | {max(slower):.2f} "
-            f"| {statistics.mean(errors):.0%} | {max(errors):.0%} |"
-        )
+    lines = [
+        f"| {r['net']} | {r['density']:g} | {r['torch_mb']:.0f} | {r['plain_mb']:.0f} | {r['plain_said_mb']:.0f} "
+        f"| {r['again_mb']:.0f} | {r['again_said_mb']:.0f} | {r['again_mb'] / r['torch_mb']:.2f} "
+        f"| {r['slower']:.2f} | {r['values']} | {r['write_s']:.1f} |"
+        for r in rows
+    ]
+    plain, again = ([r[f"{w}_mb"] / r["torch_mb"] for r in rows] for w in ("plain", "again"))
+    errors = [abs(r[f"{w}_said_mb"] / r[f"{w}_mb"] - 1) for r in rows for w in ("plain", "again")]
+    slower = [r["slower"] for r in rows]
+    summary = (
+        f"| {mean(plain):.2f} | {mean(again):.2f} | {mean(slower):.2f} | {max(slower):.2f} "
+        f"| {statistics.mean(errors):.0%} | {max(errors):.0%} |"
+    )
     newline = "\n"
     return f"""# Memory of training
 
@@ -161,14 +151,14 @@ peak, for at most {MOST_WORK:.0%} more estimated work. Peaks in MB are those of 
 *said* is what the compiler predicts. *Slower*: CPU time of such a step over that of a plain one, the median of
 {TURNS} turns; both give the same losses, to the bit.
 
-| graph | plain over torch | again over torch | slower | slower at worst | error of what is said | at worst |
-|---|---|---|---|---|---|---|
-{newline.join(summary)}
+| plain over torch | again over torch | slower | slower at worst | error of what is said | at worst |
+|---|---|---|---|---|---|
+{summary}
 
 (The first three: geometric means over nets and widths.)
 
-| net | width | graph | torch | plain | said | again | said | again over torch | slower | values | written in s |
-|---|---|---|---|---|---|---|---|---|---|---|---|
+| net | width | torch | plain | said | again | said | again over torch | slower | values | written in s |
+|---|---|---|---|---|---|---|---|---|---|---|
 {newline.join(lines)}
 """
 

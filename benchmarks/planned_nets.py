@@ -181,7 +181,7 @@ def trained(folder: Path, limit: int, net: str) -> dict[str, Any]:
         "print(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')), file=sys.stderr); sys.exit(code)"
     )
     command = [sys.executable, "-c", code, "train", "--bundle", str(folder / "bundle"), "--threads", "1"]
-    command += ["--data", str(folder / "samples.npz"), "--out", str(folder / "trained"), "--no-blocks"]
+    command += ["--data", str(folder / "samples.npz"), "--out", str(folder / "trained")]
     command += ["--set", f"max_steps={STEPS}", "--lr", "1e-6"]
     run = subprocess.run(
         command,

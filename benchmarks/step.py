@@ -1,8 +1,8 @@
 """A training step against torch eager: time, peak memory, installed size: `python benchmarks/step.py`.
 
 Steps run in turn in one process, so that neighbours on the machine hit them alike; the ratio is the median of the
-ratios within a turn. Ours are two: a graph for the board's own widths and processor (channels in blocks), and the graph
-of standard operators that serves every width. Peak memory is that of fresh processes, of which ours imports no torch.
+ratios within a turn. Ours is the graph that serves every width. Peak memory is that of fresh processes, of which ours
+imports no torch.
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ REST = 0.05
 
 LR, MOMENTUM, DECAY = 0.01, 0.9, 1e-4
 
-KINDS = {"blocks": "blocks", "standard": "standard operators, all widths"}
-
 HEAD = (
-    "| net | width | threads | blocks, ms | standard, ms | torch, ms | blocks, ratio | standard, ratio "
-    "| CPU: blocks | standard | peak MB | torch's |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| net | width | threads | ours, ms | torch, ms | ratio | CPU: ratio | peak MB | torch's |\n"
+    "|---|---|---|---|---|---|---|---|---|"
 )
 
 CONTENDED = 2.0
@@ -167,12 +165,10 @@ def main() -> None:
     from fedprune.model.architecture import widths_at
     from fedprune.model.recipe import Features
     from fedprune.model.selection import Selection
-    from fedprune.runtime.blocks import block_size
-    from fedprune_export.formulation import Forms
     from fedprune_export.importing import export_torch, import_onnx
     from fedprune_export.training.step_graph import training_graph
 
-    about, block = setting("onnxruntime", "torch"), block_size()
+    about = setting("onnxruntime", "torch")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -185,34 +181,29 @@ def main() -> None:
                 widths = widths_at(arch, density)
                 tensors = Selection.of(arch, widths).gather(model.tensors)
                 np.savez(folder / f"{name}-{density}.npz", **tensors)  # type: ignore[arg-type]
-                build: dict[str, float] = {}
-                for kind in KINDS:
-                    forms = {"widths": widths, "forms": Forms(block, BATCH if block else 0)} if kind == "blocks" else {}
-                    times = []
-                    for _ in range(3):
-                        start = time.perf_counter()
-                        raw = training_graph(model, Features(), **forms).to_bytes()  # type: ignore[arg-type]
-                        times.append(1e3 * (time.perf_counter() - start))
-                    build[kind] = min(times)
-                    (folder / f"{name}-{density}-{kind}.onnx").write_bytes(raw)
-                memory = {e: peak(e, name, folder, density) for e in (*KINDS, "torch")}
+                builds = []
+                for _ in range(3):
+                    start = time.perf_counter()
+                    raw = training_graph(model, Features()).to_bytes()
+                    builds.append(1e3 * (time.perf_counter() - start))
+                (folder / f"{name}-{density}-ours.onnx").write_bytes(raw)
+                memory = {e: peak(e, name, folder, density) for e in ("ours", "torch")}
                 alone: dict[str, dict[str, float]] = {}
                 for threads in THREADS:
-                    steps = {k: our_step(folder / f"{name}-{density}-{k}.onnx", tensors, x, y, threads) for k in KINDS}
-                    steps["torch"] = torch_step(name, tensors, x, y, threads)
-                    found = compare(steps)
+                    ours = our_step(folder / f"{name}-{density}-ours.onnx", tensors, x, y, threads)
+                    found = compare({"ours": ours, "torch": torch_step(name, tensors, x, y, threads)})
                     alone = alone or found
                     contended = any(found[e]["cpu_ms"] > CONTENDED * alone[e]["cpu_ms"] for e in found)
                     what = {"net": name, "density": density, "threads": threads, "contended": contended}
-                    rows.append({**what, "build_ms": build, "peak_mb": memory, "times": found})
+                    rows.append({**what, "build_ms": min(builds), "peak_mb": memory, "times": found})
                     print(what, {e: round(t["ratio"], 2) for e, t in found.items()}, flush=True)
     sizes = {"ours": installed("onnxruntime", "numpy"), "torch": installed("torch", "numpy")}
-    body = {"setting": about, "batch": BATCH, "turns": TURNS, "block": block, "rows": rows, "installed_mb": sizes}
-    write("step", body, page(about, rows, sizes, block))
+    body = {"setting": about, "batch": BATCH, "turns": TURNS, "rows": rows, "installed_mb": sizes}
+    write("step", body, page(about, rows, sizes))
 
 
-def mark(row: dict[str, Any], kind: str, value: str) -> str:
-    return "–" if row["contended"] else f"{row['times'][kind][value]:.2f}"
+def mark(row: dict[str, Any], value: str) -> str:
+    return "–" if row["contended"] else f"{row['times']['ours'][value]:.2f}"
 
 
 def mean(values: list[float]) -> float:
@@ -223,38 +214,36 @@ def mean(values: list[float]) -> float:
 def summary(rows: list[dict[str, Any]]) -> str:
     """Geometric means over the rows that compare anything, and the worst of them."""
     lines = []
-    for kind, words in KINDS.items():
-        for threads in THREADS:
-            chosen = [r for r in rows if r["threads"] == threads and not r["contended"]]
-            ratios = {f"{r['net']} at {r['density']:g}": r["times"][kind]["ratio"] for r in chosen}
-            if ratios:
-                worst = max(ratios, key=lambda n: ratios[n])
-                line = f"| {words} | {threads} | {len(ratios)} | {mean(list(ratios.values())):.2f} |"
-                lines.append(f"{line} {ratios[worst]:.2f} ({worst}) |")
+    for threads in THREADS:
+        chosen = [r for r in rows if r["threads"] == threads and not r["contended"]]
+        ratios = {f"{r['net']} at {r['density']:g}": r["times"]["ours"]["ratio"] for r in chosen}
+        if ratios:
+            worst = max(ratios, key=lambda n: ratios[n])
+            line = f"| {threads} | {len(ratios)} | {mean(list(ratios.values())):.2f} |"
+            lines.append(f"{line} {ratios[worst]:.2f} ({worst}) |")
     return "\n".join(lines)
 
 
-def halves(rows: list[dict[str, Any]], kind: str) -> str:
+def halves(rows: list[dict[str, Any]]) -> str:
     """How much faster a step is at half width."""
     out = []
     for name in dict.fromkeys(r["net"] for r in rows):
-        ms = {r["density"]: r["times"][kind]["cpu_ms"] for r in rows if r["net"] == name and r["threads"] == 1}
+        ms = {r["density"]: r["times"]["ours"]["cpu_ms"] for r in rows if r["net"] == name and r["threads"] == 1}
         out.append(f"{name} {ms[1.0] / ms[0.5]:.1f}")
     return ", ".join(out)
 
 
-def page(about: dict[str, Any], rows: list[dict[str, Any]], sizes: dict[str, dict[str, float]], block: int) -> str:
+def page(about: dict[str, Any], rows: list[dict[str, Any]], sizes: dict[str, dict[str, float]]) -> str:
     total = {k: sum(v.values()) for k, v in sizes.items()}
     table = "\n".join(
         f"| {r['net']} | {r['density']:g} | {r['threads']} "
-        f"| {r['times']['blocks']['ms']:.1f} | {r['times']['standard']['ms']:.1f} | {r['times']['torch']['ms']:.1f} "
-        f"| {mark(r, 'blocks', 'ratio')} | {mark(r, 'standard', 'ratio')} "
-        f"| {mark(r, 'blocks', 'cpu_ratio')} | {mark(r, 'standard', 'cpu_ratio')} "
-        f"| {r['peak_mb']['blocks']:.0f} | {r['peak_mb']['torch']:.0f} |"
+        f"| {r['times']['ours']['ms']:.1f} | {r['times']['torch']['ms']:.1f} "
+        f"| {mark(r, 'ratio')} | {mark(r, 'cpu_ratio')} "
+        f"| {r['peak_mb']['ours']:.0f} | {r['peak_mb']['torch']:.0f} |"
         for r in rows
     )
     one = [r for r in rows if r["threads"] == 1]
-    memory = {k: mean([r["peak_mb"][k] / r["peak_mb"]["torch"] for r in one]) for k in KINDS}
+    memory = mean([r["peak_mb"]["ours"] / r["peak_mb"]["torch"] for r in one])
     builds = {r["net"]: r["build_ms"] for r in one if r["density"] == 1}
     return f"""# A training step
 
@@ -262,29 +251,27 @@ def page(about: dict[str, Any], rows: list[dict[str, Any]], sizes: dict[str, dic
 Python {about["python"]}, onnxruntime {about["onnxruntime"]}, torch {about["torch"]}. `python benchmarks/step.py`
 
 SGD with momentum and weight decay, batch {BATCH}; medians of {TURNS} turns; *ratio* is the median ratio to torch's
-within a turn, below 1 where ours is faster. *Blocks*: a graph for these widths, this batch and this processor (blocks
-of {block} channels). *Standard*: standard operators alone, one graph for all widths, as boards without blocks run it
-(all Arm boards with the stock wheel). CPU time counts all threads. Peak memory: fresh processes, one thread.
+within a turn, below 1 where ours is faster. Ours is one graph for all widths. CPU time counts all threads. Peak memory:
+fresh processes, one thread.
 
-| graph | threads | cases | geometric mean of the ratio | worst |
-|---|---|---|---|---|
+| threads | cases | geometric mean of the ratio | worst |
+|---|---|---|---|
 {summary(rows)}
 
 {HEAD}
 {table}
 
-–: no comparison. Neighbours were on the cores, and one of the three burned over {CONTENDED:g} times the CPU time that
+–: no comparison. Neighbours were on the cores, and one of the two burned over {CONTENDED:g} times the CPU time that
 it takes with one thread: its threads spun while they waited for each other.
 
-Peak memory beside torch's, geometric mean: blocks {memory["blocks"]:.2f}, standard {memory["standard"]:.2f}.
+Peak memory beside torch's, geometric mean: {memory:.2f}.
 
-Times faster at half width (CPU time, one thread): blocks {halves(rows, "blocks")}; standard {halves(rows, "standard")}.
+Times faster at half width (CPU time, one thread): {halves(rows)}.
 
 Installed, with all that they require (numpy in both): onnxruntime {total["ours"]:.0f} MB, torch for CPUs
 {total["torch"]:.0f} MB.
 
-Writing a graph, ms: blocks {", ".join(f"{n} {ms['blocks']:.0f}" for n, ms in builds.items())}; standard
-{", ".join(f"{n} {ms['standard']:.0f}" for n, ms in builds.items())}.
+Writing a graph, ms: {", ".join(f"{n} {ms:.0f}" for n, ms in builds.items())}.
 """
 
 

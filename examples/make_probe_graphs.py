@@ -11,26 +11,19 @@ import io
 import json
 import sys
 import tarfile
-from dataclasses import astuple
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedprune.core.rng import keyed
 from fedprune.model.recipe import Features
 from fedprune.planning.costs import costs_at
-from fedprune.planning.kernel_workload import BLOCKS
-from fedprune.runtime import blocks
 from fedprune_export.bundles.inference import inference_model
-from fedprune_export.formulation import Forms, formulated
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.training.step_graph import training_graph
 
 sys.path.insert(0, str(Path(__file__).parent))
-from probe_forms import BATCH as FORM_BATCH
-from probe_forms import SHAPES, graphs
 from probe_nets import NETS
 
 POINTS = 15
@@ -43,8 +36,7 @@ CONVOLUTIONS = ((3, 16, 1), (16, 32, 2), (32, 32, 1), (32, 64, 2))
 """Input channels, output channels, stride."""
 
 ROOT = Path(__file__).parents[1]
-FOLDER, CHECKS = ROOT / "device_runtime/fedprune_device/assets", ROOT / "toolkit/fedprune/assets"
-"""Where the probe's graphs lie, and those that find the length of blocks."""
+FOLDER = ROOT / "device_runtime/fedprune_device/assets"
 
 
 def network() -> bytes:
@@ -96,20 +88,6 @@ def archive() -> bytes:
     return packed(files)
 
 
-def forms() -> bytes:
-    """The graphs of `probe_forms.py`, with standard operators and with blocks of every length, as one archive."""
-    files = dict[str, bytes]()
-    rows: list[dict[str, Any]] = []
-    for number, shape in enumerate(SHAPES):
-        rows.append({"shape": [*astuple(shape)[:-1], int(shape.depthwise)], "graphs": dict[str, list[str]]()})
-        for block in (0, *BLOCKS[1:]):
-            found = {name: graph.to_bytes() for name, graph in graphs(shape, block)}
-            rows[-1]["graphs"][str(block)] = list(found)
-            files |= {f"{number}/{block}/{name}.onnx": raw for name, raw in found.items()}
-    files["index.json"] = json.dumps({"batch": FORM_BATCH, "shapes": rows}).encode()
-    return packed(files)
-
-
 def packed(files: dict[str, bytes]) -> bytes:
     """Files as one compressed archive, the same for the same files."""
     raw = io.BytesIO()
@@ -121,22 +99,8 @@ def packed(files: dict[str, bytes]) -> bytes:
     return gzip.compress(raw.getvalue(), 9, mtime=0)
 
 
-def check_of_blocks(block: int) -> bytes:
-    """A convolution of 3×3 in plain layout and in blocks, as `fedprune.runtime.blocks` compares them."""
-    shapes = {blocks.X: ("N", blocks.CHANNELS, blocks.PLACES, blocks.PLACES), blocks.W: (blocks.CHANNELS,) * 2 + (3, 3)}
-    ports = [Port(n, np.dtype(np.float32), s) for n, s in shapes.items()]
-    result = Port(blocks.IN_BLOCKS, np.dtype(np.float32), shapes[blocks.X])
-    graph = Graph(ports, [result], name="blocks")
-    attrs = {"kernel_shape": [3, 3], "strides": [1, 1], "dilations": [1, 1], "pads": [1] * 4, "group": 1}
-    graph.emit("Conv", blocks.X, blocks.W, attrs=attrs, out=blocks.IN_BLOCKS)
-    out = formulated(graph, {**shapes, blocks.IN_BLOCKS: shapes[blocks.X]}, Forms(block, blocks.SAMPLES))
-    out.emit("Conv", blocks.X, blocks.W, attrs=attrs, out=blocks.PLAIN)
-    out.outputs.append(Port(blocks.PLAIN, np.dtype(np.float32), shapes[blocks.X]))
-    return out.to_bytes()
-
-
-def main(folder: Path = FOLDER, checks: Path = CHECKS) -> None:
-    """Compile the net and write its graphs, shapes and costs; and the checks of blocks."""
+def main(folder: Path = FOLDER) -> None:
+    """Compile the net and write its graphs, shapes and costs."""
     model = import_onnx(network(), "probe")
     architecture = model.architecture
     costs = costs_at(architecture, architecture.sizes)
@@ -153,10 +117,7 @@ def main(folder: Path = FOLDER, checks: Path = CHECKS) -> None:
     }
     (folder / "probe.json").write_text(json.dumps(body) + "\n")
     (folder / "probe_layers.tar.gz").write_bytes(archive())
-    (folder / "probe_forms.tar.gz").write_bytes(forms())
-    for block in BLOCKS[1:]:
-        (checks / blocks.file_name(block)).write_bytes(check_of_blocks(block))
 
 
 if __name__ == "__main__":
-    main(*2 * [Path(p) for p in sys.argv[1:2]])
+    main(*[Path(p) for p in sys.argv[1:2]])

@@ -107,7 +107,7 @@ class Fedprune:
     def start_client(self, name: str, port: int, *, watch: bool = False) -> None:
         """A device."""
         run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
-        run += ["--no-blocks", "--threads", "1", "--profile", "raspberry-pi-4b", "--log-level", "info"]
+        run += ["--threads", "1", "--profile", "raspberry-pi-4b", "--log-level", "info"]
         run += ["--broker", f"mqtt://127.0.0.1:{port}", "--device", name]
         folder = self._place.folder
         self._place.start(name, [*run, "--data", folder / f"{name}.npz", "--state", folder / name], watch=watch)

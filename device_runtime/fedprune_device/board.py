@@ -48,7 +48,6 @@ from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reports import CrashReports
 from fedprune_device.telemetry.log_buffer import LogBuffer
 from fedprune_device.telemetry.reporter import LogReporter, reporting
-from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import TrainerCache
@@ -118,7 +117,6 @@ def build_agent(
         uplink,
         runner,
         OfflineTraining(store, offline, settings.train_alone_s),
-        choice=GraphChoice(standard=settings.cuda),
         profile=profile,
         guard=settings.guard,
     )
@@ -258,7 +256,6 @@ def _probed(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *,
     taken = process_memory()
     report = replace(
         report,
-        block=0 if cuda else report.block,  # there are no blocks on a GPU
         process_bytes=None if taken is None else max(taken - held, 2**20),
     )
     _LOG.info("probe: %s", json.dumps(report.to_dict() | table_summaries(report)))

@@ -8,8 +8,7 @@ from pathlib import Path
 from fedprune.model.recipe import LABELS_OF
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
-from fedprune.runtime.blocks import block_size
-from fedprune.runtime.bundle import TRAINING, blocked_file
+from fedprune.runtime.bundle import TRAINING
 from fedprune.runtime.bundle_folder import is_bundle, write_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.strategies.importance.scoring import ranks, score
@@ -33,7 +32,6 @@ def export(
     scorer: str = "magnitude",
     data: str | Path | LabelledData | None = None,
     precisions: Sequence[str] = (),
-    blocks: Sequence[int] | None = None,
     memory_limit: int | None = None,
     opset: int | None = None,
     class_names: Sequence[str] = (),
@@ -47,8 +45,6 @@ def export(
         scorer: How channels are ranked: "magnitude" or "ordered".
         data: Samples to measure the model on, whole and as cut: a `.npz` file with x and y.
         precisions: Lower precisions to predict at, too: "float16", "int8" (which needs `data`).
-        blocks: Lengths of blocks of channels for which an x86 board gets a training step, too; by default what the
-            plan's probe found.
         memory_limit: Bytes that the training process may take: activations are computed again as far as it needs.
         opset: Opset of the inference graph; by default one that every supported onnxruntime loads.
         class_names: Names of the classes.
@@ -65,13 +61,10 @@ def export(
         data = measured(Path(data), model, LABELS_OF[recipe.loss])
     selection = Selection.of(model.architecture, plan.widths, ranks(score(scorer, model.architecture, model.tensors)))
     memory = None if memory_limit is None else _fitted(model, plan, memory_limit)
-    wanted = _blocks(plan, blocks)
-    blocks, skipped = ((), wanted) if memory is not None else (wanted, ())
     step = training_step(model, recipe.features) if memory is None else memory.graph
-    files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset, blocks=blocks)
+    files = bundle_files(model, selection, recipe, training=step.to_bytes(), opset=opset)
     error = parity(model, selection, files)
-    for name in (TRAINING, *(blocked_file(b) for b in blocks if b == block_size())):
-        try_step(model, recipe, files, name)
+    try_step(model, recipe, files, TRAINING)
     trials = Trials(model, selection.widths, files, data).all(precisions) if precisions else ()
     for trial in trials:
         files |= trial.files
@@ -85,7 +78,6 @@ def export(
         accuracy=None if data is None else _accuracy(model, selection, data),
         trials=trials,
         memory=memory,
-        skipped_blocks=skipped,
         folder=folder,
         replaced=is_bundle(folder),
     )
@@ -99,13 +91,6 @@ def export(
 def _fitted(model: Model, plan: BoardPlan, limit: int) -> Fitted:
     batch = min(plan.recipe.micro_batch, plan.samples)
     return fitted(training_step(model, plan.recipe.features), model.architecture, plan.widths, batch, limit)
-
-
-def _blocks(plan: BoardPlan, asked: Sequence[int] | None) -> tuple[int, ...]:
-    """For which blocks of channels the board gets a training step: only x86 boards compute in blocks."""
-    if plan.profile.arch != "x86_64" or plan.recipe.ordered_dropout:
-        return ()
-    return plan.probed_blocks if asked is None else tuple(asked)
 
 
 def _accuracy(model: Model, selection: Selection, data: LabelledData) -> Accuracy:

@@ -55,7 +55,7 @@ def test_training_stays_within_the_plans_memory(tmp_path: Path) -> None:
     x = rng.standard_normal((1000, 3, 64, 64), dtype=np.float32)
     np.savez(samples, x=x, y=rng.integers(0, 2, (1000, 64 * 64)).astype(np.uint8))
     command = [sys.executable, "-c", TRAIN, "train", "--bundle", bundle, "--data", samples, "--out", tmp_path / "out"]
-    command += ["--threads", "1", "--no-blocks", "--set", "max_steps=2"]
+    command += ["--threads", "1", "--set", "max_steps=2"]
     run = subprocess.run(
         list(map(str, command)),
         capture_output=True,

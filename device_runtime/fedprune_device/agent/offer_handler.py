@@ -19,7 +19,6 @@ from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.offer_checks import attempt_of, check_offer, fits, place_of, same_work
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import DamagedBlobError, RoundResult, RoundRunner, TrainingThread
 from fedprune_device.training.trainer import TrainingStoppedError
@@ -45,13 +44,12 @@ class OfferHandler:
         runner: RoundRunner,
         offline: OfflineTraining,
         *,
-        choice: GraphChoice,
         profile: HardwareProfile | None = None,
         guard: ThermalGuard | None = None,
     ) -> None:
         self._store, self._downloader, self._uplink = store, downloader, uplink
         self._runner, self._offline = runner, offline
-        self._choice, self._profile, self._guard = choice, profile, guard
+        self._profile, self._guard = profile, guard
         self._ready: float | None = None  # the download's seconds, when an offer waits for the worker
         self._worker: TrainingThread | None = None
         self._seen: list[Offer] = []
@@ -92,7 +90,7 @@ class OfferHandler:
         self._uplink.answer(request, self._store.pending, now)
 
     def offered(self, offer: Offer, now: float) -> None:
-        offer = self._choice.suited(self._runner.lowering.wanted(offer))
+        offer = self._runner.lowering.wanted(offer)
         task = self._store.task
         if self._uplink.refuse_again(offer):
             return
@@ -163,11 +161,9 @@ class OfferHandler:
             return
         if self._store.waiting(task.offer) is None:
             _LOG.info("going on with round %d of job %s", task.offer.round, task.offer.job)
-            offer = self._choice.suited(task.offer)
+            offer = task.offer
             try:
                 self._store.privacy.check(Recipe.from_dict(offer.recipe))  # the owner may ask for more than then
-                if offer != task.offer:
-                    self._store.accept(offer)
                 self._downloader.begin(offer, now, asks=False)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
@@ -257,8 +253,7 @@ class OfferHandler:
         task = self._store.task
         if self._ready is not None and task is not None:
             seconds, self._ready = self._ready, None
-            how = self._choice.described(task.offer)
-            _LOG.info("round %d of job %s: training %s", task.offer.round, task.offer.job, how)
+            _LOG.info("round %d of job %s: training", task.offer.round, task.offer.job)
             self._worker = TrainingThread(self._runner, task.offer, seconds, self._guard)
         elif not self._downloader.fetching and (offer := self._offline.due(now, connected=connected)) is not None:
             self._worker = TrainingThread(self._offline.runner, offer, guard=self._guard, offline=True)
@@ -307,11 +302,7 @@ class OfferHandler:
             except FedpruneError as failed:
                 self._refuse(offer, failed)
             return
-        other = self._choice.instead(offer, error)
-        if other is None:
-            self._refuse(offer, error)
-        else:
-            self._start(other, now)
+        self._refuse(offer, error)
 
     def _offline_failed(self, error: BaseException) -> None:
         if isinstance(error, FedpruneError):

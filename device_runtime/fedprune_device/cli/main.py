@@ -106,9 +106,6 @@ def _add_run(commands: Any) -> None:
     run.add_argument("--resume-below", type=float, default=COOL_C, metavar="C", help="default: %(default)g °C")
     run.add_argument("--no-probe", action="store_true", help="don't measure the board; the profile is believed")
     run.add_argument(
-        "--no-blocks", action="store_true", help="train with standard operators alone, not with channels in blocks"
-    )
-    run.add_argument(
         "--log-level",
         choices=("debug", "info", "warning", "error"),
         default="info",
@@ -195,9 +192,6 @@ def _add_train(commands: Any) -> None:
         help="of the training samples, set aside for early stopping (default: 0)",
     )
     train.add_argument("--threads", type=whole_number, metavar="N", help="default: half of the cores")
-    train.add_argument(
-        "--no-blocks", action="store_true", help="train with standard operators alone, not with channels in blocks"
-    )
     add_sample_options(train.add_argument_group("images and samples"))
     train.set_defaults(run=_command("train", "train"), device="")
 
@@ -325,7 +319,6 @@ def _command(module: str, name: str) -> Callable[[argparse.Namespace], int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune.output.log_lines import OneLine
-    from fedprune.runtime.blocks import turn_off, turned_off
     from fedprune_device.board import BoardConfig, run_board
     from fedprune_device.data.sources import SampleOptions
     from fedprune_device.enrollment.membership import MembershipOptions
@@ -333,9 +326,6 @@ def _run(arguments: argparse.Namespace) -> int:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[handler])
-    if arguments.no_blocks:
-        turn_off()
-    turned_off()  # what is wrong with the setting comes first
     member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)
     run_board(options_of(BoardConfig, arguments, membership=member, samples=samples))
     return int(ExitCode.OK)

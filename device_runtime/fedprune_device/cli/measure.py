@@ -9,7 +9,6 @@ from dataclasses import asdict, fields
 
 from fedprune.core.errors import ExitCode
 from fedprune.planning.identification import identify
-from fedprune.runtime.blocks import turned_off
 from fedprune_device.hardware.probe import probe, table_summaries
 from fedprune_device.hardware.readings import facts
 from fedprune_device.hardware.runtime_process import check_runtime
@@ -28,7 +27,6 @@ def identify_board(arguments: argparse.Namespace) -> int:
 
 def probe_board(arguments: argparse.Namespace) -> int:
 
-    turned_off()  # what is wrong with the setting comes first
     check_runtime()
     report = probe(arguments.threads, begin=_begin)
     if arguments.json:

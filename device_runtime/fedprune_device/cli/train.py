@@ -18,7 +18,6 @@ from fedprune.core.errors import ExitCode, FedpruneError, ModelError, UsageError
 from fedprune.core.text import quantity
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.runtime.blocks import block_size, turn_off
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
 from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights
@@ -37,14 +36,12 @@ _EVERY_LINE_S = 10.0  # seconds between two progress lines, elsewhere
 
 
 def train(arguments: argparse.Namespace) -> int:
-    if arguments.no_blocks:
-        turn_off()
     bundle = open_bundle(arguments.bundle)
     recipe = _recipe(bundle, arguments)
     check_folder(arguments.out, bundle.target)
     samples = options_of(SampleOptions, arguments).fixed(bundle.class_names)
     number = arguments.threads or threads()
-    trainer = Trainer(bundle.path(TRAINING), blocked=bundle.blocked(block_size()), threads=number)
+    trainer = Trainer(bundle.path(TRAINING), threads=number)
     data = samples.snapshot(trainer.input_shape)
     training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, number)
     print(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")

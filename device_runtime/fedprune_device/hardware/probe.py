@@ -22,18 +22,14 @@ from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model import step_contract
 from fedprune.planning.latency_model import LatencyTable
-from fedprune.planning.probe_report import FormTimes, ProbeReport
-from fedprune.runtime.blocks import block_size
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import Session
 from fedprune.runtime.session import version as onnxruntime_version
-from fedprune_device.hardware.convolution_timing import measure_forms, remembered_forms
 from fedprune_device.hardware.layer_timing import measure_table, remembered_table
 from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 _MIN_RUNS = 3
-
-FORM_FILE = "form_times.json"  # the name of the file that keeps the times of convolutions' forms
 
 
 def probe(
@@ -42,16 +38,15 @@ def probe(
     root: Path = Path("/"),
     *,
     layer_seconds: float = 10.0,
-    form_seconds: float = 10.0,
     memory_file: Path | None = None,
     runtime: str = "",
     begin: Callable[[str, float], None] = lambda what, seconds: None,
 ) -> ProbeReport:
-    """Measure this board: `seconds` of a reference net, half of them training, and of layers and convolutions' forms.
+    """Measure this board: `seconds` of a reference net, half of them training, and of layers.
 
-    `root` is where /proc and /sys are found. `memory_file` keeps the layers' times for the next start, and a file next
-    to it those of forms. `runtime` is onnxruntime's version; by default that which is loaded. `begin` gets each
-    measurement's name and about how long it takes.
+    `root` is where /proc and /sys are found. `memory_file` keeps the layers' times for the next start. `runtime` is
+    onnxruntime's version; by default that which is loaded. `begin` gets each measurement's name and about how long it
+    takes.
 
     Raises `MissingExtraError` or `RuntimeUnavailableError` if onnxruntime is missing or can't be loaded.
     """
@@ -61,21 +56,14 @@ def probe(
     begin("training and predicting", seconds)
     train, infer = _rates(threads, seconds)
     about = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board(root)}"
-    latency = forms = None
+    latency = None
 
     def of_layers() -> LatencyTable:
         begin("layers", layer_seconds)
         return measure_table(threads, layer_seconds, train)
 
-    def of_forms() -> FormTimes:
-        begin("forms of convolutions", form_seconds)
-        return measure_forms(threads, form_seconds)
-
     if layer_seconds:
         latency = of_layers() if memory_file is None else remembered_table(memory_file, about, of_layers)
-    if form_seconds:
-        file = None if memory_file is None else memory_file.with_name(FORM_FILE)
-        forms = of_forms() if file is None else remembered_forms(file, about, of_forms)
     return ProbeReport(
         cores=len(os.sched_getaffinity(0)),
         memory_total=total,
@@ -89,8 +77,6 @@ def probe(
         temperature_c=temperature_c(root),
         throttled=throttled(root),
         latency=latency,
-        block=block_size(),
-        forms=forms,
     )
 
 
@@ -105,16 +91,13 @@ def process_memory() -> int | None:
 
 
 def table_summaries(report: ProbeReport) -> dict[str, str]:
-    """The tables of layers' and convolutions' times in a few words each, for logs and terminals."""
-    latency, forms = report.latency, report.forms
-    found = {"latency": "", "forms": ""}
+    """The table of layers' times in a few words, for logs and terminals."""
+    latency = report.latency
+    found = {"latency": ""}
     if latency is not None:
         error = f"{latency.error:.1%}" if latency.points else "unknown"
         steps = "channel by channel" if latency.block == 1 else f"in steps of {latency.block} channels"
         found["latency"] = f"{latency.points} measurements of layers, median error {error}, times grow {steps}"
-    if forms is not None:
-        measured = sum(len(times) for _, times in forms.rows)
-        found["forms"] = f"{measured} measurements of {len(forms.rows)} shapes"
     return found
 
 

@@ -73,7 +73,6 @@ class RuntimeProcess:
         seconds: float = 2.0,
         *,
         layer_seconds: float = 10.0,
-        form_seconds: float = 10.0,
         memory_file: Path | None = None,
     ) -> ProbeReport:
         """Measure the board (`fedprune_device.hardware.probe.probe`).
@@ -84,7 +83,6 @@ class RuntimeProcess:
             "threads": threads,
             "seconds": seconds,
             "layer_seconds": layer_seconds,
-            "form_seconds": form_seconds,
         }
         file = None if memory_file is None else str(memory_file)
         found = self._ask({"probe": settings, "memory_file": file}, _PROBE_S, "the probe", _NO_PROBE)

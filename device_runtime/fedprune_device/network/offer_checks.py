@@ -83,15 +83,13 @@ def _copies(recipe: Recipe) -> int:
 
 
 def same_work(one: Offer, other: Offer) -> bool:
-    """Whether two offers differ only in the number of the attempt, the graph's form and the way of the weights.
-
-    They train to the same bits or, with another form of the graph, to the same numbers except for rounding.
-    """
+    """Whether two offers differ only in the number of the attempt and the way of the weights: both train to the same
+    bits."""
     return _work(one) == _work(other)
 
 
 def _work(offer: Offer) -> Offer:
-    return replace(offer, attempt=0, blocked=None, slabs=None, blobs_at=None)
+    return replace(offer, attempt=0, slabs=None, blobs_at=None)
 
 
 def place_of(message: Offer | Update | Accepted) -> tuple[str, int]:

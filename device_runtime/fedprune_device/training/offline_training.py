@@ -15,7 +15,6 @@ from fedprune.core import atomic_file
 from fedprune.core.errors import StorageError
 from fedprune.wire.messages import Offer
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.round_runner import RoundResult, RoundRunner
 
 _LOG = logging.getLogger("fedprune.device")
@@ -77,7 +76,6 @@ class OfflineTraining:
             return None  # it is another one's, which is still being pulled
         if not all(self._store.blobs.has(graph.sha256) for graph in offer.graphs):
             return None  # graphs come from the server
-        offer = GraphChoice().suited(offer)
         weights = self._store.blobs.put(self._store.slots.weights(record))
         recipe = {**offer.recipe, "evaluate_every": 1}
         return replace(

@@ -123,12 +123,7 @@ class RoundRunner:
         # Damage is found out first, before a graph is loaded.
         weights = self._weights(offer)
         mask = None if offer.mask is None else self._blob(offer.mask)
-        blocked = next(iter((offer.blocked or {}).values()), None)
-        trainer = self._trainer.of(
-            offer.training.sha256,
-            lambda: self._blob(offer.training),
-            None if blocked is None else lambda: self._blob(blocked),
-        )
+        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training))
         data = self._data.snapshot(trainer.input_shape)
         work = LocalUpdate(
             offer, recipe, weights, mask, trainer, self._states, self._device, data, lambda: self._noise(offer)

@@ -16,7 +16,6 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.step_contract import anchors, numbers
-from fedprune.runtime.blocks import check_block, check_graph
 from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Part
@@ -46,9 +45,8 @@ class Moved(NamedTuple):
 class StepGraph:
     """A training graph written to the contract of `fedprune.model.step_contract`.
 
-    `blocked` is a graph for this processor with channels in blocks, for whole batches; other samples go through
-    `graph`, which is loaded when they come. With one thread the same inputs give the same bits. `session` replaces that
-    of onnxruntime; `cuda` lets that compute on an NVIDIA GPU.
+    With one thread the same inputs give the same bits. `session` replaces that of onnxruntime; `cuda` lets that compute
+    on an NVIDIA GPU.
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay. `states` are
     the optimiser's arrays, `squares` sums of squared gradients. `scores`: whether it counts right samples. `token_ids`:
@@ -61,7 +59,6 @@ class StepGraph:
         self,
         graph: Path | bytes,
         *,
-        blocked: Path | bytes | None = None,
         threads: int = 1,
         session: Session | None = None,
         cuda: bool = False,
@@ -70,11 +67,8 @@ class StepGraph:
         self._threads = threads
         self._cuda = cuda
         self._given = session
-        if session is None:
-            check_graph(blocked or graph)
-        self._session = session or Session(blocked or graph, threads=threads, training=True, cuda=cuda)
+        self._session = session or Session(graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], Session] = {}
-        check_block(self._session.metadata)
         inputs, outputs = self._session.inputs, set(self._session.outputs)
         optimizer = "adam" if step_contract.BETA1 in inputs else "sgd"
         required = {step_contract.X, step_contract.Y, step_contract.LR, step_contract.WEIGHT_DECAY}
@@ -96,9 +90,6 @@ class StepGraph:
             n for n in self.names if n not in self.trainable and step_contract.following(n) in outputs
         )
         self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self.statistics})
-        batch = inputs[step_contract.X][1][0]
-        self._whole = batch if blocked is not None and isinstance(batch, int) else 0
-        self._rest: Session | None = None
         self.input_shape = inputs[step_contract.X][1][1:]
         self.token_ids = inputs[step_contract.X][0] == "tensor(int64)"
         self.states = [f(n) for n in self.trainable for f in step_contract.states(optimizer)]
@@ -252,16 +243,9 @@ class StepGraph:
 
     def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         try:
-            return self._session_for(len(feeds[step_contract.X])).run(feeds, outputs)
+            return self._session.run(feeds, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
-
-    def _session_for(self, samples: int) -> Session:
-        if self._whole in (0, samples):
-            return self._session
-        if self._rest is None:
-            self._rest = Session(self._graph, threads=self._threads, training=True, cuda=self._cuda)
-        return self._rest
 
 
 def weight_of(y: Array, feeds: Mapping[str, Array]) -> float:

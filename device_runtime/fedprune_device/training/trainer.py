@@ -112,12 +112,11 @@ class Trainer:
         self,
         graph: Path | bytes,
         *,
-        blocked: Path | bytes | None = None,
         threads: int = 1,
         session: Session | None = None,
         cuda: bool = False,
     ) -> None:
-        self._graph = StepGraph(graph, blocked=blocked, threads=threads, session=session, cuda=cuda)
+        self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda)
         self.names = self._graph.names
         self.trainable = self._graph.trainable
         self.frozen = self._graph.frozen
@@ -347,16 +346,11 @@ class TrainerCache:
         self._keep = keep
         self._loaded: tuple[str, Trainer] | None = None
 
-    def of(self, sha256: str, read: Callable[[], bytes], blocked: Callable[[], bytes] | None = None) -> Trainer:
-        """A trainer for a graph; `read` gives its bytes if they are needed.
-
-        `blocked` gives a graph for whole batches on this processor, and is read for every round, whose widths alone it
-        serves.
-        """
-        if self._loaded is None or self._loaded[0] != sha256 or blocked is not None:
+    def of(self, sha256: str, read: Callable[[], bytes]) -> Trainer:
+        """A trainer for a graph; `read` gives its bytes if they are needed."""
+        if self._loaded is None or self._loaded[0] != sha256:
             self._loaded = None  # two loaded models are more than a small board has memory for
-            whole = None if blocked is None else blocked()
-            self._loaded = (sha256, Trainer(read(), blocked=whole, threads=self.threads, cuda=self._cuda))
+            self._loaded = (sha256, Trainer(read(), threads=self.threads, cuda=self._cuda))
         return self._loaded[1]
 
     def predictor(self, model: Path) -> Predictor:

@@ -18,7 +18,6 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
-from fedprune_export.autodiff.intents import Intentions
 from fedprune_export.autodiff.static_info import Knowledge, describe
 from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Purpose
 from fedprune_export.ir.graph import Graph, Node, Port
@@ -62,7 +61,6 @@ class Tape(Knowledge):
         frozen: Names of tensors that don't train: their gradients are not computed, and a batch normalisation whose
             statistics are frozen normalises by them.
         scaled: Names of values that are multiplied by the input `output_scale` as soon as they are computed.
-        intends: Which intents rules may write, which `formulation` is to turn into operators; None for none.
 
     Attributes:
         written: Shapes of values of the training graph, as far as they are known.
@@ -75,11 +73,9 @@ class Tape(Knowledge):
         frozen: Collection[str] = (),
         *,
         scaled: Collection[str] = (),
-        intends: Intentions | None = None,
     ) -> None:
         super().__init__(model, Dimensions(graph))
         self.graph = graph
-        self.intends = intends
         self.written: dict[str, Shape] = {}
         self._frozen = frozenset(frozen)
         self._scaled = frozenset(scaled)

@@ -46,11 +46,6 @@ class BoardPlan:
         """The kept share of all channels that the widths are near to."""
         return self.chosen.density
 
-    @property
-    def probed_blocks(self) -> tuple[int, ...]:
-        """The length of the blocks of channels that the board computes in, as it measured; empty if unknown."""
-        return (self.probe.block,) if self.probe is not None and self.probe.block else ()
-
     def __str__(self) -> str:
         warning = self.chosen.warning and f"warning: {self.chosen.warning}"
         return "\n".join(filter(None, (self.chosen.describe(self.whole.parameters), warning)))

@@ -13,8 +13,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, TrainingError
 from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
-from fedprune.runtime.blocks import OFF, block_size, turned_off
-from fedprune.runtime.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, blocked_file, open_bundle
+from fedprune.runtime.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
@@ -27,10 +26,6 @@ from fedprune_export.pruning.model import Model
 
 LOSS_LIMIT = 1e-3
 """How far, relative to 1 + loss, the two graphs' losses may differ: as on a board before it serves a model."""
-
-STEP_LIMIT = 1e-2
-"""How far, relative to its length, a step in blocks of channels may be from one without: a ReLU whose sign rounding
-flips moves everything before it, and what is wrong is wrong as a whole."""
 
 _BATCH = 6
 _BATCHES = (1, 3, 6)
@@ -58,14 +53,12 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
         model: The whole model that it was cut from, to compare with.
 
     Raises:
-        ConfigError: The environment variable that switches blocks off is invalid.
         BundleError: A file is missing, changed, or doesn't fit the others.
         ModelError: onnxruntime doesn't take a graph, or a graph computes nonsense.
         TrainingError: The training step computes nonsense.
     """
-    turned_off()  # refuses an invalid setting before the work begins
     bundle = open_bundle(folder)
-    files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)), *map(blocked_file, bundle.blocks))
+    files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)))
     size = sum(bundle.path(n).stat().st_size for n in files)
     yield Check("files", f"{len(files)} files of {size:,} bytes are as they were exported")
     trial = _Trial(bundle)
@@ -74,8 +67,6 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
     yield Check("training", trial.check_step())
     yield Check("descent", trial.check_descent())
     yield Check("agreement", trial.check_agreement())
-    for block in bundle.blocks:
-        yield Check(f"blocks of {block}", trial.check_blocked(block))
     for precision in bundle.precisions:
         yield Check(precision, trial.check_precision(precision))
     if model is not None:
@@ -85,9 +76,8 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
 class _Trial:
     """A bundle under trial, with a batch of random samples."""
 
-    def __init__(self, bundle: Bundle, samples: int = _BATCH) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.samples = samples
         self.outputs = bundle.architecture.classes
         self.tensors = tensorfile.load(bundle.path(WEIGHTS))
 
@@ -101,11 +91,11 @@ class _Trial:
 
     @cached_property
     def x(self) -> Array:
-        return sample_feeds(self.graph, self.samples)[step.X]
+        return sample_feeds(self.graph, _BATCH)[step.X]
 
     @cached_property
     def y(self) -> Array:
-        return random_labels(self.bundle.recipe, self.samples, self.outputs)
+        return random_labels(self.bundle.recipe, _BATCH, self.outputs)
 
     def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
         out = step_feeds(
@@ -202,37 +192,6 @@ class _Trial:
                 hint="Export the bundle again.",
             )
         return f"the inference graph's logits give the same loss to {abs(mine - self.loss):.1e}"
-
-    def check_blocked(self, block: int) -> str:
-        """The step in blocks of channels goes where the other one goes; only such a processor computes it."""
-        here = block_size()
-        if here != block:
-            found = f"this machine has blocks of {here}" if here else "this machine has none that give right numbers"
-            if not here and turned_off():
-                found = f"blocks are switched off here ({OFF})"
-            return f"not tried: {found}, and it trains with {TRAINING}"
-        name = blocked_file(block)
-        session = Session(self.bundle.path(name), training=True)
-        whole = _Trial(self.bundle, self.bundle.recipe.micro_batch)
-        feeds = whole.feeds(rate=None if self.bundle.recipe.lr else _RATES[0])
-        wanted, got = self.training.run(feeds), session.run(feeds)
-        away = moved = 0.0
-        for tensor, before in self.tensors.items():
-            there = wanted.get(step.following(tensor), before).astype(np.float64)
-            mine = got.get(step.following(tensor), before)
-            if mine.shape != there.shape:
-                raise TrainingError(f"{name}: next value of {tensor}", expected=there.shape, got=mine.shape)
-            away += float(np.sum((mine - there) ** 2))
-            moved += float(np.sum((there - before) ** 2))
-        apart = np.sqrt(away / moved)
-        if not apart <= STEP_LIMIT:
-            raise TrainingError(
-                f"{name} and {TRAINING} train to different weights",
-                expected=f"steps that are apart by {STEP_LIMIT:g} of their length at most",
-                got=f"{apart:.2g}",
-                hint="Export the bundle again.",
-            )
-        return f"a step ends where that of {TRAINING} ends, to {apart:.1e} of its length; this machine trains with it"
 
     def check_precision(self, precision: str) -> str:
         """The lowered weights are what the bundle's own graph makes of the weights; its predictions are finite."""

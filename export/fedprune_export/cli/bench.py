@@ -11,7 +11,6 @@ from fedprune.core.errors import ExitCode, UsageError
 from fedprune.core.text import quantity
 from fedprune.output import tables
 from fedprune.planning import profile_store
-from fedprune.runtime.blocks import block_size, turned_off
 from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.precision_files import FLOAT32
 from fedprune_export.cli.options import add_probe_option, add_profiles_option, read_probe
@@ -44,10 +43,8 @@ def bench(arguments: argparse.Namespace) -> int:
     """Print what was measured.
 
     Raises:
-        FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile; or the environment
-            doesn't say whether there are blocks here.
+        FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile.
     """
-    turned_off()  # refuses an invalid setting before the work begins
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     probe = read_probe(arguments)
     if probe is not None and profile is None:
@@ -61,10 +58,8 @@ def bench(arguments: argparse.Namespace) -> int:
     with tables.progress() as tell:
         for threads in arguments.threads:
             for batch in arguments.batch or (usual,):
-                # Steps in blocks take whole batches alone.
-                for block in (0, *(b for b in bundle.blocks if b == block_size() and batch == usual)):
-                    tell(f"training, {quantity(batch, 'sample')}, {quantity(threads, 'thread')}")
-                    measured.append(watch.training_step(batch, threads, block))
+                tell(f"training, {quantity(batch, 'sample')}, {quantity(threads, 'thread')}")
+                measured.append(watch.training_step(batch, threads))
             for batch in arguments.batch or tuple(sorted({1, usual})):
                 for precision in (FLOAT32, *bundle.precisions):
                     tell(f"predicting with {precision}, {quantity(batch, 'sample')}, {quantity(threads, 'thread')}")

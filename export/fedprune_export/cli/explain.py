@@ -13,17 +13,13 @@ from fedprune.core.errors import ExitCode, UsageError
 from fedprune.model.architecture import widths_at
 from fedprune.output import tables
 from fedprune.planning import profile_store
-from fedprune.planning.kernel_workload import BLOCKS
-from fedprune.runtime.blocks import block_size, check_length
 from fedprune_export.cli.options import (
     MODEL_HELP,
     add_model_options,
-    add_probe_option,
     add_profiles_option,
     add_recipe_options,
     density,
     read_model,
-    read_probe,
     read_recipe,
 )
 
@@ -47,14 +43,6 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--density", type=density, default=1.0, help="kept share of all channels (default: 1)")
     parser.add_argument("--batch", type=whole_number, default=32, metavar="N", help="samples of a step (default: 32)")
     parser.add_argument("--threads", type=whole_number, default=1, metavar="N", help="threads (default: 1)")
-    parser.add_argument(
-        "--block",
-        type=int,
-        choices=(0, *BLOCKS[1:]),
-        help="explain the graph for one board, with N channels in a block, or 0 for standard operators (default: "
-        "the graph of bundles, which serves every width)",
-    )
-    add_probe_option(parser)
     parser.add_argument("--measure", action="store_true", help="run the step on this machine, and time every piece")
     parser.add_argument("--page", type=Path, metavar="FILE.html", help="write it as a page with a picture, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -67,22 +55,16 @@ def explain(arguments: argparse.Namespace) -> int:
     """Print an explanation.
 
     Raises:
-        FedpruneError: The model can't be imported or trained, there is no such profile or probe report, this machine
+        FedpruneError: The model can't be imported or trained, there is no such profile, this machine
             can't run the step that is to be measured, or the page can't be written.
     """
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     if arguments.page is not None and arguments.page.suffix.lower() not in (".html", ".htm"):
         raise UsageError("--page", expected="a file name that ends in .html", got=str(arguments.page))
-    recipe, probe = read_recipe(arguments), read_probe(arguments)
-    if probe is not None and arguments.block is None:
-        raise UsageError("--probe chooses forms of the graph for one board", expected="--block, too")
-    if arguments.measure and arguments.block:
-        here = f"--block {block_size()}" if block_size() else "--block 0 (standard operators)"
-        check_length(arguments.block, f"Measure with {here}, or leave --measure out.")
+    recipe = read_recipe(arguments)
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
         model = read_model(arguments)
-        from fedprune_export.formulation import Forms
         from fedprune_export.profiling.machine_peak import bounds
         from fedprune_export.reports.roofline_report import document, print_explanation
 
@@ -95,13 +77,6 @@ def explain(arguments: argparse.Namespace) -> int:
             recipe,
             speed,
             batch=arguments.batch,
-            forms=None
-            if arguments.block is None
-            else Forms(
-                arguments.block,
-                arguments.batch if arguments.block else 0,
-                times=None if probe is None else probe.forms,
-            ),
             runs=RUNS if arguments.measure else 0,
             threads=arguments.threads,
         )

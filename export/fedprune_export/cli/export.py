@@ -19,7 +19,6 @@ from fedprune.output.tables import Column
 from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.runtime.blocks import turned_off
 from fedprune.runtime.bundle_folder import check_folder, is_bundle
 from fedprune.runtime.precision_files import INT8
 from fedprune_export.cli.options import (
@@ -29,7 +28,6 @@ from fedprune_export.cli.options import (
     add_probe_option,
     add_profiles_option,
     add_recipe_options,
-    blocks,
     byte_count,
     density,
     names,
@@ -80,14 +78,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", type=Path, metavar="FILE.npz", help="samples to measure the model on, whole and as cut: x and y"
     )
     add_precision_option(parser)
-    parser.add_argument(
-        "--block",
-        type=blocks,
-        default=None,
-        metavar="N,N",
-        help="write a training step for x86 boards that compute blocks of 16 (AVX-512) or 8 channels, too (default: "
-        "what --probe found)",
-    )
     parser.add_argument(
         "--explain", action="store_true", help="show where the time of a training step goes (one target; see explain)"
     )
@@ -150,20 +140,12 @@ def _boards(arguments: argparse.Namespace) -> _Boards:
         UsageError: The command line contradicts itself.
         FedpruneError: A profile, the recipe or the probe can't be read, or a folder is not for bundles.
     """
-    turned_off()
     profiles = tuple(profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target))
     recipe, probe = read_recipe(arguments), read_probe(arguments)
     if INT8 in arguments.precision and arguments.data is None:
         raise UsageError("--precision int8", expected="--data, too: samples that show what activations are like")
     if probe is not None and len(profiles) > 1:
         raise UsageError("--probe is of one board", expected="one --target", got=len(profiles))
-    if arguments.block and recipe.ordered_dropout:
-        raise UsageError("--block", expected="a recipe that trains at one width", got="ordered dropout")
-    if arguments.block and not any(p.arch == "x86_64" for p in profiles):
-        got = ", ".join(sorted({p.arch for p in profiles}))
-        raise UsageError("--block is for x86 boards", expected="a target of x86_64", got=got)
-    if arguments.block and arguments.memory_limit is not None:
-        raise UsageError("--memory-limit is for training.onnx", expected="no --block")
     if arguments.explain and len(profiles) > 1:
         raise UsageError("--explain is of one board", expected="one --target", got=len(profiles))
     return _Boards(profiles, _folders(arguments.out, [p.name for p in profiles]), recipe, probe)
@@ -218,7 +200,6 @@ def _export(
         scorer=arguments.scorer,
         data=data,
         precisions=arguments.precision,
-        blocks=arguments.block,
         memory_limit=arguments.memory_limit,
         opset=arguments.opset,
         class_names=arguments.class_names,

@@ -14,7 +14,6 @@ from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
 from fedprune.model.recipe import LABELS_OF, Recipe
-from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 
@@ -241,19 +240,6 @@ def density(text: str) -> float | None:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, or auto, got {text!r}")
     return value
-
-
-def blocks(text: str) -> tuple[int, ...]:
-    """Lengths of blocks of channels; none for 0."""
-    known = [str(b) for b in BLOCKS[1:]]
-    if text == "0":
-        return ()
-    found = text.split(",")
-    if not set(found) <= set(known):
-        raise argparse.ArgumentTypeError(
-            f"expected {', '.join(known)}, several with commas, or 0 for none, got {text!r}"
-        )
-    return tuple(sorted({int(b) for b in found}))
 
 
 def targets(texts: Sequence[str]) -> tuple[str, ...]:

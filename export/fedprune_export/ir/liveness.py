@@ -44,9 +44,6 @@ _IN_PLACE = frozenset(
 )
 """Operators that write over an input of the output's size that nothing else reads."""
 
-_ADDS = 3
-"""The input of a convolution in blocks that it adds its output to."""
-
 
 def reads(node: Node) -> list[str]:
     """Names of the values that a node reads, those that its loop's body reads of the graph around it included."""
@@ -125,7 +122,7 @@ def _shared(
     """The buffer of an input that an output is written into, if there is one."""
     if node.op in SAME:
         return buffers.get(node.inputs[0])
-    candidates = node.inputs[:2] if node.op in _IN_PLACE else node.inputs[_ADDS : _ADDS + 1] if node.domain else ()
+    candidates = node.inputs[:2] if node.op in _IN_PLACE else ()
     for value in candidates:
         buffer = buffers.get(value)
         if buffer is not None and ends[buffer] <= at and sizes.get(value) == sizes.get(name):

@@ -76,23 +76,19 @@ class Stopwatch:
         self._runs = runs
         self._graph = inference_graph(bundle.folder)
 
-    def training_step(self, batch: int, threads: int, block: int = 0) -> Measurement:
+    def training_step(self, batch: int, threads: int) -> Measurement:
         """Time a training step on random samples.
-
-        Args:
-            block: Channels of a block, for which the bundle has a step of its own; 0 for standard operators.
 
         Raises:
             ModelError: The graph can't be loaded or run.
         """
         bundle, outputs = self._bundle, self._bundle.architecture.classes
-        path = bundle.blocked(block) or bundle.path(TRAINING)
+        path = bundle.path(TRAINING)
         inputs = Session(path, training=True).inputs
         tensors = tensorfile.load(bundle.path(WEIGHTS))
         x, y = sample_feeds(self._graph, batch)[step_contract.X], random_labels(bundle.recipe, batch, outputs)
         feeds = step_feeds(inputs, bundle.recipe, tensors, x, y, outputs)
-        what = f"{STEP}, blocks of {block}" if block else STEP
-        return self._measured(what, path, feeds, batch, threads)
+        return self._measured(STEP, path, feeds, batch, threads)
 
     def prediction(self, batch: int, threads: int, precision: str = FLOAT32) -> Measurement:
         """Time a prediction of random samples, at a precision that the bundle has.

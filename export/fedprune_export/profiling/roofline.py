@@ -11,16 +11,14 @@ from fedprune import __version__
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime import session
-from fedprune.runtime.blocks import check_block
 from fedprune.runtime.session import KernelTimes, kernel_times
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
-from fedprune_export.formulation import Forms
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.profiling.machine_peak import Speed
 from fedprune_export.profiling.roofline_layers import KINDS, Piece, pieces
 from fedprune_export.pruning.model import Model
-from fedprune_export.training.step_graph import training_graph
+from fedprune_export.training.step_graph import training_step
 
 _NODE = re.compile(r".*?~[0-9]+")
 """The name of a node at the beginning of one that onnxruntime has made of it."""
@@ -84,7 +82,6 @@ class Explanation:
         model: The model's name.
         widths: Channels of every group.
         batch: Samples of the step.
-        forms: How layers were to be computed; None for the graph that serves every width.
         speed: The machine's bounds.
         pieces: All pieces in the order in which they are computed.
         step_s: What a whole step took; None if nothing was measured.
@@ -94,7 +91,6 @@ class Explanation:
     model: str
     widths: tuple[int, ...]
     batch: int
-    forms: Forms | None
     speed: Speed
     pieces: tuple[Explained, ...]
     step_s: float | None = None
@@ -120,7 +116,6 @@ class Explanation:
             "model": self.model,
             "widths": list(self.widths),
             "batch": self.batch,
-            "block": None if self.forms is None else self.forms.block,
             "bounds": {"flops": self.speed.flops, "bytes_s": self.speed.bytes_s, "source": self.speed.source},
             "bound_s": self.bound_s,
             "pieces": [p.to_dict() for p in self.pieces],
@@ -137,14 +132,12 @@ def explain(
     speed: Speed,
     *,
     batch: int = 32,
-    forms: Forms | None = None,
     runs: int = 0,
     threads: int = 1,
 ) -> Explanation:
     """Explain a training step.
 
     Args:
-        forms: How layers are computed; None for the graph that serves every width.
         runs: How many steps are timed on this machine; none by default.
 
     Raises:
@@ -152,9 +145,7 @@ def explain(
         BundleError: The widths don't fit the model.
     """
     selection = Selection.of(model.architecture, widths)
-    features = recipe.features
-    fixed = None if forms is None else selection.widths
-    graph = training_graph(model, features, widths=fixed, forms=forms)
+    graph = training_step(model, recipe.features)
     found = pieces(model, graph, selection.widths, batch)
     times = _timed(model, graph, selection, recipe, batch, runs, threads) if runs else None
     spent, unknown = _spent(found, times) if times is not None else ([], 0.0)
@@ -171,7 +162,7 @@ def explain(
     )
     whole = None if times is None else times.run
     name = model.architecture.name
-    return Explanation(name, selection.widths, batch, forms, speed, explained, whole, unknown)
+    return Explanation(name, selection.widths, batch, speed, explained, whole, unknown)
 
 
 def _timed(
@@ -180,9 +171,8 @@ def _timed(
     """A step of random samples, timed.
 
     Raises:
-        ModelError: It is for other blocks of channels than this processor's, or onnxruntime doesn't run it.
+        ModelError: onnxruntime doesn't run it.
     """
-    check_block(graph.metadata)
     inputs, outputs = [p.name for p in graph.inputs], model.architecture.classes
     x = sample_feeds(model.graph, batch)[model.graph.inputs[0].name]
     tensors = selection.gather(model.tensors)

@@ -16,7 +16,6 @@ import numpy as np
 
 from fedprune.planning.costs import layer_macs
 from fedprune_export.channels.cost_table import READS_INPUT, READS_OUTPUT
-from fedprune_export.formulation.layouts import BLOCKED
 from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, UPDATE, WEIGHT_GRADIENT
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import VIEWS
@@ -37,7 +36,7 @@ NORMS = frozenset(
 )
 LAYOUT = frozenset(
     {
-        *("Transpose", "ReorderInput", "ReorderOutput", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice"),
+        *("Transpose", "Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Slice"),
         *("Split", "Concat", "Expand", "Tile", "Identity", "Gather", "GatherND", "GatherElements", "Shape"),
     }
 )
@@ -47,7 +46,6 @@ KINDS = ("products", "norms", "layout", "update", "other")
 """What a step's time is spent on: convolutions and matrix products, norms, changes of layout, moving the weights, and
 all else."""
 
-_CONVERSIONS = (f"{BLOCKED}.ReorderInput", f"{BLOCKED}.ReorderOutput")
 _VIEWS = VIEWS | {"Shape"}
 
 
@@ -121,17 +119,14 @@ def form(op: str, part: str, operators: Sequence[str], *, depthwise: bool = Fals
     """How a part of a layer is computed, in the words of `autodiff.dense` and `autodiff.depthwise`.
 
     Args:
-        operators: What computes it; those in blocks begin with the name of their domain.
+        operators: What computes it.
         depthwise: Whether every channel has a filter of its own.
     """
     counts = Counter(operators)
-    blocked = counts[f"{BLOCKED}.Conv"]
     if op not in PRODUCTS:
-        return "blocks" if any(o.startswith(BLOCKED) and o not in _CONVERSIONS for o in counts) else "plain"
+        return "plain"
     if op not in ("Conv", "ConvTranspose"):
         return "product" if counts["MatMul"] or counts["Gemm"] else "plain"
-    if blocked:
-        return "blocks"
     products = counts["MatMul"]
     if depthwise and products:
         return "lines"
@@ -223,10 +218,6 @@ class _Layers:
 def _running(node: Node) -> Iterator[tuple[str, str]]:
     """Names and operators of what a node runs: of a loop its body, which the profiler times separately."""
     if not node.bodies:
-        yield node.name, _operator(node.domain, node.op)
+        yield node.name, node.op
     for body in node.bodies:
-        yield from ((inner.name, _operator(inner.domain, inner.op_type)) for inner in body.node)
-
-
-def _operator(domain: str, op: str) -> str:
-    return f"{domain}.{op}" if domain else op
+        yield from ((inner.name, inner.op_type) for inner in body.node)

@@ -24,7 +24,6 @@ from fedprune.planning.cost_prediction import Prediction
 from fedprune.planning.costs import FLOAT, Costs, costs_at, layer_macs
 from fedprune.planning.plan import Plan
 from fedprune.runtime import session
-from fedprune.runtime.bundle import TRAINING
 from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.checks.parity import SAMPLES
 from fedprune_export.precision import Trial
@@ -127,7 +126,6 @@ class Report:
         accuracy: On given data, if any was given.
         trials: The lower precisions that the bundle has, too.
         memory: How the training step was fitted to a memory limit, if there was one.
-        skipped_blocks: Blocks of channels that got no training step because of the memory limit.
         replaced: Whether another bundle was in the folder.
     """
 
@@ -141,7 +139,6 @@ class Report:
     accuracy: Accuracy | None = None
     trials: tuple[Trial, ...] = ()
     memory: Fitted | None = None
-    skipped_blocks: tuple[int, ...] = ()
     replaced: bool = False
 
     @property
@@ -221,10 +218,6 @@ class Report:
         before, after = self.before, self.after
         lines = [f"replaced: the bundle that was in {self.folder}"] if self.replaced else []
         lines += [] if self.memory is None else [self.memory.describe()]
-        lines += [
-            f"no step in blocks of {b} channels, which --probe found: --memory-limit is for {TRAINING}"
-            for b in self.skipped_blocks
-        ]
         lines += [
             str(self.plan),
             f"parameters: {before.parameters:,} -> {after.parameters:,}",

@@ -81,22 +81,19 @@ def training_memory(graph: Graph, sizes: ValueSizes) -> TrainingMemory:
     return taken(graph, sizes, max(live, default=0), GAPS)
 
 
-def fitted(
-    graph: Graph, architecture: Architecture, widths: Sequence[int], batch: int, limit: int, *, block: int = 0
-) -> Fitted:
+def fitted(graph: Graph, architecture: Architecture, widths: Sequence[int], batch: int, limit: int) -> Fitted:
     """A training graph that computes again just as much as it must to stay within a limit.
 
     Args:
-        graph: The training graph: of these widths, or of all.
+        graph: The training graph.
         widths: Channels of every group for which the limit is meant.
         batch: Samples that are worked on at once.
         limit: Bytes that the training process may take at its peak.
-        block: Channels of a block, where the graph has operators in blocks.
 
     Raises:
         PlanError: It doesn't fit, whatever is computed again.
     """
-    sizes = value_sizes(graph, architecture, tuple(widths), batch, max(1, block))
+    sizes = value_sizes(graph, architecture, tuple(widths), batch)
     before = training_memory(graph, sizes)
     best = Fitted(graph, before, before)
     wanted = limit

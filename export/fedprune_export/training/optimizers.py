@@ -9,7 +9,6 @@ import numpy as np
 
 from fedprune.model import step_contract
 from fedprune.model.recipe import Features
-from fedprune_export.autodiff.intents import DOMAIN, SCALED_SUM
 from fedprune_export.autodiff.tape import Shape, Tape, port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.sparse_weights import passed
@@ -55,7 +54,7 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Fe
     gradients = [_objective(g, tape, tensor, features) for tensor in tensors]
     if features.clip:
         gradients = _clipped(g, gradients)
-    update = _sgd(g, tape) if features.optimizer == "sgd" else _adam(g, decoupled=features.optimizer == "adamw")
+    update = _sgd(g) if features.optimizer == "sgd" else _adam(g, decoupled=features.optimizer == "adamw")
     for tensor, gradient in zip(tensors, gradients, strict=True):
         name = tensor.name
         mask = step_contract.mask(name) if features.element_mask else ""
@@ -108,7 +107,7 @@ _Update = Callable[[Trained, str, str, "str | None"], str]
 name that is given."""
 
 
-def _sgd(g: Graph, tape: Tape) -> _Update:
+def _sgd(g: Graph) -> _Update:
     """g += wd · w; buf = m · buf + g; w −= lr · buf (torch.optim.SGD)."""
 
     def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
@@ -120,21 +119,7 @@ def _sgd(g: Graph, tape: Tape) -> _Update:
         moved = g.emit("Add", old, gradient, out=step_contract.following(state))
         return g.emit("Sub", name, g.emit("Mul", moved, step_contract.LR), out=out)
 
-    def intended(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
-        name, state = tensor.name, step_contract.buffer(tensor.name)
-
-        def plus(value: str, other: str, factor: str, out: str | None = None) -> str:
-            tape.written[value] = tensor.shape
-            return g.emit(SCALED_SUM, value, other, factor, out=out, domain=DOMAIN)
-
-        gradient = plus(gradient, name, step_contract.WEIGHT_DECAY)
-        if mask:
-            gradient = g.emit("Mul", gradient, mask)
-        moved = plus(gradient, state, step_contract.MOMENTUM, step_contract.following(state))
-        return plus(name, moved, back, out)
-
-    back = g.emit("Neg", step_contract.LR) if tape.intends else ""
-    return intended if tape.intends else update
+    return update
 
 
 def _adam(g: Graph, *, decoupled: bool) -> _Update:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.nested_widths import axes_json
 from fedprune.model.recipe import Features
 from fedprune.model.trainable import frozen_tensors
 from fedprune_export.autodiff.tape import Tape, port, sample_shape
-from fedprune_export.formulation import Forms, formulated, intended
 from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.ir.graph import Graph
-from fedprune_export.pruning.cut import pinned
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.losses import target_shape, write_loss
@@ -33,25 +29,15 @@ def training_step(model: Model, features: Features) -> Graph:
     return model.training_graphs[features]
 
 
-def training_graph(
-    model: Model, features: Features, *, widths: Sequence[int] | None = None, forms: Forms | None = None
-) -> Graph:
+def training_graph(model: Model, features: Features) -> Graph:
     """The training step of a model, by the names of `fedprune.model.step_contract`.
 
-    The batch and all channel dimensions are symbolic: one graph serves every width of the architecture. Where widths
-    are given it serves these alone, and is faster.
-
-    Args:
-        widths: Channels of every group, or None for all widths.
-        forms: How layers are computed at these widths.
+    The batch and all channel dimensions are symbolic: one graph serves every width of the architecture.
 
     Raises:
         ModelError: An operator can't be differentiated, or its size would have to be fixed; the message names the node.
         ConfigError: A pattern of the features matches no tensor, or leaves none to train.
     """
-    whole = model.architecture
-    if widths is not None:
-        model, forms = pinned(model, widths), forms or Forms()
     architecture = model.architecture
     outputs = architecture.classes
     if not outputs:
@@ -62,9 +48,9 @@ def training_graph(
     frozen = frozen_tensors(architecture, features, model.frozen)
     graph = Graph(name="training_step", _counter=model.graph._counter)
     if features.ordered_dropout or features.axes:
-        graph.metadata[step_contract.AXES] = axes_json(whole)
+        graph.metadata[step_contract.AXES] = axes_json(architecture)
     scaled = scaled_outputs(model) if features.scale else ()
-    tape = Tape(model, graph, frozen, scaled=scaled, intends=None if forms is None else intended(forms))
+    tape = Tape(model, graph, frozen, scaled=scaled)
     if features.scale:
         graph.inputs.append(port(step_contract.OUTPUT_SCALE, ()))
         tape.written[step_contract.OUTPUT_SCALE] = ()
@@ -99,4 +85,4 @@ def training_graph(
         if spec.name not in frozen and step_contract.following(spec.name) not in made:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
     graph.prune()
-    return graph if forms is None else formulated(graph, tape.written, forms)
+    return graph

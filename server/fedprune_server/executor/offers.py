@@ -13,15 +13,13 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
-from fedprune.core.errors import ProtocolError, StorageError
+from fedprune.core.errors import ProtocolError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors, matching
-from fedprune.planning.probe_report import FormTimes
 from fedprune.strategies.values import Submodel
 from fedprune.updates.remap import relocated, relocation
-from fedprune_export.bundles.bundle import blocked_step
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.precision import lower
 from fedprune_export.pruning.model import Model
@@ -77,7 +75,7 @@ class LatestGraphs:
 def graphs_of(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the graphs that an offer names."""
     named = [offer[name] for name in ("training", "inference") if name in offer]
-    return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values())}
+    return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values())}
 
 
 def blobs_of(offer: Mapping[str, Any]) -> set[str]:
@@ -123,7 +121,6 @@ class Offers:
         self._graphs: dict[str | tuple[int, ...], dict[str, Any]] = {}
         self._latest = LatestGraphs()
         self._withheld: dict[str, frozenset[str]] = {}
-        self._failed: set[str] = set()
         self._trained = frozenset(t.name for t in model.architecture.trainable)
 
     def body(
@@ -131,8 +128,6 @@ class Offers:
         submodel: Submodel,
         recipe: Recipe,
         round_: int,
-        block: int = 0,
-        times: FormTimes | None = None,
         coding: do.Coding = do.Coding(),  # noqa: B008 - it is frozen
         before: Selection | None = None,
     ) -> dict[str, Any]:
@@ -142,8 +137,6 @@ class Offers:
             submodel: What it is sent.
             recipe: How it trains.
             round_: The offer's round.
-            block: Channels that the device computes at once; 0 for none.
-            times: What forms took there; None if that isn't known.
             coding: What of it travels encoded.
             before: The selection of what the device goes on from; None where nothing is known.
 
@@ -169,9 +162,6 @@ class Offers:
             body |= {"codec": coding.update, UPDATE_BOUND: updates.bound(chosen, shapes, self._trained)}
         if self._precisions:
             body["lowered"] = self.lowered(submodel.selection.widths, round_)
-        blocked = self.blocked(recipe, submodel.selection.widths, block, round_, times)
-        if blocked:
-            body["blocked"] = blocked
         if mask is not None:
             body["mask"] = self._store.put(tensorfile.encode(mask.to_tensors())).to_dict()
         return body
@@ -180,30 +170,6 @@ class Offers:
         """The training graph of a recipe, named in a round; errors are those of `body`."""
         features = recipe.features
         return self._graph(features.key, round_, lambda: training_graph(self._model, features).to_bytes())
-
-    def blocked(
-        self, recipe: Recipe, widths: tuple[int, ...], block: int, round_: int, times: FormTimes | None = None
-    ) -> dict[str, dict[str, Any]]:
-        """The training graph of a recipe at some widths with channels in blocks, by their length, named in a round.
-
-        It stands beside the one that every board runs: what a board said of itself may not hold any more when it
-        trains. There is none without blocks, nor where steps are of several widths (ordered dropout).
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
-        key = f"{recipe.features.key} {widths} {block} {recipe.micro_batch} {hash(times)}"
-        if not block or recipe.ordered_dropout or key in self._failed:
-            return {}
-        try:
-            make = partial(blocked_step, self._model, recipe, widths, block, times)
-            return {str(block): self._graph(key, round_, make)}
-        except StorageError:
-            raise
-        except Exception:  # noqa: BLE001 - offers can do without: whatever our own code fails on must not end a job
-            _LOG.warning("no training graph for blocks of %d channels at widths %s", block, widths, exc_info=True)
-            self._failed.add(key)
-            return {}
 
     def inference(self, widths: tuple[int, ...], round_: int) -> dict[str, Any]:
         """The inference graph at some widths, named in a round; errors are those of `body`."""

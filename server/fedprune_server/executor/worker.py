@@ -22,7 +22,6 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
-from fedprune.planning.probe_report import FormTimes
 from fedprune.rounds.limits import UpdateLimits
 from fedprune.rounds.round import Round, RoundResult
 from fedprune.strategies import compose
@@ -160,7 +159,6 @@ class Worker:
         part, cut = command.part, self.updates.cut(command.basis, command.part)
         submodel = self._made(cut)
         recipe = _masked(self.updates.recipe(cut.turn).in_parts(command.accumulate), submodel)
-        times = FormTimes.from_dict(command.forms) if command.block and command.forms is not None else None
         held = command.coding.held
         known = held is not None and self.store.has(held.ranking)
         before = self.updates.archive.selection(held.ranking, held.widths) if known and held is not None else None
@@ -171,7 +169,7 @@ class Worker:
             "ranking": self._ranking(command.basis, cut, submodel.selection),
             "widths": list(submodel.selection.widths),
             "classes": self.architecture.classes,
-            **self._offers.body(submodel, recipe, command.basis.round, command.block, times, command.coding, before),
+            **self._offers.body(submodel, recipe, command.basis.round, command.coding, before),
         }
         return self.sliced(command, on.Extracted(command.basis.round, part.device, part.attempt, offer))
 

@@ -96,7 +96,7 @@ def shareable(offer: Mapping[str, Any]) -> set[str]:
     if "slabs" not in offer:
         return set()
     named = [offer[k] for k in ("training", "inference", "mask") if k in offer]
-    named += [*offer["slabs"], *offer.get("lowered", {}).values(), *offer.get("blocked", {}).values()]
+    named += [*offer["slabs"], *offer.get("lowered", {}).values()]
     return {ref["sha256"] for ref in named}
 
 

@@ -20,8 +20,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.planning import profile_store
-from fedprune.planning.probe_report import FormTimes, ProbeReport, Shape
-from fedprune.runtime import blocks
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
@@ -339,18 +338,6 @@ def test_a_stop_during_a_measurement_is_no_crash(
     assert not (tmp_path / "state" / "crash.json").exists()
 
 
-def test_the_log_counts_what_was_probed_instead_of_printing_it(
-    tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    rows = tuple((Shape(3, 1, n, 8, 64), (("kernel.taps", 1.0), ("kernel.products", 2.0))) for n in range(1, 24))
-    report = ProbeReport(cores=1, memory_total=10**9, memory_available=10**8, seconds=0.0, forms=FormTimes(rows))
-    monkeypatch.setattr(Runtime, "report", report)
-    with caplog.at_level("INFO"):
-        assert run(tmp_path) == ExitCode.BROKER
-    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("probe: ")]
-    assert json.loads(line.removeprefix("probe: "))["forms"] == "46 measurements of 23 shapes"
-
-
 def test_a_process_and_samples_that_a_plan_counts_are_not_counted_as_taken_memory(
     tmp_path: Path, probed: list[Runtime], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -510,20 +497,3 @@ def test_predictions_are_told_by_what_the_model_was_trained_for(
     assert shown.out.splitlines() == lines
     assert shown.err.startswith(verdict)
     assert main.main([*arguments, "--data", str(tmp_path / "d.npz")]) == ExitCode.USAGE
-
-
-def test_blocks_are_turned_off_before_anything_is_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
-    monkeypatch.setenv(blocks.OFF, "")
-    arguments = ["run", "--insecure", "--broker", "mqtt://127.0.0.1:9", "--device", "d", "--data", "nothing.npz"]
-    arguments += ["--state", str(tmp_path / "state")]
-    assert main.main(arguments) == ExitCode.DATA
-    assert os.environ[blocks.OFF] == ""
-    assert main.main([*arguments, "--no-blocks"]) == ExitCode.DATA
-    assert os.environ[blocks.OFF] == "1"
-    assert blocks.block_size() == 0
-    monkeypatch.setenv(blocks.OFF, "perhaps")
-    for words in (arguments, ["probe"]):
-        assert main.main(words) == ExitCode.CONFIG
-        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {blocks.OFF} in the environment: ")

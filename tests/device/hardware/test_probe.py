@@ -13,7 +13,7 @@ import pytest
 
 from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
 from fedprune.planning.latency_model import LatencyTable, typical_table
-from fedprune.planning.probe_report import FormTimes, ProbeReport
+from fedprune.planning.probe_report import ProbeReport
 from fedprune_device.hardware import runtime_process
 from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
 from fedprune_device.hardware.probe import probe
@@ -39,7 +39,7 @@ def python(tmp_path: Path, script: str) -> str:
 
 @pytest.mark.slow
 def test_a_probe_measures_this_machine() -> None:
-    report = probe(seconds=0.1, layer_seconds=2.0, form_seconds=0.1)
+    report = probe(seconds=0.1, layer_seconds=2.0)
     assert report.cores == len(os.sched_getaffinity(0))
     assert report.train_rate is not None
     assert report.train_rate > 1e7
@@ -48,8 +48,6 @@ def test_a_probe_measures_this_machine() -> None:
     assert report.latency is not None
     assert report.latency.points >= 2 * len(LayerNets().points), "a point of each net at least, on a busy machine, too"
     assert 0 <= report.latency.error < 1
-    assert report.forms is not None
-    assert report.forms.rows
     assert ProbeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
 
 
@@ -58,7 +56,7 @@ from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.hardware.probe import probe
 from fedprune_device.hardware.runtime_process import RuntimeProcess
 before = peak_memory()
-assert {0}(seconds=0.05, layer_seconds=0.0, form_seconds=0.0).train_rate > 1e6
+assert {0}(seconds=0.05, layer_seconds=0.0).train_rate > 1e6
 print(peak_memory() - before)
 """
 
@@ -73,10 +71,8 @@ def test_a_probe_apart_leaves_this_processs_peak_memory_as_it_is(made_by: str, k
 def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
     file = tmp_path / "layer_times.json"
     with RuntimeProcess() as runtime:
-        report = runtime.probe(seconds=0.05, layer_seconds=0.5, form_seconds=0.1, memory_file=file)
+        report = runtime.probe(seconds=0.05, layer_seconds=0.5, memory_file=file)
     assert report.latency == LatencyTable.from_dict(json.loads(file.read_text())["latency"])
-    kept = json.loads((tmp_path / "form_times.json").read_text())["forms"]
-    assert report.forms == FormTimes.from_dict(kept)
     assert report.memory_total == memory()[0]
 
 
@@ -89,7 +85,7 @@ def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
     with RuntimeProcess() as runtime:
         assert runtime.check() == onnxruntime.__version__
         runtime.check_model()
-        assert runtime.probe(seconds=0.05, layer_seconds=0, form_seconds=0).onnxruntime == onnxruntime.__version__
+        assert runtime.probe(seconds=0.05, layer_seconds=0).onnxruntime == onnxruntime.__version__
         process = runtime._process
     assert started.read_text().splitlines() == ["one"]
     assert process is not None

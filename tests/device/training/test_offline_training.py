@@ -32,7 +32,6 @@ from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training import offline_training as alone
-from fedprune_device.training.graph_choice import GraphChoice
 from fedprune_device.training.offline_training import OfflineTraining
 from fedprune_device.training.round_runner import RoundRunner
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
@@ -249,7 +248,7 @@ def handler(store: DeviceStore, data: LocalData, every: float, wall: Callable[[]
     uplink, runner = Uplink(connection, BlobSender(store.blobs)), RoundRunner("d", store.blobs, store.slots, data)
     offline = OfflineTraining(store, runner, every, wall)
     downloader = Downloader(store, connection, uplink)
-    return OfferHandler(store, downloader, uplink, runner, offline, choice=GraphChoice())
+    return OfferHandler(store, downloader, uplink, runner, offline)
 
 
 @pytest.fixture

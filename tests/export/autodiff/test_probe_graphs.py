@@ -14,7 +14,6 @@ import pytest
 from support.paths import ROOT
 
 SHIPPED = ROOT / "device_runtime" / "fedprune_device" / "assets"
-CHECKS = ROOT / "toolkit" / "fedprune" / "assets"
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +24,10 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["probe_training.onnx", "probe_inference.onnx", *[f"blocks_{b}.onnx" for b in (4, 8, 16)]]
-)
+@pytest.mark.parametrize("name", ["probe_training.onnx", "probe_inference.onnx"])
 def test_shipped_probe_graphs_are_what_the_compiler_writes(written: Path, name: str) -> None:
     # The graph, not the file: another version of onnx may write its own name into it.
-    lies = CHECKS if name.startswith("blocks") else SHIPPED
-    new, shipped = (onnx.load(folder / name, load_external_data=False) for folder in (written, lies))
+    new, shipped = (onnx.load(folder / name, load_external_data=False) for folder in (written, SHIPPED))
     assert new.graph == shipped.graph, "run examples/make_probe_graphs.py"
     assert new.opset_import == shipped.opset_import
 
@@ -46,9 +42,8 @@ def files(folder: Path, name: str) -> dict[str, bytes]:
         return {m.name: part.read() for m in archive if (part := archive.extractfile(m)) is not None}
 
 
-@pytest.mark.parametrize("archive", ["probe_layers.tar.gz", "probe_forms.tar.gz"])
-def test_shipped_archives_are_what_the_compiler_writes(written: Path, archive: str) -> None:
-    new, shipped = files(written, archive), files(SHIPPED, archive)
+def test_the_shipped_archive_is_what_the_compiler_writes(written: Path) -> None:
+    new, shipped = files(written, "probe_layers.tar.gz"), files(SHIPPED, "probe_layers.tar.gz")
     assert list(new) == list(shipped), "run examples/make_probe_graphs.py"
     for name, body in new.items():
         if name.endswith(".json"):
@@ -60,4 +55,3 @@ def test_shipped_archives_are_what_the_compiler_writes(written: Path, archive: s
 
 def test_the_nets_of_layers_stay_small() -> None:
     assert (SHIPPED / "probe_layers.tar.gz").stat().st_size < 200_000
-    assert (SHIPPED / "probe_forms.tar.gz").stat().st_size < 100_000

@@ -13,18 +13,16 @@ import pytest
 from onnx import numpy_helper
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, ConfigError, ExitCode, FedpruneError, ModelError, TrainingError
+from fedprune.core.errors import BundleError, ExitCode, FedpruneError, ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.blocks import OFF, block_size
 from fedprune.runtime.bundle import (
     ARCHITECTURE,
     FILES,
     INFERENCE,
     TRAINING,
     WEIGHTS,
-    blocked_file,
     manifest,
     open_bundle,
 )
@@ -97,60 +95,6 @@ def test_a_good_bundle_passes(files: dict[str, bytes], half: Selection, model: M
 )
 def test_every_recipe_can_be_tried(model: Model, half: Selection, recipe: Recipe, tmp_path: Path) -> None:
     assert passed(written(tmp_path / "b", bundle_files(model, half, recipe), half, recipe)) == (CHECKS, None)
-
-
-HERE = block_size()
-ELSEWHERE = 8 if HERE != 8 else 16
-
-
-def test_a_step_in_blocks_of_another_processor_is_not_tried(model: Model, half: Selection, tmp_path: Path) -> None:
-    folder = written(tmp_path / "b", bundle_files(model, half, Recipe(), blocks=(ELSEWHERE,)), half)
-    checks = {c.name: c.found for c in verify(folder)}
-    assert list(checks) == [*CHECKS, f"blocks of {ELSEWHERE}"]
-    assert checks[f"blocks of {ELSEWHERE}"].startswith("not tried: ")
-    assert checks["files"].startswith("6 files of ")
-
-
-def test_blocks_that_are_switched_off_are_not_said_to_be_missing(
-    model: Model, half: Selection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = written(tmp_path / "b", bundle_files(model, half, Recipe(), blocks=(16,)), half)
-    monkeypatch.setenv(OFF, "true")
-    checks = {c.name: c.found for c in verify(folder)}
-    assert checks["blocks of 16"] == f"not tried: blocks are switched off here ({OFF}), and it trains with {TRAINING}"
-    monkeypatch.setenv(OFF, "maybe")
-    with pytest.raises(ConfigError, match=OFF):
-        next(verify(folder))
-
-
-@pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
-@pytest.mark.parametrize(
-    "recipe", [Recipe(), Recipe(lr=0.0), Recipe(optimizer="adam", accumulate=2, scale=2.0)], ids=str
-)
-def test_a_step_in_blocks_goes_where_the_other_one_goes(
-    model: Model, half: Selection, tmp_path: Path, recipe: Recipe
-) -> None:
-    folder = written(tmp_path / "b", bundle_files(model, half, recipe, blocks=(HERE,)), half, recipe)
-    checks = {c.name: c.found for c in verify(folder, model)}
-    assert list(checks) == [*CHECKS, f"blocks of {HERE}", "model"]
-    assert "this machine trains with it" in checks[f"blocks of {HERE}"]
-
-
-@pytest.mark.skipif(not HERE, reason="onnxruntime has no blocks of channels on this processor")
-def test_a_step_in_blocks_that_goes_elsewhere_is_found(model: Model, half: Selection, tmp_path: Path) -> None:
-    files = bundle_files(model, half, Recipe(), blocks=(HERE,))
-    graph = onnx.load_model_from_string(files[blocked_file(HERE)])
-    moved = step_contract.following(model.architecture.trainable[-1].name)
-    (node,) = [n for n in graph.graph.node if moved in n.output]
-    node.output[list(node.output).index(moved)] = "before"
-    graph.graph.initializer.append(numpy_helper.from_array(np.array(0.1, np.float32), "tenth"))
-    graph.graph.node.append(onnx.helper.make_node("Add", ["before", "tenth"], [moved]))
-
-    done, error = passed(written(tmp_path / "b", {**files, blocked_file(HERE): graph.SerializeToString()}, half))
-
-    assert done == CHECKS
-    assert isinstance(error, TrainingError)
-    assert f"{blocked_file(HERE)} and {TRAINING} train to different weights" in str(error)
 
 
 @pytest.mark.parametrize("name", FILES)

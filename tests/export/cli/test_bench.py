@@ -11,9 +11,7 @@ from fedprune.core.errors import ExitCode, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict
-from fedprune.runtime.blocks import block_size
 from fedprune.runtime.bundle import WEIGHTS, open_bundle
-from fedprune_export.cli import bench
 from fedprune_export.cli.main import main
 from fedprune_export.profiling.benchmark import Stopwatch
 from fedprune_server.simulation.digits import digits_model
@@ -94,21 +92,3 @@ def test_strange_options(
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     assert main(["bench", str(tmp_path)]) == ExitCode.BUNDLE
-
-
-@pytest.mark.slow
-def test_a_step_in_blocks_is_timed_beside_the_other_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "digits.onnx").write_bytes(digits_model())
-    options = ("--target", "generic-x86-64", "--density", "0.25", "--block", "8,16", "--out", str(tmp_path / "b"))
-    assert main([str(tmp_path / "digits.onnx"), *options]) == ExitCode.OK
-    for here in {0, block_size()}:  # another one's graph would compute garbage
-        monkeypatch.setattr(bench, "block_size", lambda here=here: here)
-        capsys.readouterr()
-        for batch in (2, Recipe().micro_batch):  # steps in blocks take whole batches alone
-            given = ("--runs", "1", "--batch", str(batch), "--json", "--target", "generic-x86-64")
-            assert main(["bench", str(tmp_path / "b"), *given]) == ExitCode.OK
-            rows = json.loads(capsys.readouterr().out)["measured"]
-            blocked = [f"training step, blocks of {here}"] if here and batch > 2 else []
-            assert [r["what"] for r in rows] == ["training step", *blocked, "prediction"]

@@ -14,8 +14,7 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.output.extras import install_command
 from fedprune.planning import profile_store
-from fedprune.planning.probe_report import ProbeReport
-from fedprune.runtime.bundle import FILES, MANIFEST, blocked_file, open_bundle
+from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_export.autodiff.tape import RULES
 from fedprune_export.cli.main import main
@@ -75,42 +74,6 @@ def test_a_board_with_tensorrt_gets_a_plan_for_its_engine(lenet_file: Path, tmp_
 X86 = "generic-x86-64"
 
 
-def test_a_board_with_blocks_gets_a_step_for_them(lenet_file: Path, tmp_path: Path) -> None:
-    assert export(lenet_file, tmp_path / "b", "--density", "0.5", "--block", "8,16", target=X86) == ExitCode.OK
-
-    assert open_bundle(tmp_path / "b").blocks == (8, 16)
-    names = {p.name for p in (tmp_path / "b").iterdir()}
-    assert names == {*FILES, MANIFEST, *REPORTS, blocked_file(8), blocked_file(16)}
-    report = json.loads((tmp_path / "b" / "report.json").read_text())
-    assert report["files"][blocked_file(16)] == (tmp_path / "b" / blocked_file(16)).stat().st_size
-
-
-def test_a_probe_says_which_blocks_a_board_has(lenet_file: Path, tmp_path: Path) -> None:
-    probe = tmp_path / "probe.json"
-    probe.write_text(json.dumps(ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()))
-    given = ("--density", "0.5", "--probe", str(probe))
-    for name, more, blocks in (("a", (), (16,)), ("b", ("--block", "0"), ()), ("c", ("--block", "8"), (8,))):
-        assert export(lenet_file, tmp_path / name, *given, *more, target=X86) == ExitCode.OK
-        assert open_bundle(tmp_path / name).blocks == blocks
-    assert export(lenet_file, tmp_path / "d", *given, target="raspberry-pi-5") == ExitCode.OK
-    assert open_bundle(tmp_path / "d").blocks == ()
-
-
-def test_a_memory_limit_leaves_blocks_out_and_says_so(
-    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    probe = tmp_path / "probe.json"
-    probe.write_text(json.dumps(ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()))
-    given = ("--density", "0.5", "--memory-limit", "1GB", "--probe", str(probe))
-    said = "no step in blocks of 16 channels, which --probe found: --memory-limit is for training.onnx\n"
-    assert export(lenet_file, tmp_path / "a", *given, target=X86) == ExitCode.OK
-    assert said in capsys.readouterr().out
-    assert open_bundle(tmp_path / "a").blocks == ()
-    assert export(lenet_file, tmp_path / "b", *given, "--block", "0", target=X86) == ExitCode.OK
-    assert export(lenet_file, tmp_path / "c", *given) == ExitCode.OK
-    assert "no step in blocks" not in capsys.readouterr().out
-
-
 def test_every_target_says_what_its_training_step_takes_of_a_limit(
     lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,40 +82,6 @@ def test_every_target_says_what_its_training_step_takes_of_a_limit(
     lines = capsys.readouterr().out.splitlines()
     for name in ("raspberry-pi-5", X86):
         assert len([x for x in lines if x.startswith(f"{name}: memory of a training step: ")]) == 1
-
-
-def test_boards_of_a_kind_that_has_no_blocks_get_no_step_for_them(lenet_file: Path, tmp_path: Path) -> None:
-    both = f"raspberry-pi-5,{X86}"
-    assert export(lenet_file, tmp_path / "b", "--density", "0.5", "--block", "16", target=both) == ExitCode.OK
-    assert open_bundle(tmp_path / "b" / "raspberry-pi-5").blocks == ()
-    assert open_bundle(tmp_path / "b" / X86).blocks == (16,)
-
-
-@pytest.mark.parametrize(
-    ("options", "target", "said"),
-    [
-        (("--block", "16"), "raspberry-pi-5", "--block is for x86 boards: expected a target of x86_64, got aarch64"),
-        (("--block", "16", "--set", "ordered_dropout=0.5"), X86, "expected a recipe that trains at one width"),
-    ],
-)
-def test_blocks_that_make_no_sense(
-    lenet_file: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: tuple[str, ...],
-    target: str,
-    said: str,
-) -> None:
-    assert export(lenet_file, tmp_path / "b", *options, target=target) == ExitCode.USAGE
-    assert said in one_line(capsys)
-    assert not (tmp_path / "b").exists()
-
-
-def test_a_length_that_no_block_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        export("no-such-model", tmp_path / "b", "--block", "12", target=X86)
-    assert ended.value.code == ExitCode.USAGE
-    assert "expected 4, 8, 16, several with commas, or 0 for none, got '12'" in one_line(capsys)
 
 
 def test_another_boards_bundle_is_refused_before_the_model_is_read(

@@ -18,13 +18,11 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Features, Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.costs import costs_at
-from fedprune.planning.probe_report import FormTimes, ProbeReport, Shape
-from fedprune.runtime import blocks, session
+from fedprune.runtime import session
 from fedprune.runtime.session import KernelTimes
 from fedprune_export.autodiff.conv_geometry import Window
 from fedprune_export.autodiff.rules.dense import formulation
 from fedprune_export.cli.main import main
-from fedprune_export.formulation import Forms
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.profiling import machine_peak, roofline
 from fedprune_export.profiling.machine_peak import Speed
@@ -35,7 +33,6 @@ from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.digits import digits_model
 
 SPEED = Speed(1e9, 1e9, "of a slow machine")
-FORMS = [None, Forms(), Forms(16, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -43,30 +40,27 @@ def model() -> Model:
     return import_onnx(digits_model(), "digits")
 
 
-def found(model: Model, forms: Forms | None, density: float = 1.0, batch: int = 4) -> list[Piece]:
+def found(model: Model, density: float = 1.0, batch: int = 4) -> list[Piece]:
     widths = widths_at(model.architecture, density)
-    graph = training_graph(model, Features(), widths=None if forms is None else widths, forms=forms)
-    return pieces(model, graph, widths, batch)
+    return pieces(model, training_graph(model, Features()), widths, batch)
 
 
-@pytest.mark.parametrize("forms", FORMS)
-def test_every_node_is_in_at_most_one_piece(model: Model, forms: Forms | None) -> None:
-    names = Counter(name for piece in found(model, forms) for name in piece.nodes)
+def test_every_node_is_in_at_most_one_piece(model: Model) -> None:
+    names = Counter(name for piece in found(model) for name in piece.nodes)
 
     assert names
     assert max(names.values()) == 1
 
 
-@pytest.mark.parametrize("forms", FORMS)
 @pytest.mark.parametrize("density", [1.0, 0.4])
-def test_multiplications_are_those_of_the_costs(model: Model, forms: Forms | None, density: float) -> None:
-    total = sum(piece.macs for piece in found(model, forms, density, 4))
+def test_multiplications_are_those_of_the_costs(model: Model, density: float) -> None:
+    total = sum(piece.macs for piece in found(model, density, 4))
 
     assert total == 4 * costs_at(model.architecture, widths_at(model.architecture, density)).training_macs
 
 
 def test_a_convolution_moves_its_values_once(model: Model) -> None:
-    parts = {p.part: p for p in found(model, None, 0.5, 4) if p.title == "conv2"}
+    parts = {p.part: p for p in found(model, 0.5, 4) if p.title == "conv2"}
 
     weight = model.architecture.shapes(widths_at(model.architecture, 0.5))["conv2.weight"]
     layer = next(n for n in model.architecture.layers if n.weight == "conv2.weight")
@@ -77,23 +71,21 @@ def test_a_convolution_moves_its_values_once(model: Model) -> None:
 
 
 def test_forms_are_those_that_were_chosen(model: Model) -> None:
-    form = {p.title: p.form for p in found(model, None) if p.part == "weight gradient" and p.op == "Conv"}
+    form = {p.title: p.form for p in found(model) if p.part == "weight gradient" and p.op == "Conv"}
 
     layers = {n.weight.removesuffix(".weight"): n for n in model.architecture.layers if n.op == "Conv"}
     for title, layer in layers.items():
         side = round(layer.positions**0.5)
         w = Window((side, side), (3, 3), (1, 1), (1, 1), ((1, 1), (1, 1)), (side, side))
         assert form[title] == (formulation(w, 64).weight_gradient if side > 4 else "columns")
-    assert {p.form for p in found(model, Forms(16, 16)) if p.title == "conv2"} == {"blocks"}
 
 
-def explained(model: Model, runs: int = 0, forms: Forms | None = None) -> roofline.Explanation:
+def explained(model: Model, runs: int = 0) -> roofline.Explanation:
     widths = widths_at(model.architecture, 0.25)
-    return roofline.explain(model, widths, Recipe(), SPEED, batch=4, forms=forms, runs=runs)
+    return roofline.explain(model, widths, Recipe(), SPEED, batch=4, runs=runs)
 
 
-@pytest.mark.parametrize("forms", FORMS[:2])
-def test_what_is_measured_is_found_again(model: Model, forms: Forms | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_measured_is_found_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[KernelTimes] = []
 
     def watched(*given: object, **more: object) -> KernelTimes:
@@ -102,7 +94,7 @@ def test_what_is_measured_is_found_again(model: Model, forms: Forms | None, monk
 
     monkeypatch.setattr(roofline, "kernel_times", watched)
 
-    out = explained(model, 3, forms)
+    out = explained(model, 3)
 
     (times,) = seen
     whole = sum(s for op, s in times.kernels.values() if op not in ("If", "Loop"))
@@ -129,15 +121,12 @@ class Recurrent(nn.Module):
 
 @pytest.mark.slow
 @pytest.mark.torch
-@pytest.mark.parametrize("forms", FORMS[:2])
-def test_of_a_loop_what_is_inside_is_told(forms: Forms | None) -> None:
+def test_of_a_loop_what_is_inside_is_told() -> None:
     model = import_onnx(export_torch(Recurrent(), input_shape=(7, 5)), "series")
 
-    names = [name for piece in found(model, forms) for name in piece.nodes]
+    names = [name for piece in found(model) for name in piece.nodes]
 
-    widths = widths_at(model.architecture, 1.0)
-    graph = training_graph(model, Features(), widths=None if forms is None else widths, forms=forms)
-    loops = [node for node in graph.nodes if node.bodies]
+    loops = [node for node in training_graph(model, Features()).nodes if node.bodies]
     assert loops
     assert not {loop.name for loop in loops} & set(names)
     assert {node.name for loop in loops for body in loop.bodies for node in body.node} <= set(names)
@@ -212,18 +201,14 @@ def digits(tmp_path: Path) -> Path:
     return tmp_path / "digits.onnx"
 
 
-@pytest.mark.parametrize(("option", "block"), [((), None), (("--block", "0"), 0), (("--block", "8"), 8)])
-def test_the_command_prints_what_is_explained(
-    digits: Path, option: tuple[str, ...], block: int | None, capsys: pytest.CaptureFixture[str]
-) -> None:
-    target = ("--target", "raspberry-pi-5", "--density", "0.5", "--batch", "4", *option)
+def test_the_command_prints_what_is_explained(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = ("--target", "raspberry-pi-5", "--density", "0.5", "--batch", "4")
 
     assert main(["explain", str(digits), *target, "--json"]) == ExitCode.OK
     body = json.loads(capsys.readouterr().out)
     assert main(["explain", str(digits), *target]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
 
-    assert body["block"] == block
     assert body["batch"] == 4
     least = 0.01 * sum(p["bound_s"] for p in body["pieces"])
     small = [p for p in body["pieces"] if p["bound_s"] < least]
@@ -274,40 +259,6 @@ def test_a_page_is_a_page(digits: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert not file.exists()
 
 
-def test_a_step_for_other_blocks_is_not_measured(
-    digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ("--target", "raspberry-pi-5", "--measure", "--block")
-    monkeypatch.setattr(blocks, "measured_block", lambda: 16)
-    monkeypatch.setenv(blocks.OFF, "0")
-
-    assert main(["explain", str(digits), *options, "8"]) == ExitCode.MODEL
-    other = capsys.readouterr().err
-    monkeypatch.setenv(blocks.OFF, "1")
-    assert main(["explain", str(digits), *options, "16"]) == ExitCode.MODEL
-    off = capsys.readouterr().err
-
-    assert "another kind of processor: expected blocks of 16 channels, got blocks of 8. Measure with" in other
-    assert "switched off here (FEDPRUNE_NO_BLOCKS or --no-blocks)" in off
-    assert other.count("\n") == off.count("\n") == 1
-
-
-def test_forms_are_those_of_the_board_that_measured_them(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shape = Shape(3, 1, 32, 64, 64)
-    times = FormTimes(((shape, (("kernel.taps", 1.0), ("kernel.products", 1.0), ("kernel.columns", 0.1))),))
-    report = ProbeReport(cores=4, memory_total=4 * 10**9, memory_available=2 * 10**9, seconds=1.0, forms=times)
-    (tmp_path / "probe.json").write_text(json.dumps(report.to_dict()))
-    options = ("--target", "raspberry-pi-5", "--probe", str(tmp_path / "probe.json"), "--json")
-
-    assert main(["explain", str(digits), *options, "--block", "0"]) == ExitCode.OK
-    found = json.loads(capsys.readouterr().out)["pieces"]
-    assert main(["explain", str(digits), *options]) == ExitCode.USAGE
-
-    assert {p["form"] for p in found if p["layer"] == "conv2" and p["part"] == "weight gradient"} == {"columns"}
-
-
 def test_an_export_explains_its_step(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--target", "raspberry-pi-5", "--density", "0.25", "--out", str(tmp_path / "b"), "--explain")
 
@@ -324,7 +275,6 @@ def test_an_export_explains_its_step(digits: Path, tmp_path: Path, capsys: pytes
     [
         (("--target", "toaster"), ExitCode.PROFILE),
         (("--density", "0"), ExitCode.USAGE),
-        (("--block", "5"), ExitCode.USAGE),
         (("--page", "/nowhere/at/all.html"), ExitCode.STORAGE),
     ],
 )

@@ -20,9 +20,7 @@ from fedprune.model import step_contract
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection, Tensors
-from fedprune.runtime.blocks import block_size
 from fedprune.runtime.session import Session
-from fedprune_export.formulation import Forms
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.liveness import execution_order, live_bytes
@@ -58,7 +56,7 @@ def models() -> dict[str, Model]:
 @pytest.fixture(scope="module")
 def whole(models: dict[str, Model]) -> tuple[Graph, tuple[int, ...], Tensors]:
     """The graph of one of them at full width."""
-    return written(models["batch"], 1.0, None)
+    return written(models["batch"], 1.0)
 
 
 def feeds(model: Model, graph: Graph, tensors: Tensors) -> dict[str, Any]:
@@ -73,12 +71,10 @@ def feeds(model: Model, graph: Graph, tensors: Tensors) -> dict[str, Any]:
     return out
 
 
-def written(model: Model, density: float, block: int | None) -> tuple[Graph, tuple[int, ...], Tensors]:
+def written(model: Model, density: float) -> tuple[Graph, tuple[int, ...], Tensors]:
     widths = widths_at(model.architecture, density)
     tensors = Selection.of(model.architecture, widths).gather(model.tensors)
-    if block is None:
-        return training_graph(model, Features()), widths, tensors
-    return training_graph(model, Features(), widths=widths, forms=Forms(block, BATCH if block else 0)), widths, tensors
+    return training_graph(model, Features()), widths, tensors
 
 
 def most(graph: Graph, sizes: dict[str, int]) -> int:
@@ -88,11 +84,10 @@ def most(graph: Graph, sizes: dict[str, int]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("density", [1.0, 0.5])
-@pytest.mark.parametrize("blocks", [False, True])
-def test_the_same_numbers_in_less_memory(models: dict[str, Model], kind: str, density: float, blocks: bool) -> None:
-    model, block = models[kind], block_size() if blocks else None
-    graph, widths, tensors = written(model, density, block)
-    sizes = value_sizes(graph, model.architecture, widths, BATCH, block or 1)
+def test_the_same_numbers_in_less_memory(models: dict[str, Model], kind: str, density: float) -> None:
+    model = models[kind]
+    graph, widths, tensors = written(model, density)
+    sizes = value_sizes(graph, model.architecture, widths, BATCH)
     found = recomputed(graph, sizes, 0)
     assert found.values
     fed = feeds(model, graph, tensors)
@@ -112,8 +107,8 @@ def test_onnxruntime_runs_every_second_computation_late(models: dict[str, Model]
     import onnxruntime
 
     model = models["group"]
-    graph, widths, tensors = written(model, 1.0, None)
-    found = recomputed(graph, value_sizes(graph, model.architecture, widths, BATCH, 1), 0).graph
+    graph, widths, tensors = written(model, 1.0)
+    found = recomputed(graph, value_sizes(graph, model.architecture, widths, BATCH), 0).graph
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "profile")
@@ -169,7 +164,7 @@ def test_no_more_is_computed_again_than_the_limit_needs(
 @pytest.mark.slow
 def test_a_limit_is_kept_or_refused(models: dict[str, Model]) -> None:
     model = models["batch"]
-    graph, widths, _ = written(model, 1.0, None)
+    graph, widths, _ = written(model, 1.0)
     batch = 256
     before = training_memory(graph, value_sizes(graph, model.architecture, widths, batch, 1))
     limit = round(0.8 * before.peak)
@@ -199,7 +194,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_a_real_process_takes_less(models: dict[str, Model], tmp_path: Path) -> None:
     model = models["group"]
-    graph, widths, tensors = written(model, 1.0, None)
+    graph, widths, tensors = written(model, 1.0)
     batch = 192
     sizes = value_sizes(graph, model.architecture, widths, batch, 1)
     found = recomputed(graph, sizes, 0)
@@ -238,7 +233,6 @@ def test_a_real_process_takes_less(models: dict[str, Model], tmp_path: Path) -> 
 def test_every_input_is_used(models: dict[str, Model], optimizer: str, features: dict[str, Any]) -> None:
     chosen = Features(optimizer=optimizer, **features)
     model = models["batch"]
-    for forms in ({}, {"widths": model.architecture.sizes, "forms": Forms(8, 4)}):
-        graph = training_graph(model, chosen, **forms)  # type: ignore[arg-type]
-        read = {i for n in graph.nodes for i in (*n.inputs, *n.read_inside())}
-        assert [p.name for p in graph.inputs if p.name not in read] == []
+    graph = training_graph(model, chosen)
+    read = {i for n in graph.nodes for i in (*n.inputs, *n.read_inside())}
+    assert [p.name for p in graph.inputs if p.name not in read] == []

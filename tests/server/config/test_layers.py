@@ -180,7 +180,7 @@ def test_variables_of_others_are_none_of_its_business() -> None:
         for n in found
         if not n.startswith(("FEDPRUNE_JOB_", "FEDPRUNE_SERVER_", "FEDPRUNE_MODEL_", "FEDPRUNE_EVALUATION_"))
     }
-    assert {"FEDPRUNE_DEBUG", "FEDPRUNE_DATA", "FEDPRUNE_NO_BLOCKS", "FEDPRUNE_PULSE"} <= others
+    assert {"FEDPRUNE_DEBUG", "FEDPRUNE_DATA", "FEDPRUNE_PULSE"} <= others
     assert environment_layer(dict.fromkeys(others, "x")).tables == {}
 
 

@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import State
 from fedprune.jobs.state import Progress, Task
-from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.precision import unpacked
@@ -79,73 +77,6 @@ def test_a_graph_that_was_deleted_is_made_again(model: Model, store: BlobStore) 
         store.delete(digest)
     assert named(offers, model, 1) == first
     assert all(store.has(digest) for digest in first)
-
-
-def test_boards_with_blocks_get_a_graph_of_their_widths_beside_the_one_of_all(model: Model, store: BlobStore) -> None:
-    offers = Offers(model, store)
-    architecture = model.architecture
-    half = tuple(-(-s // 2) for s in architecture.sizes)
-    bodies = {}
-    for widths in (architecture.sizes, half):
-        selection = Selection.of(architecture, widths)
-        submodel = Submodel(selection, selection.gather(model.tensors))
-        for block in (0, 8, 16):
-            bodies[widths, block] = offers.body(submodel, Recipe(), 1, block)
-
-    assert len({body["training"]["sha256"] for body in bodies.values()}) == 1
-    blocked = {key: body["blocked"] for key, body in bodies.items() if "blocked" in body}
-    assert [(key, list(found)) for key, found in blocked.items()] == [
-        ((widths, block), [str(block)]) for widths in (architecture.sizes, half) for block in (8, 16)
-    ]
-    graphs = {ref["sha256"] for found in blocked.values() for ref in found.values()}
-    assert len(graphs) == 4
-    for (_, block), found in blocked.items():
-        (ref,) = found.values()
-        graph = onnx.load_model_from_string(store.read(ref["sha256"]))
-        assert {p.key: p.value for p in graph.metadata_props}[step_contract.BLOCK] == str(block)
-    assert all(named_graphs(body) <= offers.graphs() for body in bodies.values())
-    assert graphs <= offers.graphs()
-
-
-def test_a_graph_in_blocks_is_made_once_and_let_go_of(
-    model: Model, store: BlobStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    offers, sizes = Offers(model, store), model.architecture.sizes
-    first = offers.blocked(Recipe(), sizes, 16, 1)
-    made = []
-    monkeypatch.setattr("fedprune_server.executor.offers.blocked_step", lambda *given: made.append(given) or b"graph")
-    assert offers.blocked(Recipe(), sizes, 16, 2) == first
-    assert offers.blocked(Recipe(lr=0.5), sizes, 16, 3) == first
-    assert not made
-    offers.training(Recipe(), 4 + GRAPH_ROUNDS)
-    assert first["16"]["sha256"] not in offers.graphs()
-    offers.blocked(Recipe(), sizes, 16, 4 + GRAPH_ROUNDS)
-    assert len(made) == 1
-
-
-def test_steps_of_several_widths_have_no_graph_in_blocks(model: Model, store: BlobStore) -> None:
-    sizes = model.architecture.sizes
-    assert Offers(model, store).blocked(Recipe(ordered_dropout=(0.5, 1.0)), sizes, 16, 1) == {}
-    assert Offers(model, store).blocked(Recipe(), sizes, 0, 1) == {}
-
-
-def test_an_offer_does_without_a_graph_that_can_not_be_made(
-    model: Model, store: BlobStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def fail(*_: object) -> bytes:
-        raise KeyError("Mul~1")
-
-    monkeypatch.setattr("fedprune_server.executor.offers.blocked_step", fail)
-    offers = Offers(model, store)
-    selection = Selection.of(model.architecture, model.architecture.sizes)
-    submodel = Submodel(selection, selection.gather(model.tensors))
-    for round_ in (1, 2):
-        body = offers.body(submodel, Recipe(), round_, 16)
-        assert "blocked" not in body
-        assert store.has(body["training"]["sha256"])
-    assert [r.message for r in caplog.records if "blocks of 16" in r.message] == [
-        f"no training graph for blocks of 16 channels at widths {model.architecture.sizes}"
-    ]
 
 
 def test_offers_bring_the_graphs_of_lower_precisions(model: Model, store: BlobStore) -> None:

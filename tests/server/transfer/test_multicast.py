@@ -278,9 +278,8 @@ def test_what_may_be_shared_is_nobody_s_own() -> None:
     offer = {
         **{n: refs[n] for n in ("weights", "training", "inference", "mask")},
         "lowered": {"int8": refs["lowered"]},
-        "blocked": {"16": refs["blocked"]},
     }
     assert shareable(offer) == set()
     found = shareable({**offer, "slabs": [refs["slab"]]})
     names = {n for n, ref in refs.items() if ref["sha256"] in found}
-    assert names == {"training", "inference", "mask", "lowered", "blocked", "slab"}
+    assert names == {"training", "inference", "mask", "lowered", "slab"}

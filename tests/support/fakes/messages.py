@@ -85,7 +85,6 @@ messages = st.one_of(
         Offer, names, counts, counts, counts, hexes, hexes, st.lists(st.integers(1, 4096), max_size=9).map(tuple),
         st.integers(1, 1000), refs, refs, refs, objects, st.none() | refs, st.none() | hexes,
         lowered=st.none() | st.dictionaries(names, refs, max_size=2),
-        blocked=st.none() | st.dictionaries(names, refs, max_size=2),
         slabs=st.none() | st.lists(refs, min_size=1, max_size=2).map(tuple),
         codec=st.none() | texts, coded=st.none() | refs, held=st.none() | hexes, moved_from=st.none() | hexes,
         blobs_at=st.sampled_from([None, "https://models.example:8443/fleet", "http://127.0.0.1:80"]).map(
@@ -141,7 +140,6 @@ EXAMPLES: list[Message] = [
     Offer(
         *("j", 1, 0, 7, DIGEST, DIGEST, (4, 8), 10, REF, REF, REF, Recipe().to_dict(), REF, DIGEST),
         {"int8": REF},
-        {"16": REF},
         (REF,),
     ),
     Accepted("j", 1, 0, DIGEST),

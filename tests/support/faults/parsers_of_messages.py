@@ -22,7 +22,7 @@ from fedprune.core.validation import is_digest
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.planning.latency_model import LatencyTable, typical_table
-from fedprune.planning.probe_report import FormTimes, ProbeReport
+from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import find
 from fedprune.releases.release import Release, ReleaseFile, opened, signed
@@ -78,9 +78,7 @@ PROBE = {
     "memory_total": 2**33,
     "memory_available": 2**32,
     "seconds": 1.0,
-    "block": 16,
     "latency": typical_table(1e9).to_dict(),
-    "forms": {"rows": [{"shape": [3, 1, 16, 16, 64, 0], "seconds": {"kernel.taps": 1e-4}}]},
 }
 
 
@@ -107,7 +105,6 @@ def wire_targets() -> tuple[Target, ...]:
         Target("wire.request for a blob", _requested, _requests(), errors=(FedpruneError, ConnectionError), share=0.5),
         Target("wire.probe", as_json(ProbeReport.from_dict), dumped(PROBE, probe), text=True, share=2),
         Target("wire.latency table", as_json(LatencyTable.from_dict), dumped(probe["latency"]), text=True),
-        Target("wire.form times", as_json(FormTimes.from_dict), dumped(probe["forms"]), text=True),
         Target("wire.profile", as_object(HardwareProfile.from_dict), _profiles(), text=True),
         Target(
             "wire.recipe", as_object(Recipe.from_dict), dumped(Recipe().to_offer(), JOB.recipe.to_dict()), text=True
@@ -134,7 +131,7 @@ def _messages() -> list[Any]:
     offer = Offer(
         **place, seed=1, architecture=ZERO, selection=ZERO, widths=(4, 8), classes=3, weights=REF, training=SMALL,
         inference=SMALL, recipe=Recipe().to_offer(), mask=SMALL, ranking=ZERO, lowered={"int8": SMALL},
-        blocked={"16": SMALL}, blobs_at="https://models.example:8443/lab",
+        blobs_at="https://models.example:8443/lab",
     )  # fmt: skip
     return [
         m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}, abilities=(m.TO,)),

@@ -19,7 +19,6 @@ import torch
 from fedprune.model import step_contract
 from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
-from fedprune_export.formulation import Forms
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
@@ -138,18 +137,12 @@ class Distances:
 
 
 class Trained:
-    """A model with its training step.
+    """A model with its training step."""
 
-    Args:
-        model: The model.
-        widths: The widths that its graph serves; all, if none are given.
-        forms: How layers are computed at these.
-    """
-
-    def __init__(self, model: Model, widths: tuple[int, ...] | None = None, forms: Forms | None = None) -> None:
+    def __init__(self, model: Model) -> None:
         self.model = model
         self.names = [t.name for t in model.architecture.trainable if t.name not in model.frozen]
-        self.graph = training_graph(model, Features(gradients=True), widths=widths, forms=forms)
+        self.graph = training_graph(model, Features(gradients=True))
         self._session = Session(self.graph.to_bytes(), training=True)
 
     def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:

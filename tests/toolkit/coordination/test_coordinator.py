@@ -351,9 +351,9 @@ def test_a_job_survives_its_dict() -> None:
 
 
 def test_all_that_an_offer_names_is_kept() -> None:
-    refs = {name: {"sha256": digest(name), "size": 1, "leaves": digest(name)} for name in ("weights", "x", "y")}
+    refs = {name: {"sha256": digest(name), "size": 1, "leaves": digest(name)} for name in ("weights", "y")}
     state = State(model=digest("first"))
-    offer = {"weights": refs["weights"], "blocked": {"16": refs["x"]}, "lowered": {"int8": refs["y"]}, "widths": [1]}
+    offer = {"weights": refs["weights"], "lowered": {"int8": refs["y"]}, "widths": [1]}
     state.tasks["a"] = Task(1, (1,), offer=offer)
     assert state.references() >= {ref["sha256"] for ref in refs.values()}
 

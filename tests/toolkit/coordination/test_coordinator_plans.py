@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 
 from fedprune.coordination import State, SynchronousCoordinator
-from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.width_planner import WidthPlanner
 from fedprune.jobs.state import Device, Progress, Task
@@ -254,37 +253,8 @@ def test_what_was_learnt_of_a_guess_is_forgotten_once_the_board_has_measured() -
     assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
 
 
-def test_what_was_learnt_in_blocks_says_nothing_of_standard_operators() -> None:
-    coordinator = planned_fleet()
-    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, latency=typical_table(4e9), block=16)
-    coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 10, probe.to_dict()), 0.0)
-    play(coordinator, 3.0)
-    assert coordinator.state.devices["a"].correction
-    coordinator.handle(on.DeviceBorn("a", 3, PI.to_dict(), 10, replace(probe, block=0).to_dict()), 0.0)
-    assert coordinator.state.devices["a"].correction == {}
-
-
 def test_what_was_learnt_outlasts_a_new_connection() -> None:
     coordinator = planned_fleet()
     play(coordinator, 3.0)
     coordinator.handle(on.DeviceBorn("a", 2, PI.to_dict(), 11), 0.0)
     assert coordinator.state.devices["a"].correction["step"] == pytest.approx(3.0)
-
-
-def test_what_a_probe_says_of_blocks_reaches_whoever_makes_the_offer() -> None:
-    job = replace(JOB, devices=3)
-    coordinator = SynchronousCoordinator(job, ARCHITECTURE, State(model=digest("first")))
-    probe = ProbeReport(4, 8 * 10**9, 7 * 10**9, 1.0, block=16).to_dict()
-    older = {k: v for k, v in probe.items() if k != "block"}
-    said = {"a": probe, "b": older, "c": None}
-    commands = [
-        command
-        for name, report in said.items()
-        for command in coordinator.handle(on.DeviceBorn(name, 1, PI.to_dict(), 10, report), 0.0)
-    ]
-    assert [type(c) for c in commands] == [do.Score]
-    asked = coordinator.handle(on.Scored(1, digest("ranking")), 0.0)
-    wanted = {"a": 16, "b": 0, "c": 0}
-    assert {c.part.device: c.block for c in asked if isinstance(c, do.Extract)} == wanted
-    again = SynchronousCoordinator(job, ARCHITECTURE, State.from_json(coordinator.state.to_json())).resume(1.0)
-    assert {c.part.device: c.block for c in again if isinstance(c, do.Extract)} == wanted

@@ -18,7 +18,7 @@ from fedprune.core.errors import BundleError, ExitCode
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, WEIGHTS, blocked_file, manifest, open_bundle
+from fedprune.runtime.bundle import COMPLETE, FILES, MANIFEST, WEIGHTS, manifest, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 
 pytestmark = pytest.mark.board
@@ -50,37 +50,6 @@ def write(folder: Path) -> Path:
         (folder / name).write_bytes(raw)
     (folder / MANIFEST).write_text(manifest(files, selection, Recipe(lr=0.5), "raspberry-pi-5", ("a", "b")))
     return folder
-
-
-def with_blocks(folder: Path, *blocks: int) -> Path:
-    """A bundle with training steps in blocks."""
-    write(folder)
-    body = json.loads((folder / MANIFEST).read_text())
-    for block in blocks:
-        raw = b"blocks" * block
-        (folder / blocked_file(block)).write_bytes(raw)
-        body["files"][blocked_file(block)] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
-    (folder / MANIFEST).write_text(json.dumps(body))
-    return folder
-
-
-def test_a_board_s_step_is_the_one_for_its_blocks(tmp_path: Path) -> None:
-    assert open_bundle(write(tmp_path / "plain")).blocked(16) is None
-    bundle = open_bundle(with_blocks(tmp_path / "b", 8, 16))
-    assert bundle.blocks == (8, 16)
-    found = [None, None, bundle.path(blocked_file(8)), bundle.path(blocked_file(16))]
-    assert [bundle.blocked(b) for b in (0, 4, 8, 16)] == found
-
-
-def test_a_damaged_step_in_blocks_is_named(tmp_path: Path) -> None:
-    folder = with_blocks(tmp_path / "b", 16)
-    raw = (folder / blocked_file(16)).read_bytes()
-    (folder / blocked_file(16)).write_bytes(raw[:-1] + b"?")
-    with pytest.raises(BundleError, match=f"{blocked_file(16)} has changed"):
-        open_bundle(folder)
-    (folder / blocked_file(16)).unlink()
-    with pytest.raises(BundleError, match=blocked_file(16)):
-        open_bundle(folder)
 
 
 def with_plan(folder: Path, plan: bytes, **more: bytes) -> Path:

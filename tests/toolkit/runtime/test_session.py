@@ -219,10 +219,10 @@ def test_a_run_that_fails_on_cuda_after_another_did_is_done_on_the_cpu(
 
 def test_operators_are_timed_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    graph = (Path(sessions.__file__).parents[1] / "assets" / "blocks_16.onnx").read_bytes()
+    graph = GRAPH.read_bytes()
     feeds = {
-        name: np.ones([d if isinstance(d, int) else 2 for d in shape], np.float32)
-        for name, (_, shape) in Session(graph, training=True).inputs.items()
+        name: np.ones([d if isinstance(d, int) else 2 for d in shape], np.int64 if "int64" in kind else np.float32)
+        for name, (kind, shape) in Session(graph, training=True).inputs.items()
     }
 
     times = sessions.kernel_times(graph, feeds, runs=3, training=True)

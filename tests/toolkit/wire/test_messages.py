@@ -68,7 +68,7 @@ def test_unknown_keys_are_ignored(message: Message) -> None:
 
 def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     assert parse(OFFER.to_bytes()) == OFFER
-    newer = {"mask", "ranking", "lowered", "blocked", "slabs"}
+    newer = {"mask", "ranking", "lowered", "slabs"}
     newer |= {"codec", "weights_codec", "coded", "held", "moved", "moved_from", "blobs_at"}
     assert set(json.loads(OFFER.to_bytes())) == {"v", "type", *(f.name for f in fields(Offer))} - newer
     assert parse(altered(OFFER, **dict.fromkeys(newer))) == OFFER
@@ -263,11 +263,11 @@ def test_an_address_of_blobs_comes_in_one_form() -> None:
             parse(altered(OFFER, blobs_at=wrong))
 
 
-def test_of_graphs_in_blocks_the_one_that_is_left_is_pulled_and_slabs_are_not() -> None:
+def test_graphs_of_lower_precisions_are_pulled_and_slabs_are_not() -> None:
     other = BlobRef("3" * 64, 9, "4" * 64)
-    blocked = replace(OFFER, blocked={"16": other})
-    assert (OFFER.graphs, blocked.graphs) == ((REF, REF), (REF, REF, other))
-    assert other in blocked.blobs()
+    lowered = replace(OFFER, lowered={"int8": other})
+    assert (OFFER.graphs, lowered.graphs) == ((REF, REF), (REF, REF, other))
+    assert other in lowered.blobs()
     assert replace(OFFER, slabs=(REF, other)).blobs() == OFFER.blobs()
 
 

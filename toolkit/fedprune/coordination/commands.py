@@ -145,17 +145,12 @@ class Extract:
     Attributes:
         basis: What it is cut from.
         part: Whose it is.
-        block: Channels that the device computes at once, for a training graph of its own; 0 for the one of all.
-        forms: What forms of layers took there (`fedprune.planning.probe_report`), as plain JSON types; None if that
-            isn't known.
         coding: What of it travels encoded.
         accumulate: Parts in which the device works through a batch, unless the recipe asks for more.
     """
 
     basis: Basis
     part: Part
-    block: int = 0
-    forms: dict[str, Any] | None = None
     coding: Coding = Coding()
     accumulate: int = 1
 

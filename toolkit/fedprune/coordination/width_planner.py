@@ -52,7 +52,7 @@ class WidthPlanner:
 
     def replace(self, name: str, known: Device | None, device: Device) -> None:
         """Plan a device that announced itself, with what still holds of what was known of it."""
-        if known is not None and known.profile == device.profile and _steps(known) == _steps(device):
+        if known is not None and known.profile == device.profile and _layer_times(known) == _layer_times(device):
             device.correction = known.correction
         said = (device.profile, device.probe, device.samples)
         if known is not None and known.widths and (known.profile, known.probe, known.samples) == said:
@@ -125,6 +125,6 @@ class PlannedWidths(Allocator):
         self._planner.learn(name, fleet.state.devices[name], task)
 
 
-def _steps(device: Device) -> tuple[object, int]:
-    """What its correction belongs to: the layer times that it measured, and in which form it trains."""
-    return None if device.probe is None else device.probe.get("latency"), device.block
+def _layer_times(device: Device) -> object:
+    """The measurement that its correction belongs to."""
+    return None if device.probe is None else device.probe.get("latency")

@@ -105,20 +105,9 @@ class Device(TrackedEntry):
         return self.online and not self.excluded
 
     @property
-    def block(self) -> int:
-        """Channels that it computes at once in training graphs made for it; 0 for none, or if it is unknown."""
-        return int((self.probe or {}).get("block", 0))
-
-    @property
     def accumulate(self) -> int:
         """Parts in which its plan has it work through a batch; 1 without a plan."""
         return int((self.plan or {}).get("accumulate", 1))
-
-    @property
-    def forms(self) -> dict[str, Any] | None:
-        """What forms of layers took there, as `fedprune.planning.probe_report` has it; None where it didn't say."""
-        found: dict[str, Any] | None = (self.probe or {}).get("forms")
-        return found
 
     def references(self) -> set[str]:
         """Digests of the blobs that are kept for it."""

@@ -93,10 +93,6 @@ RESERVED = frozenset(
 AXES = "fedprune.axes"
 """Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes."""
 
-BLOCK = "fedprune.block"
-"""Key of a training graph's metadata that holds, where it was made for processors that compute a block of channels at
-once, how many those are: on others it computes garbage."""
-
 
 def buffer(name: str) -> str:
     """Momentum buffer of a tensor, with Adam its mean of gradients (input)."""

@@ -8,8 +8,8 @@ submodel.json         which channels this board holds
 engine.json           how a TensorRT engine is to be built (`runtime.tensorrt_config`); optional
 manifest.json         size and sha256 of each of these
 
-Optional are the files of lower precisions (`fedprune.runtime.precision_files.files_of`) and training steps for
-processors that compute a block of channels at once (`blocked_file`), which the manifest lists like these.
+Optional are the files of lower precisions (`fedprune.runtime.precision_files.files_of`), which the manifest lists like
+these.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from fedprune.core.errors import BundleError, ConfigError, shape_text, shown
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.planning.kernel_workload import BLOCKS
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.precision_files import PRECISIONS, files_of, graph_file
 from fedprune.runtime.tensorrt_config import EnginePlan
@@ -49,11 +48,6 @@ _LONGEST = 200
 FILES = (INFERENCE, WEIGHTS, TRAINING, ARCHITECTURE, SUBMODEL)
 
 
-def blocked_file(block: int) -> str:
-    """The training step for processors that compute blocks of so many channels, at the bundle's widths alone."""
-    return f"training-blocked-{block}.onnx"
-
-
 @dataclass(frozen=True)
 class Bundle:
     """A bundle whose files have been checked.
@@ -66,7 +60,6 @@ class Bundle:
         class_names: Names of the output's entries, or empty.
         engine: How a TensorRT engine is to be built; None where the bundle doesn't say.
         precisions: At which lower precisions it can predict, too.
-        blocks: For which lengths of blocks it has a training step of its own.
     """
 
     folder: Path
@@ -77,12 +70,6 @@ class Bundle:
     class_names: tuple[str, ...]
     engine: EnginePlan | None = None
     precisions: tuple[str, ...] = ()
-    blocks: tuple[int, ...] = ()
-
-    def blocked(self, block: int) -> Path | None:
-        """The training step for whole batches on a board with blocks of this length
-        (`fedprune.runtime.blocks.block_size`); None if the bundle has none."""
-        return self.path(blocked_file(block)) if block in self.blocks else None
 
     def path(self, name: str) -> Path:
         return self.folder / name
@@ -131,8 +118,7 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         raise BundleError("no bundle", expected="the path of its folder", got=type(folder).__name__) from error
     body = _read_manifest(folder / MANIFEST)
     precisions = tuple(p for p in PRECISIONS if graph_file(p) in body["files"])
-    blocks = tuple(b for b in BLOCKS[1:] if blocked_file(b) in body["files"])
-    for name in (*FILES, *(n for p in precisions for n in files_of(p)), *map(blocked_file, blocks)):
+    for name in (*FILES, *(n for p in precisions for n in files_of(p))):
         _check_file(folder / name, body["files"].get(name))
     architecture = Architecture.from_json((folder / ARCHITECTURE).read_bytes())
     selection = Selection.from_json((folder / SUBMODEL).read_bytes(), architecture)
@@ -153,7 +139,6 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
         tuple(map(str, body["class_names"])),
         _engine(folder, body["files"]),
         precisions,
-        blocks,
     )
 
 

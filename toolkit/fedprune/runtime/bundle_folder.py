@@ -28,7 +28,6 @@ from fedprune.runtime.bundle import (
     FILES,
     MANIFEST,
     Bundle,
-    blocked_file,
     files_folder,
     manifest,
     open_bundle,
@@ -138,7 +137,7 @@ def read_files(bundle: Bundle) -> dict[str, bytes]:
     """The files of a bundle by name, without the manifest: what it consists of, and the export's reports."""
     engine = () if bundle.engine is None else (tensorrt_config.NAME,)
     lowered = (name for precision in bundle.precisions for name in files_of(precision))
-    names = (*FILES, *engine, *lowered, *map(blocked_file, bundle.blocks))
+    names = (*FILES, *engine, *lowered)
     reports = (name for name in REPORTS if bundle.path(name).is_file())
     with storage_errors(f"can't read {bundle.folder}"):
         return {name: bundle.path(name).read_bytes() for name in (*names, *reports)}

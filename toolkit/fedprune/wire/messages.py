@@ -86,7 +86,6 @@ class RejectedMessageLog:
 
 
 _MOST_PRECISIONS = 8
-_MOST_BLOCKS = 8
 _MOST_SLABS = 32
 
 
@@ -111,7 +110,7 @@ class Offer(CheckedMessage, kind="offer"):
     weights: Blob
     """The submodel's weights."""
     training: Blob
-    """The training graph of standard operators, which every board runs."""
+    """The training graph, for all widths."""
     inference: Blob
     """The inference graph, whose external data the weights are."""
     recipe: FreeObject
@@ -125,9 +124,6 @@ class Offer(CheckedMessage, kind="offer"):
     lowered: Annotated[dict[Name, Blob], Items(_MOST_PRECISIONS, "blobs")] | None = newer()
     """By precision, the graphs with which the board can serve at it (`fedprune.runtime.precision.packed`). None where
     there are none."""
-    blocked: Annotated[dict[Name, Blob], Items(_MOST_BLOCKS, "blobs")] | None = newer()
-    """By channels of a block, training graphs for boards that compute so many at once (`fedprune.runtime.blocks`), at
-    these widths alone. A board pulls the one that it can use instead of `training`. None where there are none."""
     slabs: Annotated[tuple[Blob, ...], Items(_MOST_SLABS, "blobs", least=1)] | None = newer()
     """What `weights` can be made of instead of being pulled (`fedprune.updates.width_deltas`): the narrowest submodel's
     file, and what each wider one adds to it, up to this one. Other devices pull the same blobs. None where there are
@@ -150,9 +146,7 @@ class Offer(CheckedMessage, kind="offer"):
 
     @property
     def graphs(self) -> tuple[BlobRef, ...]:
-        """The graphs that are used: a device leaves in `blocked` what it can use, at most one."""
-        more = (*(self.blocked or {}).values(), *(self.lowered or {}).values())
-        return (self.training, self.inference, *more)
+        return (self.training, self.inference, *(self.lowered or {}).values())
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """What must be there for it, graphs first."""

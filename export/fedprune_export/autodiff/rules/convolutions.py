@@ -10,12 +10,11 @@ from typing import Protocol
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff import conv_geometry
-from fedprune_export.autodiff.conv_geometry import Window, operator_attrs, window
-from fedprune_export.autodiff.intents import DOMAIN, INPUT_GRADIENT, KERNEL_GRADIENT
+from fedprune_export.autodiff.conv_geometry import Window, window
 from fedprune_export.autodiff.rules.dense import Dense, formulation
 from fedprune_export.autodiff.rules.depthwise import Depthwise
 from fedprune_export.autodiff.tape import Dim, Pull, Tape, describe, rule
-from fedprune_export.ir.graph import Graph, Node
+from fedprune_export.ir.graph import Node
 
 
 class Convolution(Protocol):
@@ -44,12 +43,8 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
         if math.prod(w.output) > conv_geometry.SMALL_MAP:
-            if tape.intends and len(w.sizes) == 2:
-                return Intended(tape.graph, w, kernel, 1)
             return Dense(tape.graph, w, kernel, formulation(w, tape.extent(shape[1])))
     elif lengths == (1, 1):
-        if tape.intends and len(w.sizes) == 2 and isinstance(number, int):
-            return Intended(tape.graph, w, kernel, number)
         return Depthwise(tape.graph, w, kernel)
     return conv_geometry.Columns(tape, w, kernel, shape, number, lengths, tape.shape(node.inputs[0])[0])
 
@@ -164,26 +159,3 @@ def _pull_bias(tape: Tape, node: Node, dy: str) -> None:
     if name and tape.wants(name):
         axes = tape.graph.ints(0, *range(2, len(tape.shape(node.inputs[0]))))
         tape.add(name, tape.graph.emit("ReduceSum", dy, axes, attrs={"keepdims": 0}))
-
-
-class Intended:
-    """A convolution of whose maps only the forward one is an operator (see `Convolution`).
-
-    Args:
-        groups: 1, or as many as there are channels.
-    """
-
-    def __init__(self, g: Graph, w: Window, kernel: str, groups: int) -> None:
-        self.g, self.w, self.kernel, self.groups = g, w, kernel, groups
-
-    def apply(self, x: str, bias: list[str]) -> str:
-        return self.g.emit("Conv", x, self.kernel, *bias, attrs=operator_attrs(self.w, self.groups))
-
-    def back(self, dy: str, bias: list[str]) -> str:
-        """What the transposed convolution makes of dy."""
-        attrs = {"window": self.w, "group": self.groups}
-        return self.g.emit(INPUT_GRADIENT, dy, self.kernel, *bias, attrs=attrs, domain=DOMAIN)
-
-    def kernel_gradient(self, x: str, dy: str) -> str:
-        attrs = {"window": self.w, "group": self.groups}
-        return self.g.emit(KERNEL_GRADIENT, x, dy, self.kernel, attrs=attrs, domain=DOMAIN)

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.intents import DOMAIN, RECTIFIED
 from fedprune_export.autodiff.tape import Pull, Tape, describe, rule
 from fedprune_export.ir.composites import GELU_CUBE
 from fedprune_export.ir.graph import Graph, Node
@@ -129,25 +128,17 @@ def cast(tape: Tape, node: Node) -> Pull | None:
 def relu(tape: Tape, node: Node) -> Pull:
     """Dx = dy where y > 0."""
     _, y = _unary(tape, node)
-    return lambda dy: tape.add(node.inputs[0], rectified(tape, dy, y))
+    return lambda dy: tape.add(node.inputs[0], where_positive(tape, dy, y))
 
 
-def rectified(tape: Tape, dy: str, y: str) -> str:
-    """Dy where y, which is never below 0, is above it; as an intent where the tape takes intents."""
-    if tape.intends:
-        attrs = {"finite": int(tape.finite_slopes)}
-        return tape.graph.emit(RECTIFIED, dy, y, attrs=attrs, domain=DOMAIN)
-    return where_positive(tape.graph, dy, y, finite=tape.finite_slopes)
-
-
-def where_positive(g: Graph, dy: str, y: str, *, finite: bool) -> str:
+def where_positive(tape: Tape, dy: str, y: str) -> str:
     """Dy where y, which is never below 0, is above it, else 0.
 
-    Args:
-        finite: Whether dy is finite. Its product with a mask is then the same, and faster than a choice: the mask is a
-            line so steep that it is 1 from the least normal number on.
+    Where dy is finite its product with a mask is the same, and faster than a choice: the mask is a line so steep that
+    it is 1 from the least normal number on.
     """
-    if finite:
+    g = tape.graph
+    if tape.finite_slopes:
         return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEEP, "beta": 0.0}))
     return g.emit("Where", g.emit("Greater", y, g.scalar(0)), dy, g.scalar(0))
 
@@ -299,9 +290,7 @@ def clip(tape: Tape, node: Node) -> Pull:
 
     def pull(dy: str) -> None:
         if all(b is not None for b in bounds):
-            attrs = {"bounds": names}
-            inner = g.emit(RECTIFIED, dy, y, attrs=attrs, domain=DOMAIN) if tape.intends else between(g, dy, y, *names)
-            tape.add(name, inner)
+            tape.add(name, between(g, dy, y, *names))
             return
         given = [(op, bound) for op, bound in zip(("Greater", "Less"), names, strict=False) if bound]
         inside = [g.emit(f"{op}OrEqual", x, bound) for op, bound in given]

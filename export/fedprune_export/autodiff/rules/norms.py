@@ -13,13 +13,6 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
-from fedprune_export.autodiff.intents import (
-    DOMAIN,
-    GROUP_NORMALISE,
-    GROUP_NORMALISE_GRADIENT,
-    NORMALISE,
-    NORMALISE_GRADIENT,
-)
 from fedprune_export.autodiff.rules.reductions import count_of, divided, summed
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, port, rule
 from fedprune_export.ir.graph import Graph, Node
@@ -56,28 +49,19 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     eps = float(node.attrs.get("epsilon", 1e-5))
     keep = float(node.attrs.get("momentum", 0.9))
     count = count_of(tape, [shape[0], *shape[2:]])
-    intended = tape.intends and len(shape) == 4
-    if intended:
-        inputs, attrs = (x, scale, shift, count), {"epsilon": eps}
-        y, mean, var = g.emit_many(NORMALISE, *inputs, outputs=3, attrs=attrs, domain=DOMAIN)
-    else:
-        normal = Normal(g, x, scale, shift, eps, len(shape))
-        y, mean, var = normal.y, normal.mean, normal.variance
-    tape.enter(node.outputs[0], y, shape)
+    normal = Normal(g, x, scale, shift, eps, len(shape))
+    tape.enter(node.outputs[0], normal.y, shape)
     others = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
-    unbiased = g.emit("Mul", var, g.emit("Div", count, others))
-    for statistic, value in ((mean_name, mean), (var_name, unbiased)):
+    unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, others))
+    for statistic, value in ((mean_name, normal.mean), (var_name, unbiased)):
         old = g.emit("Mul", tape.value(statistic), g.scalar(keep))
         new = g.emit("Mul", value, g.scalar(1 - keep))
         g.emit("Add", old, new, out=step_contract.following(statistic))
         g.outputs.append(port(step_contract.following(statistic), tape.shape(statistic)))
 
     def pull(dy: str) -> None:
-        if intended:
-            dx, dgamma, dbeta = g.emit_many(NORMALISE_GRADIENT, dy, x, mean, outputs=3, domain=DOMAIN)
-        else:
-            dgamma, dbeta = normal.pulled_vectors(dy)
-            dx = normal.pulled(dy, dgamma, dbeta, count) if tape.wants(name) else ""
+        dgamma, dbeta = normal.pulled_vectors(dy)
+        dx = normal.pulled(dy, dgamma, dbeta, count) if tape.wants(name) else ""
         tape.add(gamma, dgamma)
         tape.add(beta, dbeta)
         if tape.wants(name):
@@ -229,9 +213,6 @@ def group_norm(tape: Tape, node: Node) -> Pull:
     length: Dim = 1
     if node.op == "GroupNormalization":
         number, length = tape.blocks(node, name, 1, int(node.attrs["num_groups"]))
-    least = None if tape.intends is None else tape.intends.group_norms
-    if least is not None and len(shape) == 4 and isinstance(shape[1], int) and shape[1] >= least:
-        return _intended(tape, node, number, epsilon)
     rows = _Rows(tape, shape, number, length)
     # The mean of float32 sums is off by a little where it is large: of values that it has centred it is exact.
     flat = tape.reshape(x, shape, rows.of_groups)
@@ -265,24 +246,6 @@ def group_norm(tape: Tape, node: Node) -> Pull:
         wide = _affine(g, tape.reshape(dy, shape, rows.of_channels), steepness, rows.zeros(rows.channels))
         line, wide = tape.reshape(line, rows.of_groups, shape), tape.reshape(wide, rows.of_channels, shape)
         tape.add(name, g.emit("Add", wide, line))
-
-    return pull
-
-
-def _intended(tape: Tape, node: Node, groups: Dim, epsilon: float) -> Pull:
-    """Say what is to be computed, for a graph whose sizes are fixed."""
-    name, gamma, beta = node.inputs
-    g, x, shape = tape.graph, tape.value(name), tape.shape(name)
-    scale, shift = (tape.fitted(node, i, shape[1:2]) for i in (1, 2))
-    attrs = {"groups": groups, "epsilon": epsilon}
-    y, inverse = g.emit_many(GROUP_NORMALISE, x, scale, shift, outputs=2, attrs=attrs, domain=DOMAIN)
-    tape.enter(node.outputs[0], y, shape)
-
-    def pull(dy: str) -> None:
-        found = g.emit_many(GROUP_NORMALISE_GRADIENT, dy, x, scale, inverse, outputs=3, attrs=attrs, domain=DOMAIN)
-        for wanted, gradient in zip((name, gamma, beta), found, strict=True):
-            if tape.wants(wanted):
-                tape.add(wanted, gradient)
 
     return pull
 

@@ -8,8 +8,7 @@ import numpy as np
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.conv_geometry import Window, leftovers, operator_attrs, window
-from fedprune_export.autodiff.intents import DOMAIN, POOL_GRADIENT
-from fedprune_export.autodiff.rules.elementwise import rectified, where_positive
+from fedprune_export.autodiff.rules.elementwise import where_positive
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, rule
 from fedprune_export.ir.graph import Graph, Node
 
@@ -52,20 +51,10 @@ def max_pool(tape: Tape, node: Node) -> Pull:
 
         def pull_tiled(dy: str) -> None:
             if before is None or not follows:
-                tape.add(name, gradient(dy))
+                tape.add(name, tiled_gradient(g, w, x, y, dy))
                 return
             # What comes out of a ReLU is 0 exactly where its maximum is: the small array is masked, not the large one.
-            if tape.intends and len(w.sizes) == 2:
-                masked = rectified(tape, dy, y)
-                tape.written[masked] = out
-            else:
-                masked = where_positive(g, dy, y, finite=tape.finite_slopes)
-            tape.add(before.inputs[0], gradient(masked))
-
-        def gradient(dy: str) -> str:
-            if tape.intends and len(w.sizes) == 2:
-                return g.emit(POOL_GRADIENT, dy, x, y, attrs={"window": w}, domain=DOMAIN)
-            return tiled_gradient(g, w, x, y, dy)
+            tape.add(before.inputs[0], tiled_gradient(g, w, x, y, where_positive(tape, dy, y)))
 
         return pull_tiled
     y, indices = g.emit_many("MaxPool", x, outputs=2, attrs=attrs)
