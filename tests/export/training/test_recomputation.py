@@ -135,7 +135,7 @@ def most_work(models: dict[str, Model], whole: tuple[Graph, tuple[int, ...], Ten
 
     @cache
     def work(batch: int) -> float:
-        return recomputed(graph, value_sizes(graph, models["batch"].architecture, widths, batch, 1), 0).work
+        return recomputed(graph, value_sizes(graph, models["batch"].architecture, widths, batch), 0).work
 
     return work
 
@@ -151,7 +151,7 @@ def test_no_more_is_computed_again_than_the_limit_needs(
     batch: int,
 ) -> None:
     model, (graph, widths, _) = models["batch"], whole
-    sizes = value_sizes(graph, model.architecture, widths, batch, 1)
+    sizes = value_sizes(graph, model.architecture, widths, batch)
     before = most(graph, dict(sizes.bytes))
     found = recomputed(graph, sizes, round(share * before))
     if share >= 1:
@@ -166,7 +166,7 @@ def test_a_limit_is_kept_or_refused(models: dict[str, Model]) -> None:
     model = models["batch"]
     graph, widths, _ = written(model, 1.0)
     batch = 256
-    before = training_memory(graph, value_sizes(graph, model.architecture, widths, batch, 1))
+    before = training_memory(graph, value_sizes(graph, model.architecture, widths, batch))
     limit = round(0.8 * before.peak)
     found = fitted(graph, model.architecture, widths, batch, limit)
     assert found.memory.peak <= limit < found.before.peak == before.peak
@@ -196,7 +196,7 @@ def test_a_real_process_takes_less(models: dict[str, Model], tmp_path: Path) -> 
     model = models["group"]
     graph, widths, tensors = written(model, 1.0)
     batch = 192
-    sizes = value_sizes(graph, model.architecture, widths, batch, 1)
+    sizes = value_sizes(graph, model.architecture, widths, batch)
     found = recomputed(graph, sizes, 0)
     fed = feeds(model, graph, tensors)
     fed[step_contract.X] = np.repeat(fed[step_contract.X], batch // BATCH, axis=0)

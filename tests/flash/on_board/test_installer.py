@@ -340,10 +340,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], str]] = {
     "a signature that is none": (lambda kit: change(kit, signature="xy"), "not what was signed"),
     "no signature": (lambda kit: change(kit, signature=""), "the kit is not signed"),
     "an added file": (lambda kit: (kit / "wheelhouse/more.whl").write_bytes(b""), "is not part of the kit"),
-    "a linked wheel": (link_wheel, "no plain file"),
-    "a linked folder": (link_folder, "no plain file"),
-    "a pipe": (lambda kit: os.mkfifo(kit / "pipe"), "no plain file"),
-    "a path that leads outside": (lead_outside, "no path of a kit"),
+    "a linked wheel": (link_wheel, "isn't a plain file"),
+    "a linked folder": (link_folder, "isn't a plain file"),
+    "a pipe": (lambda kit: os.mkfifo(kit / "pipe"), "isn't a plain file"),
+    "a path that leads outside": (lead_outside, "isn't a path of a kit"),
 }
 
 

@@ -125,8 +125,8 @@ def kill_at(monkeypatch):
         delete(store, name)
 
     # Saved at the end of every round and never within one, however slow the disk is: the number of steps is the same.
-    monkeypatch.setattr("_EXPENSIVE_S", math.inf)
-    monkeypatch.setattr("_INTERVAL_S", math.inf)
+    monkeypatch.setattr(simulation_state, "_EXPENSIVE_S", math.inf)
+    monkeypatch.setattr(simulation_state, "_INTERVAL_S", math.inf)
     monkeypatch.setattr(simulation_state, "write_whole", saving)
     monkeypatch.setattr(BlobStore, "delete", deleting)
 
