@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 
+from fedprune.core.validation import instance, texts, whole
 from fedprune.model.recipe import LABELS_OF
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
@@ -50,12 +52,20 @@ def export(
         class_names: Names of the classes.
 
     Raises:
+        ConfigError: An argument is of another type, or there is no such scorer.
         ModelError: The model can't be trained, or the cut computes something else.
         PlanError: The training step doesn't fit the memory limit.
         DataError: The samples can't be read or don't fit the model.
         BundleError: The folder holds something else.
         StorageError: The folder can't be written.
     """
+    instance("model", model, Model, "a model from fedprune_export.load")
+    instance("plan", plan, BoardPlan, "a plan from fedprune_export.plan")
+    instance("folder", folder, (str, Path), "the path of a folder")
+    instance("data", data, (str, Path, LabelledData, NoneType), "a .npz file, or LabelledData")
+    precisions, class_names = texts("precisions", precisions), texts("class_names", class_names)
+    if memory_limit is not None:
+        whole("memory_limit", memory_limit, 1)
     folder, recipe, profile = Path(folder), plan.recipe, plan.profile
     if isinstance(data, (str, Path)):
         data = measured(Path(data), model, LABELS_OF[recipe.loss])
@@ -84,7 +94,7 @@ def export(
     files |= report.files()
     if profile.software.tier == "tensorrt":
         files[tensorrt_config.NAME] = EnginePlan().to_json().encode()
-    write_bundle(folder, files, selection, recipe, profile.name, tuple(class_names))
+    write_bundle(folder, files, selection, recipe, profile.name, class_names)
     return report
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import fedprune_export as fx
+from fedprune.core.errors import ConfigError, ModelError
 from fedprune.runtime.bundle import FILES, open_bundle
 from fedprune_export.autodiff.tape import Tape
 from fedprune_export.cli.main import main
@@ -92,6 +93,51 @@ def test_data_of_another_label_kind_is_read_for_the_recipes_loss(digits: Path, t
 
     assert report.accuracy is not None
     assert report.accuracy.samples == 4
+
+
+OTHER = Path(__file__)
+WRONG: dict[str, tuple[str, str, dict[str, object]]] = {
+    "no shape": ("load", "input_shape", {"input_shape": 3}),
+    "shape of text": ("load", "input_shape: a size", {"input_shape": ["8"]}),
+    "number for a name": ("load", "name", {"name": 3}),
+    "names of parameters": ("load", "parameters", {"parameters": "conv1.weight"}),
+    "model of text": ("plan", "model", {"model": "digits.onnx"}),
+    "number for a target": ("plan", "target", {"target": 3}),
+    "recipe of text": ("plan", "recipe", {"recipe": "sgd"}),
+    "probe of plain types": ("plan", "probe", {"probe": {}}),
+    "samples": ("plan", "samples", {"samples": 0.5}),
+    "density of text": ("plan", "density", {"density": "half"}),
+    "density above 1": ("plan", "density", {"density": 2}),
+    "bytes": ("plan", "bytes_per_round", {"bytes_per_round": "1MB"}),
+    "deadline": ("plan", "deadline_s", {"deadline_s": float("nan")}),
+    "one folder of profiles": ("plan", "profiles", {"profiles": "profiles"}),
+    "model that is no model": ("export", "model", {"model": OTHER}),
+    "plan that is a name": ("export", "plan", {"plan": BOARD}),
+    "folder": ("export", "folder", {"folder": 3}),
+    "scorer": ("export", "scorer", {"scorer": "best"}),
+    "data": ("export", "data", {"data": 3}),
+    "one precision": ("export", "precision", {"precisions": "int8"}),
+    "memory": ("export", "memory_limit", {"memory_limit": "200MB"}),
+    "names of classes": ("export", "class_names", {"class_names": "abc"}),
+    "numbers of classes": ("export", "class_names: an entry", {"class_names": [1, 2]}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_arguments_of_another_type_are_named_with_what_was_expected(digits: Path, tmp_path: Path, case: str) -> None:
+    call, named, wrong = WRONG[case]
+    given: dict[str, object] = {}
+    if call == "load":
+        given["source"] = digits
+    else:
+        given["model"] = model = fx.load(digits)
+        given |= {"target": BOARD} if call == "plan" else {"plan": fx.plan(model, BOARD), "folder": tmp_path / "b"}
+
+    with pytest.raises((ConfigError, ModelError), match=rf"{named}.*: expected .*") as error:
+        getattr(fx, call)(**given | wrong)
+
+    assert "got" in str(error.value) or case == "scorer"
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.system

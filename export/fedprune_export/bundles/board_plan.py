@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 
+from fedprune.core.validation import instance, number, whole
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import TOO_LOW, Prediction, predict
@@ -79,10 +81,25 @@ def plan(
         profiles: Folders of own profiles, searched for a `target` given by name.
 
     Raises:
+        ConfigError: An argument is of another type, or out of range.
         ProfileError: There is no such profile.
         PlanError: Not even the narrowest submodel fits.
     """
-    profile = target if isinstance(target, HardwareProfile) else profile_store.chosen(target, profiles)
+    instance("model", model, Model, "a model from fedprune_export.load")
+    instance("target", target, (str, HardwareProfile), "a hardware profile, its name or its TOML file")
+    instance("recipe", recipe, (Recipe, NoneType), "a Recipe")
+    instance("probe", probe, (ProbeReport, NoneType), "a ProbeReport")
+    instance("profiles", profiles, (list, tuple), "a list of folders")
+    whole("samples", samples, 1)
+    if density is not None:
+        number("density", density, 0, 1, above=True)
+    if bytes_per_round is not None:
+        whole("bytes_per_round", bytes_per_round, 1)
+    if deadline_s is not None:
+        number("deadline_s", deadline_s, 0, above=True)
+    profile = (
+        target if isinstance(target, HardwareProfile) else profile_store.chosen(target, tuple(map(Path, profiles)))
+    )
     recipe = recipe or Recipe()
     architecture = model.architecture
     chosen = plan_widths(
@@ -98,5 +115,5 @@ def plan(
         margin=TOO_LOW if probe is None else 0.0,
     )
     recipe = recipe.in_parts(chosen.accumulate)
-    whole = predict(architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen)
-    return BoardPlan(profile, recipe, samples, probe, chosen, whole)
+    uncut = predict(architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen)
+    return BoardPlan(profile, recipe, samples, probe, chosen, uncut)

@@ -65,7 +65,7 @@ def to_onnx(arguments: argparse.Namespace) -> int:
     """
     from fedprune_export.bundles import conversion
 
-    _check_out(arguments)
+    _check_out(arguments, ".onnx")
     model = _model(arguments)
     source = conversion.read_folder(arguments.source) if model is None else conversion.whole(model, arguments.weights)
     raw = conversion.onnx_file(source.graph, source.tensors, arguments.name or "model", arguments.opset)
@@ -84,7 +84,7 @@ def to_torch(arguments: argparse.Namespace) -> int:
     from fedprune_export.bundles import conversion
     from fedprune_export.importing import torch_module
 
-    _check_out(arguments)
+    _check_out(arguments, ".safetensors", ".pt", ".pth")
     model = _model(arguments)
     source = conversion.read_folder(arguments.source) if model is None else conversion.whole(model, arguments.weights)
     graph, tensors, named, hint = source.graph, source.tensors, None, ""
@@ -112,12 +112,11 @@ def to_torch(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _check_out(arguments: argparse.Namespace) -> None:
-    """Refuse to write over what is read.
-
-    Raises:
-        UsageError: The result would take the place of a file that it is made from.
-    """
+def _check_out(arguments: argparse.Namespace, *endings: str) -> None:
+    """Refuse another kind of file name, and to write over what is read."""
+    if arguments.out.suffix not in endings:
+        known = " or ".join(filter(None, (", ".join(endings[:-1]), endings[-1])))
+        raise UsageError("OUT", expected=f"a file name that ends in {known}", got=str(arguments.out))
     if not arguments.out.exists():
         return
     for read in (arguments.source, arguments.weights, getattr(arguments, "into", None)):

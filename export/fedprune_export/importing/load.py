@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import onnx
 
 from fedprune.core.errors import ModelError, reason, shape_text, shown
+from fedprune.core.validation import instance, texts, whole
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
 from fedprune_export.importing.inlining import prepared
@@ -51,6 +53,12 @@ def load(
         ModelError: There is no such model, it is damaged, or it uses what can't be handled.
         MissingExtraError: torch or timm is needed and not installed.
     """
+    instance("name", name, (str, NoneType), "a text", error=ModelError)
+    if input_shape is not None:
+        instance("input_shape", input_shape, (list, tuple), "a list of sizes", error=ModelError)
+        input_shape = [whole("input_shape: a size", size, 1, error=ModelError) for size in input_shape]
+    if parameters is not None:
+        parameters = texts("parameters", parameters, error=ModelError)
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
         raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)

@@ -220,6 +220,7 @@ def test_another_model_takes_no_submodel(bundle: Path, tmp_path: Path, capsys: p
     ("words", "code", "said"),
     [
         (("to-torch", "{bundle}", "{out}/s.bin"), ExitCode.USAGE, "ends in .safetensors, .pt or .pth"),
+        (("to-onnx", "{bundle}", "{out}/s.pt"), ExitCode.USAGE, "ends in .onnx"),
         (
             ("to-torch", "{digits}", "{out}/s.safetensors", "--into", "{digits}"),
             ExitCode.USAGE,

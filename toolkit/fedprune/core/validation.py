@@ -81,6 +81,24 @@ def word(what: str, value: Any, allowed: Sequence[str], *, error: Error = Config
     raise error(what, expected=" or ".join(allowed), got=shown(value))
 
 
+def instance(
+    what: str, value: object, kinds: type[Any] | tuple[type[Any], ...], expected: str, *, error: Error = ConfigError
+) -> None:
+    """Refuse a value of another type, as callers from Python may pass; `expected` describes the right ones."""
+    if not isinstance(value, kinds):
+        raise error(what, expected=expected, got=f"{type(value).__name__} {shown(value)}")
+
+
+def texts(what: str, value: object, *, error: Error = ConfigError) -> tuple[str, ...]:
+    """A list or tuple of texts; one text alone, whose letters would be taken for them, is refused."""
+    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
+        raise error(what, expected="a list of texts", got=f"{type(value).__name__} {shown(value)}")
+    found = tuple(value)
+    for entry in found:
+        instance(f"{what}: an entry", entry, str, "a text", error=error)
+    return found
+
+
 def truth(what: str, value: object, *, error: Error = ConfigError) -> bool:
     if isinstance(value, bool):
         return value
