@@ -567,11 +567,11 @@ def test_boards_that_come_back_together_cost_one_transaction(lab: Lab) -> None:
     statements: list[str] = []
     store = lab.identity.store
     server.hears()
-    store._connection.set_trace_callback(statements.append)
+    store.connection.set_trace_callback(statements.append)
     try:
         assert [topic for topic, _ in server.hears(*births)] == [topic for topic, _ in births]
     finally:
-        store._connection.set_trace_callback(None)
+        store.connection.set_trace_callback(None)
     written = [i for i, s in enumerate(statements) if s.startswith("INSERT")]
     assert len(written) == 2 * len(births)  # its epoch, and which keys of the server it knows
     assert "COMMIT" not in statements[written[0] : written[-1]]
