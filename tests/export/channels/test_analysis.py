@@ -1,115 +1,24 @@
-"""Channel groups: those that Torch-Pruning finds, and its physically pruned networks compute what our cuts compute."""
+"""Architectures that the channel analysis finds; `pruning/test_torch_pruning.py` has more networks."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from fedprune.model.architecture import FIXED, Architecture, TensorKind
+from fedprune.model.architecture import FIXED, TensorKind
 from fedprune.model.selection import Selection
 from fedprune_export.channels.analysis import _passes
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
-from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
 from support.nets import published_nets as zoo
-from support.oracles.cutting import distance, inputs, outputs, random_selection
 
 pytestmark = pytest.mark.torch
 
 Imported = Callable[[str], Model]
 F32 = np.dtype(np.float32)
-
-
-def in_order(group: tuple[frozenset[tuple[str, str]], int]) -> tuple[list[tuple[str, str]], int]:
-    """A group as what sorts the same way whatever order its set is in."""
-    return sorted(group[0]), group[1]
-
-
-def layers_of(architecture: Architecture) -> list[tuple[frozenset[tuple[str, str]], int]]:
-    """Per group the layer sides that it touches, and its size."""
-    found = []
-    for i, group in enumerate(architecture.groups):
-        sides = {
-            (t.name.rpartition(".")[0], "out" if axis == 0 else "in")
-            for t in architecture.tensors
-            if t.kind is TensorKind.WEIGHT
-            for axis in (0, 1)
-            if i in t.axes[axis].groups
-        }
-        found.append((frozenset(sides), group.size))
-    return sorted(found, key=in_order)
-
-
-def torch_pruning(module: Any) -> tuple[Any, Any]:
-    import torch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tp = pytest.importorskip("torch_pruning")
-        graph = tp.DependencyGraph().build_dependency(module, torch.zeros((2, *module.input_shape)))
-    return tp, graph
-
-
-def their_groups(module: Any) -> Iterator[tuple[frozenset[tuple[str, str]], int]]:
-    import torch
-
-    _, graph = torch_pruning(module)
-    names = {part: name for name, part in module.named_modules()}
-    kinds = (torch.nn.Conv2d, torch.nn.Linear)
-    for group in graph.get_all_groups(root_module_types=kinds):
-        sides = set()
-        for item in group:
-            part = item.dep.target.module
-            if isinstance(part, kinds):
-                out = graph.is_out_channel_pruning_fn(item.dep.handler)
-                sides.add((names[part], "out" if out else "in"))
-        yield frozenset(sides), len(group[0].idxs)
-
-
-# At every push `test_torch_pruning.py` compares the same networks and more, in its own way.
-@pytest.mark.soak
-@pytest.mark.parametrize("name", zoo.NETS)
-def test_groups_equal_torch_prunings(imported: Imported, name: str) -> None:
-    module, architecture = zoo.make(name), imported(name).architecture
-    last = architecture.layers[-1].weight.rpartition(".")[0]
-
-    theirs = sorted(their_groups(module), key=in_order)
-
-    theirs.remove((frozenset({(last, "out")}), 10))  # the classes, which we never cut
-    assert layers_of(architecture) == theirs
-
-
-@pytest.mark.soak
-@pytest.mark.parametrize("name", zoo.NETS)
-def test_cut_equals_what_torch_pruning_cuts(imported: Imported, name: str) -> None:
-    import torch
-
-    model, module = imported(name), zoo.make(name)
-    selection = random_selection(model, 0.5, seed=9)
-    tp, graph = torch_pruning(module)
-    modules = dict(module.named_modules())
-    for i, group in enumerate(model.architecture.groups):
-        root = next(
-            t.name.rpartition(".")[0]
-            for t in model.architecture.tensors
-            if t.kind is TensorKind.WEIGHT and t.axes[0].groups == (i,)
-        )
-        lost = sorted(selection.ranks[i][selection.widths[i] :].tolist())
-        part = modules[root]
-        prune = tp.prune_conv_out_channels if isinstance(part, torch.nn.Conv2d) else tp.prune_linear_out_channels
-        assert part.weight.shape[0] == group.size
-        graph.get_pruning_group(part, prune, idxs=lost).prune()
-    x = inputs(model, 7)
-
-    with torch.no_grad():
-        expected = module(torch.from_numpy(x)).numpy()
-
-    assert distance(outputs(cut(model, selection), x), expected) < 1e-5
 
 
 @pytest.mark.slow

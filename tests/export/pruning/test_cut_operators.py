@@ -88,62 +88,52 @@ def model(name: str) -> Model:
 
 @net(8, 8, 6)
 def depth_to_space(graph: Graph, value: str) -> str:
-    """Blocks of neighbours, of 32."""
     return graph.emit("DepthToSpace", conv(graph, value, "wide", 8, 32), attrs={"blocksize": 2, "mode": "CRD"})
 
 
 @net(8, 8, 6)
 def depth_to_space_by_depth(graph: Graph, value: str) -> str:
-    """Every eighth of 32."""
     return graph.emit("DepthToSpace", conv(graph, value, "wide", 8, 32), attrs={"blocksize": 2})
 
 
 @net(8, 6, width=32)
 def space_to_depth(graph: Graph, value: str) -> str:
-    """All of them four times."""
     return graph.emit("SpaceToDepth", value, attrs={"blocksize": 2})
 
 
 @net(6, width=3)
 def largest_channels(graph: Graph, value: str) -> str:
-    """The largest, so that all stay."""
     return graph.emit_many("TopK", value, graph.ints(3), outputs=2, attrs={"axis": 1})[0]
 
 
 @net(8, 6)
 def largest_places(graph: Graph, value: str) -> str:
-    """Of every row the largest three."""
     return graph.emit_many("TopK", value, graph.ints(3), outputs=2, attrs={"axis": 3})[0]
 
 
 @net(8, 6)
 def place_of_the_largest(graph: Graph, value: str) -> str:
-    """Where they are largest, as a number."""
     where = graph.emit("ArgMax", value, attrs={"axis": 3, "keepdims": 1})
     return graph.emit("Mul", value, graph.emit("Cast", where, attrs={"to": 1}))
 
 
 @net(8, 6)
 def sums_over_places(graph: Graph, value: str) -> str:
-    """Added up along the places."""
     return graph.emit("CumSum", value, graph.constant(3, np.int64))
 
 
 @net(8, 6, width=16)
 def tiled(graph: Graph, value: str) -> str:
-    """Each twice."""
     return graph.emit("Tile", value, graph.ints(1, 2, 1, 1))
 
 
 @net(8, 6)
 def expanded_to_a_shape(graph: Graph, value: str) -> str:
-    """A number as often as there are elements, added."""
     return graph.emit("Add", value, graph.emit("Expand", weight(graph, "level", 1, 1, 1), graph.emit("Shape", value)))
 
 
 @net(8, 6)
 def expanded_channels(graph: Graph, value: str) -> str:
-    """One map repeated, its target says their number beside the batch."""
     one = graph.emit("Conv", value, weight(graph, "one", 1, 8, 1, 1))
     target = graph.emit("Concat", batch(graph, value), graph.ints(8, 6, 6), attrs={"axis": 0})
     return graph.emit("Mul", value, graph.emit("Expand", one, target))
@@ -151,52 +141,44 @@ def expanded_channels(graph: Graph, value: str) -> str:
 
 @net(8, 6)
 def filled_to_a_shape(graph: Graph, value: str) -> str:
-    """A constant of the same shape, added."""
     filled = graph.emit("ConstantOfShape", graph.emit("Shape", value), attrs={"value": np.full(1, 0.3, np.float32)})
     return graph.emit("Add", value, filled)
 
 
 @net(8, 6)
 def filled_beside_the_batch(graph: Graph, value: str) -> str:
-    """A constant whose shape says their number beside the batch."""
     shape = graph.emit("Concat", batch(graph, value), graph.ints(8, 1, 1), attrs={"axis": 0})
     return graph.emit("Add", value, graph.emit("ConstantOfShape", shape, attrs={"value": np.full(1, 0.3, np.float32)}))
 
 
 @net(8, 6)
 def resized_by_sizes(graph: Graph, value: str) -> str:
-    """Maps of another size, which is written with batch and channels."""
     sizes = graph.emit("Concat", batch(graph, value), graph.ints(8, 4, 9), attrs={"axis": 0})
     return graph.emit("Resize", value, "", "", sizes, attrs={"mode": "linear"})
 
 
 @net(8, 6)
 def resized_by_scales(graph: Graph, value: str) -> str:
-    """Maps of twice the size."""
     return graph.emit("Resize", value, "", graph.constant([1, 1, 2, 2], np.float32), attrs={"mode": "nearest"})
 
 
 @net(8, 6)
 def padded_by_reflection(graph: Graph, value: str) -> str:
-    """Places reflected."""
     return graph.emit("Pad", value, graph.ints(0, 0, 1, 2, 0, 0, 0, 1), attrs={"mode": "reflect"})
 
 
 @net(6, width=10)
 def channels_reflected(graph: Graph, value: str) -> str:
-    """Some of them twice by a reflection, so that all stay."""
     return graph.emit("Pad", value, graph.ints(0, 1, 0, 0, 0, 1, 0, 0), attrs={"mode": "reflect"})
 
 
 @net(6, width=6)
 def channels_cropped(graph: Graph, value: str) -> str:
-    """Some taken off by a negative pad, so that all stay."""
     return graph.emit("Pad", value, graph.ints(0, -1, 0, 0, 0, -1, 0, 0))
 
 
 @net(6)
 def indices_of_a_pool(graph: Graph, value: str) -> str:
-    """The index of a maximum counts channels, so that all stay."""
     pooled, where = graph.emit_many("MaxPool", value, outputs=2, attrs={"kernel_shape": [2, 2]})
     small = graph.emit("Mul", graph.emit("Cast", where, attrs={"to": 1}), graph.scalar(1e-3))
     return graph.emit("Add", pooled, small)
@@ -204,27 +186,23 @@ def indices_of_a_pool(graph: Graph, value: str) -> str:
 
 @net(3, 6)
 def split_unevenly(graph: Graph, value: str) -> str:
-    """Three parts in another order."""
     a, b, c = graph.emit_many("Split", value, graph.ints(3, 2, 3), outputs=3, attrs={"axis": 1})
     return graph.emit("Concat", graph.emit("Tanh", c), a, b, attrs={"axis": 1})
 
 
 @net(4, 4, 4, 6)
 def split_of_a_concatenation(graph: Graph, value: str) -> str:
-    """The parts of two layers, cut across the seam."""
     both = graph.emit("Concat", value, conv(graph, value, "other", 8, 8), attrs={"axis": 1})
     return graph.emit("Slice", both, graph.ints(4), graph.ints(12), graph.ints(1))
 
 
 @net(6)
 def channels_backwards(graph: Graph, value: str) -> str:
-    """In reverse order, so that all stay."""
     return graph.emit("Slice", value, graph.ints(-1), graph.ints(-(2**62)), graph.ints(1), graph.ints(-1))
 
 
 @net(8, 6)
 def sliced_at_other_places(graph: Graph, value: str) -> str:
-    """Blocks of four channels go together, of the first the last three are taken and of the second the first three."""
     blocks = graph.emit("Conv", value, weight(graph, "blocks", 8, 4, 1, 1), attrs={"group": 2})
     some = graph.emit("Slice", blocks, graph.ints(1), graph.ints(7), graph.ints(1))
     return conv(graph, some, "other", 6, 8)
@@ -232,40 +210,34 @@ def sliced_at_other_places(graph: Graph, value: str) -> str:
 
 @net(4, 6, width=4)
 def every_second_channel(graph: Graph, value: str) -> str:
-    """Every second, so that pairs go."""
     return graph.emit("Slice", value, graph.ints(1), graph.ints(8), graph.ints(1), graph.ints(2))
 
 
 @net(8, 6)
 def sliced_by_the_shape(graph: Graph, value: str) -> str:
-    """As many as there are, by the shape."""
     end = graph.emit("Slice", graph.emit("Shape", value), graph.ints(1), graph.ints(2))
     return graph.emit("Slice", value, graph.ints(0), end, graph.ints(1))
 
 
 @net(4, 6)
 def one_channel_as_a_gate(graph: Graph, value: str) -> str:
-    """One of them scales all, and stays."""
     gate = graph.emit("Gather", value, graph.constant(3, np.int64), attrs={"axis": 1})
     return graph.emit("Mul", value, graph.emit("Unsqueeze", gate, graph.ints(1)))
 
 
 @net(3, 3, 6, width=5)
 def gathered_channels(graph: Graph, value: str) -> str:
-    """By their numbers, beside all of them."""
     some = graph.emit("Gather", value, graph.ints(0, 1, -3, -2, -1), attrs={"axis": 1})
     return graph.emit("Add", some, conv(graph, value, "other", 8, 5))
 
 
 @net(6)
 def channels_by_an_unsorted_index(graph: Graph, value: str) -> str:
-    """In an order that no rank serves, so that all stay."""
     return graph.emit("Gather", value, graph.ints(7, 3, 5, 1, 6, 2, 4, 0), attrs={"axis": 1})
 
 
 @net(8, features=True)
 def looked_up_places(graph: Graph, value: str) -> str:
-    """Two places by their coordinates, one overwritten."""
     last = graph.emit("Transpose", value, attrs={"perm": [2, 3, 0, 1]})
     some = graph.emit("GatherND", last, ints(graph, [[0, 1], [2, 3]]))
     changed = graph.emit("ScatterND", last, ints(graph, [[4, 4], [5, 0]]), graph.emit("Tanh", some))
@@ -276,27 +248,23 @@ def looked_up_places(graph: Graph, value: str) -> str:
 
 @net(6)
 def rounded(graph: Graph, value: str) -> str:
-    """An operator without a rule, so that all stay."""
     scale, zero = graph.scalar(0.02), graph.constant(100, np.uint8)
     return graph.emit("DequantizeLinear", graph.emit("QuantizeLinear", value, scale, zero), scale, zero)
 
 
 @net(8, 7, 6, width=7)
 def einsum_as_a_layer(graph: Graph, value: str) -> str:
-    """A matrix by letters."""
     return graph.emit("Einsum", value, weight(graph, "matrix", 7, 8), attrs={"equation": "nchw,oc->nohw"})
 
 
 @net(6, width=7)
 def einsum_without_an_output(graph: Graph, value: str) -> str:
-    """An implicit equation, so that all stay."""
     mixed = graph.emit("Einsum", value, weight(graph, "matrix", 8, 7), attrs={"equation": "nbhw,bz"})
     return graph.emit("Transpose", mixed, attrs={"perm": [1, 3, 0, 2]})
 
 
 @net(8, 6)
 def energy_of_channels(graph: Graph, value: str) -> str:
-    """Scaled by the sum of squares, the norm and the absolute sum over them."""
     for op in ("ReduceSumSquare", "ReduceL2", "ReduceL1"):
         total = graph.emit(op, value, attrs={"axes": [1], "keepdims": 1})
         value = graph.emit("Div", value, graph.emit("Add", total, graph.scalar(1)))
@@ -305,44 +273,37 @@ def energy_of_channels(graph: Graph, value: str) -> str:
 
 @net(8, 6)
 def sum_over_all(graph: Graph, value: str) -> str:
-    """Shifted by the sum of everything."""
     total = graph.emit("ReduceSum", value, graph.ints(1, 2, 3), attrs={"keepdims": 1})
     return graph.emit("Add", value, graph.emit("Mul", total, graph.scalar(0.01)))
 
 
 @net(6)
 def mean_over_channels(graph: Graph, value: str) -> str:
-    """Less their mean, so that all stay."""
     return graph.emit("Sub", value, graph.emit("ReduceMean", value, attrs={"axes": [1], "keepdims": 1}))
 
 
 @net(6)
 def unit_length(graph: Graph, value: str) -> str:
-    """By one operator, so that all stay."""
     return graph.emit("LpNormalization", value, attrs={"axis": 1})
 
 
 @net(8, 6)
 def softmax_of_places(graph: Graph, value: str) -> str:
-    """Rows that sum to one."""
     return graph.emit("Softmax", value, attrs={"axis": 3})
 
 
 @net(8, 6)
 def triangles(graph: Graph, value: str) -> str:
-    """The upper triangle of every map."""
     return graph.emit("Trilu", value)
 
 
 @net(8, 6)
 def the_same_number_for_all(graph: Graph, value: str) -> str:
-    """A constant for each channel, all equal."""
     return graph.emit("Mul", value, graph.constant(np.full((1, 8, 1, 1), 0.7), np.float32))
 
 
 @net(8, 6)
 def comparisons(graph: Graph, value: str) -> str:
-    """Choices by comparisons with another layer."""
     other = graph.emit("Tanh", conv(graph, value, "other", 8, 8))
     either = graph.emit("Or", graph.emit("Less", value, other), graph.emit("Not", graph.emit("Greater", value, other)))
     both = graph.emit("And", either, graph.emit("GreaterOrEqual", value, graph.scalar(0.1)))
@@ -351,7 +312,6 @@ def comparisons(graph: Graph, value: str) -> str:
 
 @net(8, 6)
 def one_map_for_many(graph: Graph, value: str) -> str:
-    """A choice by a map of one channel ties nothing."""
     one = graph.emit("Conv", value, weight(graph, "one", 1, 8, 1, 1))
     return graph.emit("Where", graph.emit("Greater", one, graph.scalar(0)), value, graph.emit("Neg", value))
 
@@ -377,25 +337,21 @@ def recurrent(graph: Graph, value: str, op: str, gates: int, **attrs: object) ->
 
 @net(8, 5, width=5, features=True)
 def lstm_with_peepholes(graph: Graph, value: str) -> str:
-    """Gates that look at the cell."""
     return recurrent(graph, value, "LSTM", 4, peepholes=True)
 
 
 @net(8, 5, width=10, features=True)
 def gru_with_reset_first(graph: Graph, value: str) -> str:
-    """Both directions."""
     return recurrent(graph, value, "GRU", 3, direction="bidirectional", linear_before_reset=1)
 
 
 @net(8, 5, width=5, features=True)
 def rnn_backwards(graph: Graph, value: str) -> str:
-    """The plain recurrence, from the end."""
     return recurrent(graph, value, "RNN", 1, direction="reverse")
 
 
 @net(6)
 def channels_in_the_batch(graph: Graph, value: str) -> str:
-    """Each map as a sample of its own, so that all stay."""
     rows = graph.emit("Relu", graph.emit("Reshape", value, graph.ints(-1, 1, 6, 6)))
     rows = graph.emit("Conv", rows, weight(graph, "shared", 1, 1, 3, 3), attrs={"pads": [1] * 4})
     return graph.emit("Reshape", rows, graph.ints(-1, 8, 6, 6))
@@ -403,7 +359,6 @@ def channels_in_the_batch(graph: Graph, value: str) -> str:
 
 @net(4, 6)
 def pairs_of_samples(graph: Graph, value: str) -> str:
-    """A target with the batch twice beside their number."""
     pooled = graph.emit("ReduceMean", value, attrs={"axes": [2, 3], "keepdims": 0})
     number = batch(graph, value)
     target = graph.emit("Concat", number, number, graph.ints(8), attrs={"axis": 0})
@@ -417,14 +372,12 @@ def pairs_of_samples(graph: Graph, value: str) -> str:
 
 @net(4, 4, width=4, features=True)
 def flattened_and_sliced(graph: Graph, value: str) -> str:
-    """The flattened maps of half of the channels."""
     flat = graph.emit("Slice", graph.emit("Flatten", value), graph.ints(0), graph.ints(144), graph.ints(1))
     return graph.emit("Reshape", graph.emit("Tanh", flat), graph.ints(-1, 4, 36))
 
 
 @net(4, 3, 6, 6, width=6)
 def a_channel_sliced_through(graph: Graph, value: str) -> str:
-    """A slice that ends within a flattened channel, which stays."""
     flat = graph.emit("Slice", graph.emit("Flatten", value), graph.ints(0), graph.ints(150), graph.ints(1))
     mixed = graph.emit("MatMul", flat, weight(graph, "mix", 150, 6))
     return graph.emit("Unsqueeze", mixed, graph.ints(2, 3))
@@ -432,7 +385,6 @@ def a_channel_sliced_through(graph: Graph, value: str) -> str:
 
 @net(8, 6)
 def the_same_kernel_twice(graph: Graph, value: str) -> str:
-    """One weight makes and reads the same channels."""
     kernel = weight(graph, "kernel", 8, 8, 3, 3)
     for _ in range(2):
         value = graph.emit("Tanh", graph.emit("Conv", value, kernel, attrs={"pads": [1] * 4}))
@@ -441,41 +393,35 @@ def the_same_kernel_twice(graph: Graph, value: str) -> str:
 
 @net(8, 6, width=16)
 def one_value_twice(graph: Graph, value: str) -> str:
-    """A value beside itself."""
     return graph.emit("Concat", value, graph.emit("Neg", value), attrs={"axis": 1})
 
 
 @net(4, 6, opset=21)
 def group_norm(graph: Graph, value: str) -> str:
-    """Norm groups of two."""
     vectors = (weight(graph, "scale", 8), weight(graph, "shift", 8))
     return graph.emit("GroupNormalization", value, *vectors, attrs={"num_groups": 4})
 
 
 @net(8, 6, opset=23)
 def rms_norm(graph: Graph, value: str) -> str:
-    """Over channels and places."""
     vector = weight(graph, "scale", 8, 1, 1)
     return graph.emit("RMSNormalization", value, vector, attrs={"axis": 1})
 
 
 @net(8, 6)
 def layer_norm(graph: Graph, value: str) -> str:
-    """Over channels and places, with a constant scale."""
     ones = graph.constant(np.full((8, 6, 6), 1.5), np.float32)
     return graph.emit("LayerNormalization", value, ones, attrs={"axis": 1})
 
 
 @net(8, 6)
 def instance_norm(graph: Graph, value: str) -> str:
-    """Each on its own, with constant vectors."""
     vectors = (graph.constant(np.ones(8), np.float32), graph.constant(np.zeros(8), np.float32))
     return graph.emit("InstanceNormalization", value, *vectors)
 
 
 @net(2, 6)
 def norm_of_merged_channels(graph: Graph, value: str) -> str:
-    """An instance norm over two rows of four channels each."""
     rows = graph.emit("Reshape", value, graph.ints(-1, 2, 144))
     vectors = (graph.constant([1.5, 1.5], np.float32), graph.constant([0.1, 0.1], np.float32))
     return graph.emit("Reshape", graph.emit("InstanceNormalization", rows, *vectors), graph.ints(-1, 8, 6, 6))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 import torch
@@ -19,56 +18,17 @@ pytestmark = pytest.mark.torch
 
 
 FINE = {
-    "CausalAttention": [12, 4, 4, 12],
     "CrossAttention": [12, 12, 6, 6],
     "DepthMultiplier": [8, 8],
     "FusedAttention": [12, 4],
     "GroupNorms": [2, 4, 8],
     "GroupedConvs": [2, 3, 8],
-    "SwinBlock": [8, 4, 8],
-    "TinyViT": [12, 4, 16, 4, 16],
     "TransposedConvs": [8, 2, 3, 8],
 }
 """Networks in which positions can be cut as well as heads or groups, and the sizes of the groups then."""
 
-
-HEADS = {
-    "CausalAttention": [12, 3, 12],
-    "MultiheadAttention": [12, 3],
-    "TransformerEncoder": [12, 3, 16, 3, 16],
-    "TwoLSTMs": [12, 7, 7],
-}
+HEADS = {"MultiheadAttention": [12, 3], "TwoLSTMs": [12, 7, 7]}
 """Sizes of groups where torch merges heads with the batch, or where layers begin with the same zeros."""
-
-
-SOAK = {
-    "CBAM",
-    "CRNN",
-    "CausalAttention",
-    "ConvNeXt",
-    "DenseConcat",
-    "InvertedResidual",
-    "LowRank",
-    "MaskedTokens",
-    "Mixer",
-    "OneGroupNorm",
-    "OneHead",
-    "PadShortcut",
-    "PlainRNN",
-    "Pyramid",
-    "ShuffleUnit",
-    "SwinBlock",
-    "TinyViT",
-    "TransformerEncoder",
-    "TwoGRUs",
-    "UNet",
-    "Video",
-}
-"""Networks like others that are tested each time, here or as whole ones in `test_whole_models.py`."""
-
-
-def each(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.soak if name in SOAK else ()) for name in names]
 
 
 @cache
@@ -82,7 +42,7 @@ def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", each(hard_nets.NETS))
+@pytest.mark.parametrize("name", hard_nets.NETS)
 def test_the_import_computes_what_torch_computes(name: str) -> None:
     model = imported(name)
     x = inputs(model, 4)
@@ -93,20 +53,20 @@ def test_the_import_computes_what_torch_computes(name: str) -> None:
     assert distance(outputs(model.graph, x), expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", each(hard_nets.NETS))
+@pytest.mark.parametrize("name", hard_nets.NETS)
 def test_what_can_be_cut_is_found(name: str) -> None:
     model = imported(name)
 
     assert len(model.architecture.groups) >= hard_nets.NETS[name].groups, model.notes
 
 
-@pytest.mark.parametrize("name", each(HEADS))
+@pytest.mark.parametrize("name", HEADS)
 def test_how_torch_writes_them_hides_no_channels(name: str) -> None:
     assert [g.size for g in imported(name).architecture.groups] == HEADS[name]
 
 
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 0.001])
-@pytest.mark.parametrize("name", each(hard_nets.NETS))
+@pytest.mark.parametrize("name", hard_nets.NETS)
 def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
     model = imported(name)
 
@@ -114,7 +74,7 @@ def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
         assert cut_error(model, random_selection(model, density, seed=int(density * 100) + batch), batch) < 1e-5
 
 
-@pytest.mark.parametrize("name", each(FINE))
+@pytest.mark.parametrize("name", FINE)
 def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
     model = imported(name, "fine")
 

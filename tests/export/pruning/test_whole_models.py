@@ -6,6 +6,8 @@ All of ours, and some of timm's, most of which soak; `benchmarks/whole_models.py
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
@@ -85,10 +87,12 @@ def test_what_stays_is_named(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OURS)
-def test_gradients_are_as_exact_as_torchs(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "prefer"), [*((name, "coarse") for name in OURS), ("vision_transformer", "fine"), ("swin", "fine")]
+)
+def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "fine"]) -> None:
     """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""
-    model = whole_models.imported(name)
+    model = whole_models.imported(name, prefer)
     trained = Trained(model)
     rng = np.random.default_rng(0)
     sizes = [6] * SEEDS

@@ -1,25 +1,98 @@
 """Small networks that are hard to cut: one for each way in which channels meet that common pruners get wrong.
 
-Every class is registered with the number of channel groups that must be found at least, so that a rule that silently
-keeps everything fails; 0 where keeping everything is right. All are seeded, and take one tensor of `input_shape`.
+Each is registered with the number of channel groups that must be found at least, so that a rule that silently keeps
+everything fails. All are seeded, and take one tensor of `input_shape`. `whole_models` has networks of the usual kinds.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import nn
+from torch.nn import functional
 
-from support.nets import (
-    hard_attention,  # noqa: F401  importing the modules registers their networks
-    hard_convolutions,  # noqa: F401
-    hard_layouts,  # noqa: F401
-    hard_norms,  # noqa: F401
-    hard_sequences,  # noqa: F401
-)
-from support.nets.hard_register import NETS, Hard
 from support.nets.small_nets import seeded
 
-__all__ = ["NETS", "Hard", "make"]
+
+@dataclass(frozen=True)
+class Hard:
+    """A registered network.
+
+    Attributes:
+        make: Its class.
+        groups: Channel groups that must be found at least.
+    """
+
+    make: Callable[[], nn.Module]
+    groups: int
+
+
+NETS: dict[str, Hard] = {}
+"""Networks by name."""
+
+
+def hard(groups: int) -> Callable[[type[nn.Module]], type[nn.Module]]:
+    """Register a network."""
+
+    def register(kind: type[nn.Module]) -> type[nn.Module]:
+        NETS[kind.__name__] = Hard(kind, groups)
+        return kind
+
+    return register
+
+
+def conv(before: int, after: int, kernel: int = 3, **arguments: object) -> nn.Conv2d:
+    """A convolution that keeps the size of its map."""
+    arguments.setdefault("padding", kernel // 2)
+    return nn.Conv2d(before, after, kernel, **arguments)
+
+
+class Images(nn.Module):
+    """A net for 8×8 images: a stem, what `middle` does, a head on the mean of all places."""
+
+    input_shape = (3, 8, 8)
+    stem_channels = 8
+    head_channels = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3, self.stem_channels)
+        self.build()
+        self.head = nn.Linear(self.head_channels, 5)
+
+    def build(self) -> None:
+        """Make the parts of the middle."""
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A net for six tokens of ten numbers: an embedding, what `middle` does, a head on the mean of all tokens."""
+
+    input_shape = (6, 10)
+    width = 12
+    head_channels = 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(10, self.width)
+        self.build()
+        self.head = nn.Linear(self.head_channels, 5)
+
+    def build(self) -> None:
+        """Make the parts of the middle."""
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.middle(self.embed(x)).mean(1))
 
 
 def make(name: str) -> nn.Module:
@@ -27,3 +100,486 @@ def make(name: str) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(len(name))
         return seeded(NETS[name].make())
+
+
+# -- gates and attention ----------------------------------------------------------------------------------------------
+
+
+@hard(1)
+class ECA(Images):
+    """A convolution along the channels: those stay."""
+
+    def build(self) -> None:
+        self.along, self.last = nn.Conv1d(1, 1, 3, padding=1), conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.along(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
+        return self.last(x * torch.sigmoid(y)[:, :, None, None])
+
+
+@hard(3)
+class SKNet(Images):
+    """Two branches weighted by a softmax over the branches."""
+
+    def build(self) -> None:
+        self.a, self.b = conv(8, 6), conv(8, 6, 5)
+        self.down, self.up = nn.Linear(6, 4), nn.Linear(4, 12)
+        self.head_channels = 6
+
+    def __init__(self) -> None:
+        self.__class__.head_channels = 6
+        super().__init__()
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        both = torch.stack([self.a(x), self.b(x)], 1)
+        means = both.sum(1).mean((2, 3))
+        weights = self.up(torch.relu(self.down(means))).view(-1, 2, 6).softmax(1)
+        return (both * weights[:, :, :, None, None]).sum(1)
+
+
+@hard(1)
+class ChannelSoftmax(Images):
+    """A softmax over channels: these stay, those after it don't."""
+
+    def build(self) -> None:
+        self.last = conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x.softmax(1))
+
+
+@hard(1)
+class MultiheadAttention(Tokens):
+    """torch's own attention."""
+
+    def build(self) -> None:
+        self.attention = nn.MultiheadAttention(12, 3, batch_first=True)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.attention(x, x, x, need_weights=False)[0]
+
+
+@hard(2)
+class FusedAttention(Tokens):
+    """Attention as timm writes it: one layer for q, k and v, split in three, heads and dims by a reshape."""
+
+    def build(self) -> None:
+        self.qkv, self.out = nn.Linear(12, 36), nn.Linear(12, 12)
+        self.norm = nn.LayerNorm(12)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(-2, -1) * 0.5).softmax(-1)
+        return x + self.out((weights @ v).transpose(1, 2).reshape(b, n, 12))
+
+
+@hard(2)
+class OneHead(Tokens):
+    """One head: only its dims can be cut, those of q with k's, those of v alone."""
+
+    def build(self) -> None:
+        self.q, self.k, self.v = nn.Linear(12, 6), nn.Linear(12, 6), nn.Linear(12, 12)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        weights = (self.q(x) @ self.k(x).transpose(1, 2) * 0.4).softmax(-1)
+        return x + weights @ self.v(x)
+
+
+@hard(2)
+class EinsumAttention(Tokens):
+    """Attention in einsum, weights with an axis of heads of their own."""
+
+    def build(self) -> None:
+        self.q = nn.Parameter(torch.randn(12, 3, 4) * 0.3)
+        self.k = nn.Parameter(torch.randn(12, 3, 4) * 0.3)
+        self.v = nn.Parameter(torch.randn(12, 3, 4) * 0.3)
+        self.o = nn.Parameter(torch.randn(3, 4, 12) * 0.3)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (torch.einsum("bnc,chd->bhnd", x, w) for w in (self.q, self.k, self.v))
+        weights = torch.einsum("bhnd,bhmd->bhnm", q, k).softmax(-1)
+        return x + torch.einsum("bhnm,bhmd,hdc->bnc", weights, v, self.o)
+
+
+@hard(2)
+class CrossAttention(Tokens):
+    """Learnt queries look at the tokens; keys and values come of one layer, chunked."""
+
+    def build(self) -> None:
+        self.queries = nn.Parameter(torch.randn(1, 4, 12))
+        self.q, self.kv = nn.Linear(12, 12), nn.Linear(12, 24)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(self.queries.expand(x.shape[0], -1, -1)).view(-1, 4, 2, 6).transpose(1, 2)
+        k, v = (part.reshape(-1, 6, 2, 6).transpose(1, 2) for part in self.kv(x).chunk(2, -1))
+        return ((q @ k.transpose(-2, -1)).softmax(-1) @ v).transpose(1, 2).reshape(-1, 4, 12)
+
+
+@hard(1)
+class GroupedQueries(Tokens):
+    """Three queries per key: keys and values are repeated."""
+
+    def build(self) -> None:
+        self.q, self.k, self.v = nn.Linear(12, 24), nn.Linear(12, 8), nn.Linear(12, 8)
+        self.out = nn.Linear(24, 12)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).unflatten(-1, (6, 4)).transpose(1, 2)
+        k, v = (part(x).unflatten(-1, (2, 4)).transpose(1, 2).repeat_interleave(3, 1) for part in (self.k, self.v))
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@hard(2)
+class FoldedPatches(Images):
+    """MobileViT: channels folded into the batch with the rows of patches, attention between patches, and back."""
+
+    def build(self) -> None:
+        self.attention, self.last = nn.Linear(8, 8), conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.reshape(-1, 4, 2).reshape(x.shape[0] * 8 * 4, 2, 4, 2).transpose(1, 2).reshape(-1, 8, 16, 4)
+        y = y.transpose(1, 3)
+        y = y + torch.relu(self.attention(y))
+        y = y.transpose(1, 3).reshape(x.shape[0] * 8 * 4, 4, 2, 2).transpose(1, 2).reshape(-1, 8, 8, 8)
+        return self.last(y)
+
+
+# -- convolutions -----------------------------------------------------------------------------------------------------
+
+
+@hard(2)
+class GroupedConvs(Images):
+    """Grouped convolutions with several channels per group."""
+
+    def build(self) -> None:
+        self.a, self.b = conv(8, 12, groups=4), conv(12, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+@hard(2)
+class TransposedConvs(Images):
+    """Transposed convolutions: plain, depthwise, in groups."""
+
+    def build(self) -> None:
+        self.up = nn.ConvTranspose2d(8, 6, 2, 2)
+        self.depth = nn.ConvTranspose2d(6, 6, 3, 1, 1, groups=6)
+        self.grouped = nn.ConvTranspose2d(6, 9, 3, 1, 1, groups=3)
+        self.last = conv(9, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.grouped(torch.relu(self.depth(self.up(x))))))
+
+
+@hard(2)
+class DepthMultiplier(Images):
+    """A depthwise convolution that makes two channels of each."""
+
+    def build(self) -> None:
+        self.depth, self.point = conv(8, 16, groups=8), nn.Conv2d(16, 8, 1)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.point(torch.relu(self.depth(x)))
+
+
+@hard(3)
+class AdaptivePools(Images):
+    """Adaptive pools that divide the map and some that don't."""
+
+    head_channels = 10
+
+    def build(self) -> None:
+        self.second, self.flat = conv(8, 6), nn.Linear(6 * 9, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.adaptive_avg_pool2d(torch.relu(self.stem(x)), 4)
+        x = functional.adaptive_avg_pool2d(torch.relu(self.second(x)), 3)
+        return self.head(torch.relu(self.flat(x.flatten(1))))
+
+
+# -- moved channels ---------------------------------------------------------------------------------------------------
+
+
+@hard(2)
+class GroupShuffle(Images):
+    """ShuffleNet: grouped convolutions on either side of a shuffle."""
+
+    def build(self) -> None:
+        self.a, self.depth, self.b = (
+            nn.Conv2d(8, 12, 1, groups=2),
+            conv(12, 12, groups=12),
+            nn.Conv2d(12, 8, 1, groups=2),
+        )
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.relu(self.a(x)).view(-1, 2, 6, 8, 8).transpose(1, 2).flatten(1, 2)
+        return torch.relu(x + self.b(self.depth(y)))
+
+
+@hard(3)
+class SlicedChannels(Images):
+    """A part of the channels alone, beside all of them."""
+
+    def build(self) -> None:
+        self.all, self.some = conv(8, 8), conv(5, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.all(x) + self.some(x[:, 1:6]))
+
+
+@hard(2)
+class RolledChannels(Images):
+    """Channels moved round: the two parts change places."""
+
+    def build(self) -> None:
+        self.last = conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.roll(x, 3, 1))
+
+
+@hard(1)
+class SummedChannels(Images):
+    """Sums along the channels: these stay."""
+
+    def build(self) -> None:
+        self.last = conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(x.cumsum(1) * 0.2)
+
+
+@hard(3)
+class PixelShuffles(Images):
+    """Channels become places, and places channels again."""
+
+    def build(self) -> None:
+        self.wide, self.back, self.last = conv(8, 24), conv(6, 5), conv(20, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.back(functional.pixel_shuffle(self.wide(x), 2)))
+        return self.last(functional.pixel_unshuffle(x, 2))
+
+
+@hard(2)
+class Focus(nn.Module):
+    """YOLO's stem: four strided slices of the image side by side."""
+
+    input_shape = (3, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = conv(12, 8), conv(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([x[..., i::2, j::2] for j in (0, 1) for i in (0, 1)], 1)
+        return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+@hard(2)
+class Maxout(Images):
+    """The larger of every two channels."""
+
+    def build(self) -> None:
+        self.wide = conv(8, 16)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.wide(x).view(-1, 8, 2, 8, 8).amax(2)
+
+
+@hard(2)
+class StackedMax(Images):
+    """The larger of two layers, place by place."""
+
+    def build(self) -> None:
+        self.a, self.b = conv(8, 8), conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.a(x), self.b(x)]).amax(0)
+
+
+@hard(2)
+class Unfolded(Images):
+    """A convolution written as patches and a matrix."""
+
+    def build(self) -> None:
+        self.matrix, self.bias = nn.Parameter(torch.randn(8, 72) * 0.2), nn.Parameter(torch.randn(8))
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.matrix @ functional.unfold(x, 3, padding=1) + self.bias[:, None]
+        return torch.relu(y).reshape(-1, 8, 8, 8)
+
+
+# -- norms of activations and weights ---------------------------------------------------------------------------------
+
+
+@hard(2)
+class GroupNorms(Images):
+    """Norm groups of several channels."""
+
+    def build(self) -> None:
+        self.norm, self.second, self.last = nn.GroupNorm(4, 8), conv(8, 12), conv(12, 8)
+        self.other = nn.GroupNorm(3, 12)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norm(x))
+        return self.last(torch.relu(self.other(self.second(x))))
+
+
+@hard(2)
+class InstanceNorms(Images):
+    """Instance norms with and without vectors."""
+
+    def build(self) -> None:
+        self.plain, self.affine, self.last = nn.InstanceNorm2d(8), nn.InstanceNorm2d(8, affine=True), conv(8, 8)
+        self.second = conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.second(torch.relu(self.plain(x)))
+        return self.last(torch.relu(self.affine(x)))
+
+
+@hard(2)
+class WideLayerNorm(Images):
+    """A layer norm over channels and places."""
+
+    def build(self) -> None:
+        self.norm, self.last = nn.LayerNorm((8, 8, 8)), conv(8, 8)
+        with torch.no_grad():
+            self.norm.weight.copy_(torch.rand(8, 8, 8) + 0.5)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.norm(x)))
+
+
+@hard(1)
+class LRNNet(Images):
+    """Local response normalisation over neighbouring channels: these stay."""
+
+    def build(self) -> None:
+        self.norm, self.last = nn.LocalResponseNorm(3), conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.norm(x))
+
+
+@hard(3)
+class WeightNormed(Images):
+    """torch's weight norm: a direction and a length per output channel."""
+
+    def build(self) -> None:
+        self.second = nn.utils.parametrizations.weight_norm(conv(8, 8))
+        self.last = conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.second(x)))
+
+
+@hard(2)
+class UnitLength(Images):
+    """Features of unit length over the channels."""
+
+    def build(self) -> None:
+        self.last = conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(functional.normalize(x, dim=1))
+
+
+# -- recurrent layers, tied and computed weights, less common operators -----------------------------------------------
+
+
+@hard(3)
+class TwoLSTMs(Tokens):
+    """Two layers, both directions."""
+
+    head_channels = 14
+
+    def build(self) -> None:
+        self.lstm = nn.LSTM(12, 7, 2, batch_first=True, bidirectional=True)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lstm(x)[0]
+
+
+@hard(2)
+class Activations(Images):
+    """Mish, SiLU, GELU in both forms, softplus, ELU, a slope per channel, hard and soft."""
+
+    def build(self) -> None:
+        self.second, self.slope = conv(8, 8), nn.PReLU(8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        x = functional.mish(x) + functional.silu(x) - functional.gelu(x) * functional.gelu(x, approximate="tanh")
+        x = self.slope(self.second(x))
+        x = functional.softplus(x) + functional.elu(x) + functional.hardtanh(x) + functional.softsign(x)
+        return x + x.erf() + x.sin() * x.cos() + x.floor() * 0.1 + x.sign() + torch.where(x > 0.3, x, x * x)
+
+
+@hard(1)
+class TiedWeights(Tokens):
+    """One matrix used twice, as it is and transposed."""
+
+    def build(self) -> None:
+        self.coder = nn.Linear(12, 9, bias=False)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.coder(x)) @ self.coder.weight + x
+
+
+@hard(2)
+class BilinearPair(Tokens):
+    """A product of two layers and a third-order tensor."""
+
+    head_channels = 7
+
+    def build(self) -> None:
+        self.a, self.b, self.both = nn.Linear(12, 8), nn.Linear(12, 6), nn.Bilinear(8, 6, 7)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return self.both(torch.relu(self.a(x)), torch.relu(self.b(x)))
+
+
+@hard(2)
+class LowRank(Images):
+    """A weight that is the product of two others, and scaled."""
+
+    def build(self) -> None:
+        self.left, self.right = nn.Parameter(torch.randn(8, 5) * 0.5), nn.Parameter(torch.randn(5, 8) * 0.5)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        weight = (self.left @ self.right * 0.5)[:, :, None, None]
+        return torch.relu(functional.conv2d(x, weight))
+
+
+@hard(2)
+class SecondMoments(Images):
+    """Products of channels with channels, flattened: one of the two axes stays."""
+
+    head_channels = 24
+
+    def build(self) -> None:
+        self.a, self.b = conv(8, 6), conv(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        products = self.a(x).flatten(2) @ self.b(x).flatten(2).transpose(1, 2)
+        return self.head(products.flatten(1) / 64)
+
+
+@hard(2)
+class Distances(Tokens):
+    """Squared distances to learnt prototypes: sums over channels."""
+
+    def build(self) -> None:
+        self.coder = nn.Linear(12, 8)
+        self.prototypes = nn.Parameter(torch.randn(7, 8))
+
+    head_channels = 7
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        apart = torch.relu(self.coder(x))[:, :, None, :] - self.prototypes
+        return torch.exp(-apart.square().sum(-1) * 0.1)

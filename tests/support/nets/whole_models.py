@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -169,9 +169,9 @@ def exported(name: str) -> bytes:
 
 
 @functools.cache
-def imported(name: str) -> Model:
+def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
     """One of `MODELS`, imported; each only once."""
-    return import_onnx(exported(name), name)
+    return import_onnx(exported(name), name, prefer=prefer)
 
 
 def samples(name: str, batch: int, seed: int = 5) -> np.ndarray[Any, Any]:

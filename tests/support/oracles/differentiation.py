@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from fedprune_export.pruning.model import Model
 
 Oracle = Callable[..., torch.Tensor]
 Arrays = dict[str, np.ndarray[Any, Any]]
-Shapes = Mapping[str, tuple[int | str, ...]]
+Dims = tuple[int | str, ...]
+Shapes = Mapping[str, Dims]
 
 
 def normal(*shape: int, seed: int = 0, offset: float = 0.0) -> np.ndarray[Any, Any]:
@@ -197,6 +199,32 @@ def check(
             whole = float(np.linalg.norm(sizes[name])) if sums else 0.0
             cancelled = 3e-7 * whole / max(float(np.linalg.norm(value)), 1e-30)
             assert error(got[name], value) <= max(1e-6, cancelled, 2 * error(usual[name], value)), name
+
+
+class Rows(dict[str, Callable[[], None]]):
+    """Checks by name."""
+
+    def add(self, name: str, nodes: Sequence[Node], oracle: Oracle, data: Arrays, *shapes: Any, **more: Any) -> None:
+        """A row for `check`, whose oracle takes the data in their order."""
+        self[name] = partial(check, nodes, lambda **leaves: oracle(*leaves.values()), data, *shapes, **more)
+
+    def one(
+        self,
+        name: str,
+        op: str,
+        oracle: Oracle,
+        x: np.ndarray[Any, Any],
+        dims: Dims | None = None,
+        constants: Arrays | None = None,
+        *,
+        sums: bool = False,
+        values: Shapes | None = None,
+        narrow: dict[str, int] | None = None,
+        **attrs: Any,
+    ) -> None:
+        """A row of one operator of `x`, whose other inputs are constants."""
+        nodes, shapes = [node(op, "x", *(constants or {}), **attrs)], dims and {"x": dims}
+        self.add(name, nodes, oracle, {"x": x}, shapes, constants, sums=sums, values=values, narrow=narrow)
 
 
 def _fewer(symbols: Symbols, dim: int | str, size: int, widths: dict[str, int]) -> list[int]:
