@@ -41,21 +41,18 @@ class LoadedModel:
 
 
 class LiveModel:
-    """Follows the serving folder of a state directory, in a thread of its own. `threads` is for predictions, in
-    addition to those that train.
-    """
+    """Follows the serving folder of a state directory, in a thread of its own."""
 
     def __init__(
         self,
         serving: Path,
-        threads: int = 1,
         clock: Callable[[], float] = time.monotonic,
         *,
         cuda: bool = False,
         selector: EngineSelector | None = None,
     ) -> None:
         self._slots, self._pointer = ModelSlots(serving), serving / "serving.json"
-        self._threads, self._clock, self._cuda, self._selector = threads, clock, cuda, selector
+        self._clock, self._cuda, self._selector = clock, cuda, selector
         self._loaded: LoadedModel | None = None
         self._seen: tuple[int, ...] | None = None  # the pointer to what is loaded
         self._tried: tuple[int, ...] | None = None
@@ -121,15 +118,13 @@ class LiveModel:
         self._pause = min(2 * self._pause, _LONGEST_PAUSE_S) if found == self._tried else _FIRST_PAUSE_S
         self._tried, self._again = found, now + self._pause
         try:
-            predictor, record = self._slots.open(self._threads, cuda=self._cuda)
+            predictor, record = self._slots.open(cuda=self._cuda)
             if self._loaded is None or record != self._loaded.record:
                 predictor.check(record.classes)
                 self._loaded = LoadedModel(predictor, record)
                 _LOG.info("round %d of job %s answers predictions", record.round, record.job)
                 if self._selector is not None:
-                    self._selector.want(
-                        EngineRequest.serving(predictor, self._slots.folder(record), record, self._threads)
-                    )
+                    self._selector.want(EngineRequest.serving(predictor, self._slots.folder(record), record))
             self._seen = found
         except FedpruneError as error:
             _LOG.warning("the new model doesn't answer predictions; trying again in %g s: %s", self._pause, error)

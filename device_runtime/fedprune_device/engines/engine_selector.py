@@ -49,9 +49,9 @@ class EngineRequest:
     weights: str
 
     @classmethod
-    def serving(cls, predictor: Predictor, folder: Path, record: Serving, threads: int = 1) -> EngineRequest:
+    def serving(cls, predictor: Predictor, folder: Path, record: Serving) -> EngineRequest:
         """The active model. Engines are measured by its float32 version, also where a lower precision serves."""
-        return cls(Predictor(folder, threads=threads) if record.lowered else predictor, folder, record.weights)
+        return cls(Predictor(folder) if record.lowered else predictor, folder, record.weights)
 
 
 @dataclass(frozen=True)

@@ -41,10 +41,10 @@ class Staged:
 
 
 class ReducedPrecision:
-    """Lowers staged models to a precision, one of `SERVE`; they survive a power cut if `lasting`."""
+    """Lowers staged models to a precision, one of `SERVE`."""
 
-    def __init__(self, serve: str = FLOAT32, threads: int = 1, *, lasting: bool = True) -> None:
-        self._serve, self._threads, self._lasting = serve, threads, lasting
+    def __init__(self, serve: str = FLOAT32, threads: int = 1) -> None:
+        self._serve, self._threads = serve, threads
 
     def wanted(self, offer: Offer) -> Offer:
         """The offer without graphs that this board has no use for: they are not pulled."""
@@ -82,11 +82,11 @@ class ReducedPrecision:
         """Make a precision's files in the folder; the model that they are if it may serve."""
         try:
             for name, raw in unpacked(kit, precision).items():
-                atomic_file.write_whole(folder / name, raw, sync=self._lasting, private=True)
+                atomic_file.write_whole(folder / name, raw, private=True)
             raw = lowered_weights(
                 folder, precision, tensorfile.load(folder / WEIGHTS), data.x_train[:CALIBRATION_SAMPLES]
             )
-            atomic_file.write_whole(folder / weights_file(precision), raw, sync=self._lasting, private=True)
+            atomic_file.write_whole(folder / weights_file(precision), raw, private=True)
             model = Predictor(folder / graph_file(precision), threads=self._threads)
             found = judge.hear(model)
             if found.refusal:

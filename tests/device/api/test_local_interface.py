@@ -213,11 +213,11 @@ def test_a_model_that_cannot_be_loaded_is_tried_again_with_growing_pauses(local:
     with LiveModel(local.root / "state" / "serving", clock=lambda: now[0]) as model:
         real = model._slots.open
 
-        def flaky(threads: int, **options: Any) -> Any:
+        def flaky(**options: Any) -> Any:
             tries.append(now[0])
             if len(tries) < 8:
                 raise MemoryError if len(tries) % 2 else ModelError("no memory just now")
-            return real(threads, **options)
+            return real(**options)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(model._slots, "open", flaky)
