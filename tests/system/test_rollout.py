@@ -19,7 +19,7 @@ import pytest
 from fedprune.releases.release import Release, read_release, write_release
 from fedprune.security.keys import SigningKey
 from fedprune_device.launcher.slot_store import SlotStore
-from fedprune_device.releases.installer import LAUNCHER, FolderSource, ReleaseInstaller
+from fedprune_device.releases.installer import LAUNCHER, ReleaseInstaller, ReleaseSource
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_server.cli.main import main
 from fedprune_server.enrollment.pki import IdentityFolder
@@ -84,7 +84,7 @@ class UpdatedSite(Site):
             self.key: SigningKey = identity.key
         first = self.release(1)
         for name in BOARDS:
-            ReleaseInstaller(folder / f"{name}-home", self.key.verifying).install(FolderSource(first))
+            ReleaseInstaller(folder / f"{name}-home", self.key.verifying).install(ReleaseSource.of_folder(first))
 
     def release(self, number: int, *more: Path, entry: str = "fedprune_start:device") -> Path:
         def made(files: tuple[Any, ...]) -> Release:

@@ -317,15 +317,21 @@ def _command(module: str, name: str) -> Callable[[argparse.Namespace], int]:
     return run
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _log_handler() -> logging.Handler:
+    """Writes each record to stderr as one line; a traceback follows, indented."""
     from fedprune.output.log_lines import OneLine
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.board import BoardConfig, run_board
     from fedprune_device.data.sources import SampleOptions
     from fedprune_device.enrollment.membership import MembershipOptions
 
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=arguments.log_level.upper(), handlers=[handler])
+    logging.basicConfig(level=arguments.log_level.upper(), handlers=[_log_handler()])
     member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)
     run_board(options_of(BoardConfig, arguments, membership=member, samples=samples))
     return int(ExitCode.OK)

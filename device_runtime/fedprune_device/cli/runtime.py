@@ -20,18 +20,18 @@ _LARGEST_KEY_FILE = 200
 
 
 def install(arguments: argparse.Namespace) -> int:
-    from fedprune_device.releases.installer import FolderSource
+    from fedprune_device.releases.installer import ReleaseSource
 
-    release = _updater(arguments).install(FolderSource(arguments.release))
+    release = _updater(arguments).install(ReleaseSource.of_folder(arguments.release))
     print(f"release {release.number} ({release.version}) is installed in {arguments.root}")
     return int(ExitCode.OK)
 
 
 def update(arguments: argparse.Namespace) -> int:
-    from fedprune_device.releases.installer import FolderSource
+    from fedprune_device.releases.installer import ReleaseSource
 
     updater = _updater(arguments)
-    release = updater.stage(FolderSource(arguments.release))
+    release = updater.stage(ReleaseSource.of_folder(arguments.release))
     if arguments.stage_only:
         print(f"release {release.number} ({release.version}) is staged")
     else:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import place
@@ -36,51 +35,25 @@ from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRI
 from fedprune_device.releases.wheel import Wheel, check_distinct, empty, install_wheels
 
 
-class ReleaseSource(Protocol):
-    """A release that is read piece by piece, so that an interrupted installation continues where it was."""
+class ReleaseSource:
+    """A release that is read piece by piece, so that an interrupted installation continues where it was.
 
-    def manifest(self) -> bytes:
-        """The manifest, as it was signed."""
+    `manifest` is as it was signed; `path` gives the path of a file by its sha256.
+    """
 
-    def signature(self) -> bytes:
-        """The server's signature of the manifest."""
+    def __init__(self, manifest: bytes, signature: bytes, path: Callable[[str], Path]) -> None:
+        self.manifest, self.signature, self.path = manifest, signature, path
 
-    def read(self, sha256: str, at: int, limit: int) -> bytes:
-        """Bytes of a file of the release, at most `limit`, from offset `at`; empty only at its end."""
-
-
-class FolderSource:
-    """A release's folder on a stick or a share, as `fedprune.releases.release.write_release` makes it."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def manifest(self) -> bytes:
-        return _read(self._folder / MANIFEST, 0, MAX_MANIFEST + 1)
-
-    def signature(self) -> bytes:
-        return _read(self._folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
+    @classmethod
+    def of_folder(cls, folder: Path) -> ReleaseSource:
+        """A folder on a stick or a share, as `fedprune.releases.release.write_release` makes it."""
+        manifest = _read(folder / MANIFEST, 0, MAX_MANIFEST + 1)
+        signature = _read(folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
+        return cls(manifest, signature, lambda sha256: folder / FILES / sha256)
 
     def read(self, sha256: str, at: int, limit: int) -> bytes:
-        return _read(self._folder / FILES / sha256, at, limit)
-
-
-class DownloadedSource:
-    """A release with a signed manifest, whose files were downloaded into a store."""
-
-    def __init__(self, manifest: bytes, signature: bytes, files: BlobStore) -> None:
-        self._manifest = manifest
-        self._signature = signature
-        self._files = files
-
-    def manifest(self) -> bytes:
-        return self._manifest
-
-    def signature(self) -> bytes:
-        return self._signature
-
-    def read(self, sha256: str, at: int, limit: int) -> bytes:
-        return _read(self._files.path(sha256), at, limit)
+        """Bytes of a file, at most `limit`, from offset `at`; empty only at its end."""
+        return _read(self.path(sha256), at, limit)
 
 
 def _read(path: Path, at: int, limit: int) -> bytes:
@@ -257,7 +230,7 @@ class ReleaseInstaller:
             return state
 
     def _opened(self, source: ReleaseSource) -> Release:
-        return opened(source.manifest()[: MAX_MANIFEST + 1], source.signature(), self._key)
+        return opened(source.manifest[: MAX_MANIFEST + 1], source.signature, self._key)
 
     def _check_launcher(self) -> None:
         """Make sure that the launcher would start what the server's key has signed."""
@@ -274,7 +247,7 @@ class ReleaseInstaller:
             )
 
     def _bring(self, source: ReleaseSource, state: LauncherState) -> Release:
-        manifest, signature, slot = source.manifest()[: MAX_MANIFEST + 1], source.signature(), state.other
+        manifest, signature, slot = source.manifest[: MAX_MANIFEST + 1], source.signature, state.other
         release = opened(manifest, signature, self._key)
         self._check_launcher()
         check_release(release, state.highest, self._board)

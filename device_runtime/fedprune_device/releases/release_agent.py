@@ -35,7 +35,7 @@ from fedprune.wire.transfer import Pull
 from fedprune_device.hardware.readings import TEGRA
 from fedprune_device.launcher import state as on_disk
 from fedprune_device.network.connection import Connection
-from fedprune_device.releases.installer import KEPT, DownloadedSource, ReleaseInstaller
+from fedprune_device.releases.installer import KEPT, ReleaseInstaller, ReleaseSource
 
 _LOG = logging.getLogger("fedprune.device")
 
@@ -298,7 +298,7 @@ class ReleaseDownload:
 
     def __init__(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
         self._store = updater.pulled()
-        self.source = offer_source(offer, updater)
+        self.source = ReleaseSource(offer.manifest.encode(), bytes.fromhex(offer.signature), self._store.path)
         self.release = release = updater.examine(self.source)
         if release.number != offer.number or len(release.files) != len(offer.leaves):
             raise ReleaseError(
@@ -372,10 +372,6 @@ class StagingThread:
             self.error = error
         except Exception as error:  # noqa: BLE001 - the loop reports it to the server
             self.error = ReleaseError(f"it can't be unpacked ({type(error).__name__}: {error})")
-
-
-def offer_source(offer: ReleaseOffer, updater: ReleaseInstaller) -> DownloadedSource:
-    return DownloadedSource(offer.manifest.encode(), bytes.fromhex(offer.signature), updater.pulled())
 
 
 def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> None:

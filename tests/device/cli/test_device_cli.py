@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import signal
 import socket
@@ -289,6 +290,17 @@ def test_a_broker_that_is_not_there_is_an_error(tmp_path: Path, probed: list[Run
     assert run(tmp_path) == ExitCode.BROKER
     assert "127.0.0.1:9" in capsys.readouterr().err
     assert [p.asked for p in probed] == [["check", "probe"]]
+
+
+def test_a_record_of_the_log_is_one_line_and_its_traceback_is_indented() -> None:
+    try:
+        raise ValueError("first\nsecond")
+    except ValueError:
+        record = logging.LogRecord("fedprune.device", logging.ERROR, "", 1, "a\nb", (), sys.exc_info())
+    first, *others = main._log_handler().format(record).splitlines()
+    assert first.endswith("ERROR fedprune.device: a b")
+    assert others
+    assert all(line.startswith("    ") for line in others)
 
 
 def test_parsing_options_loads_neither_numpy_nor_onnxruntime_nor_cryptography() -> None:

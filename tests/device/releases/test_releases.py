@@ -36,7 +36,7 @@ from fedprune.security.succession import Succession, follow
 from fedprune.wire.fleet_messages import MAX_MANIFEST
 from fedprune_device.launcher.slot_store import SlotStore, successors
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
-from fedprune_device.releases.installer import FolderSource, ReleaseInstaller, own_packages
+from fedprune_device.releases.installer import ReleaseInstaller, ReleaseSource, own_packages
 from fedprune_device.releases.wheel import Wheel, contents_digest
 from support.fakes.runtime_releases import KEY, PUBLIC, PYTHON, make_release, make_wheel, source, versions_in
 
@@ -367,11 +367,12 @@ def test_a_python_that_does_not_answer_is_an_error_of_ours(
     board.stage(folder)
 
 
-class Broken(FolderSource):
+class Broken(ReleaseSource):
     """A source whose link breaks, or that lies."""
 
     def __init__(self, folder: Path, most: int, lie: bool = False) -> None:
-        super().__init__(folder)
+        whole = source(folder)
+        super().__init__(whole.manifest, whole.signature, whole.path)
         self.most = most
         self.lie = lie
         self.given = 0

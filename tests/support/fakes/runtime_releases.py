@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedprune.releases.release import Release, write_release
 from fedprune.security.keys import SigningKey
-from fedprune_device.releases.installer import FolderSource
+from fedprune_device.releases.installer import ReleaseSource
 from fedprune_device.releases.release_trial import PACKAGES
 from fedprune_device.releases.wheel import Wheel, contents_digest
 
@@ -71,5 +71,5 @@ def versions_in(slot: Path) -> set[str]:
     return {p.read_text().splitlines()[0] for p in slot.rglob("*") if p.is_file()}
 
 
-def source(folder: Path) -> FolderSource:
-    return FolderSource(folder)
+def source(folder: Path) -> ReleaseSource:
+    return ReleaseSource.of_folder(folder)
