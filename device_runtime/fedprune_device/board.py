@@ -28,7 +28,7 @@ from fedprune_device.api.address import Address
 from fedprune_device.api.http_server import answering
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.sources import LOCAL, SampleOptions
-from fedprune_device.engines.accelerator_options import accelerator_of
+from fedprune_device.engines.engine_selector import accelerator_of
 from fedprune_device.enrollment.membership import MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.hardware.probe import process_memory, table_summaries
 from fedprune_device.hardware.readings import condition, facts
@@ -38,7 +38,7 @@ from fedprune_device.launcher.sd_notify import starting
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.uplink import BoardStatus, Uplink
-from fedprune_device.privacy.policy import read_policy
+from fedprune_device.privacy.budget import read_policy
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_agent import NO_LAUNCHER, ReleaseAgent, board_installer
 from fedprune_device.releases.release_trial import ReleaseTrial, Watchdog

@@ -15,8 +15,7 @@ from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import KINDS, Answer, Request, RequestError, array, batch, document
 from fedprune_device.data.dataset import Array
 from fedprune_device.data.image_decoding import TYPES, Pixels
-from fedprune_device.data.sample import MAX_LABEL, Added, NoSampleError, SampleConflictError
-from fedprune_device.data.sample_store import SampleStore
+from fedprune_device.data.sample_store import MAX_LABEL, Added, NoSampleError, SampleConflictError, SampleStore
 
 MAX_BATCH = 64
 

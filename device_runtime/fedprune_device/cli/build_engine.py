@@ -14,8 +14,7 @@ from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import EngineError, ExitCode, UsageError
 from fedprune.runtime.bundle import files_folder, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_device.engines.accelerator_options import ENGINES, read_plan
-from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, here
+from fedprune_device.engines.engine_selector import ENGINES, EngineRequest, EngineSelector, here, read_plan
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 

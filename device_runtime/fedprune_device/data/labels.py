@@ -1,4 +1,4 @@
-"""Labels as a loss takes them: classes, a 0 or 1 for every class, or numbers to predict; and shares of classes."""
+"""Labels as training graphs take them, what they imply for losses and predictions, and these losses in numpy."""
 
 from __future__ import annotations
 

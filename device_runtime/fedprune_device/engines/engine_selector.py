@@ -15,6 +15,7 @@ import numpy as np
 from fedprune.core import atomic_file
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import EngineError, FedpruneError
+from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.runtime.precision_files import PRECISIONS, graph_file, weights_file
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
@@ -322,3 +323,37 @@ class CheckedSession:
 def here(found: Bindings) -> EnginePlatform:
     read = facts()
     return EnginePlatform(read.model[:200], read.l4t, found.device.sm, found.version, power_mode())
+
+
+ENGINES = "engines"  # the folder of engines in a state directory
+
+CPU, _, TENSORRT = TIERS
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """What a board computes with, one of `TIERS`, as far as that works there, and how engines are built."""
+
+    name: str
+    plan: EnginePlan
+
+    @property
+    def cuda(self) -> bool:
+        return self.name != CPU
+
+    def selector(self, state: Path) -> EngineSelector | None:
+        """What keeps an engine for predictions, if there is to be one."""
+        if self.name != TENSORRT:
+            return None
+        return EngineSelector(state / ENGINES, self.plan)
+
+
+def accelerator_of(tier: str | None, plan: Path | None, profile: HardwareProfile | None) -> Accelerator:
+    name = tier or (CPU if profile is None else profile.software.tier)
+    return Accelerator(name, EnginePlan() if plan is None else read_plan(plan))
+
+
+def read_plan(path: Path) -> EnginePlan:
+    with storage_errors(f"can't read {path}"):
+        raw = path.read_bytes()
+    return EnginePlan.from_json(raw, str(path))

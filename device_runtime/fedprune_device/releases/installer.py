@@ -393,7 +393,11 @@ def check_release(release: Release, highest: int, board: Mapping[str, str]) -> N
 
 
 def check_packages_on_board(release: Release) -> None:
-    """Make sure that the board's own Python has what a release takes from it. This may take minutes."""
+    """Make sure that the board's own Python has what a release takes from it.
+
+    A process of its own finds that out, which may take minutes on a busy board: never in the loop that feeds the
+    watchdog.
+    """
     lacking = sorted(set(release.system) - own_packages(release.system))
     if lacking:
         raise ReleaseError(

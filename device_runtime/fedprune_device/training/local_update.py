@@ -213,7 +213,9 @@ def averaged(
     axes: TensorAxes | None = None,
     mask: ElementMask | None = None,
 ) -> Tensors:
-    """The average after a round, in arrays of their own.
+    """The average after a round, a ← decay · a + (1 − decay) · w, in arrays of their own.
+
+    It reduces the noise of few local steps and of each round's averaging in a personal model, without traffic.
 
     In another selection of the same order of channels, the common part is carried over; of another order nothing is, so
     that the average starts over. So does an element that was masked before.

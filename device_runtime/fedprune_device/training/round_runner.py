@@ -250,7 +250,9 @@ NICENESS = 19  # everything else on the board, predictions above all, has priori
 
 
 class TrainingThread:
-    """Carries out one offer, beginning at once. The loop commits or drops the result.
+    """Carries out one offer, beginning at once, while the loop goes on (onnxruntime releases the interpreter lock).
+
+    The loop commits or drops the result.
 
     `status` is phase, units done and units in all. `offline`: no server has requested it.
     """

@@ -379,7 +379,10 @@ def measured(
 ) -> Tensors:
     """Statistics of some samples: the mean of what all batches give, as torch's BatchNorm has it with momentum=None.
 
-    `feeds` are all other inputs except the samples. A statistic that the graph leaves alone, or that isn't finite
+    The dozen steps of a round hardly move running statistics: they stay those of the averaged model, which no board's
+    activations have. One pass over the local samples corrects that. A statistic's next value is linear in its old one,
+    next = kept · old + (1 − kept) · (the batch's), so that feeding 0 gives the batch's. `feeds` are all other inputs
+    except the samples. A statistic that the graph leaves alone, or that isn't finite
     afterwards, keeps its `old` value.
     """
     outputs = [step_contract.following(n) for n in names]

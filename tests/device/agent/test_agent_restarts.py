@@ -17,7 +17,7 @@ from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Cancelled, Progress, Refusal, Update
 from fedprune_device.agent.offer_handler import OfferHandler
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.privacy.policy import PrivacyPolicy
+from fedprune_device.privacy.budget import PrivacyPolicy
 from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.agent_harness import LONG, Bench, expected, same
 

@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
 from fedprune_device.data import sample_store
 from fedprune_device.data.reservoir import Limits
-from fedprune_device.data.sample import NoSampleError, SampleConflictError, encoded, outline
-from fedprune_device.data.sample_store import SampleStore
+from fedprune_device.data.sample_store import NoSampleError, SampleConflictError, SampleStore, encoded, outline
 from fedprune_device.data.segment_log import LogRecord, digest
 from fedprune_device.data.splits import SplitShares
 from support.faults.failing_disk import Crash, fault

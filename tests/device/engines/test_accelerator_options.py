@@ -10,7 +10,7 @@ from fedprune.planning import profile_store
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.cli import main
-from fedprune_device.engines.accelerator_options import Accelerator, accelerator_of
+from fedprune_device.engines.engine_selector import Accelerator, accelerator_of
 
 pytestmark = pytest.mark.board
 

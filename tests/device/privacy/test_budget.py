@@ -17,8 +17,7 @@ from fedprune.updates.privacy import epsilon
 from fedprune.wire.fleet_messages import LogRequest
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
-from fedprune_device.privacy.budget import FILE, PrivacyBudget
-from fedprune_device.privacy.policy import PrivacyPolicy, read_policy
+from fedprune_device.privacy.budget import FILE, PrivacyBudget, PrivacyPolicy, read_policy
 from fedprune_device.privacy.redaction import bare, refused
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.telemetry.crash_reports import CrashReports

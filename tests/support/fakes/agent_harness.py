@@ -15,7 +15,7 @@ from fedprune_device.agent.agent import Agent
 from fedprune_device.board import AgentSettings, Services, build_agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.connection import Channel, Connection
-from fedprune_device.privacy.policy import PrivacyPolicy
+from fedprune_device.privacy.budget import PrivacyPolicy
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.trainer import Trainer
 from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
