@@ -1,4 +1,4 @@
-"""What kinds of layers take on this board: small nets, timed at a few widths, and the table that explains the times.
+"""Times of kinds of layers on this board: small nets, timed at a few widths, and the table that explains the times.
 
 The nets are assets that `examples/make_probe_graphs.py` writes. Their training graphs run at any width, as those of
 jobs do; predictions have a graph per width, since onnxruntime lays out constant weights for the widths that it finds.

@@ -1,4 +1,4 @@
-"""A release on trial, seen from inside: what it must show before it may stay."""
+"""A release on trial, seen from inside, and the service's watchdog, by which it is found healthy."""
 
 from __future__ import annotations
 

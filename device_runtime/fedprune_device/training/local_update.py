@@ -1,4 +1,4 @@
-"""One offer in hand: what its weights are to the board that trains them, and what comes of them in files."""
+"""One accepted offer: its input weights, the board's own average, and the files that its training produces."""
 
 from __future__ import annotations
 
