@@ -70,7 +70,6 @@ class Backward:
         inputs: Gradient of the gates' part that comes of the input: [T, N, gates · H].
         recurrent: Pairs of the gradient of the gates' part that comes of the recurrence, and what that read, in the
             order of the gates.
-        states: Gradients of the initial states.
     """
 
     inputs: str
@@ -83,7 +82,6 @@ class Direction:
     """One direction of a layer.
 
     Attributes:
-        g: The graph.
         turned: Whether it goes from the last step to the first.
         weight: [gates · H, I].
         recurrence: [gates · H, H].

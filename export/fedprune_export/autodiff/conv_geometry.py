@@ -27,10 +27,6 @@ class Window:
     """A sliding window over the spatial axes of a value.
 
     Attributes:
-        sizes: The input's spatial sizes.
-        kernel: The window's sizes.
-        strides: Steps of the window.
-        dilations: Steps inside the window.
         pads: Padding before and after, per axis.
         output: How many positions the window has per axis.
         overhang: How much of the padding after is there only because the last window reaches beyond, per axis.

@@ -380,9 +380,5 @@ def port(name: str, shape: Shape, dtype: npt.DTypeLike = np.float32) -> Port:
 
 
 def sample_shape(graph: Graph) -> Shape:
-    """The shape of the model's input, with the batch's name.
-
-    Raises:
-        ModelError: See `trace.sample_sizes`.
-    """
+    """The shape of the model's input, with the batch's name."""
     return (BATCH, *sample_sizes(graph.inputs[0]))

@@ -43,10 +43,7 @@ class Source:
     """A model to convert.
 
     Attributes:
-        graph: Its graph, with all weights.
         tensors: Its weights and statistics by name, in their order.
-        title: What it is.
-        bundle: The bundle that it is from, if any.
     """
 
     graph: Graph
@@ -86,7 +83,6 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Mode
 
     Args:
         tensors: All its tensors by name; further ones, such as torch's counters, are left out.
-        where: Where they come from, for messages.
 
     Raises:
         BundleError: The tensors are not the model's.
@@ -109,7 +105,6 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
     """A model as one ONNX file with its weights inside, which can be imported again.
 
     Args:
-        graph: The model, with its weights.
         opset: The opset of the file; by default the graph's own, or one that every supported onnxruntime loads.
 
     Raises:
@@ -130,7 +125,6 @@ def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Arra
     """The tensors of a bundle at their places in the whole model's.
 
     Args:
-        bundle: A bundle whose files have been checked.
         keep: Whether the model's own weights stay in the channels that the bundle lacks. Otherwise these weights are 0,
             so that the channels add nothing; statistics stay in any case.
 
@@ -147,7 +141,6 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     """Tensors as a torch module's state dict has them: with the counters of its batch norms, and all names of each.
 
     Args:
-        tensors: Tensors of a model, or of a submodel.
         graph: A graph of the model, which says what other names tensors have.
 
     Raises:

@@ -35,12 +35,7 @@ _RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
 
 @dataclass(frozen=True)
 class Check:
-    """One check of a bundle that was passed.
-
-    Attributes:
-        name: What was looked at.
-        found: What there was, in words.
-    """
+    """One check of a bundle that was passed."""
 
     name: str
     found: str

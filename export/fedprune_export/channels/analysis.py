@@ -36,8 +36,6 @@ class Grouping:
     Attributes:
         group_of: Per unit its group, -1 for those that stay.
         position: Per unit its channel in the group.
-        sizes: Channels per group.
-        notes: Why channels stay, for people.
     """
 
     group_of: AtomRow
@@ -57,7 +55,6 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
     """Form groups of units.
 
     Args:
-        parameters: Which of them are tensors of the model.
         picks: Where indices are taken from an axis; rows of units.
     """
     names = list(parameters)
@@ -241,9 +238,7 @@ class Analysis:
     """What the channel analysis found.
 
     Attributes:
-        architecture: The result.
         values: Axes of every value of the graph, initialisers included.
-        notes: Operators that fixed channels.
     """
 
     architecture: Architecture

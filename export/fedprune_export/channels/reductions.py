@@ -27,14 +27,7 @@ def pooling(channels: Channels, node: Node) -> None:
 
 @rule(
     *ADDING,
-    "ReduceMean",
-    "ReduceMax",
-    "ReduceMin",
-    "ReduceProd",
-    "ReduceLogSum",
-    "ReduceLogSumExp",
-    "ArgMax",
-    "ArgMin",
+    *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceLogSum", "ReduceLogSumExp", "ArgMax", "ArgMin"),
 )
 def reduction(channels: Channels, node: Node) -> None:
     """The axes that are left pass. Of those reduced away channels stay, because cutting them would change the result,

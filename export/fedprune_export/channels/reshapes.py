@@ -26,8 +26,6 @@ class Run:
     """Old and new axes that hold the same elements, and their common factors.
 
     Attributes:
-        olds: Old axes.
-        news: New axes.
         factors: Sizes whose product is that of either.
         of_old: Per old axis the places of its factors.
         of_new: Per new axis the places of its factors.

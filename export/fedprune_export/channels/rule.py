@@ -54,7 +54,6 @@ class Choices:
         """The first option of a node that hasn't failed yet.
 
         Args:
-            key: The node, by its first output.
             options: What it offers, coarsest first.
             ranked: Whether the first is the better one whatever is preferred.
 
@@ -118,7 +117,6 @@ class Pick(NamedTuple):
 
     Attributes:
         source: Atoms of the axis.
-        taken: The indices.
         made: Atoms of what they make.
     """
 

@@ -39,7 +39,6 @@ def step_feeds(
     """All inputs of a first training step on one whole batch; where labels can be mixed, each is with another's.
 
     Args:
-        inputs: Names of the training graph's inputs.
         tensors: Weights and statistics; the anchors are the same.
 
     Raises:

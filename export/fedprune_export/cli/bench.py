@@ -40,11 +40,7 @@ def register(subparsers: Any) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Print what was measured.
-
-    Raises:
-        FedpruneError: The bundle is damaged, a graph can't be run, or there is no such profile.
-    """
+    """Print what was measured."""
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     probe = read_probe(arguments)
     if probe is not None and profile is None:

@@ -58,11 +58,7 @@ def register(subparsers: Any) -> None:
 
 
 def to_onnx(arguments: argparse.Namespace) -> int:
-    """Write an ONNX file.
-
-    Raises:
-        FedpruneError: The source is damaged, its graph has no form in the opset, or the file can't be written.
-    """
+    """Write an ONNX file."""
     from fedprune_export.bundles import conversion
 
     _check_out(arguments, ".onnx")
@@ -76,11 +72,7 @@ def to_onnx(arguments: argparse.Namespace) -> int:
 
 
 def to_torch(arguments: argparse.Namespace) -> int:
-    """Write a state dict.
-
-    Raises:
-        FedpruneError: The source is damaged, doesn't fit the model, or the file can't be written.
-    """
+    """Write a state dict."""
     from fedprune_export.bundles import conversion
     from fedprune_export.importing import torch_module
 

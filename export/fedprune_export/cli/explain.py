@@ -52,12 +52,7 @@ def register(subparsers: Any) -> None:
 
 
 def explain(arguments: argparse.Namespace) -> int:
-    """Print an explanation.
-
-    Raises:
-        FedpruneError: The model can't be imported or trained, there is no such profile, this machine
-            can't run the step that is to be measured, or the page can't be written.
-    """
+    """Print an explanation."""
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     if arguments.page is not None and arguments.page.suffix.lower() not in (".html", ".htm"):
         raise UsageError("--page", expected="a file name that ends in .html", got=str(arguments.page))

@@ -92,9 +92,6 @@ class _Boards:
     """The boards of a command line, checked before the model is read.
 
     Attributes:
-        profiles: The boards.
-        folders: Where the bundle of each goes.
-        recipe: How they train.
         probe: What the only board measured of itself, if it did.
     """
 
@@ -105,11 +102,7 @@ class _Boards:
 
 
 def export(arguments: argparse.Namespace) -> int:
-    """Export a model for every target; returns the exit code, which is that of the first target that failed.
-
-    Raises:
-        FedpruneError: The model, the recipe or the data are wrong; or the only target is.
-    """
+    """Export a model for every target; returns the exit code, which is that of the first target that failed."""
     boards = _boards(arguments)
     results: dict[str, fx.Report | FedpruneError] = {}
     with tables.progress() as tell:
@@ -134,12 +127,7 @@ def export(arguments: argparse.Namespace) -> int:
 
 
 def _boards(arguments: argparse.Namespace) -> _Boards:
-    """Check what can be checked before the model is read.
-
-    Raises:
-        UsageError: The command line contradicts itself.
-        FedpruneError: A profile, the recipe or the probe can't be read, or a folder is not for bundles.
-    """
+    """Check what can be checked before the model is read."""
     profiles = tuple(profile_store.chosen(name, arguments.profiles) for name in targets(arguments.target))
     recipe, probe = read_recipe(arguments), read_probe(arguments)
     if INT8 in arguments.precision and arguments.data is None:

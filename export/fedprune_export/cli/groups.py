@@ -24,11 +24,7 @@ def register(subparsers: Any) -> None:
 
 
 def groups(arguments: argparse.Namespace) -> int:
-    """Print a model's channel groups.
-
-    Raises:
-        FedpruneError: The model can't be imported.
-    """
+    """Print a model's channel groups."""
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
         model = read_model(arguments)

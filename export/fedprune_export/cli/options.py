@@ -75,11 +75,6 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
     Args:
         source: The model, where it is not `arguments.model`.
         name: What to call it where the command line doesn't say; an architecture is only equal under the same name.
-
-    Raises:
-        ModelError: It can't be imported.
-        ConfigError: The list of parameters can't be read.
-        MissingExtraError: torch or timm is needed and not installed.
     """
     chosen: dict[str, Any] = {"name": arguments.name or name, "input_shape": arguments.input_shape}
     chosen["token_ids"] = arguments.token_ids
@@ -135,12 +130,7 @@ def add_probe_option(parser: argparse.ArgumentParser) -> None:
 
 
 def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
-    """What a board measured of itself, if the command line gives it.
-
-    Raises:
-        ConfigError: The file can't be read.
-        ProfileError: It is no probe report.
-    """
+    """What a board measured of itself, if the command line gives it."""
     if arguments.probe is None:
         return None
     try:
@@ -150,12 +140,7 @@ def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
 
 
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe of a command line: that of the file, with the options in its place.
-
-    Raises:
-        ConfigError: The file can't be read, or a setting is unknown or makes no sense.
-        UsageError: Options contradict each other.
-    """
+    """The recipe of a command line: that of the file, with the options in its place."""
     body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
     if arguments.loss and arguments.labels and LABELS_OF[arguments.loss] != arguments.labels:
         raise UsageError(

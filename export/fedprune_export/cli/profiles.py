@@ -53,11 +53,7 @@ def register(subparsers: Any) -> None:
 
 
 def list_profiles(arguments: argparse.Namespace) -> int:
-    """Print all profiles, the sound ones before the first error is raised.
-
-    Raises:
-        ProfileError: What is wrong with the others, each named.
-    """
+    """Print all profiles, the sound ones before the first error is raised."""
     profiles: list[HardwareProfile] = []
     bad: list[ProfileError] = []
     names = profile_store.names(arguments.folder)
@@ -110,11 +106,7 @@ def _raise(bad: Sequence[ProfileError], of: int) -> None:
 
 
 def show_profile(arguments: argparse.Namespace) -> int:
-    """Print one profile.
-
-    Raises:
-        ProfileError: There is no profile of that name, or it is invalid.
-    """
+    """Print one profile."""
     profile = profile_store.chosen(arguments.name, arguments.folder)
     if arguments.json:
         _print_json(profile.to_dict())
@@ -130,11 +122,7 @@ def show_profile(arguments: argparse.Namespace) -> int:
 
 
 def check_profiles(arguments: argparse.Namespace) -> int:
-    """Check files, all of them before the first error is raised.
-
-    Raises:
-        ProfileError: What is wrong with the files, each named.
-    """
+    """Check files, all of them before the first error is raised."""
     good: list[tuple[Path, HardwareProfile]] = []
     bad: list[tuple[Path, ProfileError]] = []
     for path in arguments.files:
@@ -154,11 +142,7 @@ def check_profiles(arguments: argparse.Namespace) -> int:
 
 
 def identify_profile(arguments: argparse.Namespace) -> int:
-    """Print which profile fits a board, and why.
-
-    Raises:
-        ProfileError: None fits.
-    """
+    """Print which profile fits a board, and why."""
     facts = Facts(
         arguments.model,
         tuple(arguments.compatible),

@@ -27,11 +27,7 @@ def register(subparsers: Any) -> None:
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    """Print every check that is passed.
-
-    Raises:
-        FedpruneError: Something is wrong with the bundle or the model.
-    """
+    """Print every check that is passed."""
     from fedprune_export.bundles import verification
 
     passed: list[dict[str, str]] = []

@@ -77,11 +77,6 @@ def load(
 def check_input(source: str, model: Model, input_shape: Sequence[int] | None) -> None:
     """Make sure that a model takes the samples that were asked for: an ONNX file has a shape of its own.
 
-    Args:
-        source: Where it comes from, for the message.
-        model: The model.
-        input_shape: One sample's shape, if it was given.
-
     Raises:
         ModelError: It takes another.
     """
@@ -104,15 +99,7 @@ def read_source(
     parameters: Sequence[str] | None = None,
     prefer: Prefer | None = None,
 ) -> bytes:
-    """A model as the bytes of one ONNX file, which `import_onnx` takes; choices are written into it.
-
-    Args:
-        source: As for `load`.
-        input_shape: As for `load`.
-        token_ids: As for `load`.
-        output: As for `load`.
-        parameters: As for `load`.
-        prefer: As for `load`.
+    """A model as the bytes of one ONNX file, which `import_onnx` takes; choices (as for `load`) are written into it.
 
     Raises:
         ModelError: There is no such model or it is damaged.
@@ -159,17 +146,10 @@ def import_onnx(
     parameters: Sequence[str] | None = None,
     prefer: Prefer | None = None,
 ) -> Model:
-    """Import an ONNX model from memory; the same bytes and name always give the same architecture.
+    """Import an ONNX model from memory, as `load` does; the same bytes and name always give the same architecture.
 
     Models below opset 13 are raised by onnx, which may name values another way in another version: then the same
     architecture is only sure with the same version of onnx.
-
-    Args:
-        raw: The file.
-        name: The architecture's name.
-        output: As for `load`.
-        parameters: As for `load`.
-        prefer: As for `load`.
 
     Raises:
         ModelError: It is damaged, or uses what can't be handled.

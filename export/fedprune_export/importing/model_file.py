@@ -48,9 +48,6 @@ def read_model_file(path: Path) -> bytes:
 def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
     """The model that a file holds.
 
-    Args:
-        whole: Whether to check it as well.
-
     Raises:
         ModelError: It isn't one.
     """

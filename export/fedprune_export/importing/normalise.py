@@ -47,11 +47,8 @@ class Normalised:
     """A graph that the compiler understands.
 
     Attributes:
-        graph: The graph.
         parameters: Kind of every weight and statistic (a `TensorKind` value), in the order of first use.
-        trace: Shapes and types of its values.
         notes: What was changed that a user may want to know.
-        names: New names of tensors that were renamed.
     """
 
     graph: Graph

@@ -31,11 +31,7 @@ class Expressions:
     """A graph as expressions over its values.
 
     Attributes:
-        graph: The graph.
-        seen: Shapes and types of its values.
-        constants: Initialisers that are constants.
         makers: The node of the main domain that makes each value as its first output.
-        from_data: Values that depend on the graph's input.
     """
 
     graph: Graph
@@ -188,11 +184,7 @@ class _Found:
     """A norm without its vectors.
 
     Attributes:
-        op: Which.
-        x: What is normalised.
-        value: The result.
         axes: Axes that are normalised together, ascending; of a GroupNormalization the channels.
-        attrs: epsilon, num_groups.
         scale: Constant scale and bias of channels that are a part of it, if any.
     """
 

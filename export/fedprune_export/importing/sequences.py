@@ -17,14 +17,8 @@ Array = npt.NDArray[Any]
 
 SEQUENCE_OPERATORS = frozenset(
     {
-        "SplitToSequence",
-        "SequenceAt",
-        "SequenceConstruct",
-        "SequenceEmpty",
-        "SequenceInsert",
-        "SequenceErase",
-        "SequenceLength",
-        "ConcatFromSequence",
+        *("SplitToSequence", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceInsert", "SequenceErase"),
+        *("SequenceLength", "ConcatFromSequence"),
     }
 )
 """Operators that make or read sequences."""

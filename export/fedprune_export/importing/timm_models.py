@@ -118,7 +118,6 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
 
     Args:
         name: Its name, such as resnet18 or resnet18.a1_in1k.
-        input_shape: Another shape than that of its training.
 
     Raises:
         ModelError: timm has no such network, or it can't be made for this shape.

@@ -32,7 +32,6 @@ class Translation:
     """A graph in the making.
 
     Attributes:
-        graph: Gets the nodes.
         seen: Shapes of the values that were there before.
         used: Values that some node reads, and the outputs.
     """

@@ -37,7 +37,6 @@ class Purpose:
     """What a node of a training graph is there for; it stays in memory, files don't hold it.
 
     Attributes:
-        part: A part of the step.
         layer: The name of the model's node that it is a part of; empty where it belongs to none.
     """
 

@@ -13,33 +13,9 @@ SAME = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 
 _IN_PLACE = frozenset(
     {
-        "Abs",
-        "Add",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Div",
-        "Elu",
-        "Erf",
-        "Exp",
-        "Floor",
-        "HardSigmoid",
-        "HardSwish",
-        "LeakyRelu",
-        "Log",
-        "Mul",
-        "Neg",
-        "Not",
-        "Pow",
-        "Reciprocal",
-        "Relu",
-        "Sigmoid",
-        "Softplus",
-        "Softsign",
-        "Sqrt",
-        "Sub",
-        "Sum",
-        "Tanh",
+        *("Abs", "Add", "Cast", "Ceil", "Clip", "Div", "Elu", "Erf", "Exp", "Floor", "HardSigmoid", "HardSwish"),
+        *("LeakyRelu", "Log", "Mul", "Neg", "Not", "Pow", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Softsign"),
+        *("Sqrt", "Sub", "Sum", "Tanh"),
     }
 )
 """Operators that write over an input of the output's size that nothing else reads."""
@@ -85,7 +61,6 @@ def live_bytes(nodes: Sequence[Node], sizes: Mapping[str, int], kept: Sequence[s
     """Bytes of values that live while each node runs, without inputs and constants of the graph.
 
     Args:
-        nodes: The nodes in the order in which they run.
         sizes: Bytes by value; one that is missing counts nothing.
         kept: Outputs of the graph, which live on.
     """

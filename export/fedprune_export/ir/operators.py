@@ -8,29 +8,9 @@ from typing import Any, TypeVar
 from fedprune.core.errors import ModelError
 
 ONE_TO_ONE = (
-    "Relu",
-    "LeakyRelu",
-    "Sigmoid",
-    "Tanh",
-    "Elu",
-    "Selu",
-    "Celu",
-    "HardSigmoid",
-    "HardSwish",
-    "Softplus",
-    "Softsign",
-    "ThresholdedRelu",
-    "Identity",
-    "Dropout",
-    "Cast",
-    "Neg",
-    "Abs",
-    "Exp",
-    "Log",
-    "Sqrt",
-    "Reciprocal",
-    "Erf",
-    "Clip",
+    *("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Elu", "Selu", "Celu", "HardSigmoid", "HardSwish", "Softplus"),
+    *("Softsign", "ThresholdedRelu", "Identity", "Dropout", "Cast", "Neg", "Abs", "Exp", "Log", "Sqrt"),
+    *("Reciprocal", "Erf", "Clip"),
 )
 MANY_TO_ONE = ("Add", "Sub", "Mul", "Div", "PRelu", "Pow", "Max", "Min", "Sum", "Mean")
 ELEMENTWISE = frozenset({*ONE_TO_ONE, *MANY_TO_ONE})

@@ -19,15 +19,8 @@ OPSETS = range(13, 24)
 
 REDUCTIONS = frozenset(
     {
-        "ReduceMean",
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceProd",
-        "ReduceL1",
-        "ReduceL2",
-        "ReduceLogSum",
-        "ReduceLogSumExp",
-        "ReduceSumSquare",
+        *("ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceLogSum"),
+        *("ReduceLogSumExp", "ReduceSumSquare"),
     }
 )
 """Reductions whose axes are an attribute at opset 17 and an input from 18 on."""

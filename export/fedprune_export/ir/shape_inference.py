@@ -41,7 +41,6 @@ class Inferred:
 
     Attributes:
         shapes: Shapes by name; values of which onnx can't tell the shape are missing.
-        dtypes: Types by name.
         numbers: Values that don't depend on data, as long as they are small.
         missing: Values whose shape isn't known, in the graph's order.
     """
@@ -56,7 +55,6 @@ def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None)
     """The shapes of all values.
 
     Args:
-        batch: Size of the first axis of its inputs.
         measured: Values that were computed at this batch size, where their shapes can't be told otherwise.
 
     Raises:
@@ -89,11 +87,7 @@ def hold(out: Inferred, name: str, value: Array) -> None:
 
 
 def follow(graph: Graph, out: Inferred, node: Node, wanted: Sequence[str]) -> None:
-    """Add the shapes of a node's outputs, and their numbers where these are few.
-
-    Raises:
-        ModelError: See `infer`.
-    """
+    """Add the shapes of a node's outputs, and their numbers where these are few."""
     reads = [i for i in node.inputs if i]
     if node.op in NATIVE and not node.domain and node.inputs[0] in out.shapes:
         found = {wanted[0]: (out.shapes[node.inputs[0]], out.dtypes[node.inputs[0]])}

@@ -44,12 +44,7 @@ class Trace:
     """Shapes of every value.
 
     Attributes:
-        shapes: Shape at the first batch size.
-        shapes_second: Shape at the second batch size.
-        shapes_further: Shapes at further batch sizes.
-        dtypes: Type of every value.
         integers: Values of small integer tensors at the first batch size (shape arithmetic).
-        integers_second: The same at the second batch size.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -123,11 +118,7 @@ def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Ar
 
 
 def sample_feeds(graph: Graph, batch: int, seed: int = 0) -> dict[str, Array]:
-    """Arrays for all inputs of a graph.
-
-    Raises:
-        ModelError: See `sample_input`.
-    """
+    """Arrays for all inputs of a graph."""
     below = vocabulary(graph)
     return {p.name: sample_input(p, batch, seed, below=below) for p in graph.inputs}
 
@@ -177,11 +168,7 @@ def trace(graph: Graph) -> Trace:
 
 
 def inferred(graph: Graph, batch: int) -> Inferred:
-    """What is known of a graph's values at one batch size: all shapes and types.
-
-    Raises:
-        ModelError: See `trace`.
-    """
+    """What is known of a graph's values at one batch size: all shapes and types."""
     found = infer(graph, batch)
     measured: dict[str, Array] = {}
     while found.missing:

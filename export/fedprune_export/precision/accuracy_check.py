@@ -37,9 +37,6 @@ class Trial:
     """A precision that may serve.
 
     Attributes:
-        lowered: Its graphs.
-        files: Its files by name.
-        agreement: How it compares with float32.
         given: Whether samples were given to compare on, or random ones had to do.
     """
 

@@ -23,7 +23,6 @@ class Lowered:
     """The graphs of one precision.
 
     Attributes:
-        precision: Which one.
         graph: What computes; its tensors are external data in the file `fedprune.runtime.precision_files.weights_file`.
         prepare: Float32 weights, and for int8 ranges of activations, to these tensors.
         calibrate: A batch of samples to ranges of activations; None where none are needed.

@@ -70,7 +70,6 @@ class Plan:
     """What is to be quantised.
 
     Attributes:
-        layers: Names of the layers' outputs.
         values: Activations with a range of their own, in the graph's order: rows of the ranges.
         scales: Of every quantised activation, the one whose scale it has.
     """

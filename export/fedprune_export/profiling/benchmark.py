@@ -30,9 +30,6 @@ class Measurement:
 
     Attributes:
         what: `training step` or `prediction`.
-        batch: Samples of a run.
-        threads: Threads inside an operator.
-        runs: How many runs were timed.
         quartiles: Seconds of a run: lower quartile, median, upper quartile.
         peak_bytes: Most memory of the process that ran nothing else.
     """
@@ -65,11 +62,7 @@ PREDICTION = "prediction"
 
 
 class Stopwatch:
-    """Times the graphs of a bundle, each measurement in a process of its own.
-
-    Args:
-        bundle: A bundle whose files have been checked.
-    """
+    """Times the graphs of a bundle, each measurement in a process of its own."""
 
     def __init__(self, bundle: Bundle, runs: int) -> None:
         self._bundle = bundle

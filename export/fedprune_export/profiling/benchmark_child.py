@@ -25,7 +25,6 @@ def measure(graph: Path, feeds: Path, *, training: bool, threads: int, runs: int
 
     Args:
         feeds: A tensor file with all its inputs.
-        training: Whether it is a training graph.
         runs: How often it is timed, after some runs that don't count.
 
     Returns:

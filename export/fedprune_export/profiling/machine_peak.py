@@ -28,7 +28,6 @@ class Speed:
     Attributes:
         flops: Float32 operations per second; a multiplication and an addition are two.
         bytes_s: Bytes of main memory per second, read plus written.
-        source: Where that is from, in words.
         here: Whether it is this machine's, so that times measured here can be compared with it.
     """
 

@@ -29,7 +29,6 @@ class Explained:
     """A piece with its bounds.
 
     Attributes:
-        piece: The piece.
         compute_s: What its MACs take at the machine's peak.
         memory_s: What its bytes take at the speed of main memory.
         measured_s: What it took; None if nothing was measured.
@@ -79,10 +78,6 @@ class Explanation:
     """A training step, explained.
 
     Attributes:
-        model: The model's name.
-        widths: Channels of every group.
-        batch: Samples of the step.
-        speed: The machine's bounds.
         pieces: All pieces in the order in which they are computed.
         step_s: What a whole step took; None if nothing was measured.
         unknown_s: Of that, what belongs to no piece.

@@ -55,10 +55,6 @@ class Piece:
 
     Attributes:
         title: The layer's weight, else its node; empty for the loss and the update.
-        op: The layer's operator.
-        part: The part.
-        form: How it is computed.
-        macs: MACs.
         bytes: Read and written at least.
         nodes: Names of the graph's nodes that compute it.
     """
@@ -119,7 +115,6 @@ def form(op: str, part: str, operators: Sequence[str], *, depthwise: bool = Fals
     """How a part of a layer is computed, in the words of `autodiff.dense` and `autodiff.depthwise`.
 
     Args:
-        operators: What computes it.
         depthwise: Whether every channel has a filter of its own.
     """
     counts = Counter(operators)
@@ -133,9 +128,7 @@ def form(op: str, part: str, operators: Sequence[str], *, depthwise: bool = Fals
     if part == WEIGHT_GRADIENT:
         if counts["Conv"]:
             return "convolution"
-        if counts["Gemm"] or not products:
-            return "columns"
-        return "taps" if counts["ReduceSum"] >= products else "products"
+        return "taps" if counts["ReduceSum"] >= products > 0 and not counts["Gemm"] else "columns"
     if counts["Conv"]:
         return "plain" if part == FORWARD else "flipped"
     if counts["ConvTranspose"]:

@@ -24,10 +24,6 @@ def pinned(model: Model, widths: Sequence[int]) -> Model:
     Its tensors keep their names, so that whatever serves the model's training graphs serves the submodel's. All of them
     are zeros that take no memory: graphs that train read shapes alone.
 
-    Args:
-        model: The whole model.
-        widths: Channels of every group.
-
     Raises:
         BundleError: The widths don't fit the architecture.
     """
@@ -53,10 +49,6 @@ __all__ = ["at_widths", "cut", "masked"]
 
 def cut(model: Model, selection: Selection) -> Graph:
     """The submodel's inference graph with its weights.
-
-    Args:
-        model: The whole model.
-        selection: What to keep.
 
     Raises:
         BundleError: The selection belongs to another architecture.

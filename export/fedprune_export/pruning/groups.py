@@ -14,7 +14,6 @@ class Groups(Sequence[ChannelGroup]):
     """The channel groups of a model; prints as text.
 
     Attributes:
-        architecture: The model.
         notes: What the import changed or could not analyse.
     """
 

@@ -30,9 +30,6 @@ class Benchmark:
     """Measurements of a bundle on this machine.
 
     Attributes:
-        bundle: The bundle.
-        measured: The measurements.
-        profile: The board to predict for, if any.
         probe: What that board measured of itself, if it did.
     """
 

@@ -15,9 +15,6 @@ class Table:
     """A table; an empty one is left out.
 
     Attributes:
-        columns: The columns.
-        rows: One cell per column.
-        label: Its name for screen readers.
         summary: What to click to unfold it on a page; by default it is always shown.
     """
 
@@ -36,10 +33,7 @@ class Bars:
     """Bars of a page.
 
     Attributes:
-        rows: The bars.
-        label: Their name for screen readers.
         legend: Names of the colours, if bars have several.
-        caption: How to read them.
         listed: Whether Markdown lists their texts, because no table has them.
     """
 
@@ -59,7 +53,6 @@ class Document:
     """A report's content.
 
     Attributes:
-        title: Its heading.
         facts: What the header names; empty values are left out.
         sections: Blocks by heading; those without a heading come under "".
     """

@@ -76,9 +76,6 @@ class Accuracy:
 
     Attributes:
         measure: What was computed, in words; of an error less is better.
-        samples: On how many samples.
-        before: Of the whole model.
-        after: Of the submodel.
     """
 
     measure: str
@@ -115,18 +112,11 @@ class Report:
     """What an export wrote, and what it costs the board; prints as text.
 
     Attributes:
-        model: The whole model.
         plan: Why the submodel is as wide as it is, and how the board trains it.
-        selection: What the bundle holds of the model.
-        scorer: How channels were ranked.
-        sizes: Bytes of every file.
         parity: Largest difference between the bundle's outputs and those of the whole model with the lost channels
             masked, relative to the largest output.
-        folder: Where the bundle was written.
-        accuracy: On given data, if any was given.
         trials: The lower precisions that the bundle has, too.
         memory: How the training step was fitted to a memory limit, if there was one.
-        replaced: Whether another bundle was in the folder.
     """
 
     model: Model

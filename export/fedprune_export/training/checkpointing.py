@@ -42,11 +42,8 @@ class Recomputed:
     """A graph some of whose values are computed twice.
 
     Attributes:
-        graph: The graph.
         live_bytes: Most bytes of values that live at once.
         work: The second computations' share of the whole step's work, as it is estimated.
-        values: How many values are dropped.
-        bytes: Sizes of the graph's values.
     """
 
     graph: Graph

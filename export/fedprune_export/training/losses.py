@@ -41,7 +41,6 @@ def write_loss(g: Graph, logits: str, outputs: int, features: Features) -> str:
     Args:
         g: The training graph; its inputs and outputs grow.
         logits: The model's output [N, K].
-        features: Which loss, and what of it.
 
     Returns:
         The gradient of the loss by the logits.

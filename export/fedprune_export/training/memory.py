@@ -53,10 +53,7 @@ class Fitted:
     """A training graph within a memory limit.
 
     Attributes:
-        graph: The graph.
-        memory: What its step takes.
         before: What the step took without values that are computed again.
-        values: How many values are computed again.
         work: What that adds, as a share of the step's estimated work.
     """
 
@@ -85,7 +82,6 @@ def fitted(graph: Graph, architecture: Architecture, widths: Sequence[int], batc
     """A training graph that computes again just as much as it must to stay within a limit.
 
     Args:
-        graph: The training graph.
         widths: Channels of every group for which the limit is meant.
         batch: Samples that are worked on at once.
         limit: Bytes that the training process may take at its peak.

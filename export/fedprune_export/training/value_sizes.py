@@ -19,7 +19,6 @@ class ValueSizes:
 
     Attributes:
         shapes: Shapes by name. A value of which onnx can't tell the shape is missing.
-        bytes: Bytes by name.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -30,7 +29,6 @@ def value_sizes(graph: Graph, architecture: Architecture, widths: tuple[int, ...
     """The sizes of all values of a training graph.
 
     Args:
-        graph: A training graph.
         batch: Samples that are worked on at once.
 
     Raises:

@@ -35,11 +35,7 @@ class Convolution(Protocol):
 
 
 def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[Dim, Dim]) -> Convolution:
-    """How a layer is computed.
-
-    Args:
-        node: The layer; its second input is the kernel.
-    """
+    """How a layer is computed."""
     kernel, shape = tape.value(node.inputs[1]), tape.shape(node.inputs[1])
     if int(node.attrs.get("group", 1)) == 1:
         if math.prod(w.output) > conv_geometry.SMALL_MAP:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from fedprune_export.autodiff.conv_geometry import Window, leftovers, operator_attrs
 from fedprune_export.ir.graph import Graph
 
-KernelForm = Literal["taps", "products", "columns", "convolution"]
+KernelForm = Literal["taps", "columns", "convolution"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,8 @@ class Formulation:
 
     Attributes:
         input_gradient: A convolution with the flipped kernel, or a transposed convolution.
-        weight_gradient: A product per kernel element and sample ("taps"), one per kernel element ("products"), one over
-            columns (all windows of the whole batch), or a convolution with dy as its kernel.
+        weight_gradient: A product per kernel element and sample ("taps"), one over columns (all windows of the whole
+            batch), or a convolution with dy as its kernel.
     """
 
     input_gradient: Literal["flipped", "transposed"]
@@ -67,10 +67,10 @@ class Dense:
 
     # -- input gradient ---------------------------------------------------------------------------------------------
 
-    def flipped_kernel(self, *, swapped: bool = True) -> str:
-        """The kernel with its channels swapped (but not those of a depthwise one), and its taps in reverse order."""
+    def flipped_kernel(self) -> str:
+        """The kernel with its channels swapped, and its taps in reverse order."""
         g, axes = self.g, range(2, self.rank + 2)
-        kernel = g.emit("Transpose", self.kernel, attrs={"perm": [1, 0, *axes]}) if swapped else self.kernel
+        kernel = g.emit("Transpose", self.kernel, attrs={"perm": [1, 0, *axes]})
         flip = [a for a in axes if self.w.kernel[a - 2] > 1]
         if not flip:
             return kernel
@@ -109,16 +109,6 @@ class Dense:
             product = g.emit("MatMul", rows, flat)
             products.append(g.emit("ReduceSum", product, g.ints(0), attrs={"keepdims": 0}))
         return self._joined(products)
-
-    def kernel_by_products(self, x: str, dy: str) -> str:
-        """One matrix product per kernel element over the whole batch."""
-        g, w = self.g, self.w
-        rows = g.emit("Flatten", _channels_first(g, dy, self.rank), attrs={"axis": 1})
-        x = g.emit("Transpose", x, attrs={"perm": [0, *range(2, self.rank + 2), 1]})
-        flat = [
-            g.emit("Flatten", t, attrs={"axis": self.rank + 1}) for t in taps(g, _padded(g, x, w, first=1), w, first=1)
-        ]
-        return self._joined([g.emit("MatMul", rows, t) for t in flat])
 
     def _joined(self, products: list[str]) -> str:
         """A matrix [outputs, inputs] per kernel element as the kernel's gradient."""

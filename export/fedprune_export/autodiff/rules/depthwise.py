@@ -32,9 +32,7 @@ class Side:
     """How one side of the convolution is cut into lines.
 
     Attributes:
-        sizes: Its spatial sizes.
         count: Lines of one channel's map.
-        length: Elements of a line.
         pads: Zeros before and after its last axis, to make it whole blocks.
     """
 
@@ -52,8 +50,6 @@ class Lines:
         reads: Which lines of the input each line of the output reads; -1 for zeros: [lines, lines read].
         band: Where a kernel element leads from an input to an output, as 1:
             [kernel elements inside a line, blocks of a line, elements of an input's line, elements of an output's].
-        into: The input.
-        out: The output.
     """
 
     reads: Indices

@@ -12,11 +12,14 @@ from fedprune_export.autodiff.tape import Pull, Tape, describe, rule
 from fedprune_export.ir.composites import GELU_CUBE
 from fedprune_export.ir.graph import Graph, Node
 
-Slope = Callable[[Graph, Node, str, str], str]
-"""Writes the derivative at every number, given the graph, the node, its input and its output."""
+Gradient = Callable[[Graph, Node, str, str, str], str]
+"""Writes dx, given the graph, the node, its input x, its output y, and dy."""
+
+Slope = Callable[[Graph, str, str], str]
+"""Writes the derivative at every number, given the graph, x and y."""
 
 
-def _unary(tape: Tape, node: Node) -> tuple[str, str]:
+def _emit_unary(tape: Tape, node: Node) -> tuple[str, str]:
     """Write a one-input operator as it is; its input and output in the training graph."""
     x = tape.value(node.inputs[0])
     y = tape.graph.emit(node.op, x, attrs=node.attrs)
@@ -24,15 +27,29 @@ def _unary(tape: Tape, node: Node) -> tuple[str, str]:
     return x, y
 
 
+def _unary(*operators: str) -> Callable[[Gradient], Gradient]:
+    """Register functions of one number that are written as they are; the gradient's docstring describes the rule."""
+
+    def register(gradient: Gradient) -> Gradient:
+        def function(tape: Tape, node: Node) -> Pull:
+            x, y = _emit_unary(tape, node)
+            return lambda dy: tape.add(node.inputs[0], gradient(tape.graph, node, x, y, dy))
+
+        function.__doc__ = gradient.__doc__
+        rule(*operators)(function)
+        return gradient
+
+    return register
+
+
 def _smooth(operator: str, text: str, slope: Slope) -> None:
-    """Register a function that is written as it is and whose gradient is dy times its derivative."""
+    """Register a function whose gradient is dy times its derivative."""
 
-    def function(tape: Tape, node: Node) -> Pull:
-        x, y = _unary(tape, node)
-        return lambda dy: tape.add(node.inputs[0], tape.graph.emit("Mul", dy, slope(tape.graph, node, x, y)))
+    def gradient(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+        return g.emit("Mul", dy, slope(g, x, y))
 
-    function.__doc__ = text
-    rule(operator)(function)
+    gradient.__doc__ = text
+    _unary(operator)(gradient)
 
 
 def _number(node: Node, name: str, default: float) -> float:
@@ -63,41 +80,105 @@ def _root(g: Graph, value: str) -> str:
     return g.emit("Sqrt", value)
 
 
-_smooth("Sigmoid", "Dx = dy · y · (1 − y).", lambda g, n, x, y: g.emit("Mul", y, _rest(g, y)))
-_smooth("Tanh", "Dx = dy · (1 − y²).", lambda g, n, x, y: _rest(g, _squared(g, y)))
-_smooth("Exp", "Dx = dy · y.", lambda g, n, x, y: y)
-_smooth("Softplus", "Dx = dy · sigmoid(x).", lambda g, n, x, y: g.emit("Sigmoid", x))
-_smooth("Abs", "Dx = dy · sign(x).", lambda g, n, x, y: g.emit("Sign", x))
-_smooth("Sin", "Dx = dy · cos(x).", lambda g, n, x, y: g.emit("Cos", x))
-_smooth("Cos", "Dx = −dy · sin(x).", lambda g, n, x, y: g.emit("Neg", g.emit("Sin", x)))
-_smooth("Tan", "Dx = dy · (1 + y²).", lambda g, n, x, y: _more(g, _squared(g, y)))
-_smooth("Atan", "Dx = dy / (1 + x²).", lambda g, n, x, y: _inverse(g, _more(g, _squared(g, x))))
-_smooth("Asin", "Dx = dy / √(1 − x²).", lambda g, n, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x)))))
-_smooth(
-    "Acos",
-    "Dx = −dy / √(1 − x²).",
-    lambda g, n, x, y: g.emit("Neg", _inverse(g, _root(g, _rest(g, _squared(g, x))))),
-)
-_smooth("Sinh", "Dx = dy · cosh(x).", lambda g, n, x, y: g.emit("Cosh", x))
-_smooth("Cosh", "Dx = dy · sinh(x).", lambda g, n, x, y: g.emit("Sinh", x))
-_smooth("Asinh", "Dx = dy / √(1 + x²).", lambda g, n, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
-_smooth("Atanh", "Dx = dy / (1 − x²).", lambda g, n, x, y: _inverse(g, _rest(g, _squared(g, x))))
+def _where(g: Graph, condition: str, dy: str) -> str:
+    """Dy where the condition holds, else 0."""
+    return g.emit("Where", condition, dy, g.scalar(0))
+
+
+_smooth("Sigmoid", "Dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y)))
+_smooth("Tanh", "Dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y)))
+_smooth("Exp", "Dx = dy · y.", lambda g, x, y: y)
+_smooth("Softplus", "Dx = dy · sigmoid(x).", lambda g, x, y: g.emit("Sigmoid", x))
+_smooth("Abs", "Dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x))
+_smooth("Sin", "Dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x))
+_smooth("Cos", "Dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x)))
+_smooth("Tan", "Dx = dy · (1 + y²).", lambda g, x, y: _more(g, _squared(g, y)))
+_smooth("Atan", "Dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _more(g, _squared(g, x))))
+_smooth("Asin", "Dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x)))))
+_smooth("Acos", "Dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _inverse(g, _root(g, _rest(g, _squared(g, x))))))
+_smooth("Sinh", "Dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x))
+_smooth("Cosh", "Dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x))
+_smooth("Asinh", "Dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
+_smooth("Atanh", "Dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _rest(g, _squared(g, x))))
 _smooth(
     "Acosh",
     "Dx = dy / √(x² − 1).",
-    lambda g, n, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1)))),
+    lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1)))),
 )
-_smooth("Reciprocal", "Dx = −dy · y².", lambda g, n, x, y: g.emit("Neg", _squared(g, y)))
+_smooth("Reciprocal", "Dx = −dy · y².", lambda g, x, y: g.emit("Neg", _squared(g, y)))
 _smooth(
     "Erf",
     "Dx = dy · 2/√π · e^(−x²).",
-    lambda g, n, x, y: _times(g, g.emit("Exp", g.emit("Neg", _squared(g, x))), 2 / math.sqrt(math.pi)),
+    lambda g, x, y: _times(g, g.emit("Exp", g.emit("Neg", _squared(g, x))), 2 / math.sqrt(math.pi)),
 )
-_smooth("Softsign", "Dx = dy / (1 + |x|)².", lambda g, n, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
+_smooth("Softsign", "Dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
 
 
-STEEP = 2.0**126
-"""The slope of a line that is a step from 0 to 1 for all but the least numbers."""
+@_unary("Log")
+def _logarithm(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Dx = dy / x."""
+    return g.emit("Div", dy, x)
+
+
+@_unary("Neg")
+def _negation(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Dx = −dy."""
+    return g.emit("Neg", dy)
+
+
+@_unary("Sqrt")
+def _square_root(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Dx = dy / (2 · y), and 0 where y is: so torch has it of the standard deviation of equal numbers."""
+    slope = g.emit("Where", g.emit("Equal", y, g.scalar(0)), g.scalar(0), g.emit("Div", g.scalar(0.5), y))
+    return g.emit("Mul", dy, slope)
+
+
+@_unary("LeakyRelu")
+def _leaky_relu(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Dx = dy where x > 0, else alpha · dy."""
+    scaled = _times(g, dy, _number(node, "alpha", 0.01))
+    return g.emit("Where", g.emit("Greater", x, g.scalar(0)), dy, scaled)
+
+
+@_unary("ThresholdedRelu")
+def _thresholded_relu(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Dx = dy where x > alpha."""
+    return _where(g, g.emit("Greater", x, g.scalar(_number(node, "alpha", 1.0))), dy)
+
+
+@_unary("Shrink")
+def _shrink(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Dx = dy where |x| > lambd."""
+    return _where(g, g.emit("Greater", g.emit("Abs", x), g.scalar(_number(node, "lambd", 0.5))), dy)
+
+
+@_unary("Elu", "Selu", "Celu")
+def _exponential_units(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Gamma · x above 0 and gamma · alpha · (e^(x/c) − 1) below; dx = dy · gamma, or dy · gamma · alpha/c · e^(x/c)."""
+    alpha = _number(node, "alpha", 1.67326319217681884765625 if node.op == "Selu" else 1.0)
+    gamma = _number(node, "gamma", 1.05070102214813232421875) if node.op == "Selu" else 1.0
+    scale = alpha if node.op == "Celu" else 1.0
+    below = g.emit("Min", x, g.scalar(0))  # e^x of large x would be infinite
+    steepness = g.emit("Exp", g.emit("Div", below, g.scalar(scale)) if scale != 1 else below)
+    slope = _times(g, steepness, gamma * alpha / scale)
+    above = _times(g, dy, gamma) if gamma != 1 else dy
+    return g.emit("Where", g.emit("Greater", x, g.scalar(0)), above, g.emit("Mul", dy, slope))
+
+
+@_unary("HardSigmoid")
+def _hard_sigmoid(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Dx = alpha · dy where 0 < y < 1."""
+    inside = g.emit("And", g.emit("Greater", y, g.scalar(0)), g.emit("Less", y, g.scalar(1)))
+    return _where(g, inside, _times(g, dy, _number(node, "alpha", 0.2)))
+
+
+@_unary("HardSwish")
+def _hard_swish(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
+    """Y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 up to −3, 1 from 3 on, x/3 + 1/2 between)."""
+    slope = g.emit("Add", _times(g, x, 1 / 3), g.scalar(0.5))
+    slope = g.emit("Where", g.emit("LessOrEqual", x, g.scalar(-3)), g.scalar(0), slope)
+    slope = g.emit("Where", g.emit("GreaterOrEqual", x, g.scalar(3)), g.scalar(1), slope)
+    return g.emit("Mul", dy, slope)
 
 
 @rule("Identity", "Dropout")
@@ -127,8 +208,12 @@ def cast(tape: Tape, node: Node) -> Pull | None:
 @rule("Relu")
 def relu(tape: Tape, node: Node) -> Pull:
     """Dx = dy where y > 0."""
-    _, y = _unary(tape, node)
+    _, y = _emit_unary(tape, node)
     return lambda dy: tape.add(node.inputs[0], where_positive(tape, dy, y))
+
+
+STEEP = 2.0**126
+"""The slope of a line that is a step from 0 to 1 for all but the least numbers."""
 
 
 def where_positive(tape: Tape, dy: str, y: str) -> str:
@@ -140,63 +225,7 @@ def where_positive(tape: Tape, dy: str, y: str) -> str:
     g = tape.graph
     if tape.finite_slopes:
         return g.emit("Mul", dy, g.emit("HardSigmoid", y, attrs={"alpha": STEEP, "beta": 0.0}))
-    return g.emit("Where", g.emit("Greater", y, g.scalar(0)), dy, g.scalar(0))
-
-
-def between(g: Graph, dy: str, y: str, low: str, high: str) -> str:
-    """Dy where y is between two numbers, else 0, also where dy is infinite."""
-    inside = g.emit("And", g.emit("Greater", y, low), g.emit("Less", y, high))
-    return g.emit("Where", inside, dy, g.scalar(0))
-
-
-@rule("LeakyRelu")
-def leaky_relu(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where x > 0, else alpha · dy."""
-    x, _ = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        scaled = _times(g, dy, _number(node, "alpha", 0.01))
-        tape.add(node.inputs[0], g.emit("Where", g.emit("Greater", x, g.scalar(0)), dy, scaled))
-
-    return pull
-
-
-@rule("ThresholdedRelu")
-def thresholded_relu(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where x > alpha."""
-    x, _ = _unary(tape, node)
-    g = tape.graph
-    over = g.emit("Greater", x, g.scalar(_number(node, "alpha", 1.0)))
-    return lambda dy: tape.add(node.inputs[0], g.emit("Where", over, dy, g.scalar(0)))
-
-
-@rule("Shrink")
-def shrink(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where |x| > lambd."""
-    x, _ = _unary(tape, node)
-    g = tape.graph
-    outside = g.emit("Greater", g.emit("Abs", x), g.scalar(_number(node, "lambd", 0.5)))
-    return lambda dy: tape.add(node.inputs[0], g.emit("Where", outside, dy, g.scalar(0)))
-
-
-@rule("Elu", "Selu", "Celu")
-def exponential_units(tape: Tape, node: Node) -> Pull:
-    """Gamma · x above 0 and gamma · alpha · (e^(x/c) − 1) below; dx = dy · gamma, or dy · gamma · alpha/c · e^(x/c)."""
-    x, _ = _unary(tape, node)
-    g = tape.graph
-    alpha = _number(node, "alpha", 1.67326319217681884765625 if node.op == "Selu" else 1.0)
-    gamma = _number(node, "gamma", 1.05070102214813232421875) if node.op == "Selu" else 1.0
-    scale = alpha if node.op == "Celu" else 1.0
-
-    def pull(dy: str) -> None:
-        below = g.emit("Min", x, g.scalar(0))  # e^x of large x would be infinite
-        steepness = g.emit("Exp", g.emit("Div", below, g.scalar(scale)) if scale != 1 else below)
-        slope = _times(g, steepness, gamma * alpha / scale)
-        above = _times(g, dy, gamma) if gamma != 1 else dy
-        tape.add(node.inputs[0], g.emit("Where", g.emit("Greater", x, g.scalar(0)), above, g.emit("Mul", dy, slope)))
-
-    return pull
+    return _where(g, g.emit("Greater", y, g.scalar(0)), dy)
 
 
 @rule("PRelu")
@@ -289,68 +318,13 @@ def clip(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], y, tape.shape(name))
 
     def pull(dy: str) -> None:
-        if all(b is not None for b in bounds):
-            tape.add(name, between(g, dy, y, *names))
-            return
-        given = [(op, bound) for op, bound in zip(("Greater", "Less"), names, strict=False) if bound]
-        inside = [g.emit(f"{op}OrEqual", x, bound) for op, bound in given]
-        tape.add(name, g.emit("Where", inside[0], dy, g.scalar(0)) if inside else dy)
-
-    return pull
-
-
-@rule("Sqrt")
-def square_root(tape: Tape, node: Node) -> Pull:
-    """Dx = dy / (2 · y), and 0 where y is: so torch has it of the standard deviation of equal numbers."""
-    _, y = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        slope = g.emit("Where", g.emit("Equal", y, g.scalar(0)), g.scalar(0), g.emit("Div", g.scalar(0.5), y))
-        tape.add(node.inputs[0], g.emit("Mul", dy, slope))
-
-    return pull
-
-
-@rule("Log")
-def logarithm(tape: Tape, node: Node) -> Pull:
-    """Dx = dy / x."""
-    x, _ = _unary(tape, node)
-    return lambda dy: tape.add(node.inputs[0], tape.graph.emit("Div", dy, x))
-
-
-@rule("Neg")
-def negation(tape: Tape, node: Node) -> Pull:
-    """Dx = −dy."""
-    _unary(tape, node)
-    return lambda dy: tape.add(node.inputs[0], tape.graph.emit("Neg", dy))
-
-
-@rule("HardSigmoid")
-def hard_sigmoid(tape: Tape, node: Node) -> Pull:
-    """Dx = alpha · dy where 0 < y < 1."""
-    _, y = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        inside = g.emit("And", g.emit("Greater", y, g.scalar(0)), g.emit("Less", y, g.scalar(1)))
-        slope = _times(g, dy, _number(node, "alpha", 0.2))
-        tape.add(node.inputs[0], g.emit("Where", inside, slope, g.scalar(0)))
-
-    return pull
-
-
-@rule("HardSwish")
-def hard_swish(tape: Tape, node: Node) -> Pull:
-    """Y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 up to −3, 1 from 3 on, x/3 + 1/2 between)."""
-    x, _ = _unary(tape, node)
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        slope = g.emit("Add", _times(g, x, 1 / 3), g.scalar(0.5))
-        slope = g.emit("Where", g.emit("LessOrEqual", x, g.scalar(-3)), g.scalar(0), slope)
-        slope = g.emit("Where", g.emit("GreaterOrEqual", x, g.scalar(3)), g.scalar(1), slope)
-        tape.add(node.inputs[0], g.emit("Mul", dy, slope))
+        both = all(b is not None for b in bounds)
+        value, form = (y, "") if both else (x, "OrEqual")
+        given = zip(("Greater", "Less"), names, strict=False)
+        inside = [g.emit(f"{op}{form}", value, bound) for op, bound in given if bound]
+        if both:
+            inside = [g.emit("And", *inside)]
+        tape.add(name, _where(g, inside[0], dy) if inside else dy)
 
     return pull
 
@@ -360,4 +334,4 @@ def steps(tape: Tape, node: Node) -> None:
     """Constant between jumps: no gradient passes."""
     if any(i and i != node.inputs[0] for i in node.inputs[1:]):
         raise ModelError(f"{describe(node)}: inputs", expected=1, got=len(node.inputs))
-    _unary(tape, node)
+    _emit_unary(tape, node)

@@ -80,7 +80,6 @@ class Normal:
         scale: One number per channel, [C].
 
     Attributes:
-        y: The values, normalised.
         mean: The batch's mean, [C].
         variance: Its variance (over n, not n − 1), [C].
     """

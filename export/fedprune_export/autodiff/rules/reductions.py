@@ -13,13 +13,7 @@ _AXES_BY_INPUT = frozenset({"ReduceSum"})
 
 
 class Reduction:
-    """A node that reduces some axes of its first input.
-
-    Attributes:
-        axes: The reduced axes, ascending.
-        kept: Shape with the reduced axes as 1.
-        out: Shape of the output.
-    """
+    """A node that reduces some axes of its first input."""
 
     def __init__(self, tape: Tape, node: Node, axes: list[int] | None = None) -> None:
         self.tape, self.node, self.g = tape, node, tape.graph
