@@ -238,14 +238,11 @@ class DeviceRegistry:
             metrics=dict(state.history[-1]["metrics"]) if state.history else {},
             remaining_s=state.deadline - now if state.phase is Phase.TRAINING and state.deadline else None,
             connected=connected,
-            rows=tuple(self._row(n, pulled.get(n)) for n in names),
+            rows=tuple(self.row(n, pulled.get(n)) for n in names),
         )
 
     def row(self, name: str, pulled: tuple[int, int] | None) -> DeviceRow:
         """A device's row of the table; `pulled` as in `snapshot`."""
-        return self._row(name, pulled)
-
-    def _row(self, name: str, pulled: tuple[int, int] | None) -> DeviceRow:
         contact = self._contacts.get(name) or Contact()
         device, task = self._state.devices.get(name), self._state.tasks.get(name)
         if device is None:

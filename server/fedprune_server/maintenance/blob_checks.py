@@ -13,7 +13,7 @@ from fedprune.core.text import amount, quantity
 from fedprune.output.tables import Advance, silent
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.inventory import Inventory, Lying
-from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, digest_of
+from fedprune_server.storage.s3.bucket import BLOBS, MODEL, OWNER, digest_of
 from fedprune_server.storage.s3.store import BucketStore
 
 _FROM_BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."

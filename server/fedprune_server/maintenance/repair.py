@@ -12,7 +12,7 @@ from fedprune.core.errors import StorageError
 from fedprune.core.text import quantity
 from fedprune_server.maintenance.finding import Finding, Repair
 from fedprune_server.storage.blob_place import BLOBS, bucket_of
-from fedprune_server.storage.s3.layout import BLOBS as OBJECTS
+from fedprune_server.storage.s3.bucket import BLOBS as OBJECTS
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 

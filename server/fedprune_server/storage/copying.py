@@ -11,7 +11,7 @@ from fedprune_server.storage.database import MARK, Database, copy_sqlite, transl
 from fedprune_server.storage.lease import DATABASE_ID
 from fedprune_server.storage.lease import ROW as LEASE
 from fedprune_server.storage.storage import Storage
-from fedprune_server.storage.tables import EVENTS, IDENTITY, META, ROLLOUTS, TABLES
+from fedprune_server.storage.tables import EVENTS, IDENTITY, META, ROLLOUTS, TABLES, meta, put_meta
 
 RESTORED = "restored"
 """Row of `meta`: digest of the backup that a database was filled from."""
@@ -48,7 +48,7 @@ def fill(url: str, source: Path, digest: str) -> None:
     """
     with Storage(url) as storage, Storage(f"sqlite:///{source}") as copy:
         with storage.database.transaction() as connection:
-            filled = connection.execute(sql.select(META.c.value).where(META.c.key == RESTORED)).scalar()
+            filled = meta(connection, RESTORED)
         if filled == digest:
             return
         if storage.settings() is not None or storage.load() is not None:
@@ -71,9 +71,9 @@ def _carry(source: Database, target: Database, more: dict[str, str] | None = Non
                     if kept:
                         writer.execute(table.insert(), kept)
             for key, value in (more or {}).items():
-                writer.execute(META.insert().values(key=key, value=value))
+                put_meta(writer, key, value)
             if target.postgresql:
-                writer.execute(META.insert().values(key=MARK, value=""))
+                put_meta(writer, MARK, "")
                 for table in (EVENTS, ROLLOUTS):
                     last = writer.execute(sql.select(sql.func.max(table.c.number))).scalar()
                     if last is not None:

@@ -21,7 +21,7 @@ import sqlalchemy as sql
 
 from fedprune.core.atomic_file import appearing
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
-from fedprune_server.storage.tables import META
+from fedprune_server.storage.tables import META, put_meta
 
 log = logging.getLogger("fedprune.server")
 
@@ -111,7 +111,7 @@ class Database:
                 transaction.rollback()
             elif self.postgresql:
                 token = secrets.token_hex(16)
-                put_mark(connection, token)
+                put_meta(connection, MARK, token)
                 self._doubtful = token
                 transaction.commit()
         self._doubtful = None
@@ -216,11 +216,6 @@ def mark(connection: sql.Connection) -> str | None:
     query = sql.select(META.c.value).where(META.c.key == MARK).with_for_update()
     value = connection.execute(query).scalar()
     return None if value is None else str(value)
-
-
-def put_mark(connection: sql.Connection, value: str) -> None:
-    if not connection.execute(META.update().where(META.c.key == MARK).values(value=value)).rowcount:
-        connection.execute(META.insert().values(key=MARK, value=value))
 
 
 @contextmanager

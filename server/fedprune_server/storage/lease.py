@@ -25,7 +25,7 @@ import sqlalchemy as sql
 
 from fedprune.core.errors import BusyError, StorageError
 from fedprune_server.storage.database import Database, LostConnectionError
-from fedprune_server.storage.tables import META
+from fedprune_server.storage.tables import META, meta, put_meta
 
 log = logging.getLogger("fedprune.server")
 
@@ -151,11 +151,11 @@ class Lease:
     def _database_id(self) -> str:
         with self._database.transaction() as connection:
             self.check(connection)
-            known = connection.execute(sql.select(META.c.value).where(META.c.key == DATABASE_ID)).scalar()
+            known = meta(connection, DATABASE_ID)
             if known is None:
                 known = secrets.token_hex(16)
-                connection.execute(META.insert().values(key=DATABASE_ID, value=known))
-        return str(known)
+                put_meta(connection, DATABASE_ID, known)
+        return known
 
     def _exists(self) -> bool:
         with self._database.transaction() as connection:
@@ -223,9 +223,7 @@ def _read(connection: sql.Connection, *, share: bool = False, hold: bool = True)
 
 
 def _write(connection: sql.Connection, row: _Row) -> None:
-    text = json.dumps(vars(row))
-    if not connection.execute(META.update().where(META.c.key == ROW).values(value=text)).rowcount:
-        connection.execute(META.insert().values(key=ROW, value=text))
+    put_meta(connection, ROW, json.dumps(vars(row)))
 
 
 def _clock(connection: sql.Connection) -> float:

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -25,19 +24,20 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Task
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.storage.database import Database, mark, put_mark
+from fedprune_server.storage.database import MARK, Database, mark
 from fedprune_server.storage.schema_migration import latest, migrate, revision
 from fedprune_server.storage.state_folder import FILE, PLACE, has_database, url_of
 from fedprune_server.storage.tables import (
     DEVICES,
     EVENTS,
-    META,
     ROUNDS,
     TASKS,
     TrackedTable,
     decoded,
     device_row,
     encoded,
+    meta,
+    put_meta,
     round_row,
     task_row,
 )
@@ -149,9 +149,8 @@ class Storage:
         self.database = Database(url, read_only=not create)
         self.url = str(self.database.file or self.database.url)
         self.log = EventLog(self.database, logged)
-        self._engine = self.database.engine
         try:
-            with self._transaction() as connection:
+            with self.database.transaction() as connection:
                 self._check(connection)
                 found = revision(connection, self.url)
                 if create and found != latest():
@@ -159,9 +158,9 @@ class Storage:
                 elif not create:
                     _check_revision(found, self.url)
                 if create and self.database.postgresql and mark(connection) is None:
-                    put_mark(connection, "")
+                    put_meta(connection, MARK, "")
         except BaseException:
-            self._engine.dispose()
+            self.close()
             raise
 
     @classmethod
@@ -198,7 +197,7 @@ class Storage:
             with opened.transaction() as connection:
                 if revision(connection, opened.url) is None:
                     return None
-                text = connection.execute(sql.select(META.c.value).where(META.c.key == "settings")).scalar()
+                text = meta(connection, "settings")
         finally:
             opened.close()
         return None if text is None else dict(decoded(text, opened.url))
@@ -231,7 +230,7 @@ class Storage:
             )
 
     def close(self) -> None:
-        self._engine.dispose()
+        self.database.close()
 
     def __enter__(self) -> Storage:
         return self
@@ -241,20 +240,20 @@ class Storage:
 
     def settings(self) -> dict[str, Any] | None:
         """What `put_settings` stored, or None."""
-        with self._transaction() as connection:
-            text = self._meta(connection, "settings")
+        with self.database.transaction() as connection:
+            text = meta(connection, "settings")
         return None if text is None else dict(decoded(text, self.url))
 
     @_patient
     def put_settings(self, body: Mapping[str, Any]) -> None:
         """Store the job's settings, so that a server can continue from the folder alone."""
-        with self._writing() as connection:
-            self._put_meta(connection, "settings", encoded(body))
+        with self.database.writing() as connection:
+            put_meta(connection, "settings", encoded(body))
 
     def outsiders(self) -> dict[str, dict[str, Any]]:
         """What `put_outsiders` stored, by device."""
-        with self._transaction() as connection:
-            text = self._meta(connection, "outsiders")
+        with self.database.transaction() as connection:
+            text = meta(connection, "outsiders")
         found = decoded(text or "{}", self.url)
         self._saved_outsiders = found
         return {str(name): dict(body) for name, body in found.items()}
@@ -265,8 +264,8 @@ class Storage:
         if devices == self._saved_outsiders:
             return
         body = {name: dict(device) for name, device in devices.items()}
-        with self._writing() as connection:
-            self._put_meta(connection, "outsiders", encoded(body))
+        with self.database.writing() as connection:
+            put_meta(connection, "outsiders", encoded(body))
         self._saved_outsiders = body
 
     @_patient
@@ -290,8 +289,8 @@ class Storage:
         new_rounds = state.history[self._saved_rounds :]
         written = body != self._saved_state or bool(devices or tasks or new_rounds)
         if written:
-            with self._writing() as connection:
-                self._put_meta(connection, "state", body)
+            with self.database.writing() as connection:
+                put_meta(connection, "state", body)
                 self.log.write(connection, events, now)
                 self._devices.write(connection, devices)
                 self._tasks.write(connection, tasks)
@@ -317,8 +316,8 @@ class Storage:
         Of finished rounds it has the results; of their devices only the latest rounds', as many as hold `PARTS_KEPT`
         parts.
         """
-        with self._transaction() as connection:
-            text = self._meta(connection, "state")
+        with self.database.transaction() as connection:
+            text = meta(connection, "state")
             history = self._history(connection, PARTS_KEPT)
             devices, tasks = self._devices.load(connection, self.url), self._tasks.load(connection, self.url)
         if text is None:
@@ -330,12 +329,12 @@ class Storage:
 
     def rounds(self) -> list[dict[str, Any]]:
         """Summaries of the finished rounds, in order, as the coordinator wrote them."""
-        with self._transaction() as connection:
+        with self.database.transaction() as connection:
             return self._history(connection)
 
     def devices(self) -> list[dict[str, Any]]:
         """The devices' rows by name, with `widths` and `plan` decoded."""
-        with self._transaction() as connection:
+        with self.database.transaction() as connection:
             columns = [c for c in DEVICES.c if c.name != "body"]
             rows = [dict(r) for r in connection.execute(sql.select(*columns).order_by(DEVICES.c.name)).mappings()]
         for row in rows:
@@ -374,24 +373,6 @@ class Storage:
                     summary["devices"] = {}
             found.append(summary)
         return found[::-1]
-
-    def _meta(self, connection: sql.Connection, key: str) -> str | None:
-        value = connection.execute(sql.select(META.c.value).where(META.c.key == key)).scalar()
-        return None if value is None else str(value)
-
-    def _put_meta(self, connection: sql.Connection, key: str, value: str) -> None:
-        if not connection.execute(META.update().where(META.c.key == key).values(value=value)).rowcount:
-            connection.execute(META.insert().values(key=key, value=value))
-
-    @contextmanager
-    def _transaction(self) -> Iterator[sql.Connection]:
-        with self.database.transaction() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sql.Connection]:
-        with self.database.writing() as connection:
-            yield connection
 
 
 def _sqlite(folder: Path) -> str:
@@ -437,7 +418,7 @@ def database_of(folder: Path, database: str | None = None, *, read_only: bool = 
             if found is None and not read_only:
                 migrate(connection, None)
                 if opened.postgresql:
-                    put_mark(connection, "")
+                    put_meta(connection, MARK, "")
             else:
                 _check_revision(found, opened.url)
     except BaseException:

@@ -126,6 +126,16 @@ def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[
     connection.execute(query.on_conflict_do_update(index_elements=keys, set_=others), list(rows))
 
 
+def meta(connection: sql.Connection, key: str) -> str | None:
+    """A value of the table `meta`."""
+    value = connection.execute(sql.select(META.c.value).where(META.c.key == key)).scalar()
+    return None if value is None else str(value)
+
+
+def put_meta(connection: sql.Connection, key: str, value: str) -> None:
+    upsert(connection, META, [{"key": key, "value": value}])
+
+
 def encoded(value: object) -> str:
     """Canonical JSON."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"))

@@ -22,8 +22,7 @@ from fedprune_server.maintenance.restoring import opened
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.storage.blob_place import BLOBS
 from fedprune_server.storage.s3 import bucket as bucket_patience
-from fedprune_server.storage.s3.bucket import BucketError, parse
-from fedprune_server.storage.s3.layout import digest_of
+from fedprune_server.storage.s3.bucket import BucketError, digest_of, parse
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.storage import Storage
 from fedprune_server.transfer.s3_sync import BucketSync

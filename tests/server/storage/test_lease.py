@@ -37,7 +37,7 @@ def rounds(storage: Storage) -> list[int]:
 
 
 def row(storage: Storage) -> dict[str, object]:
-    with storage._transaction() as connection:
+    with storage.database.transaction() as connection:
         text = connection.exec_driver_sql("SELECT value FROM meta WHERE key = 'lease'").scalar()
     return dict(json.loads(str(text)))
 
@@ -80,7 +80,7 @@ def test_who_asks_whether_a_server_can_write_locks_nothing_and_asks_the_database
 def test_who_asks_a_postgresql_server_locks_nothing(tmp_path: Path, url: str) -> None:
     with StateFolder(tmp_path, url) as folder:
         save(folder, 1)
-        with folder.storage._transaction() as connection:
+        with folder.storage.database.transaction() as connection:
             connection.exec_driver_sql("SELECT value FROM meta WHERE key = 'lease' FOR UPDATE")
             found: list[str] = []
             asks = threading.Thread(target=lambda: found.append(folder.lease.trouble()), daemon=True)
@@ -155,7 +155,7 @@ def test_a_server_that_hung_hears_that_it_was_replaced(tmp_path: Path, url: str,
     with StateFolder(tmp_path / "one", url) as first:
         heard = threading.Event()
         first.lease.lost = heard.set
-        with first.storage._transaction() as connection:
+        with first.storage.database.transaction() as connection:
             body = json.dumps({"holder": "elsewhere:/two:1", "token": 7, "expires": 2.0**40})
             connection.exec_driver_sql("UPDATE meta SET value = %s WHERE key = 'lease'", (body,))
         assert heard.wait(60)
@@ -181,7 +181,9 @@ def test_a_lease_that_ran_out_unseen_is_taken_only_if_nobody_renews_it(
     tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with StateFolder(tmp_path / "one", url) as first:
-        with first.storage._transaction() as connection:  # as after a database that was away, or a clock that was set
+        with (
+            first.storage.database.transaction() as connection
+        ):  # as after a database that was away, or a clock that was set
             body = json.dumps(row(first.storage) | {"expires": 1.0})
             connection.exec_driver_sql("UPDATE meta SET value = %s WHERE key = 'lease'", (body,))
         with pytest.raises(BusyError):
@@ -230,7 +232,7 @@ def test_sqlites_standby_waits_for_the_folder(tmp_path: Path) -> None:
 def test_an_older_token_writes_nothing_in_sqlite_either(tmp_path: Path) -> None:
     with StateFolder(tmp_path / "one") as first:
         save(first, 1)
-        with first.storage._transaction() as connection:
+        with first.storage.database.transaction() as connection:
             body = json.dumps(row_of(connection) | {"token": 2})
             connection.exec_driver_sql("UPDATE meta SET value = ? WHERE key = 'lease'", (body,))
         with pytest.raises(LeaseLostError):

@@ -42,7 +42,7 @@ def test_every_commit_waits_for_the_disk_whatever_the_database_says(postgres: Po
     name = url.rpartition("/")[2]
     for setting, expected in (("off", "on"), ("local", "on"), ("remote_apply", "remote_apply")):
         postgres.sql(f"ALTER DATABASE {name} SET synchronous_commit = {setting}")
-        with Storage(url) as storage, storage._transaction() as connection:
+        with Storage(url) as storage, storage.database.transaction() as connection:
             assert connection.exec_driver_sql("SHOW synchronous_commit").scalar() == expected
 
 

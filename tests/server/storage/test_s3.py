@@ -23,8 +23,7 @@ from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, S
 from fedprune_server.storage.s3 import bucket
 from fedprune_server.storage.s3 import bucket as bucket_patience
 from fedprune_server.storage.s3 import store as bucket_store
-from fedprune_server.storage.s3.bucket import Bucket, BucketError, StoppedError, parse
-from fedprune_server.storage.s3.layout import BLOBS, digest_of
+from fedprune_server.storage.s3.bucket import BLOBS, Bucket, BucketError, StoppedError, digest_of, parse
 from fedprune_server.storage.s3.store import BucketStore, LocalCopy
 from support.processes.s3 import S3, SECRETS
 

@@ -154,7 +154,7 @@ def test_a_killed_transaction_leaves_what_was_before(tmp_path: Path) -> None:
 
 
 def test_every_commit_waits_for_the_disk(file: Storage) -> None:
-    with file._engine.connect() as connection:
+    with file.database.engine.connect() as connection:
         assert connection.exec_driver_sql("PRAGMA synchronous").scalar() == 2
         assert connection.exec_driver_sql("PRAGMA journal_mode").scalar() == "wal"
 
@@ -162,7 +162,7 @@ def test_every_commit_waits_for_the_disk(file: Storage) -> None:
 def test_a_full_disk_says_so_and_loses_nothing(file: Storage, tmp_path: Path) -> None:
     before = State(model="a" * 64)
     file.save(before, (), 1.0)
-    with file._engine.connect() as connection:
+    with file.database.engine.connect() as connection:
         pages = connection.exec_driver_sql("PRAGMA page_count").scalar()
         connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StorageFullError, match="no room left"):
@@ -193,7 +193,7 @@ def test_a_damaged_page_is_found_when_opening(tmp_path: Path) -> None:
 
 def test_a_state_that_is_no_state_is_an_error(storage: Storage) -> None:
     storage.save(State(model="a" * 64), (), 1.0)
-    with storage._engine.begin() as connection:
+    with storage.database.engine.begin() as connection:
         connection.exec_driver_sql("UPDATE meta SET value = '{\"format\": 7}' WHERE key = 'state'")
     with pytest.raises(StorageError):
         storage.load()

@@ -262,8 +262,8 @@ def quick(folder: Path) -> Storage:
     def relax(connection: Any, record: object) -> None:
         connection.execute("PRAGMA synchronous=OFF")
 
-    storage._engine.dispose()
-    sqlalchemy.event.listen(storage._engine, "connect", relax)
+    storage.database.engine.dispose()
+    sqlalchemy.event.listen(storage.database.engine, "connect", relax)
     return storage
 
 

@@ -44,7 +44,7 @@ from fedprune_server.simulation.network_model import read_availability, read_dro
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep
 from fedprune_server.storage.s3 import bucket
-from fedprune_server.storage.s3.layout import Owner, digest_of
+from fedprune_server.storage.s3.bucket import Owner, digest_of
 from support.fakes.runtime_releases import make_wheel
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 from support.fakes.tiny_wheels import wheel

@@ -24,8 +24,18 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, StorageFullError
 from fedprune.core.validation import is_digest
-from fedprune_server.storage.s3.bucket import WRITE, Bucket, RetryPolicy, StoppedError
-from fedprune_server.storage.s3.layout import BLOBS, MODEL, OWNER, OWNER_LIMIT, Owner, digest_of
+from fedprune_server.storage.s3.bucket import (
+    BLOBS,
+    MODEL,
+    OWNER,
+    OWNER_LIMIT,
+    WRITE,
+    Bucket,
+    Owner,
+    RetryPolicy,
+    StoppedError,
+    digest_of,
+)
 
 
 class Deletions:
