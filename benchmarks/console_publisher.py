@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -59,8 +60,21 @@ class Bench:
             registry.admit(name, software, 500)
         registry.moved.clear()
         self.state, self.registry = state, registry
-        view = JobView(JOB, ARCHITECTURE, state, registry, Quarantine(self.clock), lambda device: None, lambda: True,
-                       lambda: 1.0, lambda paused: None, BlobStore(folder), dict, time.time)  # fmt: skip
+        nothing = SimpleNamespace(connected=True, waiting=0, queued=0, progress=lambda name: None, devices=list)
+        view = JobView(
+            JOB,
+            ARCHITECTURE,
+            state,
+            registry,
+            Quarantine(self.clock),
+            link=nothing,
+            executor=nothing,
+            uploads=nothing,
+            outbox=nothing,
+            weight=1.0,
+            store=BlobStore(folder),
+            clock=time.time,
+        )
         self.file = folder / FILE
         self.publisher = StatusPublisher(ServedJobs([view]), SITE, StatusWriter(self.file), monotonic=self.clock)
 

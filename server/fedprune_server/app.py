@@ -128,13 +128,18 @@ class App:
 
 @contextmanager
 def build_app(
-    config: ServerConfig, options: StartOptions, folder: StateFolder | None = None, pulse: Pulse | None = None
+    config: ServerConfig,
+    options: StartOptions,
+    stopping: threading.Event,
+    folder: StateFolder | None = None,
+    pulse: Pulse | None = None,
 ) -> Iterator[App]:
     """A server with its connections, open and ready to run; closed in reverse order at the end.
 
     Args:
         config: The configuration of the server and its first job.
         options: How it is started.
+        stopping: Ends the server's loop when set: by a signal, or since another server has taken over.
         folder: The state folder, if it is held already.
         pulse: Reports that the loop turns.
 
@@ -145,7 +150,7 @@ def build_app(
         check_console(config)  # before another server is asked to end, as by a take-over
         channels(config.alerts)
         identity = stack.enter_context(identity_of(config, insecure=options.insecure))
-        folder = folder or stack.enter_context(StateFolder(config.state, config.database))
+        folder = folder or stack.enter_context(StateFolder(config.state, config.database, stopping=stopping))
         if copy := restored_from(config.state):
             log.info("%s was %s", config.state, copy)
         profiles = () if config.profiles is None else (config.profiles,)
@@ -154,7 +159,10 @@ def build_app(
         logs = stack.enter_context(BoardLogs(config.state, config.board_logs))
         alerts = AlertBook(restored(config.state))
         watch = _watchers(stack, config, folder, alerts)
-        jobs = [_open(stack, config, folder), *(_open(stack, c) for c in further(config, options.jobs))]
+        jobs = [_open(stack, config, folder)]
+        for further_config in further(config, options.jobs):
+            held = stack.enter_context(StateFolder(further_config.state, further_config.database, stopping=stopping))
+            jobs.append(_open(stack, further_config, held))
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
@@ -162,7 +170,7 @@ def build_app(
         if identity is not None and folder.lease.shared is not None:
             shared = stack.enter_context(SharedIdentity(folder.database_url, folder.lease, identity, config.state))
             shared.take_over()
-        leader = _leader(stack, config, identity, folder, reached)
+        leader = _leader(stack, config, identity, folder, reached, stopping)
         rollouts = None
         if identity is not None:
             rollouts = stack.enter_context(RolloutStore(config.state, config.database, folder.lease.check))
@@ -185,15 +193,12 @@ def build_app(
             )
             for i, job in enumerate(jobs)
         ]
-        stopping = threading.Event()
         server = Server(runners, site, reached.broker, stopping)
         services.blobs.serve(server.first.may_fetch)
         for job in jobs:
             job.log_start()
-            job.folder.lease.lost = stopping.set
         if leader is not None and identity is not None:
             # Until here a copy that was started by mistake has changed nothing outside its own folder.
-            leader.lost = stopping.set
             leader.enter(identity.epochs, take_over=options.take_over, alone=reached.broker is not None)
             stack.enter_context(delivering(config.on_revocation, config.state, identity.authority.crl_path))
         for line in chain.from_iterable(job.opened.changed for job in jobs):
@@ -276,8 +281,7 @@ class _NextSteps(Observer):
             )
 
 
-def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder | None = None) -> _Job:
-    folder = folder or stack.enter_context(StateFolder(config.state, config.database))
+def _open(stack: ExitStack, config: ServerConfig, folder: StateFolder) -> _Job:
     opened = folder.read_job(config)
     worker = stack.enter_context(helped(opened.worker, config.workers, config.workers_url))
     return _Job(config, folder, opened, worker)
@@ -395,7 +399,7 @@ def _console(
         "insecure": identity is None,
     }
     publisher = StatusPublisher(served_jobs(server), site, writer, poller=poller, boards=boards, alerts=alerts)
-    handler = OrderHandler(OrderQueue(database), publisher, executor, config.console_orders)
+    handler = OrderHandler(OrderQueue(database), publisher, server.runners, executor, config.console_orders)
     settings = ConsoleSettings(
         address=address,
         port=port,
@@ -429,12 +433,21 @@ def _leader(
     identity: IdentityFolder | None,
     folder: StateFolder,
     reached: Connection,
+    stopping: threading.Event,
 ) -> Leadership | None:
     if identity is None:
         return None
     embedded = reached.broker is not None
     return stack.enter_context(
-        leadership(reached.url, identity, config.state, config.ca, folder.lease.shared, embedded=embedded)
+        leadership(
+            reached.url,
+            identity,
+            config.state,
+            config.ca,
+            folder.lease.shared,
+            stopping=stopping,
+            embedded=embedded,
+        )
     )
 
 

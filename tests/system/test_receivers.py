@@ -36,7 +36,7 @@ receivers = {}
 def receivers(server: int) -> list[int]:
     """Process ids of a server's receivers."""
     children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
-    return [int(pid) for pid in children if b"receivers.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    return [int(pid) for pid in children if b"upload_workers.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.soak

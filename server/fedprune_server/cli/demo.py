@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -189,7 +190,10 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
         port=0,
         profiles=folder.profiles,
     )
-    with build_app(config, StartOptions(insecure=True, until_finished=True)) as app, Children() as children:
+    with (
+        build_app(config, StartOptions(insecure=True, until_finished=True), threading.Event()) as app,
+        Children() as children,
+    ):
         broker, runner = app.connection.broker, app.server.first
         if broker is None:
             raise ConfigError("the demo's broker", expected="an embedded one")

@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import Field, dataclass, fields, replace
@@ -181,14 +182,16 @@ def _run(arguments: argparse.Namespace) -> int:
     options = StartOptions(arguments.job, arguments.insecure, arguments.take_over, arguments.until_finished)
     with ExitStack() as stack:
         stack.enter_context(logged_to_stdout(verbose=arguments.verbose, form=config.log_format))
-        pulse, waited = Pulse(), None
+        pulse, waited, stopping = Pulse(), None, threading.Event()
         if arguments.standby:
             with pulse.standing_by():
-                waited = stack.enter_context(StateFolder(config.state, config.database, standby=True))
+                waited = stack.enter_context(
+                    StateFolder(config.state, config.database, standby=True, stopping=stopping)
+                )
             # The other server may have been started with other settings meanwhile.
             config = configured(arguments).config
-        app = stack.enter_context(build_app(config, options, waited, pulse))
-        with _stopped_by_signals(app.server) as signals:
+        app = stack.enter_context(build_app(config, options, stopping, waited, pulse))
+        with _stopped_by_signals(stopping) as signals:
             app.run()
         interrupted = bool(signals) and not app.server.finished
         if interrupted:
@@ -198,13 +201,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _stopped_by_signals(server: Any) -> Iterator[list[int]]:
-    """Stop the server at SIGTERM or Ctrl-C; the signals that came are in the list."""
+def _stopped_by_signals(stopping: threading.Event) -> Iterator[list[int]]:
+    """Set `stopping` at SIGTERM or Ctrl-C; the signals that came are in the list."""
     came: list[int] = []
 
     def stop(number: int, _frame: object) -> None:
         came.append(number)  # and nothing slow: the loop may be in the middle of anything
-        server.stop()
+        stopping.set()
 
     before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -140,9 +140,9 @@ class JobRunner:
         max_devices: int = 1000,
         observers: Sequence[Observer] | None = None,
     ) -> None:
-        self.job, self.state, self.weight = job.job, job.state, job.weight
+        self.job, self.state, self._weight = job.job, job.state, job.weight
         self._monotonic, self._steady = site.monotonic, SteadyClock(site.clock, site.monotonic)
-        self._link, self._services = site.link, services
+        self._services = services
         self._coordinator = coordinate(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS
         self.observers = Observers([DisplayObserver(Lines())] if observers is None else observers)
@@ -211,29 +211,16 @@ class JobRunner:
             job.state,
             self.registry,
             site.quarantine,
-            self._uploads.progress,
-            self._connected,
-            self._weight,
-            self.pause,
+            site.link,
+            self._executor,
+            self._uploads,
+            self.outbox,
+            job.weight,
             near,
-            self._queues,
             self._steady,
             ELSEWHERE if job.beside_others else OFFLINE,
         )
         """What observers may read of the job."""
-
-    def _connected(self) -> bool:
-        return self._link.connected
-
-    def _weight(self) -> float:
-        return self.weight
-
-    def _queues(self) -> Mapping[str, int]:
-        return {
-            "workshop": self._executor.waiting,
-            "uploads": len(self._uploads.devices()),
-            "messages": self.outbox.queued,
-        }
 
     # The loop's turn.
 
@@ -469,7 +456,7 @@ class JobRunner:
         state = self.state
         if state.phase is Phase.FINISHED:
             return None
-        weight = 0.0 if state.paused else self.weight
+        weight = 0.0 if state.paused else self._weight
         if state.phase is Phase.WAITING:
             return JobDemand(self.job.name, weight, self.job.devices, 2**31)
         if not self._schedule.asynchronous:

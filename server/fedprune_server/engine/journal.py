@@ -71,7 +71,7 @@ class Journal:
         self._storage.put_outsiders(self._registry.outsiders)
         before, self._at = self._at, (state.round, state.phase)
         if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
-            # No offer is being made: coordinators order them while a round collects, the workshop answers in order, so
+            # No offer is being made: coordinators order them while a round collects, the executor answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
             self._garbage.collect(state, self._dispatcher.arriving())
         return took

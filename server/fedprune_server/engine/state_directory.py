@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -65,6 +66,7 @@ class StateFolder:
         path: The folder; made if missing.
         database: The database's URL; by default the folder says it, or has the database itself.
         standby: Wait until no other server has the folder, or the database.
+        stopping: Set if another server takes the database over.
 
     Attributes:
         lease: What keeps other servers from the database.
@@ -75,7 +77,14 @@ class StateFolder:
         StorageError: Another server runs on it, it is a device's, or it can't be used.
     """
 
-    def __init__(self, path: Path, database: str | None = None, *, standby: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        database: str | None = None,
+        *,
+        standby: bool = False,
+        stopping: threading.Event | None = None,
+    ) -> None:
         self.path = path
         check_unowned(path)
         with storage_errors(f"can't use state folder {path}"):
@@ -85,7 +94,7 @@ class StateFolder:
             self.database_url = url_of(path, database)
             if database is not None:
                 self._check_moved()
-            self.lease = Lease(self.database_url, path)
+            self.lease = Lease(self.database_url, path, stopping)
             stack.callback(self.lease.close)
             self.lease.wait(standby=standby)
             # Only now, because opening them changes them: another server may have been at work.

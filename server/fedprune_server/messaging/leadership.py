@@ -97,12 +97,10 @@ class Leadership:
         key: The server's signing key.
         folder: The state folder.
         lease: Id of the shared database whose lease the server holds; None for a database of its own.
+        stopping: Set once another server has taken the site over.
         embedded: Whether the broker ends with this process.
         looks_only: Whether it will never serve, as `doctor`.
         clock: Monotonic clock.
-
-    Attributes:
-        lost: Called in the thread once another server has taken the site over.
     """
 
     def __init__(
@@ -113,11 +111,12 @@ class Leadership:
         folder: Path,
         lease: str | None = None,
         *,
+        stopping: threading.Event | None = None,
         embedded: bool = False,
         looks_only: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.lost: Callable[[], None] = lambda: None
+        self._stopping = stopping or threading.Event()
         self._link, self._topic, self._key, self._clock = link, Topics(site).servers(), key, clock
         self._instance = secrets.token_hex(16)
         self._host, self._folder, self._lease = socket.gethostname()[:256], str(folder.resolve())[:4096], lease
@@ -202,11 +201,7 @@ class Leadership:
         self._ask()  # another server that hears it asks in turn, and learns of this one at once
 
     def confirm(self) -> None:
-        """Raise what `lost` was called for.
-
-        Raises:
-            OtherServerError: Another server has taken over.
-        """
+        """Raise `OtherServerError` if another server has taken over."""
         if self._successor is not None:
             raise OtherServerError(
                 f"another server has taken this fleet over: {described(self._successor)}",
@@ -304,7 +299,7 @@ class Leadership:
             self._note(other.host, other.folder)
             place = other.host, other.folder
             self._candidates[place] = replace(self._candidates[place], since=other.since, leads=True)
-        self.lost()
+        self._stopping.set()
 
 
 def _rank(settled: bool, claim: int, instance: str) -> tuple[bool, int, str]:
@@ -326,6 +321,7 @@ def leadership(
     ca: Path | None,
     lease: str | None = None,
     *,
+    stopping: threading.Event | None = None,
     embedded: bool = False,
     looks_only: bool = False,
 ) -> Iterator[Leadership]:
@@ -336,16 +332,23 @@ def leadership(
         identity: The server's.
         folder: Its state folder.
         ca: Who vouches for the broker; the server's own authority by default.
-        lease: As in `Leadership`.
-        embedded: As in `Leadership`.
-        looks_only: As in `Leadership`.
+        lease, stopping, embedded, looks_only: As in `Leadership`.
 
     Raises:
         IdentityError: The identity's or the authorities' files can't be used.
     """
     inbox = Inbox[Event](_INBOX_BYTES)
     link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(ca), inbox=inbox)
-    made = Leadership(link, identity.site, identity.key, folder, lease, embedded=embedded, looks_only=looks_only)
+    made = Leadership(
+        link,
+        identity.site,
+        identity.key,
+        folder,
+        lease,
+        stopping=stopping,
+        embedded=embedded,
+        looks_only=looks_only,
+    )
     try:
         yield made
     finally:

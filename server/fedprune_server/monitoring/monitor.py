@@ -235,7 +235,7 @@ class Monitor(Observer):
             self._folder,
             [watch.status() for watch in self.watches.values()],
             self._here(),
-            broker="" if self._view.connected() else "there is no connection to the broker",
+            broker="" if self._view.link.connected else "there is no connection to the broker",
             others=self._others(),
             quarantined={name: found[1] for name, found in held if found is not None},
             floods_joins=quarantine.floods_joins(),

@@ -14,6 +14,10 @@ from fedprune.model.architecture import Architecture
 from fedprune_server.devices.job_snapshot import JobSnapshot
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.devices.registry import DeviceRegistry
+from fedprune_server.executor.background import BackgroundExecutor
+from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.messaging.transport import Wire
+from fedprune_server.transfer.uploads import Uploads
 
 _UNDER_WAY = (Progress.QUEUED, Progress.EXTRACTING, Progress.OFFERED, Progress.PULLING)
 """Progress of parts that something is still awaited of."""
@@ -52,11 +56,8 @@ class JobView:
     """Read-only view of a job.
 
     Attributes:
-        pulled: Leaves of a device's update that are here, and of all.
         weight: Its weight in sharing devices with other jobs.
-        pause: Pauses the job, or lets it go on.
         store: Blobs that are available without waiting.
-        queues: How much waits, by queue.
         clock: Seconds since 1970.
         away: The state of a device that isn't connected.
     """
@@ -66,18 +67,18 @@ class JobView:
     state: State
     registry: DeviceRegistry
     quarantine: Quarantine
-    pulled: Callable[[str], tuple[int, int] | None]
-    connected: Callable[[], bool]
-    weight: Callable[[], float]
-    pause: Callable[[bool], None]
+    link: Wire
+    executor: BackgroundExecutor
+    uploads: Uploads
+    outbox: Outbox
+    weight: float
     store: BlobStore
-    queues: Callable[[], Mapping[str, int]]
     clock: Callable[[], float]
     away: str = OFFLINE
 
     def snapshot(self) -> JobSnapshot:
-        pulled = {n: p for n in self.state.tasks if (p := self.pulled(n)) is not None}
-        found = self.registry.snapshot(self.clock(), self.connected(), pulled)
+        pulled = {n: p for n in self.state.tasks if (p := self.uploads.progress(n)) is not None}
+        found = self.registry.snapshot(self.clock(), self.link.connected, pulled)
         if self.away == OFFLINE:
             return found
         return replace(found, rows=tuple(replace(r, state=self.away) if r.state == OFFLINE else r for r in found.rows))
@@ -101,6 +102,10 @@ class JobView:
             sum(row["until"] is not None for row in self.quarantine.rows().values()),
             sum(down for down, _ in traffic),
             sum(up for _, up in traffic),
-            self.connected(),
-            self.queues(),
+            self.link.connected,
+            {
+                "commands": self.executor.waiting,
+                "uploads": len(self.uploads.devices()),
+                "messages": self.outbox.queued,
+            },
         )

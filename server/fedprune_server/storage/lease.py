@@ -16,7 +16,6 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,13 +51,17 @@ class _Row:
 class Lease:
     """A server's lease on a database, for the server that holds the lock of the state folder `folder`.
 
+    Args:
+        url: The database.
+        folder: The state folder.
+        stopping: Set if another server has taken over.
+
     Attributes:
-        lost: Called, in a thread of the lease's, if another server has taken over.
         shared: Id of the database if several servers can share it, once the lease is taken; None for SQLite.
     """
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self.lost: Callable[[], None] = lambda: None
+    def __init__(self, url: str, folder: Path, stopping: threading.Event | None = None) -> None:
+        self._stopping = stopping or threading.Event()
         self.shared: str | None = None
         self._url, self._database = url, Database(url)
         self._reader: Database | None = None
@@ -188,7 +191,7 @@ class Lease:
             except StorageError as error:
                 log.error("%s", error)
                 if self._gone:
-                    self.lost()
+                    self._stopping.set()
                     return
 
     def _renew_once(self) -> None:

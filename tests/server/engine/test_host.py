@@ -58,7 +58,7 @@ def test_a_host_killed_anywhere_goes_on_to_the_same_models(tmp_path: Path, point
 
 @pytest.mark.slow
 def test_small_jobs_run_side_by_side_and_all_devices_work_for_both(tmp_path: Path) -> None:
-    jobs = [named(JOB, "one", devices=1, rounds=6), named(JOB, "two", devices=1, rounds=6)]
+    jobs = [named(JOB, "one", devices=1, rounds=10), named(JOB, "two", devices=1, rounds=10)]
     several = SeveralJobs(tmp_path, jobs, "abcdef")
     states = several.run()
     for state in states.values():

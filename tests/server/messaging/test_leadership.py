@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,7 +84,7 @@ class Lab:
         self.made: list[Leadership] = []
 
     def server(
-        self, name: str, *, key: SigningKey = KEY, lease: str | None = None, **more: bool
+        self, name: str, *, key: SigningKey = KEY, lease: str | None = None, **more: Any
     ) -> tuple[Leadership, End, EpochFile]:
         end = End(self.hub)
         made = Leadership(end, "lab", key, self.folder / name, lease, clock=lambda: self.now, **more)
@@ -115,21 +116,20 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def serving(lab: Lab, name: str, **more: str | bool) -> tuple[Leadership, End, EpochFile]:
-    server, end, epochs = lab.server(name, **more)  # type: ignore[arg-type]
+def serving(lab: Lab, name: str, **more: Any) -> tuple[Leadership, End, EpochFile]:
+    server, end, epochs = lab.server(name, **more)
     server.enter(epochs, take_over=False)
     return server, end, epochs
 
 
 @pytest.mark.slow
 def test_a_second_server_is_refused_and_one_that_takes_over_ends_the_first(lab: Lab) -> None:
-    first, _, epochs = serving(lab, "first")
+    lost = threading.Event()
+    first, _, epochs = serving(lab, "first", stopping=lost)
     second, _, later = lab.server("second")
     with pytest.raises(OtherServerError, match=r"another server runs this fleet: on .*first, since"):
         second.enter(later, take_over=False)
     assert not superseded(first)
-    lost = threading.Event()
-    first.lost = lost.set
     second.enter(later, take_over=True)
     assert lost.wait(20)
     with pytest.raises(OtherServerError, match=r"has taken this fleet over: on .*second, since"):

@@ -152,9 +152,8 @@ def test_a_standby_takes_over_from_a_server_that_hangs_which_then_can_write_noth
 
 @pytest.mark.postgresql
 def test_a_server_that_hung_hears_that_it_was_replaced(tmp_path: Path, url: str, quick: None) -> None:
-    with StateFolder(tmp_path / "one", url) as first:
-        heard = threading.Event()
-        first.lease.lost = heard.set
+    heard = threading.Event()
+    with StateFolder(tmp_path / "one", url, stopping=heard) as first:
         with first.storage.database.transaction() as connection:
             body = json.dumps({"holder": "elsewhere:/two:1", "token": 7, "expires": 2.0**40})
             connection.exec_driver_sql("UPDATE meta SET value = %s WHERE key = 'lease'", (body,))

@@ -22,7 +22,7 @@ MADE = (on.Scored, on.Extracted, on.Folded, on.Closed, on.Evaluated)
 
 
 def draw(shell: Shell, data: st.DataObject) -> on.Event:
-    """Anything that waits, but of what the workshop answers the first: it answers in the order of its commands."""
+    """Anything that waits, but of what the executor answers the first: it answers in the order of its commands."""
     made = [e for e in shell.inbox if isinstance(e, MADE)][:1]
     event = data.draw(st.sampled_from([*made, *(e for e in shell.inbox if not isinstance(e, MADE))]))
     shell.inbox.remove(event)
@@ -58,7 +58,7 @@ def test_no_offer_is_being_made_when_a_round_begins(job: Job, data: st.DataObjec
     pytest.fail("the job doesn't come to an end")
 
 
-def test_the_workshop_begins_with_nothing_before_what_was_ordered_earlier_is_answered() -> None:
+def test_the_executor_begins_with_nothing_before_what_was_ordered_earlier_is_answered() -> None:
     first, let = threading.Event(), threading.Event()
 
     class Slow:
@@ -76,19 +76,19 @@ def test_the_workshop_begins_with_nothing_before_what_was_ordered_earlier_is_ans
             pass
 
     begun: list[int] = []
-    workshop = BackgroundExecutor(Slow())
+    executor = BackgroundExecutor(Slow())
     try:
         for number in (1, 2, 3):
-            workshop.order(do.Evaluate(number, ""))
+            executor.order(do.Evaluate(number, ""))
         assert first.wait(10)
-        assert workshop.collect() is None
+        assert executor.collect() is None
         assert begun == [1]
         let.set()
         found: list[on.Event] = []
-        while workshop.busy:
-            if (event := workshop.collect()) is not None:
+        while executor.busy:
+            if (event := executor.collect()) is not None:
                 found.append(event)
         assert found == [on.Evaluated(n, {}) for n in (1, 2, 3)]
     finally:
         let.set()
-        workshop.close()
+        executor.close()

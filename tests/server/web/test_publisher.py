@@ -9,6 +9,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -45,7 +46,7 @@ class Console:
         self.publisher = StatusPublisher(served_jobs(server), SITE, self.writer, clock=clock, monotonic=clock, **more)
         self.database = ConsoleDatabase(folder / "console.db")
         self.queue = OrderQueue(self.database, clock)
-        handler = OrderHandler(self.queue, self.publisher, None, allowed)
+        handler = OrderHandler(self.queue, self.publisher, server.runners, None, allowed)
         self.observer = ConsoleObserver(self.publisher, handler, None, clock)
         for desk in server.runners.values():
             desk.observers.join(self.observer)
@@ -306,7 +307,7 @@ def test_an_order_that_fails_unexpectedly_is_answered_and_costs_no_other(
 def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, _, console = finished(tmp_path)
+    server, _, console = finished(tmp_path)
     begun, go_on = threading.Event(), threading.Event()
 
     def carry_out(order: Order) -> str:
@@ -317,7 +318,7 @@ def test_an_order_that_is_carried_out_as_the_server_ends_is_answered(
     executor = AdminExecutor(tmp_path, None, lambda: 0.0)
     monkeypatch.setattr(executor, "carry_out", carry_out)
     observer = ConsoleObserver(
-        console.publisher, OrderHandler(console.queue, console.publisher, executor), None, lambda: 1e12
+        console.publisher, OrderHandler(console.queue, console.publisher, server.runners, executor), None, lambda: 1e12
     )
     number = console.order("approve", device="a", key="ab12")
     observer.turned(None, None)
@@ -403,11 +404,12 @@ def test_details_coverage_and_quarantine(tmp_path: Path) -> None:
 def test_a_console_shows_what_the_monitor_finds(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     daemon = fleet.daemon()
-    up, clock = [False], lambda: fleet.air.now
-    view = replace(daemon.first.view, connected=lambda: up[0])
+    clock = lambda: fleet.air.now  # noqa: E731
+    link = Mock(connected=False)
+    view = replace(daemon.first.view, link=link)
     monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
     console = Console(tmp_path, daemon, fleet.air, alerts=monitor.book)
-    for up[0], open_alerts in ((False, ["broker"]), (True, [])):
+    for link.connected, open_alerts in ((False, ["broker"]), (True, [])):
         for _ in range(20):
             monitor.turned(lambda: 0.0, daemon.first.view)
             console.flush()
@@ -416,7 +418,7 @@ def test_a_console_shows_what_the_monitor_finds(tmp_path: Path) -> None:
     (row,) = console.view.alerts().items
     assert row["gone_at"] is not None
     assert "To do: see that the broker runs" in row["text"]
-    up[0] = False
+    link.connected = False
     for _ in range(20):
         monitor.turned(lambda: 0.0, daemon.first.view)
         console.flush()

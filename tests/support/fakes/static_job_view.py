@@ -7,7 +7,7 @@ from fedprune_server.monitoring.view import Facts
 from support.fakes.tiny_job import JOB
 
 FACTS = Facts(
-    2, 5, "training", {"working": 2, "idle": 1}, {"offered": 2}, 1, 700, 300, True, {"workshop": 1, "uploads": 0}
+    2, 5, "training", {"working": 2, "idle": 1}, {"offered": 2}, 1, 700, 300, True, {"commands": 1, "uploads": 0}
 )
 
 

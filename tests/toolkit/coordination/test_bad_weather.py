@@ -46,7 +46,7 @@ class Weather(RuleBasedStateMachine):
     def begin(self, job: Job) -> None:
         self.job, self.now = job, 0.0
         self.coordinator = coordinate(job, ARCHITECTURE, State(model="m0"))
-        self.work: list[on.Event] = []  # the workshop's answers, which are never lost
+        self.work: list[on.Event] = []  # the executor's answers, which are never lost
         self.air: list[on.Event] = []  # what devices say
         self.old: list[on.Event] = []  # all that devices ever said
         self.here: dict[str, int] = {}

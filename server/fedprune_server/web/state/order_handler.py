@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from fedprune.core.errors import FedpruneError, ProtocolError, reason
+from fedprune_server.engine.job_runner import JobRunner
 from fedprune_server.web.auth.roles import LOOKS
 from fedprune_server.web.state.admin_executor import KINDS, AdminExecutor
 from fedprune_server.web.state.order_queue import Answer, Order, OrderQueue
@@ -20,9 +22,15 @@ class OrderHandler:
     """Carries out orders on the thread of the server's loop; those about members and releases go to `executor`."""
 
     def __init__(
-        self, queue: OrderQueue, publisher: StatusPublisher, executor: AdminExecutor | None, allowed: str = "all"
+        self,
+        queue: OrderQueue,
+        publisher: StatusPublisher,
+        runners: Mapping[str, JobRunner],
+        executor: AdminExecutor | None,
+        allowed: str = "all",
     ) -> None:
-        self._queue, self._publisher, self._executor, self._allowed = queue, publisher, executor, allowed
+        self._queue, self._publisher, self._runners = queue, publisher, runners
+        self._executor, self._allowed = executor, allowed
         self._unsaved: list[Answer] = []
 
     def turn(self) -> None:
@@ -73,7 +81,8 @@ class OrderHandler:
             self._publisher.add_coverage(order.job or "")
             return "coverage"
         if order.order in ("pause", "resume"):
-            self._publisher.view_of(order.job or "").pause(order.order == "pause")
+            job = self._publisher.view_of(order.job or "").job.name
+            self._runners[job].pause(order.order == "pause")
             return f"job {order.job} {'is paused' if order.order == 'pause' else 'goes on'}"
         name = order.device or ""
         if order.order == "look":

@@ -267,7 +267,7 @@ class StatusPublisher:
         )
 
     def _site_record(self) -> Site:
-        return Site(**self._site, jobs=tuple(self._views), connected=self._jobs.views[0].connected())
+        return Site(**self._site, jobs=tuple(self._views), connected=self._jobs.views[0].link.connected)
 
 
 def _traffic(view: JobView) -> tuple[int, int]:
@@ -287,7 +287,7 @@ def _job(view: JobView) -> PublishedJob:
         metrics=dict(list(state.history[-1]["metrics"].items())[:64]) if state.history else {},
         strategy=view.job.strategy[:200],
         model_digest=state.model,
-        weight=view.weight(),
+        weight=view.weight,
         parts={k.value: n for k, n in state.tasks.counts.items() if n},
         parameters=view.registry.whole,
     )

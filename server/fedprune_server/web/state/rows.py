@@ -54,7 +54,7 @@ def device_row(
     """
     state, contact = view.state, view.registry[name]
     device, task = state.devices.get(name), state.tasks.get(name)
-    shown = view.registry.row(name, view.pulled(name))
+    shown = view.registry.row(name, view.uploads.progress(name))
     status = member.status
     online = here or bool(device is not None and device.online)
     doing = shown.state if not (shown.state == "offline" and here) else "not at this job"
