@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from fedprune_export.pruning.model import Model
+from fedprune_server.simulation.digits import digits_model
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model as a file, which tests only read."""
+    path = tmp_path_factory.mktemp("models") / "digits.onnx"
+    path.write_bytes(digits_model())
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -16,17 +16,9 @@ from fedprune.runtime.bundle import FILES, open_bundle
 from fedprune_export.autodiff.tape import Tape
 from fedprune_export.cli.main import main
 from fedprune_export.importing import normalise
-from fedprune_server.simulation.digits import digits_model
 from support.nets import published_nets as zoo
 
 BOARD = "raspberry-pi-4b"
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "digits.onnx"
-    path.write_bytes(digits_model())
-    return path
 
 
 def test_a_bundle_of_the_api_is_that_of_the_command(

@@ -17,15 +17,7 @@ from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_export.bundles import conversion
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx, read_source
-from fedprune_server.simulation.digits import digits_model
 from support.oracles.cutting import distance
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "digits.onnx"
-    path.write_bytes(digits_model())
-    return path
 
 
 @pytest.fixture(scope="module")

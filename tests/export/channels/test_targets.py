@@ -13,14 +13,6 @@ from fedprune.core.errors import ExitCode
 from fedprune.planning import profile_store
 from fedprune.runtime.bundle import FILES, MANIFEST, open_bundle
 from fedprune_export.cli.main import main
-from fedprune_server.simulation.digits import digits_model
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "digits.onnx"
-    path.write_bytes(digits_model())
-    return path
 
 
 @pytest.fixture

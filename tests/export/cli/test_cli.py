@@ -201,19 +201,38 @@ def test_an_operator_that_can_not_be_trained_is_named(
     assert "(Relu) has no gradient rule" in one_line(capsys)
 
 
-def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(tmp_path / "none.onnx", tmp_path / "b") == ExitCode.MODEL
-    assert "No such file" in one_line(capsys)
-
-
-def test_no_such_target(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(lenet_file, tmp_path / "b", target="toaster") == ExitCode.PROFILE
-    assert "toaster" in one_line(capsys)
-
-
-def test_a_model_that_fits_at_no_width(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "10") == ExitCode.PLAN
-    assert "bytes" in one_line(capsys)
+@pytest.mark.parametrize(
+    ("model", "words", "code", "said"),
+    [
+        ("none.onnx", (), ExitCode.MODEL, "No such file"),
+        ("", ("--target", "toaster"), ExitCode.PROFILE, "toaster"),
+        ("", ("--bytes-per-round", "10"), ExitCode.PLAN, "bytes"),
+        ("", ("--class-names", "a,b"), ExitCode.USAGE, "--class-names: expected 10 names, got 2"),
+        ("", ("--input-shape", "3,28,28"), ExitCode.MODEL, "expected [1, 28, 28], got [3, 28, 28]"),
+        ("", ("--input-shape", "784"), ExitCode.MODEL, "--input-shape"),
+        ("", ("--memory-limit", "10MB"), ExitCode.PLAN, "doesn't fit its memory limit"),
+        ("", ("--memory-limit", "100"), ExitCode.PLAN, "expected at most 100 bytes, got"),
+        (
+            "support.nets.small_nets:lenet",
+            ("--input-shape", "3,28,28"),
+            ExitCode.MODEL,
+            "torch can't export it for input [n, 3, 28, 28] (",
+        ),
+    ],
+)
+def test_what_can_not_be_exported_is_one_line(
+    lenet_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    words: tuple[str, ...],
+    code: ExitCode,
+    said: str,
+) -> None:
+    given = ["--target", "raspberry-pi-5"] if "--target" not in words else []
+    assert main([model or str(lenet_file), *given, "--out", str(tmp_path / "b"), *words]) == code
+    assert said in one_line(capsys)
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("recipe", ["{", "[1]", '{"learning": 1}', '{"lr": "fast"}'])
@@ -253,13 +272,6 @@ def test_a_strange_option_is_a_usage_error(
     assert said in last
 
 
-def test_a_wrong_number_of_class_names_is_a_usage_error(
-    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export(lenet_file, tmp_path / "b", "--class-names", "a,b") == ExitCode.USAGE
-    assert "--class-names: expected 10 names, got 2" in one_line(capsys)
-
-
 def test_a_file_as_the_folder_is_a_usage_error(
     lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -272,16 +284,17 @@ def test_the_report_says_that_the_density_was_asked_for(lenet_file: Path, tmp_pa
     assert "density 0.5, as asked" in (tmp_path / "b" / "report.md").read_text()
 
 
+def without(package: str, model: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """An export in a process that doesn't have a package."""
+    words = [str(model), "--target", "raspberry-pi-5", "--out", str(out)]
+    code = f"import sys\nsys.modules[{package!r}] = None\n"
+    code += f"from fedprune_export.cli.main import main\nsys.exit(main({words!r}))\n"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.system
 def test_without_onnx_the_extra_is_named(lenet_file: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "sys.modules['onnx'] = None\n"
-        "from fedprune_export.cli.main import main\n"
-        f"sys.exit(main([{str(lenet_file)!r}, '--target', 'raspberry-pi-5', '--out', {str(tmp_path / 'b')!r}]))\n"
-    )
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = without("onnx", lenet_file, tmp_path / "b")
 
     assert done.returncode == ExitCode.MISSING_EXTRA
     assert install_command("export") in done.stderr
@@ -303,47 +316,15 @@ def test_a_terminal_sees_what_is_being_done(
     assert told[-1] == "exporting for raspberry-pi-5 (1 of 1)"
 
 
-def test_profiles_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["profiles", "list"]) == ExitCode.OK
-    assert "raspberry-pi-5" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 @pytest.mark.system
 def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "sys.modules['torch'] = None\n"
-        "from fedprune_export.cli.main import main\n"
-        f"sys.exit(main([{str(lenet_file)!r}, '--target', 'raspberry-pi-5', '--out', {str(tmp_path / 'b')!r}]))\n"
-    )
-
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = without("torch", lenet_file, tmp_path / "b")
 
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("given", ["3,28,28", "1,14,14", "784"])
-def test_an_input_shape_that_is_not_the_model_s_is_refused(
-    lenet_file: Path, tmp_path: Path, given: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export(lenet_file, tmp_path / "b", "--input-shape", given) == ExitCode.MODEL
-    said = one_line(capsys)
-    assert f"expected [1, 28, 28], got [{given.replace(',', ', ')}]" in said
-    assert "--input-shape" in said
-    assert export(lenet_file, tmp_path / "b", "--input-shape", "1,28,28") == ExitCode.OK
-
-
-def test_an_input_shape_that_a_module_does_not_take_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export("support.nets.small_nets:lenet", tmp_path / "b", "--input-shape", "3,28,28") == ExitCode.MODEL
-    assert "torch can't export it for input [n, 3, 28, 28] (" in one_line(capsys)
-
-
-def test_a_memory_limit_is_kept_or_refused(
-    lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_memory_limit_is_kept(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     large = ("--density", "1", "--set", "batch_size=1000")
     assert export(lenet_file, tmp_path / "free", *large, "--memory-limit", "2GB") == ExitCode.OK
     said = capsys.readouterr().out
@@ -354,11 +335,6 @@ def test_a_memory_limit_is_kept_or_refused(
     assert export(lenet_file, tmp_path / "tight", *large, "--memory-limit", limit) == ExitCode.OK
     assert "computed again" in capsys.readouterr().out
     assert (tmp_path / "tight" / "training.onnx").read_bytes() != (tmp_path / "free" / "training.onnx").read_bytes()
-    assert export(lenet_file, tmp_path / "none", "--memory-limit", "10MB") == ExitCode.PLAN
-    assert "doesn't fit its memory limit" in one_line(capsys)
-    assert export(lenet_file, tmp_path / "none", "--memory-limit", "100") == ExitCode.PLAN
-    assert "expected at most 100 bytes, got" in one_line(capsys)
-    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("text", ["", "MB", "0", "-1MB", "1TB", "1e9", "200 pounds", "²MB"])

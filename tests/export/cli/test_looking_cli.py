@@ -16,13 +16,6 @@ from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
 from fedprune_export.importing.translation import TRANSLATED
 from fedprune_export.ir.composites import NATIVE
 from fedprune_export.ir.opset_lowering import EARLIER_FORMS, LATER_FORMS
-from fedprune_server.simulation.digits import digits_model
-
-
-@pytest.fixture
-def digits(tmp_path: Path) -> Path:
-    (tmp_path / "digits.onnx").write_bytes(digits_model())
-    return tmp_path / "digits.onnx"
 
 
 def test_groups_are_printed_with_what_stays(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

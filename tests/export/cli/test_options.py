@@ -19,7 +19,6 @@ from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import Session
 from fedprune_export.cli.main import main
 from fedprune_export.cli.options import add_recipe_options, read_recipe, targets
-from fedprune_server.simulation.digits import digits_model
 
 
 def recipe(*words: str) -> Recipe:
@@ -90,13 +89,6 @@ def test_targets_are_repeated_or_separated_by_commas(texts: list[str], found: tu
     assert targets(texts) == found
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "digits.onnx"
-    path.write_bytes(digits_model())
-    return path
-
-
 def export(model: Path, out: Path, *more: str) -> int:
     return main([str(model), "--target", "raspberry-pi-5", "--density", "0.5", "--out", str(out), *more])
 
@@ -159,13 +151,6 @@ def test_one_of_several_outputs_is_chosen(tmp_path: Path, output: str, classes: 
     assert export(model, tmp_path / "b", "--output", output) == ExitCode.OK
 
     assert open_bundle(tmp_path / "b").architecture.classes == classes
-
-
-def test_an_output_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(two_heads(tmp_path / "two.onnx"), tmp_path / "b", "--output", "r") == ExitCode.MODEL
-    err = capsys.readouterr().err
-    assert "p" in err
-    assert "q" in err
 
 
 @pytest.mark.parametrize("text", ["first\n# a remark\n\nthree\n", '["first", "three"]'])

@@ -23,29 +23,29 @@ def run(*words: str) -> int:
     return code
 
 
-def test_the_list_has_every_shipped_profile(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("list") == 0
-    rows = capsys.readouterr().out.splitlines()
-    assert [row.split("\t")[0] for row in rows] == ["name", *profile_store.shipped()]
-
-
-def test_the_list_as_json_is_profiles(capsys: pytest.CaptureFixture[str]) -> None:
-    run("list", "--json")
-    read = [HardwareProfile.from_dict(body) for body in json.loads(capsys.readouterr().out)]
-    assert [p.name for p in read] == list(profile_store.shipped())
-
-
-def test_the_list_takes_own_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def own(folder: Path, name: str = "mine", cores: int = 4) -> Path:
     text = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
-    (tmp_path / "mine.toml").write_text(text.replace('name = "raspberry-pi-5"', 'name = "mine"'))
-    run("list", "--folder", str(tmp_path))
-    assert "\nmine\t" in capsys.readouterr().out
+    path = folder / f"{name}.toml"
+    path.write_text(
+        text.replace('name = "raspberry-pi-5"', f'name = "{name}"').replace("cores = 4", f"cores = {cores}")
+    )
+    return path
+
+
+def test_the_list_has_every_shipped_profile_and_those_of_own_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own(tmp_path)
+    names = sorted([*profile_store.shipped(), "mine"])
+    assert run("list", "--folder", str(tmp_path)) == 0
+    assert [row.split("\t")[0] for row in capsys.readouterr().out.splitlines()] == ["name", *names]
+    run("list", "--folder", str(tmp_path), "--json")
+    assert [HardwareProfile.from_dict(b).name for b in json.loads(capsys.readouterr().out)] == names
 
 
 def test_a_bad_file_keeps_no_other_profile_from_the_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
-    (tmp_path / "mine.toml").write_text(text.replace('name = "raspberry-pi-5"', 'name = "mine"'))
-    (tmp_path / "bad.toml").write_text(text.replace("cores = 4", "cores = -4"))
+    own(tmp_path)
+    own(tmp_path, "bad", -4)
     with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores"):
         run("list", "--folder", str(tmp_path))
     rows = [row.split("\t")[0] for row in capsys.readouterr().out.splitlines()]
@@ -57,10 +57,11 @@ def test_a_bad_file_keeps_no_other_profile_from_the_list(tmp_path: Path, capsys:
     assert len(json.loads(capsys.readouterr().out)) == len(rows) - 1
 
 
-def test_a_folder_that_is_not_there_ends_with_the_code_of_profiles(tmp_path: Path) -> None:
-    with pytest.raises(ProfileError, match="nosuch") as caught:
-        run("list", "--folder", str(tmp_path / "nosuch"))
-    assert caught.value.exit_code == 12
+@pytest.mark.parametrize("words", [("show", "pi-9"), ("list", "--folder", "nosuch")])
+def test_what_is_not_there_ends_with_the_code_of_profiles(words: tuple[str, ...]) -> None:
+    with pytest.raises(ProfileError, match=words[-1]) as caught:
+        run(*words)
+    assert caught.value.exit_code == ExitCode.PROFILE == 12
 
 
 @pytest.mark.parametrize("name", profile_store.shipped())
@@ -91,50 +92,25 @@ def test_a_terminal_of_eighty_columns_gets_whole_names(
     assert all(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) <= 80 for line in out.splitlines()[:-1])
 
 
-def test_an_unknown_name_ends_with_the_code_of_profiles() -> None:
-    with pytest.raises(ProfileError) as caught:
-        run("show", "pi-9")
-    assert caught.value.exit_code == ExitCode.PROFILE == 12
-
-
 def test_shipped_files_pass_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     files = sorted(map(str, profile_store.shipped_folder().glob("*.toml")))
     assert run("check", *files) == 0
     assert [row.split(": ok")[0] for row in capsys.readouterr().out.splitlines()] == files
 
 
-@pytest.fixture
-def bad_file(tmp_path: Path) -> Path:
-    text = (profile_store.shipped_folder() / "raspberry-pi-5.toml").read_text()
-    path = tmp_path / "bad.toml"
-    path.write_text(text.replace("cores = 4", "cores = -4"))
-    return path
-
-
-def test_a_bad_file_is_named_with_key_and_value(bad_file: Path) -> None:
+def test_the_check_reports_good_files_and_names_every_bad_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = own(tmp_path), own(tmp_path, "bad", -4)
     with pytest.raises(ProfileError, match=r"bad\.toml: cpu\.cores: expected .*got -4"):
-        run("check", str(bad_file))
-
-
-def test_good_files_are_reported_beside_bad_ones(bad_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = profile_store.shipped_folder() / "raspberry-pi-4b.toml"
-    with pytest.raises(ProfileError):
-        run("check", str(bad_file), str(good))
+        run("check", str(bad), str(good))
     assert f"{good}: ok" in capsys.readouterr().out
-
-
-def test_all_bad_files_are_named(bad_file: Path) -> None:
-    absent = bad_file.with_name("absent.toml")
-    with pytest.raises(ProfileError, match=r"2 of 2 .*bad\.toml.*absent\.toml"):
-        run("check", str(bad_file), str(absent))
-
-
-def test_the_check_as_json_tells_good_from_bad(bad_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    good = profile_store.shipped_folder() / "raspberry-pi-4b.toml"
     with pytest.raises(ProfileError):
-        run("check", "--json", str(bad_file), str(good))
+        run("check", "--json", str(bad), str(good))
     rows = {Path(r["file"]).name: r["ok"] for r in json.loads(capsys.readouterr().out)}
-    assert rows == {"bad.toml": False, "raspberry-pi-4b.toml": True}
+    assert rows == {"bad.toml": False, "mine.toml": True}
+    with pytest.raises(ProfileError, match=r"2 of 2 .*bad\.toml.*absent\.toml"):
+        run("check", str(bad), str(tmp_path / "absent.toml"))
 
 
 def test_a_board_is_identified_from_what_it_says(capsys: pytest.CaptureFixture[str]) -> None:

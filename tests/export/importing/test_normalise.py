@@ -298,16 +298,6 @@ def test_an_axis_that_vanishes_for_one_sample_is_named() -> None:
         model_of(build, 3)
 
 
-def test_an_input_of_short_integers_is_refused() -> None:
-    graph = Graph(inputs=[Port("image", np.dtype(np.int32), ("N", 3))])
-    graph.initializers["w"] = random(3, 2)
-    value = graph.emit("MatMul", graph.emit("Cast", "image", attrs={"to": 1}), "w")
-    graph.outputs = [Port(value, F32, ("N", 2))]
-
-    with pytest.raises(ModelError, match="type of input image: expected float32, or int64"):
-        import_onnx(graph.to_bytes(), "net")
-
-
 def test_a_sum_over_nothing_goes() -> None:
     def build(graph: Graph) -> str:
         value = graph.emit("ReduceSum", linear(graph, "image", 3, 4), attrs={"noop_with_empty_axes": 1})

@@ -129,12 +129,9 @@ def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
     assert len({m.architecture.digest for m in chosen}) == 1
 
 
-def test_several_outputs_without_a_choice_are_listed() -> None:
+def test_several_outputs_without_a_choice_or_with_another_one_are_listed() -> None:
     with pytest.raises(ModelError, match=r"got 1 and 2 \(features, scores\).*output"):
         import_onnx(_two_outputs(), "two")
-
-
-def test_an_output_that_is_not_there() -> None:
     with pytest.raises(ModelError, match="no such output: expected features, scores, got 'logits'"):
         import_onnx(_two_outputs(), "two", output="logits")
 

@@ -19,15 +19,8 @@ from fedprune.runtime.session import Session
 from fedprune_export.checks import labelled_data
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.digits import load_digits
 from support.nets.token_net import token_net
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("models") / "digits.onnx"
-    path.write_bytes(digits_model())
-    return path
 
 
 def export(model: Path, out: Path, *more: str) -> int:

@@ -18,9 +18,6 @@ LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-3
 FLIPPED = 1e-4
 """From this relative distance of the gradient on, a sign has flipped."""
 
-NOTHING = 1e-10
-"""Up to this share of all gradients' size in float64, a gradient is rounding of what is exactly zero."""
-
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     return rng.standard_normal(shape)
@@ -93,29 +90,6 @@ def oracle(net: torch.nn.Module, model: Model, tensors: Arrays, x: Any, y: Any, 
         **gradients,
         **{step_contract.following(n): v.detach().numpy() for n, v in state.items()},
     }
-
-
-def tensors(architecture: Architecture) -> dict[str, str]:
-    """The part that each tensor belongs to."""
-    return {name: part for part, names in parts(architecture).items() for name in names}
-
-
-def tensor_distances(got: Arrays, exact: Arrays, architecture: Architecture) -> dict[str, float]:
-    """Relative L2 distance of each tensor by itself, so that no small one hides behind the large ones.
-
-    A gradient that cancels to nothing (of a bias before a normalisation) is measured by its part's size.
-    """
-    whole = {p: float(np.sqrt(sum(_size(exact[n]) ** 2 for n in names))) for p, names in parts(architecture).items()}
-    out = {}
-    for name, part in tensors(architecture).items():
-        size = _size(exact[name])
-        off = _size(got[name].astype(np.float64) - exact[name])
-        out[name] = off / (size if size > NOTHING * whole[part] else whole[part])
-    return out
-
-
-def _size(array: np.ndarray[Any, Any]) -> float:
-    return float(np.linalg.norm(array.astype(np.float64).ravel()))
 
 
 def distances(got: Arrays, exact: Arrays, parts: dict[str, list[str]]) -> dict[str, float]:
