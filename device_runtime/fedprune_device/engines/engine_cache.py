@@ -32,6 +32,7 @@ _LOG = logging.getLogger("fedprune.device")
 
 ENGINE, BASE, TIMINGS = "engine", "base", "timing"
 _FILES = {ENGINE: "engine.plan", BASE: "base.plan", TIMINGS: "timing.cache"}
+RECORD = "record.json"
 _MOST_COUNTED = 10**9
 
 
@@ -91,7 +92,8 @@ class EngineCache:
             with storage_errors(f"can't write {self.work}"):
                 shutil.rmtree(self.work, ignore_errors=True)
                 self.work.mkdir(mode=0o700)
-            atomic_file.sweep(self.root)
+            for name in (*_FILES.values(), *(f"{what}.json" for what in _FILES), RECORD):
+                atomic_file.sweep(self.root, name)  # not the marker, which a process that loads an engine may write
             try:
                 yield
             finally:
@@ -130,7 +132,7 @@ class EngineCache:
     def record(self, key: str) -> CachedEngine:
         """What is known of making engines for a key; what can't be read is not known."""
         try:
-            body = atomic_file.read_document(self.root / "record.json")
+            body = atomic_file.read_document(self.root / RECORD)
             found = CachedEngine(key) if body is None else _checked(CachedEngine(**body))
         except (FedpruneError, TypeError) as error:
             _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
@@ -138,7 +140,7 @@ class EngineCache:
         return found if found.key == key else CachedEngine(key)
 
     def keep(self, record: CachedEngine) -> None:
-        atomic_file.write_document(self.root / "record.json", asdict(record))
+        atomic_file.write_document(self.root / RECORD, asdict(record))
 
     @contextmanager
     def loading(self, sha256: str) -> Iterator[None]:

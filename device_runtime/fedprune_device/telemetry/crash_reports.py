@@ -62,6 +62,7 @@ class CrashReports:
         self._folder, self._clock = folder, clock
         self._boot = boot or _boot
         self._begun = clock()
+        self._writing = threading.Lock()  # threads may end at the same time
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -159,7 +160,7 @@ class CrashReports:
             "memory_available": free if isinstance(free, int) else None,
             "memory_total": found.get("memory_total") if isinstance(found.get("memory_total"), int) else None,
         }
-        with contextlib.suppress(FedpruneError):  # with a disk that is full nothing can be kept
+        with self._writing, contextlib.suppress(FedpruneError):  # with a disk that is full nothing can be kept
             atomic_file.write_document(self._folder / FILE, body)
 
     def _state(self) -> dict[str, Any]:

@@ -90,6 +90,14 @@ def test_two_processes_may_load_an_engine_at_once(tmp_path: Path) -> None:
     assert loaded == ["beside it", "another engine"]
 
 
+def test_making_an_engine_clears_away_what_a_build_left_and_nothing_of_a_process_that_loads(tmp_path: Path) -> None:
+    left, live = tmp_path / ".engine.plan.partial", tmp_path / ".loading.json.partial"
+    for path in (left, live):
+        path.touch()
+    with EngineCache(tmp_path).making():
+        assert (left.exists(), live.exists()) == (False, True)
+
+
 def test_loading_that_comes_to_an_end_leaves_no_marker(tmp_path: Path) -> None:
     with another(tmp_path) as process:
         process.communicate("")

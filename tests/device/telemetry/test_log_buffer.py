@@ -8,12 +8,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedprune.core import atomic_file
 from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import CrashReport, LogReport, LogRequest
 from fedprune.wire.messages import parse
@@ -208,6 +210,27 @@ def test_a_thread_that_dies_is_reported(tmp_path: Path, monkeypatch: pytest.Monk
     body = CrashReports(tmp_path).report
     assert body is not None
     assert (body["cause"], body["text"]) == ("thread", "ValueError: in a thread")
+
+
+def test_threads_that_die_at_once_write_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crashes, inside, most = CrashReports(tmp_path), list[int](), list[int]()
+    write = atomic_file.write_document
+
+    def slow(path: Path, body: dict[str, Any]) -> None:
+        inside.append(1)
+        most.append(len(inside))
+        sleep(0.05)
+        write(path, body)
+        inside.pop()
+
+    monkeypatch.setattr(atomic_file, "write_document", slow)
+    threads = [threading.Thread(target=crashes.exception, args=(ValueError(str(n)), "thread")) for n in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1]
+    assert crashes.report is not None
 
 
 def ended(folder: Path, how: str) -> dict[str, Any] | None:

@@ -113,8 +113,11 @@ def read_document(path: Path) -> dict[str, Any] | None:
     return body
 
 
-def sweep(folder: Path) -> None:
-    """Delete what a process that was killed left unfinished in a folder. Raises `StorageError` if the disk fails."""
+def sweep(folder: Path, name: str = "*") -> None:
+    """Delete what a killed process left unfinished in a folder, of the file `name` alone if that is given.
+
+    No process may be writing these files. Raises `StorageError` if the disk fails.
+    """
     with storage_errors(f"can't write {folder}"):
-        for path in folder.glob(f".*{_PARTIAL}"):
+        for path in folder.glob(f".{name}{_PARTIAL}"):
             path.unlink(missing_ok=True)
