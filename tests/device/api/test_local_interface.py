@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import threading
 import time
@@ -54,37 +53,6 @@ def test_what_the_boards_own_labels_say_is_in_the_probabilities(local: LocalBoar
     logits = X @ weights["w"].T + weights["b"] + [0, 3, 0]
     logits[:, 2] = 0
     np.testing.assert_allclose(found, softmax(logits), atol=1e-5)
-
-
-def bodies(x: Any) -> dict[str, tuple[bytes, str]]:
-    """The same samples in every form."""
-    return {
-        "json": (json.dumps({"x": x.tolist()}).encode(), "application/json"),
-        "npy": (npy(x), NPY),
-        "npy of doubles": (npy(x.astype(float)), NPY),
-        "npy in Fortran's order": (npy(np.asfortranarray(x)), NPY),
-        "raw": (x.tobytes(), "application/octet-stream"),
-        "safetensors": (safetensors.numpy.save({"x": x}), "application/safetensors"),
-        "safetensors as the device writes them": (tensorfile.encode({"x": x}), "application/safetensors"),
-    }
-
-
-@pytest.mark.parametrize("form", bodies(X))
-def test_samples_may_come_in_several_forms(open_board: LocalBoard, form: str) -> None:
-    wanted = softmax(X @ weights_of(1)["w"].T + weights_of(1)["b"])
-    for x in (X, X[:1], X[0]):
-        body, kind = bodies(x)[form]
-        status, answer = ask(open_board, request("POST", "/v1/predict", body, Content_Type=kind))
-        assert status == 200, answer
-        np.testing.assert_allclose(
-            [p["probabilities"] for p in answer["predictions"]], wanted[: len(x) if x.ndim == 2 else 1], atol=1e-5
-        )
-
-
-def test_the_client_takes_arrays_and_lists(served: LocalBoard) -> None:
-    wanted = served.board.predict(X).probabilities
-    for x in (X.tolist(), X.astype(float), np.asfortranarray(X)):
-        np.testing.assert_allclose(served.board.predict(x).probabilities, wanted, atol=1e-6)
 
 
 def test_the_likeliest_alone_can_be_asked_for(served: LocalBoard) -> None:
@@ -323,11 +291,6 @@ def test_images_are_scaled_and_standardised(tmp_path: Path) -> None:
     assert Pixels().read(file.getvalue(), ("PNG",), (1, 4, 4)).shape == (1, 4, 4)
 
 
-def test_a_model_of_other_inputs_takes_no_images_and_says_so(served: LocalBoard) -> None:
-    status, answer = ask(served, request("POST", "/v1/predict", b"\xff\xd8", Content_Type="image/jpeg"))
-    assert (status, answer["error"]["got"]) == (422, "an image")
-
-
 @pytest.mark.parametrize("body", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50)])
 def test_an_image_that_is_none_is_refused(body: bytes) -> None:
     pytest.importorskip("PIL.Image")
@@ -385,15 +348,3 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
         assert agent.status.to_dict()["accuracy"] == fleet.updates[2].metrics["accuracy_after"]
         local.model.look()
         assert local.board.predict(X).round == 2
-
-
-@pytest.mark.slow
-def test_after_a_restart_the_same_samples_are_there(local: LocalBoard) -> None:
-    local.install(1)
-    with local.serving():
-        local.board.add(X[0], 1)
-        before = local.board.samples()
-    assert not local.socket.exists()
-    with local.serving():
-        assert local.board.samples() == before
-        assert local.board.add(X[0], 1)["duplicate"]

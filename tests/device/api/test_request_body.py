@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from fedprune.core import tensorfile
 from fedprune.core.errors import DataError
 from fedprune_device.api.request import JSON, NPY, RAW, SAFETENSORS, Request, RequestError, array, batch
 from fedprune_device.client import _body
@@ -34,6 +35,7 @@ def read(body: bytes, kind: str, shape: Any = None, *, tokens: bool = False) -> 
 @given(FLOATS)
 def test_every_form_gives_the_same_numbers(x: Any) -> None:
     forms = [(safetensors.numpy.save({"x": x}), SAFETENSORS), (npy(x), NPY), (npy(np.asfortranarray(x)), NPY), _body(x)]
+    forms += [(npy(x.astype(float)), NPY), (tensorfile.encode({"x": x}), SAFETENSORS)]
     forms += [(json.dumps({"x": x.astype(float).tolist()}).encode(), JSON), _body(x.astype(float).tolist())]
     for body, kind in forms:
         np.testing.assert_array_equal(read(body, kind), x)

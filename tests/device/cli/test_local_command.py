@@ -97,73 +97,59 @@ def test_an_option_that_makes_no_sense_is_a_usage_error(tmp_path: Path, more: li
     assert more[0] in capsys.readouterr().err
 
 
-def test_files_are_handed_in(tmp_path: Path, graphs: Path, capsys: Capture) -> None:
-    local = LocalBoard(tmp_path, graphs)
-    local.install(1)
+def test_files_are_handed_in(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:
     np.savez(tmp_path / "labelled.npz", x=X, y=[0, 1, 2, 0, 1])
     np.savez(tmp_path / "more.npz", x=-X)
     files = [str(tmp_path / "labelled.npz"), str(tmp_path / "more.npz")]
-    with local.serving():
-        assert main.main(["collect", "--local", local.address, *files]) == ExitCode.OK
-        assert capsys.readouterr().out == "10 kept, 0 known, 0 not kept, 0 left out\n"
-        assert main.main(["collect", "--local", local.address, files[0]]) == ExitCode.OK
-        assert capsys.readouterr().out == "0 kept, 5 known, 0 not kept, 0 left out\n"
-        counts = local.board.samples()
+    assert main.main(["collect", "--local", served.address, *files]) == ExitCode.OK
+    assert capsys.readouterr().out == "10 kept, 0 known, 0 not kept, 0 left out\n"
+    assert main.main(["collect", "--local", served.address, files[0]]) == ExitCode.OK
+    assert capsys.readouterr().out == "0 kept, 5 known, 0 not kept, 0 left out\n"
+    counts = served.board.samples()
     assert {c: row["kept"] for c, row in counts["classes"].items()} == {"0": 2, "1": 2, "2": 1}
     assert counts["unlabelled"] == 5
 
 
 def test_a_file_that_is_divided_already_gives_its_training_samples(
-    tmp_path: Path, graphs: Path, capsys: Capture
+    tmp_path: Path, served: LocalBoard, capsys: Capture
 ) -> None:
-    local = LocalBoard(tmp_path, graphs)
-    local.install(1)
     np.savez(tmp_path / "d.npz", x_train=X[:3], y_train=[0, 1, 2], x_test=X[3:], y_test=[0, 1])
-    with local.serving():
-        assert main.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.OK
-        assert [c["kept"] for c in local.board.samples()["classes"].values()] == [1, 1, 1]
+    assert main.main(["collect", "--local", served.address, str(tmp_path / "d.npz")]) == ExitCode.OK
+    assert [c["kept"] for c in served.board.samples()["classes"].values()] == [1, 1, 1]
     assert capsys.readouterr().out == "3 kept, 0 known, 0 not kept, 0 left out\n"
 
 
-def test_samples_that_do_not_fit_are_left_out_by_name(tmp_path: Path, graphs: Path, capsys: Capture) -> None:
-    local = LocalBoard(tmp_path, graphs)
-    local.install(1)
+def test_samples_that_do_not_fit_are_left_out_by_name(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:
     np.savez(tmp_path / "d.npz", x=X, y=[0, 1, 2, 3, 1])
-    with local.serving():
-        assert main.main(["collect", "--local", local.address, str(tmp_path / "d.npz")]) == ExitCode.DATA
+    assert main.main(["collect", "--local", served.address, str(tmp_path / "d.npz")]) == ExitCode.DATA
     said = capsys.readouterr()
     assert said.out == "4 kept, 0 known, 0 not kept, 1 left out\n"
     assert f"sample 3 of {tmp_path / 'd.npz'} is left out: label: expected a whole number from 0 to 2" in said.err
 
 
 def test_what_the_board_refuses_is_told_by_what_it_is(
-    tmp_path: Path, graphs: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+    tmp_path: Path, served: LocalBoard, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    local = LocalBoard(tmp_path, graphs)
-    local.install(1)
     np.savez(tmp_path / "d.npz", x=X, y=[0, 1, 2, 0, 1])
-    command = ["collect", "--local", local.address, str(tmp_path / "d.npz")]
-    with local.serving():
-        with monkeypatch.context() as patch:
-            patch.setattr(http_server, "BODY_BYTES", 20)
-            assert main.main(command) == ExitCode.DATA
-        said = capsys.readouterr()
-        assert said.out == "0 kept, 0 known, 0 not kept, 5 left out\n"
-        assert "size of the body" in said.err
+    command = ["collect", "--local", served.address, str(tmp_path / "d.npz")]
+    with monkeypatch.context() as patch:
+        patch.setattr(http_server, "BODY_BYTES", 20)
+        assert main.main(command) == ExitCode.DATA
+    said = capsys.readouterr()
+    assert said.out == "0 kept, 0 known, 0 not kept, 5 left out\n"
+    assert "size of the body" in said.err
 
-        def full(*_: object) -> None:
-            raise StorageFullError("no room for samples")
+    def full(*_: object) -> None:
+        raise StorageFullError("no room for samples")
 
-        assert local.samples is not None
-        monkeypatch.setattr(local.samples, "add", full)
-        assert main.main(command) == ExitCode.STORAGE_FULL
-        assert "no room for samples" in capsys.readouterr().err
+    assert served.samples is not None
+    monkeypatch.setattr(served.samples, "add", full)
+    assert main.main(command) == ExitCode.STORAGE_FULL
+    assert "no room for samples" in capsys.readouterr().err
 
 
-def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, graphs: Path, capsys: Capture) -> None:
+def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, served: LocalBoard, capsys: Capture) -> None:
     image = pytest.importorskip("PIL.Image")
-    local = LocalBoard(tmp_path, graphs)
-    local.install(1)
     rng = np.random.default_rng(0)
     for name in ("bee/1.png", "cat/2.png", "dog/3.png"):
         path = tmp_path / "images" / name
@@ -171,9 +157,8 @@ def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, graphs: Path, 
         file = io.BytesIO()
         image.fromarray(rng.integers(0, 256, (4, 4, 3)).astype(np.uint8)).save(file, "PNG")
         path.write_bytes(file.getvalue())
-    with local.serving():
-        # The model takes six numbers: images don't fit, and each is told by name.
-        assert main.main(["collect", "--local", local.address, str(tmp_path / "images")]) == ExitCode.DATA
+    # The model takes six numbers: images don't fit, and each is told by name.
+    assert main.main(["collect", "--local", served.address, str(tmp_path / "images")]) == ExitCode.DATA
     said = capsys.readouterr()
     assert said.out == "0 kept, 0 known, 0 not kept, 3 left out\n"
     assert said.err.count("is left out") == 3
@@ -190,17 +175,14 @@ def test_a_folder_of_images_is_handed_in_by_class(tmp_path: Path, graphs: Path, 
     ],
 )
 def test_a_source_that_holds_no_samples_is_an_error(
-    tmp_path: Path, graphs: Path, content: dict[str, object] | None, what: str, capsys: Capture
+    tmp_path: Path, served: LocalBoard, content: dict[str, object] | None, what: str, capsys: Capture
 ) -> None:
     path = tmp_path / "empty"
     path.mkdir()
     if content is not None:
         path = tmp_path / "d.npz"
         np.savez(path, **content)  # type: ignore[arg-type]
-    local = LocalBoard(tmp_path, graphs)
-    local.install(1)
-    with local.serving():
-        assert main.main(["collect", "--local", local.address, str(path)]) == ExitCode.DATA
+    assert main.main(["collect", "--local", served.address, str(path)]) == ExitCode.DATA
     assert what in capsys.readouterr().err
 
 

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +14,13 @@ import pytest
 
 from fedprune_device import client
 from fedprune_device.client import Board, BoardError
-from support.fakes.local_board import LocalBoard, request
+from support.fakes.local_board import LocalBoard
 from support.paths import ROOT
 
 pytestmark = pytest.mark.board
 
 X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
 PAGE = ROOT / "docs" / "local-interface.md"
-
-
-@pytest.fixture
-def served(tmp_path: Path, graphs: Path) -> Iterator[LocalBoard]:
-    local = LocalBoard(tmp_path, graphs)
-    local.install(1)
-    with local.serving():
-        yield local
 
 
 def examples(language: str) -> str:
@@ -186,7 +177,3 @@ def test_an_answer_that_makes_no_sense_is_an_error_of_its_status(tmp_path: Path,
     with pytest.raises(BoardError, match=r"500|not JSON"):
         Board(f"unix:{tmp_path}/s", tries=1).status()
     thread.join()
-
-
-def test_requests_of_the_tests_are_what_the_client_sends(served: LocalBoard) -> None:
-    assert served.exchange(request("GET", "/v1/health")).startswith(b"HTTP/1.1 200 OK\r\n")

@@ -80,22 +80,6 @@ def test_without_validation_samples_there_are_none_of_the_right_shape() -> None:
     assert data.with_validation(0.01) is data
 
 
-@pytest.mark.parametrize(
-    ("arrays", "named"),
-    [
-        ({"x_val": X}, "both x_val and y_val"),
-        ({"x_val": X, "y_val": Y[:3]}, "number of val labels"),
-        ({"x_val": X[:, :1], "y_val": Y}, "shape of one val sample"),
-        ({"x_val": X.astype(int), "y_val": Y}, "type of val inputs"),
-        ({"x_val": X, "y_val": Y.astype("float32")}, "type of val labels"),
-        ({"x_val": X * np.float32(np.nan), "y_val": Y}, "not finite"),
-    ],
-)
-def test_validation_samples_are_checked_like_all_others(tmp_path: Path, arrays: dict[str, object], named: str) -> None:
-    with pytest.raises(DataError, match=named):
-        load_data(save(tmp_path / "d.npz", x=X, y=Y, **arrays))
-
-
 @pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
 def test_a_share_for_validation_leaves_something_to_train_on(share: float) -> None:
     with pytest.raises(DataError, match="validation"):
@@ -165,6 +149,12 @@ def test_a_function_of_the_user_is_called_with_what_it_takes(tmp_path: Path, mon
         ({"x": X[:0], "y": Y[:0]}, "empty"),
         ({"x": X, "y": Y, "x_test": X}, "both x_test and y_test"),
         ({"x": X, "y": Y, "x_test": X[:, :1], "y_test": Y}, "one test sample"),
+        ({"x": X, "y": Y, "x_val": X}, "both x_val and y_val"),
+        ({"x": X, "y": Y, "x_val": X, "y_val": Y[:3]}, "number of val labels"),
+        ({"x": X, "y": Y, "x_val": X[:, :1], "y_val": Y}, "shape of one val sample"),
+        ({"x": X, "y": Y, "x_val": X.astype(int), "y_val": Y}, "type of val inputs"),
+        ({"x": X, "y": Y, "x_val": X, "y_val": Y.astype("float32")}, "type of val labels"),
+        ({"x": X, "y": Y, "x_val": X * np.float32(np.nan), "y_val": Y}, "not finite"),
     ],
 )
 def test_bad_arrays_are_refused_by_name(tmp_path: Path, arrays: dict[str, object], text: str) -> None:

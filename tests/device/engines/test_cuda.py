@@ -52,9 +52,3 @@ def test_memory_is_kept_and_made_anew_where_it_is_too_small(board: EngineBoard) 
     np.testing.assert_array_equal(back, large)
     stream.close()
     stream.close()
-
-
-def test_an_error_of_cuda_has_its_own_words(board: EngineBoard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOUBLE_MEMORY", "100")
-    with pytest.raises(EngineError, match=r"cudaMalloc failed: out of memory \(2\)\. Other processes"):
-        Stream(Cuda()).memory("x", 101)

@@ -7,10 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import SignatureError
-from fedprune.releases.release import signed
 from fedprune.security.keys import SigningKey, VerifyingKey
 from fedprune_device.launcher.ed25519 import verify
-from fedprune_device.launcher.slot_store import PURPOSE
 
 KEY = SigningKey.make()
 ORDER = 2**252 + 27742317777372353535851937790883648493
@@ -75,7 +73,3 @@ def test_a_signature_has_one_form_only() -> None:
     scalar = int.from_bytes(signature[32:], "little") + ORDER
     assert not verify(KEY.verifying.raw, signature[:32] + scalar.to_bytes(32, "little"), b"x")
     assert not verify(b"\xff" * 32, signature, b"x")
-
-
-def test_the_launcher_checks_what_the_server_signs() -> None:
-    assert verify(KEY.verifying.raw, signed(b"{}", KEY), PURPOSE + b"{}")

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ExitCode, ReleaseError, StorageError, StorageFullError
+from fedprune.core.errors import ExitCode, ReleaseError, StorageError
 from fedprune.releases.release import (
     FILES,
     MANIFEST,
@@ -38,7 +38,7 @@ from fedprune_device.launcher.slot_store import SlotStore, successors
 from fedprune_device.launcher.state import STABLE, STAGED, TRIAL, DamagedError
 from fedprune_device.releases.installer import ReleaseInstaller, ReleaseSource, own_packages
 from fedprune_device.releases.wheel import Wheel, contents_digest
-from support.fakes.runtime_releases import KEY, PUBLIC, PYTHON, make_release, make_wheel, source, versions_in
+from support.fakes.runtime_releases import KEY, PUBLIC, make_release, make_wheel, source, versions_in
 
 pytestmark = pytest.mark.board
 
@@ -210,20 +210,8 @@ def test_a_newer_release_takes_the_place_of_a_staged_one(board: ReleaseInstaller
     state = board.home.load()
     assert state is not None
     assert (state.phase, state.highest, board.home.whole("b").version) == (STAGED, 3, 3)
-    with pytest.raises(ReleaseError, match=r"release 2: expected a number above 3.*under a new number"):
+    with pytest.raises(ReleaseError, match=r"release 2: expected a number above 3.*under a new number") as caught:
         board.stage(source(tmp_path / "two"))
-
-
-@pytest.mark.parametrize("number", [1, 2, 4])
-def test_a_number_that_is_not_above_all_that_were_staged_is_refused(
-    board: ReleaseInstaller, tmp_path: Path, number: int
-) -> None:
-    with board.home.changing():
-        state = board.home.load()
-        assert state is not None
-        board.home.save(replace(state, highest=4))
-    with pytest.raises(ReleaseError, match=f"release {number}: expected a number above 4") as caught:
-        board.stage(source(make_release(tmp_path / "again", number)))
     assert caught.value.exit_code == ExitCode.RELEASE
 
 
@@ -238,35 +226,16 @@ def unchanged(board: ReleaseInstaller) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"python": "cp36"}, f"expected {PYTHON}, got cp36"),
-        ({"machine": "pdp11"}, "got pdp11"),
-        ({"launcher": 99}, "this board up again"),
-        ({"unpacked": 100}, "unpacked"),
-        ({"system": ("no_such_package",)}, "lacks it"),
-        ({"system": ("json",), "entry": "app:main"}, None),
-    ],
-    ids=str,
+    ("changes", "said"), [({"unpacked": 100}, "unpacked"), ({"contents": "ab" * 32}, "not those of the release")]
 )
-def test_what_does_not_fit_the_board_is_refused_before_it_is_unpacked(
-    board: ReleaseInstaller, tmp_path: Path, changes: dict[str, Any], said: str | None
+def test_what_a_release_unpacks_to_is_what_it_says(
+    board: ReleaseInstaller, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
-    folder = source(make_release(tmp_path / "two", 2, **changes))
-    if said is None:
-        board.stage(folder)
-        return
-    with pytest.raises(ReleaseError, match=said):
-        board.stage(folder)
-    assert unchanged(board)
-
-
-def test_contents_that_are_not_those_of_the_wheels_are_refused(board: ReleaseInstaller, tmp_path: Path) -> None:
     folder = make_release(tmp_path / "two", 2)
-    manifest = replace(Release.from_bytes((folder / MANIFEST).read_bytes()), contents="ab" * 32).to_bytes()
+    manifest = replace(Release.from_bytes((folder / MANIFEST).read_bytes()), **changes).to_bytes()
     (folder / MANIFEST).write_bytes(manifest)
     (folder / SIGNATURE).write_bytes(signed(manifest, KEY))
-    with pytest.raises(ReleaseError, match="not those of the release"):
+    with pytest.raises(ReleaseError, match=said):
         board.stage(source(folder))
     assert unchanged(board)
 
@@ -413,14 +382,6 @@ def test_a_file_that_is_not_what_was_signed_is_refused_and_pulled_anew(board: Re
     board.stage(source(folder))
 
 
-def test_a_disk_without_room_is_noticed_before_anything_is_pulled(board: ReleaseInstaller, tmp_path: Path) -> None:
-    folder = make_release(tmp_path / "two", 2)
-    full = ReleaseInstaller(board.home.root, PUBLIC, free=lambda _: 10**6)
-    with pytest.raises(StorageFullError, match="no room for release 2"):
-        full.stage(source(folder))
-    assert unchanged(board)
-
-
 def test_a_board_is_set_up_once(board: ReleaseInstaller, tmp_path: Path) -> None:
     with pytest.raises(ReleaseError, match="has a runtime already"):
         board.install(source(make_release(tmp_path / "two", 2)))
@@ -445,14 +406,6 @@ def test_a_board_whose_state_is_lost_is_not_set_up_for_another_server(board: Rel
     assert board.home.recover().stable
 
 
-def linked(path: Path) -> Path:
-    entry = zipfile.ZipInfo("app/link")
-    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(entry, "/etc/passwd")
-    return path
-
-
 @pytest.mark.parametrize(
     "name",
     ["../out.py", "/etc/out.py", "a/../../out.py", "a//b.py", "a/./b.py", "a\\b.py", "a/__pycache__/b.pyc", "x" * 201],
@@ -465,8 +418,12 @@ def test_a_name_that_leads_out_of_the_slot_is_refused(tmp_path: Path, name: str)
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_links_doubles_and_damage_are_refused(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("app/link")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    with zipfile.ZipFile(tmp_path / "l.whl", "w") as archive:
+        archive.writestr(link, "/etc/passwd")
     with pytest.raises(ReleaseError, match="plain file"):
-        Wheel(linked(tmp_path / "l.whl"), "l.whl")
+        Wheel(tmp_path / "l.whl", "l.whl")
     with pytest.raises(ReleaseError, match="is there twice"):
         Wheel(make_wheel(tmp_path / "d.whl", {"a.py": "1", "a-1.data/purelib/a.py": "2"}), "d.whl")
     for data in (b"", b"PK", os.urandom(200)):

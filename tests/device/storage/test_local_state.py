@@ -25,7 +25,7 @@ from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.local_update import averaged, blended
+from fedprune_device.training.local_update import averaged
 from fedprune_device.training.trainer import Trainer, measured
 from support.fakes.hidden_board import (
     CLASSES,
@@ -148,24 +148,6 @@ def test_personal_and_frozen_tensors_are_not_blended(board: HiddenBoard, tmp_pat
                 np.testing.assert_array_equal(value, plain[name])
 
 
-@given(st.floats(0, 1), st.integers(0, 2**32 - 1))
-def test_a_blend_lies_between_what_it_is_made_of(share: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    names = ("w", "masked", "own")
-    average, received = ({n: rng.standard_normal((3, 4)).astype(np.float32) for n in names} for _ in range(2))
-    mask, own = ElementMask({"masked": rng.random((3, 4)) < 0.5}), received.pop("own")
-    before = [{n: v.copy() for n, v in tensors.items()} for tensors in (average, received)]
-    got = blended(average, received, share, mask=mask)
-    assert got["own"] is average["own"]
-    assert own is not got["own"]
-    assert not got["masked"][~mask.active["masked"]].any()
-    low, high = np.minimum(average["w"], received["w"]), np.maximum(average["w"], received["w"])
-    assert np.all((got["w"] >= low - 1e-6) & (got["w"] <= high + 1e-6))
-    assert all(equal(was, now) for was, now in zip(before, (average, received), strict=True))
-    for end, wanted in ((0.0, average), (1.0, received)):
-        np.testing.assert_array_equal(blended(average, received, end)["w"], wanted["w"])
-
-
 @pytest.mark.parametrize(
     "other", [{"job": "another"}, {"seed": 8}, {"architecture": "e" * 64}, {"selection": "e" * 64}]
 )
@@ -201,18 +183,6 @@ def test_at_another_width_of_another_order_the_average_begins_anew(board: Hidden
     narrow = board.offer(2, AVERAGE, hidden_weights(HIDDEN // 2, 2), graph="kept", ranking="d" * 64)
     _, sent, serves = board.carry_out(narrow)
     assert equal(serves, sent)
-
-
-@given(st.floats(0, 1, exclude_max=True), st.integers(0, 2**32 - 1))
-def test_an_average_lies_between_what_it_is_made_of(decay: float, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    old, new = ({"w": rng.standard_normal((3, 4)).astype(np.float32)} for _ in range(2))
-    ref = {"sha256": "a" * 64, "size": 1, "leaves": "a" * 64}
-    offer = Offer("j", 2, 0, 1, "a" * 64, "b" * 64, (3,), 3, ref, ref, ref, {})  # type: ignore[arg-type]
-    base = LocalState("j", 1, "a" * 64, "b" * 64, None, (3,), 1, average=old)
-    got = averaged(base, offer, new, decay)["w"]
-    low, high = np.minimum(old["w"], new["w"]), np.maximum(old["w"], new["w"])
-    assert np.all((got >= low - 1e-6) & (got <= high + 1e-6))
 
 
 def test_where_only_ranks_would_tell_which_channels_are_the_same_the_average_begins_anew() -> None:

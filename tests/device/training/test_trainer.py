@@ -71,17 +71,6 @@ def test_training_is_sgd_as_the_recipe_says(
     assert got.loss_last == pytest.approx(losses[-1], abs=1e-5)
 
 
-def test_training_learns(graphs: Path, weights: Tensors, data: LocalData) -> None:
-    got = train(graphs / "plain.onnx", weights, data, Recipe(epochs=8, batch_size=16))
-    assert got.loss_last < got.loss_first / 2
-    assert got.train_accuracy > 0.8
-
-
-def test_the_same_inputs_give_the_same_bits(graphs: Path, weights: Tensors, data: LocalData) -> None:
-    one, two = (train(graphs / "plain.onnx", weights, data, PLAIN) for _ in range(2))
-    assert all(one.tensors[n].tobytes() == two.tensors[n].tobytes() for n in weights)
-
-
 @pytest.mark.parametrize("other", [{"seed": 8}, {"device": "e"}, {"round": 2}])
 def test_seed_device_and_round_change_the_order(
     graphs: Path, weights: Tensors, data: LocalData, other: dict[str, object]
@@ -144,14 +133,6 @@ def test_training_stops_when_told(graphs: Path, weights: Tensors, data: LocalDat
             stop=lambda: len(steps) == 3,
         )
     assert steps == [1, 2, 3]
-
-
-@pytest.mark.parametrize(("graph", "recipe"), [("plain", FULL), ("full", PLAIN)])
-def test_a_graph_of_another_recipe_is_refused(
-    graphs: Path, weights: Tensors, data: LocalData, graph: str, recipe: Recipe
-) -> None:
-    with pytest.raises(TrainingError, match="don't fit each other"):
-        train(graphs / f"{graph}.onnx", weights, data, recipe)
 
 
 @pytest.mark.parametrize(

@@ -313,6 +313,7 @@ def test_ordered_dropout_needs_a_graph_that_says_where_channels_lie(
         ("plain", Recipe(accumulate=2)),
         ("plain", Recipe(clip_norm=1)),
         ("plain", Recipe(optimizer="adam")),
+        ("full", Recipe()),
         ("bce", Recipe(loss="mse")),
         ("bce", Recipe()),
         ("huber", Recipe(loss="mse", accumulate=2)),

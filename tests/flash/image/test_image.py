@@ -23,7 +23,7 @@ from fedprune_flash import Kit, Target
 from fedprune_flash.card.drives import Drive
 from fedprune_flash.cli import main as cli
 from fedprune_flash.image.ext4 import Ext4
-from fedprune_flash.image.partitions import Region, read_partitions
+from fedprune_flash.image.partitions import Region
 from support.fakes.runtime_releases import KEY
 from support.processes.disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
 
@@ -618,14 +618,6 @@ def test_ext4_is_read_as_debugfs_reads_it(tmp_path: Path, block: int, features: 
         assert not ext4.exists("/far/loop")
         assert not ext4.exists("/etc/fstab/x")
         assert not ext4.exists("/nothing")
-
-
-def test_partitions_are_where_sfdisk_sees_them(make_source: MakeSource) -> None:
-    source = make_source(start=8192)
-    with source.open("rb") as file:
-        found = read_partitions(file, source.stat().st_size)
-    assert (found.boot.start, found.boot.size, found.roots[0].start) == offsets(source)
-    assert found.boot.start == 8192 * SECTOR
 
 
 @pytest.mark.slow
