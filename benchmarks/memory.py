@@ -67,10 +67,9 @@ def measure(name: str, folder: Path) -> list[dict[str, Any]]:
     from fedprune.model.recipe import Features
     from fedprune.model.selection import Selection
     from fedprune_export.importing import export_torch, import_onnx
-    from fedprune_export.training.checkpointing import recomputed
+    from fedprune_export.training.checkpointing import recomputed, value_sizes
     from fedprune_export.training.memory import GAPS_AGAIN, taken, training_memory
     from fedprune_export.training.step_graph import training_graph
-    from fedprune_export.training.value_sizes import value_sizes
 
     model = import_onnx(export_torch(network(name)), name)
     arch = model.architecture

@@ -3,14 +3,13 @@
 Not here: losses and optimisers (`training`). Importing the package registers all rules.
 """
 
-from fedprune_export.autodiff import indexing  # noqa: F401 (they register)
 from fedprune_export.autodiff.rules import (  # noqa: F401 (they register)
     arithmetic,
     convolutions,
     elementwise,
+    indexing,
     layer_norms,
     norms,
-    padding,
     pooling,
     products,
     recurrent,

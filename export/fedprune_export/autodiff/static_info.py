@@ -11,18 +11,18 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED, Axis, TensorSpec
 from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
-from fedprune_export.ir.graph import Node
+from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace
 from fedprune_export.pruning.model import Model
 
 Array = npt.NDArray[Any]
 
 
-class Knowledge:
-    """What the channel analysis and a trace found about a model's values."""
+class Knowledge(Dimensions):
+    """What the channel analysis and a trace found about a model's values, in dimensions of the graph in the making."""
 
-    def __init__(self, model: Model, dims: Dimensions) -> None:
-        self.dims = dims
+    def __init__(self, model: Model, graph: Graph) -> None:
+        super().__init__(graph)
         self._model = model
         self._source = model.graph
         self._architecture = model.architecture
@@ -37,7 +37,7 @@ class Knowledge:
         axes = self._analysed.get(name)
         if axes is None:
             return None
-        return tuple(None if a is None else self.dims.of_axis(a, self._architecture) for a in axes)
+        return tuple(None if a is None else self.of_axis(a, self._architecture) for a in axes)
 
     def axis(self, name: str, index: int) -> Axis | None:
         """The axis of a value at full width; None where it follows the batch or was not analysed."""
@@ -51,13 +51,13 @@ class Knowledge:
             if index <= 0:
                 break
             if s.length <= index:
-                parts.append(self.dims.of_axis(Axis((s,)), self._architecture))
+                parts.append(self.of_axis(Axis((s,)), self._architecture))
             elif s.group == FIXED:
                 parts.append(index)
             else:
                 return None
             index -= s.length
-        return self.dims.total(parts)
+        return self.total(parts)
 
     def is_tensor(self, name: str) -> bool:
         return name in self._architecture.by_name
@@ -139,37 +139,13 @@ class Knowledge:
             slope, rest = divmod(b - a, BATCHES[1] - BATCHES[0])
             if rest:
                 raise ModelError(f"a size of value {name} is no linear form of the batch", got=f"{a}, {b}")
-            out.append(self.dims.total([self.dims.product([BATCH, slope]), a - slope * BATCHES[0]]))
+            out.append(self.total([self.product([BATCH, slope]), a - slope * BATCHES[0]]))
         return tuple(out)
 
     # -- dimensions -------------------------------------------------------------------------------------------------
 
     def tensor_shape(self, spec: TensorSpec) -> Shape:
-        return tuple(self.dims.of_axis(axis, self._architecture) for axis in spec.axes)
-
-    def symbol(self, name: str, extent: int) -> Dim:
-        """A dimension whose size varies, and its size at full width."""
-        return self.dims.symbol(name, extent)
-
-    def extent(self, dim: Dim) -> int:
-        """A dimension's size at full width (for the batch a large prime)."""
-        return self.dims.extent(dim)
-
-    def product(self, dims: Sequence[Dim]) -> Dim:
-        """The dimension that merging these gives."""
-        return self.dims.product(dims)
-
-    def total(self, dims: Sequence[Dim]) -> Dim:
-        """The dimension that concatenating these gives."""
-        return self.dims.total(dims)
-
-    def size(self, dim: Dim) -> str:
-        """A value that holds a dimension's size at run time, as int64 of shape [1]; a constant where it is fixed."""
-        return self.dims.size(dim)
-
-    def sizes(self, dims: Sequence[Dim]) -> str:
-        """A value that holds a shape at run time, as int64 of shape [len(dims)]; a constant where it is fixed."""
-        return self.dims.sizes(dims)
+        return tuple(self.of_axis(axis, self._architecture) for axis in spec.axes)
 
     def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
         """These dimensions as numbers.

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
-from fedprune_export.autodiff.dimensions import BATCH, Dim, Dimensions, Shape
+from fedprune_export.autodiff.dimensions import BATCH, Dim, Shape
 from fedprune_export.autodiff.static_info import Knowledge, describe
 from fedprune_export.ir.drafts import FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, Purpose
 from fedprune_export.ir.graph import Graph, Node, Port
@@ -74,7 +74,7 @@ class Tape(Knowledge):
         *,
         scaled: Collection[str] = (),
     ) -> None:
-        super().__init__(model, Dimensions(graph))
+        super().__init__(model, graph)
         self.graph = graph
         self.written: dict[str, Shape] = {}
         self._frozen = frozenset(frozen)
@@ -101,7 +101,7 @@ class Tape(Knowledge):
         self._values[name] = value
         self._shapes[name] = shape
         self.written[value] = shape
-        self.dims.seen(value, shape)
+        self.seen(value, shape)
         if wanted and name not in self._frozen:
             self._wanted.add(name)
 
@@ -180,7 +180,7 @@ class Tape(Knowledge):
             first = ends[1] if len(ends) > 1 else None
             if first is not None and all(e == self.product([i, first]) for i, e in enumerate(ends)):
                 return count, first
-            number = self.dims.quotient(dim, length)
+            number = self.quotient(dim, length)
             if number is not None:
                 return number, length
         raise ModelError(f"{describe(node)}: its blocks are cut unevenly", expected=f"{count} equal blocks", got=dim)

@@ -10,8 +10,7 @@ from fedprune.core.text import quantity
 from fedprune.model.architecture import Architecture
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.liveness import execution_order, live_bytes
-from fedprune_export.training.checkpointing import recomputed
-from fedprune_export.training.value_sizes import ValueSizes, value_sizes
+from fedprune_export.training.checkpointing import ValueSizes, recomputed, value_sizes
 
 PROCESS_BYTES = 65_000_000
 """Python, numpy and onnxruntime with a session."""

@@ -13,8 +13,7 @@ from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.losses import target_shape, write_loss
-from fedprune_export.training.optimizers import Trained, add_inputs, write_updates
-from fedprune_export.training.sparse_weights import used
+from fedprune_export.training.optimizers import Trained, add_inputs, used, write_updates
 
 
 def training_step(model: Model, features: Features) -> Graph:

@@ -25,10 +25,9 @@ from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.liveness import execution_order, live_bytes
 from fedprune_export.pruning.model import Model
-from fedprune_export.training.checkpointing import recomputed
+from fedprune_export.training.checkpointing import recomputed, value_sizes
 from fedprune_export.training.memory import fitted, training_memory
 from fedprune_export.training.step_graph import training_graph
-from fedprune_export.training.value_sizes import value_sizes
 from support.nets.small_nets import seeded
 
 pytestmark = pytest.mark.torch

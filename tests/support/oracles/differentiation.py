@@ -116,7 +116,7 @@ def differentiated(
     wanted = {n: a.dtype.kind == "f" and n not in frozen for n, a in data.items()}
     entered: dict[str, Shape] = {}
     for name, array in data.items():
-        entered[name] = tuple("N" if a is None else tape.dims.of_axis(a, arch) for a in axes[name])
+        entered[name] = tuple("N" if a is None else tape.of_axis(a, arch) for a in axes[name])
         out.inputs.append(Port(name, array.dtype, entered[name]))
         tape.enter(name, name, entered[name], wanted=wanted[name])
     tape.forward()

@@ -1,17 +1,326 @@
 """Gradient rules of recurrent layers: LSTM, GRU and plain ones, in one direction or both, of any width.
 
 The operators have the number of hidden units as an attribute, and give none of the gates that the gradient needs: what
-the training graph holds of a layer is written out.
+the training graph holds of a layer is written out. Products with the input are one matrix product over the whole
+sequence, and a loop (one Scan node) does the rest. Back through time a second loop does only what must go step by step;
+the gradients of all parameters are then one product each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from onnx import TensorProto, helper, numpy_helper
 
 from fedprune.core.errors import ModelError
-from fedprune_export.autodiff.cells import CELLS, Direction
 from fedprune_export.autodiff.tape import Pull, Shape, Tape, describe, rule
-from fedprune_export.ir.graph import Node
+from fedprune_export.ir.graph import Graph, Node
+
+Step = Callable[[Graph, list[str], list[str]], tuple[list[str], list[str]]]
+"""Writes one step into the graph it is given: from states and slices to the next states and the slices that go out.
+
+It may read values of the graph around it.
+"""
+
+
+def scan(
+    g: Graph, states: Sequence[str], sliced: Sequence[str], step: Step, *, backwards: bool = False
+) -> tuple[list[str], list[str]]:
+    """Take one step per index of the first axis.
+
+    Args:
+        states: What is carried from step to step.
+        sliced: Values of which each step gets one index of the first axis.
+        step: The step; all of its values are float32.
+        backwards: Whether it goes from the last index to the first; the outputs are in the order of the inputs.
+
+    Returns:
+        The last states, and the slices that went out, stacked.
+    """
+    body = Graph(name="step", _counter=g._counter)
+    held, read = ([body.fresh(stem) for _ in values] for stem, values in (("state", states), ("slice", sliced)))
+    following, written = step(body, held, read)
+    # An output of a sub-graph can be neither two outputs nor an input.
+    taken = {*held, *read}
+    outputs: list[str] = []
+    for name in [*following, *written]:
+        outputs.append(body.emit("Identity", name) if name in taken else name)
+        taken.add(name)
+    g._counter = body._counter
+    proto = helper.make_graph(
+        [n.to_proto() for n in body.nodes],
+        body.name,
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in [*held, *read]],
+        [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in outputs],
+        [numpy_helper.from_array(v, k) for k, v in body.initializers.items()],
+    )
+    attrs = {
+        "body": proto,
+        "num_scan_inputs": len(sliced),
+        "scan_input_directions": [int(backwards)] * len(sliced),
+        "scan_output_directions": [int(backwards)] * len(written),
+    }
+    names = g.emit_many("Scan", *states, *sliced, outputs=len(outputs), attrs=attrs)
+    return names[: len(following)], names[len(following) :]
+
+
+@dataclass
+class Backward:
+    """What a direction's way back through time gives.
+
+    Attributes:
+        inputs: Gradient of the gates' part that comes of the input: [T, N, gates · H].
+        recurrent: Pairs of the gradient of the gates' part that comes of the recurrence, and what that read, in the
+            order of the gates.
+    """
+
+    inputs: str
+    recurrent: list[tuple[str, str]]
+    states: list[str]
+
+
+@dataclass
+class Direction:
+    """One direction of a layer.
+
+    Attributes:
+        turned: Whether it goes from the last step to the first.
+        weight: [gates · H, I].
+        recurrence: [gates · H, H].
+        bias: Biases of the input's and of the recurrence's part, [gates · H] each, or none.
+        states: Initial states, [N, H] each.
+        activation: The activation of a plain layer.
+        kept: Values of the way forward that the way back needs.
+    """
+
+    g: Graph
+    turned: bool
+    weight: str
+    recurrence: str
+    bias: list[str]
+    states: list[str]
+    activation: str
+    kept: dict[str, str] = field(default_factory=dict)
+
+    def projected(self, x: str, *, both: bool = True) -> str:
+        """The gates' part that depends on the input, with its bias, and the other one too where it may join."""
+        g = self.g
+        out = g.emit("MatMul", x, turned(g, self.weight))
+        if not self.bias:
+            return out
+        return g.emit("Add", out, g.emit("Add", *self.bias) if both else self.bias[0])
+
+    def before(self, sequence: str, initial: str) -> str:
+        """The states that each step started from: [T, N, H]."""
+        g = self.g
+        start = g.emit("Unsqueeze", initial, g.ints(0))
+        if self.turned:
+            rest = g.emit("Slice", sequence, g.ints(1), g.ints(2**31), g.ints(0))
+            return g.emit("Concat", rest, start, attrs={"axis": 0})
+        rest = g.emit("Slice", sequence, g.ints(0), g.ints(-1), g.ints(0))
+        return g.emit("Concat", start, rest, attrs={"axis": 0})
+
+
+def turned(g: Graph, matrix: str) -> str:
+    return g.emit("Transpose", matrix, attrs={"perm": [1, 0]})
+
+
+# -- LSTM: gates in the order input, output, forget, cell -----------------------------------------------------------
+
+
+def _lstm_forward(d: Direction, x: str) -> tuple[str, list[str]]:
+    """i, o, f = σ, g = tanh of the gates; c' = f · c + i · g; h' = o · tanh(c')."""
+    across = turned(d.g, d.recurrence)
+
+    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+        gates = b.emit("Add", b.emit("MatMul", states[0], across), read[0])
+        parts = b.emit_many("Split", gates, outputs=4, attrs={"axis": 1})
+        i, o, f, n = (b.emit("Tanh" if k == 3 else "Sigmoid", part) for k, part in enumerate(parts))
+        c = b.emit("Add", b.emit("Mul", f, states[1]), b.emit("Mul", i, n))
+        t = b.emit("Tanh", c)
+        h = b.emit("Mul", o, t)
+        return [h, c], [h, c, i, o, f, n, t]
+
+    last, written = scan(d.g, d.states, [d.projected(x)], step, backwards=d.turned)
+    d.kept = dict(zip("hciofnt", written, strict=True))
+    return written[0], last
+
+
+def _lstm_backward(d: Direction, dy: str, last: list[str]) -> Backward:
+    """With dh = dy + (what comes back): dc = dh · o · (1 − t²) + (what comes back); all gates' gradients follow."""
+    g, k = d.g, d.kept
+    before_h, before_c = d.before(k["h"], d.states[0]), d.before(k["c"], d.states[1])
+    through = g.emit("Mul", k["o"], _tanh_slope(g, k["t"]))
+    # What the gradients of c, h, c, c are multiplied by for the four gates.
+    slopes = g.emit(
+        "Concat",
+        g.emit("Mul", k["n"], _sigmoid_slope(g, k["i"])),
+        g.emit("Mul", k["t"], _sigmoid_slope(g, k["o"])),
+        g.emit("Mul", before_c, _sigmoid_slope(g, k["f"])),
+        g.emit("Mul", k["i"], _tanh_slope(g, k["n"])),
+        attrs={"axis": 2},
+    )
+
+    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+        to_c, slope, forget = read[:3]
+        dh = b.emit("Add", states[0], read[3]) if dy else states[0]
+        dc = b.emit("Add", b.emit("Mul", dh, to_c), states[1])
+        gates = b.emit("Mul", b.emit("Concat", dc, dh, dc, dc, attrs={"axis": 1}), slope)
+        return [b.emit("MatMul", gates, d.recurrence), b.emit("Mul", dc, forget)], [gates]
+
+    sliced = [through, slopes, k["f"], *([dy] if dy else [])]
+    states, (gates,) = scan(g, last, sliced, step, backwards=not d.turned)
+    return Backward(gates, [(gates, before_h)], states)
+
+
+# -- GRU: gates in the order update, reset, hidden ------------------------------------------------------------------
+
+
+def _gru_forward(d: Direction, x: str) -> tuple[str, list[str]]:
+    """z, r = σ, n = tanh(input part + r · recurrent part); h' = n + z · (h − n)."""
+    across = turned(d.g, d.recurrence)
+
+    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+        (h,) = states
+        product = b.emit("MatMul", h, across)
+        if d.bias:
+            product = b.emit("Add", product, d.bias[1])
+        mine = b.emit_many("Split", product, outputs=3, attrs={"axis": 1})
+        theirs = b.emit_many("Split", read[0], outputs=3, attrs={"axis": 1})
+        z, r = (b.emit("Sigmoid", b.emit("Add", p, q)) for p, q in zip(theirs[:2], mine[:2], strict=True))
+        n = b.emit("Tanh", b.emit("Add", theirs[2], b.emit("Mul", r, mine[2])))
+        after = b.emit("Add", n, b.emit("Mul", z, b.emit("Sub", h, n)))
+        return [after], [after, z, r, n, mine[2]]
+
+    last, written = scan(d.g, d.states, [d.projected(x, both=False)], step, backwards=d.turned)
+    d.kept = dict(zip("hzrnq", written, strict=True))
+    return written[0], last
+
+
+def _gru_backward(d: Direction, dy: str, last: list[str]) -> Backward:
+    """Every gate's gradient is dh times something that is known beforehand."""
+    g, k = d.g, d.kept
+    before = d.before(k["h"], d.states[0])
+    update = g.emit("Mul", g.emit("Sub", before, k["n"]), _sigmoid_slope(g, k["z"]))
+    hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), k["z"]), _tanh_slope(g, k["n"]))
+    reset = g.emit("Mul", g.emit("Mul", hidden, k["q"]), _sigmoid_slope(g, k["r"]))
+    slopes = g.emit("Concat", update, reset, g.emit("Mul", hidden, k["r"]), attrs={"axis": 2})
+
+    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+        slope, z = read[:2]
+        dh = b.emit("Add", states[0], read[2]) if dy else states[0]
+        gates = b.emit("Mul", b.emit("Concat", dh, dh, dh, attrs={"axis": 1}), slope)
+        return [b.emit("Add", b.emit("MatMul", gates, d.recurrence), b.emit("Mul", dh, z))], [dh, gates]
+
+    states, (dh, gates) = scan(g, last, [slopes, k["z"], *([dy] if dy else [])], step, backwards=not d.turned)
+    inputs = g.emit("Concat", *[g.emit("Mul", dh, s) for s in (update, reset, hidden)], attrs={"axis": 2})
+    return Backward(inputs, [(gates, before)], states)
+
+
+def _gru_early_forward(d: Direction, x: str) -> tuple[str, list[str]]:
+    """The same with n = tanh(input part + (r · h) through the recurrence): the reset comes before the product."""
+    across = turned(d.g, d.recurrence)
+    gating, hidden = _two_and_one(d.g, across, axis=1)
+
+    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+        (h,) = states
+        mine = b.emit_many("Split", b.emit("MatMul", h, gating), outputs=2, attrs={"axis": 1})
+        theirs = b.emit_many("Split", read[0], outputs=3, attrs={"axis": 1})
+        z, r = (b.emit("Sigmoid", b.emit("Add", p, q)) for p, q in zip(theirs[:2], mine, strict=True))
+        n = b.emit("Tanh", b.emit("Add", theirs[2], b.emit("MatMul", b.emit("Mul", r, h), hidden)))
+        after = b.emit("Add", n, b.emit("Mul", z, b.emit("Sub", h, n)))
+        return [after], [after, z, r, n]
+
+    last, written = scan(d.g, d.states, [d.projected(x)], step, backwards=d.turned)
+    d.kept = dict(zip("hzrn", written, strict=True))
+    return written[0], last
+
+
+def _gru_early_backward(d: Direction, dy: str, last: list[str]) -> Backward:
+    """The hidden gate's gradient goes through its own product before it reaches the reset."""
+    g, k = d.g, d.kept
+    before = d.before(k["h"], d.states[0])
+    gating, across = _two_and_one(g, d.recurrence, axis=0)
+    update = g.emit("Mul", g.emit("Sub", before, k["n"]), _sigmoid_slope(g, k["z"]))
+    hidden = g.emit("Mul", g.emit("Sub", g.scalar(1), k["z"]), _tanh_slope(g, k["n"]))
+    reset = g.emit("Mul", before, _sigmoid_slope(g, k["r"]))
+
+    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+        to_update, to_hidden, to_reset, z, r = read[:5]
+        dh = b.emit("Add", states[0], read[5]) if dy else states[0]
+        n = b.emit("Mul", dh, to_hidden)
+        held = b.emit("MatMul", n, across)
+        gates = b.emit("Concat", b.emit("Mul", dh, to_update), b.emit("Mul", held, to_reset), attrs={"axis": 1})
+        back = b.emit("Add", b.emit("Mul", dh, z), b.emit("Mul", held, r))
+        return [b.emit("Add", back, b.emit("MatMul", gates, gating))], [gates, n]
+
+    sliced = [update, hidden, reset, k["z"], k["r"], *([dy] if dy else [])]
+    states, (gates, n) = scan(g, last, sliced, step, backwards=not d.turned)
+    both = g.emit("Concat", gates, n, attrs={"axis": 2})
+    return Backward(both, [(gates, before), (n, g.emit("Mul", k["r"], before))], states)
+
+
+def _two_and_one(g: Graph, value: str, axis: int) -> tuple[str, str]:
+    """The first two gates, and the third."""
+    first, second, third = g.emit_many("Split", value, outputs=3, attrs={"axis": axis})
+    return g.emit("Concat", first, second, attrs={"axis": axis}), third
+
+
+# -- plain ----------------------------------------------------------------------------------------------------------
+
+
+def _plain_forward(d: Direction, x: str) -> tuple[str, list[str]]:
+    """h' = tanh or ReLU of the sum of both parts."""
+    across = turned(d.g, d.recurrence)
+
+    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+        total = b.emit("Add", b.emit("MatMul", states[0], across), read[0])
+        h = b.emit(d.activation, total)
+        return [h], [h, total]
+
+    last, (h, total) = scan(d.g, d.states, [d.projected(x)], step, backwards=d.turned)
+    d.kept = {"h": h, "total": total}
+    return h, last
+
+
+def _plain_backward(d: Direction, dy: str, last: list[str]) -> Backward:
+    """The gate's gradient is dh · tanh'(total), or dh where the total is positive."""
+    g, h, total = d.g, d.kept["h"], d.kept["total"]
+    if d.activation == "Tanh":
+        # 4s / (1 + s)² with s = exp(−2 · |total|), because 1 − h² has few digits where h is nearly 1.
+        s = g.emit("Exp", g.emit("Mul", g.emit("Abs", total), g.scalar(-2)))
+        more = g.emit("Add", s, g.scalar(1))
+        slope = g.emit("Div", g.emit("Mul", s, g.scalar(4)), g.emit("Mul", more, more))
+    else:
+        slope = g.emit("Cast", g.emit("Greater", total, g.scalar(0)), attrs={"to": 1})
+
+    def step(b: Graph, states: list[str], read: list[str]) -> tuple[list[str], list[str]]:
+        gate = b.emit("Mul", b.emit("Add", states[0], read[1]) if dy else states[0], read[0])
+        return [b.emit("MatMul", gate, d.recurrence)], [gate]
+
+    states, (gate,) = scan(g, last, [slope, *([dy] if dy else [])], step, backwards=not d.turned)
+    return Backward(gate, [(gate, d.before(h, d.states[0]))], states)
+
+
+def _sigmoid_slope(g: Graph, y: str) -> str:
+    """y · (1 − y)."""
+    return g.emit("Mul", y, g.emit("Sub", g.scalar(1), y))
+
+
+def _tanh_slope(g: Graph, y: str) -> str:
+    """1 − y²."""
+    return g.emit("Sub", g.scalar(1), g.emit("Mul", y, y))
+
+
+CELLS = {
+    "LSTM": (_lstm_forward, _lstm_backward),
+    "GRU": (_gru_forward, _gru_backward),
+    "early GRU": (_gru_early_forward, _gru_early_backward),
+    "RNN": (_plain_forward, _plain_backward),
+}
+"""How each kind of cell goes forward and back."""
+
 
 _ACTIVATIONS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"), "RNN": ("Tanh",)}
 

@@ -103,7 +103,7 @@ def space_and_depth(tape: Tape, node: Node) -> Pull:
     if deep:
         out: Shape = (shape[0], tape.product([shape[1], size * size]), height // size, width // size)
     else:
-        channels: Dim | None = tape.dims.quotient(shape[1], size * size)
+        channels: Dim | None = tape.quotient(shape[1], size * size)
         if channels is None:
             raise ModelError(f"{describe(node)}: its blocks of channels are cut unevenly", got=shape[1])
         out = (shape[0], channels, height * size, width * size)

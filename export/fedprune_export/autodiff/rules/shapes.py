@@ -50,7 +50,7 @@ def _filled(tape: Tape, node: Node, known: Sequence[Dim | None], shape: Shape) -
     if not free:
         return tuple(d for d in known if d is not None)
     if len(free) == 1:
-        rest = tape.dims.quotient(tape.product(shape), tape.product([d for d in known if d is not None]))
+        rest = tape.quotient(tape.product(shape), tape.product([d for d in known if d is not None]))
         if rest is None:
             raise ModelError(
                 f"{describe(node)} splits a dimension whose size varies", got=f"{list(shape)} to {list(known)}"
@@ -327,6 +327,6 @@ def _lengths(tape: Tape, node: Node, whole: Dim, axis: int) -> list[Dim]:
     for end in ends:
         if end is None:
             raise ModelError(f"{describe(node)} cuts a run of channels", got=f"{given.tolist()} of {whole}")
-        out.append(tape.dims.difference(end, before))
+        out.append(tape.difference(end, before))
         before = end
     return out

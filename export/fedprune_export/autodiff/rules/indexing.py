@@ -1,9 +1,9 @@
-"""Gradient rules of operators that pick or write elements by index: slices, gathers, scatters, masks, one-hot."""
+"""Gradient rules of operators that pick or write elements by index: slices, gathers, scatters, masks, one-hot, pads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,8 @@ from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
 from fedprune_export.ir.graph import Node
+
+Array = npt.NDArray[Any]
 
 
 @rule("ScatterND", "ScatterElements")
@@ -66,8 +68,6 @@ def one_hot(tape: Tape, node: Node) -> None:
     tape.enter(node.outputs[0], y, (*shape[:axis], int(depth.reshape(-1)[0]), *shape[axis:]))
 
 
-Array = npt.NDArray[Any]
-
 _FEW = 4
 """Up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix."""
 
@@ -97,7 +97,7 @@ def cut_out(tape: Tape, node: Node) -> Pull:
         if step == 1:
             begin, stop = _run(tape, node, a, picked)
             runs.append((a, begin, stop))
-            out[a] = tape.dims.difference(stop, begin)
+            out[a] = tape.difference(stop, begin)
         elif isinstance(shape[a], int):
             picks.append((a, picked))
             out[a] = len(picked)
@@ -139,7 +139,7 @@ def _put_back(tape: Tape, dy: str, shape: Shape, runs: Sequence[tuple[int, Dim, 
     before: list[Dim] = [0] * len(shape)
     after: list[Dim] = [0] * len(shape)
     for a, begin, stop in runs:
-        before[a], after[a] = begin, tape.dims.difference(shape[a], stop)
+        before[a], after[a] = begin, tape.difference(shape[a], stop)
     return tape.graph.emit("Pad", dy, tape.sizes(before + after))
 
 
@@ -148,7 +148,7 @@ def _every(tape: Tape, node: Node, axis: int, picked: range) -> Dim:
     name = node.inputs[0]
     whole, found = tape.shape(name)[axis], tape.axis(name, axis)
     size, step = tape.extent(whole), picked.step
-    count = tape.dims.quotient(whole, step) if step > 0 else None
+    count = tape.quotient(whole, step) if step > 0 else None
     even = found is not None and all((s.length if s.group == FIXED else s.inner) % step == 0 for s in found.segments)
     if count is None or not even or picked.start >= step or len(picked) != size // step:
         raise ModelError(
@@ -242,7 +242,7 @@ def _channels(tape: Tape, node: Node, axis: int, picked: Array) -> Pull:
     runs = _runs(tape, node, axis, picked.reshape(-1).tolist())
     where = g.ints(axis)
     parts = [g.emit("Slice", x, tape.size(begin), tape.size(stop), where) for begin, stop in runs]
-    lengths = [tape.dims.difference(stop, begin) for begin, stop in runs]
+    lengths = [tape.difference(stop, begin) for begin, stop in runs]
     y = g.emit("Concat", *parts, attrs={"axis": axis}) if len(parts) > 1 else parts[0]
     out: Shape = (*shape[:axis], tape.total(lengths), *shape[axis + 1 :])
     if picked.ndim == 0:
@@ -390,3 +390,71 @@ def largest(tape: Tape, node: Node) -> Pull:
             tape.add(name, _added(tape, x, places, dy, axis))
 
     return pull
+
+
+@rule("Pad")
+def pad(tape: Tape, node: Node) -> Pull:
+    """A constant around any axes (negative pads cut), or fixed axes reflected or their edges repeated."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    mode = str(node.attrs.get("mode", "constant"))
+    given, value, chosen = (tape.number(node, i) for i in (1, 2, 3))
+    if given is None:
+        raise ModelError(f"{describe(node)}: no pads")
+    axes = [int(a) % len(shape) for a in chosen] if chosen is not None else list(range(len(shape)))
+    half = len(given) // 2
+    pads = np.zeros((2, len(shape)), np.int64)
+    for k, a in enumerate(axes):
+        pads[0, a], pads[1, a] = given[k], given[half + k]
+    if mode != "constant":
+        return _mirrored(tape, node, pads, mode)
+    for a in range(len(shape)):
+        if (pads[:, a] < 0).any():
+            tape.static(node, [shape[a]])
+    out = tuple(tape.total([d, int(pads[:, a].sum())]) for a, d in enumerate(shape))
+    g = tape.graph
+    fill = [g.scalar(float(value.reshape(-1)[0]))] if value is not None and value.size else []
+    y = g.emit("Pad", x, g.ints(*pads.reshape(-1).tolist()), *fill)
+    tape.enter(node.outputs[0], y, out)
+    return lambda dy: tape.add(name, g.emit("Pad", dy, g.ints(*(-pads).reshape(-1).tolist())))
+
+
+_MIRRORS: tuple[Literal["reflect", "edge", "wrap"], ...] = ("reflect", "edge", "wrap")
+
+
+def _mirrored(tape: Tape, node: Node, pads: Array, mode: str) -> Pull:
+    """Padding with elements of the value itself: axis by axis they are picked."""
+    name = node.inputs[0]
+    x, shape = tape.value(name), tape.shape(name)
+    how = next((m for m in _MIRRORS if m == mode), None)
+    if how is None:
+        raise ModelError(f"{describe(node)}: padding mode", expected=["constant", *_MIRRORS], got=mode)
+    padded = [a for a in range(len(shape)) if pads[:, a].any()]
+    picks = {}
+    for a in padded:
+        (size,) = tape.static(node, [shape[a]])
+        picks[a] = _indices(node, np.arange(size), int(pads[0, a]), int(pads[1, a]), how)
+    g = tape.graph
+    steps: list[tuple[int, Shape]] = []
+    now, y = list(shape), x
+    for a in padded:
+        y = g.emit("Gather", y, g.constant(picks[a], np.int64), attrs={"axis": a})
+        now[a] = len(picks[a])
+        steps.append((a, tuple(now)))
+    tape.enter(node.outputs[0], y, tuple(now))
+
+    def pull(dy: str) -> None:
+        for a, after in reversed(steps):
+            dy = scattered(tape, dy, after, a, picks[a], tape.extent(shape[a]))
+        tape.add(name, dy)
+
+    return pull
+
+
+def _indices(node: Node, own: Array, before: int, after: int, mode: Literal["reflect", "edge", "wrap"]) -> Array:
+    kept = own[max(0, -before) : len(own) - max(0, -after)]
+    before, after = max(0, before), max(0, after)
+    if mode == "reflect" and max(before, after) >= len(kept):
+        raise ModelError(f"{describe(node)} reflects more than there is", expected=f"under {len(kept)}", got=before)
+    picked: Array = np.pad(kept, (before, after), mode=mode)
+    return picked
