@@ -33,9 +33,9 @@ class Net:
 
     build: Build
     groups: list[int]
-    width: int
-    features: bool
-    opset: int
+    width: int = 8
+    features: bool = False
+    opset: int = 17
 
 
 NETS: dict[str, Net] = {}
@@ -86,50 +86,72 @@ def model(name: str) -> Model:
     return import_onnx(graph.to_bytes(), name)
 
 
-@net(8, 8, 6)
-def depth_to_space(graph: Graph, value: str) -> str:
-    return graph.emit("DepthToSpace", conv(graph, value, "wide", 8, 32), attrs={"blocksize": 2, "mode": "CRD"})
-
-
-@net(8, 8, 6)
-def depth_to_space_by_depth(graph: Graph, value: str) -> str:
-    return graph.emit("DepthToSpace", conv(graph, value, "wide", 8, 32), attrs={"blocksize": 2})
-
-
-@net(8, 6, width=32)
-def space_to_depth(graph: Graph, value: str) -> str:
-    return graph.emit("SpaceToDepth", value, attrs={"blocksize": 2})
-
-
-@net(6, width=3)
-def largest_channels(graph: Graph, value: str) -> str:
-    return graph.emit_many("TopK", value, graph.ints(3), outputs=2, attrs={"axis": 1})[0]
-
-
-@net(8, 6)
-def largest_places(graph: Graph, value: str) -> str:
-    return graph.emit_many("TopK", value, graph.ints(3), outputs=2, attrs={"axis": 3})[0]
+NETS |= {
+    "depth_to_space": Net(
+        lambda g, v: g.emit("DepthToSpace", conv(g, v, "wide", 8, 32), attrs={"blocksize": 2, "mode": "CRD"}), [8, 8, 6]
+    ),
+    "depth_to_space_by_depth": Net(
+        lambda g, v: g.emit("DepthToSpace", conv(g, v, "wide", 8, 32), attrs={"blocksize": 2}), [8, 8, 6]
+    ),
+    "space_to_depth": Net(lambda g, v: g.emit("SpaceToDepth", v, attrs={"blocksize": 2}), [8, 6], width=32),
+    "largest_channels": Net(
+        lambda g, v: g.emit_many("TopK", v, g.ints(3), outputs=2, attrs={"axis": 1})[0], [6], width=3
+    ),
+    "largest_places": Net(lambda g, v: g.emit_many("TopK", v, g.ints(3), outputs=2, attrs={"axis": 3})[0], [8, 6]),
+    "sums_over_places": Net(lambda g, v: g.emit("CumSum", v, g.constant(3, np.int64)), [8, 6]),
+    "tiled": Net(lambda g, v: g.emit("Tile", v, g.ints(1, 2, 1, 1)), [8, 6], width=16),
+    "expanded_to_a_shape": Net(
+        lambda g, v: g.emit("Add", v, g.emit("Expand", weight(g, "level", 1, 1, 1), g.emit("Shape", v))), [8, 6]
+    ),
+    "resized_by_scales": Net(
+        lambda g, v: g.emit("Resize", v, "", g.constant([1, 1, 2, 2], np.float32), attrs={"mode": "nearest"}), [8, 6]
+    ),
+    "padded_by_reflection": Net(
+        lambda g, v: g.emit("Pad", v, g.ints(0, 0, 1, 2, 0, 0, 0, 1), attrs={"mode": "reflect"}), [8, 6]
+    ),
+    "channels_reflected": Net(
+        lambda g, v: g.emit("Pad", v, g.ints(0, 1, 0, 0, 0, 1, 0, 0), attrs={"mode": "reflect"}), [6], width=10
+    ),
+    "channels_cropped": Net(lambda g, v: g.emit("Pad", v, g.ints(0, -1, 0, 0, 0, -1, 0, 0)), [6], width=6),
+    "channels_backwards": Net(
+        lambda g, v: g.emit("Slice", v, g.ints(-1), g.ints(-(2**62)), g.ints(1), g.ints(-1)), [6]
+    ),
+    "every_second_channel": Net(
+        lambda g, v: g.emit("Slice", v, g.ints(1), g.ints(8), g.ints(1), g.ints(2)), [4, 6], width=4
+    ),
+    "channels_by_an_unsorted_index": Net(
+        lambda g, v: g.emit("Gather", v, g.ints(7, 3, 5, 1, 6, 2, 4, 0), attrs={"axis": 1}), [6]
+    ),
+    "einsum_as_a_layer": Net(
+        lambda g, v: g.emit("Einsum", v, weight(g, "matrix", 7, 8), attrs={"equation": "nchw,oc->nohw"}),
+        [8, 7, 6],
+        width=7,
+    ),
+    "mean_over_channels": Net(
+        lambda g, v: g.emit("Sub", v, g.emit("ReduceMean", v, attrs={"axes": [1], "keepdims": 1})), [6]
+    ),
+    "unit_length": Net(lambda g, v: g.emit("LpNormalization", v, attrs={"axis": 1}), [6]),
+    "softmax_of_places": Net(lambda g, v: g.emit("Softmax", v, attrs={"axis": 3}), [8, 6]),
+    "triangles": Net(lambda g, v: g.emit("Trilu", v), [8, 6]),
+    "the_same_number_for_all": Net(
+        lambda g, v: g.emit("Mul", v, g.constant(np.full((1, 8, 1, 1), 0.7), np.float32)), [8, 6]
+    ),
+    "lstm_with_peepholes": Net(lambda g, v: recurrent(g, v, "LSTM", 4, peepholes=True), [8, 5], width=5, features=True),
+    "gru_with_reset_first": Net(
+        lambda g, v: recurrent(g, v, "GRU", 3, direction="bidirectional", linear_before_reset=1),
+        [8, 5],
+        width=10,
+        features=True,
+    ),
+    "rnn_backwards": Net(lambda g, v: recurrent(g, v, "RNN", 1, direction="reverse"), [8, 5], width=5, features=True),
+    "one_value_twice": Net(lambda g, v: g.emit("Concat", v, g.emit("Neg", v), attrs={"axis": 1}), [8, 6], width=16),
+}
 
 
 @net(8, 6)
 def place_of_the_largest(graph: Graph, value: str) -> str:
     where = graph.emit("ArgMax", value, attrs={"axis": 3, "keepdims": 1})
     return graph.emit("Mul", value, graph.emit("Cast", where, attrs={"to": 1}))
-
-
-@net(8, 6)
-def sums_over_places(graph: Graph, value: str) -> str:
-    return graph.emit("CumSum", value, graph.constant(3, np.int64))
-
-
-@net(8, 6, width=16)
-def tiled(graph: Graph, value: str) -> str:
-    return graph.emit("Tile", value, graph.ints(1, 2, 1, 1))
-
-
-@net(8, 6)
-def expanded_to_a_shape(graph: Graph, value: str) -> str:
-    return graph.emit("Add", value, graph.emit("Expand", weight(graph, "level", 1, 1, 1), graph.emit("Shape", value)))
 
 
 @net(8, 6)
@@ -157,26 +179,6 @@ def resized_by_sizes(graph: Graph, value: str) -> str:
     return graph.emit("Resize", value, "", "", sizes, attrs={"mode": "linear"})
 
 
-@net(8, 6)
-def resized_by_scales(graph: Graph, value: str) -> str:
-    return graph.emit("Resize", value, "", graph.constant([1, 1, 2, 2], np.float32), attrs={"mode": "nearest"})
-
-
-@net(8, 6)
-def padded_by_reflection(graph: Graph, value: str) -> str:
-    return graph.emit("Pad", value, graph.ints(0, 0, 1, 2, 0, 0, 0, 1), attrs={"mode": "reflect"})
-
-
-@net(6, width=10)
-def channels_reflected(graph: Graph, value: str) -> str:
-    return graph.emit("Pad", value, graph.ints(0, 1, 0, 0, 0, 1, 0, 0), attrs={"mode": "reflect"})
-
-
-@net(6, width=6)
-def channels_cropped(graph: Graph, value: str) -> str:
-    return graph.emit("Pad", value, graph.ints(0, -1, 0, 0, 0, -1, 0, 0))
-
-
 @net(6)
 def indices_of_a_pool(graph: Graph, value: str) -> str:
     pooled, where = graph.emit_many("MaxPool", value, outputs=2, attrs={"kernel_shape": [2, 2]})
@@ -196,21 +198,11 @@ def split_of_a_concatenation(graph: Graph, value: str) -> str:
     return graph.emit("Slice", both, graph.ints(4), graph.ints(12), graph.ints(1))
 
 
-@net(6)
-def channels_backwards(graph: Graph, value: str) -> str:
-    return graph.emit("Slice", value, graph.ints(-1), graph.ints(-(2**62)), graph.ints(1), graph.ints(-1))
-
-
 @net(8, 6)
 def sliced_at_other_places(graph: Graph, value: str) -> str:
     blocks = graph.emit("Conv", value, weight(graph, "blocks", 8, 4, 1, 1), attrs={"group": 2})
     some = graph.emit("Slice", blocks, graph.ints(1), graph.ints(7), graph.ints(1))
     return conv(graph, some, "other", 6, 8)
-
-
-@net(4, 6, width=4)
-def every_second_channel(graph: Graph, value: str) -> str:
-    return graph.emit("Slice", value, graph.ints(1), graph.ints(8), graph.ints(1), graph.ints(2))
 
 
 @net(8, 6)
@@ -231,11 +223,6 @@ def gathered_channels(graph: Graph, value: str) -> str:
     return graph.emit("Add", some, conv(graph, value, "other", 8, 5))
 
 
-@net(6)
-def channels_by_an_unsorted_index(graph: Graph, value: str) -> str:
-    return graph.emit("Gather", value, graph.ints(7, 3, 5, 1, 6, 2, 4, 0), attrs={"axis": 1})
-
-
 @net(8, features=True)
 def looked_up_places(graph: Graph, value: str) -> str:
     last = graph.emit("Transpose", value, attrs={"perm": [2, 3, 0, 1]})
@@ -250,11 +237,6 @@ def looked_up_places(graph: Graph, value: str) -> str:
 def rounded(graph: Graph, value: str) -> str:
     scale, zero = graph.scalar(0.02), graph.constant(100, np.uint8)
     return graph.emit("DequantizeLinear", graph.emit("QuantizeLinear", value, scale, zero), scale, zero)
-
-
-@net(8, 7, 6, width=7)
-def einsum_as_a_layer(graph: Graph, value: str) -> str:
-    return graph.emit("Einsum", value, weight(graph, "matrix", 7, 8), attrs={"equation": "nchw,oc->nohw"})
 
 
 @net(6, width=7)
@@ -275,31 +257,6 @@ def energy_of_channels(graph: Graph, value: str) -> str:
 def sum_over_all(graph: Graph, value: str) -> str:
     total = graph.emit("ReduceSum", value, graph.ints(1, 2, 3), attrs={"keepdims": 1})
     return graph.emit("Add", value, graph.emit("Mul", total, graph.scalar(0.01)))
-
-
-@net(6)
-def mean_over_channels(graph: Graph, value: str) -> str:
-    return graph.emit("Sub", value, graph.emit("ReduceMean", value, attrs={"axes": [1], "keepdims": 1}))
-
-
-@net(6)
-def unit_length(graph: Graph, value: str) -> str:
-    return graph.emit("LpNormalization", value, attrs={"axis": 1})
-
-
-@net(8, 6)
-def softmax_of_places(graph: Graph, value: str) -> str:
-    return graph.emit("Softmax", value, attrs={"axis": 3})
-
-
-@net(8, 6)
-def triangles(graph: Graph, value: str) -> str:
-    return graph.emit("Trilu", value)
-
-
-@net(8, 6)
-def the_same_number_for_all(graph: Graph, value: str) -> str:
-    return graph.emit("Mul", value, graph.constant(np.full((1, 8, 1, 1), 0.7), np.float32))
 
 
 @net(8, 6)
@@ -333,21 +290,6 @@ def recurrent(graph: Graph, value: str, op: str, gates: int, **attrs: object) ->
         tensors += ["", "", "", weight(graph, "p", ways, 15)]
     y = graph.emit(op, steps(graph, value), *tensors, attrs={"hidden_size": 5, **attrs})
     return graph.emit("Reshape", graph.emit("Transpose", y, attrs={"perm": [2, 1, 3, 0]}), graph.ints(-1, ways * 5, 36))
-
-
-@net(8, 5, width=5, features=True)
-def lstm_with_peepholes(graph: Graph, value: str) -> str:
-    return recurrent(graph, value, "LSTM", 4, peepholes=True)
-
-
-@net(8, 5, width=10, features=True)
-def gru_with_reset_first(graph: Graph, value: str) -> str:
-    return recurrent(graph, value, "GRU", 3, direction="bidirectional", linear_before_reset=1)
-
-
-@net(8, 5, width=5, features=True)
-def rnn_backwards(graph: Graph, value: str) -> str:
-    return recurrent(graph, value, "RNN", 1, direction="reverse")
 
 
 @net(6)
@@ -389,11 +331,6 @@ def the_same_kernel_twice(graph: Graph, value: str) -> str:
     for _ in range(2):
         value = graph.emit("Tanh", graph.emit("Conv", value, kernel, attrs={"pads": [1] * 4}))
     return value
-
-
-@net(8, 6, width=16)
-def one_value_twice(graph: Graph, value: str) -> str:
-    return graph.emit("Concat", value, graph.emit("Neg", value), attrs={"axis": 1})
 
 
 @net(4, 6, opset=21)
