@@ -14,26 +14,11 @@ from fedprune.runtime.session import Session
 from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
-from support.nets import published_nets as zoo
 from support.oracles.cutting import distance, inputs, outputs, random_selection
 
 pytestmark = pytest.mark.torch
 
 Imported = Callable[[str], Model]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", zoo.NETS)
-def test_the_folder_computes_what_the_cut_graph_computes(imported: Imported, tmp_path: Path, name: str) -> None:
-    model = imported(name)
-    selection = random_selection(model, 0.5, seed=1)
-    (tmp_path / "inference.onnx").write_bytes(inference_model(model, selection.widths))
-    (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(selection.gather(model.tensors)))
-    x = inputs(model, 3)
-
-    logits = Session(tmp_path / "inference.onnx").run({"x": x})["logits"]
-
-    assert distance(logits, outputs(cut(model, selection), x)) < 1e-6
 
 
 def test_swapping_the_weights_file_swaps_the_model(imported: Imported, tmp_path: Path) -> None:

@@ -195,12 +195,6 @@ def test_the_page_has_a_bar_and_a_row_per_piece(model: Model, runs: int) -> None
     assert seen.tags["tr"] == 1 + len(out.pieces) + (1 + len(KINDS) if runs else 0)
 
 
-@pytest.fixture
-def digits(tmp_path: Path) -> Path:
-    (tmp_path / "digits.onnx").write_bytes(digits_model())
-    return tmp_path / "digits.onnx"
-
-
 def test_the_command_prints_what_is_explained(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = ("--target", "raspberry-pi-5", "--density", "0.5", "--batch", "4")
 

@@ -1,4 +1,7 @@
-"""A cut graph computes what the whole graph computes with the lost channels masked, at any batch size."""
+"""Cut graphs: their batch, weights and nodes, and what becomes of sizes that a graph computes with.
+
+`test_whole_models.py` and `test_hard_nets.py` compare cuts with the masked whole.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +22,6 @@ from support.oracles.cutting import cut_error, inputs, outputs, random_selection
 pytestmark = pytest.mark.torch
 
 Imported = Callable[[str], Model]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("density", [0.25, 0.5, 0.75])
-@pytest.mark.parametrize("name", zoo.NETS)
-def test_cut_equals_masked(imported: Imported, name: str, density: float) -> None:
-    model = imported(name)
-
-    assert cut_error(model, random_selection(model, density, seed=int(density * 100))) < 1e-5
-
-
-@pytest.mark.parametrize("name", zoo.NETS)
-def test_one_channel_per_group_equals_masked(imported: Imported, name: str) -> None:
-    model = imported(name)
-
-    assert cut_error(model, random_selection(model, 0.001, seed=0)) < 1e-5
 
 
 @pytest.mark.parametrize("batch", [1, 2, 7, 64])
@@ -104,56 +91,6 @@ def _conv(
     graph.initializers[name] = rng.standard_normal(shape).astype(np.float32) / 4
     attrs.setdefault("pads", [shape[-1] // 2] * 4)
     return graph.emit("Conv", value, name, attrs=attrs)
-
-
-def test_depthwise_with_multiplier() -> None:
-    def build(graph: Graph, rng: np.random.Generator) -> str:
-        value = _conv(graph, rng, "image", "first", (6, 3, 3, 3))
-        value = _conv(graph, rng, value, "depth", (12, 1, 3, 3), group=6)
-        return _conv(graph, rng, value, "last", (8, 12, 1, 1))
-
-    model = _net(build, 4)
-
-    assert [g.size for g in model.architecture.groups] == [6, 8]
-    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
-
-
-def test_grouped_convolutions_lose_whole_groups() -> None:
-    def build(graph: Graph, rng: np.random.Generator) -> str:
-        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (8, 3, 3, 3)))
-        value = _conv(graph, rng, value, "grouped", (12, 2, 3, 3), group=4)
-        return _conv(graph, rng, value, "last", (8, 12, 1, 1))
-
-    model = _net(build, 4)
-
-    assert [g.size for g in model.architecture.groups] == [4, 8]
-    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
-
-
-def test_a_gate_of_one_channel_ties_nothing() -> None:
-    def build(graph: Graph, rng: np.random.Generator) -> str:
-        value = graph.emit("Relu", _conv(graph, rng, "image", "first", (6, 3, 3, 3)))
-        gate = graph.emit("Sigmoid", _conv(graph, rng, value, "gate", (1, 6, 1, 1)))
-        return _conv(graph, rng, graph.emit("Mul", value, gate), "last", (8, 6, 1, 1))
-
-    model = _net(build, 4)
-
-    assert [g.size for g in model.architecture.groups] == [6, 8]
-    assert model.architecture.shape("gate", [2, 3]) == (1, 2, 1, 1)
-    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
-
-
-def test_padded_channels_stay() -> None:
-    def build(graph: Graph, rng: np.random.Generator) -> str:
-        value = _conv(graph, rng, "image", "first", (4, 3, 3, 3))
-        padded = graph.emit("Pad", value, graph.ints(0, 2, 0, 0, 0, 2, 0, 0))
-        other = _conv(graph, rng, value, "second", (8, 4, 3, 3))
-        return _conv(graph, rng, graph.emit("Add", padded, other), "last", (8, 8, 1, 1))
-
-    model = _net(build, 4)
-
-    assert model.architecture.shape("second", [1, 1]) == (5, 1, 3, 3)
-    assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
 
 
 def test_a_reshape_target_follows_the_cut_and_leaves_the_batch_free() -> None:
