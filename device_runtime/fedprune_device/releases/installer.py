@@ -14,7 +14,7 @@ import shutil
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -96,16 +96,11 @@ class ReleaseInstaller:
         *,
         identity: Path | None = None,
         keep: Collection[str] = (),
-        python: str = f"cp{sys.version_info.major}{sys.version_info.minor}",
-        machine: str = "",
-        free: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
         self.home = SlotStore(root)
         self._incoming = root / "incoming"
         self._known_key, self._identity = key, identity
         self._keep = frozenset(keep)
-        self._board = {"python": python, "machine": machine or platform.machine()}
-        self._free = free
 
     @property
     def _key(self) -> VerifyingKey:
@@ -155,7 +150,7 @@ class ReleaseInstaller:
         """
         release, state = self._opened(source), self._state()
         self._check_launcher()
-        check_release(release, state.highest, self._board)
+        check_release(release, state.highest)
         with storage_errors(f"can't read {self.home.root}"):
             need, free, old = self._room(release, state.other)
         if need > free + old:
@@ -250,7 +245,7 @@ class ReleaseInstaller:
         manifest, signature, slot = source.manifest[: MAX_MANIFEST + 1], source.signature, state.other
         release = opened(manifest, signature, self._key)
         self._check_launcher()
-        check_release(release, state.highest, self._board)
+        check_release(release, state.highest)
         check_packages_on_board(release)
         _LOG.info(
             "release %d (%s): %d files, %d bytes", release.number, release.version, len(release.files), release.size
@@ -278,7 +273,7 @@ class ReleaseInstaller:
         wanted = {f.sha256 for f in release.files}
         here = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in wanted and p.is_file())
         old = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
-        return max(release.size - here, 0) + release.unpacked + _MARGIN, self._free(self.home.root), old
+        return max(release.size - here, 0) + release.unpacked + _MARGIN, shutil.disk_usage(self.home.root).free, old
 
     def _make_room(self, release: Release, slot: str) -> None:
         need, free, old = self._room(release, slot)
@@ -369,10 +364,9 @@ def write_launcher(path: Path) -> None:
 _ANSWER_S = 120.0
 
 
-def check_release(release: Release, highest: int, board: Mapping[str, str]) -> None:
-    """Make sure that a release is for this board; raises `ReleaseError`.
-
-    `highest` is the highest number that was ever staged, `board` the required `python` and `machine`.
+def check_release(release: Release, highest: int) -> None:
+    """Make sure that a release is for this board, and above the `highest` number that was ever staged; else
+    `ReleaseError`.
     """
     if release.number <= highest:
         raise ReleaseError(
@@ -380,7 +374,8 @@ def check_release(release: Release, highest: int, board: Mapping[str, str]) -> N
             expected=f"a number above {highest}",
             hint="To go back, release the earlier one again under a new number.",
         )
-    for name, value in board.items():
+    own = {"python": f"cp{sys.version_info.major}{sys.version_info.minor}", "machine": platform.machine()}
+    for name, value in own.items():
         if getattr(release, name) != value:
             raise ReleaseError(f"release {release.number}: {name}", expected=value, got=getattr(release, name))
     if release.launcher > VERSION:

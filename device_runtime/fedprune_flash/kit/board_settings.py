@@ -38,13 +38,10 @@ _PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 class BoardSettings:
     """The settings of a board.
 
-    `server` is `mqtts:
-
-    host[:port]` without user and password, or `mqtt:
-
-    ` on this machine alone, for trials. `data` is an absolute path on the board, or `package.module:function`.
-    `authority`: the kit brings certificates of other authorities of the broker. `join` is where the board joins, if not
-    at the broker's host, port 8884. Raises `ConfigError`.
+    `server` is `mqtts://host[:port]` without user and password; `mqtt://` is for trials on this machine alone. `data`
+    is an absolute path on the board, or `package.module:function`. `authority`: the kit brings certificates of other
+    authorities of the broker. `join` is where the board joins, if not at the broker's host, port 8884. Raises
+    `ConfigError`.
     """
 
     server: str

@@ -31,10 +31,7 @@ from fedprune.core.errors import (
     ConfigError,
     KitError,
     ProtocolError,
-    SignatureError,
     UsageError,
-    remedy,
-    shown,
 )
 from fedprune.output import extras
 from fedprune.security.keys import VerifyingKey
@@ -63,9 +60,10 @@ from fedprune_flash.on_board.kit_folder import (
     ENVIRONMENT,
     LAUNCHER,
     MANIFEST,
-    SAFE_PATH,
     SERVICE,
+    VERSION,
     WHEELS,
+    KitFolder,
     signed_text,
 )
 from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
@@ -73,10 +71,6 @@ from fedprune_flash.on_board.runtime_slot import ENTRY, NUMBER
 BOARD = "board.json"
 
 MAX_BYTES = 2**31  # the most bytes of a kit; a boot partition holds less
-
-_MAX_FILES = 500
-_MAX_MANIFEST = 2**20
-_VERSION = 4
 
 
 class Signer(Lineage):
@@ -223,71 +217,30 @@ def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
 
     The server of `signer` must have signed it; None takes any kit, signed or not.
     """
-    raw = _read(folder / MANIFEST, _MAX_MANIFEST)
+    found = KitFolder(folder)
+    signed = bool(found.signature or found.manifest.get("key"))
+    key = found.authenticate(None).hex() if signed else ""
+    found.check()
+    body = found.manifest
     try:
-        body = json.loads(raw)
-        if not isinstance(body, dict) or body.get("version") != _VERSION:
-            raise KitError(f"{folder / MANIFEST}", expected=f"a kit of version {_VERSION}", got=shown(body))
         target = Target(body.get("python", ""), body.get("architecture", ""), body.get("jetson") is True)
-        files = tuple(_row(row) for row in _rows(body))
-        key, contents = _signer(body), validation.digest("contents", body.get("contents"), error=ProtocolError)
-        claim = body.get("claim")
-        if claim is not None:
-            files += (_row(claim),) if (folder / CLAIM).exists() else ()
-    except (ValueError, RecursionError) as error:
-        raise KitError(f"{folder / MANIFEST} is not JSON") from error
+        rows = [*body["files"], *([body["claim"]] if found.claimed else [])]
+        files = tuple(sorted(map(_row, rows), key=lambda f: f.path))
+        contents = validation.digest("contents", body.get("contents"), error=ProtocolError)
     except (ConfigError, ProtocolError) as error:
         raise KitError(f"{folder / MANIFEST}: {error}") from error
     if sum(f.bytes for f in files) > MAX_BYTES:
         raise KitError(f"{folder}", expected=f"at most {MAX_BYTES} bytes", got=sum(f.bytes for f in files))
-    _check_files(folder, files)
     try:
-        told = json.loads(_read(folder / BOARD, _MAX_MANIFEST))
+        told = json.loads(found.read(BOARD))
         board = BoardSettings.from_dict(told if isinstance(told, dict) else {})
-    except (ValueError, ConfigError) as error:
+    except (ValueError, RecursionError, ConfigError) as error:
         raise KitError(f"{folder / BOARD}: {error}") from error
-    version, digest = str(body.get("fedprune", ""))[:40], hashlib.sha256(raw).hexdigest()
-    kit = Kit(folder, target, board, tuple(sorted(files, key=lambda f: f.path)), version, digest, key, contents)
+    digest = hashlib.sha256(found.read(MANIFEST)).hexdigest()
+    kit = Kit(folder, target, board, files, str(body["fedprune"])[:40], digest, key, contents)
     if signer is not None:
         signer.check(kit)
     return kit
-
-
-def _check_files(folder: Path, files: Sequence[KitFile]) -> None:
-    for file in files:
-        path = folder / file.path
-        try:
-            size, found = path.stat().st_size, ""
-            if size == file.bytes and path.is_file() and not path.is_symlink():
-                found = file_digest(path)
-        except OSError as error:
-            raise KitError(f"can't read {path}: {error.strerror}", hint="Make the kit again.") from error
-        if found != file.sha256:
-            raise KitError(
-                f"{path} is damaged",
-                expected=f"{file.bytes} bytes, sha256 {file.sha256[:12]}",
-                got=f"{size} bytes, sha256 {found[:12] or 'not looked at'}",
-                hint="Copy or make the kit again.",
-            )
-    listed = {f.path for f in files} | {MANIFEST}
-    extra = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
-    for name in extra:
-        if name not in listed:
-            raise KitError(f"{folder / name} is not part of the kit", hint="Remove it, or make the kit again.")
-
-
-def _signer(body: dict[str, Any]) -> str:
-    """The key that signed a manifest, as hex; empty if it is not signed. Raises `ProtocolError` if the signature is
-    wrong.
-    """
-    if body.get("key") is None and not body.get("signature"):
-        return ""
-    key, signature = VerifyingKey.from_hex(body.get("key"), "key"), str(body.get("signature"))
-    try:
-        key.verify(bytes.fromhex(signature), PURPOSE + signed_text(body).encode())
-    except (SignatureError, ValueError) as error:
-        raise ProtocolError("signature", expected=f"that of key {key.fingerprint}", got="another") from error
-    return key.hex
 
 
 def _manifest(folder: Path, target: Target, board: BoardSettings, contents: str, signer: Signer | None) -> str:
@@ -313,7 +266,7 @@ def _manifest_text(
 ) -> str:
     claim = rows.pop(CLAIM, None)
     body: dict[str, Any] = {
-        "version": _VERSION,
+        "version": VERSION,
         "fedprune": version,
         "python": target.python,
         "architecture": target.architecture,
@@ -334,41 +287,15 @@ def _manifest_text(
     return json.dumps(body, indent=1, sort_keys=True) + "\n"
 
 
-def _rows(body: dict[str, Any]) -> list[Any]:
-    rows = body.get("files")
-    if not isinstance(rows, list) or not 0 < len(rows) <= _MAX_FILES:
-        raise ProtocolError("files", expected=f"1 to {_MAX_FILES} files", got=shown(rows))
-    return rows
-
-
-def _row(row: object) -> KitFile:
-    if not isinstance(row, dict) or set(row) != {"path", "bytes", "sha256"}:
-        raise ProtocolError("a file", expected="path, bytes and sha256", got=shown(row))
-    path = row["path"]
-    if not isinstance(path, str) or not SAFE_PATH.fullmatch(path) or ".." in path.split("/"):
-        raise ProtocolError("path of a file", expected="a path inside the kit", got=shown(path))
-    size = validation.whole(path, row["bytes"], 0, MAX_BYTES, error=ProtocolError)
-    return KitFile(path, size, validation.digest(path, row["sha256"], error=ProtocolError))
+def _row(row: dict[str, Any]) -> KitFile:
+    size = validation.whole(row["path"], row.get("bytes"), 0, MAX_BYTES, error=ProtocolError)
+    return KitFile(row["path"], size, row["sha256"])
 
 
 def _given(wheel: Path) -> Path:
     if not wheel.is_file():
         raise KitError(f"there is no wheel {wheel}", hint="`python -m build --wheel` makes one in dist/.")
     return wheel.resolve()
-
-
-def _read(path: Path, limit: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(limit + 1)
-    except OSError as error:
-        raise KitError(
-            f"can't read {path}: {error.strerror}",
-            hint=remedy(error) or "Name a folder that `fedprune-flash kit` made.",
-        ) from error
-    if len(raw) > limit:
-        raise KitError(f"{path}", expected=f"at most {limit} bytes", got="more")
-    return raw
 
 
 def unit(board: BoardSettings, target: Target) -> str:

@@ -8,9 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import KitError, shown
+from fedprune.core.errors import KitError, remedy, shown
 from fedprune_device.launcher.ed25519 import verify
-from fedprune_device.launcher.slot_store import PURPOSE, successors
+from fedprune_device.launcher.slot_store import PURPOSE, digest, successors
 from fedprune_flash.on_board.board_files import blacken, sync
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")
@@ -23,7 +23,10 @@ SPENT = ".claim.txt.spent"
 LAUNCHER, ENVIRONMENT, AUTHORITY = "launcher.pyz", "device.env", "ca.pem"
 SERVICE = "fedprune.service"
 
-_VERSION = 4
+VERSION = 4
+
+_MOST_FILES = 500
+_MOST_READ = 2**22  # bytes of a file that is read whole: any but wheels
 
 
 class KitFolder:
@@ -44,8 +47,8 @@ class KitFolder:
         wheels = [row for row in rows if row[0].endswith(".whl")]
         self.names = {path for path, _ in rows}
         self.wheels = [folder / path for path, _ in wheels]
-        digest = hashlib.sha256(json.dumps(wheels).encode()).hexdigest()
-        self.runtime = f"{self.manifest['fedprune']}+kit.{digest[:12]}"
+        named = hashlib.sha256(json.dumps(wheels).encode()).hexdigest()
+        self.runtime = f"{self.manifest['fedprune']}+kit.{named[:12]}"
 
     @property
     def claimed(self) -> bool:
@@ -122,23 +125,23 @@ class KitFolder:
                 raise KitError(
                     f"the kit names a file {shown(name)}, which isn't a path of a kit", hint="Make it again."
                 )
-            found = hashlib.sha256()
-            try:
-                with (self.folder / name).open("rb") as file:
-                    while piece := file.read(2**20):
-                        found.update(piece)
-            except OSError as error:
-                raise KitError(f"can't read {name} of the kit: {error.strerror}", hint="Copy the kit again.") from error
-            if found.hexdigest() != row["sha256"]:
+            if not (self.folder / name).exists():
+                raise KitError(f"{name} of the kit is missing", hint="Copy the kit again.")
+            if digest(self.folder / name) != (row["sha256"], row.get("bytes")):
                 raise KitError(f"{name} of the kit is damaged", hint="Copy the kit again.")
 
     def read(self, name: str) -> bytes:
         try:
-            return (self.folder / name).read_bytes()
+            with (self.folder / name).open("rb") as file:
+                raw = file.read(_MOST_READ + 1)
         except OSError as error:
             raise KitError(
-                f"can't read {self.folder / name}: {error.strerror}", hint="The kit is incomplete; copy it again."
+                f"can't read {self.folder / name}: {error.strerror}",
+                hint=remedy(error) or "Name a folder that `fedprune-flash kit` made, or copy the kit again.",
             ) from error
+        if len(raw) > _MOST_READ:
+            raise KitError(f"{self.folder / name}", expected=f"at most {_MOST_READ} bytes", got="more")
+        return raw
 
 
 def signed_text(body: dict[str, Any]) -> str:
@@ -155,8 +158,10 @@ def fingerprint(key: bytes) -> str:
 def _manifest(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
-        if body["version"] != _VERSION or not isinstance(body["data"], str) or not body["fedprune"]:
+        if body["version"] != VERSION or not isinstance(body["data"], str) or not body["fedprune"]:
             raise ValueError("another version")
+        if not 0 < len(body["files"]) <= _MOST_FILES:
+            raise ValueError("number of files")
         for row in [*body["files"], *filter(None, [body.get("claim")])]:
             if not isinstance(row["path"], str) or not isinstance(row["sha256"], str):
                 raise ValueError("a row is none")

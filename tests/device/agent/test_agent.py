@@ -122,20 +122,6 @@ def test_one_bad_message_does_not_end_the_agent(bench: Bench, raw: bytes, topic:
     assert 1 in bench.server.updates
 
 
-def test_a_cancelled_round_is_dropped_and_the_next_one_done(bench: Bench) -> None:
-    server = bench.server
-    server.plan = [server.offer(1, LONG)]
-
-    def react(message: Any) -> None:
-        if isinstance(message, Progress) and message.phase == "train" and server.plan[0].round == 1:
-            server.plan = [server.offer(2)]
-            server.say(Cancelled("job", 1, 0, "a test"))
-
-    server.react = react
-    bench.run()
-    assert list(server.updates) == [2]
-
-
 def test_a_cancellation_of_another_attempt_changes_nothing(bench: Bench) -> None:
     server, recipe = bench.server, Recipe(epochs=40, batch_size=1, lr=1e-3)
     server.plan, server.accepts = [server.offer(1, recipe, attempt=2)], False

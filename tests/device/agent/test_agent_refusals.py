@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -144,18 +143,6 @@ def test_what_a_board_keeps_of_its_own_is_counted(
     bench.server.plan = offers
     bench.run()
     assert 0 <= WEIGHT_FILES + recipe.own_files - max(seen) <= 2
-
-
-def test_an_offer_whose_mask_does_not_fit_is_refused(bench: Bench) -> None:
-    mask = ElementMask({"w1": np.arange(48).reshape(8, 6) % 3 > 0})
-    offer = hidden_offer(bench, 1, Recipe(mask="hard"), mask)
-    other = bench.server.blobs.put(tensorfile.encode({"w1": np.zeros(6, np.uint8)}))
-    bench.server.plan = [replace(offer, mask=other)]
-    bench.stop_on(Refusal)
-    bench.run(until_finished=False)
-    refusal = bench.server.of(Refusal)[0]
-    assert refusal.exit_code == ExitCode.BUNDLE
-    assert "mask and weights of the offer don't fit each other" in refusal.reason
 
 
 @pytest.mark.parametrize(

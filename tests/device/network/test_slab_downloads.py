@@ -181,17 +181,6 @@ def test_without_slabs_or_where_they_do_not_fit_nothing_is_different(source: Sou
     assert source.pulled() == {source.weights[2].sha256, source.graph.sha256}
 
 
-def test_slabs_are_pulled_where_there_is_room_for_both(source: Source, tmp_path: Path) -> None:
-    offer = source.offer(2)
-    with DeviceStore(tmp_path / "state") as board:
-        assert slabs_fit(offer, board)
-        needed = 3 * offer.weights.size + 2 * source.graph.size
-        room = SimpleNamespace(blobs=board.blobs, free_bytes=lambda: needed + sum(r.size for r in source.slabs))
-        assert slabs_fit(offer, room)  # type: ignore[arg-type]
-        room.free_bytes = lambda: needed + LEAF
-        assert not slabs_fit(offer, room)  # type: ignore[arg-type]
-
-
 def test_slabs_stay_on_the_disk_until_the_weights_are_made(source: Source, tmp_path: Path) -> None:
     offer = source.offer(2)
     with DeviceStore(tmp_path / "state") as board:

@@ -54,8 +54,10 @@ def count(board: HiddenBoard) -> PrivacyBudget:
 
 
 def test_every_draw_counts_also_of_the_same_work(board: HiddenBoard) -> None:
+    train(board, board.offer(1, PLAIN, SENT, graph="kept"))
+    assert not (board.root / FILE).exists(), "jobs without noise are not counted"
+    assert not count(board).private
     offer = board.offer(1, PRIVATE, SENT, graph="kept")
-    assert count(board).draws == 0
     first, _ = train(board, offer)
     again, _ = train(board, offer)
     assert not np.array_equal(first["w1"], again["w1"])
@@ -63,12 +65,6 @@ def test_every_draw_counts_also_of_the_same_work(board: HiddenBoard) -> None:
     assert (found.draws, found.cost) == (2, pytest.approx(2 / 4))
     assert found.cost >= 0.5, "rounded up"
     assert f"{epsilon(found.cost, 1e-5):.4g}" in found.describe()
-
-
-def test_jobs_without_noise_are_not_counted_and_need_no_file(board: HiddenBoard) -> None:
-    train(board, board.offer(1, PLAIN, SENT, graph="kept"))
-    assert not (board.root / FILE).exists()
-    assert not count(board).private
 
 
 def test_it_is_on_the_disk_before_noise_is_drawn(board: HiddenBoard, monkeypatch: pytest.MonkeyPatch) -> None:

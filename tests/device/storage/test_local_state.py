@@ -356,14 +356,6 @@ def test_a_death_at_any_point_of_turning_to_another_job_loses_nothing(tmp_path: 
         assert own.read() == {"a": b"first", "b": b"second"}
 
 
-def test_it_is_forgotten_when_the_job_is_over(board: HiddenBoard) -> None:
-    board.carry_out(board.offer(1, AVERAGE, hidden_weights(seed=1), graph="kept"))
-    with DeviceStore(board.root) as store:
-        assert store.own.read()
-        store.drop()
-        assert not store.own.read()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("first", [False, True])
 def test_a_death_at_any_write_of_a_round_changes_none_of_its_bits(
@@ -486,6 +478,19 @@ def test_what_is_evaluated_served_and_sent_is_calibrated(board: HiddenBoard, ave
                 continue
             fresh = {n: v.astype(np.float32) for n, v in measured_statistics(tensors, board.data.x_train, 16).items()}
             assert update.metrics[f"accuracy_{when}"] == np.mean(logits(tensors | fresh, x).argmax(1) == y)
+
+
+def test_a_board_judges_its_model_as_it_was_trained(tmp_path: Path, graphs: Path, data: LocalData) -> None:
+    """On a board that lacks a class, whose logit masked training never pushed down."""
+    kept, tested = data.y_train != 1, data.y_test != 1
+    lacking = LocalData(data.x_train[kept], data.y_train[kept], data.x_test[tested], data.y_test[tested])
+    board = HiddenBoard(tmp_path, graphs, lacking)
+    recipe = Recipe(epochs=1, batch_size=16, mask_absent_classes=True)
+    update, _, serves = board.carry_out(board.offer(1, recipe, hidden_weights(), graph="masked_classes"))
+    outputs = logits(serves, lacking.x_test)
+    outputs[:, 1] = 0
+
+    assert update.metrics["accuracy_after"] == np.mean(outputs.argmax(1) == lacking.y_test)
 
 
 def test_validation_samples_are_measured_beside_test_samples(board: HiddenBoard) -> None:

@@ -195,14 +195,6 @@ def test_a_servers_folder_is_no_device_s(tmp_path: Path, name: str) -> None:
     assert not (tmp_path / "lock").exists()
 
 
-def test_a_closed_directory_can_be_opened_again(tmp_path: Path) -> None:
-    DeviceStore(tmp_path).close()
-    again = DeviceStore(tmp_path)
-
-    assert again.pending is None
-    again.close()
-
-
 @pytest.mark.parametrize("name", ["session.json", "offer.json", "pending.json", "serving/serving.json"])
 @pytest.mark.parametrize("damage", [b"", b"{", b'{"body":"{}","sha256":"0"}', b"null", b"\xff" * 99])
 def test_a_damaged_file_costs_only_what_it_says(tmp_path: Path, graphs: Path, name: str, damage: bytes) -> None:
@@ -284,17 +276,6 @@ def test_blobs_that_nothing_refers_to_are_collected(tmp_path: Path, graphs: Path
     store.collect()
     assert set(store.blobs.names()) == wanted
     assert not list((tmp_path / "blobs" / "partial").iterdir())
-    life.close()
-
-
-def test_graphs_outlive_their_round(tmp_path: Path, graphs: Path) -> None:
-    life = Life(tmp_path, graphs)
-    store = life.open()
-    store.accept(life.offer(1))
-    graph = store.blobs.put(life.graph).sha256
-    store.finish()
-    store.collect()
-    assert store.blobs.has(graph)
     life.close()
 
 

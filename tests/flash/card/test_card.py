@@ -258,17 +258,6 @@ def test_a_drive_that_changes_while_somebody_is_asked_is_not_written_to(
 
 
 def test_yes_must_name_the_same_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [
-        "image",
-        "x.img",
-        "--out",
-        str(tmp_path / "o"),
-        "--kit",
-        "k",
-        "--card",
-        "/dev/sdb",
-        "--yes",
-        "/dev/sdc",
-    ]
-    assert cli.main(arguments) == 2
+    arguments = ["image", "x.img", "--out", str(tmp_path / "o"), "--kit", "k"]
+    assert cli.main([*arguments, "--card", "/dev/sdb", "--yes", "/dev/sdc"]) == 2
     assert "another device" in capsys.readouterr().err

@@ -111,16 +111,6 @@ def test_a_file_is_replaced_and_its_room_used_again(volume: Path) -> None:
     assert (mlist(volume), mtype(volume, "user-data")) == ({"user-data"}, b"last")
 
 
-def test_both_tables_are_alike(volume: Path) -> None:
-    fat, region = opened(volume)
-    fat.write("file", b"x" * 50_000)
-    close(fat, region)
-    raw = volume.read_bytes()
-    length = fat._layout.table_bytes
-    first, second = fat._layout.tables
-    assert raw[first : first + length] == raw[second : second + length]
-
-
 def test_a_full_disk_is_said_and_what_was_there_stays(volume: Path, tmp_path: Path) -> None:
     fat, region = opened(volume)
     fat.write("before", b"kept")
