@@ -25,9 +25,7 @@ _LONGEST_WAIT = 5.0
 
 
 class BoardError(Exception):
-    """The board can't be reached, or doesn't do what it is asked for; `status` is the answer's code, 0 without an
-    answer.
-    """
+    """The board can't be reached or refuses a request; `status` is the answer's code, 0 without an answer."""
 
     def __init__(self, status: int, what: str, expected: str = "", got: str = "", hint: str = "") -> None:
         self.status, self.what, self.expected, self.got, self.hint = status, what, expected, got, hint
@@ -79,9 +77,7 @@ class Board:
         self._address, self._timeout, self._tries = address, timeout, max(tries, 1)
 
     def predict(self, x: Any, top: int | None = None) -> Predictions:
-        """Predict one sample as the model takes it, a batch of them, or one image file; with `top` only the likeliest
-        classes.
-        """
+        """Predict one sample as the model takes it, a batch, or an image file; `top` keeps the likeliest."""
         query = "" if top is None else f"?top={top}"
         answer = self._ask("POST", f"/v1/predict{query}", *_body(x))
         model = answer["model"]

@@ -49,9 +49,7 @@ _LONGEST = 150  # characters of the description of what answers predictions
 
 
 class BirthBuilder:
-    """Makes births, and compares the last one with the board's present state. `engine` describes what answers
-    predictions.
-    """
+    """Makes births and notices when the last one is outdated. `engine` describes what answers predictions."""
 
     def __init__(
         self,
@@ -69,9 +67,7 @@ class BirthBuilder:
         self._at = 0.0
 
     def birth(self, session: int, held: Offer | Update | None, now: float) -> Birth:
-        """The birth of connection number `session`; `held` is the offer in progress or the update that waits to be
-        sent.
-        """
+        """The birth of connection `session`; `held` is the offer in progress or the update that waits to be sent."""
         samples, engine = self._said = self._data.samples, self._engine()
         self._at = now
         predicts = f", predicts with {one_line(engine, _LONGEST)}" if engine else ""

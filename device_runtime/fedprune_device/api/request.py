@@ -23,7 +23,7 @@ from fedprune.core.errors import (
     shape_text,
     shown,
 )
-from fedprune_device.data.dataset import Shape
+from fedprune_device.data.dataset import Shape, fits
 
 
 class RequestError(FedpruneError):
@@ -133,7 +133,7 @@ def batch(x: Array, shape: Shape, most: int, *, tokens: bool) -> Array:
     if x.ndim == len(shape):
         x = x[None]
     wanted = shape_text(*shape)
-    if x.ndim != len(shape) + 1 or any(isinstance(w, int) and w != f for f, w in zip(x.shape[1:], shape, strict=True)):
+    if not x.ndim or not fits(x.shape[1:], shape):
         raise DataError("shape of the input", expected=f"{wanted}, or [n, ...] of them", got=shape_text(*x.shape))
     if not 1 <= len(x) <= most:
         raise DataError("number of samples", expected=f"1 to {most}", got=len(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,16 +183,18 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
     return x
 
 
+def fits(found: tuple[int, ...], shape: Sequence[int | str | None]) -> bool:
+    """Whether a sample's shape is a model's, in which names and None stand for any size."""
+    return len(found) == len(shape) and all(not isinstance(s, int) or s == f for f, s in zip(found, shape, strict=True))
+
+
 def check_shape(x: Inputs, shape: tuple[int | str | None, ...]) -> None:
-    """Check samples [n, ...] against one sample's shape, in which names and None stand for any size; raises
-    `DataError`.
-    """
-    got = x.shape[1:]
-    if len(got) != len(shape) or any(isinstance(d, int) and d != g for d, g in zip(shape, got, strict=True)):
+    """Check samples [n, ...] against one sample's shape (names and None: any size); raises `DataError`."""
+    if not fits(x.shape[1:], shape):
         raise DataError(
             "shape of one sample",
             expected=shape,
-            got=got,
+            got=x.shape[1:],
             hint="Prepare the data as the model's input wants it (channels first).",
         )
 

@@ -126,9 +126,7 @@ class DecodedImages:
         return self._shape == shape and 2 * useless <= len(self._rows) and (fits or not useless)
 
     def row(self, name: str, read: Callable[[], bytes]) -> int:
-        """The row of an image, which is decoded if it is not there yet; `RoomError` if there is no room, `DataError` if
-        it can't be.
-        """
+        """An image's row, decoded if it is new; raises `RoomError` without room, `DataError` if it can't be decoded."""
         if name in self._rows:
             return self._rows[name]
         if self._sample and (len(self._rows) + 1) * prod(self._sample) > self._room:
@@ -211,9 +209,7 @@ class ImageFolder:
         return self._training
 
     def snapshot(self, shape: Shape | None = None) -> LocalData:
-        """The images that exist now; unreadable or incomplete ones are logged and left out. Raises `DataError` if none
-        is left.
-        """
+        """The images that exist now; unreadable ones are logged and left out. Raises `DataError` if none is left."""
         if shape is None:
             raise DataError("the size of images", expected="a model's input")
         self._look()
@@ -293,9 +289,7 @@ def _in_turn(lines: Iterable[list[_T]]) -> Iterable[_T]:
 
 
 def _content(path: Path) -> bytes:
-    """An image's bytes; raises `DataError` if it is not a plain file or too large, `OSError` (ELOOP) for a symbolic
-    link.
-    """
+    """An image's bytes; raises `DataError` unless it is a plain file of at most `MAX_BYTES`, or `OSError`."""
     with open(path, "rb", opener=_opened) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):

@@ -50,9 +50,7 @@ class _Class:
 
 
 class Reservoir:
-    """The samples that are kept, by name. It decides only; `SampleStore` stores them. The same seed and order give the
-    same draws.
-    """
+    """The names of the kept samples. The same seed and order give the same draws."""
 
     def __init__(self, limits: Limits, seed: int) -> None:
         self._seed = seed

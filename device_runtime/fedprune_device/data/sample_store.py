@@ -27,7 +27,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError, shape_text
 from fedprune.core.validation import whole
 from fedprune.planning.costs import HELD_BYTES
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import LocalData, fits
 from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict
 from fedprune_device.data.segment_log import HEAD_BYTES, Kind, LogRecord, RecordPosition, SegmentLog, digest
 from fedprune_device.data.splits import SplitShares, claimed
@@ -52,9 +52,7 @@ class NoSampleError(DataError):
 
 @dataclass(frozen=True)
 class Added:
-    """What became of a sample: its name (a digest of type, shape and numbers), its label and its part (`train`, `val`,
-    `test`).
-    """
+    """The fate of a sample. `id` is a digest of type, shape and numbers, `part` is `train`, `val` or `test`."""
 
     id: str
     kept: bool
@@ -71,9 +69,7 @@ def checked_label(label: int | None) -> int:
 
 
 def encoded(x: Array) -> bytes:
-    """Type, shape and numbers of a sample: always the same bytes for the same sample. Raises `DataError` if it can't be
-    one.
-    """
+    """Type, shape and numbers of a sample as bytes; equal samples have equal bytes. Raises `DataError` if invalid."""
     if x.dtype not in (np.float32, np.int64) or not 1 <= x.ndim <= _RANK:
         kind = f"{x.dtype} {shape_text(*x.shape)}"
         raise DataError("a sample", expected="float32 or int64 of 1 to 8 dimensions", got=kind)
@@ -100,18 +96,12 @@ def _head(code: int, x: Array) -> bytes:
 def of_one_kind(rows: list[Row], shape: Sequence[int | str | None] | None) -> list[Row]:
     """The samples that fit the model's shape, and of those the ones of the most frequent shape and type."""
     if shape is not None:
-        rows = [r for r in rows if _fits(r[2].shape, shape)]
+        rows = [r for r in rows if fits(r[2].shape, shape)]
     kinds = Counter((x.dtype.kind, x.shape) for _, _, x in rows)
     if not kinds:
         return []
     most = max(sorted(kinds, key=repr), key=lambda k: kinds[k])
     return [r for r in rows if (r[2].dtype.kind, r[2].shape) == most]
-
-
-def _fits(found: tuple[int, ...], wanted: Sequence[int | str | None]) -> bool:
-    return len(found) == len(wanted) and all(
-        not isinstance(w, int) or w == f for f, w in zip(found, wanted, strict=True)
-    )
 
 
 def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:

@@ -80,9 +80,7 @@ def digest(payload: bytes) -> bytes:
 
 
 class SegmentLog:
-    """The log. Its writer must hold a lock. `key` is secret and keys the heads' digests; a segment ends at
-    `segment_bytes`.
-    """
+    """The log, for one writer at a time. `key` is secret and keys the heads' digests."""
 
     def __init__(self, root: Path, key: bytes, segment_bytes: int) -> None:
         self._root, self._key, self._segment_bytes = root, key, segment_bytes
@@ -138,9 +136,7 @@ class SegmentLog:
 
     @contextlib.contextmanager
     def reading(self, places: Iterable[RecordPosition]) -> Iterator[Callable[[RecordPosition], bytes]]:
-        """Open segments for reading; later writes and removals don't affect them. The reader returns less if a payload
-        is cut.
-        """
+        """Open segments for reading, whatever is written or removed later. A payload that is cut is read shorter."""
         with contextlib.ExitStack() as stack, storage_errors(f"can't read {self._root}"):
             files = {n: stack.enter_context(self.path(n).open("rb")) for n in sorted({p.segment for p in places})}
             yield lambda place: os.pread(files[place.segment].fileno(), place.size, place.at)

@@ -100,9 +100,7 @@ class EngineCache:
                 shutil.rmtree(self.work, ignore_errors=True)
 
     def put(self, what: str, new: Path, key: str, facts: dict[str, Any]) -> None:
-        """Move a finished file (`ENGINE`, `BASE` or `TIMINGS`) here. A power cut leaves the old one, the new one or
-        none.
-        """
+        """Move a finished file here. A power cut leaves the old one, the new one or none."""
         with storage_errors(f"can't read {new}"):
             sha256 = file_digest(new)
         atomic_file.place(new, self.path(what))

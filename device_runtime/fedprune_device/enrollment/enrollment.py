@@ -42,9 +42,7 @@ _SPREAD_S = 10.0  # seconds over which boards spread their requests when an auth
 
 
 def join_urls(broker: str) -> list[str]:
-    """Where a board that is to use this broker can ask to join, likeliest first; raises `ConfigError` if it isn't a
-    URL.
-    """
+    """URLs at which a board may ask to join, likeliest first; raises `ConfigError` if `broker` isn't a URL."""
     url = BrokerUrl.parse(broker)
     if not url.tls or url.port != _MEMBERS_PORT:
         return [broker]

@@ -55,9 +55,7 @@ class RuntimeProcess:
         self.close()
 
     def check(self) -> str:
-        """Load onnxruntime there, and return its version; raises `RuntimeUnavailableError` if it crashes, fails or
-        hangs.
-        """
+        """Load onnxruntime and return its version; raises `RuntimeUnavailableError` if that crashes, fails or hangs."""
         if self._process is None:
             self._memory = memory()[0], memory()[1] + own_memory()
             self._start()

@@ -144,7 +144,7 @@ class SlotStore:
     def drop_record(self, slot: str) -> None:
         with suppress(FileNotFoundError):
             (self.folder / f"{slot}.json").unlink()
-        _sync(self.folder)
+        sync_folder(self.folder)
 
     def whole(self, slot: str, *, from_disk: bool = False, key: bytes | None = None) -> SlotRecord:
         """A slot's record, if the server (or `key`) signed it, every file matches it and no other file exists.
@@ -266,7 +266,7 @@ def write_file(path: Path, data: bytes) -> None:
     finally:
         os.close(descriptor)
     new.replace(path)
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def _write(path: Path, body: Any) -> None:
@@ -275,7 +275,8 @@ def _write(path: Path, body: Any) -> None:
     write_file(path, json.dumps(whole).encode())
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

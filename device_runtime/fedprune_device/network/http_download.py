@@ -166,9 +166,7 @@ class HttpFetch:
                 raise HttpFetchError(f"leaf {wrong[0]} of blob {ref.sha256[:12]} there is not what the offer says")
 
     def _ask(self, path: str, length: int, range_: tuple[int, int] | None = None) -> http.client.HTTPResponse:
-        """Request `length` bytes; `range_` is where they begin and how long the whole is, None for a whole. The body is
-        unread.
-        """
+        """Request `length` bytes; `range_` is their offset and the whole's size, None for all. The body is unread."""
         headers = {"Accept-Encoding": "identity", "User-Agent": "fedprune"}
         whole = range_ is None or length == range_[1]
         start, size = range_ or (0, length)

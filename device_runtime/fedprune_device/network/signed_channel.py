@@ -27,9 +27,7 @@ Anyone who may publish on the board's topics can send messages that lead to a bi
 
 
 class SignedChannel(Channel):
-    """Signs what the board sends; accepts only what its server has signed, and that only once. The board must have
-    joined.
-    """
+    """Signs what the board sends, and accepts each message that its server has signed once. The board has joined."""
 
     def __init__(self, identity: DeviceIdentity, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(identity.device, identity.site)
@@ -60,9 +58,7 @@ class SignedChannel(Channel):
         return self._sealer.seal(topic, message.to_bytes())
 
     def open(self, topic: str, payload: bytes) -> Message:
-        """The message in a payload that the server has signed and the board hasn't received before; else
-        `ProtocolError`.
-        """
+        """The message in a payload that the server signed, the first time it arrives; else `ProtocolError`."""
         self._follow(topic, payload)
         try:
             body = self._opener.open(topic, payload)

@@ -143,9 +143,7 @@ class PrivacyBudget:
                 self._write(self.cost, self.draws)
 
     def draw(self, offer: Offer) -> GaussianNoise:
-        """Noise for an update, counted on the disk before it is drawn; raises as `check`, and `StorageError` without a
-        count.
-        """
+        """Noise for an update, counted on the disk first; raises as `check`, and `StorageError` without a count."""
         recipe = Recipe.from_dict(offer.recipe)
         self.check(recipe)
         multiplier = multiplier_of(recipe)

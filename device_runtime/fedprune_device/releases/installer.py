@@ -110,9 +110,7 @@ class ReleaseInstaller:
         return ("", ()) if self._identity is None else kept_successions(self._identity)
 
     def install(self, source: ReleaseSource) -> Release:
-        """Set a board up: the launcher, and a first release in the first slot, which needs no trial; else
-        `ReleaseError`.
-        """
+        """Set a board up with the launcher and a first release, which needs no trial; else `ReleaseError`."""
         root = self.home.root
         with storage_errors(f"can't write {root}"):
             for folder in (root, self.home.folder, self._incoming, *(root / slot for slot in SLOTS)):
@@ -191,9 +189,7 @@ class ReleaseInstaller:
         return release
 
     def arm(self, attempts: int = ATTEMPTS, seconds: float = SECONDS) -> None:
-        """Try the staged release at the service's next start, in so many attempts of so many seconds until it is
-        healthy.
-        """
+        """Try the staged release at the service's next start, in `attempts` of `seconds` each until healthy."""
         if not 1 <= attempts <= 100 or not 1 <= seconds <= LONGEST_S:
             raise StorageError("a trial", expected=f"1 to 100 attempts of 1 to {LONGEST_S:g} s each")
         with storage_errors(f"can't write {self.home.root}"), self.home.changing():
@@ -365,9 +361,7 @@ _ANSWER_S = 120.0
 
 
 def check_release(release: Release, highest: int) -> None:
-    """Make sure that a release is for this board, and above the `highest` number that was ever staged; else
-    `ReleaseError`.
-    """
+    """Make sure that a release is for this board and above the `highest` staged number; else `ReleaseError`."""
     if release.number <= highest:
         raise ReleaseError(
             f"release {release.number}",

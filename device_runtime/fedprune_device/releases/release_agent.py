@@ -65,9 +65,7 @@ def board_installer(
 
 
 class ReleaseAgent:
-    """Installs the releases that the server offers, and reports how each ends. `updater` may be why none can be
-    installed.
-    """
+    """Installs offered releases and reports how each ends. `updater` may be the reason why none can be installed."""
 
     def __init__(
         self, connection: Connection, updater: ReleaseInstaller | str, clock: Callable[[], float] = time.monotonic

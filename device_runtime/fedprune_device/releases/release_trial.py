@@ -46,9 +46,7 @@ class ReleaseTrial:
         return cls(home, state.highest, slot)
 
     def check(self, health: Callable[[], object]) -> None:
-        """Run the checks that need no broker. A failure is final: the launcher rolls the release back and starts the
-        stable slot.
-        """
+        """Run the checks that need no broker. A failure rolls the release back, and the stable slot starts."""
         try:
             health()
         except FedpruneError as error:

@@ -119,9 +119,7 @@ class ModelSlots:
         return folder
 
     def install(self, record: Serving) -> Serving:
-        """Let the staged candidate serve, if its job may; returns the record with its slot. On errors the old model
-        serves on.
-        """
+        """Let the staged model serve if its job may; returns its record. On errors the old model stays active."""
         stage = self._root / _STAGE
         if self.job not in ("", record.job):
             return record

@@ -59,9 +59,7 @@ class ReducedPrecision:
         recipe: Recipe,
         classes: int,
     ) -> Staged | None:
-        """Lower the float32 model that is staged in a folder by the graphs `kits`; None if the float32 model is to
-        serve.
-        """
+        """Lower a staged float32 model by the graphs `kits`; None if the float32 model is to serve."""
         if not kits:
             return None
         whole = Predictor(folder, threads=self._threads)

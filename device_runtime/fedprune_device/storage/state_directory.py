@@ -48,9 +48,7 @@ _LAST_TIME = 2**53  # milliseconds that no right clock shows; a wrong one must n
 
 @dataclass(frozen=True)
 class Task:
-    """The last offer, and whether it is done. `donor` is the digest of earlier weights that may share leaves with its
-    own.
-    """
+    """The last offer. `donor` is the digest of earlier weights that may share leaves with its own."""
 
     offer: Offer
     done: bool = False
@@ -135,9 +133,7 @@ class DeviceStore:
         return number
 
     def accept(self, offer: Offer) -> None:
-        """Make an offer the current one; the board's own state of another job is set aside. On errors the old offer
-        stays.
-        """
+        """Make an offer current and set other jobs' own state aside. On errors the old offer stays."""
         if self._of_another_run(offer):
             self.own.clear()
         self.own.turn_to(offer.job, "" if self.task is None else self.task.offer.job)

@@ -51,9 +51,7 @@ class Evaluation:
             self.metrics["samples_validation"] = float(len(data.y_val))
 
     def add(self, model: Predictor, when: str) -> None:
-        """Measure a model `before` (the offered one) or `after` training, or the board's own `average`, on test samples
-        alone.
-        """
+        """Measure a model `before` or `after` training, or the board's own `average`, on test samples alone."""
         began = time.monotonic()
         if self._add(model, "test", when):
             self.metrics["evaluate_seconds"] = time.monotonic() - began

@@ -93,9 +93,7 @@ class RoundRunner:
         self._noise = noise or (lambda offer: GaussianNoise.secret())
 
     def commit(self, made: RoundResult) -> Update:
-        """Make the newest offer's result current: the board's own state and the active model. Returns the update to
-        send.
-        """
+        """Commit the newest offer's result: own state and active model. Returns the update to send."""
         made.keep()
         self._slots.install(made.model)
         return made.update

@@ -195,9 +195,7 @@ class StepGraph:
         number: int,
         gradients: Sequence[str] = (),
     ) -> Moved:
-        """One optimiser step, number `number` from 1, on a batch in parts; `gradients` are further outputs that are
-        wanted.
-        """
+        """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs."""
         feeds = dict(feeds)
         if step_contract.STEP_NUMBER in self._session.inputs:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)

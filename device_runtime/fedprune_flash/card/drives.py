@@ -23,9 +23,7 @@ _MAX_NAME = 60
 
 @dataclass(frozen=True)
 class Drive:
-    """A drive by its device, such as /dev/sdb. `mounts` are where it and its partitions are mounted, and what else uses
-    them.
-    """
+    """A drive by its device, such as /dev/sdb. `mounts` are its mount points and other users."""
 
     path: str
     size: int

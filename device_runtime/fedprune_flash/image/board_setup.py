@@ -93,9 +93,7 @@ class FirstBoot:
 
 
 def ssh_keys(text: str) -> tuple[str, ...]:
-    """The public keys of a file such as `~/.ssh/id_ed25519.pub` or `authorized_keys`; anything else raises
-    `ConfigError`.
-    """
+    """The public keys in a text such as `~/.ssh/id_ed25519.pub` or `authorized_keys`; else `ConfigError`."""
     if "PRIVATE KEY" in text:
         raise ConfigError("SSH key", expected="the public one, which ends with .pub", got="a private key")
     lines = [line.strip() for line in text.splitlines()]

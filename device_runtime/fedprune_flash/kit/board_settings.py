@@ -88,9 +88,7 @@ class BoardSettings:
 
 
 def checked_claim(text: str) -> str:
-    """The text of a one-time claim; raises `ConfigError` if it isn't printable, or a private key, which must not be on
-    a card.
-    """
+    """A one-time claim's text; raises `ConfigError` if it isn't printable, or is a private key."""
     if _PRIVATE.search(text):
         raise ConfigError(
             "claim", expected="a one-time claim", got="a private key", hint="Keys are made on the board and stay there."

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.errors import StorageError
+from fedprune_device.launcher.slot_store import sync_folder
 
 Owner = tuple[int, int]  # numbers of a user and its group
 
@@ -31,7 +32,7 @@ def write(path: Path, data: bytes, mode: int, owner: Owner | None = None) -> Non
         file.flush()
         os.fsync(descriptor)
     new.replace(path)
-    sync(path.parent)
+    sync_folder(path.parent)
 
 
 def holds(path: Path, data: bytes, mode: int) -> bool:
@@ -40,15 +41,6 @@ def holds(path: Path, data: bytes, mode: int) -> bool:
         return path.read_bytes() == data and stat.S_IMODE(path.stat().st_mode) == mode
     except OSError:
         return False
-
-
-def sync(folder: Path) -> None:
-    """Make renames and deletions in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def blacken(path: Path) -> None:
@@ -65,7 +57,7 @@ def blacken(path: Path) -> None:
     finally:
         os.close(descriptor)
     path.unlink()
-    sync(path.parent)
+    sync_folder(path.parent)
 
 
 def owned(paths: Iterable[Path], owner: Owner | None) -> bool:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedprune.core.errors import KitError, UsageError, shown
-from fedprune_device.launcher.slot_store import KEY
-from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, sync, write
+from fedprune_device.launcher.slot_store import KEY, sync_folder
+from fedprune_flash.on_board.board_files import Owner, drop, give, holds, owned, write
 from fedprune_flash.on_board.kit_folder import AUTHORITY, CLAIM, ENVIRONMENT, SERVICE, KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
 from fedprune_flash.on_board.service_control import ServiceControl, call
@@ -83,9 +83,7 @@ class BoardSystem:
 
 
 def read_key(given: str, flags: int = 0) -> bytes:
-    """A server's key, from its 64 hex digits or from a file with them, which is opened with these flags; else
-    `KitError`.
-    """
+    """A server's key from 64 hex digits, or from a file with them, opened with `flags`; else `KitError`."""
     digits = given
     try:
         if not _HEX.fullmatch(given):
@@ -263,7 +261,7 @@ class Installation:
         place.link.parent.mkdir(parents=True, exist_ok=True)
         place.link.unlink(missing_ok=True)
         place.link.symlink_to(f"{_UNITS}/{SERVICE}")
-        sync(place.link.parent)
+        sync_folder(place.link.parent)
         if self.start:
             place.control.tell("daemon-reload")
 
@@ -286,7 +284,7 @@ def removal(place: BoardSystem, *, purge: bool) -> list[InstallStep]:
         for path in (place.link, place.unit):
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
-                sync(path.parent)
+                sync_folder(path.parent)
         place.control.tell("daemon-reload", must=False)
 
     def drop_user() -> None:

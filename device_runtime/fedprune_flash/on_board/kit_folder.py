@@ -10,8 +10,8 @@ from typing import Any
 
 from fedprune.core.errors import KitError, remedy, shown
 from fedprune_device.launcher.ed25519 import verify
-from fedprune_device.launcher.slot_store import PURPOSE, digest, successors
-from fedprune_flash.on_board.board_files import blacken, sync
+from fedprune_device.launcher.slot_store import PURPOSE, digest, successors, sync_folder
+from fedprune_flash.on_board.board_files import blacken
 
 SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")
 """Paths that a kit may have."""
@@ -66,7 +66,7 @@ class KitFolder:
         """
         if self.claimed:
             (self.folder / CLAIM).replace(self.folder / SPENT)
-            sync(self.folder)
+            sync_folder(self.folder)
         if self.spent:
             blacken(self.folder / SPENT)
 

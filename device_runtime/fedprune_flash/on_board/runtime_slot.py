@@ -85,9 +85,7 @@ class RuntimeSlot:
         return False
 
     def check(self) -> None:
-        """Make sure that the wheels can be unpacked and that there is room; raises `ReleaseError` or
-        `StorageFullError`.
-        """
+        """Make sure that the wheels can be unpacked and fit; raises `ReleaseError` or `StorageFullError`."""
         wheels = self._wheels()
         check_distinct(wheels)
         needed = SPARE + sum(wheel.size for wheel in wheels)

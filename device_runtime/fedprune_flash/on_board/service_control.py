@@ -47,9 +47,7 @@ class ServiceControl:
         return self.state().get("ActiveState") not in (None, "inactive", "failed")
 
     def wait(self, seconds: float, samples: str) -> None:
-        """Wait until the service runs; raises `BoardError` with its last error, or `DataError` if it waits for its
-        samples.
-        """
+        """Wait until the service runs; raises `BoardError` with its last error, `DataError` if it lacks its samples."""
         deadline = time.monotonic() + seconds
         while True:
             state = self.state()

@@ -126,9 +126,7 @@ class BoardLink:
         return self._answer(_ANSWER_S).get("put") is True
 
     def install(self, words: list[str], told: Callable[[str], None], seconds: float = INSTALL_S) -> tuple[int, str]:
-        """Run the installer that was copied; returns its exit code and its last line. `told` takes each line of its
-        output.
-        """
+        """Run the copied installer; returns its exit code and last line. `told` takes each line of its output."""
         self._send(json.dumps({"op": "install", "root": self._root, "words": words}).encode() + b"\n")
         end = time.monotonic() + seconds
         while True:

@@ -115,9 +115,7 @@ class Claims:
         return bool(self._texts) or self._server is not None
 
     def claim(self, device: str) -> str:
-        """The claim that was recorded for a board, else a new one, which is recorded first. Raises `JoinError` if none
-        is left.
-        """
+        """A board's recorded claim, else a new one, recorded first. Raises `JoinError` if none is left."""
         kept = self._journal.entry(device).claim
         if kept:
             return kept
