@@ -20,11 +20,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Samples that are worked on at once, made by `make` when they are needed.
-
-    `y` are labels as `labels.targets` gives them; `partner` the classes of samples mixed into them, None without
-    mixing.
-    """
+    """Samples that are worked on at once, made by `make` when needed; `partner` are the classes mixed into them."""
 
     make: Callable[[], Array]
     y: Array

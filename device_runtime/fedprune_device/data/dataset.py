@@ -87,10 +87,8 @@ class LocalData:
         return sum(getattr(self, f"{kind}_{split}").nbytes for kind in "xy" for split in _SPLITS)
 
     def with_validation(self, share: float, seed: int = 0, device: str = "") -> LocalData:
-        """The same with a share of the training samples (0 to below 1, rounded down) set aside, unless it has
-        validation samples.
-
-        Seed and device name decide which.
+        """The same with a share of the training samples (below 1) as validation samples, unless it has some; seed and
+        device name decide which.
         """
         if not 0 <= share < 1:
             raise DataError("share of the training samples for validation", expected="0 to below 1", got=share)
@@ -115,11 +113,7 @@ class LocalData:
         loss: str = "cross_entropy",
         token_ids: bool | None = None,
     ) -> None:
-        """Check the data against a model; raises `DataError` if labels don't fit the loss or classes, or samples the
-        input.
-
-        In `shape`, one sample's, names and None stand for any size; `token_ids` None leaves the type unchecked.
-        """
+        """Check labels and inputs against a model; raises `DataError`. In `shape`, names and None are any size."""
         for y in filter(len, (self.y_train, self.y_test, self.y_val)):
             targets(y, loss, classes)
         if shape is not None:

@@ -57,11 +57,7 @@ class EnginePlatform:
 
 @dataclass(frozen=True)
 class CachedEngine:
-    """What is known of making engines for one key: seconds of a refit and of a build with a known timing cache.
-
-    `refits` is False once a refitted engine computed something else, or TensorRT refused; `failures` are those in a
-    row.
-    """
+    """What is known of making engines for one key; `failures` in a row. `refits` is False once a refit went wrong."""
 
     key: str
     refit_s: float | None = None

@@ -39,11 +39,7 @@ REFIT, REBUILD, BUILD = "refit", "rebuild", "build"
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A model for which an engine is wanted, by its folder and the sha256 of its weights.
-
-    `predictor` is the float32 model in onnxruntime, on the CPU: the engine's reference, and its replacement when it
-    fails.
-    """
+    """A model that is to get an engine; `predictor` is its float32 reference on the CPU, and its replacement."""
 
     predictor: Predictor
     folder: Path

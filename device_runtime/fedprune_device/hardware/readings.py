@@ -49,9 +49,8 @@ def board(root: Path = Path("/")) -> str:
 def clock_hz(root: Path = Path("/")) -> int | None:
     """The highest clock of any core, from the kernel and not from the board's name.
 
-    (A 1.25 GHz edition of the Raspberry Pi 4 looks like the others: https:
-
-    github.com/geerlingguy/sbc-reviews/issues/110.)
+    A 1.25 GHz edition of the Raspberry Pi 4 looks like the others:
+    https://github.com/geerlingguy/sbc-reviews/issues/110.
     """
     files = (root / "sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq")
     found = [int(text) * 1000 for text in map(_text, files) if text.isdigit()]
@@ -91,9 +90,8 @@ def throttled(root: Path = Path("/")) -> bool:
 def firmware_flags(root: Path = Path("/")) -> int:
     """The faults that a Raspberry Pi's firmware reports, now and since boot (`get_throttled`); 0 on other boards.
 
-    Bits 0 to 3: low voltage, clock capped, throttled, soft temperature limit; bits 16 to 19 the same since boot (https:
-
-    www.raspberrypi.com/documentation/computers/os.html#vcgencmd).
+    Bits 0 to 3: low voltage, clock capped, throttled, soft temperature limit; bits 16 to 19 the same since boot:
+    https://www.raspberrypi.com/documentation/computers/os.html#vcgencmd.
     """
     path = root / "sys/devices/platform/soc/soc:firmware/get_throttled"
     try:

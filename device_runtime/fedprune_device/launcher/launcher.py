@@ -42,9 +42,7 @@ sys.exit(getattr(import_module(module), function)())
 
 @dataclass(frozen=True)
 class SlotExit:
-    """How a release that was started ended: the reason, the launcher's exit code if it ends with the release, and
-    whether the launcher was asked to stop.
-    """
+    """How a started release ended. `code` is the launcher's if it ends, too; `asked` if it was asked to stop."""
 
     reason: str
     code: int = 1

@@ -80,11 +80,7 @@ class SlotStore:
         self.folder = root / "state"
 
     def key(self) -> bytes | None:
-        """The key that must have signed what is started; None if the board has none and slots are only checked for
-        damage.
-
-        Raises `DamagedError` if its file is invalid.
-        """
+        """The key that must have signed what is started; None if the board has none. Raises `DamagedError`."""
         path = self.root / KEY
         try:
             key = bytes.fromhex(path.read_text(encoding="ascii").strip())

@@ -161,11 +161,7 @@ class BlobDownloads:
         return [want for p in self._pulls.values() if not p.done for want in p.remind(now)]
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool = False) -> list[BlobRequest]:
-        """Record a chunk, which may have come on a `shared` topic, and return further requests; other blobs' chunks are
-        ignored.
-
-        Raises `ProtocolError` if this server can't send the blob.
-        """
+        """Record a chunk and return further requests; raises `ProtocolError` if this server can't send the blob."""
         pull = self._pulls.get(chunk.sha256)
         if pull is None or pull.done:
             return []
@@ -182,11 +178,7 @@ class BlobDownloads:
         return [want for p in self._pulls.values() if not p.done for want in p.on_tick(now)] + self._settle(now)
 
     def gone(self, sha256: str, now: float) -> list[BlobRequest]:
-        """Note that the server doesn't have a blob any more: if the weights are made from it, they are downloaded
-        whole.
-
-        Raises `ProtocolError` if the blob is necessary.
-        """
+        """Note that the server lacks a blob, which other ways may replace; else raises `ProtocolError`."""
         pull = self._pulls.get(sha256)
         if pull is None or pull.done:
             return []

@@ -49,11 +49,7 @@ class Downloader:
         return (0, 0) if part is None else part.progress
 
     def begin(self, offer: Offer, now: float, *, plainly: bool = False, asks: bool = True) -> None:
-        """Begin with an offer, in place of the one before.
-
-        `plainly` downloads weights as they are, though they could be decoded. `asks`: the server can be asked now or
-        later.
-        """
+        """Begin with another offer; `plainly`: with weights as they are; `asks`: the server can be asked."""
         self._plainly = plainly
         downloads = self._downloads = self._to_pull(offer, now)
         if not self._web.begin(offer, downloads.lacking) and asks:

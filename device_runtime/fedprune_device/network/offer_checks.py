@@ -15,11 +15,7 @@ from fedprune_device.storage.state_directory import DeviceStore
 
 
 def check_offer(offer: Offer, store: DeviceStore, profile: HardwareProfile | None) -> None:
-    """Check an offer against the disk and the board's limits.
-
-    Raises `ConfigError` for recipe or codec, `PrivacyError`, `StorageFullError`, or `PlanError` if it is beyond the
-    profile.
-    """
+    """Check an offer; raises `ConfigError`, `PrivacyError`, `StorageFullError`, or `PlanError` beyond the profile."""
     recipe = Recipe.from_dict(offer.recipe)
     store.privacy.check(recipe)
     full = _full_size(offer)

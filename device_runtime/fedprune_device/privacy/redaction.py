@@ -50,11 +50,7 @@ def private(text: str, limit: int) -> str:
 
 
 def bare(record: logging.LogRecord) -> str:
-    """A log line without anything that was filled in, for a board whose samples are private.
-
-    Of our own code's lines that is the format string, with the names of errors; of other code's lines the logger's
-    name.
-    """
+    """A log line for a private board: our own code's format string with names of errors, or the logger's name."""
     module = module_at(record.pathname)
     if not module.startswith(_OURS) or not isinstance(record.msg, str):
         return f"a line of {module} {KEPT}"

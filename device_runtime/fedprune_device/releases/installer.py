@@ -167,8 +167,7 @@ class ReleaseInstaller:
                 self.home.save(state.roll_back(reason))
 
     def stage(self, source: ReleaseSource) -> Release:
-        """Install a release in the slot that doesn't run; it waits there until `arm`. A second call continues the
-        first.
+        """Install a release in the slot that doesn't run, where it waits until `arm`; called again, it goes on.
 
         Raises `ReleaseError` if it is refused, `StorageError` if a trial is under way.
         """
@@ -382,11 +381,7 @@ def check_release(release: Release, highest: int) -> None:
 
 
 def check_packages_on_board(release: Release) -> None:
-    """Make sure that the board's own Python has what a release takes from it.
-
-    A process of its own finds that out, which may take minutes on a busy board: never in the loop that feeds the
-    watchdog.
-    """
+    """Make sure that the board's own Python has what a release takes from it; this may take minutes."""
     lacking = sorted(set(release.system) - own_packages(release.system))
     if lacking:
         raise ReleaseError(

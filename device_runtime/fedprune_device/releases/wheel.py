@@ -65,8 +65,7 @@ class Wheel:
         return frozenset(top.split(".")[0] for top in tops if not top.endswith((".dist-info", ".libs")))
 
     def unpack(self, folder: Path | None) -> Iterator[tuple[str, str, int]]:
-        """Write its files, unsynced, to an empty folder, or only read them without one; yields path, sha256 and size of
-        each.
+        """Write its files, unsynced, to an empty folder, or only read them; yields path, sha256 and size of each.
 
         Raises `ReleaseError` if a file is damaged.
         """

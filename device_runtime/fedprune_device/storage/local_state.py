@@ -217,12 +217,9 @@ class FolderStateStore:
                 atomic_file.remove(self._root / name)
 
     def turn_to(self, job: str, before: str = "") -> None:
-        """Set aside what is of another job, and take out what was set aside of this one.
-
-        After a crash at any point, doing it again loses nothing. `before` is the job of a folder that never held those
-        of two.
-        """
+        """Set another job's state aside and restore this one's; repeating it after a crash loses nothing."""
         marker = self._root / _JOB
+        # A folder that never held two jobs' state has no marker: the caller knows which job it is of.
         before = (_content(marker) or b"").decode(errors="replace") or before or job
         if before != job:
             self._move(self._root, self._aside(before))

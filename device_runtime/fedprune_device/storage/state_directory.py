@@ -174,11 +174,7 @@ class DeviceStore:
         return pending if pending is not None and (pending.job, pending.round) == (offer.job, offer.round) else None
 
     def collect(self) -> int:
-        """Delete blobs, whole or partial, that neither the current offer nor the pending update refers to; returns how
-        many.
-
-        A disk that fails at this is a warning: what couldn't be deleted is tried again the next time.
-        """
+        """Delete blobs that neither offer nor pending update needs; returns how many. Failures are retried later."""
         count = 0
         try:
             for name in self._unwanted(self.task):

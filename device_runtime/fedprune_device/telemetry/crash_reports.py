@@ -45,11 +45,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CrashReports:
-    """What is known of how runs ended.
-
-    `boot` names this boot of the board, empty where that is unknown. If `quiet` (the board's samples are in a private
-    job), only an exception's name is reported.
-    """
+    """How runs ended. `boot` identifies the board's boot; if `quiet`, only an exception's name is reported."""
 
     def __init__(
         self,

@@ -32,11 +32,7 @@ from fedprune_device.training.trainer import Trainer, TrainingResult
 def carried(
     base: LocalState | None, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: Callable[[BlobRef], bytes]
 ) -> Tensors:
-    """What the last update left out of tensors that are trained now, in the tensors' shapes.
-
-    In another selection it is carried over for the channels that both have, where the offer says how these have moved;
-    otherwise nothing is left.
-    """
+    """What the last update left out of tensors trained now; of another selection for the channels that both have."""
     found = {} if base is None else base.residual
     if base is not None and found and base.selection != offer.selection:
         if offer.moved is None or offer.moved_from != base.selection:

@@ -48,11 +48,7 @@ class DamagedBlobError(StorageError):
 
 @dataclass(frozen=True)
 class RoundResult:
-    """The result of an offer, which changes nothing that lasts before `RoundRunner.commit`.
-
-    A private update reports only some of the `metrics`. `own` is the board's own state, staged, None where the recipe
-    keeps none.
-    """
+    """The result of an offer, which lasts only after `RoundRunner.commit`; `own` is the board's own state, staged."""
 
     update: Update
     model: Serving
@@ -248,12 +244,7 @@ NICENESS = 19  # everything else on the board, predictions above all, has priori
 
 
 class TrainingThread:
-    """Carries out one offer, beginning at once, while the loop goes on (onnxruntime releases the interpreter lock).
-
-    The loop commits or drops the result.
-
-    `status` is phase, units done and units in all. `offline`: no server has requested it.
-    """
+    """Carries out one offer in a thread, whose result the loop commits or drops. `status`: phase, done, in all."""
 
     def __init__(
         self,

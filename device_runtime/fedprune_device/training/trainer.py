@@ -31,11 +31,7 @@ Array = npt.NDArray[Any]
 
 
 class EarlyStopping:
-    """Detects that the validation loss has not fallen for `epochs` epochs, and keeps the best epoch's weights, if
-    `keep`.
-
-    `steps` led to these; `squares` are the squared gradients of the last one.
-    """
+    """Detects `epochs` epochs without a lower validation loss, and keeps the best weights with their `steps`."""
 
     def __init__(self, epochs: int, *, keep: bool = True) -> None:
         self._epochs, self._keep = epochs, keep
@@ -377,13 +373,12 @@ def measured(
     batches: Sequence[Rows],
     old: Mapping[str, Array],
 ) -> Tensors:
-    """Statistics of some samples: the mean of what all batches give, as torch's BatchNorm has it with momentum=None.
+    """Statistics of some samples: the mean over all batches, as torch's BatchNorm has it with momentum=None.
 
-    The dozen steps of a round hardly move running statistics: they stay those of the averaged model, which no board's
-    activations have. One pass over the local samples corrects that. A statistic's next value is linear in its old one,
-    next = kept · old + (1 − kept) · (the batch's), so that feeding 0 gives the batch's. `feeds` are all other inputs
-    except the samples. A statistic that the graph leaves alone, or that isn't finite
-    afterwards, keeps its `old` value.
+    The dozen steps of a round hardly move running statistics; one pass over the local samples corrects that. A
+    statistic's next value is linear in its old one, next = kept · old + (1 − kept) · (the batch's), so that feeding 0
+    gives the batch's. `feeds` are all other inputs except the samples. A statistic that the graph leaves alone, or that
+    isn't finite afterwards, keeps its `old` value.
     """
     outputs = [step_contract.following(n) for n in names]
     none = {n: np.zeros_like(old[n]) for n in names}

@@ -67,11 +67,7 @@ BOARDS = {
 
 
 def commands(board: str, release: str, storage: str | None = None, user: str = "nvidia") -> list[str]:
-    """What to type on an x86-64 Ubuntu, in a folder with NVIDIA's two archives, to put Jetson Linux on a board.
-
-    Without `user` the first boot asks at a screen. Raises `ConfigError` if the command for that board, release and
-    storage is not known.
-    """
+    """The commands that put Jetson Linux on a board, in a folder with NVIDIA's two archives; else `ConfigError`."""
     if board not in BOARDS:
         raise ConfigError(f"board{meant(board, BOARDS)}", expected=" or ".join(BOARDS), got=shown(board))
     kit = BOARDS[board]

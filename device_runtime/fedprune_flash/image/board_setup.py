@@ -32,11 +32,7 @@ _RESERVED = ("root", "fedprune")
 
 @dataclass(frozen=True)
 class Wifi:
-    """A wireless network.
-
-    `key` in 64 hex digits opens this network, as the passphrase does, but doesn't reveal it. The radio stays off
-    without a `country`, as in ISO 3166.
-    """
+    """A wireless network. `key` is derived from the passphrase; without a `country` (ISO 3166) the radio stays off."""
 
     ssid: str
     key: str

@@ -326,11 +326,7 @@ class _Layout:
 
 
 def _read_layout(region: Region) -> _Layout:
-    """The layout in a boot sector.
-
-    How many bits it has follows Linux (fs/fat/inode.c): 32 if the boot sector has no 16-bit length of the table, else
-    by the number of clusters.
-    """
+    """The layout in a boot sector. The number of bits follows Linux (fs/fat/inode.c)."""
     raw = region.read(0, 512)
     sector, per_cluster, reserved, copies, entries, small, _, length = struct.unpack_from("<HBHBHHBH", raw, 11)
     (large,) = struct.unpack_from("<I", raw, 32)

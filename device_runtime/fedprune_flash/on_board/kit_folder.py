@@ -80,10 +80,9 @@ class KitFolder:
         return bytes.fromhex(str(self.manifest.get("key", "")))
 
     def authenticate(self, known: bytes | None) -> bytes:
-        """Make sure that the server signed the manifest, before anything else in the kit is read; returns the key that
-        did.
+        """Check the manifest's signature before anything else is read; returns the key that made it. Raises `KitError`.
 
-        `known` is the server's key, as this board knows it; None trusts the kit's own. Raises `KitError`.
+        `known` is the server's key, as this board knows it; None trusts the kit's own.
         """
         try:
             key, signature = self.key, bytes.fromhex(self.signature)

@@ -102,9 +102,8 @@ class RuntimeSlot:
     def fill(self) -> None:
         """Install the wheels in the free slot, test them, and make that slot the one that starts.
 
-        The server's key is written once the new slot is whole, so that a board always has a slot that its key has
-        signed. Raises `ReleaseError` if a wheel is damaged, `RuntimeUnavailableError` if the runtime doesn't load on
-        this board.
+        The server's key is written once the slot is whole, so that a board always has a slot that its key has signed.
+        Raises `ReleaseError` if a wheel is damaged, `RuntimeUnavailableError` if the runtime doesn't load here.
         """
         home, state = self.home, self._state()
         for path in home.folder.iterdir():  # the service's user may write here: root follows none of its links
