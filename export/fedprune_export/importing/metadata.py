@@ -9,6 +9,7 @@ from collections.abc import Set as AbstractSet
 import onnx
 
 from fedprune.core.errors import ModelError, shown
+from fedprune.core.text import some
 from fedprune_export.ir.graph import check_name
 
 PARAMETERS_KEY = "fedprune.parameters"
@@ -88,8 +89,7 @@ def checked(listed: Sequence[str], held: AbstractSet[str], where: str) -> tuple[
 
 def shown_names(listed: Sequence[str]) -> str:
     """The first of these names, for an error."""
-    more = f", and {len(listed) - 8} more" if len(listed) > 8 else ""
-    return ", ".join(n[:60] if n.isprintable() else shown(n) for n in listed[:8]) + more
+    return some([n[:60] if n.isprintable() else shown(n) for n in listed], most=8)
 
 
 def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
@@ -111,8 +111,7 @@ def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
 def note_of_tied(names: Mapping[str, Sequence[str]]) -> list[str]:
     """A note on tensors that had several names."""
     said = [f"{k} is {' and '.join(v[:3])} too" for k, v in sorted(names.items())]
-    more = f", and {len(said) - 3} more" if len(said) > 3 else ""
-    return [f"Tensors that have several names are one tensor each: {', '.join(said[:3])}{more}."] if said else []
+    return [f"Tensors that have several names are one tensor each: {some(said, most=3)}."] if said else []
 
 
 def _parsed(text: str) -> object:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError
+from fedprune.core.text import some
 from fedprune.model.step_contract import LOGITS, RESERVED, X
 from fedprune.runtime.session import Session
 from fedprune_export.importing.checks import check_indices, check_nodes, compare
@@ -185,8 +186,7 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
             if old in graph.initializers and old not in constants:
                 renamed.append(f"{old} is called {new}")
     if renamed:
-        more = f", and {len(renamed) - 3} more" if len(renamed) > 3 else ""
-        notes.append(f"Tensors with reserved names were renamed: {', '.join(renamed[:3])}{more}.")
+        notes.append(f"Tensors with reserved names were renamed: {some(renamed, most=3)}.")
     output = graph.outputs[0].name
     names.pop(output, None)
     names[graph.inputs[0].name] = X

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import ModelError
-from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node
+from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.trace import Trace
 
 _NEAR = 1e-4
@@ -121,7 +121,7 @@ def _scales(
 
 def _no_form(node: Node, what: str, expected: str) -> ModelError:
     return ModelError(
-        f"{what} of operator {node.op} ({node.name}) has no form in opset {TRAINING_OPSET}",
+        f"{what} of operator {node.op} ({node.name}) has no form in opset {NORMAL_OPSET}",
         expected=expected,
-        hint=f"Export the model with opset_version={TRAINING_OPSET}.",
+        hint=f"Export the model with opset_version={NORMAL_OPSET}.",
     )

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fedprune.core.errors import ModelError
+from fedprune.core.text import some
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import REARRANGEMENTS
 
@@ -118,10 +119,10 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
                 if all(others) and not (vector and uses[0][1].op == "Add" and after[0] in _PRODUCTS):
                     guessed.append(name)
     if straight:
-        notes.append(f"Taken for constants, as they apply straight to the input: {_some(straight)}. {_LISTED}")
+        notes.append(f"Taken for constants, as they apply straight to the input: {some(straight, most=3)}. {_LISTED}")
     if guessed:
         notes.append(
-            f"Trained because they are added or multiplied, as constants may be too: {_some(guessed)}. {_LISTED}"
+            f"Trained because they are added or multiplied, as constants may be too: {some(guessed, most=3)}. {_LISTED}"
         )
     return kinds
 
@@ -139,12 +140,7 @@ def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
         if s in scalars and any(n.op in _ARITHMETIC and made.intersection(n.outputs) for n, _ in readers[s])
     ]
     if used:
-        notes.append(f"Single numbers that are taken for constants: {_some(used)}. {_LISTED}")
-
-
-def _some(names: list[str]) -> str:
-    """The first of these names."""
-    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
+        notes.append(f"Single numbers that are taken for constants: {some(used, most=3)}. {_LISTED}")
 
 
 def _still_input(graph: Graph, made: set[str]) -> set[str]:

@@ -17,7 +17,7 @@ import onnx
 from fedprune.core.errors import ModelError, reason
 from fedprune_export.importing.pad_resize import emit_pad, emit_resize
 from fedprune_export.ir.composites import COMPOSITES
-from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node
+from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form
 from fedprune_export.ir.shape_inference import MOST_NUMBERS
 from fedprune_export.ir.trace import Trace
@@ -146,11 +146,11 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         from onnx import version_converter
 
-        upgraded: onnx.ModelProto = version_converter.convert_version(model, TRAINING_OPSET)
+        upgraded: onnx.ModelProto = version_converter.convert_version(model, NORMAL_OPSET)
     except Exception as error:
         raise ModelError(
-            f"the model's opset {versions[0]} can't be raised to {TRAINING_OPSET} ({reason(error)})",
-            hint=f"Export it again with opset_version={TRAINING_OPSET} or later.",
+            f"the model's opset {versions[0]} can't be raised to {NORMAL_OPSET} ({reason(error)})",
+            hint=f"Export it again with opset_version={NORMAL_OPSET} or later.",
         ) from error
     return upgraded
 
@@ -175,17 +175,17 @@ def translate(graph: Graph, seen: Trace, notes: list[str]) -> None:
         else:
             state.keep(node)
     for node in graph.nodes:
-        if not node.domain and node.op not in COMPOSITES and graph.opset > TRAINING_OPSET:
-            check_form(node, TRAINING_OPSET)
+        if not node.domain and node.op not in COMPOSITES and graph.opset > NORMAL_OPSET:
+            check_form(node, NORMAL_OPSET)
     still = [n.name for n in graph.nodes if n.op == "BatchNormalization" and n.attrs.get("momentum") == 1]
     if still:
         notes.append(
             f"Statistics of {len(still)} batch normalisations are never updated, {still[0]} among them: their momentum "
             "says so (torch's 0, or None, which ONNX can't express)."
         )
-    if graph.opset > TRAINING_OPSET:
-        notes.append(f"Lowered from opset {graph.opset} to {TRAINING_OPSET}.")
-    graph.opset = TRAINING_OPSET
+    if graph.opset > NORMAL_OPSET:
+        notes.append(f"Lowered from opset {graph.opset} to {NORMAL_OPSET}.")
+    graph.opset = NORMAL_OPSET
 
 
 def _reduction(state: Translation, node: Node) -> None:
@@ -307,7 +307,7 @@ def _scatter(state: Translation, node: Node) -> None:
 
 def _no_form(node: Node, name: str, expected: str) -> ModelError:
     return ModelError(
-        f"attribute {name} of {node.op} ({node.name}) has no form in opset {TRAINING_OPSET}",
+        f"attribute {name} of {node.op} ({node.name}) has no form in opset {NORMAL_OPSET}",
         expected=expected,
         got=node.attrs[name],
     )

@@ -18,10 +18,7 @@ from fedprune.core.errors import ModelError, shown
 from fedprune_export.ir.drafts import NORMAL_OPSET, Array, Dim, Draft, Node, Port
 from fedprune_export.ir.opset_lowering import at_opset
 
-__all__ = ["TRAINING_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name", "read_tensor"]
-
-TRAINING_OPSET = NORMAL_OPSET
-"""The opset of graphs that train; every onnxruntime that fedprune supports loads it."""
+__all__ = ["NORMAL_OPSET", "Array", "Dim", "Graph", "Node", "Port", "check_name", "read_tensor"]
 
 _TYPES = frozenset(helper.get_all_tensor_dtypes())
 

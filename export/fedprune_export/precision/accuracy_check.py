@@ -12,6 +12,7 @@ import numpy as np
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
+from fedprune.core.text import some
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.bundle import INFERENCE, WEIGHTS
 from fedprune.runtime.precision import SAMPLES, Agreement, agreement, lowered_weights
@@ -25,9 +26,6 @@ from fedprune_export.pruning.model import Model
 _AT_ONCE = 64
 _RANDOM = 64
 """Random samples, where none are given."""
-
-_MOST = 5
-"""Nodes that are named."""
 
 _LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
@@ -51,11 +49,7 @@ class Trial:
         said = f"{size:,} bytes of weights; {self.agreement.describe()}"
         if not self.given:
             said += " (random ones: no --data)"
-        return (
-            said
-            + (f"; in float32 stay {', '.join(stays[:_MOST])}" if stays else "")
-            + (f" and {len(stays) - _MOST} more" if len(stays) > _MOST else "")
-        )
+        return said + (f"; in float32 stay {some(stays)}" if stays else "")
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedprune import __version__
-from fedprune.core.text import amount
+from fedprune.core.text import amount, some
 from fedprune.model.architecture import Architecture, Layer
 from fedprune.model.selection import Selection
 from fedprune.output.chart import tiles
@@ -230,7 +230,7 @@ class Report:
         lines = [*plan.summary(self.before.parameters), plan.unbound(), *plan.notes, plan.gains()]
         warning = f"warning: {plan.warning}" if plan.warning else ""
         groups = [
-            (g.name, f"{g.size:,}", f"{w:,}", _members(architecture.summary(i)))
+            (g.name, f"{g.size:,}", f"{w:,}", some(architecture.summary(i), most=_MEMBERS))
             for i, (g, w) in enumerate(zip(architecture.groups, widths, strict=True))
         ]
         sections: dict[str, Sequence[Block]] = {
@@ -366,11 +366,6 @@ def _layer_row(layer: Layer, before: Side, after: Side) -> tuple[str, ...]:
         *macs,
         *(amount(s.activation_bytes, "bytes") for s in (before, after)),
     )
-
-
-def _members(members: Sequence[str]) -> str:
-    more = f" and {len(members) - _MEMBERS} more" if len(members) > _MEMBERS else ""
-    return ", ".join(members[:_MEMBERS]) + more
 
 
 def _figures(costs: Costs, prediction: Prediction) -> dict[str, Any]:

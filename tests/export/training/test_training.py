@@ -21,7 +21,7 @@ from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
 from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.ir.graph import TRAINING_OPSET, Graph, Node, Port
+from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.nets.small_nets import seeded
@@ -398,7 +398,7 @@ def test_inputs_and_outputs_are_those_of_the_contract(model: Model) -> None:
     assert {p.name for p in graph.outputs} == outputs | {
         step_contract.following(step_contract.buffer(n)) for n in trainable
     }
-    assert graph.opset == TRAINING_OPSET
+    assert graph.opset == NORMAL_OPSET
     assert {n.domain for n in graph.nodes} == {""}
 
 
