@@ -89,18 +89,14 @@ def test_activations_are_what_the_graph_makes(bundle: Path) -> None:
         assert row["after"]["activation_bytes"] == out[made[row["name"]]].nbytes
 
 
-def test_multiplications_add_up(bundle: Path) -> None:
+def test_figures_add_up_and_predictions_are_the_plans(bundle: Path) -> None:
     body = json.loads((bundle / "report.json").read_text())
+    before, after, predicted = body["before"], body["after"], body["plan"]["prediction"]
 
     for side in ("before", "after"):
         assert sum(r[side]["macs"] for r in body["layers"]) == body[side]["forward_macs"]
-
-
-def test_predictions_stand_beside_costs(bundle: Path) -> None:
-    body = json.loads((bundle / "report.json").read_text())
-
-    assert body["after"]["memory_bytes"] == body["plan"]["prediction"]["memory_bytes"] < body["before"]["memory_bytes"]
-    assert body["after"]["step_s"] == body["plan"]["prediction"]["step_s"] < body["before"]["step_s"]
+    for figure in ("memory_bytes", "step_s"):
+        assert after[figure] == predicted[figure] < before[figure]
 
 
 def test_the_page_needs_nothing_else(bundle: Path) -> None:
@@ -115,43 +111,24 @@ def test_the_page_needs_nothing_else(bundle: Path) -> None:
     assert page.tags["li"] >= len(json.loads((bundle / "report.json").read_text())["groups"])
 
 
-def test_the_page_says_what_the_json_says(bundle: Path) -> None:
-    body = json.loads((bundle / "report.json").read_text())
+def test_the_page_says_what_was_exported_how_and_what_the_json_says(bundle: Path) -> None:
+    body, html = json.loads((bundle / "report.json").read_text()), (bundle / "report.html").read_text()
+    use, text = body["plan"]["prediction"]["memory"], " ".join(Page(html).text)
 
-    text = " ".join(Page((bundle / "report.html").read_text()).text)
-
+    for fact in ("Model digits", "Board raspberry-pi-5", "Batch size 32", "Samples on the board 1,000", "sgd"):
+        assert fact in text
+    assert f"fedprune {__version__}" in text
     for side in ("before", "after"):
         assert f"{body[side]['parameters']:,}" in text
         assert amount(body[side]["weights_bytes"], "bytes") in text
         assert f"{body[side]['memory_bytes']:,}" not in text
     for group in body["groups"]:
         assert f"{group['kept']} of {group['channels']}" in text
-
-
-def test_the_header_says_what_was_exported_how(bundle: Path) -> None:
-    text = " ".join(Page((bundle / "report.html").read_text()).text)
-
-    for fact in ("Model digits", "Board raspberry-pi-5", "Batch size 32", "Samples on the board 1,000", "sgd"):
-        assert fact in text
-    assert f"fedprune {__version__}" in text
-
-
-def test_the_memory_of_the_plan_is_drawn_by_what_takes_it(bundle: Path) -> None:
-    use = json.loads((bundle / "report.json").read_text())["plan"]["prediction"]["memory"]
-
-    text = (bundle / "report.html").read_text()
-
     for kind in ("process", "weights", "activations", "samples"):
-        assert f"{kind} {amount(use[kind], 'bytes')}" in text
-
-
-def test_the_page_says_what_binds_and_has_the_memory_as_bars_alone(bundle: Path) -> None:
-    body = json.loads((bundle / "report.json").read_text())["plan"]
-    text = " ".join(Page((bundle / "report.html").read_text()).text)
-
-    assert ("nothing binds: " in text) == (body["bound"] == "nothing")
-    assert body["bound"] == "nothing"
-    assert "weights and optimiser state" not in text
+        assert f"{kind} {amount(use[kind], 'bytes')}" in html
+    assert body["plan"]["bound"] == "nothing"
+    assert "nothing binds: " in text
+    assert "weights and optimiser state" not in text  # the memory is drawn as bars alone
 
 
 def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> None:

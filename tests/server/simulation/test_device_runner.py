@@ -48,7 +48,7 @@ RECIPES = {
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return import_onnx(export_torch(smooth_nets.make("SmoothResNet")), "smooth")
+    return import_onnx(export_torch(smooth_nets.make()), "smooth")
 
 
 def devices(model: Model, count: int = 5) -> list[VirtualDevice]:
