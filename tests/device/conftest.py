@@ -15,6 +15,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
 from fedprune_device.data.dataset import LocalData
 from support.fakes.agent_harness import Bench
+from support.fakes.hidden_board import HiddenBoard
 from support.fakes.local_board import LocalBoard
 from support.paths import GRAPHS
 
@@ -103,3 +104,9 @@ def bundle(model: Path, graphs: Path) -> Path:
 def bench(tmp_path: Path, graphs: Path, weights: Tensors, data: LocalData) -> Bench:
     """An agent that can be started again and again, and its server."""
     return Bench(tmp_path, graphs, weights, data)
+
+
+@pytest.fixture
+def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
+    """A board whose rounds a test carries out one by one."""
+    return HiddenBoard(tmp_path / "state", graphs, data)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from fedprune.updates import CODECS
 from fedprune.wire.messages import Birth, parse
 from fedprune_device.agent.agent import AGAIN_S, BirthBuilder
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
@@ -38,8 +39,10 @@ def test_a_long_or_strange_reason_still_makes_a_message() -> None:
     assert isinstance(parse(birth.to_bytes()), Birth)
 
 
-def test_a_board_without_engines_says_nothing_of_them() -> None:
-    assert "predicts" not in births("raspberry-pi-5").birth(1, None, 0.0).software
+def test_a_board_without_engines_says_nothing_of_them_and_names_all_codecs() -> None:
+    birth = births("raspberry-pi-5").birth(1, None, 0.0)
+    assert "predicts" not in birth.software
+    assert birth.codecs == CODECS
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.updates import Codec, decode
 from fedprune.wire.messages import Offer
-from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import MEASURED, RoundRunner
@@ -26,11 +24,6 @@ pytestmark = pytest.mark.board
 PLAIN = Recipe(epochs=1, batch_size=16)
 SENT = hidden_weights(seed=1)
 STATISTICS = ("mean", "var")
-
-
-@pytest.fixture
-def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
-    return HiddenBoard(tmp_path / "state", graphs, data)
 
 
 def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Any, LocalState | None]:

@@ -12,12 +12,13 @@ import onnxruntime
 import pytest
 
 from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
+from fedprune.planning.identification import identify
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
 from fedprune_device.hardware import runtime_process
 from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
 from fedprune_device.hardware.probe import probe
-from fedprune_device.hardware.readings import board, clock_hz, memory, temperature_c, throttled
+from fedprune_device.hardware.readings import board, clock_hz, facts, memory, temperature_c, throttled
 from fedprune_device.hardware.runtime_process import RuntimeProcess, check_runtime
 
 pytestmark = pytest.mark.board
@@ -173,22 +174,14 @@ def test_a_table_is_measured_again_only_where_something_changed(tmp_path: Path) 
     assert remembered_table(tmp_path / "none" / "x.json", "board", make) == table
 
 
-def test_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
+def test_memory_is_what_the_kernel_says_within_the_control_groups_limit(tmp_path: Path) -> None:
     put(tmp_path, "proc/meminfo", MEMINFO)
     assert memory(tmp_path) == (1_024_000_000, 409_600_000)
-
-
-def test_a_limit_of_the_control_group_counts_as_memory(tmp_path: Path) -> None:
-    put(tmp_path, "proc/meminfo", MEMINFO)
-    put(tmp_path, "sys/fs/cgroup/memory.max", "300000000\n")
     put(tmp_path, "sys/fs/cgroup/memory.current", "100000000\n")
-    assert memory(tmp_path) == (300_000_000, 200_000_000)
-
-
-def test_no_limit_of_the_control_group_changes_nothing(tmp_path: Path) -> None:
-    put(tmp_path, "proc/meminfo", MEMINFO)
     put(tmp_path, "sys/fs/cgroup/memory.max", "max\n")
-    assert memory(tmp_path)[0] == 1_024_000_000
+    assert memory(tmp_path) == (1_024_000_000, 409_600_000)
+    put(tmp_path, "sys/fs/cgroup/memory.max", "300000000\n")
+    assert memory(tmp_path) == (300_000_000, 200_000_000)
 
 
 def test_the_clock_is_the_fastest_cores(tmp_path: Path) -> None:
@@ -249,3 +242,63 @@ def test_onnxruntime_that_fails_to_load_says_why(tmp_path: Path) -> None:
 def test_a_missing_interpreter_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(RuntimeUnavailableError, match="can't start"):
         check_runtime(str(tmp_path / "nothing"))
+
+
+PEAKS = """
+import numpy as np
+from fedprune_device.hardware.readings import own_memory, peak_memory, restart_peak
+from fedprune_device.hardware.probe import process_memory
+large = np.ones(50_000_000, np.uint8)
+held = own_memory()
+del large
+first = peak_memory()
+restart_peak()
+second = peak_memory()
+np.ones(20_000_000, np.uint8)
+print(held, first - second, peak_memory() - second, process_memory(), process_memory())
+"""
+
+
+def test_a_peak_can_begin_again_and_a_process_knows_what_it_takes() -> None:
+    run = subprocess.run([sys.executable, "-c", PEAKS], check=True, capture_output=True, text=True)
+    held, fell, rose, first, again = map(float, run.stdout.split())
+    assert held > 50e6
+    assert fell > 45e6
+    assert 15e6 < rose < 30e6
+    assert 30e6 < first < 200e6
+    assert abs(again - first) < 5e6
+
+
+def test_an_orin_on_a_foreign_carrier(tmp_path: Path) -> None:
+    put(tmp_path, "proc/device-tree/model", "ACME Vision Box\0")
+    put(tmp_path, "proc/device-tree/compatible", "acme,box\0nvidia,p3767-0000\0nvidia,tegra234\0")
+    put(tmp_path, "proc/meminfo", "MemTotal: 15800000 kB\nMemAvailable: 14000000 kB\n")
+    put(tmp_path, "etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic\n")
+    put(tmp_path, "sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq", "1984000\n")
+
+    read = facts(tmp_path)
+
+    assert (read.model, read.l4t, read.clock_hz) == ("ACME Vision Box", "36.4.3", 1_984_000_000)
+    assert read.compatible == ("acme,box", "nvidia,p3767-0000", "nvidia,tegra234")
+    assert read.memory_total == 15_800_000 * 1024
+
+
+def test_a_machine_without_a_device_tree(tmp_path: Path) -> None:
+    read = facts(tmp_path)
+
+    assert (read.model, read.compatible, read.l4t, read.clock_hz) == ("", (), "", None)
+
+
+def test_a_device_tree_of_nonsense_is_bounded(tmp_path: Path) -> None:
+    put(tmp_path, "proc/device-tree/compatible", "\0".join(["x" * 10_000] * 1000))
+    put(tmp_path, "etc/nv_tegra_release", "# R999999 (release), REVISION: x")
+
+    read = facts(tmp_path)
+
+    assert len(read.compatible) == 20
+    assert max(map(len, read.compatible)) == 200
+    assert read.l4t == ""
+
+
+def test_this_machine_is_identified() -> None:
+    assert identify(facts()).evidence

@@ -96,30 +96,12 @@ def pulled(supply: Downloader, line: Line, now: float) -> float | None:
     return None
 
 
-def test_what_an_offer_needs_comes_and_is_counted_from_its_beginning(
-    supply: Downloader, line: Line, store: DeviceStore, offer: Offer
-) -> None:
-    supply.begin(offer, 10.0)
-    assert supply.offer == offer
-    assert pulled(supply, line, 14.0) == 4.0
-    assert supply.offer is None
-    assert all(store.blobs.has(ref.sha256) for ref in offer.blobs())
-    assert supply.turn(15.0) is None
-
-
 def test_nothing_is_asked_for_before_the_connection_is_there(supply: Downloader, line: Line, offer: Offer) -> None:
     supply.begin(offer, 0.0, asks=False)
     assert not line.wants
     supply.connected(1.0)
     assert line.wants
     assert pulled(supply, line, 2.0) == 2.0
-
-
-def test_another_attempt_at_the_same_work_takes_over(supply: Downloader, line: Line, offer: Offer) -> None:
-    supply.begin(offer, 0.0)
-    supply.renumber(replace(offer, attempt=2))
-    assert supply.offer == replace(offer, attempt=2)
-    assert pulled(supply, line, 1.0) == 1.0
 
 
 def test_what_is_gone_at_the_server_ends_it_with_an_error(supply: Downloader, offer: Offer) -> None:

@@ -15,7 +15,6 @@ from fedprune.core.errors import ConfigError, DataError, DivergedError, ExitCode
 from fedprune.model.recipe import Recipe
 from fedprune.updates.privacy import epsilon
 from fedprune.wire.fleet_messages import LogRequest
-from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.privacy.budget import FILE, PrivacyBudget, PrivacyPolicy, read_policy
 from fedprune_device.privacy.redaction import bare, refused
@@ -33,11 +32,6 @@ PRIVATE = replace(PLAIN, update_clip=1.0, update_noise=2.0)
 SENT = hidden_weights(seed=1)
 STATISTICS = ("mean", "var")
 SECRET = "label 'cancer' of 17 samples in /home/ann/scans"
-
-
-@pytest.fixture
-def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
-    return HiddenBoard(tmp_path / "state", graphs, data)
 
 
 def train(board: HiddenBoard, offer: Any, floor: PrivacyPolicy | None = None) -> Any:

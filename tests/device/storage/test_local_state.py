@@ -46,11 +46,6 @@ PLAIN = Recipe(epochs=1, batch_size=16)
 AVERAGE = Recipe(epochs=1, batch_size=16, average=DECAY)
 
 
-@pytest.fixture
-def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
-    return HiddenBoard(tmp_path / "state", graphs, data)
-
-
 def trained(board: HiddenBoard, number: int, weights: Tensors) -> Tensors:
     """What plain training makes of them in a round."""
     trainer = Trainer(board.graphs / "kept.onnx")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,9 @@ from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup,
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.updates import CODECS, Codec, decode, is_packed, weights
+from fedprune.updates import Codec, decode, is_packed, weights
 from fedprune.updates.remap import relocation
 from fedprune.wire.messages import Offer
-from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
@@ -34,11 +32,6 @@ pytestmark = pytest.mark.board
 PLAIN = Recipe(epochs=1, batch_size=16)
 STATISTICS = {"mean", "var"}
 CODED = ("zlib", "float16", "int8", "top-k:0.25")
-
-
-@pytest.fixture
-def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
-    return HiddenBoard(tmp_path / "state", graphs, data)
 
 
 def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalState | None]:
@@ -236,14 +229,3 @@ def test_what_is_left_out_needs_room(board: HiddenBoard, monkeypatch: pytest.Mon
                 check_offer(replace(plain, codec=text), store, None)
             room += 1
             check_offer(replace(plain, codec=text), store, None)
-
-
-def test_a_birth_says_which_codecs_are_known() -> None:
-    from types import SimpleNamespace
-
-    from fedprune_device.agent.agent import BirthBuilder
-    from fedprune_device.network.connection import Channel, Connection
-
-    link: Any = None
-    data: Any = SimpleNamespace(samples=10)
-    assert BirthBuilder(Connection(link, Channel("d", "site")), data).birth(1, None, 0.0).codecs == CODECS

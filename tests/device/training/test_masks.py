@@ -43,11 +43,6 @@ HARD = Recipe(epochs=2, batch_size=16, mask="hard", weight_decay=0.1)
 NAMES = ("w1", "gamma", "beta", "mean", "var", "w2", "b2")
 
 
-@pytest.fixture
-def board(tmp_path: Path, graphs: Path, data: LocalData) -> HiddenBoard:
-    return HiddenBoard(tmp_path / "state", graphs, data)
-
-
 def half(weights: Tensors, *names: str, seed: int = 0) -> ElementMask:
     rng = np.random.default_rng(seed)
     return ElementMask({n: rng.random(weights[n].shape) < 0.5 for n in names or ("w1", "w2")})
