@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -132,15 +133,15 @@ class KitFolder:
     def read(self, name: str) -> bytes:
         try:
             with (self.folder / name).open("rb") as file:
-                raw = file.read(_MOST_READ + 1)
+                size = os.fstat(file.fileno()).st_size
+                if size <= _MOST_READ:
+                    return file.read()
         except OSError as error:
             raise KitError(
                 f"can't read {self.folder / name}: {error.strerror}",
                 hint=remedy(error) or "Name a folder that `fedprune-flash kit` made, or copy the kit again.",
             ) from error
-        if len(raw) > _MOST_READ:
-            raise KitError(f"{self.folder / name}", expected=f"at most {_MOST_READ} bytes", got="more")
-        return raw
+        raise KitError(f"{self.folder / name}", expected=f"at most {_MOST_READ} bytes", got=size)
 
 
 def signed_text(body: dict[str, Any]) -> str:
