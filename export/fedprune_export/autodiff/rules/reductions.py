@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedprune.core.errors import ModelError
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
@@ -86,12 +86,34 @@ def count_of(tape: Tape, dims: Sequence[Dim]) -> str:
     return g.emit("Cast", tape.size(count), attrs={"to": 1})
 
 
-@rule("ReduceSum")
-def total(tape: Tape, node: Node) -> Pull:
+Gradient = Callable[[Reduction, str, str], str]
+"""Writes dx, given the reduction, its output y and dy."""
+
+
+def _reduction(*operators: str, kept: bool = False) -> Callable[[Gradient], Gradient]:
+    """Register reductions; the gradient's docstring describes the rule.
+
+    Args:
+        kept: Whether the gradient gets y with its axes kept.
+    """
+
+    def register(gradient: Gradient) -> Gradient:
+        def function(tape: Tape, node: Node) -> Pull:
+            r = Reduction(tape, node)
+            y = r.write_kept() if kept else r.write()
+            return lambda dy: tape.add(r.name, gradient(r, y, dy))
+
+        function.__doc__ = gradient.__doc__
+        rule(*operators)(function)
+        return gradient
+
+    return register
+
+
+@_reduction("ReduceSum")
+def _total(r: Reduction, y: str, dy: str) -> str:
     """A sum over any axes; every element gets dy."""
-    r = Reduction(tape, node)
-    r.write()
-    return lambda dy: tape.add(r.name, r.spread(r.opened(dy)))
+    return r.spread(r.opened(dy))
 
 
 @rule("ReduceMean", "GlobalAveragePool")
@@ -104,80 +126,53 @@ def mean(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(r.name, r.spread(r.share(r.opened(dy))))
 
 
-@rule("ReduceMax", "ReduceMin")
-def extreme(tape: Tape, node: Node) -> Pull:
+@_reduction("ReduceMax", "ReduceMin", kept=True)
+def _extreme(r: Reduction, y: str, dy: str) -> str:
     """The largest or smallest number along axes; equals share the gradient, as in torch's amax."""
-    r = Reduction(tape, node)
-    y, g = r.write_kept(), tape.graph
-
-    def pull(dy: str) -> None:
-        best = g.emit("Equal", r.x, y)
-        count = r.reduced("ReduceSum", g.emit("Cast", best, attrs={"to": 1}))
-        share = g.emit("Div", r.opened(dy), count)
-        tape.add(r.name, g.emit("Where", best, share, g.scalar(0)))
-
-    return pull
+    best = r.g.emit("Equal", r.x, y)
+    count = r.reduced("ReduceSum", r.g.emit("Cast", best, attrs={"to": 1}))
+    return r.g.emit("Where", best, r.g.emit("Div", r.opened(dy), count), r.g.scalar(0))
 
 
-@rule("ReduceProd")
-def product(tape: Tape, node: Node) -> Pull:
+@_reduction("ReduceProd")
+def _product(r: Reduction, y: str, dy: str) -> str:
     """A product along axes; dx = dy · the product of the others, right with zeros, too."""
-    r = Reduction(tape, node)
-    r.write()
-    g = tape.graph
-
-    def pull(dy: str) -> None:
-        nothing = g.emit("Equal", r.x, g.scalar(0))
-        others = g.emit("Where", nothing, g.scalar(1), r.x)
-        whole = r.reduced("ReduceProd", others)
-        zeros = r.reduced("ReduceSum", g.emit("Cast", nothing, attrs={"to": 1}))
-        none, one = (g.emit("Equal", zeros, g.scalar(n)) for n in (0, 1))
-        at_zero = g.emit("Where", g.emit("And", nothing, one), whole, g.scalar(0))
-        slope = g.emit("Where", none, g.emit("Div", whole, others), at_zero)
-        tape.add(r.name, g.emit("Mul", r.opened(dy), slope))
-
-    return pull
+    g = r.g
+    nothing = g.emit("Equal", r.x, g.scalar(0))
+    others = g.emit("Where", nothing, g.scalar(1), r.x)
+    whole = r.reduced("ReduceProd", others)
+    zeros = r.reduced("ReduceSum", g.emit("Cast", nothing, attrs={"to": 1}))
+    none, one = (g.emit("Equal", zeros, g.scalar(n)) for n in (0, 1))
+    at_zero = g.emit("Where", g.emit("And", nothing, one), whole, g.scalar(0))
+    slope = g.emit("Where", none, g.emit("Div", whole, others), at_zero)
+    return g.emit("Mul", r.opened(dy), slope)
 
 
-@rule("ReduceL1")
-def absolute_sum(tape: Tape, node: Node) -> Pull:
+@_reduction("ReduceL1")
+def _absolute_sum(r: Reduction, y: str, dy: str) -> str:
     """The sum of absolute values; dx = dy · sign(x)."""
-    r = Reduction(tape, node)
-    r.write()
-    g = tape.graph
-    return lambda dy: tape.add(r.name, g.emit("Mul", r.opened(dy), g.emit("Sign", r.x)))
+    return r.g.emit("Mul", r.opened(dy), r.g.emit("Sign", r.x))
 
 
-@rule("ReduceL2")
-def length(tape: Tape, node: Node) -> Pull:
+@_reduction("ReduceL2", kept=True)
+def _length(r: Reduction, y: str, dy: str) -> str:
     """The Euclidean length; dx = dy · x / y, and 0 where the length is."""
-    r = Reduction(tape, node)
-    y, g = r.write_kept(), tape.graph
-
-    def pull(dy: str) -> None:
-        nothing = g.emit("Equal", y, g.scalar(0))
-        share = g.emit("Div", r.opened(dy), g.emit("Where", nothing, g.scalar(1), y))
-        tape.add(r.name, g.emit("Mul", r.x, share))
-
-    return pull
+    g = r.g
+    nothing = g.emit("Equal", y, g.scalar(0))
+    share = g.emit("Div", r.opened(dy), g.emit("Where", nothing, g.scalar(1), y))
+    return g.emit("Mul", r.x, share)
 
 
-@rule("ReduceSumSquare")
-def squares(tape: Tape, node: Node) -> Pull:
+@_reduction("ReduceSumSquare")
+def _squares(r: Reduction, y: str, dy: str) -> str:
     """The sum of squares; dx = 2 · dy · x."""
-    r = Reduction(tape, node)
-    r.write()
-    g = tape.graph
-    return lambda dy: tape.add(r.name, g.emit("Mul", g.emit("Mul", r.opened(dy), g.scalar(2)), r.x))
+    return r.g.emit("Mul", r.g.emit("Mul", r.opened(dy), r.g.scalar(2)), r.x)
 
 
-@rule("ReduceLogSum")
-def logarithm_of_sum(tape: Tape, node: Node) -> Pull:
+@_reduction("ReduceLogSum")
+def _logarithm_of_sum(r: Reduction, y: str, dy: str) -> str:
     """The logarithm of a sum; dx = dy / Σx."""
-    r = Reduction(tape, node)
-    r.write()
-    g = tape.graph
-    return lambda dy: tape.add(r.name, r.spread(g.emit("Div", r.opened(dy), r.reduced("ReduceSum", r.x))))
+    return r.spread(r.g.emit("Div", r.opened(dy), r.reduced("ReduceSum", r.x)))
 
 
 @rule("ReduceLogSumExp")
