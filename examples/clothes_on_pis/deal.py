@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.simulation.datasets.federation import Federation
-from fedprune_server.simulation.datasets.picture import draw_partition
+from fedprune_server.simulation.datasets.federation import Federation, draw_partition
 from fedprune_server.simulation.datasets.table import DataPlan
 
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")

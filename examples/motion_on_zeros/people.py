@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.simulation.datasets.npz import npz_arrays
-from fedprune_server.simulation.datasets.source import found
+from fedprune_server.simulation.datasets.source import found, npz_arrays
 
 UCI = Path("UCI HAR Dataset")
 SIGNALS = [f"{kind}_{axis}" for kind in ("body_acc", "body_gyro", "total_acc") for axis in "xyz"]

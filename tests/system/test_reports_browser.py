@@ -12,11 +12,10 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
 from fedprune_export.cli.main import main
-from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.results.comparison import write_comparison
 from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
-from fedprune_server.simulation.results.report import write_report
+from fedprune_server.simulation.results.report import write_comparison, write_report
 from support.processes.machine import find_chromium
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

@@ -30,7 +30,7 @@ from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.children import Children
-from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import REFERENCE
 from fedprune_server.simulation.fleet.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few

@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     with progress("reading the runs"):
-        from fedprune_server.simulation.results.comparison import print_comparison, read_runs, write_comparison
+        from fedprune_server.simulation.results.report import print_comparison, read_runs, write_comparison
 
         out, targets = _folder(options.out), tuple(options.target or ())
         runs = read_runs(options.runs)
@@ -133,8 +133,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fedprune_server.simulation.results.comparison import print_comparison, read_runs, write_comparison
-    from fedprune_server.simulation.results.report import absences
+    from fedprune_server.simulation.results.report import absences, print_comparison, read_runs, write_comparison
     from fedprune_server.simulation.results.runs_progress import Watching
     from fedprune_server.simulation.runs import FAILED, carry_out
     from fedprune_server.simulation.sweep import read_sweep, simulated

@@ -22,7 +22,7 @@ from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, without_password
-from fedprune_server.executor.evaluation_data import load_calibration, load_evaluation
+from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.blob_place import BLOBS, NUMBER, lay_down, move_in, new_number, number_of, opened, reader

@@ -24,7 +24,7 @@ from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, StorageError
 from fedprune.jobs.job import Job
 from fedprune_export.importing import import_onnx
-from fedprune_server.executor.evaluation_data import load_calibration
+from fedprune_server.executor.evaluator import load_calibration
 from fedprune_server.executor.retention import texts
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity

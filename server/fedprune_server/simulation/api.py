@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any
 
 from fedprune.core.errors import ConfigError
+from fedprune.core.validation import whole
 from fedprune.jobs.job import Job
 from fedprune.output import page
 from fedprune.strategies.strategy import Strategy
@@ -18,9 +19,8 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.comparison import final_rows
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.report import Report, html_table, markdown_table, write_report
+from fedprune_server.simulation.results.report import Report, final_rows, html_table, markdown_table, write_report
 from fedprune_server.simulation.results.run_folder import simulate as simulate_experiment
 from fedprune_server.simulation.results.runs_progress import Following
 
@@ -122,8 +122,8 @@ def simulate(
     """Run a fleet on a virtual clock.
 
     Args:
-        fleet: A `fleet.toml`, or its tables; paths in tables are relative to the current folder. Of a plan that was
-            read before, `model`, `strategy`, `seed`, `rounds`, `title` and `reference` are its own.
+        fleet: A `fleet.toml`, or its tables; paths in tables are relative to the current folder. A plan that was read
+            before has its own `model`, `strategy`, `seed`, `rounds`, `title` and `reference`, so they can't be given.
         model: Replaces the model of the table [model]; see `fedprune_export.load`.
         strategy: Replaces the job's: a name, or a module's function that composes one.
         seed: Replaces the job's.
@@ -140,7 +140,13 @@ def simulate(
         FedpruneError: Model or data can't be read, or a training fails.
     """
     place = None if folder is None else Path(folder)
+    if workers is not None:
+        whole("workers", workers, 1, 10**6)
     if isinstance(fleet, Plan):
+        settings = {"model": model, "strategy": strategy, "seed": seed, "rounds": rounds, "title": title or None}
+        given = [name for name, value in settings.items() if value is not None] + ["reference"] * reference
+        if given:
+            raise ConfigError("fleet", expected=f"a file or tables, to set {', '.join(given)}", got="a plan")
         plan = fleet
     else:
         if isinstance(strategy, FunctionType):

@@ -18,7 +18,7 @@ from fedprune.strategies import compose
 from fedprune.strategies.user_strategies import own_code
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import Evaluation
-from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Hook, described
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather

@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
-from fedprune_server.simulation.datasets import idx, npz
-from fedprune_server.simulation.datasets.cifar import read_cifar
-from fedprune_server.simulation.datasets.idx import read_idx, read_idx_folder
-from fedprune_server.simulation.datasets.image_folder import read_image_folder
-from fedprune_server.simulation.datasets.npz import npz_arrays, read_npz
+from fedprune_server.simulation.datasets import source
 from fedprune_server.simulation.datasets.samples import Preparation, Samples, assembled
-from fedprune_server.simulation.datasets.source import read_samples
+from fedprune_server.simulation.datasets.source import (
+    npz_arrays,
+    read_cifar,
+    read_idx,
+    read_idx_folder,
+    read_image_folder,
+    read_npz,
+    read_samples,
+)
 from support.fakes.data_set_files import (
     idx_bytes,
     images,
@@ -151,7 +155,7 @@ def test_a_damaged_idx_file_is_refused(tmp_path, raw):
 
 def test_an_idx_file_takes_no_memory_for_what_it_does_not_have(tmp_path, monkeypatch):
     size = 2**26
-    monkeypatch.setattr(idx, "_MOST_INFLATED", size // 2)
+    monkeypatch.setattr(source, "_MOST_INFLATED", size // 2)
     head = b"\0\0\x08\x01" + struct.pack(">I", size)
     (tmp_path / "a").write_bytes(head + bytes(99))
     (tmp_path / "a.gz").write_bytes(gzip.compress(head + bytes(size)))
@@ -370,7 +374,7 @@ def test_arrays_that_nobody_reads_are_not_unpacked(tmp_path):
 
 def test_a_zip_bomb_is_not_unpacked(tmp_path, monkeypatch):
     size = 2**26
-    monkeypatch.setattr(npz, "_MOST_INFLATED", size // 2)
+    monkeypatch.setattr(source, "_MOST_INFLATED", size // 2)
     write_npz(tmp_path / "a.npz", x=npy_header(4, size // 4) + bytes(size), y=npy_header(4) + bytes(4))
 
     def read():

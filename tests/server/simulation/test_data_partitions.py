@@ -9,8 +9,14 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError
 from fedprune_server.simulation.datasets import partition
-from fedprune_server.simulation.datasets.federation import Federation, Holding, default_names, federate
-from fedprune_server.simulation.datasets.picture import Partition, draw_partition
+from fedprune_server.simulation.datasets.federation import (
+    Federation,
+    Holding,
+    Partition,
+    default_names,
+    draw_partition,
+    federate,
+)
 from fedprune_server.simulation.datasets.samples import Preparation, assembled
 from fedprune_server.simulation.datasets.table import DataPlan
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis

@@ -18,6 +18,7 @@ from fedprune.core.errors import ConfigError
 from fedprune_server import Comparison, Run, simulate
 from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import digits_model, load_digits
+from fedprune_server.simulation.fleet.simulated_fleet import read_plan
 from fedprune_server.simulation.results.record import Record
 from support.paths import ROOT
 
@@ -113,6 +114,27 @@ def test_a_wrong_setting_is_named(fleet: dict[str, Any]) -> None:
         simulate({**fleet, "job": {"rounds": 0}})
     with pytest.raises(ConfigError, match=r"settings: \[model\] path is missing"):
         simulate({k: v for k, v in fleet.items() if k != "model"})
+
+
+@pytest.mark.parametrize("workers", [0, -1, True, 1.5])
+def test_a_wrong_number_of_processes_is_refused(fleet: dict[str, Any], workers: Any) -> None:
+    with pytest.raises(ConfigError, match="workers"):
+        simulate(fleet, workers=workers)
+
+
+def test_settings_that_a_plan_has_already_are_refused(fleet: dict[str, Any]) -> None:
+    plan = read_plan(Path("settings"), tables=fleet)
+    others: dict[str, Any] = {
+        "model": plan.model,
+        "strategy": "fedavg",
+        "seed": 0,
+        "rounds": 1,
+        "title": "mine",
+        "reference": True,
+    }
+    for name, value in others.items():
+        with pytest.raises(ConfigError, match=f"to set {name}, got a plan"):
+            simulate(plan, **{name: value})
 
 
 @pytest.mark.parametrize("strategy", [partial(compose), Strategy(inputs="sum"), 5])

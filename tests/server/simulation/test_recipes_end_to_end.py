@@ -18,7 +18,7 @@ from fedprune.planning.profile_store import find
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.evaluation_data import load_evaluation
+from fedprune_server.executor.evaluator import load_evaluation
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice

@@ -16,15 +16,16 @@ from fedprune.coordination import State
 from fedprune.core.errors import StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.results import charts, runs_progress
-from fedprune_server.simulation.results.comparison import final_rows, print_comparison
 from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow, beside
 from fedprune_server.simulation.results.report import (
     absences,
     claims,
+    final_rows,
     foresight_rows,
     plan_rows,
+    print_comparison,
     summary,
     summary_text,
     write_report,

@@ -17,10 +17,10 @@ from fedprune_server.simulation.fleet.fleet_devices import HELD
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
 from fedprune_server.simulation.fleet.virtual_device import StoredData
 from fedprune_server.simulation.network_model import PR_FL, Availability, Weather
-from fedprune_server.simulation.results import metrics_table
-from fedprune_server.simulation.results.comparison import final_rows, read_runs, target_rows
-from fedprune_server.simulation.results.metrics_table import SPENT
+from fedprune_server.simulation.results import run_folder
 from fedprune_server.simulation.results.record import Record, RoundRow
+from fedprune_server.simulation.results.report import final_rows, read_runs, target_rows
+from fedprune_server.simulation.results.run_folder import SPENT
 from support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -222,9 +222,9 @@ def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):
     record = Record("long", {"name": "yard"}, (), (), tuple(rows))
     tables = []
     for name, piece in (("whole", 50_000), ("parts", 4)):
-        monkeypatch.setattr(metrics_table, "_PIECE", piece)
+        monkeypatch.setattr(run_folder, "_PIECE", piece)
         (tmp_path / name).mkdir()
-        metrics_table.write_metrics(tmp_path / name, record)
+        run_folder.write_metrics(tmp_path / name, record)
         tables.append(pq.ParquetFile(tmp_path / name / "metrics.parquet"))
     assert [t.num_row_groups for t in tables] == [1, 5]
     found = [t.read() for t in tables]

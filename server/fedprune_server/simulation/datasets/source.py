@@ -1,19 +1,435 @@
-"""The choice of a reader for a data set's files."""
+"""Readers of data sets: `.npz` files, MNIST's idx files, binary CIFAR, and folders of images.
+
+Formats: yann.lecun.com/exdb/mnist (idx), cs.toronto.edu/~kriz/cifar.html. Uncompressed arrays of `.npz` files are
+memory-mapped.
+"""
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
-from collections.abc import Iterator
+import struct
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib import format as npy
 
 from fedprune.core.disk import is_there
-from fedprune.core.errors import DataError
-from fedprune_server.simulation.datasets.cifar import has_cifar, read_cifar
-from fedprune_server.simulation.datasets.idx import has_idx, read_idx_folder
-from fedprune_server.simulation.datasets.image_folder import read_image_folder
-from fedprune_server.simulation.datasets.npz import read_npz
-from fedprune_server.simulation.datasets.samples import Samples
+from fedprune.core.errors import DataError, MissingExtraError, reason, remedy, shape_text
+from fedprune.core.zip_limits import PLAIN
+from fedprune_device.data.dataset import why_unreadable
+from fedprune_server.simulation.datasets.samples import Samples, assembled
+
+_TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_MOST = 2**36
+"""Bytes of an array beyond which a header is considered damaged."""
+
+_MOST_INFLATED, _MOST_RATIO = 2**30, 100
+"""A compressed array above both limits, in bytes and in its ratio to the compressed length, is not unpacked."""
+
+_DEFLATE = 1032
+"""Maximum ratio of deflate (zlib.net/zlib_tech.html)."""
+
+_FILES = {"train": "train", "test": "t10k"}
+
+
+def read_idx_folder(folder: Path) -> Samples:
+    """Read `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two `t10k-` files, each plain or as `.gz`.
+
+    Raises:
+        DataError: A file is missing, damaged, or labels and images don't fit each other.
+    """
+    splits = []
+    for split, prefix in _FILES.items():
+        images, labels = (_file(folder, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
+        if images is None and labels is None and split == "test":
+            continue
+        if images is None or labels is None:
+            raise DataError(f"{folder}: images or labels of {prefix} are missing", expected="both files")
+        splits.append((read_idx(images), read_idx(labels), split == "test"))
+    return assembled(splits)
+
+
+def has_idx(folder: Path) -> bool:
+    """Whether a folder looks like it has such files."""
+    return _file(folder, "train-images-idx3-ubyte") is not None
+
+
+def read_idx(path: Path) -> npt.NDArray[Any]:
+    """Read one idx file, gzipped if its name ends in `.gz`.
+
+    Raises:
+        DataError: It can't be read, or its header doesn't fit its length.
+    """
+    try:
+        with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
+            head = file.read(4)
+            if len(head) < 4 or head[:2] != b"\0\0" or head[2] not in _TYPES or not 1 <= head[3] <= 8:
+                raise DataError(f"{path} is not an idx file", expected="0, 0, a type and 1 to 8 axes", got=head.hex())
+            sizes = file.read(4 * head[3])
+            if len(sizes) < 4 * head[3]:
+                raise DataError(f"{path} is cut off")
+            shape = tuple(np.frombuffer(sizes, ">u4").tolist())
+            dtype = np.dtype(_TYPES[head[2]])
+            need = math.prod(shape) * dtype.itemsize
+            # numpy makes no empty array either whose other sizes are too large.
+            if math.prod(max(n, 1) for n in shape) * dtype.itemsize > _MOST:
+                raise DataError(f"{path}: sizes", expected=f"at most {_MOST} bytes", got=shape_text(*shape))
+            size = path.stat().st_size  # before memory is asked for
+            if path.suffix == ".gz" and need > _DEFLATE * size:
+                # `read` would ask for all that memory at once.
+                raise DataError(f"{path} is cut off", expected=f"{need} bytes", got=f"{size} packed ones")
+            if path.suffix == ".gz" and need > max(_MOST_INFLATED, _MOST_RATIO * size):
+                raise DataError(
+                    f"{path}: sizes",
+                    expected=f"at most {_MOST_INFLATED} bytes, or {_MOST_RATIO} times what they take in the file",
+                    got=shape_text(*shape),
+                    hint="Unpack it with gunzip.",
+                )
+            if path.suffix != ".gz" and need > size:
+                raise DataError(f"{path} is cut off", expected=f"{need} bytes after the header", got=size)
+            body = file.read(need + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"can't read {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(body) != need:
+        got = f"more than {need}" if len(body) > need else len(body)
+        raise DataError(f"{path}: bytes of an array {shape_text(*shape)}", expected=need, got=got)
+    return np.frombuffer(body, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    # Unpacked by some programs, the first dash of the suffix becomes a dot.
+    for candidate in (name, name.replace("-idx", ".idx")):
+        for path in (folder / candidate, folder / f"{candidate}.gz"):
+            if path.is_file():
+                return path
+    return None
+
+
+_PIXELS = 3 * 32 * 32
+_PICKLED = ("data_batch_1", "train")
+"""First files of the Python version, which is pickled."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Files of one data set in its folder, and the labels that precede each image."""
+
+    train: tuple[str, ...]
+    test: str
+    names: str
+    labels: int = 1
+
+
+_LAYOUTS = (
+    _Layout(tuple(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin", "batches.meta.txt"),
+    _Layout(("train.bin",), "test.bin", "fine_label_names.txt", labels=2),
+)
+
+
+def has_cifar(folder: Path) -> bool:
+    """Whether a folder looks like one of the data sets, in either version."""
+    return _layout(folder) is not None or any((folder / name).is_file() for name in _PICKLED)
+
+
+def read_cifar(folder: Path) -> Samples:
+    """Map the training batches in order, then the test batch. CIFAR-100's fine labels are used.
+
+    Raises:
+        DataError: Files are missing, damaged, or of the Python version.
+    """
+    layout = _layout(folder)
+    if layout is None:
+        raise DataError(
+            f"{folder} has no binary CIFAR files",
+            expected="data_batch_1.bin or train.bin",
+            hint="The Python version is pickled, and nothing is unpickled: download the binary version.",
+        )
+    splits = []
+    for name in (*layout.train, layout.test):
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path} is missing", expected=", ".join((*layout.train, layout.test)))
+        try:
+            splits.append((*_batch(path, layout), name == layout.test))
+        except OSError as error:
+            raise DataError(f"can't read {path}: {error.strerror or error}") from error
+    return assembled(splits, class_names=_class_names(folder / layout.names))
+
+
+def _layout(folder: Path) -> _Layout | None:
+    return next((layout for layout in _LAYOUTS if (folder / layout.train[0]).is_file()), None)
+
+
+def _batch(path: Path, layout: _Layout) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    row = layout.labels + _PIXELS
+    size = path.stat().st_size
+    if not size or size % row:
+        raise DataError(f"{path}: size", expected=f"a multiple of {row} bytes", got=size)
+    table = np.memmap(path, np.uint8, "r", shape=(size // row, row))
+    labels = np.array(table[:, layout.labels - 1], np.int64)  # CIFAR-100 has the coarse label first
+    return table[:, layout.labels :].reshape(-1, 3, 32, 32), labels
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        return ()
+    return tuple(line for line in path.read_text(encoding="ascii", errors="replace").split("\n") if line.strip())
+
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".webp")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "WEBP")
+"""Formats that Pillow may open, whatever the file's extension: some of its other formats run programs on the file."""
+
+_TRAIN, _TEST = ("train", "training"), ("test", "val", "valid", "validation")
+_MOST_SIDE = 4096
+_MOST_BYTES = 2**34
+
+
+def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colour: bool = True) -> Samples:
+    """Read images.
+
+    Three layouts are supported: `CLASS/image`; `train/CLASS/image` with `test/CLASS/image`; and `OWNER/CLASS/image`,
+    where an owner is a person or a domain. Classes, owners and files are sorted by name, so the result is the same on
+    every machine.
+
+    Args:
+        folder: The folder.
+        size: Height and width to which images are scaled (bilinear, antialiased); None if all have the same size.
+        colour: Three channels, else grey.
+
+    Returns:
+        Inputs uint8 [n, height, width, 3], or [n, height, width] if grey.
+
+    Raises:
+        DataError: There are no images, one can't be read, is too large, or differs in size from the first.
+        MissingExtraError: Pillow is not installed.
+    """
+    top = _folders(folder)
+    if not top:
+        raise DataError(f"{folder} holds no folders of images", expected="a folder per class")
+    names = [f.name.lower() for f in top]
+    if all(n in _TRAIN + _TEST for n in names):
+        if not any(n in _TRAIN for n in names):
+            raise DataError(f"{folder} has no folder of training images", expected="train", got=", ".join(names))
+        groups = [(f, f.name.lower() in _TEST, "") for f in top]
+    elif any(_folders(f) for f in top):
+        groups = [(f, False, f.name) for f in top]
+    else:
+        groups = [(folder, False, "")]
+    classes = sorted({c.name for group, _, _ in groups for c in _folders(group)})
+    files = [
+        (path, label, testing, owner)
+        for group, testing, owner in groups
+        for label, name in enumerate(classes)
+        for path in _images(group / name)
+    ]
+    if not files:
+        raise DataError(f"{folder} holds no images", expected=f"files ending in {', '.join(_SUFFIXES)}")
+    x = _decoded([f[0] for f in files], size, colour)
+    y = np.array([f[1] for f in files], np.int64)
+    testing = np.array([f[2] for f in files], bool)
+    owners = [np.array([f[3] for f in files])] if any(f[3] for f in files) else None
+    whole = assembled([(x, y, False)], owners=owners, class_names=classes)
+    return Samples(whole.parts, whole.labels, testing, whole.owners, whole.owner_names, whole.class_names)
+
+
+def _decoded(paths: list[Path], size: tuple[int, int] | None, colour: bool) -> npt.NDArray[np.uint8]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("reading images needs Pillow", extra="board") from error
+    out: npt.NDArray[np.uint8] | None = None
+    for number, path in enumerate(paths):
+        try:
+            with Image.open(path, formats=_FORMATS) as image:
+                if max(image.size) > _MOST_SIDE:  # before a single pixel is decoded
+                    raise DataError(f"{path}: size", expected=f"sides up to {_MOST_SIDE}", got=image.size)
+                shown: Any = image.convert("RGB" if colour else "L")
+        except DataError:
+            raise
+        except Exception as error:  # decoders raise whatever they meet
+            raise DataError(f"can't read the image {path} ({reason(error)})") from error
+        if size is not None and (shown.height, shown.width) != size:
+            shown = shown.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        pixels = np.asarray(shown, np.uint8)
+        if out is None:
+            if pixels.nbytes * len(paths) > _MOST_BYTES:
+                raise DataError("images", expected=f"at most {_MOST_BYTES} bytes", hint="Give a smaller size.")
+            out = np.empty((len(paths), *pixels.shape), np.uint8)
+        if pixels.shape != out.shape[1:]:
+            raise DataError(
+                f"{path}: size",
+                expected=f"{out.shape[1]} x {out.shape[2]}, as {paths[0].name}",
+                got=f"{pixels.shape[0]} x {pixels.shape[1]}",
+                hint="Say a size that images are scaled to.",
+            )
+        out[number] = pixels
+    if out is None:
+        raise DataError("no images")
+    return out
+
+
+def _folders(folder: Path) -> list[Path]:
+    try:
+        return sorted((f for f in folder.iterdir() if f.is_dir() and not f.name.startswith(".")), key=lambda f: f.name)
+    except OSError as error:
+        raise DataError(f"can't read {folder}: {error.strerror or error}", hint=remedy(error)) from error
+
+
+def _images(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from sorted(
+            (f for f in folder.iterdir() if f.suffix.lower() in _SUFFIXES and f.is_file()), key=lambda f: f.name
+        )
+
+
+Array = npt.NDArray[Any]
+
+_OWNERS = ("owner", "subject", "writer", "domain", "user")
+"""Accepted names of the array of owners."""
+
+_KNOWN = frozenset(
+    {"x", "y", "x_train", "y_train", "x_test", "y_test", "is_test", "class_names"}
+    | {word + end for word in _OWNERS for end in ("", "_train", "_test")}
+)
+"""Names of the arrays that are read."""
+
+_LOCAL = struct.Struct("<4s5H3I2H")
+"""A member's header inside a zip archive (APPNOTE.TXT, 4.3.7)."""
+
+_HINT = "Write it with numpy.savez(path, x_train=..., y_train=..., x_test=..., y_test=...)."
+
+
+def read_npz(path: Path) -> Samples:
+    """Read a data set.
+
+    Args:
+        path: A file with x_train, y_train, x_test and y_test; or with x, y and optionally is_test, where nonzero marks
+            test samples. Optional are `owner` (also subject, writer, domain, user; `owner_train` and `owner_test` in
+            the first form) and `class_names`. Other arrays are ignored.
+
+    Raises:
+        DataError: It can't be read, an array is missing, or arrays don't fit each other.
+    """
+    arrays = npz_arrays(path, _KNOWN)
+    names = _names(arrays.get("class_names"))
+    if "x_train" in arrays or "x" not in arrays:
+        _need(path, arrays, ("x_train", "y_train"))
+        if ("x_test" in arrays) != ("y_test" in arrays):
+            raise DataError("test data", expected="both x_test and y_test, or neither", got=_listed(path))
+        splits = [(arrays["x_train"], arrays["y_train"], False)]
+        if "x_test" in arrays:
+            splits.append((arrays["x_test"], arrays["y_test"], True))
+        word = next((w for w in _OWNERS if f"{w}_train" in arrays), None)
+        owners = None
+        if word is not None:
+            owners = [arrays[f"{word}_train"]]
+            if "x_test" in arrays:
+                _need(path, arrays, (f"{word}_test",))
+                owners.append(arrays[f"{word}_test"])
+        return assembled(splits, owners=owners, class_names=names)
+    _need(path, arrays, ("x", "y"))
+    word = next((w for w in _OWNERS if w in arrays), None)
+    whole = assembled(
+        [(arrays["x"], arrays["y"], False)], owners=None if word is None else [arrays[word]], class_names=names
+    )
+    if "is_test" not in arrays:
+        return whole
+    marks = arrays["is_test"]
+    if marks.dtype.kind not in "biu" or marks.shape != whole.labels.shape:
+        raise DataError("is_test", expected=f"true or false [{len(whole)}]", got=f"{marks.dtype} {marks.shape}")
+    return Samples(
+        whole.parts, whole.labels, np.asarray(marks) != 0, whole.owners, whole.owner_names, whole.class_names
+    )
+
+
+def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Array]:
+    """Arrays of a file, memory-mapped read-only where they are not compressed. Nothing is unpickled.
+
+    Args:
+        path: The file.
+        names: Arrays to read, if present; None for all. Others are not unpacked.
+
+    Raises:
+        DataError: It can't be read, is not an `.npz` file of plain arrays, or a compressed array exceeds the limits.
+    """
+    try:
+        arrays: dict[str, Array] = {}
+        with path.open("rb") as raw, zipfile.ZipFile(raw) as archive, np.load(path, allow_pickle=False) as file:
+            for member in archive.infolist():
+                name = member.filename.removesuffix(".npy")
+                if names is not None and name not in names:
+                    continue
+                if member.compress_type not in PLAIN:
+                    raise DataError(f"{path}: how {name[:80]} is packed", expected="deflate, or not at all", hint=_HINT)
+                if member.file_size > max(_MOST_INFLATED, _MOST_RATIO * member.compress_size):
+                    raise DataError(
+                        f"{path}: size of {name}",
+                        expected=f"at most {_MOST_INFLATED} bytes, or {_MOST_RATIO} times what it takes in the file",
+                        got=member.file_size,
+                        hint="Write it with numpy.savez: then it is mapped, and not unpacked.",
+                    )
+                mapped = _mapped(path, raw, member) if member.filename.endswith(".npy") else None
+                arrays[name] = file[name] if mapped is None else mapped
+        return arrays
+    except OSError as error:
+        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
+    except DataError:
+        raise
+    except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
+        raise DataError(f"{path} is not an .npz file of plain arrays{why_unreadable(error)}", hint=_HINT) from error
+
+
+def _mapped(path: Path, raw: Any, member: zipfile.ZipInfo) -> Array | None:
+    """The array as a read-only map of the file; None if it is compressed, encrypted, tiny or of objects."""
+    if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 or member.file_size < 2**16:
+        return None
+    raw.seek(member.header_offset)
+    header = _LOCAL.unpack(raw.read(_LOCAL.size))
+    if header[0] != b"PK\x03\x04":
+        raise zipfile.BadZipFile("a member's header is damaged")
+    begin = member.header_offset + _LOCAL.size + header[9] + header[10]
+    raw.seek(begin)
+    version = npy.read_magic(raw)
+    if version not in ((1, 0), (2, 0)):
+        return None
+    shape, fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(raw)
+    if dtype.hasobject or not all(shape):
+        return None
+    at = raw.tell()
+    if at + dtype.itemsize * int(np.prod(shape, dtype=object)) != begin + member.file_size:
+        raise ValueError(f"{member.filename} is cut off")
+    return np.memmap(path, dtype, "r", at, shape, "F" if fortran else "C")
+
+
+def _names(array: Array | None) -> tuple[str, ...]:
+    if array is None:
+        return ()
+    if array.dtype.kind != "U" or array.ndim != 1:
+        raise DataError("class_names", expected="texts [classes]", got=f"{array.dtype} {array.shape}")
+    return tuple(map(str, array.tolist()))
+
+
+def _need(path: Path, arrays: dict[str, Array], names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in arrays:
+            raise DataError(f"{path}: array {name!r} is missing", got=_listed(path), hint=_HINT)
+
+
+def _listed(path: Path) -> str:
+    """Names of all arrays of a file."""
+    with zipfile.ZipFile(path) as archive:
+        return ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"
+
 
 VARIABLE = "FEDPRUNE_DATA"
 """Environment variable with a folder in which missing sources are searched."""

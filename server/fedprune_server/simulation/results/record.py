@@ -29,7 +29,7 @@ from fedprune.planning.costs import costs_at
 from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted
 from fedprune_server.executor.accountant import EPSILON
-from fedprune_server.simulation.datasets.picture import Partition
+from fedprune_server.simulation.datasets.federation import Partition
 
 if TYPE_CHECKING:
     from fedprune_server.simulation.results.round_notes import Notes

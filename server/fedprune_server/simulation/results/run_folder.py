@@ -1,20 +1,25 @@
-"""The folder of a simulated run: its settings, its numbers, and the state from which it resumes after a kill."""
+"""The folder of a simulated run: its settings, its numbers, and the state from which it resumes after a kill.
+
+The numbers are also written as two Parquet tables, for pandas, polars, DuckDB and R.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.results.metrics_table import write_metrics
-from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.record import Record, RoundRow
 from fedprune_server.simulation.runs import differences
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import OtherRunError
@@ -98,3 +103,104 @@ def _differences(path: Path, experiment: Experiment) -> str:
     return (
         found or "the same settings: what differs is the model's graph, the server's samples or a strategy's own code"
     )
+
+
+METRICS = "metrics{}.parquet"
+"""Long format: a row per round, device and metric."""
+
+ROUNDS = "rounds{}.parquet"
+"""Wide format: a row per round."""
+
+SPENT = ("bytes_down", "bytes_up", "training_macs")
+"""Costs of a device since the previous round."""
+
+_PIECE = 50_000
+
+_LONG = pa.schema(
+    [
+        ("round", pa.int32()),
+        ("time_s", pa.float64()),
+        ("total_bytes_down", pa.int64()),
+        ("total_bytes_up", pa.int64()),
+        ("device", pa.dictionary(pa.int32(), pa.string())),
+        ("metric", pa.dictionary(pa.int32(), pa.string())),
+        ("value", pa.float64()),
+    ]
+)
+
+
+def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
+    """Write both tables of a run.
+
+    `metrics.parquet` has round, simulated time, bytes down and up since the start, device (null for the global model),
+    metric and value. `rounds.parquet` has a row per round with the global model's numbers, the devices' mean latest
+    measurements (`mean_...`), bytes and MACs. Both have title and job as metadata.
+
+    Raises:
+        StorageError: The disk fails.
+    """
+    about = {"fedprune.title": record.title, "fedprune.job": json.dumps(record.job)}
+    path = folder / METRICS.format(suffix)
+    schema = _LONG.with_metadata(about)
+    # A piece at a time: of many devices and rounds the whole takes more memory than the run did.
+    with storage_errors(f"can't write {path}"), pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        for piece in _pieces(record.rounds):
+            writer.write_table(pa.table([pa.array(v, f.type) for v, f in zip(piece, schema, strict=True)], schema))
+    wide = pa.Table.from_pylist(_wide(record)).replace_schema_metadata(about)
+    path = folder / ROUNDS.format(suffix)
+    with storage_errors(f"can't write {path}"):
+        pq.write_table(wide, path, compression="zstd")
+
+
+def _pieces(rounds: Sequence[RoundRow]) -> Iterator[tuple[list[Any], ...]]:
+    """The long table's columns, about `_PIECE` rows at a time."""
+    piece: tuple[list[Any], ...] = tuple([] for _ in _LONG.names)
+    for row in rounds:
+        for device, metric, value in _metrics(row):
+            values = (row.round, row.at, row.down, row.up, device, metric, value)
+            for column, found in zip(piece, values, strict=True):
+                column.append(found)
+        if len(piece[0]) >= _PIECE:
+            yield piece
+            piece = tuple([] for _ in _LONG.names)
+    yield piece
+
+
+def _metrics(row: RoundRow) -> Iterator[tuple[str | None, str, float]]:
+    """Device, metric and value of all numbers of a round."""
+    for name, value in (("accuracy", row.accuracy), ("loss", row.loss)):
+        if value is not None:
+            yield None, name, value
+    for name, value in row.measured.items():
+        yield None, name, value
+    for metric, values in row.own.items():
+        for device, value in values.items():
+            yield device, metric, value
+    for device, density in row.density.items():
+        yield device, "density", density
+    for device, spent in row.spent.items():
+        for metric, count in zip(SPENT, spent, strict=True):
+            yield device, metric, float(count)
+
+
+def _wide(record: Record) -> list[dict[str, Any]]:
+    own = sorted(set().union(*(r.own for r in record.rounds)))
+    measured = sorted(set().union(*(r.measured for r in record.rounds)))
+    means = {f"mean_{m}": record.own_means(m) for m in own}
+    return [
+        {
+            "round": r.round,
+            "time_s": r.at,
+            "total_bytes_down": r.down,
+            "total_bytes_up": r.up,
+            "training_macs": r.macs,
+            "asked": r.asked,
+            "updates": r.updates,
+            "model": r.model,
+            "accuracy": r.accuracy,
+            "loss": r.loss,
+            **{k: v[i] for k, v in means.items()},
+            **{k: r.measured.get(k) for k in measured},
+        }
+        for i, r in enumerate(record.rounds)
+    ]
