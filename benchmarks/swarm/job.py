@@ -16,10 +16,11 @@ from fedprune.planning.profile_store import find
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal
 
-# Channels are not ranked, so that those of whole submodels lie in offers and updates as in the model.
 _REFERENCE = 256
 """Samples for which training times are predicted."""
 
+# Channels keep their order, so that whole submodels are as the model is; and every update counts in full, because the
+# next model is compared with the mean of all updates.
 FLEET = """\
 [job]
 name = "swarm"
@@ -28,6 +29,8 @@ devices = {devices}
 density = 1.0
 scorer = "ordered"
 deadline_s = 3600
+move_limit = 0
+weight_limit = 0
 
 [model]
 path = "model.onnx"
