@@ -4,7 +4,7 @@
 
 A simulated fleet on real data, the demo's 8×8 digits. Every setting has the same devices, data, seeds and rounds;
 server and boards run their own code. With `--minutes` the program ends after so many, writes what is whole by then, and
-goes on where it was when it is called again.
+continues where it was when it is called again.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def page(result: dict[str, Any]) -> str:
 {about["date"]}, {about["cpu"]}, {about["cores"]} cores (one used; load {about["load"]} at the end),
 Python {about["python"]}, numpy {about["numpy"]}, onnxruntime {about["onnxruntime"]}. `python benchmarks/compression.py`
 
-Real data dealt out unevenly, simulated boards that run the boards' code, channels ranked anew in every round. Accuracy
+Real data dealt out unevenly, simulated boards that run the boards' code, channels ranked again in every round. Accuracy
 is the mean over the last {LAST} rounds on samples that nobody trains on. Bytes are those of one update, and of the
 weights that a device is sent for a round after its first (in the first it holds nothing that they could be the
 difference to), with what says where channels have moved; graphs, which are sent once, are not in it. `float16` rounds

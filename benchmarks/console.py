@@ -133,7 +133,7 @@ def report(found: dict[str, list[float]], devices: int, load: float) -> str:
             f"Python {platform.python_version()}. `python benchmarks/console.py`",
             "",
             f"{devices:,} devices, a page of 100 rows, a round under way: the console hears of 50 changed",
-            "devices twice a second, and the page is drawn anew every two seconds. Milliseconds from the click to the",
+            "devices twice a second, and the page is drawn again every two seconds. Milliseconds from the click to the",
             f"frame that shows what came of it, {len(found['sort'])} times each, in Chromium without a window on the",
             "same machine.",
             "",

@@ -81,7 +81,7 @@ def child(start: int, stop: int) -> None:
 
 
 def run(start: int, stop: int, until: float) -> list[dict[str, Any]]:
-    """Cases in child processes; one that dies or hangs is a finding, and the next child goes on after it."""
+    """Cases in child processes; one that dies or hangs is a finding, and the next child continues after it."""
     rows: list[dict[str, Any]] = []
     while start < stop and time.monotonic() < until:
         process = subprocess.Popen(

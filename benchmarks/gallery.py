@@ -4,7 +4,7 @@
 
 Each example's folder is copied, and its README's commands run in the copy, one indented block after the other. Lines
 that begin with a name and `$`, such as `jetson$`, are for another machine. The pictures that docs/gallery.md shows are
-taken from the copies. With `--work FOLDER` the copies stay there, and the same command goes on where it was cut off.
+taken from the copies. With `--work FOLDER` the copies stay there, and the same command continues where it was cut off.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _boards(runs: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run the gallery's examples and write what came of them.")
     parser.add_argument("examples", nargs="*", default=EXAMPLES, help=f"of {', '.join(EXAMPLES)}; all by default")
-    parser.add_argument("--work", type=Path, help="keep the copies there, and go on with what it holds")
+    parser.add_argument("--work", type=Path, help="keep the copies there, and continue with what it holds")
     chosen = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     where = ROOT / "benchmarks" / "results" / "gallery.json"

@@ -1,4 +1,4 @@
-"""Runs of a long benchmark, kept one by one: what was interrupted goes on with the next."""
+"""Runs of a long benchmark, kept one by one: what was interrupted continues with the next."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a simulated fleet takes of memory, disk and time as it grows: `python benchmarks/simulation_memory.py`.
 
-Every case runs in a process of its own, which reports its peak memory. The samples of a device are made anew whenever
+Every case runs in a process of its own, which reports its peak memory. The samples of a device are made again whenever
 it trains (1,000 noisy digits, 0.26 MB): nobody could hold those, the models and the updates of thousands.
 """
 

@@ -13,7 +13,7 @@ cut's distance says. "torch's float32" is the same module, or the same graph, in
 the batch's statistics, everything else is as in evaluation (no dropout).
 
 Deep networks with ReLUs decide now and then for the other side of zero in float32, whoever computes: distances are
-medians over several batches. Results of finished networks are kept in the folder, so that a broken run goes on where
+medians over several batches. Results of finished networks are kept in the folder, so that a broken run continues where
 it stopped.
 """
 

@@ -1,7 +1,7 @@
 """Accuracy of strategies on real data, one command a table: `python -m benchmarks.accuracy TABLE`.
 
-Every run (a method and a seed) is a process of its own. A run that was killed goes on from where it stood, one that is
-finished is not repeated unless its settings or its network have changed; its numbers lie under
+Every run (a method and a seed) is a process of its own. A run that was killed continues from where it was,
+and a finished one is not repeated unless its settings or its network have changed; its numbers lie under
 `build/accuracy`. The page and the numbers of all finished runs are written to `benchmarks/results/accuracy` after
 every run; in another checkout the runs of that file count as finished.
 """

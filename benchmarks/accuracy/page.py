@@ -298,7 +298,7 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
         f"methods serve the former; what the latter would give them is shown all the same{blended}; "
         "*before*: what the device was sent, on its own test data, as it was sent; *global*: the full global "
         f"model on {tested}; *sub*: what the strategy cuts out of it. Batch-norm statistics "
-        "are measured anew, alike for all: on a device's own training data for *after* and *average*, on 512 "
+        "are measured again, alike for all: on a device's own training data for *after* and *average*, on 512 "
         "training samples of all for *global* and *sub*. Δ: difference to "
         f"{protocol.reference}, seed by seed. MB: both ways, all rounds, mean per device, graphs included. TMAC: "
         "MACs of all training. "

@@ -16,7 +16,7 @@ AVERAGE = 0.85
 beside the last weights, and costs no bytes."""
 
 CALIBRATION = 512
-"""Training samples of all devices together, without labels, on which batch-norm statistics are measured anew."""
+"""Training samples of all devices together, without labels, on which batch-norm statistics are measured again."""
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from fedprune_server.simulation.results.run_folder import simulate
 from fedprune_server.simulation.simulation import Simulation
 
 SMALL = 60_000_000
-"""Numbers that fit into memory as they are; larger data sets are read anew for every training."""
+"""Numbers that fit into memory as they are; larger data sets are read again for every training."""
 
 
 UNLIMITED = {"move_limit": 0.0, "weight_limit": 0.0}
@@ -113,7 +113,7 @@ def stored(federation: Federation, name: str) -> StoredData:
 class Scales:
     """Measures the global model on all devices' tests together, and its submodels more rarely.
 
-    Batch-norm statistics are measured anew for every width, on the same training samples for every method.
+    Batch-norm statistics are measured again for every width, on the same training samples for every method.
     """
 
     def __init__(self, protocol: Protocol, federation: Federation, seed: int) -> None:
@@ -153,7 +153,7 @@ def run(
     cuda: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Run, or go on with, a row for one seed; its result is written before the state that it was made from goes.
+    """Run, or continue with, a row for one seed; its result is written before the state that it was made from goes.
 
     Args:
         protocol: The table.

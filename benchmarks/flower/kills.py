@@ -26,7 +26,7 @@ CLIENTS, ROUNDS, EPOCHS = 4, 4, 200
 """Few clients that train for some seconds, so that there is a middle of a round."""
 
 DEADLINE_S = 100.0
-"""Seconds after which a round goes on without what is missing, on both sides."""
+"""Seconds after which a round continues without what is missing, on both sides."""
 
 PATIENCE_S = 90.0
 """Seconds without a new round after which a job counts as stuck."""

@@ -62,7 +62,7 @@ class Job:
         rounds: How many are trained.
         epochs: Passes through a client's samples in a round.
         present: Clients that must be there when a round begins; Flower waits for all before the first.
-        deadline_s: Seconds after which a round goes on without those whose updates are missing.
+        deadline_s: Seconds after which a round continues without those whose updates are missing.
     """
 
     clients: int

@@ -15,7 +15,7 @@ device of a process only: the others are as boards that have them from the round
 `fedprune-server run` as anybody starts it, with its database and its disk.
 
 What is meant to hold at 10,000 devices on two cores: none lost and none counted twice, the server below 500 MB, and
-the 95th percentile of control messages below 250 ms while the round goes on."""
+the 95th percentile of control messages below 250 ms while the round continues."""
 
 _COUNTED = """\
 *Counted*: devices whose update is in the global model, by the server's own summary. *Marks*: every update adds 1 to a

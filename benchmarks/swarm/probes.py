@@ -1,4 +1,4 @@
-"""What a message waits for its answer while a round goes on, measured in a process that does nothing else.
+"""What a message waits for its answer while a round continues, measured in a process that does nothing else.
 
 Two questions are asked, ten times a second each, which the server answers at once whatever it is at:
 

@@ -81,7 +81,7 @@ def mean(
 
 
 class Remade(BlobStore):
-    """Updates that are made anew when they are wanted: ten thousand of them would be a gigabyte.
+    """Updates that are made again when they are wanted: ten thousand of them would be a gigabyte.
 
     Args:
         seed: Of the noise.

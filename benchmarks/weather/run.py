@@ -87,7 +87,7 @@ def compare(folder: Path, devices: int, seconds: float, weather: Weather = STORM
     Args:
         folder: An empty folder.
         devices: How many boards there are.
-        seconds: After so long the round that goes on is the last one in bad weather.
+        seconds: After so long the round that continues is the last one in bad weather.
         weather: How bad it is.
         seed: Keys the weather.
 
@@ -160,7 +160,7 @@ async def _weathered(
         if rounds is not None and done >= rounds:
             break
         if rounds is None and lived > seconds:
-            enough = enough or done + 1  # the round that goes on now must end, too
+            enough = enough or done + 1  # the round that continues now must end, too
             if done >= enough:
                 break
         if dead or lived > 4 * seconds + 600:

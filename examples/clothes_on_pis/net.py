@@ -27,6 +27,6 @@ class ClothesNet(nn.Module):
 
 
 def clothes_net() -> ClothesNet:
-    """The same weights every time: a run that was cut off goes on with its own model alone."""
+    """The same weights every time: a run that was cut off continues with its own model alone."""
     torch.manual_seed(0)
     return ClothesNet()

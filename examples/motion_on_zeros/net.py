@@ -26,6 +26,6 @@ class MotionNet(nn.Module):
 
 
 def motion_net() -> MotionNet:
-    """The same weights every time: a run that was cut off goes on with its own model alone."""
+    """The same weights every time: a run that was cut off continues with its own model alone."""
     torch.manual_seed(0)
     return MotionNet()

@@ -1,4 +1,4 @@
-"""Batch-norm statistics that a board measures anew are those of torch's BatchNorm with momentum=None."""
+"""Batch-norm statistics that a board measures again are those of torch's BatchNorm with momentum=None."""
 
 from __future__ import annotations
 

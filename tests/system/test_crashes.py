@@ -1,4 +1,4 @@
-"""kill -9 of device, server and broker in the middle of rounds: the run goes on by itself, to the very same model."""
+"""kill -9 of device, server and broker in the middle of rounds: the run continues by itself, to the very same model."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ def test_a_full_disk_is_told_everywhere_and_the_job_goes_on_once_there_is_room(
         os.truncate(filler, filler.stat().st_size - 100 * MIB)
         before = rounds(site)
         site.start("server")
-        site.wait_for(lambda: rounds(site) > before + 1, "the job goes on")
+        site.wait_for(lambda: rounds(site) > before + 1, "the job continues")
         site.wait_for(ann.ready, "the console is ready")
         site.wait_for(lambda: "GB left" in shown(ann).get("disk", ""), "the console shows it")
         assert site.counted("disk") == 1

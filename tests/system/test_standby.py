@@ -1,4 +1,4 @@
-"""Two servers of one job: the second goes on where the first was killed; and a database that is killed under them."""
+"""Two servers of one job: the second continues where the first was killed; and a database that is killed under them."""
 
 from __future__ import annotations
 

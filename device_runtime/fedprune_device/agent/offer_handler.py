@@ -160,7 +160,7 @@ class OfferHandler:
         if task is None or task.done:
             return
         if self._store.waiting(task.offer) is None:
-            _LOG.info("going on with round %d of job %s", task.offer.round, task.offer.job)
+            _LOG.info("continuing with round %d of job %s", task.offer.round, task.offer.job)
             offer = task.offer
             try:
                 self._store.privacy.check(Recipe.from_dict(offer.recipe))  # the owner may ask for more than then

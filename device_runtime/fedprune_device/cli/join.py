@@ -25,7 +25,7 @@ def join(arguments: argparse.Namespace) -> int:
     with DeviceStore(arguments.state, owner=owner):  # not while the service runs
         folder, old = arguments.state / IDENTITY, arguments.state / _OLD_IDENTITY
         with storage_errors(f"can't replace {folder}"):
-            if arguments.new_key and folder.exists() and not old.exists():  # else the last try goes on
+            if arguments.new_key and folder.exists() and not old.exists():  # else the last try continues
                 folder.rename(old)
         member = membership(options)
         if member.identity is not None and member.identity.joined:

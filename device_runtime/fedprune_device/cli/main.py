@@ -78,7 +78,7 @@ def _add_join(commands: Any) -> None:
 
 
 def _add_run(commands: Any) -> None:
-    run = commands.add_parser("run", help="take part in a fleet, or go on after a stop, crash or power cut")
+    run = commands.add_parser("run", help="take part in a fleet, or continue after a stop, crash or power cut")
     add_membership(run)
     run.add_argument(
         "--insecure", action="store_true", help="without identity, TLS and signatures: on the server's machine alone"

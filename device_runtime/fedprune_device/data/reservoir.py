@@ -3,7 +3,7 @@
 Algorithm R (Vitter, Random Sampling with a Reservoir, ACM TOMS 11(1), 1985): of n samples seen, each is among the k
 that are kept with probability k / n. Here every class has a reservoir of its own. While there is room, everything
 stays. When there is none, a class of which everything was kept so far, and which has less than the largest one, takes
-a random place of the largest one; any other class goes on by algorithm R in the places that it has. A class's places
+a random place of the largest one; any other class continues by algorithm R in the places that it has. A class's places
 become fewer, never more, and a random choice of a uniform choice is uniform. Samples without a label have a share
 that they never exceed.
 """

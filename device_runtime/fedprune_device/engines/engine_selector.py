@@ -116,7 +116,7 @@ class EngineSelector:
             return None
         try:
             found = self._go_on(wanted)
-        except Exception as error:  # noqa: BLE001 - whatever it is, onnxruntime goes on answering
+        except Exception as error:  # noqa: BLE001 - whatever it is, onnxruntime continues answering
             known = error if isinstance(error, FedpruneError) else EngineError(f"unexpected: {error!r}"[:300])
             self.close()
             self.status, self.error = f"onnxruntime ({known})", known

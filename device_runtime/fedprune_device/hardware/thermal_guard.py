@@ -14,7 +14,7 @@ from fedprune_device.hardware.readings import UNDER_VOLTAGE, firmware_flags, tem
 _LOG = logging.getLogger("fedprune.device")
 
 HOT_C, COOL_C = 80.0, 72.0
-"""Where training waits, and where it goes on: a Raspberry Pi slows its clock down from 80 °C on, gradually
+"""Where training waits, and where it continues: a Raspberry Pi slows its clock down from 80 °C on, gradually
 (https://www.raspberrypi.com/documentation/computers/raspberry-pi.html)."""
 
 _LOOK_S = 5.0
@@ -64,7 +64,7 @@ class ThermalGuard:
             seconds = self._clock() - now
             self.waited += seconds
             self._next = self._clock() + _LOOK_S
-            _LOG.info("training goes on after %.0f s", seconds)
+            _LOG.info("training continues after %.0f s", seconds)
         return stop()
 
     def _trouble(self, limit_c: float) -> str:

@@ -1,7 +1,7 @@
 """Blobs over HTTPS: a thread downloads what an offer's web server has, and MQTT the rest.
 
 Nothing is trusted: the leaf table must be the one that the offer names, and every leaf is hashed before it is written.
-MQTT goes on with what was downloaded (`fedprune.blobs.partial_blob`), so that the two can take turns. Any error ends
+MQTT continues with what was downloaded (`fedprune.blobs.partial_blob`), so that the two can take turns. Any error ends
 the thread with one line that names it; what has arrived stays.
 """
 
@@ -97,7 +97,7 @@ class HttpFetch:
             self._fail(failure(error))
         except (HttpFetchError, http.client.HTTPException, ValueError) as error:
             self._fail(str(error) or type(error).__name__)
-        except Exception as error:  # noqa: BLE001 - it is handed to the loop, and MQTT goes on
+        except Exception as error:  # noqa: BLE001 - it is handed to the loop, and MQTT continues
             self._fail(f"unexpected error: {type(error).__name__}: {error}")
         finally:
             self._connection.close()

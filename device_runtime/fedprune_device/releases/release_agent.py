@@ -202,7 +202,7 @@ class ReleaseAgent:
         self._leaving = True
 
     def _guarded(self, step: Callable[[], None]) -> None:
-        """Report any error with a release to the server; the agent goes on."""
+        """Report any error with a release to the server; the agent continues."""
         try:
             step()
         except FedpruneError as error:
@@ -348,7 +348,7 @@ class ReleaseDownload:
 
 
 class StagingThread:
-    """Installs a downloaded release in a thread, so that the loop goes on and feeds the watchdog."""
+    """Installs a downloaded release in a thread, so that the loop continues and feeds the watchdog."""
 
     def __init__(self, updater: ReleaseInstaller, pulled: ReleaseDownload) -> None:
         self.error: FedpruneError | None = ReleaseError("unpacking it ended without a word")

@@ -121,7 +121,7 @@ class ServiceUnit:
             f"MemoryMax={self.memory_max}",
             "MemorySwapMax=0",
             "OOMScoreAdjust=500",
-            "OOMPolicy=continue",  # if a child that builds an engine takes too much, the agent goes on
+            "OOMPolicy=continue",  # if a child that builds an engine takes too much, the agent continues
             "TasksMax=256",
         ]
 

@@ -1,6 +1,6 @@
 """Install fedprune on this board from the kit that this file is in, without a network.
 
-    sudo python3 install.pyz             install, or go on after a power cut; a second run changes nothing
+    sudo python3 install.pyz             install, or continue after a power cut; a second run changes nothing
     sudo python3 install.pyz --dry-run   print what would be done, and how each step is undone
     sudo python3 install.pyz --remove    undo it; the board's state stays in /var/lib/fedprune, unless --purge
 

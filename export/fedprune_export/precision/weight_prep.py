@@ -38,7 +38,7 @@ class Pair:
 
     def __init__(self, model: Model, widths: Sequence[int]) -> None:
         self.graph = at_widths(model, widths)
-        # Constants and nodes of the one may move into the other: names go on from where they are.
+        # Constants and nodes of the one may move into the other: names continue from where they are.
         self.prepare = Graph(name="prepare", _counter=self.graph._counter)
         self._weights = model.architecture.shapes(widths)
         self.tensors: dict[str, str] = {}

@@ -143,7 +143,7 @@ def _identity(arguments: argparse.Namespace) -> int:
         raise UsageError("--force", expected=f"with {_RETIRE_CA}", got=f"with {action}")
     if action != "show":
         IdentityFolder(arguments.state, read_only=True).close()  # there is one
-        # A server that runs would go on with the old key.
+        # A server that runs would continue with the old key.
         with folder_lock(arguments.state), IdentityFolder(arguments.state) as identity:
             if action == _ROTATE:
                 identity.rotate()

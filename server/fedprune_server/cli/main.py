@@ -11,7 +11,7 @@ from fedprune import __version__
 from fedprune.core.cli import run_command, with_extra
 
 COMMANDS = {
-    "run": ("run", "run a job, or go on with one after a stop or crash"),
+    "run": ("run", "run a job, or continue with one after a stop or crash"),
     "status": ("status", "show devices and rounds of a state folder"),
     "export-model": ("export_model", "write the global model of a state folder"),
     "replay": ("store", "work a job out again from its log, and compare"),

@@ -60,7 +60,9 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     start.add_argument("--devices", metavar="NAMES", help="these boards alone, with commas (default: all that are in)")
     start.add_argument("--seed", type=int, default=0, help="another one chooses other boards to be early")
     start.set_defaults(function=_start)
-    pause = actions.add_parser("pause", help="begin nothing further; boards that were given the release go on with it")
+    pause = actions.add_parser(
+        "pause", help="begin nothing further; boards that were given the release continue with it"
+    )
     pause.set_defaults(function=_pause)
     resume = actions.add_parser("resume", help="let a paused rollout go on")
     resume.set_defaults(function=_resume)
@@ -128,7 +130,7 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         print(describe(entry))
         if entry.rollout.phase.under_way and not held(arguments.state / _LOCK):
-            print("no server is running on this folder: it goes on when one is started")
+            print("no server is running on this folder: it continues when one is started")
     return int(ExitCode.OK)
 
 
@@ -174,7 +176,7 @@ def _resume(arguments: argparse.Namespace) -> int:
         number = store.resume()
     print(f"rollout {number} goes on")
     if not held(arguments.state / _LOCK):
-        print("no server is running on this folder: it goes on when one is started")
+        print("no server is running on this folder: it continues when one is started")
     return int(ExitCode.OK)
 
 

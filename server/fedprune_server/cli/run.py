@@ -74,7 +74,9 @@ def add_run_options(run: argparse.ArgumentParser) -> None:
         help="a further job on the same boards; may be given several times",
     )  # fmt: skip
     run.add_argument(
-        "--standby", action="store_true", help="wait while another server has the job, and go on with it if that ends"
+        "--standby",
+        action="store_true",
+        help="wait while another server has the job, and continue with it if that ends",
     )
     run.add_argument(
         "--take-over", action="store_true",
@@ -195,7 +197,7 @@ def _run(arguments: argparse.Namespace) -> int:
             app.run()
         interrupted = bool(signals) and not app.server.finished
         if interrupted:
-            log.info("stopped: the same command goes on with what %s holds", config.state)
+            log.info("stopped: the same command continues with what %s holds", config.state)
     # SIGTERM is how a service is stopped; Ctrl-C means that the operator didn't wait for the end.
     return int(ExitCode.INTERRUPTED if interrupted and signal.SIGINT in signals else ExitCode.OK)
 

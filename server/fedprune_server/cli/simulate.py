@@ -181,7 +181,7 @@ def _goes_on(folder: Path) -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt as stopped:
-            raise KeyboardInterrupt(f"the same command goes on with what {folder} holds") from stopped
+            raise KeyboardInterrupt(f"the same command continues with what {folder} holds") from stopped
 
 
 if __name__ == "__main__":

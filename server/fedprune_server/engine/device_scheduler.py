@@ -146,7 +146,7 @@ class DeviceScheduler:
         if job is not None:
             del self.lent[device]
             self._runners[job].release(device, birth.session)
-        # After a restart of either side a part may be under way: the device goes on with it.
+        # After a restart of either side a part may be under way: the device continues with it.
         mine = next((n for n, d in self._runners.items() if d.works(device)), None)
         if mine is None:
             self._free.add(device)

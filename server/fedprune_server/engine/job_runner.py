@@ -72,7 +72,7 @@ class RunnableJob:
     Attributes:
         job: Its settings.
         architecture: The global model's.
-        state: The coordinator's state from which it goes on.
+        state: The coordinator's state from which it continues.
         storage: Where events and states are saved.
         store: The job's blobs.
         worker: Carries out heavy commands.
@@ -297,7 +297,7 @@ class JobRunner:
         self.observers.ended()
 
     def pause(self, paused: bool) -> None:
-        """Begin nothing new in the job, or go on with it; it is remembered. Call it from the loop's thread."""
+        """Begin nothing new in the job, or continue with it; it is remembered. Call it from the loop's thread."""
         self._begin()
         self._handle(on.Paused(paused))
 

@@ -3,7 +3,7 @@
 Each job has a coordinator, a database and blobs of its own (`engine.job_runner`). The server decodes messages, knows
 which devices are connected, assigns each to one job at a time (`engine.device_scheduler`) and passes on what concerns a
 job. It remembers nothing itself: after a crash devices announce themselves, those with a
-part under way go on with it, and the others are free.
+part under way continue with it, and the others are free.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ class OpenJob:
         worker: Carries out its heavy commands.
         state: Where it stands.
         changed: What differs from the settings with which it ran last, one line each.
-        settings: What the next start will go on with.
+        settings: What the next start will continue with.
         source: The model's file, where the folder doesn't have it yet.
     """
 
@@ -221,7 +221,7 @@ class StateFolder:
                 f"{self.path} holds {_described(known, state)}",
                 expected=f"the name {name}",
                 got=config.job.name,
-                hint=f"For a new job take another --state folder; to go on with {name} give its name, or none.",
+                hint=f"For a new job take another --state folder; to continue with {name} give its name, or none.",
             )
 
     def _model_bytes(
@@ -247,14 +247,14 @@ class StateFolder:
         elif tensorfile.digest(raw) != known["model"]:
             raise StorageError(f"{path} is damaged", hint="Restore the server's backup.")
         name = str(known["name"])
-        # A torch factory may draw other weights each time; its job goes on with those that it drew first.
+        # A torch factory may draw other weights each time; its job continues with those that it drew first.
         if config.model is not None and (
             read_source(config.model) != raw if Path(config.model).is_file() else _name_of(config.model) != name
         ):
             raise ConfigError(
                 f"{config.model} is not the model with which the job in {self.path} began, which holds "
                 f"{_described(known, state)}",
-                hint="For another model take another --state folder; to go on with this one leave the model out.",
+                hint="For another model take another --state folder; to continue with this one leave the model out.",
             )
         return raw, name
 
@@ -284,7 +284,7 @@ class StateFolder:
         if state.ranking is not None and self.store.has(state.ranking):
             known.add(Selection.owner(self.store.read(state.ranking)))
         if known != {digest}:
-            log.warning("this version describes the model differently: channels are ranked anew")
+            log.warning("this version describes the model differently: channels are ranked again")
             state.score_anew()
         if known != {digest} or not state.architecture:
             state.architecture = digest

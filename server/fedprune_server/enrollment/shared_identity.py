@@ -1,7 +1,7 @@
 """What servers of one PostgreSQL database share of their identity, so that a standby forgets no revocation.
 
 The identity's folder has the keys and stays on each machine; the database has the successions of the signing key and
-the replaced authorities, so that no server goes on with those. The server that has the job writes devices, claims,
+the replaced authorities, so that no server continues with those. The server that has the job writes devices, claims,
 the register of certificates and the epochs of senders into the database as well; the one that takes over completes its
 own folder from there. What was revoked, used or heard on either side stays so.
 """
@@ -85,7 +85,7 @@ class SharedIdentity:
             self._logged, self._look_at = str(error), self._clock() + AGAIN_S
 
     def take_over(self) -> None:
-        """Complete the identity from the database, then the database from the identity, and go on with that.
+        """Complete the identity from the database, then the database from the identity, and continue with that.
 
         Raises:
             IdentityError: The identity has an earlier signing key or authority than the server that had the job.

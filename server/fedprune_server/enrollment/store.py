@@ -34,7 +34,7 @@ MAX_NAMESAKES = 16
 """Of those, how many may wait under one name."""
 
 KEPT_ANSWERS = 16
-"""Answers to one device that are kept. An earlier request is answered anew, with the certificate that its TLS key has:
+"""Answers to one device that are kept. An earlier request is answered again, with the certificate that its TLS key has:
 it gets no second one, and is refused once that one has ended or was revoked."""
 
 KEPT_CLAIMS_S = 30 * 86_400
@@ -209,7 +209,7 @@ class IdentityStore(SqliteFile):
         self.also_hear(begun)
 
     def shared(self) -> list[SharedRow]:
-        """All that another server must know to go on in this one's place: devices, claims and epochs of senders."""
+        """All that another server must know to continue in this one's place: devices, claims and epochs of senders."""
         with self.transaction() as connection:
             return [
                 *(

@@ -85,7 +85,7 @@ def remedy(recipe: Mapping[str, Any]) -> str:
     return (
         f"The likeliest cause is a learning rate that is too high: in [job.recipe] lower lr ({lr}; try a tenth) or "
         f"momentum ({momentum}), or set clip_norm ({clip}; try 1). If that doesn't help, look at the samples: scaled "
-        "as the model expects, with the right labels. Begin anew in another folder: the weights are spoilt."
+        "as the model expects, with the right labels. Start again in another folder: the weights are spoilt."
     )
 
 

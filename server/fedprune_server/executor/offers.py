@@ -138,7 +138,7 @@ class Offers:
             recipe: How it trains.
             round_: The offer's round.
             coding: What of it travels encoded.
-            before: The selection of what the device goes on from; None where nothing is known.
+            before: The selection of what the device continues from; None where nothing is known.
 
         Raises:
             ModelError: The model can't be trained by this recipe.
@@ -229,7 +229,7 @@ class Offers:
     ) -> tuple[Tensors, dict[str, Any]]:
         """Weights as a device has them once it has decoded them, and the entries of its offer.
 
-        The server goes on from these, so that both have the very same bits. What coding leaves out is in the difference
+        The server continues from these, so that both have the same bits. What coding leaves out is in the difference
         to the next weights, and so never adds up.
         """
         says: dict[str, Any] = {}

@@ -24,8 +24,7 @@ _NEEDED = {
     REGISTER: _RESTORE,
     CRL: _AGAIN,
     "signing.key": _RESTORE,
-    "epoch": "Restore a backup of it; without one see that this machine's clock is right: the next start goes on from "
-    "the time.",
+    "epoch": "Restore a backup of it; without one check this machine's clock: the next start continues from the time.",
     "server.key": _NEXT_START,
     "server.pem": _NEXT_START,
     "identity.db": _RESTORE,

@@ -95,7 +95,7 @@ def _paused(case: Case) -> Iterator[Finding]:
         yield note(
             "paused",
             f"job {case.name} is paused",
-            "no board is asked for anything until it goes on",
+            "no board is asked for anything until it continues",
             "resume it in the console (docs/console.md)",
         )
 

@@ -1,6 +1,6 @@
 """A job worked out again from its log: the same events, a new coordinator and a new worker, the same models.
 
-The log has everything that the coordinator was ever told, and when. Rankings, submodels and models are made anew, in a
+The log has everything that the coordinator was ever told, and when. Rankings, submodels and models are made again, in a
 store of their own, and compared with what the log says that they were; only what came from devices (updates) and what
 the server measured of its models are taken as they are. So the log proves how a model came about, also of an
 asynchronous job, whose course no other run repeats.

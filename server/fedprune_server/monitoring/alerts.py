@@ -258,7 +258,7 @@ def _server(seen: Snapshot, now: float) -> Iterator[Alert]:
                 "server-hangs", CRITICAL, now - seen.turned_s,
                 f"the server's loop has not turned for {seen.turned_s:.0f} s",
                 "no message of a board is read meanwhile",
-                "see the server's log and the load of its disk; stop it and start it again: it goes on where it was",
+                "see the server's log and the load of its disk; stop it and start it again: it continues where it was",
             )  # fmt: skip
         elif seen.broker:
             delay = min([_BROKER_S, *(j.deadline_s / 2 for j in seen.jobs)])
@@ -303,7 +303,7 @@ def _second_servers(seen: Snapshot, now: float) -> Iterator[Alert]:
             yield Alert(
                 "second-server", WARNING, other.since,
                 f"another server was started with this fleet's identity: {place}, at {day(other.since)}",
-                "a fleet has one server: this one goes on, and the other one ends (exit code 23)",
+                "a fleet has one server: this one continues, and the other one ends (exit code 23)",
                 f"stop that one, and its service; or, to serve from there: on {other.host}, "
                 f"{command('run', '--state', other.folder, '--take-over')}",
                 subject=subject, delay_s=min(_SECOND_S, deadline_s / 2),

@@ -67,7 +67,7 @@ _KINDS: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("no room", re.compile(r"disk|no room|space|quota")),
     ("memory", re.compile(r"memory")),
     ("data", re.compile(r"sample|label|data")),
-    ("stale", re.compile(r"has moved|ranked anew|the round is over")),
+    ("stale", re.compile(r"has moved|ranked again|the round is over")),
 )  # fmt: skip
 KINDS = ("diverged", *(kind for kind, _ in _KINDS), OTHER)
 """All of them."""

@@ -105,7 +105,7 @@ class RolloutCoordinator:
         entry = self._entry
         gone = sorted(n for n in devices if self._fate(n) in (Fate.WAITING, Fate.GIVEN))
         if entry is not None and gone:
-            log.info("rollout %d goes on without %s, which are no members any more", entry.number, ", ".join(gone))
+            log.info("rollout %d continues without %s, which are no members any more", entry.number, ", ".join(gone))
             self._do(entry, lambda r, now: r.without(gone, now))
 
     def reported(self, report: ReleaseReport) -> None:

@@ -167,9 +167,8 @@ class RolloutStore:
             return number
 
     def resume(self) -> int:
-        """Ask that a paused rollout goes on; returns its number. Raises `ConfigError` if none is under way, or it isn't
-        paused.
-        """
+        """Ask that a paused rollout continues; returns its number. Raises `ConfigError` if none is running,
+        or it isn't paused."""
         with self._database.transaction() as connection:
             number, hold = _running(connection)
             if hold is None:

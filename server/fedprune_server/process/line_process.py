@@ -1,4 +1,4 @@
-"""A child process that is spoken with in lines over its standard streams, and started anew when it ends."""
+"""A child process that is spoken with in lines over its standard streams, and restarted when it ends."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class ChildProcess(Generic[Word]):
             yield word
 
     def give_up(self, now: float, why: str) -> None:
-        """End it at once, so that it can be started anew."""
+        """End it at once, so that it can be restarted."""
         process = self._process
         if process is not None:
             process.kill()

@@ -270,7 +270,7 @@ def _finished(run: Run, folder: Path) -> dict[str, Any] | None:
         raise StorageError(
             f"{folder} holds a run with other settings",
             got=differences(settings, given),
-            hint=f"Take another folder or another name, or delete {folder} to run it anew.",
+            hint=f"Take another folder or another name, or delete {folder} to run it again.",
         )
     return {"result": result, "seconds": float(body["seconds"])}
 

@@ -290,7 +290,7 @@ class SimulationState:
 
 
 def _anew(folder: Path) -> str:
-    return f"Name another folder, or delete {folder} and give the command again: it begins anew."
+    return f"Name another folder, or delete {folder} and give the command again: it starts again."
 
 
 def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, Notes]]:

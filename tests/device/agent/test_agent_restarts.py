@@ -1,4 +1,4 @@
-"""Restarts, further attempts, and what a disk loses: an agent goes on where it was."""
+"""Restarts, further attempts, and what a disk loses: an agent continues where it was."""
 
 from __future__ import annotations
 

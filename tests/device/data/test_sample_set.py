@@ -445,7 +445,7 @@ def test_a_power_cut_within_a_write_tears_nothing_that_was_there(tmp_path: Path)
 def test_a_power_cut_while_a_segment_is_cleared_away_tears_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Many samples are written anew in one piece; wherever that is cut, the old ones are still there."""
+    """Many samples are written again in one piece; wherever that is cut, the old ones are still there."""
     pieces: list[tuple[Path, Path, int, int]] = []
     real = SampleStore._move
 

@@ -85,7 +85,7 @@ class Life:
 
 
 def snapshot(store: DeviceStore) -> Snapshot:
-    """What a device would go on with; a blob that nobody refers to doesn't count."""
+    """What a device would continue with; a blob that nobody refers to doesn't count."""
     serving = store.slots.current()
     task = store.task
     return (

@@ -473,7 +473,7 @@ def test_the_validation_loss_is_the_recipes(
 
 
 def test_validation_samples_that_weigh_nothing_end_nothing(graphs: Path, weights: Tensors, data: LocalData) -> None:
-    """All are of a class that the training samples lack: they say nothing, and training goes on as without them."""
+    """All are of a class that the training samples lack: they say nothing, and training continues as without them."""
     lacking = replace(data, y_train=np.minimum(data.y_train, CLASSES - 2))
     useless = replace(lacking, x_val=data.x_test, y_val=np.full(len(data.x_test), CLASSES - 1, data.y_test.dtype))
     recipe = replace(ADAMW, epochs=5, patience=1)

@@ -313,7 +313,7 @@ def programs_in(folder: Path, **scripts: str) -> dict[str, str]:
 def test_cloud_init_starts_the_installer_at_every_boot_until_it_is_done(
     make_source: MakeSource, kit: Kit, key: Path, tmp_path: Path
 ) -> None:
-    """Only the paths of the system are moved: whatever a cut left of an earlier boot, the next one begins anew."""
+    """Only the paths of the system are moved: whatever a cut left of an earlier boot, the next one starts again."""
     out, board = tmp_path / "out.img", tmp_path / "board"
     assert cli.main(command(make_source(), out, kit, key)) == ExitCode.OK
     script = yaml.safe_load(mtype(out, "user-data", offsets(out)[0]))["bootcmd"][0][2]

@@ -258,7 +258,7 @@ def test_each_board_says_what_is_wrong_with_it_and_the_others_are_done(
         assert "Traceback" not in said.out + said.err
         assert not (by_name["model"].root / "home").exists()
 
-        # What was wrong is mended: the same command goes on, and nobody gets a second claim.
+        # What was wrong is mended: the same command continues, and nobody gets a second claim.
         claims = {name: by_name[name].claim.read_text() for name in ("good", "broken", "empty")}
         for name, file in (("broken", "broken"), ("empty", "unmet")):
             (by_name[name].root / "run" / file).unlink()

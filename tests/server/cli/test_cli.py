@@ -278,7 +278,7 @@ def test_only_a_job_that_is_interrupted_ends_with_the_code_for_it(
 
     monkeypatch.setattr(Server, "run", run)
     assert main(["run", "--insecure", "--state", str(state), "--port", "0"]) == code
-    assert (f"stopped: the same command goes on with what {state} holds" in capsys.readouterr().out) is not finished
+    assert (f"stopped: the same command continues with what {state} holds" in capsys.readouterr().out) is not finished
 
 
 @pytest.mark.slow

@@ -141,9 +141,9 @@ def test_a_signal_ends_a_simulation_that_the_same_command_goes_on_with(config, t
             assert main([*arguments, str(out)]) == ExitCode.INTERRUPTED
     finally:
         signal.signal(signal.SIGINT, ignored)
-        assert f"interrupted: the same command goes on with what {out} holds\n" in capsys.readouterr().err
+        assert f"interrupted: the same command continues with what {out} holds\n" in capsys.readouterr().err
         assert main([*arguments, str(out)]) == ExitCode.OK
-    assert "yard: goes on after round 1 of 3\n" in capsys.readouterr().err
+    assert "yard: continues after round 1 of 3\n" in capsys.readouterr().err
     assert [r for _, r in trained].count(1) == 2
     assert main([*arguments, str(tmp_path / "whole")]) == ExitCode.OK
     run, other = (Record.load(f / "metrics.json") for f in (out, tmp_path / "whole"))

@@ -1,4 +1,4 @@
-"""A daemon that ends, or is killed at any point: what is kept, what is deleted, and the next one that goes on."""
+"""A daemon that ends, or is killed at any point: what is kept, what is deleted, and the next one that continues."""
 
 from __future__ import annotations
 

@@ -171,7 +171,7 @@ def downloaded(run: Simulation, since: int) -> int:
 def test_weights_come_as_differences_to_those_that_a_board_holds(
     simulate: Callable[..., Simulation], scorer: str
 ) -> None:
-    """Also where channels are ranked anew in every round."""
+    """Also where channels are ranked again in every round."""
     plain = simulate("none", scorer=scorer)
     plain.run()
     before = downloaded(plain, 2)

@@ -1,4 +1,4 @@
-"""A Ray cluster does a crew's tasks, to the same bits; and a server goes on when it loses one."""
+"""A Ray cluster does a crew's tasks, to the same bits; and a server continues when it loses one."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         assert crew.execute(close) == expected
         assert not [r for r in caplog.records if "itself" in r.message]
 
-        # A node dies under a task: it begins anew on the other one.
+        # A node dies under a task: it starts again on the other one.
         where = tmp_path / "began"
         future = pool.submit(slow, str(where))
         until = time.monotonic() + 60

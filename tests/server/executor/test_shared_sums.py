@@ -303,7 +303,7 @@ def test_submodels_of_many_devices_are_few_tasks(model: Model, tmp_path: Path) -
 
 
 class Hanging(Helpers):
-    """Helpers that never do some tasks; a clock goes on by as much as they are waited for."""
+    """Helpers that never do some tasks; a clock advances by as much as they are waited for."""
 
     patience_s = 100.0  # type: ignore[assignment]
 

@@ -167,7 +167,7 @@ def test_slabs_are_made_for_those_whose_weights_lose_nothing(
     check(w, made, {"a": 3, "b": 1, "c": 2, "d": 2, "e": 3} if slabs else dict.fromkeys("abcde", 0))
     assert all(("coded" in o) == (codec != "int8") for o in made.values())
 
-    # In the next round they hold them; with `int8` no two go on from the same.
+    # In the next round they hold them; with `int8` no two continue from the same.
     first = commands[0].basis
     moved = {n: v + np.float32(0.01) for n, v in tensorfile.decode(w.store.read(first.model)).items()}
     basis = replace(first, round=2, model=w.store.put(tensorfile.encode(moved)).sha256)

@@ -262,7 +262,7 @@ def dying(work: Callable[[], object], at: int) -> bool:
         os.fsync = counted
         try:
             work()
-        except BaseException:  # noqa: BLE001 - the child of a test must not go on as one
+        except BaseException:  # noqa: BLE001 - the child of a test must not continue as one
             os._exit(1)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

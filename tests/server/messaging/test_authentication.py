@@ -553,9 +553,9 @@ def test_a_message_doesn_t_count_whose_epoch_can_t_be_written_down(
         patch.setattr(lab.identity.store, "hear", full)
         patch.setattr(pi.identity, "hear", full)
         fresh_server, fresh_pi = lab.new_server(), Board(pi.identity, lambda: lab.now)
-        with pytest.raises(StorageError):  # a server that can't write ends, and goes on where it was
+        with pytest.raises(StorageError):  # a server that can't write ends, and continues where it was
             fresh_server.hears(up)
-        assert fresh_pi.hears(down) == []  # a board goes on with what it has
+        assert fresh_pi.hears(down) == []  # a board continues with what it has
         assert "the disk is full" in caplog.text
     assert lab.new_server().hears(up) != []
     assert Board(pi.identity, lambda: lab.now).hears(down) != []

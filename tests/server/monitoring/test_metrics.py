@@ -30,7 +30,7 @@ DOCS = ROOT / "docs"
 
 
 class Steps:
-    """A clock that goes on by a second whenever somebody looks."""
+    """A clock that advances by a second whenever somebody looks."""
 
     def __init__(self) -> None:
         self.now = 0.0

@@ -327,7 +327,7 @@ def test_a_clock_that_is_set_fails_nobody_and_holds_up_no_deadline(site: Site, j
     site.live(hours=2 / 60)
     site.wall += jump
     if restart:
-        site.now = 5.0  # the machine's clock that only grows begins anew
+        site.now = 5.0  # the machine's clock that only grows starts again
         site.start()
     site.live(hours=0.5)
     assert site.rollout.failures() == {}

@@ -180,7 +180,7 @@ def test_alone_nothing_is_shared(build: Build, model: Any) -> None:
     assert all(got[n].tobytes() == model.tensors[n].tobytes() for n in got)
     rows = simulation.record().rounds
     first, last = ({d: m["loss_after"] for d, m in _metrics(r).items()} for r in (rows[0], rows[-1]))
-    assert all(last[d] < first[d] for d in first)  # boards go on from their own weights
+    assert all(last[d] < first[d] for d in first)  # boards continue from their own weights
 
 
 def _metrics(row: Any) -> dict[str, dict[str, float]]:

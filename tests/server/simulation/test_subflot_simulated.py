@@ -77,7 +77,7 @@ def test_local_accuracy_is_of_each_device_s_own_model_on_its_own_test_data(tmp_p
 
 @pytest.mark.slow
 def test_without_the_global_model_s_share_it_is_its_baseline_without_transport(tmp_path: Path) -> None:
-    """α = 0: every device goes on from its own last model, as with `history`; with a share, transport matters."""
+    """α = 0: every device continues from its own last model, as with `history`; with a share, transport matters."""
     for alpha, same in ((0.0, True), (0.5, False)):
         moved = run(tmp_path / f"a{alpha}", 3, alpha=alpha, sar=0.0)
         remembered = run(tmp_path / f"b{alpha}", 3, "history", alpha=alpha)

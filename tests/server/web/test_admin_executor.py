@@ -132,7 +132,7 @@ def test_rollouts_are_begun_paused_resumed_and_taken_back(state: Path, executor:
             return [(a.kind, a.what) for a in evaluate(Snapshot(state, site=facts), time.time())]
 
         def row(*, server: bool = False) -> dict[str, Any]:
-            """What is told, once a server that was started anew has looked."""
+            """What is told, once a server that was restarted has looked."""
             if server:
                 RolloutCoordinator(store, lambda *_: None).connected(True)
             told = SurroundingsPoller(releases=ReleaseWatch(seen)).look()

@@ -33,7 +33,7 @@ def play_job(
     database: str | None = None,
     blobs: str = "folder",
 ) -> State:
-    """Play a job, or go on with one: the board adds the round's number to the weights that it got.
+    """Play a job, or continue with one: the board adds the round's number to the weights that it got.
 
     Args:
         state: The state folder; made, with its model beside it, if missing.

@@ -124,7 +124,7 @@ def test_a_budget_ends_the_job_before_it_is_overdrawn() -> None:
     assert fleet.state.phase is Phase.FINISHED
     more = coordinate(replace(fleet.job, privacy=replace(LOCAL, epsilon_budget=1e4)), toy.ARCHITECTURE, fleet.state)
     more.resume(fleet.now)
-    assert more.state.phase is Phase.WAITING  # with more to spend it goes on
+    assert more.state.phase is Phase.WAITING  # with more to spend it continues
 
 
 class Accounted(Fleet):
@@ -241,7 +241,7 @@ def test_no_coordinate_of_a_board_has_less_noise_than_it_is_credited(
 
 
 def rebirths(job: Job, times: int) -> Fleet:
-    """A fleet of which "b" never delivers, so that rounds begin anew for ever."""
+    """A fleet of which "b" never delivers, so that rounds start again for ever."""
     fleet = Fleet(job, silent=tuple(toy.NAMES))
     fleet.arrive()
     for _ in range(times):

@@ -190,7 +190,7 @@ def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job
 
 
 def test_another_estimator_begins_without_evidence() -> None:
-    """A job that was stopped and goes on with other settings."""
+    """A job that was stopped and continues with other settings."""
     base = model(ARCHITECTURE, 0)
     for before, after in (("fisher", "secant"), ("secant", "fisher")):
         memory, _ = a_round(scene(ARCHITECTURE, base), strategy(estimator=before), 1.0, 1)

@@ -189,7 +189,7 @@ def test_momentum_goes_on_from_round_to_round(damped: bool, gain: float) -> None
 @pytest.mark.parametrize("rule", ["fill", "coverage"])
 @pytest.mark.parametrize("damped", [False, True])
 def test_staleness_scales_what_enters_the_velocity_alone(rule: Rule, damped: bool) -> None:
-    """v ← β·v + g·(η/K)·Σ s(k_i)·Δ_i, w ← w + v (FedBuff): what was fresh when it came goes on as it was."""
+    """v ← β·v + g·(η/K)·Σ s(k_i)·Δ_i, w ← w + v (FedBuff): what was fresh when it came continues as it was."""
     beta, eta, gain = 0.9, 0.7, 0.1 if damped else 1.0
     aggregator = DeltaMean(rule=rule, server_momentum=beta, damped=damped, weighting="uniform")
     schedule = Schedule("asynchronous", arrivals=2, mixing="damped", rate=eta, staleness=Staleness("polynomial", a=0.5))

@@ -191,7 +191,7 @@ def test_history_mixes_where_both_hold_a_coordinate(data: st.DataObject, seed: i
 
 @given(st.data(), seeds, st.booleans())
 def test_of_masked_elements_a_history_knows_nothing(data: st.DataObject, seed: int, transported: bool) -> None:
-    """A board that had 0 there has not learnt 0: the global model's own value is what it goes on from."""
+    """A board that had 0 there has not learnt 0: the global model's own value is what it continues from."""
     architecture = data.draw(architectures())
     selection, now = data.draw(selections(architecture)), model(architecture, seed)
     bits = np.random.default_rng(seed)

@@ -46,7 +46,7 @@ class AsynchronousCoordinator(Coordinator):
     def resume(self, now: float) -> Commands:
         """Commands after the state was loaded; deadlines and the round's window start again.
 
-        A finished job goes on where it has been given more rounds.
+        A finished job continues where it has been given more rounds.
         """
         state = self.state
         state.keep_to(asynchronous=True)
@@ -239,7 +239,7 @@ class AsynchronousCoordinator(Coordinator):
                 late[name] = (state.round_of(task), task.attempt)
                 task.progress, task.reason = Progress.REFUSED, LATE
         commands = self._go_on(now)
-        # A device that is asked for the same again gets an offer instead of a cancellation: it goes on.
+        # A device that is asked for the same again gets an offer instead of a cancellation: it continues.
         again = {c.part.device for c in commands if isinstance(c, do.Extract)}
         again = {n for n in again if n in late and late[n][0] == state.round}
         cancels: Commands = [do.Cancel(n, number, a, LATE) for n, (number, a) in late.items() if n not in again]
@@ -307,7 +307,7 @@ class AsynchronousCoordinator(Coordinator):
                 state.devices[name].buffer = self._weights.buffer(task, plain(found))
                 self._keep_past(name, task)
         if state.closing["weights"].keys() <= event.rejected.keys():
-            # No update is left: the round goes on collecting, and its devices are asked again, but not at once.
+            # No update is left: the round continues collecting, and its devices are asked again, but not at once.
             for name in state.closing["fresh"]:
                 state.tasks[name].deadline = now + self.deadline_s
             state.closing = None

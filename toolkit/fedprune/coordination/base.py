@@ -41,7 +41,7 @@ class Coordinator(ABC):
         frozen: Tensors that the model's author froze.
 
     Raises:
-        ConfigError: The job's strategy or its options are wrong, or it has begun with privacy and would go on without.
+        ConfigError: The job's strategy or options are wrong, or it began with privacy and would continue without.
     """
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
@@ -302,7 +302,7 @@ class Coordinator(ABC):
         return do.Fold(state.round, state.model, dict(state.memory), self._contribution(name, task, weight))
 
     def _keep_past(self, name: str, task: Task) -> None:
-        """Keep when a device handed in what counts and, for strategies that go on from there, what that was."""
+        """Keep when a device handed in what counts and, for strategies that continue from there, what that was."""
         self.state.devices[name].last = self.state.round_of(task)
         if self.strategy.keeps_past:
             # As it was sent: an extractor may have chosen fewer channels than the part says, or others.

@@ -130,7 +130,7 @@ class Coding:
     Attributes:
         update: The codec of its update, or None.
         weights: That of the weights that it is sent, or None.
-        held: What it goes on from; None where nothing is known.
+        held: What it continues from; None where nothing is known.
     """
 
     update: str | None = None

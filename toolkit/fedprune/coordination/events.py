@@ -161,7 +161,7 @@ class Paused:
 
 @dataclass(frozen=True)
 class Resumed:
-    """A shell goes on with a state that an earlier one has saved."""
+    """A shell continues with a state that an earlier one has saved."""
 
 
 Event = (

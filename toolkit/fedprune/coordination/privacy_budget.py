@@ -27,7 +27,7 @@ class PrivacyBudget:
     """A job's ledger.
 
     Raises:
-        ConfigError: The job has begun with noise and would go on without, or the other way round.
+        ConfigError: The job has begun with noise and would continue without, or the other way round.
     """
 
     def __init__(self, state: State, privacy: Privacy) -> None:
@@ -45,7 +45,7 @@ class PrivacyBudget:
                 got="0 in a job that has begun with noise"
                 if state.private
                 else "noise in a job that has begun without",
-                hint="Begin anew in another folder.",
+                hint="Start again in another folder.",
             )
 
     def offered(self, device: str) -> None:

@@ -75,7 +75,7 @@ class WidthPlanner:
             self._give(device, self._planned(name, device, learnt, *([learnt.of_memory()] if overran else [])))
         except StrategyError:
             raise
-        except FedpruneError:  # too slow at any width: it delivered all the same, and goes on as it is
+        except FedpruneError:  # too slow at any width: it delivered all the same, and continues as it is
             return
 
     def _give(self, device: Device, made: Plan) -> None:

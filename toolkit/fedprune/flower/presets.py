@@ -26,7 +26,7 @@ def composed(job: Job) -> Strategy:
     recipe = strategy.recipe(job.recipe, Turn(job.seed, 1, "", ()))  # a device's of full width
     reasons = {
         "it estimates gradients from movements of plain SGD, which a node's own loop doesn't report": strategy.observes,
-        "it goes on from what a device last handed in, which fedprune's own server keeps": strategy.keeps_past,
+        "it continues from what a device last handed in, which fedprune's own server keeps": strategy.keeps_past,
         "devices train under masks of elements": strategy.masks or recipe.mask != "none",
         "a part of the model stays on the device, which a node of Flower doesn't keep": bool(recipe.personal),
         "its updates come in whenever they are ready, while Flower's rounds wait": strategy.schedule is not None,

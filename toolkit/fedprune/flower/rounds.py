@@ -112,7 +112,7 @@ class Rounds:
         """The model that the next round starts from; before the first has closed, the strategy's own start made of it.
 
         Args:
-            model: What Flower goes on from: what the user began with, as long as no round has given anything.
+            model: What Flower continues from: what the user began with, as long as no round has given anything.
 
         Raises:
             BundleError: It is not this architecture's.
@@ -198,7 +198,7 @@ class Rounds:
         return Outcome(self.model, counted, refused)
 
     def save(self, path: Path) -> None:
-        """Write all that the next round goes on from.
+        """Write all that the next round continues from.
 
         Raises:
             StorageError: The disk fails; what was there before is untouched.
@@ -249,7 +249,7 @@ class Rounds:
         except (FedpruneError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise StorageError(
                 f"{path} is no state of a job under Flower ({type(error).__name__}: {error})",
-                hint="Name another file, or begin anew without it.",
+                hint="Name another file, or start again without it.",
             ) from error
         self._memory, self.number = memory, head["round"]
         self._samples, self._last = head["samples"], head["last"]

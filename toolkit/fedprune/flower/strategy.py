@@ -53,7 +53,7 @@ class FedpruneStrategy(FedAvg):
         seed: Keys every random number but Flower's.
         training: Makes a training graph, as the bytes of an ONNX file, of what a recipe needs; then every message for
             training has one, for nodes without torch. None for no graphs.
-        state: A file in which the job is kept after every round, and from which it goes on where it is there.
+        state: A file in which the job is kept after every round, and from which it continues where it is there.
         settings: Of Flower's `FedAvg`: `fraction_train`, `min_available_nodes`, `weighted_by_key` and so on.
 
     Raises:

@@ -125,7 +125,7 @@ class Schedule:
         mixing: As the module says.
         rate: η, the server's rate: FedAsync's α, FedBuff's and FedFix's η_g.
         concurrent: How many devices work at a time; 0 for all.
-        score_every: Channels and elements are ranked anew every so many rounds, and whenever the allocator asks.
+        score_every: Channels and elements are ranked again every so many rounds, and whenever the allocator asks.
         evaluate_every: The model is evaluated every so many rounds, and after the last.
     """
 

@@ -68,7 +68,7 @@ class Device(TrackedEntry):
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
         codecs: Names of the codecs that it knows.
-        held: What it goes on from where updates or weights are encoded (`fedprune.coordination.commands.Held`).
+        held: What it continues from where updates or weights are encoded (`fedprune.coordination.commands.Held`).
         releases: Under differential privacy, in how many releases its samples are, by noise multiplier
             (`fedprune.coordination.privacy_budget`).
     """
@@ -305,7 +305,7 @@ class State:
             device.past = device.buffer = device.held = None
         if any(t.basis is not None for t in self.tasks.values()):
             for task in self.tasks.values():
-                task.progress, task.reason, task.past, task.deadline = Progress.REFUSED, "ranked anew", None, None
+                task.progress, task.reason, task.past, task.deadline = Progress.REFUSED, "ranked again", None, None
             if self.phase in (Phase.TRAINING, Phase.CLOSING):
                 self.phase, self.deadline = Phase.SCORING, None
         elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):

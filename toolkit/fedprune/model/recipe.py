@@ -159,8 +159,8 @@ class Recipe:
             is kept has none of it.
         mixup: α of mixup (Zhang et al. 2018, eq. 1 and 2): every step trains on λ·x + (1 − λ)·x', λ ~ Beta(α, α), where
             x' are its samples in another order, and on labels that are mixed alike; 0 for samples as they are. Token
-            ids can't be mixed: where a model reads them, training goes on without.
-        calibrate: After training, one pass over the local training samples measures batch-norm statistics anew, for
+            ids can't be mixed: where a model reads them, training continues without.
+        calibrate: After training, one pass over the local training samples measures batch-norm statistics again, for
             what is evaluated, serves and is sent.
         personal: Patterns of tensors that stay on the board: they are not part of its updates, and its own last ones
             take the place of those received.

@@ -105,7 +105,7 @@ class RolloutPhase(str, Enum):
 
     RUNNING = "running"
     PAUSED = "paused"
-    """Boards that were given it go on with it; no further board and no further stage begins."""
+    """Boards that were given it continue with it; no further board and no further stage begins."""
     DONE = "done"
     STOPPED = "stopped"
 

@@ -160,7 +160,7 @@ class Tiers(Allocator):
         shares: Share of the fleet in each tier; empty for equal ones.
         by: `name`: devices in the order of their names (numbers in them count as numbers), tier by tier, among all that
             are known when a round begins. `chance`: drawn for each device by the job's seed.
-        every: With `chance`, tiers are drawn anew every so many rounds; 0 for never.
+        every: With `chance`, tiers are drawn again every so many rounds; 0 for never.
         elements: Whether masks are made of elements.
     """
 
@@ -186,7 +186,7 @@ class Tiers(Allocator):
         fleet.grant(name, self._density(fleet, name), elements=self.elements)
 
     def open(self, fleet: Fleet) -> bool:
-        """Deal anew: others may have come, or it is time."""
+        """Deal again: others may have come, or it is time."""
         if self.by == "chance" and not self.every:
             return False
         changed = False
@@ -242,7 +242,7 @@ def dealt(
         densities: One per tier; empty to leave it to the job or, where it has none, to the default.
         shares: Share of the fleet in each tier; empty for equal ones.
         by: `name` or `chance`.
-        every: With `chance`, tiers are drawn anew every so many rounds.
+        every: With `chance`, tiers are drawn again every so many rounds.
         default: Densities of the preset's own; empty to leave it to the planner.
 
     Raises:

@@ -156,7 +156,7 @@ def watch(seen: Mapping[str, Any], found: float | None, patience: int) -> tuple[
     Args:
         seen: What the last check returned; empty at first.
         found: The score, more is better; None where there is none.
-        patience: After so many checks without a better score it fires, and begins to count anew.
+        patience: After so many checks without a better score it fires, and starts to count again.
 
     Returns:
         What to remember, as JSON, and whether it fires.

@@ -1,4 +1,4 @@
-"""Where the channels of one submodel are in another, so that a device can go on with what it keeps in old coordinates.
+"""Where the channels of one submodel are in another, so that a device can reuse what it keeps.
 
 A server ranks channels again, or gives a device another width; what a device holds (its last weights, what its last
 update left out) is then of other channels, in another order. A relocation has, for a tensor `n` that is laid out

@@ -1,7 +1,7 @@
 """The weights that a device is sent, in fewer bytes: as their difference to those that it holds, or to 0.
 
-Server and device decode by the same code, and the server goes on from what it decoded: both have the same bits. What a
-codec leaves out is part of the difference to the next weights, so that it never adds up.
+Server and device decode by the same code, and the server continues from what it decoded: both have the same bits. What
+a codec leaves out is part of the difference to the next weights, so that it never adds up.
 """
 
 from __future__ import annotations

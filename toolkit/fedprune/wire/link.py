@@ -325,7 +325,7 @@ class Link:
                 log.warning("connection to %s failed unexpectedly", self.url, exc_info=True)
                 reason = f"{type(error).__name__}: {error}"
             self._lost(reason)
-            if self._paused:  # no failure: a flood that goes on must not keep it closed for longer and longer
+            if self._paused:  # no failure: a flood that continues must not keep it closed for longer and longer
                 self._paused = False
                 self._closing.wait(self._pause_s)
                 continue

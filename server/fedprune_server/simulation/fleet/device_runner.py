@@ -119,7 +119,7 @@ class DeviceRunner:
         except BrokenExecutor as error:
             raise TrainingError(
                 "a process that trains devices was killed",
-                hint="Did memory run out? Start again with fewer workers: a run with a folder goes on where it stood.",
+                hint="Did memory run out? Start again with fewer workers: a run with a folder continues from there.",
             ) from error
 
     def is_ready(self, key: Key) -> bool:

@@ -74,7 +74,7 @@ class Following:
             self._say(f"all {done} rounds were done before; nothing is trained again")
             return
         if done:
-            self._say(f"goes on after round {done} of {rounds}")
+            self._say(f"continues after round {done} of {rounds}")
         self._open.enter_context(self._bar)
         self._bar.reset(self._rounds, total=rounds, completed=done)
 

@@ -31,7 +31,7 @@ class Options:
         staleness: s(k): `constant`, `polynomial` or `hinge`.
         a: As in `fedprune.jobs.schedule.Staleness`.
         b: Where the hinge is.
-        max_staleness: Staler updates don't count, and their devices are asked anew; 0 for no limit.
+        max_staleness: Staler updates don't count, and their devices are asked again; 0 for no limit.
         concurrent: How many devices work at a time; 0 for all.
         evaluate_every: The model is evaluated every so many rounds.
         mu: µ of the pull µ/2 · |w − w_sent|² on the board.

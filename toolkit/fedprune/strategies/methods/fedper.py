@@ -60,7 +60,7 @@ class FedPer(Strategy):
 
 @dataclass(frozen=True)
 class History(Strategy):
-    """A device goes on from a mixture of the global model and of its own last one, at equal places.
+    """A device continues from a mixture of the global model and of its own last one, at equal places.
 
     Without SubFLOT's transport (arXiv 2604.06631), to tell what of its gain is memory alone.
 

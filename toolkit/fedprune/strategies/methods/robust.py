@@ -82,8 +82,7 @@ class Robust(Aggregator):
     """Another aggregator, fed with updates that are clipped, checked, or put into one by their median.
 
     Where all updates must be there first, they are read again when a round closes: at most three times and, for
-    medians, once per `budget` bytes of them. The fold is then filled anew with what counts, so that evidence is made of
-    that, too.
+    medians, once per `budget` bytes of them. The fold is then filled again with what counts, also for evidence.
 
     Attributes:
         inner: The aggregator.
@@ -167,7 +166,7 @@ class Robust(Aggregator):
         return rejected, float(np.median(kept)) if settings.clip == "median" else math.inf
 
     def _close_centre(self, fold: Fold, scene: Scene, rate: float, reports: Reports, change: Change) -> Closing:
-        """Put the median or trimmed mean into the fold as the only update, and let the aggregator go on from there."""
+        """Put the median or trimmed mean into the fold as its only update, and let the aggregator continue."""
         names, weights, steps = [], [], []
         for report, _ in reports():
             names.append(report.cut.turn.device)

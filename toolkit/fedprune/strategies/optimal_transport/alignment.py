@@ -320,7 +320,7 @@ class _Alignment:
 
 
 _NEAR = 1e-4
-"""Squared distances below this share of ‖a‖² + ‖b‖² are computed anew: the product leaves too few of their digits."""
+"""Squared distances below this share of ‖a‖² + ‖b‖² are computed again: the product leaves too few of their digits."""
 
 _BLOCK = 1 << 20
 

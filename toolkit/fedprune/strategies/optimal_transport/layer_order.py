@@ -55,7 +55,7 @@ def steps(architecture: Architecture) -> list[Step]:
 
 
 def _passes(layer: Layer, inputs: Sequence[int]) -> bool:
-    """Whether a layer works on each channel by itself (depthwise), so that its channels go on as they came."""
+    """Whether a layer works on each channel by itself (depthwise), so that its channels continue as they came."""
     return layer.groups > 1 and not inputs and bool(_groups(layer.reads.axes) & _groups(layer.makes.axes))
 
 
