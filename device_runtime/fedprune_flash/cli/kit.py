@@ -28,7 +28,9 @@ def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     kit.add_argument("--data", default=SAMPLES, metavar="SRC", help="the board's samples (default: %(default)s)")
     kit.add_argument("--ca", type=Path, metavar="FILE", help="authority of the broker, as PEM (default: the fleet's)")
     kit.add_argument("--ca-sha256", metavar="HEX", help="the certificate's fingerprint, checked against --ca")
-    kit.add_argument("--claim-file", type=Path, metavar="FILE", help=f"a one-time claim; ${_CLAIM} does the same")
+    kit.add_argument(
+        "--claim-file", type=Path, metavar="FILE", help=f"a file with a one-time claim; or put the claim into ${_CLAIM}"
+    )
     kit.add_argument("--python", default="3.13", metavar="V", help="the board's Python, 3.10 to 3.13 (default: 3.13)")
     kit.add_argument("--architecture", default="aarch64", metavar="A", help="aarch64 (default) or x86_64")
     kit.add_argument("--jetson", action="store_true", help="use the board's own onnxruntime-gpu and TensorRT")

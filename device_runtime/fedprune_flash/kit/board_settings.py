@@ -16,21 +16,20 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.core.errors import ConfigError, JoinError, ProtocolError, shown
 from fedprune.core.validation import known, whole
+from fedprune.security.joining import Claim
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.topics import check_device, check_name
 from fedprune_device.releases.unit import HIDDEN
 
 SAMPLES = "/srv/fedprune/samples.npz"  # the default place of a board's samples
 
-MAX_CLAIM = 4096
 MAX_AUTHORITIES = 256 * 1024
 
 _HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?|\[[0-9A-Fa-f:.]{2,45}\]")
 _PATH = re.compile(r"/[A-Za-z0-9_.@/-]{1,200}")
 _FUNCTION = re.compile(r"[A-Za-z_][A-Za-z0-9_.]{0,150}:[A-Za-z_][A-Za-z0-9_]{0,60}")
-_CLAIM = re.compile(r"[\x21-\x7e](?:[\x20-\x7e\n]*[\x21-\x7e])?\n?")
 _PRIVATE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----")
 
 
@@ -88,14 +87,16 @@ class BoardSettings:
 
 
 def checked_claim(text: str) -> str:
-    """A one-time claim's text; raises `ConfigError` if it isn't printable, or is a private key."""
+    """A one-time claim as boards read it; raises `ConfigError` if the text is none, or is a private key."""
     if _PRIVATE.search(text):
         raise ConfigError(
             "claim", expected="a one-time claim", got="a private key", hint="Keys are made on the board and stay there."
         )
-    if len(text) > MAX_CLAIM or not _CLAIM.fullmatch(text):
-        raise ConfigError("claim", expected=f"at most {MAX_CLAIM} printable ASCII characters", got=shown(text[:80]))
-    return text
+    try:
+        return Claim.parse(text).text
+    except JoinError as error:
+        hint = error.hint or "`fedprune-server claim` prints one. $FEDPRUNE_CLAIM is the claim itself."
+        raise ConfigError(error.what, expected=error.expected, got=error.got, hint=hint) from error
 
 
 def checked_authorities(raw: bytes, pin: str | None = None) -> bytes:

@@ -24,7 +24,7 @@ from fedprune_flash.card.drives import Drive
 from fedprune_flash.cli import main as cli
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.partitions import Region
-from support.fakes.runtime_releases import KEY
+from support.fakes.runtime_releases import CLAIM, KEY
 from support.processes.disk_images import SECTOR, fsck_fat, make_image, mlist, mtype, run, tool
 
 pytestmark = pytest.mark.system
@@ -129,7 +129,7 @@ def passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_image_gets_exactly_the_planned_files_and_stays_sound(
     scheme: str, make_source: MakeSource, make_kit: Callable[..., Kit], key: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    kit = make_kit(claim="one-time")
+    kit = make_kit(claim=CLAIM)
     source, out = make_source(scheme), tmp_path / "out.img"
     before = source.read_bytes()
     assert cli.main(command(source, out, kit, key, "--hostname", "attic-pi")) == ExitCode.OK
@@ -285,9 +285,7 @@ def test_the_first_boots_script_ends_whatever_fails_and_leaves_no_trace(
     assert left == f"{CMDLINE} quiet init=/usr/lib/raspberrypi-sys-mods/firstboot cfg80211.ieee80211_regdom=DE\n"
 
 
-@pytest.mark.parametrize(
-    ("claim", "wifi", "mode"), [(None, False, 0o644), ("one-time", False, 0o600), (None, True, 0o600)]
-)
+@pytest.mark.parametrize(("claim", "wifi", "mode"), [(None, False, 0o644), (CLAIM, False, 0o600), (None, True, 0o600)])
 def test_an_image_with_something_secret_is_for_its_maker_alone(
     claim: str | None, wifi: bool, mode: int, make_source: MakeSource, make_kit: Callable[..., Kit], tmp_path: Path
 ) -> None:
@@ -377,7 +375,7 @@ def test_the_kit_in_an_image_installs(
 ) -> None:
     """What a board would see of its boot partition is a kit like the one that went in."""
     out = tmp_path / "out.img"
-    assert cli.main(command(make_source(), out, make_kit(claim="one-time"), key)) == ExitCode.OK
+    assert cli.main(command(make_source(), out, make_kit(claim=CLAIM), key)) == ExitCode.OK
     boot, root = tmp_path / "mounted", tmp_path / "board"
     boot.mkdir()
     root.mkdir()
@@ -388,7 +386,7 @@ def test_the_kit_in_an_image_installs(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert (root / "var/lib/fedprune/claim").read_text() == "one-time"
+    assert (root / "var/lib/fedprune/claim").read_text() == CLAIM
 
 
 @pytest.mark.parametrize("packed", ["xz", "gz"])

@@ -23,7 +23,7 @@ from fedprune_flash.cli import main as cli
 from fedprune_flash.kit import wheelhouse
 from fedprune_flash.on_board.kit_folder import KitFolder
 from support.fakes import tiny_wheels
-from support.fakes.runtime_releases import KEY, PUBLIC
+from support.fakes.runtime_releases import CLAIM, KEY, PUBLIC
 from support.paths import ROOT
 
 MakeKit = Callable[..., Kit]
@@ -48,7 +48,7 @@ def fingerprint(path: Path) -> str:
 
 
 def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
-    kit = make_kit(claim="one-time")
+    kit = make_kit(claim=CLAIM)
     body = json.loads((kit.folder / "kit.json").read_text())
     listed = {r["path"]: (r["bytes"], r["sha256"]) for r in [*body["files"], body["claim"]]}
     there = {
@@ -68,7 +68,7 @@ def test_a_kit_is_the_same_whenever_it_is_made(make_kit: MakeKit) -> None:
 
 
 def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
-    kit = make_kit(claim="one-time")
+    kit = make_kit(claim=CLAIM)
     (kit.folder / "claim.txt").unlink()
     assert not open_kit(kit.folder).claimed
     (kit.folder / "device.env").unlink()
@@ -78,7 +78,7 @@ def test_only_the_claim_may_be_missing(make_kit: MakeKit) -> None:
 
 @pytest.mark.parametrize("name", ["device.env", "install.pyz", "claim.txt", "kit.json"])
 def test_any_changed_byte_is_found(make_kit: MakeKit, name: str) -> None:
-    kit = make_kit(claim="one-time")
+    kit = make_kit(claim=CLAIM)
     path = kit.folder / name
     raw = path.read_bytes()
     path.write_bytes(raw[:-2] + b"~" + raw[-1:])
@@ -128,9 +128,10 @@ def test_a_kit_is_taken_from_its_server_and_from_that_servers_earlier_keys_alone
         Signer.load(identity / "other.key")
 
 
-def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit) -> None:
+@pytest.mark.parametrize("claim", ["with\0zero", "claim.txt", f"{CLAIM[:-1]}A"])
+def test_nothing_is_left_of_a_kit_that_fails(tmp_path: Path, make_kit: MakeKit, claim: str) -> None:
     with pytest.raises(ConfigError, match="claim"):
-        make_kit(claim="with\0zero")
+        make_kit(claim=claim)
     assert not list(tmp_path.iterdir())
 
 
@@ -199,7 +200,7 @@ def test_what_a_kit_refuses_as_samples_is_what_the_unit_hides(jetson: bool) -> N
 def test_a_kit_with_a_claim_is_for_its_maker_alone(make_kit: MakeKit) -> None:
     before = os.umask(0o022)
     try:
-        kit, plain = make_kit(claim="one-time").folder, make_kit("plain").folder
+        kit, plain = make_kit(claim=CLAIM).folder, make_kit("plain").folder
     finally:
         os.umask(before)
     assert [p.stat().st_mode & 0o777 for p in (kit, kit / "claim.txt")] == [0o700, 0o600]
@@ -407,13 +408,13 @@ def test_a_full_disk_under_pip_is_said_to_be_one(
 def test_the_command_makes_a_kit(
     tmp_path: Path, wheels: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("FEDPRUNE_CLAIM", "from the environment")
+    monkeypatch.setenv("FEDPRUNE_CLAIM", CLAIM)
     code = cli.main(arguments(tmp_path / "kit", wheels, wheels))
     said = capsys.readouterr()
     assert code == ExitCode.OK, said.err
     kit = open_kit(tmp_path / "kit")
     assert kit.digest in said.out
-    assert (kit.folder / "claim.txt").read_text() == "from the environment"
+    assert (kit.folder / "claim.txt").read_text() == CLAIM
     assert "no claim" not in said.out
     monkeypatch.delenv("FEDPRUNE_CLAIM")
     assert cli.main(arguments(tmp_path / "bare", wheels, wheels)) == ExitCode.OK

@@ -30,7 +30,7 @@ from fedprune_flash.on_board.installation import FIRST_BOOT
 from fedprune_flash.on_board.kit_folder import KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
 from support.fakes import tiny_wheels
-from support.fakes.runtime_releases import KEY, PUBLIC, make_release, source, versions_in
+from support.fakes.runtime_releases import CLAIM, KEY, PUBLIC, make_release, source, versions_in
 from support.fakes.signed_kits import change, sign
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
 from support.paths import ROOT
@@ -38,7 +38,6 @@ from support.processes.ssh_boards import SYSTEMCTL
 
 pytestmark = pytest.mark.system
 
-CLAIM = "one-time-claim"
 MakeKit = Callable[..., Kit]
 
 

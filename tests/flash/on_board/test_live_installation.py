@@ -14,7 +14,7 @@ import pytest
 from fedprune_flash import BoardSettings, Signer, Target, build_kit
 from fedprune_flash.kit.target import PYTHONS
 from support.fakes import tiny_wheels
-from support.fakes.runtime_releases import KEY
+from support.fakes.runtime_releases import CLAIM, KEY
 from support.processes.ssh_boards import SYSTEMCTL
 
 pytestmark = [pytest.mark.system, pytest.mark.slow, pytest.mark.slow]
@@ -73,7 +73,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     tiny_wheels.wheel(links, "onnxruntime", "1.31", {"onnxruntime/__init__.py": refuses})
     own = next(links.glob("fedprune-*"))
     target = Target(python, platform.machine())
-    build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim="one-time", signer=Signer(KEY))
+    build_kit(tmp_path / "kit", board, target, wheel=own, links=[links], claim=CLAIM, signer=Signer(KEY))
     (tmp_path / "usr/bin").mkdir(parents=True)
     (tmp_path / "usr/bin/systemctl").write_text(SYSTEMCTL)
     (tmp_path / "usr/bin/systemctl").chmod(0o755)
@@ -103,7 +103,7 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
     ]
     assert not [row for row in rest if row.startswith("now:")]
     assert rest[-4:] == ["root", *["fedprune"] * 3]
-    assert user == ["fedprune hello", "one-time"]
+    assert user == ["fedprune hello", CLAIM]
     assert "fedprune" in removed  # its user, and the state
     assert "now: delete /opt/fedprune" in removed
     assert purged[-1] == "nobody"

@@ -169,7 +169,7 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     ("name", "advice"),
     {
         "site": "Write the site's name", "authority.key": "Restore", "authority.pem": "Restore",
-        "register.jsonl": "Restore", "crl.pem": "devices list", "signing.key": "Restore", "epoch": "this machine's clock",
+        "register.jsonl": "Restore", "crl.pem": "devices list", "signing.key": "Restore", "epoch": "machine's clock",
         "server.key": "next start", "server.pem": "next start", "identity.db": "Restore",
     }.items(),
 )  # fmt: skip

@@ -10,6 +10,8 @@ from pathlib import Path
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedprune.releases.release import Release, write_release
+from fedprune.security.certificates import PIN
+from fedprune.security.joining import Claim
 from fedprune.security.keys import SigningKey
 from fedprune_device.releases.installer import ReleaseSource
 from fedprune_device.releases.release_trial import PACKAGES
@@ -17,6 +19,7 @@ from fedprune_device.releases.wheel import Wheel, contents_digest
 
 KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
 PUBLIC = KEY.verifying
+CLAIM = Claim(bytes(5), bytes(15), bytes(PIN)).text
 PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 APP = "import sys\n\ndef main() -> int:\n    print('version', VERSION)\n    return 0\n"
 
