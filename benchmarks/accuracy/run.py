@@ -29,8 +29,7 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.profile_store import find
 from fedprune.strategies.allocation import natural
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.datasets.federation import Federation
-from fedprune_server.simulation.datasets.table import DataPlan
+from fedprune_server.simulation.datasets.federation import DataPlan, Federation
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
 from fedprune_server.simulation.measure import Measure, Moment

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.simulation.datasets.federation import Federation, draw_partition
-from fedprune_server.simulation.datasets.table import DataPlan
+from fedprune_server.simulation.datasets.federation import DataPlan, Federation, draw_partition
 
 CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 BOARDS = ("hall-zero", "attic-zero", "shed-pi3", "shop-pi3", "yard-pi4", "barn-pi4", "desk-pi5", "dock-pi5")

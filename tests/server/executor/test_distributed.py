@@ -27,9 +27,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.distributed import DistributedWorker
+from fedprune_server.executor.distributed import DistributedWorker, ProcessPool
 from fedprune_server.executor.offers import GRAPH_ROUNDS
-from fedprune_server.executor.process_pool import ProcessPool
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import ConfigError, DataError
 from fedprune_server.simulation.datasets import partition
 from fedprune_server.simulation.datasets.federation import (
+    DataPlan,
     Federation,
     Holding,
     Partition,
@@ -18,7 +19,6 @@ from fedprune_server.simulation.datasets.federation import (
     federate,
 )
 from fedprune_server.simulation.datasets.samples import Preparation, assembled
-from fedprune_server.simulation.datasets.table import DataPlan
 from support.nets import drawn_models as strategies  # noqa: F401 - its settings of Hypothesis
 
 

@@ -35,8 +35,8 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.security.register import Register
 from fedprune_export.checks.labelled_data import read as read_labelled
 from fedprune_server.config.tables import parse_config, read_config
+from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.datasets.source import read_cifar, read_idx, read_image_folder, read_npz
-from fedprune_server.simulation.datasets.table import DataPlan
 from fedprune_server.simulation.network_model import read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep

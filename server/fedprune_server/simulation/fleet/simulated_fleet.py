@@ -17,8 +17,7 @@ from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import changed_job, parse_config
 from fedprune_server.executor.evaluator import check_data, load_calibration, load_evaluation
-from fedprune_server.simulation.datasets.federation import Federation, Partition
-from fedprune_server.simulation.datasets.table import DataPlan
+from fedprune_server.simulation.datasets.federation import DataPlan, Federation, Partition
 from fedprune_server.simulation.experiment import REFERENCE, Experiment, fedavg
 from fedprune_server.simulation.fleet.fleet_devices import LinkSettings, named, read_devices
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
