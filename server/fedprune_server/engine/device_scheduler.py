@@ -30,7 +30,7 @@ class SoleJob:
 
     def left(self, device: str, session: int) -> None:
         """A device's connection has ended."""
-        self._runner.release(device, session)
+        self._runner.unassign(device, session)
 
     def share(self, now: float, *, finished: bool) -> None:
         """Nothing: no device waits for a job."""
@@ -78,7 +78,7 @@ class DeviceScheduler:
         self._stale.add(device)
         job = self.lent.pop(device, None)
         if job is not None:
-            self._runners[job].release(device, session)
+            self._runners[job].unassign(device, session)
 
     def share(self, now: float, *, finished: bool) -> None:
         """Take devices back and assign free ones until nothing changes; `finished` once all jobs are done."""
@@ -94,7 +94,7 @@ class DeviceScheduler:
                 break
         for device in seen | self._stale | self._changed():
             job = self.lent.get(device)
-            if job is not None and self._runners[job].works(device):
+            if job is not None and self._runners[job].awaits_part_of(device):
                 self._at_work[device] = job
             else:
                 self._at_work.pop(device, None)
@@ -141,13 +141,13 @@ class DeviceScheduler:
         """Find out whether a device is free, or which job's part it works on."""
         self._free.discard(device)
         birth, job = self._connected.get(device), self.lent.get(device)
-        if birth is None or (job is not None and (job == self._alone or self._runners[job].works(device))):
+        if birth is None or (job is not None and (job == self._alone or self._runners[job].awaits_part_of(device))):
             return
         if job is not None:
             del self.lent[device]
-            self._runners[job].release(device, birth.session)
+            self._runners[job].unassign(device, birth.session)
         # After a restart of either side a part may be under way: the device continues with it.
-        mine = next((n for n, d in self._runners.items() if d.works(device)), None)
+        mine = next((n for n, d in self._runners.items() if d.awaits_part_of(device)), None)
         if mine is None:
             self._free.add(device)
         elif mine not in self._unfit.get(device, ()):
@@ -155,10 +155,10 @@ class DeviceScheduler:
 
     def _takes(self, job: str, device: str) -> bool:
         unfit = self._unfit.get(device, ())
-        return job not in unfit and self._runners[job].takes(device, self._connected[device].session)
+        return job not in unfit and self._runners[job].may_take_part(device, self._connected[device].session)
 
     def _fits(self, job: str, device: str) -> bool:
-        return self._takes(job, device) and self._runners[job].fits(device)
+        return self._takes(job, device) and self._runners[job].has_work_for(device)
 
     def _assign(self, job: str, devices: Sequence[str]) -> None:
         """Assign devices to a job, all at once."""

@@ -367,7 +367,7 @@ class JobRunner:
                 self.registry.introduce(event.device)
         return {e.device for e in events if not self.state.devices[e.device].excluded}
 
-    def release(self, device: str, session: int) -> None:
+    def unassign(self, device: str, session: int) -> None:
         """Take a device away from the job: its connection `session` has ended, or it works for another job."""
         self._begin()
         event = self._messages.ended(device, session)
@@ -375,30 +375,30 @@ class JobRunner:
         if known is not None and known.online:
             self._handle(event)
 
-    def remove(self, device: str, reason: str) -> None:
+    def drop_part(self, device: str, reason: str) -> None:
         """Void a device's part in the round: the server doesn't listen to it any more."""
         self._begin()
         for event in self._messages.removed(device, reason):
             self._handle(event)
 
-    def revoke(self, device: str) -> None:
+    def remove_member(self, device: str) -> None:
         """Forget a device that is no longer a member."""
         if self._rollouts is not None:
             self._rollouts.without([device])
         log.warning("%sdevice %s was shut out", self.registry.prefix, device)
         self.registry.clones.forget(device)
         self._dispatcher.revoked.add(device)
-        self.remove(device, "it was shut out")
+        self.drop_part(device, "it was shut out")
 
     def readmit(self, device: str) -> None:
         """A device has announced itself: if it was revoked, it is a member again."""
         self._dispatcher.revoked.discard(device)
 
-    def void(self, device: str, held: Mapping[str, Any]) -> None:
+    def cancel_part(self, device: str, held: Mapping[str, Any]) -> None:
         """Cancel the part of a round that a device holds, if that can't count any more."""
         self._messages.void(device, **held)
 
-    def dismiss(self, devices: Iterable[str]) -> None:
+    def send_finished(self, devices: Iterable[str]) -> None:
         """Tell devices that the job is finished."""
         for device in devices:
             self.outbox.send(device, Finished(self.job.name), self.job.name)
@@ -418,7 +418,7 @@ class JobRunner:
 
     # What the server's scheduler asks.
 
-    def works(self, device: str) -> bool:
+    def awaits_part_of(self, device: str) -> bool:
         """Whether a part of a round is awaited from a device."""
         task = self.state.tasks.get(device)
         if task is None or task.progress not in _UNDER_WAY:
@@ -427,16 +427,16 @@ class JobRunner:
             return self.state.phase is not Phase.FINISHED
         return self.state.phase in (Phase.SCORING, Phase.TRAINING)
 
-    def takes(self, device: str, session: int) -> bool:
+    def may_take_part(self, device: str, session: int) -> bool:
         """Whether a device can take part in the job, as far as is known."""
         known = self.state.devices.get(device)
         return known is None or known.session != session or not known.excluded
 
-    def bars(self, device: str) -> bool:
+    def excludes(self, device: str) -> bool:
         """Whether the job has excluded a device."""
         return self.registry.bars(device)
 
-    def fits(self, device: str) -> bool:
+    def has_work_for(self, device: str) -> bool:
         """Whether the job would give a device work now: an asynchronous one never twice on one model."""
         task = self.state.tasks.get(device)
         return task is None or task.basis is None or (task.progress is Progress.REFUSED and task.deadline is None)

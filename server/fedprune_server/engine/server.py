@@ -191,11 +191,11 @@ class Server:
                     runner.connection_changed(False)
             case DeviceRevoked():
                 for runner in self.runners.values():
-                    runner.revoke(item.device)
+                    runner.remove_member(item.device)
                 self._gone(item.device)
             case Quarantined():
                 for runner in self.runners.values():
-                    runner.remove(item.device, f"it is in quarantine: {item.reason}")
+                    runner.drop_part(item.device, f"it is in quarantine: {item.reason}")
                 self._gone(item.device)
             case Released():
                 self._ask(item.device)
@@ -276,10 +276,10 @@ class Server:
         self._presence.heard(device, self._site.monotonic())
         self._moved = True
         if birth.held:
-            self.runners.get(birth.held["job"], self.first).void(device, birth.held)
+            self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
         if self._shutdown is not None and self._several:
             for runner in self.runners.values():
-                runner.dismiss([device])
+                runner.send_finished([device])
         else:
             self._scheduler.came(device, reconnected=known is None or known.session != birth.session)
 
@@ -322,10 +322,10 @@ class Server:
         if self.finished and self._shutdown is None:
             self._shutdown = self._begin_shutdown()
             for runner in self.runners.values():
-                runner.dismiss(self._connected)
+                runner.send_finished(self._connected)
 
     def _begin_shutdown(self) -> GracefulShutdown:
         """Wait for devices that take part in a job, as far as is known, or have announced themselves."""
         known = self.first.registry.names | {n for r in self.runners.values() for n in r.state.devices}
-        away = (n for n in known - self._connected.keys() if not all(r.bars(n) for r in self.runners.values()))
+        away = (n for n in known - self._connected.keys() if not all(r.excludes(n) for r in self.runners.values()))
         return GracefulShutdown(self._connected, away, self._connected.__contains__, self._site.monotonic())

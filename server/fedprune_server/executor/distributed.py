@@ -253,8 +253,8 @@ def helped(
         yield worker
         return
     pool = ProcessPool(worker, helpers) if url == PROCESSES else RayPool(url, worker)
-    with closing(DistributedWorker(worker, pool)) as crew:
-        yield crew
+    with closing(DistributedWorker(worker, pool)) as distributed:
+        yield distributed
 
 
 @dataclass(frozen=True)

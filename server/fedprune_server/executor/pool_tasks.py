@@ -1,4 +1,4 @@
-"""What a crew's helpers do, in whichever process they are, and on whichever machine.
+"""The tasks of a worker pool, which run in processes of this machine or on others.
 
 Each is a function of a worker and one argument. What it is given are commands, digests and names of tensors; what they
 name is read from the blob store and checked. What it answers is an event, or sums. So it makes no difference who does

@@ -1,4 +1,4 @@
-"""The process that hands a crew's tasks to a Ray cluster, and what runs there."""
+"""The process that runs a worker pool's tasks on a Ray cluster, and what runs there."""
 
 from __future__ import annotations
 

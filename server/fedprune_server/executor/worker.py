@@ -96,8 +96,8 @@ class Worker:
         """Put the job's first model into the store and return its digest.
 
         Raises:
-            BundleError: A starter can't make a model of it, or it has no last layer where one is spoken of.
-            StrategyError: A user's starter has failed.
+            BundleError: The strategy's `begin` can't use it, or it has no last layer and one is named.
+            StrategyError: A user's `begin` has failed.
             ModelError: The model can't be trained, which is better known before the first device is there.
             ConfigError: A pattern of the recipe matches no tensor.
         """

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
-from fedprune_server.process.line_process import STUCK_S, ChildProcess
+from fedprune_server.process.child_process import ChildProcess
 
 log = logging.getLogger("fedprune.server")
 
@@ -19,6 +19,8 @@ MOST_LINES = 200
 
 _MAX_LINE = 4096
 _END_S = 3.0
+SILENT_S = 30.0
+"""A console that has sent nothing for so long is ended and started again."""
 
 _ENVIRONMENT = ("HOME", "LANG", "LANGUAGE", "LD_LIBRARY_PATH", "PATH", "TMPDIR", "TZ", "VIRTUAL_ENV")
 _ENVIRONMENTS = ("LC_", "PYTHON")
@@ -84,12 +86,12 @@ class ConsoleProcess:
         """Start the process if it has ended, unless it was tried too often lately, and end one that hangs."""
         if self._child.start(self._settings.to_json, now):
             self.url, self._heard_at = "", now
-        for url in self._child.words(now):
+        for url in self._child.received(now):
             if url != self.url:
                 log.info("the console is at %s", url)
             self.url, self._heard_at = url, now
-        if self.alive and now - self._heard_at > STUCK_S:
-            self._child.give_up(now, f"it has not responded for {STUCK_S:.0f} s")
+        if self.alive and now - self._heard_at > SILENT_S:
+            self._child.give_up(now, f"it has not responded for {SILENT_S:.0f} s")
 
     def stop(self) -> None:
         """End the process; may be called twice."""

@@ -27,11 +27,13 @@ JOBS = st.lists(
 
 def compare(loans: DeviceScheduler) -> None:
     """See that what is kept of devices is what a walk over all of them finds."""
-    desks, here = loans._runners, loans._connected
-    for job in desks:
+    runners, here = loans._runners, loans._connected
+    for job in runners:
         assert loans._takers[job] == {d for d in here if loans._takes(job, d)}
-    assert loans._free == {d for d in here if d not in loans.lent and not any(k.works(d) for k in desks.values())}
-    assert loans._at_work == {d: j for d, j in loans.lent.items() if desks[j].works(d)}
+    assert loans._free == {
+        d for d in here if d not in loans.lent and not any(k.awaits_part_of(d) for k in runners.values())
+    }
+    assert loans._at_work == {d: j for d, j in loans.lent.items() if runners[j].awaits_part_of(d)}
 
 
 @pytest.mark.slow
@@ -88,7 +90,7 @@ def test_a_device_that_moves_costs_no_look_at_the_others(
 ) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, n, devices=99) for n in ("one", "two")], names)
     host = several.host()
-    asked, takes, steps = list[str](), JobRunner.takes, iter(range(100))
+    asked, takes, steps = list[str](), JobRunner.may_take_part, iter(range(100))
 
     def counted(desk: JobRunner, device: str, session: int) -> bool:
         asked.append(device)
@@ -99,7 +101,7 @@ def test_a_device_that_moves_costs_no_look_at_the_others(
             return
         step = next(steps)
         if step == 5:
-            monkeypatch.setattr(JobRunner, "takes", counted)
+            monkeypatch.setattr(JobRunner, "may_take_part", counted)
             several.air.devices["b"].session += 1
             several.air.devices["b"].birth()
         if step == 10:

@@ -71,7 +71,7 @@ def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None
     jobs = [named(JOB, "one"), named(JOB, "two")]
     several = SeveralJobs(tmp_path, jobs, "abc", {"two": 0.0})
     host = several.host()
-    several.desks["one"].observers.finished.add(lambda seen: host.stop())
+    several.runners["one"].observers.finished.add(lambda seen: host.stop())
     states = several.run(host)
     assert [s.phase for s in states.values()] == [Phase.FINISHED, Phase.WAITING]
     assert states["two"].round == 0
@@ -83,7 +83,7 @@ def test_a_paused_job_gets_no_device_and_holds_nobody_up(tmp_path: Path) -> None
 def test_a_job_that_needs_more_devices_than_there_are_holds_none(tmp_path: Path) -> None:
     several = SeveralJobs(tmp_path, [named(JOB, "large", devices=4), named(JOB, "small")], "abc")
     host = several.host()
-    several.desks["small"].observers.finished.add(lambda seen: host.stop())
+    several.runners["small"].observers.finished.add(lambda seen: host.stop())
     states = several.run(host)
     assert folded(states["small"]) == [["a", "b", "c"]] * 3
     assert states["large"].round == 0

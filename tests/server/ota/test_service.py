@@ -1,4 +1,4 @@
-"""The desk that runs rollouts: stages, thresholds, deadlines, restarts, and what boards are told."""
+"""The coordinator that runs rollouts: stages, thresholds, deadlines, restarts, and what boards are told."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Site:
-    """A desk and boards that say what they are made to say, one report a minute."""
+    """A coordinator and boards that say what they are made to say, one report a minute."""
 
     def __init__(self, folder: Path, release: Path) -> None:
         self.folder, self.release = folder, release
@@ -59,7 +59,7 @@ class Site:
         self.steps: dict[str, int] = {}
         self.lost = 0
         self.on_send: Callable[[str, Any], None] = lambda *_: None
-        self.desk: RolloutCoordinator | None = None
+        self.coordinator: RolloutCoordinator | None = None
         self.store = RolloutStore(folder)
         for file in read_release(release, KEY.verifying)[0].files:
             self.store.blobs.put((release / FILES / file.sha256).read_bytes())
@@ -77,9 +77,11 @@ class Site:
         """A daemon comes up."""
         self.store.close()
         self.store = RolloutStore(self.folder)
-        self.desk = RolloutCoordinator(self.store, self.send, lambda: self.members, lambda: self.wall, lambda: self.now)
-        self.desk.connected(True)
-        return self.desk
+        self.coordinator = RolloutCoordinator(
+            self.store, self.send, lambda: self.members, lambda: self.wall, lambda: self.now
+        )
+        self.coordinator.connected(True)
+        return self.coordinator
 
     def send(self, device: str, message: Any) -> None:
         assert parse(message.to_bytes()) == message
@@ -95,19 +97,19 @@ class Site:
 
     def report(self, device: str, state: str, number: int = 7, done: int = 0) -> None:
         reason = "killed by SIGILL" if state in (ROLLED_BACK, REFUSED) else ""
-        assert self.desk is not None
-        self.desk.reported(ReleaseReport(device, number, state, reason, done, 10))
+        assert self.coordinator is not None
+        self.coordinator.reported(ReleaseReport(device, number, state, reason, done, 10))
 
     def minute(self) -> None:
         self.now += 60
-        assert self.desk is not None
+        assert self.coordinator is not None
         for device in sorted(self.steps):
             states = self.fates.get(device, self.usual)
             at = self.steps[device]
             if at < len(states) and device not in self.withdrawn:
                 self.steps[device] += 1
                 self.report(device, states[at])
-        self.desk.tick()
+        self.coordinator.tick()
 
     def live(self, hours: float = 4, restart: bool = False) -> Rollout:
         for _ in range(int(60 * hours)):
@@ -207,13 +209,13 @@ def test_a_board_that_comes_back_hears_its_offer_again_and_a_new_one_is_in_the_l
     site.usual = SILENT
     site.begin()
     site.live(hours=1 / 60)
-    assert site.desk is not None
+    assert site.coordinator is not None
     (name,) = site.offered
     site.offered.clear()
-    site.desk.born(name)
+    site.coordinator.born(name)
     assert list(site.offered) == [name]
-    site.desk.born("newcomer")
-    site.desk.born(NAMES[0] if NAMES[0] != name else NAMES[1])
+    site.coordinator.born("newcomer")
+    site.coordinator.born(NAMES[0] if NAMES[0] != name else NAMES[1])
     assert list(site.offered) == [name]
     assert site.rollout.boards["newcomer"].stage == 2
 
@@ -221,8 +223,8 @@ def test_a_board_that_comes_back_hears_its_offer_again_and_a_new_one_is_in_the_l
 def test_a_rollout_to_chosen_boards_stays_with_them(site: Site) -> None:
     site.begin(Stage(1.0), names=NAMES[:2], joins=False)
     site.live(hours=2 / 60)
-    assert site.desk is not None
-    site.desk.born("newcomer")
+    assert site.coordinator is not None
+    site.coordinator.born("newcomer")
     assert site.live().phase is RolloutPhase.DONE
     assert sorted(site.offered) == NAMES[:2]
 
@@ -231,14 +233,14 @@ def test_files_are_for_the_boards_that_are_given_the_release(site: Site) -> None
     site.usual = HANGS
     site.begin()
     site.live(hours=3 / 60)
-    assert site.desk is not None
+    assert site.coordinator is not None
     (name,) = site.offered
     files = {f.sha256 for f in Release.from_bytes(site.offer().manifest.encode()).files}
-    assert {n: site.desk.files(n) for n in [*NAMES, "stranger"]} == {
+    assert {n: site.coordinator.files(n) for n in [*NAMES, "stranger"]} == {
         n: (files if n == name else frozenset()) for n in [*NAMES, "stranger"]
     }
     site.live(hours=2)
-    assert site.desk.files(name) == frozenset()
+    assert site.coordinator.files(name) == frozenset()
 
 
 def test_somebody_stops_it_and_boards_that_are_at_it_hear_of_that(site: Site) -> None:
@@ -250,7 +252,7 @@ def test_somebody_stops_it_and_boards_that_are_at_it_hear_of_that(site: Site) ->
     site.live(hours=2 / 60)
     assert (site.rollout.phase, site.rollout.why) == (RolloutPhase.STOPPED, "stopped: it is Friday")
     assert sorted(site.withdrawn) == sorted(site.offered) == site.stage(0)
-    assert site.desk is not None
+    assert site.coordinator is not None
     site.withdrawn.clear()
     site.report(NAMES[0], STAGED)
     site.report(NAMES[1], STAGED, number=99)
@@ -279,15 +281,15 @@ def test_a_server_that_was_down_for_days_blames_no_board_for_it(site: Site) -> N
 def test_a_broker_that_was_away_for_hours_blames_no_board_for_it(site: Site) -> None:
     site.begin(Stage(1.0))
     site.live(hours=2 / 60)
-    assert site.desk is not None
-    site.desk.connected(False)
+    assert site.coordinator is not None
+    site.coordinator.connected(False)
     for _ in range(3 * 60):
         site.now += 60
-        site.desk.tick()
-    site.desk.connected(True)
+        site.coordinator.tick()
+    site.coordinator.connected(True)
     assert (site.rollout.phase, site.rollout.failures()) == (RolloutPhase.RUNNING, {})
     site.now += 58 * 60
-    site.desk.tick()
+    site.coordinator.tick()
     assert site.rollout.failures() == {}, "each has its time anew"
     assert site.live().phase is RolloutPhase.DONE
 
@@ -296,10 +298,10 @@ def test_silence_counts_from_when_the_connection_was_back(site: Site) -> None:
     site.usual = SILENT
     site.begin()
     site.live(hours=0.5)
-    assert site.desk is not None
-    site.desk.connected(False)
+    assert site.coordinator is not None
+    site.coordinator.connected(False)
     site.now += 86_400
-    site.desk.connected(True)
+    site.coordinator.connected(True)
     site.live(hours=59 / 60)
     assert site.rollout.phase is RolloutPhase.RUNNING
     site.live(hours=2 / 60)
@@ -309,12 +311,12 @@ def test_silence_counts_from_when_the_connection_was_back(site: Site) -> None:
 def test_nothing_is_given_before_there_is_a_connection(tmp_path: Path, release: Path) -> None:
     site = Site(tmp_path, release)
     site.begin()
-    desk = RolloutCoordinator(site.store, site.send, None, lambda: site.wall, lambda: site.now)
+    coordinator = RolloutCoordinator(site.store, site.send, None, lambda: site.wall, lambda: site.now)
     for _ in range(3):
         site.now += 7200
-        desk.tick()
+        coordinator.tick()
     assert site.offered == {}
-    desk.connected(True)
+    coordinator.connected(True)
     assert (list(site.offered), site.rollout.failures()) == (site.stage(0), {})
 
 
@@ -350,16 +352,16 @@ def test_a_revoked_board_gets_no_more_files_and_offers_until_it_is_let_in_again(
     site.usual = HANGS
     site.begin(Stage(1.0, success=0.9, errors=0.1))
     site.live(hours=1 / 60)
-    assert site.desk is not None
-    site.desk.without([NAMES[2], "stranger"])
-    site.desk.without([NAMES[2]])
+    assert site.coordinator is not None
+    site.coordinator.without([NAMES[2], "stranger"])
+    site.coordinator.without([NAMES[2]])
     site.offered.clear()
     site.live(hours=10 / 60)
     assert NAMES[2] not in site.offered
-    assert (site.desk.files(NAMES[2]), bool(site.desk.files(NAMES[3]))) == (frozenset(), True)
-    site.desk.born(NAMES[2])
+    assert (site.coordinator.files(NAMES[2]), bool(site.coordinator.files(NAMES[3]))) == (frozenset(), True)
+    site.coordinator.born(NAMES[2])
     assert NAMES[2] in site.offered
-    assert site.desk.files(NAMES[2])
+    assert site.coordinator.files(NAMES[2])
 
 
 def test_a_board_that_has_it_already_has_done_well_and_one_that_went_back_before_has_failed(site: Site) -> None:
@@ -398,7 +400,7 @@ def test_a_crash_at_any_message_loses_none(tmp_path: Path, release: Path) -> Non
                     site.start()
                 alive = None
                 site.minute()
-                alive = site.desk
+                alive = site.coordinator
         assert (site.rollout.phase, sorted(site.rollout.failures())) == (RolloutPhase.DONE, [NAMES[0]])
     assert count >= 10
 
@@ -442,7 +444,7 @@ def test_whatever_is_said_in_whatever_order_the_disk_knows_it_and_no_stage_is_sk
     site.begin(Stage(0.2), Stage(0.6, success=0.5, errors=0.5), Stage(1.0, success=0.5, errors=0.5))
     site.start()
     for event in events:
-        assert site.desk is not None
+        assert site.coordinator is not None
         if event == "restart":
             site.start()
         elif event == "stop":
@@ -450,7 +452,7 @@ def test_whatever_is_said_in_whatever_order_the_disk_knows_it_and_no_stage_is_sk
                 other.stop("enough")
         elif isinstance(event, float):
             site.now += event
-            site.desk.tick()
+            site.coordinator.tick()
         else:
             site.report(event[0], event[1], event[2])
         rollout = site.rollout

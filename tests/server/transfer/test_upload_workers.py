@@ -27,7 +27,7 @@ from fedprune.wire.transfer import BlobSender
 from fedprune_server.app import upload_workers
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.quarantine import BURST, BYTES_PER_POINT, Quarantine
-from fedprune_server.process.line_process import TRIES
+from fedprune_server.process.child_process import TRIES
 from fedprune_server.transfer.upload_workers.child import MOST_NAMES, Receiving
 from fedprune_server.transfer.upload_workers.messages import (
     MAX_LINE,
@@ -75,7 +75,7 @@ class Played(UploadWorker):
         self.receiving = Receiving(uploads, "default", lambda word: self.said.append(line(word)), self.now)
         return True
 
-    def say(self, word: ToReceiver) -> None:
+    def send(self, word: ToReceiver) -> None:
         if self.receiving is not None:
             self.receiving.order(parse_line(line(word)))
 
@@ -84,7 +84,7 @@ class Played(UploadWorker):
         if self.receiving is not None and topic.endswith("/" + self.tag):
             self.receiving.receive(topic, payload)
 
-    def words(self, now: float) -> Iterator[ToReceiver | ToServer]:
+    def received(self, now: float) -> Iterator[ToReceiver | ToServer]:
         if self.receiving is not None and now - self.ticked >= 0.5:
             self.ticked = now
             self.receiving.tick(up=True)
@@ -396,7 +396,7 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while(tmp_path: Path) -
         assert receiver.start(float(turn))
         until = time.monotonic() + 20
         while receiver.alive and time.monotonic() < until:
-            list(receiver.words(float(turn)))
+            list(receiver.received(float(turn)))
             time.sleep(0.01)
         assert not receiver.alive
     assert not receiver.start(10.0)

@@ -20,12 +20,11 @@ from typing import Any
 import pytest
 
 from fedprune.core.errors import StorageError
-from fedprune_server.process.line_process import STUCK_S
 from fedprune_server.web import child
 from fedprune_server.web.auth.accounts import Accounts
 from fedprune_server.web.connections import Connections
 from fedprune_server.web.database import ConsoleDatabase
-from fedprune_server.web.process import ConsoleProcess, ConsoleSettings
+from fedprune_server.web.process import SILENT_S, ConsoleProcess, ConsoleSettings
 from fedprune_server.web.state.status import FILE, StatusWriter
 from support.fakes.console_browser import PASSWORD, QUICK, trial
 from support.fakes.console_fleet import ConsoleFleet
@@ -81,8 +80,8 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
         assert fetched(process.url + "readyz")[0] == 200, "what was published is still there"
         pid = process.pid
         os.kill(pid, signal.SIGSTOP)
-        until(lambda: (process.turn(2.0), list(process._child.words(2.0)))[1] == [])
-        process.turn(3.0 + STUCK_S)
+        until(lambda: (process.turn(2.0), list(process._child.received(2.0)))[1] == [])
+        process.turn(3.0 + SILENT_S)
         assert not process.alive, "it hangs"
     finally:
         process.stop()

@@ -61,7 +61,7 @@ class SeveralJobs:
         self.folder, self.jobs, self.weights = folder, jobs, weights or {}
         folder.mkdir(exist_ok=True)
         self.air = Air()
-        self.desks: dict[str, JobRunner] = {}
+        self.runners: dict[str, JobRunner] = {}
         self.workers: dict[str, ToyWorker] = {}
         for name in names:
             self.air.devices[name] = JobsDevice(name, folder / "devices", self.air)
@@ -85,7 +85,7 @@ class SeveralJobs:
             )
             jobs.append((made, {} if jobs else first))
         server = server_of(jobs, self.air, lambda: self.air.now)
-        self.desks = server.runners
+        self.runners = server.runners
         return server
 
     def run(self, host: Server | None = None) -> dict[str, State]:
@@ -102,7 +102,7 @@ class SeveralJobs:
 
         self.air.on_idle = idle
         host.run(until_finished=True)
-        return {name: d.state for name, d in self.desks.items()}
+        return {name: d.state for name, d in self.runners.items()}
 
     def die(self, point: str, count: int) -> None:
         """Let the server die at the count-th passage of a point."""
@@ -123,8 +123,8 @@ class SeveralJobs:
         if point == "after sending":
             self.air.publish = dying_publish  # type: ignore[method-assign]
             return
-        for desk in self.desks.values():
-            save = desk._journal._storage.save
+        for runner in self.runners.values():
+            save = runner._journal._storage.save
 
             def dying(*arguments: Any, save: Any = save) -> bool:
                 if point == "before saving":
@@ -134,7 +134,7 @@ class SeveralJobs:
                     step()
                 return saved
 
-            desk._journal._storage.save = dying  # type: ignore[method-assign, assignment]
+            runner._journal._storage.save = dying  # type: ignore[method-assign, assignment]
 
     def restart(self) -> None:
         """A new connection, for a new process on the same folders."""

@@ -77,7 +77,7 @@ class Receiving:
         self._taken: dict[str, int] = {}
         self._fetched: set[str] = set()
 
-    def order(self, word: ToReceiver | ToServer) -> None:
+    def order(self, message: ToReceiver | ToServer) -> None:
         """Take in what the server says.
 
         Raises:
@@ -85,23 +85,23 @@ class Receiving:
             StorageError: The disk fails.
         """
         now = self._clock()
-        match word:
+        match message:
             case Fetch():
-                self._fetched.add(word.device)
-                if word.session is not None:
-                    self._ask(self._uploads.born(word.device, word.session, word.answer_s, now))
-                self._ask(self._uploads.add(word.device, word.round, word.attempt, word.blob, now))
+                self._fetched.add(message.device)
+                if message.session is not None:
+                    self._ask(self._uploads.born(message.device, message.session, message.answer_s, now))
+                self._ask(self._uploads.add(message.device, message.round, message.attempt, message.blob, now))
             case Drop():
-                self._fetched.discard(word.device)
-                self._uploads.drop(word.device)
+                self._fetched.discard(message.device)
+                self._uploads.drop(message.device)
             case There():
-                self._ask(self._uploads.heard(word.device, now))
+                self._ask(self._uploads.heard(message.device, now))
             case Born():
-                self._ask(self._uploads.born(word.device, word.session, word.answer_s, now))
+                self._ask(self._uploads.born(message.device, message.session, message.answer_s, now))
             case Interrupted():
                 self._uploads.interrupted(now)
             case _:
-                raise ProtocolError("word to a receiver", got=word.kind)
+                raise ProtocolError("message to an upload worker", got=message.kind)
         self._tell()
 
     def receive(self, topic: str, payload: bytes) -> None:
@@ -166,8 +166,8 @@ def _context(begin: Begin) -> Callable[[], ssl.SSLContext] | None:
 def _listen(orders: queue.Queue[ToReceiver | ToServer], stream: BinaryIO, link: Link) -> None:
     """Take in what the server says; the end of that is the end of this process."""
     try:
-        while (word := read(stream)) is not None:
-            orders.put(word)
+        while (message := read(stream)) is not None:
+            orders.put(message)
             link.wake()
     finally:
         os._exit(0)
@@ -185,8 +185,8 @@ def run(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
         FedpruneError: The broker's address is none, or the disk fails.
     """
 
-    def say(word: ToServer) -> None:
-        replies.write(line(word))
+    def say(message: ToServer) -> None:
+        replies.write(line(message))
 
     store = BlobStore(Path(begin.blobs), sweep=False)
     receiving = Receiving(Uploads(store, begin.pulls, begin.max_packet), begin.site, say)

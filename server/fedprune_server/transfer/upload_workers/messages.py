@@ -22,7 +22,7 @@ from fedprune.wire.fields import (
     whole,
 )
 from fedprune.wire.messages import MAX_REQUEST, PARTS
-from fedprune_server.process.line_process import checked_line
+from fedprune_server.process.child_process import checked_line
 
 MAX_LINE = 4096
 """Bytes that no line may exceed."""
@@ -154,20 +154,20 @@ ToServer = Asks | Stored | Failed | Took | Beat
 _TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(ToReceiver | ToServer)}
 
 
-def line(word: ToReceiver | ToServer) -> bytes:
-    """A word as it goes through a pipe.
+def line(message: ToReceiver | ToServer) -> bytes:
+    """A message as a line of a pipe.
 
     Raises:
         ProtocolError: It is too long.
     """
-    raw = word.to_bytes() + b"\n"
+    raw = message.to_bytes() + b"\n"
     if len(raw) > MAX_LINE:
-        raise ProtocolError(f"{word.kind}: line is too long", expected=f"at most {MAX_LINE} bytes", got=len(raw))
+        raise ProtocolError(f"{message.kind}: line is too long", expected=f"at most {MAX_LINE} bytes", got=len(raw))
     return raw
 
 
 def read(stream: BinaryIO) -> ToReceiver | ToServer | None:
-    """The next word of a pipe; None at its end.
+    """The next message of a pipe; None at its end.
 
     Raises:
         ProtocolError: It is none, or too long.
@@ -182,5 +182,5 @@ def parse_line(raw: bytes) -> ToReceiver | ToServer:
     Raises:
         ProtocolError: It is too long or cut short, no JSON, or a field is missing or wrong.
     """
-    word: ToReceiver | ToServer = checked_line(raw, MAX_LINE, "line of a pipe", _TYPES)
-    return word
+    message: ToReceiver | ToServer = checked_line(raw, MAX_LINE, "line of a pipe", _TYPES)
+    return message

@@ -19,7 +19,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.messages import TO, BlobRequest
-from fedprune_server.process.line_process import ChildProcess
+from fedprune_server.process.child_process import ChildProcess
 from fedprune_server.transfer.upload_workers.messages import (
     Asks,
     Beat,
@@ -42,17 +42,17 @@ from fedprune_server.transfer.uploads import Arrived, FailedUpload, Outcome, Upl
 log = logging.getLogger("fedprune.server")
 
 SILENT_S = 30.0
-"""A receiver that has said for so long nothing, or that it has no connection, is ended and started again."""
+"""An upload worker that has sent nothing for so long, or has had no connection, is ended and started again."""
 
 _END_S = 5.0
 
 
 class UploadWorker:
-    """A receiver's process. A new one has a tag of its own: what was meant for the last one reaches nobody.
+    """An upload worker's process. Each new one has its own tag, so that messages to the previous one are ignored.
 
     Args:
-        begin: The first word to a process with a tag.
-        wake: Called from another thread when it has said something.
+        begin: Makes the first message to a process with a tag.
+        wake: Called from another thread when it has sent a message.
     """
 
     def __init__(self, begin: Callable[[str], Begin], wake: Callable[[], None]) -> None:
@@ -66,38 +66,36 @@ class UploadWorker:
         )
         self.tag = ""
         self.load = 0
-        """Bytes of updates that it was told to fetch and hasn't."""
+        """Bytes of updates that it still has to fetch."""
         self._heard = 0.0
 
     @property
     def alive(self) -> bool:
-        """Whether there is a process."""
         return self._child.alive
 
     @property
     def pid(self) -> int | None:
-        """The process."""
         return self._child.pid
 
     def start(self, now: float) -> bool:
-        """Start a process, unless it has been tried too often lately; returns whether there is a new one."""
+        """Start the process, unless it exists or has ended too often lately; returns whether it was started."""
         started = self._child.start(self._first, now)
         if started:
             self._heard = now
         return started
 
-    def say(self, word: ToReceiver) -> None:
-        """Tell it something, without waiting."""
-        self._child.tell(line(word))
+    def send(self, message: ToReceiver) -> None:
+        """Send it a message, without waiting."""
+        self._child.send(line(message))
 
-    def words(self, now: float) -> Iterator[ToReceiver | ToServer]:
-        """What it has said since the last call; at its end, and when it was silent for too long, it is ended."""
-        for word in self._child.words(now):
-            if not isinstance(word, Beat) or word.up:
+    def received(self, now: float) -> Iterator[ToReceiver | ToServer]:
+        """Its messages since the last call. One that was silent for too long is ended."""
+        for message in self._child.received(now):
+            if not isinstance(message, Beat) or message.up:
                 self._heard = now
-            yield word
+            yield message
         if self.alive and now - self._heard > SILENT_S:
-            why = f"it said nothing, or had no connection to the broker, for {SILENT_S:.0f} s"
+            why = f"it sent nothing, or had no connection to the broker, for {SILENT_S:.0f} s"
             self._child.give_up(now, why)
 
     def stop(self) -> None:
@@ -119,16 +117,16 @@ class _Given:
 
 
 class UploadWorkers(Uploads):
-    """Takes in updates with the help of receivers. Use it as a context, in which their processes run.
+    """Receives updates by upload workers. Use it as a context, in which their processes run.
 
     Args:
-        store: Where updates end up, a folder that the receivers see.
-        begin: The first word to a receiver with a tag.
-        count: How many receivers.
+        store: Store of updates, in a folder that the workers share.
+        begin: Makes the first message to a worker with a tag.
+        count: Number of workers.
         wake: Called from another thread when there is something to collect.
-        clock: Seconds of a clock that nobody sets, as what `now` is everywhere here.
-        concurrent: From how many devices the server itself, and each receiver, pulls at a time.
-        max_packet: Bytes of an MQTT packet that the broker lets through.
+        clock: A monotonic clock, in seconds, as is every `now` here.
+        concurrent: Number of devices from which the server itself, and each worker, pulls at a time.
+        max_packet: Maximum length of an MQTT packet that the broker accepts, in bytes.
     """
 
     def __init__(
@@ -188,7 +186,7 @@ class UploadWorkers(Uploads):
         """A device announces its update, so that it is there to be asked."""
         given = self._given.get(device)
         if given is not None and device not in self._told:
-            given.receiver.say(There(device))
+            given.receiver.send(There(device))
             self._told.add(device)
         return super().heard(device, now)
 
@@ -208,7 +206,7 @@ class UploadWorkers(Uploads):
         self._told.clear()
         for receiver in self._receivers:
             if receiver.alive:
-                receiver.say(Interrupted())
+                receiver.send(Interrupted())
 
     def born(self, device: str, session: int, answer_s: float, now: float, abilities: Collection[str] = ()) -> Wants:
         """A device announces itself; whether receivers can fetch from it, it says there."""
@@ -217,7 +215,7 @@ class UploadWorkers(Uploads):
         if TO in abilities:
             self._able.add(device)
             if given is not None:
-                given.receiver.say(Born(device, session, answer_s))
+                given.receiver.send(Born(device, session, answer_s))
             return wants
         self._able.discard(device)
         if given is None:
@@ -230,7 +228,7 @@ class UploadWorkers(Uploads):
         given = self._take_back(device)
         if given is None:
             return super().drop(device)
-        given.receiver.say(Drop(device))
+        given.receiver.send(Drop(device))
         return [given.ref.sha256]
 
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
@@ -279,8 +277,8 @@ class UploadWorkers(Uploads):
         wants: Wants = []
         for receiver in self._receivers:
             tag = receiver.tag
-            for word in receiver.words(now):
-                wants += self._hear(receiver, tag, word, now)
+            for message in receiver.received(now):
+                wants += self._hear(receiver, tag, message, now)
             if not receiver.alive:
                 receiver.start(now)
                 wants += self._give_anew(receiver, now)
@@ -292,37 +290,45 @@ class UploadWorkers(Uploads):
             self._news.set()
             self._wake()
 
-    def _hear(self, receiver: UploadWorker, tag: str, word: ToReceiver | ToServer, now: float) -> Wants:
-        if isinstance(word, Beat):
+    def _hear(self, receiver: UploadWorker, tag: str, message: ToReceiver | ToServer, now: float) -> Wants:
+        if isinstance(message, Beat):
             return []
-        if isinstance(word, Took):
-            self._taken.append((word.device, word.size))
-            given = self._given.get(word.device)
+        if isinstance(message, Took):
+            self._taken.append((message.device, message.size))
+            given = self._given.get(message.device)
             if given is not None and given.receiver is receiver:
-                given.leaves = min(word.leaves, given.ref.leaf_count)
+                given.leaves = min(message.leaves, given.ref.leaf_count)
             return []
-        given = self._given.get(word.device) if isinstance(word, (Asks, Stored, Failed)) else None
+        given = self._given.get(message.device) if isinstance(message, (Asks, Stored, Failed)) else None
         if given is None or given.receiver is not receiver:
             return []  # it was dropped meanwhile, or is another's
-        if isinstance(word, Asks):
-            if word.sha256 != given.ref.sha256:
+        if isinstance(message, Asks):
+            if message.sha256 != given.ref.sha256:
                 return []
             return [
-                (word.device, BlobRequest(word.sha256, word.part, word.first, word.count, None, word.most, None, tag))
+                (
+                    message.device,
+                    BlobRequest(
+                        message.sha256, message.part, message.first, message.count, None, message.most, None, tag
+                    ),
+                )
             ]
-        if not isinstance(word, (Stored, Failed)) or (word.round, word.attempt) != (given.round, given.attempt):
+        if not isinstance(message, (Stored, Failed)) or (message.round, message.attempt) != (
+            given.round,
+            given.attempt,
+        ):
             return []
-        part = word.device, word.round, word.attempt
-        if isinstance(word, Failed):
-            self._take_back(word.device)
-            self._ended.append(FailedUpload(*part, word.reason))
-        elif word.sha256 == given.ref.sha256:
-            self._take_back(word.device)
-            if self._blobs.has(word.sha256) and self._blobs.size(word.sha256) == given.ref.size:
+        part = message.device, message.round, message.attempt
+        if isinstance(message, Failed):
+            self._take_back(message.device)
+            self._ended.append(FailedUpload(*part, message.reason))
+        elif message.sha256 == given.ref.sha256:
+            self._take_back(message.device)
+            if self._blobs.has(message.sha256) and self._blobs.size(message.sha256) == given.ref.size:
                 self._stored += 1
-                self._ended.append(Arrived(*part, word.sha256))
+                self._ended.append(Arrived(*part, message.sha256))
             else:
-                log.error("a receiver says that it stored %s, which isn't there: fetched again", word.sha256)
+                log.error("a receiver says that it stored %s, which isn't there: fetched again", message.sha256)
                 return super().add(*part, given.ref, now)
         return []
 
@@ -341,7 +347,7 @@ class UploadWorkers(Uploads):
         self._by_blob[given.ref.sha256] = given.receiver
         self._fetchers[given.ref.sha256] += 1
         given.receiver.load += given.ref.size
-        given.receiver.say(Fetch(device, given.round, given.attempt, given.ref, session, answer_s))
+        given.receiver.send(Fetch(device, given.round, given.attempt, given.ref, session, answer_s))
         self._told.add(device)
 
     def _take_back(self, device: str) -> _Given | None:

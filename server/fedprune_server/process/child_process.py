@@ -1,4 +1,4 @@
-"""A child process that is spoken with in lines over its standard streams, and restarted when it ends."""
+"""A child process that exchanges lines with its parent over its standard streams, and is restarted when it ends."""
 
 from __future__ import annotations
 
@@ -17,75 +17,71 @@ from fedprune_server.process.children import reap
 log = logging.getLogger("fedprune.server")
 
 STEADY_S = 60.0
-"""One that ran for so long and then ends is started again at once, any number of times."""
+"""A child that ran at least this long is restarted at once when it ends, any number of times."""
 
 REST_S = 60.0
-"""After `TRIES` that ended sooner it is left alone for so long."""
+"""Pause after `TRIES` children in a row that ended sooner."""
 
 TRIES = 3
 
-STUCK_S = 30.0
-"""What a child says waits at most so long for room among the words that nobody has heard."""
+_FULL_S = 30.0
+"""How long a child's message waits for room in the queue of unread messages before the child is ended."""
 
-Word = TypeVar("Word")
+Message = TypeVar("Message")
 
 
-class ChildProcess(Generic[Word]):
-    """A child as its parent sees it. Nothing here waits for it, but `stop` for a few seconds.
+class ChildProcess(Generic[Message]):
+    """A child as its parent sees it. Only `stop` waits for it, for a few seconds.
 
     Args:
         command: Program and arguments.
-        name: What messages call it, such as `a receiver`.
-        read: Reads its next word; None at the end.
-        end_s: How long it has to end when it is asked to.
-        most: How many of its words may wait; with more it is ended. 0 for any number.
+        name: Its name in the log, such as `a receiver`.
+        read: Reads its next message; None at the end.
+        end_s: Seconds that it has for ending when asked to.
+        most: Maximum number of unread messages; with more it is ended. 0 for no limit.
         environment: Its environment variables; None for this process's.
-        wake: Called from another thread when it has said something.
+        wake: Called from another thread when it has sent a message.
     """
 
     def __init__(
         self,
         command: Sequence[str],
         name: str,
-        read: Callable[[BinaryIO], Word | None],
+        read: Callable[[BinaryIO], Message | None],
         *,
         end_s: float,
         most: int = 0,
         environment: Mapping[str, str] | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._command, self._name, self._read_word = list(command), name, read
+        self._command, self._name, self._read_message = list(command), name, read
         self._end_s, self._most, self._wake, self._environment = end_s, most, wake, environment
         self._process: subprocess.Popen[bytes] | None = None
         self._lines: queue.Queue[bytes | None] = queue.Queue()
-        self._words: queue.Queue[Word | None] = queue.Queue(most)
+        self._messages: queue.Queue[Message | None] = queue.Queue(most)
         self._began = self._rests_until = 0.0
         self._short = 0
 
     @property
     def alive(self) -> bool:
-        """Whether there is a process."""
+        """Whether the process exists."""
         return self._process is not None
 
     @property
     def pid(self) -> int | None:
-        """The process."""
         return None if self._process is None else self._process.pid
 
     @property
     def waiting(self) -> int:
-        """How many lines it has still to be told."""
+        """Number of lines that have not been written to it yet."""
         return self._lines.qsize()
 
     def start(self, first: Callable[[], bytes], now: float) -> bool:
-        """Start a process, unless there is one or it has been tried too often lately.
+        """Start the process, unless it exists or has ended too often lately; returns whether it was started.
 
         Args:
             first: Makes the first line to it.
-            now: The time.
-
-        Returns:
-            Whether there is a new one.
+            now: Seconds of a monotonic clock.
         """
         if self.alive or now < self._rests_until:
             return False
@@ -103,33 +99,36 @@ class ChildProcess(Generic[Word]):
             self._rests_until = now + REST_S
             return False
         self._process, self._began = process, now
-        # The last one's threads keep the queues that they have.
-        self._lines, self._words = queue.Queue(), queue.Queue(self._most)
+        # The threads of the previous process keep its queues.
+        self._lines, self._messages = queue.Queue(), queue.Queue(self._most)
         self._lines.put(begin)
-        for target, pipe, passing in ((_write, process.stdin, self._lines), (self._read, process.stdout, self._words)):
+        for target, pipe, passing in (
+            (_write, process.stdin, self._lines),
+            (self._read, process.stdout, self._messages),
+        ):
             run: Callable[..., None] = target
             thread = f"fedprune-{self._name.split()[-1]}"
             threading.Thread(target=run, args=(pipe, passing), name=thread, daemon=True).start()
         return True
 
-    def tell(self, line: bytes) -> None:
-        """Tell it something, without waiting."""
+    def send(self, line: bytes) -> None:
+        """Send it a line, without waiting."""
         self._lines.put(line)
 
-    def words(self, now: float) -> Iterator[Word]:
-        """What it has said since the last call; where that was its last, it is ended."""
+    def received(self, now: float) -> Iterator[Message]:
+        """Its messages since the last call. If it has ended, it may be started again."""
         while True:
             try:
-                word = self._words.get_nowait()
+                message = self._messages.get_nowait()
             except queue.Empty:
                 return
-            if word is None:
+            if message is None:
                 self.give_up(now, "it has ended")
                 return
-            yield word
+            yield message
 
     def give_up(self, now: float, why: str) -> None:
-        """End it at once, so that it can be restarted."""
+        """Kill it, so that it can be started again."""
         process = self._process
         if process is not None:
             process.kill()
@@ -151,27 +150,27 @@ class ChildProcess(Generic[Word]):
         process.terminate()
         reap(process, self._end_s)
 
-    def _read(self, stream: BinaryIO, words: queue.Queue[Word | None]) -> None:
-        """Read what it says; the end of that, or nonsense, is its end."""
+    def _read(self, stream: BinaryIO, messages: queue.Queue[Message | None]) -> None:
+        """Queue its messages; the end of the stream, or a message that can't be read, is its end."""
         try:
             with stream:
-                while (word := self._read_word(stream)) is not None:
-                    words.put(word, timeout=STUCK_S)
+                while (message := self._read_message(stream)) is not None:
+                    messages.put(message, timeout=_FULL_S)
                     self._wake()
         except (OSError, ValueError, ProtocolError, queue.Full) as error:
-            log.error("%s says what makes no sense: %s", self._name, error)
-        words.put(None)
+            log.error("can't read what %s sends: %s", self._name, error)
+        messages.put(None)
         self._wake()
 
 
 def checked_line(raw: bytes, limit: int, what: str, types: Mapping[str, type[Any]]) -> Any:
-    """Read and check a line of such a child, or to it.
+    """Parse a line of such a child, or to it.
 
     Args:
-        raw: The line, with its end.
-        limit: Bytes that it may have.
-        what: What errors call it.
-        types: The words that it may be, by their kinds.
+        raw: The line, with its newline.
+        limit: Its maximum length in bytes.
+        what: Its name in errors.
+        types: Its possible message types, by kind.
 
     Raises:
         ProtocolError: It is too long or cut short, no JSON, or a field is missing or wrong.
@@ -182,7 +181,7 @@ def checked_line(raw: bytes, limit: int, what: str, types: Mapping[str, type[Any
 
 
 def _write(stream: BinaryIO, lines: queue.Queue[bytes | None]) -> None:
-    """Write what a process is told; it may take its time."""
+    """Write the queued lines to a process, which may read them slowly."""
     with suppress(OSError, ValueError):
         while (raw := lines.get()) is not None:
             stream.write(raw)
