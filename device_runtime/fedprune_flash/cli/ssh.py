@@ -55,9 +55,9 @@ def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
 
 def _ssh(arguments: argparse.Namespace) -> int:
     from fedprune_flash.kit.kit import open_kit, server_signer
+    from fedprune_flash.ssh.installation import InstallationOrder, SshInstallation, print_outcomes
     from fedprune_flash.ssh.inventory import read_inventory
     from fedprune_flash.ssh.journal import Claims, Journal, read_claims
-    from fedprune_flash.ssh.rollout import RolloutOrder, SshRollout, print_outcomes
 
     if arguments.purge and not arguments.remove:
         raise UsageError("--purge without --remove")
@@ -78,7 +78,7 @@ def _ssh(arguments: argparse.Namespace) -> int:
             row.told(kit.board)
     texts = () if arguments.claims is None else read_claims(arguments.claims)
     journal = Journal(arguments.journal or arguments.inventory.with_name(f"{arguments.inventory.name}.journal"))
-    order = RolloutOrder(
+    order = InstallationOrder(
         kits,
         arguments.remove,
         arguments.purge,
@@ -91,7 +91,7 @@ def _ssh(arguments: argparse.Namespace) -> int:
     used = None if arguments.claims is None else arguments.claims.with_name(f"{arguments.claims.name}.used")
     claims = Claims(journal, texts, arguments.server_state, arguments.hours, used)
     with journal.alone(), ended_by_signals():
-        outcomes = SshRollout(order, claims, journal, jobs=arguments.jobs, again=arguments.again).run(rows)
+        outcomes = SshInstallation(order, claims, journal, jobs=arguments.jobs, again=arguments.again).run(rows)
     print_outcomes(outcomes)
     good = sum(outcome.good for outcome in outcomes)
     what = "planned" if arguments.dry_run else "removed" if arguments.remove else "done"

@@ -26,7 +26,7 @@ from fedprune.core.errors import ConfigError, StorageError
 from fedprune.output.tables import Advance
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
 from fedprune_server.maintenance.backup_manifest import CONSOLE, DATABASE, NAME, Entry, Manifest
-from fedprune_server.maintenance.inventory import Inventory, inventory, lying
+from fedprune_server.maintenance.inventory import Inventory, find_files, inventory
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.storage.blob_place import reader
 from fedprune_server.storage.copying import snapshot
@@ -104,7 +104,7 @@ class _Collected:
             self._add_kept(state, scratch, f"{IDENTITY}/{name}")
         self._add_kept(state, scratch, CONSOLE)
         if (state / RELEASES).is_dir():
-            for digest, path in lying(state / RELEASES).blobs.items():
+            for digest, path in find_files(state / RELEASES).blobs.items():
                 self._add(f"{RELEASES}/{digest[:2]}/{digest}", path)
         for digest in sorted(self._needed(needs)):
             self._add_blob(digest)

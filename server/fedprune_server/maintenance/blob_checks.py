@@ -12,7 +12,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.text import amount, quantity
 from fedprune.output.tables import Advance, silent
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
-from fedprune_server.maintenance.inventory import Inventory, Lying
+from fedprune_server.maintenance.inventory import FoundFiles, Inventory
 from fedprune_server.storage.s3.bucket import BLOBS, MODEL, OWNER, digest_of
 from fedprune_server.storage.s3.store import BucketStore
 
@@ -21,7 +21,7 @@ _FROM_FOLDER = "`--repair` looks for it in the state folder and, with `--from BA
 _REPAIR = "`--repair` sees to it."
 
 
-def check_folder(there: Lying, needs: Inventory, advance: Advance) -> Iterator[Finding]:
+def check_folder(there: FoundFiles, needs: Inventory, advance: Advance) -> Iterator[Finding]:
     """Check the blobs of a folder; `advance` is told the bytes that were read."""
     yield from _missing(there.blobs, needs, "", _FROM_BACKUP)
     for digest, path in there.blobs.items():
@@ -54,7 +54,7 @@ def check_file(
             yield Finding(Severity.NOTE, what, "", Repair.DELETE, (table,), digest)
 
 
-def left_over_files(there: Lying, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
+def left_over_files(there: FoundFiles, needs: Inventory, *, running: bool, cache: bool) -> Iterator[Finding]:
     """Files of a folder that the job doesn't need; a cache may hold any blob of its bucket."""
     if not running:
         orphans = [] if needs.archive or cache else sorted(there.blobs.keys() - needs.needed)
@@ -78,7 +78,7 @@ def left_over_files(there: Lying, needs: Inventory, *, running: bool, cache: boo
 
 
 def check_bucket(
-    store: BucketStore, there: Lying, needs: Inventory, advance: Advance, *, running: bool
+    store: BucketStore, there: FoundFiles, needs: Inventory, advance: Advance, *, running: bool
 ) -> Iterator[Finding]:
     """Check the blobs of a bucket, and the folder that has copies of some of them."""
     url = store.bucket.url

@@ -55,7 +55,7 @@ def inventory(storage: Storage) -> Inventory:
 
 
 @dataclass(frozen=True)
-class Lying:
+class FoundFiles:
     """Files of a folder of blobs.
 
     Attributes:
@@ -73,7 +73,7 @@ class Lying:
     strange: tuple[Path, ...]
 
 
-def lying(root: Path) -> Lying:
+def find_files(root: Path) -> FoundFiles:
     """The files of a folder of blobs; nothing is changed, nor made where it is missing."""
     blobs, tables = dict[str, Path](), dict[str, Path]()
     partial, temporary, strange = list[Path](), list[Path](), list[Path]()
@@ -87,7 +87,7 @@ def lying(root: Path) -> Lying:
             temporary.append(path)
         else:
             strange.append(path)
-    return Lying(blobs, tables, tuple(partial), tuple(temporary), tuple(strange))
+    return FoundFiles(blobs, tables, tuple(partial), tuple(temporary), tuple(strange))
 
 
 def _files(root: Path) -> Iterator[Path]:

@@ -1,6 +1,6 @@
 """The check of a state folder: whether all that its job needs is there, whole, and consistent.
 
-Nothing is written. While a server runs on the folder, only what is still so at the end is held against it.
+Nothing is written. While a server runs on the folder, a finding counts only if it is still true at the end.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedprune_server.maintenance.blob_checks import (
 )
 from fedprune_server.maintenance.finding import Finding, Repair, Severity
 from fedprune_server.maintenance.identity_check import check_identity
-from fedprune_server.maintenance.inventory import Inventory, inventory, lying
+from fedprune_server.maintenance.inventory import Inventory, find_files, inventory
 from fedprune_server.maintenance.replay import replayed_events
 from fedprune_server.ota.store import FOLDER as RELEASES
 from fedprune_server.ota.store import RolloutStore
@@ -43,8 +43,8 @@ def size_of(folder: Path) -> int:
     store = bucket_of(folder, settings)
     if store is not None:
         objects = sum(size for keys in store.objects().values() for size in keys.values())
-        return objects + sum(size_of_file(p) for p in lying(folder / RELEASES).blobs.values())
-    return sum(size_of_file(p) for root in (folder / BLOBS, folder / RELEASES) for p in lying(root).blobs.values())
+        return objects + sum(size_of_file(p) for p in find_files(folder / RELEASES).blobs.values())
+    return sum(size_of_file(p) for root in (folder / BLOBS, folder / RELEASES) for p in find_files(root).blobs.values())
 
 
 def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]:
@@ -56,14 +56,14 @@ def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]
         running: Whether a server runs on it.
 
     Raises:
-        StorageError: There is no database, it is damaged, or it can't be read: then nothing else can be said.
+        StorageError: There is no database, it is damaged, or it can't be read, so that nothing else can be checked.
     """
     with Storage.existing(folder) as storage:
         _whole(storage)
         needs = inventory(storage)
         yield from _rows(storage, needs)
         yield from _model(folder, needs)
-        there = lying(folder / BLOBS)
+        there = find_files(folder / BLOBS)
         store = bucket_of(folder, needs.settings)
         if store is not None:
             wrong = list(check_bucket(store, there, needs, advance, running=running))
@@ -126,7 +126,7 @@ def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
     except StorageError as error:
         yield Finding(Severity.WRONG, error.what, "Restore a backup; boards that have a rollout's release keep it.")
     if (folder / RELEASES).is_dir():
-        there = lying(folder / RELEASES)
+        there = find_files(folder / RELEASES)
         for digest, path in there.blobs.items():
             for found in check_file(digest, path, there.tables.get(digest), advance, needed=True):
                 advice = found.advice if found.repair is Repair.DELETE else "Stop the rollout and begin it again."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fedprune_flash.ssh.installation import BoardOutcome, print_outcomes, table
 from fedprune_flash.ssh.inventory import BoardRow
-from fedprune_flash.ssh.rollout import BoardOutcome, print_outcomes, table
 
 REASON = "the board has Python 3.9: expected 3.10 to 3.13, got 3.9"
 REMEDY = "Install a newer Raspberry Pi OS and run it again."

@@ -22,7 +22,7 @@ class TrackedEntry:
     _roll: TrackedDict[Any] | None
 
     @property
-    def kind(self) -> Hashable:
+    def counted_as(self) -> Hashable:
         """What the roll counts it under."""
         return None
 
@@ -90,7 +90,7 @@ class TrackedDict(dict[str, E], Generic[E]):
         if name in self._kinds:
             self.counts[self._kinds.pop(name)] -= 1
         if name in self:
-            kind = self._kinds[name] = self[name].kind
+            kind = self._kinds[name] = self[name].counted_as
             self.counts[kind] += 1
 
     def __setitem__(self, name: str, entry: E) -> None:

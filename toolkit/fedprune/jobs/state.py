@@ -100,7 +100,7 @@ class Device(TrackedEntry):
         return cls(**{**body, "widths": tuple(body["widths"])})
 
     @property
-    def kind(self) -> bool:
+    def counted_as(self) -> bool:
         """Whether it could take part in a round now."""
         return self.online and not self.excluded
 
@@ -178,7 +178,7 @@ class Task(TrackedEntry):
         return cls(**{**body, "widths": tuple(body["widths"]), "progress": Progress(body["progress"])})
 
     @property
-    def kind(self) -> Progress:
+    def counted_as(self) -> Progress:
         return self.progress
 
     def references(self) -> set[str]:

@@ -26,9 +26,9 @@ import numpy.typing as npt
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import Architecture, Axis, TensorKind
 from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.optimal_transport.axis_blocks import Block, blocks, carried, channel_rows
 from fedprune.strategies.optimal_transport.coupling import SCRATCH, Coupling
 from fedprune.strategies.optimal_transport.layer_order import Step, after_sums, steps
-from fedprune.strategies.optimal_transport.layouts import Block, blocks, carried, channel_rows
 from fedprune.strategies.optimal_transport.solver import exact_plan
 
 Floats = npt.NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""Where a group's channels lie on an axis, in a whole model and in a submodel: what lets a coupling carry the axis."""
+"""The blocks of an axis that belong to one channel group, in a model and in a submodel; a coupling transports them."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Floats = npt.NDArray[np.float32]
 
 
 class Block(NamedTuple):
-    """A stretch of an axis.
+    """A part of an axis that belongs to one group.
 
     Attributes:
         group: The channel group, or FIXED.
         inner: Indices per channel.
-        start: Where it begins.
-        stop: Where it ends, if it is a run.
-        at: Its indices, channel by channel, where it is no run.
+        start: Its first index.
+        stop: The index after its last one, if it is contiguous.
+        at: Its indices, channel by channel, if it isn't contiguous.
     """
 
     group: int

@@ -43,7 +43,7 @@ _SPARE = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class RolloutOrder:
+class InstallationOrder:
     """What is to be done with every board.
 
     Each board gets the kit of its kind. `remove` undoes an installation, `purge` deletes the board's state, too; `dry`
@@ -96,11 +96,11 @@ class _Content(NamedTuple):
         return cls(data, hashlib.sha256(data).hexdigest(), len(data))
 
 
-class SshRollout:
+class SshInstallation:
     """Carries an order out on many boards, `jobs` at once; `again` includes boards that are done."""
 
     def __init__(
-        self, order: RolloutOrder, claims: Claims, journal: Journal, *, jobs: int, again: bool = False
+        self, order: InstallationOrder, claims: Claims, journal: Journal, *, jobs: int, again: bool = False
     ) -> None:
         self._order, self._claims, self._journal = order, claims, journal
         self._jobs, self._again = jobs, again
@@ -160,7 +160,7 @@ class _Visit:
 
     row: BoardRow
     link: BoardLink
-    order: RolloutOrder
+    order: InstallationOrder
     claims: Claims
     journal: Journal
     report: ProgressReport
