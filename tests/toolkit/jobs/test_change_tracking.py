@@ -20,7 +20,7 @@ class Thing(TrackedEntry):
     size: int = 0
 
     @property
-    def kind(self) -> str:
+    def counted_as(self) -> str:
         return self.colour
 
 
