@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -32,43 +32,6 @@ from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
 from fedprune.runtime.session import Session
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
-
-
-class Measured(Protocol):
-    """A measurement that can be written down."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain JSON types."""
-
-
-_Measured = TypeVar("_Measured", bound=Measured)
-
-
-def remembered(
-    path: Path,
-    about: str,
-    asset: bytes,
-    key: str,
-    read: Callable[[Any], _Measured],
-    make: Callable[[], _Measured],
-) -> _Measured:
-    """The measurement of an earlier start, valid while `about` (board, versions, threads) and the graphs stay the same.
-
-    Nothing is kept where `path`'s folder doesn't exist yet. `read` parses it, and raises `ProfileError` if it is
-    damaged.
-    """
-    depends = f"{about} {hashlib.sha256(asset).hexdigest()}"
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-        if body["about"] == depends:
-            return read(body[key])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
-        pass  # there is none, or it is damaged: it can be measured again
-    found = make()
-    with contextlib.suppress(StorageError):
-        write_whole(path, json.dumps({"about": depends, key: found.to_dict()}).encode())
-    return found
-
 
 ARCHIVE = "probe_layers.tar.gz"  # the asset: `index.json` and a folder per net
 
@@ -140,7 +103,21 @@ def measure_table(
 
 
 def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -> LatencyTable:
-    return remembered(path, about, _archive(), "latency", LatencyTable.from_dict, make)
+    """The table of an earlier start, valid while `about` (board, versions, threads) and the nets stay the same.
+
+    Nothing is kept if `path`'s folder doesn't exist yet.
+    """
+    depends = f"{about} {hashlib.sha256(_archive()).hexdigest()}"
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if body["about"] == depends:
+            return LatencyTable.from_dict(body["latency"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, ProfileError):
+        pass  # there is none, or it is damaged: it can be measured again
+    found = make()
+    with contextlib.suppress(StorageError):
+        write_whole(path, json.dumps({"about": depends, "latency": found.to_dict()}).encode())
+    return found
 
 
 def _archive() -> bytes:
