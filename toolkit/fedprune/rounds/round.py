@@ -53,8 +53,6 @@ class Round:
         self._strategy = strategy
         self._limits = limits
         self._fold: Fold | None = None
-        self._reading = ""
-        self._read = False
 
     @property
     def fold(self) -> Fold:
@@ -165,38 +163,37 @@ class Round:
             return RoundResult()
         strategy, rejected = self._strategy, dict[str, str]()
 
-        def reports() -> Iterator[Report]:
+        def reports(current: _Current) -> Iterator[Report]:
             for update in limited.updates:
                 if update.device not in rejected:
-                    self._reading, self._read = update.device, False
+                    current.device, current.read = update.device, False
                     report = update.report()
-                    self._read = True
+                    current.read = True
                     yield report
-            self._reading = ""
+            current.device = ""
 
-        with self._blaming():
-            closing = strategy.close(self.fold, scene, rate, lambda: ((r, self.lifted(r)) for r in reports()))
+        with self._blaming() as folded:
+            closing = strategy.close(self.fold, scene, rate, lambda: ((r, self.lifted(r)) for r in reports(folded)))
         rejected |= closing.rejected
-        with self._blaming():  # after the rejections, so that a scorer learns only from what counts
-            learnt = strategy.learn(scene, self.fold, reports)
+        with self._blaming() as observed:  # after the rejections, so that a scorer learns only from what counts
+            learnt = strategy.learn(scene, self.fold, lambda: reports(observed))
         if scene.round <= strategy.explores and not strategy.explorers_count:
             return RoundResult(None, {**limited.memories, **learnt}, limited.updates, rejected)
         memories = {**limited.memories, **closing.memories, **learnt}
         return RoundResult(closing.model, memories, limited.updates, rejected)
 
     @contextmanager
-    def _blaming(self) -> Iterator[None]:
-        """Attribute an error to the device whose update is being read."""
-        self._reading = ""
+    def _blaming(self) -> Iterator[_Current]:
+        """Attribute an error to the device whose update the strategy has at that moment."""
+        current = _Current()
         try:
-            yield
+            yield current
         except Exception as error:
-            device = self._reading
-            if not device:
+            if not current.device:
                 raise
-            reason = self._reason(device, error)
+            reason = self._reason(current.device, error)
             self.reset()
-            raise _AtFaultError(device, reason, read=self._read) from error
+            raise _AtFaultError(current.device, reason, read=current.read) from error
 
     def _reason(self, device: str, error: Exception) -> str:
         """Why an update can't count; errors of this machine are raised again.
@@ -212,6 +209,14 @@ class Round:
         if isinstance(error, StrategyError):
             return one_line(str(error))
         return one_line(f"update can't be read ({type(error).__name__}: {error})")
+
+
+@dataclass
+class _Current:
+    """The update that a strategy is reading: its device, empty for none, and whether it could be read."""
+
+    device: str = ""
+    read: bool = False
 
 
 class _AtFaultError(Exception):
