@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.coordination import State
@@ -29,37 +30,40 @@ _UNHEARD_OFFER_S = 30.0
 DeviceCommand = do.SendOffer | do.PullUpdate | do.Acknowledge | do.Cancel | do.TellFinished
 
 
+@dataclass(frozen=True)
+class DeviceTraffic:
+    """What passes between a job and its devices: messages out, updates in, and what is known of each device.
+
+    Attributes:
+        state: The coordinator's; read, never changed.
+        uploads: Updates that are being received.
+        monotonic: Monotonic clock, seconds.
+    """
+
+    job: Job
+    state: State
+    registry: DeviceRegistry
+    uploads: Uploads
+    outbox: Outbox
+    monotonic: Callable[[], float] = time.monotonic
+
+
 class CommandDispatcher:
     """Carries out a coordinator's commands that concern a device; what happens at once is returned as events.
 
     Args:
-        job: The job.
-        state: The coordinator's state; read, never changed.
-        registry: The devices.
-        uploads: Updates that are being received.
-        outbox: Sends messages to devices.
+        traffic: The job's traffic with its devices.
         shipping: Copies updates to where they are kept.
         blobs_at: URL under which boards find blobs over HTTP; None for none.
-        monotonic: Monotonic clock, seconds.
 
     Attributes:
         revoked: Devices that are no longer members and have not announced themselves since.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        state: State,
-        registry: DeviceRegistry,
-        uploads: Uploads,
-        outbox: Outbox,
-        shipping: BucketSync,
-        blobs_at: str | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._job, self._state, self._registry = job, state, registry
-        self._uploads, self._outbox, self._shipping = uploads, outbox, shipping
-        self._blobs_at, self._monotonic = blobs_at, monotonic
+    def __init__(self, traffic: DeviceTraffic, shipping: BucketSync, blobs_at: str | None = None) -> None:
+        self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
+        self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
+        self._shipping, self._blobs_at = shipping, blobs_at
         self.revoked: set[str] = set()
 
     def run(self, command: DeviceCommand) -> list[on.Event]:

@@ -32,7 +32,7 @@ from fedprune.wire.messages import Birth, Finished
 from fedprune.wire.transfer import BlobSender
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.registry import DeviceRegistry
-from fedprune_server.engine.command_dispatcher import CommandDispatcher
+from fedprune_server.engine.command_dispatcher import CommandDispatcher, DeviceTraffic
 from fedprune_server.engine.journal import Journal
 from fedprune_server.engine.message_handler import Envelope, MessageHandler
 from fedprune_server.engine.steady_clock import SteadyClock
@@ -170,28 +170,9 @@ class JobRunner:
             if services.rollouts is None
             else RolloutCoordinator(services.rollouts, self.outbox.send, services.members, site.clock, site.monotonic)
         )
-        self._messages = MessageHandler(
-            job.job,
-            job.state,
-            self.registry,
-            self._uploads,
-            self.outbox,
-            site.quarantine,
-            profiles,
-            self._rollouts,
-            services.logs,
-            site.monotonic,
-        )
-        self._dispatcher = CommandDispatcher(
-            job.job,
-            job.state,
-            self.registry,
-            self._uploads,
-            self.outbox,
-            self._shipping,
-            services.blobs.url,
-            site.monotonic,
-        )
+        traffic = DeviceTraffic(job.job, job.state, self.registry, self._uploads, self.outbox, site.monotonic)
+        self._messages = MessageHandler(traffic, site.quarantine, profiles, self._rollouts, services.logs)
+        self._dispatcher = CommandDispatcher(traffic, self._shipping, services.blobs.url)
         self._journal = Journal(
             job.state, job.storage, Garbage(job.store, job.keep), self.registry, self._dispatcher, site.monotonic
         )

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedprune.coordination import State
 from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import news, share_of
 from fedprune.core.errors import ProfileError, ProtocolError
 from fedprune.core.metrics import believable, served
 from fedprune.core.text import one_line
-from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress as Part
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME
@@ -36,10 +33,8 @@ from fedprune.wire.messages import (
 )
 from fedprune_server.devices.board_logs import BoardLogs
 from fedprune_server.devices.quarantine import Quarantine
-from fedprune_server.devices.registry import DeviceRegistry
-from fedprune_server.messaging.outbox import Outbox
+from fedprune_server.engine.command_dispatcher import DeviceTraffic
 from fedprune_server.ota.coordinator import RolloutCoordinator
-from fedprune_server.transfer.uploads import Uploads
 
 log = logging.getLogger("fedprune.server")
 
@@ -87,35 +82,24 @@ class MessageHandler:
     Blob requests and chunks need no decision of the coordinator; they are handled here.
 
     Args:
-        job: The job.
-        state: The coordinator's state; read, never changed.
-        registry: The devices.
-        uploads: Updates that are being received.
-        outbox: Sends messages to devices.
+        traffic: The job's traffic with its devices.
         quarantine: Counts what devices send that can't be used.
         profiles: Folders of hardware profiles in addition to the shipped ones.
         rollouts: Runs rollouts of releases, if this job's runner does.
         logs: Stores boards' logs; None to ask for none.
-        monotonic: Monotonic clock, seconds.
     """
 
     def __init__(
         self,
-        job: Job,
-        state: State,
-        registry: DeviceRegistry,
-        uploads: Uploads,
-        outbox: Outbox,
+        traffic: DeviceTraffic,
         quarantine: Quarantine,
         profiles: Sequence[Path] = (),
         rollouts: RolloutCoordinator | None = None,
         logs: BoardLogs | None = None,
-        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._job, self._state, self._registry = job, state, registry
-        self._uploads, self._outbox, self._quarantine = uploads, outbox, quarantine
-        self._profiles = tuple(profiles)
-        self._rollouts, self._logs, self._monotonic = rollouts, logs, monotonic
+        self._job, self._state, self._registry = traffic.job, traffic.state, traffic.registry
+        self._uploads, self._outbox, self._monotonic = traffic.uploads, traffic.outbox, traffic.monotonic
+        self._quarantine, self._profiles, self._rollouts, self._logs = quarantine, tuple(profiles), rollouts, logs
         self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
 
     def receive(self, envelope: Envelope) -> on.Event | None:
