@@ -38,7 +38,7 @@ from fedprune_server.executor.distributed import helped
 from fedprune_server.maintenance.backup_manifest import restored_from
 from fedprune_server.messaging.broker.revocations import delivering
 from fedprune_server.messaging.connection import Connection, connection, identity_of
-from fedprune_server.messaging.leadership import Candidate, Leadership, leadership
+from fedprune_server.messaging.leadership import Candidate, Leadership, ServerInstance, leadership
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.display import Lines, make_display
@@ -437,18 +437,8 @@ def _leader(
 ) -> Leadership | None:
     if identity is None:
         return None
-    embedded = reached.broker is not None
-    return stack.enter_context(
-        leadership(
-            reached.url,
-            identity,
-            config.state,
-            config.ca,
-            folder.lease.shared,
-            stopping=stopping,
-            embedded=embedded,
-        )
-    )
+    server = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
+    return stack.enter_context(leadership(reached.url, identity, config.ca, server, stopping))
 
 
 @contextmanager

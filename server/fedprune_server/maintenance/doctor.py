@@ -34,7 +34,7 @@ from fedprune_server.maintenance.finding import Finding, note, of_alert, wrong
 from fedprune_server.maintenance.identity_check import check_identity, revoked
 from fedprune_server.maintenance.job_checks import Case, findings
 from fedprune_server.messaging.broker.revocations import NOTE, delivered
-from fedprune_server.messaging.leadership import described, leadership
+from fedprune_server.messaging.leadership import ServerInstance, described, leadership
 from fedprune_server.monitoring.alerts import SHOWN, Snapshot, at, command, day, evaluate
 from fedprune_server.monitoring.monitor import read_open
 from fedprune_server.monitoring.site_facts import site_facts
@@ -318,7 +318,7 @@ def other_servers(site: Site) -> Iterator[Finding]:
         return
     with (
         IdentityFolder(folder, read_only=True) as identity,
-        leadership(site.broker, identity, folder, site.ca, looks_only=True) as asking,
+        leadership(site.broker, identity, site.ca, ServerInstance(folder, looks_only=True)) as asking,
     ):
         found = asking.others()
     place = socket.gethostname(), str(folder.resolve())

@@ -73,6 +73,23 @@ class Candidate:
     leads: bool = False
 
 
+@dataclass(frozen=True)
+class ServerInstance:
+    """A server as others of its identity learn of it.
+
+    Attributes:
+        folder: Its state folder.
+        lease: Id of the shared database whose lease it holds; None for a database of its own.
+        embedded: Whether the broker ends with it.
+        looks_only: Whether it will never serve, as `doctor`.
+    """
+
+    folder: Path
+    lease: str | None = None
+    embedded: bool = False
+    looks_only: bool = False
+
+
 class _Wire(Protocol):
     def subscribe(self, topics: list[str]) -> None: ...
     def start(self, timeout: float = ..., *, patient: bool = ...) -> None: ...
@@ -93,13 +110,8 @@ class Leadership:
 
     Args:
         link: Its connection, not started.
-        site: The site.
         key: The server's signing key.
-        folder: The state folder.
-        lease: Id of the shared database whose lease the server holds; None for a database of its own.
         stopping: Set once another server has taken the site over.
-        embedded: Whether the broker ends with this process.
-        looks_only: Whether it will never serve, as `doctor`.
         clock: Monotonic clock.
     """
 
@@ -108,22 +120,19 @@ class Leadership:
         link: _Wire,
         site: str,
         key: SigningKey,
-        folder: Path,
-        lease: str | None = None,
-        *,
+        server: ServerInstance,
         stopping: threading.Event | None = None,
-        embedded: bool = False,
-        looks_only: bool = False,
+        *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stopping = stopping or threading.Event()
         self._link, self._topic, self._key, self._clock = link, Topics(site).servers(), key, clock
         self._instance = secrets.token_hex(16)
-        self._host, self._folder, self._lease = socket.gethostname()[:256], str(folder.resolve())[:4096], lease
+        self._host, self._folder = socket.gethostname()[:256], str(server.folder.resolve())[:4096]
+        self._lease, self._embedded, self._looks_only = server.lease, server.embedded, server.looks_only
         self._lock = threading.Lock()
         self._nonces: deque[str] = deque(maxlen=_NONCES)
         self._others: dict[str, ServerPresence] = {}
-        self._embedded, self._looks_only = embedded, looks_only
         self._replaced: frozenset[str] = frozenset()
         self._candidates: dict[tuple[str, str], Candidate] = {}
         self._successor: ServerPresence | None = None
@@ -317,38 +326,24 @@ def described(server: ServerPresence) -> str:
 def leadership(
     url: str,
     identity: IdentityFolder,
-    folder: Path,
     ca: Path | None,
-    lease: str | None = None,
-    *,
+    server: ServerInstance,
     stopping: threading.Event | None = None,
-    embedded: bool = False,
-    looks_only: bool = False,
 ) -> Iterator[Leadership]:
     """A server's leadership over a connection of its own, which ends with the context.
 
     Args:
         url: The broker.
         identity: The server's.
-        folder: Its state folder.
         ca: Who vouches for the broker; the server's own authority by default.
-        lease, stopping, embedded, looks_only: As in `Leadership`.
+        server, stopping: As in `Leadership`.
 
     Raises:
         IdentityError: The identity's or the authorities' files can't be used.
     """
     inbox = Inbox[Event](_INBOX_BYTES)
     link = Link(url, f"fedprune-{secrets.token_hex(12)}", tls=lambda: identity.context(ca), inbox=inbox)
-    made = Leadership(
-        link,
-        identity.site,
-        identity.key,
-        folder,
-        lease,
-        stopping=stopping,
-        embedded=embedded,
-        looks_only=looks_only,
-    )
+    made = Leadership(link, identity.site, identity.key, server, stopping)
     try:
         yield made
     finally:

@@ -18,7 +18,7 @@ from fedprune.wire.messages import parse
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
 from fedprune_server.messaging import leadership
-from fedprune_server.messaging.leadership import SETTLED_S, Leadership, OtherServerError
+from fedprune_server.messaging.leadership import SETTLED_S, Leadership, OtherServerError, ServerInstance
 
 TOPIC = Topics("lab").servers()
 KEY = SigningKey.make()
@@ -84,10 +84,10 @@ class Lab:
         self.made: list[Leadership] = []
 
     def server(
-        self, name: str, *, key: SigningKey = KEY, lease: str | None = None, **more: Any
+        self, name: str, *, key: SigningKey = KEY, stopping: threading.Event | None = None, **more: Any
     ) -> tuple[Leadership, End, EpochFile]:
         end = End(self.hub)
-        made = Leadership(end, "lab", key, self.folder / name, lease, clock=lambda: self.now, **more)
+        made = Leadership(end, "lab", key, ServerInstance(self.folder / name, **more), stopping, clock=lambda: self.now)
         self.made.append(made)
         return made, end, EpochFile(self.folder / name, lambda: float(len(self.made)))
 
