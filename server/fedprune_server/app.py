@@ -93,7 +93,6 @@ class App:
     """A server that is ready to run.
 
     Attributes:
-        server: The server.
         folders: The state folders of its jobs.
         leader: Its claim to be the one that serves its site; None without an identity.
         connection: Its connection.
@@ -331,11 +330,8 @@ def monitoring(
     alerts: AlertBook,
     others: Callable[[], Sequence[Candidate]] = tuple,
 ) -> Iterator[None]:
-    """Alerts of a server: logged, notified, and kept in a book for console and metrics.
-
-    Raises:
-        ConfigError: A secret's file of [alerts] can't be used.
-    """
+    """Alerts of a server: logged, notified, and kept in a book for console and metrics. Raises `ConfigError` if a
+    secret's file of [alerts] can't be used."""
     runners = list(server.runners.values())
     views = [(runner.view, folder) for runner, folder in zip(runners, folders, strict=True)]
     here = server.count_connected if len(runners) > 1 else None
@@ -445,11 +441,8 @@ def _leader(
 def upload_workers(
     config: ServerConfig, reached: Connection, identity: IdentityFolder | None, store: BlobStore, *, jobs: int
 ) -> Iterator[UploadWorkers | None]:
-    """The processes that receive updates; None where the server does it itself.
-
-    Raises:
-        ConfigError: There are several jobs.
-    """
+    """The processes that receive updates; None where the server does it itself. Raises `ConfigError` if there are
+    several jobs."""
     if not config.receivers:
         yield None
         return

@@ -45,8 +45,6 @@ class DeviceRegistry:
     """A job's devices, in addition to the coordinator's state.
 
     Args:
-        job: The job.
-        architecture: The global model's.
         state: The coordinator's state; read, never changed.
         traffic: Payload bytes to and from each device before this start of the server.
         limit: How many devices there may ever be; names cost a stranger nothing, but memory and disk here.

@@ -37,7 +37,6 @@ class DeviceTraffic:
     Attributes:
         state: The coordinator's; read, never changed.
         uploads: Updates that are being received.
-        monotonic: Monotonic clock, seconds.
     """
 
     job: Job
@@ -52,7 +51,6 @@ class CommandDispatcher:
     """Carries out a coordinator's commands that concern a device; what happens at once is returned as events.
 
     Args:
-        traffic: The job's traffic with its devices.
         shipping: Copies updates to where they are kept.
         blobs_at: URL under which boards find blobs over HTTP; None for none.
 
@@ -67,11 +65,7 @@ class CommandDispatcher:
         self.revoked: set[str] = set()
 
     def run(self, command: DeviceCommand) -> list[on.Event]:
-        """Carry out a command.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Carry out a command. Raises `StorageError` if the disk fails."""
         job, device = self._job.name, command.device
         match command:
             case do.SendOffer():

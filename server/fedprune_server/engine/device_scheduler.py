@@ -13,7 +13,6 @@ class SoleJob:
     """Assigns all devices to the only job of a server, at once.
 
     Args:
-        runner: The job's runner.
         connected: The devices that are connected, with their births.
     """
 
@@ -40,7 +39,6 @@ class DeviceScheduler:
     """Shares devices out among several jobs: takes back those that have done their part, and assigns free ones.
 
     Args:
-        runners: The runners of the jobs by name.
         connected: The devices that are connected, with their births.
 
     Attributes:

@@ -70,12 +70,7 @@ class RunnableJob:
     """A job with everything that running it needs.
 
     Attributes:
-        job: Its settings.
-        architecture: The global model's.
         state: The coordinator's state from which it continues.
-        storage: Where events and states are saved.
-        store: The job's blobs.
-        worker: Carries out heavy commands.
         frozen: Tensors that the model's author froze.
         keep: How many of the latest global models stay on the disk; None for all.
         pulls: From how many devices updates are pulled at a time.
@@ -104,7 +99,6 @@ class DeviceServices:
         rollouts: Releases for boards, if this server distributes any.
         members: Names of the fleet's members, where not every device may take part; others leave a rollout.
         logs: Stores boards' logs and crash reports; None to ask for none.
-        blobs: Blobs over HTTP.
         uploads: Receives updates, if upload workers do.
     """
 
@@ -122,9 +116,6 @@ class JobRunner:
     """Runs a job on the devices that the server assigns to it.
 
     Args:
-        job: The job.
-        site: The server's connection.
-        services: What this runner provides in addition to the job.
         profiles: Folders of hardware profiles in addition to the shipped ones.
         max_devices: How many devices may ever take part.
         observers: Observers of the job; None for lines in the log. More may join before the start.
@@ -252,11 +243,8 @@ class JobRunner:
                 self._handle(event)
 
     def end_turn(self) -> None:
-        """Save what the turn's messages led to, and only then act on it.
-
-        Raises:
-            FedpruneError: A heavy command failed for another reason than a device's update, or the disk fails.
-        """
+        """Save what the turn's messages led to, and only then act on it. Raises `FedpruneError` if a heavy command
+        failed for another reason than a device's update, or the disk fails."""
         with self._log_context():
             self._messages.gather()
             self._collect_uploads()
@@ -306,7 +294,6 @@ class JobRunner:
 
         Args:
             birth: The device's message.
-            size: Bytes of the message.
             connected: Whether the device was connected before.
 
         Raises:
@@ -321,9 +308,6 @@ class JobRunner:
 
     def assign(self, births: Iterable[Birth]) -> set[str]:
         """Assign devices to the job, all at once; the coordinator decides which of them get work.
-
-        Args:
-            births: The devices' births.
 
         Returns:
             Names of the devices that can take part.

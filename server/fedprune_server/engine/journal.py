@@ -18,12 +18,8 @@ class Journal:
     """Keeps a job's events and state.
 
     Args:
-        state: The coordinator's state.
-        storage: Where they are saved.
-        garbage: Deletes blobs.
         registry: The devices, whose traffic is saved, too.
         dispatcher: Knows which updates are being received.
-        monotonic: Monotonic clock, seconds.
     """
 
     def __init__(
@@ -51,7 +47,6 @@ class Journal:
         """Save events and what has changed with them.
 
         Args:
-            events: What the coordinator was told.
             now: Seconds since 1970.
 
         Returns:

@@ -47,10 +47,8 @@ class Envelope:
     """A decoded message, with the device that sent it.
 
     Attributes:
-        device: The device.
         job: The job that the topic names.
         body: The message, or a chunk of an update.
-        size: Bytes of the payload.
     """
 
     device: str
@@ -60,11 +58,7 @@ class Envelope:
 
     @classmethod
     def decode(cls, device: str, job: str, channel: str, payload: bytes) -> Envelope:
-        """Decode a payload.
-
-        Raises:
-            ProtocolError: It is malformed, or names another device than its topic.
-        """
+        """Decode a payload. Raises `ProtocolError` if it is malformed, or names another device than its topic."""
         if channel == "up/blob":
             return cls(device, job, Chunk.parse(payload), len(payload))
         if channel != "up":
@@ -82,7 +76,6 @@ class MessageHandler:
     Blob requests and chunks need no decision of the coordinator; they are handled here.
 
     Args:
-        traffic: The job's traffic with its devices.
         quarantine: Counts what devices send that can't be used.
         profiles: Folders of hardware profiles in addition to the shipped ones.
         rollouts: Runs rollouts of releases, if this job's runner does.
@@ -138,11 +131,8 @@ class MessageHandler:
         return None
 
     def gather(self) -> None:
-        """Take in what upload workers report, and charge devices for what those received.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Take in what upload workers report, and charge devices for what those received. Raises `StorageError` if the
+        disk fails."""
         self._outbox.ask(self._uploads.collect(self._monotonic()))
         for device, size in self._uploads.taken():
             self._registry.received(device, size)
@@ -283,11 +273,8 @@ def _advice(error: ProfileError) -> str:
 
 
 def _plain_name(profile: str) -> str:
-    """The name of a profile; a device's word must not become a path on this machine.
-
-    Raises:
-        ProfileError: It is none.
-    """
+    """The name of a profile; a device's word must not become a path on this machine. Raises `ProfileError` if it is
+    none."""
     if not NAME.fullmatch(profile):
         raise ProfileError(
             "name of a device's hardware profile",

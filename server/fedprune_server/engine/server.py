@@ -44,7 +44,6 @@ class Server:
     Args:
         runners: The runners of the jobs, by different names. The first also serves what concerns no job, such as
             releases and logs.
-        site: The connection.
         broker: The embedded broker, if there is one; it is restarted if it dies.
         stopping: Ends the loop when set, from any thread.
 

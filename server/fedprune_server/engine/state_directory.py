@@ -41,10 +41,7 @@ class OpenJob:
     """A job that is ready to run.
 
     Attributes:
-        job: Its settings.
         model: The model that it began with.
-        worker: Carries out its heavy commands.
-        state: Where it stands.
         changed: What differs from the settings with which it ran last, one line each.
         settings: What the next start will continue with.
         source: The model's file, where the folder doesn't have it yet.
@@ -176,11 +173,7 @@ class StateFolder:
         return OpenJob(config.job, model, worker, state, _changes(known, settings), settings, source)
 
     def keep(self, opened: OpenJob) -> None:
-        """Remember a job and its settings, for the next start.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """Remember a job and its settings, for the next start. Raises `StorageError` if the disk fails or is full."""
         if opened.source is not None:
             self.store.write_file(self.path / MODEL, opened.source)
         keep_place(self.path, self.database_url)
@@ -295,7 +288,6 @@ def stored_tables(folder: Path, chosen: Mapping[str, Any]) -> dict[str, Any] | N
     """The tables of what a state folder's last start ran with; None if there was none.
 
     Args:
-        folder: The state folder.
         chosen: Settings of the table [server] that take precedence. The authority of another broker is left out.
 
     Raises:
@@ -333,11 +325,8 @@ def global_model(folder: Path, digest: str | None = None) -> tuple[Model, bytes]
 
 
 def model_after(folder: Path, round_: int) -> str:
-    """Digest of the global model after a round.
-
-    Raises:
-        StorageError: There was no such round, its model is no longer kept, or the folder is damaged.
-    """
+    """Digest of the global model after a round. Raises `StorageError` if there was no such round, its model is no
+    longer kept, or the folder is damaged."""
     with Storage.existing(folder) as storage:
         found = {r["round"]: str(r["model"]) for r in storage.rounds()}
         known = storage.settings()

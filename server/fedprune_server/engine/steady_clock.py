@@ -14,7 +14,6 @@ class SteadyClock:
 
     Args:
         wall: The system's clock.
-        monotonic: A monotonic clock.
     """
 
     def __init__(self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:

@@ -68,7 +68,6 @@ class IdentityFolder:
     """A server's identity. Every method raises `StorageError` if the disk fails or is full.
 
     Args:
-        state: The server's state folder.
         clock: Seconds since 1970.
         read_only: Only look: nothing is made, mended or issued, and a disk that can't be written to will do.
 

@@ -65,7 +65,6 @@ class Device:
     """A key that asked to be a device, and what became of it.
 
     Attributes:
-        device: The name.
         key: Its verifying key, as hex.
         status: `waiting`, `approved` or `revoked`.
         asked: When it asked first, in seconds since 1970.

@@ -83,7 +83,6 @@ class AuthenticatedLink(Relay):
 
     Args:
         link: The connection, subscribed to the server's topics.
-        identity: The server's identity.
         clock: Monotonic clock, seconds.
         joins: A connection subscribed to `EnrollmentService.subscription`, so that a flood of join requests delays no
             member; by default `link` has that subscription, too.
@@ -131,11 +130,8 @@ class AuthenticatedLink(Relay):
         self._opened: deque[tuple[str, Item]] = deque()  # by device, empty for events
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting; False if that isn't possible, or if the addressed device is no member.
-
-        Raises:
-            StorageError: A new epoch can't be stored; nothing was sent.
-        """
+        """Send without waiting; False if that isn't possible, or if the addressed device is no member. Raises
+        `StorageError` if a new epoch can't be stored; nothing was sent."""
         address = self._topics.parse(topic)
         if address.device != EVERYONE and address.device not in self._look():
             return False
@@ -152,11 +148,7 @@ class AuthenticatedLink(Relay):
         return self._link.publish(topic, payload, qos)
 
     def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
-        """The next message or event; None if nothing waits.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """The next message or event; None if nothing waits. Raises `StorageError` if the disk fails or is full."""
         self._look()
         if self._news:
             return self._news.popleft()

@@ -38,13 +38,9 @@ class Connection:
     """A server's connection, not up yet.
 
     Attributes:
-        wire: What the daemon speaks and hears through.
-        link: The connection to the broker below it.
         broker: The embedded broker, if there is one.
-        site: The fleet's.
         joins: A connection of its own for requests to join; None without an identity.
         quarantine: Says whom the wire hears.
-        url: The broker's address.
     """
 
     wire: Wire
@@ -76,7 +72,6 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
     """A connection as a configuration wants it, closed at the end, with its embedded broker.
 
     Args:
-        config: The configuration.
         identity: The server's, which stays open; None to do without, on this machine alone.
 
     Raises:
@@ -117,10 +112,6 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
 @contextmanager
 def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFolder | None]:
     """The server's identity; None if it does without, on this machine alone.
-
-    Args:
-        config: The configuration.
-        insecure: Do without.
 
     Raises:
         ConfigError: It would leave this machine without TLS and identity, or the site doesn't fit.

@@ -59,8 +59,6 @@ class Candidate:
     """Another server of this identity that serves the site, or was started to.
 
     Attributes:
-        host: Name of its machine.
-        folder: Its state folder.
         since: When it was first heard, or began to serve if it has taken over, in seconds since 1970.
         heard_at: When it was last heard.
         leads: Whether it has taken over.
@@ -78,7 +76,6 @@ class ServerInstance:
     """A server as others of its identity learn of it.
 
     Attributes:
-        folder: Its state folder.
         lease: Id of the shared database whose lease it holds; None for a database of its own.
         embedded: Whether the broker ends with it.
         looks_only: Whether it will never serve, as `doctor`.
@@ -333,7 +330,6 @@ def leadership(
     """A server's leadership over a connection of its own, which ends with the context.
 
     Args:
-        url: The broker.
         identity: The server's.
         ca: Who vouches for the broker; the server's own authority by default.
         server, stopping: As in `Leadership`.

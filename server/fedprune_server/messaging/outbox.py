@@ -30,9 +30,6 @@ class Outbox:
     """Sends messages and chunks to a job's devices, and counts the bytes.
 
     Args:
-        site: The server's connection.
-        job: The job's name.
-        registry: Counts the bytes.
         downloads: Cuts blobs into chunks for one device.
         sharing: Cuts blobs into chunks that are published to all devices of the job.
         coming: Whether a blob that isn't here will be in a moment.
@@ -75,11 +72,8 @@ class Outbox:
         return bool(self._downloads) and self._link.unsent < HIGH_WATER
 
     def send(self, device: str, message: FromServer, job: str | None = None) -> None:
-        """Have a message sent at the next `deliver`; when it gets lost, somebody will ask again.
-
-        Raises:
-            ProtocolError: It is longer than a message may be, or than the broker lets through.
-        """
+        """Have a message sent at the next `deliver`; when it gets lost, somebody will ask again. Raises `ProtocolError`
+        if it is longer than a message may be, or than the broker lets through."""
         payload = message.to_bytes()
         if len(payload) > self._most:
             raise ProtocolError(
@@ -138,11 +132,7 @@ class Outbox:
         self._sharing.drop(device)
 
     def send_chunks(self) -> None:
-        """Send a few of the chunks that wait.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """Send a few of the chunks that wait. Raises `StorageError` if the disk fails."""
         self._publish()
         for _ in range(_CHUNKS_PER_TURN):
             item = self._downloads.next() if self.ready else None

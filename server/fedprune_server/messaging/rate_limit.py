@@ -8,12 +8,7 @@ from fedprune_server.messaging.transport import DroppedMessage, Item, Relay, Wir
 
 class RateLimitedLink(Relay):
     """A connection that hears whom a quarantine hears. Signatures are not looked at before: each would cost as much as
-    a dozen messages that are dropped here.
-
-    Args:
-        link: The connection.
-        quarantine: Says who is heard.
-    """
+    a dozen messages that are dropped here."""
 
     def __init__(self, link: Wire, quarantine: Quarantine) -> None:
         super().__init__(link)

@@ -79,11 +79,9 @@ class SiteLink:
 
     Attributes:
         link: The connection, subscribed and not necessarily up yet.
-        topics: The site's topics.
         quarantine: Decides which devices `link` listens to.
         max_packet: Bytes of an MQTT packet that the broker lets through, if it is known to be less than usual.
         clock: The system's clock, seconds since 1970, as devices are told.
-        monotonic: Monotonic clock, seconds.
     """
 
     link: Wire
@@ -95,11 +93,7 @@ class SiteLink:
 
 
 class Relay:
-    """A connection that passes all on to another one; who stands before a connection overrides what it changes.
-
-    Args:
-        link: The connection behind it.
-    """
+    """A connection that passes all on to another one; who stands before a connection overrides what it changes."""
 
     def __init__(self, link: Wire) -> None:
         self._link = link

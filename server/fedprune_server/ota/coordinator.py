@@ -49,8 +49,6 @@ class RolloutCoordinator:
     """Runs the rollout that is under way. Every method raises `StorageError` if the disk fails or is full.
 
     Args:
-        store: Keeps rollouts.
-        send: Sends a message to a board.
         members: The boards of the fleet; None takes every board for a member.
         clock: Seconds since 1970, for the record alone.
         monotonic: Seconds of the monotonic clock, for deadlines.

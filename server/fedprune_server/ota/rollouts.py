@@ -147,7 +147,6 @@ def take_back(
     The last rollout ends if it is under way. Boards that have its release, or are installing it, go back.
 
     Args:
-        state: The server's state folder.
         reason: For the record, and for boards that are installing the release that is left.
         release: The release that must be the last one, so that an order that arrives twice goes back once; None for
             any.

@@ -68,7 +68,6 @@ class RolloutStore:
     or is full.
 
     Args:
-        state: The server's state folder.
         database: The database's URL; None for the folder's.
         fence: Called in each transaction that writes, before anything else; raises if this process may not.
         read_only: Change nothing, and don't wait for those who write.

@@ -20,7 +20,6 @@ class Downloads:
     """Answers to devices' wants, interleaved. Does no network I/O.
 
     Args:
-        serve: Reads blobs.
         max_packet: Bytes of an MQTT packet that the broker lets through.
     """
 
@@ -50,11 +49,8 @@ class Downloads:
         self._running.pop(device, None)
 
     def next(self) -> tuple[str, bytes | BlobNotFound] | None:
-        """The next chunk to send and to whom; `BlobNotFound` for a blob that isn't here.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """The next chunk to send and to whom; `BlobNotFound` for a blob that isn't here. Raises `StorageError` if the
+        disk fails."""
         while True:
             while self._wants and len(self._running) < _TURNS:
                 device = next((n for n in self._wants if n not in self._running), None)

@@ -53,9 +53,7 @@ def web_blobs(config: ServerConfig, identity: IdentityFolder | None, store: Blob
     """What a configuration says of blobs on the web, with a web server that runs until the end if it wants one.
 
     Args:
-        config: The configuration.
         identity: The server's; None to do without, on this machine alone.
-        store: Where blobs lie.
 
     Raises:
         ConfigError: The web server's address can't be listened on, or is open to others without an identity.

@@ -52,9 +52,7 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Listens at once, and answers until `close`.
 
     Args:
-        host: The address to listen on.
         port: The port; 0 for a free one.
-        store: Where blobs lie.
         context: Gives TLS for a new connection, which asks for the board's certificate; None to do without.
         connections: How many there may be at a time.
 
@@ -115,8 +113,6 @@ class BlobServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """A client has so long for what comes next.
 
         Args:
-            client: Its socket.
-            seconds: How long.
             waits: Whether that is a request; else it is being answered, and makes room for nobody.
         """
         with self._lock:
@@ -207,11 +203,7 @@ class _Head:
         self.left = HEAD_BYTES
 
     def readline(self, limit: int = -1) -> bytes:
-        """The next line.
-
-        Raises:
-            ConnectionError: The request is too long.
-        """
+        """The next line. Raises `ConnectionError` if the request is too long."""
         most = self.left + 1
         line = self._stream.readline(most if limit < 0 else min(limit, most))
         self.left -= len(line)

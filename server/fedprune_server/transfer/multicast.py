@@ -46,8 +46,6 @@ class Publication(NamedTuple):
     """A chunk for all who listen.
 
     Attributes:
-        sha256: The blob.
-        chunk: The chunk.
         listeners: Devices that have asked for this blob.
     """
 
@@ -137,7 +135,6 @@ class Multicast:
     """What is published to all. Does no network I/O.
 
     Args:
-        store: Where the blobs are.
         audience: Who pulls what.
         max_packet: Bytes of an MQTT packet that the broker lets through.
     """
@@ -187,11 +184,8 @@ class Multicast:
                     del share.waiting[leaf]
 
     def next(self, now: float) -> Publication | tuple[str, BlobRequest] | None:
-        """The next chunk for all, or what one device is to be answered alone; None if nothing is due.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        """The next chunk for all, or what one device is to be answered alone; None if nothing is due. Raises
+        `StorageError` if the disk fails."""
         for key, share in list(self._shares.items()):
             due = self._due(key[0], share, now)
             if not due:

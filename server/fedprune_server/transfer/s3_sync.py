@@ -23,9 +23,6 @@ class BucketSync:
 
     Without a bucket all of that is done already.
 
-    Args:
-        store: Where the job's blobs lie.
-
     Attributes:
         near: The blobs of the folder; whoever looks here doesn't wait.
     """

@@ -86,11 +86,8 @@ class Uploads:
         self._outcomes: list[Outcome] = []
 
     def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
-        """Fetch an update; asking again for the one under way changes nothing.
-
-        Raises:
-            StorageError: The store fails.
-        """
+        """Fetch an update; asking again for the one under way changes nothing. Raises `StorageError` if the store
+        fails."""
         if not self.fetching(device, round_, attempt, ref):
             self.drop(device)
             self._uploads[device] = _Upload(round_, attempt, ref)
@@ -104,11 +101,8 @@ class Uploads:
         return self._start(now)
 
     def chunk(self, device: str, chunk: Chunk, now: float) -> Wants:
-        """Take in a chunk from a device; one that nobody waits for is ignored.
-
-        Raises:
-            StorageError: The store fails.
-        """
+        """Take in a chunk from a device; one that nobody waits for is ignored. Raises `StorageError` if the store
+        fails."""
         upload = self._uploads.get(device)
         if upload is None or upload.pull is None or chunk.sha256 != upload.ref.sha256:
             return []
@@ -172,10 +166,8 @@ class Uploads:
         """A device announces itself: on a new connection all that was on the way from it is lost, and asked for again.
 
         Args:
-            device: The device.
             session: The number of its connection.
             answer_s: How long answers take, as far as the device knows.
-            now: The time.
             abilities: What it knows of the protocol; here nothing depends on that.
         """
         self._answers.setdefault(device, ResponseTime()).told(answer_s)

@@ -77,9 +77,7 @@ class EmbeddedBroker:
     """An MQTT 3.1.1 broker in a process of its own that ends with this one, even when this one is killed.
 
     Args:
-        host: Address to listen on.
         port: TCP port; 0 finds a free one.
-        tls: To encrypt.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 1883, tls: TlsFiles | None = None) -> None:
@@ -111,11 +109,8 @@ class EmbeddedBroker:
         return self._process is not None and self._process.poll() is None
 
     def start(self, timeout: float = 20.0) -> None:
-        """Start, and wait until it accepts MQTT connections; does nothing if it is running.
-
-        Raises:
-            BrokerError: The port is taken, amqtt is missing, or it doesn't come up in time.
-        """
+        """Start, and wait until it accepts MQTT connections; does nothing if it is running. Raises `BrokerError` if the
+        port is taken, amqtt is missing, or it doesn't come up in time."""
         if self.alive:
             return
         self.stop()

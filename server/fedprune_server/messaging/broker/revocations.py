@@ -44,15 +44,8 @@ class RevocationCommandError(BrokerError):
 
 
 def delivered(folder: Path, crl: Path) -> bool:
-    """Whether the command has succeeded for the present list.
-
-    Args:
-        folder: The state folder.
-        crl: The list.
-
-    Raises:
-        StorageError: One of the two files can't be read.
-    """
+    """Whether the command has succeeded for the present list. Raises `StorageError` if one of the two files can't be
+    read."""
     with storage_errors(f"can't read {folder / NOTE}"):
         note = folder / NOTE
         return note.exists() and note.read_text(errors="replace").strip() == _digest(crl)
@@ -63,8 +56,6 @@ def deliver(command: str, folder: Path, crl: Path) -> None:
 
     Args:
         command: The command's words, quoted as for a shell, which runs none of it.
-        folder: The state folder.
-        crl: The list.
 
     Raises:
         RevocationCommandError: It can't be started, fails, or takes too long.
@@ -92,8 +83,6 @@ def delivering(command: str, folder: Path, crl: Path) -> Iterator[None]:
 
     Args:
         command: As for `deliver`; `off` for none.
-        folder: The state folder.
-        crl: The list.
     """
     if command == OFF:
         yield

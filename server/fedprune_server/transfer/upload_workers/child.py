@@ -60,9 +60,6 @@ class Receiving:
     """What a receiver does with what comes, apart from pipes and network.
 
     Args:
-        uploads: Takes in updates.
-        site: The site.
-        say: Tells the server something.
         clock: Seconds of a clock that nobody sets.
     """
 
@@ -106,10 +103,7 @@ class Receiving:
 
     def receive(self, topic: str, payload: bytes) -> None:
         """Take in what came over the wire; from a device of which nothing is fetched it is counted, and not looked at.
-
-        Raises:
-            StorageError: The disk fails.
-        """
+        Raises `StorageError` if the disk fails."""
         try:
             device = self._topics.parse(topic).device
             # Counted first, so that what it leads to is said with these bytes in the account.
@@ -174,16 +168,7 @@ def _listen(orders: queue.Queue[ToReceiver | ToServer], stream: BinaryIO, link: 
 
 
 def run(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
-    """Receive until the server is gone.
-
-    Args:
-        begin: What this receiver is.
-        stream: What the server says.
-        replies: What it is told.
-
-    Raises:
-        FedpruneError: The broker's address is none, or the disk fails.
-    """
+    """Receive until the server is gone. Raises `FedpruneError` if the broker's address is none, or the disk fails."""
 
     def say(message: ToServer) -> None:
         replies.write(line(message))

@@ -155,11 +155,7 @@ _TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(ToReceiver | ToServe
 
 
 def line(message: ToReceiver | ToServer) -> bytes:
-    """A message as a line of a pipe.
-
-    Raises:
-        ProtocolError: It is too long.
-    """
+    """A message as a line of a pipe. Raises `ProtocolError` if it is too long."""
     raw = message.to_bytes() + b"\n"
     if len(raw) > MAX_LINE:
         raise ProtocolError(f"{message.kind}: line is too long", expected=f"at most {MAX_LINE} bytes", got=len(raw))
@@ -167,20 +163,13 @@ def line(message: ToReceiver | ToServer) -> bytes:
 
 
 def read(stream: BinaryIO) -> ToReceiver | ToServer | None:
-    """The next message of a pipe; None at its end.
-
-    Raises:
-        ProtocolError: It is none, or too long.
-    """
+    """The next message of a pipe; None at its end. Raises `ProtocolError` if it is none, or too long."""
     raw = stream.readline(MAX_LINE + 1)
     return parse_line(raw) if raw else None
 
 
 def parse_line(raw: bytes) -> ToReceiver | ToServer:
-    """Read and check a line.
-
-    Raises:
-        ProtocolError: It is too long or cut short, no JSON, or a field is missing or wrong.
-    """
+    """Read and check a line. Raises `ProtocolError` if it is too long or cut short, no JSON, or a field is missing or
+    wrong."""
     message: ToReceiver | ToServer = checked_line(raw, MAX_LINE, "line of a pipe", _TYPES)
     return message
