@@ -177,8 +177,8 @@ class Trainer:
             state[name] = np.zeros_like(state[name.partition("::")[0]])
         plans = self._plans(tensors, recipe, widths)
         batches = Batches(data.samples, recipe, normalised=self.normalised)
-        waits = recipe.patience > 0 and self._can_validate(data)
-        patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if waits else None
+        validates = recipe.patience > 0 and self._can_validate(data)
+        patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if validates else None
         losses: list[float] = []
         times: list[float] = []
         squares: Tensors = {}
@@ -223,8 +223,8 @@ class Trainer:
                 progress(number, batches.steps)
             if patience is not None and ends:
                 reached = {n: state[n].copy() for n in tensors}
-                judged = self._validation_loss({**constant, **reached}, data, recipe, classes)
-                if judged is not None and patience.over(judged, reached, number, squares):
+                validation_loss = self._validation_loss({**constant, **reached}, data, recipe, classes)
+                if validation_loss is not None and patience.over(validation_loss, reached, number, squares):
                     break
             if enough is not None and enough():
                 break
@@ -267,7 +267,9 @@ class Trainer:
         batches = even_parts(order, recipe.micro_batch)
         feeds = {n: np.asarray(v, order="C") for n, v in tensors.items() if n not in names}
         feeds |= self._graph.masking(tensors, replace(recipe, scale=1.0, mask_threshold=0.0), None)
-        return dict(tensors) | measured(self._graph.run_forward, names, feeds, data.x_train, batches, tensors)
+        return dict(tensors) | batch_norm_statistics(
+            self._graph.run_forward, names, feeds, data.x_train, batches, tensors
+        )
 
     def loss(
         self, tensors: Mapping[str, Array], data: LocalData, recipe: Recipe, classes: int, samples: int = 32
@@ -365,7 +367,7 @@ _HUGE = np.float32(2.0**40)
 """An old value that makes a batch's negligible, so that the share of it that is kept is exact to the last bit."""
 
 
-def measured(
+def batch_norm_statistics(
     run: Run,
     names: Collection[str],
     feeds: Mapping[str, Array],

@@ -26,7 +26,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.local_update import averaged
-from fedprune_device.training.trainer import Trainer, measured
+from fedprune_device.training.trainer import Trainer, batch_norm_statistics
 from support.fakes.hidden_board import (
     CLASSES,
     DEVICE,
@@ -440,7 +440,7 @@ def test_measuring_statistics_takes_the_memory_of_a_batch() -> None:
     x, old = np.ones((64, 10_000), np.float32), {"mean": np.zeros(3, np.float32)}
     tracemalloc.start()
     try:
-        measured(
+        batch_norm_statistics(
             lambda feeds, outputs: {n: feeds["x"].mean() + 0.9 * feeds["mean"] for n in outputs},
             ["mean"],
             {},
