@@ -13,7 +13,8 @@ from fedprune_export.ir.liveness import execution_order, live_bytes
 from fedprune_export.training.checkpointing import ValueSizes, recomputed, value_sizes
 
 PROCESS_BYTES = 65_000_000
-"""Python, numpy and onnxruntime with a session."""
+"""Python, numpy and onnxruntime with a session, without the MQTT client and the agent that a board's process also has
+(`fedprune.planning.costs.PROCESS_BYTES`)."""
 
 NODE_BYTES = 6_100
 """What onnxruntime holds per node of a loaded graph."""

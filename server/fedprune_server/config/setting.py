@@ -9,6 +9,7 @@ from typing import Any
 from fedprune.core import validation
 
 SWITCH = "-"
+"""Metavar of a setting whose option takes no value."""
 
 
 def setting(
@@ -19,7 +20,8 @@ def setting(
     Args:
         default: Its default.
         text: Its description, in the documentation and in `--help`.
-        metavar: The value's name in `--help` if the setting is an option of `run`, too; `SWITCH` for one without.
+        metavar: The value's name in `--help`, if the setting is also an option of `run`; `SWITCH` if the option takes no
+            value.
         within: The least and the greatest value of a whole number.
         choices: The values of a text that has few.
     """
