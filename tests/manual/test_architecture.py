@@ -30,7 +30,7 @@ def named_files(text: str) -> list[str]:
 
 
 def missing(names: list[str]) -> list[str]:
-    return [name for name in names if not any((ROOT / source / name).is_file() for source in SOURCES)]
+    return [name for name in names if not any((ROOT / source / name).exists() for source in SOURCES)]
 
 
 @pytest.mark.parametrize("page", PAGES)

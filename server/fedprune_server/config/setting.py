@@ -20,7 +20,7 @@ def setting(
     Args:
         default: Its default.
         text: Its description, in the documentation and in `--help`.
-        metavar: The value's name in `--help`, if the setting is also an option of `run`; `SWITCH` if the option takes no
+        metavar: The value's name in `--help`, if the setting is also an option of `run`; `SWITCH` if it takes no
             value.
         within: The least and the greatest value of a whole number.
         choices: The values of a text that has few.
