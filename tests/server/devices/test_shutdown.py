@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,7 +12,7 @@ from fedprune.coordination import Phase
 from fedprune.jobs.state import Device
 from fedprune.wire.messages import Finished
 from fedprune_server.devices.shutdown import LEAST_S, MOST_S, GracefulShutdown
-from support.fakes.fleet import NAMES, Fleet
+from support.fakes.fleet import NAMES, Fleet, ToyDevice
 from support.fakes.several_jobs import SeveralJobs, named
 from support.fakes.tiny_job import JOB
 
@@ -53,6 +55,38 @@ def test_an_excluded_device_is_not_waited_for(tmp_path: Path) -> None:
     assert server._begin_shutdown().over(LEAST_S)
 
 
+def returning(air: Any, late: ToyDevice, server: Any, goes: Callable[[str, bytes], bool]) -> list[float]:
+    """Let a device go with the message that `goes` names, and return 8 s after the end of the first job.
+
+    Returns:
+        When the end was, once the first device is told of it.
+    """
+    publish, ended = air.publish, list[float]()
+
+    def watched(topic: str, payload: bytes, qos: int = 1) -> bool:
+        if b'"finished"' in payload and not ended:
+            ended.append(air.now)
+        if goes(topic, payload):
+            leave(air, late)
+        return bool(publish(topic, payload, qos))
+
+    def idle() -> None:
+        if not server.busy:
+            air.now += 0.25
+        if ended and late.name not in air.devices and air.now >= ended[0] + 8:
+            air.devices[late.name] = late
+            late.session += 1
+            late.birth()
+
+    air.publish, air.on_idle, air.now = watched, idle, 100.0
+    return ended
+
+
+def leave(air: Any, late: ToyDevice) -> None:
+    if air.devices.pop(late.name, None) is not None:
+        late.die()
+
+
 @pytest.mark.parametrize("killed", [False, True], ids=["the server runs", "it was killed at the end"])
 def test_a_device_that_is_away_as_the_job_ends_is_told_when_it_returns(tmp_path: Path, killed: bool) -> None:
     fleet = Fleet(tmp_path)
@@ -62,34 +96,15 @@ def test_a_device_that_is_away_as_the_job_ends_is_told_when_it_returns(tmp_path:
         fleet.restart()
         fleet.air.devices.pop(late.name)
     late.heard.clear()
-    publish, ended = fleet.air.publish, 0.0
-
-    def watched(topic: str, payload: bytes, qos: int = 1) -> bool:
-        """The device goes when its last update is in; the job's end is when the first one is told of it."""
-        nonlocal ended
-        if b'"finished"' in payload:
-            ended = ended or fleet.air.now
-        last = b'"accepted"' in payload and b'"round":3' in payload and topic.split("/")[3] == late.name
-        if last and fleet.air.devices.pop(late.name, None) is not None:
-            late.die()
-        return publish(topic, payload, qos)
-
-    fleet.air.publish = watched  # type: ignore[method-assign]
     daemon = fleet.daemon()
 
-    def idle() -> None:
-        if not daemon.busy:
-            fleet.air.now += 0.25
-        if ended and late.name not in fleet.air.devices and fleet.air.now >= ended + 8:
-            fleet.air.devices[late.name] = late
-            late.session += 1
-            late.birth()
+    def last_update(topic: str, payload: bytes) -> bool:
+        return b'"accepted"' in payload and b'"round":3' in payload and topic.split("/")[3] == late.name
 
-    fleet.air.on_idle = idle
-    fleet.air.now = 100.0
+    ended = returning(fleet.air, late, daemon, last_update)
     daemon.run(until_finished=True)
     assert any(isinstance(m, Finished) for m in late.heard)
-    assert ended + 8 <= fleet.air.now < ended + MOST_S
+    assert ended[0] + 8 <= fleet.air.now < ended[0] + MOST_S
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["the server runs", "it was killed at the end"])
@@ -101,34 +116,9 @@ def test_a_device_that_is_away_as_the_last_of_several_jobs_ends_is_told_of_all(t
         several.restart()
         air.devices.pop(late.name)
     late.heard.clear()
-    publish, ended = air.publish, 0.0
-
-    def watched(topic: str, payload: bytes, qos: int = 1) -> bool:
-        """The device goes when one job is done; the end is when the first device is told of it."""
-        nonlocal ended
-        if b'"finished"' in payload:
-            ended = ended or air.now
-        return publish(topic, payload, qos)
-
-    air.publish = watched  # type: ignore[method-assign]
     host = several.host()
-
-    def leaves() -> None:
-        if air.devices.pop(late.name, None) is not None:
-            late.die()
-
-    several.desks["two"].observers.finished.add(lambda seen: leaves())
-
-    def idle() -> None:
-        if not host.busy:
-            air.now += 0.25
-        if ended and late.name not in air.devices and air.now >= ended + 8:
-            air.devices[late.name] = late
-            late.session += 1
-            late.birth()
-
-    air.on_idle = idle
-    air.now = 100.0
+    several.runners["two"].observers.finished.add(lambda seen: leave(air, late))
+    ended = returning(air, late, host, lambda topic, payload: False)
     host.run(until_finished=True)
     assert {m.job for m in late.heard if isinstance(m, Finished)} == {"one", "two"}
-    assert ended + 8 <= air.now < ended + MOST_S
+    assert ended[0] + 8 <= air.now < ended[0] + MOST_S

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -120,19 +121,24 @@ def kill_at(fleet: Fleet, point: str, count: int) -> None:
         fleet.air.publish = dying_publish  # type: ignore[method-assign]
 
 
-def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next_server(fleet: Fleet) -> None:
-    liar = fleet.air.devices["a"]
-    liar.lie = larger
+def killed_once_saved(fleet: Fleet, last: Callable[[on.Event], bool], **options: Any) -> None:
+    """Run a server that dies as soon as a certain event is saved."""
     save = fleet.storage.save
 
     def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
         save(state, events, *rest)  # type: ignore[arg-type]
-        if any(isinstance(e, on.UpdateAnnounced) and e.device == "a" for e in events):
+        if any(map(last, events)):
             raise KilledError
 
     fleet.storage.save = dying  # type: ignore[method-assign]
     with pytest.raises(KilledError):
-        fleet.run()
+        fleet.run(**options)
+
+
+def test_a_wrong_update_that_was_announced_before_a_crash_does_not_stop_the_next_server(fleet: Fleet) -> None:
+    liar = fleet.air.devices["a"]
+    liar.lie = larger
+    killed_once_saved(fleet, lambda e: isinstance(e, on.UpdateAnnounced) and e.device == "a")
     fleet.restart()
     assert folded(fleet.run()) == [["b", "c"]] * 3
 
@@ -146,16 +152,7 @@ def test_graphs_stay_while_offers_may_name_them_and_no_longer(tmp_path: Path) ->
     calm.run(keep=1)
     assert [g for g in graphs if not calm.store.has(g)] == old
 
-    save = killed.storage.save
-
-    def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
-        save(state, events, *rest)  # type: ignore[arg-type]
-        if any(isinstance(e, on.Scored) and e.round == last_words for e in events):
-            raise KilledError
-
-    killed.storage.save = dying  # type: ignore[method-assign]
-    with pytest.raises(KilledError):
-        killed.run(keep=1)
+    killed_once_saved(killed, lambda e: isinstance(e, on.Scored) and e.round == last_words, keep=1)
     killed.restart()
     state = killed.storage.load()
     assert state is not None
@@ -190,16 +187,7 @@ def test_a_server_killed_anywhere_goes_on_to_the_same_model(
 
 
 def test_a_command_that_was_saved_but_not_done_is_repeated(fleet: Fleet) -> None:
-    save = fleet.storage.save
-
-    def dying(state: State, events: Sequence[on.Event], *rest: object) -> None:
-        save(state, events, *rest)  # type: ignore[arg-type]
-        if any(isinstance(e, on.Extracted) and e.device == "b" for e in events):
-            raise KilledError
-
-    fleet.storage.save = dying  # type: ignore[method-assign]
-    with pytest.raises(KilledError):
-        fleet.run()
+    killed_once_saved(fleet, lambda e: isinstance(e, on.Extracted) and e.device == "b")
     assert not any(isinstance(m, Offer) for m in fleet.air.devices["b"].heard)
     fleet.restart()
     fleet.run()

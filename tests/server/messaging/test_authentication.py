@@ -702,18 +702,23 @@ def test_an_older_succession_that_is_repeated_takes_no_board_back(lab: Lab, capl
         pi.end.sent.clear()
 
 
-def test_an_answer_that_was_kept_from_before_takes_no_board_back(lab: Lab) -> None:
+def answered_again(lab: Lab, rotate: Callable[[], None]) -> DeviceIdentity:
+    """A device that asked before a rotation, and takes the answer to the same request after it."""
     claim = Claim.parse(lab.identity.claim("pi-3", DAY).text)
     device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
     request = device.request(claim)
     asked = TOPICS.join(request.nonce), request.to_bytes()
     lab.server.hears(asked)
-    lab.identity.rotate()
+    rotate()
     lab.new_server().hears(asked)
     answer = parse(lab.server.end.sent[-1][1])
     assert isinstance(answer, JoinAnswer)
     assert device.admit(answer, claim.pin) is not None
-    assert device.server == lab.identity.key.verifying
+    return device
+
+
+def test_an_answer_that_was_kept_from_before_takes_no_board_back(lab: Lab) -> None:
+    assert answered_again(lab, lab.identity.rotate).server == lab.identity.key.verifying
 
 
 def torn(broken: Callable[[Callable[..., object]], Callable[..., object]]) -> Callable[[Path, Path], None]:
@@ -942,16 +947,7 @@ def test_a_new_authority_replaces_the_old_one_when_all_boards_have_its_certifica
 
 
 def test_an_answer_from_before_the_rotation_is_not_given_again(lab: Lab) -> None:
-    claim = Claim.parse(lab.identity.claim("pi-3", DAY).text)
-    device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
-    request = device.request(claim)
-    asked = TOPICS.join(request.nonce), request.to_bytes()
-    lab.server.hears(asked)
-    lab.identity.rotate_authority()
-    lab.new_server().hears(asked)
-    answer = parse(lab.server.end.sent[-1][1])
-    assert isinstance(answer, JoinAnswer)
-    assert device.admit(answer, claim.pin) is not None
+    device = answered_again(lab, lab.identity.rotate_authority)
     assert device.pins == lab.identity.authority.pins
     board = Board(device, lambda: lab.now)
     meet(lab.server, board)  # its TLS key has a certificate of the old authority, which it replaces
