@@ -1,4 +1,4 @@
-"""What a job's runner sends: messages at once, chunks of blobs as fast as the connection takes them."""
+"""Sends a job's messages at once, and chunks of blobs as fast as the connection takes them."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ class Outbox:
         return bool(self._downloads) and self._link.unsent < HIGH_WATER
 
     def send(self, device: str, message: FromServer, job: str | None = None) -> None:
-        """Have a message sent at the next `deliver`; when it gets lost, somebody will ask again. Raises `ProtocolError`
-        if it is longer than a message may be, or than the broker lets through."""
+        """Queue a message for the next `deliver`; one that gets lost is asked for again. Raises `ProtocolError` if it
+        is longer than a message may be, or than the broker lets through."""
         payload = message.to_bytes()
         if len(payload) > self._most:
             raise ProtocolError(
@@ -88,9 +88,10 @@ class Outbox:
         self._outbox.append((device, topic, payload))
 
     def deliver(self) -> None:
-        """Send the messages that wait, as many as the connection takes; without one they are lost.
+        """Send as many of the queued messages as the connection takes.
 
-        So is what the link won't send, because its device isn't let in any more: nobody waits behind that.
+        Without a connection they are lost, as are messages to devices that are no longer members, so that no other
+        message waits behind them.
         """
         while self._outbox:
             device, topic, payload = self._outbox[0]
@@ -101,11 +102,11 @@ class Outbox:
             self._outbox.popleft()
 
     def broadcast(self, hello: Hello) -> None:
-        """Send a message to everybody."""
+        """Send a message to all devices."""
         self._link.publish(self._topics.broadcast(), hello.to_bytes())
 
     def ask(self, wants: Wants) -> None:
-        """Ask devices for pieces of their updates, at once: a want promises nothing that must be saved before."""
+        """Request pieces of devices' updates at once: a request promises nothing that must be saved first."""
         for device, want in wants:
             self._quarantine.asked(device, want.count)
             self._quarantine.sends(device)
@@ -116,7 +117,7 @@ class Outbox:
                 self._outbox.append((device, topic, payload))
 
     def fetched(self, device: str, want: BlobRequest, allowed: AbstractSet[str]) -> None:
-        """A device wants pieces of a blob: queue them, if it may have them."""
+        """Queue the pieces of a blob that a device requests, if it may have them."""
         if self._is_duplicate(device, want):
             return
         if want.sha256 in allowed:
@@ -127,7 +128,7 @@ class Outbox:
             self.send(device, BlobNotFound(want.sha256))
 
     def forget(self, device: str) -> None:
-        """A device has gone: what it wanted is wanted no more."""
+        """Drop the requests of a device that has gone."""
         self._downloads.drop(device)
         self._sharing.drop(device)
 

@@ -1,4 +1,4 @@
-"""Between the broker and whoever reads messages: what a device in quarantine sends is dropped unread."""
+"""Drops the messages of devices in quarantine before they are read."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from fedprune_server.messaging.transport import DroppedMessage, Item, Relay, Wir
 
 
 class RateLimitedLink(Relay):
-    """A connection that hears whom a quarantine hears. Signatures are not looked at before: each would cost as much as
-    a dozen messages that are dropped here."""
+    """A connection without the messages that a quarantine drops. Signatures are checked afterwards: each check costs as
+    much as a dozen messages that are dropped here."""
 
     def __init__(self, link: Wire, quarantine: Quarantine) -> None:
         super().__init__(link)
         self._quarantine = quarantine
 
     def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
-        """The next message or event; None if nothing waits."""
         news = self._quarantine.news()
         if news is not None:
             return news
@@ -28,6 +27,6 @@ class RateLimitedLink(Relay):
 
 
 def _device(topic: str) -> str:
-    """What stands in the device's place of a topic, which need not be one."""
+    """The topic's level for the device, which need not be a device's name."""
     parts = topic.split("/", 4)
     return parts[3] if len(parts) > 3 else ""

@@ -1,4 +1,4 @@
-"""The server's connection as its loop sees it, and what stands before it: each looks at something of its own."""
+"""The server's connection as its loop uses it, and the base of the filters in front of it."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ TURN_S = 0.02
 
 @dataclass(frozen=True)
 class DeviceRevoked:
-    """A device is no member any more, or another key has its name: nothing is said to it, and it is not heard."""
+    """A device is no longer a member, or another key has its name: messages to and from it are dropped."""
 
     device: str
 
 
 @dataclass(frozen=True)
 class DuplicateIdentity:
-    """A sign that two boards sign with the key of one device; a message that was overtaken looks the same."""
+    """Two boards may be signing with the key of one device; a message that was overtaken looks the same."""
 
     device: str
 
 
 @dataclass(frozen=True)
 class DroppedMessage:
-    """Something came that doesn't count or was answered at once; more may wait behind it."""
+    """A message was dropped or answered at once; more may wait behind it."""
 
 
 Noticed = DeviceRevoked | DuplicateIdentity | Quarantined | Released
-"""What the connection notices about a device, and nobody said."""
+"""What the connection detects about a device without a message of it."""
 
 Item = tuple[str, bytes] | Event | Noticed
-"""What comes in: a topic and a payload, or something about the connection or a device."""
+"""A topic and a payload, or an event of the connection or about a device."""
 
 
 class Wire(Protocol):
@@ -93,34 +93,28 @@ class SiteLink:
 
 
 class Relay:
-    """A connection that passes all on to another one; who stands before a connection overrides what it changes."""
+    """A connection that passes everything on to another one; subclasses override what they change."""
 
     def __init__(self, link: Wire) -> None:
         self._link = link
 
     @property
     def connected(self) -> bool:
-        """Whether the connection is up."""
         return self._link.connected
 
     @property
     def room(self) -> bool:
-        """Whether `publish` would take a message now (if connected)."""
         return self._link.room
 
     @property
     def unsent(self) -> int:
-        """Payload bytes that wait to be sent."""
         return self._link.unsent
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        """Send without waiting."""
         return self._link.publish(topic, payload, qos)
 
     def get(self, timeout: float | None = 0.0) -> Item | DroppedMessage | None:
-        """The next message or event; None if nothing waits."""
         return self._link.get(timeout)
 
     def flush(self, timeout: float) -> bool:
-        """Wait until what was published is sent."""
         return self._link.flush(timeout)

@@ -1,4 +1,4 @@
-"""Blobs on their way to devices: one chunk at a time, device by device, so that nobody waits behind a whole model."""
+"""Blobs on their way to devices, one chunk per device in turn, so that no device waits behind a whole model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fedprune.wire.messages import BlobNotFound, BlobRequest
 from fedprune.wire.transfer import BlobSender
 
 _TURNS = 32
-"""Devices that are answered in turn; the others wait. Each holds a chunk in memory."""
+"""Devices that are answered in turn while others wait; each takes the memory of a chunk."""
 
 MAX_WAITING = 64
-"""Wants of one device that are kept; what is dropped beyond is asked for again."""
+"""Queued requests of one device; those beyond are dropped, and the device sends them again."""
 
 
 class Downloads:
-    """Answers to devices' wants, interleaved. Does no network I/O.
+    """Interleaved answers to devices' blob requests. Does no network I/O.
 
     Args:
         max_packet: Bytes of an MQTT packet that the broker lets through.
@@ -34,7 +34,7 @@ class Downloads:
         return bool(self._wants) or bool(self._running)
 
     def add(self, device: str, want: BlobRequest) -> None:
-        """Take in a want; one that is waiting already is not kept twice."""
+        """Queue a request, unless it is queued already."""
         waiting = self._wants.setdefault(device, deque())
         if want not in waiting and len(waiting) < MAX_WAITING:
             waiting.append(want)
@@ -44,7 +44,7 @@ class Downloads:
         return self._serve.leaves(sha256)
 
     def drop(self, device: str) -> None:
-        """Forget what a device wanted."""
+        """Drop a device's requests."""
         self._wants.pop(device, None)
         self._running.pop(device, None)
 
@@ -70,7 +70,7 @@ class Downloads:
             del self._running[device]
 
     def _want(self, device: str) -> BlobRequest:
-        """The next want of a device, which then stands behind all others."""
+        """The next request of a device, which then queues behind all others."""
         waiting = self._wants.pop(device)
         want = waiting.popleft()
         if waiting:

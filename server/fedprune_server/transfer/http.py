@@ -25,10 +25,10 @@ log = logging.getLogger("fedprune.server")
 
 @dataclass(frozen=True)
 class WebBlobs:
-    """Blobs on the web.
+    """Blobs over HTTP.
 
     Attributes:
-        url: Where boards are told that blobs lie; None where they come over MQTT alone.
+        url: Where boards find blobs; None where they are sent over MQTT alone.
         server: This server's own, if it has one.
     """
 
@@ -36,7 +36,7 @@ class WebBlobs:
     server: BlobServer | None = None
 
     def serve(self, allowed: Callable[[str | None, str], bool]) -> None:
-        """From now on give out blobs that a device, or without certificates any device, is allowed to fetch."""
+        """Begin to serve the blobs that a device, or without certificates any device, is allowed to fetch."""
         if self.server is not None:
             self.server.allowed = allowed
 
@@ -50,7 +50,7 @@ NO_BLOBS = WebBlobs()
 
 @contextmanager
 def web_blobs(config: ServerConfig, identity: IdentityFolder | None, store: BlobStore) -> Iterator[WebBlobs]:
-    """What a configuration says of blobs on the web, with a web server that runs until the end if it wants one.
+    """Blobs over HTTP as configured, with a web server that runs until the end if one is configured.
 
     Args:
         identity: The server's; None to do without, on this machine alone.

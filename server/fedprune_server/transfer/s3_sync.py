@@ -1,4 +1,4 @@
-"""The way of blobs between the state folder and a bucket, beside the daemon's loop, which waits for neither."""
+"""Copies blobs between the state folder and a bucket in threads, so that the server's loop waits for neither."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BucketSync:
     Without a bucket all of that is done already.
 
     Attributes:
-        near: The blobs of the folder; whoever looks here doesn't wait.
+        near: The blobs of the folder; reading them never waits for the bucket.
     """
 
     def __init__(self, store: BlobStore) -> None:
@@ -57,14 +57,8 @@ class BucketSync:
         return {a.weights for a in self._shipped}
 
     def through(self, outcomes: Sequence[Outcome]) -> list[Outcome]:
-        """Outcomes that may be told: updates only once the bucket has them.
-
-        Args:
-            outcomes: What has come to an end since the last call.
-
-        Raises:
-            StorageError: The folder fails.
-        """
+        """Outcomes that may be reported: updates only once the bucket has them. Raises `StorageError` if the folder
+        fails."""
         if self._bucket is None:
             return list(outcomes)
         told: list[Outcome] = []
@@ -98,7 +92,7 @@ class BucketSync:
                 self.coming(digest)
 
     def close(self) -> None:
-        """Let nothing wait for the bucket any more."""
+        """Stop waiting for the bucket."""
         if self._bucket is not None:
             self._bucket.patience.stop()
         for _ in self._threads:
