@@ -28,7 +28,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Federation, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet import virtual_device
-from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job, reference_job
+from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job, reference_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
 

@@ -11,7 +11,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.cli.demo import DemoFolder
-from fedprune_server.simulation.fleet.demo_fleet import BOARDS
+from fedprune_server.simulation.fleet.simulated_fleet import BOARDS
 from fedprune_server.simulation.results.record import Record
 
 pytestmark = pytest.mark.system

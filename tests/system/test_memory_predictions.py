@@ -16,7 +16,7 @@ from fedprune.planning.plan import Plan
 from fedprune.strategies import compose
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job
+from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job
 from support.paths import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "planner.json"

@@ -19,7 +19,7 @@ from fedprune_export.importing.torch_export import export_torch
 from fedprune_server.cli.demo import DemoFolder, run_job
 from fedprune_server.simulation.digits import Federation, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job
+from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.simulation import Simulation

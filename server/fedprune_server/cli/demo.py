@@ -33,7 +33,14 @@ from fedprune_server.process.children import Children
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import REFERENCE
-from fedprune_server.simulation.fleet.demo_fleet import BOARDS, QUICK_ROUNDS, ROUNDS, fleet_job, reference_job, too_few
+from fedprune_server.simulation.fleet.simulated_fleet import (
+    BOARDS,
+    QUICK_ROUNDS,
+    ROUNDS,
+    fleet_job,
+    reference_job,
+    too_few,
+)
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import claims, summary_text, write_report
 

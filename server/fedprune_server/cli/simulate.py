@@ -96,8 +96,7 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     with progress("reading the fleet"):
         from fedprune_server.simulation.api import simulate
-        from fedprune_server.simulation.fleet.demo_fleet import too_few
-        from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
+        from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few
         from fedprune_server.simulation.results.report import summary_text
         from fedprune_server.simulation.results.runs_progress import Following
 

@@ -16,7 +16,7 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, FedpruneError, shown
 from fedprune.core.rng import keyed
 from fedprune.planning.profile import Link
-from fedprune_server.simulation.fleet.fleet_devices import MEGABYTE, LinkSettings
+from fedprune_server.simulation.fleet.virtual_device import MEGABYTE, LinkSettings
 
 ALWAYS = math.inf
 """End of a window that never closes."""

@@ -32,9 +32,9 @@ from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, key_of
 from fedprune_server.simulation.fleet.virtual_device import pulls
+from fedprune_server.simulation.measure import RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
-from fedprune_server.simulation.results.round_notes import RoundRecorder
 from fedprune_server.simulation.state import Item, Left, RunFolder, SimulationState, Trained
 
 MAX_ATTEMPTS = 20

@@ -24,7 +24,7 @@ from fedprune.core.errors import StorageError
 from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.retention import texts
-from fedprune_server.simulation.results.round_notes import Notes
+from fedprune_server.simulation.measure import Notes
 
 FORMAT = "fedprune.simulation/2"
 FILE = "simulation.json"

@@ -8,7 +8,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.cli.demo import DemoFolder, run_demo, verdict
 from fedprune_server.simulation.experiment import fedavg
-from fedprune_server.simulation.fleet.demo_fleet import ROUNDS, fleet_job, reference_job, too_few
+from fedprune_server.simulation.fleet.simulated_fleet import ROUNDS, fleet_job, reference_job, too_few
 from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
 
 KEPT = ("seed", "rounds", "devices", "participation", "deadline_s")

@@ -15,7 +15,7 @@ from fedprune.output.extras import install_command
 from fedprune_server.cli.simulate import build_parser, main
 from fedprune_server.config.tables import read_config
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
-from fedprune_server.simulation.fleet import demo_fleet
+from fedprune_server.simulation.fleet import simulated_fleet
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
 from fedprune_server.simulation.results.record import Record
@@ -311,7 +311,7 @@ def test_the_demo_s_claims_are_not_made_for_other_fleets(config, tmp_path, capsy
 def test_the_demo_s_claims_are_judged_after_rounds_enough(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for enough, judged in ((1, True), (2, False)):  # the second only judges: all rounds are done
-        monkeypatch.setattr(demo_fleet, "ROUNDS", enough)
+        monkeypatch.setattr(simulated_fleet, "ROUNDS", enough)
         assert main(["--demo", "--out", str(out), "--rounds", "1"]) == ExitCode.OK
         said = capsys.readouterr().out
         assert ("Too few rounds to judge accuracies and bytes by: 1;" in said) is not judged

@@ -10,7 +10,7 @@ import pytest
 from fedprune.core.errors import ConfigError
 from fedprune_server.config.tables import parse_config
 from fedprune_server.simulation.datasets.federation import DataPlan
-from fedprune_server.simulation.fleet.fleet_devices import read_devices
+from fedprune_server.simulation.fleet.virtual_device import read_devices
 from fedprune_server.simulation.network_model import read_availability, read_dropouts, read_settings, read_weather
 from fedprune_server.simulation.sweep import read_sweep
 

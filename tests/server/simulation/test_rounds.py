@@ -21,8 +21,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.executor.retention import Garbage
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.fleet_devices import with_link
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, with_link
 from fedprune_server.simulation.network_model import DropOuts, Weather
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.fleet import Fleet

@@ -13,9 +13,8 @@ from fedprune.planning.profile_store import find
 from fedprune_server.cli.simulate import build_compare_parser, main
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import fedavg
-from fedprune_server.simulation.fleet.fleet_devices import HELD
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
-from fedprune_server.simulation.fleet.virtual_device import StoredData
+from fedprune_server.simulation.fleet.virtual_device import HELD, StoredData
 from fedprune_server.simulation.network_model import PR_FL, Availability, Weather
 from fedprune_server.simulation.results import run_folder
 from fedprune_server.simulation.results.record import Record, RoundRow

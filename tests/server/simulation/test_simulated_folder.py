@@ -21,8 +21,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.measure import Measure, Moment
-from fedprune_server.simulation.results.round_notes import Notes, RoundRecorder
+from fedprune_server.simulation.measure import Measure, Moment, Notes, RoundRecorder
 from fedprune_server.simulation.results.run_folder import is_run, simulate
 from fedprune_server.simulation.runs import differences
 from fedprune_server.simulation.simulation import MAX_ATTEMPTS, Simulation

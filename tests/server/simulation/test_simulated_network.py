@@ -29,8 +29,7 @@ from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet import virtual_device
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
-from fedprune_server.simulation.fleet.fleet_devices import with_link
-from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, with_link
 from fedprune_server.simulation.measure import Measure
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.run_folder import simulate

@@ -1,4 +1,8 @@
-"""Input of `fedprune-simulate`: a `fleet.toml` with its [[devices]], or the demo's fleet."""
+"""Input of `fedprune-simulate`: a `fleet.toml` with its [[devices]], or the demo's fleet.
+
+The demo sets no widths: its boards are shipped hardware profiles with different links (a modem with a data plan, a
+shared uplink, a cable), from which the planner derives them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,9 @@ from typing import Any
 
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
+from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile_store import find
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model
@@ -18,9 +25,9 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.config.tables import changed_job, parse_config
 from fedprune_server.executor.evaluator import check_data, load_calibration, load_evaluation
 from fedprune_server.simulation.datasets.federation import DataPlan, Federation, Partition
+from fedprune_server.simulation.digits import DIGITS, deal, digits_model
 from fedprune_server.simulation.experiment import REFERENCE, Experiment, fedavg
-from fedprune_server.simulation.fleet.fleet_devices import LinkSettings, named, read_devices
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import LinkSettings, VirtualDevice, named, read_devices
 from fedprune_server.simulation.measure import Measure
 from fedprune_server.simulation.network_model import (
     Availability,
@@ -32,6 +39,82 @@ from fedprune_server.simulation.network_model import (
     read_settings,
     read_weather,
 )
+
+ROUNDS = 24
+QUICK_ROUNDS = 2
+BYTE_BUDGET = 430_000
+"""Bytes per device and round, both ways, that the fleet's job allows."""
+
+_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Board:
+    """One board of the demo.
+
+    Attributes:
+        name: Its name.
+        kind: Name of a shipped profile.
+        link: Its link.
+        bytes_per_round: Bytes per round, both ways, that the link may carry; None for the profile's figure.
+    """
+
+    name: str
+    kind: str
+    link: str = ""
+    bytes_per_round: int | None = None
+
+    def profile(self) -> HardwareProfile:
+        """The shipped profile with this board's link.
+
+        Raises:
+            ProfileError: The shipped profile is missing or damaged.
+        """
+        shipped = find(self.kind)
+        if self.bytes_per_round is None:
+            return shipped
+        return replace(
+            shipped,
+            name=f"{shipped.name}-{self.link}",
+            link=replace(shipped.link, bytes_per_round=self.bytes_per_round),
+            sources={**shipped.sources, "link.bytes_per_round": f"estimate: demo, a board that hangs on a {self.link}"},
+        )
+
+
+BOARDS = (
+    Board("attic-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
+    Board("barn-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
+    Board("yard-pi4", "raspberry-pi-4b", "shared-uplink", 350_000),
+    Board("hall-pi5", "raspberry-pi-5"),
+    Board("dock-orin", "jetson-orin-nano"),
+    Board("desk-x86", "generic-x86-64"),
+)
+
+
+def fleet_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
+    """The fleet's job: planned widths and the recommended strategy."""
+    return Job(
+        name="fleet",
+        seed=seed,
+        rounds=rounds,
+        devices=len(BOARDS),
+        deadline_s=_DEADLINE_S,
+        byte_budget=BYTE_BUDGET,
+        strategy="fedprune",
+        recipe=Recipe(epochs=3, batch_size=32, lr=0.03, momentum=0.9),
+    )
+
+
+def too_few(rounds: int) -> str:
+    """Reason not to judge a demo of so few rounds; empty if it is judged."""
+    if rounds >= ROUNDS:
+        return ""
+    return f"Too few rounds to judge accuracies and bytes by: {rounds}; the demo takes {ROUNDS}."
+
+
+def reference_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
+    """FedAvg on the same boards, with the same rounds and steps."""
+    return fedavg(fleet_job(seed, rounds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,9 +307,6 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
     Raises:
         ConfigError: One of them is wrong.
     """
-    from fedprune_server.simulation.digits import DIGITS, deal, digits_model
-    from fedprune_server.simulation.fleet.demo_fleet import BOARDS, fleet_job, reference_job
-
     data = deal([b.name for b in BOARDS], seed=seed or 0)
     job = _overridden(fleet_job(seed or 0), strategy, seed, rounds)
     return Plan(

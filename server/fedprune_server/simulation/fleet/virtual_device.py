@@ -1,26 +1,33 @@
-"""A device in a simulation: real data and real training, on a virtual clock and a virtual link.
+"""Devices of a simulation, and the table [[devices]] of a `fleet.toml` that describes them.
 
-Training and evaluation are the board's own code on the very files that an offer names, so a round gives the same bits
-as on a board; only the time that it takes comes from the hardware profile.
+Data, training and evaluation are a board's own, on the files that an offer names, so a round gives the same bits as on
+a board; only the time that it takes comes from the hardware profile.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedprune.core import validation as setting_checks
+from fedprune.core.errors import ConfigError, FedpruneError, shown
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
+from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.profile import HardwareProfile
-from fedprune_device.data.dataset import LocalData
+from fedprune.wire.topics import check_device
+from fedprune_device.data.dataset import LocalData, load_data
 from fedprune_device.data.stored_array import StoredArray
+from fedprune_server.simulation.datasets.federation import Federation
 
 _BLOBS = ("weights", "training", "inference")
 """Entries of an offer that refer to blobs."""
@@ -100,3 +107,222 @@ def fingerprint(data: LocalData) -> str:
             for chunk in array.chunks() if isinstance(array, StoredArray) else (array,):
                 digest.update(np.ascontiguousarray(chunk).data)
     return digest.hexdigest()
+
+
+MEGABYTE = 1e6
+
+HELD = 32
+"""Fleets of up to this size hold their samples in memory; larger ones read them on use."""
+
+_KEYS = ("name", "count", "profile", "data", "link", "validation")
+_LINK_KEYS = ("down_mb_s", "up_mb_s", "latency_s")
+
+LinkSettings = Mapping[str, float]
+"""Speeds in MB/s and latency in seconds that differ from the profile's."""
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One future device and its place in the file."""
+
+    where: str
+    name: str
+    profile: str
+    data: str
+    link: LinkSettings
+    validation: float
+
+
+def read_devices(
+    rows: object,
+    seed: int,
+    path: Path,
+    federation: Federation | None = None,
+    links: Sequence[LinkSettings] = (),
+    *,
+    check: Callable[[LocalData], None] = lambda data: None,
+) -> tuple[VirtualDevice, ...]:
+    """The fleet that a file's [[devices]] describe.
+
+    Args:
+        rows: The table's rows.
+        seed: The job's seed, which keys the split of samples.
+        path: The file, for errors and relative paths.
+        federation: The split data set of the table [data]; None if every row names its own.
+        links: Links for devices without their own, in turn.
+        check: Raises `DataError` if a device's samples don't fit the model.
+
+    Raises:
+        ConfigError: A key is missing, unknown or wrong; the message names row and key.
+        FedpruneError: A profile or data can't be read; the message names row and key.
+    """
+    found = list(_expanded(rows, path, federation))
+    seen: dict[str, str] = {}
+    for row in found:
+        if row.name in seen:
+            raise ConfigError(
+                f"{row.where}: name", expected="another one for each device", got=f"{row.name!r} as {seen[row.name]}"
+            )
+        seen[row.name] = row.where.rpartition(" ")[2]
+    if federation is not None and len(found) != len(federation.names):
+        raise ConfigError(
+            f"{path}: [[devices]]",
+            expected=f"as many devices as [data] deals out: {len(federation.names)}",
+            got=len(found),
+        )
+    boards = _Boards(path)
+    devices = []
+    for number, row in enumerate(found):
+        link = row.link or (links[number % len(links)] if links else {})
+        with named(f"{row.where}: profile"):
+            board = boards.get(row.profile, link)
+        with named(f"{row.where}: data" if federation is None else f"{path}: [data]: {row.name}"):
+            data = _samples(row, seed, path, federation, number, check, held=len(found) <= HELD)
+        devices.append(VirtualDevice(row.name, board, data))
+    return tuple(devices)
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Add the place in the file to an error."""
+    try:
+        yield
+    except FedpruneError as error:
+        raise type(error)(f"{where}: {error.what}", expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+def _expanded(rows: object, path: Path, federation: Federation | None) -> Iterator[_Row]:
+    needed = ("name", "profile", "data") if federation is None else ("profile",)
+    said = f"{', '.join(needed[:-1])} and {needed[-1]}" if len(needed) > 1 else needed[0]
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
+        raise ConfigError(f"{path}: [[devices]]", expected=f"one table with {said} per device")
+    started = 0
+    for place, row in enumerate(rows, 1):
+        where = f"{path}: [[devices]] {place}"
+        if not isinstance(row, Mapping):
+            raise ConfigError(where, expected=f"a table with {said}", got=repr(row))
+        own = _KEYS if federation is None else [k for k in _KEYS if k not in ("data", "validation")]
+        setting_checks.only(own, row, where)
+        for key in needed:
+            if key not in row:
+                raise ConfigError(f"{where}: {key} is missing", expected=said)
+        names = _names(row, where, federation, started, alone=len(rows) == 1)
+        profiles = _texts(row["profile"], f"{where}: profile")
+        data = "" if federation is not None else _text(row["data"], f"{where}: data")
+        links = _links(row.get("link", {}), f"{where}: link")
+        share = setting_checks.number(f"{where}: validation", row.get("validation", 0.0), 0, 0.9)
+        for i, name in enumerate(names):
+            yield _Row(where, name, profiles[i % len(profiles)], data, links[i % len(links)], share)
+        started += len(names)
+
+
+def _names(
+    row: Mapping[str, Any], where: str, federation: Federation | None, started: int, *, alone: bool
+) -> tuple[str, ...]:
+    """Names of a row's devices: its own, numbered ones, or those of the data."""
+    count = row.get("count")
+    if count is not None:
+        setting_checks.whole(f"{where}: count", count, 1, 10**6)
+    if "name" not in row:
+        if federation is None or (count is None and not alone):
+            raise ConfigError(f"{where}: name is missing", expected="a text")
+        return federation.names[started:][: count if count is not None else None]
+    name = _text(row["name"], f"{where}: name")
+    if count is None:
+        return (_own_name(name, f"{where}: name"),)
+    digits = max(3, len(str(count)))
+    names = tuple(f"{name}-{i:0{digits}}" for i in range(1, count + 1))
+    _own_name(names[-1], f"{where}: name")
+    return names
+
+
+def _own_name(name: str, where: str) -> str:
+    try:
+        return check_device(name)
+    except FedpruneError as error:
+        raise ConfigError(where, expected=error.expected, got=error.got) from error
+
+
+def _links(value: object, where: str) -> list[LinkSettings]:
+    """Links of a row's devices: one, or several in turn."""
+    tables = value if isinstance(value, list) and value else [value]
+    found: list[LinkSettings] = []
+    for table in tables:
+        if not isinstance(table, Mapping):
+            raise ConfigError(where, expected=f"a table with {', '.join(_LINK_KEYS)}", got=shown(table))
+        setting_checks.only(_LINK_KEYS, table, where)
+        limits = {"latency_s": (0.0, 3600.0)}
+        found.append(
+            {k: setting_checks.number(f"{where}: {k}", v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()}
+        )
+    return found
+
+
+class _Boards:
+    """Profiles by name and link, shared by devices of one kind."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[tuple[str, tuple[tuple[str, float], ...]], HardwareProfile] = {}
+
+    def get(self, name: str, link: LinkSettings) -> HardwareProfile:
+        """A profile with another link.
+
+        Raises:
+            FedpruneError: No profile has this name.
+        """
+        key = (name, tuple(sorted(link.items())))
+        if key not in self._known:
+            source = name
+            if "/" in name or name.endswith((".toml", ".json")):
+                source = str(self._path.parent / name)
+            self._known[key] = with_link(profile_store.chosen(source), link)
+        return self._known[key]
+
+
+def with_link(profile: HardwareProfile, link: LinkSettings) -> HardwareProfile:
+    """The same board on another link; missing values stay."""
+    if not link:
+        return profile
+    known = profile.link
+    changed = replace(
+        known,
+        down_bytes_s=MEGABYTE * link["down_mb_s"] if "down_mb_s" in link else known.down_bytes_s,
+        up_bytes_s=MEGABYTE * link["up_mb_s"] if "up_mb_s" in link else known.up_bytes_s,
+        latency_s=link.get("latency_s", known.latency_s),
+    )
+    return replace(profile, link=changed)
+
+
+def _samples(
+    row: _Row,
+    seed: int,
+    path: Path,
+    federation: Federation | None,
+    place: int,
+    check: Callable[[LocalData], None],
+    *,
+    held: bool,
+) -> LocalData | StoredData:
+    if federation is not None:
+        name = federation.names[place]
+        load = partial(federation.load, name)
+        data = load()
+        check(data)
+        return data if held else StoredData(federation.count(name), federation.fingerprint(name), load)
+    source = str(path.parent / row.data) if row.data.endswith(".npz") else row.data
+    read = partial(load_data, source, seed, row.name, row.validation)
+    data = read()
+    with named(source):
+        check(data)
+    return data if held else StoredData(data.samples, fingerprint(data), read)
+
+
+def _texts(value: object, where: str) -> list[str]:
+    return [_text(v, where) for v in value] if isinstance(value, list) and value else [_text(value, where)]
+
+
+def _text(value: object, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(where, expected="a text", got=repr(value))
+    return value

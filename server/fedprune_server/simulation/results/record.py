@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedprune import __version__
 from fedprune.coordination import State
@@ -30,9 +30,7 @@ from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.simulation.datasets.federation import Partition
-
-if TYPE_CHECKING:
-    from fedprune_server.simulation.results.round_notes import Notes
+from fedprune_server.simulation.measure import Notes
 
 FORMAT = "fedprune.record/1"
 
