@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fedprune.core.text import amount
+from fedprune.output.document import Table
 from fedprune.output.tables import Column
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.bundle import Bundle
 from fedprune_export.profiling.benchmark import PREDICTION, STEP, Measurement
-from fedprune_export.reports.render import Table
 
 _COLUMNS = (
     Column("what"),

@@ -18,6 +18,7 @@ from fedprune.core.text import amount, some
 from fedprune.model.architecture import Architecture, Layer
 from fedprune.model.selection import Selection
 from fedprune.output.chart import tiles
+from fedprune.output.document import Bars, Block, Document, Table
 from fedprune.output.page import Bar, stacked
 from fedprune.output.tables import Column
 from fedprune.planning.cost_prediction import Prediction
@@ -28,7 +29,6 @@ from fedprune_export.bundles.board_plan import BoardPlan
 from fedprune_export.checks.parity import SAMPLES
 from fedprune_export.precision import Trial
 from fedprune_export.pruning.model import Model
-from fedprune_export.reports.render import Bars, Block, Document, Table
 from fedprune_export.training.memory import Fitted
 
 _FIGURES = (

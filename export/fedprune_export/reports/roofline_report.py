@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from fedprune import __version__
 from fedprune.core.text import amount, quantity
+from fedprune.output.document import Bars, Block, Document, Table
 from fedprune.output.page import Bar
 from fedprune.output.tables import Column
 from fedprune.runtime import session
 from fedprune_export.profiling.roofline import Explained, Explanation
-from fedprune_export.reports.render import Bars, Block, Document, Table
 
 _FOLDED = 0.01
 """Pieces with a smaller share of the step share a row of the printed table."""

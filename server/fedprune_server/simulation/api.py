@@ -13,14 +13,14 @@ from typing import Any
 from fedprune.core.errors import ConfigError
 from fedprune.core.validation import whole
 from fedprune.jobs.job import Job
-from fedprune.output import page
+from fedprune.output.document import Document, Drawing
 from fedprune.strategies.strategy import Strategy
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import Plan, read_plan
 from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.results.report import Report, final_rows, html_table, markdown_table, write_report
+from fedprune_server.simulation.results.report import Report, final_rows, table, write_report
 from fedprune_server.simulation.results.run_folder import simulate as simulate_experiment
 from fedprune_server.simulation.results.runs_progress import Following
 
@@ -97,10 +97,11 @@ class Comparison:
     def plot(self) -> Page:
         """The overlaid curves of all runs, and the table."""
         title = ", ".join(run.title for run in self.runs)
-        return Page(page.document(title, [html_table(self.table), charts.curves(self.runs)]))
+        blocks = (table(self.table), Drawing(charts.curves(self.runs)))
+        return Page(Document(title, {}, {"": blocks}).to_html())
 
     def __str__(self) -> str:
-        return markdown_table(self.table)
+        return table(self.table).to_markdown()
 
     __repr__ = __str__
 

@@ -124,8 +124,16 @@ def charts(drawn: Sequence[Chart], key: str) -> str:
 
 
 def items(lines: Sequence[str]) -> str:
-    listed = "".join(f"<li>{text(line)}</li>" for line in lines)
+    """A list; a verdict at the beginning of a line has its colour."""
+    listed = "".join(f"<li>{_VERDICT.sub(_coloured, text(line))}</li>" for line in lines)
     return f"<ul>{listed}</ul>" if listed else ""
+
+
+_VERDICT = re.compile("^(PASS|FAIL)(?=: )")
+
+
+def _coloured(verdict: re.Match[str]) -> str:
+    return f'<b class="{"held" if verdict[1] == "PASS" else "failed"}">{verdict[1]}</b>'
 
 
 def details(title: str, body: str) -> str:

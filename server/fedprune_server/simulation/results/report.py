@@ -1,4 +1,4 @@
-"""The report of a run: tables and charts as a self-contained HTML page, and the tables as Markdown."""
+"""The report of a run, and of several runs next to each other: a self-contained page, and its tables as Markdown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 
 from fedprune.core.errors import StorageError
 from fedprune.core.text import quantity
-from fedprune.output import page
-from fedprune.output.chart import text
-from fedprune.output.tables import Column, print_table
+from fedprune.output.document import Block, Document, Drawing, Table
+from fedprune.output.tables import Column
 from fedprune_server.devices import plan_vs_actual
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.executor.divergence import advice
@@ -29,8 +28,8 @@ POINTS = 2.0
 EXCESS = 0.05
 """Relative excess of the fleet's losses over the reference's, for regression."""
 
-ROWS = 100
-"""Devices in a Markdown table; a page's table, which can be searched, has ten times as many."""
+ROWS = 1000
+"""Devices in a table."""
 
 _NAMED = 10
 """Devices that the terminal names individually."""
@@ -53,9 +52,8 @@ class Claim:
     measured: str
     held: bool
 
-    @property
-    def verdict(self) -> str:
-        return "PASS" if self.held else "FAIL"
+    def __str__(self) -> str:
+        return f"{'PASS' if self.held else 'FAIL'}: {self.text} ({self.measured})"
 
 
 @dataclass(frozen=True)
@@ -196,12 +194,6 @@ def _filled(rows: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     return [tuple(row[i] for i in kept) for row in rows]
 
 
-def _some(rows: list[tuple[str, ...]], most: int = ROWS) -> list[tuple[str, ...]]:
-    """The first rows of a table, and the number of the rest."""
-    more = len(rows) - 1 - most
-    return rows if more <= 0 else [*rows[: most + 1], (f"and {more:,} more", *[""] * (len(rows[0]) - 1))]
-
-
 def summary_text(run: Record, reference: Record | None = None, *, judged: bool = True) -> str:
     """Summary for a terminal, with the verdicts if the run is judged."""
     rows = summary(run, reference)
@@ -215,15 +207,14 @@ def summary_text(run: Record, reference: Record | None = None, *, judged: bool =
     if spoilt := diverged(run):
         lines += ["", spoilt]
     if reference is not None and judged:
-        lines += ["", *(f"{c.verdict}: {c.text} ({c.measured})" for c in claims(run, reference))]
+        lines += ["", *map(str, claims(run, reference))]
     return "\n".join(lines)
 
 
-def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:
-    """Write `report.html` and `report.md`.
+def run_document(run: Record, reference: Record | None = None, *, judged: bool = True) -> Document:
+    """A run's report.
 
     Args:
-        folder: The output folder, which is created if missing.
         run: The run.
         reference: A run to compare with.
         judged: Whether the comparison tests the claims.
@@ -231,63 +222,64 @@ def write_report(folder: Path, run: Record, reference: Record | None = None, *, 
     Raises:
         StorageError: The run has no finished round.
     """
-    rounds = run.last.round  # raises before anything is written
-    folder.mkdir(parents=True, exist_ok=True)
+    runs = [run] + ([reference] if reference is not None else [])
     intro = (
-        f"{quantity(len(run.devices), 'device')}, {quantity(rounds, 'round')}. "
+        f"{quantity(len(run.devices), 'device')}, {quantity(run.last.round, 'round')}. "
         f"{'Losses' if run.measure == 'loss' else 'Accuracies'} of the summary are means over the last "
         f"{quantity(min(TAIL, len(run.rounds)), 'round')}. Local {run.measure} is that of the model that a device "
         f"serves, on its own test data, as measured last; its mean is over the {len(run.latest)} of "
         f"{len(run.devices)} devices that delivered." + (f" Bytes: {run.measured}." if run.measured else "")
     )
-    verdicts = claims(run, reference) if reference is not None and judged else ()
+    verdicts = tuple(map(str, claims(run, reference))) if reference is not None and judged else ()
+    sections: dict[str, Sequence[Block]] = {
+        "": [intro],
+        "Summary": [table(summary(run, reference)), verdicts],
+        "Learning": [Drawing(charts.curves(runs))],
+        "Devices": [Drawing(charts.devices(run, reference))],
+        "Data of the devices": [Drawing(run.partition.heat_map())],
+        "Bytes between server and devices": [Drawing(charts.traffic(runs))],
+        "Channels of the devices": [Drawing(charts.channel_map(run))],
+        "Channels over the rounds": [Drawing(charts.coverage_map(run))],
+        "Plans": [table(plan_rows(run))],
+        "Predicted and measured": [table(foresight_rows(run))],
+    }
+    return Document(run.title, run.facts(), sections)
+
+
+def write_report(folder: Path, run: Record, reference: Record | None = None, *, judged: bool = True) -> Report:
+    """Write `report.html` and `report.md`; arguments and errors as `run_document`."""
+    document = run_document(run, reference, judged=judged)
     report = Report(folder / "report.html", folder / "report.md")
-    report.markdown.write_text(_markdown(run, reference, intro, verdicts), encoding="utf-8")
-    report.html.write_text(_html(run, reference, intro, verdicts), encoding="utf-8")
+    _write(document, report.html, report.markdown)
     return report
 
 
-def _markdown(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...]) -> str:
-    header = ", ".join(f"{k}: {v}" for k, v in run.facts().items() if v)
-    parts = [f"# {run.title}", header, intro, "## Summary", markdown_table(summary(run, reference))]
-    parts += [f"- **{c.verdict}**: {c.text} ({c.measured})" for c in judged]
-    parts += ["## Plans", markdown_table(_some(plan_rows(run)))]
-    parts += ["## Predicted and measured", markdown_table(_some(foresight_rows(run)))]
-    parts += ["Charts are in [report.html](report.html)."]
-    return "\n\n".join(parts) + "\n"
+def _write(document: Document, page: Path, markdown: Path) -> None:
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(document.to_html(), encoding="utf-8")
+    markdown.write_text(f"{document.to_markdown()}\nCharts are in [{page.name}]({page.name}).\n", encoding="utf-8")
 
 
-def markdown_table(rows: list[tuple[str, ...]]) -> str:
-    """Rows as Markdown; the first is the header."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    lines.insert(1, "|" + " --- |" * len(rows[0]))
-    return "\n".join(lines)
+_WORDS = ("", "run", "device", "profile", "bound by", "why not")
+"""Columns of text; the others hold numbers."""
+
+_DROPS = {"training TMACs": 3, "rounds": 4}
 
 
-def _html(run: Record, reference: Record | None, intro: str, judged: tuple[Claim, ...]) -> str:
-    runs = [run] + ([reference] if reference is not None else [])
-    verdicts = "".join(
-        f'<li class="{"held" if c.held else "failed"}"><b>{c.verdict}</b>: {text(f"{c.text} ({c.measured})")}</li>'
-        for c in judged
-    )
-    parts = [
-        page.paragraph(intro),
-        page.section("Summary", html_table(summary(run, reference)), f"<ul>{verdicts}</ul>" if verdicts else ""),
-        page.section("Learning", charts.curves(runs)),
-        page.section("Devices", charts.devices(run, reference)),
-        page.section("Data of the devices", run.partition.heat_map()),
-        page.section("Bytes between server and devices", charts.traffic(runs)),
-        page.section("Channels of the devices", charts.channel_map(run)),
-        page.section("Channels over the rounds", charts.coverage_map(run)),
-        page.section("Plans", html_table(_some(plan_rows(run), 10 * ROWS), words=(1, 4))),
-        page.section("Predicted and measured", html_table(_some(foresight_rows(run), 10 * ROWS))),
-    ]
-    return page.document(run.title, parts, run.facts())
+def table(rows: Sequence[tuple[str, ...]]) -> Table:
+    """Rows as a table, of which only the first `ROWS` are shown; the first row is the header."""
+    head, body = rows[0], rows[1:]
+    if len(body) > ROWS:
+        body = [*body[:ROWS], (f"and {len(body) - ROWS:,} more", *[""] * (len(head) - 1))]
+    return Table([_column(title) for title in head], body)
 
 
-def html_table(rows: Sequence[tuple[str, ...]], words: Sequence[int] = ()) -> str:
-    """Rows as HTML; the first is the header."""
-    return page.table(rows[0], rows[1:], words=words) if len(rows) > 1 else ""
+def _column(title: str) -> Column:
+    """A column; on a narrow terminal the run and its result stay."""
+    if title in _WORDS:
+        return Column(title, wrap=16 if title == "run" else 0)
+    stays = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
+    return Column(title, right=True, drop=0 if stays else _DROPS.get(title, 1), wrap=8 if stays else 0)
 
 
 def _part(run: Record) -> str:
@@ -406,25 +398,19 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
 
 def print_comparison(runs: Sequence[Record], targets: Sequence[float] = ()) -> None:
     """Print the tables: fitted to a terminal, as Markdown elsewhere."""
-    tables = [("", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
-    for number, (title, (head, *rows)) in enumerate(tables):
+    for number, (title, rows) in enumerate(_comparison_tables(runs, targets).items()):
         if number:
             print(f"\n{title}")
         if sys.stdout.isatty():
-            print_table([_column(n) for n in head], rows)
+            table(rows).print()
         else:
-            print(markdown_table([head, *rows]))
+            print(table(rows).to_markdown())
 
 
-def _column(title: str) -> Column:
-    """A column of the printed tables; the run and its result stay at any width."""
-    if title == "run":
-        return Column(title, wrap=16)
-    stays = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
-    return Column(title, right=True, drop=0 if stays else _DROPS.get(title, 1), wrap=8 if stays else 0)
-
-
-_DROPS = {"training TMACs": 3, "rounds": 4}
+def _comparison_tables(runs: Sequence[Record], targets: Sequence[float]) -> dict[str, list[tuple[str, ...]]]:
+    measure = runs[0].measure
+    reached = {f"Until the global model's {measure} was {shown(t, measure)}": target_rows(runs, t) for t in targets}
+    return {"Results": final_rows(runs), **reached}
 
 
 def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[float] = ()) -> Path:
@@ -433,27 +419,20 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
     Returns:
         The page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    tables = [("Results", final_rows(runs)), *((_target(runs[0], t), target_rows(runs, t)) for t in targets)]
-    tail = min(TAIL, max(len(r.rounds) for r in runs))
     kind = runs[0].measure
     intro = (
         f"{quantity(len(runs), 'run')}. {'Losses' if kind == 'loss' else 'Accuracies'} of the table are means over "
-        f"the last {quantity(tail, 'round')}. Local {kind} is that of the model that a device serves, on its own test "
-        "data, as measured last, every device counting alike."
+        f"the last {quantity(min(TAIL, max(len(r.rounds) for r in runs)), 'round')}. Local {kind} is that of the model "
+        "that a device serves, on its own test data, as measured last, every device counting alike."
     )
-    title = "Runs compared"
-    parts = [
-        page.paragraph(intro),
-        *(page.section(name, html_table(rows)) for name, rows in tables),
-        page.section("Learning", charts.curves(runs)),
-        page.section("Data of the devices", runs[0].partition.heat_map()),
-        *(page.section(f"Channels over the rounds: {run.title}", charts.coverage_map(run)) for run in runs),
-    ]
-    (folder / PAGE).write_text(page.document(title, parts, _shared(runs)), encoding="utf-8")
-    lines = [f"# {title}", intro, *(f"## {name}\n\n{markdown_table(rows)}" for name, rows in tables)]
-    lines.append(f"Charts are in [{PAGE}]({PAGE}).")
-    (folder / "comparison.md").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    sections: dict[str, Sequence[Block]] = {
+        "": [intro],
+        **{title: [table(rows)] for title, rows in _comparison_tables(runs, targets).items()},
+        "Learning": [Drawing(charts.curves(runs))],
+        "Data of the devices": [Drawing(runs[0].partition.heat_map())],
+        **{f"Channels over the rounds: {run.title}": [Drawing(charts.coverage_map(run))] for run in runs},
+    }
+    _write(Document("Runs compared", _shared(runs), sections), folder / PAGE, folder / "comparison.md")
     return folder / PAGE
 
 
@@ -467,10 +446,6 @@ def _shared(runs: Sequence[Record]) -> dict[str, str]:
 def _tail(values: Sequence[float | None]) -> float | None:
     known = [v for v in values[-TAIL:] if v is not None]
     return sum(known) / len(known) if known else None
-
-
-def _target(run: Record, target: float) -> str:
-    return f"Until the global model's {run.measure} was {shown(target, run.measure)}"
 
 
 def _place(place: Path) -> str:

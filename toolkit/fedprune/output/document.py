@@ -27,6 +27,9 @@ class Table:
         """Print it on a terminal, or tab-separated into a pipe."""
         tables.print_table(self.columns, self.rows)
 
+    def to_markdown(self) -> str:
+        return "\n".join(_markdown(self))
+
 
 @dataclass(frozen=True)
 class Bars:
@@ -44,8 +47,15 @@ class Bars:
     listed: bool = False
 
 
-Block = str | tuple[str, ...] | Table | Bars
-"""A paragraph, a list, a table or bars; empty ones are left out."""
+@dataclass(frozen=True)
+class Drawing:
+    """HTML of a page, such as charts; Markdown has none of it."""
+
+    html: str
+
+
+Block = str | tuple[str, ...] | Table | Bars | Drawing
+"""A paragraph, a list, a table, bars or a drawing; empty ones are left out."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,8 @@ class Document:
 def _html(block: Block) -> str:
     if isinstance(block, str):
         return paragraph(block, "warning" if block.startswith("warning: ") else "") if block else ""
+    if isinstance(block, Drawing):
+        return block.html
     if isinstance(block, Bars):
         head = (paragraph(block.caption) if block.caption else "") + (boxes(block.legend) if block.legend else "")
         return head + bars(block.rows, block.label) if block.rows else ""
@@ -100,9 +112,9 @@ def _markdown(block: Block) -> Iterator[str]:
     elif isinstance(block, Table):
         if block.rows:
             yield _row([column.title for column in block.columns])
-            yield "|" + "|".join("---:" if column.right else "---" for column in block.columns) + "|"
+            yield _row(["---:" if column.right else "---" for column in block.columns])
             yield from map(_row, block.rows)
-    else:
+    elif not isinstance(block, Drawing):
         yield from (f"- {_line(item)}" for item in block)
 
 
