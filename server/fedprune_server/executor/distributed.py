@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import logging
 import math
-import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from fedprune.aggregation.update_sums import PartialSums, blocks
 from fedprune.coordination import commands as do
@@ -28,91 +26,13 @@ from fedprune_server.config.cluster_url import PROCESSES
 from fedprune_server.executor import pool_tasks
 from fedprune_server.executor.background import Work
 from fedprune_server.executor.offers import blobs_of
-from fedprune_server.executor.pool_tasks import Task, WorkerSpec
+from fedprune_server.executor.pool_tasks import WorkerSpec
 from fedprune_server.executor.ray_pool import RayPool
 from fedprune_server.executor.worker import Worker
-from fedprune_server.process.children import begin_helper
+from fedprune_server.process.pools import ProcessPool, TaskPool
 from fedprune_server.storage.s3.store import BucketStore
 
 log = logging.getLogger("fedprune.server")
-
-_helper: Worker | None = None
-"""In a helper's process: its worker."""
-
-
-class HelperPool(Protocol):
-    """Runs tasks in helper processes."""
-
-    @property
-    def size(self) -> int:
-        """How many tasks it does at a time."""
-        ...
-
-    @property
-    def adds(self) -> bool:
-        """Whether updates are checked and added up by helpers, too."""
-        ...
-
-    @property
-    def patience_s(self) -> float | None:
-        """How long a result is waited for; None for as long as it takes."""
-        ...
-
-    def submit(self, task: Task, argument: Any) -> Future[Any]:
-        """Have a task done. Whatever goes wrong is in the future."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class ProcessPool:
-    """Some processes, each with the model in its memory.
-
-    Args:
-        worker: Whose job they help with.
-        size: How many.
-    """
-
-    adds = False
-    patience_s = None
-
-    def __init__(self, worker: Worker, size: int) -> None:
-        self.size = size
-        self._settings = WorkerSpec.of(worker)
-        self._pool = self._new_pool()
-
-    def submit(self, task: Task, argument: Any) -> Future[Any]:
-        try:
-            return self._pool.submit(_do, task, argument)
-        except BrokenExecutor:
-            log.warning("a helper was killed, maybe since memory ran out; others take its place")
-            self._pool.shutdown(wait=False)
-            self._pool = self._new_pool()
-            return self._pool.submit(_do, task, argument)
-
-    def _new_pool(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(
-            self.size,
-            multiprocessing.get_context("spawn"),  # a thread may hold any lock at the moment of a fork
-            _begin,
-            (os.getpid(), self._settings),
-        )
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _begin(parent: int, settings: WorkerSpec) -> None:
-    global _helper
-    begin_helper(parent)
-    _helper = settings.worker()
-
-
-def _do(task: Task, argument: Any) -> Any:
-    if _helper is None:
-        raise RuntimeError("this is no helper's process")
-    return task(_helper, argument)
-
 
 BLOCK = 2**20
 """Numbers of a model that are worth a task of their own."""
@@ -139,7 +59,7 @@ class DistributedWorker:
         batch: Updates that are summed together.
     """
 
-    def __init__(self, worker: Worker, pool: HelperPool, *, block: int = BLOCK, batch: int = BATCH) -> None:
+    def __init__(self, worker: Worker, pool: TaskPool[Worker], *, block: int = BLOCK, batch: int = BATCH) -> None:
         self._worker = worker
         self._pool = pool
         self._shared = SharedSums(worker, pool, block, batch) if pool.adds else None
@@ -234,6 +154,11 @@ class DistributedWorker:
         self._pool.close()
 
 
+def helper_processes(worker: Worker, size: int) -> TaskPool[Worker]:
+    """Processes of this machine that help a worker, each with the model in its memory."""
+    return ProcessPool(size, WorkerSpec.of(worker).worker, restarts=True)
+
+
 @contextmanager
 def helped(
     worker: Worker | DistributedWorker, helpers: int, url: str = PROCESSES
@@ -252,7 +177,7 @@ def helped(
     if not isinstance(worker, Worker) or (helpers == 1 and url == PROCESSES):
         yield worker
         return
-    pool = ProcessPool(worker, helpers) if url == PROCESSES else RayPool(url, worker)
+    pool = helper_processes(worker, helpers) if url == PROCESSES else RayPool(url, worker)
     with closing(DistributedWorker(worker, pool)) as distributed:
         yield distributed
 
@@ -274,7 +199,7 @@ class SharedSums:
     than it adds; otherwise (optimal transport) it is split by updates.
     """
 
-    def __init__(self, worker: Worker, pool: HelperPool, block: int = BLOCK, batch: int = BATCH) -> None:
+    def __init__(self, worker: Worker, pool: TaskPool[Worker], block: int = BLOCK, batch: int = BATCH) -> None:
         strategy = worker.strategy
         self._worker = worker
         self._pool = pool

@@ -27,7 +27,8 @@ from fedprune_server.storage.s3.store import BucketStore, Objects
 
 log = logging.getLogger("fedprune.server")
 
-Task = Callable[[Worker, Any], Any]
+Task = Callable[..., Any]
+"""A function of a worker and further arguments."""
 
 
 @dataclass(frozen=True)

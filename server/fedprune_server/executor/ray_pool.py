@@ -25,8 +25,9 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError, ExitCode, FedpruneError, MissingExtraError, reason
 from fedprune_server.config.cluster_url import check_url, endpoint, needs_client, ray_address
 from fedprune_server.executor.pool_tasks import Task, WorkerSpec
-from fedprune_server.executor.ray_child import receive_result, serve
+from fedprune_server.executor.ray_driver import receive_result, run_driver
 from fedprune_server.executor.worker import Worker
+from fedprune_server.process.pools import TaskPool
 
 log = logging.getLogger("fedprune.server")
 
@@ -50,7 +51,7 @@ def _unusable(url: str, why: str) -> ClusterError:
     )
 
 
-class RayPool:
+class RayPool(TaskPool[Worker]):
     """Lets a cluster do tasks.
 
     Args:
@@ -88,55 +89,55 @@ class RayPool:
         self._closed = False
         self._reaching: threading.Thread | None = None
         self._tried = time.monotonic()
-        self._link: _Link | None = self._reach()
-        threading.Thread(target=self._link.listen, name="fedprune-ray", daemon=True).start()
-        log.info("a cluster at %s helps: %d processors", url, self._link.size)
+        self._driver: DriverProcess | None = self._reach()
+        threading.Thread(target=self._driver.listen, name="fedprune-ray", daemon=True).start()
+        log.info("a cluster at %s helps: %d processors", url, self._driver.size)
 
     @property
     def size(self) -> int:
         """Processors of the cluster; 1 while it is lost."""
-        link = self._link
-        return 1 if link is None else max(1, link.size)
+        driver = self._driver
+        return 1 if driver is None else max(1, driver.size)
 
-    def submit(self, task: Task, argument: Any) -> Future[Any]:
+    def submit(self, task: Task, *arguments: Any) -> Future[Any]:
         with self._lock:
-            link = self._link
-            if link is not None and link.lost:
-                self._link = link = None
+            driver = self._driver
+            if driver is not None and driver.lost:
+                self._driver = driver = None
             idle = self._reaching is None or not self._reaching.is_alive()
-            if link is None and not self._closed and idle and time.monotonic() - self._tried >= self._again_s:
+            if driver is None and not self._closed and idle and time.monotonic() - self._tried >= self._again_s:
                 self._reaching = threading.Thread(target=self._reach_again, name="fedprune-cluster", daemon=True)
                 self._reaching.start()
-        if link is None:
+        if driver is None:
             future: Future[Any] = Future()
             future.set_exception(ClusterError("the cluster is lost"))
             return future
-        return link.submit(task, argument)
+        return driver.submit(task, *arguments)
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            link, self._link = self._link, None
-        if link is not None:
-            link.close()
+            driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.close()
 
     def _reach_again(self) -> None:
         try:
-            link = self._reach()
+            driver = self._reach()
         except FedpruneError as error:
             log.debug("%s", error)
             self._tried = time.monotonic()
             return
         with self._lock:
             late = self._closed
-            self._link = None if late else link
+            self._driver = None if late else driver
         if late:
-            link.close()
+            driver.close()
             return
-        log.info("the cluster at %s is back: %d processors", self._url, link.size)
-        link.listen()  # here: the child ends with the thread that has started it
+        log.info("the cluster at %s is back: %d processors", self._url, driver.size)
+        driver.listen()  # here: the child ends with the thread that has started it
 
-    def _reach(self) -> _Link:
+    def _reach(self) -> DriverProcess:
         place = endpoint(self._url)
         if place is not None:  # Ray itself tries for minutes
             try:
@@ -146,7 +147,7 @@ class RayPool:
         # A machine that can read it sees this very folder, not an empty one of the same name.
         probe = self._store.put(secrets.token_bytes(32)).sha256
         try:
-            return _Link(self._url, self._settings, probe, self._lost, lambda: self._closed)
+            return DriverProcess(self._url, self._settings, probe, self._lost, lambda: self._closed)
         finally:
             self._store.delete(probe)
 
@@ -156,8 +157,8 @@ class RayPool:
             log.warning("the cluster at %s is lost: the server does its work until it is back", self._url)
 
 
-class _Link:
-    """The child that talks with the cluster.
+class DriverProcess:
+    """The process that is the cluster's driver.
 
     Args:
         url: The cluster.
@@ -179,7 +180,7 @@ class _Link:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=serve, args=(os.getpid(), ray_address(url), settings, probe, theirs), name="fedprune-ray"
+            target=run_driver, args=(os.getpid(), ray_address(url), settings, probe, theirs), name="fedprune-ray"
         )
         self._process.start()
         theirs.close()
@@ -187,7 +188,7 @@ class _Link:
         self._number = 0
         self._futures: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
-        self._orders: queue.SimpleQueue[tuple[int, Task, Any] | None] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[tuple[int, Task, tuple[Any, ...]] | None] = queue.SimpleQueue()
         try:
             self.size = self._first(url)
         except BaseException:
@@ -210,7 +211,7 @@ class _Link:
             return int(what)
         raise _unusable(url, what)
 
-    def submit(self, task: Task, argument: Any) -> Future[Any]:
+    def submit(self, task: Task, *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
         with self._lock:
             if self.lost:
@@ -218,7 +219,7 @@ class _Link:
                 return future
             self._number += 1
             self._futures[self._number] = future
-            self._orders.put((self._number, task, argument))
+            self._orders.put((self._number, task, arguments))
         return future
 
     def _hand_on(self) -> None:

@@ -7,12 +7,11 @@ killed one doesn't affect the others. Processes exchange nothing but files, so t
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, MissingExtraError, StorageError, shown
 from fedprune.core.text import some
 from fedprune.wire.topics import check_name
-from fedprune_server.process.children import begin_helper
+from fedprune_server.executor.ray_driver import runtime_env
+from fedprune_server.process.pools import ProcessPerTask, R, TaskPool
 
 DONE, FAILED, PROGRESS = "done.json", "failed.txt", "progress.json"
 """Files of a run's folder."""
@@ -127,113 +127,61 @@ def carry_out(
 def _carried_out(
     work: WorkOf, runs: Sequence[Run], out: Path, workers: int, ray: bool, watch: Watch | None
 ) -> list[Ended]:
-    waiting = [r for r in runs if _finished(r, out / r.name) is None]
-    for run in waiting:
+    open_runs = [r for r in runs if _finished(r, out / r.name) is None]
+    for run in open_runs:
         with storage_errors(f"can't write {out / run.name}"):
             (out / run.name).mkdir(parents=True, exist_ok=True)
             (out / run.name / FAILED).unlink(missing_ok=True)
             (out / run.name / PROGRESS).unlink(missing_ok=True)
-    pool: _Processes | _Ray = _Ray(workers) if ray and waiting else _Processes(workers)
-    try:
-        while waiting or pool.active:
-            while waiting and pool.free:
-                pool.start(work, waiting.pop(0), out)
-            time.sleep(_POLL_S)
-            for run, why in pool.ended():
-                if why and _finished(run, out / run.name) is None and not (out / run.name / FAILED).exists():
-                    write_whole(out / run.name / FAILED, why.encode())
+    pool: TaskPool[WorkOf] = RayTasks(workers, work) if ray and open_runs else ProcessPerTask(workers, work)
+    with closing(pool):
+        under_way = {run.name: pool.submit(_do, run, out.resolve()) for run in open_runs}
+        while under_way:
+            wait(under_way.values(), _POLL_S)
+            for name in [name for name, future in under_way.items() if future.done()]:
+                _note_death(out / name, under_way.pop(name).exception())
             if watch is not None:
-                watch([_standing(r, out, r.name in pool.active) for r in runs])
-    finally:
-        pool.close()
+                watch([_standing(r, out, under_way.get(r.name)) for r in runs])
     return [_ended(r, out) for r in runs]
 
 
-class _Processes:
-    """Runs in processes of this machine."""
-
-    def __init__(self, workers: int) -> None:
-        self._workers = workers
-        # A fork would copy whatever locks other threads hold at that moment.
-        self._context = multiprocessing.get_context("spawn")
-        self.active: dict[str, tuple[Run, Any]] = {}
-
-    @property
-    def free(self) -> bool:
-        return len(self.active) < self._workers
-
-    def start(self, work: WorkOf, run: Run, out: Path) -> None:
-        process = self._context.Process(target=_do_here, args=(os.getpid(), work, run, out), name=run.name)
-        process.start()
-        self.active[run.name] = (run, process)
-
-    def ended(self) -> list[tuple[Run, str]]:
-        """Finished processes, each with the error to report if it left no result."""
-        over = [(run, process) for run, process in self.active.values() if not process.is_alive()]
-        for run, process in over:
-            process.join()
-            del self.active[run.name]
-        return [(run, f"its process ended with exit code {process.exitcode}") for run, process in over]
-
-    def close(self) -> None:
-        for _, process in self.active.values():
-            process.terminate()
-        for _, process in self.active.values():
-            process.join()
+def _note_death(folder: Path, error: BaseException | None) -> None:
+    """Note why a process ended, if it couldn't do so itself."""
+    if error is not None and not (folder / DONE).exists() and not (folder / FAILED).exists():
+        write_whole(folder / FAILED, (str(error).strip() or type(error).__name__).encode())
 
 
-class _Ray:
-    """Runs on a Ray cluster, which is started on this machine if there is none."""
+class RayTasks(TaskPool[WorkOf]):
+    """Tasks of a Ray cluster, which is started on this machine if there is none."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, size: int, work: WorkOf) -> None:
         try:
             import ray
         except ModuleNotFoundError as error:
             raise MissingExtraError("Ray is not installed", extra="scale") from error
-        self._ray = ray
-        self._mine = not ray.is_initialized()
-        if self._mine:
-            # What can be imported here must be there, too: a work may be a module of the current folder.
-            there = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+        self._ray, self._size, self._work = ray, size, work
+        self._started = not ray.is_initialized()
+        if self._started:
             try:
-                ray.init(address="auto", log_to_driver=False, runtime_env=there)
+                ray.init(address="auto", log_to_driver=False, runtime_env=runtime_env())
             except ConnectionError:
-                ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False, runtime_env=there)
-        self._do = ray.remote(num_cpus=1, max_retries=0)(_do)
-        self.active: dict[str, tuple[Run, Any]] = {}
+                ray.init(num_cpus=size, include_dashboard=False, log_to_driver=False, runtime_env=runtime_env())
+        self._tasks: list[Any] = []
 
     @property
-    def free(self) -> bool:
-        """Ray queues runs itself."""
-        return True
+    def size(self) -> int:
+        return self._size
 
-    def start(self, work: WorkOf, run: Run, out: Path) -> None:
-        self.active[run.name] = (run, self._do.remote(work, run, out.resolve()))
-
-    def ended(self) -> list[tuple[Run, str]]:
-        """Finished tasks, each with the error to report if it left no result."""
-        found = []
-        for run, task in list(self.active.values()):
-            if not self._ray.wait([task], timeout=0)[0]:
-                continue
-            del self.active[run.name]
-            try:
-                self._ray.get(task)
-                found.append((run, "it left no result"))
-            except Exception as error:  # noqa: BLE001 - a worker may die in any way
-                found.append((run, str(error).strip() or type(error).__name__))
-        return found
+    def submit(self, task: Callable[..., R], *arguments: Any) -> Future[R]:
+        self._tasks.append(self._ray.remote(num_cpus=1, max_retries=0)(task).remote(self._work, *arguments))
+        future: Future[R] = self._tasks[-1].future()
+        return future
 
     def close(self) -> None:
-        for _, task in self.active.values():
+        for task in self._tasks:
             self._ray.cancel(task, force=True)
-        if self._mine:
+        if self._started:
             self._ray.shutdown()
-
-
-def _do_here(parent: int, work: WorkOf, run: Run, out: Path) -> None:
-    begin_helper(parent)
-    _do(work, run, out)
 
 
 def _do(work: WorkOf, run: Run, out: Path) -> None:
@@ -283,7 +231,7 @@ def _ended(run: Run, out: Path) -> Ended:
     return Ended(run.name, None, failed.read_text().strip() if failed.exists() else "it was not done")
 
 
-def _standing(run: Run, out: Path, active: bool) -> Standing:
+def _standing(run: Run, out: Path, task: Future[None] | None) -> Standing:
     folder = out / run.name
     if (folder / DONE).exists():
         return Standing(run.name, "done", 1.0)
@@ -293,7 +241,7 @@ def _standing(run: Run, out: Path, active: bool) -> Standing:
         body = json.loads((folder / PROGRESS).read_bytes())
         return Standing(run.name, "running", float(body["share"]), str(body["note"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return Standing(run.name, "running" if active else "waiting")
+        return Standing(run.name, "running" if task is not None and task.running() else "waiting")
 
 
 _MOST = 5

@@ -27,7 +27,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.distributed import DistributedWorker, ProcessPool
+from fedprune_server.executor.distributed import DistributedWorker, helper_processes
 from fedprune_server.executor.offers import GRAPH_ROUNDS
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import deal, digits_model
@@ -53,7 +53,7 @@ def worker(model: Model, tmp_path: Path) -> Worker:
 
 @pytest.fixture
 def crew(worker: Worker) -> Iterator[DistributedWorker]:
-    with closing(DistributedWorker(worker, ProcessPool(worker, 2))) as crew:
+    with closing(DistributedWorker(worker, helper_processes(worker, 2))) as crew:
         yield crew
 
 
@@ -82,7 +82,7 @@ def test_offers_that_helpers_made_have_slabs_too(model: Model, tmp_path: Path) -
     assert sliced._slabs is not None
     sliced._slabs._least = 0
     orders = extracts(sliced)
-    with closing(DistributedWorker(sliced, ProcessPool(sliced, 2))) as crew:
+    with closing(DistributedWorker(sliced, helper_processes(sliced, 2))) as crew:
         crew.expect(orders)
         made = [crew.execute(o) for o in orders]
     assert sorted(len(e.offer["slabs"]) for e in made if isinstance(e, on.Extracted)) == [1, 2, 3]
@@ -120,7 +120,7 @@ def test_what_a_helper_makes_again_is_in_the_bucket_again(model: Model, at_s3: S
     store = BucketStore(tmp_path / "blobs", f"s3://{at_s3.bucket()}/job")
     worker = Worker(JOB, model, store)
     order = extracts(worker)[0]
-    with closing(DistributedWorker(worker, ProcessPool(worker, 2))) as crew:
+    with closing(DistributedWorker(worker, helper_processes(worker, 2))) as crew:
         for _ in range(3):  # by each of two helpers, or twice by one
             crew.expect([order])
             event = crew.execute(order)
@@ -155,11 +155,11 @@ def test_helpers_that_were_killed_are_replaced(worker: Worker, crew: Distributed
     orders = extracts(worker)
     crew.expect(orders)
     expected = [crew.execute(o) for o in orders]
-    for process in list(crew._pool._pool._processes.values()):
+    for process in list(crew._pool._processes._processes.values()):
         with suppress(ProcessLookupError):  # the pool ends the others as soon as it misses one
             os.kill(process.pid, signal.SIGKILL)
         process.join()
-    while not crew._pool._pool._broken:  # the pool's own thread notices
+    while not crew._pool._processes._broken:  # the pool's own thread notices
         time.sleep(0.01)
 
     crew.expect(orders)

@@ -105,9 +105,9 @@ def test_whoever_waits_for_a_cluster_that_goes_is_told(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     told = threading.Event()
-    monkeypatch.setattr(ray_pool, "serve", _answers)
+    monkeypatch.setattr(ray_pool, "run_driver", _answers)
     monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
-    link = ray_pool._Link(address, WorkerSpec.of(worker(model, tmp_path)), "", told.set, lambda: False)
+    link = ray_pool.DriverProcess(address, WorkerSpec.of(worker(model, tmp_path)), "", told.set, lambda: False)
     listener = threading.Thread(target=link.listen, daemon=True)
     futures = [link.submit(pool_tasks.check, None) for _ in range(2)]
     listener.start()
@@ -130,11 +130,12 @@ def _is_silent(parent: int, address: str, settings: WorkerSpec, probe: str, conn
 def test_a_server_that_ends_does_not_wait_for_a_cluster_that_it_is_reaching(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_pool, "serve", _is_silent)
+    monkeypatch.setattr(ray_pool, "run_driver", _is_silent)
     monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
     monkeypatch.setattr(ray_pool, "_START_S", 3600.0)
+    settings, closed = WorkerSpec.of(worker(model, tmp_path)), iter([False, True]).__next__
     with pytest.raises(ClusterError, match="can't be used"):
-        ray_pool._Link("silent", WorkerSpec.of(worker(model, tmp_path)), "", lambda: None, iter([False, True]).__next__)
+        ray_pool.DriverProcess("silent", settings, "", lambda: None, closed)
     assert not [p for p in multiprocessing.active_children() if p.name == "fedprune-ray"]
 
 
@@ -151,9 +152,9 @@ def _does(parent: int, address: str, settings: WorkerSpec, probe: str, connectio
 def test_a_task_that_can_not_be_handed_on_fails_alone(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_pool, "serve", _does)
+    monkeypatch.setattr(ray_pool, "run_driver", _does)
     monkeypatch.setattr(ray_pool, "ray_address", lambda url: url)
-    link = ray_pool._Link("well", WorkerSpec.of(worker(model, tmp_path)), "", lambda: None, lambda: False)
+    link = ray_pool.DriverProcess("well", WorkerSpec.of(worker(model, tmp_path)), "", lambda: None, lambda: False)
     listener = threading.Thread(target=link.listen, daemon=True)
     listener.start()
     orders = [None, threading.Lock(), None]
@@ -270,8 +271,8 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
         assert not [r for r in caplog.records if "itself" in r.message]
 
         # The process that talks with the cluster dies: the server does what there is to do, and is helped again later.
-        assert pool._link is not None
-        os.kill(pool._link._process.pid or 0, signal.SIGKILL)
+        assert pool._driver is not None
+        os.kill(pool._driver._process.pid or 0, signal.SIGKILL)
         assert played(crew, folds, close) == expected
         assert len([r.message for r in caplog.records if "is lost" in r.message]) == 1
         until = time.monotonic() + 60

@@ -29,6 +29,7 @@ from fedprune_server.executor import distributed, pool_tasks
 from fedprune_server.executor.distributed import DistributedWorker
 from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
+from fedprune_server.process.pools import TaskPool
 from fedprune_server.simulation.digits import digits_model
 
 DENSITIES = (1.0, 0.5, 0.25, 1.0, 0.75, 0.5, 0.25, 1.0, 0.5)
@@ -43,20 +44,20 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-class Helpers:
+class Helpers(TaskPool[Worker]):
     """A pool whose tasks are done at once, by a worker of its own, each by another process for all that it knows."""
 
     adds = True
-    patience_s = None
+    size = 3
 
-    def __init__(self, worker: Worker, size: int = 3) -> None:
-        self.size = size
+    def __init__(self, worker: Worker) -> None:
         self.done: list[tuple[Task, Any]] = []
         self.fails: Callable[[Task, Any], bool] = lambda *_: False
         self.changed: Callable[[Any], Any] = lambda result: result
         self._worker = WorkerSpec.of(worker).worker()
 
-    def submit(self, task: Task, argument: Any) -> Future[Any]:
+    def submit(self, task: Task, *arguments: Any) -> Future[Any]:
+        (argument,) = arguments
         future: Future[Any] = Future()
         self.done.append((task, argument))
         try:
@@ -305,14 +306,15 @@ def test_submodels_of_many_devices_are_few_tasks(model: Model, tmp_path: Path) -
 class Hanging(Helpers):
     """Helpers that never do some tasks; a clock advances by as much as they are waited for."""
 
-    patience_s = 100.0  # type: ignore[assignment]
+    patience_s = 100.0
 
     def __init__(self, worker: Worker, never: Task) -> None:
         super().__init__(worker)
         self.now = 0.0
         self._never = never
 
-    def submit(self, task: Task, argument: Any) -> Future[Any]:
+    def submit(self, task: Task, *arguments: Any) -> Future[Any]:
+        (argument,) = arguments
         return Never(self) if task is self._never else super().submit(task, argument)
 
 

@@ -117,7 +117,7 @@ def test_a_killed_process_is_said(model: Model, tmp_path: Path) -> None:
     work = offers(model, store, RECIPES["plain"], devices(model, 1))
     try:
         carried_out(pooled, work)
-        for process in pooled._pool._processes.values():
+        for process in pooled._pool._processes._processes.values():
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(TrainingError, match="killed"):
             pooled.prepare(offers(model, store, RECIPES["plain"], devices(model, 1), 2))

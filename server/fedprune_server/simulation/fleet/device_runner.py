@@ -5,11 +5,11 @@ A round so gives the same bits as on a board, in this process or in others.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Collection, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.local_state import MemoryStateStore
 from fedprune_device.training.round_runner import MEASURED, RoundRunner, TrainerCache
 from fedprune_server.executor.offers import sent
-from fedprune_server.process.children import begin_helper
+from fedprune_server.process.pools import ProcessPool
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 
 MOST_AHEAD = 64
@@ -80,12 +80,11 @@ class DeviceRunner:
         self._workers = workers
         self._ready: dict[Key, Done | FedpruneError] = {}
         self._local: _LocalRunner | None = None
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: ProcessPool[_LocalRunner] | None = None
         if workers == 1:
             self._local = _LocalRunner(store, folder, cuda=cuda)
         else:
-            context = multiprocessing.get_context("spawn")  # a thread may hold any lock at the moment of a fork
-            self._pool = ProcessPoolExecutor(workers, context, _begin, (os.getpid(), store.root, folder, cuda))
+            self._pool = ProcessPool(workers, partial(_runner, store.root, folder, cuda=cuda))
 
     @property
     def blobs(self) -> set[str]:
@@ -113,7 +112,7 @@ class DeviceRunner:
                 if len(futures) >= self._workers + _SPARE:
                     futures[len(futures) - self._workers - _SPARE].exception()
                 near = VirtualDevice(device.name, device.profile, device.load())
-                futures.append(self._pool.submit(_train, near, offer, number, self.boards.get(device.name)))
+                futures.append(self._pool.submit(_LocalRunner.train, near, offer, number, self.boards.get(device.name)))
             for (device, offer, number), future in zip(new, futures, strict=True):
                 self._ready[key_of(device.name, offer, number)] = _result(future)
         except BrokenExecutor as error:
@@ -151,7 +150,7 @@ class DeviceRunner:
 
     def close(self) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.close(wait=True)  # they write into the folder
 
 
 class _LocalRunner:
@@ -208,21 +207,9 @@ class _BlobState:
         self.digest = self._store.put(tensorfile.encode(kept)).sha256
 
 
-_runner: _LocalRunner | None = None
-"""A helper process's runner."""
-
-
-def _begin(parent: int, blobs: Path, folder: Path, cuda: bool) -> None:
-    global _runner
-    begin_helper(parent)
-    place = folder / f"process-{multiprocessing.current_process().pid}"
-    _runner = _LocalRunner(BlobStore(blobs, durable=False), place, cuda=cuda)
-
-
-def _train(device: VirtualDevice, offer: dict[str, Any], number: int, board: str | None) -> Done:
-    if _runner is None:
-        raise RuntimeError("this is not a helper process")
-    return _runner.train(device, offer, number, board)
+def _runner(blobs: Path, folder: Path, *, cuda: bool) -> _LocalRunner:
+    """A helper process's runner, with a folder of its own."""
+    return _LocalRunner(BlobStore(blobs, durable=False), folder / f"process-{os.getpid()}", cuda=cuda)
 
 
 def _result(future: Future[Done]) -> Done | FedpruneError:

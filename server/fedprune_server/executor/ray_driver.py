@@ -1,4 +1,4 @@
-"""The process that runs a worker pool's tasks on a Ray cluster, and what runs there."""
+"""The driver process that runs a worker pool's tasks on a Ray cluster, and what runs there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ _worker: tuple[str, Worker] | None = None
 """In a process of the cluster: its worker, and of which server."""
 
 
-def serve(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Connection) -> None:
+def runtime_env() -> dict[str, Any]:
+    """What processes of a cluster can import: all that this one can, such as a strategy of the current folder."""
+    return {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
+
+
+def run_driver(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Connection) -> None:
     """Hand tasks to a cluster until the other end of the pipe is closed; runs in a process of its own.
 
     What comes are numbers, functions and their arguments. What goes back is a kind and what belongs to it: `size` and
@@ -90,9 +95,7 @@ class _Cluster:
 
         self._ray: Any = ray
         self._connection = connection
-        # What can be imported here must be there, too: a strategy may be a module of the current folder.
-        there = {"env_vars": {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=there)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=runtime_env())
         self._probe(settings, probe)
         # In a list it isn't read before every task.
         self._settings = [ray.put(settings)]
@@ -107,8 +110,8 @@ class _Cluster:
         """Hand on tasks and results."""
         while True:
             while self._connection.poll(0 if self._tasks else 0.2):
-                number, task, argument = self._connection.recv()
-                self._tasks[self._carry.remote(self._settings, self._token, task, argument)] = number
+                number, task, arguments = self._connection.recv()
+                self._tasks[self._carry.remote(self._settings, self._token, task, arguments)] = number
             if self._tasks:
                 known = list(self._tasks)
                 done, _ = self._ray.wait(known, num_returns=min(len(known), 8), timeout=_POLL_S)
@@ -189,7 +192,7 @@ def _see(folder: str, probe: str) -> tuple[str, str]:
     return __version__, ""
 
 
-def _carry(settings: list[Any], token: str, task: Task, argument: Any) -> Any:
+def _carry(settings: list[Any], token: str, task: Task, arguments: tuple[Any, ...]) -> Any:
     """Do a task, with the worker of the last one if it was for the same server."""
     global _worker
     if _worker is None or _worker[0] != token:
@@ -197,7 +200,7 @@ def _carry(settings: list[Any], token: str, task: Task, argument: Any) -> Any:
 
         made: WorkerSpec = ray.get(settings[0])
         _worker = token, made.worker()
-    return task(_worker[1], argument)
+    return task(_worker[1], *arguments)
 
 
 def _be_quiet() -> None:

@@ -1,0 +1,156 @@
+"""Pools that carry out tasks in other processes: each task is a function of a worker and further arguments.
+
+A worker, such as a loaded model, is made once in each process. What a task meets is in its future, and another process
+can repeat it.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.context import SpawnProcess
+from typing import Any, Generic, TypeVar
+
+from fedprune_server.process.children import ChildDiedError, begin_helper
+
+W = TypeVar("W")
+R = TypeVar("R")
+
+log = logging.getLogger("fedprune.server")
+
+_SPAWN = multiprocessing.get_context("spawn")
+"""A fork would copy whatever locks other threads hold at that moment."""
+
+
+class TaskPool(ABC, Generic[W]):
+    """Carries out tasks.
+
+    Attributes:
+        patience_s: Time for which a result is worth waiting; None for as long as it takes.
+        adds: Whether a server lets it check and add up updates, too.
+    """
+
+    patience_s: float | None = None
+    adds = False
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """Number of tasks at a time."""
+
+    @abstractmethod
+    def submit(self, task: Callable[..., R], *arguments: Any) -> Future[R]:
+        """Have `task(worker, *arguments)` done; both have to be picklable."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the processes, and drop tasks that have not begun."""
+
+
+class ProcessPool(TaskPool[W]):
+    """Processes that last, each with a worker.
+
+    Args:
+        size: Number of processes.
+        make: Makes a process's worker; picklable.
+        restarts: Whether others take the place of processes that were killed; if not, a killed one breaks the pool.
+    """
+
+    def __init__(self, size: int, make: Callable[[], W], *, restarts: bool = False) -> None:
+        self._size, self._make, self._restarts = size, make, restarts
+        self._processes = self._started()
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def submit(self, task: Callable[..., R], *arguments: Any) -> Future[R]:
+        """Have a task done.
+
+        Raises:
+            BrokenExecutor: A process was killed, and the pool doesn't restart.
+        """
+        try:
+            return self._processes.submit(_done, task, arguments)
+        except BrokenExecutor:
+            if not self._restarts:
+                raise
+            log.warning("a helper was killed, maybe since memory ran out; others take its place")
+            self._processes.shutdown(wait=False)
+            self._processes = self._started()
+            return self._processes.submit(_done, task, arguments)
+
+    def close(self, *, wait: bool = False) -> None:
+        self._processes.shutdown(wait=wait, cancel_futures=True)
+
+    def _started(self) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(self._size, _SPAWN, _begin, (os.getpid(), self._make))
+
+
+_worker: Any = None
+"""In a process of a pool: its worker."""
+
+
+def _begin(parent: int, make: Callable[[], Any]) -> None:
+    global _worker
+    begin_helper(parent)
+    _worker = make()
+
+
+def _done(task: Callable[..., R], arguments: tuple[Any, ...]) -> R:
+    return task(_worker, *arguments)
+
+
+class ProcessPerTask(TaskPool[W]):
+    """Gives each task a process of its own, so that one that is killed costs no other; results are dropped.
+
+    Args:
+        size: Number of processes at a time.
+        worker: The tasks' first argument.
+    """
+
+    def __init__(self, size: int, worker: W) -> None:
+        self._size, self._worker = size, worker
+        self._threads = ThreadPoolExecutor(size)  # one for each process, which would end with it
+        self._lock = threading.Lock()
+        self._running: set[SpawnProcess] = set()
+        self._closed = False
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def submit(self, task: Callable[..., Any], *arguments: Any) -> Future[None]:  # type: ignore[override]
+        return self._threads.submit(self._carry_out, task, arguments)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            for process in self._running:
+                process.terminate()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _carry_out(self, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        process = _SPAWN.Process(target=_do_alone, args=(os.getpid(), task, (self._worker, *arguments)))
+        with self._lock:
+            if self._closed:
+                return
+            process.start()
+            self._running.add(process)
+        multiprocessing.connection.wait([process.sentinel])
+        with self._lock:  # two threads must not ask for exit codes at a time
+            process.join()
+            self._running.discard(process)
+        if process.exitcode:
+            raise ChildDiedError(f"its process ended with exit code {process.exitcode}")
+
+
+def _do_alone(parent: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    begin_helper(parent)
+    task(*arguments)
