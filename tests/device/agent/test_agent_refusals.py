@@ -90,23 +90,6 @@ def hidden_offer(bench: Bench, number: int, recipe: Recipe, mask: ElementMask) -
     return bench.server.offer(number, recipe, widths=(HIDDEN,), **blobs)
 
 
-def test_a_mask_is_pulled_with_the_weights_and_an_average_lasts_from_round_to_round(bench: Bench) -> None:
-    recipe = Recipe(epochs=1, batch_size=16, mask="hard", average=0.5, calibrate=True)
-    mask = ElementMask({"w1": np.arange(48).reshape(8, 6) % 3 > 0})
-    bench.server.plan = [hidden_offer(bench, n, recipe, mask) for n in (1, 2)]
-    bench.run()
-    one, two = (mask.unpack(bench.server.result(n)) for n in (1, 2))
-    with bench.reopened() as store:
-        record = store.slots.current()
-        assert record is not None
-        serves = tensorfile.load(bench.root / "state" / "serving" / record.slot / "weights.safetensors")
-        assert not store.own.read()  # the job is over
-    for name in ("w1", "gamma", "beta", "w2", "b2"):
-        np.testing.assert_allclose(serves[name], 0.5 * one[name] + 0.5 * two[name], rtol=1e-6, atol=1e-7)
-    assert not serves["w1"][~mask.active["w1"]].any()
-    assert "accuracy_average" in bench.server.updates[2].metrics
-
-
 @pytest.mark.parametrize(
     "recipe",
     [

@@ -34,11 +34,6 @@ def test_the_real_library_has_these_functions_and_says_what_is_wrong() -> None:
         np.testing.assert_array_equal(back, sent)
 
 
-def test_the_device_says_what_it_is(board: EngineBoard) -> None:
-    device = Cuda().device()
-    assert (device.sm, device.shared_memory) == ("8.7", True)
-
-
 def test_memory_is_kept_and_made_anew_where_it_is_too_small(board: EngineBoard) -> None:
     stream = Stream(Cuda())
     first = stream.memory("x", 64)

@@ -58,13 +58,6 @@ def test_an_engine_answers_what_onnxruntime_answers_with_every_tensorrt(board: E
     assert all((" REFIT " in b) == refits for b in board.builds)
 
 
-def test_a_good_engine_is_found_again_after_a_restart(board: EngineBoard) -> None:
-    wanted = board.model(1)
-    assert board.answering(board.selector(), wanted)
-    assert board.answering(board.selector(), wanted)
-    assert len(board.builds) == 1
-
-
 def test_weights_that_hardly_differ_are_other_weights(board: EngineBoard) -> None:
     assert board.answering(board.selector(), board.model(1))
     selector, wanted = board.selector(), board.model(1, 1 + 1e-4)

@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ import onnxruntime
 import pytest
 
 from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
-from fedprune.planning.identification import identify
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
 from fedprune_device.hardware import runtime_process
@@ -200,11 +198,6 @@ def test_what_cannot_be_read_is_unknown(tmp_path: Path) -> None:
     assert throttled(tmp_path) is False
 
 
-def test_the_boards_name_ends_before_the_null_byte(tmp_path: Path) -> None:
-    put(tmp_path, "proc/device-tree/model", "Raspberry Pi 5 Model B Rev 1.0\0")
-    assert board(tmp_path) == "Raspberry Pi 5 Model B Rev 1.0"
-
-
 def test_the_processors_temperature_wins_over_others(tmp_path: Path) -> None:
     for i, (kind, text) in enumerate([("gpu-thermal", "70000"), ("cpu-thermal", "48312"), ("cpu2", "bad")]):
         put(tmp_path, f"sys/class/thermal/thermal_zone{i}/type", kind)
@@ -222,11 +215,6 @@ def test_a_cooler_that_lowers_the_clock_is_throttling(tmp_path: Path) -> None:
     put(tmp_path, "sys/class/thermal/cooling_device0/type", "cpufreq-cpu0")
     put(tmp_path, "sys/class/thermal/cooling_device0/cur_state", "2")
     assert throttled(tmp_path) is True
-
-
-def test_onnxruntime_that_kills_its_process_is_a_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeUnavailableError, match=f"signal {int(signal.SIGILL)}.*instructions"):
-        check_runtime(python(tmp_path, "kill -ILL $$"))
 
 
 def test_onnxruntime_that_is_not_installed_names_the_extra(tmp_path: Path) -> None:
@@ -283,12 +271,6 @@ def test_an_orin_on_a_foreign_carrier(tmp_path: Path) -> None:
     assert read.memory_total == 15_800_000 * 1024
 
 
-def test_a_machine_without_a_device_tree(tmp_path: Path) -> None:
-    read = facts(tmp_path)
-
-    assert (read.model, read.compatible, read.l4t, read.clock_hz) == ("", (), "", None)
-
-
 def test_a_device_tree_of_nonsense_is_bounded(tmp_path: Path) -> None:
     put(tmp_path, "proc/device-tree/compatible", "\0".join(["x" * 10_000] * 1000))
     put(tmp_path, "etc/nv_tegra_release", "# R999999 (release), REVISION: x")
@@ -298,7 +280,3 @@ def test_a_device_tree_of_nonsense_is_bounded(tmp_path: Path) -> None:
     assert len(read.compatible) == 20
     assert max(map(len, read.compatible)) == 200
     assert read.l4t == ""
-
-
-def test_this_machine_is_identified() -> None:
-    assert identify(facts()).evidence

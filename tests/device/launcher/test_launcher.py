@@ -102,13 +102,6 @@ def test_a_release_that_is_no_good_is_rolled_back_by_itself(
     assert state.outcome == UpdateOutcome(2, ROLLED_BACK, reason)
 
 
-def wait_for(board: ReleaseInstaller, left: int) -> None:
-    deadline = time.monotonic() + 30
-    while (state := board.home.load()) is None or state.left != left:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def take_over(board: ReleaseInstaller, slot: str, **changes: str) -> None:
     """Change a slot and its record as a service could that was broken into; both fit each other."""
     home = board.home

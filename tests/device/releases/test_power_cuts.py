@@ -16,7 +16,6 @@ from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore
 from fedprune_device.launcher.state import (
     COMMITTED,
     ROLLED_BACK,
-    SLOTS,
     STABLE,
     DamagedError,
     LauncherState,
@@ -24,7 +23,7 @@ from fedprune_device.launcher.state import (
 )
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_trial import ReleaseTrial
-from support.fakes.runtime_releases import PUBLIC, make_release, source, versions_in
+from support.fakes.runtime_releases import PUBLIC, source, versions_in
 from support.faults.power_cuts import EACH_KIND, KINDS, CutError, cuts, power
 
 pytestmark = pytest.mark.board
@@ -297,29 +296,6 @@ def test_a_damaged_slot_is_still_tried_where_there_is_no_other(fresh: Path, tmp_
 
     assert launch(home, run) == 0
     assert ran == [("a", 1, None)]
-
-
-def test_a_board_with_nothing_whole_says_so(fresh: Path, tmp_path: Path) -> None:
-    home = SlotStore(copy_of(fresh, tmp_path / "board"))
-    for name in ("state.json", "copy.json", "a.json"):
-        (home.folder / name).unlink()
-    with pytest.raises(DamagedError, match="neither the launcher's state nor a slot is whole"):
-        launch(home, lambda *_: SlotExit("", 0))
-    assert all(not (home.folder / f"{slot}.json").exists() for slot in SLOTS)
-
-
-def test_an_update_costs_the_same_syncs_however_many_files_it_has(
-    fresh: Path, releases: dict[int, Path], tmp_path: Path
-) -> None:
-    many = make_release(tmp_path / "many", 2, more={f"library/{i}.py": "VERSION = 2\n" for i in range(200)})
-    syncs = []
-    for number, folder in enumerate((releases[2], many)):
-        board = Board(copy_of(fresh, tmp_path / str(number)), {2: folder}, BAD["hangs at import"])
-        with power() as supply:
-            board.live()
-        assert board.ran[-1] == 2
-        syncs.append(supply.names.count("fsync") + supply.names.count("sync"))
-    assert syncs[0] == syncs[1] <= 30
 
 
 def test_a_staged_release_that_nobody_arms_is_dropped_in_the_end(

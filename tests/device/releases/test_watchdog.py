@@ -101,20 +101,6 @@ def test_only_the_process_on_trial_may_end_it(board: ReleaseInstaller) -> None:
     assert outcome(board.home) == UpdateOutcome(2, ROLLED_BACK, "its time is over"), "too late"
 
 
-def test_what_fails_in_the_checks_is_rolled_back_with_its_reason(board: ReleaseInstaller) -> None:
-    trial = trial_of(board)
-    assert trial is not None
-
-    def ill(_: Path | None) -> None:
-        raise RuntimeUnavailableError("onnxruntime kills the process that loads it (signal 4)")
-
-    with pytest.raises(RuntimeUnavailableError):
-        trial.check(lambda: ill(None))
-    assert outcome(board.home) == UpdateOutcome(
-        2, ROLLED_BACK, "onnxruntime kills the process that loads it (signal 4)"
-    )
-
-
 @pytest.mark.slow
 def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: Path, tmp_path: Path) -> None:
     slots = ModelSlots(tmp_path / "serving")

@@ -154,13 +154,6 @@ def test_the_average_of_something_else_is_none(board: HiddenBoard, other: dict[s
     assert equal(serves, sent)
 
 
-def test_a_job_that_begins_anew_does_not_begin_with_its_last_run(board: HiddenBoard) -> None:
-    for number in (5, 6):
-        board.carry_out(board.offer(number, AVERAGE, hidden_weights(seed=number), graph="kept"))
-    _, sent, serves = board.carry_out(board.offer(1, AVERAGE, hidden_weights(), graph="kept"))
-    assert equal(serves, sent)
-
-
 @pytest.mark.parametrize(("first", "second"), [(HIDDEN, HIDDEN // 2), (HIDDEN // 2, HIDDEN)])
 def test_at_another_width_what_both_have_is_carried_over(board: HiddenBoard, first: int, second: int) -> None:
     old = board.carry_out(board.offer(1, AVERAGE, hidden_weights(first, 1), graph="kept"))[2]
@@ -404,14 +397,6 @@ def test_a_board_that_shares_nothing_sends_an_empty_file(board: HiddenBoard) -> 
     assert sent == {}
     assert update.weights.size == 64
     assert equal(second, trained(board, 2, first))
-
-
-@pytest.mark.parametrize("other", [{"job": "another"}, {"selection": "e" * 64}])
-def test_personal_tensors_of_something_else_are_not_taken(board: HiddenBoard, other: dict[str, Any]) -> None:
-    recipe = Recipe(epochs=1, batch_size=16, personal=("w2",))
-    board.carry_out(board.offer(1, recipe, hidden_weights(seed=1), graph="kept"))
-    _, _, serves = board.carry_out(board.offer(2, recipe, hidden_weights(seed=2), graph="kept", **other))
-    assert equal(serves, trained(board, 2, hidden_weights(seed=2)))
 
 
 # -- statistics of the board's own samples ----------------------------------------------------------------------------

@@ -11,9 +11,9 @@ import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.core import atomic_file, tensorfile
-from fedprune.core.errors import ModelError, StorageError, StorageFullError
+from fedprune.core.errors import StorageError, StorageFullError
 from fedprune.wire.messages import Offer, Update
-from fedprune_device.serving.model_slots import ModelSlots, Serving
+from fedprune_device.serving.model_slots import Serving
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 from support.faults.failing_disk import Crash, fault
@@ -225,20 +225,6 @@ def test_the_model_before_serves_when_the_newest_one_is_damaged(tmp_path: Path, 
     life.close()
     assert record.round == 1
     np.testing.assert_allclose(predictor.predict(np.ones((1, 6), np.float32)), 66)
-
-
-def test_predictions_are_possible_beside_a_running_agent(tmp_path: Path, graphs: Path) -> None:
-    life = Life(tmp_path, graphs)
-    store = life.open()
-    for step in life.steps()[:7]:
-        step(store)
-    assert ModelSlots(tmp_path / "serving").open()[1].round == 1
-    life.close()
-
-
-def test_before_the_first_round_nothing_serves(tmp_path: Path) -> None:
-    with DeviceStore(tmp_path) as store, pytest.raises(ModelError, match="no model serves"):
-        store.slots.open()
 
 
 def test_an_install_of_other_files_than_recorded_is_refused(tmp_path: Path, graphs: Path) -> None:

@@ -19,7 +19,6 @@ from fedprune.core import atomic_file
 from fedprune.core.errors import ConfigError, FedpruneError, IdentityError, JoinError
 from fedprune.wire.fleet_messages import CrashReport, LogReport, LogRequest
 from fedprune.wire.messages import parse
-from fedprune.wire.topics import Topics
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.privacy.redaction import OTHER, module_at, module_of, private
@@ -28,8 +27,6 @@ from fedprune_device.telemetry.log_buffer import KEPT, KEPT_BYTES, LogBuffer
 from fedprune_device.telemetry.reporter import LogReporter
 
 pytestmark = pytest.mark.board
-
-TOPICS = Topics("lab")
 
 
 class Time:

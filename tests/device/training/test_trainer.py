@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.core.errors import DataError, ModelError, TrainingError
+from fedprune.core.errors import ModelError, TrainingError
 from fedprune.core.rng import keyed
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
@@ -80,12 +80,6 @@ def test_seed_device_and_round_change_the_order(
     assert not np.array_equal(one.tensors["w"], two.tensors["w"])
 
 
-def test_what_was_received_is_not_changed(graphs: Path, weights: Tensors, data: LocalData) -> None:
-    before = {k: v.copy() for k, v in weights.items()}
-    train(graphs / "plain.onnx", weights, data, PLAIN)
-    assert all(np.array_equal(before[k], weights[k]) for k in weights)
-
-
 def test_steps_are_limited(graphs: Path, weights: Tensors, data: LocalData) -> None:
     done: list[tuple[int, int]] = []
     recipe = Recipe(epochs=9, batch_size=16, max_steps=7)
@@ -153,12 +147,6 @@ def test_weights_that_do_not_fit_are_refused(
         train(graphs / "plain.onnx", wrong, data, PLAIN)
 
 
-def test_data_of_more_classes_is_refused(graphs: Path, weights: Tensors, data: LocalData) -> None:
-    more = LocalData(data.x_train, data.y_train + 1, data.x_test, data.y_test)
-    with pytest.raises(DataError, match="out of range"):
-        train(graphs / "plain.onnx", weights, more, PLAIN)
-
-
 def test_an_inference_graph_is_not_a_training_graph(model: Path) -> None:
     with pytest.raises(TrainingError, match="not a training graph"):
         Trainer(model / "inference.onnx")
@@ -167,9 +155,3 @@ def test_an_inference_graph_is_not_a_training_graph(model: Path) -> None:
 def test_bytes_that_are_no_graph_are_refused() -> None:
     with pytest.raises(ModelError, match="doesn't load"):
         Trainer(b"not a graph")
-
-
-def test_the_loss_at_given_weights_is_that_of_the_first_step(graphs: Path, weights: Tensors, data: LocalData) -> None:
-    one = LocalData(data.x_train[:8], data.y_train[:8], data.x_test, data.y_test)
-    loss = Trainer(graphs / "full.onnx").loss(weights, one, FULL, 3)
-    assert loss == pytest.approx(train(graphs / "full.onnx", weights, one, FULL).loss_first, rel=1e-5)

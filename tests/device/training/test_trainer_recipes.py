@@ -280,12 +280,6 @@ def test_a_narrower_step_is_the_step_of_the_narrower_model(graphs: Path, hidden:
         assert part.tobytes() == narrow[name].tobytes(), name
 
 
-def test_what_was_received_is_not_changed_by_narrower_steps(graphs: Path, hidden: Tensors, data: LocalData) -> None:
-    before = {k: v.copy() for k, v in hidden.items()}
-    train(graphs / "narrow.onnx", hidden, data, NARROW, widths=(HIDDEN,))
-    assert all(np.array_equal(before[k], hidden[k]) for k in hidden)
-
-
 @pytest.mark.parametrize("widths", [(), (HIDDEN, 1), (HIDDEN - 1,), (0,), (HIDDEN + 1,)])
 def test_widths_that_are_not_the_tensors_are_refused(
     graphs: Path, hidden: Tensors, data: LocalData, widths: tuple[int, ...]

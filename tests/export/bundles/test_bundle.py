@@ -81,23 +81,6 @@ def test_the_training_step_takes_the_weights_file(half: Selection, files: dict[s
     assert {n: out[f"{n}::next"].shape for n in tensors} == half.shapes()
 
 
-def test_a_bundle_replaces_one_of_the_same_board(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
-    write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
-    write_bundle(tmp_path / "b", files, half, Recipe(lr=0.25), "raspberry-pi-5")
-
-    assert open_bundle(tmp_path / "b").recipe == Recipe(lr=0.25)
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST])
-
-
-def test_a_bundle_of_another_board_is_not_replaced(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
-    write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
-    both = "holds the bundle of another board: expected one of jetson-orin-nano, got one of 'raspberry-pi-5'"
-    with pytest.raises(BundleError, match=both):
-        write_bundle(tmp_path / "b", files, half, Recipe(), "jetson-orin-nano")
-
-    assert open_bundle(tmp_path / "b").target == "raspberry-pi-5"
-
-
 def test_a_folder_with_other_things_is_left_alone(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
 

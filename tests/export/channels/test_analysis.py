@@ -7,9 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from fedprune.model.architecture import FIXED, TensorKind
+from fedprune.model.architecture import TensorKind
 from fedprune.model.selection import Selection
-from fedprune_export.channels.analysis import _passes
 from fedprune_export.importing import import_onnx
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
@@ -119,22 +118,6 @@ def test_an_operator_without_a_rule_fixes_its_channels_and_is_named() -> None:
     assert any("QuantizeLinear" in note and "no channel rule" in note for note in model.notes)
 
 
-def test_channels_in_another_order_stay() -> None:
-    """Reversing channels between two layers: no one rank order serves both."""
-    rng = np.random.default_rng(0)
-    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
-    for name, shape in (("a", (3, 4)), ("b", (4, 2))):
-        graph.initializers[name] = rng.standard_normal(shape).astype(np.float32)
-    value = graph.emit("MatMul", "x", "a")
-    value = graph.emit("Slice", value, graph.ints(-1), graph.ints(-(2**62)), graph.ints(1), graph.ints(-1))
-    graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
-
-    model = import_onnx(graph.to_bytes(), "net")
-
-    assert model.architecture.groups == ()
-    assert all(s.group == FIXED for t in model.architecture.tensors for a in t.axes for s in a.segments)
-
-
 def test_widths_that_no_shape_tells_stay() -> None:
     """Two groups side by side wherever they occur: one of them stays, and the note says so."""
     rng = np.random.default_rng(0)
@@ -164,32 +147,3 @@ def test_nothing_to_cut_is_not_an_error() -> None:
 
     assert model.architecture.groups == ()
     assert Selection.full(model.architecture).whole
-
-
-@pytest.mark.parametrize(
-    ("positions", "found"),
-    [
-        ([0, 1, 2], (1, 1)),
-        ([0, 0, 1, 1, 2, 2], (1, 2)),
-        ([0, 1, 2, 0, 1, 2], (2, 1)),
-        ([0, 2, 1], None),
-        ([0, 1], None),
-        ([0, 0, 1, 2], None),
-    ],
-)
-def test_passes(positions: list[int], found: tuple[int, int] | None) -> None:
-    assert _passes(np.array(positions), 3) == found
-
-
-def test_a_constant_for_each_channel_fixes_them_and_is_named() -> None:
-    rng = np.random.default_rng(0)
-    graph = Graph(inputs=[Port("x", F32, ("N", 3))])
-    for name, shape in (("a", (3, 4)), ("b", (4, 2))):
-        graph.initializers[name] = rng.standard_normal(shape).astype(np.float32)
-    value = graph.emit("Mul", graph.emit("MatMul", "x", "a"), graph.constant([1.0, 2, 3, 4], np.float32))
-    graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
-
-    model = import_onnx(graph.to_bytes(), "net")
-
-    assert model.architecture.groups == ()
-    assert any("constant for each channel" in note for note in model.notes)

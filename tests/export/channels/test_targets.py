@@ -6,7 +6,6 @@ import html
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fedprune.core.errors import ExitCode
@@ -140,26 +139,6 @@ def test_the_json_has_a_report_or_an_error_per_target(
     assert found[0] == json.loads((out / "raspberry-pi-5" / "report.json").read_text())
     assert found[1]["target"] == "tight"
     assert "no width" in found[1]["error"]
-
-
-def test_a_model_that_can_not_be_read_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "m.onnx").write_bytes(b"nothing")
-
-    code = main([str(tmp_path / "m.onnx"), "--target", "raspberry-pi-5,raspberry-pi-4b", "--out", str(tmp_path / "o")])
-
-    assert code == ExitCode.MODEL
-    assert capsys.readouterr().err.count("error:") == 1
-    assert not (tmp_path / "o").exists()
-
-
-def test_data_that_does_not_fit_is_one_error(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    np.savez(tmp_path / "data.npz", x=np.zeros((3, 1, 9, 9), np.float32), y=np.zeros(3, np.int64))
-    more = ("--data", str(tmp_path / "data.npz"))
-
-    code = main([str(digits), "--target", "raspberry-pi-5,raspberry-pi-4b", "--out", str(tmp_path / "o"), *more])
-
-    assert code == ExitCode.DATA
-    assert capsys.readouterr().err.count("error:") == 1
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from fedprune.runtime.bundle import (
     TRAINING,
     WEIGHTS,
     manifest,
-    open_bundle,
 )
 from fedprune.runtime.bundle_folder import write_bundle
 from fedprune_export.bundles.bundle import bundle_files
@@ -308,18 +307,6 @@ def test_the_command_speaks_json_also_of_what_is_wrong(
 def test_what_is_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == ExitCode.BUNDLE
     assert "Is this a bundle's folder?" in capsys.readouterr().err
-
-
-def test_a_swapped_weights_file_that_the_manifest_knows_is_a_bundle_of_its_own(
-    files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path
-) -> None:
-    """Trained weights in the place of the exported ones: all checks hold, only the model's weights are others."""
-    trained = {n: v * np.float32(0.9) for n, v in tensorfile.decode(files[WEIGHTS]).items()}
-    folder = written(tmp_path / "b", {**files, WEIGHTS: tensorfile.encode(trained)}, half)
-
-    assert open_bundle(folder).selection.digest == half.digest
-    assert passed(folder) == (CHECKS, None)
-    assert passed(folder, model)[0] == CHECKS
 
 
 def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None:

@@ -20,7 +20,6 @@ from fedprune_export.autodiff.tape import RULES
 from fedprune_export.cli.main import main
 from fedprune_export.importing import read_source
 from fedprune_export.pruning.model import Model
-from support.nets import published_nets as zoo
 
 pytestmark = pytest.mark.torch
 
@@ -101,15 +100,6 @@ def test_a_torch_factory_gives_the_same_bundle(lenet_file: Path, tmp_path: Path)
         assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "factory" / name).read_bytes()
 
 
-@pytest.mark.slow
-@zoo.needs_timm
-def test_a_network_of_timm_is_exported_by_name(tmp_path: Path) -> None:
-    assert export("timm:test_resnet", tmp_path / "b", "--input-shape", "3,32,32", "--density", "0.5") == ExitCode.OK
-
-    architecture = open_bundle(tmp_path / "b").architecture
-    assert (architecture.name, architecture.input_shape, architecture.classes) == ("test_resnet", (3, 32, 32), 1000)
-
-
 def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -> None:
     assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "100000") == ExitCode.OK
 
@@ -175,15 +165,6 @@ def test_json_output_is_the_report(lenet_file: Path, tmp_path: Path, capsys: pyt
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "b" / "report.json").read_text())
 
 
-def test_a_recipe_names_the_training_step(lenet_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "recipe.json").write_text('{"proximal": 0.1, "epochs": 2}')
-
-    export(lenet_file, tmp_path / "b", "--recipe", str(tmp_path / "recipe.json"))
-
-    assert open_bundle(tmp_path / "b").recipe.proximal == 0.1
-    assert b"::anchor" in (tmp_path / "b" / "training.onnx").read_bytes()
-
-
 def test_a_truncated_model(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.onnx").write_bytes(lenet_file.read_bytes()[:-1000])
 
@@ -241,13 +222,6 @@ def test_a_strange_recipe(lenet_file: Path, tmp_path: Path, capsys: pytest.Captu
 
     assert export(lenet_file, tmp_path / "b", "--recipe", str(tmp_path / "recipe.json")) == ExitCode.CONFIG
     assert "recipe.json" in one_line(capsys)
-
-
-def test_a_folder_with_other_things(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "letter.txt").write_text("dear")
-
-    assert export(lenet_file, tmp_path) == ExitCode.BUNDLE
-    assert "not empty" in one_line(capsys)
 
 
 @pytest.mark.parametrize(

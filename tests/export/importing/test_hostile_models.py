@@ -45,10 +45,6 @@ def model(
     return raw
 
 
-def test_the_model_that_the_attacks_start_from_is_sound() -> None:
-    assert set(import_onnx(model({"w": W}, listed='["w"]'), "net").tensors) == {"w"}
-
-
 @pytest.mark.parametrize("name", ["a~²", "a~" + "9" * 5000, "a~", "~"])
 def test_odd_names_are_names(name: str) -> None:
     assert set(import_onnx(model({name: W}), "net").tensors) == {name}
@@ -430,14 +426,6 @@ def test_external_data_of_a_huge_claim_are_refused(tmp_path: Path) -> None:
     proto.graph.initializer[0].dims[0] = 2**40
     proto.graph.initializer[0].external_data.pop()
     path.write_bytes(proto.SerializeToString())
-
-    with pytest.raises(ModelError, match="its external data can't be read"):
-        load(path)
-
-
-def test_a_folder_in_place_of_external_data_is_refused(tmp_path: Path) -> None:
-    path = _external(tmp_path, "w.bin")
-    (path.parent / "w.bin").mkdir()
 
     with pytest.raises(ModelError, match="its external data can't be read"):
         load(path)

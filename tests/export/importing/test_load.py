@@ -19,7 +19,7 @@ from torch import nn
 
 from fedprune.core.errors import ExitCode, MissingExtraError, ModelError
 from fedprune.output.extras import install_command
-from fedprune_export.importing import export_torch, import_onnx, load, read_source, torch_export
+from fedprune_export.importing import export_torch, import_onnx, load, torch_export
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from support.nets import small_nets as nets
@@ -52,13 +52,6 @@ def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> 
     again = import_onnx(model.graph.to_bytes(), name)
 
     assert again.architecture.digest == model.architecture.digest
-
-
-def test_a_factory_is_loaded_by_name() -> None:
-    model = load("support.nets.small_nets:lenet")
-
-    assert model.architecture.name == "lenet"
-    assert model.architecture.input_shape == (1, 28, 28)
 
 
 def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,52 +232,6 @@ def test_torch_prints_nothing_of_a_failed_export(capfd: pytest.CaptureFixture[st
     assert capfd.readouterr() == ("", "")
 
 
-def test_tied_weights_stay_tied() -> None:
-    class Tied(nn.Module):
-        input_shape = (4,)
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.out = nn.Linear(4, 4), nn.Linear(4, 2)
-            nn.init.ones_(self.a.bias)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(torch.relu(self.a(torch.relu(self.a(x)))))
-
-    model = import_onnx(export_torch(Tied()), "tied")
-
-    assert set(model.tensors) == {"a.weight", "a.bias", "out.weight", "out.bias"}
-
-
-def test_a_parameter_with_a_reserved_name_stays_a_parameter() -> None:
-    class Odd(nn.Module):
-        input_shape = (4,)
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.lr = nn.Parameter(torch.ones(4, 2))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ self.lr
-
-    assert set(import_onnx(export_torch(Odd()), "odd").tensors) == {"lr_"}
-
-
-def test_buffers_are_constants() -> None:
-    class Scaled(nn.Module):
-        input_shape = (4,)
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.out = nn.Linear(4, 2)
-            self.register_buffer("mean", torch.arange(4.0))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.out(x - self.mean)
-
-    assert set(import_onnx(export_torch(Scaled()), "net").tensors) == {"out.weight", "out.bias"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "convolution",
@@ -301,12 +248,6 @@ def test_convolutions_of_three_axes(convolution: nn.Conv3d) -> None:
 
     assert distance(outputs(model.graph, x), expected) < 1e-5
     assert {n for n in model.tensors if n.startswith("0.")} == {f"0.{n}" for n, _ in convolution.named_parameters()}
-
-
-def test_no_such_file(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"nothing\.onnx.*No such file") as caught:
-        load(tmp_path / "nothing.onnx")
-    assert caught.value.exit_code is ExitCode.MODEL
 
 
 @pytest.mark.parametrize(
@@ -348,10 +289,6 @@ def test_something_else_than_onnx(tmp_path: Path, raw: bytes) -> None:
 def test_a_truncated_file_is_one_clear_error(lenet_bytes: bytes, share: float) -> None:
     with pytest.raises(ModelError):
         import_onnx(lenet_bytes[: int(share * len(lenet_bytes))], "net")
-
-
-def test_read_source_gives_bytes_that_import() -> None:
-    assert import_onnx(read_source("support.nets.small_nets:concat_net"), "concat_net").architecture.classes == 10
 
 
 def _port(*shape: int | str) -> list[Port]:
@@ -400,10 +337,6 @@ def _branches(condition: list[str]) -> bytes:
     spot.CopyFrom(onnx.helper.make_node("If", condition, ["h"], **choices))
     raw: bytes = proto.SerializeToString()
     return raw
-
-
-def test_a_branch_on_a_constant_is_taken() -> None:
-    assert [n.op for n in import_onnx(_branches(["yes"]), "net").graph.nodes] == ["Relu", "MatMul"]
 
 
 def test_control_flow_is_refused() -> None:

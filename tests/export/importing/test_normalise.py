@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnx
 import pytest
-from onnx import helper, numpy_helper
 
 from fedprune.core.errors import ModelError
 from fedprune.model.step_contract import RESERVED
 from fedprune.runtime.session import Session
 from fedprune_export.importing import import_onnx
-from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from support.oracles.cutting import distance, outputs
@@ -123,60 +120,12 @@ def test_samples_and_places_as_one_axis_are_no_flatten() -> None:
     assert same(model, graph)
 
 
-def test_constants_are_folded_and_weights_are_not() -> None:
-    def build(graph: Graph) -> str:
-        two = graph.emit("Add", graph.scalar(1.5), graph.scalar(0.5))
-        return graph.emit("Mul", linear(graph, "image", 3, 2), two)
-
-    model, graph = model_of(build, 3)
-
-    assert [n.op for n in model.graph.nodes] == ["MatMul", "Mul"]
-    assert list(model.tensors) == ["w"]
-    assert [n for n in model.graph.initializers if n.startswith(CONSTANT_PREFIX)] != []
-    assert same(model, graph)
-
-
-def test_axes_of_a_later_opset_become_an_attribute() -> None:
-    def build(graph: Graph) -> str:
-        pooled = graph.emit("ReduceMean", "image", graph.ints(2, 3), attrs={"keepdims": 0})
-        return linear(graph, pooled, 3, 2)
-
-    model, graph = model_of(build, 3, 4, 4, opset=20)
-
-    assert model.graph.opset == 17
-    assert model.graph.nodes[0].attrs["axes"] == [2, 3]
-    assert any("opset 20" in note for note in model.notes)
-    assert same(model, graph)
-
-
 def test_an_operator_that_opset_17_lacks_is_named() -> None:
     def build(graph: Graph) -> str:
         return linear(graph, graph.emit("CenterCropPad", "image", graph.ints(2), attrs={"axes": [1]}), 2, 2)
 
     with pytest.raises(ModelError, match=r"CenterCropPad.*does not exist in opset 17"):
         model_of(build, 4, opset=20)
-
-
-def test_an_old_opset_is_raised() -> None:
-    """Squeeze had its axes as an attribute until opset 12."""
-    weights = random(3, 2)
-    graph = helper.make_graph(
-        [
-            helper.make_node("GlobalAveragePool", ["image"], ["pooled"]),
-            helper.make_node("Squeeze", ["pooled"], ["row"], axes=[2, 3]),
-            helper.make_node("MatMul", ["row", "w"], ["out"]),
-        ],
-        "old",
-        [helper.make_tensor_value_info("image", onnx.TensorProto.FLOAT, ["n", 3, 4, 4])],
-        [helper.make_tensor_value_info("out", onnx.TensorProto.FLOAT, ["n", 2])],
-        [numpy_helper.from_array(weights, "w")],
-    )
-    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 11)], ir_version=6)
-    x = random(5, 3, 4, 4)
-
-    model = import_onnx(proto.SerializeToString(), "old")
-
-    assert distance(outputs(model.graph, x), x.mean((2, 3)) @ weights) < 1e-5
 
 
 def test_merged_uniform_vectors_are_separated() -> None:
@@ -307,19 +256,6 @@ def test_a_sum_over_nothing_goes() -> None:
 
     assert [n.op for n in model.graph.nodes] == ["MatMul", "MatMul"]
     assert [g.size for g in model.architecture.groups] == [4]
-    assert same(model, graph)
-
-
-@pytest.mark.parametrize("axes", [[2, 3], [-1, -2]])
-def test_a_sum_over_places_passes_channels(axes: list[int]) -> None:
-    def build(graph: Graph) -> str:
-        graph.initializers["k"] = random(5, 3, 1, 1)
-        value = graph.emit("Relu", graph.emit("Conv", "image", "k"))
-        return linear(graph, graph.emit("ReduceSum", value, graph.ints(*axes), attrs={"keepdims": 0}), 5, 2)
-
-    model, graph = model_of(build, 3, 4, 4)
-
-    assert [g.size for g in model.architecture.groups] == [5]
     assert same(model, graph)
 
 

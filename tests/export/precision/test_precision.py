@@ -22,7 +22,6 @@ from fedprune.runtime.precision import CALIBRATION_SAMPLES, RANGES, lowered_weig
 from fedprune.runtime.precision_files import (
     PRECISIONS,
     calibrate_file,
-    files_of,
     graph_file,
     prepare_file,
     weights_file,
@@ -150,17 +149,6 @@ def test_no_samples_at_all_still_have_outputs(precision: str, tmp_path: Path) ->
     none = np.zeros((0, *model.architecture.input_shape), np.float32)
 
     assert predictor.predict(none).shape == (0, model.architecture.classes)
-
-
-@pytest.mark.parametrize("name", ["resnet20", "mobilenet", "layers"])
-def test_folded_is_what_torch_says(name: str, tmp_path: Path) -> None:
-    module, model = net(name)
-    x = inputs(model, 8)
-    bundle(tmp_path, model, Selection.of(model.architecture, model.architecture.sizes), "folded", x)
-    with torch.no_grad():
-        expected = module(torch.from_numpy(x)).numpy()
-
-    assert distance(unoptimised(tmp_path / "folded.onnx", x), expected) < 1e-5
 
 
 @pytest.mark.parametrize(("name", "left"), [("resnet20", 0), ("mobilenet", 0), ("layers", 0), ("concat", 4)])
@@ -384,8 +372,3 @@ def test_nonsense_is_not_prepared() -> None:
     tensors["conv1.weight"] = tensors["conv1.weight"] * np.nan
     with pytest.raises(ModelError, match="not finite"):
         prepare(graph, tensors, ranges)
-
-
-def test_files_are_named() -> None:
-    assert files_of("float16") == ("float16.onnx", "prepare-float16.onnx", "float16.safetensors")
-    assert set(files_of("int8")) == {"int8.onnx", "prepare-int8.onnx", "calibrate-int8.onnx", "int8.safetensors"}

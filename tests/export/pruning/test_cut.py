@@ -24,16 +24,6 @@ pytestmark = pytest.mark.torch
 Imported = Callable[[str], Model]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7, 64])
-def test_the_batch_stays_free(imported: Imported, batch: int) -> None:
-    model = imported("concat_net")
-    x = inputs(model, batch)
-
-    logits = outputs(cut(model, random_selection(model, 0.5, seed=1)), x)
-
-    assert logits.shape == (batch, 10)
-
-
 def test_samples_of_a_batch_do_not_mix(imported: Imported) -> None:
     model = imported("lenet")
     graph, x = cut(model, random_selection(model, 0.5, seed=2)), inputs(model, 6)

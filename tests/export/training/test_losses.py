@@ -204,20 +204,6 @@ def test_a_sample_that_is_not_mixed_has_the_loss_that_it_has_without_mixup(
         np.testing.assert_allclose(got[key], value, rtol=1e-5, atol=2e-7 * (1 + float(np.abs(z).max())), err_msg=key)
 
 
-@given(z=logits, seed=st.integers(0, 99))
-def test_mixed_labels_are_torchs_probabilities_of_classes(z: Array, seed: int) -> None:
-    """Where classes weigh alike: eq. 1 of mixup, with labels one-hot, smoothed after they were mixed."""
-    y, extra = labels("cross_entropy", len(z), seed), numbers(seed)
-    extra[step_contract.Y_PARTNER] = partners(y, seed)
-    share, smooth = float(extra[step_contract.Y_SHARE]), float(extra[step_contract.LABEL_SMOOTHING])
-    exact = oracle(Features(mixup=True, label_smoothing=True), z, y, extra, torch.float64)
-    leaf = torch.tensor(z, dtype=torch.float64, requires_grad=True)
-    hot = share * np.eye(K)[y] + (1 - share) * np.eye(K)[extra[step_contract.Y_PARTNER]]
-    functional.cross_entropy(leaf, torch.tensor(hot), label_smoothing=smooth).backward()
-    assert leaf.grad is not None
-    np.testing.assert_allclose(exact["dz"], leaf.grad.numpy(), atol=1e-12)
-
-
 def test_small_losses_keep_their_digits() -> None:
     z = np.array([[20, -20, 40, -40]], np.float32)
     got = session("bce").run({"z": z, step_contract.Y: np.array([[1, 0, 1, 0]], np.float32)})

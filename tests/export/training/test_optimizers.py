@@ -267,22 +267,3 @@ def test_sums_and_squares_are_those_of_the_data_loss_alone() -> None:
         np.testing.assert_array_equal(whole[step_contract.following(step_contract.total(name))], total)
         np.testing.assert_allclose(whole[step_contract.following(step_contract.squares(name))], 2 + total**2, rtol=1e-6)
         np.testing.assert_allclose(whole[step_contract.gradient(name)], total + 3 * (state[name] - 2), rtol=1e-6)
-
-
-def test_only_what_is_asked_for_is_in_the_graph() -> None:
-    names = {"w", "dw", "b", "db", "scale", "dscale"}
-    buffers = {step_contract.buffer(n) for n in SHAPES}
-    plain = set(session("sgd").inputs)
-    assert plain == names | buffers | {step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY}
-    adam = set(session("adam").inputs)
-    assert adam == names | buffers | {step_contract.second(n) for n in SHAPES} | {
-        *(
-            step_contract.LR,
-            step_contract.WEIGHT_DECAY,
-            step_contract.BETA1,
-            step_contract.BETA2,
-            step_contract.EPSILON,
-            step_contract.STEP_NUMBER,
-        )
-    }
-    assert set(session("sgd", clip=True).inputs) == plain | {step_contract.CLIP_NORM}

@@ -30,7 +30,7 @@ from fedprune_flash.on_board.installation import FIRST_BOOT
 from fedprune_flash.on_board.kit_folder import KitFolder
 from fedprune_flash.on_board.runtime_slot import RuntimeSlot
 from support.fakes import tiny_wheels
-from support.fakes.runtime_releases import CLAIM, KEY, PUBLIC, make_release, source, versions_in
+from support.fakes.runtime_releases import CLAIM, KEY, PUBLIC, make_release, source
 from support.fakes.signed_kits import change, sign
 from support.faults.power_cuts import EACH_KIND, CutError, cuts, power
 from support.paths import ROOT
@@ -221,30 +221,6 @@ def newer(make_kit: MakeKit, tmp_path: Path, wheels: Path) -> Path:
     (links / "numpy-2.0-py3-none-any.whl").unlink()
     tiny_wheels.wheel(links, "numpy", "2.1")
     return make_kit("new", links=[links]).folder
-
-
-@pytest.mark.slow
-def test_a_newer_kit_replaces_an_older_one(make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path) -> None:
-    assert run(make_kit("old").folder, root).returncode == 0
-    done = run(newer(make_kit, tmp_path, wheels), root)
-    assert done.returncode == 0, done.stderr
-    state = home(root).load()
-    assert state is not None
-    assert (state.stable, state.highest) == ("b", 0)
-    assert {p.name for p in root.glob("opt/fedprune/b/numpy-*")} == {"numpy-2.1.dist-info"}
-    assert program(root) == "fedprune\n"
-
-
-def test_a_kit_takes_the_place_of_no_release_of_the_server(
-    make_kit: MakeKit, root: Path, tmp_path: Path, wheels: Path
-) -> None:
-    assert run(make_kit("old").folder, root).returncode == 0
-    update(root, tmp_path, 1)
-    done = run(newer(make_kit, tmp_path, wheels), root)
-    assert done.returncode == 0, done.stderr
-    assert "newer than any kit's" in done.stdout
-    assert versions_in(root / "opt/fedprune/b") == {"VERSION = 1"}
-    assert program(root) == "version 1\n"
 
 
 def test_settings_of_another_kit_leave_the_runtime_alone(make_kit: MakeKit, root: Path) -> None:

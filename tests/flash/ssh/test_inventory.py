@@ -20,7 +20,7 @@ from fedprune_flash import BoardSettings
 from fedprune_flash.cli import main as cli
 from fedprune_flash.ssh.connection import ssh_command
 from fedprune_flash.ssh.inventory import BoardRow, read_inventory
-from fedprune_flash.ssh.journal import DONE, Claims, Journal, read_claims
+from fedprune_flash.ssh.journal import Claims, Journal, read_claims
 from support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -243,25 +243,6 @@ def test_runs_at_once_get_claims_of_their_own(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(found) == sorted(texts)
-
-
-def test_threads_get_claims_of_their_own(tmp_path: Path) -> None:
-    pool, found = Claims(Journal(tmp_path / "journal"), claims(30)), list[str]()
-    threads = [threading.Thread(target=lambda n=n: found.append(pool.claim(f"b{n}"))) for n in range(30)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(found)) == 30
-    entries = Journal(tmp_path / "journal")
-    assert {entries.entry(f"b{n}").claim for n in range(30)} == set(found)
-
-
-def test_a_journal_is_what_was_written(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal")
-    journal.note("attic", state=DONE, work="x")
-    assert Journal(tmp_path / "journal").entry("attic") == journal.entry("attic")
-    assert Journal(tmp_path / "journal").entry("other").state != DONE
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"version": 1, "boards": {"a": {"used": [1]}}}', "\0"])
