@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.core import tensorfile
-from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import TensorKind
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.planning.profile_store import find
-from fedprune_device.data.dataset import LocalData
-from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner
+from fedprune_server.simulation.measure import Measure
+from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.simulation import Simulation
-
-KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
-
-
-class Hoard(BlobStore):
-    """A store that keeps everything."""
-
-    def delete(self, digest: str) -> None:
-        """Nothing is deleted."""
+from fedprune_server.simulation.state import Trained
+from support.fakes.digits_simulation import KINDS, boards, boards_that_validate, digits, digits_simulation
 
 
 class Run:
-    """A finished simulation, with all that closed its rounds."""
+    """A finished simulation, with all that closed its rounds; its store keeps everything."""
 
     def __init__(self, simulation: Simulation) -> None:
         self.simulation = simulation
         self.store = simulation.store
+        self.store.delete = lambda digest: None  # type: ignore[method-assign]
         self.closes: list[do.Close] = []
         worker = simulation._worker
         execute = worker.execute
@@ -69,42 +57,18 @@ class Run:
 
 
 Build = Callable[..., Run]
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return import_onnx(digits_model(), "digits-net")
-
-
-@pytest.fixture(scope="module")
-def data() -> Any:
-    federation = deal(KINDS, seed=1)
-    hands = {}
-    for kind, d in federation.devices.items():
-        hands[kind] = LocalData(d.x_train[:-40], d.y_train[:-40], d.x_test, d.y_test, d.x_train[-40:], d.y_train[-40:])
-    return replace(federation, devices=hands)
+Simulate = Callable[..., Simulation]
 
 
 @pytest.fixture
-def make(model: Any, data: Any, tmp_path: Path) -> Callable[..., Simulation]:
-    devices = [VirtualDevice(kind, find(kind), data.devices[kind]) for kind in KINDS]
-
-    def build(strategy: str, folder: str = "", **settings: Any) -> Simulation:
-        recipe = settings.pop("recipe", Recipe(max_steps=3, batch_size=16))
-        name = folder or f"{strategy}-{len(list(tmp_path.iterdir()))}"
-        values = {"seed": 3, "rounds": 4, "devices": 3, "recipe": recipe, "strategy": strategy, **settings}
-        store = (BlobStore if folder else Hoard)(tmp_path / name / "blobs", durable=False)
-        where = tmp_path / name if folder else None
-        values = {"move_limit": 0.0, "weight_limit": 0.0, **values}  # equations hold for updates as they come
-        job = Job(name=name, **values)
-        return Simulation(Experiment("x", job, model, devices, (data.x, data.y)), store, folder=where)
+def run(tmp_path: Path) -> Build:
+    def build(strategy: str, **settings: Any) -> Run:
+        limits = {"move_limit": 0.0, "weight_limit": 0.0}  # equations hold for updates as they come
+        settings = {"rounds": 4, "recipe": Recipe(max_steps=3, batch_size=16), **limits, **settings}
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        return Run(digits_simulation(folder, kept=False, fleet=boards_that_validate(), strategy=strategy, **settings))
 
     return build
-
-
-@pytest.fixture
-def run(make: Callable[..., Simulation]) -> Build:
-    return lambda strategy, **settings: Run(make(strategy, **settings))
 
 
 def close_to(found: Tensors, expected: dict[str, Any]) -> None:
@@ -284,33 +248,6 @@ def test_pr_fl_in_step_ranks_channels_every_interval(run: Build) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_simulation_goes_on_to_the_same_models(make: Callable[..., Simulation]) -> None:
-    """`test_simulated_asynchronous.py` has other schedules; densities that times drive are PR-FL's alone."""
-    options = {**PR_FL, "delta": 0.3}
-
-    class KilledError(Exception):
-        pass
-
-    calm = make("pr-fl", folder="calm", rounds=5, options=options)
-    calm.run()
-    expected = [(h["model"], h["at"]) for h in calm.state.history]
-    for at in (2, 5):
-        seen = 0
-
-        def watch(_: Simulation, at: int = at) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == at:
-                raise KilledError
-
-        with pytest.raises(KilledError):
-            make("pr-fl", folder="calm2", rounds=5, options=options).run(watch)
-    again = make("pr-fl", folder="calm2", rounds=5, options=options)
-    again.run()
-    assert [(h["model"], h["at"]) for h in again.state.history] == expected
-
-
-@pytest.mark.slow
 def test_no_batch_norm_statistic_is_masked(run: Build) -> None:
     found = run("pr-fl", rounds=4, options=PR_FL)
     kinds = {t.name: t.kind for t in found.simulation.model.architecture.tensors}
@@ -318,3 +255,69 @@ def test_no_batch_norm_statistic_is_masked(run: Build) -> None:
         for part in close.contributions:
             if part.mask is not None:
                 assert {kinds[n] for n in found.tensors(part.mask)} <= {TensorKind.WEIGHT}
+
+
+# Several rounds are under way at a time.
+
+FIVE = (*KINDS, "raspberry-pi-5", "jetson-nano")
+ONE_AT_A_TIME = {"arrivals": 1, "mixing": "damped", "rate": 0.5, "staleness": {"decay": "polynomial", "a": 0.5}}
+
+
+@pytest.fixture
+def scheduled(tmp_path: Path) -> Simulate:
+    def build(schedule: dict[str, Any], **settings: Any) -> Simulation:
+        options = {"schedule": {"kind": "asynchronous", **schedule}}
+        settings = {"rounds": 9, "devices": 2, "density": 0.25, "deadline_s": 20.0, "options": options, **settings}
+        strategy = "support.fakes.tiny_job:scheduled"
+        return digits_simulation(
+            tmp_path, fleet=boards(FIVE), strategy=strategy, recipe=Recipe(max_steps=2), **settings
+        )
+
+    return build
+
+
+def test_devices_work_on_several_rounds_at_a_time(scheduled: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds: list[set[int]] = []
+    pushed: list[tuple[str, int]] = []
+    carry_out = DeviceRunner.carry_out
+
+    def watched(bench: Any, device: Any, offer: Any, number: int) -> Any:
+        run = simulation._run
+        rounds.append({item.round for _, item in run.queue.values() if isinstance(item, Trained)} | {number})
+        pushed.append((device.name, number))
+        return carry_out(bench, device, offer, number)
+
+    monkeypatch.setattr(DeviceRunner, "carry_out", watched)
+    simulation = scheduled(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=12)
+    history = simulation.run()
+    assert max(map(len, rounds)) > 1
+    assert len(set(pushed)) == len(pushed)  # nobody trains a model twice
+    stale = [d["staleness"] for row in history for d in row["devices"].values()]
+    assert max(stale) > 1
+    assert len({row["model"] for row in history}) == 12
+
+
+def test_fast_devices_do_not_wait_for_slow_ones(scheduled: Simulate) -> None:
+    simulation = scheduled(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=15)
+    counts: dict[str, int] = {}
+    for row in simulation.run():
+        for name, part in row["devices"].items():
+            counts[name] = counts.get(name, 0) + (part["progress"] == "folded")
+    assert max(counts.values()) > 2 * min(counts.get(k, 0) for k in FIVE)
+
+
+@pytest.mark.slow
+def test_notes_are_of_what_entered_the_model(scheduled: Simulate) -> None:
+    schedule = {"window_s": 0.2, "least": 2, "keep": True}
+    measure = Measure(digits().x, digits().y, densities=(0.25,), every=3)
+    simulation = scheduled(schedule, measure=measure)
+    history = simulation.run()
+    rounds = simulation.record().rounds
+    assert [bool(r.measured) for r in rounds] == [r.round % 3 == 0 for r in rounds]
+    assert all(
+        r.updates >= sum(d["progress"] == "folded" for d in h["devices"].values())
+        for r, h in zip(rounds, history, strict=True)
+    )
+    assert rounds[-1].updates == len(FIVE)  # kept ones count, too
+    last = simulation.measured[9]
+    assert last["global"] == pytest.approx(history[-1]["metrics"]["accuracy"])

@@ -13,28 +13,24 @@ from typing import Any
 import pytest
 
 import fedprune
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.recipe import Recipe
-from fedprune.planning import profile_store
 from fedprune.rounds.limits import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.answers import CHECKS
-from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.digits_simulation import boards, digits_simulation
 from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "write-a-strategy.md"
 METHODS = CHECKS[fedprune.Strategy]
-JOB = Job(rounds=3, devices=3, density=0.5, strategy="my_strategy:energy", recipe=Recipe(epochs=2))
+RECIPE = Recipe(epochs=2)
+JOB = Job(rounds=3, devices=3, density=0.5, strategy="my_strategy:energy", recipe=RECIPE)
 
 
 def blocks() -> list[str]:
@@ -48,13 +44,11 @@ def _beside_the_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "my_strategy", raising=False)
 
 
-def simulated(job: Job, folder: Path) -> Simulation:
-    names = ("a", "b", "c")
-    federation = deal(names, seed=0)
-    profile = profile_store.find("raspberry-pi-5")
-    devices = [VirtualDevice(n, profile, federation.devices[n]) for n in names]
-    model = import_onnx(digits_model(), "digits")
-    simulation = Simulation(Experiment("x", job, model, devices, (federation.x, federation.y)), BlobStore(folder))
+def simulated(folder: Path, strategy: str = "my_strategy:energy") -> Simulation:
+    fleet = boards(("a", "b", "c"), "raspberry-pi-5")
+    simulation = digits_simulation(
+        folder, kept=False, fleet=fleet, rounds=3, density=0.5, strategy=strategy, recipe=RECIPE
+    )
     simulation.run()
     losses = [h["metrics"]["loss"] for h in simulation.state.history]
     assert losses[-1] < losses[0]
@@ -63,10 +57,11 @@ def simulated(job: Job, folder: Path) -> Simulation:
 
 @pytest.mark.slow
 def test_it_learns_and_remembers(tmp_path: Path) -> None:
-    state = simulated(JOB, tmp_path).state
+    run = simulated(tmp_path)
+    state = run.state
     assert set(state.memory) == {"velocity", "energy", MEMORY}
-    remembered = tensorfile.decode(BlobStore(tmp_path).read(state.memory["energy"]))
-    architecture = import_onnx(digits_model(), "digits").architecture
+    remembered = tensorfile.decode(run.store.read(state.memory["energy"]))
+    architecture = run.model.architecture
     sizes = {f"{architecture.digest}/{g.name}": g.size for g in architecture.groups}
     assert {name: len(v) for name, v in remembered.items()} == sizes
 
@@ -75,9 +70,9 @@ def test_it_learns_and_remembers(tmp_path: Path) -> None:
 def test_the_second_strategy_of_the_page_learns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "halfway.py").write_text(blocks()[1])
     monkeypatch.syspath_prepend(str(tmp_path))
-    state = simulated(replace(JOB, strategy="halfway:halfway"), tmp_path / "blobs").state
+    state = simulated(tmp_path / "blobs", "halfway:halfway").state
     assert all(device.past is not None for device in state.devices.values())
-    bare = simulated(replace(JOB, strategy="plain"), tmp_path / "plain").state
+    bare = simulated(tmp_path / "plain", "plain").state
     assert state.model != bare.model
 
 

@@ -10,62 +10,36 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.jobs.job import Job
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Tensors
+from fedprune.model.selection import Selection, Tensors
 from fedprune.planning.cost_prediction import predict
-from fedprune.planning.profile_store import find
+from fedprune.strategies.values import Submodel
 from fedprune_device.data.dataset import LocalData
-from fedprune_export.importing import import_onnx
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
+from fedprune_export.pruning.cut import at_widths
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.measure import Hook, Moment
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.digits_simulation import KINDS, boards, digits, digits_net, digits_simulation, final_weights
+from support.oracles.cutting import outputs
 
-KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
 TIERS = [1.0, 0.5, 0.25]
 Build = Callable[..., Simulation]
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
-    return import_onnx(digits_model(), "digits-net")
-
-
-@pytest.fixture(scope="module")
-def fleet() -> tuple[Any, list[VirtualDevice]]:
-    data = deal(KINDS, seed=1)
-    return data, [VirtualDevice(kind, find(kind), data.devices[kind]) for kind in KINDS]
-
-
 @pytest.fixture
-def build(model: Any, fleet: tuple[Any, list[VirtualDevice]], tmp_path: Path) -> Build:
-    """A run of a preset: three devices, two rounds of two steps."""
-    data, devices = fleet
+def build(tmp_path: Path) -> Build:
+    """A finished run of a preset: three devices, two rounds of two steps."""
 
-    def make(strategy: str, devices: list[VirtualDevice] = devices, **settings: Any) -> Simulation:
-        options = settings.pop("options", {})
-        recipe = settings.pop("recipe", Recipe(max_steps=2, batch_size=16))
-        name = f"{strategy}-{len(list(tmp_path.iterdir()))}"
-        job = Job(
-            name=name, seed=3, rounds=settings.pop("rounds", 2), devices=3, recipe=recipe, strategy=strategy,
-            options=options, **settings,
-        )  # fmt: skip
-        simulation = Simulation(
-            Experiment("x", job, model, devices, (data.x, data.y)),
-            BlobStore(tmp_path / name / "blobs", durable=False),
-            folder=tmp_path / name,
-        )
+    def make(strategy: str, **settings: Any) -> Simulation:
+        settings = {"recipe": Recipe(max_steps=2, batch_size=16), "strategy": strategy, **settings}
+        simulation = digits_simulation(tmp_path / f"{strategy}-{len(list(tmp_path.iterdir()))}", **settings)
         simulation.run()
         return simulation
 
     return make
-
-
-def weights(simulation: Simulation) -> Tensors:
-    return tensorfile.decode(simulation.store.read(simulation.state.model))
 
 
 BARE = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0, "weighting": "samples"}
@@ -83,14 +57,14 @@ BARE = {"scaler": False, "static_norm": False, "masked": False, "clip_norm": 0.0
     ],
 )
 def test_at_density_one_it_is_fedavg_bit_for_bit(build: Build, strategy: str, options: dict[str, Any]) -> None:
-    plain = weights(build("plain", density=1.0, scorer="ordered"))
-    got = weights(build(strategy, options=options))
+    plain = final_weights(build("plain", density=1.0, scorer="ordered"))
+    got = final_weights(build(strategy, options=options))
     assert all(got[n].tobytes() == plain[n].tobytes() for n in plain)
 
 
 def test_at_density_one_ca_hfp_is_the_mean_in_its_order_bit_for_bit(build: Build) -> None:
-    plain = weights(build("plain", density=1.0, scorer="magnitude"))
-    got = weights(build("ca-hfp", options={"densities": [1.0], "score": "l1"}))
+    plain = final_weights(build("plain", density=1.0, scorer="magnitude"))
+    got = final_weights(build("ca-hfp", options={"densities": [1.0], "score": "l1"}))
     assert all(got[n].tobytes() == plain[n].tobytes() for n in plain)
 
 
@@ -98,16 +72,16 @@ def test_at_density_one_ca_hfp_is_the_mean_in_its_order_bit_for_bit(build: Build
 @pytest.mark.parametrize("score", ["curvature", "l1", "random"])
 def test_at_density_one_ca_hfp_is_fedavg_in_another_order(build: Build, score: str) -> None:
     """Boards add up the same products in the order of the ranks: that, and nothing else, differs."""
-    fedavg = weights(build("fedavg"))
-    got = weights(build("ca-hfp", options={"densities": [1.0], "score": score}))
+    fedavg = final_weights(build("fedavg"))
+    got = final_weights(build("ca-hfp", options={"densities": [1.0], "score": score}))
     for name, value in fedavg.items():
         np.testing.assert_allclose(got[name], value, rtol=0, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.slow
 def test_a_rolling_window_of_the_whole_model_is_fedavg_in_another_order(build: Build) -> None:
-    plain = weights(build("fedavg"))
-    got = weights(build("fedrolex", options={**BARE, "densities": [1.0]}))
+    plain = final_weights(build("fedavg"))
+    got = final_weights(build("fedrolex", options={**BARE, "densities": [1.0]}))
     assert all(np.allclose(got[n], plain[n], atol=1e-4) for n in plain)
 
 
@@ -133,7 +107,7 @@ def test_it_runs_and_moves_the_model_the_same_every_time(build: Build, strategy:
     assert one.state.model == two.state.model
     assert one.state.model != build(strategy, options=options, rounds=1).state.model
     assert one.state.history == two.state.history
-    assert all(np.isfinite(v).all() for v in weights(one).values())
+    assert all(np.isfinite(v).all() for v in final_weights(one).values())
 
 
 @pytest.mark.slow
@@ -161,23 +135,23 @@ def test_boards_are_planned_by_what_they_are_offered(build: Build, strategy: str
         assert asdict(foretold) == planned["prediction"]
 
 
-def test_personal_heads_never_reach_the_server(build: Build, model: Any) -> None:
-    got = weights(build("fedper"))
-    head = {n for n in got if n.startswith(_head(model))}
+def test_personal_heads_never_reach_the_server(build: Build) -> None:
+    got = final_weights(build("fedper"))
+    head = {n for n in got if n.startswith(_head())}
     assert head
     for name, value in got.items():
-        same = value.tobytes() == model.tensors[name].tobytes()
+        same = value.tobytes() == digits_net().tensors[name].tobytes()
         assert same == (name in head)
 
 
-def _head(model: Any) -> str:
-    return str(model.architecture.layers[-1].weight.rpartition(".")[0])
+def _head() -> str:
+    return str(digits_net().architecture.layers[-1].weight.rpartition(".")[0])
 
 
-def test_alone_nothing_is_shared(build: Build, model: Any) -> None:
+def test_alone_nothing_is_shared(build: Build) -> None:
     simulation = build("local", rounds=3, recipe=Recipe(max_steps=8, batch_size=16))
-    got = weights(simulation)
-    assert all(got[n].tobytes() == model.tensors[n].tobytes() for n in got)
+    got = final_weights(simulation)
+    assert all(got[n].tobytes() == digits_net().tensors[n].tobytes() for n in got)
     rows = simulation.record().rounds
     first, last = ({d: m["loss_after"] for d, m in _metrics(r).items()} for r in (rows[0], rows[-1]))
     assert all(last[d] < first[d] for d in first)  # boards continue from their own weights
@@ -188,22 +162,19 @@ def _metrics(row: Any) -> dict[str, dict[str, float]]:
     return {d: {k: v[d] for k, v in row.own.items() if d in v} for d in names}
 
 
-def test_rows_of_absent_labels_are_left_to_those_that_have_them(
-    build: Build, model: Any, fleet: tuple[Any, list[VirtualDevice]]
-) -> None:
+def test_rows_of_absent_labels_are_left_to_those_that_have_them(build: Build) -> None:
     """Rows of labels that nobody has keep their bits; a row of one device's own label is what that one made of it."""
-    _, devices = fleet
-    own = [only(d, labels) for d, labels in zip(devices, ([0, 1, 2], [1, 2, 3], [4, 5, 6]), strict=True)]
+    own = [only(d, labels) for d, labels in zip(boards(), ([0, 1, 2], [1, 2, 3], [4, 5, 6]), strict=True)]
     for decay in (0.0, 1e-2):
         recipe = Recipe(max_steps=2, batch_size=16, weight_decay=decay)
-        got = weights(build("heterofl", own, options={"densities": [1.0]}, rounds=1, recipe=recipe))
-        everyone = weights(
-            build("heterofl", own, options={"densities": [1.0], "label_rows": False}, rounds=1, recipe=recipe)
+        got = final_weights(build("heterofl", fleet=own, options={"densities": [1.0]}, rounds=1, recipe=recipe))
+        everyone = final_weights(
+            build("heterofl", fleet=own, options={"densities": [1.0], "label_rows": False}, rounds=1, recipe=recipe)
         )
-        head = [n for n in got if n.startswith(_head(model))]
+        head = [n for n in got if n.startswith(_head())]
         assert len(head) == 2
         for name in head:
-            before = model.tensors[name]
+            before = digits_net().tensors[name]
             assert got[name][7:].tobytes() == before[7:].tobytes()
             alone, diluted = (np.abs(w[name][0] - before[0]).sum() for w in (got, everyone))
             assert alone > 2 * diluted
@@ -211,29 +182,14 @@ def test_rows_of_absent_labels_are_left_to_those_that_have_them(
         assert all(got[n].tobytes() == everyone[n].tobytes() for n in body)
 
 
-def test_a_device_that_stands_out_is_left_out_and_the_history_says_why(
-    model: Any, fleet: tuple[Any, list[VirtualDevice]], tmp_path: Path
-) -> None:
+def test_a_device_that_stands_out_is_left_out_and_the_history_says_why(build: Build) -> None:
     """Five boards with data, and one that calls everything 0."""
-    data, devices = fleet
-    names = [f"d{i}" for i in range(6)]
-    dealt, kind = deal(names, seed=1), devices[0].profile
-    boards = []
-    for name in names:
-        own: LocalData = dealt.devices[name]
-        bad = replace(own, y_train=own.y_train * 0) if name == "d3" else own
-        boards.append(VirtualDevice(name, kind, bad))
+    members = boards(tuple(f"d{i}" for i in range(6)), KINDS[0])
+    members[3] = replace(members[3], data=replace(members[3].data, y_train=members[3].data.y_train * 0))
     models = {}
-    for label, members in (("checked", boards), ("without", [b for b in boards if b.name != "d3"])):
-        job = Job(
-            name="t", seed=3, rounds=1, devices=len(members), strategy="ca-hfp",
-            options={"densities": [1.0], "robust": {"check": "norm"} if label == "checked" else None},
-            recipe=Recipe(max_steps=2, batch_size=16), move_limit=0.0, weight_limit=0.0,
-        )  # fmt: skip
-        store = BlobStore(tmp_path / label / "blobs", durable=False)
-        simulation = Simulation(Experiment("x", job, model, members, (data.x, data.y)), store, folder=tmp_path / label)
-        simulation.run()
-        models[label] = simulation
+    for label, fleet, robust in (("checked", members, {"check": "norm"}), ("without", members[:3] + members[4:], None)):
+        options = {"densities": [1.0], "robust": robust}
+        models[label] = build("ca-hfp", fleet=fleet, rounds=1, options=options, move_limit=0.0, weight_limit=0.0)
     row = models["checked"].state.history[0]["devices"]
     assert {n for n, d in row.items() if d["progress"] == "refused"} == {"d3"}
     assert "deviations above the median" in row["d3"]["reason"]
@@ -248,3 +204,133 @@ def only(device: VirtualDevice, labels: list[int]) -> VirtualDevice:
     return VirtualDevice(
         device.name, device.profile, replace(data, x_train=data.x_train[kept], y_train=data.y_train[kept])
     )
+
+
+# Strategies of single elements.
+
+
+@pytest.fixture
+def elements(tmp_path: Path) -> Build:
+    """Two devices, three rounds of four steps."""
+
+    def make(strategy: str, measure: Hook | None = None, **options: Any) -> Simulation:
+        job = {"rounds": 3, "recipe": Recipe(max_steps=4, lr=0.03), "deadline_s": 1e6, "options": options}
+        return digits_simulation(tmp_path, fleet=boards(KINDS[1:]), strategy=strategy, measure=measure, **job)
+
+    return make
+
+
+@pytest.mark.parametrize("densities", [[1.0], [1.0, 0.2]])
+def test_what_is_measured_is_masked_as_what_is_sent_whoever_takes_part(elements: Build, densities: list[float]) -> None:
+    """Also in a round in which everybody holds the whole model."""
+    found: list[Submodel] = []
+
+    def look(moment: Moment) -> dict[str, float]:
+        found.append(moment.submodel(0.2))
+        return {}
+
+    run = elements("fiarse", densities=densities, measure=look)
+    run.run()
+    assert len(found) == 3
+    for submodel in found:
+        assert submodel.selection.widths == run.model.architecture.sizes
+        assert submodel.mask is not None
+        assert sum(int(a.sum()) for a in submodel.mask.active.values()) < 0.25 * sum(
+            a.size for a in submodel.mask.active.values()
+        )
+
+
+@pytest.mark.parametrize(
+    ("strategy", "factor"), [("support.fakes.picking_strategies:doubled", 2), ("fedobp", 1), ("history", 1)]
+)
+def test_what_is_measured_is_what_the_strategy_would_send_to_an_unseen_device(
+    elements: Build, strategy: str, factor: float
+) -> None:
+    """Nothing of it is a device's own."""
+    found: list[bool] = []
+
+    def look(moment: Moment) -> dict[str, float]:
+        submodel = moment.submodel(0.5)
+        slices = submodel.selection.gather(moment.model)
+        found.append(all(np.array_equal(v, factor * slices[n]) for n, v in submodel.tensors.items()))
+        return {}
+
+    elements(strategy, measure=look).run()
+    assert found == [True] * 3
+
+
+def offers(run: Simulation) -> dict[str, dict[str, Any]]:
+    run.run()
+    found = {n: t.offer for n, t in run.state.tasks.items()}
+    return {n: o for n, o in found.items() if o is not None}
+
+
+def test_a_masked_submodel_travels_without_what_is_masked(elements: Build) -> None:
+    run = elements("fiarse", densities=[1.0, 0.2])
+    whole, sparse = (offers(run)[n] for n in sorted(KINDS[1:]))
+    assert "mask" not in whole
+    bits = tensorfile.decode(run.store.read(sparse["mask"]["sha256"]))
+    mask = ElementMask.from_tensors(bits, Selection.full(run.model.architecture).shapes())
+    assert mask.count == int(0.2 * mask.size)
+    weights = tensorfile.decode(run.store.read(sparse["weights"]["sha256"]))
+    active = np.concatenate([np.abs(weights[n]) for n in mask.active])
+    assert active.size == mask.count
+    assert sparse["recipe"]["mask_threshold"] == pytest.approx(float(active.min()))
+    assert sparse["weights"]["size"] < 0.3 * whole["weights"]["size"]
+    assert whole["recipe"]["mask"] == "threshold"
+
+
+@pytest.mark.slow
+def test_a_board_gets_a_narrower_model_where_masks_leave_no_weights(elements: Build) -> None:
+    run = elements("autoflip", exploration_epochs=2, patience=0, structured=True, pruned_share=0.8)
+    for offer in offers(run).values():
+        assert sum(offer["widths"]) < sum(run.model.architecture.sizes)
+        bits = tensorfile.decode(run.store.read(offer["mask"]["sha256"]))
+        shapes = run.model.architecture.shapes(offer["widths"])
+        assert 0 < ElementMask.from_tensors(bits, shapes).density < 1
+
+
+# SubFLOT.
+
+FAST_FIRST = KINDS[::-1]
+
+
+@pytest.mark.slow
+def test_rounds_lead_histories_and_repeat_their_bits(build: Build) -> None:
+    one, again, other = (
+        build("subflot", options={"densities": TIERS, "maps": maps}) for maps in ("literal", "literal", "preserving")
+    )
+    assert one.state.model == again.state.model != other.state.model
+    for name, density in zip(FAST_FIRST, TIERS, strict=True):
+        past = one.state.devices[name].past
+        at = Selection.of(one.model.architecture, past["widths"])
+        assert (past["round"], at.widths) == (2, widths_at(one.model.architecture, density))
+        own = tensorfile.decode(one.store.read(past["weights"]))
+        assert {n: v.shape for n, v in own.items()} == at.shapes()
+
+
+def handed_in(simulation: Simulation, name: str) -> Tensors:
+    return tensorfile.decode(simulation.store.read(simulation.state.devices[name].past["weights"]))
+
+
+def test_local_accuracy_is_of_each_device_s_own_model_on_its_own_test_data(build: Build) -> None:
+    simulation = build("subflot", options={"densities": TIERS})
+    (row,) = [r for r in simulation.record().rounds if r.round == 2]
+    for name in KINDS:
+        net = at_widths(simulation.model, simulation.state.devices[name].past["widths"])
+        net.initializers |= handed_in(simulation, name)
+        mine = digits().devices[name]
+        right = float((outputs(net, mine.x_test).argmax(1) == mine.y_test).mean())
+        assert row.own["accuracy_after"][name] == pytest.approx(right)
+
+
+@pytest.mark.slow
+def test_without_the_global_model_s_share_it_is_its_baseline_without_transport(build: Build) -> None:
+    """α = 0: every device continues from its own last model, as with `history`; with a share, transport matters."""
+    for alpha, same in ((0.0, True), (0.5, False)):
+        shared = {"densities": TIERS, "alpha": alpha}
+        moved = build("subflot", rounds=3, options={**shared, "sar": 0.0})
+        remembered = build("history", rounds=3, options=shared)
+        for name in KINDS:
+            one, other = handed_in(moved, name), handed_in(remembered, name)
+            assert all(np.allclose(one[n], other[n], atol=1e-5) for n in one) == same

@@ -6,60 +6,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
-from fedprune.core import tensorfile
-from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
 from fedprune.updates.privacy import Privacy
 from fedprune_device.training.round_runner import MEASURED
-from fedprune_export.importing import import_onnx
-from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.digits import Federation, deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.report import summary
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.digits_simulation import boards, digits, digits_simulation, final_weights
 
-KIND = "raspberry-pi-4b"
 STATISTICS = ("running_mean", "running_var")
 Build = Callable[..., Simulation]
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits-net")
-
-
-@pytest.fixture(scope="module")
-def data() -> Federation:
-    return deal(("a", "b"), seed=1)
-
-
 @pytest.fixture
-def build(model: Model, data: Federation, tmp_path: Path) -> Build:
+def build(tmp_path: Path) -> Build:
     def make(folder: str, privacy: Privacy, **settings: Any) -> Simulation:
-        job = {
-            "seed": 3,
-            "rounds": 2,
-            "devices": 2,
-            "strategy": "fedavg",
-            "options": {"densities": [0.25, 0.5]},
-            **settings,
-        }
-        job = {"recipe": Recipe(max_steps=2), **job}
-        devices = [VirtualDevice(n, find(KIND), d) for n, d in data.devices.items()]
-        what = Experiment("x", Job(**job, privacy=privacy), model, devices, (data.x[:50], data.y[:50]))
-        return Simulation(what, BlobStore(tmp_path / folder, durable=False))
+        job = {"strategy": "fedavg", "options": {"densities": [0.25, 0.5]}, "recipe": Recipe(max_steps=2)}
+        samples = (digits().x[:50], digits().y[:50])
+        fleet = boards(("a", "b"), "raspberry-pi-4b")
+        settings = {"fleet": fleet, "evaluation": samples, "privacy": privacy, **job, **settings}
+        return digits_simulation(tmp_path / folder, kept=False, **settings)
 
     return make
-
-
-def weights(simulation: Simulation) -> dict[str, np.ndarray[Any, Any]]:
-    return tensorfile.decode(simulation.store.read(simulation.state.model))
 
 
 def test_nothing_clipped_and_no_noise_is_the_job_without_privacy(build: Build) -> None:
@@ -71,7 +40,7 @@ def test_nothing_clipped_and_no_noise_is_the_job_without_privacy(build: Build) -
 
 
 @pytest.mark.parametrize("noise", [{"noise": "local"}, {"noise": "shared", "boards": 1}])
-def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any], model: Model) -> None:
+def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any]) -> None:
     simulation = build("run", Privacy(clip=0.5, noise_multiplier=0.01, **noise))
     history = simulation.run()
     for row in history:
@@ -80,10 +49,10 @@ def test_a_private_job_tells_updates_alone(build: Build, noise: dict[str, Any], 
             assert part["progress"] == "folded"
             assert set(part["metrics"]) <= MEASURED
     assert history[0]["metrics"]["epsilon"] < history[1]["metrics"]["epsilon"] == history[0]["metrics"]["epsilon_next"]
-    after = weights(simulation)
+    after = final_weights(simulation)
     for name, value in after.items():
         if name.endswith(STATISTICS):
-            assert value.tobytes() == model.tensors[name].tobytes(), name
+            assert value.tobytes() == simulation.model.tensors[name].tobytes(), name
     text = {row[0]: row[1] for row in summary(simulation.record())}["privacy"]
     assert text.startswith("ε ")
     assert text.endswith(f"at δ 1e-05, {noise['noise']} noise")

@@ -10,22 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, DataError, PlanError
-from fedprune.jobs.job import Job
-from fedprune.planning.profile_store import find
+from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_export.importing import import_onnx
-from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import load_evaluation
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.report import summary, summary_text, write_report
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.digits_simulation import KINDS, boards, digits, digits_net, digits_simulation
 
-KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
+NAMES = KINDS[:2]
 Labels = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
 LABELS: dict[str, Labels] = {
@@ -36,25 +30,15 @@ LABELS: dict[str, Labels] = {
 LABELS["huber"] = LABELS["mse"]
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(digits_model(), "digits-net")
-
-
-def simulation(model: Model, folder: Path, recipe: dict[str, Any], **settings: Any) -> Simulation:
+def simulation(folder: Path, recipe: dict[str, Any], **settings: Any) -> Simulation:
     """Two devices whose labels fit the recipe's loss."""
-    loss = recipe.get("loss", "cross_entropy")
-    data = deal(KINDS, seed=1)
-
-    def labelled(d: LocalData) -> LocalData:
-        return LocalData(d.x_train, LABELS[loss](d.x_train, d.y_train), d.x_test, LABELS[loss](d.x_test, d.y_test))
-
-    devices = [VirtualDevice(kind, find(kind), labelled(data.devices[kind])) for kind in KINDS]
-    values = {"seed": 3, "rounds": 2, "devices": 2, "density": 0.5, "recipe": recipe, **settings}
-    store = BlobStore(folder / "blobs", durable=False)
-    evaluation = LocalData(data.x, LABELS[loss](data.x, data.y), data.x[:0], LABELS[loss](data.x[:1], data.y[:1])[:0])
-    samples = (evaluation.x_train, evaluation.y_train)
-    return Simulation(Experiment("numbers", Job.from_dict(values), model, devices, samples), store)
+    labels, data = LABELS[recipe.get("loss", "cross_entropy")], digits(NAMES)
+    fleet = [
+        replace(b, data=LocalData(d.x_train, labels(d.x_train, d.y_train), d.x_test, labels(d.x_test, d.y_test)))
+        for b, d in zip(boards(NAMES), data.devices.values(), strict=True)
+    ]
+    settings = {"recipe": Recipe.from_dict(recipe), "evaluation": (data.x, labels(data.x, data.y)), **settings}
+    return digits_simulation(folder, kept=False, title="numbers", fleet=fleet, density=0.5, **settings)
 
 
 @pytest.mark.slow
@@ -67,8 +51,8 @@ def simulation(model: Model, folder: Path, recipe: dict[str, Any], **settings: A
     ],
     ids=lambda r: r.get("loss", r.get("optimizer")),
 )
-def test_a_job_of_this_recipe_learns(model: Model, tmp_path: Path, recipe: dict[str, Any]) -> None:
-    run = simulation(model, tmp_path, recipe)
+def test_a_job_of_this_recipe_learns(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    run = simulation(tmp_path, recipe)
     run.run()
     first, last = (run.state.history[i]["metrics"] for i in (0, -1))
     assert last["loss"] < first["loss"]
@@ -80,8 +64,8 @@ def test_a_job_of_this_recipe_learns(model: Model, tmp_path: Path, recipe: dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["mse", "huber"])
-def test_where_numbers_are_predicted_all_numbers_are_losses(model: Model, tmp_path: Path, loss: str) -> None:
-    run = simulation(model, tmp_path, {"loss": loss, "lr": 0.05, "epochs": 2, "huber_delta": 0.2})
+def test_where_numbers_are_predicted_all_numbers_are_losses(tmp_path: Path, loss: str) -> None:
+    run = simulation(tmp_path, {"loss": loss, "lr": 0.05, "epochs": 2, "huber_delta": 0.2})
     run.run()
     for entry in run.state.history:
         assert set(entry["metrics"]) == {"loss", "samples"}
@@ -103,15 +87,15 @@ def test_where_numbers_are_predicted_all_numbers_are_losses(model: Model, tmp_pa
     )
 
 
-def test_frozen_tensors_of_the_global_model_keep_their_bits(model: Model, tmp_path: Path) -> None:
+def test_frozen_tensors_of_the_global_model_keep_their_bits(tmp_path: Path) -> None:
+    model = replace(digits_net(), graph=digits_net().graph.copy())
     names = [t.name for t in model.architecture.tensors]
     last = names[-1].rpartition(".")[0]
-    model = replace(model, graph=model.graph.copy())
     tiny = model.tensors[names[0]].copy()
     tiny.flat[0] = 1e-30  # sums of updates would round it off
     model.graph.initializers[names[0]] = tiny
     recipe = {"trainable": [f"{last}.*"], "lr": 0.1}
-    run = simulation(model, tmp_path, recipe)
+    run = simulation(tmp_path, recipe, model=model)
     shares: set[float] = set()
 
     def look(simulation: Simulation) -> None:
@@ -127,23 +111,23 @@ def test_frozen_tensors_of_the_global_model_keep_their_bits(model: Model, tmp_pa
         assert (after[name].tobytes() == value.tobytes()) == (not name.startswith(last)), name
 
 
-def test_a_pattern_of_nothing_is_refused_before_the_first_device_comes(model: Model, tmp_path: Path) -> None:
+def test_a_pattern_of_nothing_is_refused_before_the_first_device_comes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"recipe: frozen: no tensor is called 'backbone\.\*'"):
-        simulation(model, tmp_path, {"frozen": ["backbone.*"]}).run()
+        simulation(tmp_path, {"frozen": ["backbone.*"]}).run()
 
 
-def test_devices_whose_labels_do_not_fit_refuse_with_a_reason(model: Model, tmp_path: Path) -> None:
-    run = simulation(model, tmp_path, {"loss": "mse"})
+def test_devices_whose_labels_do_not_fit_refuse_with_a_reason(tmp_path: Path) -> None:
+    run = simulation(tmp_path, {"loss": "mse"})
     for device in run._devices.values():
-        object.__setattr__(device, "data", deal(KINDS, seed=1).devices[device.name])
+        object.__setattr__(device, "data", digits(NAMES).devices[device.name])
     with pytest.raises(PlanError, match=r"labels for loss mse: expected numbers \[n, 10\]"):
         run.run()
 
 
-def test_evaluation_samples_are_checked_against_the_loss(model: Model, tmp_path: Path) -> None:
-    data = deal(KINDS, seed=1)
+def test_evaluation_samples_are_checked_against_the_loss(tmp_path: Path) -> None:
+    data = digits(NAMES)
     source = str(tmp_path / "e.npz")
     np.savez(source, x=data.x, y=data.y)
-    assert load_evaluation(source, model, "cross_entropy")[1].dtype == np.int64
+    assert load_evaluation(source, digits_net(), "cross_entropy")[1].dtype == np.int64
     with pytest.raises(DataError, match=r"e\.npz: labels for loss bce"):
-        load_evaluation(source, model, "bce")
+        load_evaluation(source, digits_net(), "bce")

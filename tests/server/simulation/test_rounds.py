@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,13 @@ import pytest
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.coordination.stragglers import ENOUGH, PARTS, SILENT, SLOW
-from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
 from fedprune.wire.messages import Cancelled, Offer, Progress
-from fedprune_export.importing import import_onnx
 from fedprune_server.executor.retention import Garbage
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, with_link
-from fedprune_server.simulation.network_model import DropOuts, Weather
+from fedprune_server.simulation.fleet.virtual_device import with_link
+from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.digits_simulation import KINDS, boards, digits_simulation
 from support.fakes.fleet import Fleet
 from support.fakes.tiny_job import JOB
 
@@ -177,29 +174,25 @@ def test_an_offer_whose_device_was_let_go_meanwhile_leaves_no_blob(tmp_path: Pat
 
 # In simulation.
 
-KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "raspberry-pi-5", "jetson-orin-nano")
-SMALL: dict[str, Any] = {"density": 0.25, "recipe": Recipe(max_steps=1), "scorer": "ordered", "seed": 3}
+Simulate = Callable[..., Simulation]
 
 
-@pytest.fixture(scope="module")
-def simulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    model, hand = import_onnx(digits_model(), "digits-net"), deal(KINDS, seed=1)
+@pytest.fixture
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Simulate:
+    """A fleet whose links are no limit."""
     link = {"down_mb_s": 10.0, "up_mb_s": 10.0, "latency_s": 0.0}
-    fleet = [
-        VirtualDevice(kind, with_link(find(kind), link), hand.devices[kind])  # type: ignore[arg-type]
-        for kind in KINDS
-    ]
+    fleet = [replace(b, profile=with_link(b.profile, link)) for b in boards((*KINDS, "raspberry-pi-5"))]
+    small = {"density": 0.25, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
 
-    def make(folder: Path | None = None, weather: dict[str, Any] | None = None, **settings: Any) -> Simulation:
-        job = Job(**{"devices": len(KINDS), "rounds": 2, **SMALL, **settings})
-        experiment = Experiment("x", job, model, fleet, (hand.x, hand.y), **(weather or {}))
-        store = BlobStore((folder or tmp_path_factory.mktemp("run")) / "blobs", durable=False)
-        return Simulation(experiment, store, folder=folder)
+    def make(**settings: Any) -> Simulation:
+        return digits_simulation(tmp_path_factory.mktemp("run"), kept=False, fleet=fleet, **{**small, **settings})
 
     return make
 
 
-def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(simulated: Any) -> None:
+def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(
+    simulated: Simulate,
+) -> None:
     run = simulated(participation=0.75, over_selection=0.34, rounds=5)
     run.run()
     slowest = [r for r, c in enumerate(folded(run.state), 1) if len(c) == 4]
@@ -207,10 +200,10 @@ def test_a_simulation_closes_with_enough_and_waits_for_the_slow_one_in_the_end(s
     assert run.state.devices[KINDS[0]].failures == 0
 
 
-def test_a_simulation_gives_up_whom_its_progress_gives_away(simulated: Any) -> None:
+def test_a_simulation_gives_up_whom_its_progress_gives_away(simulated: Simulate) -> None:
     calm = simulated(rounds=1, deadline_s=1e4)
     calm.run()
-    stormy = {"weather": Weather(compute_spread=3.0)}
+    stormy = Weather(compute_spread=3.0)
     slow, quick = (simulated(rounds=1, deadline_s=d, weather=stormy, pace=p) for d, p in ((1e3, 0.0), (1.0, 1.5)))
     slow.run(), quick.run()
     assert SLOW in reasons(quick.state, 1).values()
@@ -218,42 +211,16 @@ def test_a_simulation_gives_up_whom_its_progress_gives_away(simulated: Any) -> N
     assert quick.clock < slow.clock
 
 
-def test_settings_that_decide_nothing_leave_a_simulation_as_it_was(simulated: Any) -> None:
+def test_settings_that_decide_nothing_leave_a_simulation_as_it_was(simulated: Simulate) -> None:
     plain, watched = simulated(), simulated(in_flight=9, pace=1000.0, fairness=1.0)
     plain.run(), watched.run()
     assert [r["model"] for r in plain.state.history] == [r["model"] for r in watched.state.history]
 
 
 @pytest.mark.slow
-def test_a_killed_simulation_goes_on_in_the_line(simulated: Any, tmp_path: Path) -> None:
-    weather = {"dropouts": DropOuts(0.3, 5.0), "weather": Weather(links_sigma=0.5)}
-    settings = {"in_flight": 2, "pace": 3.0, "fairness": 0.5, "participation": 0.75, "rounds": 4, "deadline_s": 60.0}
-    whole = simulated(tmp_path / "whole", weather, **settings)
-    whole.run()
-
-    class KilledError(Exception):
-        pass
-
-    turns = 0
-
-    def kill(run: Simulation) -> None:
-        nonlocal turns
-        turns += 1
-        run._save()
-        if turns == 5:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        simulated(tmp_path / "killed", weather, **settings).run(kill)
-    again = simulated(tmp_path / "killed", weather, **settings)
-    again.run()
-    assert [r["model"] for r in again.state.history] == [r["model"] for r in whole.state.history]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["semi-async", pytest.param("async", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("strategy", ["fedavg", "heterofl", "fedrolex", "fedper", "fiarse", "fedprune"])
-def test_strategies_go_through_a_schedule_that_is_not_their_own(simulated: Any, strategy: str, kind: str) -> None:
+def test_strategies_go_through_a_schedule_that_is_not_their_own(simulated: Simulate, strategy: str, kind: str) -> None:
     settings = {"strategy": strategy, "density": 0.0, "scorer": "magnitude", "deadline_s": 20.0, "rounds": 3}
     run = simulated(schedule={"kind": kind}, **settings)
     run.run()

@@ -1,73 +1,31 @@
-"""Simulated fleets: the same every time, through kills, drop-outs and partial participation."""
+"""Simulated fleets: the same every time, through drop-outs and partial participation."""
 
-import errno
 import json
-import math
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError, StorageFullError
-from fedprune.jobs.job import Job
+from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
 from fedprune_export.importing import import_onnx
-from fedprune_server.simulation import state as simulation_state
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.digits import digits_model
 from fedprune_server.simulation.network_model import DropOuts
-from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import FILE
-
-KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return import_onnx(digits_model(), "digits-net")
-
-
-@pytest.fixture(scope="module")
-def fleet():
-    data = deal(KINDS, seed=1)
-    return data, [VirtualDevice(kind, find(kind), data.devices[kind]) for kind in KINDS]
+from support.fakes.digits_simulation import boards, digits, digits_experiment, digits_simulation, run_killed
 
 
 @pytest.fixture
-def build(model, fleet, tmp_path):
-    """A simulation of three devices, 16 steps each, in a folder of its own."""
-    data, devices = fleet
+def build(tmp_path):
+    """A simulation of three devices, three steps each, in a folder of its own."""
 
-    def make(folder="run", fleet=devices, dropouts=None, **settings):
-        job = Job(**{"seed": 3, "rounds": 3, "devices": 3, "density": 0.25, "recipe": Recipe(max_steps=3), **settings})
-        path = tmp_path / folder
-        store = BlobStore(path / "blobs", durable=False)
-        return Simulation(
-            Experiment("x", job, model, fleet, (data.x, data.y), dropouts=dropouts or DropOuts()), store, folder=path
-        )
+    def make(folder="run", **settings):
+        settings = {"rounds": 3, "density": 0.25, "recipe": Recipe(max_steps=3), **settings}
+        return digits_simulation(tmp_path / folder, **settings)
 
     return make
-
-
-class KillError(Exception):
-    """Ends a simulation as a kill does: between two events, without a word."""
-
-
-def killed_after(trainings):
-    left = [trainings]
-
-    def progress(_):
-        left[0] -= 1
-        if left[0] == 0:
-            raise KillError
-
-    return progress
 
 
 @pytest.mark.slow
@@ -88,94 +46,6 @@ def test_training_improves_the_global_model(build):
     simulation = build(density=0.5, rounds=3, recipe=Recipe(epochs=3, lr=0.03))
     losses = [row["metrics"]["loss"] for row in simulation.run()]
     assert losses[-1] < losses[0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("trainings", [2, 5])
-def test_a_killed_run_goes_on_to_the_same_model(build, trainings):
-    whole = build("whole")
-    whole.run()
-    with pytest.raises(KillError):
-        build("killed").run(killed_after(trainings))
-    resumed = build("killed")
-    resumed.run()
-    assert resumed.state.model == whole.state.model
-    assert resumed.state.history == whole.state.history
-    assert resumed.record().rounds == whole.record().rounds
-
-
-@pytest.fixture
-def kill_at(monkeypatch):
-    """Ends a run just before it touches its folder for the n-th time; gives how often it did."""
-    save, delete = simulation_state.write_whole, BlobStore.delete
-    left, count = [-1], [0]
-
-    def step():
-        count[0] += 1
-        left[0] -= 1
-        if left[0] == -1:
-            raise KillError
-
-    def saving(path, data):
-        step()
-        save(path, data)
-
-    def deleting(store, name):
-        step()
-        delete(store, name)
-
-    # Saved at the end of every round and never within one, however slow the disk is: the number of steps is the same.
-    monkeypatch.setattr(simulation_state, "_EXPENSIVE_S", math.inf)
-    monkeypatch.setattr(simulation_state, "_INTERVAL_S", math.inf)
-    monkeypatch.setattr(simulation_state, "write_whole", saving)
-    monkeypatch.setattr(BlobStore, "delete", deleting)
-
-    def after(number):
-        left[0], count[0] = number, 0
-        return count
-
-    return after
-
-
-@pytest.mark.slow
-def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(build, kill_at):
-    small = {"rounds": 3, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
-    touched = kill_at(10**6)
-    whole = build("whole", **small)
-    whole.run()
-    left = set(whole.store.names())
-    for number in range(times := touched[0]):
-        kill_at(number)
-        with pytest.raises(KillError):
-            build(f"killed-{number}", **small).run()
-        kill_at(10**6)
-        resumed = build(f"killed-{number}", **small)
-        resumed.run()
-        assert resumed.state.history == whole.state.history
-        assert {resumed.state.model} <= set(resumed.store.names()) <= left
-    assert times > 10
-
-
-@pytest.mark.slow
-def test_a_state_that_finds_no_room_leaves_the_one_before(build, monkeypatch, tmp_path):
-    with pytest.raises(KillError):
-        build().run(killed_after(2))
-    before = (tmp_path / "run" / FILE).read_bytes()
-
-    rename = Path.replace
-
-    def full(path, target):
-        if target.name == FILE:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return rename(path, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", full)
-        with pytest.raises(StorageFullError, match=FILE):
-            build().run()
-    assert (tmp_path / "run" / FILE).read_bytes() == before
-    whole = build("whole")
-    assert build().run() == whole.run()
 
 
 @pytest.mark.slow
@@ -203,8 +73,7 @@ def test_a_finished_run_with_more_rounds_is_the_run_that_had_them_from_the_start
     whole.run()
     for rounds in (1, 3):
         build(rounds=rounds, **settings).run()
-    with pytest.raises(KillError):
-        build(rounds=4, **settings).run(killed_after(1))
+    run_killed(build(rounds=4, **settings), 1)
     extended = build(rounds=4, **settings)
     assert extended.run() == whole.state.history
     assert extended.state.to_json() == whole.state.to_json()
@@ -214,8 +83,7 @@ def test_a_finished_run_with_more_rounds_is_the_run_that_had_them_from_the_start
 
 
 def test_a_run_is_not_cut_to_fewer_rounds_than_it_has_come_to(build):
-    with pytest.raises(KillError):
-        build().run(killed_after(4))  # in the second round
+    run_killed(build(), 4)  # in the second round
     with pytest.raises(StorageError, match="has come to round 2"):
         build(rounds=1)
     build(rounds=2).run()
@@ -234,8 +102,10 @@ def test_a_run_that_depends_on_its_rounds_is_not_extended(build, strategy, tmp_p
 
 def test_other_settings_do_not_go_on_with_a_saved_run(build):
     build().run()
-    with pytest.raises(StorageError, match="other settings"):
-        build(seed=99)
+    x, y = digits().x, digits().y
+    for other in ({"seed": 99}, {"evaluation": (x[1:], y[1:])}):
+        with pytest.raises(StorageError, match="other settings"):
+            build(**other)
 
 
 def leaky(slope):
@@ -273,30 +143,19 @@ def moved_samples(experiment):
 
 
 @pytest.mark.parametrize("change", [changed_model, changed_evaluation, changed_shape, moved_samples])
-def test_whatever_decides_a_run_is_in_its_fingerprint(fleet, change):
-    data, devices = fleet
-    experiment = Experiment("x", Job(), leaky(0.1), devices, (data.x, data.y))
+def test_whatever_decides_a_run_is_in_its_fingerprint(change):
+    experiment = digits_experiment(model=leaky(0.1))
     assert replace(experiment).fingerprint == experiment.fingerprint
     assert change(experiment).fingerprint != experiment.fingerprint
 
 
-def test_a_fingerprint_is_worked_out_once(fleet, model, monkeypatch):
-    data, devices = fleet
-    experiment = Experiment("x", Job(), model, devices, (data.x, data.y))
+def test_a_fingerprint_is_worked_out_once(monkeypatch):
+    experiment = digits_experiment()
     found = experiment.fingerprint
-    monkeypatch.setattr(type(model.graph), "to_bytes", None)
+    monkeypatch.setattr(type(experiment.model.graph), "to_bytes", None)
     assert experiment.settings()["fingerprint"] == experiment.fingerprint == found
     with pytest.raises(TypeError):
         replace(experiment).settings()  # another experiment has another one
-
-
-def test_another_evaluation_set_does_not_go_on_with_a_saved_run(build, model, fleet, tmp_path):
-    simulation = build()
-    simulation.run()
-    data, _ = fleet
-    store = BlobStore(tmp_path / "run" / "blobs", durable=False)
-    with pytest.raises(StorageError, match="other settings"):
-        Simulation(replace(simulation.experiment, evaluation=(data.x[1:], data.y[1:])), store, folder=tmp_path / "run")
 
 
 def test_damaged_state_is_refused(build, tmp_path):
@@ -313,10 +172,10 @@ def test_partial_participation_asks_the_share_of_the_devices(build):
     assert len({tuple(row["devices"]) for row in history}) > 1
 
 
-def test_a_device_that_is_too_slow_misses_the_deadline_and_the_round_goes_on(build, fleet):
+def test_a_device_that_is_too_slow_misses_the_deadline_and_the_round_goes_on(build):
     alone = {}
-    for device in fleet[1]:
-        simulation = build(device.name, fleet=[device], devices=1, rounds=1)
+    for device in boards():
+        simulation = build(device.name, fleet=[device], rounds=1)
         simulation.run()
         alone[device.name] = simulation.clock
     *_, second, slowest = sorted(alone, key=alone.__getitem__)
@@ -345,10 +204,10 @@ def test_drop_outs_are_the_same_every_time(build):
     assert first.run() == second.run()
 
 
-def test_the_virtual_clock_follows_link_and_board(build, fleet):
+def test_the_virtual_clock_follows_link_and_board(build):
     """One device: a round takes what the arithmetic of its profile says."""
-    zero = fleet[1][0]
-    simulation = build(fleet=[zero], devices=1, rounds=1)
+    zero = boards()[0]
+    simulation = build(fleet=[zero], rounds=1)
     (row,) = simulation.run()
     link, record = zero.profile.link, simulation.record().last
     trained = zero.train_s(
@@ -358,11 +217,11 @@ def test_the_virtual_clock_follows_link_and_board(build, fleet):
     assert simulation.clock == pytest.approx(expected)
 
 
-def test_bytes_are_the_blobs_that_travel(build, model):
+def test_bytes_are_the_blobs_that_travel(build):
     simulation = build(density=1.0, rounds=2, recipe=Recipe(max_steps=1))
     simulation.run()
     rounds = simulation.record().rounds
-    weights = len(tensorfile.encode(model.tensors))
+    weights = len(tensorfile.encode(simulation.model.tensors))
     assert [r.up for r in rounds] == [3 * weights, 6 * weights]
     # Graphs travel once, weights every time.
     assert rounds[1].down - rounds[0].down == 3 * weights
@@ -377,36 +236,32 @@ def test_blobs_of_past_rounds_are_deleted(build, tmp_path):
     assert simulation.state.history[0]["model"] not in kept
 
 
-def test_data_that_the_model_cannot_take_is_refused_and_named(model, fleet, tmp_path):
-    _, devices = fleet
-    wrong = replace(devices[0], data=replace(devices[0].data, y_train=devices[0].data.y_train + 7))
-    job = Job(rounds=1, devices=3, density=0.25, recipe=Recipe(max_steps=1))
-    simulation = Simulation(Experiment("x", job, model, [wrong, *devices[1:]]), BlobStore(tmp_path, durable=False))
-    (row,) = simulation.run()
+def with_wrong_labels(device):
+    return replace(device, data=replace(device.data, y_train=device.data.y_train + 7))
+
+
+def test_data_that_the_model_cannot_take_is_refused_and_named(build):
+    wrong, *others = boards()
+    (row,) = build(fleet=[with_wrong_labels(wrong), *others], rounds=1, evaluation=None).run()
     assert row["devices"][wrong.name]["progress"] == "refused"
     assert "label" in row["devices"][wrong.name]["reason"]
     assert row["metrics"] == {}
 
 
-def test_what_all_devices_refuse_ends_with_their_reason(model, fleet, tmp_path):
-    wrong = replace(fleet[1][0], data=replace(fleet[1][0].data, y_train=fleet[1][0].data.y_train + 7))
-    job = Job(rounds=1, devices=1, density=0.25, recipe=Recipe(max_steps=1))
+def test_what_all_devices_refuse_ends_with_their_reason(build):
     with pytest.raises(PlanError, match="label"):
-        Simulation(Experiment("x", job, model, [wrong]), BlobStore(tmp_path, durable=False)).run()
+        build(fleet=[with_wrong_labels(boards()[0])], rounds=1).run()
 
 
-def test_a_board_too_small_for_any_width_stops_the_simulation_with_its_reason(model, fleet, tmp_path):
-    _, devices = fleet
-    job = Job(rounds=1, devices=3, byte_budget=1000)
+def test_a_board_too_small_for_any_width_stops_the_simulation_with_its_reason(build):
     with pytest.raises(PlanError, match="even the narrowest breaks bytes"):
-        Simulation(Experiment("x", job, model, devices), BlobStore(tmp_path, durable=False)).run()
+        build(rounds=1, density=0.0, byte_budget=1000).run()
 
 
 @pytest.mark.parametrize("names", [[], ["a", "a"]])
-def test_wrong_devices_are_refused(model, fleet, tmp_path, names):
-    devices = [replace(fleet[1][0], name=n) for n in names]
+def test_wrong_devices_are_refused(build, names):
     with pytest.raises(ConfigError, match="devices"):
-        Simulation(Experiment("x", Job(), model, devices), BlobStore(tmp_path, durable=False))
+        build(fleet=[replace(boards()[0], name=n) for n in names], devices=1)
 
 
 def test_more_devices_than_there_are_cannot_be_waited_for(build):

@@ -1,0 +1,528 @@
+"""Runs that are killed and started again, and their folders: one run's, one process's at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.coordination import commands as do
+from fedprune.coordination import events as on
+from fedprune.core.errors import PlanError, StorageError, StorageFullError
+from fedprune.jobs.job import Job
+from fedprune.model.recipe import Recipe
+from fedprune.planning.profile_store import find
+from fedprune_server.simulation import state as simulation_state
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import StoredData, with_link
+from fedprune_server.simulation.measure import Measure, Moment, Notes, RoundRecorder
+from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
+from fedprune_server.simulation.results.record import Record
+from fedprune_server.simulation.results.run_folder import is_run, simulate
+from fedprune_server.simulation.runs import differences
+from fedprune_server.simulation.simulation import MAX_ATTEMPTS, Simulation
+from fedprune_server.simulation.state import FILE
+from support.fakes.digits_simulation import (
+    KINDS,
+    KillError,
+    assert_resumes,
+    boards,
+    boards_that_validate,
+    digits,
+    digits_experiment,
+    digits_simulation,
+    killed_after,
+    run_killed,
+)
+from support.paths import ROOT, TESTS
+
+NAMES = ("a", "b")
+DATA = digits(NAMES)
+FIRST_ROUND = 3
+"""Calls of the progress of two devices at the end of the first round."""
+
+SMALL: dict[str, Any] = {"density": 0.25, "recipe": Recipe(max_steps=1), "scorer": "ordered"}
+JOB = Job(rounds=3, devices=2, **SMALL)
+Build = Callable[..., Simulation]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    return lambda folder="run", **settings: digits_simulation(tmp_path / folder, **{**SMALL, **settings})
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    fleet, samples = boards(NAMES, "raspberry-pi-5"), (DATA.x, DATA.y)
+    return digits_experiment(fleet, title="yard", rounds=3, seed=0, evaluation=samples, **SMALL)
+
+
+# Kills.
+
+
+@pytest.fixture
+def saves_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States are saved after every training."""
+    monkeypatch.setattr(simulation_state, "_INTERVAL_S", 0.0)
+    monkeypatch.setattr(simulation_state, "_SHARE", 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [2, 5])
+def test_a_killed_run_goes_on_to_the_same_model(build: Build, calls: int) -> None:
+    assert_resumes(build, calls, rounds=3, recipe=Recipe(max_steps=3), scorer="magnitude")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", [1, 4, 5, 8])
+def test_what_boards_keep_is_as_old_as_the_state_that_a_killed_run_goes_back_to(build: Build, calls: int) -> None:
+    """Averages and personal tensors of trainings that a kill has undone must not be the start of the same trainings."""
+    keeping = Recipe(max_steps=1, average=0.5, calibrate=True, personal=("fc.*", "*bias"))
+    whole = assert_resumes(build, calls, recipe=keeping, rounds=3)
+    assert any("accuracy_average" in d["metrics"] for d in whole.state.history[-1]["devices"].values())
+    assert all(row.local == row.own["accuracy_average"] for row in whole.record().rounds)  # what serves
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("deadline_s", [1e6, 0.15], ids=["all in time", "some late"])
+@pytest.mark.usefixtures("saves_often")
+def test_trainings_in_other_processes_give_the_same_run_also_after_a_kill(build: Build, deadline_s: float) -> None:
+    asked = {"deadline_s": deadline_s, "devices": 2}
+    alone = build("alone", **asked)
+    whole = assert_resumes(build, 2, workers=2, **asked)
+    assert whole.state.history == alone.run()
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "one at a time": {"arrivals": 1, "mixing": "damped", "rate": 0.5, "staleness": {"decay": "polynomial", "a": 0.5}},
+    "buffered": {"arrivals": 3},
+    "windows, all kept": {"window_s": 0.2, "least": 2, "keep": True, "staleness": {"decay": "hinge", "a": 0.6, "b": 2}},
+    "none too stale": {"arrivals": 2, "max_staleness": 1},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.usefixtures("saves_often")
+def test_a_killed_asynchronous_run_goes_on_to_the_same_model(build: Build, schedule: dict[str, Any]) -> None:
+    whole = assert_resumes(
+        build,
+        2,
+        7,
+        fleet=boards((*KINDS, "raspberry-pi-5", "jetson-nano")),
+        rounds=9,
+        devices=2,
+        deadline_s=20.0,
+        scorer="magnitude",
+        strategy="support.fakes.tiny_job:scheduled",
+        options={"schedule": {"kind": "asynchronous", **schedule}},
+        recipe=Recipe(max_steps=2),
+        weather=Weather(0.5, 0.5, 1.0, 1.0, server_up_bytes_s=1e6),
+        dropouts=DropOuts(0.2, 2.0),
+        availability=Availability(5.0, 0.6, 0.9),
+    )
+    assert [row["round"] for row in whole.state.history] == list(range(1, 10))
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_pr_fl_goes_on_to_the_same_model(build: Build) -> None:
+    """Its densities follow from devices' times."""
+    options = {"interval": 2, "window_s": 0.1, "patience": 1, "floor": 0.2, "delta": 0.3}
+    recipe, limits = Recipe(max_steps=3, batch_size=16), {"move_limit": 0.0, "weight_limit": 0.0}
+    settings = {"density": 0.0, "scorer": "magnitude", "recipe": recipe, "rounds": 5, **limits}
+    assert_resumes(build, 2, 5, fleet=boards_that_validate(), strategy="pr-fl", options=options, **settings)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("saves_often")
+def test_a_killed_run_goes_on_where_few_work_at_a_time(build: Build) -> None:
+    link = {"down_mb_s": 10.0, "up_mb_s": 10.0, "latency_s": 0.0}
+    fleet = [replace(b, profile=with_link(b.profile, link)) for b in boards((*KINDS, "raspberry-pi-5"))]
+    turns = {"in_flight": 2, "pace": 3.0, "fairness": 0.5, "participation": 0.75}
+    weather = {"dropouts": DropOuts(0.3, 5.0), "weather": Weather(links_sigma=0.5)}
+    assert_resumes(build, 5, fleet=fleet, rounds=4, deadline_s=60.0, **turns, **weather)
+
+
+SHORT = {"exploration_epochs": 2, "patience": 0}
+ELEMENTS: list[tuple[str, dict[str, Any]]] = [
+    ("fedobp", {"q": 0.9}),
+    ("fiarse", {"densities": [1.0, 0.2]}),
+    ("fiarse", {"densities": [0.2], "mask": "hard"}),
+    ("autoflip", SHORT),
+    ("autoflip", {**SHORT, "structured": True, "pruned_share": 0.8}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "options"), ELEMENTS, ids=[f"{s}-{len(o)}" for s, o in ELEMENTS])
+def test_every_update_of_an_element_strategy_counts_also_after_a_kill(
+    build: Build, strategy: str, options: dict[str, Any]
+) -> None:
+    whole = assert_resumes(
+        build,
+        5,  # in the second round, with memories and devices' last updates behind it
+        same_blobs=strategy != "autoflip",
+        fleet=boards(KINDS[1:]),
+        rounds=3,
+        density=0.0,
+        scorer="magnitude",
+        strategy=strategy,
+        options=options,
+        recipe=Recipe(max_steps=4, lr=0.03),
+        deadline_s=1e6,
+    )
+    assert [t["progress"] for row in whole.state.history for t in row["devices"].values()] == ["folded"] * 6
+
+
+@pytest.fixture
+def kill_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+    """Ends a run just before it touches its folder for the n-th time; gives how often it did."""
+    save, delete = simulation_state.write_whole, BlobStore.delete
+    left, count = [-1], [0]
+
+    def step() -> None:
+        count[0] += 1
+        left[0] -= 1
+        if left[0] == -1:
+            raise KillError
+
+    def saving(path: Path, data: bytes) -> None:
+        step()
+        save(path, data)
+
+    def deleting(store: BlobStore, name: str) -> None:
+        step()
+        delete(store, name)
+
+    # Saved at the end of every round and never within one, however slow the disk is: the number of steps is the same.
+    monkeypatch.setattr(simulation_state, "_EXPENSIVE_S", math.inf)
+    monkeypatch.setattr(simulation_state, "_INTERVAL_S", math.inf)
+    monkeypatch.setattr(simulation_state, "write_whole", saving)
+    monkeypatch.setattr(BlobStore, "delete", deleting)
+
+    def after(number: int) -> list[int]:
+        left[0], count[0] = number, 0
+        return count
+
+    return after
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_any_save_or_deletion_goes_on_to_the_same_model(
+    build: Build, kill_at: Callable[[int], list[int]]
+) -> None:
+    touched = kill_at(10**6)
+    whole = build("whole", rounds=3)
+    whole.run()
+    left = set(whole.store.names())
+    for number in range(times := touched[0]):
+        kill_at(number)
+        with pytest.raises(KillError):
+            build(f"killed-{number}", rounds=3).run()
+        kill_at(10**6)
+        resumed = build(f"killed-{number}", rounds=3)
+        resumed.run()
+        assert resumed.state.history == whole.state.history
+        assert {resumed.state.model} <= set(resumed.store.names()) <= left
+    assert times > 10
+
+
+@pytest.mark.slow
+def test_a_state_that_finds_no_room_leaves_the_one_before(
+    build: Build, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_killed(build(), 2)
+    before = (tmp_path / "run" / FILE).read_bytes()
+
+    rename = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if target.name == FILE:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        with pytest.raises(StorageFullError, match=FILE):
+            build().run()
+    assert (tmp_path / "run" / FILE).read_bytes() == before
+    whole = build("whole")
+    assert build().run() == whole.run()
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path[:0] = {tests!r}
+from test_resumed_runs import harsh
+left = int(sys.argv[2])
+def progress(simulation):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+harsh(sys.argv[1], progress)
+"""
+
+
+def harsh(folder: str | Path, progress: Callable[[Simulation], None] | None = None) -> Record:
+    """A run with everything in it that a kill could spoil."""
+    experiment = digits_experiment(
+        fleet=[replace(b, data=StoredData.of(lambda b=b: b.data)) for b in boards()],
+        rounds=4,
+        devices=2,
+        participation=0.7,
+        deadline_s=30.0,
+        **SMALL,
+        dropouts=DropOuts(0.3, 20.0),
+        weather=Weather(0.3, 0.3, draws=5, server_up_bytes_s=1e6),
+        availability=Availability(100.0, 0.6, 0.9),
+        measure=Measure(digits().x, digits().y, densities=(0.25,)),
+        checkpoints=2,
+    )
+    return simulate(experiment, Path(folder), progress)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_outright_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    whole = harsh(tmp_path / "whole")
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT.format(tests=[str(TESTS), str(TESTS / "server/simulation")]))
+    for trainings in (2, 3):  # the second start is killed, too
+        words = [sys.executable, str(script), str(tmp_path / "killed"), str(trainings)]
+        done = subprocess.run(words, timeout=120, check=False)
+        assert done.returncode == -signal.SIGKILL
+    assert harsh(tmp_path / "killed") == whole
+    for name in ("metrics.json", "metrics.parquet", "rounds.parquet", "config.json"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    places = [tmp_path / run / "run" / "checkpoints" for run in ("killed", "whole")]
+    files = [sorted((str(f.relative_to(p)), f.read_bytes()) for f in p.rglob("*.*") if f.is_file()) for p in places]
+    assert files[0] == files[1]
+    assert len(files[0]) == 4
+
+
+@pytest.mark.slow
+def test_a_finished_round_is_written_once(build: Build, tmp_path: Path) -> None:
+    """What a save writes does not grow with the rounds behind it."""
+    sizes = {}
+    for rounds in (2, 8):
+        build(str(rounds), rounds=rounds).run()
+        sizes[rounds] = [(tmp_path / str(rounds) / n).stat().st_size for n in ("simulation.json", "rounds.jsonl")]
+    assert sizes[8][0] < sizes[2][0] * 1.05
+    assert sizes[8][1] > 3 * sizes[2][1]
+    lines = (tmp_path / "8" / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)[0]["round"] for line in lines] == list(range(1, 9))
+
+
+# Folders.
+
+
+def test_a_folder_is_one_process_s_at_a_time(experiment: Experiment, tmp_path: Path) -> None:
+    """Whoever comes second is told so and has changed nothing; whoever waited takes up what was done meanwhile."""
+    alone = simulate(experiment, tmp_path / "alone")
+    second = Simulation(experiment, BlobStore(tmp_path / "run" / "run" / "blobs"), folder=tmp_path / "run" / "run")
+    tried = []
+
+    def meanwhile(_: Simulation) -> None:
+        if not tried:
+            tried.append(True)
+            with pytest.raises(StorageError, match="another simulation runs"):
+                simulate(experiment, tmp_path / "run")
+            with pytest.raises(StorageError, match="another simulation runs"):
+                second.run()
+
+    first = simulate(experiment, tmp_path / "run", meanwhile)
+    assert tried
+    assert first.rounds == alone.rounds
+    second.run(lambda _: pytest.fail("something was trained again"))
+    assert second.record().rounds == alone.rounds
+
+
+def test_a_finished_run_s_folder_goes_on_to_more_rounds(experiment: Experiment, tmp_path: Path) -> None:
+    simulate(experiment, tmp_path / "whole")
+    for rounds in (1, JOB.rounds):
+        simulate(replace(experiment, job=replace(JOB, rounds=rounds)), tmp_path / "extended")
+    for name in ("config.json", "metrics.json", "metrics.parquet", "rounds.parquet"):
+        assert (tmp_path / "extended" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    with pytest.raises(StorageError, match=r"has come to round 3.*job\.rounds \(stored 3, given 2\)"):
+        simulate(replace(experiment, job=replace(JOB, rounds=2)), tmp_path / "extended")
+
+
+def test_settings_that_differ_are_named_as_stored_and_as_given(experiment: Experiment, tmp_path: Path) -> None:
+    simulate(experiment, tmp_path)
+    first, second = experiment.devices
+    linked = replace(first, profile=find("raspberry-pi-4b"))
+    job = replace(JOB, rounds=4, recipe=replace(JOB.recipe, lr=0.1))
+    with pytest.raises(StorageError, match="other settings") as caught:
+        simulate(replace(experiment, job=job, devices=(linked, second)), tmp_path)
+    said = str(caught.value)
+    for part in (
+        "job.recipe.lr (stored 0.05, given 0.1)",
+        "job.rounds (stored 3, given 4)",
+        "devices.a.profile (stored 'raspberry-pi-5', given 'raspberry-pi-4b')",
+    ):
+        assert part in said
+    assert "momentum" not in said
+    assert "devices.b" not in said
+
+
+def test_what_no_setting_shows_is_said_to_differ_elsewhere(experiment: Experiment, tmp_path: Path) -> None:
+    simulate(experiment, tmp_path)
+    assert experiment.evaluation is not None
+    x, y = experiment.evaluation
+    with pytest.raises(StorageError, match="the server's samples or a strategy's own code"):
+        simulate(replace(experiment, evaluation=(x, (y + 1) % 10)), tmp_path)
+
+
+def test_differences_of_any_two_tables() -> None:
+    assert differences({"a": 1, "b": {"c": [1]}}, {"a": 1, "b": {"c": [1]}}) == ""
+    assert differences({"a": 1, "b": {}}, {"b": {"c": 2}}) == (
+        "a (stored 1, given nothing), b.c (stored nothing, given 2)"
+    )
+    assert differences({"a": 1}, {"a": 2}, ignored="a") == ""
+    many = {str(i): i for i in range(9)}
+    assert differences(many, {}).endswith(" and 4 more")
+
+
+@pytest.mark.parametrize("name", ["simulation.json", "rounds.jsonl"])
+def test_the_advice_for_a_damaged_state_leads_to_a_run(experiment: Experiment, tmp_path: Path, name: str) -> None:
+    whole = simulate(experiment, tmp_path)
+    (tmp_path / "run" / name).write_bytes(b"{")
+    with pytest.raises(StorageError, match=f"delete {tmp_path / 'run'} and give the command again"):
+        simulate(experiment, tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    assert is_run(tmp_path)  # so that the command line takes it
+    assert simulate(experiment, tmp_path).rounds == whole.rounds
+
+
+def test_a_record_says_what_the_strategy_gave(experiment: Experiment, tmp_path: Path) -> None:
+    job = Job(rounds=1, devices=2, strategy="heterofl", options={"densities": [1.0, 0.25]}, recipe=JOB.recipe)
+    record = simulate(replace(experiment, job=job), tmp_path / "run")
+    assert [d.density for d in record.devices] == [1.0, 0.25]
+
+
+def test_a_run_does_not_go_on_with_other_code(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "gentle.py"
+    text = (ROOT / "examples" / "my_strategy.py").read_text()
+    source.write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = replace(experiment, job=Job(rounds=3, devices=2, density=0.25, strategy="gentle:energy", recipe=JOB.recipe))
+    with pytest.raises(KillError):
+        simulate(own, tmp_path / "run", killed_after(FIRST_ROUND))
+    source.write_text(text.replace("lr_decay: float = 0.98", "lr_decay: float = 0.5"))
+    with pytest.raises(StorageError, match="other settings"):
+        simulate(replace(own), tmp_path / "run")
+    source.write_text(text)
+    simulate(replace(own), tmp_path / "run")
+    monkeypatch.setattr("fedprune_server.simulation.experiment.__version__", "99")
+    with pytest.raises(StorageError, match="other settings"):
+        simulate(replace(own), tmp_path / "run")
+
+
+@pytest.mark.parametrize("change", [{"densities": (0.25,)}, {"every": 2}, None])
+def test_what_is_measured_belongs_to_a_run(
+    experiment: Experiment, tmp_path: Path, change: dict[str, object] | None
+) -> None:
+    first = replace(experiment, measure=Measure(DATA.x, DATA.y))
+    with pytest.raises(KillError):
+        simulate(first, tmp_path, killed_after(FIRST_ROUND))
+    other = None if change is None else Measure(DATA.x, DATA.y, **change)  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="other settings"):
+        simulate(replace(first, measure=other), tmp_path)
+    assert all(row.measured for row in simulate(first, tmp_path).rounds)
+
+
+def test_a_measurement_that_is_not_finite_is_left_out(experiment: Experiment, tmp_path: Path) -> None:
+    def wild(moment: Moment) -> dict[str, float]:
+        return {"nan": float("nan"), "far": -np.inf, "round": moment.round}
+
+    record = simulate(replace(experiment, measure=wild), tmp_path)
+    assert [row.measured for row in record.rounds] == [{"round": 1.0}, {"round": 2.0}, {"round": 3.0}]
+
+
+def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_path: Path) -> None:
+    """Nor is a round without any update left unmeasured."""
+    store, closes = BlobStore(tmp_path), list[do.Close]()
+    seen: list[tuple[int, str]] = []
+    simulation = Simulation(experiment, store)
+    execute = simulation._worker.execute
+
+    def watched(command: do.Command) -> on.Event:
+        if isinstance(command, do.Close) and not closes:
+            closes.append(command)
+            note(command)
+        return execute(command)  # type: ignore[arg-type]
+
+    def note(command: do.Close) -> None:
+        def measure(moment: Moment) -> dict[str, float]:
+            seen.append((len(moment.parts), moment.basis.ranking))
+            return {}
+
+        notary = RoundRecorder(JOB, experiment.model, store, measure)
+        basis = command.contributions[0].basis
+        for rejected in ((), ("a",), NAMES):
+            notes = Notes()
+            notary.close(notes, command, on.Closed(1, basis.model, {}, dict.fromkeys(rejected, "far")), basis, 1.0, 0.0)
+            assert notes.updates == 2 - len(rejected)
+            assert max((max(g) for g in notes.coverage), default=0) == notes.updates
+
+    simulation._worker.execute = watched  # type: ignore[method-assign]
+    simulation.run()
+    ranking = closes[0].contributions[0].basis.ranking
+    assert seen == [(2, ranking), (1, ranking), (0, ranking)]
+
+
+def test_coverage_counts_the_channels_that_were_sent(experiment: Experiment, tmp_path: Path) -> None:
+    """An extractor may cut more than a device's part says."""
+    store, found = BlobStore(tmp_path), list[Notes]()
+    simulation = Simulation(experiment, store)
+    execute = simulation._worker.execute
+
+    def watched(command: do.Command) -> on.Event:
+        if isinstance(command, do.Close) and not found:
+            one, other = command.contributions
+            narrow = tuple(max(1, w // 2) for w in one.part.widths)
+            close = replace(command, contributions=(replace(one, widths=narrow), other))
+            found.append(Notes())
+            event = on.Closed(1, one.basis.model)
+            RoundRecorder(JOB, experiment.model, store, None).close(found[0], close, event, one.basis, 1.0, 0.0)
+            expected = [n + w for n, w in zip(narrow, other.part.widths, strict=True)]
+            assert [sum(g) for g in found[0].coverage] == expected
+        return execute(command)  # type: ignore[arg-type]
+
+    simulation._worker.execute = watched  # type: ignore[method-assign]
+    simulation.run()
+    assert found
+
+
+def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:
+    """Every second device misses its deadline again and again, while a window is open for long."""
+    devices = boards(("a", "b", "c", "d"), "raspberry-pi-zero-2w")
+    if windows:
+        devices[::2] = [replace(d, profile=find("raspberry-pi-5")) for d in devices[::2]]
+    recipe, options = Recipe(max_steps=4), {"window_s": 20.0}
+    job = Job(rounds=2, devices=2, strategy="fedfix", options=options, deadline_s=0.3, recipe=recipe)
+    return replace(experiment, job=job, devices=devices)
+
+
+def test_slow_devices_do_not_end_an_asynchronous_simulation(experiment: Experiment) -> None:
+    record = simulate(slow_fleet(experiment, windows=True))
+    assert [set(r.local) for r in record.rounds] == [{"a", "c"}] * 2
+
+
+def test_an_asynchronous_simulation_that_nobody_can_finish_ends(experiment: Experiment) -> None:
+    with pytest.raises(PlanError, match=f"no device finished round 1 in {MAX_ATTEMPTS} attempts"):
+        simulate(slow_fleet(experiment, windows=False))

@@ -1,0 +1,119 @@
+"""Simulations of a few boards that train the digits' network, and what ends them as a kill does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedprune.blobs.blob_store import BlobStore
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
+from fedprune.model.selection import Tensors
+from fedprune.planning.profile_store import find
+from fedprune_device.data.dataset import LocalData
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.simulation.experiment import Experiment
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.simulation import Simulation
+
+KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
+"""Boards of different speed, each called like its kind."""
+
+_OF_EXPERIMENT = {f.name for f in fields(Experiment)} - {"job", "devices"}
+
+
+@cache
+def digits_net() -> Model:
+    return import_onnx(digits_model(), "digits-net")
+
+
+@cache
+def digits(names: Sequence[str] = KINDS) -> Federation:
+    return deal(names, seed=1)
+
+
+def boards(names: Sequence[str] = KINDS, kind: str = "") -> list[VirtualDevice]:
+    """Boards of one kind, or each of the kind that it is called like."""
+    return [VirtualDevice(name, find(kind or name), data) for name, data in digits(names).devices.items()]
+
+
+def boards_that_validate() -> list[VirtualDevice]:
+    """Boards whose last 40 training samples are for validation."""
+    return [replace(board, data=_with_validation(digits().devices[board.name])) for board in boards()]
+
+
+def _with_validation(d: LocalData) -> LocalData:
+    return LocalData(d.x_train[:-40], d.y_train[:-40], d.x_test, d.y_test, d.x_train[-40:], d.y_train[-40:])
+
+
+def digits_experiment(fleet: Sequence[VirtualDevice] | None = None, **settings: Any) -> Experiment:
+    """An experiment of these boards; settings are those of the job and of the experiment, by name."""
+    fleet, data = boards() if fleet is None else fleet, digits()
+    given: dict[str, Any] = {"title": "x", "model": digits_net(), "evaluation": (data.x, data.y)}
+    job: dict[str, Any] = {"seed": 3, "rounds": 2, "devices": len(fleet)}
+    for name, value in settings.items():
+        (given if name in _OF_EXPERIMENT else job)[name] = value
+    return Experiment(job=Job(**job), devices=fleet, **given)
+
+
+def digits_simulation(folder: Path, *, kept: bool = True, **settings: Any) -> Simulation:
+    """A simulation with its blobs, and if `kept` its state, in a folder."""
+    store = BlobStore(folder / "blobs", durable=False)
+    return Simulation(digits_experiment(**settings), store, folder=folder if kept else None)
+
+
+def final_weights(simulation: Simulation) -> Tensors:
+    return tensorfile.decode(simulation.store.read(simulation.state.model))
+
+
+class KillError(Exception):
+    """Ends a simulation as a kill does: between two events, without a word."""
+
+
+def killed_after(calls: int) -> Callable[[object], None]:
+    """Progress of a run that is killed at its n-th call: after a training or a round."""
+    left = [calls]
+
+    def progress(_: object) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise KillError
+
+    return progress
+
+
+def run_killed(simulation: Simulation, calls: int) -> None:
+    with pytest.raises(KillError):
+        simulation.run(killed_after(calls))
+
+
+def assert_resumes(
+    build: Callable[..., Simulation], *kills: int, same_blobs: bool = True, **settings: Any
+) -> Simulation:
+    """A run that is killed again and again ends as one that is not; the blobs that it leaves are the same, too.
+
+    Args:
+        build: Makes a simulation in a folder of this name.
+        kills: Calls of its progress after which each start is killed.
+        same_blobs: Whether it names the same graphs in all rounds, of which a new start knows its own rounds' alone.
+
+    Returns:
+        The run that was not killed.
+    """
+    whole = build("whole", **settings)
+    whole.run()
+    for calls in kills:
+        run_killed(build("killed", **settings), calls)
+    resumed = build("killed", **settings)
+    assert resumed.run() == whole.state.history
+    assert resumed.record() == whole.record()
+    left, expected = set(resumed.store.names()), set(whole.store.names())
+    assert left == expected if same_blobs else left <= expected
+    return whole
