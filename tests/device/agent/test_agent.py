@@ -87,7 +87,6 @@ def test_one_bad_message_does_not_end_the_agent(bench: Bench, raw: bytes, topic:
 
     def react(message: Any) -> None:
         if isinstance(message, Birth):
-            assert bench.server.link is not None
             bench.server.link.deliver(topic, raw)
             sent.append(raw)
 
@@ -126,7 +125,6 @@ def test_an_update_of_a_cancelled_attempt_is_dropped(bench: Bench) -> None:
     bench.run(until_finished=False)
     with bench.reopened() as store:
         assert store.pending is None
-        assert store.task is not None
         assert store.task.done
         assert store.blobs.names() == sorted(b.sha256 for b in (server.graphs["plain"], server.graphs["inference"]))
 
@@ -162,7 +160,6 @@ def test_the_same_job_can_run_again_on_a_board_that_stayed_up(bench: Bench, sign
             else:
                 server.say(Finished("job") if sign == "finished" else Hello())
             if len(runs) == 2:
-                assert bench.agent is not None
                 bench.agent.stop()
         plain()
 
@@ -205,7 +202,6 @@ def test_training_goes_on_while_the_broker_is_away(bench: Bench) -> None:
 
     def react(message: Any) -> None:
         if isinstance(message, Progress) and message.phase == "train" and len(server.of(Birth)) == 1:
-            assert server.link is not None
             server.link.drop()
             threading.Timer(0.5, server.link.restore).start()
 
@@ -235,12 +231,10 @@ def test_it_is_quiet_only_when_a_restart_would_cost_nothing(bench: Bench) -> Non
     seen: dict[str, bool] = {}
 
     def react(message: Any) -> None:
-        assert bench.agent is not None
         seen.setdefault(message.phase if isinstance(message, Progress) else type(message).__name__, bench.agent.quiet)
 
     bench.server.react = react
     bench.run()
-    assert bench.agent is not None
     assert bench.agent.quiet
     busy = {k: v for k, v in seen.items() if k in ("BlobRequest", "Update", "download", "train", "evaluate")}
     assert {"BlobRequest", "Update"} <= set(busy)
@@ -265,8 +259,6 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
         latency(evaluation, model)
 
     def watch() -> None:
-        assert bench.agent is not None
-        assert bench.store is not None
         task = bench.store.task
         if task is not None and (task.offer == last or (task.offer.round, task.done) == (4, True)):
             stopped.set()
@@ -279,7 +271,6 @@ def test_the_result_of_a_round_that_was_stopped_after_its_training_is_dropped(
     assert 4 not in server.updates
     with bench.reopened() as store:
         current = store.slots.current()
-        assert current is not None
         assert current.round == (3 if cancelled else 5)
         for job, rounds in {"job": [3], "other": [1, 2] if cancelled else [2, 5]}.items():
             store.own.turn_to(job)

@@ -168,7 +168,6 @@ def test_a_model_that_contradicts_its_training_graph_never_serves(bench: Bench, 
     assert server.of(Refusal)[0].exit_code == ExitCode.MODEL
     with bench.reopened() as store:
         serving = store.slots.current()
-        assert serving is not None
         assert serving.round == 1
 
 
@@ -180,7 +179,6 @@ def test_a_refused_offer_that_comes_again_is_refused_again(bench: Bench) -> None
         if isinstance(message, Refusal):
             times.append(message)
             if len(times) == 3:
-                assert bench.agent is not None
                 bench.agent.stop()
 
     bench.server.react = react

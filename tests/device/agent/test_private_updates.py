@@ -88,7 +88,6 @@ def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
     recipe = replace(PLAIN, update_clip=1e-6, update_noise=0.5)
     raw, _, own = carry_out(board, board.offer(1, recipe, SENT, graph="kept", codec=text))
     codec = Codec.parse(text)
-    assert codec is not None
     found = decode(codec, raw, SENT, set(SENT) - set(STATISTICS))
     moved = np.concatenate([(found[n] - SENT[n]).ravel() for n in found if n not in STATISTICS])
     left = [] if own is None else [own.residual.get(n, np.zeros(0)).ravel() for n in SENT]

@@ -41,7 +41,6 @@ def test_a_batch_is_predicted_as_the_model_computes_it(served: LocalBoard) -> No
     assert found.classes == np.argmax(found.probabilities, 1).tolist()
     assert (found.job, found.round) == ("job", 1)
     current = served.slots.current()
-    assert current is not None
     assert found.digest == current.weights
     assert [p["name"] for p in found.predictions] == [NAMES[c] for c in found.classes]
 
@@ -256,7 +255,6 @@ def test_a_label_that_is_none_is_refused(open_board: LocalBoard, label: str, sta
 def test_samples_may_come_before_the_first_model(local: LocalBoard) -> None:
     with local.serving():
         assert local.board.add(np.ones(6), 0)["kept"]
-        assert local.samples is not None
         assert local.samples.names()
 
 
@@ -322,7 +320,6 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
     rng = np.random.default_rng(3)
     fleet = MemoryServer(local.root / "server", graphs, weights)
     with DeviceStore(local.root / "state") as store, local.serving():
-        assert local.samples is not None
         for n in range(60):
             local.samples.add(rng.standard_normal(6).astype(np.float32), n % 3)
         trained_on = local.samples.samples

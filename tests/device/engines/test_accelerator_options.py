@@ -50,5 +50,4 @@ def test_a_plan_comes_from_a_file(tmp_path: Path) -> None:
         asked("--engine-plan", str(path))
     path.write_text(EnginePlan(level=1).to_json())
     selector = asked("--engine-plan", str(path), "--tier", "tensorrt").selector(tmp_path)
-    assert selector is not None
     assert selector.plan.level == 1

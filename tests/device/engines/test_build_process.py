@@ -47,7 +47,6 @@ def start(cache: EngineCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_a_child_says_last_is_what_it_made(start: Start) -> None:
     made = start('Building: 1 of 2\n{"seconds": 1.5, "latency_s": 0.25}').poll()
-    assert made is not None
     assert (made.seconds, made.latency_s) == (1.5, 0.25)
     np.testing.assert_array_equal(made.answers, np.ones(3))
 

@@ -69,7 +69,6 @@ def another(root: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process, in the middle of loading the engine."""
     command = [sys.executable, "-c", LOADS, str(root)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
         yield process
         process.kill()

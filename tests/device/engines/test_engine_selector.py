@@ -257,7 +257,6 @@ def test_a_builder_that_takes_too_long_is_ended(board: EngineBoard, monkeypatch:
     selector = board.selector()
     selector.want(board.model(1))
     selector.turn()
-    assert selector._job is not None
     child = selector._job.making._child
     until(lambda: bool(board.builds))
     monkeypatch.setattr(selector._job.making, "_until", 0.0)
@@ -356,7 +355,6 @@ def test_a_build_that_takes_the_agent_down_is_not_tried_for_ever(board: EngineBo
         selector = board.selector()
         selector.want(board.model(1))
         selector.turn()
-        assert selector._job is not None
         selector._job.making.stop()
         selector._lock.close()  # with the process goes the lock, and nothing else is said
     selector = board.selector()
@@ -424,7 +422,6 @@ def test_what_is_no_longer_wanted_is_ended(board: EngineBoard) -> None:
     selector = board.selector()
     selector.want(board.model(1))
     selector.turn()
-    assert selector._job is not None
     child = selector._job.making._child
     until(lambda: bool(board.builds))
     board.set()

@@ -44,7 +44,6 @@ def test_a_probe_measures_this_machine() -> None:
     assert report.train_rate > 1e7
     assert report.infer_rate is not None
     assert report.infer_rate > 1e7
-    assert report.latency is not None
     assert report.latency.points >= 2 * len(LayerNets().points), "a point of each net at least, on a busy machine, too"
     assert 0 <= report.latency.error < 1
     assert ProbeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
@@ -87,7 +86,6 @@ def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
         assert runtime.probe(seconds=0.05, layer_seconds=0).onnxruntime == onnxruntime.__version__
         process = runtime._process
     assert started.read_text().splitlines() == ["one"]
-    assert process is not None
     assert process.poll() == 0, "it ends with its standard input"
 
 
@@ -110,7 +108,6 @@ def test_a_process_that_was_killed_between_two_requests_is_an_error_of_the_runti
     with RuntimeProcess() as runtime:
         runtime.check()
         process = runtime._process
-        assert process is not None
         process.kill()
         process.wait()
         with pytest.raises(RuntimeUnavailableError, match="killed by signal 9"):

@@ -84,7 +84,6 @@ def test_a_release_that_is_healthy_stays_and_gets_all_arguments(board: ReleaseIn
     update(board, tmp_path, HEALTHY, seconds=60)
     assert boot(board) == ("version 2 ['run', '--patient']", 7)
     state = board.home.load()
-    assert state is not None
     assert (state.phase, state.stable, state.outcome) == (STABLE, "b", UpdateOutcome(2, COMMITTED))
     assert boot(board) == ("version 2 ['run', '--patient']", 7)
     assert board.home.whole("b").version == 2, "running it left nothing in its slot"
@@ -98,7 +97,6 @@ def test_a_release_that_is_no_good_is_rolled_back_by_itself(
     update(board, tmp_path, app, seconds=1 if "within 1 s" in reason else 60)  # a start alone may take a second
     assert boot(board) == ("version 1 ['run', '--patient']", 7)
     state = board.home.load()
-    assert state is not None
     assert state.outcome == UpdateOutcome(2, ROLLED_BACK, reason)
 
 
@@ -146,8 +144,6 @@ def test_a_slot_that_was_changed_gives_way_to_the_other(board: ReleaseInstaller,
     take_over(board, "b")
     assert boot(board) == ("version 1 ['run', '--patient']", 7)
     state = board.home.load()
-    assert state is not None
-    assert state.outcome is not None
     assert "slot b: the server's key has not signed what is in it" in state.outcome.reason
 
 
@@ -176,10 +172,8 @@ def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: Relea
     update(board, tmp_path, WAITS, seconds=600)
     for left in (1, 0):
         process = start(board)
-        assert process.stdout is not None
         assert process.stdout.readline() == "version 2\n"
         state = board.home.load()
-        assert state is not None
         assert (state.phase, state.left) == (TRIAL, left)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         for number in (process.pid, *map(int, children)):
@@ -187,8 +181,6 @@ def test_a_launcher_that_is_killed_has_taken_the_attempt_off_before(board: Relea
         process.communicate()
     assert boot(board)[0] == "version 1 ['run', '--patient']"
     state = board.home.load()
-    assert state is not None
-    assert state.outcome is not None
     assert "without a message" in state.outcome.reason
 
 
@@ -197,13 +189,11 @@ def test_a_stop_in_the_middle_of_a_trial_ends_both_and_costs_the_attempt(
 ) -> None:
     update(board, tmp_path, WAITS, seconds=600)
     process = start(board)
-    assert process.stdout is not None
     assert process.stdout.readline() == "version 2\n"
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 0
     state = board.home.load()
-    assert state is not None
     assert (state.phase, state.left, state.trouble) == (TRIAL, 1, "killed by SIGTERM before it was healthy")
 
 
@@ -213,7 +203,6 @@ def test_beside_a_committed_release_the_launcher_sleeps_until_it_is_stopped(
 ) -> None:
     update(board, tmp_path, HEALTHY.replace("return 7", "import time\n    time.sleep(600)"), seconds=3)
     process = start(board)
-    assert process.stdout is not None
     assert process.stdout.readline().startswith("version 2")
 
     def wakes() -> str:

@@ -205,7 +205,6 @@ def coded(source: Source, **changes: Any) -> Offer:
 
 def test_what_can_be_decoded_is_pulled_before_all_slabs_and_on_its_own_topic(source: Source, store: BlobStore) -> None:
     offer = coded(source)
-    assert offer.coded is not None
     downloads = BlobDownloads(store, offer, 0.0)
     assert downloads.listens(TOPICS) == {TOPICS.shared(source.graph.sha256, "job")}
     source.feed(downloads)
@@ -241,7 +240,6 @@ def test_what_can_not_be_decoded_is_made_of_slabs_or_pulled_whole(
 
 def test_what_could_be_decoded_and_is_gone_is_done_without(source: Source, store: BlobStore) -> None:
     offer = coded(source)
-    assert offer.coded is not None
     downloads = BlobDownloads(store, offer, 0.0)
     downloads.start(0.0)
     assert {w.sha256 for w in downloads.gone(offer.coded.sha256, 0.0)} == {offer.weights.sha256}
@@ -252,7 +250,6 @@ def test_what_could_be_decoded_and_is_gone_is_done_without(source: Source, store
 
 def test_room_for_slabs_counts_what_codecs_need_beside_them(source: Source, tmp_path: Path) -> None:
     offer = coded(source, codec="int8")
-    assert offer.coded is not None
     with DeviceStore(tmp_path / "state") as board:
         # As received, twice the weights, what serves, what was left out before and after; and both ways of the weights.
         needed = 6 * offer.weights.size + 2 * source.graph.size + offer.coded.size

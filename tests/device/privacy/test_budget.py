@@ -218,7 +218,6 @@ def test_of_a_private_board_the_log_tells_what_stands_in_the_code(tmp_path: Path
     log.emit(line)
     log.emit(logging.LogRecord("fedprune.mine", logging.ERROR, "/home/ann/mine.py", 1, SECRET, (), None))
     told = log.take(50, 10_000)
-    assert told is not None
     texts = [str(row["text"]) for row in told.lines]
     assert texts[1] == "round ...: DataError"
     assert len(texts) == 3
@@ -227,7 +226,6 @@ def test_of_a_private_board_the_log_tells_what_stands_in_the_code(tmp_path: Path
     assert not any(word in text for text in texts for word in ("cancer", "17", "ann", "scans"))
     log.save(now=True)
     again = LogBuffer(tmp_path, "pi", quiet=lambda: True).take(50, 10_000)
-    assert again is not None
     assert [row["text"] for row in again.lines] == texts, "they were bare already"
     assert LogRequest(50, 10_000).lines
 
@@ -252,10 +250,8 @@ def test_of_a_private_board_a_crash_tells_its_name(tmp_path: Path) -> None:
     for early in (True, False):
         CrashReports(tmp_path, quiet=lambda now=not early: now).exception(DataError(SECRET))  # type: ignore[misc]
         report = CrashReports(tmp_path, quiet=lambda: True).report
-        assert report is not None
         assert report["text"].startswith("DataError")
         assert "cancer" not in report["text"]
     CrashReports(tmp_path).exception(DataError("plain words"))
     report = CrashReports(tmp_path).report
-    assert report is not None
     assert "plain words" in report["text"]

@@ -83,7 +83,6 @@ class Board:
             return SlotExit("restarted", 0)
         assert state.left < ATTEMPTS, "the attempt was taken off before the start"
         trial = ReleaseTrial.current({"FEDPRUNE_ROOT": str(self.home.root), "FEDPRUNE_SLOT": slot})
-        assert trial is not None
         end, health, _ = self.bad if record.version == 3 else (SlotExit("", 0), healthy, "")
         if health is not None:
             try:
@@ -97,7 +96,6 @@ class Board:
 
     def update(self) -> None:
         state = self.home.load()
-        assert state is not None
         floor = state.highest if state.phase == STABLE else state.highest - 1
         later = sorted(n for n in self.releases if n > floor)
         if later:
@@ -108,7 +106,6 @@ class Board:
     def settled(self) -> LauncherState:
         """The state, once the checks that hold for every board at rest have passed."""
         state = self.home.load()
-        assert state is not None
         assert state.phase == STABLE
         assert self.home.whole(state.stable).version == self.ran[-1]
         assert list((self.home.root / "incoming").iterdir()) == []
@@ -160,7 +157,6 @@ def test_a_cut_at_any_write_of_a_good_and_a_bad_update_ends_on_the_good_one(
         board.rest()
         state = board.settled()
         assert (board.ran[-1], state.highest) == (2, 3)
-        assert state.outcome is not None
         assert (state.outcome.version, state.outcome.result) == (3, ROLLED_BACK)
         assert bad[2] in state.outcome.reason
         shutil.rmtree(board.home.root)
@@ -206,7 +202,6 @@ def test_many_cuts_in_a_row_still_end_on_a_release_that_works(
     board.rest()
     state = board.settled()
     assert board.ran[-1] in (1, 2), "a release that never was healthy doesn't stay"
-    assert state.outcome is not None
     assert state.outcome.result == ROLLED_BACK
     assert state.outcome.reason
 
@@ -252,7 +247,6 @@ def test_with_both_copies_damaged_the_release_that_had_served_before_serves(
     board.rest()
     state = board.settled()
     assert (board.ran, state.highest) == ([1], 3)
-    assert state.outcome is not None
     assert "damaged" in state.outcome.reason
 
 
@@ -276,7 +270,6 @@ def test_a_slot_that_is_not_what_its_record_says_is_not_started(
     board.rest()
     after = board.settled()
     assert (board.ran[-1], after.stable) == (1, state.other)
-    assert after.outcome is not None
     assert after.outcome.version == 2
     assert "app/" in after.outcome.reason
     assert after.outcome.reason.endswith("version 1 serves")

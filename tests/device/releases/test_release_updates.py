@@ -72,7 +72,6 @@ def test_a_good_release_is_pulled_tried_and_kept(board: Make, releases: dict[int
     assert states(it, 2) == [DOWNLOADING, STAGED, TRIAL, COMMITTED]
     assert it.ran == [1, 2]
     state = it.home.load()
-    assert state is not None
     assert (state.phase, it.home.whole(state.stable).version) == (STABLE, 2)
     left = [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()]
     assert left == [], "nothing of it stays beside the slot"
@@ -93,7 +92,6 @@ def test_a_release_is_verified_on_the_disk_and_not_in_the_page_cache(
     monkeypatch.setattr(os, "posix_fadvise", watched)
     it.live()
     state = it.home.load()
-    assert state is not None
     slot = it.home.root / state.stable
     assert {str(p) for p in slot.rglob("*") if p.is_file()} == {p for p in dropped if Path(p).is_relative_to(slot)}
 
@@ -103,7 +101,6 @@ def test_one_that_crashes_goes_back_and_the_server_hears_why(board: Make, releas
     it.live()
     assert states(it, 3) == [DOWNLOADING, STAGED, TRIAL, ROLLED_BACK]
     ended = it.server.ended(3)
-    assert ended is not None
     assert "exit code 1" in ended.reason
     assert it.ran == [1, 3, 3, 3, 1, 4], "a release that went back is not tried again, a higher one is"
 
@@ -116,7 +113,6 @@ def test_one_that_fails_its_checks_goes_back_at_once(board: Make, releases: dict
     it.health = check
     it.live()
     ended = it.server.ended(3)
-    assert ended is not None
     assert (ended.state, "SIGILL" in ended.reason, it.ran) == (ROLLED_BACK, True, [1, 3, 1])
 
 
@@ -129,7 +125,6 @@ def test_an_offer_of_what_the_board_knows_is_answered_from_its_disk(board: Make,
     told = list(dict.fromkeys((r.number, r.state) for r in it.server.reports))
     assert told == [(3, ROLLED_BACK), (1, REFUSED), (2, COMMITTED)], "it runs the second, whatever came of the third"
     ended = it.server.ended(1)
-    assert ended is not None
     assert "expected a number above 3" in ended.reason
     assert it.server.wants == wants, "nothing is pulled again"
 
@@ -203,9 +198,7 @@ def test_a_release_that_is_withdrawn_is_not_tried(board: Make, releases: dict[in
     it.now = 0
     it.serve()
     state = it.home.load()
-    assert state is not None
     assert (state.phase, it.ran) == (STABLE, [])
-    assert state.outcome is not None
     assert state.outcome.reason == "withdrawn: too many failed"
     assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
 
@@ -265,10 +258,8 @@ def test_trouble_while_a_release_is_unpacked_waits_until_that_has_ended(
         go.set()
     assert turns == 40, "nothing is said before"
     ended = it.server.ended(2)
-    assert ended is not None
     assert (ended.state, ended.reason, calls) == (REFUSED, "the disk is tired", 1)
     state = it.home.load()
-    assert state is not None
     assert state.phase == STABLE, "it isn't tried some day"
     assert [p for p in (it.home.root / "incoming").rglob("*") if p.is_file()] == []
 
@@ -299,7 +290,6 @@ def refused(it: Board) -> str:
     it.live()
     (report,) = (r for r in it.server.reports if r.state == REFUSED)
     state = it.home.load()
-    assert state is not None
     assert (state.phase, state.highest, it.ran) == (STABLE, 1, [1])
     assert list((it.home.root / "b").iterdir()) == []
     return report.reason
@@ -414,13 +404,10 @@ def test_a_cut_at_any_write_of_a_pulled_release_ends_on_a_good_one(
             it.live()
         rest(it)
         state = it.home.load()
-        assert state is not None
         assert (state.phase, state.highest, it.home.whole(state.stable).version) == (STABLE, 3, 2)
         ended = it.server.ended(2)
-        assert ended is not None
         assert ended.state == COMMITTED
         ended = it.server.ended(3)
-        assert ended is not None
         assert (ended.state, "exit code 1" in ended.reason or "without a message" in ended.reason) == (
             ROLLED_BACK,
             True,

@@ -182,7 +182,6 @@ def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(
     folder = source(make_release(tmp_path / "two", 2))
     board.stage(folder)
     state = board.home.load()
-    assert state is not None
     assert (state.phase, state.stable, state.highest) == (STAGED, "a", 2)
     assert board.home.whole("b").version == 2
     assert (versions_in(board.home.root / "a"), versions_in(board.home.root / "b")) == (
@@ -194,7 +193,6 @@ def test_a_release_goes_into_the_slot_that_does_not_run_and_waits_there(
     board.arm(2, 60)
     board.arm(9, 90)
     state = board.home.load()
-    assert state is not None
     assert (state.phase, state.left, state.seconds) == (TRIAL, 2, 60)
     with pytest.raises(StorageError, match="on trial"):
         board.stage(source(make_release(tmp_path / "three", 3)))
@@ -204,7 +202,6 @@ def test_a_newer_release_takes_the_place_of_a_staged_one(board: ReleaseInstaller
     board.stage(source(make_release(tmp_path / "two", 2)))
     board.stage(source(make_release(tmp_path / "three", 3)))
     state = board.home.load()
-    assert state is not None
     assert (state.phase, state.highest, board.home.whole("b").version) == (STAGED, 3, 3)
     with pytest.raises(ReleaseError, match=r"release 2: expected a number above 3.*under a new number") as caught:
         board.stage(source(tmp_path / "two"))

@@ -43,7 +43,6 @@ def trial_of(board: ReleaseInstaller, slot: str = "b") -> ReleaseTrial | None:
 
 def outcome(home: SlotStore) -> UpdateOutcome | None:
     state = home.load()
-    assert state is not None
     return state.outcome
 
 
@@ -92,10 +91,8 @@ def test_only_the_process_on_trial_may_end_it(board: ReleaseInstaller) -> None:
     assert trial_of(board, "a") is None
     assert ReleaseTrial.current({}) is None
     trial = trial_of(board)
-    assert trial is not None
     with board.home.changing():
         state = board.home.load()
-        assert state is not None
         board.home.save(state.roll_back("its time is over"))
     trial.commit()
     assert outcome(board.home) == UpdateOutcome(2, ROLLED_BACK, "its time is over"), "too late"
@@ -113,10 +110,8 @@ def test_a_board_that_is_well_passes_the_checks(board: ReleaseInstaller, model: 
     Predictor(model).check(3)
     slots.install(Serving("job", 1, 3, *digests))
     trial = trial_of(board)
-    assert trial is not None
     trial.check(lambda: check_model(tmp_path / "serving"))
     state = board.home.load()
-    assert state is not None
     assert (state.phase, "not reached the broker" in state.trouble) == (TRIAL, True)
 
 
@@ -167,10 +162,8 @@ def test_a_release_that_lacks_a_package_goes_back_with_its_name(tmp_path: Path) 
     board.arm()
     decide(board.home)
     trial = trial_of(board)
-    assert trial is not None
     with pytest.raises(RuntimeUnavailableError):
         trial.check(trial.check_packages)
     found = outcome(board.home)
-    assert found is not None
     assert (found.version, found.result) == (3, ROLLED_BACK)
     assert f"{OUTSIDE[0]} is not in the release" in found.reason

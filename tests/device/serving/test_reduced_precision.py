@@ -309,7 +309,6 @@ def test_an_agent_pulls_and_serves_what_it_is_told_to(
         late.cancel()
         record = store.slots.current()
 
-    assert record is not None
     assert (record.round, record.precision) == (2, serve)
     asked = {m.sha256 for m in server.seen if isinstance(m, BlobRequest)}
     assert asked & {k.sha256 for k in kits.values()} == ({kits["int8"].sha256} if serve == "int8" else set())

@@ -207,8 +207,6 @@ def test_what_is_kept_is_what_is_read(tmp_path: Path) -> None:
     assert (two.job, two.seed, two.round, two.widths, two.ranking) == ("job", 7, 3, (3,), "c" * 64)
     assert equal(two.average, one.average)
     assert equal(two.personal, one.personal)
-    assert two.mask is not None
-    assert one.mask is not None
     np.testing.assert_array_equal(two.mask.active["w"], one.mask.active["w"])
 
 

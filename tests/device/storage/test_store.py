@@ -218,7 +218,6 @@ def test_the_model_before_serves_when_the_newest_one_is_damaged(tmp_path: Path, 
     for step in life.steps():
         step(store)
     current = store.slots.current()
-    assert current is not None
     assert current.round == 2
     (tmp_path / "serving" / current.slot / "weights.safetensors").write_bytes(weights_of(99))
     predictor, record = store.slots.open()
@@ -247,7 +246,6 @@ def test_a_pending_update_without_its_weights_is_given_up_for_its_offer(tmp_path
     life.close()
     with DeviceStore(tmp_path) as again:
         assert again.pending is None
-        assert again.task is not None
         assert not again.task.done
         assert not again.blobs.has(life.update(1).weights.sha256)
 

@@ -41,7 +41,6 @@ def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalSt
         update = bench.commit(bench.make(offer))
         raw = store.blobs.read(update.weights.sha256)
         record = store.slots.current()
-        assert record is not None
         serves = tensorfile.load(board.root / "serving" / record.slot / "weights.safetensors")
         kept = [LocalState.from_bytes(r) for r in store.own.read().values()]
     return raw, serves, max(kept, key=lambda own: own.round, default=None)
@@ -76,8 +75,6 @@ def test_what_is_left_out_is_sent_with_the_next_update(board: HiddenBoard) -> No
     offers = [board.offer(n, PLAIN, w, graph="kept", codec="int8") for n, w in ((1, one), (2, two))]
     _, _, first = carry_out(board, offers[0])
     raw, serves, second = carry_out(board, offers[1])
-    assert first is not None
-    assert second is not None
     found = read(raw, "int8", two)
     for name in second.residual:
         assert np.abs(first.residual[name]).max() > 0
@@ -98,7 +95,6 @@ def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard)
     recipe = replace(PLAIN, mask="hard")
     offer = board.offer(1, recipe, masked, graph="masked", mask=mask, codec="int8")
     raw, serves, own = carry_out(board, offer)
-    assert own is not None
     found = mask.unpack(read(raw, "int8", mask.pack(masked)))
     for name in set(sent) - STATISTICS:
         assert found[name] + own.residual[name] == pytest.approx(serves[name], abs=1e-6)
@@ -196,7 +192,6 @@ def test_weights_that_are_not_the_offered_ones_are_asked_for_as_they_are(board: 
         offer, _ = coded(board, "int8", held, raw=raw)
         with pytest.raises(DamagedBlobError) as caught:
             carry_out(board, offer)
-        assert offer.coded is not None
         assert caught.value.sha256 == offer.coded.sha256
     with pytest.raises(DamagedBlobError) as caught:
         carry_out(board, replace(right, held="f" * 64))

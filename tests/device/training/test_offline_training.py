@@ -307,7 +307,6 @@ def test_it_never_trains_alone_unless_it_is_told_to(at: At, data: LocalData) -> 
 
 def test_only_the_model_of_the_last_offer_is_trained_on(at: At) -> None:
     task = at.store.task
-    assert task is not None
     other: list[Offer] = [
         replace(task.offer, round=2),
         replace(task.offer, job="another"),
@@ -370,7 +369,6 @@ def test_a_damaged_graph_is_deleted_unless_an_offer_that_may_pull_it_has_ended_t
     at: At, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, stopped: bool
 ) -> None:
     task = at.store.task
-    assert task is not None
     graph = task.offer.training.sha256
     at.store.blobs.path(graph).write_bytes(b"rot")
     read, begun = at.store.blobs.read, threading.Event()
@@ -383,7 +381,6 @@ def test_a_damaged_graph_is_deleted_unless_an_offer_that_may_pull_it_has_ended_t
     at.wall, at.now = at.wall + DAY, at.now + DAY
     at.turn()
     worker = at.alone._worker
-    assert worker is not None
     if stopped:
         at.alone._halt()
     begun.set()

@@ -38,7 +38,6 @@ def test_the_sample_is_what_the_command_prints(
 
 def test_the_example_is_what_the_ladder_makes() -> None:
     text = re.search(r"At 36/64 .*? rung is [^.]*", PAGE, re.DOTALL)
-    assert text is not None
     said = [tuple(map(int, found.split(", "))) for found in re.findall(r"\(([\d, ]+)\)", text[0])]
     architecture, density = import_onnx(digits_model(), "digits").architecture, 36 / 64
 

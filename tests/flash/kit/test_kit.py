@@ -204,7 +204,6 @@ def test_the_unit_is_one_that_systemd_takes(authority: Path, make_kit: MakeKit, 
     kit = make_kit(board=BoardSettings("mqtts://h", "attic", "lab", authority=True), authorities=authority.read_bytes())
     unit = (kit.folder / "fedprune.service").read_text()
     command = re.search("(?m)^ExecStart=(.*)$", unit)
-    assert command is not None
     assert command[1].split() == [
         *("/usr/bin/python3", "-I", "/opt/fedprune/launcher.pyz", "run", "--patient", "--state", "/var/lib/fedprune"),
         *("--data", "/srv/fedprune/samples.npz", "--ca", "/etc/fedprune/ca.pem"),

@@ -86,7 +86,6 @@ def home(root: Path) -> SlotStore:
 def serving(root: Path) -> str:
     """What the release is called that starts."""
     state = home(root).load()
-    assert state is not None
     return home(root).whole(state.stable).name
 
 
@@ -170,7 +169,6 @@ def killed_after(kit: Path, root: Path, word: str) -> str:
     )
     said = ""
     out = process.stdout
-    assert out is not None
     with out:
         for line in out:
             said += line
@@ -209,7 +207,6 @@ def update(root: Path, folder: Path, number: int) -> ReleaseInstaller:
     installer.stage(source(make_release(folder / f"release {number}", number)))
     with installer.home.changing():
         state = installer.home.load()
-        assert state is not None
         installer.home.save(state.commit())
     return installer
 

@@ -118,7 +118,6 @@ class MemoryServer:
         return Offer(**{**values, **other})
 
     def say(self, message: Any) -> None:
-        assert self.link is not None
         self.link.deliver(TOPICS.down("d", getattr(message, "job", "-")), message.to_bytes())
 
     def receive(self, topic: str, raw: bytes) -> None:
@@ -133,7 +132,6 @@ class MemoryServer:
         self.seen.append(message)
         if isinstance(message, BlobRequest):
             for chunk in self._served(message):
-                assert self.link is not None
                 self.link.deliver(TOPICS.down_blob("d", "job"), chunk)
         elif isinstance(message, Birth):
             self._offered_at = 0.0

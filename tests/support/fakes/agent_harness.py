@@ -62,14 +62,12 @@ class Bench:
     def stop_on(self, kind: type, **fields: Any) -> None:
         def react(message: Any) -> None:
             if isinstance(message, kind) and all(getattr(message, k) == v for k, v in fields.items()):
-                assert self.agent is not None
                 self.agent.stop()
 
         self.server.react = react
 
     def stop_once_quiet(self) -> None:
         def watch() -> None:
-            assert self.agent is not None
             if self.agent.quiet:
                 self.agent.stop()
 

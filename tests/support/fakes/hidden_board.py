@@ -79,6 +79,5 @@ class HiddenBoard:
             update = bench.commit(bench.make(offer))
             sent = tensorfile.decode(store.blobs.read(update.weights.sha256))
             record = store.slots.current()
-            assert record is not None
             serves = tensorfile.load(self.root / "serving" / record.slot / "weights.safetensors")
         return update, sent, serves

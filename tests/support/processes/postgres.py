@@ -85,14 +85,12 @@ class Postgres:
 
     def kill(self) -> None:
         """kill -9 of its first process; the others then end."""
-        assert self._process is not None
         self._process.kill()
         self._process.wait()
         (self._folder / "data" / "postmaster.pid").unlink(missing_ok=True)
 
     def children(self) -> list[int]:
         """The processes that its first one has started."""
-        assert self._process is not None
         pid = self._process.pid
         return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
