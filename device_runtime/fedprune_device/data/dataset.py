@@ -127,6 +127,8 @@ def load_data(
 ) -> LocalData:
     """Read a device's data; large arrays of an `.npz` file stay there and are read as batches are drawn.
 
+    Raises `DataError` if the source can't be read or doesn't hold usable samples; the message names it.
+
     Args:
         source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`,
             `y_test`, `x_val`, `y_val`; or `package.module:function`. The function may take `device` and `seed` and
@@ -140,9 +142,6 @@ def load_data(
 
     Returns:
         Checked data. The same source, seed and device always give the same split.
-
-    Raises:
-        DataError: The source can't be read or doesn't hold usable samples; the message names it.
     """
     found = _found(source, seed, device, spool)
     try:

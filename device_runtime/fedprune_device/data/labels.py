@@ -73,11 +73,8 @@ def class_counts(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.int64
 def log_prior(y: npt.NDArray[np.int64], classes: int) -> npt.NDArray[np.float32]:
     """Log of the smoothed label shares: log((n_c + 0.1) / (n + 0.1·C)).
 
-    It is added to the logits in the loss (logit adjustment, Menon et al., arXiv:2007.07314) and, because a
-    device predicts for its own surroundings, to those of its own predictions.
-
-    Raises:
-        DataError: A label is out of range.
+    It is added to the logits in the loss (logit adjustment, Menon et al., arXiv:2007.07314) and, because a device
+    predicts for its own surroundings, to those of its own predictions. Raises `DataError` if a label is out of range.
     """
     counts = class_counts(y, classes).astype(np.float64)
     shares = (counts + _SMOOTHING) / (counts.sum() + _SMOOTHING * classes)

@@ -67,8 +67,7 @@ class Window:
 def window(tape: Tape, node: Node, kernel: tuple[int, ...]) -> Window:
     """The window that a node's attributes describe.
 
-    Raises:
-        ModelError: The input's spatial sizes vary, or nothing is left of them.
+    Raises `ModelError` if the input's spatial sizes vary, or nothing is left of them.
     """
     shape = tape.shape(node.inputs[0])
     sizes = tape.static(node, shape[2:])

@@ -49,8 +49,7 @@ class Dimensions:
     def of_axis(self, axis: Axis, architecture: Architecture) -> Dim:
         """An axis of a tensor or value.
 
-        Raises:
-            ModelError: Channels of a group are uneven on the axis: its size is no multiple of the width.
+        Raises `ModelError` if channels of a group are uneven on the axis: its size is no multiple of the width.
         """
         lengths: dict[int, int] = {}
         for s in axis.segments:
@@ -146,8 +145,7 @@ class Dimensions:
     def size(self, dim: Dim) -> str:
         """A value of the graph that holds a dimension's size at run time, as int64 of shape [1].
 
-        Raises:
-            ModelError: No value that is known so far has a size from which it could be computed.
+        Raises `ModelError` if no value that is known so far has a size from which it could be computed.
         """
         if isinstance(dim, int):
             return self._graph.ints(dim)

@@ -79,8 +79,7 @@ class Knowledge(Dimensions):
     def number(self, node: Node, index: int) -> Array | None:
         """The constant at a node's input, None where there is no such input.
 
-        Raises:
-            ModelError: The input is computed from data, or depends on the batch.
+        Raises `ModelError` if the input is computed from data, or depends on the batch.
         """
         number = self._traced(node, index)
         if number is None:
@@ -130,8 +129,7 @@ class Knowledge(Dimensions):
     def traced_shape(self, name: str) -> Shape:
         """A value's shape where only the batch varies: every size is a linear form of it.
 
-        Raises:
-            ModelError: A size follows the batch in another way.
+        Raises `ModelError` if a size follows the batch in another way.
         """
         out: list[Dim] = []
         first, second = self._trace.shapes[name], self._trace.shapes_second[name]
@@ -148,11 +146,7 @@ class Knowledge(Dimensions):
         return tuple(self.of_axis(axis, self._architecture) for axis in spec.axes)
 
     def static(self, node: Node, dims: Sequence[Dim]) -> tuple[int, ...]:
-        """These dimensions as numbers.
-
-        Raises:
-            ModelError: One of them is a channel or batch dimension.
-        """
+        """These dimensions as numbers. Raises `ModelError` if one of them is a channel or batch dimension."""
         if not all(isinstance(d, int) for d in dims):
             raise ModelError(
                 f"{describe(node)} needs a fixed size where the batch or a channel dimension varies",

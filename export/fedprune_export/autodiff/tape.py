@@ -109,9 +109,7 @@ class Tape(Knowledge):
         """What a value of the model is called in the training graph; constants are copied on first use.
 
         A constant over channels is as long as there are channels left, which takes equal entries along that axis.
-
-        Raises:
-            ModelError: The value is not known yet, or a constant has another number for each channel.
+        Raises `ModelError` if the value is not known yet, or a constant has another number for each channel.
         """
         if name not in self._values:
             array = self._source.initializers.get(name)
@@ -163,12 +161,10 @@ class Tape(Knowledge):
         """How an axis that is divided into `count` equal blocks at full width is divided at every width.
 
         Either whole blocks are cut (their number varies), or the same positions of every block (their length does).
+        Raises `ModelError` if neither is so.
 
         Returns:
             How many blocks there are, and how long each is.
-
-        Raises:
-            ModelError: Neither is so.
         """
         dim = self.shape(name)[index]
         length, rest = divmod(self.extent(dim), count)
@@ -221,8 +217,7 @@ class Tape(Knowledge):
     def broadcast(self, node: Node, *shapes: Shape) -> Shape:
         """The shape to which these broadcast.
 
-        Raises:
-            ModelError: They don't, or a constant spans a channel dimension.
+        Raises `ModelError` if they don't, or a constant spans a channel dimension.
         """
         rank = max(map(len, shapes))
         out: list[Dim] = []
@@ -264,8 +259,7 @@ class Tape(Knowledge):
     def forward(self) -> None:
         """Write the forward pass of all nodes.
 
-        Raises:
-            ModelError: An operator has no rule, or its rule can't handle this use.
+        Raises `ModelError` if an operator has no rule, or its rule can't handle this use.
         """
         for node in self._source.nodes:
             if self._is_shape_arithmetic(node):

@@ -55,8 +55,7 @@ class Source:
 def read_folder(folder: str | Path) -> Source:
     """The submodel of a bundle, or the model that a board serves.
 
-    Raises:
-        BundleError: The folder is neither a bundle nor a board's state folder, or it is damaged.
+    Raises `BundleError` if the folder is neither a bundle nor a board's state folder, or it is damaged.
     """
     folder = Path(folder)
     if is_board_state(folder):
@@ -70,8 +69,7 @@ def read_folder(folder: str | Path) -> Source:
 def whole(model: Model, weights: Path | None = None) -> Source:
     """A whole model, with the weights of a file if one is given.
 
-    Raises:
-        BundleError: The weights are not the model's.
+    Raises `BundleError` if the weights are not the model's.
     """
     if weights is not None:
         model = with_weights(model, tensorfile.load(weights), str(weights))
@@ -81,11 +79,10 @@ def whole(model: Model, weights: Path | None = None) -> Source:
 def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Model:
     """A model with other weights, such as the server's global ones.
 
+    Raises `BundleError` if the tensors are not the model's.
+
     Args:
         tensors: All its tensors by name; further ones, such as torch's counters, are left out.
-
-    Raises:
-        BundleError: The tensors are not the model's.
     """
     for spec in model.architecture.tensors:
         value = tensors.get(spec.name)
@@ -104,11 +101,10 @@ def with_weights(model: Model, tensors: Mapping[str, Array], where: str) -> Mode
 def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None = None) -> bytes:
     """A model as one ONNX file with its weights inside, which can be imported again.
 
+    Raises `ModelError` if the graph can't be written at that opset, or the file computes something else.
+
     Args:
         opset: The opset of the file; by default the graph's own, or one that every supported onnxruntime loads.
-
-    Raises:
-        ModelError: The graph can't be written at that opset, or the file computes something else.
     """
     written = graph
     if opset not in (None, graph.opset) and graph.opset != NORMAL_OPSET:
@@ -124,12 +120,11 @@ def onnx_file(graph: Graph, names: Iterable[str], name: str, opset: int | None =
 def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Array]:
     """The tensors of a bundle at their places in the whole model's.
 
+    Raises `BundleError` if the bundle is not one of that model's.
+
     Args:
         keep: Whether the model's own weights stay in the channels that the bundle lacks. Otherwise these weights are 0,
             so that the channels add nothing; statistics stay in any case.
-
-    Raises:
-        BundleError: The bundle is not one of that model's.
     """
     check_origin(bundle, into)
     statistics = {t.name for t in into.architecture.tensors if t.kind in (TensorKind.STAT_MEAN, TensorKind.STAT_VAR)}
@@ -140,11 +135,10 @@ def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Arra
 def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     """Tensors as a torch module's state dict has them: with the counters of its batch norms, and all names of each.
 
+    Raises `ModelError` if it is damaged.
+
     Args:
         graph: A graph of the model, which says what other names tensors have.
-
-    Raises:
-        ModelError: It is damaged.
     """
     out: dict[str, Array] = {}
     others = tied(graph.metadata)
@@ -164,8 +158,7 @@ def agreement(error: float) -> str:
 def onnx_parity(raw: bytes, graph: Graph) -> float:
     """How far the outputs of an ONNX file are from a graph's, on random samples.
 
-    Raises:
-        ModelError: They are too far from it, or onnxruntime doesn't load the file.
+    Raises `ModelError` if they are too far from it, or onnxruntime doesn't load the file.
     """
     x = sample_feeds(graph, SAMPLES)[X]
     return _checked(outputs(raw, x), outputs(graph.to_bytes(), x), "the ONNX file")
@@ -176,11 +169,10 @@ def state_parity(
 ) -> float:
     """How far the outputs of a model with the tensors of a state dict are from a reference's, on random samples.
 
+    Raises `ModelError` if they are too far from it, or the module doesn't load the state dict.
+
     Args:
         module: The same model in torch, which loads the state dict, too; None for none.
-
-    Raises:
-        ModelError: They are too far from it, or the module doesn't load the state dict.
     """
     x = sample_feeds(reference, SAMPLES)[X]
     expected = outputs(reference.to_bytes(), x)

@@ -116,11 +116,7 @@ def inference_graph(folder: Path) -> Graph:
 
 
 def check_origin(bundle: Bundle, model: Model) -> None:
-    """Make sure that a bundle was cut from a model.
-
-    Raises:
-        BundleError: It belongs to another architecture.
-    """
+    """Make sure that a bundle was cut from a model. Raises `BundleError` if it belongs to another architecture."""
     if bundle.architecture.digest != model.architecture.digest:
         raise BundleError(
             f"{bundle.folder} was not cut from {model.architecture.name} as it was imported here",

@@ -249,12 +249,11 @@ class Analysis:
 def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str, prefer: Prefer = "coarse") -> Analysis:
     """Find the channel groups of a normalised graph.
 
+    Raises `ModelError` if the output is not one row or map per sample.
+
     Args:
         prefer: Which channels to cut where only one kind can be: "coarse" for whole heads, convolution groups and norm
             groups, "fine" for positions within all of them. Where one leaves nothing to cut, the other is taken.
-
-    Raises:
-        ModelError: The output is not one row or map per sample.
     """
     channels, notes = _settle(graph, parameters, seen, prefer)
     unit = _owned(channels)

@@ -66,11 +66,7 @@ class LabelledData:
         return float(np.sqrt(np.mean((out.astype(np.float64) - self.y) ** 2)))
 
     def score_of(self, graph: Graph) -> float:
-        """How well an inference graph does.
-
-        Raises:
-            DataError: It doesn't take these samples.
-        """
+        """How well an inference graph does. Raises `DataError` if it doesn't take these samples."""
         session = Session(graph.to_bytes())
 
         def outputs(x: Array) -> Array:
@@ -85,8 +81,7 @@ class LabelledData:
 def measured(path: Path, model: Model, labels: str) -> LabelledData:
     """Samples of a file, with the score of the whole model on them.
 
-    Raises:
-        DataError: The file can't be read, or its samples don't fit the model.
+    Raises `DataError` if the file can't be read, or its samples don't fit the model.
     """
     data = read(path, model.architecture, model.graph.inputs[0].dtype, labels)
     return replace(data, whole=data.score_of(model.graph))
@@ -95,11 +90,10 @@ def measured(path: Path, model: Model, labels: str) -> LabelledData:
 def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: str = "classes") -> LabelledData:
     """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`.
 
+    Raises `DataError` if the file can't be read, lacks an array, or holds samples that don't fit the model.
+
     Args:
         labels: What the labels are, one of `LABELS`.
-
-    Raises:
-        DataError: The file can't be read, lacks an array, or holds samples that don't fit the model.
     """
     arrays = _arrays(path)
     pair = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)

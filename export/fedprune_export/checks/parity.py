@@ -35,8 +35,7 @@ LIMIT = 1e-4
 def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:
     """How far the files of a bundle are from the masked whole model on random inputs.
 
-    Raises:
-        ModelError: They are too far from it, or onnxruntime doesn't load or run the inference graph.
+    Raises `ModelError` if they are too far from it, or onnxruntime doesn't load or run the inference graph.
     """
     x = sample_feeds(model.graph, SAMPLES)[X]
     with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
@@ -58,8 +57,7 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
 def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str = TRAINING) -> None:
     """Take a training step of a bundle with random samples: whether it runs is seen at the bundle's own widths.
 
-    Raises:
-        ModelError: onnxruntime doesn't load or run the step, or a tensor comes out of it in another shape.
+    Raises `ModelError` if onnxruntime doesn't load or run the step, or a tensor comes out of it in another shape.
     """
     session = Session(files[name], training=True)
     tensors, outputs = tensorfile.decode(files[WEIGHTS]), model.architecture.classes

@@ -38,11 +38,10 @@ def step_feeds(
 ) -> dict[str, Array]:
     """All inputs of a first training step on one whole batch; where labels can be mixed, each is with another's.
 
+    Raises `ModelError` if the graph has an input that is not in the contract, or lacks x, y or a tensor.
+
     Args:
         tensors: Weights and statistics; the anchors are the same.
-
-    Raises:
-        ModelError: The graph has an input that is not in the contract, or lacks x, y or a tensor.
     """
     feeds: dict[str, Array] = {step_contract.X: x, step_contract.Y: y}
     feeds |= feeds_of.first_step(recipe, tensors, inputs, len(x), outputs)

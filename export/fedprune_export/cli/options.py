@@ -230,8 +230,7 @@ def density(text: str) -> float | None:
 def targets(texts: Sequence[str]) -> tuple[str, ...]:
     """Names of profiles, given one by one or separated by commas, each once.
 
-    Raises:
-        UsageError: There is no target, or one comes twice.
+    Raises `UsageError` if there is no target, or one comes twice.
     """
     found = [n.strip() for text in texts for n in text.split(",") if n.strip()]
     if not found:

@@ -27,8 +27,7 @@ def check_nodes(graph: Graph) -> None:
     """Make sure that operators leave out only what may be left out, that flags are 0 or 1, and that there is
     a group at least.
 
-    Raises:
-        ModelError: Something else is the case.
+    Raises `ModelError` if they do otherwise.
     """
     for node in graph.nodes:
         for name, value in node.attrs.items():
@@ -45,11 +44,7 @@ def check_nodes(graph: Graph) -> None:
 
 
 def check_indices(graph: Graph, seen: Trace) -> None:
-    """Make sure that constant indices are within range.
-
-    Raises:
-        ModelError: One doesn't.
-    """
+    """Make sure that constant indices are within range; raises `ModelError` if one isn't."""
     for node in graph.nodes:
         places = graph.initializers.get(node.inputs[1]) if node.op in _INDEXED and len(node.inputs) > 1 else None
         if places is None or not places.size or node.domain:
@@ -92,12 +87,11 @@ _SHAPE = "shape~of~"
 def compare(before: Session, name: str, graph: Graph, softmax: str) -> None:
     """Compare outputs before and after on random numbers, and shapes with what was inferred.
 
+    Raises `ModelError` if they differ, or the output is not finite.
+
     Args:
         before: The model as it came; it is fed by the order of its inputs.
         softmax: The operator that was removed from the end, if any.
-
-    Raises:
-        ModelError: They differ, or the output is not finite.
     """
     known = inferred(graph, _BATCHES[0])
     values = [o for n in graph.nodes for o in n.outputs if o]

@@ -24,9 +24,8 @@ _DEEPEST = 20
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model without local functions, branches on constants and sequences: the same object if it has none.
 
-    Raises:
-        ModelError: Functions call each other without end, the model has too many operators, or the length of a
-            sequence isn't known.
+    Raises `ModelError` if functions call each other without end, the model has too many operators, or the length of a
+    sequence isn't known.
     """
     if model.functions:
         _check_calls(model)

@@ -39,6 +39,9 @@ def load(
 ) -> Model:
     """Import a model.
 
+    Raises `ModelError` if there is no such model, it is damaged, or it uses what can't be handled; `MissingExtraError`
+    if torch or timm is needed and not installed.
+
     Args:
         source: An ONNX file; a torch module; `package.module:factory` of one; or `timm:NAME`.
         name: The architecture's name; by default that of the file, factory, network or module's class.
@@ -48,10 +51,6 @@ def load(
         output: Which output gives the logits, where the model has several.
         parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
         prefer: Which channels to cut where only one kind can be: "coarse" (whole heads and groups) or "fine".
-
-    Raises:
-        ModelError: There is no such model, it is damaged, or it uses what can't be handled.
-        MissingExtraError: torch or timm is needed and not installed.
     """
     instance("name", name, (str, NoneType), "a text", error=ModelError)
     if input_shape is not None:
@@ -77,8 +76,7 @@ def load(
 def check_input(source: str, model: Model, input_shape: Sequence[int] | None) -> None:
     """Make sure that a model takes the samples that were asked for: an ONNX file has a shape of its own.
 
-    Raises:
-        ModelError: It takes another.
+    Raises `ModelError` if it takes another.
     """
     own = model.architecture.input_shape
     if input_shape is not None and tuple(input_shape) != own:
@@ -101,9 +99,8 @@ def read_source(
 ) -> bytes:
     """A model as the bytes of one ONNX file, which `import_onnx` takes; choices (as for `load`) are written into it.
 
-    Raises:
-        ModelError: There is no such model or it is damaged.
-        MissingExtraError: torch or timm is needed and not installed.
+    Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
+    not installed.
     """
     text = str(source)
     network = timm_name(text)
@@ -125,9 +122,7 @@ def read_source(
 def torch_module(source: str) -> Any:
     """A new instance of the torch module that a source names; None for an ONNX file.
 
-    Raises:
-        ModelError: There is no such module.
-        MissingExtraError: torch or timm is needed and not installed.
+    Raises `ModelError` if there is no such module; `MissingExtraError` if torch or timm is needed and not installed.
     """
     network = timm_name(source)
     if network or source.startswith(PREFIX):
@@ -149,10 +144,8 @@ def import_onnx(
     """Import an ONNX model from memory, as `load` does; the same bytes and name always give the same architecture.
 
     Models below opset 13 are raised by onnx, which may name values another way in another version: then the same
-    architecture is only sure with the same version of onnx.
-
-    Raises:
-        ModelError: It is damaged, or uses what can't be handled.
+    architecture is only sure with the same version of onnx. Raises `ModelError` if it is damaged, or uses what can't be
+    handled.
     """
     try:
         return _imported(raw, name, output, parameters, prefer)

@@ -42,11 +42,7 @@ def write(model: onnx.ModelProto, texts: Mapping[str, str]) -> None:
 
 
 def names(texts: Mapping[str, str], key: str, held: AbstractSet[str]) -> tuple[str, ...] | None:
-    """A list of tensor names, or None.
-
-    Raises:
-        ModelError: It is no list of names, or a tensor isn't held.
-    """
+    """A list of tensor names, or None. Raises `ModelError` if it is no list of names, or a tensor isn't held."""
     if key not in texts:
         return None
     found = _parsed(texts[key])
@@ -58,8 +54,7 @@ def names(texts: Mapping[str, str], key: str, held: AbstractSet[str]) -> tuple[s
 def unused(texts: Mapping[str, str]) -> tuple[str, ...]:
     """Parameters that the forward pass doesn't use.
 
-    Raises:
-        ModelError: It is no list of names, or a name can't be printed.
+    Raises `ModelError` if it is no list of names, or a name can't be printed.
     """
     found = _parsed(texts[UNUSED_KEY]) if UNUSED_KEY in texts else []
     if not isinstance(found, list) or not all(isinstance(n, str) for n in found):
@@ -76,11 +71,7 @@ def note_of_unused(names: Sequence[str]) -> list[str]:
 
 
 def checked(listed: Sequence[str], held: AbstractSet[str], where: str) -> tuple[str, ...]:
-    """The list, if a model holds all these tensors.
-
-    Raises:
-        ModelError: It doesn't.
-    """
+    """The list, if a model holds all these tensors. Raises `ModelError` if it doesn't."""
     missing = [n for n in listed if n not in held]
     if missing:
         raise ModelError(f"{where} names a tensor that isn't there", got=shown(missing[0]))
@@ -95,8 +86,7 @@ def shown_names(listed: Sequence[str]) -> str:
 def tied(texts: Mapping[str, str]) -> dict[str, list[str]]:
     """Further names of tensors that have several, by the name that is theirs here.
 
-    Raises:
-        ModelError: It is something else, or a name can't be printed.
+    Raises `ModelError` if it is something else, or a name can't be printed.
     """
     found = _parsed(texts[TIED_KEY]) if TIED_KEY in texts else {}
     if not isinstance(found, dict) or not all(

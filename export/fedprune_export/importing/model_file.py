@@ -21,8 +21,7 @@ _BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")
 def read_model_file(path: Path) -> bytes:
     """A model as one ONNX file, with the weights next to it.
 
-    Raises:
-        ModelError: It can't be read, is no model, or its weights aren't there.
+    Raises `ModelError` if it can't be read, is no model, or its weights aren't there.
     """
     try:
         raw = read_file(path)
@@ -46,11 +45,7 @@ def read_model_file(path: Path) -> bytes:
 
 
 def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
-    """The model that a file holds.
-
-    Raises:
-        ModelError: It isn't one.
-    """
+    """The model that a file holds. Raises `ModelError` if it isn't one."""
     try:
         proto = onnx.load_model_from_string(raw)
         if not proto.ir_version or not proto.HasField("graph"):
@@ -67,11 +62,7 @@ def parse(raw: bytes, *, whole: bool = True) -> onnx.ModelProto:
 
 
 def check(model: onnx.ModelProto | bytes) -> None:
-    """Make sure that a model, or the bytes of one, is what ONNX allows.
-
-    Raises:
-        ModelError: It isn't.
-    """
+    """Make sure that a model, or the bytes of one, is what ONNX allows. Raises `ModelError` if it isn't."""
     try:
         onnx.checker.check_model(model)
     except Exception as error:

@@ -62,14 +62,13 @@ class Normalised:
 def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, raw: bytes | None = None) -> Normalised:
     """Bring a model into the compiler's form and check that it still computes the same.
 
+    Raises `ModelError` if it has several inputs or outputs, a fixed batch, control flow, numbers in other types than
+    float32, or operators that opset 17 has no form of.
+
     Args:
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
             nodes are truly tied. Otherwise parameters are recognised by their use.
         raw: The model's bytes, where they are at hand.
-
-    Raises:
-        ModelError: It has several inputs or outputs, a fixed batch, control flow, numbers in other
-            types than float32, or operators that opset 17 has no form of.
     """
     if not model.graph.node:
         raise ModelError("the model has no operators")

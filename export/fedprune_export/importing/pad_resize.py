@@ -15,11 +15,7 @@ _NEAR = 1e-4
 
 
 def emit_pad(graph: Graph, node: Node, seen: Trace) -> None:
-    """Pads of every axis; wrapping round as a concatenation.
-
-    Raises:
-        ModelError: Pads of some axes are computed.
-    """
+    """Pads of every axis; wrapping round as a concatenation. Raises `ModelError` if pads of some axes are computed."""
     x, pads, value, axes = [*node.inputs, "", "", ""][:4]
     rank = len(seen.shapes[x])
     if axes and pads not in graph.initializers:
@@ -63,8 +59,7 @@ def _wrap(graph: Graph, node: Node, x: str, pads: str, seen: Trace) -> None:
 def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
     """One scale per axis where these give the same sizes, else what the node has.
 
-    Raises:
-        ModelError: It uses what opset 17 doesn't have.
+    Raises `ModelError` if it uses what opset 17 doesn't have.
     """
     attrs: dict[str, Any] = node.attrs
     if attrs.pop("antialias", 0):

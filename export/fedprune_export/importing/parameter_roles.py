@@ -67,15 +67,13 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
     """What every weight is for, by its use; the rest are constants.
 
     Statistics of batch norms always count. Vectors that scale a norm's output do unless they are known constants. What
-    is added to the model's input or multiplied by it normalises data: it is a constant.
+    is added to the model's input or multiplied by it normalises data: it is a constant. Raises `ModelError` if a
+    parameter is not float32.
 
     Args:
         listed: The parameters, where the source knows them: then each counts, scalars and those of unknown use too.
         notes: Gets a sentence for every tensor that could be a weight and is taken for a constant, and one for all that
             could be constants and are taken for weights.
-
-    Raises:
-        ModelError: A parameter is not float32.
     """
     consumers, made = graph.consumers(), _from_data(graph)
     source, producers = _still_input(graph, made), graph.producers()

@@ -30,8 +30,7 @@ _LARGE = 4096
 def without_sequences(model: onnx.ModelProto, opset: int) -> None:
     """Write sequences as tensors; the model is changed.
 
-    Raises:
-        ModelError: A length or position isn't known, or a sequence is used in another way.
+    Raises `ModelError` if a length or position isn't known, or a sequence is used in another way.
     """
     writer = _Writer(model, opset)
     for node in list(model.graph.node):

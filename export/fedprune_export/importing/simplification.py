@@ -204,8 +204,7 @@ def bypass(graph: Graph, node: Node, outputs: set[str]) -> None:
 def simplify(graph: Graph, seen: Trace, constants: Container[str]) -> None:
     """Bring operators that can be written in several ways into one.
 
-    Raises:
-        ModelError: A reduction takes computed axes.
+    Raises `ModelError` if a reduction takes computed axes.
     """
     for node in graph.nodes:
         if node.domain:

@@ -114,14 +114,11 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
     """A network of timm and the shape of its input.
 
     Its weights are the pretrained ones where an earlier use has left them on this machine, else random ones that are
-    the same each time. Nothing is downloaded.
+    the same each time. Nothing is downloaded. Raises `ModelError` if timm has no such network, or it can't be made for
+    this shape; `MissingExtraError` if torch or timm is not installed.
 
     Args:
         name: Its name, such as resnet18 or resnet18.a1_in1k.
-
-    Raises:
-        ModelError: timm has no such network, or it can't be made for this shape.
-        MissingExtraError: torch or timm is not installed.
     """
     torch, timm = torch_package(), _timm()
     if not _NAME.fullmatch(name) or not timm.is_model(name):

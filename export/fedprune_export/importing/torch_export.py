@@ -32,16 +32,14 @@ def export_torch(
     """A torch module in evaluation mode as ONNX bytes, with all weights under their `state_dict` names.
 
     Parameters that don't require gradients are listed as frozen. A tensor that has several names goes by its first.
+    Raises `ModelError` if it can't be exported, or weights were lost on the way; `MissingExtraError` if torch or
+    onnxscript is not installed.
 
     Args:
         made: The module, or a pair of the module and an example input (with a batch), which may be int64.
         input_shape: One sample's shape; else that of the example, else the module's attribute `input_shape`. The
             module's attribute `input_dtype` says that the input is int64.
         token_ids: Whether the input is int64, where neither the example nor the module says it.
-
-    Raises:
-        ModelError: It can't be exported, or weights were lost on the way.
-        MissingExtraError: torch or onnxscript is not installed.
     """
     torch = torch_package()
     module, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
@@ -270,9 +268,7 @@ def _in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
 def factory_product(text: str) -> Any:
     """What the factory `package.module:factory` makes; a class of modules makes one without arguments.
 
-    Raises:
-        ModelError: There is no such factory, or it fails.
-        MissingExtraError: torch is not installed.
+    Raises `ModelError` if there is no such factory, or it fails; `MissingExtraError` if torch is not installed.
     """
     module_name, _, function = text.rpartition(":")
     torch = torch_package()
@@ -295,11 +291,7 @@ def factory_product(text: str) -> Any:
 
 
 def torch_package() -> Any:
-    """torch, with what its exporter needs.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
+    """torch, with what its exporter needs. Raises `MissingExtraError` if it is not installed."""
     try:
         import onnxscript  # noqa: F401  torch.onnx needs it
         import torch

@@ -23,7 +23,10 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
     """Cut a torch module down to the shapes of a submodel's tensors, and load these.
 
     Layers get their new sizes (`out_channels`, `num_features`, ...), too; what the module's own `forward` has in
-    numbers (a `view` to 128 features) stays as it is. Parameters stay on their device and of their type.
+    numbers (a `view` to 128 features) stays as it is. Parameters stay on their device and of their type. Raises
+    `ModelError` if names don't fit, a tensor is larger than the module's, or a layer is of a kind whose size its
+    weights don't tell: grouped convolutions that aren't depthwise, group norms of several groups, recurrent layers,
+    attention, and any other module with parameters; `MissingExtraError` if torch is not installed.
 
     Args:
         module: The whole model, of the same code as the one that was imported. It is changed.
@@ -31,12 +34,6 @@ def narrowed(module: Module, tensors: Mapping[str, npt.NDArray[np.float32]]) -> 
 
     Returns:
         The same module.
-
-    Raises:
-        ModelError: Names don't fit, a tensor is larger than the module's, or a layer is of a kind whose size its
-            weights don't tell: grouped convolutions that aren't depthwise, group norms of several groups, recurrent
-            layers, attention, and any other module with parameters.
-        MissingExtraError: torch is not installed.
     """
     torch = torch_package()
     if not isinstance(module, torch.nn.Module):
@@ -114,8 +111,7 @@ def _fit(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str
 def _sizes(torch: Any, where: str, part: Any, old: dict[str, Shape], new: dict[str, Shape]) -> dict[str, Any]:
     """A layer's attributes for weights of these sizes.
 
-    Raises:
-        ModelError: Its kind is unknown, or its weights don't determine them.
+    Raises `ModelError` if its kind is unknown, or its weights don't determine them.
     """
     nn = torch.nn
     one = next(iter(new.values()))

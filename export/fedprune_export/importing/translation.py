@@ -26,10 +26,8 @@ from fedprune_export.ir.trace import Trace
 def emit_attention(graph: Graph, node: Node, seen: Trace, used: set[str]) -> None:
     """Write an Attention of opset 23 as MatMul, Mul, Add, Softmax, MatMul.
 
-    Inputs are [batch, heads, tokens, size] or [batch, tokens, heads * size].
-
-    Raises:
-        ModelError: It uses a cache, shares keys between heads, has a soft cap, or gives further outputs.
+    Inputs are [batch, heads, tokens, size] or [batch, tokens, heads * size]. Raises `ModelError` if it uses a cache,
+    shares keys between heads, has a soft cap, or gives further outputs.
     """
     q, k, v, mask, *cache = [*node.inputs, *[""] * 6][:6]
     heads = _heads(node, seen)
@@ -121,11 +119,7 @@ class Translation:
         self.graph.nodes.append(node)
 
     def known(self, name: str, node: Node, what: str) -> Array:
-        """An integer argument of an operator.
-
-        Raises:
-            ModelError: It is computed.
-        """
+        """An integer argument of an operator. Raises `ModelError` if it is computed."""
         if name in self.graph.initializers:
             return self.graph.initializers[name]
         raise ModelError(f"operator {node.op} ({node.name}) takes computed {what}", expected=f"constant {what}")
@@ -135,11 +129,7 @@ _Rule = Callable[[Translation, Node], None]
 
 
 def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model at opset 13 or later.
-
-    Raises:
-        ModelError: onnx can't convert it.
-    """
+    """The model at opset 13 or later. Raises `ModelError` if onnx can't convert it."""
     versions = [o.version for o in model.opset_import if o.domain in ("", "ai.onnx")]
     if not versions or versions[0] >= _OLDEST:
         return model
@@ -156,14 +146,11 @@ def upgraded(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def translate(graph: Graph, seen: Trace, notes: list[str]) -> None:
-    """Rewrite operators in the forms of opset 17.
+    """Rewrite operators in the forms of opset 17. Raises `ModelError` if an operator has no such form.
 
     Args:
         graph: The graph, with shape arithmetic folded; it is changed.
         notes: Gets what people may want to know.
-
-    Raises:
-        ModelError: An operator has no such form.
     """
     nodes, graph.nodes = graph.nodes, []
     used = {p.name for p in graph.outputs} | {i for n in nodes for i in n.inputs}

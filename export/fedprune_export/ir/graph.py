@@ -30,13 +30,10 @@ class Graph(Draft):
     """A graph that files are read into and written from, at any opset."""
 
     def to_proto(self, *, opset: int | None = None) -> onnx.ModelProto:
-        """As an ONNX model.
+        """As an ONNX model. Raises `ModelError` if an operator has no form in that opset.
 
         Args:
             opset: What to write a normalised graph at; by default 17. Others can only be written as they are.
-
-        Raises:
-            ModelError: An operator has no form in that opset.
         """
         if self.opset == NORMAL_OPSET:
             return at_opset(self, NORMAL_OPSET if opset is None else opset).as_held()
@@ -53,8 +50,7 @@ class Graph(Draft):
     def from_proto(cls, model: onnx.ModelProto) -> Graph:
         """Read an ONNX model; `Constant` nodes become initialisers.
 
-        Raises:
-            ModelError: The model has local functions, sub-graphs or sparse tensors.
+        Raises `ModelError` if the model has local functions, sub-graphs or sparse tensors.
         """
         if model.functions:
             raise ModelError("the model has local functions", hint="Export it without them (inline functions).")
@@ -109,8 +105,7 @@ def _check_text(graph: onnx.GraphProto) -> None:
 def check_name(name: str) -> None:
     """Make sure that a name holds nothing that would steer a terminal or break a line.
 
-    Raises:
-        ModelError: It does.
+    Raises `ModelError` if it does.
     """
     if not name.isprintable() and any(unicodedata.category(c) in _UNPRINTED for c in name):
         raise ModelError(
@@ -121,8 +116,7 @@ def check_name(name: str) -> None:
 def read_tensor(tensor: onnx.TensorProto) -> Array:
     """The numbers of a tensor.
 
-    Raises:
-        ModelError: They are in another file, of an unknown type, or more or fewer than its shape has.
+    Raises `ModelError` if they are in another file, of an unknown type, or more or fewer than its shape has.
     """
     name = shown(tensor.name)
     if tensor.data_location == onnx.TensorProto.EXTERNAL:

@@ -29,8 +29,7 @@ _Rule = TypeVar("_Rule", bound=Callable[..., Any])
 def registrar(rules: dict[str, _Rule], kind: str) -> Callable[..., Callable[[_Rule], _Rule]]:
     """A decorator factory that takes operators and registers a rule for them.
 
-    Raises:
-        ModelError: (when a rule is registered) One of the operators has a rule already.
+    Registering raises `ModelError` if one of the operators has a rule already.
     """
 
     def rule(*operators: str) -> Callable[[_Rule], _Rule]:

@@ -35,8 +35,7 @@ _Draft = TypeVar("_Draft", bound=Draft)
 def at_opset(graph: _Draft, opset: int) -> _Draft:
     """A normalised graph in the forms of an opset; values keep their names. It is the same object if nothing changes.
 
-    Raises:
-        ModelError: There is no such opset, or an operator has no form in it.
+    Raises `ModelError` if there is no such opset, or an operator has no form in it.
     """
     if opset not in OPSETS:
         raise ModelError("opset to write", expected=f"{OPSETS[0]} to {OPSETS[-1]}", got=opset)
@@ -60,11 +59,7 @@ def at_opset(graph: _Draft, opset: int) -> _Draft:
 
 
 def check_form(node: Node, opset: int) -> None:
-    """Make sure that an opset has an operator in the form that a node uses.
-
-    Raises:
-        ModelError: It hasn't.
-    """
+    """Make sure that an opset has an operator in the form that a node uses. Raises `ModelError` if it hasn't."""
     try:
         schema = onnx.defs.get_schema(node.op, opset, "")
     except onnx.defs.SchemaError as error:

@@ -69,11 +69,7 @@ class Trace:
 
 
 def check_batch(port: Port) -> None:
-    """Make sure that an input takes batches of any size.
-
-    Raises:
-        ModelError: It doesn't.
-    """
+    """Make sure that an input takes batches of any size. Raises `ModelError` if it doesn't."""
     if not port.shape or isinstance(port.shape[0], int):
         raise ModelError(
             f"input {port.name} has a fixed batch",
@@ -84,11 +80,7 @@ def check_batch(port: Port) -> None:
 
 
 def sample_sizes(port: Port) -> list[int]:
-    """Sizes of one sample of an input.
-
-    Raises:
-        ModelError: A dimension other than the first is free.
-    """
+    """Sizes of one sample of an input. Raises `ModelError` if a dimension other than the first is free."""
     sizes = [d for d in port.shape[1:] if isinstance(d, int)]
     if len(sizes) + 1 != len(port.shape):
         raise ModelError(
@@ -103,11 +95,10 @@ def sample_sizes(port: Port) -> list[int]:
 def sample_input(port: Port, batch: int, seed: int = 0, *, below: int = 2) -> Array:
     """An array for a graph input: random normal numbers, or random identifiers for int64.
 
+    Raises `ModelError` as `sample_sizes` does, or if a size is invalid or the array would be huge.
+
     Args:
         below: How many identifiers there are; see `vocabulary`.
-
-    Raises:
-        ModelError: See `sample_sizes`; or a size is invalid, or the array would be huge.
     """
     sizes = sample_sizes(port)
     if any(d < 1 for d in sizes) or math.prod(sizes) > _MAX_NUMBERS:
@@ -144,8 +135,7 @@ def vocabulary(graph: Graph) -> int:
 def trace(graph: Graph) -> Trace:
     """Look at every value of a graph at all batch sizes.
 
-    Raises:
-        ModelError: The batch can't vary, a value would be huge, or an operator makes no sense.
+    Raises `ModelError` if the batch can't vary, a value would be huge, or an operator makes no sense.
     """
     for port in graph.inputs:
         check_batch(port)

@@ -90,11 +90,9 @@ class Trials:
         """Lower the submodel as far as its outputs allow.
 
         With int8 first and last layer stay in float32 where otherwise the outputs would be too far off, and where that
-        is not enough, so do those layers that are furthest off by themselves.
-
-        Raises:
-            ModelError: There is no such precision, int8 has no samples to measure ranges on or nothing that it can be
-                used for, or the outputs stay too far from float32's.
+        is not enough, so do those layers that are furthest off by themselves. Raises `ModelError` if there is no such
+        precision, int8 has no samples to measure ranges on or nothing that it can be used for, or the outputs stay too
+        far from float32's.
         """
         if precision == INT8 and self._data is None:
             raise ModelError(

@@ -31,13 +31,11 @@ from fedprune_export.pruning.model import Model
 def calibration_graph(model: Model, widths: Sequence[int], plan: Plan) -> bytes:
     """The inference graph with another output: the least and the largest number of activations, float32 [n, 2].
 
-    Its weights are those of the inference graph, in the same file.
+    Its weights are those of the inference graph, in the same file. Raises `BundleError` if the widths don't fit the
+    architecture.
 
     Args:
         plan: Which activations, in this order.
-
-    Raises:
-        BundleError: The widths don't fit the architecture.
     """
     graph = at_widths(model, widths)
     rows = []

@@ -25,15 +25,12 @@ Array = npt.NDArray[Any]
 
 
 class Pair:
-    """A graph and the one that prepares its tensors.
+    """A graph and the one that prepares its tensors. Raises `BundleError` if the widths don't fit the architecture.
 
     Attributes:
         graph: What a board will run; passes rewrite it. Its weights are not among its initialisers.
         prepare: What makes its tensors; passes add to it.
         tensors: Every tensor that `graph` may read: its name there, and its name in `prepare`.
-
-    Raises:
-        BundleError: The widths don't fit the architecture.
     """
 
     def __init__(self, model: Model, widths: Sequence[int]) -> None:
@@ -66,8 +63,7 @@ class Pair:
     def read(self, name: str) -> str:
         """A weight, a tensor or a constant of the graph as a value of `prepare`.
 
-        Raises:
-            ModelError: It is neither.
+        Raises `ModelError` if it is neither.
         """
         if name in self.tensors:
             return self.tensors[name]

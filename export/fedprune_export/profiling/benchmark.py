@@ -70,11 +70,7 @@ class Stopwatch:
         self._graph = inference_graph(bundle.folder)
 
     def training_step(self, batch: int, threads: int) -> Measurement:
-        """Time a training step on random samples.
-
-        Raises:
-            ModelError: The graph can't be loaded or run.
-        """
+        """Time a training step on random samples. Raises `ModelError` if the graph can't be loaded or run."""
         bundle, outputs = self._bundle, self._bundle.architecture.classes
         path = bundle.path(TRAINING)
         inputs = Session(path, training=True).inputs

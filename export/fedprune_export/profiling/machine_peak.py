@@ -57,8 +57,7 @@ def bounds(profile: HardwareProfile | None, threads: int) -> Speed:
 def measured(threads: int = 1) -> Speed:
     """What this machine reaches with a product of matrices and a sum of long vectors; the fastest of some runs counts.
 
-    Raises:
-        ModelError: onnxruntime doesn't run the graphs.
+    Raises `ModelError` if onnxruntime doesn't run the graphs.
     """
     square = np.full((_SIDE, _SIDE), 0.5, np.float32)
     line = np.ones(_MOVED, np.float32)

@@ -163,11 +163,7 @@ def explain(
 def _timed(
     model: Model, graph: Graph, selection: Selection, recipe: Recipe, batch: int, runs: int, threads: int
 ) -> KernelTimes:
-    """A step of random samples, timed.
-
-    Raises:
-        ModelError: onnxruntime doesn't run it.
-    """
+    """A step of random samples, timed. Raises `ModelError` if onnxruntime doesn't run it."""
     inputs, outputs = [p.name for p in graph.inputs], model.architecture.classes
     x = sample_feeds(model.graph, batch)[model.graph.inputs[0].name]
     tensors = selection.gather(model.tensors)

@@ -22,10 +22,8 @@ def pinned(model: Model, widths: Sequence[int]) -> Model:
     """The submodel of these widths, none of whose sizes varies but the batch.
 
     Its tensors keep their names, so that whatever serves the model's training graphs serves the submodel's. All of them
-    are zeros that take no memory: graphs that train read shapes alone.
-
-    Raises:
-        BundleError: The widths don't fit the architecture.
+    are zeros that take no memory: graphs that train read shapes alone. Raises `BundleError` if the widths don't fit the
+    architecture.
     """
     whole = model.architecture
     kept = whole.check_widths(widths)
@@ -50,8 +48,7 @@ __all__ = ["at_widths", "cut", "masked"]
 def cut(model: Model, selection: Selection) -> Graph:
     """The submodel's inference graph with its weights.
 
-    Raises:
-        BundleError: The selection belongs to another architecture.
+    Raises `BundleError` if the selection belongs to another architecture.
     """
     model.check(selection)
     graph = at_widths(model, selection.widths)
@@ -62,8 +59,7 @@ def cut(model: Model, selection: Selection) -> Graph:
 def at_widths(model: Model, widths: Sequence[int]) -> Graph:
     """The graph of a submodel without its weights: nodes and constants depend on widths alone.
 
-    Raises:
-        BundleError: The widths don't fit the architecture.
+    Raises `BundleError` if the widths don't fit the architecture.
     """
     sizes = Sizes(model, model.architecture.check_widths(widths))
     graph = model.graph.copy()

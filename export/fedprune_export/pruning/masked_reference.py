@@ -54,11 +54,7 @@ class _Masks:
         return self._values[name][axis]
 
     def length(self, name: str, axis: int) -> int:
-        """Indices of an axis at full width.
-
-        Raises:
-            ModelError: The axis follows the batch.
-        """
+        """Indices of an axis at full width. Raises `ModelError` if the axis follows the batch."""
         found = self.axis(name, axis)
         if found is None:
             raise ModelError(f"a norm averages over axis {axis} of {name}, which follows the batch")

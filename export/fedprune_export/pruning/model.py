@@ -108,8 +108,7 @@ class Model:
     def trace(self) -> Trace:
         """Shapes and types of the graph's values at several batch sizes.
 
-        Raises:
-            ModelError: The batch can't vary, a value would be huge, or an operator makes no sense.
+        Raises `ModelError` if the batch can't vary, a value would be huge, or an operator makes no sense.
         """
         return trace(self.graph)
 
@@ -121,8 +120,7 @@ class Model:
     def check(self, selection: Selection) -> None:
         """Make sure that a selection is one of this model's channels.
 
-        Raises:
-            BundleError: It belongs to another architecture.
+        Raises `BundleError` if it belongs to another architecture.
         """
         if selection.architecture.digest != self.architecture.digest:
             raise BundleError(

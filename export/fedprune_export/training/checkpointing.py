@@ -42,11 +42,10 @@ class ValueSizes:
 def value_sizes(graph: Graph, architecture: Architecture, widths: tuple[int, ...], batch: int) -> ValueSizes:
     """The sizes of all values of a training graph.
 
+    Raises `ModelError` if an operator is in a form that onnx doesn't allow.
+
     Args:
         batch: Samples that are worked on at once.
-
-    Raises:
-        ModelError: An operator is in a form that onnx doesn't allow.
     """
     shapes = architecture.shapes(widths)
     out = Inferred()

@@ -81,13 +81,12 @@ def training_memory(graph: Graph, sizes: ValueSizes) -> TrainingMemory:
 def fitted(graph: Graph, architecture: Architecture, widths: Sequence[int], batch: int, limit: int) -> Fitted:
     """A training graph that computes again just as much as it must to stay within a limit.
 
+    Raises `PlanError` if it doesn't fit, whatever is computed again.
+
     Args:
         widths: Channels of every group for which the limit is meant.
         batch: Samples that are worked on at once.
         limit: Bytes that the training process may take at its peak.
-
-    Raises:
-        PlanError: It doesn't fit, whatever is computed again.
     """
     sizes = value_sizes(graph, architecture, tuple(widths), batch)
     before = training_memory(graph, sizes)

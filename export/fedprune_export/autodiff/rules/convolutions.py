@@ -49,8 +49,7 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
 def conv(tape: Tape, node: Node) -> Pull:
     """Y = x ∗ w + b in one or more dimensions, in any number of groups.
 
-    Raises:
-        ModelError: Groups don't keep equally many channels, or the size of the map varies.
+    Raises `ModelError` if groups don't keep equally many channels, or the size of the map varies.
     """
     data, weight = node.inputs[:2]
     w = window(tape, node, tape.static(node, tape.shape(weight)[2:]))
@@ -75,8 +74,7 @@ def conv(tape: Tape, node: Node) -> Pull:
 def conv_transpose(tape: Tape, node: Node) -> Pull:
     """The pull-back of a convolution as a layer: its own pull-back is that convolution.
 
-    Raises:
-        ModelError: Groups don't keep equally many channels, or the size of the map varies.
+    Raises `ModelError` if groups don't keep equally many channels, or the size of the map varies.
     """
     data, weight = node.inputs[:2]
     w = transposed_window(tape, node)
@@ -100,8 +98,7 @@ def conv_transpose(tape: Tape, node: Node) -> Pull:
 def transposed_window(tape: Tape, node: Node) -> Window:
     """The window of the convolution whose pull-back a node is: it slides over the node's output.
 
-    Raises:
-        ModelError: The input's spatial sizes vary, or nothing would be left of them.
+    Raises `ModelError` if the input's spatial sizes vary, or nothing would be left of them.
     """
     output = tape.static(node, tape.shape(node.inputs[0])[2:])
     kernel = tape.static(node, tape.shape(node.inputs[1])[2:])

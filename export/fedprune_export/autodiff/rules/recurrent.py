@@ -329,9 +329,8 @@ _ACTIVATIONS = {"LSTM": ("Sigmoid", "Tanh", "Tanh"), "GRU": ("Sigmoid", "Tanh"),
 def recurrent(tape: Tape, node: Node) -> Pull:
     """A recurrent layer over [steps, N, inputs].
 
-    Raises:
-        ModelError: It has what is seldom used: lengths per sample, peepholes, clipping, other activations, the batch
-            first.
+    Raises `ModelError` if it has what is seldom used: lengths per sample, peepholes, clipping, other activations, the
+    batch first.
     """
     return _Recurrent(tape, node).write()
 

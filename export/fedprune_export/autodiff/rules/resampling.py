@@ -21,8 +21,7 @@ Matrix = npt.NDArray[np.float32]
 def resize(tape: Tape, node: Node) -> Pull:
     """Nearest, linear and cubic resizing of axes whose size is fixed.
 
-    Raises:
-        ModelError: A region is cropped, or the batch or channels are resized.
+    Raises `ModelError` if a region is cropped, or the batch or channels are resized.
     """
     name = node.inputs[0]
     x, shape, g = tape.value(name), tape.shape(name), tape.graph

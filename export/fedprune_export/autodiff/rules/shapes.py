@@ -63,8 +63,7 @@ def _filled(tape: Tape, node: Node, known: Sequence[Dim | None], shape: Shape) -
 def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Shape:
     """The symbolic shape that a reshape of `shape` to `target` (at full width, with 0 and -1) gives.
 
-    Raises:
-        ModelError: A channel or batch dimension would be split.
+    Raises `ModelError` if a channel or batch dimension would be split.
     """
     sizes = [tape.extent(d) for d in shape]
     whole = 1
