@@ -40,9 +40,9 @@ class Entry:
     size: int
 
     def __post_init__(self) -> None:
-        named = self.path.rpartition("/")[2]
+        named = self.path.rpartition("/")[2] if isinstance(self.path, str) else ""
         good = (
-            isinstance(self.path, str)
+            named != ""
             and _PATH.fullmatch(self.path) is not None
             and is_digest(self.sha256)
             and isinstance(self.size, int)

@@ -9,6 +9,7 @@ import threading
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -401,9 +402,20 @@ def test_another_jobs_backup_is_not_replaced(state: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     "path",
-    ["../evil", "/etc/passwd", "identity/../../evil", "identity/a/b", "blobs/aa/b", "releases/x.db", "lock", ""],
+    [
+        "../evil",
+        "/etc/passwd",
+        "identity/../../evil",
+        "identity/a/b",
+        "blobs/aa/b",
+        "releases/x.db",
+        "lock",
+        "",
+        5,
+        None,
+    ],
 )
-def test_a_manifest_names_no_other_files(path: str) -> None:
+def test_a_manifest_names_no_other_files(path: Any) -> None:
     with pytest.raises(StorageError, match="entry"):
         Entry(path, "a" * 64, 1)
 

@@ -139,6 +139,28 @@ def test_the_answer_to_an_order_is_shown_and_noted(tmp_path: Path) -> None:
     assert page.total == len(page.items)
 
 
+def test_an_order_that_was_answered_as_the_server_looked_is_not_carried_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1e9]
+    here = trial(tmp_path, clock=lambda: now[0])
+    number = here.browser("operator", address="192.0.2.8").order(order="pause", job="trial").json["order"]
+    queue, look = OrderQueue(here.database, lambda: 1e9), here.database.rows
+
+    def late(query: str, *values: object) -> list[dict[str, Any]]:
+        found = look(query, *values)
+        monkeypatch.undo()
+        now[0] += EXPIRES_S + 60
+        here.console.orders.expire()
+        return found
+
+    monkeypatch.setattr(here.database, "rows", late)
+    assert queue.take(9) == []
+    shown = here.console.orders.get(number)
+    assert shown is not None
+    assert (shown["state"], shown["ok"], shown["text"]) == ("done", False, EXPIRED)
+
+
 def test_an_order_that_the_server_does_not_take_expires(tmp_path: Path) -> None:
     now = [1e9]
     here = trial(tmp_path, clock=lambda: now[0])

@@ -496,6 +496,27 @@ def test_lines_of_the_log_have_their_context(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_lines_of_the_log_outlive_a_disk_that_fails(tmp_path: Path) -> None:
+    fleet = Fleet(tmp_path, JOB)
+    console = Console(tmp_path, fleet.daemon(), fleet.air)
+    write, log = console.writer.write, logging.getLogger("fedprune.server.trial")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise StorageError("the disk is full")
+
+    log.addHandler(console.publisher.tap)
+    try:
+        for text in ("before", "meanwhile", "after"):
+            log.warning(text)
+            console.writer.write = fail if text == "meanwhile" else write  # type: ignore[method-assign]
+            console.flush()
+    finally:
+        log.removeHandler(console.publisher.tap)
+    assert [x["text"] for x in console.view.lines().items if x["text"] != "the disk is full"][::-1] == [
+        "before", "meanwhile", "after",
+    ]  # fmt: skip
+
+
 def test_lines_of_the_log_steer_no_terminal_and_begin_no_other_line(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     console = Console(tmp_path, fleet.daemon(), fleet.air)

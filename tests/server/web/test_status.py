@@ -92,6 +92,22 @@ def test_old_records_go_and_closed_alerts_before_open_ones(tmp_path: Path, monke
     assert ([x["round"] for x in view.rounds("one").items], view.rounds("two").total) == ([9, 8, 7, 6], 1)
 
 
+def test_changes_beyond_those_of_one_look_are_in_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "_CHANGES", 7)
+    writer = StatusWriter(tmp_path / FILE)
+    view = FleetView(tmp_path / FILE)
+    fleet = ConsoleFleet(20, 2)
+    fleet.publish(writer)
+    write(writer, *(LogLine(float(i), "info", f"line {i}") for i in range(10)))
+    names, lines = list[str](), list[str]()
+    for _ in range(20):
+        for kind, what in view.changes():
+            names += what if kind == "devices" else []
+            lines += [what["text"]] if kind == "log" else []
+    assert sorted(names) == sorted(fleet.rows)
+    assert lines[-10:] == [f"line {i}" for i in range(10)]
+
+
 def test_a_stream_names_few_of_many_and_no_text_begins_another_event() -> None:
     pending = Pending()
     pending.add("counts", {"online": {"yes": 1, "no": 0}})

@@ -88,10 +88,12 @@ class OrderQueue:
             self._clock(),
             most,
         )
-        taking = [("UPDATE orders SET state = 'taken' WHERE number = ?", (r["number"],)) for r in rows]
-        if not rows or not self._database.try_to(*taking):
+        change = "UPDATE orders SET state = 'taken' WHERE number = ? AND state = 'waiting'"
+        if not rows or not self._database.try_to(*((change, (r["number"],)) for r in rows)):
             return []
-        orders = (self._checked(row) for row in rows)
+        # The console may have answered some as expired since they were read.
+        taken = {r["number"] for r in self._database.rows("SELECT number FROM orders WHERE state = 'taken'")}
+        orders = (self._checked(row) for row in rows if row["number"] in taken)
         return [order for order in orders if order is not None]
 
     def _checked(self, row: Mapping[str, Any]) -> Order | None:

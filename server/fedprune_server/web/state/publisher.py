@@ -36,6 +36,8 @@ COVERED_S = 5.0
 """Coverage takes a look at all devices, so it is computed at most this often."""
 
 _BATCH, _LINES = 50, 50
+_UNWRITTEN = 1000
+"""Lines of logs that are kept while the file can't be written."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class StatusPublisher:
         self._published: dict[str, int] = {}
         self._statuses: dict[str, Record] = {}
         self._records: list[Record] = []
+        self._unwritten: list[Record] = []
         self._stale = True
         self._looked = self._whole = False
         self._beat_at = self._sweep_at = 0.0
@@ -153,7 +156,9 @@ class StatusPublisher:
                 self._writer.write(records, devices, at=self._clock(), whole=finished)
             except StorageError:
                 self._stale = True
+                self._unwritten = [r for r, _ in records if r.kind == "log"][-_UNWRITTEN:]
                 raise
+            self._unwritten = []
             self._whole = self._whole or finished
 
     def _begin(self) -> None:
@@ -163,7 +168,7 @@ class StatusPublisher:
         self._published.clear()
         self._statuses.clear()
         self._covered.clear()
-        self._records = [_alert(a) for a in self._alerts.open]
+        self._records = [*self._unwritten, *(_alert(a) for a in self._alerts.open)]
         self._alerts.changes()
         for name, view in self._views.items():
             before: float | None = None

@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +102,7 @@ class StatusWriter:
     def clear(self) -> None:
         with self._errors(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.execute("DELETE FROM records")
+            self._connection.execute("DELETE FROM records WHERE kind != 'log'")  # of which the server has no others
             self._connection.execute("DELETE FROM device_status")
             self._connection.execute("UPDATE beat SET whole = 0")
 
@@ -182,7 +181,7 @@ class FleetView:
                 check_same_thread=False,
             )  # fmt: skip
             self._connection.create_function("casefold", 1, str.casefold, deterministic=True)
-        self._seen = self._latest()
+        self._seen_devices, self._seen_records = self._latest("device_status"), self._latest("records")
 
     def close(self) -> None:
         self._connection.close()
@@ -326,15 +325,15 @@ class FleetView:
         return self._page("records", where, values, "change DESC", page, size)
 
     def changes(self) -> list[tuple[str, Any]]:
-        """Kinds and contents of what the server has written since the last call, for live pages."""
-        before, self._seen = self._seen, self._latest()
-        if self._seen == before:
-            return []
-        names = [n for (n,) in self._rows("SELECT name FROM device_status WHERE change > ? LIMIT ?", before, _CHANGES)]
-        found: list[tuple[str, Any]] = [("devices", names)] if names else []
-        query = "SELECT kind, body FROM records WHERE change > ? ORDER BY change DESC LIMIT ?"
-        for kind, text in reversed(self._rows(query, before, _CHANGES)):
-            body = json.loads(text)
+        """Kinds and contents of what the server has written since the last call, for live pages; of much, the oldest
+        first, and the rest in the next calls."""
+        query = "SELECT change, name FROM device_status WHERE change > ? ORDER BY change LIMIT ?"
+        rows = self._rows(query, self._seen_devices, _CHANGES)
+        found: list[tuple[str, Any]] = [("devices", [name for _, name in rows])] if rows else []
+        self._seen_devices = rows[-1][0] if rows else self._seen_devices
+        query = "SELECT change, kind, body FROM records WHERE change > ? ORDER BY change LIMIT ?"
+        for change, kind, text in self._rows(query, self._seen_records, _CHANGES):
+            self._seen_records, body = change, json.loads(text)
             if kind in ("device", "board_log"):
                 found.append(("device", {"name": body["name"]}))
             elif kind == "coverage":
@@ -343,9 +342,8 @@ class FleetView:
                 found.append((kind, body["rows"] if kind == "rollouts" else body))
         return found
 
-    def _latest(self) -> int:
-        latest = chain(*self._rows("SELECT (SELECT max(change) FROM records), (SELECT max(change) FROM device_status)"))
-        return max(n or 0 for n in latest)
+    def _latest(self, table: str) -> int:
+        return int(self._rows(f"SELECT coalesce(max(change), 0) FROM {table}")[0][0])  # noqa: S608  # nosec B608  # ours
 
     def _record(self, kind: str, scope: str) -> Row | None:
         found = self._rows("SELECT body FROM records WHERE kind = ? AND scope = ?", kind, scope)
