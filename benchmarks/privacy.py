@@ -26,7 +26,7 @@ from fedprune.updates.privacy import Privacy
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import library
-from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.simulation.digits import Digits, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet import virtual_device
 from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job, reference_job
@@ -72,7 +72,7 @@ def digits() -> Model:
 
 
 @cache
-def hands() -> Federation:
+def hands() -> Digits:
     return deal([b.name for b in BOARDS])
 
 

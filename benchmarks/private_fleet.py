@@ -25,7 +25,7 @@ from fedprune.jobs.job import Job
 from fedprune.updates.privacy import SHARED, Privacy, epsilon
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.simulation.digits import Digits, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet import virtual_device
 from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job, reference_job
@@ -59,7 +59,7 @@ def digits() -> Model:
 
 
 @cache
-def hands(seed: int) -> Federation:
+def hands(seed: int) -> Digits:
     return deal(tuple(KINDS), seed=seed)
 
 

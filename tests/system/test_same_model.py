@@ -17,7 +17,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.importing.torch_export import export_torch
 from fedprune_server.cli.demo import DemoFolder, run_job
-from fedprune_server.simulation.digits import Federation, deal, digits_model, write_hand
+from fedprune_server.simulation.digits import Digits, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
@@ -40,7 +40,7 @@ def plain_job(**recipe: Any) -> Job:
     return replace(job, strategy="plain", options={}, recipe=replace(job.recipe, **recipe))
 
 
-def run_both(root: Path, job: Job, raw: bytes, data: Federation) -> tuple[Record, Simulation]:
+def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Simulation]:
     """Run a job on the demo's boards in both ways, and compare what came of it."""
     folder = DemoFolder.prepare(root / "demo", SEED)
     folder.model.write_bytes(raw)
@@ -89,14 +89,14 @@ def frozen_by_its_author() -> bytes:
     return export_torch(module, input_shape=(1, 8, 8))
 
 
-def numbers(data: Federation) -> Federation:
+def numbers(data: Digits) -> Digits:
     """The same images; their labels are two of their own rows."""
 
     def of(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return x.reshape(len(x), 8, 8)[:, 1:6:4, 1:6].reshape(len(x), 10)
 
     hands = {name: LocalData(d.x_train, of(d.x_train), d.x_test, of(d.x_test)) for name, d in data.devices.items()}
-    return Federation(data.x, of(data.x), data.calibration, hands)
+    return Digits(data.x, of(data.x), data.calibration, hands)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_frozen_tensors_and_numbers_give_the_same_models(
     tmp_path: Path,
     make: Callable[[], bytes],
     recipe: dict[str, Any],
-    of: Callable[[Federation], Federation],
+    of: Callable[[Digits], Digits],
     still: set[str],
 ) -> None:
     raw = make()

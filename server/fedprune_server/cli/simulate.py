@@ -98,7 +98,7 @@ def _run(options: argparse.Namespace) -> int:
         from fedprune_server.simulation.api import simulate
         from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few
         from fedprune_server.simulation.results.report import summary_text
-        from fedprune_server.simulation.results.runs_progress import Following
+        from fedprune_server.simulation.results.runs_progress import RunDisplay
 
         out = _run_folder(options.out)
         changes = {"strategy": options.strategy, "seed": options.seed, "rounds": options.rounds}
@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace) -> int:
             demo_plan(**changes) if options.demo else read_plan(options.config, reference=options.reference, **changes)
         )
     with _goes_on(out):
-        run = simulate(plan, folder=out, workers=options.workers, cuda=options.cuda, following=Following)
+        run = simulate(plan, folder=out, workers=options.workers, cuda=options.cuda, display=RunDisplay)
     # What the demo claims was chosen for its own fleet, budget and rounds.
     unjudged = too_few(plan.job.rounds) if options.demo else ""
     judged = options.demo and not unjudged
@@ -133,14 +133,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 def _sweep(options: argparse.Namespace) -> int:
     from fedprune_server.simulation.results.report import absences, print_comparison, read_runs, write_comparison
-    from fedprune_server.simulation.results.runs_progress import Watching
+    from fedprune_server.simulation.results.runs_progress import SweepDisplay
     from fedprune_server.simulation.runs import FAILED, carry_out
-    from fedprune_server.simulation.sweep import read_sweep, simulated
+    from fedprune_server.simulation.sweep import read_sweep, simulate_run
 
     with progress("reading the sweep"):
         runs, out = read_sweep(options.file), _folder(options.out)
-    with _goes_on(out), Watching() as watching:
-        ended = carry_out(simulated, runs, out, workers=options.workers, ray=options.ray, watch=watching.show)
+    with _goes_on(out), SweepDisplay() as display:
+        ended = carry_out(simulate_run, runs, out, workers=options.workers, ray=options.ray, watch=display.show)
     failed = [e for e in ended if e.result is None]
     done = [out / e.name for e in ended if e.result is not None]
     if done:

@@ -22,7 +22,7 @@ from fedprune_server.simulation.results import charts
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import Report, final_rows, table, write_report
 from fedprune_server.simulation.results.run_folder import simulate as simulate_experiment
-from fedprune_server.simulation.results.runs_progress import Following
+from fedprune_server.simulation.results.runs_progress import RunDisplay
 
 _HEIGHT = 620
 """Pixels of a page in a notebook."""
@@ -118,7 +118,7 @@ def simulate(
     reference: bool = False,
     workers: int | None = None,
     cuda: bool = False,
-    following: Callable[[str], AbstractContextManager[Following]] | None = None,
+    display: Callable[[str], AbstractContextManager[RunDisplay]] | None = None,
 ) -> Run:
     """Run a fleet on a virtual clock.
 
@@ -134,7 +134,7 @@ def simulate(
         reference: Whether FedAvg at full width is run on the same devices, too.
         workers: Number of processes; by default the fleet's.
         cuda: Whether to train on an NVIDIA GPU, if that works.
-        following: Opens a display of progress for a run of a given title.
+        display: Opens a display of progress for a run of a given title.
 
     Raises:
         ConfigError: A setting is missing, unknown or wrong; the message names it.
@@ -167,21 +167,21 @@ def simulate(
             model=model,
         )
     plan = replace(plan, workers=workers or plan.workers, cuda=cuda or plan.cuda)
-    compared = plan.compared()
-    record = _simulated(plan, place, following)
+    compared = plan.reference_experiment()
+    record = _simulated(plan, place, display)
     if compared is None:
         return Run(record)
-    return Run(record, _simulated(compared, place, following, suffix="-reference", state="reference"))
+    return Run(record, _simulated(compared, place, display, suffix="-reference", state="reference"))
 
 
 def _simulated(
     experiment: Experiment,
     folder: Path | None,
-    following: Callable[[str], AbstractContextManager[Following]] | None,
+    display: Callable[[str], AbstractContextManager[RunDisplay]] | None,
     *,
     suffix: str = "",
     state: str = "run",
 ) -> Record:
-    with nullcontext() if following is None else following(experiment.title) as shown:
+    with nullcontext() if display is None else display(experiment.title) as shown:
         show, begin = (None, None) if shown is None else (shown.show, shown.begin)
         return simulate_experiment(experiment, folder, show, begun=begin, suffix=suffix, state=state)

@@ -35,7 +35,7 @@ _TRIES = 1000
 
 
 @dataclass(frozen=True)
-class Federation:
+class Digits:
     """Data of a server and its devices."""
 
     x: npt.NDArray[np.float32]
@@ -60,7 +60,7 @@ def digits_model() -> bytes:
     return _asset("digits_net.onnx")
 
 
-def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: int = 0) -> Federation:
+def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: int = 0) -> Digits:
     """Split the digits among devices, with Dirichlet shares of each class (Hsu et al., arXiv:1909.06335).
 
     A fifth of each device's samples is its own test data.
@@ -88,7 +88,7 @@ def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: 
     if least < 2 or least * len(devices) > len(rest):
         raise DataError(f"samples for {len(devices)} devices", expected="at least 2 for each", got=len(rest))
     hands = _hands(y[rest], len(devices), seed, alpha, least)
-    return Federation(
+    return Digits(
         x[server],
         y[server],
         x[calibration],

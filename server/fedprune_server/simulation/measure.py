@@ -194,7 +194,7 @@ _MAPS = 100
 
 
 @dataclass
-class Notes:
+class RoundNotes:
     """Notes of a round.
 
     Attributes:
@@ -232,7 +232,7 @@ class RoundRecorder:
         self._macs: dict[tuple[int, ...], int] = {}
 
     def close(
-        self, notes: Notes, command: do.Close, event: on.Closed, basis: do.Basis, clock: float, before: float
+        self, notes: RoundNotes, command: do.Close, event: on.Closed, basis: do.Basis, clock: float, before: float
     ) -> None:
         """Record a closed round.
 

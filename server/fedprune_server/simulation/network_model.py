@@ -117,15 +117,13 @@ class Weather:
 
     def link(self, seed: int, number: int, device: str, way: str) -> float:
         """Factor on a device's link speed in a round; `way` is `down` or `up`."""
-        return self._spread(seed, device, "links", self.links_spread) * self._drawn(
-            self.links_sigma, seed, number, device, way
-        )
+        own = self._spread(seed, device, "links", self.links_spread)
+        return own * self._drawn(self.links_sigma, seed, number, device, way)
 
     def compute(self, seed: int, number: int, device: str) -> float:
         """Factor on a device's training speed in a round."""
-        return self._spread(seed, device, "compute", self.compute_spread) * self._drawn(
-            self.compute_sigma, seed, number, device, "compute"
-        )
+        own = self._spread(seed, device, "compute", self.compute_spread)
+        return own * self._drawn(self.compute_sigma, seed, number, device, "compute")
 
     def server(self, seed: int, number: int, way: str) -> float:
         """Bytes/s that the server's link carries in a round; `way` is seen from the devices, so `down` is what it
@@ -137,21 +135,7 @@ class Weather:
     def arrives(
         self, seed: int, number: int, device: str, link: Link, way: str, size: int, now: float, free: float
     ) -> tuple[float, float]:
-        """Transfer bytes between the server and a device.
-
-        Args:
-            seed: The job's seed.
-            number: The round.
-            device: The device's name.
-            link: Its profile's link.
-            way: `down` or `up`.
-            size: Bytes.
-            now: Time at which they are ready, in virtual seconds.
-            free: Time at which the server's link is free.
-
-        Returns:
-            Time of arrival of the last byte, and the new time at which the server's link is free.
-        """
+        """Transfer bytes between the server and a device in a round; arguments and results as `transfer`."""
         rate = (link.down_bytes_s if way == "down" else link.up_bytes_s) * self.link(seed, number, device, way)
         arrived, free = transfer(now, free, size, rate, self.server(seed, number, way))
         return arrived + link.latency_s, free
@@ -229,8 +213,7 @@ def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple
     Raises:
         ConfigError: A key is unknown or a value wrong; the message names it.
     """
-    where = f"{path}: [weather]"
-    table = dict(_table(body, "weather", path))
+    where, table = _table(body, "weather", path)
     like = table.pop("like", None)
     if like is not None:
         validation.word(f"{where} like", like, tuple(_LIKE))
@@ -249,9 +232,7 @@ def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple
 
 def read_availability(body: Mapping[str, object], path: Path) -> Availability:
     """The table [availability]; raises as `read_weather`."""
-    table = _table(body, "availability", path)
-    where = f"{path}: [availability]"
-    validation.only([f.name for f in fields(Availability)], table, where)
+    where, table = _table(body, "availability", path, Availability)
     limits = {"period_s": (0.0, 1e9)}
     values = {k: validation.number(f"{where} {k}", v, *limits.get(k, (1e-6, 1.0))) for k, v in table.items()}
     try:
@@ -262,9 +243,7 @@ def read_availability(body: Mapping[str, object], path: Path) -> Availability:
 
 def read_dropouts(body: Mapping[str, object], path: Path) -> DropOuts:
     """The table [dropouts]; raises as `read_weather`."""
-    table = _table(body, "dropouts", path)
-    where = f"{path}: [dropouts]"
-    validation.only([f.name for f in fields(DropOuts)], table, where)
+    where, table = _table(body, "dropouts", path, DropOuts)
     limits = {"probability": 1.0, "away_s": 1e12}
     values = {
         k: validation.number(f"{where} {k}", v, 0, limits[k], above=k == "away_s", below=True) for k, v in table.items()
@@ -274,25 +253,22 @@ def read_dropouts(body: Mapping[str, object], path: Path) -> DropOuts:
 
 def read_settings(body: Mapping[str, object], path: Path) -> Settings:
     """The table [simulation]; raises as `read_weather`."""
-    table = _table(body, "simulation", path)
-    where = f"{path}: [simulation]"
-    validation.only([f.name for f in fields(Settings)], table, where)
-    values: dict[str, Any] = {}
+    where, table = _table(body, "simulation", path, Settings)
     for key, value in table.items():
         if key == "cuda":
             validation.truth(f"{where} cuda", value)
-            values[key] = value
         elif key == "densities":
-            if not isinstance(value, list):
-                raise ConfigError(f"{where} densities", expected="a list of numbers", got=repr(value))
-            values[key] = tuple(validation.number(f"{where} densities", v, 1e-6, 1) for v in value)
+            densities = validation.items(f"{where} densities", value, 1000, "numbers")
+            table[key] = tuple(validation.number(f"{where} densities", v, 1e-6, 1) for v in densities)
         else:
-            values[key] = validation.whole(f"{where} {key}", value, 0 if key == "checkpoints" else 1, 10**6)
-    return Settings(**values)
+            validation.whole(f"{where} {key}", value, 0 if key == "checkpoints" else 1, 10**6)
+    return Settings(**table)
 
 
-def _table(body: Mapping[str, object], name: str, path: Path) -> Mapping[str, object]:
+def _table(body: Mapping[str, object], name: str, path: Path, kind: type | None = None) -> tuple[str, dict[str, Any]]:
+    """A table, empty if it isn't there, after its place; of a class's settings it may have no others."""
+    where = f"{path}: [{name}]"
     table = body.get(name, {})
     if not isinstance(table, Mapping):
-        raise ConfigError(f"{path}: [{name}]", expected=f"a table [{name}]", got=repr(table))
-    return table
+        raise ConfigError(where, expected=f"a table [{name}]", got=repr(table))
+    return where, dict(table) if kind is None else validation.known(kind, table, where)

@@ -33,7 +33,7 @@ _REPORT_S = 0.5
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSpec:
     """One run.
 
     Raises:
@@ -51,15 +51,8 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """A run's result.
-
-    Attributes:
-        name: The run.
-        result: Return value of its work; None if it failed.
-        error: Reason of the failure.
-        seconds: Duration.
-    """
+class RunResult:
+    """What a run has returned, or None and the reason of its failure; and how long it took."""
 
     name: str
     result: dict[str, Any] | None
@@ -68,11 +61,10 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A run's status.
+class RunStatus:
+    """How far a run is.
 
     Attributes:
-        name: The run.
         state: `waiting`, `running`, `done` or `failed`.
         share: Finished share, from 0 to 1.
         note: A note for the display.
@@ -84,23 +76,27 @@ class Standing:
     note: str = ""
 
 
-Report = Callable[[float, str], None]
+Progress = Callable[[float, str], None]
 """Takes a run's finished share and a note for the display."""
 
-WorkOf = Callable[[Run, Path, Report], Mapping[str, Any]]
+RunFunction = Callable[[RunSpec, Path, Progress], Mapping[str, Any]]
 """Does a run in a folder and returns its result as JSON types; a module-level function that other processes import."""
 
-Watch = Callable[[Sequence[Standing]], None]
+Watch = Callable[[Sequence[RunStatus]], None]
 
 
 def carry_out(
-    work: WorkOf, runs: Sequence[Run], out: Path, *, workers: int = 1, ray: bool = False, watch: Watch | None = None
-) -> list[Ended]:
+    work: RunFunction,
+    runs: Sequence[RunSpec],
+    out: Path,
+    *,
+    workers: int = 1,
+    ray: bool = False,
+    watch: Watch | None = None,
+) -> list[RunResult]:
     """Do runs, each in a process of its own.
 
     Args:
-        work: What a run does.
-        runs: The runs.
         out: Folder of the runs' folders. On a cluster all machines must share it.
         workers: Number of processes; on an existing Ray cluster its cores decide.
         ray: Whether to use Ray.
@@ -125,15 +121,15 @@ def carry_out(
 
 
 def _carried_out(
-    work: WorkOf, runs: Sequence[Run], out: Path, workers: int, ray: bool, watch: Watch | None
-) -> list[Ended]:
+    work: RunFunction, runs: Sequence[RunSpec], out: Path, workers: int, ray: bool, watch: Watch | None
+) -> list[RunResult]:
     open_runs = [r for r in runs if _finished(r, out / r.name) is None]
     for run in open_runs:
         with storage_errors(f"can't write {out / run.name}"):
             (out / run.name).mkdir(parents=True, exist_ok=True)
             (out / run.name / FAILED).unlink(missing_ok=True)
             (out / run.name / PROGRESS).unlink(missing_ok=True)
-    pool: TaskPool[WorkOf] = RayTasks(workers, work) if ray and open_runs else ProcessPerTask(workers, work)
+    pool: TaskPool[RunFunction] = RayTasks(workers, work) if ray and open_runs else ProcessPerTask(workers, work)
     with closing(pool):
         under_way = {run.name: pool.submit(_do, run, out.resolve()) for run in open_runs}
         while under_way:
@@ -141,7 +137,7 @@ def _carried_out(
             for name in [name for name, future in under_way.items() if future.done()]:
                 _note_death(out / name, under_way.pop(name).exception())
             if watch is not None:
-                watch([_standing(r, out, under_way.get(r.name)) for r in runs])
+                watch([_status(r, out, under_way.get(r.name)) for r in runs])
     return [_ended(r, out) for r in runs]
 
 
@@ -151,10 +147,10 @@ def _note_death(folder: Path, error: BaseException | None) -> None:
         write_whole(folder / FAILED, (str(error).strip() or type(error).__name__).encode())
 
 
-class RayTasks(TaskPool[WorkOf]):
+class RayTasks(TaskPool[RunFunction]):
     """Tasks of a Ray cluster, which is started on this machine if there is none."""
 
-    def __init__(self, size: int, work: WorkOf) -> None:
+    def __init__(self, size: int, work: RunFunction) -> None:
         try:
             import ray
         except ModuleNotFoundError as error:
@@ -184,7 +180,7 @@ class RayTasks(TaskPool[WorkOf]):
             self._ray.shutdown()
 
 
-def _do(work: WorkOf, run: Run, out: Path) -> None:
+def _do(work: RunFunction, run: RunSpec, out: Path) -> None:
     """Do one run in a process of its own; write its result, or the reason of its failure."""
     folder = out / run.name
     began = last = time.monotonic()
@@ -204,7 +200,7 @@ def _do(work: WorkOf, run: Run, out: Path) -> None:
         write_whole(folder / FAILED, f"{type(error).__name__}: {text}\n".encode())
 
 
-def _finished(run: Run, folder: Path) -> dict[str, Any] | None:
+def _finished(run: RunSpec, folder: Path) -> dict[str, Any] | None:
     path = folder / DONE
     try:
         body = json.loads(path.read_bytes())
@@ -223,25 +219,25 @@ def _finished(run: Run, folder: Path) -> dict[str, Any] | None:
     return {"result": result, "seconds": float(body["seconds"])}
 
 
-def _ended(run: Run, out: Path) -> Ended:
+def _ended(run: RunSpec, out: Path) -> RunResult:
     found = _finished(run, out / run.name)
     if found is not None:
-        return Ended(run.name, found["result"], "", found["seconds"])
+        return RunResult(run.name, found["result"], "", found["seconds"])
     failed = out / run.name / FAILED
-    return Ended(run.name, None, failed.read_text().strip() if failed.exists() else "it was not done")
+    return RunResult(run.name, None, failed.read_text().strip() if failed.exists() else "it was not done")
 
 
-def _standing(run: Run, out: Path, task: Future[None] | None) -> Standing:
+def _status(run: RunSpec, out: Path, task: Future[None] | None) -> RunStatus:
     folder = out / run.name
     if (folder / DONE).exists():
-        return Standing(run.name, "done", 1.0)
+        return RunStatus(run.name, "done", 1.0)
     if (folder / FAILED).exists():
-        return Standing(run.name, "failed", note=folder.joinpath(FAILED).read_text().partition("\n")[0][:80])
+        return RunStatus(run.name, "failed", note=folder.joinpath(FAILED).read_text().partition("\n")[0][:80])
     try:
         body = json.loads((folder / PROGRESS).read_bytes())
-        return Standing(run.name, "running", float(body["share"]), str(body["note"]))
+        return RunStatus(run.name, "running", float(body["share"]), str(body["note"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return Standing(run.name, "running" if task is not None and task.running() else "waiting")
+        return RunStatus(run.name, "running" if task is not None and task.running() else "waiting")
 
 
 _MOST = 5

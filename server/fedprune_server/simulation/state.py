@@ -24,7 +24,7 @@ from fedprune.core.errors import StorageError
 from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.retention import texts
-from fedprune_server.simulation.measure import Notes
+from fedprune_server.simulation.measure import RoundNotes
 
 FORMAT = "fedprune.simulation/2"
 FILE = "simulation.json"
@@ -108,8 +108,8 @@ class SimulationState:
     free: list[float] = field(default_factory=lambda: [0.0, 0.0])
     down: int = 0
     up: int = 0
-    now: Notes = field(default_factory=Notes)
-    rounds: dict[int, Notes] = field(default_factory=dict)
+    now: RoundNotes = field(default_factory=RoundNotes)
+    rounds: dict[int, RoundNotes] = field(default_factory=dict)
     refusal: str = ""
     logged: int = 0
     _order: list[tuple[float, int]] = field(default_factory=list)
@@ -164,7 +164,7 @@ class SimulationState:
     def finish_round(self, number: int) -> None:
         self.now.down, self.now.up = self.down, self.up
         self.rounds[number] = self.now
-        self.now = Notes()
+        self.now = RoundNotes()
 
     def references(self) -> set[str]:
         """All texts of queued items that may name a blob."""
@@ -267,7 +267,7 @@ class SimulationState:
                 free=[float(v) for v in body["free"]],
                 down=int(body["bytes"][0]),
                 up=int(body["bytes"][1]),
-                now=Notes(**body["now"]),
+                now=RoundNotes(**body["now"]),
                 rounds=notes,
                 refusal=str(body["refusal"]),
                 logged=int(body["rounds"][1]),
@@ -293,7 +293,7 @@ def _anew(folder: Path) -> str:
     return f"Name another folder, or delete {folder} and give the command again: it starts again."
 
 
-def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, Notes]]:
+def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]], dict[int, RoundNotes]]:
     """The coordinator's history and the simulation's notes of finished rounds."""
     if not count:
         return [], {}
@@ -305,7 +305,7 @@ def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]]
     if len(lines) != count:
         raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_anew(path.parent))
     rows = [json.loads(line) for line in lines]
-    return [row for row, _ in rows], {int(row["round"]): Notes(**notes) for row, notes in rows}
+    return [row for row, _ in rows], {int(row["round"]): RoundNotes(**notes) for row, notes in rows}
 
 
 _FOLDER = "checkpoints"
@@ -321,7 +321,7 @@ _EXPENSIVE_S = 0.25
 """Duration of a save above which the ends of rounds are skipped, too."""
 
 
-class RunFolder:
+class StateFolder:
     """Saves and loads a simulation's state, and holds the folder's lock meanwhile.
 
     Args:

@@ -27,18 +27,24 @@ from fedprune.core import validation
 from fedprune.core.disk import file_digest, is_there, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, shown
 from fedprune.core.toml_file import read_toml
-from fedprune_server.simulation.runs import Report, Run
+from fedprune_server.simulation.fleet.simulated_fleet import read_plan, read_tables
+from fedprune_server.simulation.results.report import write_report
+from fedprune_server.simulation.results.run_folder import simulate
+from fedprune_server.simulation.runs import Progress, RunSpec
+from fedprune_server.simulation.simulation import Simulation
 
 _KEYS = ("config", "seeds", "runs")
-_OWN = ("name", "seeds")
+_RUN_KEYS = ("name", "seeds")
+"""Keys of a variant that are not tables of `fleet.toml`."""
+
 _MOST_SEEDS = 1000
-_FOLDERS = ("source", "data", "path")
-"""Keys that may name a folder of a run's input."""
-_LONGEST = 1000
-"""Longer texts can't be paths."""
+_FOLDER_KEYS = ("source", "data", "path")
+"""Keys whose folders are a run's input."""
+
+_LONGEST_PATH = 1000
 
 
-def read_sweep(path: Path) -> list[Run]:
+def read_sweep(path: Path) -> list[RunSpec]:
     """The runs of a sweep's file: each variant with each seed.
 
     Raises:
@@ -53,9 +59,11 @@ def read_sweep(path: Path) -> list[Run]:
     if not isinstance(rows, Sequence) or isinstance(rows, str) or not rows:
         raise ConfigError(f"{path}: [[runs]]", expected="a table with a name for each variant")
     common = _seeds(body.get("seeds", [0]), f"{path}: seeds")
-    files = _Files((path.parent / config).resolve())
+    inputs = _Inputs((path.parent / config).resolve())
     runs = [
-        run for number, row in enumerate(rows, 1) for run in _variant(row, common, files, f"{path}: [[runs]] {number}")
+        run
+        for number, row in enumerate(rows, 1)
+        for run in _variant_runs(row, common, inputs, f"{path}: [[runs]] {number}")
     ]
     names = [r.name for r in runs]
     if twice := sorted({n for n in names if names.count(n) > 1}):
@@ -63,12 +71,37 @@ def read_sweep(path: Path) -> list[Run]:
     return runs
 
 
-class _Files:
+def _variant_runs(row: object, common: Sequence[int], inputs: _Inputs, where: str) -> list[RunSpec]:
+    """A variant's runs, one for each seed."""
+    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
+        raise ConfigError(f"{where}: name", expected="a text", got=shown(row))
+    changes = {k: v for k, v in row.items() if k not in _RUN_KEYS}
+    for key, value in changes.items():
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
+    _check_changes(inputs.config, changes, f"{where.rpartition(' ')[0]} {row['name']}")
+    seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
+    # The files' digest is a setting, too: results of files that were edited since are another run's.
+    settings = {"config": str(inputs.config), "files": inputs.digest(changes), "changes": changes}
+    return [RunSpec(f"{row['name']}-{s}", {**settings, "seed": s}) for s in seeds]
+
+
+def _check_changes(config: Path, changes: Mapping[str, Any], where: str) -> None:
+    """Read the `fleet.toml` with a variant's changes; an error names the sweep's file if it is in the changes."""
+    try:
+        read_tables(config, changes)
+    except FedpruneError as error:
+        read_tables(config)
+        what = error.what.removeprefix(f"{config}: ")
+        raise type(error)(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+
+
+class _Inputs:
     """A `fleet.toml` and the files that it names, by digest."""
 
     def __init__(self, config: Path) -> None:
         self.config = config
-        self._body = read_toml(config, ConfigError)
+        self._tables = read_toml(config, ConfigError)
         self._digests: dict[Path, str] = {}
 
     def digest(self, changes: Mapping[str, Any]) -> str:
@@ -77,31 +110,31 @@ class _Files:
         Raises:
             StorageError: One can't be read.
         """
-        found = hashlib.sha256(self._of(self.config).encode())
-        for key, text in sorted({*_texts(self._body), *_texts(changes)}):
-            for path in self._named(key, text):
-                found.update(f"{text}\0{self._of(path)}\0".encode())
-        return found.hexdigest()
+        digest = hashlib.sha256(self._file_digest(self.config).encode())
+        for key, text in sorted({*_texts(self._tables), *_texts(changes)}):
+            for path in self._files_named(key, text):
+                digest.update(f"{text}\0{self._file_digest(path)}\0".encode())
+        return digest.hexdigest()
 
-    def _named(self, key: str, text: str) -> Iterator[Path]:
-        """Files that a text names: a path, or `package.module:function`."""
-        if key == "name" or not 0 < len(text) < _LONGEST or "\0" in text:
+    def _files_named(self, key: str, text: str) -> Iterator[Path]:
+        """Files that a text names: a path, or the module of `package.module:function`."""
+        if key == "name" or not 0 < len(text) < _LONGEST_PATH or "\0" in text:
             return
         path = self.config.parent / text
-        if is_there(path, file=True) or (is_there(path) and path.is_dir() and key in _FOLDERS):
+        if is_there(path, file=True) or (is_there(path) and path.is_dir() and key in _FOLDER_KEYS):
             yield path
         module, colon, _ = text.partition(":")
-        for place in (self.config.parent, Path()) if colon else ():
-            path = place / (module.replace(".", "/") + ".py")
+        for folder in (self.config.parent, Path()) if colon else ():
+            path = folder / (module.replace(".", "/") + ".py")
             if is_there(path, file=True):
                 yield path
 
-    def _of(self, path: Path) -> str:
+    def _file_digest(self, path: Path) -> str:
         if path not in self._digests:
             with storage_errors(f"can't read {path}"):
                 if path.is_dir():
-                    inside = sorted(p for p in path.rglob("*") if p.is_file())
-                    rows = "".join(f"{p.relative_to(path)}\0{file_digest(p)}\0" for p in inside)
+                    files = sorted(p for p in path.rglob("*") if p.is_file())
+                    rows = "".join(f"{p.relative_to(path)}\0{file_digest(p)}\0" for p in files)
                     self._digests[path] = hashlib.sha256(rows.encode()).hexdigest()
                 else:
                     self._digests[path] = file_digest(path)
@@ -109,7 +142,7 @@ class _Files:
 
 
 def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """All texts, each with its key."""
+    """All texts of tables, each after its key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, Mapping):
@@ -118,44 +151,6 @@ def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, Sequence):
         for inner in value:
             yield from _texts(inner, key)
-
-
-def _variant(row: object, common: Sequence[int], files: _Files, where: str) -> list[Run]:
-    if not isinstance(row, Mapping) or not isinstance(row.get("name"), str):
-        raise ConfigError(f"{where}: name", expected="a text", got=shown(row))
-    changes = {k: v for k, v in row.items() if k not in _OWN}
-    for key, value in changes.items():
-        if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {key}", expected="a table of fleet.toml, such as job", got=shown(value))
-    _check(files.config, changes, f"{where.rpartition(' ')[0]} {row['name']}")
-    seeds = _seeds(row["seeds"], f"{where}: seeds") if "seeds" in row else common
-    # Whoever edits the configuration, the model or data must not be shown what was found with the old ones.
-    known = {"config": str(files.config), "files": files.digest(changes), "changes": changes}
-    return [Run(f"{row['name']}-{s}", {**known, "seed": s}) for s in seeds]
-
-
-def _check(config: Path, changes: Mapping[str, Any], where: str) -> None:
-    """Read the `fleet.toml` with a variant's changes; an error names the file at fault."""
-    from fedprune_server.simulation.fleet.simulated_fleet import read_tables
-
-    try:
-        read_tables(config, changes)
-    except FedpruneError as error:
-        if not changes or _wrong(config) == str(error):
-            raise
-        what = error.what.removeprefix(f"{config}: ")
-        raise type(error)(f"{where}: {what}", expected=error.expected, got=error.got, hint=error.hint) from error
-
-
-def _wrong(config: Path) -> str:
-    """The error of a `fleet.toml` without changes; empty if it is valid."""
-    from fedprune_server.simulation.fleet.simulated_fleet import read_tables
-
-    try:
-        read_tables(config)
-    except FedpruneError as error:
-        return str(error)
-    return ""
 
 
 def _seeds(value: object, where: str) -> list[int]:
@@ -169,28 +164,23 @@ def _seeds(value: object, where: str) -> list[int]:
     return list(value)
 
 
-def simulated(run: Run, folder: Path, report: Report) -> dict[str, Any]:
+def simulate_run(run: RunSpec, folder: Path, report: Progress) -> dict[str, Any]:
     """Simulate one run of a sweep from its last saved state, and write its report.
 
     Raises:
         FedpruneError: As `simulated_fleet.read_plan` and `run_folder.simulate`.
     """
-    from fedprune_server.simulation.fleet.simulated_fleet import read_plan
-    from fedprune_server.simulation.results.report import write_report
-    from fedprune_server.simulation.results.run_folder import simulate
-    from fedprune_server.simulation.simulation import Simulation
-
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal
     settings = run.settings
     plan = read_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)
 
     def progress(simulation: Simulation) -> None:
-        state = simulation.state
-        metrics = state.history[-1]["metrics"] if state.history else {}
-        found = next((k for k in ("accuracy", "loss") if k in metrics), None)
-        report(len(state.history) / plan.job.rounds, f"{found} {metrics[found]:.3f}" if found else "")
+        history = simulation.state.history
+        metrics = history[-1]["metrics"] if history else {}
+        name = next((k for k in ("accuracy", "loss") if k in metrics), None)
+        report(len(history) / plan.job.rounds, f"{name} {metrics[name]:.3f}" if name else "")
 
     record = simulate(plan, folder, progress)
-    write_report(folder, record, None)
-    own, whole = (None if math.isnan(v) else v for v in record.final())
-    return {"rounds": len(record.rounds), f"own_{record.measure}": own, f"global_{record.measure}": whole}
+    write_report(folder, record)
+    local, whole = (None if math.isnan(v) else v for v in record.final())
+    return {"rounds": len(record.rounds), f"own_{record.measure}": local, f"global_{record.measure}": whole}

@@ -96,7 +96,7 @@ def test_the_strategy_is_said_on_the_command_line(config, tmp_path, capsys):
     assert main([*arguments, "--out", str(tmp_path / "no"), "--strategy", "fedavgg"]) == ExitCode.CONFIG
     assert "fedavgg" in capsys.readouterr().err
     assert demo_plan(strategy="heterofl").job.strategy == demo_plan(strategy="heterofl").title == "heterofl"
-    assert demo_plan(strategy="heterofl").compared().job == demo_plan().compared().job
+    assert demo_plan(strategy="heterofl").reference_experiment().job == demo_plan().reference_experiment().job
 
 
 def test_a_second_call_does_not_train_again(config, tmp_path, monkeypatch, capsys):

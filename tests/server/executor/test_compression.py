@@ -29,7 +29,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.simulation.digits import Digits, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
@@ -44,12 +44,12 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def federation() -> Federation:
+def federation() -> Digits:
     return deal(KINDS, seed=1)
 
 
 @pytest.fixture
-def simulate(model: Model, federation: Federation, tmp_path: Path) -> Callable[..., Simulation]:
+def simulate(model: Model, federation: Digits, tmp_path: Path) -> Callable[..., Simulation]:
     devices = [VirtualDevice(kind, find(kind), federation.devices[kind]) for kind in KINDS]
 
     def make(folder: str, **settings: Any) -> Simulation:
@@ -248,7 +248,7 @@ def fold(worker: Worker, offer: dict[str, Any], weights: str, codec: str | None)
     return worker.execute(do.Fold(1, basis.model, {}, found))
 
 
-def trained(worker: Worker, offer: dict[str, Any], federation: Federation) -> tuple[dict[str, Any], dict[str, Any]]:
+def trained(worker: Worker, offer: dict[str, Any], federation: Digits) -> tuple[dict[str, Any], dict[str, Any]]:
     """The weights that were sent, and what training made of them."""
     start = tensorfile.decode(worker.store.read(offer["weights"]["sha256"]))
     trainer = Trainer(worker.store.read(offer["training"]["sha256"]))
@@ -256,7 +256,7 @@ def trained(worker: Worker, offer: dict[str, Any], federation: Federation) -> tu
     return start, {n: v.copy() for n, v in result.tensors.items()}
 
 
-def test_sizes_beyond_the_bound_are_not_fetched(model: Model, federation: Federation, tmp_path: Path) -> None:
+def test_sizes_beyond_the_bound_are_not_fetched(model: Model, federation: Digits, tmp_path: Path) -> None:
     worker = Worker(Job(), model, BlobStore(tmp_path), None)
     offer = offered(worker, "a", "int8")
     start, result = trained(worker, offer, federation)
@@ -279,7 +279,7 @@ def test_sizes_beyond_the_bound_are_not_fetched(model: Model, federation: Federa
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_what_was_decoded_is_what_is_folded(model: Model, federation: Federation, tmp_path: Path, setting: str) -> None:
+def test_what_was_decoded_is_what_is_folded(model: Model, federation: Digits, tmp_path: Path, setting: str) -> None:
     worker = Worker(Job(), model, BlobStore(tmp_path), None)
     offer = offered(worker, "a", setting)
     start, result = trained(worker, offer, federation)
@@ -300,9 +300,7 @@ def test_what_was_decoded_is_what_is_folded(model: Model, federation: Federation
     assert closed[0] == closed[1] == closed[2]
 
 
-def test_an_update_that_nobody_offered_a_codec_for_is_refused(
-    model: Model, federation: Federation, tmp_path: Path
-) -> None:
+def test_an_update_that_nobody_offered_a_codec_for_is_refused(model: Model, federation: Digits, tmp_path: Path) -> None:
     worker = Worker(Job(), model, BlobStore(tmp_path), None)
     offer = offered(worker, "a", "int8")
     start, result = trained(worker, offer, federation)
@@ -322,7 +320,7 @@ HOSTILE: dict[str, Callable[[dict[str, Any], str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_update_costs_itself_alone(model: Model, federation: Federation, tmp_path: Path, name: str) -> None:
+def test_a_hostile_update_costs_itself_alone(model: Model, federation: Digits, tmp_path: Path, name: str) -> None:
     worker = Worker(Job(), model, BlobStore(tmp_path), None)
     offer = offered(worker, "a", "int8")
     start, result = trained(worker, offer, federation)

@@ -27,7 +27,7 @@ from fedprune_device.training.trainer import Trainer
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.simulation.digits import Digits, deal, digits_model
 
 DEVICES = ("a", "b", "c")
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
@@ -40,11 +40,11 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
-def federation() -> Federation:
+def federation() -> Digits:
     return deal(DEVICES, seed=0)
 
 
-def worker(model: Model, folder: Path, federation: Federation | None = None, **settings: object) -> Worker:
+def worker(model: Model, folder: Path, federation: Digits | None = None, **settings: object) -> Worker:
     job = Job.from_dict({"name": "t", "scorer": "magnitude", "rule": "fill", "recipe": RECIPE.to_dict(), **settings})
     evaluation = None if federation is None else (federation.x, federation.y)
     return Worker(job, model, BlobStore(folder, durable=False), evaluation)
@@ -76,7 +76,7 @@ def close(parts: list[do.Contribution]) -> do.Close:
     return do.Close(1, parts[0].basis.model, {}, names, tuple(parts))
 
 
-def contributions(w: Worker, model: Model, ranking: str, federation: Federation) -> list[do.Contribution]:
+def contributions(w: Worker, model: Model, ranking: str, federation: Digits) -> list[do.Contribution]:
     """What devices of three widths send back after one epoch."""
     parts = []
     for name in DEVICES:
@@ -99,7 +99,7 @@ def contributions(w: Worker, model: Model, ranking: str, federation: Federation)
     return parts
 
 
-def test_a_round_makes_the_model_better(model: Model, federation: Federation, tmp_path: Path) -> None:
+def test_a_round_makes_the_model_better(model: Model, federation: Digits, tmp_path: Path) -> None:
     w = worker(model, tmp_path, federation)
     start = w.initial()
     ranking = rank(w)
@@ -115,7 +115,7 @@ def test_a_round_makes_the_model_better(model: Model, federation: Federation, tm
     assert after.metrics["loss"] < before.metrics["loss"]
 
 
-def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federation: Federation, tmp_path: Path) -> None:
+def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federation: Digits, tmp_path: Path) -> None:
     first = worker(model, tmp_path)
     parts = contributions(first, model, rank(first), federation)
     end = close(parts)
@@ -133,9 +133,7 @@ def test_order_repetition_and_a_lost_worker_change_no_bit(model: Model, federati
     assert fresh.execute(end) == expected
 
 
-def test_a_contribution_that_does_not_count_leaves_no_trace(
-    model: Model, federation: Federation, tmp_path: Path
-) -> None:
+def test_a_contribution_that_does_not_count_leaves_no_trace(model: Model, federation: Digits, tmp_path: Path) -> None:
     one, two = worker(model, tmp_path), worker(model, tmp_path)
     parts = contributions(one, model, rank(one), federation)
     for found in parts:
@@ -208,7 +206,7 @@ def test_any_bytes_are_an_update_or_a_rejection(model: Model, tmp_path: Path, ra
 
 
 def test_an_update_that_trips_our_own_code_costs_only_itself(
-    model: Model, federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Model, federation: Digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w, fresh = worker(model, tmp_path), worker(model, tmp_path)
     good, bad, other = contributions(w, model, rank(w), federation)
@@ -260,7 +258,7 @@ def test_boards_of_equal_width_share_their_graphs(model: Model, tmp_path: Path) 
 
 
 def test_curvature_starts_with_random_nested_ranks_and_then_judges(
-    model: Model, federation: Federation, tmp_path: Path
+    model: Model, federation: Digits, tmp_path: Path
 ) -> None:
     w = worker(model, tmp_path, scorer="curvature")
     ranking = rank(w)
@@ -276,7 +274,7 @@ def test_curvature_starts_with_random_nested_ranks_and_then_judges(
     assert judged != unjudged
 
 
-def test_a_diverged_model_has_no_loss(model: Model, federation: Federation, tmp_path: Path) -> None:
+def test_a_diverged_model_has_no_loss(model: Model, federation: Digits, tmp_path: Path) -> None:
     w = worker(model, tmp_path, federation)
     wild = {k: np.full_like(v, np.inf) for k, v in model.tensors.items()}
     done = w.execute(do.Evaluate(1, w.store.put(tensorfile.encode(wild)).sha256))

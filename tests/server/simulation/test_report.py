@@ -30,7 +30,7 @@ from fedprune_server.simulation.results.report import (
     summary_text,
     write_report,
 )
-from fedprune_server.simulation.results.runs_progress import Following
+from fedprune_server.simulation.results.runs_progress import RunDisplay
 
 GROUPS = (("stem", 8), ("body", 24))
 
@@ -378,12 +378,12 @@ def test_a_pipe_gets_a_line_now_and_then(monkeypatch, capsys):
     job = Job(name="yard", rounds=3)
     state = State(model="0" * 64, history=[{"metrics": {"accuracy": 0.5}}], round=1)
     simulation = SimpleNamespace(state=state, job=job)
-    with Following("yard") as following:
-        following.begin(simulation)
-        following.show(simulation)
+    with RunDisplay("yard") as display:
+        display.begin(simulation)
+        display.show(simulation)
         assert "are done" not in capsys.readouterr().err, "so soon"
         monkeypatch.setattr(runs_progress, "LINE_S", 0.0)
-        following.show(simulation)
+        display.show(simulation)
     assert "yard: 1 of 3 rounds are done, accuracy 50.0%\n" in capsys.readouterr().err
 
 
@@ -391,5 +391,5 @@ def test_a_terminal_sees_that_a_simulation_is_prepared_from_its_first_moment_on(
     monkeypatch.setenv("FORCE_COLOR", "1")
     shown = []
     monkeypatch.setattr("rich.status.Status.start", lambda self: shown.append(str(self.status)))
-    with Following("yard"):
+    with RunDisplay("yard"):
         assert shown == ["preparing yard"]

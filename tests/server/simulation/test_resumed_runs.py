@@ -27,7 +27,7 @@ from fedprune.planning.profile_store import find
 from fedprune_server.simulation import state as simulation_state
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import StoredData, with_link
-from fedprune_server.simulation.measure import Measure, Moment, Notes, RoundRecorder
+from fedprune_server.simulation.measure import Measure, Moment, RoundNotes, RoundRecorder
 from fedprune_server.simulation.network_model import Availability, DropOuts, Weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.run_folder import is_run, simulate
@@ -474,7 +474,7 @@ def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_pa
         notary = RoundRecorder(JOB, experiment.model, store, measure)
         basis = command.contributions[0].basis
         for rejected in ((), ("a",), NAMES):
-            notes = Notes()
+            notes = RoundNotes()
             notary.close(notes, command, on.Closed(1, basis.model, {}, dict.fromkeys(rejected, "far")), basis, 1.0, 0.0)
             assert notes.updates == 2 - len(rejected)
             assert max((max(g) for g in notes.coverage), default=0) == notes.updates
@@ -487,7 +487,7 @@ def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_pa
 
 def test_coverage_counts_the_channels_that_were_sent(experiment: Experiment, tmp_path: Path) -> None:
     """An extractor may cut more than a device's part says."""
-    store, found = BlobStore(tmp_path), list[Notes]()
+    store, found = BlobStore(tmp_path), list[RoundNotes]()
     simulation = Simulation(experiment, store)
     execute = simulation._worker.execute
 
@@ -496,7 +496,7 @@ def test_coverage_counts_the_channels_that_were_sent(experiment: Experiment, tmp
             one, other = command.contributions
             narrow = tuple(max(1, w // 2) for w in one.part.widths)
             close = replace(command, contributions=(replace(one, widths=narrow), other))
-            found.append(Notes())
+            found.append(RoundNotes())
             event = on.Closed(1, one.basis.model)
             RoundRecorder(JOB, experiment.model, store, None).close(found[0], close, event, one.basis, 1.0, 0.0)
             expected = [n + w for n, w in zip(narrow, other.part.widths, strict=True)]

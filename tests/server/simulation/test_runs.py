@@ -13,13 +13,13 @@ from fedprune_server.cli.simulate import main
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.fleet.simulated_fleet import read_tables
 from fedprune_server.simulation.results.record import Record
-from fedprune_server.simulation.runs import DONE, Run, Standing, carry_out
-from fedprune_server.simulation.sweep import read_sweep, simulated
+from fedprune_server.simulation.runs import DONE, RunSpec, RunStatus, carry_out
+from fedprune_server.simulation.sweep import read_sweep, simulate_run
 from support.fakes.run_works import drawn
 from support.paths import ROOT
 
-RUNS = [Run(f"run-{i}", {"seed": i}) for i in range(3)]
-WRONG = [Run(f"wrong-{kind}", {"seed": 0, "fail": kind}) for kind in ("refused", "broken", "killed")]
+RUNS = [RunSpec(f"run-{i}", {"seed": i}) for i in range(3)]
+WRONG = [RunSpec(f"wrong-{kind}", {"seed": 0, "fail": kind}) for kind in ("refused", "broken", "killed")]
 CONFIG = """
 [job]
 name = "yard"
@@ -62,7 +62,7 @@ recipe = { lr = 0.01 }
 @pytest.mark.slow
 def test_runs_end_as_they_would_alone(tmp_path: Path) -> None:
     one = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "one", workers=1)
-    seen: list[list[Standing]] = []
+    seen: list[list[RunStatus]] = []
     two = carry_out(drawn, [*RUNS, *WRONG], tmp_path / "two", workers=2, watch=lambda s: seen.append(list(s)))
     assert [(e.name, e.result, e.error.splitlines()[-1:]) for e in one] == [
         (e.name, e.result, e.error.splitlines()[-1:]) for e in two
@@ -82,7 +82,7 @@ def test_what_has_finished_is_not_done_again(tmp_path: Path) -> None:
     assert again[0] == first[0]
     assert [len((tmp_path / r.name / "calls").read_text()) for r in (RUNS[0], WRONG[0], RUNS[1])] == [1, 2, 1]
     with pytest.raises(StorageError, match=r"other settings: got seed \(stored \d, given 9\)\. .* or delete "):
-        carry_out(drawn, [Run(RUNS[0].name, {"seed": 9})], tmp_path)
+        carry_out(drawn, [RunSpec(RUNS[0].name, {"seed": 9})], tmp_path)
     (tmp_path / RUNS[0].name / DONE).write_text("{")
     with pytest.raises(StorageError, match="can't be read"):
         carry_out(drawn, [RUNS[0]], tmp_path)
@@ -100,7 +100,7 @@ def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
 def test_names_are_those_of_folders_of_their_own(tmp_path: Path) -> None:
     for name in ("..", "a/b", "", "x" * 100):
         with pytest.raises(ConfigError, match="name of a run"):
-            Run(name)
+            RunSpec(name)
     with pytest.raises(ConfigError, match="a name for each"):
         carry_out(drawn, [RUNS[0], RUNS[0]], tmp_path)
 
@@ -209,12 +209,12 @@ def test_results_of_files_that_were_edited_since_are_not_shown(fleet: Path, what
         (out / run.name).mkdir(parents=True)
         (out / run.name / DONE).write_text(json.dumps({"settings": dict(run.settings), "result": {}, "seconds": 1}))
     assert read_sweep(fleet / "sweep.toml") == first
-    assert [e.result for e in carry_out(simulated, first, out)] == [{}] * 3
+    assert [e.result for e in carry_out(simulate_run, first, out)] == [{}] * 3
 
     edited(fleet, what)
 
     with pytest.raises(StorageError, match="other settings"):
-        carry_out(simulated, read_sweep(fleet / "sweep.toml"), out)
+        carry_out(simulate_run, read_sweep(fleet / "sweep.toml"), out)
 
 
 def test_another_strategy_has_none_of_the_files_options(tmp_path: Path) -> None:

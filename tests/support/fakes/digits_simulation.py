@@ -18,7 +18,7 @@ from fedprune.planning.profile_store import find
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
-from fedprune_server.simulation.digits import Federation, deal, digits_model
+from fedprune_server.simulation.digits import Digits, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
@@ -35,7 +35,7 @@ def digits_net() -> Model:
 
 
 @cache
-def digits(names: Sequence[str] = KINDS) -> Federation:
+def digits(names: Sequence[str] = KINDS) -> Digits:
     return deal(names, seed=1)
 
 

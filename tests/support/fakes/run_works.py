@@ -10,10 +10,10 @@ from typing import Any
 
 from fedprune.core.errors import PlanError
 from fedprune.core.rng import keyed
-from fedprune_server.simulation.runs import Report, Run
+from fedprune_server.simulation.runs import Progress, RunSpec
 
 
-def drawn(run: Run, folder: Path, report: Report) -> Mapping[str, Any]:
+def drawn(run: RunSpec, folder: Path, report: Progress) -> Mapping[str, Any]:
     """Draws numbers, or fails in the way that the settings say; counts how often it was called."""
     calls = folder / "calls"
     calls.write_text(calls.read_text() + "x" if calls.exists() else "x")

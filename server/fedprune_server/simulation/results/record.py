@@ -30,7 +30,7 @@ from fedprune_device.training.round_runner import MEASURED
 from fedprune_server.devices.plan_vs_actual import Compared, compared, predicted
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.simulation.datasets.federation import Partition
-from fedprune_server.simulation.measure import Notes
+from fedprune_server.simulation.measure import RoundNotes
 
 FORMAT = "fedprune.record/1"
 
@@ -279,7 +279,7 @@ def record_of(
     state: State,
     *,
     traffic: Mapping[int, tuple[int, int]] | None = None,
-    notes: Mapping[int, Notes] | None = None,
+    notes: Mapping[int, RoundNotes] | None = None,
     ranking: str | bytes | None = None,
     measured: str = "",
     began: float = 0.0,
@@ -399,7 +399,7 @@ def _round(entry: Mapping[str, Any], traffic: tuple[int, int], began: float, los
     )
 
 
-def _noted(row: RoundRow, notes: Notes) -> RoundRow:
+def _noted(row: RoundRow, notes: RoundNotes) -> RoundRow:
     return replace(
         row,
         down=notes.down,

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from fedprune.coordination import Phase
 from fedprune_server.monitoring.display import logged_above
-from fedprune_server.simulation.runs import Standing
+from fedprune_server.simulation.runs import RunStatus
 from fedprune_server.simulation.simulation import Simulation
 
 LINE_S = 10.0
@@ -41,7 +41,7 @@ class _Lines:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-class Following:
+class RunDisplay:
     """A progress bar for one run, with a spinner while it is prepared; log lines scroll above."""
 
     def __init__(self, title: str) -> None:
@@ -54,7 +54,7 @@ class Following:
         self._open = ExitStack()
         self._preparing = ExitStack()
 
-    def __enter__(self) -> Following:
+    def __enter__(self) -> RunDisplay:
         self._open.enter_context(logged_above(self._console))
         if self._console.is_terminal:
             self._preparing.enter_context(self._console.status(Text(f"preparing {self._title}")))
@@ -93,7 +93,7 @@ class Following:
         self._console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-class Watching:
+class SweepDisplay:
     """A progress bar for all runs, and one for each running one."""
 
     def __init__(self) -> None:
@@ -105,7 +105,7 @@ class Watching:
         self._own: dict[str, TaskID] = {}
         self._before: float | None = None
 
-    def __enter__(self) -> Watching:
+    def __enter__(self) -> SweepDisplay:
         self._bars.start()
         return self
 
@@ -114,21 +114,21 @@ class Watching:
     ) -> None:
         self._bars.stop()
 
-    def show(self, standings: Sequence[Standing]) -> None:
-        over = sum(s.state in ("done", "failed") for s in standings)
+    def show(self, statuses: Sequence[RunStatus]) -> None:
+        over = sum(s.state in ("done", "failed") for s in statuses)
         if self._before is None:  # what an earlier start has done tells nothing about what is left
             self._before = float(over)
-            self._bars.reset(self._all, total=len(standings), completed=int(over))
-        done = over + sum(s.share for s in standings if s.state == "running")
-        failed = sum(s.state == "failed" for s in standings)
-        note = f"{over} of {len(standings)}" + (f", {failed} failed" if failed else "")
+            self._bars.reset(self._all, total=len(statuses), completed=int(over))
+        done = over + sum(s.share for s in statuses if s.state == "running")
+        failed = sum(s.state == "failed" for s in statuses)
+        note = f"{over} of {len(statuses)}" + (f", {failed} failed" if failed else "")
         self._bars.update(self._all, completed=done, note=note)
         self._lines.show(f"{note} runs are over")
-        for standing in standings:
-            task = self._own.get(standing.name)
-            if standing.state == "running":
+        for status in statuses:
+            task = self._own.get(status.name)
+            if status.state == "running":
                 if task is None:
-                    task = self._own[standing.name] = self._bars.add_task(standing.name, total=1.0, note="")
-                self._bars.update(task, completed=standing.share, note=standing.note)
+                    task = self._own[status.name] = self._bars.add_task(status.name, total=1.0, note="")
+                self._bars.update(task, completed=status.share, note=status.note)
             elif task is not None:
-                self._bars.remove_task(self._own.pop(standing.name))
+                self._bars.remove_task(self._own.pop(status.name))
