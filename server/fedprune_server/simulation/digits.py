@@ -66,8 +66,6 @@ def deal(devices: Sequence[str], *, seed: int = 0, alpha: float = ALPHA, least: 
     A fifth of each device's samples is its own test data.
 
     Args:
-        devices: Names of the devices.
-        seed: Seed of the split.
         alpha: Concentration of the shares.
         least: Minimum samples per device, test data included; half of a fair share by default. Splits are redrawn until
             it holds.

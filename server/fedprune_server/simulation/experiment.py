@@ -32,10 +32,6 @@ class Experiment:
     """A simulation's input.
 
     Attributes:
-        title: Title of reports.
-        job: The job.
-        model: The model.
-        devices: The fleet.
         evaluation: The server's test samples, or None.
         calibration: The server's samples for batch-norm statistics, or None.
         dropouts: Devices that disconnect during a round.
@@ -43,7 +39,6 @@ class Experiment:
         availability: Windows of time in which devices are connected.
         measure: Additional measurements of the global model.
         checkpoints: Rounds between two saved global models; 0 for none.
-        workers: Number of processes.
         cuda: Whether devices train on an NVIDIA GPU where that works; results differ from a CPU's by rounding.
         partition: The fleet's data as reports show it.
     """

@@ -40,10 +40,6 @@ class Moment:
     """A closed round as a measurement sees it.
 
     Attributes:
-        job: The job's settings.
-        imported: The imported model with its initial weights.
-        round: The round, from 1.
-        clock: Virtual seconds since the start.
         before: The clock at the previous round's end; 0 in the first round.
         parts: The devices' parts whose updates made the new model.
         basis: The source of the round's submodels; its `model` is the previous one.
@@ -118,8 +114,6 @@ class Measure:
     """Evaluates the global model and its submodels.
 
     Attributes:
-        x: Inputs.
-        y: Labels.
         densities: Densities of submodels, in addition to the whole model.
         calibration: Samples to re-estimate batch-norm statistics at each width; None keeps them.
         every: Rounds between two measurements; the last round is always measured.
@@ -218,9 +212,6 @@ class RoundRecorder:
     """Records a round's notes while its blobs exist.
 
     Args:
-        job: The job's settings.
-        model: The imported model.
-        store: Blob store of the simulation.
         measure: Measures the global model, or None.
     """
 
@@ -237,11 +228,7 @@ class RoundRecorder:
         """Record a closed round.
 
         Args:
-            notes: Notes to fill in.
-            command: The command that closed it.
-            event: Its result.
             basis: Source of the last submodels, for a round without updates.
-            clock: Virtual seconds since the start.
             before: The clock at the previous round's end; 0 in the first round.
 
         Raises:

@@ -77,8 +77,6 @@ class StallDetector:
         There only offers count between which no update arrived, while the round has no deadline.
 
         Args:
-            command: The offer.
-            state: The coordinator's state.
             refusal: Reason of the last refusal of an offer; empty without any.
 
         Raises:
@@ -116,7 +114,6 @@ class Simulation:
     """Simulates an experiment.
 
     Args:
-        experiment: The experiment.
         store: A blob store for this simulation alone: superseded blobs are deleted from it.
         folder: Where state and checkpoints are saved; None saves nothing.
 
@@ -177,11 +174,12 @@ class Simulation:
             PlanError: No device can take part, or none ever makes its deadline.
             FedpruneError: The worker can't carry out a command.
         """
+        workers, cuda = self.experiment.workers, self.experiment.cuda
         with (
             self._locked(),
             TemporaryDirectory(prefix="fedprune-simulation-") as scratch,
             self._helped(),
-            closing(self._device_runner(Path(scratch))) as self._runner,
+            closing(DeviceRunner(self.store, Path(scratch), workers=workers, cuda=cuda)) as self._runner,
         ):
             if self._begun:
                 self._tidy()  # a kill may have come between the last state and what it made superfluous
@@ -260,9 +258,6 @@ class Simulation:
                 yield
         finally:
             self._worker = alone
-
-    def _device_runner(self, scratch: Path) -> DeviceRunner:
-        return DeviceRunner(self.store, scratch, workers=self.experiment.workers, cuda=self.experiment.cuda)
 
     def _event(self, item: Item) -> on.Event | None:
         """The coordinator's event for an item of the queue, or None."""

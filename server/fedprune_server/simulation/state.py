@@ -68,6 +68,9 @@ _ITEMS: dict[str, type[Any]] = {
 _WORK = (Trained, on.Progressed, on.UpdateAnnounced, on.UpdateStored)
 """Items that belong to a device's part in a round."""
 
+_PLAIN = ("clock", "sequence", "sessions", "leaves", "held", "sizes", "bounds", "boards", "free", "refusal")
+"""Attributes that are saved as they are."""
+
 
 @dataclass
 class SimulationState:
@@ -189,20 +192,11 @@ class SimulationState:
             "fingerprint": fingerprint,
             "coordinator": replace(coordinator, history=[]).to_json(),
             "rounds": [len(coordinator.history), logged],
-            "clock": self.clock,
-            "sequence": self.sequence,
-            "sessions": self.sessions,
+            **{name: getattr(self, name) for name in _PLAIN},
             "online": sorted(self.online),
-            "leaves": self.leaves,
-            "held": self.held,
             "unsent": {k: asdict(v) for k, v in self.unsent.items()},
-            "sizes": self.sizes,
-            "bounds": self.bounds,
-            "boards": self.boards,
-            "free": self.free,
             "bytes": [self.down, self.up],
             "now": asdict(self.now),
-            "refusal": self.refusal,
             "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in self.queue.items()],
         }
         write_whole(folder / FILE, json.dumps(body).encode())
@@ -244,33 +238,26 @@ class SimulationState:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise StorageError(f"can't read the simulation in {path} ({error})", hint=_anew(folder)) from error
+            raise StorageError(f"can't read the simulation in {path} ({error})", hint=_advice(folder)) from error
         try:
             if body["format"] != FORMAT:
-                raise StorageError(f"{path} is of another version", expected=FORMAT, hint=_anew(folder))
+                raise StorageError(f"{path} is of another version", expected=FORMAT, hint=_advice(folder))
             if body["fingerprint"] != fingerprint:
                 raise OtherRunError(
-                    f"{path} belongs to a simulation with other settings, model or data", hint=_anew(folder)
+                    f"{path} belongs to a simulation with other settings, model or data", hint=_advice(folder)
                 )
-            history, notes = _finished(folder / ROUNDS, *body["rounds"])
+            count, logged = map(int, body["rounds"])
+            history, notes = _finished(folder / ROUNDS, count, logged)
+            down, up = map(int, body["bytes"])
             state = cls(
-                clock=float(body["clock"]),
-                sequence=int(body["sequence"]),
-                sessions={str(k): int(v) for k, v in body["sessions"].items()},
+                **{name: body[name] for name in _PLAIN},
                 online=set(body["online"]),
-                leaves={k: float(v) for k, v in body["leaves"].items()},
-                held={k: list(v) for k, v in body["held"].items()},
                 unsent={k: on.UpdateAnnounced(**v) for k, v in body["unsent"].items()},
-                sizes={str(k): int(v) for k, v in body["sizes"].items()},
-                bounds={str(k): int(v) for k, v in body.get("bounds", {}).items()},
-                boards=dict(body["boards"]),
-                free=[float(v) for v in body["free"]],
-                down=int(body["bytes"][0]),
-                up=int(body["bytes"][1]),
+                down=down,
+                up=up,
                 now=RoundNotes(**body["now"]),
                 rounds=notes,
-                refusal=str(body["refusal"]),
-                logged=int(body["rounds"][1]),
+                logged=logged,
             )
             state._saved = len(history)
             for at, number, kind, fields in body["queue"]:
@@ -280,16 +267,16 @@ class SimulationState:
             reached = len(history) + (coordinator.phase is not Phase.FINISHED)
             if rounds < reached:
                 raise OtherRunError(
-                    f"{path} belongs to a simulation that has come to round {reached}", hint=_anew(folder)
+                    f"{path} belongs to a simulation that has come to round {reached}", hint=_advice(folder)
                 )
             return state, coordinator
         except StorageError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=_anew(folder)) from error
+            raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=_advice(folder)) from error
 
 
-def _anew(folder: Path) -> str:
+def _advice(folder: Path) -> str:
     return f"Name another folder, or delete {folder} and give the command again: it starts again."
 
 
@@ -301,9 +288,9 @@ def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]]
         with path.open("rb") as file:
             lines = file.read(length).decode().splitlines()
     except OSError as error:
-        raise StorageError(f"can't read {path}: {error.strerror}", hint=_anew(path.parent)) from error
+        raise StorageError(f"can't read {path}: {error.strerror}", hint=_advice(path.parent)) from error
     if len(lines) != count:
-        raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_anew(path.parent))
+        raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_advice(path.parent))
     rows = [json.loads(line) for line in lines]
     return [row for row, _ in rows], {int(row["round"]): RoundNotes(**notes) for row, notes in rows}
 
@@ -336,11 +323,7 @@ class StateFolder:
         self._stamp: tuple[int, ...] | None = None
 
     def load(self) -> tuple[SimulationState, State] | None:
-        """The saved run with its coordinator's state, or None.
-
-        Raises:
-            StorageError: It is damaged, or belongs to another simulation.
-        """
+        """The saved run with its coordinator's state, or None; errors as `SimulationState.load`."""
         if self._folder is None:
             return None
         self._stamp = SimulationState.stamp(self._folder)
@@ -379,11 +362,6 @@ class StateFolder:
         return since >= max(_INTERVAL_S, _SHARE * self._save_s)
 
     def save(self, run: SimulationState, state: State) -> None:
-        """Save a run with its coordinator's state.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
         if self._folder is None:
             return
         began = time.monotonic()

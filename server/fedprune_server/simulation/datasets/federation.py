@@ -59,7 +59,6 @@ class Federation:
     """A data set and its split.
 
     Attributes:
-        samples: The data set.
         holdings: Every device's rows, by its name.
         server: The server's rows, for evaluation; may be empty.
         preparation: Conversion of inputs when they are loaded.
@@ -147,10 +146,6 @@ def federate(
     """Split each device's rows into training, validation and test rows.
 
     Args:
-        samples: The data set.
-        hands: Rows of every device.
-        seed: The seed.
-        names: The devices' names; by default `device-000` and so on.
         test: Share of a device's rows for tests.
         validation: Share of the remaining rows for validation.
         server: Rows of the server.
@@ -244,9 +239,7 @@ def draw_partition(federation: Federation, path: Path, title: str = "Data of the
     """Write the heat map of a partition as a self-contained page.
 
     Args:
-        federation: The data set and its split.
         path: An `.html` file.
-        title: The page's heading.
 
     Returns:
         The file.
@@ -357,9 +350,6 @@ class DataPlan:
 
     def read(self, seed: int = 0) -> Federation:
         """Read the data set and split it.
-
-        Args:
-            seed: The job's seed, used if the table has none.
 
         Raises:
             DataError: The source can't be read, or can't be split like this.

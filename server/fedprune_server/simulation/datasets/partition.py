@@ -1,7 +1,8 @@
 """Partitions of a data set among devices.
 
-Every function returns one sorted array of rows per device; the arrays are disjoint and cover the given rows. Random
-numbers are keyed by their purpose, so the same seed gives the same partition on every machine.
+Every function returns one sorted array of rows per device; the arrays are disjoint and cover the given rows. Labels and
+owners are those of all samples, [n]. Random numbers are keyed by their purpose, so the same seed gives the same
+partition on every machine.
 """
 
 from __future__ import annotations
@@ -24,9 +25,6 @@ def iid(rows: Rows, devices: int, *, seed: int, spread: float = 0.0) -> list[Row
     """Random rows.
 
     Args:
-        rows: The rows to split.
-        devices: Number of devices.
-        seed: The seed.
         spread: 0 for sizes that differ by one at most; else sizes are proportional to exp(spread · normal).
 
     Raises:
@@ -53,11 +51,7 @@ def dirichlet(
     alpha), devices with too few samples take some from those with the most.
 
     Args:
-        rows: The rows to split.
-        labels: Labels of all samples, [n].
-        devices: Number of devices.
         alpha: Concentration: the smaller, the more uneven the split.
-        seed: The seed.
         least: Minimum samples per device.
         balance: Whether a device that has a fair share gets no further classes (as in PFLlib), which evens out sizes.
 
@@ -99,11 +93,7 @@ def pathological(
     Every class goes to the same number of devices, plus or minus one, and is split evenly among them.
 
     Args:
-        rows: The rows to split.
-        labels: Labels of all samples, [n].
-        devices: Number of devices.
         classes: Classes per device.
-        seed: The seed.
         spread: 0 to split a class evenly; else parts are proportional to exp(spread · normal).
 
     Raises:
@@ -137,11 +127,11 @@ def pathological(
 def by_owner(rows: Rows, owners: npt.NDArray[np.int64], devices: int = 0, *, seed: int) -> list[Rows]:
     """Keep the samples of a person, writer or domain together.
 
+    0 devices are one per owner, in the owners' order. With fewer devices than owners each gets several owners at
+    random; with more, owner k's samples are split among the devices k, k + owners, ...
+
     Args:
-        rows: The rows to split.
         owners: Owners of all samples, [n].
-        devices: 0 for a device per owner, in the owners' order. With fewer devices than owners each gets several owners
-            at random; with more, owner k's samples are split among the devices k, k + owners, ...
 
     Raises:
         DataError: An owner has fewer samples than devices.
@@ -174,10 +164,9 @@ def chosen(rows: Rows, most: int, *, seed: int) -> Rows:
 def split(rows: Rows, shares: Sequence[float], *, seed: int, device: str) -> list[Rows]:
     """Split a device's rows into parts, such as validation and test; the last part gets the rest.
 
+    Of each share above 0 a part gets one sample at least.
+
     Args:
-        rows: The device's rows.
-        shares: Shares of the parts before the last; each above 0 gets one sample at least.
-        seed: The seed.
         device: The device's name, which keys the split.
 
     Raises:

@@ -105,9 +105,6 @@ class Samples:
     def take(self, rows: npt.ArrayLike) -> Array:
         """Copy inputs as the files have them.
 
-        Args:
-            rows: Indices, each from 0 to below the number of samples.
-
         Raises:
             DataError: A row does not exist.
         """
@@ -174,11 +171,7 @@ class Preparation:
         return np.ascontiguousarray(x)
 
     def standardised(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
-        """This preparation with mean and deviation measured per channel.
-
-        Args:
-            samples: The data set.
-            rows: Samples to measure; None for all but the data set's test samples.
+        """This preparation with mean and deviation measured per channel, by default not on the data set's test samples.
 
         Raises:
             DataError: Inputs are token ids, or a channel is constant.

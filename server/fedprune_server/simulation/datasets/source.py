@@ -24,16 +24,13 @@ from numpy.lib import format as npy
 
 from fedprune.core.disk import is_there
 from fedprune.core.errors import DataError, MissingExtraError, reason, remedy, shape_text
-from fedprune.core.zip_limits import PLAIN
+from fedprune.core.zip_limits import MOST_INFLATED, MOST_RATIO, check_sizes
 from fedprune_device.data.dataset import why_unreadable
 from fedprune_server.simulation.datasets.samples import Samples, assembled
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MOST = 2**36
 """Bytes of an array beyond which a header is considered damaged."""
-
-_MOST_INFLATED, _MOST_RATIO = 2**30, 100
-"""A compressed array above both limits, in bytes and in its ratio to the compressed length, is not unpacked."""
 
 _DEFLATE = 1032
 """Maximum ratio of deflate (zlib.net/zlib_tech.html)."""
@@ -87,10 +84,10 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
             if path.suffix == ".gz" and need > _DEFLATE * size:
                 # `read` would ask for all that memory at once.
                 raise DataError(f"{path} is cut off", expected=f"{need} bytes", got=f"{size} packed ones")
-            if path.suffix == ".gz" and need > max(_MOST_INFLATED, _MOST_RATIO * size):
+            if path.suffix == ".gz" and need > max(MOST_INFLATED, MOST_RATIO * size):
                 raise DataError(
                     f"{path}: sizes",
-                    expected=f"at most {_MOST_INFLATED} bytes, or {_MOST_RATIO} times what they take in the file",
+                    expected=f"at most {MOST_INFLATED} bytes, or {MOST_RATIO} times what they take in the file",
                     got=shape_text(*shape),
                     hint="Unpack it with gunzip.",
                 )
@@ -369,15 +366,7 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
                 name = member.filename.removesuffix(".npy")
                 if names is not None and name not in names:
                     continue
-                if member.compress_type not in PLAIN:
-                    raise DataError(f"{path}: how {name[:80]} is packed", expected="deflate, or not at all", hint=_HINT)
-                if member.file_size > max(_MOST_INFLATED, _MOST_RATIO * member.compress_size):
-                    raise DataError(
-                        f"{path}: size of {name}",
-                        expected=f"at most {_MOST_INFLATED} bytes, or {_MOST_RATIO} times what it takes in the file",
-                        got=member.file_size,
-                        hint="Write it with numpy.savez: then it is mapped, and not unpacked.",
-                    )
+                check_sizes([member], f"{path}: {name[:80]}", DataError)
                 mapped = _mapped(path, raw, member) if member.filename.endswith(".npy") else None
                 arrays[name] = file[name] if mapped is None else mapped
         return arrays

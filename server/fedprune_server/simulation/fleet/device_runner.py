@@ -66,9 +66,6 @@ class DeviceRunner:
     can be computed ahead; until an outcome is asked for by `carry_out`, the boards' states stay as they were.
 
     Args:
-        store: Blob store of offers and updates.
-        folder: A folder for scratch files.
-        workers: Number of processes.
         cuda: Whether to train on an NVIDIA GPU, if that works.
 
     Attributes:
@@ -181,7 +178,6 @@ class _BlobState:
     """A board's state between its rounds (`fedprune_device.storage.local_state.StateStore`), in one blob.
 
     Args:
-        store: The blob's store.
         digest: The blob; None if nothing was kept yet.
     """
 

@@ -53,9 +53,7 @@ class Board:
     """One board of the demo.
 
     Attributes:
-        name: Its name.
         kind: Name of a shipped profile.
-        link: Its link.
         bytes_per_round: Bytes per round, both ways, that the link may carry; None for the profile's figure.
     """
 
@@ -147,11 +145,8 @@ def read_plan(
     """Read a `fleet.toml` with a [[devices]] table. The table [server] is ignored.
 
     Args:
-        path: The file.
         reference: Whether the job is compared with FedAvg.
         strategy: Replaces the job's.
-        seed: Replaces the job's.
-        rounds: Replaces the job's.
         changes: Tables whose keys replace those of the file.
         title: Replaces the job's name.
         tables: The tables, if they don't come from a file; `path` then appears in errors alone.
@@ -234,13 +229,8 @@ class Tables:
     Attributes:
         body: Its tables, with the changes.
         layers: The file, and the changes.
-        config: The tables that a server reads, except [server].
-        data: The table [data], or None.
         dropouts: Devices that disconnect.
-        availability: Windows of time in which devices are connected.
-        weather: Variation of links and boards.
         links: Links for devices that have none.
-        settings: The table [simulation].
     """
 
     body: Mapping[str, Any]
@@ -301,8 +291,6 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
 
     Args:
         strategy: Replaces the demo's; the reference stays FedAvg.
-        seed: Replaces 0.
-        rounds: Replaces the demo's.
 
     Raises:
         ConfigError: One of them is wrong.

@@ -145,9 +145,7 @@ def read_devices(
     """The fleet that a file's [[devices]] describe.
 
     Args:
-        rows: The table's rows.
         seed: The job's seed, which keys the split of samples.
-        path: The file, for errors and relative paths.
         federation: The split data set of the table [data]; None if every row names its own.
         links: Links for devices without their own, in turn.
         check: Raises `DataError` if a device's samples don't fit the model.
@@ -170,15 +168,19 @@ def read_devices(
             expected=f"as many devices as [data] deals out: {len(federation.names)}",
             got=len(found),
         )
-    boards = _Boards(path)
+    profiles: dict[tuple[str, str], HardwareProfile] = {}  # devices of one kind share one
     devices = []
     for number, row in enumerate(found):
         link = row.link or (links[number % len(links)] if links else {})
         with named(f"{row.where}: profile"):
-            board = boards.get(row.profile, link)
+            key = (row.profile, repr(sorted(link.items())))
+            if key not in profiles:
+                file = "/" in row.profile or row.profile.endswith((".toml", ".json"))
+                source = str(path.parent / row.profile) if file else row.profile
+                profiles[key] = with_link(profile_store.chosen(source), link)
         with named(f"{row.where}: data" if federation is None else f"{path}: [data]: {row.name}"):
             data = _samples(row, seed, path, federation, number, check, held=len(found) <= HELD)
-        devices.append(VirtualDevice(row.name, board, data))
+        devices.append(VirtualDevice(row.name, profiles[key], data))
     return tuple(devices)
 
 
@@ -256,28 +258,6 @@ def _links(value: object, where: str) -> list[LinkSettings]:
             {k: setting_checks.number(f"{where}: {k}", v, *limits.get(k, (1e-6, 1e6))) for k, v in table.items()}
         )
     return found
-
-
-class _Boards:
-    """Profiles by name and link, shared by devices of one kind."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._known: dict[tuple[str, tuple[tuple[str, float], ...]], HardwareProfile] = {}
-
-    def get(self, name: str, link: LinkSettings) -> HardwareProfile:
-        """A profile with another link.
-
-        Raises:
-            FedpruneError: No profile has this name.
-        """
-        key = (name, tuple(sorted(link.items())))
-        if key not in self._known:
-            source = name
-            if "/" in name or name.endswith((".toml", ".json")):
-                source = str(self._path.parent / name)
-            self._known[key] = with_link(profile_store.chosen(source), link)
-        return self._known[key]
 
 
 def with_link(profile: HardwareProfile, link: LinkSettings) -> HardwareProfile:

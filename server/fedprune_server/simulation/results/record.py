@@ -42,9 +42,7 @@ class DeviceRow:
     """One device of the fleet.
 
     Attributes:
-        name: Its name.
         profile: Its profile's name.
-        samples: Training samples.
         widths: Kept channels per group.
         density: Planned share of the model; 1 for the whole model.
         bound: The limit that binds its width; empty without a plan.
@@ -117,11 +115,7 @@ class Record:
     """A run.
 
     Attributes:
-        title: Title of reports.
-        job: The job's settings.
         groups: Producing layer and size of each channel group.
-        devices: The fleet.
-        rounds: Finished rounds, in order.
         channels: Channels that each device held in the last round, per group, most important first.
         measured: Where bytes were counted, such as "payload at the broker".
         partition: The fleet's data, if known.
@@ -288,10 +282,7 @@ def record_of(
     """The record of a job.
 
     Args:
-        title: Title of reports.
-        job: Its settings.
         architecture: Its model's architecture.
-        state: The coordinator's state.
         traffic: Bytes down and up since the start at the end of each round, by number.
         notes: A simulation's notes by round; replaces `traffic`.
         ranking: The last round's selection as JSON, for the channel map.

@@ -43,7 +43,6 @@ class Claim:
     """A statement about two runs and its verdict.
 
     Attributes:
-        text: The claim.
         measured: The measured values.
         held: Whether it holds.
     """
@@ -215,7 +214,6 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     """A run's report.
 
     Args:
-        run: The run.
         reference: A run to compare with.
         judged: Whether the comparison tests the claims.
 

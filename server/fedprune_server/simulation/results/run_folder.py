@@ -44,7 +44,6 @@ def simulate(
     """Run an experiment to its end, from its last saved state, and write its numbers into a folder.
 
     Args:
-        experiment: The experiment.
         folder: Folder of `config.json`, `metrics.json`, `metrics.parquet`, `rounds.parquet` and the saved state. None
             saves nothing.
         progress: Called after every training and every round.
