@@ -35,7 +35,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.engines import bindings
 from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector, here
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 
 ROUNDS = 50
 
@@ -146,7 +146,9 @@ class Acceptance:
             recipe = replace(self.bundle.recipe, epochs=2, batch_size=8)
             widths = self.bundle.selection.widths
             result = trainer.train(
-                tensors, data, recipe, seed=0, device="d", round=1, classes=architecture.classes, widths=widths
+                tensors,
+                data,
+                TrainingTask(recipe, seed=0, device="d", round=1, classes=architecture.classes, widths=widths),
             )
             found[loaded.provider] = result.tensors, result.step_seconds, loaded.reason
         assert "cuda" in found, f"it ran on the CPU: {found['cpu'][2]}"

@@ -8,15 +8,26 @@ if TYPE_CHECKING:  # a command that only parses its options doesn't load numpy
     from fedprune_device.data.dataset import LocalData, load_data
     from fedprune_device.data.labels import log_prior
     from fedprune_device.serving.predictor import Predictor
-    from fedprune_device.training.trainer import Trainer, TrainingResult
+    from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
 
-__all__ = ["LocalData", "Predictor", "Trainer", "TrainingResult", "load_data", "log_prior"]
+__all__ = [
+    "LocalData",
+    "Predictor",
+    "Trainer",
+    "TrainingControl",
+    "TrainingResult",
+    "TrainingTask",
+    "load_data",
+    "log_prior",
+]
 
 _MODULES = {
     "LocalData": "fedprune_device.data.dataset",
     "Predictor": "fedprune_device.serving.predictor",
     "Trainer": "fedprune_device.training.trainer",
+    "TrainingControl": "fedprune_device.training.trainer",
     "TrainingResult": "fedprune_device.training.trainer",
+    "TrainingTask": "fedprune_device.training.trainer",
     "load_data": "fedprune_device.data.dataset",
     "log_prior": "fedprune_device.data.labels",
 }

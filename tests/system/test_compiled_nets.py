@@ -17,7 +17,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundRunner
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import load
 from fedprune_export.pruning.model import Model
@@ -63,7 +63,7 @@ def oracle(model: Model, data: LocalData) -> Tensors:
 
 def test_a_compiled_step_trains_as_torch_does(model: Model, data: LocalData) -> None:
     trainer = Trainer(training_graph(model, RECIPE.features).to_bytes())
-    got = trainer.train(model.tensors, data, RECIPE, seed=3, device="d", round=1, classes=10)
+    got = trainer.train(model.tensors, data, TrainingTask(RECIPE, seed=3, device="d", round=1, classes=10))
     assert trainer.normalised
     assert got.steps == 6
     for name, wanted in oracle(model, data).items():

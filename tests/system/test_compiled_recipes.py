@@ -15,7 +15,7 @@ from fedprune.model.trainable import trained_tensors
 from fedprune.runtime.session import Session
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import class_weights, positive_weights
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
@@ -159,7 +159,9 @@ def test_a_round_is_as_near_to_float64_as_torchs(model: Model, name: str, densit
     selection = Selection.of(architecture, widths_at(architecture, density))
     tensors = selection.gather(model.tensors)
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
-    got = trainer.train(tensors, data(recipe.loss), recipe, seed=7, device="d", round=1, classes=CLASSES).tensors
+    got = trainer.train(
+        tensors, data(recipe.loss), TrainingTask(recipe, seed=7, device="d", round=1, classes=CLASSES)
+    ).tensors
     exact, usual = (oracle(recipe, model, tensors, selection.widths, t) for t in (torch.float64, torch.float32))
 
     def error(found: Tensors) -> float:
@@ -186,7 +188,9 @@ def test_parts_need_the_memory_of_a_part(model: Model) -> None:
 
     session.run = watched  # type: ignore[method-assign]
     trainer = Trainer(graph, session=session)
-    trainer.train(model.tensors, data("cross_entropy"), recipe, seed=7, device="d", round=1, classes=CLASSES)
+    trainer.train(
+        model.tensors, data("cross_entropy"), TrainingTask(recipe, seed=7, device="d", round=1, classes=CLASSES)
+    )
     assert seen == [8, 8, 8, 8, 5, 4]
 
 
@@ -217,7 +221,9 @@ def test_words_are_read_and_what_the_author_froze_stays(thawed: bool) -> None:
     trainer = Trainer(training_graph(model, recipe.features).to_bytes())
     assert (trainer.frozen, trainer.token_ids) == (() if thawed else ("words.weight",), True)
     local = LocalData(x, y, x[:0], y[:0])
-    got = trainer.train(model.tensors, local, recipe, seed=7, device="d", round=1, classes=CLASSES).tensors
+    got = trainer.train(
+        model.tensors, local, TrainingTask(recipe, seed=7, device="d", round=1, classes=CLASSES)
+    ).tensors
     net = net.double().train()
     net.words.weight.requires_grad_(thawed)
     made = optimizer(recipe, [p for p in net.parameters() if p.requires_grad])

@@ -15,7 +15,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Birth, Death, Progress, Update
 from fedprune_device.data.dataset import load_data
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS
 from support.processes.device_process import Field, loaded_packages, running
@@ -51,7 +51,9 @@ def test_a_process_killed_while_training_goes_on_to_the_same_bits(field: Field, 
     again = field.start()
     assert again.wait(40) == 0, (field.root / "log").read_text()[-3000:]
     data = load_data(str(field.root / "data.npz"), 0, "d")
-    wanted = Trainer(GRAPHS / "plain.onnx").train(weights, data, SLOW, seed=7, device="d", round=1, classes=3)
+    wanted = Trainer(GRAPHS / "plain.onnx").train(
+        weights, data, TrainingTask(SLOW, seed=7, device="d", round=1, classes=3)
+    )
     assert server.blobs.read(server.updates[1].weights.sha256) == tensorfile.encode(wanted.tensors)
     assert server.of(Birth)[-1].session > server.of(Birth)[0].session
     assert Death("d", server.of(Birth)[0].session) in server.seen  # the broker's last word for the killed process

@@ -29,7 +29,7 @@ from fedprune_device.data.sources import SampleOptions
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import PrecisionCheck
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
-from fedprune_device.training.trainer import Trainer, TrainingResult
+from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
 
 _EVERY_S = 1.0  # seconds between two updates of the progress line on a terminal
 _EVERY_LINE_S = 10.0  # seconds between two progress lines, elsewhere
@@ -100,18 +100,9 @@ class _LocalTraining:
 
     def train(self, progress: Callable[[int, int], None], enough: Callable[[], bool]) -> TrainingResult:
         """Train until all epochs are done, or it is enough."""
-        return self._trainer.train(
-            tensorfile.load(self._bundle.path(WEIGHTS)),
-            self._data,
-            self._recipe,
-            seed=self._seed,
-            device="",
-            round=1,
-            classes=self._classes,
-            widths=self._bundle.selection.widths,
-            progress=progress,
-            enough=enough,
-        )
+        weights, widths = tensorfile.load(self._bundle.path(WEIGHTS)), self._bundle.selection.widths
+        task = TrainingTask(self._recipe, self._classes, self._seed, device="", round=1, widths=widths)
+        return self._trainer.train(weights, self._data, task, TrainingControl(progress, enough=enough))
 
     def finished(self, result: TrainingResult) -> tuple[dict[str, bytes], str]:
         tensors: Tensors = {n: result.tensors[n] for n in self._bundle.selection.shapes()}

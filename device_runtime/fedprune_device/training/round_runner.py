@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
@@ -28,7 +29,13 @@ from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.local_state import MemoryStateStore, RoundState, StateStore
 from fedprune_device.training.evaluation import MEASURED, Evaluation, training_metrics
 from fedprune_device.training.local_update import LocalUpdate, decoded
-from fedprune_device.training.trainer import TrainerCache, TrainingResult, TrainingStoppedError
+from fedprune_device.training.trainer import (
+    TrainerCache,
+    TrainingControl,
+    TrainingResult,
+    TrainingStoppedError,
+    TrainingTask,
+)
 
 __all__ = ["MEASURED", "DamagedBlobError", "RoundResult", "RoundRunner", "TrainerCache"]
 
@@ -141,15 +148,10 @@ class RoundRunner:
             result = trainer.train(
                 work.tensors,
                 data,
-                recipe,
-                seed=offer.seed,
-                device=self._device,
-                round=offer.round,
-                classes=offer.classes,
-                widths=offer.widths,
-                mask=work.mask,
-                progress=lambda done, total: report("train", done, total),
-                stop=stop,
+                TrainingTask(
+                    recipe, offer.classes, offer.seed, self._device, offer.round, widths=offer.widths, mask=work.mask
+                ),
+                TrainingControl(partial(report, "train"), stop),
             )
         except DivergedError as error:
             if not recipe.update_clip:

@@ -97,6 +97,41 @@ class TrainingResult:
         return cls(dict(tensors), steps, samples, nothing, nothing, None, seconds, seconds / max(1, steps), {}, {})
 
 
+@dataclass(frozen=True)
+class TrainingTask:
+    """A training that is asked for.
+
+    Attributes:
+        classes: Entries of the model's output.
+        seed: The job's seed: with round and device it decides the order of the samples.
+        widths: Channels per group that the tensors have; needed for ordered dropout alone.
+        mask: Which elements of the tensors are active; the others are 0.
+    """
+
+    recipe: Recipe
+    classes: int
+    seed: int
+    device: str
+    round: int
+    widths: Sequence[int] = ()
+    mask: ElementMask | None = None
+
+
+@dataclass(frozen=True)
+class TrainingControl:
+    """How a training is watched and ended early.
+
+    Attributes:
+        progress: Called with (steps done, steps in all) after each step.
+        stop: Asked before each step; True ends the training with an error.
+        enough: Asked after each step; True ends the training with what it has reached.
+    """
+
+    progress: Callable[[int, int], None] = lambda done, total: None
+    stop: Callable[[], bool] = lambda: False
+    enough: Callable[[], bool] = lambda: False
+
+
 class Trainer:
     """A loaded training graph, with what a round needs of it; arguments and errors are those of `StepGraph`.
 
@@ -130,52 +165,30 @@ class Trainer:
         self._graph.check(tensors)
 
     def train(
-        self,
-        tensors: Mapping[str, Array],
-        data: LocalData,
-        recipe: Recipe,
-        *,
-        seed: int,
-        device: str,
-        round: int,  # noqa: A002 - the field's word
-        classes: int,
-        widths: Sequence[int] = (),
-        mask: ElementMask | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        stop: Callable[[], bool] | None = None,
-        enough: Callable[[], bool] | None = None,
+        self, tensors: Mapping[str, Array], data: LocalData, task: TrainingTask, control: TrainingControl | None = None
     ) -> TrainingResult:
         """Train on local data.
 
         Args:
             tensors: Weights and statistics as received; they are the proximal term's anchors, too.
-            data: Local samples.
-            recipe: What to do.
-            seed: The job's seed: with round and device it decides the order of the samples.
-            device: The device's name.
-            round: The round.
-            classes: Entries of the model's output.
-            widths: Channels per group that the tensors have; needed for ordered dropout alone.
-            mask: Which elements of the tensors are active; the others are 0.
-            progress: Called with (steps done, steps in all) after each step.
-            stop: Asked before each step; True ends the training with an error.
-            enough: Asked after each step; True ends the training with what it has reached.
 
         Raises:
             TrainingError: Graph, weights and recipe don't fit each other.
             DivergedError: A loss or weight is not finite.
-            TrainingStoppedError: `stop` returned True.
+            TrainingStoppedError: `control.stop` returned True.
             DataError: Labels or shapes of the data don't fit the model.
         """
+        recipe, classes, control = task.recipe, task.classes, control or TrainingControl()
+        seed, round_, device = task.seed, task.round, task.device
         began = time.monotonic()
         self.check(tensors)
         data.check(classes, self.input_shape, loss=recipe.loss, token_ids=self.token_ids)
         y = targets(data.y_train, recipe.loss, classes)
-        constant = self._graph.constants(tensors, y, recipe, classes, mask)
+        constant = self._graph.constants(tensors, y, recipe, classes, task.mask)
         state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}  # steps write into it
         for name in (*self._graph.states, *self._graph.squares):
             state[name] = np.zeros_like(state[name.partition("::")[0]])
-        plans = self._plans(tensors, recipe, widths)
+        plans = self._plans(tensors, recipe, task.widths)
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         validates = recipe.patience > 0 and self._can_validate(data)
         patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if validates else None
@@ -183,17 +196,17 @@ class Trainer:
         times: list[float] = []
         squares: Tensors = {}
         hits = seen = 0
-        for number, (_, rows) in enumerate(batches.rows(round, device, seed=seed), 1):
-            if stop is not None and stop():
+        for number, (_, rows) in enumerate(batches.rows(round_, device, seed=seed), 1):
+            if control.stop():
                 raise TrainingStoppedError(f"training was stopped before step {number} of {batches.steps}")
             at = time.monotonic()
             parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
             plan, fed = plans[0], {**constant, **state}
             if recipe.mixup and not self.token_ids:
-                parts, share = mixed(parts, recipe.mixup, keyed(seed, round, device, "mixup", number))
+                parts, share = mixed(parts, recipe.mixup, keyed(seed, round_, device, "mixup", number))
                 fed |= {step_contract.Y_SHARE: share} if recipe.features.mixup else {}
             if len(plans) > 1:
-                plan = plans[int(keyed(seed, round, device, "widths", number).integers(len(plans)))]
+                plan = plans[int(keyed(seed, round_, device, "widths", number).integers(len(plans)))]
             if plan != plans[0] and self.axes is not None:
                 fed = self.axes.narrowed(fed, plans[0], plan)
             ends = number == batches.steps or number % batches.per_epoch == 0
@@ -219,14 +232,13 @@ class Trainer:
                 with np.errstate(over="ignore"):  # what is not finite is an error below
                     squares = {n: np.square(np.asarray(g)) for n, g in zip(self.trainable, gradients, strict=True)}
             times.append(time.monotonic() - at)
-            if progress is not None:
-                progress(number, batches.steps)
+            control.progress(number, batches.steps)
             if patience is not None and ends:
                 reached = {n: state[n].copy() for n in tensors}
                 validation_loss = self._validation_loss({**constant, **reached}, data, recipe, classes)
                 if validation_loss is not None and patience.over(validation_loss, reached, number, squares):
                     break
-            if enough is not None and enough():
+            if control.enough():
                 break
         steps = len(losses)
         if patience is not None and recipe.best_epoch and patience.steps:

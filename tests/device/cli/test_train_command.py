@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fedprune.runtime.bundle import MANIFEST, WEIGHTS, open_bundle
 from fedprune_device.cli import main
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingTask
 
 pytestmark = pytest.mark.board
 
@@ -55,7 +56,7 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
     )
     recipe = source.recipe.from_dict({**source.recipe.to_dict(), "epochs": 3, "lr": 0.1})
     wanted = Trainer(bundle / "training.onnx").train(
-        weights, data, recipe, seed=0, device="", round=1, classes=3, widths=source.selection.widths
+        weights, data, TrainingTask(recipe, seed=0, device="", round=1, classes=3, widths=source.selection.widths)
     )
     for name, value in tensorfile.load(made.path(WEIGHTS)).items():
         np.testing.assert_array_equal(value, wanted.tensors[name])
@@ -96,13 +97,13 @@ def interrupting(monkeypatch: pytest.MonkeyPatch, when: int) -> None:
     """Press Ctrl-C once a training step is done."""
     whole: Callable[..., Any] = Trainer.train
 
-    def interrupted(self: Trainer, *arguments: Any, progress: Callable[[int, int], None], **named: Any) -> Any:
+    def interrupted(trainer: Trainer, tensors: Any, data: Any, task: TrainingTask, control: TrainingControl) -> Any:
         def pressed(done: int, total: int) -> None:
-            progress(done, total)
+            control.progress(done, total)
             if done == when:
                 os.kill(os.getpid(), signal.SIGINT)
 
-        return whole(self, *arguments, progress=pressed, **named)
+        return whole(trainer, tensors, data, task, replace(control, progress=pressed))
 
     monkeypatch.setattr(Trainer, "train", interrupted)
 

@@ -20,7 +20,7 @@ from fedprune.model.selection import Tensors
 from fedprune.planning.costs import HELD_BYTES
 from fedprune_device.data.dataset import load_data, load_inputs
 from fedprune_device.data.stored_array import StoredArray
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.paths import GRAPHS
 
 pytestmark = pytest.mark.board
@@ -143,7 +143,7 @@ def test_training_on_samples_on_the_disk_gives_the_same_bits(tmp_path: Path, wei
             data = load_data(str(tmp_path / "d.npz"))
         assert isinstance(data.x_train, StoredArray) == (held == 0)
         trainer = Trainer(GRAPHS / "plain.onnx")
-        results.append(trainer.train(weights, data, recipe, seed=0, device="d", round=1, classes=3))
+        results.append(trainer.train(weights, data, TrainingTask(recipe, seed=0, device="d", round=1, classes=3)))
     assert all(np.array_equal(v, results[1].tensors[n]) for n, v in results[0].tensors.items())
 
 

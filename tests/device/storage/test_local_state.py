@@ -26,7 +26,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import MOST_OTHERS, FolderStateStore, LocalState, MemoryStateStore, RoundState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.local_update import averaged
-from fedprune_device.training.trainer import Trainer, batch_norm_statistics
+from fedprune_device.training.trainer import Trainer, TrainingTask, batch_norm_statistics
 from support.fakes.hidden_board import (
     CLASSES,
     DEVICE,
@@ -49,7 +49,9 @@ AVERAGE = Recipe(epochs=1, batch_size=16, average=DECAY)
 def trained(board: HiddenBoard, number: int, weights: Tensors) -> Tensors:
     """What plain training makes of them in a round."""
     trainer = Trainer(board.graphs / "kept.onnx")
-    result = trainer.train(weights, board.data, PLAIN, seed=SEED, device=DEVICE, round=number, classes=CLASSES)
+    result = trainer.train(
+        weights, board.data, TrainingTask(PLAIN, seed=SEED, device=DEVICE, round=number, classes=CLASSES)
+    )
     return {n: v.copy() for n, v in result.tensors.items()}
 
 

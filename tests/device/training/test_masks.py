@@ -24,7 +24,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.storage.local_state import FolderStateStore, LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.local_update import unpacked
-from fedprune_device.training.trainer import Trainer, TrainingResult
+from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingTask
 from support.fakes.hidden_board import (
     CLASSES,
     DEVICE,
@@ -49,7 +49,7 @@ def half(weights: Tensors, *names: str, seed: int = 0) -> ElementMask:
 
 
 def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **other: Any) -> TrainingResult:
-    return Trainer(graph).train(weights, data, recipe, seed=SEED, device=DEVICE, round=1, classes=CLASSES, **other)
+    return Trainer(graph).train(weights, data, TrainingTask(recipe, CLASSES, SEED, DEVICE, round=1, **other))
 
 
 # -- masks ------------------------------------------------------------------------------------------------------------

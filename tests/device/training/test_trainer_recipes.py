@@ -31,7 +31,14 @@ from fedprune_device.data.labels import (
 )
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.round_runner import RoundRunner
-from fedprune_device.training.trainer import EarlyStopping, Trainer, TrainingResult, TrainingStoppedError
+from fedprune_device.training.trainer import (
+    EarlyStopping,
+    Trainer,
+    TrainingControl,
+    TrainingResult,
+    TrainingStoppedError,
+    TrainingTask,
+)
 from support.fakes.agent_fleet import MemoryServer
 
 pytestmark = pytest.mark.board
@@ -69,8 +76,9 @@ STILL = Recipe(batch_size=16, frozen=("w1", "gamma", "mean", "var"))
 
 
 def train(graph: Path, weights: Tensors, data: LocalData, recipe: Recipe, **other: Any) -> TrainingResult:
-    arguments = {"seed": 7, "device": "d", "round": 1, "classes": CLASSES, **other}
-    return Trainer(graph).train(weights, data, recipe, **arguments)
+    control = TrainingControl(**{name: other.pop(name) for name in ("progress", "stop", "enough") if name in other})
+    task = TrainingTask(**{"recipe": recipe, "seed": 7, "device": "d", "round": 1, "classes": CLASSES, **other})
+    return Trainer(graph).train(weights, data, task, control)
 
 
 def batches(recipe: Recipe, samples: int) -> list[Array]:
@@ -535,11 +543,11 @@ def test_a_graph_that_mixes_and_a_recipe_that_does_not_are_no_pair(
 def test_the_state_of_a_round_begins_at_zero(graphs: Path, weights: Tensors, data: LocalData) -> None:
     """Two rounds of one step each are not one round of two steps."""
     trainer = Trainer(graphs / "adamw.onnx")
-    arguments: dict[str, Any] = {"seed": 7, "device": "d", "round": 1, "classes": CLASSES}
     whole = Recipe.from_dict({**ADAMW.to_dict(), "batch_size": 70, "epochs": 1, "clip_norm": 1e6})
-    one = trainer.train(weights, data, whole, **arguments).tensors
-    two = trainer.train(one, data, whole, **arguments).tensors
-    again = trainer.train(weights, data, whole, **arguments).tensors
+    task = TrainingTask(whole, CLASSES, seed=7, device="d", round=1)
+    one = trainer.train(weights, data, task).tensors
+    two = trainer.train(one, data, task).tensors
+    again = trainer.train(weights, data, task).tensors
     assert all(np.array_equal(one[n], again[n]) for n in one)
     # A first step of Adam moves every weight by lr, whatever its gradient.
     for name, value in weights.items():

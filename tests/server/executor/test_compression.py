@@ -24,7 +24,7 @@ from fedprune.planning.profile_store import find
 from fedprune.updates import CODECS, DOWN, Codec, bound, decode, encode, packing
 from fedprune.wire.messages import Birth, Offer, parse
 from fedprune_device.training.local_update import decoded
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
@@ -252,7 +252,9 @@ def trained(worker: Worker, offer: dict[str, Any], federation: Digits) -> tuple[
     """The weights that were sent, and what training made of them."""
     start = tensorfile.decode(worker.store.read(offer["weights"]["sha256"]))
     trainer = Trainer(worker.store.read(offer["training"]["sha256"]))
-    result = trainer.train(start, federation.devices[KINDS[0]], Recipe(), seed=0, device="a", round=1, classes=10)
+    result = trainer.train(
+        start, federation.devices[KINDS[0]], TrainingTask(Recipe(), seed=0, device="a", round=1, classes=10)
+    )
     return start, {n: v.copy() for n, v in result.tensors.items()}
 
 

@@ -23,7 +23,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.rounds.limits import MEMORY
 from fedprune.strategies.importance.scoring import random_ranks
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
@@ -88,11 +88,7 @@ def contributions(w: Worker, model: Model, ranking: str, federation: Digits) -> 
         result = Trainer(w.store.read(offer["training"]["sha256"])).train(
             tensorfile.decode(w.store.read(offer["weights"]["sha256"])),
             federation.devices[name],
-            RECIPE,
-            seed=0,
-            device=name,
-            round=1,
-            classes=10,
+            TrainingTask(RECIPE, seed=0, device=name, round=1, classes=10),
         )
         weights = w.store.put(tensorfile.encode(result.tensors)).sha256
         parts.append(contribution(basis, of, weights, result.samples, result.steps, offer["weights"]["sha256"]))

@@ -17,7 +17,7 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.privacy.budget import PrivacyPolicy
 from fedprune_device.storage.state_directory import DeviceStore
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.agent_fleet import MemoryLink, MemoryServer, clock
 
 LONG = Recipe(epochs=5000, batch_size=1, lr=1e-4)
@@ -91,7 +91,7 @@ class Bench:
 def expected(graphs: Path, weights: Tensors, data: LocalData, number: int, recipe: Recipe | None = None) -> Tensors:
     trainer = Trainer(graphs / "plain.onnx")
     recipe = recipe or Recipe(epochs=2, batch_size=16)
-    return trainer.train(weights, data, recipe, seed=7, device="d", round=number, classes=3).tensors
+    return trainer.train(weights, data, TrainingTask(recipe, seed=7, device="d", round=number, classes=3)).tensors
 
 
 def same(one: Any, other: Any) -> bool:

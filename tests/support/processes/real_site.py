@@ -35,23 +35,23 @@ data = "evaluation.npz"
 
 HELD = """\
 import runpy, sys, time
+from dataclasses import replace
 from pathlib import Path
 from fedprune_device.training.trainer import Trainer
 
 folder, train = Path(sys.argv[1]), Trainer.train
 
-def held(*given, progress=None, stop=None, **words):
-    name = f"{words['seed']}-{words['round']}"
+def held(trainer, tensors, data, task, control):
+    name = f"{task.seed}-{task.round}"
 
     def step(done, steps):
-        if progress is not None:
-            progress(done, steps)
+        control.progress(done, steps)
         if done == (steps + 1) // 2 and (folder / name).exists():
-            (folder / f"{name}-{words['device']}").touch()
-            while (folder / name).exists() and not (stop is not None and stop()):
+            (folder / f"{name}-{task.device}").touch()
+            while (folder / name).exists() and not control.stop():
                 time.sleep(0.01)
 
-    return train(*given, progress=step, stop=stop, **words)
+    return train(trainer, tensors, data, task, replace(control, progress=step))
 
 Trainer.train = held
 sys.argv[:3] = sys.argv[2:3]

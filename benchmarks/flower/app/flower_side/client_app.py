@@ -10,7 +10,7 @@ from flwr.clientapp import ClientApp
 
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import load_data
-from fedprune_device.training.trainer import Trainer
+from fedprune_device.training.trainer import Trainer, TrainingTask
 
 app = ClientApp()
 
@@ -24,11 +24,13 @@ def train(message: Message, context: Context) -> Message:
     result = Trainer(folder / "training.onnx").train(
         {key: array.numpy() for key, array in given.items()},
         load_data(str(folder / f"{name}.npz")),
-        Recipe.from_dict(setting["recipe"]),
-        seed=setting["seed"],
-        device=name,
-        round=int(message.content["config"]["server-round"]),
-        classes=setting["classes"],
+        TrainingTask(
+            Recipe.from_dict(setting["recipe"]),
+            seed=setting["seed"],
+            device=name,
+            round=int(message.content["config"]["server-round"]),
+            classes=setting["classes"],
+        ),
     )
     arrays = ArrayRecord({key: Array(value) for key, value in result.tensors.items()})
     metrics = MetricRecord({"num-examples": result.samples, "loss": result.loss_last})
