@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import shutil
+import signal
+import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +33,8 @@ from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
-from fedprune_server.process.children import Children
+from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
+from fedprune_server.process.child_side import set_parent_death_signal
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import REFERENCE
@@ -50,6 +55,10 @@ MARK = "demo.json"
 """Says that a folder is a demo's, so that the next demo may clear it."""
 
 _SITE = "demo"
+_STOP_S = 5.0
+_LAST_OUTPUT = 400
+"""Characters of a dead board's output that its error shows."""
+
 _MEASURED = "payload at the broker: delivered to devices, received from them"
 
 
@@ -70,6 +79,51 @@ def add_demo(demo: argparse.ArgumentParser) -> None:
 
 def _demo(arguments: argparse.Namespace) -> int:
     return run_demo(arguments.out, seed=arguments.seed, rounds=arguments.rounds, quick=arguments.quick)
+
+
+class BoardProcesses:
+    """The boards' processes. Leaving the context ends them all: SIGTERM, then SIGKILL."""
+
+    def __init__(self) -> None:
+        self._processes: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name."""
+        return {name: process.pid for name, (process, _) in self._processes.items()}
+
+    def start(self, name: str, command: Sequence[str], output: Path) -> None:
+        """Start a process; `output` is the file for what it prints."""
+        with output.open("ab") as stream:
+            process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own modules, in this Python
+                list(command),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                start_new_session=True,  # Ctrl-C in the terminal is for the demo, which then ends its boards
+                preexec_fn=partial(set_parent_death_signal, signal.SIGTERM),
+            )
+        self._processes[name] = (process, output)
+
+    def check(self) -> None:
+        """Raise `ChildDiedError`, with its last output, if a process has ended."""
+        for name, (process, output) in self._processes.items():
+            code = process.poll()
+            if code is not None:
+                last = output.read_text(errors="replace").strip()[-_LAST_OUTPUT:]
+                message = f"{name} has ended with exit code {code}"
+                raise ChildDiedError(message, got=last or "no output", hint=f"See {output}.")
+
+    def __enter__(self) -> BoardProcesses:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        started = [process for process, _ in self._processes.values()]
+        for process in started:
+            process.terminate()  # does nothing to one that has ended
+        for process in started:
+            wait_or_kill(process, _STOP_S)
 
 
 @dataclass(frozen=True)
@@ -199,14 +253,14 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
     )
     with (
         build_app(config, StartOptions(insecure=True, until_finished=True), threading.Event()) as app,
-        Children() as children,
+        BoardProcesses() as boards,
     ):
         broker, runner = app.connection.broker, app.server.first
         if broker is None:
             raise ConfigError("the demo's broker", expected="an embedded one")
         for board in BOARDS:
-            _start_board(children, board.name, folder, place, broker.url)
-        runner.observers.join(_Watch(children, lambda number: traffic.__setitem__(number, _bytes(broker)), watch))
+            _start_board(boards, board.name, folder, place, broker.url)
+        runner.observers.join(_Watch(boards, lambda number: traffic.__setitem__(number, _bytes(broker)), watch))
         began = time.time()
         app.run()
         view = runner.view
@@ -227,22 +281,22 @@ class _Watch(Observer):
     """Looks after the boards, and reads the broker's meter after every round."""
 
     def __init__(
-        self, children: Children, meter: Callable[[int], None], watch: Callable[[dict[str, int]], None] | None
+        self, boards: BoardProcesses, meter: Callable[[int], None], watch: Callable[[dict[str, int]], None] | None
     ) -> None:
-        self._children = children
+        self._boards = boards
         self._meter = meter
         self._watch = watch
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        self._children.check()
+        self._boards.check()
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         self._meter(int(summary["round"]))
         if self._watch is not None:
-            self._watch(self._children.pids)
+            self._watch(self._boards.pids)
 
 
-def _start_board(children: Children, name: str, folder: DemoFolder, place: Path, url: str) -> None:
+def _start_board(boards: BoardProcesses, name: str, folder: DemoFolder, place: Path, url: str) -> None:
     board = next(b for b in BOARDS if b.name == name)
     devices = place / "devices"
     devices.mkdir(parents=True, exist_ok=True)
@@ -250,7 +304,7 @@ def _start_board(children: Children, name: str, folder: DemoFolder, place: Path,
     command += ["--device", name, "--data", str(folder.data(name)), "--state", str(devices / name)]
     # Plans shall come from the profiles: a probe would measure this machine.
     command += ["--profile", str(folder.profiles / f"{board.profile().name}.json"), "--no-probe", "--threads", "1"]
-    children.start(f"device {name}", command, devices / f"{name}.log", {"OMP_NUM_THREADS": "1"})
+    boards.start(f"device {name}", command, devices / f"{name}.log")
 
 
 def _bytes(broker: EmbeddedBroker) -> tuple[int, int]:

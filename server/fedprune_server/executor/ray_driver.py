@@ -18,7 +18,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError, StorageError, reason
 from fedprune_server.executor.pool_tasks import Task, WorkerSpec
 from fedprune_server.executor.worker import Worker
-from fedprune_server.process.children import begin_helper
+from fedprune_server.process.child_side import end_with_parent
 
 _RETRIES = 3
 """Retries of a task whose machine or process has died."""
@@ -45,7 +45,7 @@ def run_driver(parent: int, address: str, settings: WorkerSpec, probe: str, conn
     the cluster's processors; `done` and a number, with the result behind it; `failed` and a number, with a text behind
     it; `lost` and why, where the cluster can't be used.
     """
-    begin_helper(parent)
+    end_with_parent(parent)
     _be_quiet()
     try:
         _Cluster(address, settings, probe, connection).run()

@@ -1,4 +1,4 @@
-"""A child process that exchanges lines with its parent over its standard streams, and is restarted when it ends."""
+"""Child processes that exchange lines with this one over their standard streams. No call waits for a pipe."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import subprocess  # nosec B404  # lists of words, never a shell
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import IO, BinaryIO, Generic, TypeVar
 
-from fedprune.core.errors import ProtocolError, shown
-from fedprune.wire.fields import read_checked
-from fedprune_server.process.children import reap
+from fedprune.core.errors import FedpruneError, ProtocolError
 
 log = logging.getLogger("fedprune.server")
 
-STEADY_S = 60.0
+STABLE_S = 60.0
 """A child that ran at least this long is restarted at once when it ends, any number of times."""
 
-REST_S = 60.0
-"""Pause after `TRIES` children in a row that ended sooner."""
+MAX_SHORT_RUNS = 3
+"""Number of shorter runs in a row after which the next start waits for `BACKOFF_S`."""
 
-TRIES = 3
+BACKOFF_S = 60.0
 
 _FULL_S = 30.0
 """How long a child's message waits for room in the queue of unread messages before the child is ended."""
@@ -30,17 +28,24 @@ _FULL_S = 30.0
 Message = TypeVar("Message")
 
 
+class ChildDiedError(FedpruneError):
+    """A child process ended before its work was done."""
+
+
 class ChildProcess(Generic[Message]):
-    """A child as its parent sees it. Only `stop` waits for it, for a few seconds.
+    """One run of a child process, in a session of its own: Ctrl-C in the terminal is for this process, which ends it.
 
     Args:
         command: Program and arguments.
-        name: Its name in the log, such as `a receiver`.
+        name: Its name in the log, such as `the console`.
         read: Reads its next message; None at the end.
-        end_s: Seconds that it has for ending when asked to.
-        most: Maximum number of unread messages; with more it is ended. 0 for no limit.
+        max_unread: Maximum number of unread messages; with more it is ended. 0 for no limit.
         environment: Its environment variables; None for this process's.
-        wake: Called from another thread when it has sent a message.
+        errors: File for its standard error; None for this process's.
+        wake: Called from another thread when it has sent a message or ended.
+
+    Raises:
+        OSError: It can't be started.
     """
 
     def __init__(
@@ -49,32 +54,109 @@ class ChildProcess(Generic[Message]):
         name: str,
         read: Callable[[BinaryIO], Message | None],
         *,
-        end_s: float,
-        most: int = 0,
+        max_unread: int = 0,
         environment: Mapping[str, str] | None = None,
+        errors: IO[bytes] | None = None,
         wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._command, self._name, self._read_message = list(command), name, read
-        self._end_s, self._most, self._wake, self._environment = end_s, most, wake, environment
-        self._process: subprocess.Popen[bytes] | None = None
+        self._name, self._read_message, self._wake = name, read, wake
         self._lines: queue.Queue[bytes | None] = queue.Queue()
-        self._messages: queue.Queue[Message | None] = queue.Queue(most)
-        self._began = self._rests_until = 0.0
-        self._short = 0
+        self._messages: queue.Queue[Message | None] = queue.Queue(max_unread)
+        self.ended = False
+        """Whether all its messages have been received and it sends no more."""
+        self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own module, in this Python
+            list(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=environment,
+            start_new_session=True,
+        )
+        thread = f"fedprune-{name.split()[-1]}"
+        threading.Thread(target=self._write, args=(self._process.stdin,), name=thread, daemon=True).start()
+        threading.Thread(target=self._read, args=(self._process.stdout,), name=thread, daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.returncode
+
+    def send(self, line: bytes) -> None:
+        """Send it a line, without waiting."""
+        self._lines.put(line)
+
+    def receive(self, timeout: float = 0.0) -> Message | None:
+        """Its next message; None if none comes in time, or it has ended."""
+        if self.ended:
+            return None
+        try:
+            message = self._messages.get(block=timeout > 0.0, timeout=timeout)
+        except queue.Empty:
+            return None
+        self.ended = message is None
+        return message
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def stop(self, timeout: float) -> None:
+        """End it by the end of its standard input and SIGTERM, and by SIGKILL after `timeout` seconds."""
+        self._lines.put(None)
+        self._process.terminate()
+        wait_or_kill(self._process, timeout)
+
+    def _read(self, stream: BinaryIO) -> None:
+        """Queue its messages; the end of the stream, or a message that can't be read, is its end."""
+        try:
+            with stream:
+                while (message := self._read_message(stream)) is not None:
+                    self._messages.put(message, timeout=_FULL_S)
+                    self._wake()
+        except (OSError, ValueError, ProtocolError, queue.Full) as error:
+            log.error("can't read what %s sends: %s", self._name, error)
+        self._messages.put(None)
+        self._wake()
+
+    def _write(self, stream: BinaryIO) -> None:
+        with suppress(OSError, ValueError):
+            while (line := self._lines.get()) is not None:
+                stream.write(line)
+                if self._lines.empty():
+                    stream.flush()
+        with suppress(OSError, ValueError):
+            stream.close()
+
+
+class RestartedProcess(Generic[Message]):
+    """A child process that is started again when it ends. Only `stop` waits for it, for a few seconds.
+
+    Args:
+        start: Starts a child process.
+        name: Its name in the log, such as `the console`.
+        stop_s: Seconds that it has for ending when asked to.
+    """
+
+    def __init__(self, start: Callable[[], ChildProcess[Message]], name: str, *, stop_s: float) -> None:
+        self._start, self._name, self._stop_s = start, name, stop_s
+        self._child: ChildProcess[Message] | None = None
+        self._started_at = self._not_before = 0.0
+        self._short_runs = 0
 
     @property
     def alive(self) -> bool:
-        """Whether the process exists."""
-        return self._process is not None
+        """Whether the process exists; one that has ended does until its last message is received."""
+        return self._child is not None
 
     @property
     def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
-    @property
-    def waiting(self) -> int:
-        """Number of lines that have not been written to it yet."""
-        return self._lines.qsize()
+        return None if self._child is None else self._child.pid
 
     def start(self, first: Callable[[], bytes], now: float) -> bool:
         """Start the process, unless it exists or has ended too often lately; returns whether it was started.
@@ -83,109 +165,58 @@ class ChildProcess(Generic[Message]):
             first: Makes the first line to it.
             now: Seconds of a monotonic clock.
         """
-        if self.alive or now < self._rests_until:
+        if self._child is not None or now < self._not_before:
             return False
-        begin = first()
+        line = first()
         try:
-            process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own module, in this Python
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=self._environment,
-                start_new_session=True,  # Ctrl-C in the terminal is for the server, which then ends it
-            )
+            self._child = self._start()
         except OSError as error:
             log.error("%s can't be started: %s", self._name, error)
-            self._rests_until = now + REST_S
+            self._not_before = now + BACKOFF_S
             return False
-        self._process, self._began = process, now
-        # The threads of the previous process keep its queues.
-        self._lines, self._messages = queue.Queue(), queue.Queue(self._most)
-        self._lines.put(begin)
-        for target, pipe, passing in (
-            (_write, process.stdin, self._lines),
-            (self._read, process.stdout, self._messages),
-        ):
-            run: Callable[..., None] = target
-            thread = f"fedprune-{self._name.split()[-1]}"
-            threading.Thread(target=run, args=(pipe, passing), name=thread, daemon=True).start()
+        self._started_at = now
+        self._child.send(line)
         return True
 
     def send(self, line: bytes) -> None:
-        """Send it a line, without waiting."""
-        self._lines.put(line)
+        """Send it a line, without waiting; the line is lost if it is not alive."""
+        if self._child is not None:
+            self._child.send(line)
 
     def received(self, now: float) -> Iterator[Message]:
         """Its messages since the last call. If it has ended, it may be started again."""
-        while True:
-            try:
-                message = self._messages.get_nowait()
-            except queue.Empty:
-                return
-            if message is None:
-                self.give_up(now, "it has ended")
-                return
+        child = self._child
+        if child is None:
+            return
+        while (message := child.receive()) is not None:
             yield message
+        if child.ended and child is self._child:
+            self.kill(now, "it has ended")
 
-    def give_up(self, now: float, why: str) -> None:
+    def kill(self, now: float, reason: str) -> None:
         """Kill it, so that it can be started again."""
-        process = self._process
-        if process is not None:
-            process.kill()
-        self.stop()
-        code = None if process is None else process.returncode
-        log.warning("%s is started again: %s (exit code %s)", self._name, why, code)
-        self._short = 0 if now - self._began > STEADY_S else self._short + 1
-        if self._short >= TRIES:
-            self._short, self._rests_until = 0, now + REST_S
-            said = "%s ended %d times within a minute: the server does without it for a minute"
-            log.error(said, self._name, TRIES)
+        child, self._child = self._child, None
+        if child is None:
+            return
+        child.kill()
+        child.stop(self._stop_s)
+        log.warning("%s is started again: %s (exit code %s)", self._name, reason, child.exit_code)
+        self._short_runs = 0 if now - self._started_at > STABLE_S else self._short_runs + 1
+        if self._short_runs >= MAX_SHORT_RUNS:
+            self._short_runs, self._not_before = 0, now + BACKOFF_S
+            message = "%s ended %d times within a minute: the server does without it for a minute"
+            log.error(message, self._name, MAX_SHORT_RUNS)
 
     def stop(self) -> None:
         """End the process; may be called twice."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        self._lines.put(None)
-        process.terminate()
-        reap(process, self._end_s)
-
-    def _read(self, stream: BinaryIO, messages: queue.Queue[Message | None]) -> None:
-        """Queue its messages; the end of the stream, or a message that can't be read, is its end."""
-        try:
-            with stream:
-                while (message := self._read_message(stream)) is not None:
-                    messages.put(message, timeout=_FULL_S)
-                    self._wake()
-        except (OSError, ValueError, ProtocolError, queue.Full) as error:
-            log.error("can't read what %s sends: %s", self._name, error)
-        messages.put(None)
-        self._wake()
+        child, self._child = self._child, None
+        if child is not None:
+            child.stop(self._stop_s)
 
 
-def checked_line(raw: bytes, limit: int, what: str, types: Mapping[str, type[Any]]) -> Any:
-    """Parse a line of such a child, or to it.
-
-    Args:
-        raw: The line, with its newline.
-        limit: Its maximum length in bytes.
-        what: Its name in errors.
-        types: Its possible message types, by kind.
-
-    Raises:
-        ProtocolError: It is too long or cut short, no JSON, or a field is missing or wrong.
-    """
-    if len(raw) > limit or not raw.endswith(b"\n"):
-        raise ProtocolError(what, expected=f"at most {limit} bytes and its end", got=shown(raw[:80]))
-    return read_checked(raw, what, types)
-
-
-def _write(stream: BinaryIO, lines: queue.Queue[bytes | None]) -> None:
-    """Write the queued lines to a process, which may read them slowly."""
-    with suppress(OSError, ValueError):
-        while (raw := lines.get()) is not None:
-            stream.write(raw)
-            if lines.empty():
-                stream.flush()
-    with suppress(OSError, ValueError):
-        stream.close()
+def wait_or_kill(process: subprocess.Popen[bytes], timeout: float) -> None:
+    """Wait for a process that was asked to end; kill it if it takes longer than `timeout` seconds."""
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(timeout)
+    process.kill()  # does nothing to one that has ended
+    process.wait()

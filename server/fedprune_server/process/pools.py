@@ -17,7 +17,8 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, Thre
 from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, TypeVar
 
-from fedprune_server.process.children import ChildDiedError, begin_helper
+from fedprune_server.process.child_process import ChildDiedError
+from fedprune_server.process.child_side import end_with_parent
 
 W = TypeVar("W")
 R = TypeVar("R")
@@ -99,7 +100,7 @@ _worker: Any = None
 
 def _begin(parent: int, make: Callable[[], Any]) -> None:
     global _worker
-    begin_helper(parent)
+    end_with_parent(parent)
     _worker = make()
 
 
@@ -152,5 +153,5 @@ class ProcessPerTask(TaskPool[W]):
 
 
 def _do_alone(parent: int, task: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
-    begin_helper(parent)
+    end_with_parent(parent)
     task(*arguments)

@@ -19,7 +19,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fedprune.core.errors import FedpruneError
-from fedprune_server.process.children import begin_helper, replies_to_parent
+from fedprune_server.process.child_side import end_with_parent, reply_stream
 from fedprune_server.web.app import make_app
 from fedprune_server.web.auth.middleware import Surroundings
 from fedprune_server.web.connections import Connections
@@ -129,12 +129,12 @@ def _end_with_server() -> None:
 
 def main() -> None:
     """Run until the parent asks for the end, or ends."""
-    replies = replies_to_parent()
+    replies = reply_stream()
     try:
         settings = ConsoleSettings.from_json(sys.stdin.buffer.readline())
     except ValueError:
         sys.exit(2)
-    begin_helper(settings.parent)
+    end_with_parent(settings.parent)
     try:
         serve(settings, replies)
     except BrokenPipeError:

@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
-from fedprune_server.process.child_process import ChildProcess
+from fedprune_server.process.child_process import ChildProcess, RestartedProcess
 
 log = logging.getLogger("fedprune.server")
 
-MOST_LINES = 200
+MAX_UNREAD = 200
 """Lines of the process that may wait for the server; with more it is ended."""
 
+_NAME = "the console"
 _MAX_LINE = 4096
-_END_S = 3.0
+_STOP_S = 3.0
 SILENT_S = 30.0
 """A console that has sent nothing for so long is ended and started again."""
 
@@ -66,10 +67,8 @@ class ConsoleProcess:
 
     def __init__(self, settings: ConsoleSettings, command: list[str] | None = None) -> None:
         self._settings = settings
-        self._child: ChildProcess[str] = ChildProcess(
-            command or [sys.executable, "-m", "fedprune_server.web.child"], "the console", _read_url,
-            end_s=_END_S, most=MOST_LINES, environment=harmless(os.environ),
-        )  # fmt: skip
+        self._command = command or [sys.executable, "-m", "fedprune_server.web.child"]
+        self._child = RestartedProcess(self._start, _NAME, stop_s=_STOP_S)
         self._heard_at = 0.0
         self.url = ""
         """Where it listens; empty until it has reported that."""
@@ -91,11 +90,15 @@ class ConsoleProcess:
                 log.info("the console is at %s", url)
             self.url, self._heard_at = url, now
         if self.alive and now - self._heard_at > SILENT_S:
-            self._child.give_up(now, f"it has not responded for {SILENT_S:.0f} s")
+            self._child.kill(now, f"it has not responded for {SILENT_S:.0f} s")
 
     def stop(self) -> None:
         """End the process; may be called twice."""
         self._child.stop()
+
+    def _start(self) -> ChildProcess[str]:
+        environment = harmless(os.environ)
+        return ChildProcess(self._command, _NAME, _read_url, max_unread=MAX_UNREAD, environment=environment)
 
 
 def harmless(environment: Mapping[str, str]) -> dict[str, str]:

@@ -27,7 +27,7 @@ from fedprune.wire.transfer import BlobSender
 from fedprune_server.app import upload_workers
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.devices.quarantine import BURST, BYTES_PER_POINT, Quarantine
-from fedprune_server.process.child_process import TRIES
+from fedprune_server.process.child_process import MAX_SHORT_RUNS
 from fedprune_server.transfer.upload_workers.child import MOST_NAMES, Receiving
 from fedprune_server.transfer.upload_workers.messages import (
     MAX_LINE,
@@ -392,7 +392,7 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while(tmp_path: Path) -
         return made
 
     receiver = UploadWorker(broken, lambda: None)
-    for turn in range(TRIES):
+    for turn in range(MAX_SHORT_RUNS):
         assert receiver.start(float(turn))
         until = time.monotonic() + 20
         while receiver.alive and time.monotonic() < until:

@@ -92,7 +92,7 @@ def test_a_console_serves_what_it_is_told_and_is_started_anew(tmp_path: Path) ->
 def test_one_that_says_nonsense_is_ended_and_after_a_few_times_left_alone(tmp_path: Path) -> None:
     process = ConsoleProcess(settings(tmp_path), ["sh", "-c", "sleep 0.1; echo nonsense; sleep 60"])
     pids = set[int | None]()
-    until(lambda: (process.turn(0.0), pids.add(process.pid), process._child._rests_until)[2])
+    until(lambda: (process.turn(0.0), pids.add(process.pid), process._child._not_before)[2])
     assert len(pids - {None}) == 3
     process.turn(1.0)
     assert not process.alive
@@ -108,9 +108,9 @@ def test_it_gets_no_secret_of_the_servers_environment(tmp_path: Path, monkeypatc
     program = f"import os; open({str(out)!r}, 'w').write(repr(dict(os.environ)))"
     child = ConsoleProcess(settings(tmp_path), [sys.executable, "-c", program])
     child.turn(0.0)
-    process = child._child._process
-    assert process is not None
-    assert process.wait(30) == 0
+    started = child._child._child
+    assert started is not None
+    assert started._process.wait(30) == 0
     child.stop()
     assert "'PATH'" in out.read_text()
     assert "secret" not in out.read_text()

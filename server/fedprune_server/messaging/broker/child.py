@@ -19,7 +19,7 @@ import warnings
 from typing import IO, Any
 
 from fedprune.wire.topics import EVERYONE
-from fedprune_server.process.children import signal_at_parents_end
+from fedprune_server.process.child_side import set_parent_death_signal
 
 KINDS = ("up", "up/blob", "down", "down/blob", "other")
 """What traffic is counted by: the channel of a topic."""
@@ -110,7 +110,7 @@ def _end_with(parent: int) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGUSR1, look)
-    signal_at_parents_end(signal.SIGUSR1)
+    set_parent_death_signal(signal.SIGUSR1)
     look(0, None)  # it may have gone before the signal was asked for
 
 

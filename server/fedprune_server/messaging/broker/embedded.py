@@ -11,23 +11,21 @@ import errno
 import json
 import logging
 import os
-import select
 import socket
-import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 import tempfile
 import threading
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from fedprune.core.errors import BrokerError, reason
 from fedprune.output.extras import install_command
 from fedprune.security.tls import unpinned_context
-from fedprune_server.process.children import reap
+from fedprune_server.process.child_process import ChildProcess
 
 log = logging.getLogger("fedprune.server")
 
@@ -85,9 +83,8 @@ class EmbeddedBroker:
         self.port = port
         self._tls = tls
         self._any_port = port == 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ChildProcess[dict[str, Any]] | None = None
         self._errors: IO[bytes] | None = None
-        self._buffer = b""
         self._lock = threading.Lock()
         self._before = Traffic()
         self._latest = Traffic()
@@ -106,7 +103,7 @@ class EmbeddedBroker:
     @property
     def alive(self) -> bool:
         """Whether the child is running."""
-        return self._process is not None and self._process.poll() is None
+        return self._process is not None and self._process.running
 
     def start(self, timeout: float = 20.0) -> None:
         """Start, and wait until it accepts MQTT connections; does nothing if it is running. Raises `BrokerError` if the
@@ -153,26 +150,19 @@ class EmbeddedBroker:
             if process is None:
                 return
             self._before, self._latest = self._before + self._latest, Traffic()
-            if process.stdin is not None:
-                with suppress(OSError):
-                    process.stdin.close()  # which ends it; a signal might come from elsewhere, and before its time
-            reap(process, 5.0)
-            for stream in (process.stdin, process.stdout, self._errors):
-                if stream is not None:
-                    with suppress(OSError):
-                        stream.close()
+            process.stop(5.0)
+            if self._errors is not None:
+                self._errors.close()
 
     def traffic(self) -> Traffic:
         """Payload bytes so far, over all restarts; the last known numbers if the child doesn't answer."""
         with self._lock:
             process = self._process
-            if process is not None and process.stdin is not None and process.poll() is None:
-                with suppress(OSError):
-                    process.stdin.write(b"traffic\n")
-                    process.stdin.flush()
-                    answer = self._read_line(process, 5.0)
-                    if "received" in answer:
-                        self._latest = Traffic(answer["received"], answer["delivered"])
+            if process is not None and process.running:
+                process.send(b"traffic\n")
+                answer = process.receive(5.0)
+                if answer is not None and "received" in answer:
+                    self._latest = Traffic(answer["received"], answer["delivered"])
             return self._before + self._latest
 
     def __enter__(self) -> EmbeddedBroker:
@@ -187,14 +177,9 @@ class EmbeddedBroker:
         if self._tls is not None:
             command += ["--tls", str(self._tls.certificate), str(self._tls.key), str(self._tls.authority)]
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed in `stop`
-        self._buffer = b""
-        self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own module, in this Python
-            [*command, "--parent", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-        )
-        return self._read_line(self._process, timeout)
+        command += ["--parent", str(os.getpid())]
+        self._process = ChildProcess(command, "the embedded broker", _read_json, errors=self._errors)
+        return self._process.receive(timeout) or {}
 
     def _failed(self, answer: dict[str, Any], taken: bool) -> BrokerError:
         reason = str(answer.get("error") or self._last_words() or "it doesn't answer")
@@ -214,21 +199,6 @@ class EmbeddedBroker:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
-
-    def _read_line(self, process: subprocess.Popen[bytes], timeout: float) -> dict[str, Any]:
-        """The child's next line, or nothing if it doesn't come in time."""
-        if process.stdout is None:
-            return {}
-        descriptor, deadline = process.stdout.fileno(), time.monotonic() + timeout
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))
-            data = os.read(descriptor, 65_536) if ready else b""
-            if not data:
-                return {}
-            self._buffer += data
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
 
     def _wait_for_mqtt(self, timeout: float) -> None:
         host = self.url.partition("://")[2].rsplit(":", 1)[0].strip("[]")
@@ -250,6 +220,14 @@ class EmbeddedBroker:
                 reason = error.strerror or str(error)
             time.sleep(0.05)
         raise BrokerError(f"embedded broker on {self.host}:{self.port} doesn't accept connections ({reason})")
+
+
+def _read_json(stream: BinaryIO) -> dict[str, Any] | None:
+    line = stream.readline()
+    if not line:
+        return None
+    answer: dict[str, Any] = json.loads(line)
+    return answer
 
 
 def _free_port(host: str) -> int:

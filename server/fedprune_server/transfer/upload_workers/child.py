@@ -27,7 +27,7 @@ from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import Link
 from fedprune.wire.messages import RejectedMessageLog
 from fedprune.wire.topics import Topics
-from fedprune_server.process.children import begin_helper, replies_to_parent
+from fedprune_server.process.child_side import end_with_parent, reply_stream
 from fedprune_server.transfer.upload_workers.messages import (
     MAX_REASON,
     Asks,
@@ -199,11 +199,11 @@ def run(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
 
 def main() -> None:
     """Run until the parent asks for the end, or ends."""
-    replies = replies_to_parent()
+    replies = reply_stream()
     begin = read(sys.stdin.buffer)
     if not isinstance(begin, Begin):
         sys.exit(2)
-    begin_helper(begin.parent)
+    end_with_parent(begin.parent)
     try:
         run(begin, sys.stdin.buffer, replies)
     except BrokenPipeError:

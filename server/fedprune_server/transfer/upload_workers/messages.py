@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO, get_args
 
-from fedprune.core.errors import ProtocolError
+from fedprune.core.errors import ProtocolError, shown
 from fedprune.wire.fields import (
     Attempt,
     Blob,
@@ -18,11 +18,11 @@ from fedprune.wire.fields import (
     Tag,
     choice,
     number,
+    read_checked,
     text,
     whole,
 )
 from fedprune.wire.messages import MAX_REQUEST, PARTS
-from fedprune_server.process.child_process import checked_line
 
 MAX_LINE = 4096
 """Bytes that no line may exceed."""
@@ -171,5 +171,8 @@ def read(stream: BinaryIO) -> ToReceiver | ToServer | None:
 def parse_line(raw: bytes) -> ToReceiver | ToServer:
     """Read and check a line. Raises `ProtocolError` if it is too long or cut short, no JSON, or a field is missing or
     wrong."""
-    message: ToReceiver | ToServer = checked_line(raw, MAX_LINE, "line of a pipe", _TYPES)
+    what = "line of a pipe"
+    if len(raw) > MAX_LINE or not raw.endswith(b"\n"):
+        raise ProtocolError(what, expected=f"at most {MAX_LINE} bytes and its end", got=shown(raw[:80]))
+    message: ToReceiver | ToServer = read_checked(raw, what, _TYPES)
     return message

@@ -19,7 +19,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.messages import TO, BlobRequest
-from fedprune_server.process.child_process import ChildProcess
+from fedprune_server.process.child_process import ChildProcess, RestartedProcess
 from fedprune_server.transfer.upload_workers.messages import (
     Asks,
     Beat,
@@ -44,7 +44,9 @@ log = logging.getLogger("fedprune.server")
 SILENT_S = 30.0
 """An upload worker that has sent nothing for so long, or has had no connection, is ended and started again."""
 
-_END_S = 5.0
+_STOP_S = 5.0
+_NAME = "an upload worker"
+_COMMAND = (sys.executable, "-m", "fedprune_server.transfer.upload_workers.child")
 
 
 class UploadWorker:
@@ -57,13 +59,11 @@ class UploadWorker:
 
     def __init__(self, begin: Callable[[str], Begin], wake: Callable[[], None]) -> None:
         self._begin = begin
-        self._child: ChildProcess[ToReceiver | ToServer] = ChildProcess(
-            [sys.executable, "-m", "fedprune_server.transfer.upload_workers.child"],
-            "a receiver",
-            read,
-            end_s=_END_S,
-            wake=wake,
-        )
+
+        def start() -> ChildProcess[ToReceiver | ToServer]:
+            return ChildProcess(_COMMAND, _NAME, read, wake=wake)
+
+        self._child = RestartedProcess(start, _NAME, stop_s=_STOP_S)
         self.tag = ""
         self.load = 0
         """Bytes of updates that it still has to fetch."""
@@ -96,7 +96,7 @@ class UploadWorker:
             yield message
         if self.alive and now - self._heard > SILENT_S:
             why = f"it sent nothing, or had no connection to the broker, for {SILENT_S:.0f} s"
-            self._child.give_up(now, why)
+            self._child.kill(now, why)
 
     def stop(self) -> None:
         """End the process; may be called twice."""

@@ -1,0 +1,36 @@
+"""The child's side of a child process: it ends with its parent, and keeps its standard output for its replies."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from typing import BinaryIO
+
+_PR_SET_PDEATHSIG = 1
+
+_prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
+
+
+def end_with_parent(parent: int) -> None:
+    """End this process when its parent, of process id `parent`, ends; ignore Ctrl-C, which is for the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_parent_death_signal(signal.SIGTERM)
+    if os.getppid() != parent:  # it ended before the kernel was asked
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def set_parent_death_signal(number: signal.Signals) -> None:
+    """Ask the kernel to send this process a signal when its parent ends, even after kill -9 (Linux only).
+
+    Also runs in a child before its program, so it may do no more than call the kernel.
+    """
+    if _prctl is not None:
+        _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
+def reply_stream() -> BinaryIO:
+    """A stream to the parent; what libraries print to standard output goes to standard error from now on."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return replies
