@@ -1,9 +1,11 @@
-"""Devices that train in other processes get the bits that a board would."""
+"""A virtual device's work is a board's work, in this process or in others: the same bits, the same refusals."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,59 +14,179 @@ import pytest
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.core.errors import TrainingError
+from fedprune.core.errors import BundleError, DataError, ModelError, TrainingError
 from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.profile_store import find
+from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.serving.model_slots import ModelSlots
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.round_runner import MEASURED, RoundRunner
 from fedprune_export.bundles.inference import inference_model
-from fedprune_export.importing import export_torch, import_onnx
-from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, Work
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, pulls
+from support.fakes.digits_simulation import boards, boards_that_validate, digits_net
+from support.fakes.hidden_board import HiddenBoard, hidden_weights
+from support.paths import GRAPHS
 
-pytest.importorskip("torch")
-from support.nets import smooth_nets
+RNG = np.random.default_rng(5)
+X, Y = RNG.standard_normal((30, 6)).astype(np.float32), RNG.integers(0, 3, 30)
+WEIGHTS = {"w": 0.1 * RNG.standard_normal((3, 6)).astype(np.float32), "b": np.zeros(3, np.float32)}
+DEVICE = VirtualDevice("d", find("raspberry-pi-4b"), LocalData(X[:20], Y[:20], X[20:], Y[20:]))
 
-pytestmark = pytest.mark.torch
 
-RECIPES = {
-    "plain": Recipe(epochs=2, batch_size=8),
-    "ours": Recipe(
-        epochs=2,
-        batch_size=8,
-        logit_adjustment=True,
-        ordered_dropout=(0.5,),
-        average=0.8,
-        blend=0.2,
-        calibrate=True,
-        personal=("fc.*",),
-        patience=1,
-    ),
+@pytest.fixture
+def store(tmp_path):
+    return BlobStore(tmp_path / "blobs", durable=False)
+
+
+@pytest.fixture
+def offer(store):
+    return {
+        "seed": 7,
+        "architecture": "a" * 64,
+        "selection": "b" * 64,
+        "widths": (3,),
+        "classes": 3,
+        "weights": store.put(tensorfile.encode(WEIGHTS)).to_dict(),
+        "training": store.put((GRAPHS / "plain.onnx").read_bytes()).to_dict(),
+        "inference": store.put((GRAPHS / "inference.onnx").read_bytes()).to_dict(),
+        "recipe": Recipe(epochs=2).to_dict(),
+    }
+
+
+def test_it_gives_what_a_board_gives(store, offer, tmp_path):
+    virtual = DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 4)
+    slots = ModelSlots(tmp_path / "serving")
+    slots.prepare()
+    real = RoundRunner("d", store, slots, DEVICE.data).make(Offer("job", 4, 1, **offer), download_seconds=1.0).update
+    assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
+    assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+    assert set(real.metrics) >= MEASURED
+    assert {"accuracy_before", "accuracy_after", "loss_last"} <= set(virtual.metrics)
+
+
+def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):
+    monkeypatch.setattr("fedprune_device.training.evaluation.data_loss", lambda *_: float("nan"))
+    assert "loss_after" not in DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
+
+
+def test_weights_that_a_board_refuses_are_refused(store, offer, tmp_path):
+    offer["weights"] = store.put(tensorfile.encode(WEIGHTS, {"made": "elsewhere" * 9})).to_dict()
+    with pytest.raises(BundleError, match="canonical"):
+        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+def test_a_model_that_contradicts_its_training_graph_is_refused(store, offer, tmp_path):
+    raw = tensorfile.encode(WEIGHTS)
+    start = tensorfile.offsets(raw)["b"][2]
+    graph = (GRAPHS / "inference.onnx").read_bytes().replace(str(start).encode(), str(start - 16).encode())
+    offer["inference"] = store.put(graph).to_dict()
+    with pytest.raises(ModelError, match="training graph"):
+        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
+    offer["classes"] = 2
+    with pytest.raises(DataError):
+        DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1)
+
+
+KEEPING = {
+    "average": Recipe(batch_size=16, average=0.8),
+    "calibrated": Recipe(batch_size=16, average=0.8, calibrate=True, patience=2, epochs=3),
+    "personal": Recipe(batch_size=16, personal=("w2", "b2", "mean", "var")),
+    "masked": Recipe(batch_size=16, average=0.8, mask="hard", report_squares=True),
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> Model:
-    return import_onnx(export_torch(smooth_nets.make()), "smooth")
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(KEEPING))
+def test_what_a_board_keeps_is_kept_for_a_virtual_device_too(store, tmp_path, name):
+    """Round for round the same bits as on a board's disk; also after a kill that takes the simulation back."""
+    recipe = KEEPING[name]
+    x, y = RNG.standard_normal((60, 6)).astype(np.float32), RNG.integers(0, 3, 60)
+    data = LocalData(x[:30], y[:30], x[30:45], y[30:45], x[45:], y[45:])
+    board = HiddenBoard(tmp_path / "board", GRAPHS, data)
+    device = VirtualDevice("d", find("raspberry-pi-4b"), data)
+    runner, saved = DeviceRunner(store, tmp_path / "scratch"), {}
+    for number, width in ((1, 8), (2, 8), (3, 4), (5, 8), (5, 8)):
+        weights = hidden_weights(width, number)
+        mask = ElementMask({"w1": weights["w1"] > 0}) if recipe.mask != "none" else None
+        offer = board.offer(number, recipe, weights, graph="masked" if mask is not None else "kept", mask=mask)
+        real, sent, _ = board.carry_out(offer)
+        with DeviceStore(board.root) as there:
+            for ref in offer.blobs():
+                store.put(there.blobs.read(ref.sha256))
+        body = {
+            k: v for k, v in json.loads(offer.to_bytes()).items() if k not in ("v", "type", "job", "round", "attempt")
+        }
+        before = dict(runner.boards)
+        virtual = runner.carry_out(device, body, number)
+        assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
+        assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+        assert all(np.isfinite(v).all() for v in sent.values())
+        saved[number] = runner.boards["d"]
+        runner = DeviceRunner(store, tmp_path / f"scratch-{number}")  # another process
+        runner.boards |= before
+        assert runner.carry_out(device, body, number) == virtual
+        assert runner.boards["d"] == saved[number]
+    assert ("accuracy_average" in virtual.metrics) == (recipe.average > 0)
+    assert {"accuracy_validation", "loss_validation_before"} <= set(virtual.metrics)
 
 
-def devices(model: Model, count: int = 5) -> list[VirtualDevice]:
-    out = []
-    for i in range(count):
-        rng = np.random.default_rng(i)
-        size = 23 + 3 * i
-        x = rng.standard_normal((size + 14, *model.architecture.input_shape)).astype(np.float32)
-        y = rng.integers(0, 4, size + 14)
-        data = LocalData(x[14:], y[14:], x[6:14], y[6:14], x[:6], y[:6])
-        out.append(VirtualDevice(f"board-{i}", find("raspberry-pi-4b"), data))
-    return out
+def test_nothing_is_kept_where_nothing_is_asked_for(store, offer, tmp_path):
+    runner = DeviceRunner(store, tmp_path / "scratch")
+    runner.carry_out(DEVICE, offer, 1)
+    assert runner.boards == {}
 
 
-def offers(model: Model, store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], number: int = 1) -> list[Work]:
+def test_weights_that_a_board_can_decode_come_encoded():
+    def ref(letter, size):
+        return {"sha256": 64 * letter, "size": size}
+
+    offer = {"weights": ref("a", 100), "training": ref("b", 10), "inference": ref("c", 1), "mask": None}
+    whole = {64 * "a": 100, 64 * "b": 10, 64 * "c": 1}
+    coded = {**offer, "coded": ref("d", 7), "held": 64 * "e"}
+    assert pulls(offer, ()) == pulls(coded, ()) == whole
+    assert pulls(coded, [64 * "e"]) == {**whole, 64 * "a": 7}
+    assert pulls({**offer, "coded": ref("d", 7)}, ()) == {**whole, 64 * "a": 7}  # the difference to 0
+    assert pulls({**offer, "moved": ref("f", 3)}, ()) == {**whole, 64 * "f": 3}
+
+
+def test_training_at_narrower_widths_takes_less_virtual_time():
+    architecture = digits_net().architecture
+    widths, recipe = architecture.sizes, Recipe(epochs=4, batch_size=10)
+    narrow = replace(recipe, ordered_dropout=(0.5, 0.25))
+
+    alone = [DEVICE.train_s(architecture, widths_at(architecture, d), recipe) for d in (1.0, 0.5, 0.25)]
+
+    assert DEVICE.train_s(architecture, widths, narrow) == pytest.approx(sum(alone) / 3)
+    assert sum(alone) / 3 < 0.8 * alone[0]
+
+
+# Several processes.
+
+RECIPE = Recipe(
+    epochs=2,
+    batch_size=64,
+    logit_adjustment=True,
+    ordered_dropout=(0.5,),
+    average=0.8,
+    blend=0.2,
+    calibrate=True,
+    personal=("fc.*",),
+    patience=1,
+)
+
+
+def offers(store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], number: int = 1) -> list[Work]:
     """Every other device has half of the channels."""
+    model = digits_net()
     arch, out = model.architecture, list[Work]()
     training = store.put(training_graph(model, recipe.features).to_bytes()).to_dict()
     for i, device in enumerate(fleet):
@@ -91,13 +213,12 @@ def carried_out(tested: DeviceRunner, work: list[Work]) -> list[Outcome]:
 
 
 @pytest.mark.slow
-def test_other_processes_give_the_same_bits(model: Model, tmp_path: Path) -> None:
-    store = BlobStore(tmp_path / "blobs", durable=False)
+def test_other_processes_give_the_same_bits(store: BlobStore, tmp_path: Path) -> None:
     alone, pooled = DeviceRunner(store, tmp_path / "1"), DeviceRunner(store, tmp_path / "2", workers=2)
-    fleet = devices(model, 3)
+    fleet = boards_that_validate()
     try:
         for number in (1, 2):
-            work = offers(model, store, RECIPES["ours"], fleet, number)
+            work = offers(store, RECIPE, fleet, number)
             assert carried_out(pooled, work) == carried_out(alone, work)
             assert pooled.boards == alone.boards
         work[0][1]["classes"] = 3
@@ -111,23 +232,21 @@ def test_other_processes_give_the_same_bits(model: Model, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_process_is_said(model: Model, tmp_path: Path) -> None:
-    store = BlobStore(tmp_path / "blobs", durable=False)
+def test_a_killed_process_is_said(store: BlobStore, tmp_path: Path) -> None:
     pooled = DeviceRunner(store, tmp_path / "scratch", workers=2)
-    work = offers(model, store, RECIPES["plain"], devices(model, 1))
+    work = offers(store, Recipe(), boards()[:1])
     try:
         carried_out(pooled, work)
         for process in pooled._pool._processes._processes.values():
             os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(TrainingError, match="killed"):
-            pooled.prepare(offers(model, store, RECIPES["plain"], devices(model, 1), 2))
+            pooled.prepare(offers(store, Recipe(), boards()[:1], 2))
     finally:
         pooled.close()
 
 
-def test_few_samples_wait_for_a_process(model: Model, tmp_path: Path) -> None:
+def test_few_samples_wait_for_a_process(store: BlobStore, tmp_path: Path) -> None:
     """Those of devices that no process will work on soon are not read yet."""
-    store = BlobStore(tmp_path / "blobs", durable=False)
     pooled = DeviceRunner(store, tmp_path / "scratch", workers=2)
     read: list[str] = []
     found: list[int] = []
@@ -146,7 +265,7 @@ def test_few_samples_wait_for_a_process(model: Model, tmp_path: Path) -> None:
 
     pooled.close()
     pooled._pool = Slow()  # type: ignore[assignment]
-    work = offers(model, store, RECIPES["plain"], devices(model, 12))
+    work = offers(store, Recipe(), boards(tuple(f"d{i}" for i in range(12)), "raspberry-pi-4b"))
     pooled.prepare(work)
     assert read == [d.name for d, _, _ in work]
     assert found[:3] == [4, 5, 6]

@@ -375,14 +375,8 @@ def test_settings_that_differ_are_named_as_stored_and_as_given(experiment: Exper
         assert part in said
     assert "momentum" not in said
     assert "devices.b" not in said
-
-
-def test_what_no_setting_shows_is_said_to_differ_elsewhere(experiment: Experiment, tmp_path: Path) -> None:
-    simulate(experiment, tmp_path)
-    assert experiment.evaluation is not None
-    x, y = experiment.evaluation
     with pytest.raises(StorageError, match="the server's samples or a strategy's own code"):
-        simulate(replace(experiment, evaluation=(x, (y + 1) % 10)), tmp_path)
+        simulate(replace(experiment, evaluation=(DATA.x, (DATA.y + 1) % 10)), tmp_path)
 
 
 def test_differences_of_any_two_tables() -> None:
@@ -453,59 +447,54 @@ def test_a_measurement_that_is_not_finite_is_left_out(experiment: Experiment, tm
     assert [row.measured for row in record.rounds] == [{"round": 1.0}, {"round": 2.0}, {"round": 3.0}]
 
 
-def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_path: Path) -> None:
-    """Nor is a round without any update left unmeasured."""
-    store, closes = BlobStore(tmp_path), list[do.Close]()
-    seen: list[tuple[int, str]] = []
-    simulation = Simulation(experiment, store)
-    execute = simulation._worker.execute
+def at_first_close(experiment: Experiment, folder: Path, look: Callable[[do.Close, BlobStore], None]) -> None:
+    """Look at what closes the first round, while its blobs exist."""
+    simulation = Simulation(experiment, BlobStore(folder))
+    execute, closes = simulation._worker.execute, list[do.Close]()
 
     def watched(command: do.Command) -> on.Event:
         if isinstance(command, do.Close) and not closes:
             closes.append(command)
-            note(command)
+            look(command, simulation.store)
         return execute(command)  # type: ignore[arg-type]
 
-    def note(command: do.Close) -> None:
+    simulation._worker.execute = watched  # type: ignore[method-assign]
+    simulation.run()
+    assert closes
+
+
+def test_updates_that_were_left_out_are_not_noted(experiment: Experiment, tmp_path: Path) -> None:
+    """Nor is a round without any update left unmeasured."""
+    seen: list[tuple[int, str]] = []
+
+    def look(close: do.Close, store: BlobStore) -> None:
         def measure(moment: Moment) -> dict[str, float]:
             seen.append((len(moment.parts), moment.basis.ranking))
             return {}
 
-        notary = RoundRecorder(JOB, experiment.model, store, measure)
-        basis = command.contributions[0].basis
+        recorder, basis = RoundRecorder(JOB, experiment.model, store, measure), close.contributions[0].basis
         for rejected in ((), ("a",), NAMES):
-            notes = RoundNotes()
-            notary.close(notes, command, on.Closed(1, basis.model, {}, dict.fromkeys(rejected, "far")), basis, 1.0, 0.0)
+            notes, event = RoundNotes(), on.Closed(1, basis.model, {}, dict.fromkeys(rejected, "far"))
+            recorder.close(notes, close, event, basis, 1.0, 0.0)
             assert notes.updates == 2 - len(rejected)
             assert max((max(g) for g in notes.coverage), default=0) == notes.updates
+        assert seen == [(parts, basis.ranking) for parts in (2, 1, 0)]
 
-    simulation._worker.execute = watched  # type: ignore[method-assign]
-    simulation.run()
-    ranking = closes[0].contributions[0].basis.ranking
-    assert seen == [(2, ranking), (1, ranking), (0, ranking)]
+    at_first_close(experiment, tmp_path, look)
 
 
 def test_coverage_counts_the_channels_that_were_sent(experiment: Experiment, tmp_path: Path) -> None:
     """An extractor may cut more than a device's part says."""
-    store, found = BlobStore(tmp_path), list[RoundNotes]()
-    simulation = Simulation(experiment, store)
-    execute = simulation._worker.execute
 
-    def watched(command: do.Command) -> on.Event:
-        if isinstance(command, do.Close) and not found:
-            one, other = command.contributions
-            narrow = tuple(max(1, w // 2) for w in one.part.widths)
-            close = replace(command, contributions=(replace(one, widths=narrow), other))
-            found.append(RoundNotes())
-            event = on.Closed(1, one.basis.model)
-            RoundRecorder(JOB, experiment.model, store, None).close(found[0], close, event, one.basis, 1.0, 0.0)
-            expected = [n + w for n, w in zip(narrow, other.part.widths, strict=True)]
-            assert [sum(g) for g in found[0].coverage] == expected
-        return execute(command)  # type: ignore[arg-type]
+    def look(close: do.Close, store: BlobStore) -> None:
+        one, other = close.contributions
+        narrow = tuple(max(1, w // 2) for w in one.part.widths)
+        close, notes = replace(close, contributions=(replace(one, widths=narrow), other)), RoundNotes()
+        event = on.Closed(1, one.basis.model)
+        RoundRecorder(JOB, experiment.model, store, None).close(notes, close, event, one.basis, 1.0, 0.0)
+        assert [sum(g) for g in notes.coverage] == [n + w for n, w in zip(narrow, other.part.widths, strict=True)]
 
-    simulation._worker.execute = watched  # type: ignore[method-assign]
-    simulation.run()
-    assert found
+    at_first_close(experiment, tmp_path, look)
 
 
 def slow_fleet(experiment: Experiment, windows: bool) -> Experiment:

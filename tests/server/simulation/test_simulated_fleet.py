@@ -11,15 +11,26 @@ from fedprune.core.errors import ConfigError, ExitCode, FedpruneError
 from fedprune.jobs.job import Job
 from fedprune.planning.profile_store import find
 from fedprune_server.cli.simulate import build_compare_parser, main
+from fedprune_server.config.tables import parse_config
+from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import fedavg
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan
-from fedprune_server.simulation.fleet.virtual_device import HELD, StoredData
-from fedprune_server.simulation.network_model import PR_FL, Availability, Weather
+from fedprune_server.simulation.fleet.virtual_device import HELD, StoredData, read_devices
+from fedprune_server.simulation.network_model import (
+    PR_FL,
+    Availability,
+    Weather,
+    read_availability,
+    read_dropouts,
+    read_settings,
+    read_weather,
+)
 from fedprune_server.simulation.results import run_folder
 from fedprune_server.simulation.results.record import Record, RoundRow
 from fedprune_server.simulation.results.report import final_rows, read_runs, target_rows
 from fedprune_server.simulation.results.run_folder import SPENT
+from fedprune_server.simulation.sweep import read_sweep
 from support.paths import ROOT
 
 EXAMPLES = ROOT / "examples"
@@ -171,6 +182,31 @@ def test_what_is_wrong_is_named(write, text, named):
     assert named in str(caught.value)
     assert re.search(r"fleet\.toml:\d+:\d+: \[", str(caught.value))
     assert isinstance(caught.value, ConfigError)
+
+
+LONG = {"k" * 100_000: 1}
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: parse_config(LONG, "fleet.toml", path),
+        lambda path: parse_config({"server": LONG}, "fleet.toml", path),
+        lambda path: DataPlan.from_dict({"source": "a", **LONG}),
+        lambda path: read_devices([LONG], 0, path),
+        lambda path: read_weather({"weather": LONG}, path),
+        lambda path: read_availability({"availability": LONG}, path),
+        lambda path: read_dropouts({"dropouts": LONG}, path),
+        lambda path: read_settings({"simulation": LONG}, path),
+        lambda path: read_sweep(path),
+    ],
+)
+def test_long_keys_make_no_long_messages(read, tmp_path):
+    (tmp_path / "sweep.toml").write_text(f"{next(iter(LONG))} = 1\n")
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "sweep.toml")
+    assert "'kkk" in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_whatever_the_strategy_is_the_reference_is_fedavg():
