@@ -35,7 +35,7 @@ from fedprune_server.simulation.fleet.virtual_device import pulls
 from fedprune_server.simulation.measure import RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
-from fedprune_server.simulation.state import Item, Left, SimulationState, StateFolder, Trained
+from fedprune_server.simulation.state import Item, Left, SavedRun, SimulationState, Trained
 
 MAX_ATTEMPTS = 20
 """Attempts after which a round that no device has finished is given up."""
@@ -142,7 +142,7 @@ class Simulation:
         self._initial = worker.initial
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
-        self._folder = StateFolder(folder, experiment.fingerprint, job.rounds)
+        self._folder = SavedRun(folder, experiment.fingerprint, job.rounds)
         self._begun = self._take_up()
 
     @property

@@ -94,7 +94,6 @@ class SimulationState:
         now: Notes of the current round.
         rounds: Notes of finished rounds, by number.
         refusal: Reason of the last refused offer.
-        logged: Length of the file of finished rounds, in bytes.
     """
 
     clock: float = 0.0
@@ -114,17 +113,16 @@ class SimulationState:
     now: RoundNotes = field(default_factory=RoundNotes)
     rounds: dict[int, RoundNotes] = field(default_factory=dict)
     refusal: str = ""
-    logged: int = 0
     _order: list[tuple[float, int]] = field(default_factory=list)
     _work: dict[str, set[int]] = field(default_factory=dict)
-    _saved: int = 0
 
     def push(self, at: float, item: Item) -> None:
         """Queue an item for a time."""
         self.sequence += 1
-        self._put(at, self.sequence, item)
+        self.put(at, self.sequence, item)
 
-    def _put(self, at: float, number: int, item: Item) -> None:
+    def put(self, at: float, number: int, item: Item) -> None:
+        """Queue an item with a number of its own, such as a saved one."""
         self.queue[number] = (at, item)
         heapq.heappush(self._order, (at, number))
         if isinstance(item, _WORK):
@@ -179,77 +177,61 @@ class SimulationState:
             found |= texts(event.weights)
         return found
 
-    def save(self, folder: Path, coordinator: State, fingerprint: str) -> None:
-        """Save the state together with the coordinator's.
 
-        Raises:
-            StorageFullError: The disk is full; the previous state is untouched.
-            StorageError: The disk fails.
-        """
-        logged = self._log(folder / ROUNDS, coordinator.history)
-        body = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "coordinator": replace(coordinator, history=[]).to_json(),
-            "rounds": [len(coordinator.history), logged],
-            **{name: getattr(self, name) for name in _PLAIN},
-            "online": sorted(self.online),
-            "unsent": {k: asdict(v) for k, v in self.unsent.items()},
-            "bytes": [self.down, self.up],
-            "now": asdict(self.now),
-            "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in self.queue.items()],
-        }
-        write_whole(folder / FILE, json.dumps(body).encode())
-        self.logged, self._saved = logged, len(coordinator.history)
+_CHECKPOINTS = "checkpoints"
+_MODEL_FILE = "model.onnx"
 
-    def _log(self, path: Path, history: Sequence[dict[str, Any]]) -> int:
-        """Append the rounds that finished since the last save; returns the file's length."""
-        rows = [json.dumps([row, asdict(self.rounds[row["round"]])]) + "\n" for row in history[self._saved :]]
-        if not rows:
-            return self.logged
-        data = "".join(rows).encode()
-        with storage_errors(f"can't write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
-            file.truncate(self.logged)  # rounds that a kill has made undone
-            file.seek(self.logged)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        return self.logged + len(data)
+_INTERVAL_S = 5.0
+"""Seconds between two saves within a round."""
 
-    @staticmethod
-    def stamp(folder: Path) -> tuple[int, ...] | None:
-        """Identity of the last save in a folder; None before the first."""
-        try:
-            found = (folder / FILE).stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns, found.st_size
+_SHARE = 20.0
+"""Saving takes at most 1 / `_SHARE` of the time, except at the ends of short rounds."""
 
-    @classmethod
-    def load(cls, folder: Path, fingerprint: str, rounds: int) -> tuple[SimulationState, State] | None:
+_EXPENSIVE_S = 0.25
+"""Duration of a save above which the ends of rounds are skipped, too."""
+
+
+class SavedRun:
+    """Saves and loads a simulation's state with the coordinator's, and holds the folder's lock meanwhile.
+
+    Args:
+        folder: The folder; None keeps nothing.
+        fingerprint: Digest of all that decides the run.
+        rounds: The round after which the run ends.
+    """
+
+    def __init__(self, folder: Path | None, fingerprint: str, rounds: int) -> None:
+        self._folder, self._fingerprint, self._rounds = folder, fingerprint, rounds
+        self._saved_at, self._save_s = time.monotonic(), 0.0
+        self._stamp: tuple[int, ...] | None = None
+        self._logged = (0, 0)
+        """Finished rounds in their file, and its bytes."""
+
+    def load(self) -> tuple[SimulationState, State] | None:
         """The saved state and the coordinator's, or None.
 
         Raises:
             StorageError: It is damaged, of another format, of a run with another fingerprint, or further than `rounds`.
         """
-        path = folder / FILE
+        if self._folder is None:
+            return None
+        self._stamp = _stamp(self._folder)
+        path, hint = self._folder / FILE, _advice(self._folder)
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise StorageError(f"can't read the simulation in {path} ({error})", hint=_advice(folder)) from error
+            raise StorageError(f"can't read the simulation in {path} ({error})", hint=hint) from error
         try:
             if body["format"] != FORMAT:
-                raise StorageError(f"{path} is of another version", expected=FORMAT, hint=_advice(folder))
-            if body["fingerprint"] != fingerprint:
-                raise OtherRunError(
-                    f"{path} belongs to a simulation with other settings, model or data", hint=_advice(folder)
-                )
-            count, logged = map(int, body["rounds"])
-            history, notes = _finished(folder / ROUNDS, count, logged)
+                raise StorageError(f"{path} is of another version", expected=FORMAT, hint=hint)
+            if body["fingerprint"] != self._fingerprint:
+                raise OtherRunError(f"{path} belongs to a simulation with other settings, model or data", hint=hint)
+            count, size = map(int, body["rounds"])
+            history, notes = _finished(self._folder / ROUNDS, count, size)
             down, up = map(int, body["bytes"])
-            state = cls(
+            state = SimulationState(
                 **{name: body[name] for name in _PLAIN},
                 online=set(body["online"]),
                 unsent={k: on.UpdateAnnounced(**v) for k, v in body["unsent"].items()},
@@ -257,23 +239,119 @@ class SimulationState:
                 up=up,
                 now=RoundNotes(**body["now"]),
                 rounds=notes,
-                logged=logged,
             )
-            state._saved = len(history)
             for at, number, kind, fields in body["queue"]:
-                state._put(float(at), int(number), _ITEMS[kind](**fields))
+                state.put(float(at), int(number), _ITEMS[kind](**fields))
             coordinator = State.from_json(body["coordinator"])
             coordinator.history = history
             reached = len(history) + (coordinator.phase is not Phase.FINISHED)
-            if rounds < reached:
-                raise OtherRunError(
-                    f"{path} belongs to a simulation that has come to round {reached}", hint=_advice(folder)
-                )
-            return state, coordinator
+            if self._rounds < reached:
+                raise OtherRunError(f"{path} belongs to a simulation that has come to round {reached}", hint=hint)
         except StorageError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=_advice(folder)) from error
+            raise StorageError(f"{path} is damaged ({type(error).__name__}: {error})", hint=hint) from error
+        self._logged = count, size
+        return state, coordinator
+
+    @contextmanager
+    def locked(self) -> Iterator[bool]:
+        """Hold the folder's lock.
+
+        Yields:
+            Whether any process has saved there since `load`.
+
+        Raises:
+            StorageError: Another process holds it, or the disk fails.
+        """
+        if self._folder is None:
+            yield False
+            return
+        with storage_errors(f"can't make {self._folder}"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        hint = "Wait for its end and give the command again, or give another folder."
+        with locked(self._folder / _LOCK, f"another simulation runs in {self._folder}", hint):
+            changed = _stamp(self._folder) != self._stamp
+            try:
+                yield changed
+            finally:
+                self._stamp = ()  # what is in memory may be ahead of what was saved
+
+    def due(self, *, round_ended: bool) -> bool:
+        """Whether it is time to save and to delete superseded blobs."""
+        if self._folder is None:
+            return round_ended
+        since = time.monotonic() - self._saved_at
+        if round_ended:
+            return self._save_s <= _EXPENSIVE_S or since >= _SHARE * self._save_s
+        return since >= max(_INTERVAL_S, _SHARE * self._save_s)
+
+    def save(self, run: SimulationState, coordinator: State) -> None:
+        """Save the state together with the coordinator's.
+
+        Raises:
+            StorageFullError: The disk is full; the previous state is untouched.
+            StorageError: The disk fails.
+        """
+        if self._folder is None:
+            return
+        began = time.monotonic()
+        logged = self._log(self._folder / ROUNDS, run, coordinator.history)
+        body = {
+            "format": FORMAT,
+            "fingerprint": self._fingerprint,
+            "coordinator": replace(coordinator, history=[]).to_json(),
+            "rounds": logged,
+            **{name: getattr(run, name) for name in _PLAIN},
+            "online": sorted(run.online),
+            "unsent": {k: asdict(v) for k, v in run.unsent.items()},
+            "bytes": [run.down, run.up],
+            "now": asdict(run.now),
+            "queue": [[at, n, type(item).__name__, vars(item)] for n, (at, item) in run.queue.items()],
+        }
+        write_whole(self._folder / FILE, json.dumps(body).encode())
+        self._logged = logged
+        self._saved_at = time.monotonic()
+        self._save_s = self._saved_at - began
+
+    def _log(self, path: Path, run: SimulationState, history: Sequence[dict[str, Any]]) -> tuple[int, int]:
+        """Append the rounds that finished since the last save."""
+        count, size = self._logged
+        rows = [json.dumps([row, asdict(run.rounds[row["round"]])]) + "\n" for row in history[count:]]
+        if not rows:
+            return self._logged
+        data = "".join(rows).encode()
+        with storage_errors(f"can't write {path}"), path.open("r+b" if path.exists() else "w+b") as file:
+            file.truncate(size)  # rounds that a kill has made undone
+            file.seek(size)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return len(history), size + len(data)
+
+    def write_checkpoint(self, model: Model, number: int, weights: bytes) -> None:
+        """Write a global model as `checkpoints/round-000010/model.onnx` and `weights.safetensors`.
+
+        Raises:
+            StorageFullError: There is no room.
+            StorageError: The disk fails.
+        """
+        if self._folder is None:
+            return
+        folder = self._folder / _CHECKPOINTS / f"round-{number:06d}"
+        with storage_errors(f"can't make {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / WEIGHTS_FILE, weights)
+        write_whole(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
+
+
+def _stamp(folder: Path) -> tuple[int, ...] | None:
+    """Identity of the last save in a folder; None before the first."""
+    try:
+        found = (folder / FILE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _advice(folder: Path) -> str:
@@ -293,93 +371,3 @@ def _finished(path: Path, count: int, length: int) -> tuple[list[dict[str, Any]]
         raise StorageError(f"{path} is damaged", expected=f"{count} rounds", got=len(lines), hint=_advice(path.parent))
     rows = [json.loads(line) for line in lines]
     return [row for row, _ in rows], {int(row["round"]): RoundNotes(**notes) for row, notes in rows}
-
-
-_FOLDER = "checkpoints"
-_MODEL_FILE = "model.onnx"
-
-_INTERVAL_S = 5.0
-"""Seconds between two saves within a round."""
-
-_SHARE = 20.0
-"""Saving takes at most 1 / `_SHARE` of the time, except at the ends of short rounds."""
-
-_EXPENSIVE_S = 0.25
-"""Duration of a save above which the ends of rounds are skipped, too."""
-
-
-class StateFolder:
-    """Saves and loads a simulation's state, and holds the folder's lock meanwhile.
-
-    Args:
-        folder: The folder; None keeps nothing.
-        fingerprint: Digest of all that decides the run.
-        rounds: The round after which the run ends.
-    """
-
-    def __init__(self, folder: Path | None, fingerprint: str, rounds: int) -> None:
-        self._folder, self._fingerprint, self._rounds = folder, fingerprint, rounds
-        self._saved_at, self._save_s = time.monotonic(), 0.0
-        self._stamp: tuple[int, ...] | None = None
-
-    def load(self) -> tuple[SimulationState, State] | None:
-        """The saved run with its coordinator's state, or None; errors as `SimulationState.load`."""
-        if self._folder is None:
-            return None
-        self._stamp = SimulationState.stamp(self._folder)
-        return SimulationState.load(self._folder, self._fingerprint, self._rounds)
-
-    @contextmanager
-    def locked(self) -> Iterator[bool]:
-        """Hold the folder's lock.
-
-        Yields:
-            Whether any process has saved there since `load`.
-
-        Raises:
-            StorageError: Another process holds it, or the disk fails.
-        """
-        if self._folder is None:
-            yield False
-            return
-        with storage_errors(f"can't make {self._folder}"):
-            self._folder.mkdir(parents=True, exist_ok=True)
-        hint = "Wait for its end and give the command again, or give another folder."
-        with locked(self._folder / _LOCK, f"another simulation runs in {self._folder}", hint):
-            changed = SimulationState.stamp(self._folder) != self._stamp
-            try:
-                yield changed
-            finally:
-                self._stamp = ()  # what is in memory may be ahead of what was saved
-
-    def due(self, *, round_ended: bool) -> bool:
-        """Whether it is time to save and to delete superseded blobs."""
-        if self._folder is None:
-            return round_ended
-        since = time.monotonic() - self._saved_at
-        if round_ended:
-            return self._save_s <= _EXPENSIVE_S or since >= _SHARE * self._save_s
-        return since >= max(_INTERVAL_S, _SHARE * self._save_s)
-
-    def save(self, run: SimulationState, state: State) -> None:
-        if self._folder is None:
-            return
-        began = time.monotonic()
-        run.save(self._folder, state, self._fingerprint)
-        self._saved_at = time.monotonic()
-        self._save_s = self._saved_at - began
-
-    def write_checkpoint(self, model: Model, number: int, weights: bytes) -> None:
-        """Write a global model as `checkpoints/round-000010/model.onnx` and `weights.safetensors`.
-
-        Raises:
-            StorageFullError: There is no room.
-            StorageError: The disk fails.
-        """
-        if self._folder is None:
-            return
-        folder = self._folder / _FOLDER / f"round-{number:06d}"
-        with storage_errors(f"can't make {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / WEIGHTS_FILE, weights)
-        write_whole(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
