@@ -26,10 +26,8 @@ Indices = npt.NDArray[np.int64]
 class Window:
     """A sliding window over the spatial axes of a value.
 
-    Attributes:
-        pads: Padding before and after, per axis.
-        output: How many positions the window has per axis.
-        overhang: How much of the padding after is there only because the last window reaches beyond, per axis.
+    `pads`: padding before and after, per axis; `output`: how many positions the window has per axis; `overhang`: how
+    much of the padding after is there only because the last window reaches beyond, per axis.
     """
 
     sizes: tuple[int, ...]

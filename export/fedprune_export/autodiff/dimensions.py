@@ -27,11 +27,7 @@ Form = dict[Monomial, int]
 
 
 class Dimensions:
-    """All dimensions of one training graph.
-
-    Args:
-        graph: The graph that run-time sizes are written to.
-    """
+    """All dimensions of one training graph. `graph`: the graph that run-time sizes are written to."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph

@@ -161,10 +161,7 @@ class Tape(Knowledge):
         """How an axis that is divided into `count` equal blocks at full width is divided at every width.
 
         Either whole blocks are cut (their number varies), or the same positions of every block (their length does).
-        Raises `ModelError` if neither is so.
-
-        Returns:
-            How many blocks there are, and how long each is.
+        Raises `ModelError` if neither is so. Returns how many blocks there are, and how long each is.
         """
         dim = self.shape(name)[index]
         length, rest = divmod(self.extent(dim), count)

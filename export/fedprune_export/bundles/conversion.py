@@ -40,11 +40,7 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Source:
-    """A model to convert.
-
-    Attributes:
-        tensors: Its weights and statistics by name, in their order.
-    """
+    """A model to convert. `tensors`: its weights and statistics by name, in their order."""
 
     graph: Graph
     tensors: Mapping[str, Array]
@@ -135,10 +131,7 @@ def placed(bundle: Bundle, into: Model, *, keep: bool = False) -> dict[str, Arra
 def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
     """Tensors as a torch module's state dict has them: with the counters of its batch norms, and all names of each.
 
-    Raises `ModelError` if it is damaged.
-
-    Args:
-        graph: A graph of the model, which says what other names tensors have.
+    Raises `ModelError` if it is damaged. `graph`: a graph of the model, which says what other names tensors have.
     """
     out: dict[str, Array] = {}
     others = tied(graph.metadata)

@@ -40,11 +40,7 @@ def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = 
 
 
 def with_weights(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> bytes:
-    """The bytes of a model whose weights are in `WEIGHTS_FILE`.
-
-    Args:
-        shapes: All tensors of the file, in its order.
-    """
+    """The bytes of a model whose weights are in `WEIGHTS_FILE`. `shapes`: all tensors of the file, in its order."""
     offset = len(tensorfile.header([(n, "F32", s) for n, s in shapes.items()]))
     for name, shape in shapes.items():
         offset = add_external(proto, name, np.dtype(np.float32), shape, WEIGHTS_FILE, offset)
@@ -57,11 +53,7 @@ def add_external(
 ) -> int:
     """Add an initialiser that is stored in a file next to the model.
 
-    Args:
-        offset: Where in it the tensor begins, in bytes.
-
-    Returns:
-        Where it ends.
+    `offset`: where in it the tensor begins, in bytes. Returns where it ends.
     """
     length = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     tensor = proto.graph.initializer.add()

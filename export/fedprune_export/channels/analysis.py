@@ -33,9 +33,7 @@ Rows = Mapping[str, Sequence[AtomRow]]
 class Grouping:
     """Channel groups.
 
-    Attributes:
-        group_of: Per unit its group, -1 for those that stay.
-        position: Per unit its channel in the group.
+    `group_of`: per unit its group, -1 for those that stay; `position`: per unit its channel in the group.
     """
 
     group_of: AtomRow
@@ -111,8 +109,7 @@ def _places(axis: Axis) -> AtomRow:
 def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
     """Groups of units that every axis holds in whole passes.
 
-    Returns:
-        The groups; how many units had to be fixed because of their order, and how many because they were alone.
+    Returns the groups; how many units had to be fixed because of their order, and how many because they were alone.
     """
     footprint: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(axes):
@@ -155,10 +152,8 @@ def _groups(axes: Sequence[AtomRow], size: int) -> tuple[Grouping, int, int]:
 def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
     """The smallest of the groups whose widths don't follow from the shapes of tensors; None if all do.
 
-    A training graph serves all widths: it reads them from the shapes of the tensors that it is given.
-
-    Args:
-        axes: Groups on every axis of a tensor.
+    A training graph serves all widths: it reads them from the shapes of the tensors that it is given. `axes`: groups on
+    every axis of a tensor.
     """
     told = {FIXED}
     while True:
@@ -235,11 +230,7 @@ _MOST_RUNS = 40
 
 @dataclass(frozen=True)
 class Analysis:
-    """What the channel analysis found.
-
-    Attributes:
-        values: Axes of every value of the graph, initialisers included.
-    """
+    """What the channel analysis found. `values`: axes of every value of the graph, initialisers included."""
 
     architecture: Architecture
     values: ValueAxes
@@ -324,10 +315,8 @@ def _owned(channels: Channels) -> AtomRow:
 def _fix_measured(channels: Channels) -> list[str]:
     """Fix channels whose number the graph computes with.
 
-    Shape inputs that `rewrites` replaces may contain it, except where they follow the batch as well.
-
-    Returns:
-        A note per place where such a number is read.
+    Shape inputs that `rewrites` replaces may contain it, except where they follow the batch as well. Returns a note per
+    place where such a number is read.
     """
     graph, seen = channels.graph, channels.seen
     unit = _owned(channels)

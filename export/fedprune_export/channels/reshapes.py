@@ -25,10 +25,8 @@ Assignment = tuple[int | None, ...]
 class Run:
     """Old and new axes that hold the same elements, and their common factors.
 
-    Attributes:
-        factors: Sizes whose product is that of either.
-        of_old: Per old axis the places of its factors.
-        of_new: Per new axis the places of its factors.
+    `factors`: sizes whose product is that of either; `of_old`: per old axis the places of its factors; `of_new`: per
+    new axis the places of its factors.
     """
 
     olds: list[int]

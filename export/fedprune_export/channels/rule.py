@@ -35,8 +35,7 @@ _LIVES = 2
 class Choices:
     """Which options were tried, per node; kept from run to run.
 
-    Args:
-        prefer: Whether the coarsest option is tried first, or the finest.
+    `prefer`: whether the coarsest option is tried first, or the finest.
     """
 
     def __init__(self, prefer: Prefer = "coarse") -> None:
@@ -53,12 +52,8 @@ class Choices:
     def pick(self, key: str, options: Sequence[Option], *, ranked: bool = False) -> Option | None:
         """The first option of a node that hasn't failed yet.
 
-        Args:
-            options: What it offers, coarsest first.
-            ranked: Whether the first is the better one whatever is preferred.
-
-        Returns:
-            The option, or None if all have failed: then the channels stay.
+        `options`: what it offers, coarsest first; `ranked`: whether the first is the better one whatever is preferred.
+        Returns the option, or None if all have failed: then the channels stay.
         """
         tried = self._tried.setdefault(key, set())
         for option in reversed(options) if self._reverse and not ranked else options:
@@ -75,10 +70,8 @@ class Choices:
         """Advance what left no row with two units that could be a group; returns whether another run is worth it.
 
         A node that has run out of options gets one more round, since it may have failed for another one's choice.
-
-        Args:
-            unit: The unit of every atom after this run.
-            footprint: Per unit a number that is the same for units on the same axes of tensors.
+        `unit`: the unit of every atom after this run; `footprint`: per unit a number that is the same for units on the
+        same axes of tensors.
         """
         failed = [
             (key, option)
@@ -113,12 +106,7 @@ Rows = tuple[AtomRow, ...]
 
 
 class Pick(NamedTuple):
-    """Indices that are taken from an axis.
-
-    Attributes:
-        source: Atoms of the axis.
-        made: Atoms of what they make.
-    """
+    """Indices that are taken from an axis. `source`: atoms of the axis; `made`: atoms of what they make."""
 
     source: AtomRow
     taken: npt.NDArray[np.int64]
@@ -240,8 +228,7 @@ rule = registrar(RULES, "channel")
 def walk(channels: Channels) -> list[str]:
     """Apply the rules to all nodes.
 
-    Returns:
-        One note per node that had to fix channels for want of a rule or because of a constant.
+    Returns one note per node that had to fix channels for want of a rule or because of a constant.
     """
     for node in channels.graph.nodes:
         if channels.follows_data(node):

@@ -90,10 +90,8 @@ def measured(path: Path, model: Model, labels: str) -> LabelledData:
 def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: str = "classes") -> LabelledData:
     """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`.
 
-    Raises `DataError` if the file can't be read, lacks an array, or holds samples that don't fit the model.
-
-    Args:
-        labels: What the labels are, one of `LABELS`.
+    Raises `DataError` if the file can't be read, lacks an array, or holds samples that don't fit the model. `labels`:
+    what the labels are, one of `LABELS`.
     """
     arrays = _arrays(path)
     pair = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)

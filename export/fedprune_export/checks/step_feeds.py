@@ -20,11 +20,7 @@ _SHARE = 0.7
 
 
 def random_labels(recipe: Recipe, samples: int, outputs: int, seed: int = 0) -> Array:
-    """Labels that a recipe's loss takes.
-
-    Returns:
-        int64 [samples] for classes, else float32 [samples, outputs].
-    """
+    """Labels that a recipe's loss takes. Returns int64 [samples] for classes, else float32 [samples, outputs]."""
     random = np.random.default_rng(seed)
     if recipe.loss == "cross_entropy":
         return random.integers(0, outputs, samples)

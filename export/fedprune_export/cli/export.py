@@ -91,8 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class _Boards:
     """The boards of a command line, checked before the model is read.
 
-    Attributes:
-        probe: What the only board measured of itself, if it did.
+    `probe`: what the only board measured of itself, if it did.
     """
 
     profiles: tuple[HardwareProfile, ...]

@@ -47,9 +47,8 @@ _RANDOM = frozenset(
 class Normalised:
     """A graph that the compiler understands.
 
-    Attributes:
-        parameters: Kind of every weight and statistic (a `TensorKind` value), in the order of first use.
-        notes: What was changed that a user may want to know.
+    `parameters`: kind of every weight and statistic (a `TensorKind` value), in the order of first use; `notes`: what
+    was changed that a user may want to know.
     """
 
     graph: Graph
@@ -206,8 +205,7 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
 def _drop_output_softmax(graph: Graph, notes: list[str]) -> str:
     """A softmax over classes at the end belongs to the loss; it doesn't change which class wins.
 
-    Returns:
-        The operator that was removed, empty if none.
+    Returns the operator that was removed, empty if none.
     """
     last = graph.producers().get(LOGITS)
     if last is None or last.domain or last.op not in ("Softmax", "LogSoftmax"):

@@ -128,8 +128,7 @@ def find_kinds(graph: Graph, constants: set[str], listed: set[str] | None, notes
 def note_scalars(graph: Graph, scalars: set[str], notes: list[str]) -> None:
     """A note on single numbers that scale or shift and aren't trained.
 
-    Args:
-        scalars: Names of numbers that are taken for constants and could be weights.
+    `scalars`: names of numbers that are taken for constants and could be weights.
     """
     made, readers = _from_data(graph), graph.consumers()
     used = [

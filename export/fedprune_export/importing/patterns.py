@@ -30,8 +30,7 @@ _LINEAR = 17.0
 class Expressions:
     """A graph as expressions over its values.
 
-    Attributes:
-        makers: The node of the main domain that makes each value as its first output.
+    `makers`: the node of the main domain that makes each value as its first output.
     """
 
     graph: Graph

@@ -115,10 +115,8 @@ def timm_model(name: str, input_shape: Sequence[int] | None = None) -> tuple[Any
 
     Its weights are the pretrained ones where an earlier use has left them on this machine, else random ones that are
     the same each time. Nothing is downloaded. Raises `ModelError` if timm has no such network, or it can't be made for
-    this shape; `MissingExtraError` if torch or timm is not installed.
-
-    Args:
-        name: Its name, such as resnet18 or resnet18.a1_in1k.
+    this shape; `MissingExtraError` if torch or timm is not installed. `name`: its name, such as resnet18 or
+    resnet18.a1_in1k.
     """
     torch, timm = torch_package(), _timm()
     if not _NAME.fullmatch(name) or not timm.is_model(name):

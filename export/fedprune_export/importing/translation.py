@@ -106,9 +106,7 @@ _OLDEST = 13
 class Translation:
     """A graph in the making.
 
-    Attributes:
-        seen: Shapes of the values that were there before.
-        used: Values that some node reads, and the outputs.
+    `seen`: shapes of the values that were there before; `used`: values that some node reads, and the outputs.
     """
 
     graph: Graph

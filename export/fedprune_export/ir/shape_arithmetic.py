@@ -30,12 +30,8 @@ def follow(
 ) -> dict[str, Marks]:
     """All values that are computed from shapes and constants alone.
 
-    Args:
-        marked: Which axes of a value to follow.
-
-    Returns:
-        Per value which of its elements depend on the size of a marked axis; for operators other than those that shape
-        arithmetic is made of, all or none.
+    `marked`: which axes of a value to follow. Returns per value which of its elements depend on the size of a marked
+    axis; for operators other than those that shape arithmetic is made of, all or none.
     """
     out: dict[str, Marks] = {}
     for node in graph.nodes:

@@ -54,10 +54,8 @@ class Inferred:
 def infer(graph: Graph, batch: int, measured: Mapping[str, Array] | None = None) -> Inferred:
     """The shapes of all values.
 
-    Raises `ModelError` if an operator is in a form that onnx doesn't allow, or a value would be huge.
-
-    Args:
-        measured: Values that were computed at this batch size, where their shapes can't be told otherwise.
+    Raises `ModelError` if an operator is in a form that onnx doesn't allow, or a value would be huge. `measured`:
+    values that were computed at this batch size, where their shapes can't be told otherwise.
     """
     out = Inferred()
     for port in graph.inputs:

@@ -41,11 +41,7 @@ _IDENTIFIERS = frozenset({"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "
 
 @dataclass(frozen=True)
 class Trace:
-    """Shapes of every value.
-
-    Attributes:
-        integers: Values of small integer tensors at the first batch size (shape arithmetic).
-    """
+    """Shapes of every value. `integers`: values of small integer tensors at the first batch size (shape arithmetic)."""
 
     shapes: Mapping[str, tuple[int, ...]]
     shapes_second: Mapping[str, tuple[int, ...]]

@@ -32,11 +32,7 @@ _LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 
 @dataclass(frozen=True)
 class Trial:
-    """A precision that may serve.
-
-    Attributes:
-        given: Whether samples were given to compare on, or random ones had to do.
-    """
+    """A precision that may serve. `given`: whether samples were given to compare on, or random ones had to do."""
 
     lowered: Lowered
     files: Mapping[str, bytes]

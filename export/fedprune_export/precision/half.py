@@ -27,11 +27,7 @@ _LARGEST = float(np.finfo(np.float16).max)
 
 
 def halve(pair: Pair) -> list[str]:
-    """Let a graph compute in float16.
-
-    Returns:
-        The nodes that stay in float32.
-    """
+    """Let a graph compute in float16. Returns the nodes that stay in float32."""
     halving = _Halving(pair)
     nodes, pair.graph.nodes = pair.graph.nodes, []
     return [described(n) for n in nodes if not halving.take(n)]

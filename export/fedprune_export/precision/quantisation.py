@@ -32,10 +32,7 @@ def calibration_graph(model: Model, widths: Sequence[int], plan: Plan) -> bytes:
     """The inference graph with another output: the least and the largest number of activations, float32 [n, 2].
 
     Its weights are those of the inference graph, in the same file. Raises `BundleError` if the widths don't fit the
-    architecture.
-
-    Args:
-        plan: Which activations, in this order.
+    architecture. `plan`: which activations, in this order.
     """
     graph = at_widths(model, widths)
     rows = []
@@ -78,11 +75,7 @@ class Plan:
 
 
 def planned(pair: Pair, keep: Collection[str] = ()) -> Plan:
-    """What of a folded graph is quantised.
-
-    Args:
-        keep: Outputs of layers that stay in float32.
-    """
+    """What of a folded graph is quantised. `keep`: outputs of layers that stay in float32."""
     plan = Plan()
     graph, ends = pair.graph, pair.outputs()
     consumers = graph.consumers()
@@ -136,8 +129,7 @@ def _is_layer(pair: Pair, node: Node) -> bool:
 def quantise(pair: Pair, plan: Plan) -> list[str]:
     """Let a folded graph compute with 8 bits; its prepare graph then takes ranges [n, 2] of the plan's values.
 
-    Returns:
-        The nodes with weights that stay in float32.
+    Returns the nodes with weights that stay in float32.
     """
     graph = pair.graph
     _scales(pair, plan)

@@ -131,8 +131,7 @@ class Pair:
     def prepare_bytes(self, made: Mapping[str, Array]) -> bytes:
         """The prepare graph, once it is known what it makes.
 
-        Args:
-            made: Its outputs, of which types and ranks are taken.
+        `made`: its outputs, of which types and ranks are taken.
         """
         self.prepare.outputs = [Port(n, v.dtype, (None,) * v.ndim) for n, v in made.items()]
         return self.prepare.to_bytes()
@@ -140,9 +139,8 @@ class Pair:
     def graph_bytes(self, made: Mapping[str, Array], file: str) -> bytes:
         """The lowered graph; its tensors are external data.
 
-        Args:
-            made: All tensors of the file, of which types and shapes are taken.
-            file: The file next to the graph that holds them.
+        `made`: all tensors of the file, of which types and shapes are taken; `file`: the file next to the graph that
+        holds them.
         """
         proto = self.graph.to_proto()
         offset = len(tensorfile.header_of(made))

@@ -81,8 +81,7 @@ class Piece:
 def pieces(model: Model, graph: Graph, widths: Sequence[int], batch: int) -> list[Piece]:
     """The pieces of a step in the order in which they are computed; a part that is computed with another's is left out.
 
-    Args:
-        graph: Its training graph, as `training_graph` made it.
+    `graph`: its training graph, as `training_graph` made it.
     """
     layers = _Layers(model, widths, batch)
     found: dict[tuple[str, str], list[Node]] = {}
@@ -114,8 +113,7 @@ def pieces(model: Model, graph: Graph, widths: Sequence[int], batch: int) -> lis
 def form(op: str, part: str, operators: Sequence[str], *, depthwise: bool = False) -> str:
     """How a part of a layer is computed, in the words of `autodiff.dense` and `autodiff.depthwise`.
 
-    Args:
-        depthwise: Whether every channel has a filter of its own.
+    `depthwise`: whether every channel has a filter of its own.
     """
     counts = Counter(operators)
     if op not in PRODUCTS:

@@ -163,8 +163,7 @@ def _instance_norm(masks: _Masks, node: Node) -> bool:
 def _norm(masks: _Masks, node: Node, axes: Sequence[int], found: dict[int, Mask]) -> bool:
     """A norm over axes some of whose indices are lost, written out.
 
-    Returns:
-        Whether it was: False where nothing is lost.
+    Returns whether it was: False where nothing is lost.
     """
     if not found:
         return False

@@ -17,11 +17,7 @@ from fedprune_export.ir.trace import Trace, trace
 
 @dataclass(frozen=True, repr=False)
 class Groups(Sequence[ChannelGroup]):
-    """The channel groups of a model; prints as text.
-
-    Attributes:
-        notes: What the import changed or could not analyse.
-    """
+    """The channel groups of a model; prints as text. `notes`: what the import changed or could not analyse."""
 
     architecture: Architecture
     notes: tuple[str, ...] = ()

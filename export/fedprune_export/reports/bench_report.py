@@ -27,11 +27,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Measurements of a bundle on this machine.
-
-    Attributes:
-        probe: What that board measured of itself, if it did.
-    """
+    """Measurements of a bundle on this machine. `probe`: what that board measured of itself, if it did."""
 
     bundle: Bundle
     measured: tuple[Measurement, ...]

@@ -70,8 +70,7 @@ def document(explanation: Explanation) -> Document:
 def table(explanation: Explanation, *, fold: bool = False) -> Table:
     """A row per piece in the order of computation.
 
-    Args:
-        fold: Give pieces that take less than a hundredth of the step (measured, else by their bounds) one row.
+    `fold`: give pieces that take less than a hundredth of the step (measured, else by their bounds) one row.
     """
     columns = list(_COLUMNS)
     if explanation.step_s is not None:

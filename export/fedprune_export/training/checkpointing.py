@@ -42,10 +42,8 @@ class ValueSizes:
 def value_sizes(graph: Graph, architecture: Architecture, widths: tuple[int, ...], batch: int) -> ValueSizes:
     """The sizes of all values of a training graph.
 
-    Raises `ModelError` if an operator is in a form that onnx doesn't allow.
-
-    Args:
-        batch: Samples that are worked on at once.
+    Raises `ModelError` if an operator is in a form that onnx doesn't allow. `batch`: samples that are worked on at
+    once.
     """
     shapes = architecture.shapes(widths)
     out = Inferred()
@@ -88,9 +86,8 @@ _PER_BYTE, _PER_CALL, _PER_PRODUCT = 0.2, 2000.0, 0.04
 class Recomputed:
     """A graph some of whose values are computed twice.
 
-    Attributes:
-        live_bytes: Most bytes of values that live at once.
-        work: The second computations' share of the whole step's work, as it is estimated.
+    `live_bytes`: most bytes of values that live at once; `work`: the second computations' share of the whole step's
+    work, as it is estimated.
     """
 
     graph: Graph

@@ -122,9 +122,8 @@ def _cross_entropy(g: Graph, logits: str, outputs: int, features: Features) -> _
 def _mixed(g: Graph, expected: str, weight: str, outputs: int) -> str:
     """What two labels and their shares make the model aim at [N, K].
 
-    Args:
-        expected: 1 where a class is the sample's label, else 0.
-        weight: The weight of each sample's label [N, 1], or empty.
+    `expected`: 1 where a class is the sample's label, else 0; `weight`: the weight of each sample's label [N, 1], or
+    empty.
     """
     partner = g.emit("Unsqueeze", step_contract.Y_PARTNER, g.ints(1))
     is_partner = g.emit("Equal", partner, g.constant(np.arange(outputs)[None], np.int64))

@@ -52,9 +52,8 @@ class TrainingMemory:
 class Fitted:
     """A training graph within a memory limit.
 
-    Attributes:
-        before: What the step took without values that are computed again.
-        work: What that adds, as a share of the step's estimated work.
+    `before`: what the step took without values that are computed again; `work`: what that adds, as a share of the
+    step's estimated work.
     """
 
     graph: Graph
@@ -81,12 +80,9 @@ def training_memory(graph: Graph, sizes: ValueSizes) -> TrainingMemory:
 def fitted(graph: Graph, architecture: Architecture, widths: Sequence[int], batch: int, limit: int) -> Fitted:
     """A training graph that computes again just as much as it must to stay within a limit.
 
-    Raises `PlanError` if it doesn't fit, whatever is computed again.
-
-    Args:
-        widths: Channels of every group for which the limit is meant.
-        batch: Samples that are worked on at once.
-        limit: Bytes that the training process may take at its peak.
+    Raises `PlanError` if it doesn't fit, whatever is computed again. `widths`: channels of every group for which the
+    limit is meant; `batch`: samples that are worked on at once; `limit`: bytes that the training process may take at
+    its peak.
     """
     sizes = value_sizes(graph, architecture, tuple(widths), batch)
     before = training_memory(graph, sizes)
@@ -114,9 +110,7 @@ def fitted(graph: Graph, architecture: Architecture, widths: Sequence[int], batc
 def taken(graph: Graph, sizes: ValueSizes, values: int, gaps: float) -> TrainingMemory:
     """What a step takes whose values are known.
 
-    Args:
-        values: Most bytes of values that live at once.
-        gaps: Idle memory of the allocator, as a share of that.
+    `values`: most bytes of values that live at once; `gaps`: idle memory of the allocator, as a share of that.
     """
     inputs = sum(sizes.bytes.get(p.name, 0) for p in graph.inputs)
     return TrainingMemory(PROCESS_BYTES + NODE_BYTES * len(graph.nodes), inputs, values, round(gaps * values))

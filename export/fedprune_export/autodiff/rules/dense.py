@@ -21,10 +21,9 @@ KernelForm = Literal["taps", "columns", "convolution"]
 class Formulation:
     """How one convolution is computed.
 
-    Attributes:
-        input_gradient: A convolution with the flipped kernel, or a transposed convolution.
-        weight_gradient: A product per kernel element and sample ("taps"), one over columns (all windows of the whole
-            batch), or a convolution with dy as its kernel.
+    `input_gradient`: a convolution with the flipped kernel, or a transposed convolution; `weight_gradient`: a product
+    per kernel element and sample ("taps"), one over columns (all windows of the whole batch), or a convolution with dy
+    as its kernel.
     """
 
     input_gradient: Literal["flipped", "transposed"]

@@ -31,9 +31,7 @@ Measured with MobileNetV2's layers on x86 (`benchmarks/layers.py`).
 class Side:
     """How one side of the convolution is cut into lines.
 
-    Attributes:
-        count: Lines of one channel's map.
-        pads: Zeros before and after its last axis, to make it whole blocks.
+    `count`: lines of one channel's map; `pads`: zeros before and after its last axis, to make it whole blocks.
     """
 
     sizes: tuple[int, ...]

@@ -74,14 +74,8 @@ class Normal:
     """Values [N, C, ...] normalised by their batch, and the pull-back.
 
     A mean out of float32 sums is off by a little, most where much of the input is flat. Values that it has centred give
-    exact statistics; `_rest` is what it was off by.
-
-    Args:
-        scale: One number per channel, [C].
-
-    Attributes:
-        mean: The batch's mean, [C].
-        variance: Its variance (over n, not n − 1), [C].
+    exact statistics; `_rest` is what it was off by. `scale`: one number per channel, [C]. `mean`: the batch's mean,
+    [C]; `variance`: its variance (over n, not n − 1), [C].
     """
 
     def __init__(self, g: Graph, x: str, scale: str, shift: str, epsilon: float, rank: int) -> None:

@@ -93,8 +93,7 @@ Gradient = Callable[[Reduction, str, str], str]
 def _reduction(*operators: str, kept: bool = False) -> Callable[[Gradient], Gradient]:
     """Register reductions; the gradient's docstring describes the rule.
 
-    Args:
-        kept: Whether the gradient gets y with its axes kept.
+    `kept`: whether the gradient gets y with its axes kept.
     """
 
     def register(gradient: Gradient) -> Gradient:
