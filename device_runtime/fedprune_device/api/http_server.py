@@ -48,10 +48,8 @@ _LINGER_SECONDS = 1.0
 
 @dataclass
 class _Client:
-    user: int
-    """The peer, from the kernel; all peers of a port count as one."""
-    since: float | None
-    """Since when it has been sending; None once its request is whole."""
+    user: int  # the peer, from the kernel; all peers of a port count as one
+    since: float | None  # since when it has been sending; None once its request is whole
 
 
 class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):

@@ -172,8 +172,7 @@ PIXEL_BYTES = 2**30  # room on the disk for decoded images
 class _Image:
     path: Path
     label: int
-    name: str
-    """sha256 of the file, which decides the sample's part and whether it is among the chosen ones."""
+    name: str  # sha256 of the file, which decides the sample's part and whether it is among the chosen ones
 
 
 class ImageFolder:

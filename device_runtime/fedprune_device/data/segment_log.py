@@ -38,14 +38,10 @@ _FILE = re.compile(r"segment-(\d{8})\.log")
 class Kind(IntEnum):
     """The kinds of records."""
 
-    SAMPLE = 1
-    """A sample is kept, with a label; an older record of it no longer counts."""
-    DROPPED = 2
-    """It made room for another one."""
-    DELETED = 3
-    """The application deleted it."""
-    COUNTS = 4
-    """How many samples were seen; the payload is JSON."""
+    SAMPLE = 1  # a sample is kept, with a label; an older record of it no longer counts
+    DROPPED = 2  # it made room for another one
+    DELETED = 3  # the application deleted it
+    COUNTS = 4  # how many samples were seen; the payload is JSON
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,7 @@ from typing import Any
 from fedprune_device.launcher.ed25519 import verify
 from fedprune_device.launcher.state import ROLLED_BACK, SLOTS, DamagedError, LauncherState, UpdateOutcome
 
-FORMAT = 1
-"""Format of state and records. A launcher is installed once, and reads what later releases write."""
+FORMAT = 1  # format of state and records. A launcher is installed once, and reads what later releases write.
 
 KEY = "server.pub"
 PURPOSE = b"fedprune release 1\n"

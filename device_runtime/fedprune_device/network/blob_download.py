@@ -64,8 +64,7 @@ class LeafReuse:
                 del missing[digest]
 
 
-_SHARED_LEAVES = 8
-"""Leaves of a shared blob per request: many boards request them, and one answer serves all."""
+_SHARED_LEAVES = 8  # leaves of a shared blob per request: many boards request them, and one answer serves all
 
 
 class BlobDownloads:

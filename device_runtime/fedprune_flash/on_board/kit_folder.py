@@ -14,8 +14,7 @@ from fedprune_device.launcher.ed25519 import verify
 from fedprune_device.launcher.slot_store import PURPOSE, digest, successors, sync_folder
 from fedprune_flash.on_board.board_files import blacken
 
-SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")
-"""Paths that a kit may have."""
+SAFE_PATH = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*(/[A-Za-z0-9_][A-Za-z0-9_.+-]*){0,3}")  # paths that a kit may have
 
 MANIFEST, CLAIM, WHEELS = "kit.json", "claim.txt", "wheelhouse"
 SPENT = ".claim.txt.spent"

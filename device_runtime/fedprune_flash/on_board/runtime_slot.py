@@ -18,8 +18,7 @@ from fedprune_flash.on_board.board_files import Owner, give
 from fedprune_flash.on_board.kit_folder import LAUNCHER, KitFolder
 
 ENTRY = "fedprune_start:device"
-NUMBER = 0
-"""The release number of every kit. Those of a server are higher, so that a kit never replaces one."""
+NUMBER = 0  # the release number of every kit. Those of a server are higher, so that a kit never replaces one.
 
 SPARE = 64 * 2**20  # bytes that stay free
 

@@ -38,8 +38,7 @@ from fedprune_flash.ssh.journal import BEGUN, DONE, REMOVED, Claims, Journal
 _HEAD = ("board", "state", "reason", "what to do")
 _PLANNED = "planned"
 _TRIES = 3
-_SPARE = 64 * 2**20
-"""Bytes that must stay free after a kit has been copied; the installer checks again what it unpacks."""
+_SPARE = 64 * 2**20  # bytes that must stay free after a kit has been copied; the installer checks again what it unpacks
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from fedprune_export.ir.trace import BATCH_EXTENT
 Dim = int | str
 Shape = tuple[Dim, ...]
 
-BATCH = "N"
-"""The name of the batch dimension."""
+BATCH = "N"  # the name of the batch dimension
 
 Monomial = tuple[str, ...]
 Form = dict[Monomial, int]

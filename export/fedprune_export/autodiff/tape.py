@@ -34,11 +34,9 @@ Pull = Callable[..., None]
 
 Rule = Callable[["Tape", Node], "Pull | None"]
 
-RULES: dict[str, Rule] = {}
-"""Rules by operator."""
+RULES: dict[str, Rule] = {}  # rules by operator
 
-rule = registrar(RULES, "gradient")
-"""Register a rule for operators."""
+rule = registrar(RULES, "gradient")  # register a rule for operators
 
 
 _FINITE_SLOPES = frozenset(

@@ -20,8 +20,7 @@ from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model
 
-WEIGHTS_FILE = "weights.safetensors"
-"""The file of weights that an inference graph refers to."""
+WEIGHTS_FILE = "weights.safetensors"  # the file of weights that an inference graph refers to
 
 
 def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = None) -> bytes:

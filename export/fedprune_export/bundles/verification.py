@@ -29,8 +29,7 @@ LOSS_LIMIT = 1e-3
 
 _BATCH = 6
 _BATCHES = (1, 3, 6)
-_RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)
-"""Learning rates of the trial steps: some curves are steep."""
+_RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)  # learning rates of the trial steps: some curves are steep
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,7 @@ from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.shape_arithmetic import follow, origins
 from fedprune_export.ir.trace import Trace
 
-Rows = Mapping[str, Sequence[AtomRow]]
-"""Per value its axes, by unit."""
+Rows = Mapping[str, Sequence[AtomRow]]  # per value its axes, by unit
 
 
 @dataclass(frozen=True)
@@ -224,8 +223,7 @@ def _axis(groups: AtomRow, positions: AtomRow) -> Axis:
     return Axis(tuple(segments)) if segments else Axis.fixed(0)
 
 
-_MOST_RUNS = 40
-"""Runs of the rules: a choice or two per layer are settled in fewer than ten."""
+_MOST_RUNS = 40  # runs of the rules: a choice or two per layer are settled in fewer than ten
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,9 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-AtomRow = npt.NDArray[np.int64]
-"""Atoms of one axis, one per index."""
+AtomRow = npt.NDArray[np.int64]  # atoms of one axis, one per index
 
-ANCHORED = 0
-"""The atom of everything that must stay."""
+ANCHORED = 0  # the atom of everything that must stay
 
 
 class Atoms:

@@ -17,8 +17,7 @@ from fedprune_export.channels.rule import Channels, Rows, rule
 from fedprune_export.ir.graph import Node
 from fedprune_export.ir.trace import BATCH_EXTENT, BATCHES, Trace
 
-Assignment = tuple[int | None, ...]
-"""Per old axis the new axis that takes its atoms."""
+Assignment = tuple[int | None, ...]  # per old axis the new axis that takes its atoms
 
 
 @dataclass(frozen=True)

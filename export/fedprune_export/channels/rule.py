@@ -24,8 +24,7 @@ from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import registrar
 from fedprune_export.ir.trace import Trace
 
-Prefer = Literal["coarse", "fine"]
-"""Which option comes first: whole heads and groups, or positions within all of them."""
+Prefer = Literal["coarse", "fine"]  # which option comes first: whole heads and groups, or positions within all of them
 
 Option = TypeVar("Option", bound=Hashable)
 
@@ -101,8 +100,7 @@ TARGETS = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Resize": 3}
 """Per operator the input that is the shape of its output."""
 
 
-Rows = tuple[AtomRow, ...]
-"""Atoms of a value, one row per axis."""
+Rows = tuple[AtomRow, ...]  # atoms of a value, one row per axis
 
 
 class Pick(NamedTuple):
@@ -218,11 +216,9 @@ class Channels:
 
 
 Rule = Callable[[Channels, Node], None]
-RULES: dict[str, Rule] = {}
-"""Rules by operator."""
+RULES: dict[str, Rule] = {}  # rules by operator
 
-rule = registrar(RULES, "channel")
-"""Register a rule for operators."""
+rule = registrar(RULES, "channel")  # register a rule for operators
 
 
 def walk(channels: Channels) -> list[str]:

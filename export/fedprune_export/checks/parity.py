@@ -22,14 +22,11 @@ from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.pruning.cut import masked
 from fedprune_export.pruning.model import Model
 
-SAMPLES = 7
-"""Random inputs of the check."""
+SAMPLES = 7  # random inputs of the check
 
-_STEP_SAMPLES = 2
-"""More than one, so that batch norms have something to normalise by."""
+_STEP_SAMPLES = 2  # more than one, so that batch norms have something to normalise by
 
-LIMIT = 1e-4
-"""Float32 sums in another order differ by less than 1e-5; more means that the cut is wrong."""
+LIMIT = 1e-4  # float32 sums in another order differ by less than 1e-5; more means that the cut is wrong
 
 
 def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> float:

@@ -15,8 +15,7 @@ from fedprune.model.recipe import Recipe
 
 Array = npt.NDArray[Any]
 
-_SHARE = 0.7
-"""λ on trial: a step that ignores it, or the partners, has another loss."""
+_SHARE = 0.7  # λ on trial: a step that ignores it, or the partners, has another loss
 
 
 def random_labels(recipe: Recipe, samples: int, outputs: int, seed: int = 0) -> Array:

@@ -23,8 +23,7 @@ from fedprune_export.cli.options import (
     read_recipe,
 )
 
-RUNS = 15
-"""Steps that are timed."""
+RUNS = 15  # steps that are timed
 
 
 def register(subparsers: Any) -> None:

@@ -37,8 +37,7 @@ from fedprune_export.cli.options import (
     targets,
 )
 
-_SCORERS = ("ordered", "magnitude")
-"""Those that look at a model alone; curvature needs what a fleet has learnt."""
+_SCORERS = ("ordered", "magnitude")  # those that look at a model alone; curvature needs what a fleet has learnt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

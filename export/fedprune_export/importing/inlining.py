@@ -14,11 +14,9 @@ from fedprune_export.importing.model_file import check
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS, without_sequences
 from fedprune_export.ir.graph import read_tensor
 
-MOST_NODES = 40_000
-"""Operators of a model, with functions inlined; more would take over a minute to import."""
+MOST_NODES = 40_000  # operators of a model, with functions inlined; more would take over a minute to import
 
-_DEEPEST = 20
-"""Functions that call functions, and branches within branches."""
+_DEEPEST = 20  # functions that call functions, and branches within branches
 
 
 def prepared(model: onnx.ModelProto) -> onnx.ModelProto:

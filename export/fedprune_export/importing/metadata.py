@@ -12,20 +12,16 @@ from fedprune.core.errors import ModelError, shown
 from fedprune.core.text import some
 from fedprune_export.ir.graph import check_name
 
-PARAMETERS_KEY = "fedprune.parameters"
-"""Lists the trainable tensors."""
+PARAMETERS_KEY = "fedprune.parameters"  # lists the trainable tensors
 
-FROZEN_KEY = "fedprune.frozen"
-"""Lists those of them that the author froze."""
+FROZEN_KEY = "fedprune.frozen"  # lists those of them that the author froze
 
 UNUSED_KEY = "fedprune.unused"
 """Names of the author's parameters that the forward pass doesn't use, and which the model therefore lacks."""
 
-TIED_KEY = "fedprune.tied"
-"""Further names of tensors that have several."""
+TIED_KEY = "fedprune.tied"  # further names of tensors that have several
 
-PREFER_KEY = "fedprune.prefer"
-"""Which channels to cut where only one kind can be: coarse or fine."""
+PREFER_KEY = "fedprune.prefer"  # which channels to cut where only one kind can be: coarse or fine
 
 
 def read(model: onnx.ModelProto) -> dict[str, str]:

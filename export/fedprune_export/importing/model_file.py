@@ -14,8 +14,7 @@ from fedprune.core.disk import MOST_BYTES, open_file, read_file
 from fedprune.core.errors import ModelError, reason, shown
 from fedprune.output.extras import install_command
 
-_BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")
-"""What looks like a network's name more than like a file's."""
+_BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's
 
 
 def read_model_file(path: Path) -> bytes:

@@ -10,8 +10,7 @@ from fedprune.core.errors import ModelError
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.trace import Trace
 
-_NEAR = 1e-4
-"""How near to a whole or half place a place counts as being there."""
+_NEAR = 1e-4  # how near to a whole or half place a place counts as being there
 
 
 def emit_pad(graph: Graph, node: Node, seen: Trace) -> None:

@@ -14,8 +14,7 @@ from fedprune.core.text import some
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import REARRANGEMENTS
 
-CONSTANT_PREFIX = "const~"
-"""Initialisers whose names begin so are constants: `Graph.constant` names them."""
+CONSTANT_PREFIX = "const~"  # initialisers whose names begin so are constants: `Graph.constant` names them
 
 _ROLES = {
     "Conv": {1: "weight", 2: "bias"},

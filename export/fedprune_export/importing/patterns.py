@@ -18,12 +18,10 @@ from fedprune_export.ir.composites import GELU_CUBE
 from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.trace import Trace
 
-_EXACT = 1e-6
-"""How far a constant may be from its definition, relative to it: the rounding of float32 and a bit."""
+_EXACT = 1e-6  # how far a constant may be from its definition, relative to it: the rounding of float32 and a bit
 
 
-_LINEAR = 17.0
-"""From here on softplus(x) and x are the same number in float32."""
+_LINEAR = 17.0  # from here on softplus(x) and x are the same number in float32
 
 
 @dataclass

@@ -97,8 +97,7 @@ def _extents(seen: Trace, name: str) -> list[int] | None:
 
 
 _PASSING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
-_MOST_COPIES = 64
-"""A value with more readers than that is no state of layers."""
+_MOST_COPIES = 64  # a value with more readers than that is no state of layers
 
 
 def part_fills(graph: Graph, constants: Collection[str]) -> None:
@@ -164,8 +163,7 @@ def _copied(graph: Graph, node: Node, reader: Node) -> Node:
 
 
 _KEEPING = frozenset({"ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare"})
-_ENDLESS = 2**31 - 1
-"""Where slices end that go to the end of any axis."""
+_ENDLESS = 2**31 - 1  # where slices end that go to the end of any axis
 
 _NEUTRAL = {"Mul": 1.0, "Div": 1.0, "Add": 0.0, "Sub": 0.0, "Pow": 1.0}
 """What an operator's second operand must be for it to do nothing; the first too where the order doesn't matter."""

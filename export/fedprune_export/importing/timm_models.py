@@ -89,8 +89,7 @@ class _Finder(MetaPathFinder, Loader):
         pass
 
 
-PREFIX = "timm:"
-"""What a source begins with that names a network of timm."""
+PREFIX = "timm:"  # what a source begins with that names a network of timm
 
 _NAME = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)?")
 

@@ -98,8 +98,7 @@ def _biases(graph: Graph, node: Node, mask: str, tokens: tuple[int | None, ...],
 
 Array = npt.NDArray[Any]
 
-_OLDEST = 13
-"""From here on a node means at opset 17 what it meant."""
+_OLDEST = 13  # from here on a node means at opset 17 what it meant
 
 
 @dataclass
@@ -315,5 +314,4 @@ _RULES: dict[str, _Rule] = {
     "Swish": _swish,
 }
 
-TRANSLATED = frozenset(_RULES)
-"""Operators whose later forms, or which themselves, are written in the forms of opset 17."""
+TRANSLATED = frozenset(_RULES)  # operators whose later forms, or which themselves, are written in the forms of opset 17

@@ -15,14 +15,12 @@ from fedprune_export.ir.drafts import Draft, Node
 
 _Draft = TypeVar("_Draft", bound=Draft)
 
-GELU_CUBE = 0.044715
-"""The factor of the cube in the tanh form of Gelu."""
+GELU_CUBE = 0.044715  # the factor of the cube in the tanh form of Gelu
 
 NATIVE = {"LayerNormalization": 17, "Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 23}
 """From which opset on an operator is written as it is."""
 
-COMPOSITES = frozenset(NATIVE) - {"LayerNormalization"}
-"""Those that opset 17 lacks."""
+COMPOSITES = frozenset(NATIVE) - {"LayerNormalization"}  # those that opset 17 lacks
 
 
 def expanded(graph: _Draft, opset: int) -> _Draft:

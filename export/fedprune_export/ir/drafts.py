@@ -28,8 +28,7 @@ _Draft = TypeVar("_Draft", bound="Draft")
 
 
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT = "forward", "input gradient", "weight gradient"
-LOSS, UPDATE = "loss", "update"
-"""The parts of a training step."""
+LOSS, UPDATE = "loss", "update"  # the parts of a training step
 
 
 @dataclass(frozen=True)

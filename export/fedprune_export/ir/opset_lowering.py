@@ -14,8 +14,7 @@ from fedprune.core.errors import ModelError
 from fedprune_export.ir.composites import expanded
 from fedprune_export.ir.drafts import NORMAL_OPSET, Draft, Node
 
-OPSETS = range(13, 24)
-"""Opsets that can be written."""
+OPSETS = range(13, 24)  # opsets that can be written
 
 REDUCTIONS = frozenset(
     {
@@ -25,8 +24,7 @@ REDUCTIONS = frozenset(
 )
 """Reductions whose axes are an attribute at opset 17 and an input from 18 on."""
 
-_MODES = {"bilinear": "linear", "bicubic": "cubic"}
-"""Names that GridSample gives its modes from opset 20 on."""
+_MODES = {"bilinear": "linear", "bicubic": "cubic"}  # names that GridSample gives its modes from opset 20 on
 
 _Rule = Callable[[Draft, Node], None]
 _Draft = TypeVar("_Draft", bound=Draft)
@@ -168,8 +166,7 @@ _EARLIER: dict[str, tuple[int, _Rule]] = {
 }
 """First opset of the form that opset 17 has, and how to write it before."""
 
-LATER_FORMS = {op: since for op, (since, _) in _LATER.items()}
-"""First opset of a form that comes after opset 17's."""
+LATER_FORMS = {op: since for op, (since, _) in _LATER.items()}  # first opset of a form that comes after opset 17's
 
 EARLIER_FORMS = {op: since for op, (since, _) in _EARLIER.items()}
 """First opset of the form that opset 17 has, where it isn't the first."""

@@ -15,11 +15,9 @@ from fedprune_export.ir.graph import Graph, Node
 from fedprune_export.ir.operators import ELEMENTWISE
 from fedprune_export.ir.trace import Trace
 
-Marks = npt.NDArray[np.bool_]
-"""Per element of a value, whether it follows one of the axes in question."""
+Marks = npt.NDArray[np.bool_]  # per element of a value, whether it follows one of the axes in question
 
-SOURCES = ("Shape", "Size")
-"""Where shape arithmetic begins."""
+SOURCES = ("Shape", "Size")  # where shape arithmetic begins
 
 _ALIKE = ELEMENTWISE | {"Where", "Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual", "Not", "And", "Or", "Mod"}
 _RESHAPED = frozenset({"Reshape", "Squeeze", "Unsqueeze", "Flatten"})

@@ -22,14 +22,11 @@ from fedprune_export.ir.graph import Graph, Node
 
 Array = npt.NDArray[Any]
 
-_FEW = 1024
-"""Numbers of a value that is computed; shape arithmetic has a handful."""
+_FEW = 1024  # numbers of a value that is computed; shape arithmetic has a handful
 
-MOST_NUMBERS = 2**28
-"""Numbers of one value, and of all values that are needed at the same time: 1 GiB of float32."""
+MOST_NUMBERS = 2**28  # numbers of one value, and of all values that are needed at the same time: 1 GiB of float32
 
-MOST_WORK = 2**40
-"""MACs of one sample: the largest image networks take a fifth of it."""
+MOST_WORK = 2**40  # MACs of one sample: the largest image networks take a fifth of it
 
 _GROWING = frozenset({"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Resize", "Tile", "Upsample"})
 """Operators whose arguments give the size of their output."""

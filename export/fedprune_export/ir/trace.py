@@ -21,8 +21,7 @@ from fedprune_export.ir.shape_inference import Inferred, infer
 
 Array = npt.NDArray[Any]
 
-BATCHES = (3, 5)
-"""The first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed."""
+BATCHES = (3, 5)  # the first two batch sizes; tests use others, so that nothing frozen at one of these goes unnoticed
 
 BATCH_EXTENT = 1_000_003
 """Stands for the batch where sizes are matched by arithmetic: a prime that no model's dimension is a multiple of."""
@@ -30,8 +29,7 @@ BATCH_EXTENT = 1_000_003
 _FURTHER = (1, 8)
 """More sizes, for the sake of shapes alone: some sizes follow the batch only where it is small or even."""
 
-_MAX_NUMBERS = 2**24
-"""Numbers of one sample, of which several batches are made: four times what a camera's picture has."""
+_MAX_NUMBERS = 2**24  # numbers of one sample, of which several batches are made: four times what a camera's picture has
 
 _SMALL = 64
 

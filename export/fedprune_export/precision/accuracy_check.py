@@ -24,8 +24,7 @@ from fedprune_export.precision.lowering import Lowered, lower
 from fedprune_export.pruning.model import Model
 
 _AT_ONCE = 64
-_RANDOM = 64
-"""Random samples, where none are given."""
+_RANDOM = 64  # random samples, where none are given
 
 _LOSSES = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 from fedprune_export.ir.graph import Node
 from fedprune_export.precision.weight_prep import Pair
 
-_CHANNELS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}
-"""Axis of a weight that its output channels are on."""
+_CHANNELS = {"Conv": 0, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1}  # axis of a weight that its output channels are on
 
 
 def channel_axis(node: Node) -> int:

@@ -47,8 +47,7 @@ def calibration_graph(model: Model, widths: Sequence[int], plan: Plan) -> bytes:
 
 
 _LAYERS = frozenset({"Conv", "Gemm", "MatMul"})
-_CLAMPS = frozenset({"Relu", "Clip"})
-"""They vanish into the range of what they make."""
+_CLAMPS = frozenset({"Relu", "Clip"})  # they vanish into the range of what they make
 
 _ARRANGING = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
 """Operators whose output has their input's numbers, and so its scale."""
@@ -56,8 +55,7 @@ _ARRANGING = frozenset({"MaxPool", "Reshape", "Transpose", "Squeeze", "Unsqueeze
 _COMBINING = frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"})
 """Operators that onnxruntime computes on 8 bits, with a scale of their output's own."""
 
-_SMALLEST = 1e-12
-"""A scale of what is always zero."""
+_SMALLEST = 1e-12  # a scale of what is always zero
 
 
 @dataclass

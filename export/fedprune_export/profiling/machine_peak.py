@@ -12,11 +12,9 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.session import Session
 from fedprune_export.ir.graph import Graph, Port
 
-_SIDE = 768
-"""Of the square matrices that are multiplied: large enough for the peak, three of them in a common cache."""
+_SIDE = 768  # of the square matrices that are multiplied: large enough for the peak, three of them in a common cache
 
-_MOVED = 2**24
-"""Numbers of each array that is added: far more than caches hold."""
+_MOVED = 2**24  # numbers of each array that is added: far more than caches hold
 
 _RUNS = 7
 

@@ -20,8 +20,7 @@ from fedprune_export.profiling.roofline_layers import KINDS, Piece, pieces
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_step
 
-_NODE = re.compile(r".*?~[0-9]+")
-"""The name of a node at the beginning of one that onnxruntime has made of it."""
+_NODE = re.compile(r".*?~[0-9]+")  # the name of a node at the beginning of one that onnxruntime has made of it
 
 
 @dataclass(frozen=True)
@@ -187,5 +186,4 @@ def _spent(found: Sequence[Piece], times: KernelTimes) -> tuple[list[dict[str, f
     return spent, unknown
 
 
-_AROUND = frozenset({"If", "Loop", "Scan"})
-"""Operators whose time is that of the operators inside them."""
+_AROUND = frozenset({"If", "Loop", "Scan"})  # operators whose time is that of the operators inside them

@@ -24,8 +24,7 @@ from fedprune_export.ir.trace import inferred
 from fedprune_export.pruning.cut import pinned
 from fedprune_export.pruning.model import Model
 
-BACKWARD = "backward"
-"""All gradients of a layer whose parts are computed together."""
+BACKWARD = "backward"  # all gradients of a layer whose parts are computed together
 
 PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum", "LSTM", "GRU", "RNN"})
 NORMS = frozenset(

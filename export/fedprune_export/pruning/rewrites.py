@@ -64,8 +64,7 @@ class Sizes:
 
 
 Rewrite = Callable[[Graph, Node, Sizes], None]
-REWRITES: dict[str, Rewrite] = {}
-"""Rewrites by operator."""
+REWRITES: dict[str, Rewrite] = {}  # rewrites by operator
 
 
 def rewrite(*operators: str) -> Callable[[Rewrite], Rewrite]:

@@ -50,8 +50,7 @@ _FIGURES = (
 """Figures of `Costs` and `Prediction` by name, with title and unit."""
 
 _MEMORY = ("process", "graph", "weights", "activations", "samples")
-_MEMBERS = 40
-"""Members of a channel group that are named."""
+_MEMBERS = 40  # members of a channel group that are named
 
 _COSTS = (Column(""), Column("whole model", right=True), Column("this bundle", right=True), Column("kept", right=True))
 _GROUPS = (Column("group"), Column("channels", right=True), Column("kept", right=True), Column("members"))

@@ -12,8 +12,7 @@ from fedprune.output.tables import Column
 from fedprune.runtime import session
 from fedprune_export.profiling.roofline import Explained, Explanation
 
-_FOLDED = 0.01
-"""Pieces with a smaller share of the step share a row of the printed table."""
+_FOLDED = 0.01  # pieces with a smaller share of the step share a row of the printed table
 
 _COLUMNS = (
     Column("layer", wrap=12),

@@ -72,11 +72,9 @@ def _size(dim: Dim, batch: int) -> int:
 _NEVER = frozenset({"If", "Loop", "Scan", "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomUniform"})
 """Operators that aren't run twice: control flow, and what draws random numbers."""
 
-_SMALL = 64
-"""A value is small compared with one of this many times its bytes: it is kept for a second computation."""
+_SMALL = 64  # a value is small compared with one of this many times its bytes: it is kept for a second computation
 
-_DEEPEST = 400
-"""Nodes that are written a second time for one value."""
+_DEEPEST = 400  # nodes that are written a second time for one value
 
 _PER_BYTE, _PER_CALL, _PER_PRODUCT = 0.2, 2000.0, 0.04
 """Nanoseconds of work: per byte moved, per node, per multiplication. Only ratios count."""
@@ -120,13 +118,11 @@ class _Drop:
     """One value that may be dropped while most memory is taken."""
 
     value: str
-    at: int
-    """Where it is read next."""
+    at: int  # where it is read next
     copies: list[Node] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     work: float = 0.0
-    lengthened: int = 0
-    """Bytes of dead values that must live on for it."""
+    lengthened: int = 0  # bytes of dead values that must live on for it
 
 
 class _Search:

@@ -16,8 +16,7 @@ PROCESS_BYTES = 65_000_000
 """Python, numpy and onnxruntime with a session, without the MQTT client and the agent that a board's process also has
 (`fedprune.planning.costs.PROCESS_BYTES`)."""
 
-NODE_BYTES = 6_100
-"""What onnxruntime holds per node of a loaded graph."""
+NODE_BYTES = 6_100  # what onnxruntime holds per node of a loaded graph
 
 GAPS, GAPS_AGAIN = 0.09, 0.3
 """What the allocator can't use, as a share of the values that live at once; in graphs that compute values again, too,

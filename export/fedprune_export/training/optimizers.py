@@ -48,8 +48,7 @@ def _active(g: Graph, name: str) -> str:
     return g.emit("GreaterOrEqual", g.emit("Abs", name), step_contract.threshold(name))
 
 
-_CLIP_EPSILON = 1e-6
-"""torch.nn.utils.clip_grad_norm_ adds it to the norm."""
+_CLIP_EPSILON = 1e-6  # torch.nn.utils.clip_grad_norm_ adds it to the norm
 
 
 @dataclass(frozen=True)

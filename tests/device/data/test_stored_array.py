@@ -26,8 +26,7 @@ from support.paths import GRAPHS
 pytestmark = pytest.mark.board
 
 TYPES = ("<f4", ">f4", "<f2", "<f8", "<i4", "<i8")
-MANY, ONE = 4000, (3, 64, 64)
-"""Samples that take 197 MB as float32, and half of that in a file of float16."""
+MANY, ONE = 4000, (3, 64, 64)  # samples that take 197 MB as float32, and half of that in a file of float16
 
 
 @contextmanager

@@ -18,8 +18,7 @@ from support.fakes.tensorrt import CENSUS, VERSIONS, Double, members
 
 pytestmark = pytest.mark.board
 
-SEAM = [Path(m.__file__) for m in (bindings, build, engine)]
-"""The only modules that touch TensorRT."""
+SEAM = [Path(m.__file__) for m in (bindings, build, engine)]  # the only modules that touch TensorRT
 
 OURS = (  # noqa: SIM905
     # of Python and numpy

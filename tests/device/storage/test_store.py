@@ -23,8 +23,7 @@ pytestmark = pytest.mark.board
 
 Snapshot = tuple[Any, ...]
 
-MOST_SYNCS = 20
-"""In a round, connecting included."""
+MOST_SYNCS = 20  # in a round, connecting included
 
 
 def weights_of(number: int) -> bytes:

@@ -434,8 +434,7 @@ one("GlobalAveragePool", "GlobalAveragePool", lambda x: x.mean((2, 3), keepdim=T
 
 # -- norms of single samples ------------------------------------------------------------------------------------------
 
-OFFSETS = (0.0, 100.0)
-"""Means of the input: where it is large, sums of squares lose their digits."""
+OFFSETS = (0.0, 100.0)  # means of the input: where it is large, sums of squares lose their digits
 
 for _op, _function in (("Softmax", F.softmax), ("LogSoftmax", F.log_softmax)):
     for _axis in (1, 2, -1):

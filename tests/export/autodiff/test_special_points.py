@@ -21,8 +21,7 @@ Function = Callable[[torch.Tensor], torch.Tensor]
 
 COMMON = (0.0, 1.0, -1.0, 100.0, -100.0)
 CLASSES = 5
-TINY = float(np.finfo(np.float32).tiny)
-"""What float32 needn't tell from nothing."""
+TINY = float(np.finfo(np.float32).tiny)  # what float32 needn't tell from nothing
 
 AT_BOUNDS: dict[str, tuple[Function, tuple[float, ...]]] = {
     "clamp": (lambda x: x.clamp(-1, 1), ()),

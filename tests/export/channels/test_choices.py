@@ -7,10 +7,8 @@ import numpy as np
 from fedprune_export.channels.rule import Choices
 
 ROW = np.array([1, 1, 2, 2])
-TWO = np.array([0, 1, 2])
-"""Units 1 and 2, each on its own."""
-ONE = np.array([0, 1, 1])
-"""The same tied to each other."""
+TWO = np.array([0, 1, 2])  # units 1 and 2, each on its own
+ONE = np.array([0, 1, 1])  # the same tied to each other
 ALIKE, APART = np.array([0, 7, 7]), np.array([0, 7, 8])
 
 

@@ -35,8 +35,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import digits_model
 from support.nets.token_net import token_net
 
-Damage = Callable[[dict[str, bytes], Model, Selection], dict[str, bytes]]
-"""Changed files of a bundle."""
+Damage = Callable[[dict[str, bytes], Model, Selection], dict[str, bytes]]  # changed files of a bundle
 
 CHECKS = ["files", "weights", "inference", "training", "descent", "agreement"]
 

@@ -11,8 +11,7 @@ from support.faults.model_mutations import damaged
 from support.nets.model_corpus import corpus
 
 MODELS = corpus()
-CASES = 400
-"""Damaged copies of each model."""
+CASES = 400  # damaged copies of each model
 
 
 def refusal(raw: bytes) -> str:

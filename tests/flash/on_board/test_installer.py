@@ -350,8 +350,7 @@ def test_a_key_that_the_operator_names_takes_the_place_of_the_boards(kit: Path, 
     assert program(root, "x") == "fedprune x\n"
 
 
-NEXT = SigningKey.make()
-"""What replaced the server's key."""
+NEXT = SigningKey.make()  # what replaced the server's key
 
 SUCCESSION = Succession.make("lab", KEY, NEXT.verifying).hex
 

@@ -21,8 +21,7 @@ from fedprune.wire.topics import Topics
 from fedprune.wire.transfer import BlobSender, Pull
 
 TOPICS = Topics("site")
-SPEED = 50.0
-"""How much faster the agent's clock goes, so that lost messages cost little time."""
+SPEED = 50.0  # how much faster the agent's clock goes, so that lost messages cost little time
 
 
 def clock() -> float:

@@ -44,8 +44,7 @@ from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.storage.storage import Storage
 from support.fakes.tiny_job import ARCHITECTURE, JOB, NAMES
 
-SIZE = 100_000
-"""Bytes of a device's weights: four leaves, in two chunks."""
+SIZE = 100_000  # bytes of a device's weights: four leaves, in two chunks
 
 
 def fill(*parts: object, size: int = SIZE) -> bytes:

@@ -24,8 +24,7 @@ PYTHON = f"cp{sys.version_info.major}{sys.version_info.minor}"
 APP = "import sys\n\ndef main() -> int:\n    print('version', VERSION)\n    return 0\n"
 
 
-OUTSIDE = PACKAGES
-"""What a release without wheels of it takes from the Python that runs the tests."""
+OUTSIDE = PACKAGES  # what a release without wheels of it takes from the Python that runs the tests
 
 
 def make_wheel(path: Path, files: dict[str, bytes | str]) -> Path:

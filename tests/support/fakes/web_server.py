@@ -13,8 +13,7 @@ from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 
-Behaviour = Callable[["Handler", bytes], bool]
-"""Given the whole of what is asked for; whether it has answered."""
+Behaviour = Callable[["Handler", bytes], bool]  # given the whole of what is asked for; whether it has answered
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -10,8 +10,7 @@ from typing import Any
 
 Mutation = Callable[[bytes, random.Random], bytes]
 
-DEEP = 3000
-"""Levels of nesting, which is more than Python's recursion takes."""
+DEEP = 3000  # levels of nesting, which is more than Python's recursion takes
 
 _NAMES = (
     *("../../etc/passwd", "/etc/passwd", "a/../../b", "..", ".", "", "a\0b", "con", "a" * 300, "\ud800", "\x1b[2J"),

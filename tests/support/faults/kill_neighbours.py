@@ -18,8 +18,7 @@ from support.faults.kill_points import BOARDS, Doomed, LedgerError, Life, finish
 from support.processes.postgres import Postgres
 
 POSTMASTER, BACKEND, HELPER = "PostgreSQL's first process", "a process of PostgreSQL's for a connection", "helper"
-SLOW = ("epochs = 2\n", "epochs = 150\n")
-"""Rounds last long enough to be hit."""
+SLOW = ("epochs = 2\n", "epochs = 150\n")  # rounds last long enough to be hit
 
 
 @dataclass

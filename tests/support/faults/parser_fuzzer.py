@@ -14,11 +14,9 @@ from pathlib import Path
 from support.faults.input_mutations import mutated
 from support.faults.parser_target import Target
 
-LONGEST_MESSAGE = 4000
-"""Characters of an error: what is hostile must not fill a log."""
+LONGEST_MESSAGE = 4000  # characters of an error: what is hostile must not fill a log
 
-SAMPLED = 40
-"""Of so many inputs the memory of one is measured, which makes it a few times slower."""
+SAMPLED = 40  # of so many inputs the memory of one is measured, which makes it a few times slower
 
 
 @dataclass

@@ -36,8 +36,7 @@ from support.faults.parser_target import Target, as_file, as_object, as_text, du
 from support.faults.parsers_of_files import npz, picture
 
 SHAPE = (3, 8, 8)
-_FILES = 2 * 2**20
-"""Bytes that numpy's, Pillow's and zipfile's machinery may take for any file."""
+_FILES = 2 * 2**20  # bytes that numpy's, Pillow's and zipfile's machinery may take for any file
 
 
 def to_predict(path: Path) -> object:

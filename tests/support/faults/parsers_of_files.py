@@ -87,8 +87,7 @@ name = "two"
 seeds = [5]
 """
 
-_FILES = 2 * 2**20
-"""Bytes that numpy's, Pillow's and zipfile's machinery may take for any file."""
+_FILES = 2 * 2**20  # bytes that numpy's, Pillow's and zipfile's machinery may take for any file
 
 
 @cache

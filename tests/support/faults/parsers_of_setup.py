@@ -32,8 +32,7 @@ from fedprune_flash.ssh.inventory import read_inventory
 from fedprune_flash.ssh.journal import read_claims
 from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
 
-_FILES = 2 * 2**20
-"""Bytes that hashing and unpacking may take for any file."""
+_FILES = 2 * 2**20  # bytes that hashing and unpacking may take for any file
 
 
 @cache

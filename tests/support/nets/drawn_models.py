@@ -19,8 +19,7 @@ from fedprune.model.architecture import (
 )
 from fedprune.model.selection import Selection, Tensors
 
-Update = tuple[Selection, Tensors, int, int]
-"""A selection, its trained tensors, its weight, and steps."""
+Update = tuple[Selection, Tensors, int, int]  # a selection, its trained tensors, its weight, and steps
 
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")  # a test's time says more about its neighbours than about the code

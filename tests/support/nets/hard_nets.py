@@ -29,8 +29,7 @@ class Hard:
     groups: int
 
 
-NETS: dict[str, Hard] = {}
-"""Networks by name."""
+NETS: dict[str, Hard] = {}  # networks by name
 
 
 def hard(groups: int) -> Callable[[type[nn.Module]], type[nn.Module]]:

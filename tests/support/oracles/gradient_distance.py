@@ -26,14 +26,11 @@ from support.oracles.torch_graph import run
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
-FLOOR = 2.0**-21
-"""A relative distance that counts as none: four steps of float32."""
+FLOOR = 2.0**-21  # a relative distance that counts as none: four steps of float32
 
-FLIPS = 10
-"""Times the least distance (or 1e-6), from which on a decision must have fallen to the other side."""
+FLIPS = 10  # times the least distance (or 1e-6), from which on a decision must have fallen to the other side
 
-SPARE_FLIPS = 2
-"""So many more batches may flip than torch's do: which ones do is chance."""
+SPARE_FLIPS = 2  # so many more batches may flip than torch's do: which ones do is chance
 
 CAP = 1e-2
 """No batch may be further off than this, unless torch's float32 is half as far off in one.
@@ -47,8 +44,7 @@ TENSOR = 4
 onnxruntime's tanh is 3.6 times as far off as torch's (root mean square, from 1 to 9), and with it its slope 1 - y².
 """
 
-TENSOR_FLOOR = 1e-6
-"""A relative distance of a single tensor that counts as none: few terms, which may cancel in part."""
+TENSOR_FLOOR = 1e-6  # a relative distance of a single tensor that counts as none: few terms, which may cancel in part
 
 NOTHING = 1e-10
 """Up to this share of all gradients' size in float64, a tensor's gradient cancels to nothing.

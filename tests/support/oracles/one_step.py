@@ -15,8 +15,7 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 NETS = ("lenet", "vgg11_bn", "resnet20_bn")
 LR, MOMENTUM, DECAY = 0.1, 0.9, 1e-3
 
-FLIPPED = 1e-4
-"""From this relative distance of the gradient on, a sign has flipped."""
+FLIPPED = 1e-4  # from this relative distance of the gradient on, a sign has flipped
 
 
 def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

@@ -15,8 +15,7 @@ from torch import nn
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.selection import Selection
 
-Side = tuple[str, str]
-"""A layer's name, and which of its sides ("in" or "out")."""
+Side = tuple[str, str]  # a layer's name, and which of its sides ("in" or "out")
 
 LayerGroup = tuple[frozenset[Side], int]
 """The sides of layers that can only be cut together, and how many channels that are."""

@@ -17,8 +17,7 @@ from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from support.processes.machine import find_mosquitto, free_port, listens
 
 SITE = "lab"
-_ROUND_S = 600
-"""A round's deadline: an emulated board is slow."""
+_ROUND_S = 600  # a round's deadline: an emulated board is slow
 
 
 class Headquarters:

@@ -21,8 +21,7 @@ import pytest
 
 from support.paths import ROOT
 
-CACHE = ROOT / "build" / "arm64"
-"""Userlands are made once; `make clean` removes them."""
+CACHE = ROOT / "build" / "arm64"  # userlands are made once; `make clean` removes them
 
 _PACKAGES = (
     *("base-files", "base-passwd", "bash", "ca-certificates", "coreutils", "dash", "grep", "login", "passwd", "sed"),
@@ -49,11 +48,9 @@ class System:
     keyring: str = ""
 
 
-BOOKWORM = System("bookworm", "3.11")
-"""Raspberry Pi OS 12 is made from it."""
+BOOKWORM = System("bookworm", "3.11")  # raspberry Pi OS 12 is made from it
 
-TRIXIE = System("trixie", "3.13")
-"""Raspberry Pi OS 13 is made from it."""
+TRIXIE = System("trixie", "3.13")  # raspberry Pi OS 13 is made from it
 
 JAMMY = System(
     "jammy", "3.10", "http://ports.ubuntu.com/ubuntu-ports", "/usr/share/keyrings/ubuntu-archive-keyring.gpg"

@@ -10,8 +10,7 @@ import urllib.request
 from http.cookiejar import CookieJar
 from urllib.parse import urlencode
 
-ANN, NOT_ANN = "hunter2-of-the-operator", "hunter2-of-nobody-at-all"
-"""Her password, and one that is wrong."""
+ANN, NOT_ANN = "hunter2-of-the-operator", "hunter2-of-nobody-at-all"  # her password, and one that is wrong
 
 
 class Operator:

@@ -15,8 +15,7 @@ from fedprune_export.ir.graph import Graph, Node
 Gradient = Callable[[Graph, Node, str, str, str], str]
 """Writes dx, given the graph, the node, its input x, its output y, and dy."""
 
-Slope = Callable[[Graph, str, str], str]
-"""Writes the derivative at every number, given the graph, x and y."""
+Slope = Callable[[Graph, str, str], str]  # writes the derivative at every number, given the graph, x and y
 
 
 def _emit_unary(tape: Tape, node: Node) -> tuple[str, str]:
@@ -212,8 +211,7 @@ def relu(tape: Tape, node: Node) -> Pull:
     return lambda dy: tape.add(node.inputs[0], where_positive(tape, dy, y))
 
 
-STEEP = 2.0**126
-"""The slope of a line that is a step from 0 to 1 for all but the least numbers."""
+STEEP = 2.0**126  # the slope of a line that is a step from 0 to 1 for all but the least numbers
 
 
 def where_positive(tape: Tape, dy: str, y: str) -> str:

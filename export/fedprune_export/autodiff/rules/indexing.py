@@ -68,8 +68,7 @@ def one_hot(tape: Tape, node: Node) -> None:
     tape.enter(node.outputs[0], y, (*shape[:axis], int(depth.reshape(-1)[0]), *shape[axis:]))
 
 
-_FEW = 4
-"""Up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix."""
+_FEW = 4  # up to this many picks of one element its gradient is a sum of gathers; beyond, a product with a 0/1 matrix
 
 
 @rule("Slice")

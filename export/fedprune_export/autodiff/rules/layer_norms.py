@@ -158,8 +158,7 @@ def lp_norm(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-_NOTHING = 1e-18
-"""The square of what the operator adds to a standard deviation."""
+_NOTHING = 1e-18  # the square of what the operator adds to a standard deviation
 
 
 @rule("MeanVarianceNormalization")

@@ -86,8 +86,7 @@ def count_of(tape: Tape, dims: Sequence[Dim]) -> str:
     return g.emit("Cast", tape.size(count), attrs={"to": 1})
 
 
-Gradient = Callable[[Reduction, str, str], str]
-"""Writes dx, given the reduction, its output y and dy."""
+Gradient = Callable[[Reduction, str, str], str]  # writes dx, given the reduction, its output y and dy
 
 
 def _reduction(*operators: str, kept: bool = False) -> Callable[[Gradient], Gradient]:
