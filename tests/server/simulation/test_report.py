@@ -83,11 +83,8 @@ def test_final_accuracies_are_means_of_the_last_rounds():
     local, whole = replace(record(), rounds=rows).final(2)
     assert local == pytest.approx((3 / 20 + 4 / 20) / 2)
     assert whole == pytest.approx((3 / 10 + 4 / 10) / 2)
-
-
-def test_what_nobody_measured_is_not_a_number():
-    rows = tuple(replace(r, accuracy=None, local={}) for r in record().rounds)
-    assert all(map(math.isnan, replace(record(), rounds=rows).final(3)))
+    unmeasured = tuple(replace(r, accuracy=None, local={}) for r in rows)
+    assert all(map(math.isnan, replace(record(), rounds=unmeasured).final(3)))
 
 
 def asked_in_turn():
@@ -189,16 +186,12 @@ def test_what_was_trained_has_curves_of_its_own_where_averages_serve(kept, rows)
     assert columns == ["local accuracy", *(f"local {m}" for m in beside(runs))]
 
 
-def test_bars_are_what_was_measured_last():
+def test_bars_are_what_was_measured_last_and_a_dash_is_for_never():
     lengths, notes = local_bars(asked_in_turn(), record())
     assert lengths == pytest.approx([0.6, 0.88, 0.8, 0.92])
     assert notes == ["60.0%", "88.0%", "80.0%", "92.0%"]
-
-
-def test_a_device_that_never_delivered_has_a_dash_instead_of_a_bar():
-    run = asked_in_turn()
-    lengths, notes = local_bars(replace(run, rounds=run.rounds[:1]), None)
-    assert sorted(zip(lengths, notes, strict=True)) == [(0.0, "–"), (0.2, "20.0%")]
+    first = replace(asked_in_turn(), rounds=asked_in_turn().rounds[:1])
+    assert sorted(zip(*local_bars(first, None), strict=True)) == [(0.0, "–"), (0.2, "20.0%")]
 
 
 def test_a_fleet_of_a_hundred_has_a_row_per_device_and_can_be_searched(tmp_path):
@@ -235,18 +228,20 @@ def test_loss_claim_looks_at_the_share_by_which_it_is_worse(local, held):
 
 
 @pytest.mark.parametrize(
-    ("local", "accuracy", "held"),
-    [(0.9, 0.8, True), (0.885, 0.785, True), (0.95, 0.95, True), (0.875, 0.8, False), (0.9, 0.775, False)],
+    ("change", "held"),
+    [
+        ({}, (True, False)),
+        ({"local": 0.885, "accuracy": 0.785}, (True, False)),
+        ({"local": 0.95, "accuracy": 0.95}, (True, False)),
+        ({"local": 0.875}, (False, False)),
+        ({"accuracy": 0.775}, (False, False)),
+        ({"down": 500_000, "up": 450_000}, (True, True)),
+        ({"down": 510_000, "up": 400_000}, (True, False)),
+        ({"down": 400_000, "up": 460_000}, (True, False)),
+    ],
 )
-def test_accuracy_claim_looks_at_both_accuracies(local, accuracy, held):
-    assert claims(record(local=local, accuracy=accuracy), record())[0].held is held
-
-
-@pytest.mark.parametrize(
-    ("down", "up", "held"), [(500_000, 450_000, True), (510_000, 400_000, False), (400_000, 460_000, False)]
-)
-def test_bytes_claim_looks_at_both_ways(down, up, held):
-    assert claims(record(down=down, up=up), record())[1].held is held
+def test_claims_look_at_both_accuracies_and_at_both_ways(change, held):
+    assert tuple(c.held for c in claims(record(**change), record())) == held
 
 
 def test_claims_about_what_was_not_measured_fail():
@@ -260,6 +255,9 @@ def test_summary_has_the_numbers_of_both_runs():
     assert cells["mean local accuracy, last 4 rounds"][:2] == ("90.0%", "90.0%")
     assert cells["global accuracy, last 4 rounds"] == ("80.0%", "85.0%", "-5.0 points")
     assert cells["MB down"] == ("0.48", "1.00", "-52%")
+    bytes_of = {row[0]: row[1:] for row in summary(record(down=3, up=2, rounds=1), record(down=2, up=2, rounds=1))}
+    assert (bytes_of["MB down"][-1], bytes_of["MB up"][-1]) == ("+50%", "+0%")
+    assert {row[0]: row[-1] for row in summary(record(), record(down=0))}["MB down"] == "–"
 
 
 def test_summary_tells_means_and_the_last_round_apart():
@@ -272,13 +270,6 @@ def test_summary_tells_means_and_the_last_round_apart():
     alone = {row[0]: row[1:] for row in summary(replace(run, rounds=run.rounds[:1]))}
     assert alone["global accuracy"] == ("10.0%",)
     assert "global accuracy, last round" not in alone
-
-
-def test_bytes_are_compared_by_how_much_less_or_more_they_are():
-    cells = {row[0]: row[1:] for row in summary(record(down=3, up=2, rounds=1), record(down=2, up=2, rounds=1))}
-    assert cells["MB down"][-1] == "+50%"
-    assert cells["MB up"][-1] == "+0%"
-    assert {row[0]: row[-1] for row in summary(record(), record(down=0))}["MB down"] == "–"
 
 
 def test_plan_table_has_a_row_per_device():
