@@ -443,13 +443,13 @@ def upload_workers(
 ) -> Iterator[UploadWorkers | None]:
     """The processes that receive updates; None where the server does it itself. Raises `ConfigError` if there are
     several jobs."""
-    if not config.receivers:
+    if not config.upload_workers:
         yield None
         return
     if jobs > 1:
         raise ConfigError(
-            "server: receivers", expected="0 where a server has several jobs", got=config.receivers,
-            hint="Leave out --job and [[jobs]], or --receivers.",
+            "server: upload_workers", expected="0 where a server has several jobs", got=config.upload_workers,
+            hint="Leave out --job and [[jobs]], or --upload-workers.",
         )  # fmt: skip
 
     def begin(tag: str) -> Begin:
@@ -464,6 +464,6 @@ def upload_workers(
         )  # fmt: skip
 
     with UploadWorkers(
-        store, begin, config.receivers, reached.link.wake, time.monotonic, config.pulls, config.max_packet
-    ) as receivers:
-        yield receivers
+        store, begin, config.upload_workers, reached.link.wake, time.monotonic, config.pulls, config.max_packet
+    ) as workers:
+        yield workers

@@ -97,7 +97,7 @@ class ServerConfig:
     )
     pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
     workers: int = setting(1, "Processes that make submodels, more than one if that is slow.", "N", within=(1, 1000))
-    receivers: int = setting(
+    upload_workers: int = setting(
         0, "Processes that receive updates; 0 if the server does that itself.", "N", within=(0, 64)
     )
     workers_url: str = setting(
@@ -145,10 +145,10 @@ class ServerConfig:
         check_settings(self, "server")
         if self.blobs != FOLDER:
             parse(self.blobs)
-            if self.receivers:
+            if self.upload_workers:
                 raise ConfigError(
-                    "server: receivers", expected=f"0, or blobs = {FOLDER!r}", got=self.receivers,
-                    hint="Receivers write into the state folder; with a bucket the server takes in updates by itself.",
+                    "server: upload_workers", expected=f"0, or blobs = {FOLDER!r}", got=self.upload_workers,
+                    hint="They write into the state folder; with a bucket the server takes in updates by itself.",
                 )  # fmt: skip
         check_url(self.workers_url)
         if self.port is not None:

@@ -1,4 +1,4 @@
-"""Receivers take in updates for the server: to the same models, whoever dies, and whatever they say."""
+"""Upload workers take in updates for the server: to the same models, whoever dies, and whatever they say."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from fedprune_server.transfer.upload_workers.messages import (
     Fetch,
     Stored,
     Took,
-    ToReceiver,
     ToServer,
+    ToWorker,
     line,
     parse_line,
     read,
@@ -53,7 +53,7 @@ DIGEST = "ab" * 32
 
 
 class Played(UploadWorker):
-    """A receiver without a process: all that it is told and says is written and read as between processes."""
+    """An upload worker without a process: all that it is told and says is written and read as between processes."""
 
     def __init__(self, number: int, folder: Path, now: Callable[[], float]) -> None:
         super().__init__(lambda tag: pytest.fail(tag), lambda: None)
@@ -61,7 +61,7 @@ class Played(UploadWorker):
         self.life = 0
         self.receiving: Receiving | None = None
         self.said: deque[bytes] = deque()
-        self.all_said: list[ToReceiver | ToServer] = []
+        self.all_said: list[ToWorker | ToServer] = []
         self.ticked = 0.0
 
     @property
@@ -75,7 +75,7 @@ class Played(UploadWorker):
         self.receiving = Receiving(uploads, "default", lambda word: self.said.append(line(word)), self.now)
         return True
 
-    def send(self, word: ToReceiver) -> None:
+    def send(self, word: ToWorker) -> None:
         if self.receiving is not None:
             self.receiving.order(parse_line(line(word)))
 
@@ -84,7 +84,7 @@ class Played(UploadWorker):
         if self.receiving is not None and topic.endswith("/" + self.tag):
             self.receiving.receive(topic, payload)
 
-    def received(self, now: float) -> Iterator[ToReceiver | ToServer]:
+    def received(self, now: float) -> Iterator[ToWorker | ToServer]:
         if self.receiving is not None and now - self.ticked >= 0.5:
             self.ticked = now
             self.receiving.tick(up=True)
@@ -99,11 +99,11 @@ class Played(UploadWorker):
 
 
 class HelpedAir(Air):
-    """An air in which receivers listen, too."""
+    """An air in which workers listen, too."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.receivers: list[Played] = []
+        self.workers: list[Played] = []
         self.chunks = 0
         self.on_chunk: Callable[[int], None] = lambda count: None
 
@@ -114,12 +114,12 @@ class HelpedAir(Air):
         self.chunks += 1
         self.on_chunk(self.chunks)
         for _ in range(2 if self.doubled else 1):
-            for receiver in self.receivers:
-                receiver.hear(topic, payload)
+            for worker in self.workers:
+                worker.hear(topic, payload)
 
 
 class Helped:
-    """A fleet with receivers."""
+    """A fleet with workers."""
 
     def __init__(self, folder: Path, count: int = 2) -> None:
         self.fleet = Fleet(folder)
@@ -131,8 +131,8 @@ class Helped:
         self.uploads = UploadWorkers(
             self.fleet.store, lambda tag: pytest.fail(tag), 0, lambda: None, lambda: self.air.now, 2
         )
-        self.air.receivers = [Played(i, folder / "blobs", lambda: self.air.now) for i in range(count)]
-        self.uploads._receivers = list(self.air.receivers)
+        self.air.workers = [Played(i, folder / "blobs", lambda: self.air.now) for i in range(count)]
+        self.uploads._workers = list(self.air.workers)
         self.uploads._news.is_set = lambda: True  # type: ignore[method-assign]
 
     def run(self) -> State:
@@ -140,12 +140,12 @@ class Helped:
             return self.fleet.run(uploads=self.uploads)
 
     def stored(self) -> list[Stored]:
-        return [w for r in self.air.receivers for w in r.all_said if isinstance(w, Stored)]
+        return [w for r in self.air.workers for w in r.all_said if isinstance(w, Stored)]
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> State:
-    """How a job ends without receivers."""
+    """How a job ends without workers."""
     return Fleet(tmp_path_factory.mktemp("alone")).run()
 
 
@@ -155,21 +155,21 @@ def helped(tmp_path: Path) -> Helped:
 
 
 @pytest.mark.slow
-def test_a_job_with_receivers_ends_in_the_same_models(helped: Helped, expected: State) -> None:
+def test_a_job_with_upload_workers_ends_in_the_same_models(helped: Helped, expected: State) -> None:
     state = helped.run()
     assert [r["model"] for r in state.history] == [r["model"] for r in expected.history]
     assert len(helped.stored()) == 9  # three devices, three rounds
-    assert all(r.all_said for r in helped.air.receivers)  # each has its part
-    assert {r.load for r in helped.air.receivers} == {0}
+    assert all(r.all_said for r in helped.air.workers)  # each has its part
+    assert {r.load for r in helped.air.workers} == {0}
 
 
-def test_what_receivers_take_in_counts_as_devices_bytes(helped: Helped) -> None:
+def test_what_upload_workers_take_in_counts_as_devices_bytes(helped: Helped) -> None:
     helped.run()
     ups = [up for _, up in helped.fleet.storage.traffic().values()]
     assert min(ups) > 3 * 100_000
 
 
-def test_boards_that_know_no_receivers_are_served_as_ever(helped: Helped, expected: State) -> None:
+def test_boards_that_know_no_upload_workers_are_served_as_ever(helped: Helped, expected: State) -> None:
     helped.air.devices["a"].abilities = None
     assert helped.run().model == expected.model
     assert {s.device for s in helped.stored()} == {"b", "c"}
@@ -181,28 +181,28 @@ def test_messages_that_come_twice_change_nothing(helped: Helped, expected: State
 
 
 @pytest.mark.parametrize("at", [1, 2, 5, 8])
-def test_a_receiver_that_dies_midway_costs_nothing(helped: Helped, expected: State, at: int) -> None:
+def test_a_upload_worker_that_dies_midway_costs_nothing(helped: Helped, expected: State, at: int) -> None:
     def chunk(count: int) -> None:
         if count == at:
-            for receiver in helped.air.receivers[:1] if at % 2 else helped.air.receivers:
-                receiver.stop()
+            for worker in helped.air.workers[:1] if at % 2 else helped.air.workers:
+                worker.stop()
 
     helped.air.on_chunk = chunk
     state = helped.run()
     assert state.model == expected.model
     for summary in state.history:
         assert [d["progress"] for d in summary["devices"].values()] == ["folded"] * 3
-    assert max(r.life for r in helped.air.receivers) == 2
+    assert max(r.life for r in helped.air.workers) == 2
 
 
-def test_receivers_that_never_start_leave_the_rest_to_the_server(helped: Helped, expected: State) -> None:
-    for receiver in helped.air.receivers:
-        receiver.start = lambda now: False  # type: ignore[method-assign]
+def test_upload_workers_that_never_start_leave_the_rest_to_the_server(helped: Helped, expected: State) -> None:
+    for worker in helped.air.workers:
+        worker.start = lambda now: False  # type: ignore[method-assign]
     assert helped.run().model == expected.model
     assert helped.stored() == []
 
 
-# What a receiver says counts only for what it was given.
+# What an upload worker says counts only for what it was given.
 
 
 @pytest.fixture
@@ -210,15 +210,15 @@ def pair(helped: Helped) -> Iterator[tuple[UploadWorkers, Played, BlobRef]]:
     with helped.uploads as uploads:
         ref = BlobStore(helped.fleet.folder / "elsewhere", durable=False).put(b"w" * (3 * LEAF))
         uploads.born("a", 7, 0.0, 0.0, (TO,))
-        receiver = helped.air.receivers[0]
+        worker = helped.air.workers[0]
         assert uploads.add("a", 1, 1, ref, 0.0) == []
-        yield uploads, receiver, ref
+        yield uploads, worker, ref
 
 
-def test_wants_name_the_receiver(pair: tuple[UploadWorkers, Played, BlobRef]) -> None:
-    uploads, receiver, ref = pair
+def test_wants_name_the_upload_worker(pair: tuple[UploadWorkers, Played, BlobRef]) -> None:
+    uploads, worker, ref = pair
     wants = uploads.collect(0.0)
-    assert [(d, w.sha256, w.to) for d, w in wants] == [("a", ref.sha256, receiver.tag)]
+    assert [(d, w.sha256, w.to) for d, w in wants] == [("a", ref.sha256, worker.tag)]
 
 
 @pytest.mark.parametrize(
@@ -230,35 +230,35 @@ def test_wants_name_the_receiver(pair: tuple[UploadWorkers, Played, BlobRef]) ->
     ids=lambda w: str(w)[:60],
 )  # fmt: skip
 def test_what_is_not_of_its_part_is_dropped(pair: tuple[UploadWorkers, Played, BlobRef], word: ToServer) -> None:
-    uploads, receiver, ref = pair
+    uploads, worker, ref = pair
     uploads.collect(0.0)
-    receiver.said.append(line(word))
+    worker.said.append(line(word))
     assert uploads.collect(0.0) == []
     assert uploads.outcomes() == []
     assert uploads.fetching("a", 1, 1, ref)
 
 
-def test_what_another_receiver_says_of_it_is_dropped(
+def test_what_another_upload_worker_says_of_it_is_dropped(
     helped: Helped, pair: tuple[UploadWorkers, Played, BlobRef]
 ) -> None:
     uploads, _, _ = pair
     uploads.collect(0.0)
-    helped.air.receivers[1].said.append(line(Failed("a", 1, 1, "no")))
+    helped.air.workers[1].said.append(line(Failed("a", 1, 1, "no")))
     uploads.collect(0.0)
     assert uploads.outcomes() == []
 
 
 def test_an_update_that_isn_t_there_is_fetched_by_the_server(pair: tuple[UploadWorkers, Played, BlobRef]) -> None:
-    uploads, receiver, ref = pair
+    uploads, worker, ref = pair
     uploads.collect(0.0)
-    receiver.said.append(line(Stored("a", 1, 1, ref.sha256)))
+    worker.said.append(line(Stored("a", 1, 1, ref.sha256)))
     wants = uploads.collect(0.0)
     assert [(d, w.sha256, w.to) for d, w in wants] == [("a", ref.sha256, None)]
     assert uploads.outcomes() == []
 
 
 def test_one_that_is_gone_or_dropped_ends(pair: tuple[UploadWorkers, Played, BlobRef]) -> None:
-    uploads, receiver, ref = pair
+    uploads, worker, ref = pair
     assert uploads.devices() == ["a"]
     assert uploads.digests() == {ref.sha256}
     assert uploads.progress("a") == (0, 3)
@@ -268,10 +268,10 @@ def test_one_that_is_gone_or_dropped_ends(pair: tuple[UploadWorkers, Played, Blo
     assert uploads.keep("a", 1, 2) == []
     assert uploads.keep("a", 1, 3) == [ref.sha256]
     assert uploads.devices() == []
-    assert receiver.load == 0
+    assert worker.load == 0
 
 
-def test_the_same_blob_goes_to_the_same_receiver_and_others_elsewhere(
+def test_the_same_blob_goes_to_the_same_upload_worker_and_others_elsewhere(
     helped: Helped, pair: tuple[UploadWorkers, Played, BlobRef]
 ) -> None:
     uploads, _, ref = pair
@@ -279,20 +279,20 @@ def test_the_same_blob_goes_to_the_same_receiver_and_others_elsewhere(
         uploads.born(name, 1, 0.0, 0.0, (TO,))
     uploads.add("b", 1, 1, ref, 0.0)
     uploads.add("c", 1, 1, BlobRef(DIGEST, LEAF, DIGEST), 0.0)
-    assert [r.load for r in helped.air.receivers] == [2 * ref.size, LEAF]
+    assert [r.load for r in helped.air.workers] == [2 * ref.size, LEAF]
 
 
 def test_a_board_that_was_set_back_to_an_older_version_is_fetched_from_by_the_server(
     pair: tuple[UploadWorkers, Played, BlobRef],
 ) -> None:
-    uploads, receiver, ref = pair
+    uploads, worker, ref = pair
     wants = uploads.born("a", 8, 0.0, 0.0, ())
     assert [w.to for _, w in wants] == [None]
     assert uploads.fetching("a", 1, 1, ref)
-    assert receiver.load == 0
+    assert worker.load == 0
 
 
-# What a receiver does with what comes.
+# What an upload worker does with what comes.
 
 
 def test_chunks_that_nobody_asked_for_are_counted_and_not_looked_at(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_chunks_that_nobody_asked_for_are_counted_and_not_looked_at(tmp_path: Pa
     assert said[-1] == Beat(1)
 
 
-def test_who_floods_a_receiver_is_put_into_quarantine_and_the_others_go_on(helped: Helped) -> None:
+def test_who_floods_a_upload_worker_is_put_into_quarantine_and_the_others_go_on(helped: Helped) -> None:
     air, flood = helped.air, b"x" * int(BURST * BYTES_PER_POINT)
     air.devices["c"].silent = True
     quarantine = Quarantine(lambda: air.now + 1.0)
@@ -319,7 +319,7 @@ def test_who_floods_a_receiver_is_put_into_quarantine_and_the_others_go_on(helpe
     def chunk(count: int) -> None:
         if count == 1:
             for _ in range(2):
-                air.receivers[0].hear(Topics("default").up_to("c", air.receivers[0].tag), flood)
+                air.workers[0].hear(Topics("default").up_to("c", air.workers[0].tag), flood)
 
     air.on_chunk = chunk
     with helped.uploads:
@@ -343,7 +343,7 @@ WORDS = [
 
 
 @pytest.mark.parametrize("word", WORDS, ids=lambda w: w.kind)
-def test_words_are_read_back_and_checked(word: ToReceiver | ToServer) -> None:
+def test_words_are_read_back_and_checked(word: ToWorker | ToServer) -> None:
     assert parse_line(line(word)) == word
     body = json.loads(line(word))
     for key in body:
@@ -364,14 +364,14 @@ def test_a_line_without_end_is_refused_before_it_is_read() -> None:
     assert read(io.BytesIO(b"")) is None
 
 
-def test_receivers_with_a_bucket_or_several_jobs_are_one_clear_error() -> None:
-    with pytest.raises(ConfigError, match="receivers"):
-        ServerConfig(blobs="s3://bucket/prefix", receivers=2)
-    with pytest.raises(ConfigError, match="receivers"):
-        ServerConfig(receivers=65)
+def test_upload_workers_with_a_bucket_or_several_jobs_are_one_clear_error() -> None:
+    with pytest.raises(ConfigError, match="upload_workers"):
+        ServerConfig(blobs="s3://bucket/prefix", upload_workers=2)
+    with pytest.raises(ConfigError, match="upload_workers"):
+        ServerConfig(upload_workers=65)
     nothing: tuple[None, ...] = (None, None, None)
     with pytest.raises(ConfigError, match="several jobs"):
-        upload_workers(ServerConfig(receivers=1), *nothing, jobs=2).__enter__()
+        upload_workers(ServerConfig(upload_workers=1), *nothing, jobs=2).__enter__()
     with upload_workers(ServerConfig(), *nothing, jobs=2) as workers:
         assert workers is None
 
@@ -391,21 +391,21 @@ def test_a_process_that_cannot_begin_is_left_alone_for_a_while(tmp_path: Path) -
         object.__setattr__(made, "parent", -1)
         return made
 
-    receiver = UploadWorker(broken, lambda: None)
+    worker = UploadWorker(broken, lambda: None)
     for turn in range(MAX_SHORT_RUNS):
-        assert receiver.start(float(turn))
+        assert worker.start(float(turn))
         until = time.monotonic() + 20
-        while receiver.alive and time.monotonic() < until:
-            list(receiver.received(float(turn)))
+        while worker.alive and time.monotonic() < until:
+            list(worker.received(float(turn)))
             time.sleep(0.01)
-        assert not receiver.alive
-    assert not receiver.start(10.0)
+        assert not worker.alive
+    assert not worker.start(10.0)
     assert UploadWorker(begin(BlobStore(tmp_path), 1), lambda: None).pid is None
 
 
 @pytest.mark.slow
 @pytest.mark.mosquitto
-def test_a_receiver_s_process_takes_in_an_update_and_a_new_one_goes_on_after_kill_9(tmp_path: Path) -> None:
+def test_a_upload_worker_s_process_takes_in_an_update_and_a_new_one_goes_on_after_kill_9(tmp_path: Path) -> None:
     port = free_port()
     configuration = tmp_path / "mosquitto.conf"
     configuration.write_text(f"listener {port} 127.0.0.1\nallow_anonymous true\n")
@@ -432,11 +432,11 @@ def test_a_receiver_s_process_takes_in_an_update_and_a_new_one_goes_on_after_kil
                         link.publish(topics.up_to("a", want.to), chunk, 0)
                 wants = [] if link.connected else wants
                 if not killed and uploads.progress("a") not in (None, (0, 41)):
-                    killed = uploads.receivers[0].pid or 0
+                    killed = uploads.workers[0].pid or 0
                     os.kill(killed, signal.SIGKILL)
                 outcomes = uploads.outcomes()
             taken = uploads.taken()
-            last = uploads.receivers[0].pid
+            last = uploads.workers[0].pid
     finally:
         link.close()
         broker.kill()

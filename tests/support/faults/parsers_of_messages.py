@@ -94,7 +94,9 @@ def wire_targets() -> tuple[Target, ...]:
     probe = ProbeReport.from_dict(PROBE).to_dict()
     return (
         Target("wire.message", m.parse, told, text=True, share=6),
-        Target("wire.word of a receiver", lambda raw: messages.parse_line(raw + b"\n"), _words(), text=True, share=2),
+        Target(
+            "wire.word of an upload worker", lambda raw: messages.parse_line(raw + b"\n"), _words(), text=True, share=2
+        ),
         Target("wire.order", as_text(_order), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),

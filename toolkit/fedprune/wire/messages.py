@@ -171,7 +171,7 @@ MAX_SUCCESSIONS = 32
 _MOST_ABILITIES = 64
 
 TO = "to"
-"""Ability of a board: it sends chunks to the receiver that a blob request names."""
+"""Ability of a board: it sends chunks to the upload worker that a blob request names."""
 
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
@@ -354,8 +354,8 @@ class BlobRequest(CheckedMessage, kind="want"):
     number: Annotated[int, whole(0, 2**31 - 1)] | None = newer(compare=False)
     """Random number of the request: another delivery with the same number is a duplicate."""
     to: Tag | None = newer()
-    """Tag of the server's receiver that the chunks are for; None for the server itself. Only for boards whose births
-    name the ability `TO`."""
+    """Tag of the upload worker that the chunks are for; None for the server. Only for boards whose births name the
+    ability `TO`."""
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,8 @@ from fedprune_server.transfer.upload_workers.messages import (
     Stored,
     There,
     Took,
-    ToReceiver,
     ToServer,
+    ToWorker,
     line,
     read,
 )
@@ -57,7 +57,7 @@ MOST_NAMES = 256
 
 
 class Receiving:
-    """What a receiver does with what comes, apart from pipes and network.
+    """What an upload worker does with what comes, apart from pipes and network.
 
     Args:
         clock: Seconds of a clock that nobody sets.
@@ -74,11 +74,11 @@ class Receiving:
         self._taken: dict[str, int] = {}
         self._fetched: set[str] = set()
 
-    def order(self, message: ToReceiver | ToServer) -> None:
+    def order(self, message: ToWorker | ToServer) -> None:
         """Take in what the server says.
 
         Raises:
-            ProtocolError: It says what is not for a receiver.
+            ProtocolError: It says what is not for an upload worker.
             StorageError: The disk fails.
         """
         now = self._clock()
@@ -157,7 +157,7 @@ def _context(begin: Begin) -> Callable[[], ssl.SSLContext] | None:
     return lambda: pinned_context(authority, certificate, key, lambda: max(begin.floor, int(time.time())))
 
 
-def _listen(orders: queue.Queue[ToReceiver | ToServer], stream: BinaryIO, link: Link) -> None:
+def _listen(orders: queue.Queue[ToWorker | ToServer], stream: BinaryIO, link: Link) -> None:
     """Take in what the server says; the end of that is the end of this process."""
     try:
         while (message := read(stream)) is not None:
@@ -177,8 +177,8 @@ def run(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
     receiving = Receiving(Uploads(store, begin.pulls, begin.max_packet), begin.site, say)
     name, context = f"fedprune-{secrets.token_hex(12)}", _context(begin)
     link = Link(begin.url, name) if context is None else Link(begin.url, name, tls=context)
-    link.subscribe([Topics(begin.site).receiver_subscription(begin.tag)])
-    orders: queue.Queue[ToReceiver | ToServer] = queue.Queue()
+    link.subscribe([Topics(begin.site).upload_worker_subscription(begin.tag)])
+    orders: queue.Queue[ToWorker | ToServer] = queue.Queue()
     link.start(patient=True)
     threading.Thread(target=_listen, args=(orders, stream, link), daemon=True).start()
     ticked = 0.0
@@ -209,7 +209,7 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except FedpruneError as error:
-        print(f"a receiver ends: {error}", file=sys.stderr)
+        print(f"an upload worker ends: {error}", file=sys.stderr)
         sys.exit(int(error.exit_code))
 
 

@@ -1,4 +1,4 @@
-"""What the server and its receivers say to each other over pipes: lines of JSON, checked like messages of devices."""
+"""What the server and its workers say to each other over pipes: lines of JSON, checked like messages of devices."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PathText = Annotated[str, text(512)]
 
 @dataclass(frozen=True)
 class Begin(CheckedMessage, kind="begin"):
-    """The first line to a receiver: what it is."""
+    """The first line to an upload worker: what it is."""
 
     url: PathText
     """The broker's address, with user and password if it has any."""
     site: Name
     """The site."""
     tag: Tag
-    """The receiver's."""
+    """The worker's."""
     blobs: PathText
     """Folder of the blobs."""
     pulls: Annotated[int, whole(1, 1000)]
@@ -102,7 +102,7 @@ class Interrupted(CheckedMessage, kind="interrupted"):
 
 @dataclass(frozen=True)
 class Asks(CheckedMessage, kind="asks"):
-    """A receiver wants pieces of an update; the server signs that and says it."""
+    """An upload worker wants pieces of an update; the server signs that and says it."""
 
     device: Device
     sha256: Digest
@@ -143,18 +143,18 @@ class Took(CheckedMessage, kind="took"):
 
 @dataclass(frozen=True)
 class Beat(CheckedMessage, kind="beat"):
-    """A receiver lives; `up` is 1 if it is connected to the broker."""
+    """An upload worker lives; `up` is 1 if it is connected to the broker."""
 
     up: Annotated[int, whole(0, 1)]
 
 
-ToReceiver = Begin | Fetch | Drop | There | Born | Interrupted
+ToWorker = Begin | Fetch | Drop | There | Born | Interrupted
 ToServer = Asks | Stored | Failed | Took | Beat
 
-_TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(ToReceiver | ToServer)}
+_TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(ToWorker | ToServer)}
 
 
-def line(message: ToReceiver | ToServer) -> bytes:
+def line(message: ToWorker | ToServer) -> bytes:
     """A message as a line of a pipe. Raises `ProtocolError` if it is too long."""
     raw = message.to_bytes() + b"\n"
     if len(raw) > MAX_LINE:
@@ -162,17 +162,17 @@ def line(message: ToReceiver | ToServer) -> bytes:
     return raw
 
 
-def read(stream: BinaryIO) -> ToReceiver | ToServer | None:
+def read(stream: BinaryIO) -> ToWorker | ToServer | None:
     """The next message of a pipe; None at its end. Raises `ProtocolError` if it is none, or too long."""
     raw = stream.readline(MAX_LINE + 1)
     return parse_line(raw) if raw else None
 
 
-def parse_line(raw: bytes) -> ToReceiver | ToServer:
+def parse_line(raw: bytes) -> ToWorker | ToServer:
     """Read and check a line. Raises `ProtocolError` if it is too long or cut short, no JSON, or a field is missing or
     wrong."""
     what = "line of a pipe"
     if len(raw) > MAX_LINE or not raw.endswith(b"\n"):
         raise ProtocolError(what, expected=f"at most {MAX_LINE} bytes and its end", got=shown(raw[:80]))
-    message: ToReceiver | ToServer = read_checked(raw, what, _TYPES)
+    message: ToWorker | ToServer = read_checked(raw, what, _TYPES)
     return message

@@ -1,8 +1,8 @@
 """Updates on their way to the server, of which other processes take in those of boards that know how.
 
-The server alone speaks: it hands an announced update to a receiver, signs and says what that one wants of the board,
-and is told when the update is on the disk. What a receiver says is checked, and counts only for what it was given. When
-one dies, what it had not brought to an end is given to another one, or fetched by the server itself, from where it was.
+The server alone talks to boards: it hands an announced update to an upload worker, signs and sends that one's requests,
+and learns when the update is on the disk. A worker's messages are checked, and count only for what it was given. When
+one dies, its unfinished updates are given to another one, or fetched by the server itself, from where they were.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fedprune_server.transfer.upload_workers.messages import (
     Stored,
     There,
     Took,
-    ToReceiver,
     ToServer,
+    ToWorker,
     line,
     read,
 )
@@ -60,7 +60,7 @@ class UploadWorker:
     def __init__(self, begin: Callable[[str], Begin], wake: Callable[[], None]) -> None:
         self._begin = begin
 
-        def start() -> ChildProcess[ToReceiver | ToServer]:
+        def start() -> ChildProcess[ToWorker | ToServer]:
             return ChildProcess(_COMMAND, _NAME, read, wake=wake)
 
         self._child = RestartedProcess(start, _NAME, stop_s=_STOP_S)
@@ -84,11 +84,11 @@ class UploadWorker:
             self._heard = now
         return started
 
-    def send(self, message: ToReceiver) -> None:
+    def send(self, message: ToWorker) -> None:
         """Send it a message, without waiting."""
         self._child.send(line(message))
 
-    def received(self, now: float) -> Iterator[ToReceiver | ToServer]:
+    def received(self, now: float) -> Iterator[ToWorker | ToServer]:
         """Its messages since the last call. One that was silent for too long is ended."""
         for message in self._child.received(now):
             if not isinstance(message, Beat) or message.up:
@@ -112,7 +112,7 @@ class _Given:
     round: int
     attempt: int
     ref: BlobRef
-    receiver: UploadWorker
+    worker: UploadWorker
     leaves: int = 0
 
 
@@ -144,7 +144,7 @@ class UploadWorkers(Uploads):
         self._clock = clock
         self._wake = wake
         self._news = threading.Event()
-        self._receivers = [UploadWorker(begin, self._spoke) for _ in range(count)]
+        self._workers = [UploadWorker(begin, self._spoke) for _ in range(count)]
         self._given: dict[str, _Given] = {}
         self._by_blob: dict[str, UploadWorker] = {}
         self._fetchers = Counter[str]()
@@ -157,27 +157,26 @@ class UploadWorkers(Uploads):
         self._stored = 0
 
     @property
-    def receivers(self) -> Sequence[UploadWorker]:
-        """The receivers."""
-        return self._receivers
+    def workers(self) -> Sequence[UploadWorker]:
+        return self._workers
 
     def __enter__(self) -> UploadWorkers:
-        for receiver in self._receivers:
-            receiver.start(self._clock())
+        for worker in self._workers:
+            worker.start(self._clock())
         return self
 
     def __exit__(self, *_: object) -> None:
-        for receiver in self._receivers:
-            receiver.stop()
-        log.info("receivers took in %d updates", self._stored)
+        for worker in self._workers:
+            worker.stop()
+        log.info("upload workers took in %d updates", self._stored)
 
     def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
         """Fetch an update; asking again for the one under way changes nothing."""
         if not self.fetching(device, round_, attempt, ref):
             self.drop(device)
-            receiver = self._choose(device, ref)
-            if receiver is not None:
-                self._give(device, _Given(round_, attempt, ref, receiver))
+            worker = self._choose(device, ref)
+            if worker is not None:
+                self._give(device, _Given(round_, attempt, ref, worker))
         if device in self._given:
             return self.heard(device, now)
         return super().add(device, round_, attempt, ref, now)
@@ -186,7 +185,7 @@ class UploadWorkers(Uploads):
         """A device announces its update, so that it is there to be asked."""
         given = self._given.get(device)
         if given is not None and device not in self._told:
-            given.receiver.send(There(device))
+            given.worker.send(There(device))
             self._told.add(device)
         return super().heard(device, now)
 
@@ -204,18 +203,18 @@ class UploadWorkers(Uploads):
         """After a reconnection: what was on the way is lost."""
         super().interrupted(now)
         self._told.clear()
-        for receiver in self._receivers:
-            if receiver.alive:
-                receiver.send(Interrupted())
+        for worker in self._workers:
+            if worker.alive:
+                worker.send(Interrupted())
 
     def born(self, device: str, session: int, answer_s: float, now: float, abilities: Collection[str] = ()) -> Wants:
-        """A device announces itself; whether receivers can fetch from it, it says there."""
+        """A device announces itself; whether workers can fetch from it, it says there."""
         self._births[device] = session, answer_s
         wants, given = super().born(device, session, answer_s, now, abilities), self._given.get(device)
         if TO in abilities:
             self._able.add(device)
             if given is not None:
-                given.receiver.send(Born(device, session, answer_s))
+                given.worker.send(Born(device, session, answer_s))
             return wants
         self._able.discard(device)
         if given is None:
@@ -228,7 +227,7 @@ class UploadWorkers(Uploads):
         given = self._take_back(device)
         if given is None:
             return super().drop(device)
-        given.receiver.send(Drop(device))
+        given.worker.send(Drop(device))
         return [given.ref.sha256]
 
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
@@ -264,43 +263,43 @@ class UploadWorkers(Uploads):
         return super().progress(device) if given is None else (given.leaves, given.ref.leaf_count)
 
     def taken(self) -> list[tuple[str, int]]:
-        """Devices, and bytes of chunks that receivers have taken in from them since the last call."""
+        """Devices, and bytes of chunks that workers have taken in from them since the last call."""
         taken, self._taken = self._taken, []
         return taken
 
     def collect(self, now: float) -> Wants:
-        """Take in what receivers say, and start those again that have ended."""
+        """Take in what workers say, and start those again that have ended."""
         if not self._news.is_set() and now < self._look_at:
             return []
         self._news.clear()
         self._look_at = now + 1.0
         wants: Wants = []
-        for receiver in self._receivers:
-            tag = receiver.tag
-            for message in receiver.received(now):
-                wants += self._hear(receiver, tag, message, now)
-            if not receiver.alive:
-                receiver.start(now)
-                wants += self._give_anew(receiver, now)
+        for worker in self._workers:
+            tag = worker.tag
+            for message in worker.received(now):
+                wants += self._hear(worker, tag, message, now)
+            if not worker.alive:
+                worker.start(now)
+                wants += self._give_anew(worker, now)
         return wants
 
     def _spoke(self) -> None:
-        """A receiver has said something; asked from its reader's thread."""
+        """An upload worker has said something; asked from its reader's thread."""
         if not self._news.is_set():
             self._news.set()
             self._wake()
 
-    def _hear(self, receiver: UploadWorker, tag: str, message: ToReceiver | ToServer, now: float) -> Wants:
+    def _hear(self, worker: UploadWorker, tag: str, message: ToWorker | ToServer, now: float) -> Wants:
         if isinstance(message, Beat):
             return []
         if isinstance(message, Took):
             self._taken.append((message.device, message.size))
             given = self._given.get(message.device)
-            if given is not None and given.receiver is receiver:
+            if given is not None and given.worker is worker:
                 given.leaves = min(message.leaves, given.ref.leaf_count)
             return []
         given = self._given.get(message.device) if isinstance(message, (Asks, Stored, Failed)) else None
-        if given is None or given.receiver is not receiver:
+        if given is None or given.worker is not worker:
             return []  # it was dropped meanwhile, or is another's
         if isinstance(message, Asks):
             if message.sha256 != given.ref.sha256:
@@ -328,7 +327,7 @@ class UploadWorkers(Uploads):
                 self._stored += 1
                 self._ended.append(Arrived(*part, message.sha256))
             else:
-                log.error("a receiver says that it stored %s, which isn't there: fetched again", message.sha256)
+                log.error("an upload worker says that it stored %s, which isn't there: fetched again", message.sha256)
                 return super().add(*part, given.ref, now)
         return []
 
@@ -339,29 +338,29 @@ class UploadWorkers(Uploads):
         same = self._by_blob.get(ref.sha256)
         if same is not None and same.alive:
             return same
-        return min((r for r in self._receivers if r.alive), key=lambda r: r.load, default=None)
+        return min((r for r in self._workers if r.alive), key=lambda r: r.load, default=None)
 
     def _give(self, device: str, given: _Given) -> None:
         session, answer_s = self._births.get(device, (None, 0.0))
         self._given[device] = given
-        self._by_blob[given.ref.sha256] = given.receiver
+        self._by_blob[given.ref.sha256] = given.worker
         self._fetchers[given.ref.sha256] += 1
-        given.receiver.load += given.ref.size
-        given.receiver.send(Fetch(device, given.round, given.attempt, given.ref, session, answer_s))
+        given.worker.load += given.ref.size
+        given.worker.send(Fetch(device, given.round, given.attempt, given.ref, session, answer_s))
         self._told.add(device)
 
     def _take_back(self, device: str) -> _Given | None:
         given = self._given.pop(device, None)
         if given is not None:
-            given.receiver.load -= given.ref.size
+            given.worker.load -= given.ref.size
             self._fetchers[given.ref.sha256] -= 1
             if not self._fetchers[given.ref.sha256]:
                 del self._fetchers[given.ref.sha256], self._by_blob[given.ref.sha256]
         return given
 
     def _give_anew(self, dead: UploadWorker, now: float) -> Wants:
-        """What a receiver had under way as it died is given to others, in the same order."""
-        mine = {n: g for n, g in self._given.items() if g.receiver is dead}
+        """What an upload worker had under way as it died is given to others, in the same order."""
+        mine = {n: g for n, g in self._given.items() if g.worker is dead}
         for device in mine:
             self._take_back(device)
         dead.load = 0

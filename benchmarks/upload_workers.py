@@ -1,7 +1,7 @@
-"""CPU time of the server's process for the bytes of updates, with and without receivers.
+"""CPU time of the server's process for the bytes of updates, with and without upload workers.
 
 A Mosquitto, a process that answers wants as boards do, and the part of a server that takes in updates: its connection,
-its pulls and its receivers, without a coordinator. Every update has random bytes of its own.
+its pulls and its upload workers, without a coordinator. Every update has random bytes of its own.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def boards(port: int, folder: Path) -> None:
 
 
 def measure(port: int, folder: Path, refs: list[BlobRef], count: int) -> dict[str, float]:
-    """Seconds, and CPU seconds of this process, for all updates with so many receivers."""
+    """Seconds, and CPU seconds of this process, for all updates with so many upload workers."""
     url, store = f"mqtt://127.0.0.1:{port}", BlobStore(folder)
     root = str(store.root)
     link = Link(url, f"server-{count}")
@@ -70,7 +70,7 @@ def measure(port: int, folder: Path, refs: list[BlobRef], count: int) -> dict[st
 
     with closing(link), UploadWorkers(store, begin, count, link.wake, time.monotonic) as uploads:
         link.start()
-        time.sleep(3.0)  # receivers start
+        time.sleep(3.0)  # upload workers start
         began, cpu = time.monotonic(), time.process_time()
         for number, ref in enumerate(refs):
             uploads.born(f"d{number}", 1, 0.0, began, (TO,))
@@ -87,7 +87,7 @@ def measure(port: int, folder: Path, refs: list[BlobRef], count: int) -> dict[st
             left -= len(uploads.outcomes())
             if now - began > _LIMIT_S:
                 raise TimeoutError(f"{left} updates are missing")
-        result = {"receivers": count, "seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
+        result = {"upload_workers": count, "seconds": time.monotonic() - began, "cpu_s": time.process_time() - cpu}
     check_all(store, refs)
     return result
 
@@ -100,9 +100,9 @@ def check_all(store: BlobStore, refs: list[BlobRef]) -> None:
 
 
 def main() -> None:
-    """Measure each number of receivers."""
+    """Measure each number of upload workers."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--receivers", type=int, nargs="+", default=[0, 1, 2], metavar="N")
+    parser.add_argument("--upload-workers", type=int, nargs="+", default=[0, 1, 2], metavar="N")
     parser.add_argument("--updates", type=int, default=16, metavar="N")
     parser.add_argument("--mib", type=float, default=16.0, help="size of an update")
     parser.add_argument("--boards", nargs=2, metavar=("PORT", "DIR"), help=argparse.SUPPRESS)
@@ -123,11 +123,11 @@ def main() -> None:
         try:
             if answering.stdout is not None:
                 answering.stdout.readline()
-            for count in options.receivers:
+            for count in options.upload_workers:
                 row = measure(port, folder / f"server-{count}", refs, count)
                 size = sum(r.size for r in refs) / 1e6
                 dear, fast = 1e3 * row["cpu_s"] / size, size / row["seconds"]
-                print(f"{count} receivers: {dear:.2f} ms of CPU time per MB, {fast:.0f} MB/s", flush=True)
+                print(f"{count} upload workers: {dear:.2f} ms of CPU time per MB, {fast:.0f} MB/s", flush=True)
         finally:
             for process in (answering, broker):
                 process.kill()

@@ -1,4 +1,4 @@
-"""A fleet over TLS whose updates two receivers take in, one of which is killed: real processes, and the same models."""
+"""A fleet over TLS with two upload workers, one of which is killed: real processes, and the same models."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ epochs = 1
 max_steps = 3
 
 [server]
-receivers = {}
+upload_workers = {}
 """
 
 
-def receivers(server: int) -> list[int]:
-    """Process ids of a server's receivers."""
+def upload_workers(server: int) -> list[int]:
+    """Process ids of a server's upload workers."""
     children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
     return [int(pid) for pid in children if b"upload_workers.child" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
 @pytest.mark.soak
-def test_receivers_end_in_the_same_models_though_one_is_killed(tmp_path: Path) -> None:
+def test_upload_workers_end_in_the_same_models_though_one_is_killed(tmp_path: Path) -> None:
     find_mosquitto()
     found = []
     for count in (0, 2):
@@ -55,15 +55,17 @@ def test_receivers_end_in_the_same_models_though_one_is_killed(tmp_path: Path) -
             before: list[int] = []
             if count:
                 server = site.processes["server"].pid
-                site.wait_for(lambda server=server: len(receivers(server)) == 2, "there are receivers")  # type: ignore[misc]
+                site.wait_for(lambda server=server: len(upload_workers(server)) == 2, "there are upload workers")  # type: ignore[misc]
                 site.wait_for(lambda site=site: (s := site.saved()) is not None and bool(s.history), "a round ends")  # type: ignore[misc]
-                before = receivers(server)
+                before = upload_workers(server)
                 os.kill(before[0], signal.SIGKILL)
-                site.wait_for(lambda site=site: "a receiver is started again" in site.logs_in_full(), "it is missed")  # type: ignore[misc]
+                site.wait_for(
+                    lambda site=site: "an upload worker is started again" in site.logs_in_full(), "it is missed"
+                )  # type: ignore[misc]
             site.let_go(2)
             found.append(models(site.complete()))
         assert not any(Path(f"/proc/{pid}").exists() for pid in before)
         log = (folder / "server.log").read_text()
-        assert ("a receiver is started again" in log) == bool(count)
-        assert ("receivers took in 6 updates" in log) == bool(count), log
+        assert ("an upload worker is started again" in log) == bool(count)
+        assert ("upload workers took in 6 updates" in log) == bool(count), log
     assert found[0] == found[1]
