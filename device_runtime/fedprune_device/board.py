@@ -254,10 +254,7 @@ def _probed(config: BoardConfig, runtime: RuntimeProcess, data: SampleSource, *,
     # A plan counts this process and its samples, which hold memory already.
     held = data.bytes if isinstance(data, LocalData) else 0
     taken = process_memory()
-    report = replace(
-        report,
-        process_bytes=None if taken is None else max(taken - held, 2**20),
-    )
+    report = replace(report, process_bytes=None if taken is None else max(taken - held, 2**20))
     _LOG.info("probe: %s", json.dumps(report.to_dict() | table_summaries(report)))
     return report
 

@@ -210,9 +210,7 @@ def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
     if ":" in source:
         return _call(source, seed, device)
     raise DataError(
-        f"data source {source!r}",
-        expected="a .npz file that exists or package.module:function",
-        got="neither",
+        f"data source {source!r}", expected="a .npz file that exists or package.module:function", got="neither"
     )
 
 

@@ -66,22 +66,13 @@ class RuntimeProcess:
         self._ask({"check": None if serving is None else str(serving)}, _CHECK_S, "a small graph")
 
     def probe(
-        self,
-        threads: int = 1,
-        seconds: float = 2.0,
-        *,
-        layer_seconds: float = 10.0,
-        memory_file: Path | None = None,
+        self, threads: int = 1, seconds: float = 2.0, *, layer_seconds: float = 10.0, memory_file: Path | None = None
     ) -> ProbeReport:
         """Measure the board (`fedprune_device.hardware.probe.probe`).
 
         The available memory is what this process and the system had free when the other one was started.
         """
-        settings = {
-            "threads": threads,
-            "seconds": seconds,
-            "layer_seconds": layer_seconds,
-        }
+        settings = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds}
         file = None if memory_file is None else str(memory_file)
         found = self._ask({"probe": settings, "memory_file": file}, _PROBE_S, "the probe", _NO_PROBE)
         total, available = self._memory

@@ -119,13 +119,7 @@ class BlobDownloads:
         if own or not self._shared:
             return Pull(ref, partial, limit=self._limit, answers=self._answers, lend=lend)
         return Pull(
-            ref,
-            partial,
-            chunk_leaves=_SHARED_LEAVES,
-            limit=self._limit,
-            shared=True,
-            answers=self._answers,
-            lend=lend,
+            ref, partial, chunk_leaves=_SHARED_LEAVES, limit=self._limit, shared=True, answers=self._answers, lend=lend
         )
 
     @property

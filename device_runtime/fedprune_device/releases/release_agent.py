@@ -57,10 +57,7 @@ def board_installer(
         return NO_IDENTITY
     joined = identity
     return ReleaseInstaller(
-        Path(root),
-        lambda: joined.server,
-        identity=joined.folder,
-        keep=KEPT if TEGRA.exists() else (),
+        Path(root), lambda: joined.server, identity=joined.folder, keep=KEPT if TEGRA.exists() else ()
     )
 
 

@@ -52,12 +52,7 @@ class ReducedPrecision:
         return replace(offer, lowered={p: ref for p, ref in (offer.lowered or {}).items() if p in names} or None)
 
     def staged(
-        self,
-        folder: Path,
-        kits: Mapping[str, bytes],
-        data: LocalData,
-        recipe: Recipe,
-        classes: int,
+        self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, classes: int
     ) -> Staged | None:
         """Lower a staged float32 model by the graphs `kits`; None if the float32 model is to serve."""
         if not kits:

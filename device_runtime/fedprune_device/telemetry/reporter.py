@@ -24,11 +24,7 @@ class LogReporter:
     """Sends the board's warnings and its last crash, once the server has asked for them."""
 
     def __init__(
-        self,
-        connection: Connection,
-        log: LogBuffer,
-        crashes: CrashReports,
-        clock: Callable[[], float] = time.monotonic,
+        self, connection: Connection, log: LogBuffer, crashes: CrashReports, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._connection, self._log, self._crashes, self._clock = connection, log, crashes, clock
         self._wanted: LogRequest | None = None

@@ -25,14 +25,7 @@ _MOST_AT_ONCE = 64
 _PREDICTIONS = 7  # predictions of one sample that are timed in a round
 
 MEASURED = frozenset(
-    {
-        "download_seconds",
-        "evaluate_seconds",
-        "train_seconds",
-        "step_seconds",
-        "latency_seconds",
-        "peak_memory_bytes",
-    }
+    {"download_seconds", "evaluate_seconds", "train_seconds", "step_seconds", "latency_seconds", "peak_memory_bytes"}
 )
 """Metrics that tell of the machine; all others are the same wherever an offer is carried out."""
 

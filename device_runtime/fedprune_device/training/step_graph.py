@@ -56,12 +56,7 @@ class StepGraph:
     """
 
     def __init__(
-        self,
-        graph: Path | bytes,
-        *,
-        threads: int = 1,
-        session: Session | None = None,
-        cuda: bool = False,
+        self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None, cuda: bool = False
     ) -> None:
         self._graph = graph
         self._threads = threads
@@ -147,12 +142,7 @@ class StepGraph:
         return bool(self._sums)
 
     def constants(
-        self,
-        tensors: Mapping[str, Array],
-        y: Array,
-        recipe: Recipe,
-        classes: int,
-        mask: ElementMask | None = None,
+        self, tensors: Mapping[str, Array], y: Array, recipe: Recipe, classes: int, mask: ElementMask | None = None
     ) -> dict[str, Array]:
         """The inputs that are the same in every step; `y` are all training labels, as `labels.targets` gives them.
 
@@ -189,11 +179,7 @@ class StepGraph:
         return feeds
 
     def advance(
-        self,
-        feeds: Mapping[str, Array],
-        parts: Sequence[Part],
-        number: int,
-        gradients: Sequence[str] = (),
+        self, feeds: Mapping[str, Array], parts: Sequence[Part], number: int, gradients: Sequence[str] = ()
     ) -> Moved:
         """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs."""
         feeds = dict(feeds)

@@ -140,12 +140,7 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        graph: Path | bytes,
-        *,
-        threads: int = 1,
-        session: Session | None = None,
-        cuda: bool = False,
+        self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None, cuda: bool = False
     ) -> None:
         self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda)
         self.names = self._graph.names

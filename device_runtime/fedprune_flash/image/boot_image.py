@@ -281,9 +281,7 @@ def _check_template(name: str, content: bytes) -> None:
         own = [line for line in own if line.partition(":")[0] in telling]
     if own:
         raise ImageError(
-            f"{name} on the boot partition has settings already",
-            got=repr(own[0][:60]),
-            hint="Take an unchanged image.",
+            f"{name} on the boot partition has settings already", got=repr(own[0][:60]), hint="Take an unchanged image."
         )
 
 

@@ -254,11 +254,7 @@ def _netplan(wifi: Wifi) -> dict[str, object]:
     if wifi.hidden:
         point["hidden"] = True
     wireless = {"dhcp4": True, "optional": True, "regulatory-domain": wifi.country, "access-points": {wifi.ssid: point}}
-    return {
-        "version": 2,
-        "ethernets": {"eth0": {"dhcp4": True, "optional": True}},
-        "wifis": {"wlan0": wireless},
-    }
+    return {"version": 2, "ethernets": {"eth0": {"dhcp4": True, "optional": True}}, "wifis": {"wlan0": wireless}}
 
 
 def _preseed(wanted: FirstBoot, mount: str) -> str:

@@ -27,12 +27,7 @@ from typing import Any
 from fedprune import __version__
 from fedprune.core import errors, validation
 from fedprune.core.disk import file_digest, storage_errors
-from fedprune.core.errors import (
-    ConfigError,
-    KitError,
-    ProtocolError,
-    UsageError,
-)
+from fedprune.core.errors import ConfigError, KitError, ProtocolError, UsageError
 from fedprune.output import extras
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.succession import Lineage
@@ -45,14 +40,7 @@ from fedprune_device.releases.wheel import Wheel, contents_digest
 from fedprune_flash.kit import wheelhouse
 from fedprune_flash.kit.board_settings import BoardSettings, checked_authorities, checked_claim
 from fedprune_flash.kit.target import Target
-from fedprune_flash.on_board import (
-    board_files,
-    install,
-    installation,
-    kit_folder,
-    runtime_slot,
-    service_control,
-)
+from fedprune_flash.on_board import board_files, install, installation, kit_folder, runtime_slot, service_control
 from fedprune_flash.on_board.installation import HOME, SETTINGS, STATE, USER
 from fedprune_flash.on_board.kit_folder import (
     AUTHORITY,
@@ -205,11 +193,7 @@ def files_for_board(
 
 
 def _told(board: BoardSettings, target: Target) -> dict[str, str]:
-    return {
-        BOARD: board.to_json(),
-        ENVIRONMENT: environment(board),
-        SERVICE: unit(board, target),
-    }
+    return {BOARD: board.to_json(), ENVIRONMENT: environment(board), SERVICE: unit(board, target)}
 
 
 def open_kit(folder: Path, signer: Signer | None = None) -> Kit:

@@ -304,12 +304,5 @@ def removal(place: BoardSystem, *, purge: bool) -> list[InstallStep]:
     ]
     if purge:
         steps.append(gone(STATE))
-        steps.append(
-            InstallStep(
-                f"remove the user {USER}",
-                "",
-                lambda: place.owner is None,
-                drop_user,
-            )
-        )
+        steps.append(InstallStep(f"remove the user {USER}", "", lambda: place.owner is None, drop_user))
     return steps

@@ -16,15 +16,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from fedprune.core.errors import (
-    BoardError,
-    ConfigError,
-    FedpruneError,
-    JoinError,
-    KitError,
-    ProfileError,
-    StorageError,
-)
+from fedprune.core.errors import BoardError, ConfigError, FedpruneError, JoinError, KitError, ProfileError, StorageError
 from fedprune.core.text import one_line, quantity
 from fedprune.output.tables import BAD, GOOD, Column, print_table
 from fedprune.planning.identification import Facts, identify, l4t_release
@@ -176,8 +168,7 @@ class _Visit:
         needs = found.get("joined") is not True and (order.new_claims or found.get("claimed") is not True)
         if needs and not self.claims.there:
             raise JoinError(
-                f"{row.device} has not joined yet, and there is no claim for it",
-                hint="Use --claims or --server-state.",
+                f"{row.device} has not joined yet, and there is no claim for it", hint="Use --claims or --server-state."
             )
         if order.dry:
             return self._planned(kit, profile, needs)

@@ -65,12 +65,7 @@ class Tape(Knowledge):
     """
 
     def __init__(
-        self,
-        model: Model,
-        graph: Graph,
-        frozen: Collection[str] = (),
-        *,
-        scaled: Collection[str] = (),
+        self, model: Model, graph: Graph, frozen: Collection[str] = (), *, scaled: Collection[str] = ()
     ) -> None:
         super().__init__(model, graph)
         self.graph = graph

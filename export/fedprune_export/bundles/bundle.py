@@ -12,12 +12,7 @@ from fedprune_export.training.step_graph import training_step
 
 
 def bundle_files(
-    model: Model,
-    selection: Selection,
-    recipe: Recipe,
-    *,
-    training: bytes | None = None,
-    opset: int | None = None,
+    model: Model, selection: Selection, recipe: Recipe, *, training: bytes | None = None, opset: int | None = None
 ) -> dict[str, bytes]:
     """The files of a bundle by name, without the manifest.
 

@@ -247,8 +247,6 @@ def _torch() -> Any:
         import torch
     except ImportError as error:
         raise MissingExtraError(
-            "a .pt file needs torch, which is not installed",
-            hint="Write a .safetensors file, or",
-            extra="torch",
+            "a .pt file needs torch, which is not installed", hint="Write a .safetensors file, or", extra="torch"
         ) from error
     return torch

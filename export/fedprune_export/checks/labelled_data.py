@@ -45,11 +45,9 @@ class LabelledData:
     @property
     def measure(self) -> str:
         """What `score` computes, in words."""
-        return {
-            "classes": "accuracy",
-            "multi": "accuracy over all labels",
-            "values": "root of the mean squared error",
-        }[self.labels]
+        return {"classes": "accuracy", "multi": "accuracy over all labels", "values": "root of the mean squared error"}[
+            self.labels
+        ]
 
     def score(self, outputs: Callable[[Array], Array]) -> float:
         """How well a model does: a share of right answers, or for values an error.

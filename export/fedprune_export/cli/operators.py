@@ -40,8 +40,7 @@ def operators(arguments: argparse.Namespace) -> int:
         tables.print_json(rows)
         return int(ExitCode.OK)
     tables.print_table(
-        _COLUMNS,
-        [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows],
+        _COLUMNS, [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows]
     )
     return int(ExitCode.OK)
 

@@ -119,12 +119,7 @@ class Draft:
         return f"{stem}~{self._counter}"
 
     def emit(
-        self,
-        op: str,
-        *inputs: str,
-        attrs: Mapping[str, Any] | None = None,
-        out: str | None = None,
-        domain: str = "",
+        self, op: str, *inputs: str, attrs: Mapping[str, Any] | None = None, out: str | None = None, domain: str = ""
     ) -> str:
         """Append a node with one output and return the output's name."""
         output = out or self.fresh(op)
@@ -218,10 +213,7 @@ class Draft:
         )
         model = helper.make_model(
             graph,
-            opset_imports=[
-                helper.make_opsetid("", self.opset),
-                *(helper.make_opsetid(d, 1) for d in domains),
-            ],
+            opset_imports=[helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in domains)],
             ir_version=_IR_VERSIONS.get(self.opset, 8),
             producer_name="fedprune",
         )

@@ -77,11 +77,7 @@ class Graph(Draft):
             proto.name or "model",
             {p.key: p.value for p in model.metadata_props if p.key.startswith("fedprune.")},
         )
-        taken: Iterable[str] = [
-            *initializers,
-            *(o for n in nodes for o in n.outputs),
-            *(p.name for p in graph.inputs),
-        ]
+        taken: Iterable[str] = [*initializers, *(o for n in nodes for o in n.outputs), *(p.name for p in graph.inputs)]
         tails = [t.rsplit("~", 1)[1] for t in taken if "~" in t]
         # Only short numbers count: a name of a thousand digits is nothing that `fresh` could ever come to.
         graph._counter = max([int(t) for t in tails if re.fullmatch("[0-9]{1,9}", t)], default=0)

@@ -65,11 +65,7 @@ class Trials:
     """
 
     def __init__(
-        self,
-        model: Model,
-        widths: tuple[int, ...],
-        files: Mapping[str, bytes],
-        data: LabelledData | None,
+        self, model: Model, widths: tuple[int, ...], files: Mapping[str, bytes], data: LabelledData | None
     ) -> None:
         self._model, self._widths, self._files, self._data = model, widths, files, data
         self._tensors = tensorfile.decode(files[WEIGHTS])

@@ -59,11 +59,7 @@ def _peak_bytes() -> int:
 def main() -> int:
     body = json.load(sys.stdin)
     found = measure(
-        Path(body["graph"]),
-        Path(body["feeds"]),
-        training=body["training"],
-        threads=body["threads"],
-        runs=body["runs"],
+        Path(body["graph"]), Path(body["feeds"]), training=body["training"], threads=body["threads"], runs=body["runs"]
     )
     print(json.dumps(found))
     return 0

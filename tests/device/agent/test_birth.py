@@ -46,8 +46,7 @@ def test_a_board_without_engines_says_nothing_of_them_and_names_all_codecs() -> 
 
 
 @pytest.mark.parametrize(
-    ("kept", "expected"),
-    [("whole", "slot b with release 12"), ("damaged", "slot b"), ("missing", "slot b")],
+    ("kept", "expected"), [("whole", "slot b with release 12"), ("damaged", "slot b"), ("missing", "slot b")]
 )
 def test_a_board_with_a_launcher_says_what_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, expected: str

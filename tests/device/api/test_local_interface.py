@@ -229,10 +229,7 @@ def test_samples_are_handed_in_counted_labelled_and_taken_back(served: LocalBoar
     assert board.samples()["unlabelled"] == 1
     assert board.label(two["id"], "cat")["label"] == 2
     counts = board.samples()
-    assert counts["classes"] == {
-        "1": {"kept": 1, "seen": 1, "name": "bee"},
-        "2": {"kept": 1, "seen": 1, "name": "cat"},
-    }
+    assert counts["classes"] == {"1": {"kept": 1, "seen": 1, "name": "bee"}, "2": {"kept": 1, "seen": 1, "name": "cat"}}
     board.delete(one["id"])
     board.delete(one["id"])
     assert sum(board.samples()["parts"].values()) == 1

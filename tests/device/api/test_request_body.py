@@ -21,9 +21,7 @@ from support.fakes.local_board import npy
 pytestmark = pytest.mark.board
 
 FLOATS = arrays.arrays(
-    np.float32,
-    arrays.array_shapes(min_dims=1, max_dims=4, max_side=4),
-    elements=st.floats(-1e6, 1e6, width=32),
+    np.float32, arrays.array_shapes(min_dims=1, max_dims=4, max_side=4), elements=st.floats(-1e6, 1e6, width=32)
 )
 
 

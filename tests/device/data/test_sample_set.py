@@ -62,8 +62,7 @@ def test_a_sample_comes_out_as_it_went_in(shape: list[int], tokens: bool) -> Non
 
 
 @pytest.mark.parametrize(
-    "x",
-    [np.zeros(3), np.array(1, np.float32), np.array([np.nan], np.float32), np.array([-1]), np.zeros(3, np.uint8)],
+    "x", [np.zeros(3), np.array(1, np.float32), np.array([np.nan], np.float32), np.array([-1]), np.zeros(3, np.uint8)]
 )
 def test_what_is_no_sample_is_refused(samples: SampleStore, x: Any) -> None:
     with pytest.raises(DataError):

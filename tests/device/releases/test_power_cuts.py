@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from fedprune.core.errors import FedpruneError, RuntimeUnavailableError
 from fedprune_device.launcher.launcher import SlotExit, launch
 from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore
-from fedprune_device.launcher.state import (
-    COMMITTED,
-    ROLLED_BACK,
-    STABLE,
-    DamagedError,
-    LauncherState,
-    UpdateOutcome,
-)
+from fedprune_device.launcher.state import COMMITTED, ROLLED_BACK, STABLE, DamagedError, LauncherState, UpdateOutcome
 from fedprune_device.releases.installer import ReleaseInstaller
 from fedprune_device.releases.release_trial import ReleaseTrial
 from support.fakes.runtime_releases import PUBLIC, source, versions_in

@@ -58,10 +58,7 @@ def test_a_model_of_other_classes_fails_the_check(model: Path) -> None:
     ("graph", "recipe"),
     [
         ("plain", Recipe()),
-        (
-            "full",
-            Recipe(proximal=1.0, logit_adjustment=True, balance_classes=True, mask_absent_classes=True),
-        ),
+        ("full", Recipe(proximal=1.0, logit_adjustment=True, balance_classes=True, mask_absent_classes=True)),
     ],
 )
 def test_a_model_is_checked_against_its_training_graph(

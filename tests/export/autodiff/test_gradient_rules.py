@@ -222,12 +222,7 @@ for _op, _oracle in BINARY.items():
     row(f"{_op} with itself", [node(_op, "a", "a")], lambda a, f=_oracle: f(a, a), {"a": positive(normal(3, 4))})
 row(
     "a value that is read three times",
-    [
-        node("Relu", "x", out="r"),
-        node("Sigmoid", "x", out="s"),
-        node("Mul", "r", "s", out="m"),
-        node("Add", "m", "x"),
-    ],
+    [node("Relu", "x", out="r"), node("Sigmoid", "x", out="s"), node("Mul", "r", "s", out="m"), node("Add", "m", "x")],
     lambda x: x.relu() * x.sigmoid() + x,
     {"x": normal(4, 5)},
 )

@@ -430,11 +430,7 @@ row(
 )
 row(
     "a fixed index among channels",
-    [
-        node("Gather", "x", "i", axis=1, out="g"),
-        node("ReduceSum", "a", out="s", keepdims=0),
-        node("Mul", "g", "s"),
-    ],
+    [node("Gather", "x", "i", axis=1, out="g"), node("ReduceSum", "a", out="s", keepdims=0), node("Mul", "g", "s")],
     lambda a, x: x[:, -2] * a.sum(),
     {"a": normal(3, seed=2), "x": normal(3, 5, 4)},
     {"a": ("f",), "x": ("N", "f+2", 4)},

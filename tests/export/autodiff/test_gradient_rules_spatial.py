@@ -216,12 +216,7 @@ def test_depthwise_convolution_of_a_long_signal() -> None:
 
 @pytest.mark.parametrize("cut", ["groups", "positions", "nothing"])
 @settings(max_examples=25, deadline=None)
-@given(
-    case=convolution_cases((1, 2, 2, 3)),
-    groups=st.integers(2, 4),
-    taken=st.integers(1, 3),
-    made=st.integers(1, 3),
-)
+@given(case=convolution_cases((1, 2, 2, 3)), groups=st.integers(2, 4), taken=st.integers(1, 3), made=st.integers(1, 3))
 def test_convolution_in_groups(cut: str, case: dict[str, Any], groups: int, taken: int, made: int) -> None:
     case = {**case, "inputs": groups * taken, "outputs": groups * made}
     with pytest.MonkeyPatch.context() as patch:

@@ -116,15 +116,7 @@ def test_a_submodel_is_put_back_at_its_places(digits: Path, bundle: Path, tmp_pa
     (tmp_path / "zero.safetensors").write_bytes(tensorfile.encode(zeros))
     main(["to-onnx", str(digits), str(tmp_path / "z.onnx"), "--weights", str(tmp_path / "zero.safetensors")])
 
-    code = main(
-        [
-            "to-torch",
-            str(bundle),
-            str(tmp_path / "s.safetensors"),
-            "--into",
-            str(tmp_path / "z.onnx"),
-        ]
-    )
+    code = main(["to-torch", str(bundle), str(tmp_path / "s.safetensors"), "--into", str(tmp_path / "z.onnx")])
 
     assert code == ExitCode.OK
     selection = open_bundle(bundle).selection

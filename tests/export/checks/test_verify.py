@@ -17,14 +17,7 @@ from fedprune.core.errors import BundleError, ExitCode, FedpruneError, ModelErro
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.bundle import (
-    ARCHITECTURE,
-    FILES,
-    INFERENCE,
-    TRAINING,
-    WEIGHTS,
-    manifest,
-)
+from fedprune.runtime.bundle import ARCHITECTURE, FILES, INFERENCE, TRAINING, WEIGHTS, manifest
 from fedprune.runtime.bundle_folder import write_bundle
 from fedprune_export.bundles.bundle import bundle_files
 from fedprune_export.bundles.verification import verify
@@ -339,12 +332,10 @@ def test_damage_that_the_manifest_agrees_with_never_surprises(
             (folder / file).write_bytes(content)
         (folder / "manifest.json").write_text(manifest(broken, half, Recipe(), "raspberry-pi-5"))
 
-        assert main(["verify", str(folder)]) in (
-            ExitCode.OK,
-            ExitCode.MODEL,
-            ExitCode.BUNDLE,
-            ExitCode.TRAINING,
-        ), (name, round_)
+        assert main(["verify", str(folder)]) in (ExitCode.OK, ExitCode.MODEL, ExitCode.BUNDLE, ExitCode.TRAINING), (
+            name,
+            round_,
+        )
 
     said = capsys.readouterr()
     assert {line.partition(":")[0] for line in said.out.splitlines()} <= set(CHECKS)

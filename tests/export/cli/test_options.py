@@ -82,8 +82,7 @@ def test_loss_and_labels_that_contradict_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "found"),
-    [(["a"], ("a",)), (["a,b", "c"], ("a", "b", "c")), ([" a , b.toml"], ("a", "b.toml"))],
+    ("texts", "found"), [(["a"], ("a",)), (["a,b", "c"], ("a", "b", "c")), ([" a , b.toml"], ("a", "b.toml"))]
 )
 def test_targets_are_repeated_or_separated_by_commas(texts: list[str], found: tuple[str, ...]) -> None:
     assert targets(texts) == found
@@ -199,12 +198,7 @@ def test_parameters_that_can_not_be_used(
     ],
 )
 def test_flags_that_make_no_sense_are_one_line(
-    digits: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    words: tuple[str, ...],
-    code: ExitCode,
-    said: str,
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], code: ExitCode, said: str
 ) -> None:
     assert export(digits, tmp_path / "b", *words) == code
     err = capsys.readouterr().err

@@ -115,10 +115,7 @@ def _growing(op: str) -> bytes:
             helper.make_node("Resize", ["a", "", "s"], ["c"]),
         ],
         "Pad": [helper.make_node("Pad", ["x", "p"], ["c"])],
-        "product": [
-            helper.make_node("Expand", ["x", "wide"], ["a"]),
-            helper.make_node("MatMul", ["a", "b"], ["c"]),
-        ],
+        "product": [helper.make_node("Expand", ["x", "wide"], ["a"]), helper.make_node("MatMul", ["a", "b"], ["c"])],
     }[op]
     more: Tensors = {"p": np.array([0, HUGE, 0, 0], np.int64), "wide": np.array([2**20, 1, 1], np.int64)}
     more["b"] = np.zeros((6, 4096), np.float32)

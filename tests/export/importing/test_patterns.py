@@ -202,8 +202,7 @@ def _unlike(change: str) -> Build:
 
 
 @pytest.mark.parametrize(
-    "change",
-    ["other root", "other factor", "other operand", "sum", "epsilon outside", "other axes", "early linear"],
+    "change", ["other root", "other factor", "other operand", "sum", "epsilon outside", "other axes", "early linear"]
 )
 def test_what_is_nearly_a_pattern_stays(change: str) -> None:
     found = set(ops(_unlike(change)))

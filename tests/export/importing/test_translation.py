@@ -81,8 +81,7 @@ def test_attention_by_heads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attrs", "what"),
-    [({"softcap": 2.0}, "a soft cap"), ({"kv_num_heads": 1}, "fewer heads for keys")],
+    ("attrs", "what"), [({"softcap": 2.0}, "a soft cap"), ({"kv_num_heads": 1}, "fewer heads for keys")]
 )
 def test_attention_of_other_kinds_is_named(attrs: dict[str, Any], what: str) -> None:
     def build(g: Graph) -> str:

@@ -19,13 +19,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
 from fedprune.model.selection import Selection
 from fedprune.runtime.precision import CALIBRATION_SAMPLES, RANGES, lowered_weights, measured_ranges, prepare
-from fedprune.runtime.precision_files import (
-    PRECISIONS,
-    calibrate_file,
-    graph_file,
-    prepare_file,
-    weights_file,
-)
+from fedprune.runtime.precision_files import PRECISIONS, calibrate_file, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
 from fedprune_device.serving.predictor import Predictor
 from fedprune_export.bundles.inference import inference_model

@@ -183,11 +183,7 @@ def test_extreme_outputs_give_finite_losses(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("mixed", "plain"),
-    [
-        ("mixup", "plain"),
-        ("mixup weights", "weights"),
-        ("all of cross-entropy with mixup", "all of cross-entropy"),
-    ],
+    [("mixup", "plain"), ("mixup weights", "weights"), ("all of cross-entropy with mixup", "all of cross-entropy")],
 )
 @given(z=logits, seed=st.integers(0, 99), where=st.sampled_from(["whole", "with itself"]))
 def test_a_sample_that_is_not_mixed_has_the_loss_that_it_has_without_mixup(

@@ -55,9 +55,7 @@ LSBLK = json.dumps(
                 "disk",
                 tran="usb",
                 rm=True,
-                children=[
-                    row("/dev/sdc1", 8 * 10**9, children=[row("/dev/mapper/luks", 8 * 10**9, "crypt")]),
-                ],
+                children=[row("/dev/sdc1", 8 * 10**9, children=[row("/dev/mapper/luks", 8 * 10**9, "crypt")])],
             ),
             row("/dev/mmcblk1", 31268536320, "disk", tran="mmc", hotplug=True),
             row("/dev/sdd", 4 * 10**9, "disk", tran="usb", rm=True, ro=True),

@@ -100,9 +100,7 @@ _smooth("Cosh", "Dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x))
 _smooth("Asinh", "Dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
 _smooth("Atanh", "Dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _rest(g, _squared(g, x))))
 _smooth(
-    "Acosh",
-    "Dx = dy / √(x² − 1).",
-    lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1)))),
+    "Acosh", "Dx = dy / √(x² − 1).", lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1))))
 )
 _smooth("Reciprocal", "Dx = −dy · y².", lambda g, x, y: g.emit("Neg", _squared(g, y)))
 _smooth(
