@@ -46,6 +46,7 @@ from fedprune_server.simulation.fleet.simulated_fleet import (
     reference_job,
     too_few,
 )
+from fedprune_server.simulation.measure import RoundNotes
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.results.report import claims, summary_text, write_report
 
@@ -240,7 +241,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
         FedpruneError: A process died, or the job can't go on.
     """
     place = folder.root / job.name
-    traffic: dict[int, tuple[int, int]] = {}
+    notes: dict[int, RoundNotes] = {}
     config = ServerConfig(
         job=job,
         model=str(folder.model),
@@ -260,7 +261,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
             raise ConfigError("the demo's broker", expected="an embedded one")
         for board in BOARDS:
             _start_board(boards, board.name, folder, place, broker.url)
-        runner.observers.join(_Watch(boards, lambda number: traffic.__setitem__(number, _bytes(broker)), watch))
+        runner.observers.join(_Watch(boards, lambda number: notes.__setitem__(number, _bytes(broker)), watch))
         began = time.time()
         app.run()
         view = runner.view
@@ -270,7 +271,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
             job,
             view.architecture,
             view.state,
-            traffic=traffic,
+            notes=notes,
             ranking=view.store.read(ranking) if ranking and view.store.has(ranking) else None,
             measured=_MEASURED,
             began=began,
@@ -307,8 +308,8 @@ def _start_board(boards: BoardProcesses, name: str, folder: DemoFolder, place: P
     boards.start(f"device {name}", command, devices / f"{name}.log")
 
 
-def _bytes(broker: EmbeddedBroker) -> tuple[int, int]:
+def _bytes(broker: EmbeddedBroker) -> RoundNotes:
     """Payload bytes down and up that passed the broker."""
     meter = broker.traffic()
     down = meter.delivered.get("down", 0) + meter.delivered.get("down/blob", 0)
-    return down, meter.received.get("up", 0) + meter.received.get("up/blob", 0)
+    return RoundNotes(down, meter.received.get("up", 0) + meter.received.get("up/blob", 0))

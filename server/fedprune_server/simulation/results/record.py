@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,6 @@ class Record:
         """The global model's measure per round; None without data of the server."""
         return tuple(r.loss if self.measure == "loss" else r.accuracy for r in self.rounds)
 
-    def local_values(self) -> tuple[dict[str, float], ...]:
-        """The latest measure of each device, per round.
-
-        Rounds ask different devices, so a mean over those of one round would compare different fleets.
-        """
-        return tuple(_latest(row.local for row in self.rounds))
-
     def own_means(self, metric: str) -> tuple[float | None, ...]:
         """Mean over devices of their latest value of a metric, per round; None before the first."""
         return _running_means(row.own.get(metric, {}) for row in self.rounds)
@@ -191,15 +184,18 @@ class Record:
         """Training MACs of the whole run."""
         return sum(r.macs for r in self.rounds)
 
-    def reached(self, target: float, values: Sequence[float | None]) -> RoundRow | None:
-        """The first round that reaches a target, or None."""
-        for row, value in zip(self.rounds, values, strict=True):
+    def reached(self, target: float) -> RoundRow | None:
+        """The first round whose global model reaches a target, or None."""
+        for row, value in zip(self.rounds, self.global_values(), strict=True):
             if value is not None and (value <= target if self.measure == "loss" else value >= target):
                 return row
         return None
 
     def mean_locals(self) -> tuple[float | None, ...]:
-        """Unweighted mean of `local_values` per round; None before the first."""
+        """Mean over devices of their latest measure, per round; None before the first.
+
+        Rounds ask different devices, so a mean over those of one round would compare different fleets.
+        """
         return _running_means(row.local for row in self.rounds)
 
     @property
@@ -272,7 +268,6 @@ def record_of(
     architecture: Architecture,
     state: State,
     *,
-    traffic: Mapping[int, tuple[int, int]] | None = None,
     notes: Mapping[int, RoundNotes] | None = None,
     ranking: str | bytes | None = None,
     measured: str = "",
@@ -283,18 +278,14 @@ def record_of(
 
     Args:
         architecture: Its model's architecture.
-        traffic: Bytes down and up since the start at the end of each round, by number.
-        notes: A simulation's notes by round; replaces `traffic`.
+        notes: Bytes of each round by its number, and what else a simulation notes.
         ranking: The last round's selection as JSON, for the channel map.
         measured: Where bytes were counted.
         began: The run's start, on the clock of the state's history.
         partition: The fleet's data, if known.
     """
-    rounds = tuple(
-        _round(entry, (traffic or {}).get(entry["round"], (0, 0)), began, job.recipe.loss) for entry in state.history
-    )
-    if notes is not None:
-        rounds = tuple(_noted(row, notes[row.round]) for row in rounds)
+    known = notes or {}
+    rounds = (_round(e, known.get(e["round"], RoundNotes()), began, job.recipe.loss) for e in state.history)
     missed = _missed(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
     devices = tuple(
@@ -318,7 +309,7 @@ def record_of(
         job=job.to_dict(),
         groups=tuple((_label(architecture, i), g.size) for i, g in enumerate(architecture.groups)),
         devices=devices,
-        rounds=rounds,
+        rounds=tuple(rounds),
         channels={} if selection is None else _channels(selection, devices),
         measured=measured,
         partition=partition or Partition(),
@@ -368,7 +359,7 @@ def _label(architecture: Architecture, group: int) -> str:
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
 
 
-def _round(entry: Mapping[str, Any], traffic: tuple[int, int], began: float, loss: str) -> RoundRow:
+def _round(entry: Mapping[str, Any], notes: RoundNotes, began: float, loss: str) -> RoundRow:
     metrics, devices = entry["metrics"], entry["devices"]
     kind = "loss" if loss in REGRESSIONS else "accuracy"
     delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
@@ -382,20 +373,11 @@ def _round(entry: Mapping[str, Any], traffic: tuple[int, int], began: float, los
         loss=metrics.get("loss"),
         local={n: value for n, value in own.items() if value is not None},
         asked=len(devices),
-        down=traffic[0],
-        up=traffic[1],
-        own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
-        density={n: part["density"] for n, part in delivered.items() if "density" in part},
-        measured={k: metrics[k] for k in (EPSILON,) if k in metrics},
-    )
-
-
-def _noted(row: RoundRow, notes: RoundNotes) -> RoundRow:
-    return replace(
-        row,
         down=notes.down,
         up=notes.up,
-        measured=row.measured | notes.measured,
+        own={m: {n: p["metrics"][m] for n, p in delivered.items() if m in p["metrics"]} for m in names},
+        density={n: part["density"] for n, part in delivered.items() if "density" in part},
+        measured={k: metrics[k] for k in (EPSILON,) if k in metrics} | notes.measured,
         spent={n: list(v) for n, v in sorted(notes.devices.items())},
         updates=notes.updates,
         coverage=notes.coverage,
@@ -409,13 +391,6 @@ def _running_means(rows: Iterable[Mapping[str, float]]) -> tuple[float | None, .
         known.update(row)
         out.append(sum(known.values()) / len(known) if known else None)
     return tuple(out)
-
-
-def _latest(rows: Iterable[Mapping[str, float]]) -> Iterator[dict[str, float]]:
-    known: dict[str, float] = {}
-    for row in rows:
-        known = {**known, **row}
-        yield known
 
 
 def _channels(selection: Selection, devices: Sequence[DeviceRow]) -> dict[str, tuple[tuple[int, ...], ...]]:

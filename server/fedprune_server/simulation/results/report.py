@@ -373,7 +373,7 @@ def target_rows(runs: Sequence[Record], target: float) -> list[tuple[str, ...]]:
 
     Speed-up is the first run's simulated time over each run's.
     """
-    reached = [run.reached(target, run.global_values()) for run in runs]
+    reached = [run.reached(target) for run in runs]
     rows: list[tuple[str, ...]] = [("run", "round", "seconds", "speed-up", "MB down and up", "training TMACs")]
     first = reached[0]
     for run, row in zip(runs, reached, strict=True):
