@@ -29,7 +29,7 @@ from fedprune_server.executor.accountant import library
 from fedprune_server.simulation.digits import Digits, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet import virtual_device
-from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job, reference_job
+from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job, demo_reference_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
 
@@ -53,7 +53,7 @@ class Case:
     def privacy(self) -> Privacy:
         if not self.clip:
             return Privacy()
-        boards = 0 if self.noise == "local" else len(BOARDS) - 1
+        boards = 0 if self.noise == "local" else len(DEMO_BOARDS) - 1
         return Privacy(self.clip, self.multiplier, self.noise, boards, DELTA)
 
 
@@ -73,11 +73,11 @@ def digits() -> Model:
 
 @cache
 def hands() -> Digits:
-    return deal([b.name for b in BOARDS])
+    return deal([b.name for b in DEMO_BOARDS])
 
 
 def job(case: Case) -> Job:
-    make = fleet_job if case.strategy == "fedprune" else reference_job
+    make = demo_job if case.strategy == "fedprune" else demo_reference_job
     return replace(make(0, ROUNDS), privacy=case.privacy)
 
 
@@ -98,7 +98,7 @@ def run(case: Case) -> dict[str, Any]:
     try:
         with tempfile.TemporaryDirectory() as folder:
             data, store = hands(), BlobStore(Path(folder), durable=False)
-            devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS]
+            devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in DEMO_BOARDS]
             what = Experiment("privacy", job(case), digits(), devices, (data.x, data.y), data.calibration)
             simulation = Simulation(what, store)
             history = simulation.run()

@@ -28,7 +28,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Digits, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet import virtual_device
-from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job, reference_job
+from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job, demo_reference_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
 
@@ -37,7 +37,10 @@ COUNT, ROUNDS, EPOCHS, CLIP = 20, 6, 2, 1.0
 EPSILONS = (2.0, 8.0, 32.0, math.inf)
 SEEDS = (0, 1, 2)
 STRATEGIES = ("fedavg", "fedprune")
-KINDS = {f"{BOARDS[i % len(BOARDS)].name}-{i // len(BOARDS)}": BOARDS[i % len(BOARDS)] for i in range(COUNT)}
+KINDS = {
+    f"{DEMO_BOARDS[i % len(DEMO_BOARDS)].name}-{i // len(DEMO_BOARDS)}": DEMO_BOARDS[i % len(DEMO_BOARDS)]
+    for i in range(COUNT)
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def hands(seed: int) -> Digits:
 
 
 def job(case: Case, privacy: Privacy, rounds: int = ROUNDS) -> Job:
-    plain = (fleet_job if case.strategy == "fedprune" else reference_job)(case.seed, rounds)
+    plain = (demo_job if case.strategy == "fedprune" else demo_reference_job)(case.seed, rounds)
     recipe = replace(plain.recipe, epochs=EPOCHS, evaluate_every=ROUNDS)
     return replace(plain, devices=COUNT, privacy=privacy, recipe=recipe)
 

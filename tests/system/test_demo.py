@@ -11,7 +11,7 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.cli.demo import DemoFolder
-from fedprune_server.simulation.fleet.simulated_fleet import BOARDS
+from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS
 from fedprune_server.simulation.results.record import Record
 
 pytestmark = pytest.mark.system
@@ -87,7 +87,7 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
                 seen[pid] = text
         time.sleep(0.1)
     assert demo.returncode == 0, (tmp_path / "output.txt").read_text()
-    assert len(seen) >= len(BOARDS)
+    assert len(seen) >= len(DEMO_BOARDS)
     for text in seen.values():
         names = {part for line in text.splitlines() for part in line.split("/")[1:]}
         assert names.isdisjoint({"torch", "onnx", "scipy", "matplotlib", "sqlalchemy"})
@@ -103,7 +103,7 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     assert all(d.density == 1 for d in reference.devices)
     assert 0 < fleet.last.up < reference.last.up
     assert 0 < fleet.last.down < reference.last.down
-    assert set(fleet.last.local) == {b.name for b in BOARDS}
+    assert set(fleet.last.local) == {b.name for b in DEMO_BOARDS}
 
 
 # What a server does at SIGTERM is in `test_crashes.py` at every push.
@@ -111,9 +111,9 @@ def test_quick_demo_ends_well_and_its_devices_load_neither_torch_nor_onnx(demo, 
     "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.soak), signal.SIGKILL]
 )
 def test_nothing_is_left_when_the_demo_is_ended(demo, number):
-    wait_until(lambda: len(devices(demo)) == len(BOARDS))
+    wait_until(lambda: len(devices(demo)) == len(DEMO_BOARDS))
     family = children(demo.pid)
-    assert len(family) == len(BOARDS) + 1  # the broker, too
+    assert len(family) == len(DEMO_BOARDS) + 1  # the broker, too
     demo.send_signal(number)
     demo.wait(30)
     assert demo.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 4)

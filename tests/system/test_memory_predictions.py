@@ -16,7 +16,7 @@ from fedprune.planning.plan import Plan
 from fedprune.strategies import compose
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import digits_model
-from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job
+from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job
 from support.paths import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "planner.json"
@@ -36,8 +36,8 @@ DEMO = {
 @pytest.mark.parametrize("name", sorted(DEMO))
 def test_memory_of_the_demos_boards_is_predicted(name: str) -> None:
     samples, measured = DEMO[name]
-    job, model = fleet_job(), import_onnx(digits_model(), "digits")
-    board = next(b for b in BOARDS if b.name == name)
+    job, model = demo_job(), import_onnx(digits_model(), "digits")
+    board = next(b for b in DEMO_BOARDS if b.name == name)
     device = Device(1, True, board.profile().to_dict(), None, samples)
     WidthPlanner(job, compose(job), model.architecture).plan(name, device)
     assert device.plan is not None, device.excluded

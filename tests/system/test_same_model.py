@@ -19,7 +19,7 @@ from fedprune_export.importing.torch_export import export_torch
 from fedprune_server.cli.demo import DemoFolder, run_job
 from fedprune_server.simulation.digits import Digits, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.simulated_fleet import BOARDS, fleet_job
+from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_job
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.simulation import Simulation
@@ -36,7 +36,7 @@ def measures(own: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
 
 def plain_job(**recipe: Any) -> Job:
     """The demo's job as the plain strategy has it, with other settings of its recipe."""
-    job = fleet_job(SEED, rounds=2)
+    job = demo_job(SEED, rounds=2)
     return replace(job, strategy="plain", options={}, recipe=replace(job.recipe, **recipe))
 
 
@@ -45,11 +45,11 @@ def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Si
     folder = DemoFolder.prepare(root / "demo", SEED)
     folder.model.write_bytes(raw)
     np.savez(folder.evaluation, x=data.x, y=data.y)
-    for board in BOARDS:
+    for board in DEMO_BOARDS:
         write_hand(folder.data(board.name), data.devices[board.name])
     record = run_job("real", job, folder)
 
-    devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS]
+    devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in DEMO_BOARDS]
     simulation = Simulation(
         Experiment("virtual", job, import_onnx(raw, "model"), devices, (data.x, data.y), data.calibration),
         BlobStore(root / "blobs", durable=False),
@@ -70,12 +70,12 @@ def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Si
 def test_daemon_with_device_processes_and_simulator_give_the_same_models(tmp_path, scorer):
     job = plain_job(epochs=1, logit_adjustment=True)
     job = replace(job, scorer=scorer, warmup_rounds=1, rule="fill", server_momentum=0.7)
-    run_both(tmp_path, job, digits_model(), deal([b.name for b in BOARDS], seed=SEED))
+    run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
 
 
 def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):
-    job = fleet_job(SEED, rounds=2)
-    record, _ = run_both(tmp_path, job, digits_model(), deal([b.name for b in BOARDS], seed=SEED))
+    job = demo_job(SEED, rounds=2)
+    record, _ = run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
     last = record.rounds[-1]
     assert last.local == last.own["accuracy_average"] != last.own["accuracy_after"]
 
@@ -131,7 +131,7 @@ def test_frozen_tensors_and_numbers_give_the_same_models(
 ) -> None:
     raw = make()
     job = replace(plain_job(epochs=1, **recipe), scorer="ordered", rule="fill", server_momentum=0.7)
-    record, simulation = run_both(tmp_path, job, raw, of(deal([b.name for b in BOARDS], seed=SEED)))
+    record, simulation = run_both(tmp_path, job, raw, of(deal([b.name for b in DEMO_BOARDS], seed=SEED)))
     assert len({r.model for r in record.rounds}) == 2
     assert ("accuracy_average" in record.rounds[-1].own) == ("average" in recipe)
     begun = import_onnx(raw, "model").tensors

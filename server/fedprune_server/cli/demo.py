@@ -39,12 +39,12 @@ from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import REFERENCE
 from fedprune_server.simulation.fleet.simulated_fleet import (
-    BOARDS,
-    QUICK_ROUNDS,
-    ROUNDS,
-    fleet_job,
-    reference_job,
-    too_few,
+    DEMO_BOARDS,
+    DEMO_QUICK_ROUNDS,
+    DEMO_ROUNDS,
+    demo_job,
+    demo_reference_job,
+    too_few_rounds,
 )
 from fedprune_server.simulation.measure import RoundNotes
 from fedprune_server.simulation.results.record import Record, record_of
@@ -172,10 +172,10 @@ class DemoFolder:
             path.mkdir(parents=True)
         (root / MARK).write_text(json.dumps({"format": "fedprune.demo/1", "seed": seed}) + "\n", encoding="utf-8")
         folder.model.write_bytes(digits_model())
-        hands = deal([b.name for b in BOARDS], seed=seed)
+        hands = deal([b.name for b in DEMO_BOARDS], seed=seed)
         np.savez(folder.evaluation, x=hands.x, y=hands.y)
         np.savez(folder.calibration, x=hands.calibration)
-        for board in BOARDS:
+        for board in DEMO_BOARDS:
             write_hand(folder.data(board.name), hands.devices[board.name])
             profile = board.profile()
             (folder.profiles / f"{profile.name}.json").write_text(profile.to_json(), encoding="utf-8")
@@ -185,14 +185,14 @@ class DemoFolder:
 def run_demo(out: Path, *, seed: int = 0, rounds: int | None = None, quick: bool = False) -> int:
     """Run both jobs, write the report, print the summary; returns the exit code, as `verdict` says."""
     began = time.monotonic()
-    rounds = rounds if rounds is not None else QUICK_ROUNDS if quick else ROUNDS
-    jobs = fleet_job(seed, rounds), reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
+    rounds = rounds if rounds is not None else DEMO_QUICK_ROUNDS if quick else DEMO_ROUNDS
+    jobs = demo_job(seed, rounds), demo_reference_job(seed, rounds)  # a wrong number must not cost an earlier demo
     with _alone(out), logged_to_stdout(verbose=False), ended_by_signals():
         folder = DemoFolder.prepare(out, seed)
-        size = f"{quantity(len(BOARDS), 'device')}, {quantity(rounds, 'round')}"
+        size = f"{quantity(len(DEMO_BOARDS), 'device')}, {quantity(rounds, 'round')}"
         print(f"{size}, two jobs: models as wide as each link allows, then FedAvg.")
         print(f"Devices' output is in {out}/*/devices/*.log\n")
-        data = Partition.of_devices(deal([b.name for b in BOARDS], seed=seed).devices, DIGITS)
+        data = Partition.of_devices(deal([b.name for b in DEMO_BOARDS], seed=seed).devices, DIGITS)
         fleet = replace(run_job("fedprune", jobs[0], folder), partition=data)
         reference = replace(run_job(REFERENCE, jobs[1], folder), partition=data)
         return _ended(out, fleet, reference, began)
@@ -211,7 +211,7 @@ def _alone(out: Path) -> AbstractContextManager[None]:
 def _ended(out: Path, fleet: Record, reference: Record, began: float) -> int:
     fleet.save(out / "metrics.json")
     reference.save(out / "metrics-reference.json")
-    unjudged = too_few(len(fleet.rounds))
+    unjudged = too_few_rounds(len(fleet.rounds))
     with progress("writing the report"):
         report = write_report(out, fleet, reference, judged=not unjudged)
     print()
@@ -224,7 +224,7 @@ def _ended(out: Path, fleet: Record, reference: Record, began: float) -> int:
 
 def verdict(fleet: Record, reference: Record) -> ExitCode:
     """How a demo ends: `CLAIM` if a claim failed. Few rounds show that it runs, and no more."""
-    held = too_few(len(fleet.rounds)) or all(c.held for c in claims(fleet, reference))
+    held = too_few_rounds(len(fleet.rounds)) or all(c.held for c in claims(fleet, reference))
     return ExitCode.OK if held else ExitCode.CLAIM
 
 
@@ -259,7 +259,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
         broker, runner = app.connection.broker, app.server.first
         if broker is None:
             raise ConfigError("the demo's broker", expected="an embedded one")
-        for board in BOARDS:
+        for board in DEMO_BOARDS:
             _start_board(boards, board.name, folder, place, broker.url)
         runner.observers.join(_Watch(boards, lambda number: notes.__setitem__(number, _bytes(broker)), watch))
         began = time.time()
@@ -298,7 +298,7 @@ class _Watch(Observer):
 
 
 def _start_board(boards: BoardProcesses, name: str, folder: DemoFolder, place: Path, url: str) -> None:
-    board = next(b for b in BOARDS if b.name == name)
+    board = next(b for b in DEMO_BOARDS if b.name == name)
     devices = place / "devices"
     devices.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--broker", url, "--site", _SITE]

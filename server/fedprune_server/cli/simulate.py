@@ -96,7 +96,7 @@ def build_sweep_parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     with progress("reading the fleet"):
         from fedprune_server.simulation.api import simulate
-        from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few
+        from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few_rounds
         from fedprune_server.simulation.results.report import summary_text
         from fedprune_server.simulation.results.runs_progress import RunDisplay
 
@@ -108,7 +108,7 @@ def _run(options: argparse.Namespace) -> int:
     with _goes_on(out):
         run = simulate(plan, folder=out, workers=options.workers, cuda=options.cuda, display=RunDisplay)
     # What the demo claims was chosen for its own fleet, budget and rounds.
-    unjudged = too_few(plan.job.rounds) if options.demo else ""
+    unjudged = too_few_rounds(plan.job.rounds) if options.demo else ""
     judged = options.demo and not unjudged
     with progress("writing the report"):
         report = run.report(out, judged=judged)

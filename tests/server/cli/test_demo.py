@@ -8,13 +8,13 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.cli.demo import DemoFolder, run_demo, verdict
 from fedprune_server.simulation.experiment import fedavg
-from fedprune_server.simulation.fleet.simulated_fleet import ROUNDS, fleet_job, reference_job, too_few
+from fedprune_server.simulation.fleet.simulated_fleet import DEMO_ROUNDS, demo_job, demo_reference_job, too_few_rounds
 from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow
 
 KEPT = ("seed", "rounds", "devices", "participation", "deadline_s")
 
 
-def run(accuracy=0.9, sent=100, rounds=ROUNDS):
+def run(accuracy=0.9, sent=100, rounds=DEMO_ROUNDS):
     rows = [RoundRow(r, 1.0, "a" * 64, accuracy, 0.5, {"zero": 0.9}, 1, sent, sent) for r in range(1, rounds + 1)]
     return Record("run", {}, (), (DeviceRow("zero", "", 1, (1,), 1.0, "", 1),), tuple(rows))
 
@@ -22,19 +22,19 @@ def run(accuracy=0.9, sent=100, rounds=ROUNDS):
 @pytest.mark.parametrize(
     ("accuracy", "sent", "rounds", "code"),
     [
-        (0.9, 40, ROUNDS, ExitCode.OK),
-        (0.8, 40, ROUNDS, ExitCode.CLAIM),
-        (0.9, 60, ROUNDS + 1, ExitCode.CLAIM),
-        (0.8, 60, ROUNDS - 1, ExitCode.OK),
+        (0.9, 40, DEMO_ROUNDS, ExitCode.OK),
+        (0.8, 40, DEMO_ROUNDS, ExitCode.CLAIM),
+        (0.9, 60, DEMO_ROUNDS + 1, ExitCode.CLAIM),
+        (0.8, 60, DEMO_ROUNDS - 1, ExitCode.OK),
     ],
 )
 def test_a_claim_that_fails_is_the_exit_code_if_there_are_rounds_enough(accuracy, sent, rounds, code):
     assert verdict(run(accuracy, sent, rounds), run(rounds=rounds)) is code
-    assert bool(too_few(rounds)) is (rounds < ROUNDS)
+    assert bool(too_few_rounds(rounds)) is (rounds < DEMO_ROUNDS)
 
 
 def test_reference_differs_only_in_what_makes_it_fedavg():
-    mine, theirs = fleet_job(3, 5), reference_job(3, 5)
+    mine, theirs = demo_job(3, 5), demo_reference_job(3, 5)
     assert all(getattr(mine, n) == getattr(theirs, n) for n in KEPT)
     assert theirs.recipe == mine.recipe
     assert (mine.strategy, theirs.strategy) == ("fedprune", "plain")

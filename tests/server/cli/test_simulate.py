@@ -311,7 +311,7 @@ def test_the_demo_s_claims_are_not_made_for_other_fleets(config, tmp_path, capsy
 def test_the_demo_s_claims_are_judged_after_rounds_enough(tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     for enough, judged in ((1, True), (2, False)):  # the second only judges: all rounds are done
-        monkeypatch.setattr(simulated_fleet, "ROUNDS", enough)
+        monkeypatch.setattr(simulated_fleet, "DEMO_ROUNDS", enough)
         assert main(["--demo", "--out", str(out), "--rounds", "1"]) == ExitCode.OK
         said = capsys.readouterr().out
         assert ("Too few rounds to judge accuracies and bytes by: 1;" in said) is not judged

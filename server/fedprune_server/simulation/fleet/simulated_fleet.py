@@ -40,16 +40,16 @@ from fedprune_server.simulation.network_model import (
     read_weather,
 )
 
-ROUNDS = 24
-QUICK_ROUNDS = 2
-BYTE_BUDGET = 430_000
+DEMO_ROUNDS = 24
+DEMO_QUICK_ROUNDS = 2
+DEMO_BYTE_BUDGET = 430_000
 """Bytes per device and round, both ways, that the fleet's job allows."""
 
 _DEADLINE_S = 60.0
 
 
 @dataclass(frozen=True)
-class Board:
+class DemoBoard:
     """One board of the demo.
 
     Attributes:
@@ -79,40 +79,40 @@ class Board:
         )
 
 
-BOARDS = (
-    Board("attic-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
-    Board("barn-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
-    Board("yard-pi4", "raspberry-pi-4b", "shared-uplink", 350_000),
-    Board("hall-pi5", "raspberry-pi-5"),
-    Board("dock-orin", "jetson-orin-nano"),
-    Board("desk-x86", "generic-x86-64"),
+DEMO_BOARDS = (
+    DemoBoard("attic-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
+    DemoBoard("barn-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
+    DemoBoard("yard-pi4", "raspberry-pi-4b", "shared-uplink", 350_000),
+    DemoBoard("hall-pi5", "raspberry-pi-5"),
+    DemoBoard("dock-orin", "jetson-orin-nano"),
+    DemoBoard("desk-x86", "generic-x86-64"),
 )
 
 
-def fleet_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
+def demo_job(seed: int = 0, rounds: int = DEMO_ROUNDS) -> Job:
     """The fleet's job: planned widths and the recommended strategy."""
     return Job(
         name="fleet",
         seed=seed,
         rounds=rounds,
-        devices=len(BOARDS),
+        devices=len(DEMO_BOARDS),
         deadline_s=_DEADLINE_S,
-        byte_budget=BYTE_BUDGET,
+        byte_budget=DEMO_BYTE_BUDGET,
         strategy="fedprune",
         recipe=Recipe(epochs=3, batch_size=32, lr=0.03, momentum=0.9),
     )
 
 
-def too_few(rounds: int) -> str:
+def too_few_rounds(rounds: int) -> str:
     """Reason not to judge a demo of so few rounds; empty if it is judged."""
-    if rounds >= ROUNDS:
+    if rounds >= DEMO_ROUNDS:
         return ""
-    return f"Too few rounds to judge accuracies and bytes by: {rounds}; the demo takes {ROUNDS}."
+    return f"Too few rounds to judge accuracies and bytes by: {rounds}; the demo takes {DEMO_ROUNDS}."
 
 
-def reference_job(seed: int = 0, rounds: int = ROUNDS) -> Job:
+def demo_reference_job(seed: int = 0, rounds: int = DEMO_ROUNDS) -> Job:
     """FedAvg on the same boards, with the same rounds and steps."""
-    return fedavg(fleet_job(seed, rounds))
+    return fedavg(demo_job(seed, rounds))
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,17 +295,17 @@ def demo_plan(*, strategy: str | None = None, seed: int | None = None, rounds: i
     Raises:
         ConfigError: One of them is wrong.
     """
-    data = deal([b.name for b in BOARDS], seed=seed or 0)
-    job = _overridden(fleet_job(seed or 0), strategy, seed, rounds)
+    data = deal([b.name for b in DEMO_BOARDS], seed=seed or 0)
+    job = _overridden(demo_job(seed or 0), strategy, seed, rounds)
     return Plan(
         job.strategy,
         job,
         import_onnx(digits_model(), "digits-net"),
-        tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in BOARDS),
+        tuple(VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in DEMO_BOARDS),
         (data.x, data.y),
         data.calibration,
         partition=Partition.of_devices(data.devices, DIGITS),
-        reference=_overridden(reference_job(seed or 0), None, seed, rounds),
+        reference=_overridden(demo_reference_job(seed or 0), None, seed, rounds),
     )
 
 
