@@ -23,7 +23,7 @@ from fedprune_server.process.child_side import end_with_parent
 _RETRIES = 3
 """Retries of a task whose machine or process has died."""
 
-_POLL_S, _LOOK_S = 0.01, 5.0
+_POLL_S, _SIZE_S = 0.01, 5.0
 _EMPTY_S = 30.0
 """A cluster without processors for so long is lost."""
 
@@ -39,14 +39,14 @@ def runtime_env() -> dict[str, Any]:
 
 
 def run_driver(parent: int, address: str, settings: WorkerSpec, probe: str, connection: Connection) -> None:
-    """Hand tasks to a cluster until the other end of the pipe is closed; runs in a process of its own.
+    """Submit tasks to a cluster until the other end of the pipe is closed; runs in a process of its own.
 
-    What comes are numbers, functions and their arguments. What goes back is a kind and what belongs to it: `size` and
-    the cluster's processors; `done` and a number, with the result behind it; `failed` and a number, with a text behind
-    it; `lost` and why, where the cluster can't be used.
+    It receives tasks: a number, a function and its arguments. It sends pairs of a kind and a value: `size` and the
+    cluster's processors; `done` and a task's number, followed by the result; `failed` and a task's number, followed by
+    a text; `lost` and the reason if the cluster can't be used.
     """
     end_with_parent(parent)
-    _be_quiet()
+    _silence_output()
     try:
         _Cluster(address, settings, probe, connection).run()
     except (EOFError, BrokenPipeError):
@@ -100,28 +100,28 @@ class _Cluster:
         # In a list it isn't read before every task.
         self._settings = [ray.put(settings)]
         self._token = probe
-        self._carry = self._ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_carry)
+        self._remote_task = self._ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(_do_task)
         self._tasks: dict[Any, int] = {}
-        self._seen = self._looked = time.monotonic()
+        self._alive_at = self._updated_at = time.monotonic()
         self._size = -1
-        self._look(time.monotonic())
+        self._update_size(time.monotonic())
 
     def run(self) -> None:
-        """Hand on tasks and results."""
+        """Pass on tasks and results."""
         while True:
             while self._connection.poll(0 if self._tasks else 0.2):
                 number, task, arguments = self._connection.recv()
-                self._tasks[self._carry.remote(self._settings, self._token, task, arguments)] = number
+                self._tasks[self._remote_task.remote(self._settings, self._token, task, arguments)] = number
             if self._tasks:
                 known = list(self._tasks)
                 done, _ = self._ray.wait(known, num_returns=min(len(known), 8), timeout=_POLL_S)
                 for ref in done:
-                    self._answer(ref, self._tasks.pop(ref))
+                    self._send_answer(ref, self._tasks.pop(ref))
             now = time.monotonic()
-            if now - self._looked >= _LOOK_S:
-                self._look(now)
+            if now - self._updated_at >= _SIZE_S:
+                self._update_size(now)
 
-    def _answer(self, ref: Any, number: int) -> None:
+    def _send_answer(self, ref: Any, number: int) -> None:
         try:
             result = self._ray.get(ref)
         except Exception as error:  # noqa: BLE001 - whatever a task or its machine died of
@@ -131,24 +131,24 @@ class _Cluster:
         self._connection.send(("done", number))
         _send_result(self._connection, result)
 
-    def _look(self, now: float) -> None:
-        """See how large the cluster is.
+    def _update_size(self, now: float) -> None:
+        """Report the cluster's size if it has changed.
 
         Raises:
             FedpruneError: It has had no processors for long.
         """
-        self._looked = now
+        self._updated_at = now
         size = int(self._ray.cluster_resources().get("CPU", 0))
         if size:
-            self._seen = now
-        if now - self._seen > _EMPTY_S:
+            self._alive_at = now
+        if now - self._alive_at > _EMPTY_S:
             raise FedpruneError("the cluster has no processors any more")
         if size != self._size:
             self._size = size
             self._connection.send(("size", size))
 
     def _probe(self, settings: WorkerSpec, probe: str) -> None:
-        """See that every machine of the cluster can help.
+        """Check that every machine of the cluster can help.
 
         Raises:
             FedpruneError: One can't, or there is none.
@@ -161,7 +161,7 @@ class _Cluster:
         asked = {}
         for node in nodes:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            see = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_see)
+            see = self._ray.remote(num_cpus=0, max_retries=1, scheduling_strategy=where)(_probe_machine)
             asked[see.remote(str(settings.store.root), probe)] = node["NodeManagerAddress"]
         done, _ = self._ray.wait(list(asked), num_returns=len(asked), timeout=_PROBE_S)
         answered = 0
@@ -179,8 +179,8 @@ class _Cluster:
             raise FedpruneError("no machine of the cluster could be asked")
 
 
-def _see(folder: str, probe: str) -> tuple[str, str]:
-    """What version of fedprune a machine has, and why it can't read the server's blobs, if it can't."""
+def _probe_machine(folder: str, probe: str) -> tuple[str, str]:
+    """A machine's version of fedprune, and the reason if it can't read the server's blobs."""
     from pathlib import Path
 
     try:
@@ -192,7 +192,7 @@ def _see(folder: str, probe: str) -> tuple[str, str]:
     return __version__, ""
 
 
-def _carry(settings: list[Any], token: str, task: Task, arguments: tuple[Any, ...]) -> Any:
+def _do_task(settings: list[Any], token: str, task: Task, arguments: tuple[Any, ...]) -> Any:
     """Do a task, with the worker of the last one if it was for the same server."""
     global _worker
     if _worker is None or _worker[0] != token:
@@ -203,7 +203,7 @@ def _carry(settings: list[Any], token: str, task: Task, arguments: tuple[Any, ..
     return task(_worker[1], *arguments)
 
 
-def _be_quiet() -> None:
+def _silence_output() -> None:
     """Ray's own log is in its own folder."""
     null = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):

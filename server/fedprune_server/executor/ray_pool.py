@@ -1,8 +1,8 @@
 """Helpers on a Ray cluster.
 
 Ray runs in a child process, because a driver may end its process when it loses its cluster, and because it takes over
-signals and the log. What happens to that child, or to the cluster, costs no more than the tasks that were under way:
-their futures fail, the worker does them itself, and a new child tries to reach the cluster once a minute.
+signals and the log. If that child or the cluster is lost, only the futures of open tasks fail: the worker does them
+itself, and a new child tries to reach the cluster once a minute.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from fedprune_server.process.pools import TaskPool
 log = logging.getLogger("fedprune.server")
 
 _CONNECT_S = 10.0
-_START_S, _LOOK_S = 120.0, 0.2
-_AGAIN_S = 60.0
+_START_S, _POLL_S = 120.0, 0.2
+_RETRY_S = 60.0
 
 
 class ClusterError(FedpruneError):
@@ -52,23 +52,23 @@ def _unusable(url: str, why: str) -> ClusterError:
 
 
 class RayPool(TaskPool[Worker]):
-    """Lets a cluster do tasks.
+    """Carries out tasks on a cluster.
 
     Args:
         url: The cluster (`fedprune_server.config.cluster_url`).
-        worker: Whose job it helps with; every machine of the cluster must see its blob store's folder.
-        again_s: Pause between attempts to reach a cluster that was lost.
+        worker: The server's own; every machine of the cluster must see its blob store's folder.
+        retry_s: Pause between attempts to reach a cluster that was lost.
 
     Raises:
         ClusterError: The cluster can't be reached, has no processors, or a machine of it doesn't see the folder.
         MissingExtraError: Ray is not installed.
-        ConfigError: The URL is none, or blobs are in a bucket.
+        ConfigError: The URL is invalid, or blobs are in a bucket.
     """
 
     adds = True
     patience_s = 900.0
 
-    def __init__(self, url: str, worker: Worker, *, again_s: float = _AGAIN_S) -> None:
+    def __init__(self, url: str, worker: Worker, *, retry_s: float = _RETRY_S) -> None:
         check_url(url)
         if importlib.util.find_spec("ray") is None:
             raise MissingExtraError("Ray is not installed", extra="scale")
@@ -84,12 +84,12 @@ class RayPool(TaskPool[Worker]):
         self._url = url
         self._store = worker.store
         self._settings = WorkerSpec.of(worker)
-        self._again_s = again_s
+        self._retry_s = retry_s
         self._lock = threading.Lock()
         self._closed = False
-        self._reaching: threading.Thread | None = None
-        self._tried = time.monotonic()
-        self._driver: DriverProcess | None = self._reach()
+        self._reconnecting: threading.Thread | None = None
+        self._tried_at = time.monotonic()
+        self._driver: DriverProcess | None = self._connect()
         threading.Thread(target=self._driver.listen, name="fedprune-ray", daemon=True).start()
         log.info("a cluster at %s helps: %d processors", url, self._driver.size)
 
@@ -104,10 +104,10 @@ class RayPool(TaskPool[Worker]):
             driver = self._driver
             if driver is not None and driver.lost:
                 self._driver = driver = None
-            idle = self._reaching is None or not self._reaching.is_alive()
-            if driver is None and not self._closed and idle and time.monotonic() - self._tried >= self._again_s:
-                self._reaching = threading.Thread(target=self._reach_again, name="fedprune-cluster", daemon=True)
-                self._reaching.start()
+            idle = self._reconnecting is None or not self._reconnecting.is_alive()
+            if driver is None and not self._closed and idle and time.monotonic() - self._tried_at >= self._retry_s:
+                self._reconnecting = threading.Thread(target=self._reconnect, name="fedprune-cluster", daemon=True)
+                self._reconnecting.start()
         if driver is None:
             future: Future[Any] = Future()
             future.set_exception(ClusterError("the cluster is lost"))
@@ -121,12 +121,12 @@ class RayPool(TaskPool[Worker]):
         if driver is not None:
             driver.close()
 
-    def _reach_again(self) -> None:
+    def _reconnect(self) -> None:
         try:
-            driver = self._reach()
+            driver = self._connect()
         except FedpruneError as error:
             log.debug("%s", error)
-            self._tried = time.monotonic()
+            self._tried_at = time.monotonic()
             return
         with self._lock:
             late = self._closed
@@ -137,14 +137,14 @@ class RayPool(TaskPool[Worker]):
         log.info("the cluster at %s is back: %d processors", self._url, driver.size)
         driver.listen()  # here: the child ends with the thread that has started it
 
-    def _reach(self) -> DriverProcess:
+    def _connect(self) -> DriverProcess:
         place = endpoint(self._url)
         if place is not None:  # Ray itself tries for minutes
             try:
                 socket.create_connection(place, _CONNECT_S).close()
             except (OSError, OverflowError) as error:
                 raise _unusable(self._url, reason(error)) from error
-        # A machine that can read it sees this very folder, not an empty one of the same name.
+        # A machine that can read this blob sees this folder, not an empty one of the same name.
         probe = self._store.put(secrets.token_bytes(32)).sha256
         try:
             return DriverProcess(self._url, self._settings, probe, self._lost, lambda: self._closed)
@@ -152,7 +152,7 @@ class RayPool(TaskPool[Worker]):
             self._store.delete(probe)
 
     def _lost(self) -> None:
-        self._tried = time.monotonic()
+        self._tried_at = time.monotonic()
         if not self._closed:
             log.warning("the cluster at %s is lost: the server does its work until it is back", self._url)
 
@@ -162,10 +162,10 @@ class DriverProcess:
 
     Args:
         url: The cluster.
-        settings: Of its workers.
+        settings: Makes the workers of its processes.
         probe: A blob that all its machines must see.
-        told: Called when it is lost.
-        given_up: Whether the pool was closed meanwhile.
+        on_lost: Called when it is lost.
+        is_closed: Whether the pool was closed meanwhile.
 
     Attributes:
         size: Processors of the cluster.
@@ -173,10 +173,10 @@ class DriverProcess:
     """
 
     def __init__(
-        self, url: str, settings: WorkerSpec, probe: str, told: Callable[[], None], given_up: Callable[[], bool]
+        self, url: str, settings: WorkerSpec, probe: str, on_lost: Callable[[], None], is_closed: Callable[[], bool]
     ) -> None:
-        self._told = told
-        self._given_up = given_up
+        self._on_lost = on_lost
+        self._is_closed = is_closed
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -188,23 +188,23 @@ class DriverProcess:
         self._number = 0
         self._futures: dict[int, Future[Any]] = {}
         self._lock = threading.Lock()
-        self._orders: queue.SimpleQueue[tuple[int, Task, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._unsent: queue.SimpleQueue[tuple[int, Task, tuple[Any, ...]] | None] = queue.SimpleQueue()
         try:
-            self.size = self._first(url)
+            self.size = self._await_size(url)
         except BaseException:
             self._end()
             raise
         # A pipe is full soon while a cluster doesn't answer, and the server's loop must not wait for it.
-        threading.Thread(target=self._hand_on, name="fedprune-ray-orders", daemon=True).start()
+        threading.Thread(target=self._send_tasks, name="fedprune-ray-tasks", daemon=True).start()
 
-    def _first(self, url: str) -> int:
+    def _await_size(self, url: str) -> int:
         """The cluster's processors, which the child reports once it has reached it."""
         kind, what = "lost", f"no answer in {_START_S:g} s"
         until = time.monotonic() + _START_S
         with suppress(EOFError, OSError):
-            # Little by little: this process doesn't end before the child does.
-            while not self._given_up() and time.monotonic() < until:
-                if self._connection.poll(_LOOK_S):
+            # Polled: a server that ends meanwhile must not wait for the cluster.
+            while not self._is_closed() and time.monotonic() < until:
+                if self._connection.poll(_POLL_S):
                     kind, what = self._connection.recv()
                     break
         if kind == "size":
@@ -219,23 +219,23 @@ class DriverProcess:
                 return future
             self._number += 1
             self._futures[self._number] = future
-            self._orders.put((self._number, task, arguments))
+            self._unsent.put((self._number, task, arguments))
         return future
 
-    def _hand_on(self) -> None:
-        while (order := self._orders.get()) is not None:
+    def _send_tasks(self) -> None:
+        while (task := self._unsent.get()) is not None:
             try:
-                self._connection.send(order)
-            except OSError:  # noqa: PERF203 - the child is gone: whoever listens tells
+                self._connection.send(task)
+            except OSError:  # noqa: PERF203 - the child is gone, which `listen` notices
                 return
             except Exception as error:  # noqa: BLE001 - pickling may fail in any way, and does before a byte is sent
                 with self._lock:
-                    future = self._futures.pop(order[0], None)
+                    future = self._futures.pop(task[0], None)
                 if future is not None:  # else the cluster was lost meanwhile
                     future.set_exception(ClusterError("a task can't be handed to the cluster", got=reason(error)))
 
     def listen(self) -> None:
-        """Take in results until the child is gone."""
+        """Receive results until the child ends."""
         try:
             while True:
                 kind, what = self._connection.recv()
@@ -252,13 +252,13 @@ class DriverProcess:
                     self._futures.pop(what).set_exception(error)
         except (EOFError, OSError):
             pass
-        except Exception:  # an answer that can't be read: what comes behind it can't be told apart either
+        except Exception:  # an answer that can't be read; the ones behind it can't be told apart either
             log.warning("what a cluster answers can't be read", exc_info=True)
         with self._lock:
             self.lost = True
             left, self._futures = list(self._futures.values()), {}
-        self._orders.put(None)
-        self._told()
+        self._unsent.put(None)
+        self._on_lost()
         for future in left:
             future.set_exception(ClusterError("the cluster is lost"))
         self._end()

@@ -246,7 +246,7 @@ def test_a_cluster_helps_loses_a_node_and_is_lost(
     events = [alone.execute(fold) for fold in folds]
     expected, offers = alone.execute(close), [alone.execute(order) for order in many]
 
-    pool = RayPool(f"ray:{cluster.address}", alone, again_s=0.5)
+    pool = RayPool(f"ray:{cluster.address}", alone, retry_s=0.5)
     with closing(DistributedWorker(worker(model, tmp_path), pool, block=500, batch=5)) as crew:
         assert pool.size == 2
         crew.expect(many)
