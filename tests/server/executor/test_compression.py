@@ -30,9 +30,8 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit, sent
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import Digits, deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.simulation import Simulation
+from support.fakes.digits_simulation import boards, digits_simulation
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
 SETTINGS = ("zlib", "float16", "int8", "top-k:0.05")
@@ -49,14 +48,10 @@ def federation() -> Digits:
 
 
 @pytest.fixture
-def simulate(model: Model, federation: Digits, tmp_path: Path) -> Callable[..., Simulation]:
-    devices = [VirtualDevice(kind, find(kind), federation.devices[kind]) for kind in KINDS]
-
+def simulate(tmp_path: Path) -> Callable[..., Simulation]:
     def make(folder: str, **settings: Any) -> Simulation:
-        values = {"seed": 3, "rounds": 3, "devices": 2, "density": 0.5, "recipe": Recipe(max_steps=3), **settings}
-        store = BlobStore(tmp_path / folder / "blobs", durable=False)
-        samples = (federation.x, federation.y)
-        return Simulation(Experiment("x", Job(**values), model, devices, samples), store, folder=tmp_path / folder)
+        settings = {"rounds": 3, "density": 0.5, "recipe": Recipe(max_steps=3), **settings}
+        return digits_simulation(tmp_path / folder, fleet=boards(KINDS), **settings)
 
     return make
 

@@ -24,17 +24,14 @@ from fedprune.jobs.job import Job
 from fedprune.jobs.state import named_in
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
-from fedprune.planning import profile_store
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.distributed import DistributedWorker, helper_processes
 from fedprune_server.executor.offers import GRAPH_ROUNDS
 from fedprune_server.executor.worker import Worker
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.s3.store import BucketStore
+from support.fakes.digits_simulation import boards, digits_simulation
 from support.processes.s3 import S3
 
 DENSITIES = {"a": 1.0, "b": 0.5, "c": 0.25}
@@ -230,17 +227,7 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.mark.slow
-def test_a_simulation_with_helpers_gives_the_same_models(model: Model, tmp_path: Path) -> None:
-    names = tuple(DENSITIES)
-    federation = deal(names, seed=0)
-    profile = profile_store.find("raspberry-pi-5")
-    devices = [VirtualDevice(n, profile, federation.devices[n]) for n in names]
-    found = []
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        folder.mkdir()
-        experiment = Experiment("x", JOB, model, devices, workers=workers)
-        simulation = Simulation(experiment, BlobStore(folder / "blobs"), folder=folder)
-        found.append([h["model"] for h in simulation.run()])
-
-    assert found[0] == found[1]
+def test_a_simulation_with_helpers_gives_the_same_models(tmp_path: Path) -> None:
+    settings = {"fleet": boards(tuple(DENSITIES), "raspberry-pi-5"), "density": 0.5, "recipe": JOB.recipe}
+    one, two = (digits_simulation(tmp_path / str(n), workers=n, **settings).run() for n in (1, 2))
+    assert [h["model"] for h in one] == [h["model"] for h in two]

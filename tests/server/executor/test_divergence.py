@@ -13,14 +13,11 @@ from fedprune.coordination import events as on
 from fedprune.core.errors import PlanError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
-from fedprune_export.importing import import_onnx
 from fedprune_server.executor.divergence import advice, of_history, warn
-from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.report import summary_text
 from fedprune_server.simulation.results.run_folder import simulate
+from support.fakes.digits_simulation import boards, digits_experiment
 
 RECIPE = Recipe(lr=0.5).to_dict()
 
@@ -66,10 +63,8 @@ def test_one_board_of_ten_whose_numbers_are_not_finite_is_no_divergence(caplog: 
 
 
 def experiment(lr: float) -> Experiment:
-    hand = deal(("a", "b"), seed=1)
-    devices = tuple(VirtualDevice(n, find("raspberry-pi-5"), hand.devices[n]) for n in ("a", "b"))
-    job = Job(rounds=2, devices=2, density=0.25, recipe=Recipe(max_steps=5, lr=lr, momentum=0.0))
-    return Experiment("yard", job, import_onnx(digits_model(), "digits"), devices, (hand.x, hand.y))
+    fleet, recipe = boards(("a", "b"), "raspberry-pi-5"), Recipe(max_steps=5, lr=lr, momentum=0.0)
+    return digits_experiment(fleet, seed=0, density=0.25, recipe=recipe)
 
 
 def test_a_summary_says_so_of_a_run_that_diverged_and_of_no_other(tmp_path: Path) -> None:

@@ -9,19 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ConfigError
-from fedprune.jobs.job import Job
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
-from fedprune.planning.profile_store import find
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.evaluator import Evaluator, Sessions
-from fedprune_server.simulation.digits import deal, digits_model
-from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
-from fedprune_server.simulation.simulation import Simulation
+from fedprune_server.simulation.digits import digits_model
+from support.fakes.digits_simulation import digits_simulation
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +45,8 @@ def test_nothing_is_measured_on_no_samples_or_without_labels(
     with pytest.raises(ConfigError, match=f"samples to measure on.*got {inputs}, and {labels} labels"):
         Evaluator(Sessions(model, 1), Recipe(), samples)
     # An experiment that is made from Python says so before it begins.
-    devices = [VirtualDevice("a", find("raspberry-pi-5"), deal(("a",), seed=0).devices["a"])]
-    experiment = Experiment("x", Job(rounds=1, devices=1), model, devices, evaluation=samples)
     with pytest.raises(ConfigError, match="samples to measure on"):
-        Simulation(experiment, BlobStore(tmp_path, durable=False))
+        digits_simulation(tmp_path, evaluation=samples)
 
 
 def test_what_every_round_measures_is_opened_once(model: Model) -> None:

@@ -196,21 +196,21 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
             *evaluation, densities=settings.densities, calibration=calibration, every=settings.every, sets=sets
         )
     return Plan(
-        title or job.name,
-        job,
-        model,
-        devices,
-        evaluation,
-        calibration,
-        found.dropouts,
-        found.weather,
-        found.availability,
-        measure,
-        settings.checkpoints,
-        settings.workers,
-        settings.cuda,
-        _partition(devices, federation, "" if found.data is None else Path(found.data.source).stem),
-        fedavg(job) if reference else None,
+        title=title or job.name,
+        job=job,
+        model=model,
+        devices=devices,
+        evaluation=evaluation,
+        calibration=calibration,
+        dropouts=found.dropouts,
+        weather=found.weather,
+        availability=found.availability,
+        measure=measure,
+        checkpoints=settings.checkpoints,
+        workers=settings.workers,
+        cuda=settings.cuda,
+        partition=_partition(devices, federation, "" if found.data is None else Path(found.data.source).stem),
+        reference=fedavg(job) if reference else None,
     )
 
 
