@@ -1,7 +1,5 @@
 """`fedprune-device join`."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import shutil

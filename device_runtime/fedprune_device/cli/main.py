@@ -1,7 +1,5 @@
 """`fedprune-device`: the grammar of its commands. Each command's module is loaded when the command runs."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import sys

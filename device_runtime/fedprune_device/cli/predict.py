@@ -1,7 +1,5 @@
 """`fedprune-device predict`: with the serving model of a board, or with a bundle."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping

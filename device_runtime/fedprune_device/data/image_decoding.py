@@ -1,7 +1,5 @@
 """Images as a model's input; needs Pillow."""
 
-from __future__ import annotations
-
 import io
 import warnings
 from dataclasses import dataclass

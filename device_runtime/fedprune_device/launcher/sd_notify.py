@@ -3,8 +3,6 @@
 The launcher includes this module, so it imports the standard library alone.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import threading

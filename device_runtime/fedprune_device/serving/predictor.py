@@ -1,7 +1,5 @@
 """The model that a device serves predictions with."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`fedprune-flash`: install the runtime on boards."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Static facts about a model: axes of values, constants, shape arithmetic, dimensions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ which that fails are split into smaller groups by the runs in which they occur, 
 A group needs at least two channels.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

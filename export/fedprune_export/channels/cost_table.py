@@ -1,7 +1,5 @@
 """The cost table of an architecture: nodes that take time, and activations that take memory."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

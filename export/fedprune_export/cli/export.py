@@ -1,7 +1,5 @@
 """The export itself: one model, one or several boards, a bundle for each."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence

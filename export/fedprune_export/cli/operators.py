@@ -1,7 +1,5 @@
 """`operators`: every operator that can be cut or trained, out of the registries of rules."""
 
-from __future__ import annotations
-
 import argparse
 import inspect
 import re

@@ -1,7 +1,5 @@
 """What a model's author knows of it and an ONNX file has no place for, as texts in the file's metadata."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet

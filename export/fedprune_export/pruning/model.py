@@ -1,7 +1,5 @@
 """A model as the compiler holds it: normalised inference graph, weights by name, architecture, channel groups."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

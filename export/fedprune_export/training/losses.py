@@ -1,7 +1,5 @@
 """Losses of a training step, with their gradient by the logits: torch's functions of the same names."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,7 +1,5 @@
 """docs/export.md: its commands are commands, and its samples are what they print."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import re

@@ -1,7 +1,5 @@
 """Losses of the training graph and their gradients against torch, on logits of any size."""
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -6,8 +6,6 @@ of the output of those that it reads. These are several times more MACs than nee
 over the whole batch, and far less memory moves than with one pass per kernel element.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Gradient rules of poolings."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Gradient rules of matrix products."""
 
-from __future__ import annotations
-
 import string
 
 from fedprune.core.errors import ModelError
