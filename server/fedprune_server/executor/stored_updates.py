@@ -60,7 +60,9 @@ class StoredUpdates:
         )
 
     def turn(self, basis: do.Basis, part: do.Part) -> Turn:
-        return Turn(self._job.seed, basis.round, part.device, part.widths, part.density, part.samples, part.last)
+        return Turn(
+            self._job.seed, basis.round, part.device, part.widths, part.density, part.samples, part.last_counted_round
+        )
 
     def recipe(self, turn: Turn) -> Recipe:
         recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.recipe, turn))

@@ -100,7 +100,7 @@ def test_enough_updates_close_a_round_and_the_slow_one_is_told(tmp_path: Path) -
     assert told == [ENOUGH] * 2
     assert fleet.air.now < 80
     assert state.devices["b"].failures == 0
-    assert state.devices["b"].cut == 2
+    assert state.devices["b"].missed_rounds == 2
 
 
 def test_a_device_that_will_be_late_is_given_up_by_what_it_says(tmp_path: Path) -> None:

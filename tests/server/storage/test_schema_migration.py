@@ -16,11 +16,13 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
+from fedprune.coordination import State
 from fedprune.core.errors import StorageError, StorageFullError
+from fedprune.jobs.state import Device, Task
 from fedprune_server.storage import schema_migration
 from fedprune_server.storage.migrations import versions
 from fedprune_server.storage.storage import FILE, Storage
-from fedprune_server.storage.tables import TABLES
+from fedprune_server.storage.tables import DEVICES, META, TABLES, TASKS
 
 STEP = """
 import sqlalchemy as sql
@@ -33,6 +35,20 @@ down_revision = "{latest}"
 def upgrade():
     op.add_column("rounds", sql.Column("colour", sql.String(8), nullable=False, server_default="red"))
 """
+
+
+FIRST_NAMES = {
+    "last_counted_round": "last",
+    "last_offered_round": "asked",
+    "missed_rounds": "cut",
+    "in_summary": "told",
+    "first_report": "begun",
+    "latest_report": "heard",
+    "target_updates": "wanted",
+    "opened_at": "opened",
+    "wake_times": "wakes",
+    "upload_workers": "receivers",
+}
 
 
 def write_older(folder: Path) -> list[str]:
@@ -129,7 +145,7 @@ def test_a_step_brings_a_database_of_an_older_version_along(
 
 
 def test_the_file_is_laid_aside_before_it_is_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = write_older(tmp_path)
+    before, older = write_older(tmp_path), schema_migration.latest()
     migrate = schema_migration.migrate
 
     def spoil(connection: sql.Connection, found: str | None) -> None:
@@ -141,7 +157,7 @@ def test_the_file_is_laid_aside_before_it_is_migrated(tmp_path: Path, monkeypatc
     monkeypatch.setattr("fedprune_server.storage.storage.migrate", spoil)
     with pytest.raises(StorageError, match="power cut"):
         Storage.at(tmp_path)
-    copy = tmp_path / f"{FILE}.revision-0001"
+    copy = tmp_path / f"{FILE}.revision-{older}"
     assert dump(copy) == before
     assert dump(tmp_path / FILE) == before
     assert copy.stat().st_mode & 0o777 == 0o600
@@ -163,8 +179,9 @@ def test_nothing_is_migrated_where_the_copy_has_no_room(tmp_path: Path, monkeypa
 
 def test_whoever_only_looks_migrates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = write_older(tmp_path)
+    found = schema_migration.latest()
     monkeypatch.setattr("fedprune_server.storage.storage.latest", lambda: "9999")
-    with pytest.raises(StorageError, match=r"older version: expected revision 9999.*got 0001\. Start the server"):
+    with pytest.raises(StorageError, match=rf"older version: expected revision 9999.*got {found}\. Start the server"):
         Storage.existing(tmp_path)
     assert Storage.settings_in(tmp_path) == {"job": {"name": "job"}}
     assert dump(tmp_path / FILE) == before
@@ -181,6 +198,27 @@ def test_a_later_versions_database_is_refused_and_left_alone(url: str) -> None:
             Storage(url, create=create)
     assert "events" not in sql.inspect(engine).get_table_names()
     engine.dispose()
+
+
+def test_a_state_of_the_first_revision_is_read(url: str) -> None:
+    kept = {"contribution": {"part": {"last_counted_round": 2}}}
+    device = Device(1, True, {"name": "pi"}, None, 5, buffer=kept, last_offered_round=4, missed_rounds=1)
+    task = Task(1, (8,), last_counted_round=3, in_summary=True, first_report=[1.0, 0.0], latest_report=[2.0, 0.5])
+    state = State("m" * 64, 4, target_updates=2, opened_at=1.0, wake_times=[9.0])
+    state.devices["pi"], state.tasks["pi"] = device, task
+    settings = {"job": {"name": "job"}, "server": {"upload_workers": 2}}
+    with Storage(url) as storage:
+        storage.put_settings(settings)
+        storage.save(state, [], 0.0)
+        with storage.database.writing() as connection:
+            for new, old in FIRST_NAMES.items():
+                for column in (DEVICES.c.body, TASKS.c.body, META.c.value):
+                    older = sql.func.replace(column, f'"{new}":', f'"{old}":')
+                    connection.execute(sql.update(column.table).values({column: older}))
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
+    with Storage(url) as storage:
+        assert storage.load() == state
+        assert storage.settings() == settings
 
 
 def test_each_revision_follows_one_other() -> None:

@@ -212,7 +212,7 @@ def test_the_shell_is_asked_for_few_wakes(job: Job) -> None:
     shell.come()
     shell.run()
     assert len([1 for _, _, commands in shell.log for c in commands if isinstance(c, do.Wake)]) <= 3 * 30
-    assert len(shell.state.wakes) <= 2
+    assert len(shell.state.wake_times) <= 2
 
 
 def test_whoever_is_idle_is_offered_the_current_model_at_once() -> None:

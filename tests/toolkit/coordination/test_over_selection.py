@@ -128,7 +128,7 @@ def test_a_restart_in_the_round_changes_nobody_it_waits_for() -> None:
     shell = shell_of(fleet(10, slow=3))
     for _ in range(30):
         shell.step()
-    wanted = shell.state.wanted
+    wanted = shell.state.target_updates
     assert wanted == 5
     assert State.from_json(shell.state.to_json()) == shell.state
     shell.later.clear()

@@ -87,7 +87,7 @@ def test_silence_is_noticed_after_a_few_of_its_own_steps() -> None:
 
 def test_who_has_trained_may_take_its_time_with_the_rest() -> None:
     pace = Pace(2.0, DEADLINE_S)
-    task = Task(1, (8,), progress=Progress.OFFERED, offered_at=0.0, begun=[1.0, 0.0], heard=[100.0, 1.0])
+    task = Task(1, (8,), progress=Progress.OFFERED, offered_at=0.0, first_report=[1.0, 0.0], latest_report=[100.0, 1.0])
     assert pace.verdict(task, math.inf, 900.0) == ""
     task.progress = Progress.PULLING
     assert pace.verdict(task, 1.0, 900.0) == ""
@@ -102,7 +102,7 @@ def test_nobody_is_too_slow_before_half_of_the_devices_are_in() -> None:
 
 
 def test_nothing_is_concluded_from_before_a_restart() -> None:
-    task = Task(1, (8,), progress=Progress.OFFERED, offered_at=None, begun=[0.0, 0.0], heard=[1.0, 0.1])
+    task = Task(1, (8,), progress=Progress.OFFERED, offered_at=None, first_report=[0.0, 0.0], latest_report=[1.0, 0.1])
     assert Pace(2.0, DEADLINE_S).verdict(task, 10.0, 900.0) == ""
 
 
@@ -136,8 +136,8 @@ def test_a_device_is_news_once_for_every_tenth(shares: list[float]) -> None:
         note(task, share, float(now))
     assert told <= PARTS + 1
     if shares:
-        assert task.heard is not None
-        assert math.floor(PARTS * task.heard[1]) == max(math.floor(PARTS * s) for s in shares)
+        assert task.latest_report is not None
+        assert math.floor(PARTS * task.latest_report[1]) == max(math.floor(PARTS * s) for s in shares)
 
 
 def test_reports_of_others_parts_and_of_earlier_ones_are_nothing() -> None:
@@ -153,5 +153,5 @@ def test_reports_of_others_parts_and_of_earlier_ones_are_nothing() -> None:
         shell.feed(event)
     assert shell.state.to_json() == before
     shell.feed(on.Progressed("d0", 1, 1, 0.5))
-    assert shell.state.tasks["d0"].heard == [shell.now, 0.5]
+    assert shell.state.tasks["d0"].latest_report == [shell.now, 0.5]
     assert State.from_json(shell.state.to_json()) == shell.state

@@ -53,7 +53,7 @@ class AsynchronousCoordinator(Coordinator):
         self._all_gone()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
-        state.wakes = []
+        state.wake_times = []
         commands: Commands = []
         for name, task in sorted(state.tasks.items()):
             task.offered_at = None
@@ -65,7 +65,7 @@ class AsynchronousCoordinator(Coordinator):
         if state.phase is Phase.SCORING:
             commands.append(self._score())
         elif state.phase is Phase.TRAINING:
-            state.opened = now
+            state.opened_at = now
             commands += self._folds() + self._close_if_due(now)
         elif state.phase is Phase.CLOSING:
             commands.append(self._close())
@@ -102,7 +102,7 @@ class AsynchronousCoordinator(Coordinator):
     def _open(self, now: float) -> Commands:
         state = self.state
         state.round += 1
-        state.opened = state.deadline = None
+        state.opened_at = state.deadline = None
         anew = self.allocator.open(self.fleet) or (state.round - 1) % self.schedule.score_every == 0
         if state.ranking is not None and not anew:
             return self._collect(now)
@@ -117,7 +117,7 @@ class AsynchronousCoordinator(Coordinator):
     def _collect(self, now: float) -> Commands:
         """Let go of what has become too stale, and begin to collect what is there."""
         state = self.state
-        state.phase, state.opened = Phase.TRAINING, now
+        state.phase, state.opened_at = Phase.TRAINING, now
         commands: Commands = []
         for name, task in sorted(state.tasks.items()):
             if task.progress is not Progress.REFUSED and not self.schedule.fits(state.round - state.round_of(task)):
@@ -155,7 +155,7 @@ class AsynchronousCoordinator(Coordinator):
                 device.density,
                 samples=device.samples,
                 past=device.past,
-                last=device.last,
+                last_counted_round=device.last_counted_round,
                 accumulate=device.accumulate,
                 basis=basis,
             )
@@ -228,9 +228,9 @@ class AsynchronousCoordinator(Coordinator):
         state = self.state
         if state.phase in (Phase.WAITING, Phase.FINISHED):
             return []
-        if state.wakes and now < min(state.wakes):
-            return [do.Wake(min(state.wakes))]  # a clock was set back
-        state.wakes = [at for at in state.wakes if at > now]
+        if state.wake_times and now < min(state.wake_times):
+            return [do.Wake(min(state.wake_times))]  # a clock was set back
+        state.wake_times = [at for at in state.wake_times if at > now]
         late: dict[str, tuple[int, int]] = {}
         for name in self._availability.late(now):
             task = state.tasks[name]
@@ -252,23 +252,23 @@ class AsynchronousCoordinator(Coordinator):
             return []
         times = [self._availability.next_deadline, state.deadline if state.phase is Phase.TRAINING else None]
         due = min((at for at in times if at is not None), default=None)
-        if due is None or any(at <= due for at in state.wakes):
+        if due is None or any(at <= due for at in state.wake_times):
             return []
-        state.wakes = [*state.wakes, due]
+        state.wake_times = [*state.wake_times, due]
         return [do.Wake(due)]
 
     # A round ends.
 
     def _close_if_due(self, now: float) -> Commands:
         state = self.state
-        if state.phase is not Phase.TRAINING or state.opened is None:
+        if state.phase is not Phase.TRAINING or state.opened_at is None:
             return []
         times = self._availability.arrivals
         working = self._availability.at_work
-        state.deadline = self.schedule.closes_at(state.opened, times, working or self._availability.absent, now)
+        state.deadline = self.schedule.closes_at(state.opened_at, times, working or self._availability.absent, now)
         if state.deadline is None and times and not working:
             # Devices that are away had time to come back.
-            state.deadline = state.opened + self.deadline_s
+            state.deadline = state.opened_at + self.deadline_s
         if state.deadline is None or state.deadline > now:
             return []
         fresh = self._availability.done()[: self.schedule.arrivals or None]
@@ -324,12 +324,12 @@ class AsynchronousCoordinator(Coordinator):
         number = state.round
         fresh = set((state.closing or {}).get("fresh", ()))
         ended = {n: t for n, t in sorted(state.tasks.items()) if n in fresh or t.progress is Progress.REFUSED}
-        news = {n: t for n, t in ended.items() if not t.told}
+        news = {n: t for n, t in ended.items() if not t.in_summary}
         more = {n: {"staleness": number - state.round_of(t), "seconds": t.seconds} for n, t in news.items()}
         devices = {n: t.summary() | more[n] for n, t in news.items()}
         state.history.append({"round": number, "at": now, "model": state.model, "metrics": metrics, "devices": devices})
         for task in news.values():
-            task.told = True
+            task.in_summary = True
         # A device that refused waits for its deadline, whatever becomes of the model meanwhile.
         for name, task in ended.items():
             if task.deadline is None:
@@ -339,5 +339,5 @@ class AsynchronousCoordinator(Coordinator):
             state.ranking = state.order = None
         if not self._last():
             return self._open(now)
-        state.phase, state.tasks, state.wakes = Phase.FINISHED, TrackedDict(), []
+        state.phase, state.tasks, state.wake_times = Phase.FINISHED, TrackedDict(), []
         return [do.Finish(state.model)]

@@ -238,10 +238,10 @@ class Coordinator(ABC):
             return False
         device = Device(event.session, True, event.profile, event.probe, event.samples, codecs=list(event.codecs))
         if known is None:
-            device.asked = state.round
+            device.last_offered_round = state.round
         else:
-            device.past, device.last, device.held = known.past, known.last, known.held
-            device.asked, device.cut = known.asked, known.cut
+            device.past, device.last_counted_round, device.held = known.past, known.last_counted_round, known.held
+            device.last_offered_round, device.missed_rounds = known.last_offered_round, known.missed_rounds
             device.allocation, device.buffer, device.releases = known.allocation, known.buffer, known.releases
             if known.session == event.session:
                 device.failures = known.failures  # it worked for another job, and has not connected again
@@ -303,7 +303,7 @@ class Coordinator(ABC):
 
     def _keep_past(self, name: str, task: Task) -> None:
         """Keep when a device handed in what counts and, for strategies that continue from there, what that was."""
-        self.state.devices[name].last = self.state.round_of(task)
+        self.state.devices[name].last_counted_round = self.state.round_of(task)
         if self.strategy.keeps_past:
             # As it was sent: an extractor may have chosen fewer channels than the part says, or others.
             sent = self._contribution(name, task, task.weight)
@@ -347,7 +347,7 @@ class Coordinator(ABC):
 def part_of(name: str, task: Task) -> do.Part:
     """A part as the worker needs to know it."""
     past = None if task.past is None else do.Past.from_dict(task.past)
-    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past, task.last)
+    return do.Part(name, task.attempt, task.widths, task.density, task.samples, past, task.last_counted_round)
 
 
 def based(event: on.UpdateAnnounced, task: Task) -> bool:

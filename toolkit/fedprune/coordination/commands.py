@@ -85,7 +85,8 @@ class Part:
         density: The share of the model that it was given.
         samples: Its training samples.
         past: Its last counted update, when the part began.
-        last: The round of the offer behind that update, which is known whether updates are kept or not; 0 for none.
+        last_counted_round: The round of the offer behind that update, known whether updates are kept or not; 0 for
+            none.
     """
 
     device: str
@@ -94,7 +95,7 @@ class Part:
     density: float
     samples: int
     past: Past | None
-    last: int = 0
+    last_counted_round: int = 0
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Part:

@@ -65,14 +65,14 @@ def share_of(phase: str, done: int, total: int) -> float | None:
 
 def news(task: Task, share: float) -> bool:
     """Whether the coordinator is notified of a report: the first, and one for every tenth."""
-    return task.heard is None or math.floor(PARTS * share) > math.floor(PARTS * task.heard[1])
+    return task.latest_report is None or math.floor(PARTS * share) > math.floor(PARTS * task.latest_report[1])
 
 
 def note(task: Task, share: float, now: float) -> None:
     """Take in a report."""
     if task.progress is Progress.OFFERED and news(task, share):
-        task.heard = [now, share]
-        task.begun = task.begun or task.heard
+        task.latest_report = [now, share]
+        task.first_report = task.first_report or task.latest_report
 
 
 class Pace:
@@ -110,23 +110,23 @@ class Pace:
     def _ends(self, task: Task, now: float) -> float:
         """The predicted end of its training, not before now."""
         rate = _rate(task)
-        if rate is None or task.heard is None:
+        if rate is None or task.latest_report is None:
             return now
-        at, share = task.heard
+        at, share = task.latest_report
         return max(now, at + (1 - share) * rate)
 
     def _quiet(self, task: Task, now: float) -> bool:
         rate = _rate(task)
-        if rate is None or task.heard is None or task.heard[1] >= 1:
+        if rate is None or task.latest_report is None or task.latest_report[1] >= 1:
             return False
-        return now - task.heard[0] > max(self._least, self._times * rate / PARTS)
+        return now - task.latest_report[0] > max(self._least, self._times * rate / PARTS)
 
 
 def _rate(task: Task) -> float | None:
     """Seconds for a whole training, as fast as it was so far; None before two reports."""
-    if task.begun is None or task.heard is None or task.heard[1] <= task.begun[1]:
+    if task.first_report is None or task.latest_report is None or task.latest_report[1] <= task.first_report[1]:
         return None
-    return max(0.0, task.heard[0] - task.begun[0]) / (task.heard[1] - task.begun[1])
+    return max(0.0, task.latest_report[0] - task.first_report[0]) / (task.latest_report[1] - task.first_report[1])
 
 
 class Stragglers:
@@ -168,7 +168,7 @@ class Stragglers:
 
         What is on the disk already is waited for, and so are all while one is that was let go too often.
         """
-        wanted = self._state.wanted
+        wanted = self._state.target_updates
         if not wanted or tally[Progress.FOLDED] < wanted or tally[Progress.STORED]:
             return []
         rest = [(n, t) for n, t in sorted(self._state.tasks.items()) if not t.progress.over]
@@ -178,14 +178,14 @@ class Stragglers:
         """Wait for a device no longer. That is no failure of it; what counts is how often others were quicker."""
         device = self._state.devices[name]
         if reason not in (SLOW, ENOUGH):
-            device.cut = 0  # it had all the time that anybody has
+            device.missed_rounds = 0  # it had all the time that anybody has
         elif device.online and task.progress not in TO_COME:
-            device.cut += 1
+            device.missed_rounds += 1
         task.progress, task.reason = Progress.REFUSED, reason
 
     def _owed(self, name: str) -> bool:
         """Whether a round waits for a device because others closed without it too often."""
-        return self._state.devices[name].cut >= MAX_CUTS
+        return self._state.devices[name].missed_rounds >= MAX_CUTS
 
 
 def places(share: float, ready: int) -> int:

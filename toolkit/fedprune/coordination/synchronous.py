@@ -63,7 +63,7 @@ class SynchronousCoordinator(Coordinator):
         self._all_gone()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
-        state.wakes, self._queue = [], None
+        state.wake_times, self._queue = [], None
         if state.phase is Phase.SCORING:
             return self._rescore(now)
         if state.phase is Phase.TRAINING:
@@ -71,7 +71,7 @@ class SynchronousCoordinator(Coordinator):
             commands: Commands = self._start_clock(now)
             for name, task in sorted(state.tasks.items()):
                 # Reports from before the restart don't tell how fast a device is.
-                task.offered_at = task.begun = task.heard = None
+                task.offered_at = task.first_report = task.latest_report = None
                 task.deadline = None if task.deadline is None else now + self.deadline_s
                 if task.progress is Progress.EXTRACTING:
                     commands.append(self._extract(name, task))
@@ -141,11 +141,11 @@ class SynchronousCoordinator(Coordinator):
             share = 1.0
         count = places(share, len(ready))
         asked = beyond(count, self.job.over_selection, len(ready))
-        self.state.wanted = count if count < asked else 0
+        self.state.target_updates = count if count < asked else 0
         # A round that no device finished isn't offered to the same silent devices for ever.
         lot = ("participation",) if attempt == 1 else ("participation", attempt)
         order = keyed(self.job.seed, self.state.round, *lot).permutation(len(ready))
-        waited = {n: self.state.devices[n].asked for n in ready}
+        waited = {n: self.state.devices[n].last_offered_round for n in ready}
         names = drawn([ready[i] for i in order], waited, asked, self.job.fairness)
         chosen = {n: self.state.devices[n] for n in sorted(names)}
         # Decided before any update is in: neither the order of arrival nor an update's own word changes what counts.
@@ -161,7 +161,7 @@ class SynchronousCoordinator(Coordinator):
                 samples=device.samples,
                 weight=weight_in(counts[name], total, len(chosen)),
                 past=device.past,
-                last=device.last,
+                last_counted_round=device.last_counted_round,
                 accumulate=device.accumulate,
             )
         return tasks
@@ -218,7 +218,7 @@ class SynchronousCoordinator(Coordinator):
         task.offer = event.offer
         task.progress, task.offered_at = Progress.OFFERED, now
         task.deadline = now + self.deadline_s if self.job.in_flight else None
-        self.state.devices[event.device].asked = event.round
+        self.state.devices[event.device].last_offered_round = event.round
         self.privacy_budget.offered(event.device)
         return [do.SendOffer(event.device, event.round, event.attempt, event.offer), *self._start_clock(now)]
 
@@ -306,14 +306,14 @@ class SynchronousCoordinator(Coordinator):
     def _look_again(self, now: float) -> Commands:
         """Ask for the next look at the devices, unless that was asked for."""
         state, until = self.state, now + self.deadline_s / LOOKS
-        if not self._watchful or state.phase is not Phase.TRAINING or any(now < at <= until for at in state.wakes):
+        if not self._watchful or state.phase is not Phase.TRAINING or any(now < at <= until for at in state.wake_times):
             return []
-        state.wakes = [until]
+        state.wake_times = [until]
         return [do.Wake(until)]
 
     def _folded(self, event: on.Folded, now: float) -> Commands:
         if self._task(event, Progress.STORED) is not None:
-            self.state.devices[event.device].cut = 0
+            self.state.devices[event.device].missed_rounds = 0
         return super()._folded(event, now)
 
     def _go_on(self, now: float) -> Commands:

@@ -61,9 +61,9 @@ class Device(TrackedEntry):
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
             channels that they keep.
         past: Its last counted update (`fedprune.coordination.commands.Past`), where the strategy keeps that.
-        last: The round of the offer behind its last counted update; 0 before the first.
-        asked: The round that it was last offered or, before the first, the one during which it came.
-        cut: Rounds in a row, of those that it was offered, that closed before it was done.
+        last_counted_round: The round of the offer behind its last counted update; 0 before the first.
+        last_offered_round: The round that it was last offered or, before the first, the one during which it came.
+        missed_rounds: Rounds in a row, of those that it was offered, that closed before it was done.
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
@@ -85,9 +85,9 @@ class Device(TrackedEntry):
     correction: dict[str, float] = field(default_factory=dict)
     density: float = 1.0
     past: dict[str, Any] | None = None
-    last: int = 0
-    asked: int = 0
-    cut: int = 0
+    last_counted_round: int = 0
+    last_offered_round: int = 0
+    missed_rounds: int = 0
     allocation: dict[str, Any] = field(default_factory=dict)
     buffer: dict[str, Any] | None = None
     codecs: list[str] = field(default_factory=list)
@@ -134,17 +134,17 @@ class Task(TrackedEntry):
         metrics: What the device measured.
         reason: Why it was refused.
         past: The device's last counted update when the part began.
-        last: The round of the offer behind that; 0 for none.
+        last_counted_round: The round of the offer behind that; 0 for none.
         basis: Asynchronous jobs: what it was cut from (`fedprune.coordination.commands.Basis`); else the state says it.
         offered_at: When it was offered first, on the shell's clock; None before, and after a restart.
         trained_s: How long it took from then until it announced its update; None before, and as `offered_at`.
-        begun: Time of its first progress report, and the share done; None before.
-        heard: The same for the last time.
+        first_report: Time of its first progress report, and the share done; None before.
+        latest_report: The same of its latest.
         seconds: How long it took from the offer until its update was here.
         arrived_at: Asynchronous jobs: when its update was here.
         deadline: When it is late, where devices have deadlines of their own; in asynchronous jobs, if it was refused,
             when it may be tried again.
-        told: Asynchronous jobs: whether a finished round's summary includes it already.
+        in_summary: Asynchronous jobs: whether a finished round's summary includes it already.
     """
 
     attempt: int
@@ -160,16 +160,16 @@ class Task(TrackedEntry):
     metrics: dict[str, float] = field(default_factory=dict)
     reason: str = ""
     past: dict[str, Any] | None = None
-    last: int = 0
+    last_counted_round: int = 0
     basis: dict[str, Any] | None = None
     offered_at: float | None = None
     trained_s: float | None = None
-    begun: list[float] | None = None
-    heard: list[float] | None = None
+    first_report: list[float] | None = None
+    latest_report: list[float] | None = None
     seconds: float | None = None
     arrived_at: float | None = None
     deadline: float | None = None
-    told: bool = False
+    in_summary: bool = False
     accumulate: int = 1
 
     @classmethod
@@ -223,11 +223,11 @@ class State:
         memory: Digests of what the strategy's roles remember, by name.
         allocation: What the strategy's allocator remembers of the fleet.
         deadline: When the current round stops waiting, on the shell's clock.
-        wanted: Updates with which the current round closes; 0 for all.
-        opened: Asynchronous jobs: when the current round began to collect.
+        target_updates: Updates with which the current round closes; 0 for all.
+        opened_at: Asynchronous jobs: when the current round began to collect.
         closing: Asynchronous jobs: what enters the sums that are being closed: which updates for the first time, what
             each counts for, and how far the sums move the model.
-        wakes: Times of `Wake` commands that the shell has not answered yet.
+        wake_times: Times of `Wake` commands that the shell has not answered yet.
         history: One summary per finished round.
         architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
         private: Whether boards add noise to what they hand in, and have done so from the first round.
@@ -245,10 +245,10 @@ class State:
     memory: dict[str, str] = field(default_factory=dict)
     allocation: dict[str, Any] = field(default_factory=dict)
     deadline: float | None = None
-    wanted: int = 0
-    opened: float | None = None
+    target_updates: int = 0
+    opened_at: float | None = None
     closing: dict[str, Any] | None = None
-    wakes: list[float] = field(default_factory=list)
+    wake_times: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
     architecture: str = ""
     private: bool = False
@@ -319,7 +319,7 @@ class State:
                         t.density,
                         samples=t.samples,
                         weight=t.weight,
-                        last=t.last,
+                        last_counted_round=t.last_counted_round,
                         accumulate=t.accumulate,
                     ),
                 )
@@ -334,7 +334,7 @@ class State:
         """
         if all((t.basis is not None) == asynchronous for t in self.tasks.values()):
             return
-        self.tasks, self.closing, self.deadline, self.wakes = TrackedDict(), None, None, []
+        self.tasks, self.closing, self.deadline, self.wake_times = TrackedDict(), None, None, []
         if self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):
             self.phase, self.round = Phase.WAITING, self.round - 1
 

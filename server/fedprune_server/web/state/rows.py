@@ -59,6 +59,7 @@ def device_row(
     online = here or bool(device is not None and device.online)
     doing = shown.state if not (shown.state == "offline" and here) else "not at this job"
     held = view.quarantine.held(name)
+    last_counted = 0 if device is None else device.last_counted_round
     excluded = contact.problem if device is None else device.excluded
     slot, release = running(contact.software)
     if release is None and update is not None and update["state"] == COMMITTED:
@@ -96,7 +97,7 @@ def device_row(
         "seconds": number(shown.seconds, 0.0, 1e12),
         "accuracy": number(shown.accuracy, 0.0, 1.0),
         "loss": number(shown.loss, -1e300, 1e300),
-        "staleness": None if device is None or not device.last else max(0, _ended(state) - device.last),
+        "staleness": max(0, _ended(state) - last_counted) if last_counted else None,
         "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
         "status": status,
         "key": member.key,
