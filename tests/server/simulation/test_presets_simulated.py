@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedprune.blobs.blob_ref import BlobRef
+from fedprune.coordination import State
 from fedprune.core import tensorfile
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
@@ -19,6 +21,7 @@ from fedprune.planning.cost_prediction import predict
 from fedprune.strategies.values import Submodel
 from fedprune_device.data.dataset import LocalData
 from fedprune_export.pruning.cut import at_widths
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.measure import Hook, Moment
 from fedprune_server.simulation.simulation import Simulation
@@ -282,6 +285,33 @@ def test_a_board_gets_a_narrower_model_where_masks_leave_no_weights(elements: Bu
         bits = tensorfile.decode(run.store.read(offer["mask"]["sha256"]))
         shapes = run.model.architecture.shapes(offer["widths"])
         assert 0 < ElementMask.from_tensors(bits, shapes).density < 1
+
+
+@pytest.mark.parametrize("strategy", ["others", "emergent"])
+def test_whichever_channels_an_extractor_chose_are_put_back_where_they_came_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    """Boards that train nothing leave the model as it is."""
+
+    def hand_back(_: DeviceRunner, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
+        return Outcome(BlobRef.from_dict(offer["weights"]), device.samples, 1, {})
+
+    monkeypatch.setattr(DeviceRunner, "carry_out", hand_back)
+    strategy = f"support.fakes.picking_strategies:{strategy}"
+    run = digits_simulation(tmp_path, fleet=boards(KINDS[1:]), strategy=strategy, rounds=3, density=0.4)
+    before = final_weights(run)
+    history = run.run()
+    assert [d["progress"] for row in history for d in row["devices"].values()] == ["folded"] * 6
+    for name, value in final_weights(run).items():
+        np.testing.assert_allclose(value, before[name], atol=1e-4, err_msg=name)
+    state = run.state
+    for name, device in state.devices.items():
+        offer = state.tasks[name].offer
+        assert device.past is not None
+        assert offer is not None
+        assert (device.past["widths"], device.past["ranking"]) == (offer["widths"], offer["ranking"])
+        assert offer["ranking"] != state.ranking
+        assert State.from_json(state.to_json()).references() >= {offer["ranking"]}
 
 
 # SubFLOT.
