@@ -42,7 +42,9 @@ class _Writer:
         self.layers.append(Layer(name, "Gemm", f"{name}.weight", 1))
 
     def architecture(self, name: str, classes: int) -> Architecture:
-        made = Architecture(name, tuple(self.groups), tuple(self.tensors), tuple(self.layers), (), (3, 32, 32), classes)
+        made = Architecture(
+            name, tuple(self.groups), tuple(self.tensors), tuple(self.layers), (), (3, 32, 32), (classes,)
+        )
         made.validate()
         return made
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from types import NoneType
 
 from fedprune.core.validation import instance, texts, whole
-from fedprune.model.recipe import LABELS_OF
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.bundle import TRAINING
@@ -66,7 +65,7 @@ def export(
         whole("memory_limit", memory_limit, 1)
     folder, recipe, profile = Path(folder), plan.recipe, plan.profile
     if isinstance(data, (str, Path)):
-        data = measured(Path(data), model, LABELS_OF[recipe.loss])
+        data = measured(Path(data), model, recipe)
     selection = Selection.of(model.architecture, plan.widths, ranks(score(scorer, model.architecture, model.tensors)))
     memory = None if memory_limit is None else _fitted(model, plan, memory_limit)
     step = training_step(model, recipe.features) if memory is None else memory.graph

@@ -87,7 +87,7 @@ def bundle(model: Path, graphs: Path) -> Path:
         (Layer("w", "Gemm", "w", 1),),
         (),
         (6,),
-        3,
+        (3,),
     )
     selection = Selection.full(architecture)
     (model / "training.onnx").write_bytes((graphs / "plain.onnx").read_bytes())

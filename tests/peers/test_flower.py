@@ -46,7 +46,7 @@ def architecture() -> Architecture:
         (Layer("conv", "Conv", "conv.weight", 1), Layer("fc", "Gemm", "fc.weight", 1)),
         (),
         (3, 8, 8),
-        10,
+        (10,),
     )
 
 

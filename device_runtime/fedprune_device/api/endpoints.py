@@ -7,8 +7,10 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedprune.core.errors import shown
+from fedprune.model.recipe import JUDGED, LABELS_OF, MULTI
 from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import KINDS, Answer, Request, RequestError, array, batch, document
 from fedprune_device.data.dataset import Array
@@ -80,13 +82,18 @@ class Endpoints:
             raise RequestError(500, "the model's outputs are not finite", hint="Look at the input's scale.")
         record = model.record
         names = {"class_names": list(self._names)} if self._names else {}
-        predictions = [self._row(row, record.loss, top) for row in rows.tolist()]
+        if rows.ndim > 2 and top is not None:
+            raise RequestError(400, "top", expected="a model with one row of outputs per sample", got=list(rows.shape))
+        if rows.ndim > 2:
+            predictions = [_of_places(row, record.loss) for row in rows]
+        else:
+            predictions = [self._row(row, record.loss, top) for row in rows.tolist()]
         return Answer({"model": _named(model), "classes": record.classes, **names, "predictions": predictions})
 
     def _row(self, row: list[float], loss: str, top: int | None) -> dict[str, Any]:
         order = sorted(range(len(row)), key=lambda c: (-row[c], c))
         found = self._one(order[0], row[order[0]]) if loss == "cross_entropy" else {}
-        if loss not in ("cross_entropy", "bce"):
+        if LABELS_OF[loss] not in JUDGED:
             return {"values": row}
         if top is None:
             return {**found, "probabilities": row}
@@ -178,6 +185,13 @@ class Endpoints:
 def _named(model: LoadedModel) -> dict[str, Any]:
     record = model.record
     return {"job": record.job, "round": record.round, "digest": record.weights}
+
+
+def _of_places(row: npt.NDArray[np.float64], loss: str) -> dict[str, Any]:
+    """Predictions [K, ...] of one sample for each of its places."""
+    if loss == "cross_entropy":
+        return {"classes": row.argmax(0).tolist()}
+    return {"probabilities" if LABELS_OF[loss] == MULTI else "values": row.tolist()}
 
 
 def _whole(what: str, value: object, low: int, high: int, more: str = "") -> int:

@@ -17,7 +17,7 @@ from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.cli.options import options_of
 from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
-from fedprune_device.data.labels import LogitAdjustment, targets
+from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.model_slots import ModelSlots
@@ -38,7 +38,7 @@ def predict(arguments: argparse.Namespace) -> int:
             if loss != "cross_entropy":
                 raise UsageError(f"--data with a model of loss {loss!r}", expected="one that predicts one class")
             classes = bundle.architecture.classes
-            labels = targets(load_data(arguments.data).y_train, loss, classes)
+            labels = load_data(arguments.data).y_train
             own = LogitAdjustment.of(labels, replace(bundle.recipe, logit_adjustment=True), classes)
     elif arguments.precision is not None:
         raise UsageError(

@@ -84,10 +84,10 @@ class _LocalTraining:
     ) -> None:
         self._bundle, self._recipe, self._data, self._trainer = bundle, recipe, data, trainer
         self._seed, self._threads, self._classes = seed, threads, bundle.architecture.classes
-        data.check(self._classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
-        self._evaluation = Evaluation(
-            data, recipe, self._classes, LogitAdjustment.of(data.y_train, recipe, self._classes)
-        )
+        self._targets = trainer.targets(recipe, self._classes)
+        data.check(self._targets, trainer.input_shape, token_ids=trainer.token_ids)
+        own = LogitAdjustment.of(data.y_train, recipe, self._classes)
+        self._evaluation = Evaluation(data, recipe, self._classes, own, trainer.objective(recipe, self._classes))
 
     def measured(self, model: Predictor, when: str) -> str:
         """Measure a model on the test samples: its accuracy, where classes are predicted, and its loss."""
@@ -133,7 +133,7 @@ class _LocalTraining:
                 folder, precision, tensors, self._data.x_train[:CALIBRATION_SAMPLES]
             )
             (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
-            found = PrecisionCheck(whole, self._data, self._recipe, self._classes).hear(
+            found = PrecisionCheck(whole, self._data, self._recipe, self._targets).hear(
                 Predictor(folder / graph_file(precision))
             )
             if found.refusal:

@@ -28,7 +28,8 @@ class Part:
 
     @classmethod
     def of(cls, x: Inputs, y: Array, rows: Rows) -> Part:
-        return cls(lambda: x[rows], y[rows])
+        labels = y[rows]
+        return cls(lambda: x[rows], labels.astype(np.int64, copy=False) if labels.dtype.kind in "iu" else labels)
 
     @property
     def x(self) -> Array:

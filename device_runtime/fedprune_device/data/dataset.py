@@ -17,7 +17,7 @@ from fedprune.core.errors import DataError, StorageError, remedy
 from fedprune.core.imports import own_module
 from fedprune.core.rng import keyed
 from fedprune.core.zip_limits import check_members
-from fedprune_device.data.labels import targets
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.stored_array import Inputs, StoredArray, member, moved_out, select
 
@@ -37,7 +37,8 @@ class LocalData:
 
     Attributes:
         x_train: Inputs [n, ...]: float32, or int64 for token ids; large ones may be stored on the disk.
-        y_train: Labels: classes int64 [n], or float32 [n] or [n, K] (0 or 1 per class, or numbers to predict).
+        y_train: Labels: classes as whole numbers [n], or [n, ...] of places; or float32 [n] or [n, ...], 0 or 1 per
+            class or numbers to predict.
         x_test: Inputs that are never trained on; may be empty. What is measured on them is reported alone.
         y_test: Their labels.
         x_val: Inputs that are never trained on, by which training and fleet decide; may be empty.
@@ -107,15 +108,14 @@ class LocalData:
 
     def check(
         self,
-        classes: int,
+        targets: Targets,
         shape: tuple[int | str | None, ...] | None = None,
         *,
-        loss: str = "cross_entropy",
         token_ids: bool | None = None,
     ) -> None:
         """Check labels and inputs against a model; raises `DataError`. In `shape`, names and None are any size."""
         for y in filter(len, (self.y_train, self.y_test, self.y_val)):
-            targets(y, loss, classes)
+            targets(y)
         if shape is not None:
             check_shape(self.x_train, shape)
         if token_ids is not None:
@@ -225,12 +225,14 @@ def checked_samples(x: object, y: object, split: str = "") -> tuple[Inputs, Arra
 
 def _checked_labels(labels: Array, split: str) -> Array:
     kind = f"{split} " if split else ""
-    if labels.dtype.kind not in "iufb" or labels.ndim not in (1, 2):
+    if labels.dtype.kind not in "iufb" or labels.ndim < 1:
         raise DataError(
             f"{kind}labels",
-            expected="classes as whole numbers [n], or numbers [n] or [n, K]",
+            expected="classes as whole numbers, or numbers, [n, ...]",
             got=f"{labels.dtype} {labels.shape}",
         )
+    if labels.ndim > 1 and labels.dtype.kind in "iu":
+        return np.ascontiguousarray(labels)  # of their own width: masks are as many labels as there are pixels
     if labels.ndim == 1 and labels.dtype.kind != "f":
         if len(labels) and int(labels.min()) < 0:
             raise DataError(

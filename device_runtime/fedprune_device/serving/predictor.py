@@ -1,6 +1,6 @@
 """The model that a device serves predictions with."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ from fedprune.core.errors import DataError, ModelError, shape_text
 from fedprune.core.rng import keyed
 from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
+from fedprune.model.recipe import JUDGED, LABELS_OF, MULTI
 from fedprune.runtime.session import Runs, Session
-from fedprune_device.data.labels import Terms, data_loss, hits, targets
+from fedprune_device.data.labels import Targets, hits
 from fedprune_device.data.stored_array import Inputs
 
 Array = npt.NDArray[Any]
@@ -68,53 +69,78 @@ class Predictor:
         self,
         classes: int,
         x: Array | None = None,
-        y: Array | None = None,
+        loss: tuple[float, Callable[[npt.NDArray[np.float32]], float]] | None = None,
         *,
-        loss: float | None = None,
-        terms: Terms | None = None,
-        kind: str = "cross_entropy",
         batch: int = 64,
     ) -> None:
         """The numeric check before a model may serve, on inputs `x`, or on fixed noise (the first token) without them.
 
-        `loss` is the training graph's for these samples, with labels `y` and `terms` as the graph takes them. A model
-        with batch-norm statistics has none: training and inference differ there by design. Raises `ModelError` if
-        logits have another shape, are not finite, or contradict that loss.
+        `loss` is the training graph's for these samples, and what computes it of outputs. A model with batch-norm
+        statistics has none: training and inference differ there by design. Raises `ModelError` if logits have another
+        number of classes, are not finite, or contradict that loss.
         """
         if x is None:
             free = [d if isinstance(d, int) else 1 for d in self.input_shape]
             noise = keyed(0, "check").standard_normal((4, *free))
             x = np.zeros(noise.shape, np.int64) if self._dtype.kind == "i" else noise.astype(np.float32)
         logits = self.predict(x, batch)
-        if logits.shape != (len(x), classes):
+        if logits.shape[:2] != (len(x), classes):
             raise ModelError("shape of the new model's logits", expected=(len(x), classes), got=logits.shape)
         if not np.isfinite(logits).all():
             raise ModelError("the new model's logits are not finite")
-        if loss is not None and y is not None:
-            mine = data_loss(kind, logits, y, terms)
-            if not abs(mine - loss) <= 1e-3 * (1 + abs(loss)):
+        if loss is not None:
+            theirs, compute = loss
+            mine = compute(logits)
+            if not abs(mine - theirs) <= 1e-3 * (1 + abs(theirs)):
                 raise ModelError(
                     "the new model's predictions contradict its training graph",
-                    expected=f"a loss of {loss:.6g}",
+                    expected=f"a loss of {theirs:.6g}",
                     got=f"{mine:.6g}",
                     hint="Inference graph, weights or training graph don't belong together.",
                 )
 
 
 def described(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str] = ()) -> Iterator[str]:
-    """One line per sample of outputs [n, K]: the `top` likeliest classes or labels, or all predicted numbers."""
+    """One line per sample of outputs [n, K]: the `top` likeliest classes or labels, or all predicted numbers.
+
+    Of outputs for each place [n, K, ...] it is the share of places of the `top` most frequent classes or labels, or the
+    range of the numbers.
+    """
+    if outputs.ndim > 2:
+        yield from _of_places(outputs, loss, top, names)
+        return
     for i, row in enumerate(likely(loss, outputs.astype(np.float64))):
-        best = np.argsort(-row, kind="stable")[:top] if loss in ("cross_entropy", "bce") else range(len(row))
+        best = np.argsort(-row, kind="stable")[:top] if LABELS_OF[loss] in JUDGED else range(len(row))
         shown = [f"{names[c] if c < len(names) else c} " if len(row) > 1 else "" for c in best]
-        digits = ".4f" if loss in ("cross_entropy", "bce") else ".6g"
+        digits = ".4f" if LABELS_OF[loss] in JUDGED else ".6g"
         yield f"{i}: " + ", ".join(f"{name}{row[c]:{digits}}" for name, c in zip(shown, best, strict=True))
 
 
+def _of_places(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
+    shape = f"{' x '.join(map(str, outputs.shape[2:]))} places"
+    for i, row in enumerate(outputs.reshape(*outputs.shape[:2], -1)):
+        if LABELS_OF[loss] not in JUDGED:
+            yield f"{i}: {len(row)} x {shape}, {row.min():.6g} to {row.max():.6g}"
+            continue
+        chosen = row.argmax(0) == np.arange(len(row))[:, None] if loss == "cross_entropy" else row > 0
+        shares = chosen.mean(1)
+        best = np.argsort(-shares, kind="stable")[:top]
+        shown = (f"{names[c] if c < len(names) else c} {shares[c]:.1%}" for c in best if shares[c])
+        yield f"{i}: {shape}, {', '.join(shown) or 'nothing'}"
+
+
 def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
-    wanted = targets(y, loss, outputs.shape[1])
+    """How well outputs [n, K, ...] predict labels; of places those count whose label is a class."""
+    if loss == "cross_entropy" and outputs.ndim > 2 and y.shape == (len(outputs), *outputs.shape[2:]):
+        counted = (y >= 0) & (y < outputs.shape[1])
+        share = np.mean((outputs.argmax(1) == y)[counted]) if counted.any() else 0.0
+        return f"accuracy {share:.4f} on {quantity(int(counted.sum()), 'place')} of {quantity(len(y), 'sample')}"
+    shape = outputs.shape[2:] if loss == "cross_entropy" else outputs.shape[1:]
+    wanted = Targets(loss, outputs.shape[1], shape)(y)
     right = hits(loss, outputs, wanted)
     if right is None:
-        return f"loss {data_loss(loss, outputs, wanted):.6g} on {quantity(len(y), 'sample')}"
+        error = np.sqrt(np.mean((outputs.astype(np.float64) - wanted) ** 2))
+        return f"root of the mean squared error {error:.6g} on {quantity(len(y), 'sample')}"
     return f"accuracy {np.mean(right):.4f} on {quantity(len(y), 'sample')}"
 
 
@@ -123,6 +149,6 @@ def likely(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if loss == "cross_entropy":
         shares = np.exp(z - z.max(axis=1, keepdims=True))
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
-    if loss == "bce":
+    if LABELS_OF[loss] == MULTI:
         return np.asarray(np.exp(-np.logaddexp(0, -z)))
     return z

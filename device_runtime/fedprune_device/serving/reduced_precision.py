@@ -22,7 +22,7 @@ from fedprune.runtime.precision import CALIBRATION_SAMPLES, SAMPLES, Agreement, 
 from fedprune.runtime.precision_files import FASTEST, FLOAT32, SERVED, files_of, graph_file, served_files, weights_file
 from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import targets
+from fedprune_device.data.labels import Targets
 from fedprune_device.serving.predictor import WEIGHTS, Predictor
 
 _LOG = logging.getLogger("fedprune.device")
@@ -52,13 +52,13 @@ class ReducedPrecision:
         return replace(offer, lowered={p: ref for p, ref in (offer.lowered or {}).items() if p in names} or None)
 
     def staged(
-        self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, classes: int
+        self, folder: Path, kits: Mapping[str, bytes], data: LocalData, recipe: Recipe, targets: Targets
     ) -> Staged | None:
         """Lower a staged float32 model by the graphs `kits`; None if the float32 model is to serve."""
         if not kits:
             return None
         whole = Predictor(folder, threads=self._threads)
-        judge = PrecisionCheck(whole, data, recipe, classes)
+        judge = PrecisionCheck(whole, data, recipe, targets)
         tried = {p: self._tried(folder, p, kit, data, judge) for p, kit in kits.items()}
         candidates = {FLOAT32: whole} | {p: model for p, model in tried.items() if model is not None}
         chosen = self._chosen(candidates, data)
@@ -111,10 +111,10 @@ class ReducedPrecision:
 class PrecisionCheck:
     """Float32's predictions of validation samples or, without any, of training samples."""
 
-    def __init__(self, whole: Predictor, data: LocalData, recipe: Recipe, classes: int) -> None:
+    def __init__(self, whole: Predictor, data: LocalData, recipe: Recipe, targets: Targets) -> None:
         validated = len(data.y_val) > 0
         self._x = (data.x_val if validated else data.x_train)[:SAMPLES]
-        self._y = targets((data.y_val if validated else data.y_train)[:SAMPLES], recipe.loss, classes)
+        self._y = targets((data.y_val if validated else data.y_train)[:SAMPLES])
         self._loss, self._at_once = recipe.loss, recipe.micro_batch
         self._reference = whole.predict(self._x, self._at_once)
 

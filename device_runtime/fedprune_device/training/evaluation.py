@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import LogitAdjustment, data_loss, hits, loss_terms, targets
+from fedprune_device.data.labels import LogitAdjustment, Terms, loss_terms
 from fedprune_device.hardware.readings import peak_memory
 from fedprune_device.serving.predictor import Predictor
+from fedprune_device.training.objective import Measure, Objective
 from fedprune_device.training.trainer import TrainingResult
 
 PROBE_SAMPLES = 32  # local samples with which a new model is checked before it serves
@@ -31,11 +31,14 @@ MEASURED = frozenset(
 class Evaluation:
     """Measures models of one round. `own` is what the board's own labels change in its predictions."""
 
-    def __init__(self, data: LocalData, recipe: Recipe, classes: int, own: LogitAdjustment) -> None:
+    def __init__(
+        self, data: LocalData, recipe: Recipe, classes: int, own: LogitAdjustment, objective: Objective
+    ) -> None:
         self._data = data
         self._recipe = recipe
         self._classes = classes
         self._own = own
+        self._objective = objective
         self._at_once = min(_MOST_AT_ONCE, recipe.micro_batch, data.samples)
         self.metrics: dict[str, float] = {"samples_test": float(len(data.y_test))}
         if len(data.y_val):
@@ -50,14 +53,14 @@ class Evaluation:
             self._add(model, "val", "validation" if when == "after" else f"validation_{when}")
 
     def check(self, model: Predictor, loss: float | None) -> None:
-        y = targets(self._data.y_train, self._recipe.loss, self._classes)
+        """Check that a model may serve. `loss` is the training graph's for it on the first training samples; None where
+        training and inference differ by design. Raises `ModelError`."""
+        y = self._objective.targets(self._data.y_train)
+        terms = loss_terms(y, self._recipe, self._classes)
         model.check(
             self._classes,
             self._data.x_train[:PROBE_SAMPLES],
-            y[:PROBE_SAMPLES],
-            loss=loss,
-            terms=loss_terms(y, self._recipe, self._classes),
-            kind=self._recipe.loss,
+            None if loss is None else (loss, lambda outputs: self._measured(outputs, y[:PROBE_SAMPLES], terms).loss),
             batch=self._at_once,
         )
 
@@ -78,14 +81,21 @@ class Evaluation:
         x, y = getattr(self._data, f"x_{split}"), getattr(self._data, f"y_{split}")
         if not len(y):
             return False
-        y = targets(y, self._recipe.loss, self._classes)
-        outputs = self._own(model.predict(x, self._at_once))
-        right = hits(self._recipe.loss, outputs, y)
-        if right is not None:
-            self.metrics[f"accuracy_{name}"] = float(np.mean(right))
-        terms: dict[str, npt.NDArray[Any]] = {step_contract.HUBER_DELTA: np.array(self._recipe.huber_delta)}
-        self.metrics[f"loss_{name}"] = data_loss(self._recipe.loss, outputs, y, terms)
+        y, found = self._objective.targets(y), []
+        for at in range(0, len(y), self._at_once):  # outputs may take more memory than samples
+            some = slice(at, at + self._at_once)
+            found.append(self._objective(self._own(model.predict(x[some], self._at_once)), y[some]))
+        whole = Measure.of(found)
+        if whole.accuracy is not None:
+            self.metrics[f"accuracy_{name}"] = whole.accuracy
+        if whole.weight:
+            self.metrics[f"loss_{name}"] = whole.loss
         return True
+
+    def _measured(self, outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], terms: Terms) -> Measure:
+        """What the objective says of outputs, taken a few at a time."""
+        some = [slice(s, s + self._at_once) for s in range(0, len(y), self._at_once)]
+        return Measure.of([self._objective(outputs[s], y[s], terms) for s in some])
 
 
 def training_metrics(result: TrainingResult) -> dict[str, float]:

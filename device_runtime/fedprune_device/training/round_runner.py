@@ -127,13 +127,14 @@ class RoundRunner:
         work = LocalUpdate(
             offer, recipe, weights, mask, trainer, self._states, self._device, data, lambda: self._noise(offer)
         )
-        data.check(offer.classes, trainer.input_shape, loss=recipe.loss, token_ids=trainer.token_ids)
+        wanted = trainer.targets(recipe, offer.classes)
+        data.check(wanted, trainer.input_shape, token_ids=trainer.token_ids)
         self._blob(offer.inference)
         kits = self.lowering.wanted(offer).lowered or {}
         for kit in kits.values():
             self._blob(kit)
         own = LogitAdjustment.of(data.y_train, recipe, offer.classes)
-        evaluation = Evaluation(data, recipe, offer.classes, own)
+        evaluation = Evaluation(data, recipe, offer.classes, own, trainer.objective(recipe, offer.classes))
         evaluation.metrics["download_seconds"] = download_seconds
 
         evaluates = offer.round % recipe.evaluate_every == 0
@@ -182,7 +183,7 @@ class RoundRunner:
             evaluation.add(model, when)
         evaluation.latency(model)
         graphs = {p: self._blob(kit) for p, kit in kits.items()}
-        lowered = self.lowering.staged(self._slots.staging, graphs, data, recipe, offer.classes)
+        lowered = self.lowering.staged(self._slots.staging, graphs, data, recipe, wanted)
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:
             kept.stage(made.own)

@@ -12,12 +12,13 @@ from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import Recipe
-from fedprune.model.step_contract import anchors, numbers
+from fedprune.model.recipe import CUSTOM, Recipe
+from fedprune.model.step_contract import anchors, numbers, weight_of
 from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Part
-from fedprune_device.data.labels import loss_terms
+from fedprune_device.data.labels import Targets, loss_terms
+from fedprune_device.training.objective import Objective
 
 Array = npt.NDArray[Any]
 
@@ -71,7 +72,7 @@ class StepGraph:
             else {step_contract.MOMENTUM}
         )
         self._classifies = inputs.get(step_contract.Y, ("", ()))[0] == "tensor(int64)"
-        results = {step_contract.LOSS, step_contract.HITS} if self._classifies else {step_contract.LOSS}
+        results = {step_contract.LOSS}
         if required - set(inputs) or not results <= outputs:
             missing = sorted(required - set(inputs)) + sorted(results - outputs)
             raise TrainingError("this is not a training graph", got=f"no {', '.join(missing)}")
@@ -84,6 +85,7 @@ class StepGraph:
         )
         self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self.statistics})
         self.input_shape = inputs[step_contract.X][1][1:]
+        self._target_shape = inputs[step_contract.Y][1][1:]
         self.token_ids = inputs[step_contract.X][0] == "tensor(int64)"
         self.states = [f(n) for n in self.trainable for f in step_contract.states(optimizer)]
         self.squares = [step_contract.squares(n) for n in self.trainable if step_contract.squares(n) in inputs]
@@ -103,6 +105,8 @@ class StepGraph:
                 hint="Update fedprune on the device.",
             )
         self._moving = [*self.trainable, *self.statistics, *self.states, *self.squares]
+        ignored = self._session.metadata.get(step_contract.IGNORED)
+        self._ignored = None if ignored is None else int(ignored)
         lacking = {step_contract.following(n) for n in (*self._moving, *self._sums)} - outputs
         if lacking:
             raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(lacking)[:5]))
@@ -142,7 +146,7 @@ class StepGraph:
     def constants(
         self, tensors: Mapping[str, Array], y: Array, recipe: Recipe, classes: int, mask: ElementMask | None = None
     ) -> dict[str, Array]:
-        """The inputs that are the same in every step; `y` are all training labels, as `labels.targets` gives them.
+        """The inputs that are the same in every step; `y` are all training labels, as `targets` gives them.
 
         Raises `TrainingError` if the graph was made for another kind of recipe, `DataError` if a label is out of range.
         """
@@ -150,7 +154,8 @@ class StepGraph:
         feeds |= self.masking(tensors, recipe, mask)
         moving = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
         wanted = set(self._session.inputs) - moving - {*self.names, *self.states, *self.squares, *self._sums}
-        classifies, scores = recipe.loss == "cross_entropy", recipe.loss in ("cross_entropy", "bce")
+        classifies = self._classifies if recipe.loss == CUSTOM else recipe.loss == "cross_entropy"
+        scores = recipe.features.scores
         whole = not self._sums and recipe.features.accumulate
         mute = not self.gradients and recipe.report_squares
         if wanted != set(feeds) or classifies != self._classifies or scores != self.scores or whole or mute:
@@ -160,6 +165,24 @@ class StepGraph:
                 got=", ".join(sorted(set(feeds) - wanted)[:5]) or f"no value for them (loss {recipe.loss})",
             )
         return feeds
+
+    def targets(self, recipe: Recipe, classes: int) -> Targets:
+        """The labels that the graph takes. Raises `TrainingError` if the recipe's loss takes others."""
+        if recipe.loss != CUSTOM and (recipe.loss == "cross_entropy") != self._classifies:
+            raise TrainingError(
+                "training graph and recipe don't fit each other",
+                expected="classes as labels" if self._classifies else "numbers as labels",
+                got=f"loss {recipe.loss}",
+            )
+        return Targets.of(recipe, classes, self._target_shape, whole=self._classifies)
+
+    def objective(self, recipe: Recipe, classes: int) -> Objective:
+        """What of the graph follows the model's outputs."""
+        return Objective(self._bytes(), recipe, classes, scores=self.scores)
+
+    def divisor(self, y: Array, feeds: Mapping[str, Array]) -> float:
+        """A batch part's share of the loss's divisor."""
+        return weight_of(y, self._ignored, feeds.get(step_contract.CLASS_WEIGHT)) if self.scores else float(len(y))
 
     def masking(self, tensors: Mapping[str, Array], recipe: Recipe, mask: ElementMask | None) -> dict[str, Array]:
         """Masks, thresholds and the scaler; those that the graph has and the recipe doesn't ask for change nothing."""
@@ -184,7 +207,7 @@ class StepGraph:
         if step_contract.STEP_NUMBER in self._session.inputs:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)
         if step_contract.DIVISOR in self._session.inputs:
-            feeds[step_contract.DIVISOR] = np.array(sum(weight_of(part.y, feeds) for part in parts), np.float32)
+            feeds[step_contract.DIVISOR] = np.array(sum(self.divisor(p.y, feeds) for p in parts) or 1.0, np.float32)
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self._sums}
         loss, hits = 0.0, 0
         moved: dict[str, Array] = {}
@@ -216,22 +239,19 @@ class StepGraph:
         session = self._given or self._forward.get(tuple(outputs))
         try:
             if session is None:
-                raw = self._graph if isinstance(self._graph, bytes) else self._graph.read_bytes()
-                session = Session(part_for(raw, outputs), threads=self._threads, training=True, cuda=self._cuda)
+                session = Session(
+                    part_for(self._bytes(), outputs), threads=self._threads, training=True, cuda=self._cuda
+                )
                 self._forward[tuple(outputs)] = session
             return session.run({n: v for n, v in feeds.items() if n in session.inputs}, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
+
+    def _bytes(self) -> bytes:
+        return self._graph if isinstance(self._graph, bytes) else self._graph.read_bytes()
 
     def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         try:
             return self._session.run(feeds, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
-
-
-def weight_of(y: Array, feeds: Mapping[str, Array]) -> float:
-    """A batch part's share of the loss's divisor."""
-    if y.ndim == 1 and step_contract.CLASS_WEIGHT in feeds:
-        return float(feeds[step_contract.CLASS_WEIGHT][y].sum(dtype=np.float64))
-    return float(len(y))

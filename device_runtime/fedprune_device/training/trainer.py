@@ -22,10 +22,11 @@ from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Batches, Part, Rows, even_parts, mixed
 from fedprune_device.data.dataset import LocalData
-from fedprune_device.data.labels import targets
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.training.step_graph import StepGraph, weight_of
+from fedprune_device.training.objective import Objective
+from fedprune_device.training.step_graph import StepGraph
 
 Array = npt.NDArray[Any]
 
@@ -155,6 +156,14 @@ class Trainer:
         """The channel groups of the tensors' axes; None if the graph doesn't give them."""
         return self._graph.axes
 
+    def targets(self, recipe: Recipe, classes: int) -> Targets:
+        """The labels that the graph takes."""
+        return self._graph.targets(recipe, classes)
+
+    def objective(self, recipe: Recipe, classes: int) -> Objective:
+        """What of the graph follows the model's outputs; it needs none of the graph's memory."""
+        return self._graph.objective(recipe, classes)
+
     def check(self, tensors: Mapping[str, Array]) -> None:
         """Check weights against the graph's inputs; raises `TrainingError`."""
         self._graph.check(tensors)
@@ -177,8 +186,9 @@ class Trainer:
         seed, round_, device = task.seed, task.round, task.device
         began = time.monotonic()
         self.check(tensors)
-        data.check(classes, self.input_shape, loss=recipe.loss, token_ids=self.token_ids)
-        y = targets(data.y_train, recipe.loss, classes)
+        wanted = self.targets(recipe, classes)
+        data.check(wanted, self.input_shape, token_ids=self.token_ids)
+        y = wanted(data.y_train)
         constant = self._graph.constants(tensors, y, recipe, classes, task.mask)
         state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}  # steps write into it
         for name in (*self._graph.states, *self._graph.squares):
@@ -205,8 +215,8 @@ class Trainer:
             if plan != plans[0] and self.axes is not None:
                 fed = self.axes.narrowed(fed, plans[0], plan)
             ends = number == batches.steps or number % batches.per_epoch == 0
-            wanted = self._graph.gradients if recipe.report_squares and ends else []
-            loss, right, moved, gradients = self._graph.advance(fed, parts, number, wanted)
+            asked = self._graph.gradients if recipe.report_squares and ends else []
+            loss, right, moved, gradients = self._graph.advance(fed, parts, number, asked)
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
             if plan == plans[0] or self.axes is None:
@@ -222,7 +232,7 @@ class Trainer:
             losses.append(loss)
             if (number - 1) % batches.per_epoch == 0:
                 hits = seen = 0
-            hits, seen = hits + right, seen + sum(part.y.size for part in parts)
+            hits, seen = hits + right, seen + sum(wanted.count(part.y) for part in parts)
             if gradients:
                 with np.errstate(over="ignore"):  # what is not finite is an error below
                     squares = {n: np.square(np.asarray(g)) for n, g in zip(self.trainable, gradients, strict=True)}
@@ -250,7 +260,7 @@ class Trainer:
             samples=data.samples,
             loss_first=float(np.mean(losses[:tenth])),
             loss_last=float(np.mean(losses[-tenth:])),
-            train_accuracy=hits / seen if self._graph.scores else None,
+            train_accuracy=hits / max(1, seen) if self._graph.scores else None,
             seconds=time.monotonic() - began,
             step_seconds=float(np.median(times)),
             squares={n.partition("::")[0]: state[n] for n in self._graph.squares},
@@ -283,7 +293,7 @@ class Trainer:
     ) -> float:
         """Data loss of the first training samples at these weights, which don't change, without masks and scaler."""
         self.check(tensors)
-        y = targets(data.y_train, recipe.loss, classes)
+        y = self.targets(recipe, classes)(data.y_train)
         feeds = self._graph.constants(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
         feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._graph.states, *self._graph.squares)}
@@ -293,7 +303,7 @@ class Trainer:
         if self._graph.accumulates:
             return self._graph.advance(feeds, parts, 1).loss
         losses = [self._graph.advance(feeds, [part], 1).loss for part in parts]
-        return float(np.average(losses, weights=[weight_of(part.y, feeds) for part in parts]))
+        return float(np.average(losses, weights=[self._graph.divisor(part.y, feeds) for part in parts]))
 
     def _can_validate(self, data: LocalData) -> bool:
         return len(data.y_val) > (1 if self.normalised else 0)  # statistics of a single sample are worthless
@@ -303,21 +313,22 @@ class Trainer:
 
         None where all of them are of classes that the training samples lack, so that they weigh nothing.
         """
-        y = targets(data.y_val, recipe.loss, classes)
+        y = self.targets(recipe, classes)(data.y_val)
         feeds = dict(feeds)
         if step_contract.OUTPUT_SCALE in feeds:
             feeds[step_contract.OUTPUT_SCALE] = np.array(1, np.float32)
         loss = total = 0.0
         for rows in even_parts(np.arange(len(y)), recipe.micro_batch):
-            weight = weight_of(y[rows], feeds)
+            part = Part.of(data.x_val, y, rows)
+            weight = self._graph.divisor(part.y, feeds)
             if not weight:
                 continue  # of classes that the training samples lack, which weigh nothing
             own = {
-                step_contract.X: data.x_val[rows],
-                step_contract.Y: y[rows],
+                step_contract.X: part.x,
+                step_contract.Y: part.y,
                 step_contract.DIVISOR: np.array(weight, np.float32),
             }
-            own[step_contract.Y_PARTNER] = y[rows]
+            own[step_contract.Y_PARTNER] = part.y
             loss += weight * float(self._graph.run_forward({**feeds, **own}, [step_contract.LOSS])[step_contract.LOSS])
             total += weight
         if not math.isfinite(loss):

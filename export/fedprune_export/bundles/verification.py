@@ -8,16 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, ModelError, TrainingError
+from fedprune.core.errors import BundleError, ModelError, TrainingError, shape_text
 from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
 from fedprune.runtime.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
+from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
 from fedprune.runtime.session import Session
 from fedprune_export.bundles.inference import check_origin, inference_graph
 from fedprune_export.checks.parity import LIMIT, distance, parity
-from fedprune_export.checks.step_feeds import Array, loss, random_labels, step_feeds
+from fedprune_export.checks.step_feeds import COMPUTED, Array, loss, random_labels, step_feeds
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.pruning.model import Model
@@ -70,7 +71,7 @@ class _Trial:
 
     def __init__(self, bundle: Bundle) -> None:
         self.bundle = bundle
-        self.outputs = bundle.architecture.classes
+        self.outputs = bundle.architecture.output_shape
         self.tensors = tensorfile.load(bundle.path(WEIGHTS))
 
     @cached_property
@@ -87,7 +88,7 @@ class _Trial:
 
     @cached_property
     def y(self) -> Array:
-        return random_labels(self.bundle.recipe, _BATCH, self.outputs)
+        return random_labels(self.bundle.recipe, _BATCH, self.outputs[0], self.training.inputs[step.Y])
 
     def feeds(self, tensors: dict[str, Array] | None = None, rate: float | None = None) -> dict[str, Array]:
         out = step_feeds(
@@ -96,7 +97,7 @@ class _Trial:
             self.tensors if tensors is None else tensors,
             self.x,
             self.y,
-            self.outputs,
+            self.outputs[0],
         )
         return out if rate is None else {**out, step.LR: np.array(rate, np.float32)}
 
@@ -120,13 +121,13 @@ class _Trial:
         whole = session.run({step.X: self.x})[step.LOGITS]
         for batch in _BATCHES:
             logits = session.run({step.X: self.x[:batch]})[step.LOGITS]
-            if logits.shape != (batch, self.outputs):
-                raise ModelError(f"{INFERENCE}: logits", expected=(batch, self.outputs), got=logits.shape)
+            if logits.shape != (batch, *self.outputs):
+                raise ModelError(f"{INFERENCE}: logits", expected=(batch, *self.outputs), got=logits.shape)
             if not np.isfinite(logits).all():
                 raise ModelError(f"{INFERENCE}: logits of {batch} random samples are not finite")
             if not distance(logits, whole[:batch]) <= LIMIT:
                 raise ModelError(f"{INFERENCE}: the logits of a sample depend on the others of its batch")
-        return f"logits [n, {self.outputs}] of {', '.join(map(str, _BATCHES))} random samples are finite"
+        return f"logits {shape_text('n', *self.outputs)} of {', '.join(map(str, _BATCHES))} random samples are finite"
 
     def check_step(self) -> str:
         """A step gives a finite loss, moves weights, and keeps all shapes."""
@@ -175,7 +176,7 @@ class _Trial:
                 node.attrs["training_mode"] = 1
                 node.outputs += [trained.fresh("mean"), trained.fresh("var")]
         logits = Session(trained.to_bytes(), training=True).run({step.X: self.x})[step.LOGITS]
-        mine = loss(self.bundle.recipe, logits, self.feeds())
+        mine = self._loss_of(logits)
         if not abs(mine - self.loss) <= LOSS_LIMIT * (1 + abs(self.loss)):
             raise ModelError(
                 "inference and training graph contradict each other",
@@ -184,6 +185,14 @@ class _Trial:
                 hint="Export the bundle again.",
             )
         return f"the inference graph's logits give the same loss to {abs(mine - self.loss):.1e}"
+
+    def _loss_of(self, logits: Array) -> float:
+        """The loss of outputs, computed here; one that is a graph as the training graph does."""
+        if self.bundle.recipe.loss in COMPUTED:
+            return loss(self.bundle.recipe, logits, self.feeds())
+        objective = Session(part_for(self.bundle.path(TRAINING).read_bytes(), [step.LOSS], given=[step.LOGITS]))
+        feeds = {n: v for n, v in self.feeds().items() if n in objective.inputs}
+        return float(objective.run({**feeds, step.LOGITS: logits})[step.LOSS])
 
     def check_precision(self, precision: str) -> str:
         """The lowered weights are what the bundle's own graph makes of the weights; its predictions are finite."""

@@ -267,7 +267,7 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str,
         layers=tuple(layers(graph, parameters, values, seen)),
         activations=tuple(activations(graph, values, seen)),
         input_shape=tuple(int(d) for d in graph.inputs[0].shape[1:] if isinstance(d, int)),
-        classes=int(out[1] or 0) if len(out) == 2 else 0,
+        output_shape=tuple(int(d) for d in out[1:] if d is not None),
     )
     architecture.validate()
     return Analysis(architecture, values, notes)

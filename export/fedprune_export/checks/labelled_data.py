@@ -11,6 +11,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, ModelError, remedy, shape_text
 from fedprune.core.zip_limits import check_members
 from fedprune.model.architecture import Architecture
+from fedprune.model.recipe import LABELS_OF, Recipe
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
 from fedprune_export.ir.graph import Graph
@@ -30,14 +31,16 @@ class LabelledData:
 
     Attributes:
         x: Inputs [n, ...], of the type that the model takes.
-        y: int64 [n] for classes; else float32 [n, outputs].
+        y: Whole numbers [n, ...] for classes; else float32 of the outputs' shape.
         labels: What `y` is, one of `LABELS`.
+        ignored: The class of labels that count for nothing.
         whole: The score of the whole model, if it was measured.
     """
 
     x: Array
     y: Array
     labels: str
+    ignored: int | None = None
     whole: float | None = None
 
     @property
@@ -51,12 +54,13 @@ class LabelledData:
         """How well a model does: a share of right answers, or for values an error.
 
         Args:
-            outputs: The model: inputs [n, ...] to outputs [n, outputs].
+            outputs: The model: inputs [n, ...] to outputs [n, ...].
         """
         parts = [outputs(self.x[s : s + _BATCH]) for s in range(0, len(self.x), _BATCH)]
         out = np.concatenate(parts)
         if self.labels == "classes":
-            return float(np.mean(out.argmax(axis=1) == self.y))
+            right, counted = out.argmax(axis=1) == self.y, self.y != self.ignored
+            return int(np.count_nonzero(right & counted)) / max(1, int(np.count_nonzero(counted)))
         if self.labels == "multi":
             return float(np.mean((out > 0) == (self.y > 0.5)))
         return float(np.sqrt(np.mean((out.astype(np.float64) - self.y) ** 2)))
@@ -74,20 +78,26 @@ class LabelledData:
         return self.score(outputs)
 
 
-def measured(path: Path, model: Model, labels: str) -> LabelledData:
-    """Samples of a file, with the score of the whole model on them.
+def measured(path: Path, model: Model, recipe: Recipe) -> LabelledData:
+    """Samples of a file, labelled for a recipe's loss, with the score of the whole model on them.
 
     Raises `DataError` if the file can't be read, or its samples don't fit the model.
     """
-    data = read(path, model.architecture, model.graph.inputs[0].dtype, labels)
+    dtype = model.graph.inputs[0].dtype
+    data = read(path, model.architecture, dtype, LABELS_OF[recipe.loss], recipe.ignore_label)
     return replace(data, whole=data.score_of(model.graph))
 
 
-def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: str = "classes") -> LabelledData:
+def read(
+    path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: str = "classes", ignored: int | None = None
+) -> LabelledData:
     """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`.
 
-    Raises `DataError` if the file can't be read, lacks an array, or holds samples that don't fit the model. `labels`:
-    what the labels are, one of `LABELS`.
+    Raises `DataError` if the file can't be read, lacks an array, or holds samples that don't fit the model.
+
+    Args:
+        labels: What the labels are, one of `LABELS`.
+        ignored: The class of labels that count for nothing.
     """
     arrays = _arrays(path)
     pair = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)
@@ -104,23 +114,26 @@ def read(path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: s
     if x.dtype.kind not in "iufb":
         raise DataError(f"{path}: {pair[0]}", expected="numbers", got=x.dtype)
     _check_finite(f"{path}: {pair[0]}", x)
-    return LabelledData(x.astype(wanted), _labels(path, pair[1], y, len(x), architecture.classes, labels), labels)
+    outputs = (len(x), *architecture.output_shape)
+    return LabelledData(x.astype(wanted), _labels(path, pair[1], y, outputs, labels, ignored), labels, ignored)
 
 
-def _labels(path: Path, name: str, y: Array, samples: int, outputs: int, labels: str) -> Array:
-    if y.ndim < 1 or len(y) != samples:
-        raise DataError(f"{path}: {name}", expected=f"{samples} labels", got=shape_text(*y.shape))
+def _labels(path: Path, name: str, y: Array, outputs: tuple[int, ...], labels: str, ignored: int | None) -> Array:
+    if y.ndim < 1 or len(y) != outputs[0]:
+        raise DataError(f"{path}: {name}", expected=f"{outputs[0]} labels", got=shape_text(*y.shape))
     if labels == "classes":
-        if y.shape != (samples,) or y.dtype.kind not in "iu":
-            raise DataError(f"{path}: {name}", expected="one whole number per sample", got=_kind(y))
-        if y.min() < 0 or y.max() >= outputs:
-            wrong = int(y.min() if y.min() < 0 else y.max())
-            raise DataError(f"{path}: a label is out of range", expected=f"0 to {outputs - 1}", got=wrong)
-        return y.astype(np.int64)
-    if y.ndim == 1 and outputs == 1:
+        shape = (outputs[0], *outputs[2:])
+        if y.shape != shape or y.dtype.kind not in "iu":
+            raise DataError(f"{path}: {name}", expected=f"whole numbers {shape_text(*shape)}", got=_kind(y))
+        counted = y if ignored is None else y[y != ignored]
+        if counted.size and (counted.min() < 0 or counted.max() >= outputs[1]):
+            wrong = int(counted.min() if counted.min() < 0 else counted.max())
+            raise DataError(f"{path}: a label is out of range", expected=f"0 to {outputs[1] - 1}", got=wrong)
+        return y
+    if y.ndim == 1 and outputs[1:] == (1,):
         y = y[:, None]
-    if y.shape != (samples, outputs) or y.dtype.kind not in "iufb":
-        raise DataError(f"{path}: {name}", expected=f"numbers {shape_text(samples, outputs)}", got=_kind(y))
+    if y.shape != outputs or y.dtype.kind not in "iufb":
+        raise DataError(f"{path}: {name}", expected=f"numbers {shape_text(*outputs)}", got=_kind(y))
     _check_finite(f"{path}: {name}", y)
     if labels == "multi" and not np.isin(y, (0, 1)).all():
         raise DataError(f"{path}: {name}", expected="0 or 1 for every class")

@@ -12,7 +12,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.model.step_contract import LOGITS, X, following
+from fedprune.model.step_contract import LOGITS, X, Y, following
 from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS
 from fedprune.runtime.session import Session
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
@@ -55,11 +55,11 @@ def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str
     Raises `ModelError` if onnxruntime doesn't load or run the step, or a tensor comes out of it in another shape.
     """
     session = Session(files[name], training=True)
-    tensors, outputs = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
+    tensors, classes = tensorfile.decode(files[WEIGHTS]), model.architecture.classes
     batch = session.inputs[X][1][0]
     samples = batch if isinstance(batch, int) else _STEP_SAMPLES
-    x, y = sample_feeds(model.graph, samples)[X], random_labels(recipe, samples, outputs)
-    out = session.run(step_feeds(session.inputs, recipe, tensors, x, y, outputs))
+    x, y = sample_feeds(model.graph, samples)[X], random_labels(recipe, samples, classes, session.inputs[Y])
+    out = session.run(step_feeds(session.inputs, recipe, tensors, x, y, classes))
     for tensor, value in tensors.items():
         after = out.get(following(tensor), value)
         if after.shape != value.shape:

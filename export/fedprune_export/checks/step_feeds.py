@@ -9,25 +9,31 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model import step_contract as feeds_of
-from fedprune.model.recipe import Recipe
+from fedprune.model.recipe import CUSTOM, LABELS_OF, MULTI, Recipe
 
 Array = npt.NDArray[Any]
+Shape = tuple[int | str | None, ...]
 
+COMPUTED = ("cross_entropy", "bce", "mse", "huber")  # losses that `loss` knows
 _SHARE = 0.7  # λ on trial: a step that ignores it, or the partners, has another loss
 
 
-def random_labels(recipe: Recipe, samples: int, outputs: int, seed: int = 0) -> Array:
-    """Labels that a recipe's loss takes. Returns int64 [samples] for classes, else float32 [samples, outputs]."""
-    random = np.random.default_rng(seed)
-    if recipe.loss == "cross_entropy":
-        return random.integers(0, outputs, samples)
-    if recipe.loss == "bce":
-        return random.integers(0, 2, (samples, outputs)).astype(np.float32)
-    return random.standard_normal((samples, outputs), np.float32)
+def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str, Shape], seed: int = 0) -> Array:
+    """Labels that a training graph takes.
+
+    Args:
+        labels: Type and shape of its input `y`, as a session gives them.
+    """
+    random, shape = np.random.default_rng(seed), (samples, *(d if isinstance(d, int) else 1 for d in labels[1][1:]))
+    if labels[0] == "tensor(int64)":  # of a loss of the model's own only that these two are classes is likely
+        return random.integers(0, min(classes, 2) if recipe.loss == CUSTOM else classes, shape)
+    if LABELS_OF[recipe.loss] == MULTI:
+        return random.integers(0, 2, shape).astype(np.float32)
+    return random.standard_normal(shape, np.float32)
 
 
 def step_feeds(
-    inputs: Collection[str], recipe: Recipe, tensors: Mapping[str, Array], x: Array, y: Array, outputs: int
+    inputs: Collection[str], recipe: Recipe, tensors: Mapping[str, Array], x: Array, y: Array, classes: int
 ) -> dict[str, Array]:
     """All inputs of a first training step on one whole batch; where labels can be mixed, each is with another's.
 
@@ -37,7 +43,7 @@ def step_feeds(
         tensors: Weights and statistics; the anchors are the same.
     """
     feeds: dict[str, Array] = {step_contract.X: x, step_contract.Y: y}
-    feeds |= feeds_of.first_step(recipe, tensors, inputs, len(x), outputs)
+    feeds |= feeds_of.first_step(recipe, tensors, inputs, y, classes)
     if step_contract.Y_PARTNER in inputs:
         feeds |= {step_contract.Y_PARTNER: np.roll(y, 1), step_contract.Y_SHARE: np.array(_SHARE, np.float32)}
     missing = [n for n in (step_contract.X, step_contract.Y, *tensors) if n not in inputs]
@@ -57,7 +63,7 @@ def loss(recipe: Recipe, logits: Array, feeds: Mapping[str, Array]) -> float:
     """The data loss of a recipe, of the model's outputs, in float64; all classes weigh the same.
 
     Args:
-        logits: [n, outputs].
+        logits: [n, ...], with classes on axis 1.
         feeds: What the step was fed, as `step_feeds` makes it: labels and, with mixup, those of the partners.
     """
     y = feeds[step_contract.Y]
@@ -65,8 +71,9 @@ def loss(recipe: Recipe, logits: Array, feeds: Mapping[str, Array]) -> float:
     if recipe.loss == "cross_entropy":
         z = z - z.max(axis=1, keepdims=True)
         logs = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-        rows, share = np.arange(len(y)), float(feeds.get(step_contract.Y_SHARE, 1.0))
-        own = share * logs[rows, y] + (1 - share) * logs[rows, feeds.get(step_contract.Y_PARTNER, y)]
+        share, partner = float(feeds.get(step_contract.Y_SHARE, 1.0)), feeds.get(step_contract.Y_PARTNER, y)
+        chosen = [np.take_along_axis(logs, labels[:, None], axis=1)[:, 0] for labels in (y, partner)]
+        own = share * chosen[0] + (1 - share) * chosen[1]
         return float(-np.mean((1 - recipe.label_smoothing) * own + recipe.label_smoothing * logs.mean(axis=1)))
     if recipe.loss == "bce":
         return float(np.mean(np.maximum(z, 0) - z * y + np.log1p(np.exp(-np.abs(z)))))

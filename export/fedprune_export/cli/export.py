@@ -11,7 +11,7 @@ import fedprune_export as fx
 from fedprune.core.cli import seconds, whole_number
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
-from fedprune.model.recipe import LABELS_OF, Recipe
+from fedprune.model.recipe import Recipe
 from fedprune.output import tables
 from fedprune.output.tables import Column
 from fedprune.planning import profile_store
@@ -156,7 +156,7 @@ def _data(arguments: argparse.Namespace, model: fx.Model, recipe: Recipe) -> fx.
     classes = model.architecture.classes
     if arguments.class_names and len(arguments.class_names) != classes:
         raise UsageError("--class-names", expected=f"{classes} names", got=len(arguments.class_names))
-    return arguments.data and labelled_data.measured(arguments.data, model, LABELS_OF[recipe.loss])
+    return arguments.data and labelled_data.measured(arguments.data, model, recipe)
 
 
 def _export(

@@ -11,7 +11,7 @@ import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
-from fedprune.model.recipe import LABELS_OF, Recipe
+from fedprune.model.recipe import CUSTOM, LABELS_OF, Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 
@@ -46,7 +46,12 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of local training, which `read_recipe` reads."""
     group = parser.add_argument_group("training")
     group.add_argument("--recipe", type=Path, metavar="FILE", help="local training as JSON; the options below win")
-    group.add_argument("--loss", choices=tuple(LABELS_OF), help="what training minimises (default: cross_entropy)")
+    group.add_argument(
+        "--loss",
+        metavar="LOSS",
+        help="what training minimises: cross_entropy (default), bce, focal, dice, mse, l1, huber, or one of your own: "
+        "package.module:function of outputs and labels, or an ONNX file",
+    )
     group.add_argument(
         "--labels",
         choices=tuple(_LOSS_OF),
@@ -80,6 +85,8 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         chosen["output"] = arguments.output
     if arguments.prefer is not None:
         chosen["prefer"] = arguments.prefer
+    if (loss := own_loss(arguments)) is not None:
+        chosen["loss"] = loss
     if arguments.parameters is not None:
         chosen["parameters"] = _names_in(arguments.parameters)
     return fx.load(arguments.model if source is None else source, **chosen)
@@ -137,20 +144,39 @@ def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
         raise ProfileError(f"{arguments.probe}: {error}") from error
 
 
+def own_loss(arguments: argparse.Namespace) -> str | None:
+    """The loss of a user's own that the command line names; None for one of the built-in ones, or none."""
+    text: str | None = getattr(arguments, "loss", None)
+    if text is None or (text in LABELS_OF and text != CUSTOM):
+        return None
+    if ":" not in text and not text.endswith(".onnx"):
+        raise UsageError(
+            "--loss",
+            expected=f"{', '.join(n for n in LABELS_OF if n != CUSTOM)}, package.module:function, or a file .onnx",
+            got=repr(text),
+        )
+    return text
+
+
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a command line: that of the file, with the options in its place."""
     body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
-    if arguments.loss and arguments.labels and LABELS_OF[arguments.loss] != arguments.labels:
+    word = CUSTOM if own_loss(arguments) is not None else arguments.loss
+    if word and arguments.labels and LABELS_OF[word] != arguments.labels:
         raise UsageError(
             f"--loss {arguments.loss} compares with labels of another kind",
-            expected=f"--labels {LABELS_OF[arguments.loss]}",
+            expected="no --labels" if word == CUSTOM else f"--labels {LABELS_OF[word]}",
             got=arguments.labels,
         )
     if arguments.labels and not arguments.loss and LABELS_OF.get(str(body.get("loss"))) != arguments.labels:
         body["loss"] = _LOSS_OF[arguments.labels]
-    for key in ("loss", "label_smoothing", "huber_delta"):
-        if getattr(arguments, key) is not None:
-            body[key] = getattr(arguments, key)
+    for key, value in (
+        ("loss", word),
+        ("label_smoothing", arguments.label_smoothing),
+        ("huber_delta", arguments.huber_delta),
+    ):
+        if value is not None:
+            body[key] = value
     if arguments.freeze:
         body["frozen"] = arguments.freeze
     body.update(arguments.set)

@@ -18,6 +18,8 @@ from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
+from fedprune_export.importing.user_loss import KEY as LOSS_KEY
+from fedprune_export.importing.user_loss import embed, embedded, import_loss, read_loss
 from fedprune_export.pruning.model import Model
 
 __all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source", "torch_module"]
@@ -34,6 +36,7 @@ def load(
     output: str | None = None,
     parameters: Sequence[str] | None = None,
     prefer: Prefer | None = None,
+    loss: object = None,
 ) -> Model:
     """Import a model.
 
@@ -49,6 +52,9 @@ def load(
         output: Which output gives the logits, where the model has several.
         parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
         prefer: Which channels to cut where only one kind can be: "coarse" (whole heads and groups) or "fine".
+        loss: A loss of your own, for recipes with loss "custom": a torch function or module of outputs and labels,
+            `package.module:function`, or an ONNX file. It gives one number per sample [n]; labels are like outputs,
+            unless its attributes `target_shape` (of one sample) and `target_dtype` ("int64") say something else.
     """
     instance("name", name, (str, NoneType), "a text", error=ModelError)
     if input_shape is not None:
@@ -58,9 +64,9 @@ def load(
         parameters = texts("parameters", parameters, error=ModelError)
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
-        raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
+        raw = _with_loss(export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name), loss, output)
         return import_onnx(raw, name, output=output, parameters=parameters, prefer=prefer)
-    raw = read_source(source, input_shape=input_shape, token_ids=token_ids)
+    raw = _with_loss(read_source(source, input_shape=input_shape, token_ids=token_ids), loss, output)
     text = str(source)
     default = text.rpartition(":")[2] if _is_factory(text) or text.startswith(PREFIX) else Path(text).stem
     try:
@@ -94,6 +100,7 @@ def read_source(
     output: str | None = None,
     parameters: Sequence[str] | None = None,
     prefer: Prefer | None = None,
+    loss: object = None,
 ) -> bytes:
     """A model as the bytes of one ONNX file, which `import_onnx` takes; choices (as for `load`) are written into it.
 
@@ -109,6 +116,7 @@ def read_source(
         raw = export_torch(factory_product(text), input_shape=input_shape, token_ids=token_ids, name=text)
     else:
         raw = read_model_file(Path(source))
+    raw = _with_loss(raw, loss, output)
     if output is None and parameters is None and prefer is None:
         return raw
     proto = parse(raw)
@@ -182,9 +190,20 @@ def _imported(
         normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
-    model = Model(normal.graph, found.architecture, notes, found.values, still)
+    own = embedded(texts[LOSS_KEY]) if LOSS_KEY in texts else None
+    if own is not None:
+        normal.graph.metadata[LOSS_KEY] = texts[LOSS_KEY]
+    loss = None if own is None else import_loss(own, found.architecture.output_shape)
+    model = Model(normal.graph, found.architecture, notes, found.values, still, loss)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
+
+
+def _with_loss(raw: bytes, loss: object, output: str | None) -> bytes:
+    """A model's file with a loss in it, if one is given."""
+    if loss is None:
+        return raw
+    return embed(raw, read_loss(loss, import_onnx(raw, "model", output=output).architecture.output_shape))
 
 
 def _preferred(text: str) -> Prefer:

@@ -93,15 +93,7 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     seen = trace(graph)  # before anything is run: sizes in a file are bounded here
     check_indices(graph, seen)
     before = Session(raw if raw is not None and usable else reference.to_bytes())
-    _drop_casts(graph, seen)
-    _fold(graph, seen, constants)
-    translate(graph, seen, notes)
-    simplify(graph, seen, constants)
-    merge_transpositions(graph, seen)
-    drop_idle(graph)
-    graph.prune()
-    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
-    composites = find_activations(graph, seen, constants) + find_norms(graph, seen, constants)
+    composites = _simplified(graph, seen, constants, notes, LOGITS)
     if composites:
         notes.append(
             "A norm or activation that was written out in primitives is one operator."
@@ -122,6 +114,36 @@ def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, 
     _check_types(graph, seen)
     compare(before, output, graph, softmax)
     return Normalised(graph, kinds, seen, notes, names)
+
+
+def simplified(graph: Graph, constants: set[str], notes: list[str], *, output: str) -> None:
+    """Bring a graph without weights into the compiler's form.
+
+    Raises:
+        ModelError: It computes in other types than float32, or with operators that opset 17 has no form of.
+    """
+    check_nodes(graph)
+    _name_nodes(graph)
+    drop_idle(graph)
+    graph.prune()
+    seen = trace(graph)
+    check_indices(graph, seen)
+    _simplified(graph, seen, constants, notes, output)
+    _name_nodes(graph)
+    _check_types(graph, trace(graph))
+
+
+def _simplified(graph: Graph, seen: Trace, constants: set[str], notes: list[str], output: str) -> int:
+    """Fold constants and write operators in one form each; returns how many composites were found."""
+    _drop_casts(graph, seen)
+    _fold(graph, seen, constants, output)
+    translate(graph, seen, notes)
+    simplify(graph, seen, constants)
+    merge_transpositions(graph, seen)
+    drop_idle(graph)
+    graph.prune()
+    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
+    return find_activations(graph, seen, constants) + find_norms(graph, seen, constants)
 
 
 def _plain_numbers(graph: Graph) -> set[str]:
@@ -217,7 +239,7 @@ def _drop_output_softmax(graph: Graph, notes: list[str]) -> str:
     return last.op
 
 
-def _fold(graph: Graph, seen: Trace, constants: set[str]) -> None:
+def _fold(graph: Graph, seen: Trace, constants: set[str], output: str) -> None:
     """Turn what depends neither on the data nor on weights into constants.
 
     Shape arithmetic that doesn't follow the batch is one; it then has full widths, also in a cut graph.
@@ -237,7 +259,7 @@ def _fold(graph: Graph, seen: Trace, constants: set[str]) -> None:
             static.update(o for o in node.outputs if o)
     if static:
         known.update(_evaluate(graph, known, static, seen))
-    found = {o for n in graph.nodes for o in n.outputs if o in known and o != LOGITS}
+    found = {o for n in graph.nodes for o in n.outputs if o in known and o != output}
     graph.nodes = [n for n in graph.nodes if not all(o in found for o in n.outputs if o)]
     for name in found:
         graph.initializers[name] = np.array(known[name], order="C")

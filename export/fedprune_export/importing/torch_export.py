@@ -47,41 +47,48 @@ def export_torch(
     sample = _sample(module, example, input_shape, token_ids, name)
     module.eval()
     try:
-        with quiet():
-            program = torch.onnx.export(
-                module,
-                (sample,),
-                dynamo=True,
-                optimize=False,
-                dynamic_shapes=({0: torch.export.Dim("N", min=1)},),
-                custom_translation_table=_translations(),
-                external_data=False,
-                verbose=False,
-            )
-        _separate_names(program.model.graph)
-        proto: onnx.ModelProto = program.model_proto
+        proto = exported(module, (sample,))
     except Exception as error:
         shape = shape_text("n", *sample.shape[1:])
         raise ModelError(
-            f"{name}: torch can't export it for input {shape} ({reason(_innermost(error))})",
+            f"{name}: torch can't export it for input {shape} ({reason(innermost(error))})",
             hint="Check that the module takes one tensor of this shape, with any batch, and returns one tensor."
             + ("" if sample.dtype == torch.int64 else " If it takes token ids, add --token-ids."),
         ) from error
     else:
-        proto = onnx.load_model_from_string(proto.SerializeToString())
         _list_tensors(torch, module, sample, proto, name)
     finally:
         for part, training in modes:
             part.training = training
+    raw: bytes = proto.SerializeToString(deterministic=True)
+    return raw
+
+
+def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
+    """A torch module as an ONNX model with a free batch; without traces of the machine that exported it."""
+    torch = torch_package()
+    batch = torch.export.Dim("N", min=1)
+    with quiet():
+        program = torch.onnx.export(
+            module,
+            samples,
+            dynamo=True,
+            optimize=False,
+            dynamic_shapes=(*({0: batch} for _ in samples),),
+            custom_translation_table=_translations(),
+            external_data=False,
+            verbose=False,
+        )
+    _separate_names(program.model.graph)
+    proto = onnx.load_model_from_string(program.model_proto.SerializeToString())
     proto.producer_version = ""
     del proto.graph.metadata_props[:]
-    for node in proto.graph.node:  # stack traces and paths of the machine that exported it
+    for node in proto.graph.node:  # stack traces and paths
         del node.metadata_props[:]
         node.doc_string = ""
     for value in (*proto.graph.initializer, *proto.graph.value_info):
         del value.metadata_props[:]
-    raw: bytes = proto.SerializeToString(deterministic=True)
-    return raw
+    return proto
 
 
 def _sample(module: Any, example: Any, input_shape: Sequence[int] | None, token_ids: bool, name: str) -> Any:
@@ -327,7 +334,7 @@ class _OtherThreads:
         return getattr(self._stream, name)
 
 
-def _innermost(error: BaseException) -> BaseException:
+def innermost(error: BaseException) -> BaseException:
     """The root cause of an error: the exporter's own errors only name its steps."""
     seen = {id(error)}
     while error.__cause__ is not None and id(error.__cause__) not in seen:

@@ -295,6 +295,37 @@ def _no_form(node: Node, name: str, expected: str) -> ModelError:
     )
 
 
+def _likelihood(state: Translation, node: Node) -> None:
+    """The loss of every label: log probabilities [N, K, ...] gathered by labels [N, ...], weighted by class.
+
+    Raises:
+        ModelError: It reduces them, which a loss of one number per sample doesn't do.
+    """
+    graph, (scores, labels, *weights) = state.graph, [i for i in node.inputs if i]
+    if node.attrs.get("reduction", "mean") != "none":
+        raise ModelError(
+            f"{node.op} {node.name} makes one number of the whole batch",
+            expected="reduction 'none'",
+            got=repr(node.attrs.get("reduction", "mean")),
+            hint="A loss gives one number per sample: reduction='none', then the mean over all axes but the first.",
+        )
+    if node.op == "SoftmaxCrossEntropyLoss":
+        out = node.outputs[1] if len(node.outputs) > 1 and node.outputs[1] else None
+        scores = graph.emit("LogSoftmax", scores, attrs={"axis": 1}, out=out)
+    ignored, zero = node.attrs.get("ignore_index"), graph.constant(0, np.int64)
+    skipped = ""
+    if ignored is not None:
+        skipped = graph.emit("Equal", labels, graph.constant(ignored, np.int64))
+        labels = graph.emit("Where", skipped, zero, labels)
+    place = graph.emit("Unsqueeze", labels, graph.ints(1))
+    each = graph.emit("Squeeze", graph.emit("GatherElements", scores, place, attrs={"axis": 1}), graph.ints(1))
+    if weights:
+        each = graph.emit("Mul", each, graph.emit("Gather", weights[0], labels))
+    if skipped:
+        each = graph.emit("Where", skipped, graph.scalar(0), each)
+    graph.emit("Neg", each, out=node.outputs[0])
+
+
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(("AveragePool", "LpPool"), _pooling),
@@ -305,6 +336,7 @@ _RULES: dict[str, _Rule] = {
     "BatchNormalization": _batch_norm,
     "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,
+    **dict.fromkeys(("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"), _likelihood),
     "Pad": lambda state, node: emit_pad(state.graph, node, state.seen),
     "Reshape": _default("allowzero", 0),
     "Resize": lambda state, node: emit_resize(state.graph, node, state.seen),

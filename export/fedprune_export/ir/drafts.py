@@ -167,6 +167,12 @@ class Draft:
                     out.setdefault(name, []).append((node, i))
         return out
 
+    def rename(self, value: str, name: str) -> None:
+        """Call a value that a node makes by another name."""
+        for node in self.nodes:
+            node.inputs = [name if i == value else i for i in node.inputs]
+            node.outputs = [name if o == value else o for o in node.outputs]
+
     def prune(self) -> None:
         """Drop nodes and initialisers that no output needs."""
         needed = {p.name for p in self.outputs}

@@ -69,12 +69,13 @@ class Stopwatch:
 
     def training_step(self, batch: int, threads: int) -> Measurement:
         """Time a training step on random samples. Raises `ModelError` if the graph can't be loaded or run."""
-        bundle, outputs = self._bundle, self._bundle.architecture.classes
+        bundle, classes = self._bundle, self._bundle.architecture.classes
         path = bundle.path(TRAINING)
         inputs = Session(path, training=True).inputs
         tensors = tensorfile.load(bundle.path(WEIGHTS))
-        x, y = sample_feeds(self._graph, batch)[step_contract.X], random_labels(bundle.recipe, batch, outputs)
-        feeds = step_feeds(inputs, bundle.recipe, tensors, x, y, outputs)
+        x = sample_feeds(self._graph, batch)[step_contract.X]
+        y = random_labels(bundle.recipe, batch, classes, inputs[step_contract.Y])
+        feeds = step_feeds(inputs, bundle.recipe, tensors, x, y, classes)
         return self._measured(STEP, path, feeds, batch, threads)
 
     def prediction(self, batch: int, threads: int, precision: str = FLOAT32) -> Measurement:

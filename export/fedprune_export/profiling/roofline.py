@@ -8,6 +8,7 @@ from typing import Any
 from fedprune import __version__
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
+from fedprune.model.step_contract import Y
 from fedprune.runtime import session
 from fedprune.runtime.session import KernelTimes, kernel_times
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
@@ -161,10 +162,12 @@ def _timed(
     model: Model, graph: Graph, selection: Selection, recipe: Recipe, batch: int, runs: int, threads: int
 ) -> KernelTimes:
     """A step of random samples, timed. Raises `ModelError` if onnxruntime doesn't run it."""
-    inputs, outputs = [p.name for p in graph.inputs], model.architecture.classes
+    inputs, classes = [p.name for p in graph.inputs], model.architecture.classes
     x = sample_feeds(model.graph, batch)[model.graph.inputs[0].name]
     tensors = selection.gather(model.tensors)
-    feeds = step_feeds(inputs, recipe, tensors, x, random_labels(recipe, batch, outputs), outputs)
+    y = next(p for p in graph.inputs if p.name == Y)
+    labels = random_labels(recipe, batch, classes, ("tensor(int64)" if y.dtype.kind == "i" else "", y.shape))
+    feeds = step_feeds(inputs, recipe, tensors, x, labels, classes)
     return kernel_times(graph.to_bytes(), feeds, threads=threads, runs=runs, training=True)
 
 

@@ -1,5 +1,7 @@
 """A model as the compiler holds it: normalised inference graph, weights by name, architecture, channel groups."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -78,6 +80,7 @@ class Model:
         notes: What the import changed or could not analyse, for people: one sentence each.
         values: Axes of every value at full width; None for an axis that follows the batch.
         frozen: Names of tensors that the model's author froze (`requires_grad=False` in torch).
+        loss: Its own loss, of `logits` and `y`, which gives `loss` [n]; None where it brings none.
         training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`).
     """
 
@@ -86,12 +89,13 @@ class Model:
     notes: tuple[str, ...] = ()
     values: Mapping[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
     frozen: tuple[str, ...] = ()
+    loss: Model | None = field(default=None, repr=False)
     training_graphs: dict[Features, Graph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:
         a = self.architecture
         sizes = f"{len(a.tensors)} tensors, {len(a.groups)} channel groups"
-        return f"Model({a.name}: {list(a.input_shape)} to {a.classes} outputs, {sizes})"
+        return f"Model({a.name}: {list(a.input_shape)} to {list(a.output_shape)}, {sizes})"
 
     @property
     def tensors(self) -> Tensors:

@@ -1,5 +1,6 @@
 """Losses of a training step, with their gradient by the logits: torch's functions of the same names."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +16,10 @@ class _Parts:
     """A loss: Σ row·weight over the divisor.
 
     Attributes:
-        row: Loss of every sample [N, 1].
-        slope: Its gradient by the sample's logits [N, K].
-        weight: The samples' weights [N, 1], or empty.
-        divisor: What the sum is divided by, or empty for the number of samples.
+        row: Loss of every label [N, 1, ...], or of every sample [N, 1, 1, ...].
+        slope: Its gradient by the logits [N, K, ...].
+        weight: Weights that go with `row`, or empty.
+        divisor: What the sum is divided by, or empty for the number of labels.
     """
 
     row: str
@@ -27,104 +28,136 @@ class _Parts:
     divisor: str = ""
 
 
-def target_shape(features: Features, outputs: int) -> tuple[Shape, np.dtype[np.generic]]:
-    if features.loss == "cross_entropy":
-        return (BATCH,), np.dtype(np.int64)
-    return (BATCH, outputs), np.dtype(np.float32)
+def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, np.dtype[np.generic]]:
+    """Shape and type of the labels of a batch, for outputs [N, *outputs]."""
+    return (BATCH, *features.target_shape(outputs)), np.dtype(
+        np.int64 if features.loss == "cross_entropy" else np.float32
+    )
 
 
-def write_loss(g: Graph, logits: str, outputs: int, features: Features) -> str:
+def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> str:
     """Write the loss and what else is known of a batch's outputs.
 
     Args:
         g: The training graph; its inputs and outputs grow.
-        logits: The model's output [N, K].
+        logits: The model's output [N, *outputs]; classes are on its axis 1.
 
     Returns:
         The gradient of the loss by the logits.
     """
     present = ""
     if features.logit_offset:
-        g.inputs.append(port(step_contract.LOGIT_OFFSET, (outputs,)))
-        logits = g.emit("Add", logits, step_contract.LOGIT_OFFSET)
+        g.inputs.append(port(step_contract.LOGIT_OFFSET, outputs[:1]))
+        logits = g.emit("Add", logits, _along_classes(g, step_contract.LOGIT_OFFSET, outputs))
     if features.class_mask:
-        g.inputs.append(port(step_contract.CLASS_MASK, (outputs,)))
-        present = g.emit("Greater", step_contract.CLASS_MASK, g.scalar(0))
+        g.inputs.append(port(step_contract.CLASS_MASK, outputs[:1]))
+        mask = _along_classes(g, step_contract.CLASS_MASK, outputs)
+        present = g.emit("Greater", mask, g.scalar(0))
         logits = g.emit("Where", present, logits, g.scalar(0))
     if features.class_weight:
-        g.inputs.append(port(step_contract.CLASS_WEIGHT, (outputs,)))
+        g.inputs.append(port(step_contract.CLASS_WEIGHT, outputs[:1]))
     parts = _LOSSES[features.loss](g, logits, outputs, features)
     share = _share(g, parts, features)
     g.emit("ReduceSum", g.emit("Mul", parts.row, share), attrs={"keepdims": 0}, out=step_contract.LOSS)
     if features.sample_losses:
         row = g.emit("Mul", parts.row, parts.weight) if parts.weight else parts.row
-        g.emit("Squeeze", row, g.ints(1), out=step_contract.SAMPLE_LOSSES)
+        g.emit(
+            "ReduceSum",
+            row,
+            g.ints(*range(1, len(outputs) + 1)),
+            attrs={"keepdims": 0},
+            out=step_contract.SAMPLE_LOSSES,
+        )
         g.outputs.append(port(step_contract.SAMPLE_LOSSES, (BATCH,)))
     gradient = g.emit("Mul", parts.slope, share)
     # Logits of masked classes were replaced, so that no gradient passes them.
     return g.emit("Where", present, gradient, g.scalar(0)) if present else gradient
 
 
+def _along_classes(g: Graph, vector: str, outputs: tuple[int, ...]) -> str:
+    """A vector over classes [K] as [K, 1, ...], which goes along axis 1 of the outputs."""
+    further = range(1, len(outputs))
+    return g.emit("Unsqueeze", vector, g.ints(*further)) if further else vector
+
+
+def _classes(g: Graph, outputs: tuple[int, ...]) -> str:
+    """Numbers of the classes along axis 1 of the outputs."""
+    return g.constant(np.arange(outputs[0]).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
+
+
 def _share(g: Graph, parts: _Parts, features: Features) -> str:
-    """By what a sample's loss is multiplied: [N, 1] or []."""
+    """By what the losses of labels are multiplied: of `row`'s shape, or []."""
+    if not parts.weight and not parts.divisor:
+        return share_of_sample(g, parts.row, features)
     divisor = parts.divisor
     if features.accumulate:
         g.inputs.append(port(step_contract.DIVISOR, ()))
         divisor = step_contract.DIVISOR
-    if parts.weight:
-        return g.emit("Div", parts.weight, divisor)
-    if not divisor:
-        batch = g.emit("Gather", g.emit("Shape", step_contract.Y), g.constant(0, np.int64))
-        divisor = g.emit("Cast", batch, attrs={"to": 1})
-    return g.emit("Reciprocal", divisor)
+    return g.emit("Div", parts.weight, divisor) if parts.weight else g.emit("Reciprocal", divisor)
 
 
-def _cross_entropy(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
-    """Cross-entropy with class labels; hits are samples whose largest logit is their label's.
+def share_of_sample(g: Graph, row: str, features: Features) -> str:
+    """By what each of these losses is multiplied where all count alike: []."""
+    if features.accumulate:
+        g.inputs.append(port(step_contract.DIVISOR, ()))
+        return g.emit("Reciprocal", step_contract.DIVISOR)
+    return g.emit("Reciprocal", g.emit("Cast", g.emit("Size", row), attrs={"to": 1}))
+
+
+def _cross_entropy(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
+    """Cross-entropy with class labels; hits are labels whose logit is the largest of its place.
 
     With smoothing ε, a_c = (1 − ε)·w_y·[c = y] + ε/K·w_c: the loss is −Σ a_c·log p_c, its slope p·Σa − a. With mixup,
     w_y·[c = y] is λ·w_y·[c = y] + (1 − λ)·w_y'·[c = y']; because partners' labels are the same ones in another order,
     their weights add up to the same divisor, and the loss is λ·CE(y) + (1 − λ)·CE(y') (Zhang et al. 2018, eq. 2).
     """
     label = g.emit("Unsqueeze", step_contract.Y, g.ints(1))
-    is_label = g.emit("Equal", label, g.constant(np.arange(outputs)[None], np.int64))
+    counts = counted = ""
+    if features.ignore_label is not None:
+        counts = g.emit("Not", g.emit("Equal", step_contract.Y, g.constant(features.ignore_label, np.int64)))
+        label = g.emit("Where", g.emit("Unsqueeze", counts, g.ints(1)), label, g.constant(0, np.int64))
+        counted = g.emit("Cast", g.emit("Unsqueeze", counts, g.ints(1)), attrs={"to": 1})
+    is_label = g.emit("Equal", label, _classes(g, outputs))
     log_probability = g.emit("LogSoftmax", logits, attrs={"axis": 1})
     probability = g.emit("Softmax", logits, attrs={"axis": 1})
     expected = g.emit("Cast", is_label, attrs={"to": 1})
     guess = g.emit("ArgMax", logits, attrs={"axis": 1, "keepdims": 0})
+    meant = step_contract.Y
     if features.mixup:
-        g.inputs += [port(step_contract.Y_PARTNER, (BATCH,), np.int64), port(step_contract.Y_SHARE, ())]
+        g.inputs += [port(step_contract.Y_PARTNER, (BATCH, *outputs[1:]), np.int64), port(step_contract.Y_SHARE, ())]
         minor = g.emit("Less", step_contract.Y_SHARE, g.scalar(0.5))
-        _count_hits(g, g.emit("Equal", guess, g.emit("Where", minor, step_contract.Y_PARTNER, step_contract.Y)))
-    else:
-        _count_hits(g, g.emit("Equal", guess, step_contract.Y))
-    weight = divisor = ""
-    if features.class_weight:
-        weight = g.emit("Gather", step_contract.CLASS_WEIGHT, label)
-        divisor = g.emit("ReduceSum", weight, attrs={"keepdims": 0})
+        meant = g.emit("Where", minor, step_contract.Y_PARTNER, step_contract.Y)
+    right = g.emit("Equal", guess, meant)
+    count_hits(g, g.emit("And", right, counts) if counts else right)
+    weight = g.emit("Gather", step_contract.CLASS_WEIGHT, label) if features.class_weight else ""
+    whole = g.emit("Mul", weight, counted) if weight and counted else weight or counted
+    divisor = g.emit("ReduceSum", whole, attrs={"keepdims": 0}) if whole else ""
+    if counted:  # of a batch without any label that counts the loss is 0
+        divisor = g.emit("Where", g.emit("Equal", divisor, g.scalar(0)), g.scalar(1), divisor)
+    if not features.mixup and not features.label_smoothing:
+        own = g.emit("Where", is_label, log_probability, g.scalar(0))
+        row = g.emit("Neg", g.emit("ReduceSum", own, g.ints(1), attrs={"keepdims": 1}))
+        return _Parts(row, g.emit("Sub", probability, expected), whole, divisor)
     if features.mixup:
         aim = _mixed(g, expected, weight, outputs)
         if features.label_smoothing:
             kept, spread = _smoothing(g, outputs, features, "")
             aim = g.emit("Add", g.emit("Mul", aim, kept), spread)
-        return _towards(g, aim, probability, log_probability, divisor)
-    if not features.label_smoothing:
-        own = g.emit("Where", is_label, log_probability, g.scalar(0))
-        row = g.emit("Neg", g.emit("ReduceSum", own, g.ints(1), attrs={"keepdims": 1}))
-        return _Parts(row, g.emit("Sub", probability, expected), weight, divisor)
-    kept, spread = _smoothing(g, outputs, features, weight)
-    aim = g.emit("Add", g.emit("Mul", expected, kept), spread)
-    return _towards(g, aim, probability, log_probability, divisor)
+    else:
+        kept, spread = _smoothing(g, outputs, features, weight)
+        aim = g.emit("Add", g.emit("Mul", expected, kept), spread)
+    return _towards(g, g.emit("Mul", aim, counted) if counted else aim, probability, log_probability, divisor)
 
 
-def _mixed(g: Graph, expected: str, weight: str, outputs: int) -> str:
-    """What two labels and their shares make the model aim at [N, K].
+def _mixed(g: Graph, expected: str, weight: str, outputs: tuple[int, ...]) -> str:
+    """What two labels and their shares make the model aim at [N, K, ...].
 
-    `expected`: 1 where a class is the sample's label, else 0; `weight`: the weight of each sample's label [N, 1], or
-    empty.
+    Args:
+        expected: 1 where a class is the label, else 0.
+        weight: The weight of each label [N, 1, ...], or empty.
     """
     partner = g.emit("Unsqueeze", step_contract.Y_PARTNER, g.ints(1))
-    is_partner = g.emit("Equal", partner, g.constant(np.arange(outputs)[None], np.int64))
+    is_partner = g.emit("Equal", partner, _classes(g, outputs))
     own, other = step_contract.Y_SHARE, g.emit("Sub", g.scalar(1), step_contract.Y_SHARE)
     if weight:
         own = g.emit("Mul", own, weight)
@@ -133,26 +166,27 @@ def _mixed(g: Graph, expected: str, weight: str, outputs: int) -> str:
     return g.emit("Add", g.emit("Mul", expected, own), g.emit("Mul", mixed_in, other))
 
 
-def _smoothing(g: Graph, outputs: int, features: Features, weight: str) -> tuple[str, str]:
-    """By what labels are multiplied, [] or with their weights [N, 1], and what every class gets of them: [] or [K]."""
+def _smoothing(g: Graph, outputs: tuple[int, ...], features: Features, weight: str) -> tuple[str, str]:
+    """By what labels are multiplied, [] or with their weights [N, 1, ...], and what every class gets of them: [] or
+    [K, 1, ...]."""
     g.inputs.append(port(step_contract.LABEL_SMOOTHING, ()))
     kept = g.emit("Sub", g.scalar(1), step_contract.LABEL_SMOOTHING)
-    spread = g.emit("Div", step_contract.LABEL_SMOOTHING, g.scalar(outputs))
+    spread = g.emit("Div", step_contract.LABEL_SMOOTHING, g.scalar(outputs[0]))
     if weight:
         kept = g.emit("Mul", kept, weight)
     if features.class_weight:
-        spread = g.emit("Mul", spread, step_contract.CLASS_WEIGHT)
+        spread = g.emit("Mul", spread, _along_classes(g, step_contract.CLASS_WEIGHT, outputs))
     return kept, spread
 
 
 def _towards(g: Graph, aim: str, probability: str, log_probability: str, divisor: str) -> _Parts:
-    """Cross-entropy with any aim [N, K]."""
+    """Cross-entropy with any aim [N, K, ...]."""
     row = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", aim, log_probability), g.ints(1), attrs={"keepdims": 1}))
     whole = g.emit("ReduceSum", aim, g.ints(1), attrs={"keepdims": 1})
     return _Parts(row, g.emit("Sub", g.emit("Mul", probability, whole), aim), "", divisor)
 
 
-def _bce(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+def _bce(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
     """Binary cross-entropy of every label, from logits; hits are labels on whose side of 0 the logit is.
 
     With positive weight p: (1 − y)·softplus(x) + p·y·softplus(−x), its slope (1 − y)·σ(x) − p·y·σ(−x). All of it is
@@ -169,7 +203,7 @@ def _bce(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
     positive = g.emit("Greater", logits, zero)
     absent, present = g.emit("Sub", one, step_contract.Y), step_contract.Y
     if features.class_weight:
-        present = g.emit("Mul", present, step_contract.CLASS_WEIGHT)
+        present = g.emit("Mul", present, _along_classes(g, step_contract.CLASS_WEIGHT, outputs))
 
     def side(load: str, x: str, up: str, down: str) -> tuple[str, str]:
         """A kind of labels' loss and the size of its slope."""
@@ -180,17 +214,17 @@ def _bce(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
     of_absent, down = side(absent, logits, one, e)
     of_present, up = side(present, g.emit("Neg", logits), e, one)
     each, slope = g.emit("Add", of_absent, of_present), g.emit("Sub", down, up)
-    _count_hits(g, g.emit("Equal", positive, g.emit("Greater", step_contract.Y, g.scalar(0.5))))
+    count_hits(g, g.emit("Equal", positive, g.emit("Greater", step_contract.Y, g.scalar(0.5))))
     return _mean(g, each, slope, outputs)
 
 
-def _mse(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+def _mse(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
     """Squared error of every output: d², slope 2·d."""
     d = g.emit("Sub", logits, step_contract.Y)
     return _mean(g, g.emit("Mul", d, d), g.emit("Mul", d, g.scalar(2)), outputs)
 
 
-def _huber(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
+def _huber(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
     """Huber's error of every output: with c = min(|d|, δ) it is c·(|d| − c/2), its slope d within ±δ."""
     g.inputs.append(port(step_contract.HUBER_DELTA, ()))
     d = g.emit("Sub", logits, step_contract.Y)
@@ -200,15 +234,21 @@ def _huber(g: Graph, logits: str, outputs: int, features: Features) -> _Parts:
     return _mean(g, each, g.emit("Mul", g.emit("Sign", d), c), outputs)
 
 
-_LOSSES = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "huber": _huber}
+def _l1(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
+    """Absolute error of every output: |d|, slope sign(d)."""
+    d = g.emit("Sub", logits, step_contract.Y)
+    return _mean(g, g.emit("Abs", d), g.emit("Sign", d), outputs)
 
 
-def _mean(g: Graph, each: str, slope: str, outputs: int) -> _Parts:
+_LOSSES = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "l1": _l1, "huber": _huber}
+
+
+def _mean(g: Graph, each: str, slope: str, outputs: tuple[int, ...]) -> _Parts:
     """Every sample's mean over its outputs."""
-    row = g.emit("ReduceMean", each, attrs={"axes": [1], "keepdims": 1})
-    return _Parts(row, g.emit("Mul", slope, g.scalar(1 / outputs)))
+    row = g.emit("ReduceMean", each, attrs={"axes": list(range(1, len(outputs) + 1)), "keepdims": 1})
+    return _Parts(row, g.emit("Mul", slope, g.scalar(1 / math.prod(outputs))))
 
 
-def _count_hits(g: Graph, right: str) -> None:
+def count_hits(g: Graph, right: str) -> None:
     g.emit("ReduceSum", g.emit("Cast", right, attrs={"to": 7}), attrs={"keepdims": 0}, out=step_contract.HITS)
     g.outputs.append(port(step_contract.HITS, (), np.int64))

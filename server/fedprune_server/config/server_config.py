@@ -13,6 +13,7 @@ from fedprune.blobs.blob_ref import LEAF
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, FedpruneError, shown
 from fedprune.jobs.job import Job
+from fedprune.model.recipe import CUSTOM
 from fedprune.security.tls import SYSTEM
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_name
@@ -40,6 +41,12 @@ class ServerConfig:
     )
     input_shape: tuple[int, ...] | None = setting(
         None, "One sample's shape; only for a torch factory whose module doesn't state it."
+    )
+    loss: str | None = setting(
+        None,
+        'A loss of your own, for recipe.loss = "custom": `package.module:function` of outputs and labels, or an ONNX '
+        "file.",
+        "LOSS",
     )
     evaluation: str | None = setting(
         None, "The server's own samples: a `.npz` file with x and y, or `package.module:function`.", "DATA"
@@ -143,6 +150,11 @@ class ServerConfig:
                 got=repr(without_password(self.broker)),
             )
         check_settings(self, "server")
+        if self.loss is not None and self.job.recipe.loss != CUSTOM:
+            raise ConfigError(
+                "model: loss", expected=f"recipe.loss = {CUSTOM!r} with it", got=repr(self.job.recipe.loss),
+                hint="Say so in [job.recipe], or leave the loss of your own out.",
+            )  # fmt: skip
         if self.blobs != FOLDER:
             parse(self.blobs)
             if self.upload_workers:
@@ -246,6 +258,7 @@ class ServerConfig:
 PLACES = {
     "model": ("model", "path"),
     "input_shape": ("model", "input_shape"),
+    "loss": ("model", "loss"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),
 }

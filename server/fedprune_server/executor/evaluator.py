@@ -15,10 +15,12 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
 from fedprune_device.data.dataset import LocalData, load_data, load_inputs
-from fedprune_device.data.labels import data_loss, hits, targets
+from fedprune_device.data.labels import Targets
+from fedprune_device.training.objective import Measure, Objective
 from fedprune_export.ir.graph import Port
 from fedprune_export.pruning.cut import at_widths
 from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_step
 
 Evaluation = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """Inputs and labels, as `LocalData` has them."""
@@ -85,9 +87,10 @@ class Evaluator:
     def __init__(self, sessions: Sessions, recipe: Recipe, samples: Evaluation) -> None:
         check_samples(samples)
         self._sessions = sessions
-        self._recipe = recipe
-        self._x = samples[0]
-        self._y = targets(samples[1], recipe.loss, sessions.model.architecture.classes)
+        model = sessions.model
+        graph = training_step(model, recipe.features).to_bytes()
+        self._objective = Objective(graph, recipe, model.architecture.classes, scores=recipe.features.scores)
+        self._x, self._y = samples[0], self._objective.targets(samples[1])
 
     def __call__(self, weights: Tensors, widths: tuple[int, ...]) -> dict[str, float]:
         """Accuracy, where classes are predicted, loss and number of samples; what isn't finite is left out.
@@ -96,38 +99,33 @@ class Evaluator:
             weights: The tensors of a model or submodel.
             widths: Its widths.
         """
-        recipe, session = self._recipe, self._sessions.at(widths)
-        terms = {step_contract.HUBER_DELTA: np.array(recipe.huber_delta)}
-        right: list[npt.NDArray[np.bool_]] = []
-        loss = 0.0
+        session, found = self._sessions.at(widths), list[Measure]()
         with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
             for at in range(0, len(self._x), _BATCH):
-                labels = self._y[at : at + _BATCH]
-                logits = session.run({step_contract.X: self._x[at : at + _BATCH], **weights}, [step_contract.LOGITS])[
-                    step_contract.LOGITS
-                ]
-                found = hits(recipe.loss, logits, labels)
-                right += [] if found is None else [found]
-                loss += data_loss(recipe.loss, logits, labels, terms) * len(labels)
-        metrics = {"accuracy": float(np.mean(np.concatenate(right)))} if right else {}
-        metrics |= {"loss": loss / len(self._x), "samples": float(len(self._x))}
+                feeds = {step_contract.X: self._x[at : at + _BATCH], **weights}
+                logits = session.run(feeds, [step_contract.LOGITS])[step_contract.LOGITS]
+                found.append(self._objective(logits, self._y[at : at + _BATCH]))
+        whole = Measure.of(found)
+        metrics = {"samples": float(len(self._x)), "loss": whole.loss}
+        if whole.accuracy is not None:
+            metrics["accuracy"] = whole.accuracy
         return {k: v for k, v in metrics.items() if math.isfinite(v)}
 
 
-def load_evaluation(source: str, model: Model, loss: str) -> Evaluation:
+def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
     """The server's own samples: `x_test` and `y_test` where a file has them, else all samples.
 
     Args:
         source: A `.npz` file or `package.module:function`, as devices' data.
         model: The model that will be measured.
-        loss: What it is trained with.
+        recipe: How it is trained.
 
     Raises:
         DataError: The data can't be read or doesn't fit the model.
     """
     data = load_data(source)
     try:
-        check_data(data, model, loss)
+        check_data(data, model, recipe)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     if len(data.y_test) and _has_test_split(Path(source)):
@@ -137,19 +135,22 @@ def load_evaluation(source: str, model: Model, loss: str) -> Evaluation:
     return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
 
 
-def check_data(data: LocalData, model: Model, loss: str) -> None:
+def check_data(data: LocalData, model: Model, recipe: Recipe) -> None:
     """Check samples and labels against a model.
 
     Args:
         data: The samples.
         model: The model.
-        loss: What it is trained with.
+        recipe: How it is trained.
 
     Raises:
         DataError: Labels don't fit the loss or the number of classes, or samples have another shape or type.
     """
-    shape = model.architecture.input_shape
-    data.check(model.architecture.classes, shape, loss=loss, token_ids=_takes_token_ids(model))
+    architecture = model.architecture
+    labels = next(p for p in training_step(model, recipe.features).inputs if p.name == step_contract.Y)
+    shape = tuple(d if isinstance(d, int) else None for d in labels.shape[1:])
+    wanted = Targets.of(recipe, architecture.classes, shape, whole=labels.dtype.kind == "i")
+    data.check(wanted, architecture.input_shape, token_ids=_takes_token_ids(model))
 
 
 def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:

@@ -467,7 +467,7 @@ def test_identify_says_what_fits_and_why(capsys: pytest.CaptureFixture[str]) -> 
             "mse",
             [[2.0, -1.0, 0.0], [2.0, -1.0, 3.0]],
             ["0: ant 2, bee -1, cat 0", "1: ant 2, bee -1, cat 0"],
-            "loss 1.5",
+            "root of the mean squared error 1.22474",
         ),
     ],
 )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
 from fedprune_device.data.dataset import LocalData, load_data, load_inputs
-from fedprune_device.data.labels import class_presence, class_weights, log_prior
+from fedprune_device.data.labels import Targets, class_presence, class_weights, log_prior
 
 pytestmark = pytest.mark.board
 
@@ -136,7 +136,6 @@ def test_a_function_of_the_user_is_called_with_what_it_takes(tmp_path: Path, mon
         ({"x": X, "y": Y[:-1]}, "number of labels"),
         ({"x": X.astype(np.uint8), "y": Y}, "float32"),
         ({"x": X, "y": Y.astype(str)}, "whole numbers"),
-        ({"x": X, "y": Y.reshape(20, 1, 1)}, "whole numbers"),
         ({"x": X, "y": Y * np.nan}, "labels hold numbers that are not finite: got sample 0"),
         ({"x": X.astype(int) - 50, "y": Y}, "negative token id: expected 0 or more, got -50"),
         ({"x": X, "y": Y, "x_test": X, "y_test": Y * 1.0}, "type of test labels"),
@@ -208,12 +207,12 @@ def test_a_source_that_is_not_there_is_named(source: str) -> None:
 
 def test_a_label_beyond_the_classes_is_refused() -> None:
     with pytest.raises(DataError, match="0 to 2"):
-        LocalData(X, Y, X[:0], Y[:0]).check(3)
+        LocalData(X, Y, X[:0], Y[:0]).check(Targets("cross_entropy", 3))
 
 
 def test_samples_of_another_shape_than_the_model_takes_are_refused() -> None:
     with pytest.raises(DataError, match="one sample"):
-        LocalData(X, Y, X[:0], Y[:0]).check(4, (3,))
+        LocalData(X, Y, X[:0], Y[:0]).check(Targets("cross_entropy", 4), (3,))
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=50))

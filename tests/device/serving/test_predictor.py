@@ -63,8 +63,8 @@ def test_a_model_is_checked_against_its_training_graph(
     model: Path, graphs: Path, weights: Tensors, data: LocalData, graph: str, recipe: Recipe
 ) -> None:
     loss = Trainer(graphs / f"{graph}.onnx").loss(weights, data, recipe, 3)
-    terms = loss_terms(data.y_train, recipe, 3)
+    objective, terms = Trainer(graphs / f"{graph}.onnx").objective(recipe, 3), loss_terms(data.y_train, recipe, 3)
     predictor = Predictor(model)
-    predictor.check(3, data.x_train[:32], data.y_train[:32], loss=loss, terms=terms)
+    predictor.check(3, data.x_train[:32], (loss, lambda z: objective(z, data.y_train[:32], terms).loss))
     with pytest.raises(ModelError, match="contradict"):
-        predictor.check(3, data.x_train[:32], data.y_train[:32], loss=loss + 0.1, terms=terms)
+        predictor.check(3, data.x_train[:32], (loss + 0.1, lambda z: objective(z, data.y_train[:32], terms).loss))

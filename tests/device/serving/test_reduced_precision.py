@@ -17,6 +17,7 @@ from fedprune.runtime.precision import packed, unpacked
 from fedprune.runtime.precision_files import PRECISIONS, files_of, graphs_of, served_files
 from fedprune.wire.messages import BlobRequest, parse
 from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import Targets
 from fedprune_device.network.offer_checks import check_offer
 from fedprune_device.serving.model_slots import Serving
 from fedprune_device.serving.reduced_precision import PrecisionCheck, ReducedPrecision
@@ -117,9 +118,11 @@ def test_validation_samples_decide_where_there_are_some(data: LocalData) -> None
 
     whole: Any = Heard()
     apart = replace(data, x_val=data.x_train[:7] + 1, y_val=data.y_train[:7])
-    PrecisionCheck(whole, apart, RECIPE, CLASSES)
+    PrecisionCheck(whole, apart, RECIPE, Targets("cross_entropy", CLASSES))
     np.testing.assert_array_equal(whole.x, apart.x_val)
-    PrecisionCheck(whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, CLASSES)
+    PrecisionCheck(
+        whole, replace(data, x_val=data.x_val[:0], y_val=data.y_val[:0]), RECIPE, Targets("cross_entropy", CLASSES)
+    )
     np.testing.assert_array_equal(whole.x, data.x_train[:512])
 
 

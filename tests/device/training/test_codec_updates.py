@@ -111,7 +111,7 @@ ARCHITECTURE = Architecture(
     (),
     (),
     (6,),
-    3,
+    (3,),
 )
 BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])
 NOW = Selection.of(ARCHITECTURE, (4,), [[7, 5, 4, 1, 0, 2, 3, 6]])

@@ -62,7 +62,7 @@ def test_names_say_what_they_stand_for() -> None:
 
 
 def test_an_axis_is_the_sum_of_its_segments() -> None:
-    arch = Architecture("a", (ChannelGroup("g0", 7), ChannelGroup("one", 1)), (), (), (), (1,), 1)
+    arch = Architecture("a", (ChannelGroup("g0", 7), ChannelGroup("one", 1)), (), (), (), (1,), (1,))
     axis = Axis((Segment(0, 0, 7, 4), Segment(FIXED, 0, 3), Segment(0, 0, 7, 2), Segment(1, 0, 1, 5)))
     assert dimensions().of_axis(axis, arch) == "g0*6+8"  # a group of one channel never varies
     with pytest.raises(ModelError, match="uneven on an axis"):

@@ -66,7 +66,7 @@ def _batch_norm(data: Arrays, shape: tuple[int | str, ...]) -> Session:
     axes = (Axis((Segment(0, 0, c),)),)
     kinds = {"w": "norm_scale", "b": "norm_bias", "m": "stat_mean", "v": "stat_var"}
     specs = tuple(TensorSpec(n, TensorKind(k), axes) for n, k in kinds.items())
-    arch = Architecture("op", (ChannelGroup("c", c),), specs, (), (), (1,), 1)
+    arch = Architecture("op", (ChannelGroup("c", c),), specs, (), (), (1,), (1,))
     graph = Graph(nodes=[node("BatchNormalization", "x", "w", "b", "m", "v", epsilon=1e-5)])
     graph.outputs = [Port("y", np.dtype(np.float32), ())]
     out = Graph()

@@ -67,7 +67,7 @@ def test_a_step_of_the_cut_net_is_that_of_the_masked_one(model: Model) -> None:
     x, y = inputs(model, 6), np.arange(6)
 
     def after(tensors: Tensors, bits: ElementMask) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
-        fed = {step_contract.X: x, step_contract.Y: y, **first_step(recipe, tensors, session.inputs, 6, 10)}
+        fed = {step_contract.X: x, step_contract.Y: y, **first_step(recipe, tensors, session.inputs, y, 10)}
         fed |= {step_contract.mask(n): m.astype(np.float32) for n, m in bits.active.items()}
         got = session.run(fed)
         return {n: got[step_contract.following(n)] for n in tensors} | {"loss": got[step_contract.LOSS]}

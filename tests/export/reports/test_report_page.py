@@ -26,7 +26,7 @@ def architecture(sizes: tuple[int, ...], name: str = "conv") -> Architecture:
         layers=tuple(Layer(f"node{i}", "Gemm", f"{name}{i}.weight", 1) for i in range(len(sizes))),
         activations=(),
         input_shape=(3,),
-        classes=sizes[-1],
+        output_shape=(sizes[-1],),
     )
 
 
@@ -98,7 +98,7 @@ def test_names_are_text() -> None:
 
 
 def test_a_model_without_groups_has_no_bars() -> None:
-    bare = Architecture("bare", (), (), (), (), (3,), 3)
+    bare = Architecture("bare", (), (), (), (), (3,), (3,))
 
     assert channel_bars(Selection.full(bare)) == []
     assert layer_bars(bare, ()) == []

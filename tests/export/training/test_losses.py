@@ -1,4 +1,4 @@
-"""Losses of the training graph and their gradients against torch, on logits of any size."""
+"""Losses of the training graph and their gradients against torch, on outputs of any size and shape."""
 
 from functools import cache
 from typing import Any
@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from fedprune.model import step_contract
 from fedprune.model.recipe import Features
+from fedprune.model.step_contract import weight_of
 from fedprune.runtime.session import Session
 from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.ir.graph import Graph
@@ -22,6 +23,10 @@ pytestmark = pytest.mark.torch
 
 Array = np.ndarray[Any, Any]
 K = 4
+IGNORED = 255
+PLACES: tuple[tuple[int, ...], ...] = ((), (3,), (2, 2))
+"""Shapes of what a model says of each sample: one row of outputs, or one at each place."""
+
 LOSSES = {
     "plain": Features(),
     "weights": Features(class_weight=True),
@@ -31,6 +36,10 @@ LOSSES = {
     "mixup": Features(mixup=True),
     "mixup weights": Features(mixup=True, class_weight=True),
     "all of cross-entropy with mixup": Features(True, True, True, label_smoothing=True, mixup=True),
+    "ignore": Features(ignore_label=IGNORED),
+    "ignore one that is a class": Features(ignore_label=2),
+    "ignore with weights": Features(ignore_label=IGNORED, class_weight=True),
+    "ignore with all": Features(True, True, True, label_smoothing=True, ignore_label=IGNORED),
     "bce": Features(loss="bce"),
     "bce weights": Features(loss="bce", class_weight=True),
     "mse": Features(loss="mse"),
@@ -39,15 +48,16 @@ LOSSES = {
 
 
 @cache
-def session(name: str, parts: bool = False) -> Session:
+def session(name: str, parts: bool = False, places: tuple[int, ...] = ()) -> Session:
     """The loss alone, with every sample's loss and the gradient by the logits."""
+    outputs = (K, *places)
     asked = LOSSES[name]
     features = Features(**{**asked.__dict__, "accumulate": parts, "sample_losses": True})
     g = Graph(name="loss")
-    g.inputs = [port("z", (BATCH, K)), port(step_contract.Y, *target_shape(features, K))]
+    g.inputs = [port("z", (BATCH, *outputs)), port(step_contract.Y, *target_shape(features, outputs))]
     g.outputs = [port(step_contract.LOSS, ())]
-    g.emit("Identity", write_loss(g, "z", K, features), out="dz")
-    g.outputs.append(port("dz", (BATCH, K)))
+    g.emit("Identity", write_loss(g, "z", outputs, features), out="dz")
+    g.outputs.append(port("dz", (BATCH, *outputs)))
     return Session(g.to_bytes(), training=True)
 
 
@@ -64,13 +74,17 @@ def numbers(seed: int) -> dict[str, Array]:
     }
 
 
-def labels(kind: str, batch: int, seed: int) -> Array:
-    rng = np.random.default_rng([seed, batch])
-    if kind == "cross_entropy":
-        return rng.integers(0, K, batch)
-    if kind == "bce":
-        return rng.choice([0, 1, 0.3], (batch, K), p=[0.5, 0.4, 0.1]).astype(np.float32)
-    return (3 * rng.standard_normal((batch, K))).astype(np.float32)
+def labels(features: Features, batch: int, seed: int, places: tuple[int, ...] = ()) -> Array:
+    rng, shape = np.random.default_rng([seed, batch]), (batch, *features.target_shape((K, *places)))
+    if features.loss == "cross_entropy":
+        y = rng.integers(0, K, shape)
+        if features.ignore_label is not None:
+            y = np.where(rng.random(shape) < 0.3, features.ignore_label, y)
+            y.flat[0] = 1  # torch knows no mean of nothing
+        return y
+    if features.loss == "bce":
+        return rng.choice([0, 1, 0.3], shape, p=[0.5, 0.4, 0.1]).astype(np.float32)
+    return (3 * rng.standard_normal(shape)).astype(np.float32)
 
 
 def partners(y: Array, seed: int) -> Array:
@@ -82,10 +96,12 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
     get = {k: torch.tensor(v, dtype=dtype) for k, v in extra.items()}
     leaf = torch.tensor(z, dtype=dtype, requires_grad=True)
     x, weight = leaf, get[step_contract.CLASS_WEIGHT] if features.class_weight else None
+    along = (K, *[1] * (z.ndim - 2))
     if features.logit_offset:
-        x = x + get[step_contract.LOGIT_OFFSET]
+        x = x + get[step_contract.LOGIT_OFFSET].reshape(along)
     if features.class_mask:
-        x = torch.where(get[step_contract.CLASS_MASK] > 0, x, torch.zeros_like(x))
+        x = torch.where(get[step_contract.CLASS_MASK].reshape(along) > 0, x, torch.zeros_like(x))
+    ignored = -100 if features.ignore_label is None else features.ignore_label
     target = torch.tensor(y) if y.dtype == np.int64 else torch.tensor(y, dtype=dtype)
     share = get[step_contract.Y_SHARE] if features.mixup else torch.ones((), dtype=dtype)
     partner = torch.tensor(extra[step_contract.Y_PARTNER]) if features.mixup else target
@@ -94,13 +110,15 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
         if features.loss == "cross_entropy":
             smooth = float(extra[step_contract.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
             own, other = (
-                functional.cross_entropy(x, t, weight, label_smoothing=smooth, reduction=reduction)
+                functional.cross_entropy(
+                    x, t, weight, ignore_index=ignored, label_smoothing=smooth, reduction=reduction
+                )
                 for t in (target, partner)
             )
             out[reduction] = share * own + (1 - share) * other
         elif features.loss == "bce":
             out[reduction] = functional.binary_cross_entropy_with_logits(
-                x, target, pos_weight=weight, reduction=reduction
+                x, target, pos_weight=None if weight is None else weight.reshape(along), reduction=reduction
             )
         elif features.loss == "mse":
             out[reduction] = functional.mse_loss(x, target, reduction=reduction)
@@ -109,11 +127,13 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
                 x, target, reduction=reduction, delta=float(extra[step_contract.HUBER_DELTA])
             )
     out["mean"].backward()
-    each = out["none"] if out["none"].ndim == 1 else out["none"].mean(1)
+    each = out["none"].flatten(1) if out["none"].ndim > 1 else out["none"][:, None]
+    each = each.sum(1) if features.loss == "cross_entropy" else each.mean(1)
     assert leaf.grad is not None
     found = {step_contract.LOSS: out["mean"], step_contract.SAMPLE_LOSSES: each, "dz": leaf.grad}
     if features.loss == "cross_entropy":
-        found[step_contract.HITS] = (x.argmax(1) == (target if share >= 0.5 else partner)).sum()
+        meant = target if share >= 0.5 else partner
+        found[step_contract.HITS] = ((x.argmax(1) == meant) & (meant != ignored)).sum()
     if features.loss == "bce":
         found[step_contract.HITS] = ((x > 0) == (target > 0.5)).sum()
     return {k: v.detach().numpy() for k, v in found.items()}
@@ -123,17 +143,20 @@ def error(got: Array, want: Array) -> float:
     return float(np.linalg.norm((got - want).ravel()) / max(float(np.linalg.norm(want.ravel())), 1e-30))
 
 
-logits = st.integers(1, 9).flatmap(
-    lambda n: arrays.arrays(np.float32, (n, K), elements=st.floats(-90, 90, width=32) | st.floats(-2, 2, width=32))
+numbers_near_and_far = st.floats(-90, 90, width=32) | st.floats(-2, 2, width=32)
+logits = st.integers(1, 9).flatmap(lambda n: arrays.arrays(np.float32, (n, K), elements=numbers_near_and_far))
+places_and_logits = st.tuples(st.sampled_from(PLACES), st.integers(1, 5)).flatmap(
+    lambda drawn: arrays.arrays(np.float32, (drawn[1], K, *drawn[0]), elements=numbers_near_and_far)
 )
 
 
 @pytest.mark.parametrize("name", LOSSES)
 @settings(max_examples=60, deadline=None)
-@given(z=logits, seed=st.integers(0, 99))
+@given(z=places_and_logits, seed=st.integers(0, 99))
 def test_a_loss_and_its_gradient_are_torchs(name: str, z: Array, seed: int) -> None:
-    features, run = LOSSES[name], session(name)
-    y, extra = labels(LOSSES[name].loss, len(z), seed), numbers(seed)
+    places = z.shape[2:]
+    features, run = LOSSES[name], session(name, places=places)
+    y, extra = labels(features, len(z), seed, places), numbers(seed)
     extra[step_contract.Y_PARTNER] = partners(y, seed)
     exact, usual = (oracle(features, z, y, extra, t) for t in (torch.float64, torch.float32))
     got = run.run({k: v for k, v in {"z": z, step_contract.Y: y, **extra}.items() if k in run.inputs})
@@ -145,20 +168,22 @@ def test_a_loss_and_its_gradient_are_torchs(name: str, z: Array, seed: int) -> N
         assert off <= floor or error(got[key], value) <= max(1e-6, 2 * error(usual[key], value)), key
 
 
+@pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("name", LOSSES)
-def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str) -> None:
+def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str, places: tuple[int, ...]) -> None:
     features = LOSSES[name]
     rng = np.random.default_rng(5)
-    z, y, extra = rng.standard_normal((11, K)).astype(np.float32), labels(features.loss, 11, 5), numbers(5)
-    weights = (
-        extra[step_contract.CLASS_WEIGHT][y]
-        if features.class_weight and features.loss == "cross_entropy"
-        else np.ones(11)
-    )
-    extra[step_contract.DIVISOR] = np.array(weights.sum(), np.float32)
+    z, y, extra = (
+        rng.standard_normal((11, K, *places)).astype(np.float32), labels(features, 11, 5, places), numbers(5),
+    )  # fmt: skip
+    weights = extra[step_contract.CLASS_WEIGHT] if features.class_weight else None
+    extra[step_contract.DIVISOR] = np.array(weight_of(y, features.ignore_label, weights), np.float32)
     split = np.array_split(np.arange(11), 3)
     partner = np.concatenate([partners(y[rows], 5) for rows in split])
-    run, exact = session(name, True), oracle(features, z, y, {**extra, step_contract.Y_PARTNER: partner}, torch.float64)
+    run, exact = (
+        session(name, True, places),
+        oracle(features, z, y, {**extra, step_contract.Y_PARTNER: partner}, torch.float64),
+    )
     found = []
     for rows in split:
         fed = {"z": z[rows], step_contract.Y: y[rows], step_contract.Y_PARTNER: partner[rows], **extra}
@@ -173,7 +198,7 @@ def test_parts_of_a_batch_add_up_to_its_loss_and_gradient(name: str) -> None:
 def test_extreme_outputs_give_finite_losses(name: str) -> None:
     features, run, extra = LOSSES[name], session(name), numbers(1)
     z = np.array([[1e6, -1e6, 0, 1], [-1e6, 1e6, 1e-30, -1e-30]], np.float32)
-    y = labels(features.loss, 2, 0)
+    y = labels(features, 2, 0)
     fed = {"z": z, step_contract.Y: y, step_contract.Y_PARTNER: y[::-1].copy(), **extra}
     got = run.run({k: v for k, v in fed.items() if k in run.inputs})
     assert all(np.isfinite(v).all() for v in got.values())
@@ -187,7 +212,7 @@ def test_extreme_outputs_give_finite_losses(name: str) -> None:
 def test_a_sample_that_is_not_mixed_has_the_loss_that_it_has_without_mixup(
     mixed: str, plain: str, z: Array, seed: int, where: str
 ) -> None:
-    y, extra = labels("cross_entropy", len(z), seed), numbers(seed)
+    y, extra = labels(Features(), len(z), seed), numbers(seed)
     fed = {"z": z, step_contract.Y: y, step_contract.Y_PARTNER: y, **extra}
     if where == "whole":
         fed |= {step_contract.Y_PARTNER: partners(y, seed), step_contract.Y_SHARE: np.array(1, np.float32)}
@@ -196,6 +221,14 @@ def test_a_sample_that_is_not_mixed_has_the_loss_that_it_has_without_mixup(
     )
     for key, value in wanted.items():
         np.testing.assert_allclose(got[key], value, rtol=1e-5, atol=2e-7 * (1 + float(np.abs(z).max())), err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["ignore", "ignore with weights", "ignore with all"])
+def test_a_batch_whose_labels_all_count_for_nothing_has_no_loss_and_no_gradient(name: str) -> None:
+    z, y = np.ones((2, K, 3), np.float32), np.full((2, 3), IGNORED)
+    run = session(name, places=(3,))
+    got = run.run({k: v for k, v in {"z": z, step_contract.Y: y, **numbers(1)}.items() if k in run.inputs})
+    assert {k: float(np.abs(v).max()) for k, v in got.items()} == dict.fromkeys(got, 0.0)
 
 
 def test_small_losses_keep_their_digits() -> None:

@@ -77,7 +77,7 @@ def feeds(kind: str, session: Session, recipe: Recipe, theta: float, seed: int =
     """A first step's inputs: every weight above θ or below, biases and norms without a threshold, anchors moved."""
     rng, m = np.random.default_rng(seed), model(kind)
     tensors = dict(m.tensors)
-    fed = first_step(recipe, tensors, session.inputs, 8, CLASSES)
+    fed = first_step(recipe, tensors, session.inputs, np.zeros(8, np.int64), CLASSES)
     fed[step_contract.X] = rng.standard_normal((8, *m.architecture.input_shape)).astype(np.float32)
     fed[step_contract.Y] = rng.integers(0, CLASSES, 8)
     for name, value in tensors.items():

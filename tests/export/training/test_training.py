@@ -353,9 +353,9 @@ def test_a_graph_is_built_in_fifty_milliseconds(model: Model) -> None:
     assert min(times) < 0.05
 
 
-def test_a_model_without_classes_is_refused(model: Model) -> None:
-    with pytest.raises(ModelError, match=r"logits.*flatten\(1\)"):
-        training_graph(replace(model, architecture=replace(model.architecture, classes=0)), Features())
+def test_a_model_whose_output_has_no_axis_is_refused(model: Model) -> None:
+    with pytest.raises(ModelError, match=r"without an axis.*unsqueeze\(1\)"):
+        training_graph(replace(model, architecture=replace(model.architecture, output_shape=())), Features())
 
 
 def test_a_statistic_without_its_norm_is_refused(model: Model) -> None:
@@ -380,4 +380,4 @@ def test_two_norms_on_the_same_statistics_are_refused(model: Model) -> None:
 def test_a_free_image_size_is_refused() -> None:
     graph = Graph([Port("x", np.dtype(np.float32), ("N", 1, None))])
     with pytest.raises(ModelError, match="free dimensions"):
-        training_graph(Model(graph, Architecture("free", (), (), (), (), (1, 1), 2)), Features())
+        training_graph(Model(graph, Architecture("free", (), (), (), (), (1, 1), (2,))), Features())

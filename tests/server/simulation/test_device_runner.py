@@ -24,6 +24,7 @@ from fedprune.wire.messages import Offer
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.objective import Objective
 from fedprune_device.training.round_runner import MEASURED, RoundRunner
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.training.step_graph import training_graph
@@ -71,7 +72,13 @@ def test_it_gives_what_a_board_gives(store, offer, tmp_path):
 
 
 def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedprune_device.training.evaluation.data_loss", lambda *_: float("nan"))
+    measure = Objective.__call__
+    monkeypatch.setattr(
+        Objective, "__call__",
+        lambda self, outputs, y, terms=None: measure(self, outputs, y, terms)._replace(
+            **{"loss": float("nan")} if terms is None else {}
+        ),
+    )  # fmt: skip
     assert "loss_after" not in DeviceRunner(store, tmp_path / "scratch").carry_out(DEVICE, offer, 1).metrics
 
 

@@ -128,6 +128,6 @@ def test_evaluation_samples_are_checked_against_the_loss(tmp_path: Path) -> None
     data = digits(NAMES)
     source = str(tmp_path / "e.npz")
     np.savez(source, x=data.x, y=data.y)
-    assert load_evaluation(source, digits_net(), "cross_entropy")[1].dtype == np.int64
+    assert load_evaluation(source, digits_net(), Recipe())[1].dtype == np.int64
     with pytest.raises(DataError, match=r"e\.npz: labels for loss bce"):
-        load_evaluation(source, digits_net(), "bce")
+        load_evaluation(source, digits_net(), Recipe(loss="bce"))

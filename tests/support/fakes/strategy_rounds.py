@@ -34,7 +34,7 @@ NET = Architecture(
     tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
     (),
     (3,),
-    3,
+    (3,),
 )
 """A small model with one of each kind of tensor."""
 

@@ -31,7 +31,7 @@ ARCHITECTURE = Architecture(
     (Layer("w", "Gemm", "w", 1), Layer("head", "Gemm", "head", 1)),
     (Activation("h", CHANNELS, 1, True),),
     (4,),
-    3,
+    (3,),
 )
 JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100)
 NAMES = ("a", "b", "c")

@@ -67,7 +67,7 @@ def architectures(draw: st.DrawFn) -> Architecture:
     activations = tuple(
         Activation(f"value{g}", Axis((Segment(g, 0, n),)), 4, draw(st.booleans())) for g, n in enumerate(sizes)
     )
-    return Architecture("drawn", groups, tuple(tensors), tuple(layers), activations, (3, 4, 4), 4)
+    return Architecture("drawn", groups, tuple(tensors), tuple(layers), activations, (3, 4, 4), (4,))
 
 
 @st.composite

@@ -54,7 +54,7 @@ def training(full: bool = False, stats: bool = False) -> Graph:
         g.emit("Add", kept, g.emit("Mul", batch, g.scalar(0.1)), out=step_contract.following("mean"))
         g.outputs.append(Port(step_contract.following("mean"), f32, (FEATURES,)))
         x = g.emit("Sub", x, batch)
-    z = g.emit("Gemm", x, "w", "b", attrs={"transB": 1})
+    z = g.emit("Gemm", x, "w", "b", attrs={"transB": 1}, out=step_contract.LOGITS)
     if full:
         z = g.emit("Mul", g.emit("Add", z, step_contract.LOGIT_OFFSET), step_contract.CLASS_MASK)
     hot = g.emit("OneHot", step_contract.Y, g.constant(CLASSES, np.int64), g.constant([0, 1], np.float32))
@@ -125,7 +125,7 @@ def tokens() -> Model:
     g.emit("ReduceMean", g.emit("Gather", "table", "x"), attrs={"axes": [1], "keepdims": 0}, out="logits")
     g.outputs = [Port("logits", np.dtype(np.float32), ("N", CLASSES))]
     spec = TensorSpec("table", TensorKind.WEIGHT, (Axis.fixed(VOCABULARY), Axis.fixed(CLASSES)))
-    return Model(g, Architecture("tokens", (), (spec,), (), (), (5,), CLASSES))
+    return Model(g, Architecture("tokens", (), (spec,), (), (), (5,), (CLASSES,)))
 
 
 COMPILED = {

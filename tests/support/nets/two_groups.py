@@ -27,6 +27,6 @@ ARCHITECTURE = Architecture(
     (Layer("a", "Gemm", "a", 1), Layer("b", "Gemm", "b", 1), Layer("head", "Gemm", "head", 1)),
     (Activation("h", FIRST, 1, True), Activation("i", SECOND, 1, True)),
     (4,),
-    3,
+    (3,),
 )
 TRAINED = frozenset(t.name for t in ARCHITECTURE.trainable)

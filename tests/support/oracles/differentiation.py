@@ -110,7 +110,7 @@ def differentiated(
     graph.outputs = [Port("y", np.dtype(np.float32), ())]
     axes = {n: tuple(map(symbols.axis, dims)) for n, dims in {**shapes, **(values or {})}.items()}
     specs = tuple(TensorSpec(n, TensorKind.WEIGHT, tuple(a for a in axes[n] if a)) for n in weights)
-    arch = Architecture("op", symbols.groups, specs, (), (), (1,), 1)
+    arch = Architecture("op", symbols.groups, specs, (), (), (1,), (1,))
     out = Graph()
     tape = Tape(Model(graph, arch, values=axes), out, frozen)
     wanted = {n: a.dtype.kind == "f" and n not in frozen for n, a in data.items()}

@@ -188,7 +188,7 @@ def test_tensors_of_no_numbers_are_folded_like_others(quick: bool) -> None:
         return Axis((Segment(0, 0, 4),)) if n == 4 else Axis.fixed(n)
 
     tensors = tuple(TensorSpec(n, TensorKind.WEIGHT, tuple(axis(k) for k in shape)) for n, shape in shapes.items())
-    architecture = Architecture("empty", (ChannelGroup("c", 4),), tensors, (), (), (3,), 2)
+    architecture = Architecture("empty", (ChannelGroup("c", 4),), tensors, (), (), (3,), (2,))
     base = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     with nullcontext() if quick else Numpy():
         fold = Fold(architecture, base)
@@ -207,7 +207,7 @@ def test_a_model_keeps_no_memory_but_its_own(quick: bool, order: tuple[int, ...]
         TensorSpec("w", TensorKind.WEIGHT, (Axis((Segment(0, 0, 4),)), Axis.fixed(9))),
         TensorSpec("b", TensorKind.BIAS, (Axis.fixed(2),)),
     )
-    architecture = Architecture("two", (ChannelGroup("c", 4),), tensors, (), (), (3,), 2)
+    architecture = Architecture("two", (ChannelGroup("c", 4),), tensors, (), (), (3,), (2,))
     base = model(architecture, 0)
     with nullcontext() if quick else Numpy():
         fold = Fold(architecture, base)

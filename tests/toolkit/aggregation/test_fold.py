@@ -34,7 +34,7 @@ NORM = Architecture(
     (),
     (),
     (3,),
-    2,
+    (2,),
 )
 
 Masked = tuple[Selection, Tensors, int, int, ElementMask | None]
@@ -240,7 +240,7 @@ def test_the_total_weight_is_bounded() -> None:
 
 
 def test_an_update_of_another_architecture_is_refused() -> None:
-    other = Architecture("other", NORM.groups, NORM.tensors, (), (), (3,), 2)
+    other = Architecture("other", NORM.groups, NORM.tensors, (), (), (3,), (2,))
     with pytest.raises(BundleError, match="another architecture"):
         Fold(NORM, model(NORM, 0)).add(Selection.full(other), model(other, 1), 1)
 
@@ -281,7 +281,7 @@ def test_memory_is_one_integer_per_coordinate() -> None:
         (),
         (),
         (3,),
-        2,
+        (2,),
     )
     base = model(big, 0)
     part = {"w": base["w"][:256].copy()}
@@ -353,7 +353,7 @@ def test_filling_is_folding_what_was_reconstructed(data: st.DataObject, seed: in
 def test_memory_does_not_grow_with_the_fleet() -> None:
     group, inputs = Axis((Segment(0, 0, 256),)), Axis.fixed(2048)
     big = Architecture(
-        "big", (ChannelGroup("c", 256),), (TensorSpec("w", TensorKind.WEIGHT, (group, inputs)),), (), (), (3,), 2
+        "big", (ChannelGroup("c", 256),), (TensorSpec("w", TensorKind.WEIGHT, (group, inputs)),), (), (), (3,), (2,)
     )
     base, dice = model(big, 0), np.random.default_rng(0)
     given_ = []

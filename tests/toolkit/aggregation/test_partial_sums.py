@@ -74,7 +74,7 @@ def _case() -> tuple[Fold, Selection, Tensors]:
     axis = Axis((Segment(0, 0, 4),))
     kinds = (TensorKind.WEIGHT, TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
     specs = tuple(TensorSpec(k.value, k, (axis,)) for k in kinds)
-    architecture = Architecture("norm", (ChannelGroup("c", 4),), specs, (), (), (3,), 2)
+    architecture = Architecture("norm", (ChannelGroup("c", 4),), specs, (), (), (3,), (2,))
     base = model(architecture, 1)
     return Fold(architecture, base), Selection.full(architecture), base
 

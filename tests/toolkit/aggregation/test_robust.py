@@ -137,7 +137,7 @@ def test_memory_for_medians_changes_no_bit(case: tuple[Scene, list[Report]], kin
 def test_memory_does_not_grow_with_the_fleet(how: Robustness) -> None:
     channels = Axis((Segment(0, 0, 64),))
     kind = TensorSpec("w", TensorKind.WEIGHT, (channels, Axis.fixed(4096)))
-    architecture = Architecture("big", (ChannelGroup("c", 64),), (kind,), (), (), (3,), 0)
+    architecture = Architecture("big", (ChannelGroup("c", 64),), (kind,), (), (), (3,), (1,))
     base = model(architecture, 0)
     at, budget = scene(architecture, base), 2 * base["w"].nbytes
     parts = [trained(selection, base, 1) for selection in (Selection.of(architecture, (n,)) for n in (64, 32))]
@@ -235,7 +235,7 @@ def _net() -> Architecture:
         (),
         (),
         (3,),
-        0,
+        (0,),
     )
 
 

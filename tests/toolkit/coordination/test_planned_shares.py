@@ -52,7 +52,7 @@ WIDE = Architecture(
     tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
     (),
     (3,),
-    3,
+    (3,),
 )
 
 

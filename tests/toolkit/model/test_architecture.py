@@ -39,7 +39,7 @@ PLAIN = Architecture(
     (Layer("fc1", "Gemm", "fc1.weight", 1), Layer("fc2", "Gemm", "fc2.weight", 1)),
     (),
     (3,),
-    2,
+    (2,),
 )
 
 
@@ -109,7 +109,7 @@ def test_widths_that_do_not_fit_are_refused(kept: tuple[int, ...]) -> None:
         replace(PLAIN, layers=(replace(PLAIN.layers[0], positions=2), PLAIN.layers[1])),
         replace(PLAIN, layers=(replace(PLAIN.layers[0], output_axis=1), PLAIN.layers[1])),
         replace(PLAIN, input_shape=(3, 1)),
-        replace(PLAIN, classes=3),
+        replace(PLAIN, output_shape=(3,)),
     ],
 )
 def test_the_digest_sees_every_part(other: Architecture) -> None:
@@ -141,7 +141,7 @@ def test_spacing_and_order_of_keys_do_not_change_the_digest() -> None:
         replace(PLAIN, tensors=PLAIN.tensors[1:]),
         replace(PLAIN, layers=(replace(PLAIN.layers[0], output_axis=2),)),
         replace(PLAIN, layers=(replace(PLAIN.layers[0], positions=-1),)),
-        replace(PLAIN, classes=-1),
+        replace(PLAIN, output_shape=(-1,)),
         replace(PLAIN, input_shape=(3, 0)),
         replace(PLAIN, tensors=(*PLAIN.tensors, TensorSpec("deep", TensorKind.WEIGHT, (Axis.fixed(1),) * 9))),
     ],
@@ -198,7 +198,7 @@ def _spoilt(body: Any, path: tuple[Any, ...], value: Any) -> str:
         ("layers", 0),
         ("layers", 0, 4),
         ("input_shape", 0),
-        ("classes",),
+        ("output_shape", 0),
     ],
 )
 def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
@@ -209,8 +209,8 @@ def test_hostile_values_are_refused(path: tuple[Any, ...], value: Any) -> None:
 
 
 def test_an_architecture_of_an_older_form_says_what_to_do() -> None:
-    old = PLAIN.to_json().replace("fedprune.architecture/2", "fedprune.architecture/1")
-    with pytest.raises(BundleError, match=r"expected fedprune.architecture/2, got .*/1'. Export the model again"):
+    old = PLAIN.to_json().replace("fedprune.architecture/3", "fedprune.architecture/1")
+    with pytest.raises(BundleError, match=r"expected fedprune.architecture/3, got .*/1'. Export the model again"):
         Architecture.from_json(old)
 
 

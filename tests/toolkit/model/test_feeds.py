@@ -37,7 +37,7 @@ def test_samples_are_whole_until_a_step_mixes_them() -> None:
     assert set(numbers(Recipe(mixup=0.3))) == SGD | {step_contract.Y_SHARE}
     assert numbers(Recipe(mixup=0.3))[step_contract.Y_SHARE] == np.float32(1)
     assert set(numbers(Recipe(mixup=0.3, loss="mse"))) == SGD  # whose targets are mixed before they are fed
-    found = first_step(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, 9, 4)
+    found = first_step(Recipe(), {}, {step_contract.Y_SHARE, step_contract.Y_PARTNER}, np.zeros(9, np.int64), 4)
     assert found == {step_contract.Y_SHARE: np.float32(1)}  # labels and their partners are the samples'
 
 
@@ -61,7 +61,7 @@ def test_a_first_step_feeds_what_the_graph_has_and_nothing_else() -> None:
         step_contract.mask("w"),
     }
     inputs |= {step_contract.buffer("w"), step_contract.second("w"), step_contract.total("w")}
-    found = first_step(Recipe(optimizer="adam"), tensors, inputs, 9, 4)
+    found = first_step(Recipe(optimizer="adam"), tensors, inputs, np.zeros(9, np.int64), 4)
     assert set(found) == inputs
     assert found[step_contract.DIVISOR] == 9
     assert found[step_contract.STEP_NUMBER] == 1

@@ -33,7 +33,7 @@ CONCAT = Architecture(
     (),
     (),
     (3,),
-    2,
+    (2,),
 )
 SHUFFLED = Architecture(
     "shuffled",
@@ -45,7 +45,7 @@ SHUFFLED = Architecture(
     (),
     (),
     (3,),
-    2,
+    (2,),
 )
 
 
@@ -96,7 +96,7 @@ def test_plans_begin_with_the_devices_own_and_are_never_wider() -> None:
     assert axes.plans((3, 6), [1.0, 0.5, 0.5, 0.01]) == [(3, 6), (2, 3), (1, 1)]
     assert axes.plans((4, 6), []) == [(4, 6)]
     # 0.7 × 10 is a hair above 7: the same widths as an extraction at that density has.
-    ten = axes_of(Architecture("ten", (ChannelGroup("a", 10),), (), (), (), (1,), 1))
+    ten = axes_of(Architecture("ten", (ChannelGroup("a", 10),), (), (), (), (1,), (1,)))
     assert ten.plans((10,), [0.7]) == [(10,), (7,)]
 
 

@@ -24,7 +24,7 @@ PAIR = Architecture(
     (),
     (),
     (3,),
-    2,
+    (2,),
 )
 
 
@@ -180,7 +180,7 @@ def test_a_submodel_of_another_width_is_not_scattered() -> None:
 
 
 def test_a_selection_of_another_architecture_is_refused() -> None:
-    other = Architecture("other", PAIR.groups, PAIR.tensors, (), (), (3,), 2)
+    other = Architecture("other", PAIR.groups, PAIR.tensors, (), (), (3,), (2,))
     with pytest.raises(BundleError, match="another architecture"):
         Selection.from_json(Selection.full(PAIR).to_json(), other)
 

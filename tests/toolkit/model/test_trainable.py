@@ -20,7 +20,7 @@ KINDS = {
     "fc.weight": TensorKind.WEIGHT,
     "fc.bias": TensorKind.BIAS,
 }
-MODEL = Architecture("m", (), tuple(TensorSpec(n, k, (Axis.fixed(2),)) for n, k in KINDS.items()), (), (), (2,), 2)
+MODEL = Architecture("m", (), tuple(TensorSpec(n, k, (Axis.fixed(2),)) for n, k in KINDS.items()), (), (), (2,), (2,))
 STATISTICS = {"norm.running_mean", "norm.running_var"}
 
 
@@ -54,7 +54,7 @@ HEADED = Architecture(
     (Layer("conv", "Conv", "conv.weight", 1), Layer("fc", "Gemm", "fc.weight", 1)),
     (),
     (2,),
-    2,
+    (2,),
 )
 
 

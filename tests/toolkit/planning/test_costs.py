@@ -66,7 +66,9 @@ def convnet(channels: Sequence[int], side: int = 16, inputs: int = 3, classes: i
     layers.append(Layer("fc", "Gemm", "fc.weight", 1))
     values.append(Activation("logits", Axis.fixed(classes), 1, True))
     side = int(layers[0].positions ** 0.5)
-    return Architecture("convnet", groups, tuple(tensors), tuple(layers), tuple(values), (inputs, side, side), classes)
+    return Architecture(
+        "convnet", groups, tuple(tensors), tuple(layers), tuple(values), (inputs, side, side), (classes,)
+    )
 
 
 NET = convnet((8, 16))

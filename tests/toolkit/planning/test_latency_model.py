@@ -61,7 +61,7 @@ def net(first: int = 32, second: int = 64, side: int = 16) -> Architecture:
         ),
         (),
         (3, side, side),
-        10,
+        (10,),
     )
 
 

@@ -46,7 +46,7 @@ NET = Architecture(
     (Layer("conv", "Conv", "conv", 256), Layer("fc", "Gemm", "fc", 1), Layer("head", "Gemm", "head", 1)),
     (Activation("conv", MAPS, 256, True), Activation("fc", HIDDEN, 1, True)),
     (3, 16, 16),
-    10,
+    (10,),
 )
 RECIPE = Recipe(epochs=2, batch_size=16)
 BOARD = profile_store.find("raspberry-pi-4b")

@@ -31,7 +31,7 @@ ARCHITECTURE = Architecture(
     (Layer("w", "Gemm", "w", 1),),
     (),
     (3,),
-    0,
+    (1,),
 )
 
 

@@ -33,7 +33,7 @@ ARCHITECTURE = Architecture(
     (Layer("w", "Gemm", "w", 1),),
     (),
     (3,),
-    0,
+    (1,),
 )
 SELECTION = Selection.of(ARCHITECTURE, [2], [[3, 1, 0, 2]])
 

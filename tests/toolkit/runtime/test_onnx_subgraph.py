@@ -42,7 +42,7 @@ def feeds_for(name: str) -> tuple[bytes, Session, dict[str, Any]]:
         if tensor not in step_contract.RESERVED and "::" not in tensor:
             sizes = [d if isinstance(d, int) else 8 for d in shape]
             tensors[tensor] = np.abs(rng.standard_normal(sizes)).astype(np.float32)
-    feeds = first_step(RECIPES[name], tensors, session.inputs, 12, 3)
+    feeds = first_step(RECIPES[name], tensors, session.inputs, np.zeros(12, np.int64), 3)
     feeds |= {"x": rng.standard_normal((12, 6)).astype(np.float32), "y": rng.integers(0, 3, 12)}
     return raw, session, feeds
 

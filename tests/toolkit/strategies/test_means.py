@@ -36,7 +36,7 @@ NET = Architecture(
     (Layer("body", "Gemm", "body.weight", 1), Layer("head", "Gemm", "head.weight", 1)),
     (),
     (3,),
-    5,
+    (5,),
 )
 
 ALWAYS_FEDAVG = [
@@ -101,7 +101,7 @@ def test_a_reconstruction_in_other_coordinates_moves_away_from_the_model_that_wa
 
 def test_the_last_layer_is_the_one_that_makes_the_outputs() -> None:
     assert head_axes(NET) == {"head.weight": 0, "head.bias": 0}
-    body = Architecture("body", NET.groups, NET.tensors[:2], NET.layers[:1], (), (3,), 5)
+    body = Architecture("body", NET.groups, NET.tensors[:2], NET.layers[:1], (), (3,), (5,))
     with pytest.raises(BundleError, match="no last layer"):
         head_axes(body)
 

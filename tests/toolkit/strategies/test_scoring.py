@@ -47,7 +47,7 @@ NET = Architecture(
     (Layer("conv", "Conv", "conv", 4), Layer("head", "Gemm", "head", 1)),
     (),
     (2, 2, 2),
-    2,
+    (2,),
 )
 
 

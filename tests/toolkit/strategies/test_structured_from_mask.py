@@ -33,7 +33,7 @@ NET = Architecture(
     tuple(Layer(n, "Gemm", n, 1) for n in ("first", "branch", "second", "head")),
     (),
     (3,),
-    2,
+    (2,),
 )
 
 

@@ -192,7 +192,7 @@ def doubled() -> Architecture:
     depth = Layer("depth", "Conv", "depth.weight", 9, reads=Volume((b,), 9), makes=Volume((b,), 9), groups=4)
     layers.insert(2, depth)
     found = Architecture(
-        "doubled", (ChannelGroup("a", 6), ChannelGroup("b", 4)), tuple(tensors), tuple(layers), (), (2, 3, 3), 3
+        "doubled", (ChannelGroup("a", 6), ChannelGroup("b", 4)), tuple(tensors), tuple(layers), (), (2, 3, 3), (3,)
     )
     found.validate()
     return found
@@ -296,7 +296,7 @@ def embedded() -> Architecture:
         TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), axis)),
     )
     return Architecture(
-        "words", (ChannelGroup("a", 4),), tensors, (Layer("head", "Gemm", "head.weight", 1),), (), (7,), 3
+        "words", (ChannelGroup("a", 4),), tensors, (Layer("head", "Gemm", "head.weight", 1),), (), (7,), (3,)
     )
 
 

@@ -32,7 +32,7 @@ __all__ = [
     "widths_at",
 ]
 
-FORMAT = "fedprune.architecture/2"
+FORMAT = "fedprune.architecture/3"
 
 _MAX_RANK = 8
 
@@ -84,7 +84,8 @@ class Architecture:
         layers: The cost table, in the order of the graph: what multiplies by weights, and whatever else takes time.
         activations: The values whose memory a step needs.
         input_shape: One sample's shape, without the batch.
-        classes: Entries of the output; 0 where the output is not a row of logits.
+        output_shape: One sample's output, without the batch. A model that tells classes apart has them on its first
+            axis, as torch's losses take them: [K], or [K, height, width] for one class per pixel.
     """
 
     name: str
@@ -93,7 +94,12 @@ class Architecture:
     layers: tuple[Layer, ...]
     activations: tuple[Activation, ...]
     input_shape: tuple[int, ...]
-    classes: int
+    output_shape: tuple[int, ...]
+
+    @property
+    def classes(self) -> int:
+        """Entries of the output's first axis."""
+        return self.output_shape[0] if self.output_shape else 1
 
     @cached_property
     def sizes(self) -> tuple[int, ...]:
@@ -178,7 +184,7 @@ class Architecture:
             "layers": [n.to_row() for n in self.layers],
             "activations": [v.to_row() for v in self.activations],
             "input_shape": list(self.input_shape),
-            "classes": self.classes,
+            "output_shape": list(self.output_shape),
         }
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
@@ -202,7 +208,7 @@ class Architecture:
                 layers=tuple(map(Layer.from_row, body["layers"])),
                 activations=tuple(map(Activation.from_row, body["activations"])),
                 input_shape=tuple(whole(d) for d in body["input_shape"]),
-                classes=whole(body["classes"]),
+                output_shape=tuple(whole(d) for d in body["output_shape"]),
             )
         except BundleError:
             raise
@@ -220,10 +226,9 @@ class Architecture:
         names = [t.name for t in self.tensors]
         if len(set(names)) != len(names):
             raise BundleError("architecture: a tensor name comes twice")
-        if self.classes < 0 or any(d < 1 for d in self.input_shape):
-            raise BundleError(
-                "architecture: classes and input shape", expected="sizes", got=(self.classes, self.input_shape)
-            )
+        for what, shape in (("input", self.input_shape), ("output", self.output_shape)):
+            if any(d < 1 for d in shape):
+                raise BundleError(f"architecture: {what} shape", expected="sizes", got=shape)
         for group in self.groups:
             if not 1 <= group.size <= MAX_SIZE:
                 raise BundleError(f"architecture: size of group {group.name}", expected="1 or more", got=group.size)

@@ -28,8 +28,9 @@ class Features:
         proximal: Per trained tensor an anchor and a strength µ: adds µ/2 · |w − anchor|² to the loss.
         element_mask: Per trained tensor a 0/1 mask: masked elements are 0 in the forward pass and stay put.
         gradients: The gradients are outputs, too.
-        loss: `cross_entropy`, `bce` (with logits, one per label), `mse` or `huber`.
+        loss: One of `LOSSES`; `custom` for the model's own.
         label_smoothing: A share of every label is spread over all classes (cross-entropy).
+        ignore_label: Labels of this class count for nothing (cross-entropy); None for none.
         optimizer: `sgd`, `adam` or `adamw`.
         clip: Gradients are scaled down to a global norm.
         accumulate: A batch can be worked through in parts, whose gradients are summed.
@@ -54,6 +55,7 @@ class Features:
     gradients: bool = False
     loss: str = "cross_entropy"
     label_smoothing: bool = False
+    ignore_label: int | None = None
     optimizer: str = "sgd"
     clip: bool = False
     accumulate: bool = False
@@ -66,6 +68,15 @@ class Features:
     mixup: bool = False
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
+
+    def target_shape(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
+        """One sample's labels for outputs of this shape; a model's own loss may take others."""
+        return outputs[1:] if self.loss == "cross_entropy" else outputs
+
+    @property
+    def scores(self) -> bool:
+        """Whether labels are right or wrong, so that hits are counted."""
+        return LABELS_OF[self.loss] in JUDGED
 
     @property
     def key(self) -> str:
@@ -83,12 +94,24 @@ def _text(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-LABELS_OF = {"cross_entropy": "classes", "bce": "multi", "mse": "values", "huber": "values"}
-"""The labels that each loss compares with: the number of a class, a 0 or 1 per class, or values."""
+CUSTOM = "custom"
+"""The loss that the model itself brings, a graph of outputs and labels."""
+
+MULTI = "multi"
+"""Labels of 0 or 1 for every class."""
+
+JUDGED = ("classes", MULTI)
+"""Labels that outputs are right or wrong about."""
+
+LABELS_OF = {
+    "cross_entropy": "classes",
+    **dict.fromkeys(("bce", "focal", "dice"), MULTI),
+    **dict.fromkeys(("mse", "l1", "huber"), "values"),
+    CUSTOM: "own",
+}
+"""The labels that each loss compares with: the number of a class, a 0 or 1 per class, values, or its own."""
 
 LOSSES = tuple(LABELS_OF)
-REGRESSIONS = ("mse", "huber")
-"""Losses of numbers to predict, of which none is right or wrong."""
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -108,7 +131,7 @@ _FIRST = (
 )
 """Settings that every board knows."""
 
-_LATER = ("blend", "mixup", "update_clip", "update_noise")
+_LATER = ("blend", "mixup", "ignore_label", "update_clip", "update_noise")
 """Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
 
 LEAST_MIXUP = 1e-3
@@ -136,9 +159,11 @@ class Recipe:
         balance_classes: Weigh classes by the inverse of their local share; with `bce`, each class's positive labels by
             its negatives over its positives.
         max_steps: Upper limit of steps, 0 for none.
-        loss: `cross_entropy` (one class per sample), `bce` (labels 0 or 1 of every class, from logits), `mse` or
-            `huber` (numbers to predict).
+        loss: `cross_entropy` (one class per sample, or per place of it), `bce` (labels 0 or 1 of every class, from
+            logits), `focal` (Lin et al. 2017, eq. 4, with γ = 2) or `dice` (soft overlap of each class's places) with
+            such labels, too; `mse`, `l1` or `huber` (numbers to predict); or `custom`: the model's own.
         label_smoothing: Share of every label that is spread over all classes (cross-entropy).
+        ignore_label: Labels of this class count for nothing (cross-entropy), such as pixels that nobody has labelled.
         huber_delta: From this error on the Huber loss grows linearly.
         optimizer: `sgd`, `adam` or `adamw`, as in torch.optim; state starts at zero every round.
         beta1: Adam's share of the old mean of gradients that is kept.
@@ -215,6 +240,7 @@ class Recipe:
     best_epoch: bool = True
     blend: float = 0.0
     mixup: float = 0.0
+    ignore_label: int | None = None
     update_clip: float = 0.0
     update_noise: float = 0.0
 
@@ -248,6 +274,8 @@ class Recipe:
         }
         for name, (least, most) in counts.items():
             validation.whole(f"recipe: {name}", getattr(self, name), least, most)
+        if self.ignore_label is not None:
+            validation.whole("recipe: ignore_label", self.ignore_label, -(2**31), 2**31 - 1)
         for name, (low, high) in numbers.items():
             kept = name in ("momentum", "beta1", "beta2", "average")  # with a share of 1 nothing old is ever forgotten
             validation.number(f"recipe: {name}", getattr(self, name), low, high, below=kept)
@@ -264,15 +292,24 @@ class Recipe:
             "logit_adjustment": ("cross_entropy",),
             "mask_absent_classes": ("cross_entropy",),
             "label_smoothing": ("cross_entropy",),
+            "ignore_label": ("cross_entropy",),
             "balance_classes": ("cross_entropy", "bce"),
         }
         for name, losses in fitting.items():
-            if getattr(self, name) and self.loss not in losses:
+            if getattr(self, name) != getattr(Recipe, name) and self.loss not in losses:
                 raise ConfigError(
                     f"recipe: {name} with loss {self.loss!r}",
                     expected=f"loss {' or '.join(losses)}",
                     got=repr(getattr(self, name)),
                 )
+        if self.mixup and not self.mixes:
+            raise ConfigError(
+                "recipe: mixup with a loss of the model's own"
+                if self.loss == CUSTOM
+                else "recipe: mixup with ignore_label",
+                expected="one of the two",
+                hint="Only labels that all count, of a built-in loss, can be mixed.",
+            )
         if self.accumulate > self.batch_size:
             raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
         if self.mask_threshold and self.mask != "threshold":
@@ -309,6 +346,11 @@ class Recipe:
             )
 
     @property
+    def mixes(self) -> bool:
+        """Whether labels of this task can be mixed (mixup)."""
+        return self.loss != CUSTOM and self.ignore_label is None
+
+    @property
     def features(self) -> Features:
         """The training graph that this recipe needs."""
         return Features(
@@ -318,6 +360,7 @@ class Recipe:
             proximal=self.proximal > 0,
             loss=self.loss,
             label_smoothing=self.label_smoothing > 0,
+            ignore_label=self.ignore_label,
             optimizer=self.optimizer,
             clip=self.clip_norm > 0,
             accumulate=self.accumulate > 1,

@@ -5,14 +5,15 @@ what its recipe's features ask for, and nothing else.
 
 Inputs:
     `x` [N, ...]: float32, or int64 where the model reads token ids.
-    `y`: int64 [N] (classes) with cross-entropy; float32 [N, K] with the other losses, 0 to 1 with `bce`.
-    `y_partner` (with mixup): int64 [N], the label of the sample that was mixed into each: `y` in another order;
+    `y`: the labels. For outputs [N, K, ...] int64 [N, ...] (classes) with cross-entropy; of the outputs' own shape,
+        float32, with the other losses, 0 to 1 with `bce`.
+    `y_partner` (with mixup): int64 [N, ...], the labels of the sample that was mixed into each: `y` in another order;
         `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
     Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam and AdamW `beta1`, `beta2` (float64),
         `epsilon` and `step_number` (int64, counting optimiser steps from 1); `label_smoothing`, `huber_delta`,
         `clip_norm` as asked for. float32 where nothing else is said.
-    `divisor` (with accumulation): what the sum of the samples' losses is divided by, for the whole batch of which `x`
-        is a part: its number of samples, with class weights in cross-entropy the sum of its samples' weights.
+    `divisor` (with accumulation): what the sum of the losses is divided by, for the whole batch of which `x` is a part:
+        its number of samples; in cross-entropy of labels that count or, with class weights, the sum of their weights.
     `output_scale` (with a scaler, shape []): outputs of every layer with weights, but the last, are multiplied by it.
     `logit_offset`, `class_weight`, `class_mask`: float32 [K]; with `bce` the class weight is torch's `pos_weight`.
     Every tensor of the architecture under its own name, and per *trained* tensor (trainable and not frozen) the
@@ -23,8 +24,8 @@ Inputs:
 Outputs:
     `loss` (float32 []): the data loss, without the proximal term. With accumulation it is this part's share: shares
         add up to the batch's loss.
-    `hits` (int64 []): with cross-entropy, samples whose largest logit is their label's (with mixup, that of the label
-        that counts more); with `bce`, entries of [N, K] whose logit is on the label's side of 0 (labels above 0.5 count
+    `hits` (int64 []): with cross-entropy, labels whose logit is the largest of its place (with mixup, the label that
+        counts more); with `bce`, entries of [N, K, ...] whose logit is on the label's side of 0 (labels above 0.5 count
         as 1). With `mse` and `huber` there is none.
     Per trained tensor its next value and its next state; per statistic that isn't frozen its next value. A frozen
         tensor has no output, because it stays as it is.
@@ -71,7 +72,7 @@ LOSS = "loss"
 HITS = "hits"
 SAMPLE_LOSSES = "sample_losses"
 LOGITS = "logits"
-"""The output of an inference graph (its input is `x`)."""
+"""The output of an inference graph (its input is `x`), and the value of a training graph that the loss is made of."""
 
 OF_SAMPLES = frozenset({X, Y, Y_PARTNER})
 """Inputs that have an entry for every sample."""
@@ -89,6 +90,9 @@ RESERVED = frozenset(
     }
 )
 """Names that no tensor of a model may have; the importer renames such tensors."""
+
+IGNORED = "fedprune.ignored"
+"""Key of a training graph's metadata that holds the class of labels that count for nothing, if there is one."""
 
 AXES = "fedprune.axes"
 """Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes."""
@@ -191,17 +195,27 @@ def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[st
     return out | {step_contract.strength(n): np.array(recipe.proximal, np.float32) for n in trained}
 
 
+def weight_of(y: Array, ignored: int | None = None, class_weight: Array | None = None) -> float:
+    """What the labels of a batch, or of a part of it, contribute to the divisor of its loss, where labels are right or
+    wrong; else every sample counts 1."""
+    if y.dtype.kind != "i":
+        return float(len(y))
+    counted = y if ignored is None else y[y != ignored]
+    return float(counted.size if class_weight is None else class_weight[counted].sum(dtype=np.float64))
+
+
 def first_step(
-    recipe: Recipe, tensors: Mapping[str, Array], inputs: Collection[str], samples: int, classes: int
+    recipe: Recipe, tensors: Mapping[str, Array], inputs: Collection[str], y: Array, classes: int
 ) -> dict[str, Array]:
-    """Everything but samples and labels that the first step of a round is fed, where classes count alike; only what
-    `inputs` name."""
+    """Everything but samples and labels that the first step of a round on labels `y` is fed, where classes count alike;
+    only what `inputs` name."""
     trained = [n for n in tensors if step_contract.buffer(n) in inputs]
     out: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
     out |= numbers(recipe) | anchors(recipe, tensors, trained)
     out[step_contract.STEP_NUMBER] = np.array(1, np.int64)
     out[step_contract.OUTPUT_SCALE] = out[step_contract.Y_SHARE] = np.array(1, np.float32)
-    out[step_contract.DIVISOR] = np.array(samples, np.float32)
+    weight = weight_of(y, recipe.ignore_label) if recipe.features.scores else len(y)
+    out[step_contract.DIVISOR] = np.array(weight, np.float32)
     out[step_contract.LOGIT_OFFSET] = np.zeros(classes, np.float32)
     out[step_contract.CLASS_WEIGHT] = out[step_contract.CLASS_MASK] = np.ones(classes, np.float32)
     for name in trained:

@@ -26,7 +26,7 @@ def head_axes(architecture: Architecture) -> dict[str, int]:
         if spec is None or not spec.axes or spec.axes[layer.output_axis].groups:
             continue
         outputs = spec.axes[layer.output_axis].length
-        if architecture.classes and outputs != architecture.classes:
+        if len(architecture.output_shape) == 1 and outputs != architecture.classes:
             continue
         out = {spec.name: layer.output_axis}
         names = [t.name for t in architecture.tensors]

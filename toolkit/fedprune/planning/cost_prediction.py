@@ -13,7 +13,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import trained_tensors
-from fedprune.planning.costs import FLOAT, Costs, MemoryBreakdown, costs_at, memory_seconds
+from fedprune.planning.costs import FLOAT, LOSS_COPIES, Costs, MemoryBreakdown, costs_at, memory_seconds
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -240,9 +240,12 @@ def memory_use(
     trained = _trained(architecture, widths, recipe, costs.parameters, frozen)
     batch, process = recipe.part_sizes(samples)[0], None if probe is None else probe.process_bytes
     use = costs.training_memory(batch, recipe.features, samples, trained, recipe.own_copies, process)
-    # Where a label is a number for every output, it is held as it was read, and as float32.
-    labels = 0 if recipe.loss == "cross_entropy" else 2 * FLOAT * samples * architecture.classes
-    use = replace(use, samples=use.samples + labels)
+    # Where labels are numbers, they are held as they were read, and as float32; one class per sample hardly counts.
+    size = math.prod(recipe.features.target_shape(architecture.output_shape))
+    labels = 0 if size == 1 and recipe.features.scores else 2 * FLOAT * samples * size
+    places = 0 if len(architecture.output_shape) == 1 else math.prod(architecture.output_shape)
+    losses = int(batch * FLOAT * places * LOSS_COPIES[recipe.loss])
+    use = replace(use, samples=use.samples + labels, activations=use.activations + losses)
     return replace(use, learnt=correction.memory_beyond(use))
 
 

@@ -53,6 +53,12 @@ UNROLLED_COPIES = 1.26
 TRANSIENTS = 1.94
 """Arrays of the size of the largest activation that exist in addition: the gradients that go in and out of a layer."""
 
+LOSS_COPIES = {
+    "cross_entropy": 1.5, "bce": 5.5, "focal": 8.0, "dice": 2.5, "mse": 0.0, "l1": 0.0, "huber": 2.5, "custom": 8.0,
+}  # fmt: skip
+"""Arrays of the size of a model's output that a loss needs in addition, counted in training graphs of U-Nets with 2 to
+40 classes; one row of outputs per sample is too small to count. For a loss of a user's own the most of these."""
+
 GAPS_OF_PARTS = 1.12
 """Memory of activations in steps of several parts, over that in steps of one: sums and statistics of a part come and go
 in the allocator's memory, and leave more gaps."""

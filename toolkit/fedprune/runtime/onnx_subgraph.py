@@ -35,16 +35,30 @@ _NAME = 1
 _TENSOR_NAME = 8
 """Field of TensorProto."""
 
+_TYPE, _TENSOR_TYPE, _ELEMENT_TYPE, _FLOAT32 = 2, 1, 1, 1
+"""Fields of ValueInfoProto, TypeProto and its tensor type, and the number of float32."""
+
 _DEEPEST = 32
 """Loops within loops."""
 
 
-def part_for(model: bytes, outputs: Collection[str]) -> bytes:
+def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()) -> bytes:
     """The graph (without external data) with these outputs alone, and with the inputs, constants and operators that
-    they need. Raises `ModelError` if it is not an ONNX file, or has no such output."""
+    they need.
+
+    Args:
+        given: Values, float32, that are inputs of the part instead of being computed in it.
+
+    Raises:
+        ModelError: It is not an ONNX file, or has no such output or value.
+    """
+
+    def cut(graph: bytes) -> bytes:
+        return _cut(graph, set(outputs), frozenset(given))
+
     try:
         rows = list(_fields(model))
-        return b"".join(_field(n, k, _cut(v, set(outputs)) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in rows)
+        return b"".join(_field(n, k, cut(v) if (n, k) == (_GRAPH, _BYTES) else v) for n, k, v in rows)
     except (IndexError, ValueError) as error:
         raise _unreadable(error) from error
 
@@ -62,22 +76,26 @@ def _unreadable(error: Exception) -> ModelError:
     return ModelError(f"the graph can't be read as an ONNX file ({type(error).__name__}: {error})")
 
 
-def _cut(graph: bytes, wanted: set[str]) -> bytes:
+def _cut(graph: bytes, wanted: set[str], given: frozenset[str]) -> bytes:
     rows = list(_fields(graph))
     missing = wanted - {_text(v, _NAME) for n, _, v in rows if n == _OUTPUT}
     if missing:
         raise ModelError("the graph lacks outputs", got=", ".join(sorted(missing)[:5]))
-    kept, needed = set(), set(wanted)
+    kept, needed, found = set(), set(wanted), set[str]()
     for at in reversed(range(len(rows))):  # operators stand in the order in which they run
         number, _, value = rows[at]
         if number != _NODE:
             continue
-        if needed.isdisjoint(_texts(value, _NODE_OUTPUT)):
+        made = set(_texts(value, _NODE_OUTPUT))
+        found |= made & given
+        if needed.isdisjoint(made - given):
             continue
         kept.add(at)
         needed.update(_reads(value))
         needed.discard("")  # an optional input that is absent; an optional output that is absent doesn't make it
-    out = []
+    if given - found:
+        raise ModelError("the graph lacks values", got=", ".join(sorted(given - found)[:5]))
+    out = [_field(_INPUT, _BYTES, _float_input(name)) for name in sorted(given)]
     for at, (number, kind, value) in enumerate(rows):
         if number == _NODE and at not in kept:
             continue
@@ -89,6 +107,13 @@ def _cut(graph: bytes, wanted: set[str]) -> bytes:
             continue
         out.append(_field(number, kind, value))
     return b"".join(out)
+
+
+def _float_input(name: str) -> bytes:
+    """A float32 input of any shape."""
+    tensor = _field(_ELEMENT_TYPE, _VARINT, _number(_FLOAT32))
+    kind = _field(_TENSOR_TYPE, _BYTES, tensor)
+    return _field(_NAME, _BYTES, name.encode()) + _field(_TYPE, _BYTES, kind)
 
 
 def _reads(node: bytes, depth: int = 0) -> Iterator[str]:

@@ -173,14 +173,15 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
         if config.model is None:
             raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
         with named(f"{path}: [model] path"):
-            model = import_onnx(read_source(config.model, input_shape=config.input_shape), Path(config.model).stem)
-    fits = partial(check_data, model=model, loss=job.recipe.loss)
+            raw = read_source(config.model, input_shape=config.input_shape, loss=config.loss)
+            model = import_onnx(raw, Path(config.model).stem)
+    fits = partial(check_data, model=model, recipe=job.recipe)
     devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)
     job = replace(job, devices=_present(found.body.get("job", {}), job, len(devices)))
     evaluation, calibration = None, None
     if config.evaluation is not None:
         with named(f"{path}: [evaluation] data"):
-            evaluation = load_evaluation(config.evaluation, model, job.recipe.loss)
+            evaluation = load_evaluation(config.evaluation, model, job.recipe)
     elif federation is not None:
         evaluation = federation.evaluation()
     if config.calibration is not None:

@@ -23,7 +23,7 @@ from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
-from fedprune.model.recipe import REGRESSIONS
+from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
 from fedprune_device.training.round_runner import MEASURED
@@ -166,7 +166,7 @@ class Record:
     def measure(self) -> str:
         """Quality measure of the models: `accuracy`, or `loss` for regression."""
         recipe = self.job.get("recipe", {})
-        return "loss" if isinstance(recipe, Mapping) and recipe.get("loss") in REGRESSIONS else "accuracy"
+        return _measure_of(recipe.get("loss", "cross_entropy") if isinstance(recipe, Mapping) else "cross_entropy")
 
     def global_values(self) -> tuple[float | None, ...]:
         """The global model's measure per round; None without data of the server."""
@@ -359,9 +359,13 @@ def _label(architecture: Architecture, group: int) -> str:
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
 
 
+def _measure_of(loss: str) -> str:
+    return "accuracy" if Features(loss=loss).scores else "loss"
+
+
 def _round(entry: Mapping[str, Any], notes: RoundNotes, began: float, loss: str) -> RoundRow:
     metrics, devices = entry["metrics"], entry["devices"]
-    kind = "loss" if loss in REGRESSIONS else "accuracy"
+    kind = _measure_of(loss)
     delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
     own = {n: served(part["metrics"], kind) for n, part in delivered.items()}
     names = sorted(set().union(*(part["metrics"] for part in delivered.values())) - MEASURED)

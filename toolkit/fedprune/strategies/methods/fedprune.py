@@ -120,7 +120,7 @@ class FedPrune(Strategy):
             blend=recipe.blend or (options.blend if average else 0.0),
             calibrate=recipe.calibrate or options.calibrate,
             clip_norm=recipe.clip_norm or options.clip_norm,
-            mixup=recipe.mixup or options.mixup,
+            mixup=recipe.mixup or (options.mixup if recipe.mixes else 0.0),
         )
 
     def _settled(self, scene: Scene) -> Ranking | None:

@@ -1,0 +1,114 @@
+"""Tasks other than one class per sample, from the job to the report and to a board's own prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedprune_export as fx
+from fedprune.model.recipe import Recipe
+from fedprune.planning.profile_store import find
+from fedprune_device.cli.main import main as device
+from fedprune_device.data.dataset import LocalData
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.simulation import Simulation
+from support.fakes.digits_simulation import KINDS, digits_simulation
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
+K, SIDE, VOID = 3, 12, 255
+
+
+class Shapes(nn.Module):
+    """A small net that looks at halves of the picture, too: the class of each pixel."""
+
+    input_shape = (3, SIDE, SIDE)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.near = nn.Sequential(nn.Conv2d(3, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU())
+        self.far = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(12, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.out = nn.Conv2d(28, K, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        near = self.near(x)
+        return self.out(torch.cat([near, nn.functional.interpolate(self.far(near), scale_factor=2.0)], 1))
+
+
+def pixels(seed: int, count: int = 60) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Pictures of a bright and a dark square on noise, and what each pixel belongs to; the frame isn't labelled."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(0, 0.5, (count, 3, SIDE, SIDE)).astype(np.float32)
+    y = np.zeros((count, SIDE, SIDE), np.uint8)
+    for i in range(count):
+        for kind, light in ((1, 1.5), (2, -1.5)):
+            top, left = rng.integers(0, SIDE - 4, 2)
+            x[i, :, top : top + 4, left : left + 4] += light
+            y[i, top : top + 4, left : left + 4] = kind
+    y[:, [0, -1]], y[:, :, [0, -1]] = VOID, VOID
+    return x, y
+
+
+def overlap(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """1 minus the soft overlap of the squares (Dice)."""
+    share = outputs.softmax(1)[:, 1:]
+    masks = torch.stack([labels == 1, labels == 2], 1).float()
+    return 1 - ((2 * (share * masks).sum((2, 3)) + 1) / ((share + masks).sum((2, 3)) + 1)).mean(1)
+
+
+overlap.target_shape, overlap.target_dtype = (SIDE, SIDE), "int64"  # type: ignore[attr-defined]
+
+
+def simulation(folder: Path, recipe: dict[str, Any], loss: Any = None) -> Simulation:
+    torch.manual_seed(0)
+    model, fleet = fx.load(Shapes(), loss=loss), []
+    for number, name in enumerate(KINDS):
+        x, y = pixels(number)
+        fleet.append(VirtualDevice(name, find(name), LocalData(x[:45], y[:45], x[45:], y[45:])))
+    training = {"epochs": 3, "batch_size": 15, "lr": 0.2, **recipe}
+    return digits_simulation(
+        folder, model=model, fleet=fleet, evaluation=pixels(9), rounds=3, strategy="fedprune",
+        recipe=Recipe.from_dict(training),
+    )  # fmt: skip
+
+
+def test_a_class_of_each_pixel_is_learnt_by_boards_of_unequal_widths(tmp_path: Path) -> None:
+    run = simulation(tmp_path, {"ignore_label": VOID, "balance_classes": True})
+    run.run()
+    record = run.record()
+    accuracies = [row.accuracy or 0.0 for row in record.rounds]
+    assert {row.updates for row in record.rounds} == {len(KINDS)}
+    most = float(np.mean(pixels(9)[1][pixels(9)[1] != VOID] == 0))
+    assert accuracies[-1] > most + 0.05, (accuracies, most)
+
+
+def test_a_loss_of_ones_own_is_lowered_by_a_fleet(tmp_path: Path) -> None:
+    run = simulation(tmp_path, {"loss": "custom"}, overlap)
+    run.run()
+    losses = [row.loss or 9.0 for row in run.record().rounds]
+    assert run.record().measure == "loss"
+    assert losses[-1] < losses[0] - 0.05, losses
+
+
+def test_a_bundle_that_labels_pixels_trains_and_predicts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    model, (x, y) = fx.load(Shapes()), pixels(1)
+    np.savez(tmp_path / "pixels.npz", x=x, y=y)
+    recipe = Recipe(ignore_label=VOID, epochs=2, batch_size=15, lr=0.2)
+    plan = fx.plan(model, KINDS[0], recipe=recipe)
+    report = fx.export(
+        model, plan, tmp_path / "bundle", data=tmp_path / "pixels.npz", class_names=["none", "light", "dark"]
+    )
+    assert report.accuracy is not None
+    source, out = str(tmp_path / "pixels.npz"), tmp_path / "trained"
+    assert device(["train", "--bundle", str(tmp_path / "bundle"), "--data", source, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "accuracy" in said.partition("after:")[2]
+    assert device(["predict", "--bundle", str(out), "--input", str(tmp_path / "pixels.npz")]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith(f"0: {SIDE} x {SIDE} places, none ")
