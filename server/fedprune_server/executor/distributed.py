@@ -67,7 +67,7 @@ class DistributedWorker:
         self._complained = ""
 
     def expect(self, commands: Sequence[do.Command]) -> None:
-        """Let helpers begin with what they can do of commands that will be carried out in a moment."""
+        """Let helpers begin with commands that will be carried out next."""
         self._worker.expect(commands)
         extracts = [c for c in commands if isinstance(c, do.Extract) and _key(c) not in self._expected]
         group = 1
@@ -112,20 +112,20 @@ class DistributedWorker:
         return self._worker.execute(command)
 
     def _arrived(self, command: do.Extract, event: on.Extracted) -> bool:
-        """Whether a helper answers what was asked, and its blobs are seen here: a network's folder may be late."""
+        """Whether a helper's answer fits the command, and its blobs are visible here: a network's folder may lag."""
         part = command.part
         asked = (event.device, event.round, event.attempt) == (part.device, command.basis.round, part.attempt)
         return asked and all(self._worker.store.has(digest) for digest in blobs_of(event.offer))
 
     def _result(self, command: do.Extract | do.Fold) -> on.Event | None:
-        """What a helper answered; None where none was asked, or it failed."""
+        """A helper's answer; None if none was asked, or it failed."""
         expected, future, place = self._expected.pop(_key(command), (None, None, 0))
         if future is None or expected != command:
             return None
         try:
             answer = future.result(self._pool.patience_s)
         except LateError:
-            self._expected.clear()  # helpers that hang are waited for once, and not for each thing they were asked
+            self._expected.clear()  # hanging helpers are waited for once, not for each of their tasks
             return None
         except Exception as error:  # noqa: BLE001 - a helper may fail or be killed in any way
             self._complain(error)
@@ -232,7 +232,7 @@ class SharedSums:
         self._collect(command, wait=False)
 
     def gather(self, command: do.Close) -> None:
-        """Bring what helpers have summed into the worker's sums, before it closes the round."""
+        """Merge the helpers' sums into the worker's, before it closes the round."""
         counted = {c.part.device: c for c in command.contributions}
         started = self._batches if self._round == (command.round, command.model) else []
         self._passed = []
@@ -250,7 +250,7 @@ class SharedSums:
         self._round, self._batches = None, []
 
     def _ordered(self, command: do.Close, updates: Sequence[do.Contribution]) -> list[_Batch]:
-        """Have updates added up."""
+        """Submit the addition of updates."""
         store = self._worker.store
         fold = self._worker.round_of(command).fold
         whole = frozenset(t.name for t in fold.shared)
@@ -275,7 +275,7 @@ class SharedSums:
         )
 
     def _collect(self, command: do.Fold | do.Close, *, wait: bool) -> None:
-        """Take in the sums of batches that are done; of helpers that hang all together cost their patience once."""
+        """Merge the sums of batches that are done; hanging helpers together cost their patience once."""
         left = []
         patience = self._pool.patience_s
         until = None if patience is None else time.monotonic() + patience

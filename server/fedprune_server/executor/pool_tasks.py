@@ -1,8 +1,8 @@
 """The tasks of a worker pool, which run in processes of this machine or on others.
 
-Each is a function of a worker and one argument. What it is given are commands, digests and names of tensors; what they
-name is read from the blob store and checked. What it answers is an event, or sums. So it makes no difference who does
-it, or whether it is done twice.
+Each is a function of a worker and one argument, which holds commands, digests and names of tensors; blobs are read from
+the store and checked. The result is an event, or sums. So it makes no difference which process does it, or whether it
+is done twice.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Task = Callable[..., Any]
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a helper makes its worker of.
+    """What a helper process makes its worker from.
 
     Attributes:
         job: The job.
@@ -69,7 +69,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True)
 class ExtractedBatch:
-    """Submodels that were made.
+    """Submodels of one task.
 
     Attributes:
         events: Their offers; None where one could not be made.
@@ -96,7 +96,7 @@ class Addition:
 
 
 def extract(worker: Worker, commands: Sequence[do.Extract]) -> ExtractedBatch:
-    """Make submodels; None for one at which this fails: the server's own worker will tell the reason."""
+    """Make submodels; None for one that fails, whose reason the server's own worker will raise."""
     events = tuple(_made(worker, command) for command in commands)
     return ExtractedBatch(events, worker.store.news() if isinstance(worker.store, BucketStore) else {})
 
@@ -143,7 +143,7 @@ def add_up(worker: Worker, addition: Addition) -> PartialSums:
     """Add up some tensors of some updates.
 
     Raises:
-        FedpruneError: An update can't be added; the server's own worker finds out which, and why.
+        FedpruneError: An update can't be added; the server's own worker then finds out which, and why.
     """
     command = addition.command
     round_ = worker.round_of(command)

@@ -74,7 +74,7 @@ class Run:
         return Comparison((self.record, *(other.record for other in others)))
 
     def report(self, folder: Path, *, judged: bool = True) -> Report:
-        """Write the report into a folder; `judged` tells whether a comparison with the reference tests the claims."""
+        """Write the report into a folder; `judged`: whether a comparison with the reference tests the claims."""
         return write_report(folder, self.record, self.reference, judged=judged)
 
     def __str__(self) -> str:

@@ -137,7 +137,7 @@ class Simulation:
             )
         worker = Worker(job, model, store, experiment.evaluation, experiment.calibration)
         worker.prefix = f"{experiment.title}: "
-        _ = worker.accountant  # whatever it lacks is better known now
+        _ = worker.accountant  # raises now rather than at the first round's end
         self._worker: Worker | DistributedWorker = worker
         self._initial = worker.initial
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
@@ -182,7 +182,7 @@ class Simulation:
             closing(DeviceRunner(self.store, Path(scratch), workers=workers, cuda=cuda)) as self._runner,
         ):
             if self._begun:
-                self._tidy()  # a kill may have come between the last state and what it made superfluous
+                self._tidy()  # a kill may have come between the last save and its deletions
             else:
                 self._save()
             self._runner.boards = self._run.boards
@@ -272,7 +272,7 @@ class Simulation:
             run.online.add(item.device)
             if (end := run.leaves.get(item.device, ALWAYS)) < ALWAYS:
                 run.push(end, Left(item.device, item.session))
-            if item.device in run.unsent:  # what it has trained it announces again, as a board does
+            if item.device in run.unsent:  # announced again, as by a board
                 run.push(run.clock, run.unsent[item.device])
             self._stalls.connected(self.state)
         elif isinstance(item, on.UpdateAnnounced):
@@ -308,7 +308,7 @@ class Simulation:
                 del self._run.unsent[command.device]
         elif isinstance(command, do.Wake):
             self._run.push(command.at, on.Ticked())
-        # An acknowledgement tells a virtual device nothing that it must act on, and the end is seen by the state.
+        # Virtual devices need no acknowledgements, and the state shows the job's end.
 
     def _pull(self, command: do.PullUpdate, now: float) -> None:
         run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
@@ -327,7 +327,7 @@ class Simulation:
         if name not in run.online:
             return  # it is offered again when the device is back
         self._stalls.offered(command, self.state, run.refusal)
-        run.forget(name)  # a newer offer takes an older one's place
+        run.forget(name)  # a newer offer replaces an older one
         run.unsent.pop(name, None)
         run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
         run.bounds.pop(name, None)
@@ -348,7 +348,7 @@ class Simulation:
         if chance.random() < self.experiment.dropouts.probability:
             gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
             run.push(gone, on.DeviceDied(name, run.sessions[name]))
-            run.online.discard(name)  # whatever is sent meanwhile does not arrive
+            run.online.discard(name)  # messages don't reach it meanwhile
             self._reports(command, ready, took, gone)
             self._birth(name, gone + chance.exponential(self.experiment.dropouts.away_s))
         else:

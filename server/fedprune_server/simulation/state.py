@@ -1,4 +1,4 @@
-"""The state of a simulation besides the coordinator's: queued events, connections, traffic.
+"""The state of a simulation apart from the coordinator's: queued events, connections, traffic.
 
 One JSON file holds the current state; finished rounds are appended to a second file, so the cost of saving doesn't grow
 with the run. A digest of everything that decides a run prevents resuming it with other settings, model or data.
@@ -74,7 +74,7 @@ _PLAIN = ("clock", "sequence", "sessions", "leaves", "held", "sizes", "bounds", 
 
 @dataclass
 class SimulationState:
-    """The state of a run besides the coordinator's.
+    """The state of a run apart from the coordinator's.
 
     Attributes:
         clock: Virtual seconds since the start.

@@ -18,7 +18,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.results import charts, runs_progress
-from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow, beside
+from fedprune_server.simulation.results.record import DeviceRow, Record, RoundRow, also_measured
 from fedprune_server.simulation.results.report import (
     absences,
     claims,
@@ -179,11 +179,11 @@ def test_runs_of_other_lengths_keep_their_own_seconds():
 def test_what_was_trained_has_curves_of_its_own_where_averages_serve(kept, rows):
     own = {f"accuracy_{name}": {"zero": 0.5} for name in ("before", "after", kept)}
     runs = [record("plain"), replace(record(), rounds=tuple(replace(r, own=own) for r in record().rounds))]
-    assert beside(runs) == ("before", "after")[: len(rows)]
+    assert also_measured(runs) == ("before", "after")[: len(rows)]
     titles = [t.partition(", by")[0] for t in Shown(charts.curves(runs)).titles[::3]]
     assert titles == ["Global accuracy", "Mean local accuracy", *(f"Local accuracy as {r}" for r in rows)]
     columns = [c for c in final_rows(runs)[0] if c.startswith("local ")]
-    assert columns == ["local accuracy", *(f"local {m}" for m in beside(runs))]
+    assert columns == ["local accuracy", *(f"local {m}" for m in also_measured(runs))]
 
 
 def test_bars_are_what_was_measured_last_and_a_dash_is_for_never():

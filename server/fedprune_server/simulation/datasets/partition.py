@@ -107,7 +107,7 @@ def pathological(
     if devices * classes < len(present):
         raise DataError(
             f"classes per device, {classes}",
-            expected=f"at least {-(-len(present) // devices)}, so that each of {len(present)} goes to somebody",
+            expected=f"at least {-(-len(present) // devices)}, so that each of {len(present)} goes to a device",
             hint="Take more devices, or more classes for each.",
         )
     holders = _holders(len(present), devices, classes, keyed(seed, "pathological", "classes"))

@@ -483,5 +483,5 @@ def found(source: str | Path) -> Path:
         f"data {str(source)!r}",
         expected="a .npz file or a folder that exists",
         got=f"nothing at {', '.join(map(str, places))}",
-        hint="" if os.environ.get(VARIABLE) else f"Or set {VARIABLE} to the folder that it lies in.",
+        hint="" if os.environ.get(VARIABLE) else f"Or set {VARIABLE} to the folder that holds it.",
     )

@@ -1,6 +1,6 @@
-"""Training of virtual devices, by the board's own code on the very files that an offer names.
+"""Training of virtual devices by the board's own code on the files that an offer names.
 
-A round so gives the same bits as on a board, in this process or in others.
+So a round gives the same bits as on a board, in this process or in others.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ Work = tuple[VirtualDevice, dict[str, Any], int]
 """A device, its offer, and the round."""
 
 Key = tuple[str, int, str]
-"""What tells trainings apart: device, round, and digest of the weights that it was sent."""
+"""Identity of a training: device, round, and digest of the weights that were sent."""
 
 Done = tuple[Outcome, str | None]
 """An outcome, and the digest of the board's state from then on."""
@@ -62,8 +62,8 @@ def key_of(device: str, offer: dict[str, Any], number: int) -> Key:
 class DeviceRunner:
     """Trains virtual devices: one by one in this process or, with several workers, side by side in others.
 
-    What an offer asks for depends on nothing that happens until its outcome is due. So all trainings that are under way
-    can be computed ahead; until an outcome is asked for by `carry_out`, the boards' states stay as they were.
+    A training depends on its offer and the board's state alone. So all trainings that are under way can be computed
+    ahead; the boards' states change when `carry_out` returns an outcome.
 
     Args:
         cuda: Whether to train on an NVIDIA GPU, if that works.
@@ -85,7 +85,7 @@ class DeviceRunner:
 
     @property
     def blobs(self) -> set[str]:
-        """Blobs of outcomes that nobody has asked for yet."""
+        """Blobs of outcomes that were computed ahead."""
         done = [result for result in self._ready.values() if not isinstance(result, FedpruneError)]
         return {blob for outcome, board in done for blob in (outcome.weights.sha256, board) if blob}
 
@@ -104,8 +104,8 @@ class DeviceRunner:
         futures: list[Future[Done]] = []
         try:
             for device, offer, number in new:
-                # Samples are read here, since how they are read need not be known in other processes, and no sooner
-                # than they are needed: a training takes much longer than to read them.
+                # Samples are read here, because their loader need not be picklable, and no sooner than they are needed:
+                # a training takes much longer than reading them.
                 if len(futures) >= self._workers + _SPARE:
                     futures[len(futures) - self._workers - _SPARE].exception()
                 near = VirtualDevice(device.name, device.profile, device.load())
@@ -127,7 +127,7 @@ class DeviceRunner:
         self._ready = {key: result for key, result in self._ready.items() if key in under_way}
 
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
-        """Do what an offer asks of a device, as a board does.
+        """Carry out an offer as a board does.
 
         Raises:
             FedpruneError: As on a board: the offer's parts don't fit each other or the data, numbers are not finite, or
@@ -169,7 +169,7 @@ class _LocalRunner:
         made = runner.make(Offer("simulation", number, 0, **sent(offer)))
         made.keep()
         update = made.update
-        # Times and memory of this machine would make every run another one.
+        # Times and memory of this machine differ from run to run.
         metrics = {name: value for name, value in update.metrics.items() if name not in MEASURED}
         return Outcome(update.weights, update.samples, update.steps, metrics), state.digest
 

@@ -34,11 +34,11 @@ _BLOBS = ("weights", "training", "inference")
 
 
 def pulls(offer: Mapping[str, Any], held: Collection[str]) -> dict[str, int]:
-    """What a board needs for an offer: bytes on its way to it, by the digest of what it has then.
+    """Bytes that a board downloads for an offer, by the digest of each blob.
 
     Args:
         offer: The offer's entries.
-        held: What the board holds already; weights that it can decode with that are as short as they come.
+        held: Digests that the board holds already; weights that it can decode with them travel encoded.
     """
     refs = [offer[k] for k in (*_BLOBS, "mask", "moved") if offer.get(k)]
     pulled, coded = {r["sha256"]: int(r["size"]) for r in refs}, offer.get("coded")
@@ -49,7 +49,7 @@ def pulls(offer: Mapping[str, Any], held: Collection[str]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class StoredData:
-    """Samples that are read when they are needed, and forgotten afterwards: a thousand devices' don't fit in memory."""
+    """Samples that are read on use: those of a thousand devices don't fit in memory."""
 
     samples: int
     fingerprint: str
@@ -57,7 +57,7 @@ class StoredData:
 
     @classmethod
     def of(cls, load: Callable[[], LocalData]) -> StoredData:
-        """Look once at what a function reads.
+        """Read the samples once, for their number and fingerprint.
 
         Raises:
             DataError: It can't be read.
@@ -102,7 +102,7 @@ def fingerprint(data: LocalData) -> str:
     digest = hashlib.sha256()
     for field in fields(data):
         array = getattr(data, field.name)
-        if array is not None:  # a split that there is not
+        if array is not None:  # a missing split
             digest.update(json.dumps([field.name, array.dtype.str, array.shape]).encode())
             for chunk in array.chunks() if isinstance(array, StoredArray) else (array,):
                 digest.update(np.ascontiguousarray(chunk).data)

@@ -11,7 +11,7 @@ from typing import TypeVar
 from fedprune.core.text import amount, quantity
 from fedprune.output.chart import Chart, chart, scale, style, tiles, together
 from fedprune.output.page import Bar, bars, boxes, charts, paragraph
-from fedprune_server.simulation.results.record import Record, RoundRow, beside, measured_names, shown
+from fedprune_server.simulation.results.record import Record, RoundRow, also_measured, measured_names, shown
 
 T = TypeVar("T")
 
@@ -146,7 +146,7 @@ def _rows(runs: Sequence[Record]) -> list[tuple[str, Values]]:
         (f"Global {kind}", lambda record: record.global_values()),
         (f"Mean local {kind}", lambda record: record.mean_locals()),
     ]
-    for moment in beside(runs):
+    for moment in also_measured(runs):
         title = f"Local {kind} as {'received' if moment == 'before' else 'trained'}"
         rows.append((title, partial(Record.own_means, metric=f"{kind}_{moment}")))
     suffix = "_loss" if kind == "loss" else ""

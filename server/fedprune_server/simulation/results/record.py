@@ -317,7 +317,7 @@ def record_of(
     )
 
 
-def beside(runs: Sequence[Record]) -> tuple[str, ...]:
+def also_measured(runs: Sequence[Record]) -> tuple[str, ...]:
     """Models measured in addition to the served one: as received, and as trained if averages are served."""
     kind, measured = runs[0].measure, {name for run in runs for row in run.rounds for name in row.own}
     pairs = (("before", "before"), (TRAINED, AVERAGED))

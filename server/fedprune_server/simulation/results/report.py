@@ -16,7 +16,7 @@ from fedprune_server.devices import plan_vs_actual
 from fedprune_server.executor.accountant import EPSILON
 from fedprune_server.executor.divergence import advice
 from fedprune_server.simulation.results import charts
-from fedprune_server.simulation.results.record import DeviceRow, Record, beside, measured_names, shown
+from fedprune_server.simulation.results.record import DeviceRow, Record, also_measured, measured_names, shown
 from fedprune_server.simulation.results.run_folder import RECORD
 
 TAIL = 5
@@ -347,7 +347,7 @@ def read_runs(places: Sequence[Path]) -> tuple[Record, ...]:
 def final_rows(runs: Sequence[Record]) -> list[tuple[str, ...]]:
     """Final results, means over the last rounds; the first row is the header."""
     kind = runs[0].measure
-    own = [f"{kind}_{m}" for m in beside(runs)]
+    own = [f"{kind}_{m}" for m in also_measured(runs)]
     names = measured_names(runs)
     head = ("run", "rounds", "seconds", "MB down", "MB up", "training TMACs", f"local {kind}", f"global {kind}")
     rows = [(*head, *(f"local {m.partition('_')[2]}" for m in own), *names)]

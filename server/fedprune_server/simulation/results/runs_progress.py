@@ -116,7 +116,7 @@ class SweepDisplay:
 
     def show(self, statuses: Sequence[RunStatus]) -> None:
         over = sum(s.state in ("done", "failed") for s in statuses)
-        if self._before is None:  # what an earlier start has done tells nothing about what is left
+        if self._before is None:  # runs of an earlier start are excluded from the time estimate
             self._before = float(over)
             self._bars.reset(self._all, total=len(statuses), completed=int(over))
         done = over + sum(s.share for s in statuses if s.state == "running")
