@@ -26,7 +26,6 @@ _LOG = logging.getLogger("fedprune.device")
 _NAMES = ("a", "b")
 _POINTER = "serving.json"
 _STAGE = "next"
-_LATER = frozenset({"loss", "present", "precision", "lowered"})
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,8 @@ class Serving:
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
         try:
-            values = {f.name: body[f.name] for f in fields(cls) if f.name not in _LATER}
-            values["loss"] = body.get("loss", "cross_entropy")  # records of older agents have none of these
-            values["present"] = body.get("present")
-            values["precision"] = body.get("precision", FLOAT32)
-            values["lowered"] = tuple(map(str, body.get("lowered", ())))
+            values = {f.name: body[f.name] for f in fields(cls)}
+            values["lowered"] = tuple(map(str, values["lowered"]))
             if values["precision"] not in (FLOAT32, *PRECISIONS):
                 raise ValueError(values["precision"])
             if len(values["lowered"]) != (0 if values["precision"] == FLOAT32 else 2):

@@ -32,8 +32,8 @@ class DirectoryOwner:
                     hint="Use another --state.",
                 )
         found = _read(root)
-        device, site = found.get("device"), found.get("site", self.site)  # earlier versions didn't note the site
-        if device in (None, self.device) and site == self.site:
+        device, site = found.get("device"), found.get("site")
+        if not found or (device, site) == (self.device, self.site):
             return
         raise StorageError(
             f"{root} is the state directory of another device",

@@ -114,7 +114,6 @@ def test_received_weights_are_blended_into_what_serves_and_into_nothing_else(
         wanted = {n: np.float32(1 - blend) * average[n] + np.float32(blend) * v for n, v in weights.items()}
         if calibrate:
             wanted |= measured_statistics(wanted, board.data.x_train, 16)
-
         assert equal(sent, same)
         assert kept.to_bytes() == alone.to_bytes()
         assert equal(kept.average, average)
@@ -467,7 +466,6 @@ def test_a_board_judges_its_model_as_it_was_trained(tmp_path: Path, graphs: Path
     update, _, serves = board.carry_out(board.offer(1, recipe, hidden_weights(), graph="masked_classes"))
     outputs = logits(serves, lacking.x_test)
     outputs[:, 1] = 0
-
     assert update.metrics["accuracy_after"] == np.mean(outputs.argmax(1) == lacking.y_test)
 
 
@@ -494,7 +492,6 @@ def test_rounds_without_measurements_give_the_same_models(
         other = replace(every, evaluate_every=2)
         one, *models = always.carry_out(always.offer(number, every, weights, graph="kept"))
         two, *same = rarely.carry_out(rarely.offer(number, other, weights, graph="kept"))
-
         assert all(equal(a, b) for a, b in zip(models, same, strict=True))
         judged = {n for n in one.metrics if n.startswith(("accuracy", "loss_"))} - {"loss_first", "loss_last"}
         assert {"accuracy_before", "accuracy_after"} <= judged

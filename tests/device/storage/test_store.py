@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedprune.blobs.blob_ref import BlobRef
-from fedprune.core import atomic_file, tensorfile
+from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.serving.model_slots import Serving
@@ -172,15 +172,6 @@ def test_a_directory_that_nobody_has_claimed_is_free(tmp_path: Path) -> None:
     DeviceStore(tmp_path, owner=DirectoryOwner("atic", "home")).close()
     with DeviceStore(tmp_path, owner=DirectoryOwner("attic", "home")):
         DirectoryOwner("attic", "home").claim(tmp_path)
-
-
-def test_a_directory_of_an_earlier_version_has_a_device_and_gets_a_site(tmp_path: Path) -> None:
-    atomic_file.write_document(tmp_path / "device.json", {"device": "attic"})
-    with pytest.raises(StorageError, match="got device attic"):
-        DirectoryOwner("shed", "home").claim(tmp_path)
-    DirectoryOwner("attic", "home").claim(tmp_path)
-    with pytest.raises(StorageError, match="got device attic of site home"):
-        DirectoryOwner("attic", "field").check(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["server.db", "identity/authority.key"])
