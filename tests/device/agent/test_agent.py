@@ -61,18 +61,13 @@ def test_own_predictions_are_adjusted_and_masked_as_the_recipe_says(bench: Bench
     assert right == bench.server.updates[1].metrics["accuracy_after"]
 
 
-def test_messages_that_come_twice_do_no_harm(bench: Bench, graphs: Path, weights: Tensors, data: LocalData) -> None:
+@pytest.mark.parametrize("lost", [0.0, 0.15])
+def test_messages_that_come_twice_or_are_lost_do_no_harm(
+    bench: Bench, graphs: Path, weights: Tensors, data: LocalData, lost: float
+) -> None:
+    rng = np.random.default_rng(0)
     bench.server.plan = [bench.server.offer(1), bench.server.offer(2)]
-    bench.server.mangle = lambda _, raw: [raw, raw]
-    bench.run()
-    assert same(bench.server.result(2), expected(graphs, weights, data, 2))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_lost_messages_only_cost_time(bench: Bench, graphs: Path, weights: Tensors, data: LocalData, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    bench.server.plan = [bench.server.offer(1), bench.server.offer(2)]
-    bench.server.mangle = lambda _, raw: [raw] if rng.random() > 0.15 else []
+    bench.server.mangle = lambda _, raw: [raw] * (2 if not lost else rng.random() > lost)
     bench.run()
     assert same(bench.server.result(2), expected(graphs, weights, data, 2))
 

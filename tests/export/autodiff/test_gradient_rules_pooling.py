@@ -90,13 +90,6 @@ def test_max_pool_with_dilation() -> None:
     check([pool], oracle, {"x": normal(2, 3, 6, 7)}, {"x": ("N", "c", 6, 7)})
 
 
-@pytest.mark.parametrize("size", [5, 6, 7])
-def test_max_pool_that_rounds_up(size: int) -> None:
-    oracle = lambda x: F.max_pool2d(x, 3, 2, 1, ceil_mode=True)  # noqa: E731
-    pool = node("MaxPool", "x", kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1], ceil_mode=1)
-    check([pool], oracle, {"x": normal(2, 3, size, size)}, {"x": ("N", "c", size, size)})
-
-
 @pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER", "VALID"])
 def test_max_pool_that_pads_by_itself(mode: str) -> None:
     before, after = {"SAME_UPPER": (0, 1), "SAME_LOWER": (1, 0), "VALID": (0, 0)}[mode]
@@ -126,11 +119,6 @@ def test_average_pool(case: dict[str, Any], counted: bool) -> None:
     )
     mean = node("AveragePool", "x", **onnx_pool(case), count_include_pad=int(counted))
     check([mean], oracle, {"x": normal(3, 3, *case["size"])}, shapes(case), sums=True, narrow={"c": 2})
-
-
-def test_average_pool_of_one_axis() -> None:
-    pool = node("AveragePool", "x", kernel_shape=[3], strides=[2])
-    check([pool], lambda x: F.avg_pool1d(x, 3, 2), {"x": normal(2, 3, 12)}, {"x": ("N", "c", 12)})
 
 
 # -- norms ----------------------------------------------------------------------------------------------------------
