@@ -26,7 +26,6 @@ def test_a_bundle_of_the_api_is_that_of_the_command(
     plan = fx.plan(model, BOARD, bytes_per_round=100_000)
     report = fx.export(model, plan, tmp_path / "api")
     assert main([str(digits), "--target", BOARD, "--bytes-per-round", "100000", "--out", str(tmp_path / "cli")]) == 0
-
     printed = capsys.readouterr().out.replace(str(tmp_path / "cli"), str(tmp_path / "api"))
     assert printed == f"{report}\n"
     assert str(plan) in printed
@@ -42,7 +41,6 @@ def test_a_bundle_of_the_api_is_that_of_the_command(
 @pytest.mark.torch
 def test_a_torch_module_is_loaded_as_it_is(tmp_path: Path) -> None:
     model = fx.load(zoo.make("lenet"), name="lenet")
-
     assert model.architecture.digest == fx.load("support.nets.small_nets:lenet").architecture.digest
     assert fx.load(zoo.make("lenet")).architecture.name == type(zoo.make("lenet")).__name__
     assert fx.cut(model, fx.export(model, fx.plan(model, BOARD, density=0.5), tmp_path).selection).nodes
@@ -50,7 +48,6 @@ def test_a_torch_module_is_loaded_as_it_is(tmp_path: Path) -> None:
 
 def test_groups_print_as_the_command_prints_them(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     groups = fx.load(digits).groups
-
     assert main(["groups", str(digits)]) == 0
     assert capsys.readouterr().out == f"{groups}\n" == f"{groups!r}\n"
     assert [g.size for g in groups] == [g["channels"] for g in groups.to_dict()["groups"]]
@@ -66,11 +63,9 @@ def test_a_model_is_traced_twice_on_import_and_never_again_and_differentiated_on
     for module in ("importing.normalise", "pruning.model"):
         monkeypatch.setattr(f"fedprune_export.{module}.trace", lambda graph: traces.append(graph) or trace(graph))
     monkeypatch.setattr(Tape, "forward", lambda tape: tapes.append(tape) or forward(tape))
-
     model = fx.load(digits)
     for board in (BOARD, "raspberry-pi-5"):
         fx.export(model, fx.plan(model, board), tmp_path / board, memory_limit=10**9)
-
     assert (len(traces), len(tapes)) == (2, 1)
 
 
@@ -78,9 +73,7 @@ def test_data_of_another_label_kind_is_read_for_the_recipes_loss(digits: Path, t
     random = np.random.default_rng(0)
     np.savez(tmp_path / "d.npz", x=random.random((4, 1, 8, 8), np.float32), y=random.integers(0, 10, 4))
     model = fx.load(digits)
-
     report = fx.export(model, fx.plan(model, BOARD), tmp_path / "b", data=tmp_path / "d.npz")
-
     assert report.accuracy.samples == 4
 
 
@@ -121,10 +114,8 @@ def test_arguments_of_another_type_are_named_with_what_was_expected(digits: Path
     else:
         given["model"] = model = fx.load(digits)
         given |= {"target": BOARD} if call == "plan" else {"plan": fx.plan(model, BOARD), "folder": tmp_path / "b"}
-
     with pytest.raises((ConfigError, ModelError), match=rf"{named}.*: expected .*") as error:
         getattr(fx, call)(**given | wrong)
-
     assert "got" in str(error.value) or case == "scorer"
     assert not (tmp_path / "b").exists()
 

@@ -38,10 +38,7 @@ class Part:
 
 
 class Batches:
-    """The steps of one round: `per_epoch` and in all.
-
-    `normalised`: the model has batch-norm statistics that move.
-    """
+    """The steps of one round: `per_epoch` and in all. `normalised`: the model has batch-norm statistics that move."""
 
     def __init__(self, samples: int, recipe: Recipe, *, normalised: bool) -> None:
         self._samples = samples

@@ -105,10 +105,7 @@ _MOST = 2**53
 
 
 class PrivacyBudget:
-    """A board's count.
-
-    `floor` is what the owner asks for, None for nothing; `cost` is Σ 1/z² over all `draws`.
-    """
+    """A board's count. `floor` is what the owner asks for, None for nothing; `cost` is Σ 1/z² over all `draws`."""
 
     def __init__(self, root: Path) -> None:
         self._path = root / FILE

@@ -1,4 +1,1 @@
-"""Cards and drives: which there are, and writing an image to one.
-
-Not here: the image's content (`image`).
-"""
+"""Cards and drives: which there are, and writing an image to one. Not here: the image's content (`image`)."""

@@ -84,9 +84,7 @@ def test_a_file_that_trains_is_predicted(
 ) -> None:
     arrays = {f"{kind}_{split}": getattr(data, f"{kind}_{split}") for kind in "xy" for split in ("train", "test")}
     np.savez(tmp_path / "d.npz", **arrays, x_val=data.x_test[:7], y_val=data.y_test[:7])
-
     found, said = predicted(tmp_path / "d.npz", state, capsys, *more)
-
     assert found == samples
     assert f"{part} of {tmp_path / 'd.npz'}" in said
     assert f" on {samples} samples" in said
@@ -97,7 +95,6 @@ def test_without_test_samples_all_are_predicted_or_those_that_training_sets_asid
 ) -> None:
     np.savez(tmp_path / "d.npz", x=data.x_train, y=data.y_train)
     np.savez(tmp_path / "unlabelled.npz", x_train=data.x_train)
-
     assert predicted(tmp_path / "d.npz", state, capsys)[0] == 70
     assert predicted(tmp_path / "d.npz", state, capsys, "--split", "test")[0] == 14
     assert predicted(tmp_path / "d.npz", state, capsys, "--split", "train")[0] == 56
@@ -113,9 +110,7 @@ def test_a_function_that_trains_is_predicted(
         "import numpy as np\ndef load():\n    return np.ones((10, 6), np.float32), np.ones(10, np.int64)\n"
     )
     monkeypatch.chdir(tmp_path)
-
     found, said = predicted("own_samples:load", state, capsys)
-
     assert found == 2
     assert "the test samples of own_samples:load" in said
     assert "accuracy 1.0000 on 2 samples" in said
@@ -124,9 +119,7 @@ def test_a_function_that_trains_is_predicted(
 def test_a_split_that_is_not_there_is_named(tmp_path: Path, state: Path, data: LocalData, capsys: Capture) -> None:
     np.savez(tmp_path / "d.npz", x=data.x_train, y=data.y_train)
     arguments = ["predict", "--state", str(state), "--input", str(tmp_path / "d.npz"), "--split", "val"]
-
     assert main.main(arguments) == ExitCode.DATA
-
     assert "no val samples" in capsys.readouterr().err
 
 

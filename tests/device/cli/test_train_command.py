@@ -44,7 +44,6 @@ def test_a_trained_bundle_has_the_weights_that_training_gives(
     tmp_path: Path, bundle: Path, samples: Path, data: LocalData, weights: Tensors, capsys: Capture
 ) -> None:
     assert train(bundle, samples, tmp_path / "out", "--epochs", "3", "--set", "lr=0.1", "--threads", "1") == ExitCode.OK
-
     source, made = open_bundle(bundle), open_bundle(tmp_path / "out")
     assert (made.selection.digest, made.recipe, made.target, made.class_names) == (
         source.selection.digest,
@@ -73,9 +72,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_training(
 ) -> None:
     whole = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and whole(path, mode))
-
     assert train(bundle, samples, tmp_path / "out") == ExitCode.STORAGE
-
     said, error = capsys.readouterr()
     assert (said, error.count("can't write a bundle to")) == ("", 1)
     assert "Let this user read and write there" in error
@@ -84,9 +81,7 @@ def test_a_folder_that_may_not_be_written_is_refused_before_training(
 def test_a_bundle_is_trained_in_place(bundle: Path, samples: Path, data: LocalData) -> None:
     before = (bundle / WEIGHTS).read_bytes()
     (bundle / "report.md").write_text("what was cut")
-
     assert train(bundle, samples, bundle) == ExitCode.OK
-
     assert (open_bundle(bundle).path(WEIGHTS)).read_bytes() != before
     assert (bundle / "report.md").read_text() == "what was cut"
 
@@ -111,9 +106,7 @@ def test_an_interrupted_training_keeps_what_was_trained(
 ) -> None:
     assert train(bundle, samples, tmp_path / "whole", "--epochs", "9", "--set", "max_steps=4") == ExitCode.OK
     interrupting(monkeypatch, 4)
-
     assert train(bundle, samples, tmp_path / "out", "--epochs", "9") == ExitCode.INTERRUPTED
-
     made, whole = open_bundle(tmp_path / "out"), open_bundle(tmp_path / "whole")
     assert made.path(WEIGHTS).read_bytes() == whole.path(WEIGHTS).read_bytes()
     said = capsys.readouterr().err.splitlines()[-1]
@@ -134,7 +127,6 @@ def test_what_can_not_be_trained_is_one_line_and_leaves_no_bundle(
     tmp_path: Path, bundle: Path, samples: Path, more: tuple[str, ...], code: ExitCode, said: str, capsys: Capture
 ) -> None:
     assert train(bundle, samples, tmp_path / "out", *more) == code
-
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert said in error
@@ -143,9 +135,7 @@ def test_what_can_not_be_trained_is_one_line_and_leaves_no_bundle(
 
 def test_samples_of_another_shape_are_refused_before_training(tmp_path: Path, bundle: Path, capsys: Capture) -> None:
     np.savez(tmp_path / "d.npz", x=np.zeros((10, 7), np.float32), y=np.zeros(10, np.int64))
-
     assert train(bundle, tmp_path / "d.npz", tmp_path / "out") == ExitCode.DATA
-
     assert "shape of one sample" in capsys.readouterr().err
 
 
@@ -156,7 +146,6 @@ def test_the_result_takes_the_place_of_nothing_else(
     (tmp_path / "full" / "letter.txt").write_text("dear")
     assert train(bundle, samples, tmp_path / "full") == ExitCode.BUNDLE
     assert "holds no bundle" in capsys.readouterr().err
-
     body = json.loads((bundle / MANIFEST).read_text())
     (bundle / MANIFEST).write_text(json.dumps({**body, "widths": [9]}))
     assert train(bundle, samples, tmp_path / "out") == ExitCode.BUNDLE

@@ -200,7 +200,6 @@ def test_files_that_have_not_changed_are_not_read_again_at_the_next_start(tmp_pa
     again = first.snapshot(SHAPE)
     assert len(hashed) == 12
     assert np.array_equal(np.asarray(again.x_train), np.asarray(wanted.x_train))
-
     hashed.clear()
     put(root, "ant/2.png", 99)
     put(root, "bee/new.png", 98)

@@ -30,7 +30,6 @@ def test_of_one_class_every_sample_stays_with_the_same_chance() -> None:
     for seed in range(400):
         counts.update(fed([0] * 60, 16, seed))
     found = [counts[f"{n:06}"] for n in range(60)]
-
     assert sum(found) == 400 * 12  # a quarter of the room is for samples without a label
     # A choice without replacement varies a little less than the test assumes.
     assert -3 < chi_square(found) < 3
@@ -42,7 +41,6 @@ def test_a_class_that_must_make_room_stays_a_uniform_choice() -> None:
     for seed in range(400):
         counts.update(n for n in fed(labels, 16, seed) if labels[int(n)] == 0)
     found = [counts[f"{n:06}"] for n, label in enumerate(labels) if label == 0]
-
     assert sum(found) == 400 * 6
     assert -3 < chi_square(found) < 3
 
@@ -57,7 +55,6 @@ def test_classes_get_fair_shares_and_the_room_is_never_exceeded(labels: list[int
     kept = {c: len(names) for c, names in reservoir.kept().items()}
     loose, most = int(samples * 0.25), samples - int(samples * 0.25)
     arrived = Counter(labels)
-
     assert kept.get(UNLABELLED, 0) == min(arrived[UNLABELLED], loose)
     labelled = {c: n for c, n in kept.items() if c != UNLABELLED}
     assert sum(labelled.values()) == min(len(labels) - arrived[UNLABELLED], most)
@@ -81,7 +78,6 @@ def test_the_same_samples_are_dealt_with_alike_whatever_happened_to_the_order_of
     one, again = fed(labels, 20, 5), fed(labels, 20, 5)
     assert one.kept() == again.kept()
     assert one.kept() != fed(labels, 20, 6).kept()
-
     other = Reservoir(Limits(20, 10**9), 5)  # as when a set is read again
     for label, names in one.kept().items():
         for name in reversed(names):

@@ -171,7 +171,6 @@ def test_without_slabs_or_where_they_do_not_fit_nothing_is_different(source: Sou
     assert not any(w.shared for w in plain.start(0.0))
     source.feed(plain)
     assert source.pulled() == {source.weights[2].sha256, source.graph.sha256}
-
     source.wants.clear()
     tight = BlobDownloads(BlobStore(store.root / "new"), source.offer(2), 0.0, slabs=False)
     source.feed(tight)

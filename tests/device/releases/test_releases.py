@@ -258,9 +258,7 @@ def test_a_release_by_the_key_that_replaced_the_launchers_is_installed_and_start
     DeviceIdentity(identity, "site", "d").succeed(keys[-1].verifying, chain)
     folder = source(make_release(tmp_path / "two", 2, key=keys[-1]))
     updater = ReleaseInstaller(board.home.root, keys[-1].verifying, identity=identity)
-
     updater.stage(folder)
-
     slot = board.home.load().other  # type: ignore[union-attr]
     record = board.home.whole(slot)
     assert (record.version, record.site, record.successions) == (2, "site", tuple(s.hex for s in chain))

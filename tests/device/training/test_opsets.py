@@ -26,7 +26,6 @@ def test_a_graph_computes_the_same_at_every_opset(held: dict[str, Any], name: st
         return {k.split("/", 2)[2]: v for k, v in held.items() if k.startswith(f"{name}/{kind}/")}
 
     found = Session(held[f"{name}/opset/{opset}"].tobytes(), training=name == "training").run(part("in"))
-
     for output, expected in part("out").items():
         scale = max(1e-3, float(np.abs(expected).max()))
         np.testing.assert_allclose(found[output] / scale, expected / scale, atol=2e-6)

@@ -34,14 +34,12 @@ def test_rounding_and_flips_of_either_engine_are_near() -> None:
 @pytest.mark.parametrize("batches", [{0}, {8}, {0, 1}, {2, 5, 8}, set(range(9))])
 def test_what_is_far_in_some_batches_is_not_near(batches: set[int], far: float) -> None:
     ours = [far if i in batches else EXACT for i in range(9)]
-
     assert not measured(ours, [EXACT] * 9).near
 
 
 @pytest.mark.parametrize("size", [1, 3, 5])
 def test_what_is_off_at_one_size_is_no_flip(size: int) -> None:
     ours = [FLIP if n == size else EXACT for n in SIZES]
-
     assert not measured(ours, [EXACT] * 9).near
     assert not measured(ours, [FLIP if n != size else EXACT for n in SIZES]).near
 
@@ -97,7 +95,6 @@ def test_frozen_tensors_have_no_gradients_and_those_that_cancel_are_measured_by_
     net.conv1.weight.requires_grad_(False)
     model = import_onnx(export_torch(net), "net")
     found = Trained(model).distances(net, model.tensors, batches(net.input_shape))
-
     assert set(found.ours_each) == {n for n, _ in net.named_parameters()} - {"conv1.weight"}
     assert found.near
     assert max(found.ours_each["conv2.bias"]) < 1e-6
@@ -113,6 +110,5 @@ def test_recurrent_layers_as_torch_wrote_them_once(kind: Callable[..., nn.Module
         torch.onnx.export(net, (torch.zeros(2, *net.input_shape),), raw, dynamo=False, opset_version=17, **names)
     model = import_onnx(raw.getvalue(), "net")
     found = Trained(model).distances(model.graph, model.tensors, batches(net.input_shape))
-
     assert found.near
     assert found.excess(found.worst) <= TENSOR

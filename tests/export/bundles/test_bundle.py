@@ -47,7 +47,6 @@ def test_a_bundle_that_mixes_says_so_and_another_does_not(
     bundle = write_bundle(tmp_path / "b", bundle_files(lenet, half, recipe), half, recipe, "raspberry-pi-5")
     said = json.loads((tmp_path / "b" / MANIFEST).read_text())["recipe"]
     inputs_of = set(Session(bundle.path("training.onnx"), training=True).inputs)
-
     assert open_bundle(tmp_path / "b").recipe == recipe
     assert {k: said[k] for k in ("mixup", "blend") if k in said} == ({"mixup": 0.25, "blend": 0.25} if mixup else {})
     assert inputs_of & {step_contract.Y_PARTNER, step_contract.Y_SHARE} == (
@@ -57,10 +56,8 @@ def test_a_bundle_that_mixes_says_so_and_another_does_not(
 
 def test_what_is_written_is_read_back(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
     names = tuple(f"digit {i}" for i in range(10))
-
     write_bundle(tmp_path / "b", files, half, Recipe(lr=0.25), "raspberry-pi-5", names)
     bundle = open_bundle(tmp_path / "b")
-
     assert bundle.selection.digest == half.digest
     assert bundle.recipe == Recipe(lr=0.25)
     assert (bundle.target, bundle.class_names) == ("raspberry-pi-5", names)
@@ -72,16 +69,13 @@ def test_the_training_step_takes_the_weights_file(half: Selection, files: dict[s
     feeds = {n: np.zeros(tensors[n.partition("::")[0]].shape, np.float32) for n in session.inputs if "::" in n}
     scalars = {n: np.array(0.1, np.float32) for n in ("lr", "momentum", "weight_decay")}
     x, y = np.zeros((3, 1, 28, 28), np.float32), np.zeros(3, np.int64)
-
     out = session.run({**tensors, **feeds, **scalars, "x": x, "y": y})
-
     assert np.isfinite(out["loss"])
     assert {n: out[f"{n}::next"].shape for n in tensors} == half.shapes()
 
 
 def test_a_folder_with_other_things_is_left_alone(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
-
     with pytest.raises(BundleError, match="not empty and holds no bundle"):
         write_bundle(tmp_path, files, half, Recipe(), "raspberry-pi-5")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
@@ -99,7 +93,6 @@ def test_a_full_disk_leaves_the_bundle_that_was_there(
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", full)
-
     with pytest.raises(StorageFullError, match="No space left"):
         write_bundle(tmp_path / "b", files, half, Recipe(lr=0.25), "raspberry-pi-5")
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == sorted([*FILES, MANIFEST])
@@ -108,7 +101,6 @@ def test_a_full_disk_leaves_the_bundle_that_was_there(
 
 def test_a_folder_that_cannot_be_made(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-
     with pytest.raises(StorageError, match="can't write a bundle to"):
         write_bundle(tmp_path / "file" / "b", files, half, Recipe(), "raspberry-pi-5")
 
@@ -121,7 +113,6 @@ def test_class_names_must_fit(half: Selection, files: dict[str, bytes], tmp_path
 def test_the_manifest_lists_sizes_and_digests(half: Selection, files: dict[str, bytes], tmp_path: Path) -> None:
     write_bundle(tmp_path / "b", files, half, Recipe(), "raspberry-pi-5")
     listed = json.loads((tmp_path / "b" / MANIFEST).read_text())["files"]
-
     assert {n: (e["size"], e["sha256"]) for n, e in listed.items()} == {
         n: (len(raw), tensorfile.digest(raw)) for n, raw in files.items()
     }

@@ -42,9 +42,7 @@ def opset_of(path: Path) -> int:
 @pytest.mark.parametrize("opset", [None, 13, 17, 20, 23])
 def test_a_bundle_as_one_file_computes_the_same(bundle: Path, tmp_path: Path, opset: int | None) -> None:
     more = [] if opset is None else ["--opset", str(opset)]
-
     assert main(["to-onnx", str(bundle), str(tmp_path / "out.onnx"), *more]) == ExitCode.OK
-
     assert opset_of(tmp_path / "out.onnx") == (opset or 17)
     assert not [t for t in onnx.load(tmp_path / "out.onnx").graph.initializer if t.external_data]
     assert distance(logits(tmp_path / "out.onnx", X), logits(bundle / "inference.onnx", X)) < 1e-6
@@ -54,18 +52,14 @@ def test_a_bundle_as_one_file_computes_the_same(bundle: Path, tmp_path: Path, op
 def test_a_bundle_of_another_opset_can_be_written_at_any(digits: Path, tmp_path: Path, opset: int) -> None:
     folder = exported(digits, tmp_path / "b", "--density", "0.4", "--opset", "20")
     assert opset_of(folder / "inference.onnx") == 20
-
     assert main(["to-onnx", str(folder), str(tmp_path / "out.onnx"), "--opset", str(opset)]) == ExitCode.OK
-
     assert opset_of(tmp_path / "out.onnx") == opset
     assert distance(logits(tmp_path / "out.onnx", X), logits(folder / "inference.onnx", X)) < 1e-6
 
 
 def test_what_was_written_can_be_imported_again(bundle: Path, tmp_path: Path) -> None:
     main(["to-onnx", str(bundle), str(tmp_path / "out.onnx")])
-
     again = import_onnx((tmp_path / "out.onnx").read_bytes(), "digits")
-
     selection = open_bundle(bundle).selection
     assert again.architecture.sizes == selection.widths
     assert {n: v.shape for n, v in again.tensors.items()} == selection.shapes()
@@ -79,9 +73,7 @@ def test_a_global_model_takes_the_weights_of_a_file(digits: Path, tmp_path: Path
     (tmp_path / "w.safetensors").write_bytes(tensorfile.encode(moved))
     graph = model.graph.copy()
     graph.initializers.update(moved)
-
     code = main(["to-onnx", str(digits), str(tmp_path / "o.onnx"), "--weights", str(tmp_path / "w.safetensors")])
-
     assert code == ExitCode.OK
     expected = Session(graph.to_bytes()).run({"x": X})["logits"]
     assert distance(logits(tmp_path / "o.onnx", X), expected) < 1e-6
@@ -92,7 +84,6 @@ def test_weights_of_another_model_are_refused(
     digits: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     weights = str(bundle / "weights.safetensors")
-
     assert main(["to-onnx", str(digits), str(tmp_path / "o.onnx"), "--weights", weights]) == ExitCode.BUNDLE
     err = capsys.readouterr().err
     assert "tensor conv1.weight: expected float32 (32, 1, 3, 3), got float32 (13, 1, 3, 3)" in err
@@ -101,7 +92,6 @@ def test_weights_of_another_model_are_refused(
 
 def test_a_state_dict_has_the_shapes_of_the_submodel(bundle: Path, tmp_path: Path) -> None:
     assert main(["to-torch", str(bundle), str(tmp_path / "s.safetensors")]) == ExitCode.OK
-
     found, held = tensorfile.load(tmp_path / "s.safetensors"), tensorfile.load(bundle / "weights.safetensors")
     for name, value in held.items():
         np.testing.assert_array_equal(found[name], value)
@@ -113,9 +103,7 @@ def test_a_submodel_is_put_back_at_its_places(digits: Path, bundle: Path, tmp_pa
     zeros = {n: np.zeros_like(v) for n, v in whole.items()}
     (tmp_path / "zero.safetensors").write_bytes(tensorfile.encode(zeros))
     main(["to-onnx", str(digits), str(tmp_path / "z.onnx"), "--weights", str(tmp_path / "zero.safetensors")])
-
     code = main(["to-torch", str(bundle), str(tmp_path / "s.safetensors"), "--into", str(tmp_path / "z.onnx")])
-
     assert code == ExitCode.OK
     selection = open_bundle(bundle).selection
     for name, value in tensorfile.load(tmp_path / "s.safetensors").items():
@@ -127,9 +115,7 @@ def test_a_submodel_is_put_back_at_its_places(digits: Path, bundle: Path, tmp_pa
 @pytest.mark.parametrize("others", ["zero", "keep"])
 def test_the_other_channels_are_zeroed_or_kept(digits: Path, bundle: Path, tmp_path: Path, others: str) -> None:
     whole, out = import_onnx(digits.read_bytes(), "digits"), tmp_path / "s.safetensors"
-
     assert main(["to-torch", str(bundle), str(out), "--into", str(digits), "--others", others]) == ExitCode.OK
-
     selection, state = open_bundle(bundle).selection, tensorfile.load(out)
     for name, value in whole.tensors.items():
         kept = others == "keep" or "running" in name
@@ -159,16 +145,13 @@ def test_what_a_board_serves_goes_out(
 ) -> None:
     slots = ModelSlots(board / "serving")
     folder = slots.folder(slots.current() or pytest.fail("nothing serves"))
-
     assert main(["to-onnx", str(board), str(tmp_path / "o.onnx")]) == ExitCode.OK
     assert main(["to-torch", str(board), str(tmp_path / "s.safetensors")]) == ExitCode.OK
-
     assert distance(logits(tmp_path / "o.onnx", X), logits(folder / "inference.onnx", X)) < 1e-6
     state = tensorfile.load(tmp_path / "s.safetensors")
     for name, value in tensorfile.load(folder / "weights.safetensors").items():
         np.testing.assert_array_equal(state[name], value)
     assert capsys.readouterr().out.count("the board's model after round 7 of job job; the source's outputs ") == 2
-
     assert main(["to-torch", str(board), str(tmp_path / "w.pt"), "--into", str(digits)]) == ExitCode.USAGE
     assert "A board doesn't know which channels" in capsys.readouterr().err
     (folder / "weights.safetensors").write_bytes(b"damaged")
@@ -182,18 +165,14 @@ def test_a_file_that_computes_something_else_is_not_written(
     plain = conversion.state_dict
     name = list(tensorfile.load(bundle / "weights.safetensors"))[-1]
     monkeypatch.setattr(conversion, "state_dict", lambda *a: plain(*a) | {name: plain(*a)[name] + np.float32(1)})
-
     assert main(["to-torch", str(bundle), str(tmp_path / "s.safetensors")]) == ExitCode.MODEL
-
     assert "computes something else" in capsys.readouterr().err
     assert not (tmp_path / "s.safetensors").exists()
 
 
 def test_another_model_takes_no_submodel(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["to-onnx", str(bundle), str(tmp_path / "small.onnx")])
-
     code = main(["to-torch", str(bundle), str(tmp_path / "s.safetensors"), "--into", str(tmp_path / "small.onnx")])
-
     assert code == ExitCode.BUNDLE
     assert "was not cut from digits as it was imported here" in capsys.readouterr().err
 
@@ -226,7 +205,6 @@ def test_what_can_not_be_converted_is_one_line(
     said: str,
 ) -> None:
     assert main([w.format(bundle=bundle, digits=digits, out=tmp_path) for w in words]) == code
-
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
@@ -254,7 +232,6 @@ def test_torch_loads_a_whole_state_dict_strictly(name: str, tmp_path: Path) -> N
             value.zero_()
         module.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True), strict=True)
         after = module(x).numpy()
-
     np.testing.assert_array_equal(after, before)
 
 
@@ -273,7 +250,6 @@ def test_a_whole_module_computes_what_the_submodel_computes(
     capsys.readouterr()
     assert main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", source]) == ExitCode.OK
     assert "in torch" in capsys.readouterr().out
-
     module = getattr(nets, name)().eval()
     module.load_state_dict(torch.load(tmp_path / "s.pt", weights_only=True), strict=True)
     x = torch.randn(3, *module.input_shape, generator=torch.Generator().manual_seed(1))
@@ -286,12 +262,10 @@ def test_a_whole_module_computes_what_the_submodel_computes(
 @pytest.mark.torch
 def test_a_layer_norm_over_lost_channels_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = exported("support.nets.device_nets:vision_transformer", tmp_path / "b", "--density", "0.5")
-
     assert (
         main(["to-torch", str(folder), str(tmp_path / "s.pt"), "--into", "support.nets.device_nets:vision_transformer"])
         == ExitCode.MODEL
     )
-
     assert "--others keep" in capsys.readouterr().err
     assert not (tmp_path / "s.pt").exists()
 
@@ -319,7 +293,6 @@ def test_a_narrow_module_loads_a_submodel(tmp_path: Path) -> None:
         y = torch.max_pool2d(torch.relu(module["conv1"](x)), 2)
         y = torch.flatten(torch.max_pool2d(torch.relu(module["conv2"](y)), 2), 1)
         y = module["fc3"](torch.relu(module["fc2"](torch.relu(module["fc1"](y)))))
-
     assert distance(y.numpy(), logits(folder / "inference.onnx", x.numpy())) < 1e-5
 
 
@@ -347,7 +320,6 @@ def test_tied_tensors_have_all_their_names(tmp_path: Path) -> None:
     folder = exported(tmp_path / "m.onnx", tmp_path / "b", "--density", "1")
     assert main(["to-torch", str(folder), str(tmp_path / "b.pt"), "--into", str(tmp_path / "m.onnx")]) == ExitCode.OK
     assert main(["to-torch", str(tmp_path / "m.onnx"), str(tmp_path / "m.pt")]) == ExitCode.OK
-
     for name in ("b.pt", "m.pt"):
         state = torch.load(tmp_path / name, weights_only=True)
         Tied().load_state_dict(state, strict=True)
@@ -364,7 +336,6 @@ def test_nothing_that_is_read_is_written_over(
     weights = tmp_path / "global.safetensors"
     weights.write_bytes(tensorfile.encode(import_onnx(digits.read_bytes(), "digits").tensors))
     before = {p: p.read_bytes() for p in (model, weights, bundle / "inference.onnx", bundle / "weights.safetensors")}
-
     for words in (
         ("to-onnx", str(model), str(model)),
         ("to-onnx", str(model), str(link)),

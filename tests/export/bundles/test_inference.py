@@ -24,12 +24,10 @@ def test_swapping_the_weights_file_swaps_the_model(imported: Imported, tmp_path:
     one, other = (random_selection(model, 0.5, seed) for seed in (1, 2))
     graph, x = tmp_path / "inference.onnx", inputs(model, 3)
     graph.write_bytes(inference_model(model, one.widths))
-
     (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(one.gather(model.tensors)))
     first = Session(graph).run({"x": x})["logits"]
     (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(other.gather(model.tensors)))
     second = Session(graph).run({"x": x})["logits"]
-
     assert distance(first, outputs(cut(model, one), x)) < 1e-6
     assert distance(second, outputs(cut(model, other), x)) < 1e-6
     assert distance(first, second) > 1e-2
@@ -37,16 +35,13 @@ def test_swapping_the_weights_file_swaps_the_model(imported: Imported, tmp_path:
 
 def test_the_graph_holds_no_weights(imported: Imported) -> None:
     model = imported("vgg11_bn")
-
     raw = inference_model(model, model.architecture.sizes)
-
     assert len(raw) < 32 * 1024
     assert sum(v.nbytes for v in model.tensors.values()) > 10 * len(raw)
 
 
 def test_the_same_widths_give_the_same_bytes(imported: Imported) -> None:
     model = imported("concat_net")
-
     assert inference_model(model, [4, 3, 3, 3]) == inference_model(model, [4, 3, 3, 3])
 
 
@@ -59,9 +54,7 @@ def test_input_and_output_are_named_by_the_contract(imported: Imported, tmp_path
     model = imported("lenet")
     (tmp_path / "inference.onnx").write_bytes(inference_model(model, model.architecture.sizes))
     (tmp_path / WEIGHTS_FILE).write_bytes(tensorfile.encode(model.tensors))
-
     session = Session(tmp_path / "inference.onnx")
-
     assert session.inputs == {"x": ("tensor(float)", ("N", 1, 28, 28))}
     assert session.outputs == ("logits",)
     assert np.isfinite(session.run({"x": inputs(model, 1)})["logits"]).all()

@@ -23,7 +23,6 @@ F32 = np.dtype(np.float32)
 def test_layers_count_the_weights_of_the_module(imported: Imported, name: str) -> None:
     model, module = imported(name), zoo.make(name)
     state = {k: v for k, v in module.state_dict().items() if not k.endswith("num_batches_tracked")}
-
     assert set(model.tensors) == set(state)
     for key, value in state.items():
         np.testing.assert_array_equal(model.tensors[key], value.numpy())
@@ -31,7 +30,6 @@ def test_layers_count_the_weights_of_the_module(imported: Imported, name: str) -
 
 def test_cost_table_counts_positions(imported: Imported) -> None:
     rows = {n.weight: (n.op, n.positions) for n in imported("lenet").architecture.layers if n.weight}
-
     assert rows == {
         "conv1.weight": ("Conv", 24 * 24),
         "conv2.weight": ("Conv", 8 * 8),
@@ -43,7 +41,6 @@ def test_cost_table_counts_positions(imported: Imported) -> None:
 
 def test_kinds_follow_use(imported: Imported) -> None:
     kinds = {t.name: t.kind for t in imported("resnet20_bn").architecture.tensors}
-
     assert kinds["conv1.weight"] is TensorKind.WEIGHT
     assert kinds["bn1.weight"] is TensorKind.NORM_SCALE
     assert kinds["bn1.bias"] is TensorKind.NORM_BIAS
@@ -66,13 +63,11 @@ def test_input_and_classes_stay(imported: Imported) -> None:
 
 def test_flattened_channels_have_an_inner_length(imported: Imported) -> None:
     (segment,) = imported("lenet").architecture.by_name["fc1.weight"].axes[1].segments
-
     assert (segment.count, segment.inner) == (16, 16)
 
 
 def test_concatenated_channels_are_segments_of_their_groups(imported: Imported) -> None:
     architecture = imported("concat_net").architecture
-
     for name, inner in (("last.weight", 1), ("fc.weight", 16)):
         axis = architecture.by_name[name].axes[-1]
         assert [(s.count, s.inner) for s in axis.segments] == [(8, inner), (6, inner), (6, inner), (6, inner)]
@@ -81,7 +76,6 @@ def test_concatenated_channels_are_segments_of_their_groups(imported: Imported) 
 
 def test_activations_lists_what_a_backward_pass_keeps(imported: Imported) -> None:
     kept = {a.name: (a.channels.length, a.positions) for a in imported("lenet").architecture.activations if a.kept}
-
     assert kept["x"] == (1, 28 * 28)
     assert (6, 24 * 24) in kept.values()
     assert (16, 16) in kept.values()
@@ -90,7 +84,6 @@ def test_activations_lists_what_a_backward_pass_keeps(imported: Imported) -> Non
 
 def test_groups_come_in_graph_order(imported: Imported) -> None:
     architecture = imported("vgg11_bn").architecture
-
     assert [g.name for g in architecture.groups] == [f"g{i}" for i in range(8)]
     assert [g.size for g in architecture.groups] == [16, 32, 64, 64, 128, 128, 128, 128]
 
@@ -107,9 +100,7 @@ def test_an_operator_without_a_rule_fixes_its_channels_and_is_named() -> None:
     value = graph.emit("Conv", value, "b")
     value = graph.emit("Flatten", graph.emit("Conv", value, "c"))
     graph.outputs = [Port(value, F32, ("N", 5))]
-
     model = import_onnx(graph.to_bytes(), "net")
-
     assert [(g.size, model.architecture.members(i)) for i, g in enumerate(model.architecture.groups)] == [
         (4, ("b[0]", "c[1]"))
     ]
@@ -129,9 +120,7 @@ def test_widths_that_no_shape_tells_stay() -> None:
     ]
     value = graph.emit("Concat", parts[0], graph.emit("Tanh", parts[1]), attrs={"axis": 1})
     graph.outputs = [Port(graph.emit("MatMul", value, "b"), F32, ("N", 2))]
-
     model = import_onnx(graph.to_bytes(), "net")
-
     assert [g.size for g in model.architecture.groups] == [4]
     assert any("3 channels stay" in note for note in model.notes)
 
@@ -140,8 +129,6 @@ def test_nothing_to_cut_is_not_an_error() -> None:
     graph = Graph(inputs=[Port("x", F32, ("N", 3))])
     graph.initializers["w"] = np.ones((3, 2), np.float32)
     graph.outputs = [Port(graph.emit("MatMul", "x", "w"), F32, ("N", 2))]
-
     model = import_onnx(graph.to_bytes(), "linear")
-
     assert model.architecture.groups == ()
     assert Selection.full(model.architecture).whole

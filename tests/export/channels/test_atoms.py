@@ -25,7 +25,6 @@ def test_units_are_what_union_find_finds(count: int, ties: list[tuple[int, int]]
         atoms.tie(np.array([a]), np.array([b]))
         low, high = sorted((root(a), root(b)))
         parent[high] = low
-
     assert atoms.units().tolist() == [root(a) for a in range(count + 1)]
 
 
@@ -33,9 +32,7 @@ def test_long_chains_are_one_unit() -> None:
     atoms = Atoms()
     row = atoms.fresh(5000)
     order = np.random.default_rng(0).permutation(row)
-
     atoms.tie(order[:-1], order[1:])
-
     assert set(atoms.units()[row].tolist()) == {1}
 
 
@@ -44,7 +41,6 @@ def test_what_is_tied_to_a_fixed_index_stays() -> None:
     a, b = atoms.fresh(4), atoms.fresh(4)
     atoms.tie(a, b)
     atoms.fix(b[1:2])
-
     assert (atoms.units()[a] == ANCHORED).tolist() == [False, True, False, False]
 
 
@@ -78,7 +74,6 @@ def test_reshaped_rows_say_where_numpy_puts_the_elements(shapes: tuple[list[int]
     places = [-1 if i == carrier else 1 for i in range(len(old))]
     elements = np.broadcast_to(row.reshape(places), old).reshape(new)
     parts = runs(old, new)
-
     assert [i for olds, _ in parts for i in olds] == list(range(len(old)))
     assert [i for _, news in parts for i in news] == list(range(len(new)))
     if old[carrier] == 1:
@@ -110,5 +105,4 @@ def test_units_can_be_asked_for_in_between(ties: list[tuple[int, int]], parts: i
             atoms.tie(np.array([a]), np.array([b]))
         if i % parts == 0:
             in_parts.units()
-
     assert in_parts.units().tolist() == at_once.units().tolist()

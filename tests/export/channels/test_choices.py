@@ -21,7 +21,6 @@ def run(choices: Choices, options: str, unit: np.ndarray, footprint: np.ndarray 
 
 def test_an_option_that_leaves_two_channels_stays() -> None:
     choices = Choices()
-
     assert run(choices, "abc", TWO) == ("a", False)
     assert run(choices, "abc", TWO) == ("a", False)
 
@@ -33,13 +32,11 @@ def test_the_finest_comes_first_where_it_is_preferred_and_options_are_not_ranked
 
 def test_an_option_that_ties_all_channels_is_advanced() -> None:
     choices = Choices()
-
     assert [run(choices, "ab", ONE)[0] for _ in range(2)] == ["a", "b"]
 
 
 def test_channels_that_can_never_be_one_group_do_not_count() -> None:
     choices = Choices()
-
     assert run(choices, "ab", TWO, APART) == ("a", True)
     assert run(choices, "ab", TWO, ALIKE) == ("b", False)
 
@@ -51,7 +48,6 @@ def test_options_get_a_second_round_and_no_third() -> None:
     while again:
         option, again = run(choices, "ab", ONE)
         picked.append(option)
-
     assert picked == ["a", "b", None, "a", "b", None]
 
 
@@ -59,5 +55,4 @@ def test_what_had_failed_may_fit_later() -> None:
     choices = Choices()
     for _ in range(3):
         run(choices, "ab", ONE)
-
     assert run(choices, "ab", TWO) == ("a", False)

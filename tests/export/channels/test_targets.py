@@ -25,7 +25,6 @@ def tight(tmp_path: Path) -> Path:
 def test_every_target_gets_the_bundle_that_it_would_get_alone(digits: Path, tmp_path: Path) -> None:
     names = ("raspberry-pi-5", "raspberry-pi-zero-2w", "jetson-orin-nano")
     limits = ("--bytes-per-round", "300000")
-
     assert (
         main(
             [
@@ -41,7 +40,6 @@ def test_every_target_gets_the_bundle_that_it_would_get_alone(digits: Path, tmp_
         )
         == 0
     )
-
     assert sorted(p.name for p in (tmp_path / "all").iterdir()) == sorted(names)
     for name in names:
         assert main([str(digits), "--target", name, "--out", str(tmp_path / name), *limits]) == 0
@@ -52,7 +50,6 @@ def test_every_target_gets_the_bundle_that_it_would_get_alone(digits: Path, tmp_
 
 def test_the_table_has_a_row_per_target(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([str(digits), "--target", "raspberry-pi-5,raspberry-pi-4b", "--density", "0.5", "--out", str(tmp_path)])
-
     printed = capsys.readouterr().out.splitlines()
     rows = [line.split("\t") for line in printed if "\t" in line]
     assert [r[0] for r in rows] == ["target", "raspberry-pi-5", "raspberry-pi-4b"]
@@ -65,9 +62,7 @@ def test_a_target_that_does_not_fit_is_one_line_and_the_others_are_written(
     digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-
     assert main([str(digits), "--target", f"{tight},raspberry-pi-5", "--out", str(out)]) == ExitCode.PLAN
-
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
     assert said.err.startswith("error: tight: no width of digits fits tight")
@@ -81,9 +76,7 @@ def test_where_no_target_fits_no_table_and_no_folder_is_promised(
 ) -> None:
     tighter = tmp_path / "tighter.toml"
     tighter.write_text(tight.read_text().replace('name = "tight"', 'name = "tighter"'))
-
     assert main([str(digits), "--target", f"{tight},{tighter}", "--out", str(tmp_path / "out")]) == ExitCode.PLAN
-
     printed = capsys.readouterr()
     assert printed.out == "bundles: 0 of 2\n"
     assert [line.split()[:2] for line in printed.err.splitlines()] == [["error:", "tight:"], ["error:", "tighter:"]]
@@ -95,11 +88,9 @@ def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "field.toml").write_text(shipped.replace('name = "raspberry-pi-5"', 'name = "field"'))
     words = [str(digits), "--target", "field", "--out", str(tmp_path / "out")]
-
     assert main(words) == ExitCode.PROFILE
     assert main([*words, "--profiles", str(tmp_path / "mine")]) == ExitCode.OK
     assert open_bundle(tmp_path / "out").target == "field"
-
     words = ["bench", str(tmp_path / "out"), "--runs", "2", "--target", "field"]
     assert main(words) == ExitCode.PROFILE
     assert main([*words, "--profiles", str(tmp_path / "mine")]) == ExitCode.OK
@@ -115,7 +106,6 @@ def test_an_export_repeats_the_advice_for_a_second_tier_board(
         text = html.unescape((tmp_path / "one" / name).read_text())
         assert f"Second tier: {advice}" in text
     assert json.loads((tmp_path / "one" / "report.json").read_text())["advice"] == advice
-
     words = [str(digits), "--target", "jetson-nano,raspberry-pi-5,jetson-tx2", "--out", str(tmp_path / "several")]
     assert main(words) == ExitCode.OK
     told = [line for line in capsys.readouterr().out.splitlines() if "second tier" in line]
@@ -129,9 +119,7 @@ def test_the_json_has_a_report_or_an_error_per_target(
     digits: Path, tight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-
     code = main([str(digits), "--target", f"raspberry-pi-5,{tight}", "--out", str(out), "--json"])
-
     found = json.loads(capsys.readouterr().out)
     assert code == ExitCode.PLAN == found[1]["exit_code"]
     assert found[0] == json.loads((out / "raspberry-pi-5" / "report.json").read_text())
@@ -160,7 +148,6 @@ def test_targets_that_make_no_sense(
 def test_two_files_with_one_name_are_refused(digits: Path, tight: Path, tmp_path: Path) -> None:
     (tmp_path / "other.toml").write_text(tight.read_text())
     other = tmp_path / "other.toml"
-
     assert main([str(digits), "--target", f"{tight},{other}", "--out", str(tmp_path / "o")]) == ExitCode.USAGE
 
 
@@ -168,7 +155,6 @@ def test_several_targets_do_not_go_into_a_bundle(digits: Path, tmp_path: Path) -
     out = tmp_path / "b"
     assert main([str(digits), "--target", "raspberry-pi-5", "--out", str(out)]) == ExitCode.OK
     before = sorted(p.name for p in out.iterdir())
-
     assert main([str(digits), "--target", "raspberry-pi-5,raspberry-pi-4b", "--out", str(out)]) == ExitCode.BUNDLE
     assert sorted(p.name for p in out.iterdir()) == before
 
@@ -176,8 +162,6 @@ def test_several_targets_do_not_go_into_a_bundle(digits: Path, tmp_path: Path) -
 def test_a_folder_with_other_things_stops_all_before_the_work(digits: Path, tmp_path: Path) -> None:
     (tmp_path / "raspberry-pi-4b").mkdir()
     (tmp_path / "raspberry-pi-4b" / "letter.txt").write_text("dear")
-
     code = main([str(digits), "--target", "raspberry-pi-5,raspberry-pi-4b", "--out", str(tmp_path)])
-
     assert code == ExitCode.BUNDLE
     assert not (tmp_path / "raspberry-pi-5").exists()

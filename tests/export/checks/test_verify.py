@@ -95,9 +95,7 @@ def test_one_changed_bit_is_found(files: dict[str, bytes], half: Selection, tmp_
     raw = bytearray((folder / name).read_bytes())
     raw[len(raw) // 2] ^= 1
     (folder / name).write_bytes(raw)
-
     done, error = passed(folder)
-
     assert done == []
     assert isinstance(error, BundleError)
     assert name in str(error)
@@ -119,7 +117,6 @@ def test_a_recipe_without_a_rate_is_no_reason_to_complain(model: Model, half: Se
 def test_weights_of_another_width(files: dict[str, bytes], half: Selection, model: Model, tmp_path: Path) -> None:
     wider = half.narrowed([w + 1 for w in half.widths])
     raw = tensorfile.encode(wider.gather(model.tensors))
-
     with pytest.raises(BundleError, match=r"conv1.weight.*expected F32 \[16, 1, 3, 3\], got F32 \[17, 1, 3, 3\]"):
         written(tmp_path / "b", {**files, WEIGHTS: raw}, half)
 
@@ -199,7 +196,6 @@ def test_damage_that_the_manifest_agrees_with_is_found(
     said: str,
 ) -> None:
     done, error = passed(written(tmp_path / "b", {**files, **damage(files, model, half)}, half))
-
     assert (done, type(error)) == (CHECKS[:before], kind)
     assert said in str(error)
 
@@ -220,7 +216,6 @@ def test_an_export_tries_the_step_at_its_own_widths(
     broken = changed(files[TRAINING], frozen)
     whole = {**files, WEIGHTS: tensorfile.encode(model.tensors), TRAINING: broken}
     try_step(model, Recipe(), whole)
-
     with pytest.raises(ModelError, match="onnxruntime couldn't run the graph"):
         try_step(model, Recipe(), {**files, TRAINING: broken})
     (tmp_path / "digits.onnx").write_bytes(digits_model())
@@ -245,9 +240,7 @@ def test_a_training_step_that_does_not_mix_labels(model: Model, half: Selection,
     recipe = Recipe(mixup=0.3)
     files = bundle_files(model, half, recipe)
     folder = written(tmp_path / "b", {**files, TRAINING: changed(files[TRAINING], unmixed)}, half, recipe)
-
     done, error = passed(folder)
-
     assert (done, type(error)) == (CHECKS[:5], ModelError)
     assert "contradict" in str(error)
 
@@ -257,9 +250,7 @@ def test_another_model_is_told_apart(files: dict[str, bytes], half: Selection, m
     graph = model.graph.copy()
     graph.initializers["fc.weight"] = graph.initializers["fc.weight"] + np.float32(0.01)
     moved = Model(graph, model.architecture, model.notes, model.values)
-
     done, error = passed(folder, moved)
-
     assert (done, type(error)) == (CHECKS, BundleError)
     assert "other weights than the model: expected 17 equal tensors, got 1 others, such as fc.weight" in str(error)
 
@@ -269,9 +260,7 @@ def test_the_command_says_what_it_checked(
 ) -> None:
     folder = written(tmp_path / "b", files, half)
     (tmp_path / "renamed.onnx").write_bytes(digits_model())
-
     assert main(["verify", str(folder), "--model", str(tmp_path / "renamed.onnx")]) == ExitCode.OK
-
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [*CHECKS, "model"]
 
@@ -283,9 +272,7 @@ def test_the_command_speaks_json_also_of_what_is_wrong(
     assert main(["verify", str(folder), "--json"]) == ExitCode.OK
     good = json.loads(capsys.readouterr().out)
     (folder / ARCHITECTURE).write_text("{}")
-
     assert main(["verify", str(folder), "--json"]) == ExitCode.BUNDLE
-
     said = capsys.readouterr()
     bad = json.loads(said.out)
     assert (good["ok"], [c["check"] for c in good["passed"]]) == (True, CHECKS)
@@ -308,7 +295,6 @@ def test_identifiers_are_drawn_from_the_whole_vocabulary(tmp_path: Path) -> None
     assert parity(model, whole, files) < 1e-6
     tensors = {n: v.copy() for n, v in tensorfile.decode(files[WEIGHTS]).items()}
     tensors["table"][-1] += 1
-
     with pytest.raises(ModelError, match="something else than the masked one"):
         parity(model, whole, {**files, WEIGHTS: tensorfile.encode(tensors)})
 
@@ -329,12 +315,10 @@ def test_damage_that_the_manifest_agrees_with_never_surprises(
         for file, content in broken.items():
             (folder / file).write_bytes(content)
         (folder / "manifest.json").write_text(manifest(broken, half, Recipe(), "raspberry-pi-5"))
-
         assert main(["verify", str(folder)]) in (ExitCode.OK, ExitCode.MODEL, ExitCode.BUNDLE, ExitCode.TRAINING), (
             name,
             round_,
         )
-
     said = capsys.readouterr()
     assert {line.partition(":")[0] for line in said.out.splitlines()} <= set(CHECKS)
     assert {line.partition(":")[0] for line in said.err.splitlines()} == {"error"}

@@ -27,7 +27,6 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_recipe_says_what_is_measured(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(bundle), "--runs", "4", "--target", "raspberry-pi-5", "--json"]) == ExitCode.OK
-
     body = json.loads(capsys.readouterr().out)
     rows = body["measured"]
     assert [(r["what"], r["batch"], r["threads"], r["runs"]) for r in rows] == [
@@ -51,7 +50,6 @@ def test_the_recipe_says_what_is_measured(bundle: Path, capsys: pytest.CaptureFi
 @pytest.mark.slow
 def test_batches_and_threads_are_chosen(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(bundle), "--runs", "1", "--batch", "2,3", "--threads", "1,2"]) == ExitCode.OK
-
     header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert header[:3] == ["what", "batch", "threads"]
     assert not any("predicted" in title for title in header)
@@ -62,7 +60,6 @@ def test_batches_and_threads_are_chosen(bundle: Path, capsys: pytest.CaptureFixt
 
 def test_a_graph_that_does_not_run_is_one_line(bundle: Path) -> None:
     watch = Stopwatch(open_bundle(bundle), 1)
-
     with pytest.raises(ModelError, match="can't be timed"):
         watch._measured("prediction", bundle / "architecture.json", {}, 1, 1)
 

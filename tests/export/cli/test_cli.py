@@ -47,7 +47,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export(lenet_file, tmp_path / "b", "--density", "0.5") == ExitCode.OK
-
     bundle = open_bundle(tmp_path / "b")
     assert bundle.selection.widths == (3, 8, 60, 42)
     assert bundle.target == "raspberry-pi-5"
@@ -62,7 +61,6 @@ def test_an_export_writes_a_bundle(lenet_file: Path, tmp_path: Path, capsys: pyt
 
 def test_a_board_with_tensorrt_gets_a_plan_for_its_engine(lenet_file: Path, tmp_path: Path) -> None:
     assert export(lenet_file, tmp_path / "b", "--density", "0.5", target="jetson-orin-nano") == ExitCode.OK
-
     assert open_bundle(tmp_path / "b").engine == EnginePlan()
     names = {p.name for p in (tmp_path / "b").iterdir()}
     assert names == {*FILES, MANIFEST, *REPORTS, "engine.json"}
@@ -93,14 +91,12 @@ def test_another_boards_bundle_is_refused_before_the_model_is_read(
 def test_a_torch_factory_gives_the_same_bundle(lenet_file: Path, tmp_path: Path) -> None:
     assert export(lenet_file, tmp_path / "file") == ExitCode.OK
     assert export("support.nets.small_nets:lenet", tmp_path / "factory") == ExitCode.OK
-
     for name in FILES:
         assert (tmp_path / "file" / name).read_bytes() == (tmp_path / "factory" / name).read_bytes()
 
 
 def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -> None:
     assert export(lenet_file, tmp_path / "b", "--bytes-per-round", "100000") == ExitCode.OK
-
     report = json.loads((tmp_path / "b" / "report.json").read_text())
     assert report["plan"]["bound"] == "bytes"
     assert 2 * (tmp_path / "b" / "weights.safetensors").stat().st_size <= 100000
@@ -149,9 +145,7 @@ def test_an_export_that_keeps_little_of_a_model_warns(
 
 def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> None:
     export(lenet_file, tmp_path / "b", "--density", "0.5")
-
     report = json.loads((tmp_path / "b" / "report.json").read_text())
-
     assert report["after"]["weights_bytes"] == (tmp_path / "b" / "weights.safetensors").stat().st_size
     assert report["files"] == {n: (tmp_path / "b" / n).stat().st_size for n in FILES}
     assert (tmp_path / "b" / "report.md").read_text().startswith("# lenet for raspberry-pi-5")
@@ -159,13 +153,11 @@ def test_the_report_counts_what_is_on_disk(lenet_file: Path, tmp_path: Path) -> 
 
 def test_json_output_is_the_report(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     export(lenet_file, tmp_path / "b", "--json")
-
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "b" / "report.json").read_text())
 
 
 def test_a_truncated_model(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "broken.onnx").write_bytes(lenet_file.read_bytes()[:-1000])
-
     assert export(tmp_path / "broken.onnx", tmp_path / "b") == ExitCode.MODEL
     assert "broken.onnx" in one_line(capsys)
     assert not (tmp_path / "b").exists()
@@ -175,7 +167,6 @@ def test_an_operator_that_can_not_be_trained_is_named(
     lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(RULES, "Relu")
-
     assert export(lenet_file, tmp_path / "b") == ExitCode.MODEL
     assert "(Relu) has no gradient rule" in one_line(capsys)
 
@@ -217,7 +208,6 @@ def test_what_can_not_be_exported_is_one_line(
 @pytest.mark.parametrize("recipe", ["{", "[1]", '{"learning": 1}', '{"lr": "fast"}'])
 def test_a_strange_recipe(lenet_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str) -> None:
     (tmp_path / "recipe.json").write_text(recipe)
-
     assert export(lenet_file, tmp_path / "b", "--recipe", str(tmp_path / "recipe.json")) == ExitCode.CONFIG
     assert "recipe.json" in one_line(capsys)
 
@@ -267,7 +257,6 @@ def without(package: str, model: Path, out: Path) -> subprocess.CompletedProcess
 @pytest.mark.system
 def test_without_onnx_the_extra_is_named(lenet_file: Path, tmp_path: Path) -> None:
     done = without("onnx", lenet_file, tmp_path / "b")
-
     assert done.returncode == ExitCode.MISSING_EXTRA
     assert install_command("export") in done.stderr
 
@@ -281,9 +270,7 @@ def test_a_terminal_sees_what_is_being_done(
     monkeypatch.setattr("rich.status.Status.update", lambda self, text: told.append(text))
     odd = tmp_path / "[bold]lenet.onnx"
     odd.write_bytes(lenet_file.read_bytes())
-
     assert export(odd, tmp_path / "b", "--density", "0.5") == ExitCode.OK
-
     assert told[0] == f"importing {tmp_path}/\\[bold]lenet.onnx"
     assert told[-1] == "exporting for raspberry-pi-5 (1 of 1)"
 
@@ -292,7 +279,6 @@ def test_a_terminal_sees_what_is_being_done(
 @pytest.mark.system
 def test_an_onnx_file_is_exported_without_importing_torch(lenet_file: Path, tmp_path: Path) -> None:
     done = without("torch", lenet_file, tmp_path / "b")
-
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -45,7 +45,6 @@ def found(model: Model, density: float = 1.0, batch: int = 4) -> list[Piece]:
 
 def test_every_node_is_in_at_most_one_piece(model: Model) -> None:
     names = Counter(name for piece in found(model) for name in piece.nodes)
-
     assert names
     assert max(names.values()) == 1
 
@@ -53,13 +52,11 @@ def test_every_node_is_in_at_most_one_piece(model: Model) -> None:
 @pytest.mark.parametrize("density", [1.0, 0.4])
 def test_multiplications_are_those_of_the_costs(model: Model, density: float) -> None:
     total = sum(piece.macs for piece in found(model, density, 4))
-
     assert total == 4 * costs_at(model.architecture, widths_at(model.architecture, density)).training_macs
 
 
 def test_a_convolution_moves_its_values_once(model: Model) -> None:
     parts = {p.part: p for p in found(model, 0.5, 4) if p.title == "conv2"}
-
     weight = model.architecture.shapes(widths_at(model.architecture, 0.5))["conv2.weight"]
     layer = next(n for n in model.architecture.layers if n.weight == "conv2.weight")
     places = layer.positions
@@ -70,7 +67,6 @@ def test_a_convolution_moves_its_values_once(model: Model) -> None:
 
 def test_forms_are_those_that_were_chosen(model: Model) -> None:
     form = {p.title: p.form for p in found(model) if p.part == "weight gradient" and p.op == "Conv"}
-
     layers = {n.weight.removesuffix(".weight"): n for n in model.architecture.layers if n.op == "Conv"}
     for title, layer in layers.items():
         side = round(layer.positions**0.5)
@@ -91,9 +87,7 @@ def test_what_is_measured_is_found_again(model: Model, monkeypatch: pytest.Monke
         return seen[-1]
 
     monkeypatch.setattr(roofline, "kernel_times", watched)
-
     out = explained(model, 3)
-
     (times,) = seen
     whole = sum(s for op, s in times.kernels.values() if op not in ("If", "Loop"))
     told = sum(p.measured_s or 0.0 for p in out.pieces)
@@ -121,9 +115,7 @@ class Recurrent(nn.Module):
 @pytest.mark.torch
 def test_of_a_loop_what_is_inside_is_told() -> None:
     model = import_onnx(export_torch(Recurrent(), input_shape=(7, 5)), "series")
-
     names = [name for piece in found(model) for name in piece.nodes]
-
     loops = [node for node in training_graph(model, Features()).nodes if node.bodies]
     assert loops
     assert not {loop.name for loop in loops} & set(names)
@@ -144,9 +136,7 @@ def test_bounds_are_of_the_speed(model: Model) -> None:
 def test_sub_graphs_count_once() -> None:
     piece = Piece("conv", "Conv", "weight gradient", "blocks", 1, 1, ("Conv~1", "Pad~2"))
     kernels = {"If~3": ("If", 9.0), "Conv~1": ("Conv", 5.0), "Pad~2_more": ("Pad", 3.0), "strange": ("Cast", 1.0)}
-
     spent, unknown = roofline._spent([piece], KernelTimes(10.0, kernels))
-
     assert spent == [{"products": 5.0, "layout": 3.0}]
     assert unknown == 1.0
 
@@ -154,9 +144,7 @@ def test_sub_graphs_count_once() -> None:
 @pytest.mark.parametrize(("threads", "share"), [(0, 1.0), (1, 0.25), (4, 1.0), (9, 1.0)])
 def test_threads_have_their_share_of_a_profiles_peak(threads: int, share: float) -> None:
     profile = profile_store.find("raspberry-pi-5")
-
     speed = machine_peak.promised(profile, threads)
-
     assert speed.flops == profile.compute.peak_flops * share
     assert speed.bytes_s == profile.memory.bandwidth_bytes_s
 
@@ -164,9 +152,7 @@ def test_threads_have_their_share_of_a_profiles_peak(threads: int, share: float)
 def test_this_machine_has_a_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_peak, "_MOVED", 2**12)
     monkeypatch.setattr(machine_peak, "_SIDE", 16)
-
     speed = machine_peak.measured(2)
-
     assert speed.flops > 0
     assert speed.bytes_s > 0
     assert "2 threads" in speed.source
@@ -188,19 +174,16 @@ def test_the_page_has_a_bar_and_a_row_per_piece(model: Model, runs: int) -> None
     out = explained(model, runs)
     seen = Rows()
     seen.feed(document(out).to_html())
-
     assert seen.tags["li"] == len(out.pieces)
     assert seen.tags["tr"] == 1 + len(out.pieces) + (1 + len(KINDS) if runs else 0)
 
 
 def test_the_command_prints_what_is_explained(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = ("--target", "raspberry-pi-5", "--density", "0.5", "--batch", "4")
-
     assert main(["explain", str(digits), *target, "--json"]) == ExitCode.OK
     body = json.loads(capsys.readouterr().out)
     assert main(["explain", str(digits), *target]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
-
     assert body["batch"] == 4
     least = 0.01 * sum(p["bound_s"] for p in body["pieces"])
     small = [p for p in body["pieces"] if p["bound_s"] < least]
@@ -219,9 +202,7 @@ def test_a_step_is_measured_and_drawn(
     monkeypatch.setattr("fedprune_export.cli.explain.RUNS", 1)
     file = tmp_path / "step.html"
     options = ("--target", "raspberry-pi-5", "--density", "0.25", "--batch", "2", "--measure", "--page", str(file))
-
     assert main(["explain", str(digits), *options]) == ExitCode.OK
-
     head, *rest = capsys.readouterr().out.splitlines()
     assert head.endswith("bound\tbinds\tmeasured here")
     assert not any("times that" in line for line in rest)
@@ -236,9 +217,7 @@ def test_by_this_machine_s_bounds_what_was_measured_has_a_ratio(
     monkeypatch.setattr("fedprune_export.cli.explain.RUNS", 1)
     monkeypatch.setattr(machine_peak, "_MOVED", 2**12)
     monkeypatch.setattr(machine_peak, "_SIDE", 16)
-
     assert main(["explain", str(digits), "--density", "0.25", "--batch", "2", "--measure"]) == ExitCode.OK
-
     head, *rest = capsys.readouterr().out.splitlines()
     assert head.endswith("measured\tgap")
     assert rest[-2].endswith(" times that")
@@ -253,10 +232,8 @@ def test_a_page_is_a_page(digits: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_an_export_explains_its_step(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--target", "raspberry-pi-5", "--density", "0.25", "--out", str(tmp_path / "b"), "--explain")
-
     assert main([str(digits), *options, "--json"]) == ExitCode.OK
     body = json.loads(capsys.readouterr().out)
-
     assert body["explanation"]["widths"] == [g["kept"] for g in body["groups"]]
     assert body["explanation"]["batch"] == Recipe().micro_batch
     assert "all of 4 cores" in body["explanation"]["bounds"]["source"]
@@ -272,7 +249,6 @@ def test_an_export_explains_its_step(digits: Path, tmp_path: Path, capsys: pytes
 )
 def test_strange_options_end_with_their_code(digits: Path, words: tuple[str, ...], code: ExitCode) -> None:
     target = () if "--target" in words else ("--target", "raspberry-pi-5")
-
     assert ended(["explain", str(digits), *target, *words]) == code
 
 
@@ -286,5 +262,4 @@ def ended(words: list[str]) -> int:
 
 def test_one_board_at_a_time_is_explained(digits: Path, tmp_path: Path) -> None:
     options = ("--target", "raspberry-pi-5,raspberry-pi-4b", "--out", str(tmp_path / "b"), "--explain")
-
     assert main([str(digits), *options]) == ExitCode.USAGE

@@ -70,7 +70,6 @@ def test_all_commands_of_the_page_run(printed: dict[str, list[str]]) -> None:
 
 def test_the_sample_is_what_the_command_prints(printed: dict[str, list[str]]) -> None:
     command = next(c for c in printed if c.endswith("--out bundle"))
-
     # The last digits of the parity are the machine's own.
     said, found = (
         [line.strip() for line in text if "parity" not in line] for text in (sample_after(command), printed[command])
@@ -80,7 +79,6 @@ def test_the_sample_is_what_the_command_prints(printed: dict[str, list[str]]) ->
 
 def test_the_table_of_boards_is_what_the_command_prints(printed: dict[str, list[str]]) -> None:
     command = next(c for c in printed if c.endswith("--out bundles"))
-
     said, found = ([words(line)[:-1] for line in text] for text in (sample_after(command), printed[command]))
     assert said == found
 
@@ -91,7 +89,6 @@ def test_the_groups_are_what_the_command_prints(printed: dict[str, list[str]]) -
 
 def test_the_explanation_is_what_the_command_prints(printed: dict[str, list[str]]) -> None:
     command = next(c for c in printed if c.startswith("explain") and "--target" in c)
-
     said, found = ([words(line) for line in text] for text in (sample_after("explain"), printed[command]))
     shown = [line for line in found if line in said]
     assert [line for line in said if line != ["..."]] == shown
@@ -99,7 +96,6 @@ def test_the_explanation_is_what_the_command_prints(printed: dict[str, list[str]
 
 def test_verify_says_what_the_page_says(printed: dict[str, list[str]]) -> None:
     command = next(c for c in printed if c.startswith("verify"))
-
     # Losses and sizes of graphs are those of the day.
     said, found = (
         [re.sub(r"[0-9][0-9.,e-]*", "#", line) for line in text] for text in (sample_after(command), printed[command])
@@ -112,7 +108,6 @@ def test_every_flag_that_the_page_names_is_one() -> None:
     with contextlib.redirect_stdout(io.StringIO()) as explain, pytest.raises(SystemExit):
         main(["explain", "--help"])
     text += explain.getvalue()
-
     flags = set(re.findall(r"`(--[a-z-]+)", PAGE)) - {"--into", "--others", "--model", "--weights", "--state"}
     assert len(flags) > 15
     for flag in flags:

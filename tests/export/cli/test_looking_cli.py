@@ -18,7 +18,6 @@ from fedprune_export.ir.opset_lowering import EARLIER_FORMS, LATER_FORMS
 
 def test_groups_are_printed_with_what_stays(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["groups", str(digits)]) == ExitCode.OK
-
     assert capsys.readouterr().out.splitlines() == [
         "g0: 32 channels: conv1.weight[0], bn1.*, conv2.weight[1]",
         "g1: 64 channels: conv2.weight[0], bn2.*, conv3.weight[1]",
@@ -30,7 +29,6 @@ def test_groups_are_printed_with_what_stays(digits: Path, capsys: pytest.Capture
 
 def test_groups_as_json_are_the_architecture(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["groups", str(digits), "--json"])
-
     body = json.loads(capsys.readouterr().out)
     architecture = import_onnx(digits.read_bytes(), "digits").architecture
     assert body["digest"] == architecture.digest
@@ -44,9 +42,7 @@ def test_what_keeps_channels_is_named(
     digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(CHANNELS, "Relu")
-
     assert main(["groups", str(digits)]) == ExitCode.OK
-
     out = capsys.readouterr().out
     assert "conv1.weight[0] (32)" in out
     assert "keeps channels\nnote: Operator Relu" in out
@@ -54,7 +50,6 @@ def test_what_keeps_channels_is_named(
 
 def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["operators", "--json"]) == ExitCode.OK
-
     rows = {r["operator"]: r for r in json.loads(capsys.readouterr().out)}
     assert {n for n, r in rows.items() if r["channels"]} == set(CHANNELS)
     assert {n for n, r in rows.items() if r["gradient"]} == set(GRADIENTS)
@@ -66,7 +61,6 @@ def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixtu
 
 def test_forms_are_named_for_what_the_import_and_the_writer_change(capsys: pytest.CaptureFixture[str]) -> None:
     main(["operators", "--json"])
-
     forms = {r["operator"]: r["forms"] for r in json.loads(capsys.readouterr().out) if r["forms"]}
     assert {*TRANSLATED, *SEQUENCE_OPERATORS, *NATIVE, *LATER_FORMS, *EARLIER_FORMS} == set(forms)
     for name, since in NATIVE.items():
@@ -77,7 +71,6 @@ def test_forms_are_named_for_what_the_import_and_the_writer_change(capsys: pytes
 
 def test_the_table_of_operators_has_a_row_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["operators"]) == ExitCode.OK
-
     header, *rows = (line.split("\t") for line in capsys.readouterr().out.splitlines())
     assert header == ["operator", "channels", "gradient", "forms"]
     assert {r[0] for r in rows} >= {*CHANNELS, *GRADIENTS}
@@ -88,7 +81,6 @@ def test_the_table_of_operators_has_a_row_each(capsys: pytest.CaptureFixture[str
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])
-
     assert caught.value.code == 0
     said = capsys.readouterr().out
     assert said.startswith(f"usage: fedprune-export {command}")

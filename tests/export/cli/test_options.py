@@ -61,7 +61,6 @@ def test_flags_are_settings_of_the_recipe(words: tuple[str, ...], expected: Reci
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = file(tmp_path, {"loss": "mse", "lr": 0.2, "frozen": ["a.*"], "epochs": 3})
-
     assert recipe("--recipe", path) == Recipe(loss="mse", lr=0.2, frozen=("a.*",), epochs=3)
     merged = recipe("--recipe", path, "--loss", "huber", "--freeze", "b.*", "--set", "lr=0.4")
     assert merged == Recipe(loss="huber", lr=0.4, frozen=("b.*",), epochs=3)
@@ -69,7 +68,6 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 
 def test_the_file_chooses_among_losses_of_the_same_labels(tmp_path: Path) -> None:
     path = file(tmp_path, {"loss": "huber"})
-
     assert recipe("--recipe", path, "--labels", "values").loss == "huber"
     assert recipe("--recipe", path, "--labels", "multi").loss == "bce"
 
@@ -92,9 +90,7 @@ def export(model: Path, out: Path, *more: str) -> int:
 
 def test_the_bundle_holds_the_recipe_of_the_flags(digits: Path, tmp_path: Path) -> None:
     flags = ("--loss", "mse", "--freeze", "conv1.*", "--set", "lr=0.125")
-
     assert export(digits, tmp_path / "b", *flags) == ExitCode.OK
-
     assert open_bundle(tmp_path / "b").recipe == Recipe(loss="mse", frozen=("conv1.*",), lr=0.125)
     outputs = Session(tmp_path / "b" / "training.onnx", training=True).outputs
     assert "conv2.weight::next" in outputs
@@ -144,9 +140,7 @@ def two_heads(path: Path) -> Path:
 @pytest.mark.parametrize(("output", "classes"), [("p", 3), ("q", 4)])
 def test_one_of_several_outputs_is_chosen(tmp_path: Path, output: str, classes: int) -> None:
     model = two_heads(tmp_path / "two.onnx")
-
     assert export(model, tmp_path / "b", "--output", output) == ExitCode.OK
-
     assert open_bundle(tmp_path / "b").architecture.classes == classes
 
 
@@ -154,9 +148,7 @@ def test_one_of_several_outputs_is_chosen(tmp_path: Path, output: str, classes: 
 def test_only_the_listed_parameters_are_trained(tmp_path: Path, text: str) -> None:
     (tmp_path / "names.txt").write_text(text)
     options = ("--output", "p", "--parameters", str(tmp_path / "names.txt"))
-
     assert export(two_heads(tmp_path / "two.onnx"), tmp_path / "b", *options) == ExitCode.OK
-
     assert [t.name for t in open_bundle(tmp_path / "b").architecture.tensors] == ["first", "three"]
 
 
@@ -176,7 +168,6 @@ def test_parameters_that_can_not_be_used(
     if text is not None:
         (tmp_path / "names.txt").write_text(text)
     options = ("--output", "p", "--parameters", str(tmp_path / "names.txt"))
-
     assert export(two_heads(tmp_path / "two.onnx"), tmp_path / "b", *options) == code
     err = capsys.readouterr().err
     assert said in err
@@ -219,7 +210,6 @@ def test_a_probe_beats_the_profile(digits: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "good.json").write_text(json.dumps(body))
     (tmp_path / "small.json").write_text(json.dumps(small))
     (tmp_path / "bad.json").write_text("{}")
-
     assert export(digits, tmp_path / "b", "--probe", str(tmp_path / "good.json")) == ExitCode.OK
     assert export(digits, tmp_path / "s", "--probe", str(tmp_path / "small.json")) == ExitCode.PLAN
     assert export(digits, tmp_path / "s", "--probe", str(tmp_path / "bad.json")) == ExitCode.PROFILE

@@ -28,9 +28,7 @@ def test_the_sample_is_what_the_command_prints(
     (command,), sample = BLOCKS[:2]
     monkeypatch.chdir(tmp_path)
     Path("digits.onnx").write_bytes(digits_model())
-
     assert main(shlex.split(command)[1:]) == ExitCode.OK
-
     assert capsys.readouterr().out.splitlines()[: len(sample)] == sample
 
 
@@ -38,7 +36,6 @@ def test_the_example_is_what_the_ladder_makes() -> None:
     text = re.search(r"At 36/64 .*? rung is [^.]*", PAGE, re.DOTALL)
     said = [tuple(map(int, found.split(", "))) for found in re.findall(r"\(([\d, ]+)\)", text[0])]
     architecture, density = import_onnx(digits_model(), "digits").architecture, 36 / 64
-
     candidates = [widths_at(architecture, density), *(snapped(architecture, density, m) for m in MULTIPLES)]
     table = latency_table(profile_store.find("raspberry-pi-4b"), None)
     ladder = rungs(architecture, table, Recipe().batch_size, DENSITIES)

@@ -48,7 +48,6 @@ def test_a_bad_file_keeps_no_other_profile_from_the_list(tmp_path: Path, capsys:
         run("list", "--folder", str(tmp_path))
     rows = [row.split("\t")[0] for row in capsys.readouterr().out.splitlines()]
     assert rows == ["name", *sorted([*profile_store.shipped(), "mine"])]
-
     (tmp_path / "worse.toml").write_text("name = 1")
     with pytest.raises(ProfileError, match=r"^2 of \d+ profiles are not sound: .*bad\.toml.*worse\.toml"):
         run("list", "--json", "--folder", str(tmp_path))

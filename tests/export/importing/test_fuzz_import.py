@@ -29,7 +29,6 @@ def test_the_models_that_are_damaged_are_sound(name: str) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_damaged_model_is_imported_or_refused(name: str) -> None:
     refusals = {s: refusal(damaged(MODELS[name], np.random.default_rng([s, len(name)]))) for s in range(CASES)}
-
     assert len({r for r in refusals.values() if r}) > 10
     assert {s: r for s, r in refusals.items() if len(r) > 1000} == {}
     assert {s: r for s, r in refusals.items() if "can't be understood" in r} == {}, "only the net below caught it"

@@ -90,7 +90,6 @@ def _shifted(constant: float) -> Nodes:
 def test_an_attack_is_one_error(make: Callable[[], bytes], message: str) -> None:
     with pytest.raises(ModelError) as caught:
         import_onnx(make(), "net")
-
     assert message in str(caught.value)
     assert len(str(caught.value)) < 500
 
@@ -125,10 +124,8 @@ def _growing(op: str) -> bytes:
 @pytest.mark.parametrize("op", ["ConstantOfShape", "Expand", "Tile", "Range", "Resize", "Pad", "product"])
 def test_a_claim_of_huge_values_is_refused_before_anything_is_made(op: str) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
     with pytest.raises(ModelError, match="expected at most 268435456"):
         import_onnx(_growing(op), "net")
-
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB
 
 
@@ -147,7 +144,6 @@ def test_a_claim_of_endless_work_is_refused() -> None:
         helper.make_node("Add", ["x", "t"], ["s"]),
         helper.make_node("Gemm", ["s", "w"], ["y"]),
     ]
-
     with pytest.raises(ModelError, match="MACs for one sample: expected at most 1099511627776"):
         import_onnx(model(wide, [*grown, *steps, *last]), "net")
 
@@ -159,7 +155,6 @@ def test_a_size_that_data_decide_is_refused() -> None:
     raw = model(
         {"w": W, "one": np.array([1], np.int64)}, [*most, *grown, *total, helper.make_node("Gemm", ["t", "w"], ["y"])]
     )
-
     with pytest.raises(ModelError, match="the size of ConstantOfShape 'c' can't be inferred"):
         import_onnx(raw, "net")
 
@@ -218,13 +213,11 @@ def _attribute(name: str, value: object) -> Callable[[onnx.ModelProto], object]:
 def test_a_broken_structure_is_one_error(change: Callable[[onnx.ModelProto], object], message: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         import_onnx(_edited(change), "net")
-
     assert len(str(caught.value)) < 700
 
 
 def test_a_name_that_is_not_text_is_refused() -> None:
     raw = _edited(lambda p: p.graph.node[0].__setattr__("name", "FIRST"))
-
     with pytest.raises(ModelError):
         import_onnx(raw.replace(b"FIRST", b"\xed\xa0\x80ab"), "net")  # half of a surrogate pair
 
@@ -233,14 +226,12 @@ def test_a_name_that_is_not_text_is_refused() -> None:
 def test_names_that_steer_a_terminal_are_refused(name: str) -> None:
     with pytest.raises(ModelError, match="can't be printed") as caught:
         import_onnx(model({name: W}), "net")
-
     assert str(caught.value).isprintable()
 
 
 def test_further_names_that_steer_a_terminal_are_refused() -> None:
     proto = onnx.load_model_from_string(model({"w": W}))
     write(proto, {TIED_KEY: json.dumps({"w": ["a\x1b[31m"]})})
-
     with pytest.raises(ModelError, match="can't be printed"):
         import_onnx(proto.SerializeToString(), "net")
 
@@ -280,7 +271,6 @@ def test_a_constant_index_out_of_range_is_refused_by_name(index: int, sound: boo
 def test_too_many_operators_are_refused_at_once() -> None:
     steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(MOST_NODES)]
     first = helper.make_node("Gemm", ["x", "w"], ["h0"])
-
     with pytest.raises(ModelError, match="number of operators"):
         import_onnx(model({"w": W}, [first, *steps]), "net")
 
@@ -289,14 +279,12 @@ def test_too_many_operators_are_refused_at_once() -> None:
 def test_a_model_that_came_whole_is_not_called_damaged(change: Callable[[onnx.ModelProto], object]) -> None:
     with pytest.raises(ModelError, match=r"not valid ONNX.*onnx\.checker") as caught:
         import_onnx(_edited(change), "net")
-
     assert "copy the file" not in str(caught.value)
 
 
 def test_a_very_long_name_is_refused_in_few_words() -> None:
     with pytest.raises(ModelError, match="a name of 'Relu'") as caught:
         import_onnx(_edited(lambda p: p.graph.node[1].__setattr__("name", "x" * 10**6)), "net")
-
     assert len(str(caught.value)) < 500
 
 
@@ -304,7 +292,6 @@ def test_a_very_long_name_is_refused_in_few_words() -> None:
 def test_thousands_of_operators_are_fine() -> None:
     steps = [helper.make_node("Neg", [f"h{i}"], [f"h{i + 1}"]) for i in range(3000)]
     first, last = helper.make_node("Gemm", ["x", "w"], ["h0"]), helper.make_node("Identity", ["h3000"], ["y"])
-
     assert len(import_onnx(model({"w": W}, [first, *steps, last]), "net").graph.nodes) == 3001
 
 
@@ -364,7 +351,6 @@ def _external(folder: Path, location: str) -> Path:
 def test_external_data_beside_the_model_is_read(tmp_path: Path) -> None:
     path = _external(tmp_path, "w.bin")
     (path.parent / "w.bin").write_bytes(W.tobytes())
-
     np.testing.assert_array_equal(load(path).tensors["w"], W)
 
 
@@ -387,7 +373,6 @@ def test_external_data_elsewhere_is_refused(tmp_path: Path, place: str) -> None:
     path = _external(tmp_path, {"above": "../secret.bin", "absolute": str(secret), "symlink": "link.bin"}[place])
     if place == "symlink":
         (path.parent / "link.bin").symlink_to(secret)
-
     with pytest.raises(ModelError, match=r"m\.onnx: its external data can't be read"):
         load(path)
 
@@ -409,7 +394,6 @@ def test_external_data_that_do_not_fit_are_refused(tmp_path: Path, key: str, val
     proto = onnx.load_model_from_string(path.read_bytes())
     next(e for e in proto.graph.initializer[0].external_data if e.key == key).value = value
     path.write_bytes(proto.SerializeToString())
-
     with pytest.raises(ModelError, match=r"m\.onnx: its external data can't be read"):
         load(path)
 
@@ -421,6 +405,5 @@ def test_external_data_of_a_huge_claim_are_refused(tmp_path: Path) -> None:
     proto.graph.initializer[0].dims[0] = 2**40
     proto.graph.initializer[0].external_data.pop()
     path.write_bytes(proto.SerializeToString())
-
     with pytest.raises(ModelError, match="its external data can't be read"):
         load(path)

@@ -46,9 +46,7 @@ def test_exporting_twice_gives_the_same_bytes(lenet_bytes: bytes) -> None:
 @pytest.mark.parametrize("name", ["lenet", "vgg11_bn", "concat_net"])
 def test_a_normalised_graph_imports_as_itself(imported: Imported, name: str) -> None:
     model = imported(name)
-
     again = import_onnx(model.graph.to_bytes(), name)
-
     assert again.architecture.digest == model.architecture.digest
 
 
@@ -59,9 +57,7 @@ def test_a_factory_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.Mon
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-
     model = load("my_own_net:small", input_shape=(3, 2, 2))
-
     assert [g.size for g in model.architecture.groups] == [5]
 
 
@@ -80,7 +76,6 @@ def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(nets, "Small", Small, raising=False)
     monkeypatch.setattr(nets, "made", Small(), raising=False)
-
     for name in ("Small", "made"):
         model = load(f"support.nets.small_nets:{name}")
         assert model.architecture.name == name
@@ -89,14 +84,12 @@ def test_a_class_of_modules_is_a_factory(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_class_that_needs_arguments_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nets, "Linear", nn.Linear, raising=False)
-
     with pytest.raises(ModelError, match=r"support.nets.small_nets:Linear failed \(TypeError: .*in_features"):
         load("support.nets.small_nets:Linear")
 
 
 def test_a_file_is_loaded_by_path(tmp_path: Path, lenet_bytes: bytes) -> None:
     (tmp_path / "mine.onnx").write_bytes(lenet_bytes)
-
     assert load(tmp_path / "mine.onnx").architecture.name == "mine"
 
 
@@ -109,7 +102,6 @@ def test_external_weights_that_are_not_there_name_the_file(
     (tmp_path / "m.data").unlink()
     if content is not None:
         (tmp_path / "m.data").write_bytes(content)
-
     with pytest.raises(ModelError, match=r"m\.onnx.*Copy m\.data of the same export beside it"):
         load(tmp_path / "m.onnx")
 
@@ -117,16 +109,13 @@ def test_external_weights_that_are_not_there_name_the_file(
 def test_training_mode_is_left_and_restored_of_every_layer() -> None:
     module = nets.concat_net().train()
     module.last.eval()
-
     model = import_onnx(export_torch(module), "net")
-
     assert (module.training, module.last.training, module.stem.training) == (True, False, True)
     assert {n.op for n in model.graph.nodes} >= {"BatchNormalization"}
 
 
 def test_an_example_input_gives_the_shape() -> None:
     module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-
     assert import_onnx(export_torch((module, torch.zeros(1, 4))), "net").architecture.input_shape == (4,)
 
 
@@ -159,7 +148,6 @@ class Raising(nn.Module):
 def test_why_torch_can_not_export_is_said_in_print(module: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message) as caught:
         export_torch(module)
-
     assert str(caught.value).isprintable()
 
 
@@ -176,9 +164,7 @@ class Spare(nn.Module):
 
 def test_a_parameter_that_the_forward_pass_never_uses_is_left_out_with_a_note() -> None:
     module = Spare()
-
     model = import_onnx(export_torch(module), "spare")
-
     assert set(model.tensors) == {"used.weight", "used.bias"}
     note = next(n for n in model.notes if "unused" in n)
     assert note == "The forward pass doesn't use unused.weight, unused.bias: left as they are, and in no bundle."
@@ -214,7 +200,6 @@ class Words(nn.Module):
 def test_token_ids_can_be_asked_for() -> None:
     with pytest.raises(ModelError, match="add --token-ids"):
         export_torch(Words())
-
     assert import_onnx(export_torch(Words(), token_ids=True), "words").graph.inputs[0].dtype == np.int64
 
 
@@ -240,10 +225,8 @@ def test_convolutions_of_three_axes(convolution: nn.Conv3d) -> None:
     module = nn.Sequential(convolution, nn.BatchNorm3d(6), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(6, 3))
     model = import_onnx(export_torch(module, input_shape=(2, 4, 6, 6)), "video")
     x = inputs(model, 3)
-
     with torch.no_grad():
         expected = module.eval()(torch.from_numpy(x)).numpy()
-
     assert distance(outputs(model.graph, x), expected) < 1e-5
     assert {n for n in model.tensors if n.startswith("0.")} == {f"0.{n}" for n, _ in convolution.named_parameters()}
 
@@ -253,21 +236,18 @@ def test_convolutions_of_three_axes(convolution: nn.Conv3d) -> None:
 )
 def test_a_factory_that_is_not_there(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nets, "BROKEN", lambda: 1 / 0, raising=False)
-
     with pytest.raises(ModelError, match=source.rpartition(":")[2] if "module" not in source else "no_such_module"):
         load(source)
 
 
 def test_a_factory_that_makes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nets, "wrong", lambda: 3, raising=False)
-
     with pytest.raises(ModelError, match="expected a torch module, got int"):
         load("support.nets.small_nets:wrong")
 
 
 def test_without_torch_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-
     with pytest.raises(MissingExtraError, match=r"pip install torch .*download\.pytorch\.org/whl/cpu") as caught:
         load("support.nets.small_nets:lenet")
     assert caught.value.exit_code is ExitCode.MISSING_EXTRA
@@ -277,7 +257,6 @@ def test_without_torch_the_message_says_how_to_get_it(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("raw", [b"", b"hello", b"\x00" * 100, b"PK\x03\x04" + b"z" * 50, b"\x80\x02}q\x00."])
 def test_something_else_than_onnx(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "model.onnx").write_bytes(raw)
-
     with pytest.raises(ModelError, match=r"model\.onnx.*not a whole ONNX model"):
         load(tmp_path / "model.onnx")
 
@@ -364,5 +343,4 @@ def test_another_process_finds_the_same_architecture(tmp_path: Path) -> None:
         ).stdout
         for seed in ("1", "2", "3")
     }
-
     assert len(seen) == 1

@@ -49,7 +49,6 @@ def test_reserved_names_are_renamed(name: str) -> None:
 
     model, graph = model_of(build, 3)
     held = {*model.tensors, *(o for n in model.graph.nodes for o in n.outputs)}
-
     assert not (held - {"logits"}) & RESERVED
     assert not any("::" in n for n in held)
     assert any(name in note for note in model.notes)
@@ -64,7 +63,6 @@ def test_many_renamed_tensors_are_one_note() -> None:
         return linear(graph, value, 3, 2)
 
     model, _ = model_of(build, 3)
-
     assert len(model.notes) == 1
     assert "and 6 more" in model.notes[0]
 
@@ -76,7 +74,6 @@ def test_identity_dropout_and_casts_go() -> None:
         return graph.emit("Identity", linear(graph, value, 3, 2))
 
     model, graph = model_of(build, 3)
-
     assert [n.op for n in model.graph.nodes] == ["MatMul"]
     assert same(model, graph)
 
@@ -85,9 +82,7 @@ def test_identity_dropout_and_casts_go() -> None:
 def test_a_softmax_at_the_end_goes(op: str) -> None:
     model, graph = model_of(lambda g: g.emit(op, linear(g, "image", 3, 2), attrs={"axis": 1}), 3)
     x = random(5, 3)
-
     old = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
-
     assert [n.op for n in model.graph.nodes] == ["MatMul"]
     assert any(op in note for note in model.notes)
     np.testing.assert_array_equal(outputs(model.graph, x).argmax(1), old.argmax(1))
@@ -100,7 +95,6 @@ def test_shape_arithmetic_becomes_a_flatten() -> None:
         return linear(graph, graph.emit("Reshape", "image", target), 12, 2)
 
     model, graph = model_of(build, 3, 2, 2)
-
     assert [n.op for n in model.graph.nodes] == ["Flatten", "MatMul"]
     assert same(model, graph)
 
@@ -113,7 +107,6 @@ def test_samples_and_places_as_one_axis_are_no_flatten() -> None:
         return linear(graph, graph.emit("Reshape", rows, graph.ints(-1, 20)), 20, 2, "last")
 
     model, graph = model_of(build, 5, 3)
-
     assert [n.op for n in model.graph.nodes] == ["Reshape", "MatMul", "Reshape", "MatMul"]
     assert same(model, graph)
 
@@ -137,7 +130,6 @@ def test_merged_uniform_vectors_are_separated() -> None:
         return linear(graph, graph.emit("Flatten", value), 12, 2)
 
     model, graph = model_of(build, 3, 2, 2)
-
     assert len(model.tensors) == 10
     assert same(model, graph)
 
@@ -148,7 +140,6 @@ def test_a_matrix_that_two_layers_read_stays_tied() -> None:
         return linear(graph, graph.emit("MatMul", graph.emit("Relu", hidden), "tied"), 3, 2)
 
     model, graph = model_of(build, 3)
-
     assert list(model.tensors) == ["tied", "w"]
     assert same(model, graph)
 
@@ -160,7 +151,6 @@ def test_a_zero_bias_that_nobody_trains_goes() -> None:
         return linear(graph, graph.emit("Flatten", graph.emit("Conv", "image", "k", bias)), 4, 2)
 
     model, graph = model_of(build, 3, 2, 2)
-
     assert list(model.tensors) == ["k", "w"]
     assert same(model, graph)
 
@@ -180,7 +170,6 @@ def test_an_output_that_does_not_depend_on_the_input() -> None:
     graph = Graph(inputs=[Port("image", F32, ("batch", 3))], initializers={"w": random(1, 2)})
     graph.emit("Relu", "w", out="out")
     graph.outputs = [Port("out", F32, (1, 2))]
-
     with pytest.raises(ModelError):
         import_onnx(graph.to_bytes(), "net")
 
@@ -194,7 +183,6 @@ def test_node_names_are_unique() -> None:
         return value
 
     model, _ = model_of(build, 3)
-
     assert len({n.name for n in model.graph.nodes}) == 2
     assert len({layer.name for layer in model.architecture.layers}) == 2
 
@@ -230,9 +218,7 @@ def test_a_number_that_follows_batch_or_data_stays_computed(number: Callable[[Gr
         lambda g: linear(g, g.emit("Div", "image", g.emit("Cast", number(g), attrs={"to": 1})), 6, 2), 6
     )
     x = np.arange(6 * batch, dtype=np.float32).reshape(batch, 6)
-
     before = Session(graph.to_bytes()).run({"image": x})[graph.outputs[0].name]
-
     assert distance(outputs(model.graph, x), before) < 1e-5
 
 
@@ -251,7 +237,6 @@ def test_a_sum_over_nothing_goes() -> None:
         return linear(graph, value, 4, 2, "last")
 
     model, graph = model_of(build, 3)
-
     assert [n.op for n in model.graph.nodes] == ["MatMul", "MatMul"]
     assert [g.size for g in model.architecture.groups] == [4]
     assert same(model, graph)
@@ -263,7 +248,6 @@ def test_a_sum_over_all_axes_that_are_left_out() -> None:
         return linear(graph, graph.emit("Add", "image", total), 3, 2)
 
     model, graph = model_of(build, 3)
-
     assert [n.attrs["keepdims"] for n in model.graph.nodes if n.op == "ReduceSum"] == [0]
     assert same(model, graph)
 

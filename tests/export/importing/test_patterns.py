@@ -79,7 +79,6 @@ def layer(inverse: bool, power: bool) -> Build:
 @pytest.mark.parametrize(("make", "op"), [(rms, "RMSNormalization"), (layer, "LayerNormalization")])
 def test_norms_over_the_last_axis(make: Callable[[bool, bool], Build], op: str, inverse: bool, power: bool) -> None:
     model = imported(make(inverse, power))
-
     assert [n.op for n in model.graph.nodes] == ["Tanh", op, "Flatten", "MatMul"]
     assert {t.name: t.kind for t in model.architecture.tensors}["t"] == "norm_scale"
 
@@ -125,7 +124,6 @@ def test_group_norm_as_exporters_write_it(groups: int, affine: bool) -> None:
 
     found = imported(build)
     (node,) = [n for n in found.graph.nodes if n.op == "GroupNormalization"]
-
     assert node.attrs["num_groups"] == groups
     assert {"s", "c"} <= set(found.tensors) if affine else True
     assert not {"InstanceNormalization", "Mul", "Add"} & {n.op for n in found.graph.nodes}
@@ -158,7 +156,6 @@ def test_gelu_by_tanh(factored: bool) -> None:
         return g.emit("Mul", g.emit("Mul", g.scalar(0.5), x), g.emit("Add", g.scalar(1), curve))
 
     (node,) = [n for n in imported(build).graph.nodes if n.op == "Gelu"]
-
     assert node.attrs["approximate"] == "tanh"
 
 
@@ -204,7 +201,6 @@ def _unlike(change: str) -> Build:
 )
 def test_what_is_nearly_a_pattern_stays(change: str) -> None:
     found = set(ops(_unlike(change)))
-
     assert not found & {"Gelu", "Mish", "GroupNormalization"}
     assert not found & {"LayerNormalization", "RMSNormalization"} or change == "other axes"
 

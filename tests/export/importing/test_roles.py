@@ -81,7 +81,6 @@ def kinds(model: Model) -> dict[str, str]:
 
 def test_parameters_behind_other_operators_are_trained() -> None:
     model = imported(Gated())
-
     assert {"gate": "norm_scale", "shift": "bias"}.items() <= kinds(model).items()
     assert {"gate", "shift"} <= {p.name for p in training_graph(model, Features()).inputs}
 
@@ -89,7 +88,6 @@ def test_parameters_behind_other_operators_are_trained() -> None:
 @pytest.mark.parametrize("how", ["scaled", "squashed", "centred"])
 def test_a_computed_kernel_is_a_weight_and_a_layer(how: str) -> None:
     model = imported(Functional(how))
-
     assert kinds(model)["w"] == "weight"
     assert [(n.weight, n.output_axis) for n in model.architecture.layers if n.weight] == [("w", 0), ("fc.weight", 0)]
     for i in range(len(model.architecture.groups)):
@@ -124,16 +122,13 @@ def graph_of(odd: np.ndarray[Any, Any]) -> Graph:
 
 def test_without_a_list_a_tensor_of_unknown_use_is_a_constant_and_named() -> None:
     model = import_onnx(graph_of(np.arange(6, dtype=np.float32)).to_bytes(), "net")
-
     assert set(model.tensors) == {"w"}
     assert any("Tensor odd is taken for a constant" in note for note in model.notes)
 
 
 def test_an_import_of_an_import_has_no_such_note() -> None:
     model = import_onnx(graph_of(np.arange(6, dtype=np.float32)).to_bytes(), "net")
-
     again = import_onnx(model.graph.to_bytes(), "net")
-
     assert again.architecture.digest == model.architecture.digest
     assert not any("taken for a constant" in note for note in again.notes)
 
@@ -168,7 +163,6 @@ def bare(module: nn.Module) -> bytes:
 
 def test_without_a_list_what_normalises_the_input_is_a_constant_and_guesses_are_named() -> None:
     model = import_onnx(bare(Shifting()), "net")
-
     assert set(model.tensors) == {"conv.weight", "conv.bias", "scale", "fc.weight", "fc.bias"}
     notes = [n for n in model.notes if "--parameters" in n]
     assert [n.partition(". --")[0] for n in notes] == [
@@ -180,7 +174,6 @@ def test_without_a_list_what_normalises_the_input_is_a_constant_and_guesses_are_
 
 def test_with_a_list_nothing_is_guessed() -> None:
     model = import_onnx(export_torch(Shifting()), "net")
-
     assert set(model.tensors) == {"conv.weight", "conv.bias", "mix", "fc.weight", "fc.bias"}
     assert not any("--parameters" in n for n in model.notes)
 
@@ -198,6 +191,5 @@ def test_a_listed_tensor_of_another_type_is_refused() -> None:
     graph.nodes[1].inputs[1] = "cast"
     proto = graph.to_proto()
     proto.metadata_props.add(key=PARAMETERS_KEY, value='["odd", "w"]')
-
     with pytest.raises(ModelError, match="parameter odd: expected float32, got int64"):
         import_onnx(proto.SerializeToString(), "net")

@@ -64,7 +64,6 @@ def two_names() -> tuple[TwoNames, Model]:
 def test_what_has_several_names_is_one_tensor_with_the_first(two_names: tuple[TwoNames, Model]) -> None:
     module, model = two_names
     norms = {"norm.running_mean", "norm.running_var"}
-
     assert set(model.tensors) == {n for n, _ in module.named_parameters()} | norms
     assert any("first.weight is second.weight and shared.weight too" in note for note in model.notes)
     x = inputs(model, 7)
@@ -74,9 +73,7 @@ def test_what_has_several_names_is_one_tensor_with_the_first(two_names: tuple[Tw
 
 def test_frozen_parameters_are_known_also_after_a_round_trip(two_names: tuple[TwoNames, Model]) -> None:
     _, model = two_names
-
     again = import_onnx(model.graph.to_bytes(), "net")
-
     assert model.frozen == again.frozen == ("first.bias",)
     assert "first.bias" in model.tensors
     assert again.architecture.digest == model.architecture.digest
@@ -101,7 +98,6 @@ def test_a_frozen_parameter_that_is_renamed() -> None:
 def test_metadata_that_make_no_sense_are_refused(lenet_bytes: bytes, key: str, text: str) -> None:
     proto = onnx.load_model_from_string(lenet_bytes)
     write(proto, {key: text})
-
     with pytest.raises(ModelError, match=f"metadata {key}"):
         import_onnx(proto.SerializeToString(), "net")
 
@@ -116,13 +112,11 @@ def _two_outputs() -> bytes:
 
 def test_one_of_several_outputs_is_chosen(tmp_path: Path) -> None:
     (tmp_path / "two.onnx").write_bytes(_two_outputs())
-
     chosen = [
         import_onnx(_two_outputs(), "two", output="scores"),
         import_onnx(read_source(tmp_path / "two.onnx", output="scores"), "two"),
         load(tmp_path / "two.onnx", output="scores"),
     ]
-
     assert [m.architecture.classes for m in chosen] == [2, 2, 2]
     assert len({m.architecture.digest for m in chosen}) == 1
 
@@ -139,7 +133,6 @@ def test_parameters_can_be_listed(tmp_path: Path) -> None:
     graph.initializers.update(a=np.ones((3, 3), np.float32), b=np.ones((3, 2), np.float32))
     graph.outputs = [Port(graph.emit("MatMul", graph.emit("MatMul", "x", "a"), "b"), F32, ("N", 2))]
     (tmp_path / "net.onnx").write_bytes(graph.to_bytes())
-
     assert set(load(tmp_path / "net.onnx").tensors) == {"a", "b"}
     assert set(load(tmp_path / "net.onnx", parameters=["b"]).tensors) == {"b"}
     assert set(import_onnx(read_source(tmp_path / "net.onnx", parameters=["b"]), "net").tensors) == {"b"}
@@ -168,7 +161,6 @@ def test_identifiers_as_input(example: bool) -> None:
     made = (module, torch.zeros((1, 6), dtype=torch.int64)) if example else module
     model = import_onnx(export_torch(made), "tokens")
     x = np.random.default_rng(0).integers(0, 37, (7, 6))
-
     assert model.graph.inputs[0].dtype == np.int64
     assert model.architecture.input_shape == (6,)
     assert vocabulary(model.graph) == 37
@@ -184,7 +176,6 @@ def test_identifiers_as_input(example: bool) -> None:
 @zoo.needs_timm
 def test_a_network_of_timm_by_name() -> None:
     model = load("timm:mobilenetv3_small_050", input_shape=(1, 32, 32))
-
     assert model.architecture.name == "mobilenetv3_small_050"
     assert model.architecture.input_shape == (1, 32, 32)
     assert model.architecture.classes == 1000
@@ -231,7 +222,6 @@ except MissingExtraError as error:
 def test_a_file_comes_before_a_network_of_timm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resnet18").write_bytes(b"")
-
     assert timm_name("resnet18") == ""
 
 
@@ -259,7 +249,6 @@ def test_a_bare_name_that_is_no_file_is_told_where_networks_come_from(
 
 def test_without_timm_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-
     with pytest.raises(MissingExtraError, match="pip install timm"):
         load("timm:resnet18")
 
@@ -279,6 +268,5 @@ def test_a_buffer_that_is_called_as_an_operator_names_its_result() -> None:
     module = Picked()
     model = import_onnx(export_torch(module), "net")
     x = inputs(model, 7)
-
     with torch.no_grad():
         assert distance(outputs(model.graph, x), module(torch.from_numpy(x)).numpy()) < 1e-5

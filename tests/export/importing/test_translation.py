@@ -70,7 +70,6 @@ CORE = ["MatMul", "Mul", "Softmax", "MatMul"]
 )
 def test_attention_side_by_side(further: tuple[str, ...], attrs: dict[str, Any], more: set[str]) -> None:
     found = ops(attention(*further, **attrs), (5, 8), 40, 23)
-
     assert set(found) - {"Where"} == {*CORE, "Transpose", "Reshape", *more}
 
 
@@ -98,13 +97,11 @@ def test_group_norm_scales_by_group_or_by_channel(opset: int, size: int) -> None
     value = graph.emit("GroupNormalization", "image", "s", "b", attrs={"num_groups": 2})
     graph.outputs = [Port(graph.emit("MatMul", graph.emit("Flatten", value), "last"), F32, ("batch", 3))]
     x = random(7, 4, 3, 3)
-
     found = outputs(import_onnx(graph.to_bytes(), "net").graph, x)
     parts = x.reshape(7, 2, -1)
     normal = (parts - parts.mean(2, keepdims=True)) / np.sqrt(parts.var(2, keepdims=True) + 1e-5)
     scale, bias = (np.repeat(graph.initializers[n], 4 // size)[:, None, None] for n in "sb")
     expected = (normal.reshape(x.shape) * scale + bias).reshape(7, -1) @ graph.initializers["last"]
-
     assert distance(found, expected) < 1e-5
 
 
@@ -121,7 +118,6 @@ def test_swish_of_an_opset_to_come() -> None:
     graph.inputs, graph.outputs = [Port("x", F32, (3,))], [Port("y", F32, (3,))]
     translate(graph, Trace({"x": (3,)}, {}, (), {}, {}, {}), [])
     x = random(3)
-
     np.testing.assert_allclose(Session(graph.to_bytes()).run({"x": x})["y"], x / (1 + np.exp(-1.5 * x)), rtol=1e-5)
 
 
@@ -133,7 +129,6 @@ def test_equal_parts_get_sizes(parts: int) -> None:
 
     model = imported(build, (7,), 7, 18)
     (node,) = [n for n in model.graph.nodes if n.op == "Split"]
-
     assert "num_outputs" not in node.attrs
     assert len(model.graph.initializers[node.inputs[1]]) == parts
 
@@ -160,7 +155,6 @@ def test_resizing_some_axes_is_by_scales_of_all(inputs: Callable[[Graph], list[s
         lambda g: g.emit("Resize", "image", *inputs(g), attrs={"axes": [2, 3], "mode": mode}), (3, 5, 5), size, 19
     )
     (node,) = [n for n in model.graph.nodes if n.op == "Resize"]
-
     if mode == "nearest" and size == 189:  # no float32 gives 9 of 5, and a larger scale might move a place
         assert model.graph.producers()[node.inputs[3]].op == "Concat"
     else:
@@ -177,7 +171,6 @@ def test_resizing_some_axes_is_by_scales_of_all(inputs: Callable[[Graph], list[s
 )
 def test_resizing_in_new_ways_is_named(attrs: dict[str, Any], message: str) -> None:
     chosen = {"axes": [2, 3], "mode": "linear", **attrs}
-
     with pytest.raises(ModelError, match=f"{message}.* has no form in opset 17"):
         imported(lambda g: g.emit("Resize", "image", "", "", g.ints(3, 3), attrs=chosen), (3, 5, 5), 27, 19)
 
@@ -185,7 +178,6 @@ def test_resizing_in_new_ways_is_named(attrs: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
 def test_reductions_over_axes_of_an_input(op: str) -> None:
     model = imported(lambda g: g.emit(op, "image", g.ints(-1), attrs={"keepdims": 0}), (3, 5), 3, 20)
-
     assert model.graph.nodes[0].attrs["axes"] == [-1]
     assert any("opset 20" in note for note in model.notes)
 
@@ -250,7 +242,6 @@ SEQUENCES: dict[str, tuple[list[onnx.NodeProto], list[str]]] = {
 def test_sequences_are_tensors(name: str, opset: int) -> None:
     nodes, expected = SEQUENCES[name]
     model = _same(_raw([*nodes, node("Gemm", "c w", "y")], {**INTS, "w": random(6, 2)}, (6,), opset), (6,))
-
     assert [n.op for n in model.graph.nodes if n.op not in ("Gemm", "Flatten")] == [
         o for o in expected if o != "Concat" or name != "built by hand"
     ]
@@ -264,7 +255,6 @@ def test_a_place_that_is_computed_is_named() -> None:
         node("SequenceAt", "s p", "c"),
         node("Gemm", "c w", "y"),
     ]
-
     with pytest.raises(ModelError, match=r"SequenceAt.*takes computed numbers"):
         import_onnx(_raw(nodes, {**INTS, "w": random(4, 2)}, (6,), 17), "net")
 
@@ -274,9 +264,7 @@ def test_local_functions_are_written_out() -> None:
         "own", "Twice", ["a"], ["b"], [node("Relu", "a", "r"), node("Add", "r r", "b")], [helper.make_opsetid("", 17)]
     )
     nodes = [helper.make_node("Twice", ["x"], ["h"], domain="own"), node("Gemm", "h w", "y")]
-
     model = _same(_raw(nodes, {"w": random(6, 2)}, (6,), 17, functions=[made]), (6,))
-
     assert [n.op for n in model.graph.nodes] == ["Relu", "Add", "Gemm"]
 
 
@@ -295,7 +283,6 @@ def test_branches_within_branches(yes: bool) -> None:
     raw = _raw(
         [choice, node("Gemm", "h w", "y")], {"yes": np.bool_(yes), "on": np.bool_(1), "w": random(6, 2)}, (6,), 17
     )
-
     assert [n.op for n in _same(raw, (6,)).graph.nodes] == ["Add", "Relu" if yes else "Tanh", "Gemm"]
 
 
@@ -311,9 +298,7 @@ def test_opsets_before_13_are_raised(opset: int) -> None:
         node("MatMul", "d w", "y"),
     ]
     tensors = {"w": random(6, 2), **({} if clip else {"low": np.float32(-1), "high": np.float32(1)})}
-
     model = _same(_raw(nodes, tensors, (6, 3), opset), (6, 3))
-
     assert "Dropout" not in {n.op for n in model.graph.nodes}
     assert set(model.tensors) == {"w"}
 
@@ -321,9 +306,7 @@ def test_opsets_before_13_are_raised(opset: int) -> None:
 def test_what_a_vector_computes_alone_is_folded_unless_it_is_a_weight() -> None:
     nodes = [node("Add", "a b", "c"), node("Mul", "w c", "v"), node("Gemm", "x v", "y")]
     tensors = {"a": np.float32(2), "b": np.float32(0.5), "w": random(6, 2)}
-
     model = _same(_raw(nodes, tensors, (6,), 17), (6,))
-
     assert [n.op for n in model.graph.nodes] == ["Mul", "Gemm"]
     assert list(model.tensors) == ["w"]
     assert math.isclose(sum(float(v) for n, v in model.graph.initializers.items() if v.size == 1), 2.5)

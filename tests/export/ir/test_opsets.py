@@ -32,9 +32,7 @@ def run(graph: Graph, feeds: dict[str, Any], opset: int) -> dict[str, Any]:
 @pytest.mark.parametrize("name", GRAPHS)
 def test_every_opset_gives_the_same_numbers(name: str, opset: int) -> None:
     graph, feeds = GRAPHS[name]
-
     expected, found = run(graph, feeds, 17), run(graph, feeds, opset)
-
     assert list(found) == [p.name for p in graph.outputs]
     for output, value in expected.items():
         scale = max(1e-3, float(np.abs(value).max()))
@@ -47,14 +45,12 @@ NATIVE = {"Mish": 18, "Gelu": 20, "GroupNormalization": 21, "RMSNormalization": 
 @pytest.mark.parametrize("opset", OPSETS)
 def test_what_an_opset_has_is_written_as_it_is(opset: int) -> None:
     ops = {n.op_type for n in onnx.load_model_from_string(opset_graphs.forms().to_bytes(opset=opset)).graph.node}
-
     assert {op for op in NATIVE if op in ops} == {op for op, since in NATIVE.items() if opset >= since}
 
 
 def test_writing_leaves_the_graph_as_it_is() -> None:
     graph = opset_graphs.forms()
     before = graph.to_bytes()
-
     assert graph.to_bytes(opset=13) != before
     assert graph.to_bytes() == before
 
@@ -68,7 +64,6 @@ def test_another_opset_is_refused(opset: int) -> None:
 def test_an_operator_that_an_early_opset_lacks_is_named() -> None:
     graph = Graph(inputs=[Port("x", F32, (3, 3))])
     graph.outputs = [Port(graph.emit("Trilu", "x"), F32, (3, 3))]
-
     with pytest.raises(ModelError, match=r"Trilu.*does not exist in opset 13"):
         graph.to_bytes(opset=13)
 
@@ -97,10 +92,8 @@ def test_composites_are_what_torch_computes(case: int, opset: int) -> None:
     graph.outputs = [Port(graph.emit(op, "x", *("s", "b")[:vectors], attrs=attrs), F32, ("N", 6, 6))]
     rng = np.random.default_rng(0)
     feeds = {"x": rng.standard_normal((4, 6, 6)), "s": rng.standard_normal(6), "b": rng.standard_normal(6)}
-
     found = Session(graph.to_bytes(opset=opset)).run({k: v.astype(np.float32) for k, v in feeds.items()})
     expected = oracle(*(torch.from_numpy(v) for v in feeds.values())).numpy()
-
     np.testing.assert_allclose(found[graph.outputs[0].name], expected, atol=2e-6)
 
 
@@ -133,10 +126,8 @@ def test_what_torch_exports_at_any_opset_is_the_same_graph(opset: int) -> None:
         program = torch.onnx.export(module, (torch.zeros(2, 8, 6, 6),), opset_version=opset, **settings)
     graph = import_onnx(program.model_proto.SerializeToString(), "net").graph
     x = torch.randn(7, 8, 6, 6)
-
     ops = [n.op for n in graph.nodes]
     found = Session(graph.to_bytes()).run({"x": x.numpy()})["logits"]
-
     assert {"GroupNormalization", "Gelu", "Mish", "LayerNormalization", "RMSNormalization", "Split"} <= set(ops)
     assert not {"InstanceNormalization", "Attention", "SplitToSequence", "Softplus", "Reciprocal"} & set(ops)
     np.testing.assert_allclose(found, module(x).detach().numpy(), atol=1e-5)

@@ -126,9 +126,7 @@ def test_every_precision_says_what_float32_says(name: str, precision: str, densi
     model = net(name)[1]
     x = inputs(model, 32)
     bundle(tmp_path, model, random_selection(model, density, seed=1), precision, x)
-
     mine = unoptimised(tmp_path / graph_file(precision), x)
-
     assert distance(mine, unoptimised(tmp_path / "inference.onnx", x)) < BOUNDS[precision]
     assert distance(Session(tmp_path / graph_file(precision)).run({"x": x})["logits"], mine) < 2e-2
 
@@ -139,16 +137,13 @@ def test_no_samples_at_all_still_have_outputs(precision: str, tmp_path: Path) ->
     bundle(tmp_path, model, Selection.of(model.architecture, model.architecture.sizes), precision, inputs(model, 8))
     predictor = Predictor(tmp_path / graph_file(precision))
     none = np.zeros((0, *model.architecture.input_shape), np.float32)
-
     assert predictor.predict(none).shape == (0, model.architecture.classes)
 
 
 @pytest.mark.parametrize(("name", "left"), [("resnet20", 0), ("mobilenet", 0), ("layers", 0), ("concat", 4)])
 def test_norms_behind_layers_are_gone_and_others_stay(name: str, left: int) -> None:
     model = net(name)[1]
-
     graph = onnx.load_from_string(lower(model, model.architecture.sizes, "folded").graph).graph
-
     assert sum(n.op_type == "BatchNormalization" for n in graph.node) == left
 
 
@@ -158,9 +153,7 @@ def test_norms_behind_layers_are_gone_and_others_stay(name: str, left: int) -> N
 def test_what_follows_from_weights_alone_is_prepared(name: str, precision: str, tmp_path: Path) -> None:
     model = whole_models.imported(name)
     x = whole_models.samples(name, 8)
-
     bundle(tmp_path, model, random_selection(model, 0.5, seed=2), precision, x)
-
     logits = Session(tmp_path / graph_file(precision)).run({"x": x})["logits"]
     assert distance(logits, Session(tmp_path / "inference.onnx").run({"x": x})["logits"]) < BOUNDS[precision]
 
@@ -179,10 +172,8 @@ def test_new_weights_need_no_new_graph(name: str, precision: str, tmp_path: Path
         for n, v in selection.gather(model.tensors).items()
     }
     (tmp_path / "weights.safetensors").write_bytes(tensorfile.encode(new))
-
     after = lowered_weights(tmp_path, precision, new, x)
     (tmp_path / weights_file(precision)).write_bytes(after)
-
     assert len(after) == len(before)
     assert after != before
     logits = Session(tmp_path / graph_file(precision)).run({"x": x})["logits"]
@@ -193,9 +184,7 @@ def test_new_weights_need_no_new_graph(name: str, precision: str, tmp_path: Path
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet"])
 def test_one_prepare_graph_serves_every_width(name: str, precision: str) -> None:
     model = net(name)[1]
-
     made = {lower(model, random_selection(model, d, seed=1).widths, precision).prepare for d in DENSITIES}
-
     assert len(made) == 1
 
 
@@ -211,9 +200,7 @@ def test_onnxruntime_fuses_all_layers(name: str, expected: dict[str, int], tmp_p
     model = net(name)[1]
     x = inputs(model, 16)
     bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "int8", x)
-
     found = operators(tmp_path / "int8.onnx", tmp_path / "optimised.onnx")
-
     assert {op: found[op] for op in expected} == expected
     assert not found.keys() & {"Conv", "FusedConv", "Gemm", "Add", "Relu", "Clip"}
 
@@ -226,9 +213,7 @@ def test_int8_computes_what_the_standard_says(name: str, tmp_path: Path) -> None
     bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "int8", x)
     proto = onnx.load(tmp_path / "int8.onnx")
     proto.opset_import[0].version = 19  # the interpreter knows none before, in which 8 bits mean the same
-
     expected = ReferenceEvaluator(proto).run(None, {"x": x})[0]
-
     assert distance(Session(tmp_path / "int8.onnx").run({"x": x})["logits"], expected) < 1e-2
 
 
@@ -245,7 +230,6 @@ def test_int8_tensors_are_those_of_the_formulas(tmp_path: Path) -> None:
     low = np.mean([p.min() for p in np.split(x, 2)])
     high = np.mean([p.max() for p in np.split(x, 2)])
     stem = next(n for n in held if n.endswith("~weight") and held[n].shape == (16, 12)).removesuffix("~weight")
-
     assert held[RANGES] == pytest.approx(
         np.array([[low, high], [0, np.mean([p.max() for p in np.split(hidden, 2)])]]), rel=1e-5, abs=1e-6
     )
@@ -270,9 +254,7 @@ def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
     tensors["conv1.bias"][2] = 3.0
     (tmp_path / "weights.safetensors").write_bytes(tensorfile.encode(tensors))
     (tmp_path / "int8.safetensors").write_bytes(lowered_weights(tmp_path, "int8", tensors, x))
-
     logits = Session(tmp_path / "int8.onnx").run({"x": x})["logits"]
-
     assert distance(logits, Session(tmp_path / "inference.onnx").run({"x": x})["logits"]) < BOUNDS["int8"]
 
 
@@ -282,9 +264,7 @@ def test_float16_says_the_type_of_every_value(name: str, tmp_path: Path) -> None
     x = inputs(model, 4)
     lowered = bundle(tmp_path, model, random_selection(model, 0.5, seed=1), "float16", x)
     proto = onnx.load(tmp_path / "float16.onnx")
-
     known = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
-
     types = {v.name: v.type.tensor_type.elem_type for v in (*known.graph.value_info, *known.graph.output)}
     halves = {n.op_type for n in proto.graph.node if types.get(n.output[0]) == onnx.TensorProto.FLOAT16}
     assert {v.type.tensor_type.elem_type for v in (*proto.graph.input, *proto.graph.output)} == {onnx.TensorProto.FLOAT}
@@ -302,7 +282,6 @@ def test_float16_says_the_type_of_every_value(name: str, tmp_path: Path) -> None
 
 def test_what_has_no_8_bit_form_is_named() -> None:
     lowered = lower(net("lstm")[1], net("lstm")[1].architecture.sizes, "int8")
-
     assert any(s.startswith("LSTM ") for s in lowered.stays)
     assert len(lowered.layers) == 2
 
@@ -310,16 +289,13 @@ def test_what_has_no_8_bit_form_is_named() -> None:
 def test_layers_that_are_to_stay_do(tmp_path: Path) -> None:
     model = net("lenet")[1]
     every = lower(model, model.architecture.sizes, "int8").layers
-
     lowered = lower(model, model.architecture.sizes, "int8", keep=(every[0], every[-1]))
-
     assert lowered.layers == every[1:-1]
     assert len(lowered.stays) == 2
 
 
 def test_a_model_without_such_layers_is_refused() -> None:
     model = net("lstm")[1]
-
     with pytest.raises(ModelError, match="no layer of lstm"):
         lower(model, model.architecture.sizes, "int8", keep=lower(model, model.architecture.sizes, "int8").layers)
     with pytest.raises(ModelError, match="expected folded or float16 or int8, got bfloat16"):
@@ -331,9 +307,7 @@ def test_ranges_are_means_over_batches(tmp_path: Path) -> None:
     x = inputs(model, 64)
     bundle(tmp_path, model, Selection.of(model.architecture, model.architecture.sizes), "int8", x)
     calibrate = Session(tmp_path / "calibrate-int8.onnx")
-
     found = measured_ranges(calibrate, x)
-
     halves = [calibrate.run({"x": p})[RANGES] for p in (x[:32], x[32:])]
     assert found == pytest.approx((halves[0] + halves[1]) / 2, rel=1e-6)
     assert found[0] == pytest.approx(
@@ -352,7 +326,6 @@ def test_nonsense_is_not_prepared() -> None:
     rows = int(graph.inputs[RANGES][1][0] or 0)
     ranges = np.tile(np.array([[-1, 1]], np.float32), (rows, 1))
     tensors = dict(model.tensors)
-
     assert prepare(graph, tensors, ranges).keys() >= {RANGES}
     for wrong in (ranges[:-1], ranges[:, ::-1], ranges * np.nan, ranges.astype(np.float64), ranges[:, :1]):
         with pytest.raises(ModelError):

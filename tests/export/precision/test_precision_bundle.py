@@ -48,7 +48,6 @@ def export(root: Path, out: str, precision: str, *more: str) -> int:
 def test_the_manifest_lists_what_was_asked_for(folder: Path) -> None:
     bundle = open_bundle(folder / "bundle")
     listed = json.loads((folder / "bundle" / MANIFEST).read_text())["files"]
-
     assert bundle.precisions == PRECISIONS
     assert {n for p in PRECISIONS for n in files_of(p)} <= listed.keys()
     report = json.loads((folder / "bundle" / "report.json").read_text())["precisions"]
@@ -66,7 +65,6 @@ def test_the_page_writes_other_ranges_and_the_bundle_stays_one(folder: Path, mon
     monkeypatch.chdir(folder)
     found: dict[str, Any] = {}
     exec(textwrap.dedent(code), found)  # noqa: S102  the page's own lines
-
     whole = Predictor(folder / "bundle").predict(found["images"])
     assert np.mean(found["logits"].argmax(1) == whole.argmax(1)) >= 0.95
     assert open_bundle(folder / "bundle").precisions == PRECISIONS
@@ -74,7 +72,6 @@ def test_the_page_writes_other_ranges_and_the_bundle_stays_one(folder: Path, mon
 
 def test_a_bundle_without_is_as_it_was(folder: Path) -> None:
     assert main([str(folder / "digits.onnx"), "--target", "raspberry-pi-5", "--out", str(folder / "plain")]) == 0
-
     assert open_bundle(folder / "plain").precisions == ()
     assert json.loads((folder / "plain" / "report.json").read_text())["precisions"] == []
     assert "## Lower precision" not in (folder / "plain" / "report.md").read_text()
@@ -82,7 +79,6 @@ def test_a_bundle_without_is_as_it_was(folder: Path) -> None:
 
 def test_verify_looks_at_every_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(folder / "bundle"), "--json"]) == ExitCode.OK
-
     passed = {c["check"]: c["found"] for c in json.loads(capsys.readouterr().out)["passed"]}
     assert set(PRECISIONS) <= passed.keys()
     assert passed["files"].startswith("15 files")
@@ -92,7 +88,6 @@ def test_verify_looks_at_every_precision(folder: Path, capsys: pytest.CaptureFix
 def test_bench_times_every_precision(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--runs", "1", "--batch", "2", "--target", "raspberry-pi-5", "--json")
     assert main(["bench", str(folder / "bundle"), *options]) == ExitCode.OK
-
     rows = json.loads(capsys.readouterr().out)["measured"]
     assert [r["what"] for r in rows] == ["training step", "prediction", *(f"prediction, {p}" for p in PRECISIONS)]
     assert rows[-1]["predicted"] == {"seconds": None, "peak_bytes": None}
@@ -106,7 +101,6 @@ def test_a_board_predicts_with_a_precision(folder: Path, precision: str, tmp_pat
         options = ("--bundle", str(folder / "bundle"), "--input", str(folder / "eval.npz"), "--output", str(out))
         assert device(["predict", *options, *more]) == ExitCode.OK
         found[name] = np.load(out)
-
     far = np.abs(found[precision] - found["float32"]).max() / np.abs(found["float32"]).max()
     assert far < {"folded": 1e-5, "float16": 5e-3, "int8": 5e-2}[precision]
 
@@ -123,9 +117,7 @@ def test_a_precision_that_is_not_there(
 ) -> None:
     test_a_bundle_without_is_as_it_was(folder)
     where = (options[0], str(folder / options[1]), *options[2:])
-
     assert device(["predict", *where, "--input", str(folder / "eval.npz")]) in (ExitCode.BUNDLE, ExitCode.USAGE)
-
     assert said in capsys.readouterr().err
 
 
@@ -145,7 +137,6 @@ def test_a_file_of_a_precision_is_checked(folder: Path, tmp_path: Path, name: st
         body = json.loads((tmp_path / MANIFEST).read_text())
         del body["files"][name]
         (tmp_path / MANIFEST).write_text(json.dumps(body))
-
     if how == "unlisted" and name in map(graph_file, PRECISIONS):
         assert name.removesuffix(".onnx") not in open_bundle(tmp_path).precisions
     else:
@@ -167,7 +158,6 @@ def test_verify_finds_weights_of_another_model(
     body = json.loads((tmp_path / MANIFEST).read_text())
     body["files"]["int8.safetensors"] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
     (tmp_path / MANIFEST).write_text(json.dumps(body))
-
     assert main(["verify", str(tmp_path)]) == ExitCode.BUNDLE
     assert "is not of these weights" in capsys.readouterr().err
 
@@ -208,13 +198,11 @@ def test_layers_stay_as_far_as_the_outputs_ask_for_it(lenient: int, monkeypatch:
     monkeypatch.setattr(trials, "lower", recorded)
     monkeypatch.setattr(trials, "agreement", judged)
     tried = Trials(model, selection.widths, files, data)
-
     if lenient == 3:
         with pytest.raises(ModelError, match="int8 is too far from float32"):
             tried.of("int8")
         return
     found = tried.of("int8")
-
     assert kept[0] == set()
     ends, stay = {layers[0], layers[-1]}, set(layers) - set(found.lowered.layers)
     assert stay > ends if lenient == 2 else stay == (ends if lenient else set())

@@ -70,9 +70,7 @@ def test_one_step_equals_torchs(module: Plain, model: Model, density: float) -> 
     weights = random_selection(model, density, seed=3).gather(model.tensors)
     rng = np.random.default_rng(2)
     x, y = rng.standard_normal((6, 3, 8, 8)).astype(np.float32), rng.integers(0, 4, 6)
-
     got = session.run(feeds(arch, weights, x, y))
-
     exact = oracle(module.train(), model, weights, x, y, torch.float64)
     assert max(distances(got, exact, parts(arch)).values()) < 1e-5
 
@@ -100,14 +98,12 @@ def test_constants_that_are_equal_are_shortened() -> None:
     model = _scaled([2.0] * 4, [0.3] * 4)
     graph = at_widths(model, [1, 6])
     (norm,) = [n for n in graph.nodes if n.op == "BatchNormalization"]
-
     assert [graph.initializers[i].tolist() for i in norm.inputs[1:3]] == [[2.0], [np.float32(0.3)]]
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
 
 
 def test_constants_that_differ_fix_their_channels_and_are_named() -> None:
     model = _scaled([1.0, 2.0, 3.0, 4.0], [0.0] * 4)
-
     assert [g.size for g in model.architecture.groups] == [6]
     assert any("constant for each channel" in note for note in model.notes)
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5

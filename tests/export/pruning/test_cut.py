@@ -25,7 +25,6 @@ Imported = Callable[[str], Model]
 def test_samples_of_a_batch_do_not_mix(imported: Imported) -> None:
     model = imported("lenet")
     graph, x = cut(model, random_selection(model, 0.5, seed=2)), inputs(model, 6)
-
     np.testing.assert_allclose(outputs(graph, x)[4:5], outputs(graph, x[4:5]), rtol=1e-4, atol=1e-6)
 
 
@@ -33,9 +32,7 @@ def test_samples_of_a_batch_do_not_mix(imported: Imported) -> None:
 def test_reordering_channels_changes_nothing(imported: Imported, name: str) -> None:
     model = imported(name)
     x = inputs(model, 2)
-
     shuffled = outputs(cut(model, random_selection(model, 1.0, seed=3)), x)
-
     np.testing.assert_allclose(shuffled, outputs(model.graph, x), rtol=1e-3, atol=1e-5)
 
 
@@ -43,7 +40,6 @@ def test_weights_are_those_that_the_selection_gathers(imported: Imported) -> Non
     model = imported("lenet")
     selection = random_selection(model, 0.5, seed=4)
     graph = cut(model, selection)
-
     for name, value in selection.gather(model.tensors).items():
         np.testing.assert_array_equal(graph.initializers[name], value)
 
@@ -51,7 +47,6 @@ def test_weights_are_those_that_the_selection_gathers(imported: Imported) -> Non
 def test_nodes_depend_on_widths_alone(imported: Imported) -> None:
     model = imported("concat_net")
     one, other = (random_selection(model, 0.5, seed) for seed in (1, 2))
-
     assert at_widths(model, one.widths).to_bytes() == at_widths(model, other.widths).to_bytes()
 
 
@@ -90,7 +85,6 @@ def test_a_reshape_target_follows_the_cut_and_leaves_the_batch_free() -> None:
         return _conv(graph, rng, graph.emit("Reshape", rows, target), "last", (8, 6, 1, 1))
 
     model = _net(build, 4)
-
     assert [g.size for g in model.architecture.groups] == [6, 8]
     assert cut_error(model, random_selection(model, 0.5, seed=1), batch=11) < 1e-5
 
@@ -112,7 +106,6 @@ def test_channels_stay_where_the_graph_computes_with_their_number(how: str) -> N
         return _conv(graph, rng, value, "last", (8, 16, 1, 1))
 
     model = _net(build, 4)
-
     assert [g.size for g in model.architecture.groups] == [8]
     assert any("computes with a number of channels" in note for note in model.notes)
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
@@ -126,7 +119,6 @@ def test_channels_go_where_the_graph_computes_with_the_batch_alone() -> None:
         return _conv(graph, rng, value, "last", (8, 16, 1, 1))
 
     model = _net(build, 4)
-
     assert [g.size for g in model.architecture.groups] == [16, 8]
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
 
@@ -138,7 +130,6 @@ def test_a_crop_passes_channels() -> None:
         return _conv(graph, rng, value, "last", (8, 6, 1, 1))
 
     model = _net(build, 4)
-
     assert [g.size for g in model.architecture.groups] == [6, 8]
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
 
@@ -151,7 +142,6 @@ def test_channels_that_are_sliced_off_stay(axes: list[int]) -> None:
         return _conv(graph, rng, graph.emit("Slice", value, *ranges), "last", (8, 4, 1, 1))
 
     model = _net(build, 4)
-
     assert [g.size for g in model.architecture.groups] == [4, 8]
     assert model.architecture.shape("first", [1, 1]) == (3, 3, 3, 3)
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
@@ -164,7 +154,6 @@ def test_channels_that_a_reshape_mixes_stay_and_are_named() -> None:
         return _conv(graph, rng, graph.emit("Reshape", value, graph.ints(-1, 6, 8, 8)), "last", (8, 6, 1, 1))
 
     model = _net(build, 4)
-
     assert [g.size for g in model.architecture.groups] == [8]
     assert any("mixes channels" in note for note in model.notes)
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5

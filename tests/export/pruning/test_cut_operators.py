@@ -369,7 +369,6 @@ def case(request: pytest.FixtureRequest) -> tuple[str, Model]:
 
 def test_the_groups_are_found(case: tuple[str, Model]) -> None:
     name, found = case
-
     assert [g.size for g in found.architecture.groups] == NETS[name].groups, found.notes
 
 

@@ -44,17 +44,14 @@ def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
 def test_the_import_computes_what_torch_computes(name: str) -> None:
     model = imported(name)
     x = inputs(model, 4)
-
     with torch.no_grad():
         expected = hard_nets.make(name)(torch.from_numpy(x)).numpy()
-
     assert distance(outputs(model.graph, x), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", hard_nets.NETS)
 def test_what_can_be_cut_is_found(name: str) -> None:
     model = imported(name)
-
     assert len(model.architecture.groups) >= hard_nets.NETS[name].groups, model.notes
 
 
@@ -67,7 +64,6 @@ def test_how_torch_writes_them_hides_no_channels(name: str) -> None:
 @pytest.mark.parametrize("name", hard_nets.NETS)
 def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
     model = imported(name)
-
     for batch in (2, 7):
         assert cut_error(model, random_selection(model, density, seed=int(density * 100) + batch), batch) < 1e-5
 
@@ -75,7 +71,6 @@ def test_a_cut_equals_the_masked_original(name: str, density: float) -> None:
 @pytest.mark.parametrize("name", FINE)
 def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
     model = imported(name, "fine")
-
     assert [g.size for g in model.architecture.groups] == FINE[name]
     for density, batch in ((0.25, 2), (0.5, 7), (0.75, 2), (0.001, 7)):
         assert cut_error(model, random_selection(model, density, seed=batch), batch) < 1e-5
@@ -84,7 +79,6 @@ def test_positions_are_cut_where_they_are_preferred(name: str) -> None:
 def test_heads_groups_and_dims_of_one_network() -> None:
     """The same layers: whole heads, or the same dims of every head."""
     coarse, fine = (imported("FusedAttention", how).architecture for how in ("coarse", "fine"))
-
     assert coarse.by_name["qkv.weight"].axes[0].segments == (Segment(1, 0, 3, 4),) * 3
     assert fine.by_name["qkv.weight"].axes[0].segments == (Segment(1, 0, 4),) * 9
     assert coarse.members(1) == fine.members(1) == ("qkv.weight[0]", "qkv.bias[0]", "out.weight[1]")

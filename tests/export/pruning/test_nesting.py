@@ -45,7 +45,6 @@ def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -
     given, model = imported(name), started(imported(name))
     x = inputs(model, 3)
     whole = outputs(cut(model, first_channels(model, 1.0)), x)
-
     for density in WIDTHS:
         assert distance(outputs(cut(model, first_channels(model, density)), x), whole) < 1e-5
     # Without such a start they don't; and the narrowest is as it was.
@@ -58,7 +57,6 @@ def test_every_width_answers_like_the_narrowest(imported: Imported, name: str) -
 def test_only_weights_of_pairs_that_wider_models_alone_have_are_silent(imported: Imported, name: str) -> None:
     model = imported(name)
     before, after = model.tensors, nested(model.architecture, model.tensors, WIDTHS)
-
     silent = {n for n in before if not np.array_equal(before[n], after[n])}
     assert silent
     assert all(np.isin(after[n], (0, *np.unique(before[n]))).all() for n in silent)
@@ -109,7 +107,6 @@ class Heads(nn.Module):
 def test_what_is_silent_is_an_input_of_a_sum_and_nothing_else(layer: Callable[[], nn.Module], silent: bool) -> None:
     model = described(nets.seeded(Reads(layer())))
     start = nested(model.architecture, model.tensors, WIDTHS)
-
     name = "layer.weight"
     assert np.array_equal(start[name], model.tensors[name]) is not silent
     made = architecture_axis(model, name)
@@ -152,7 +149,6 @@ def described(net: nn.Module) -> Model:
 def test_normalisations_tell_whether_a_model_was_just_made(kind: Any, steps: int) -> None:
     model = described(learnt(fresh(kind), steps))
     start = nested(model.architecture, model.tensors, WIDTHS)
-
     assert just_made(model.architecture, model.tensors) == (steps == 0)
     assert just_made(model.architecture, start) == (steps == 0), "its own start changes nothing of that"
 
@@ -160,7 +156,6 @@ def test_normalisations_tell_whether_a_model_was_just_made(kind: Any, steps: int
 @pytest.mark.parametrize("steps", [0, 30])
 def test_a_model_without_normalisations_does_not_count_as_just_made(steps: int) -> None:
     model = described(learnt(fresh(nets.LeNet), steps))
-
     assert not just_made(model.architecture, model.tensors)
 
 
@@ -171,7 +166,6 @@ def test_blocks_may_begin_as_if_they_were_not_there(scale: float, made: bool) ->
     last = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)][-1]
     nn.init.constant_(last.weight, scale)
     model = described(net.eval())
-
     assert just_made(model.architecture, model.tensors) is made
 
 
@@ -180,5 +174,4 @@ def test_trained_statistics_alone_tell_that_a_model_was_trained() -> None:
     net = fresh(nets.ResNet20).train()
     net(torch.randn(4, 3, 32, 32))
     model = described(net.eval())
-
     assert not just_made(model.architecture, model.tensors)

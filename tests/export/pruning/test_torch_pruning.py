@@ -152,7 +152,6 @@ def _one_thread() -> None:
 @pytest.mark.parametrize("name", EQUAL)
 def test_groups_are_the_same(name: str) -> None:
     module = MODELS[name].make()
-
     assert our_groups(whole_models.imported(name).architecture, module) == their_groups(module)
 
 
@@ -161,9 +160,7 @@ def test_groups_are_the_same(name: str) -> None:
 def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> None:
     model, x = whole_models.imported(name), whole_models.samples(name, 6)
     selection = random_selection(model, 0.5, seed=9)
-
     expected = outputs_of(prune(MODELS[name].make(), selection), x)
-
     assert distance(outputs(cut(model, selection), x), expected) < 1e-5
 
 
@@ -172,7 +169,6 @@ def test_a_cut_computes_what_a_physically_pruned_network_computes(name: str) -> 
 def test_differences_are_the_known_ones(name: str) -> None:
     module, known = MODELS[name].make(), DIFFERENT[name]
     ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)
-
     assert lines(ours - theirs) == sorted(known.ours)
     assert lines(theirs - ours) == sorted(known.theirs)
 
@@ -181,7 +177,6 @@ def test_differences_are_the_known_ones(name: str) -> None:
 @pytest.mark.parametrize("name", DIFFERENT)
 def test_where_groups_differ_theirs_are_wrong(name: str) -> None:
     found = verdicts(MODELS[name].make, whole_models.samples(name, 6))
-
     assert {text: found[text] for text in DIFFERENT[name].theirs} == DIFFERENT[name].theirs
 
 
@@ -195,9 +190,7 @@ def test_both_rows_of_a_gated_unit_pruned_by_hand_are_our_cut() -> None:
     """Told to prune a channel with its gate, Torch-Pruning makes the network that we make."""
     model, x = whole_models.imported("glu"), whole_models.samples("glu", 6)
     selection = random_selection(model, 0.5, seed=9)
-
     expected = outputs_of(prune(MODELS["glu"].make(), selection), x)
-
     assert distance(outputs(cut(model, selection), x), expected) < 1e-5
 
 
@@ -209,11 +202,9 @@ def test_whole_groups_of_a_normalisation_pruned_by_hand_are_our_cut() -> None:
     found = outputs(cut(model, selection), x)
     module = prune(MODELS[name].make(), selection)
     assert distance(found, outputs_of(module, x)) > 1e-2
-
     for part in module.modules():
         if isinstance(part, torch.nn.GroupNorm):
             part.num_groups //= 2
-
     assert distance(found, outputs_of(module, x)) < 1e-5
 
 
@@ -235,7 +226,6 @@ def test_lost_heads_are_heads_that_nobody_reads(name: str, projection: str) -> N
             gone = ~selection.covered(reader).any(0)
             assert gone.any()
             parameters[reader][:, gone] = 0
-
     assert distance(outputs(cut(model, selection), x), outputs_of(module, x)) < 1e-5
 
 
@@ -253,5 +243,4 @@ def test_what_torch_pruning_cannot_analyse_we_can(name: str) -> None:
 def test_channels_that_torch_pruning_does_not_list(name: str) -> None:
     module = MODELS[name].make()
     ours, theirs = our_groups(whole_models.imported(name).architecture, module), their_groups(module)
-
     assert set(UNSEEN[name]) <= set(lines(ours - theirs))

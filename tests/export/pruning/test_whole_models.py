@@ -40,10 +40,8 @@ def test_the_import_computes_what_the_module_computes(name: str) -> None:
     model, x = whole_models.imported(name), torch.tensor(whole_models.samples(name, 6))
     module = MODELS[name].make().double().eval()
     state = {n: torch.tensor(v, dtype=torch.float64) for n, v in model.tensors.items()}
-
     with torch.no_grad():
         expected = module(x.double() if x.is_floating_point() else x).numpy()
-
     assert distance(run(model.graph, state, x, training=False).numpy(), expected) < 1e-6
     assert distance(outputs(model.graph, x.numpy()), expected) < BOUND
 
@@ -65,7 +63,6 @@ def test_so_much_can_be_cut(name: str) -> None:
     model, least = whole_models.imported(name), MODELS[name]
     half = random_selection(model, 0.5, seed=1).gather(model.tensors)
     kept = sum(v.size for v in half.values()) / sum(v.size for v in model.tensors.values())
-
     assert len(model.architecture.groups) >= least.groups
     assert kept <= least.kept
 
@@ -78,7 +75,6 @@ def test_what_stays_is_named(name: str) -> None:
     made = {n.weight: architecture.by_name[n.weight].axes[n.output_axis] for n in architecture.layers if n.weight}
     made = {n: axis for n, axis in list(made.items())[:-1] if n not in MODELS[name].places}
     stays = [axis for axis in made.values() if not axis.groups and axis.length > 1]
-
     assert not stays or any("stay" in note for note in model.notes)
     for text in MODELS[name].stays:
         assert any(text in note for note in model.notes), text

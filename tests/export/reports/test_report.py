@@ -65,7 +65,6 @@ def test_the_layers_are_those_of_the_files(bundle: Path, digits: Path) -> None:
     layers = [r for r in json.loads((bundle / "report.json").read_text())["layers"] if r["weight"]]
     small = tensorfile.load(bundle / "weights.safetensors")
     whole = {t.name: tuple(t.dims) for t in onnx.load(digits).graph.initializer}
-
     assert [r["weight"] for r in layers] == ["conv1.weight", "conv2.weight", "conv3.weight", "fc.weight"]
     for row in layers:
         assert tuple(row["after"]["shape"]) == small[row["weight"]].shape
@@ -79,9 +78,7 @@ def test_activations_are_what_the_graph_makes(bundle: Path) -> None:
     made = {n.name: n.output[0] for n in proto.graph.node}
     proto.graph.output.extend(onnx.ValueInfoProto(name=v) for v in made.values() if v != "logits")
     out = Session(proto.SerializeToString()).run({"x": np.zeros((1, 1, 8, 8), np.float32)})
-
     rows = json.loads((bundle / "report.json").read_text())["layers"]
-
     assert len(rows) > 4
     for row in rows:
         assert row["after"]["activation_bytes"] == out[made[row["name"]]].nbytes
@@ -90,7 +87,6 @@ def test_activations_are_what_the_graph_makes(bundle: Path) -> None:
 def test_figures_add_up_and_predictions_are_the_plans(bundle: Path) -> None:
     body = json.loads((bundle / "report.json").read_text())
     before, after, predicted = body["before"], body["after"], body["plan"]["prediction"]
-
     for side in ("before", "after"):
         assert sum(r[side]["macs"] for r in body["layers"]) == body[side]["forward_macs"]
     for figure in ("memory_bytes", "step_s"):
@@ -99,9 +95,7 @@ def test_figures_add_up_and_predictions_are_the_plans(bundle: Path) -> None:
 
 def test_the_page_needs_nothing_else(bundle: Path) -> None:
     text = (bundle / "report.html").read_text()
-
     page = Page(text)
-
     assert page.references == []
     assert "@import" not in text
     assert "url(" not in text
@@ -112,7 +106,6 @@ def test_the_page_needs_nothing_else(bundle: Path) -> None:
 def test_the_page_says_what_was_exported_how_and_what_the_json_says(bundle: Path) -> None:
     body, html = json.loads((bundle / "report.json").read_text()), (bundle / "report.html").read_text()
     use, text = body["plan"]["prediction"]["memory"], " ".join(Page(html).text)
-
     for fact in ("Model digits", "Board raspberry-pi-5", "Batch size 32", "Samples on the board 1,000", "sgd"):
         assert fact in text
     assert f"fedprune {__version__}" in text
@@ -136,9 +129,7 @@ def test_names_of_a_model_are_text_on_the_page(digits: Path, tmp_path: Path) -> 
         node.input[:] = [evil if n == "conv1.weight" else n for n in node.input]
     next(t for t in proto.graph.initializer if t.name == "conv1.weight").name = evil
     onnx.save(proto, tmp_path / "evil.onnx")
-
     assert export(tmp_path / "evil.onnx", tmp_path / "b", "--name", "<b>&") == ExitCode.OK
-
     text = (tmp_path / "b" / "report.html").read_text()
     assert text.count("<script") == 1
     assert evil not in text
@@ -151,9 +142,7 @@ def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys
     x, _ = load_digits()
     own = Session(digits).run({"x": x})["logits"].argmax(axis=1)
     np.savez(tmp_path / "data.npz", x=x, y=own)
-
     assert export(digits, tmp_path / "b", "--data", str(tmp_path / "data.npz")) == ExitCode.OK
-
     mine = Session(tmp_path / "b" / "inference.onnx").run({"x": x})["logits"].argmax(axis=1)
     found = json.loads((tmp_path / "b" / "report.json").read_text())["accuracy"]
     assert found == {
@@ -170,9 +159,7 @@ def test_accuracies_are_those_of_the_graphs(digits: Path, tmp_path: Path, capsys
 def test_a_test_split_is_taken_first(digits: Path, tmp_path: Path) -> None:
     x, y = load_digits()
     np.savez(tmp_path / "data.npz", x=x, y=y, x_test=x[:50], y_test=y[:50])
-
     data = labelled_data.read(tmp_path / "data.npz", import_onnx(digits.read_bytes(), "d").architecture, np.float32)
-
     assert len(data.x) == len(data.y) == 50
 
 
@@ -202,7 +189,6 @@ def test_data_that_does_not_fit_is_refused(
 ) -> None:
     np.savez(tmp_path / "data.npz", **arrays)  # type: ignore[arg-type]
     architecture = import_onnx(digits.read_bytes(), "d").architecture
-
     with pytest.raises(DataError, match=said):
         labelled_data.read(tmp_path / "data.npz", architecture, np.float32)
 
@@ -212,7 +198,6 @@ def test_a_value_to_predict_that_is_not_finite_is_named(digits: Path, tmp_path: 
     y[3, 1] = np.nan
     np.savez(tmp_path / "data.npz", x=X, y=y)
     architecture = import_onnx(digits.read_bytes(), "d").architecture
-
     with pytest.raises(DataError, match=r"data\.npz: y holds numbers that are not finite: got sample 3"):
         labelled_data.read(tmp_path / "data.npz", architecture, np.float32, "values")
     np.savez(tmp_path / "data.npz", x=X, y=y[:, :9])
@@ -225,7 +210,6 @@ def test_a_file_that_is_no_data_ends_with_the_code_of_data(
     digits: Path, tmp_path: Path, raw: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "data.npz").write_bytes(raw)
-
     assert export(digits, tmp_path / "b", "--data", str(tmp_path / "data.npz")) == ExitCode.DATA
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "b").exists()
@@ -245,12 +229,10 @@ def test_identifiers_are_whole_numbers_that_the_model_knows(
     np.savez(tmp_path / "good.npz", x=x.astype(np.int32), y=y)
     np.savez(tmp_path / "float.npz", x=x.astype(np.float32), y=y)
     np.savez(tmp_path / "far.npz", x=x + 20, y=y)
-
     codes = [
         export(tokens, tmp_path / f"b-{name}", "--data", str(tmp_path / f"{name}.npz"))
         for name in ("good", "float", "far")
     ]
-
     assert codes == [ExitCode.OK, ExitCode.DATA, ExitCode.DATA]
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2
@@ -266,9 +248,7 @@ def test_labels_of_every_kind_are_scored(digits: Path, tmp_path: Path) -> None:
     wrong[0, :5] = 1 - wrong[0, :5]
     np.savez(tmp_path / "multi.npz", x=X, y=wrong)
     np.savez(tmp_path / "values.npz", x=X, y=out + 0.5)
-
     multi = labelled_data.read(tmp_path / "multi.npz", architecture, np.float32, "multi")
     values = labelled_data.read(tmp_path / "values.npz", architecture, np.float32, "values")
-
     assert multi.score(lambda x: out[: len(x)]) == pytest.approx(1 - 5 / 40)
     assert values.score(lambda x: out[: len(x)]) == pytest.approx(0.5, rel=1e-6)

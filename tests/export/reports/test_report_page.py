@@ -47,9 +47,7 @@ def test_the_filled_part_of_a_bar_is_the_kept_share(sizes: tuple[int, ...], seed
     arch = architecture(sizes)
     widths = [int(random.integers(1, n + 1)) for n in sizes]
     selection = Selection.of(arch, widths, [random.permutation(n) for n in sizes])
-
     rows = channel_bars(selection)
-
     assert len(rows) == len(sizes)
     for row, size, width in zip(rows, sizes, widths, strict=True):
         assert only_strip(row).mean == pytest.approx(width / size)
@@ -59,25 +57,20 @@ def test_the_filled_part_of_a_bar_is_the_kept_share(sizes: tuple[int, ...], seed
 
 def test_kept_channels_are_filled_where_they_are() -> None:
     selection = Selection.of(architecture((8,)), [3], [[6, 1, 7, 0, 2, 3, 4, 5]])
-
     (row,) = channel_bars(selection)
-
     assert [(run.x, run.width) for run in only_strip(row).runs if run.level] == [(1, 1), (6, 2)]
 
 
 def test_a_bar_of_many_channels_stays_small() -> None:
     arch = architecture((4096,))
     every_second = Selection.of(arch, [2048], [[*range(0, 4096, 2), *range(1, 4096, 2)]])
-
     (row,) = channel_bars(every_second)
-
     assert len(bars([row], "one")) < 12_000
     assert only_strip(row).mean == pytest.approx(0.5, abs=0.02)
 
 
 def test_layers_are_as_long_as_they_have_channels() -> None:
     rows = layer_bars(architecture((10, 40, 20)), (5, 10, 20))
-
     assert [ends(row) for row in rows] == [[0.25, 0.125], [1, 0.25], [0.5, 0.5]]
     assert [row.note for row in rows] == ["10 → 5", "40 → 10", "20"]
 
@@ -85,13 +78,11 @@ def test_layers_are_as_long_as_they_have_channels() -> None:
 def test_a_long_name_is_shown_from_its_beginning_to_its_end() -> None:
     name = "backbone.stages.1.blocks.0.downsample.projection.conv"
     rows = layer_bars(architecture((4,), name=name), (2,))
-
     assert f">{name}0<" in bars(rows, "layers")
 
 
 def test_names_are_text() -> None:
     arch = architecture((4, 4), name='</span><script>alert(1)</script>"\x00\n')
-
     for rows in (channel_bars(Selection.full(arch)), layer_bars(arch, (4, 4))):
         assert "<script" not in bars(rows, "bars")
         assert "\x00" not in bars(rows, "bars")
@@ -99,6 +90,5 @@ def test_names_are_text() -> None:
 
 def test_a_model_without_groups_has_no_bars() -> None:
     bare = Architecture("bare", (), (), (), (), (3,), (3,))
-
     assert channel_bars(Selection.full(bare)) == []
     assert layer_bars(bare, ()) == []

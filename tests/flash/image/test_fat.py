@@ -45,7 +45,6 @@ def test_files_and_folders_are_what_mtools_sees(volume: Path) -> None:
     fat.write("README", b"")
     fat.write(f"fedprune/wheelhouse/{wheel}", content)
     close(fat, region)
-
     fsck_fat(volume)
     assert mlist(volume) == {
         "cmdline.txt",

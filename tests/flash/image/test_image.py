@@ -132,7 +132,6 @@ def test_an_image_gets_exactly_the_planned_files_and_stays_sound(
     before = source.read_bytes()
     assert cli.main(command(source, out, kit, key, "--hostname", "attic-pi")) == ExitCode.OK
     said = capsys.readouterr().out
-
     boot, size, root = offsets(out)
     fsck_fat(out, boot, size)
     run("e2fsck", "-fn", f"{out}?offset={root}")
@@ -140,7 +139,6 @@ def test_an_image_gets_exactly_the_planned_files_and_stays_sound(
     assert source.read_bytes() == before
     assert after[:boot] == before[:boot]
     assert after[boot + size :] == before[boot + size :]
-
     kit_files = {p.relative_to(kit.folder) for p in kit.folder.rglob("*")}
     kit_names = {f"fedprune/{p}{'/' if (kit.folder / p).is_dir() else ''}" for p in kit_files}
     assert mlist(out, boot) == mlist(source, boot) | kit_names | CHANGED[scheme] | {"fedprune/", "fedprune-install.sh"}

@@ -54,7 +54,6 @@ def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
         for p in kit.folder.rglob("*")
         if p.is_file() and p.name != "kit.json"
     }
-
     assert listed == there
     assert kit.claimed
     assert {"install.pyz", "board.json", "device.env", "fedprune.service", "claim.txt"} <= set(there)
@@ -84,7 +83,6 @@ def test_a_kit_is_taken_from_its_server_and_from_that_servers_earlier_keys_alone
     latest.save(identity / "signing.key")
     with pytest.raises(KitError, match=latest.verifying.fingerprint):
         Signer.load(identity / "signing.key").check(make_kit("earlier"))
-
     (identity / "site").write_text("lab")
     (identity / FILE).write_text(json.dumps([Succession.make("lab", KEY, latest.verifying).hex]))
     signer = Signer.load(identity / "signing.key")
@@ -95,7 +93,6 @@ def test_a_kit_is_taken_from_its_server_and_from_that_servers_earlier_keys_alone
     for foreign in (make_kit("foreign", signer=Signer(SigningKey.make())), make_kit("plain", signer=None)):
         with pytest.raises(KitError, match="not signed by this server"):
             signer.check(foreign)
-
     SigningKey.make().save(identity / "other.key")
     with pytest.raises(IdentityError, match="successions"):
         Signer.load(identity / "other.key")

@@ -103,7 +103,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, root: Path) -> None:
     done = run(kit, root)
     assert done.returncode == 0, done.stderr
-
     rows = "FEDPRUNE_BROKER=mqtts://broker.example:8883\nFEDPRUNE_SITE=lab\nFEDPRUNE_DEVICE=attic\n"
     assert (root / "etc/fedprune/device.env").read_text() == rows
     claim = root / "var/lib/fedprune/claim"
@@ -120,7 +119,6 @@ def test_a_board_is_installed_and_a_second_run_changes_nothing(kit: Path, root: 
     record = home(root).whole("a")
     assert (record.version, record.entry) == (0, "fedprune_start:device")
     assert not any(name.startswith("pip") for name in record.files)
-
     before = snapshot(root)
     again = run(kit, root)
     assert again.returncode == 0, again.stderr
@@ -368,7 +366,6 @@ def test_a_board_follows_its_server_to_a_new_key(make_kit: MakeKit, tmp_path: Pa
     assert (root / "opt/fedprune/server.pub").read_text() == PUBLIC.hex, "the launcher follows, too"
     assert program(root, "x") == "fedprune x\n"
     assert serving(root) == KitFolder(kit).runtime
-
     update(root, tmp_path, 1)
     assert "newer than any kit's" in run(kit, root).stdout
     assert program(root) == "version 1\n"
@@ -474,7 +471,6 @@ def test_a_kit_that_is_not_signed_needs_to_be_asked_for(make_kit: MakeKit, kit: 
     assert "not signed" in done.stdout.splitlines()
     assert program(root, "x") == "fedprune x\n"
     assert not (root / "opt/fedprune/server.pub").exists()
-
     assert run(kit, root).returncode == 0, "a signed one of the same wheels is installed over it"
     assert program(root, "x") == "fedprune x\n"
     done = run(plain, root, "--unsigned")

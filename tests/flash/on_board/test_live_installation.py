@@ -84,7 +84,6 @@ def test_slots_and_state_are_the_services_users_and_the_launcher_is_roots(tmp_pa
         pytest.skip("no system can be mounted here")
     assert done.returncode == 0, done.stdout + done.stderr
     first, again, taken, rest, user, removed, purged = _parts(done.stdout)
-
     for rows in (first, taken):
         found = [row.split() for row in rows if re.fullmatch(r"\w+ \d+ /\S+", row)]
         owners = {name: [user, mode] for user, mode, name in found}

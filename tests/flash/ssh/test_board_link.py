@@ -148,7 +148,6 @@ def test_a_file_whose_copy_broke_off_is_gone_on_with(near: Callable[[], BoardLin
     counted = iter(range(100))
     with pytest.raises(BoardError, match="the connection broke"):
         link.put("wheelhouse/a.whl", data, sha256, len(data), 0, pulled)
-
     link = near()
     ((path, offset),) = link.ask("have", files=rows, dry=False)["missing"]
     assert (path, offset % 2**18) == ("wheelhouse/a.whl", 0)

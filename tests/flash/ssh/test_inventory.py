@@ -187,7 +187,6 @@ def test_a_claim_is_given_once_and_to_the_same_board_again(tmp_path: Path) -> No
     texts = claims(3)
     first = Claims(Journal(tmp_path / "journal"), texts)
     assert [first.claim("attic"), first.claim("cellar"), first.claim("attic")] == [texts[0], texts[1], texts[0]]
-
     journal = Journal(tmp_path / "journal")  # after a kill
     again = Claims(journal, texts)
     assert again.claim("attic") == texts[0]

@@ -15,10 +15,8 @@ def test_outcomes_are_a_table_on_a_terminal(
     row = BoardRow.__new__(BoardRow)
     monkeypatch.setattr(BoardRow, "__str__", lambda self: "attic (192.168.1.30)")
     outcomes = [BoardOutcome(row, "failed", REASON, REMEDY, good=False), BoardOutcome(row, "done", "release 3")]
-
     print_outcomes(outcomes)
     assert capsys.readouterr().out == f"{table(outcomes)}\n"
-
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "80")

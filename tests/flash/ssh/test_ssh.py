@@ -130,7 +130,6 @@ def test_boards_are_installed_by_one_command_that_may_be_killed(tmp_path: Path, 
         before = done(journal)
         assert 6 <= len(before) < boards
         finished = {b.name: snapshot(b.root) for b in made.boards if b.name in before}
-
         again = subprocess.run(words, capture_output=True, text=True, check=False)
         assert again.returncode == ExitCode.OK, again.stdout + again.stderr
         assert f"{boards} of {boards} boards done" in again.stderr
@@ -162,19 +161,16 @@ def test_what_is_done_is_passed_over_unless_something_changes(
     said = capsys.readouterr()
     assert set(states(said.out).values()) == {"done"}
     before = [snapshot(b.root, "home/") for b in boards.boards]
-
     assert cli.main(command(inventory, kit)) == ExitCode.OK
     said = capsys.readouterr()
     assert said.out.count("nothing has changed since") == 3
     assert "connecting" not in said.err
-
     assert cli.main(command(inventory, kit, "--again")) == ExitCode.OK
     said = capsys.readouterr()
     assert "connecting" in said.err
     assert said.err.count("copying 1 of 9 files") == 3  # kit.json, in which there is a claim no more
     assert "now:" not in said.err
     assert [snapshot(b.root, "home/") for b in boards.boards] == before
-
     changed = boards.inventory(server='"mqtts://other.example"')
     assert cli.main(command(changed, kit, "--only", "attic")) == ExitCode.OK
     said = capsys.readouterr()
@@ -255,7 +251,6 @@ def test_each_board_says_what_is_wrong_with_it_and_the_others_are_done(
         assert "1 of 6 boards done" in said.err
         assert "Traceback" not in said.out + said.err
         assert not (by_name["model"].root / "home").exists()
-
         # What was wrong is mended: the same command continues, and nobody gets a second claim.
         claims = {name: by_name[name].claim.read_text() for name in ("good", "broken", "empty")}
         for name, file in (("broken", "broken"), ("empty", "unmet")):
@@ -276,10 +271,8 @@ def test_hosts_that_are_not_known_are_refused(boards: Boards, kit: Path, tmp_pat
     said = capsys.readouterr().out
     assert "its host key is not known -> Log in by hand and compare it, or use --accept-new-hosts." in said
     assert known.read_text() == ""
-
     assert cli.main(command(inventory, kit, "--only", "attic", "--dry-run", "--accept-new-hosts")) == ExitCode.OK
     assert known.read_text().split()[1:] == text.splitlines()[0].split()[1:]  # the name may be hashed
-
     other = " ".join((tmp_path / "user.pub").read_text().split()[:2])
     known.write_text(f"[127.0.0.1]:{boards.boards[0].port} {other}\n")
     assert cli.main(command(inventory, kit, "--only", "attic", "--dry-run", "--accept-new-hosts")) == ExitCode.BOARD
