@@ -173,7 +173,7 @@ class JobRunner:
         self._commands: list[do.Command] = []
         self._now, self._begun, self._ticked = self._steady(), site.monotonic(), 0.0
         self.finished = False
-        self.moved = True
+        self.needs_assignment = True
         """Whether an event has happened since the server assigned devices."""
         self._changed: set[str] = set()
         self._seen: Phase | None = None
@@ -289,7 +289,7 @@ class JobRunner:
 
     # Devices.
 
-    def greet(self, birth: Birth, size: int, *, connected: bool) -> None:
+    def device_born(self, birth: Birth, size: int, *, connected: bool) -> None:
         """Handle what a device's birth means apart from jobs: its name, its log, a release for it.
 
         Args:
@@ -408,11 +408,11 @@ class JobRunner:
 
     def track_changes(self) -> None:
         """Collect which devices change, for `changes`."""
-        self.observers.noticed.add(self._note)
+        self.observers.noticed.add(self._collect_changes)
 
     def changes(self) -> set[str]:
         """Devices whose answers above may differ from those at the last call."""
-        self._note(self.state.devices.changed | self.state.tasks.changed)
+        self._collect_changes(self.state.devices.changed | self.state.tasks.changed)
         found, self._changed = self._changed, set()
         return found
 
@@ -430,7 +430,7 @@ class JobRunner:
         room = max(0, (self._schedule.concurrent or 2**31) - holds) if state.phase is Phase.TRAINING else 0
         return JobDemand(self.job.name, weight, 1, room, holds)
 
-    def _note(self, devices: Collection[str]) -> None:
+    def _collect_changes(self, devices: Collection[str]) -> None:
         """Collect changed devices; a change of the phase may concern all that have a part."""
         self._changed.update(devices)
         if self.state.phase is not self._seen:
@@ -451,7 +451,7 @@ class JobRunner:
         """Let the coordinator handle an event; it is saved, and its commands carried out, as the turn ends."""
         self._commands += self._coordinator.handle(event, self._now)
         self._taken.append(event)
-        self.moved = True
+        self.needs_assignment = True
         self.observers.event(event, self._now)
         self._messages.judged(event)
         self._journal.heard(event)
@@ -498,7 +498,7 @@ class JobRunner:
 
     def _finish(self, command: do.Finish) -> None:
         if not self.finished:
-            self.finished = self.moved = True
+            self.finished = self.needs_assignment = True
             log.info("job %s is finished: global model %s", self.job.name, command.model)
             self.observers.finished(self.view)
 

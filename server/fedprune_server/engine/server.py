@@ -76,7 +76,7 @@ class Server:
         self._several = several
         self._greet_at = self._ticked = self._caught_up = 0.0
         self._asked: dict[str, float] = {}
-        self._moved = True
+        self._needs_assignment = True
         self._shutdown: GracefulShutdown | None = None
         site.quarantine.know(self.first.registry.traffic)
 
@@ -157,11 +157,11 @@ class Server:
             self._tick(now)
         for runner in runners:
             runner.end_turn()
-        if self._moved or any(r.moved for r in runners):
-            self._moved = False
+        if self._needs_assignment or any(r.needs_assignment for r in runners):
+            self._needs_assignment = False
             self._share(now)
             for runner in runners:
-                runner.moved = False
+                runner.needs_assignment = False
 
     def _linger(self) -> None:
         """Send the last messages, and tell devices that come back now that the jobs are finished."""
@@ -267,13 +267,13 @@ class Server:
         device, known = birth.device, self._connected.get(birth.device)
         for runner in self.runners.values():
             runner.readmit(device)
-        self.first.greet(birth, size, connected=known is not None)
+        self.first.device_born(birth, size, connected=known is not None)
         self._site.quarantine.born(device)
         if known is not None and birth.session < known.session:
             return  # an earlier connection's, delivered late
         self._connected[device] = birth
         self._presence.heard(device, self._site.monotonic())
-        self._moved = True
+        self._needs_assignment = True
         if birth.held:
             self.runners.get(birth.held["job"], self.first).cancel_part(device, birth.held)
         if self._shutdown is not None and self._several:
@@ -285,7 +285,7 @@ class Server:
     def _gone(self, device: str) -> None:
         self._presence.left(device)
         birth = self._connected.pop(device, None)
-        self._moved = True
+        self._needs_assignment = True
         if birth is not None:
             self._scheduler.left(device, birth.session)
 
