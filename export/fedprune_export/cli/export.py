@@ -254,7 +254,7 @@ def _remarks(reports: Mapping[str, fx.Report]) -> Iterator[str]:
         if report.plan.chosen.warning:
             yield f"warning: {name}: {report.plan.chosen.warning}"
         if report.advice:
-            yield f"{name} is of the second tier: {report.advice}"
+            yield f"{name} has limited support: {report.advice}"
 
 
 _SUMMARY = (

@@ -84,7 +84,7 @@ def _print_profiles(profiles: Sequence[HardwareProfile]) -> None:
     rows = [
         (
             p.name,
-            p.title if p.support == "first" else f"{p.title} (second tier)",
+            p.title if p.support == "full" else f"{p.title} (limited support)",
             f"{p.cpu.cores} x {p.cpu.clock_hz / 1e9:g} GHz",
             _bytes(p.memory.total_bytes),
             _bytes(p.training_bytes),
@@ -113,7 +113,7 @@ def show_profile(arguments: argparse.Namespace) -> int:
     if profile.identify:
         print(f"device tree: {', '.join(profile.identify)}")
     if profile.advice:
-        print(f"second tier: {profile.advice}")
+        print(f"limited support: {profile.advice}")
     rows = [(key, _figure(key, value), profile.sources[key]) for key, value in profile.figures().items()]
     print_table(_FIGURES, rows)
     return 0

@@ -134,7 +134,7 @@ class Report:
 
     @property
     def advice(self) -> str:
-        """What to do on a board of the second tier; empty on others."""
+        """What to do on a board with limited support; empty on others."""
         return self.plan.profile.advice
 
     @property
@@ -216,7 +216,7 @@ class Report:
             lines.append(f"{self.accuracy.measure} on {self.accuracy.samples:,} samples, untrained: {scores}")
         lines.append(f"parity with the masked model: {self.parity:.1e}")
         lines += [f"{t.lowered.precision}: {t.describe()}" for t in self.trials]
-        lines += [f"second tier: {self.advice}"] if self.advice else []
+        lines += [f"limited support: {self.advice}"] if self.advice else []
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join([*lines, f"bundle: {self.folder} (report.html says more)"])
 
@@ -232,7 +232,7 @@ class Report:
         ]
         sections: dict[str, Sequence[Block]] = {
             "": (
-                f"Second tier: {self.advice}" if self.advice else "",
+                f"Limited support: {self.advice}" if self.advice else "",
                 _PARITY.format(SAMPLES, self.parity),
                 Table(_COSTS, self._costs(), "Costs"),
             ),

@@ -96,19 +96,19 @@ def test_own_profiles_are_taken_by_name(digits: Path, tmp_path: Path) -> None:
     assert main([*words, "--profiles", str(tmp_path / "mine")]) == ExitCode.OK
 
 
-def test_an_export_repeats_the_advice_for_a_second_tier_board(
+def test_an_export_repeats_the_advice_for_a_board_with_limited_support(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     advice = profile_store.find("jetson-nano").advice
     assert main([str(digits), "--target", "jetson-nano", "--out", str(tmp_path / "one")]) == ExitCode.OK
-    assert f"second tier: {advice}\n" in capsys.readouterr().out
+    assert f"limited support: {advice}\n" in capsys.readouterr().out
     for name in ("report.md", "report.html"):
         text = html.unescape((tmp_path / "one" / name).read_text())
-        assert f"Second tier: {advice}" in text
+        assert f"Limited support: {advice}" in text
     assert json.loads((tmp_path / "one" / "report.json").read_text())["advice"] == advice
     words = [str(digits), "--target", "jetson-nano,raspberry-pi-5,jetson-tx2", "--out", str(tmp_path / "several")]
     assert main(words) == ExitCode.OK
-    told = [line for line in capsys.readouterr().out.splitlines() if "second tier" in line]
+    told = [line for line in capsys.readouterr().out.splitlines() if "limited support" in line]
     assert [line.split()[0] for line in told] == ["jetson-nano", "jetson-tx2"]
     assert told[0].endswith(advice)
     assert main([*words, "--json"]) == ExitCode.OK

@@ -123,6 +123,6 @@ def test_a_board_is_identified_from_what_it_says(capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out)["profile"] == "jetson-orin-nx"
 
 
-def test_the_advice_for_a_second_tier_board_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_advice_for_a_board_with_limited_support_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("show", "jetson-nano") == 0
-    assert "second tier: JetPack 4.6" in capsys.readouterr().out
+    assert "limited support: JetPack 4.6" in capsys.readouterr().out

@@ -139,7 +139,7 @@ def test_a_jetpack_that_is_too_old_for_a_first_tier_board_is_said() -> None:
 @pytest.mark.parametrize("name", ["jetson-nano", "jetson-tx2", "jetson-xavier-nx"])
 def test_a_second_tier_board_says_what_can_be_done(name: str) -> None:
     profile = profile_store.find(name)
-    assert profile.support == "second"
+    assert profile.support == "limited"
     assert "3.10" in profile.advice
     assert profile.software.tier == "onnxruntime-cpu"
 

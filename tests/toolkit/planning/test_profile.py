@@ -225,8 +225,8 @@ def test_the_page_on_boards_lists_every_figure() -> None:
             assert spec.metadata["unit"] in row
 
 
-@pytest.mark.parametrize(("support", "advice"), [("second", None), ("first", "Do this.")])
-def test_advice_goes_with_the_second_tier(support: str, advice: str | None) -> None:
+@pytest.mark.parametrize(("support", "advice"), [("limited", None), ("full", "Do this.")])
+def test_advice_goes_with_limited_support(support: str, advice: str | None) -> None:
     body = profile_store.find("raspberry-pi-5").to_dict() | {"support": support}
     if advice:
         body["advice"] = advice

@@ -131,7 +131,7 @@ class Identification:
         lines += [f"  because of {e}" for e in self.evidence]
         lines += [f"  but {d}" for d in self.differences]
         if self.profile.advice:
-            lines.append(f"  second tier: {self.profile.advice}")
+            lines.append(f"  limited support: {self.profile.advice}")
         return "\n".join(lines)
 
 
@@ -207,6 +207,6 @@ def _differences(profile: HardwareProfile, facts: Facts, known: JetPack | None) 
         promised = profile.software.tensorrt
         if promised is not None and promised != known.tensorrt:
             out.append(f"JetPack {known.name} has TensorRT {known.tensorrt}, not {promised}")
-        if not known.runs_the_runtime and profile.support == "first":
+        if not known.runs_the_runtime and profile.support == "full":
             out.append(f"JetPack {known.name} has Python {known.python}, and the runtime needs 3.10: flash a newer one")
     return out

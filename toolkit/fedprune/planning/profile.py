@@ -131,8 +131,8 @@ _MIN_REASON = 8
 
 _TOP = ("name", "title", "family", "arch", "identify", "soc", "support", "advice")
 
-SUPPORT = ("first", "second")
-"""Whether the runtime runs on what the board's maker ships, or only on what a user adds to it."""
+SUPPORT = ("full", "limited")
+"""Full: the runtime runs on the software that the board ships with. Limited: it needs a newer Python of the user's."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class HardwareProfile:
         soc: The processor's name in the device tree's list of what it is compatible with, such as tegra234: it tells a
             board on a carrier that no text of `identify` knows.
         support: One of `SUPPORT`.
-        advice: What a user can do where the support is "second"; empty else.
+        advice: What a user can do where the support is limited; empty else.
         sources: For every figure ("cpu.cores") where it comes from.
     """
 
@@ -165,7 +165,7 @@ class HardwareProfile:
     power: Power | None = None
     identify: tuple[str, ...] = ()
     soc: str = ""
-    support: str = "first"
+    support: str = "full"
     advice: str = ""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False)
 
@@ -200,7 +200,7 @@ class HardwareProfile:
         }
         if self.soc:
             body["soc"] = self.soc
-        if self.support != "first":
+        if self.support != "full":
             body |= {"support": self.support, "advice": self.advice}
         sources: dict[str, dict[str, str]] = {}
         for key, value in self.figures().items():
@@ -246,7 +246,7 @@ class HardwareProfile:
             identify=_texts(body.get("identify", []), f"{where}: identify"),
             soc=_checked_text(body, "soc", where) if "soc" in body else "",
             advice=_checked_text(body, "advice", where) if "advice" in body else "",
-            support=_checked_text({"support": "first", **body}, "support", where, SUPPORT),
+            support=_checked_text({"support": "full", **body}, "support", where, SUPPORT),
             sources=_flat_sources(body.get("sources", {}), where),
         )
         profile._check(where)
@@ -263,10 +263,10 @@ class HardwareProfile:
         idle, load = (self.power.idle_w, self.power.load_w) if self.power is not None else (None, None)
         if idle is not None and load is not None and idle > load:
             raise ProfileError(f"{where}: power.idle_w", expected=f"at most power.load_w ({load})", got=idle)
-        if (self.support == "second") != bool(self.advice):
+        if (self.support == "limited") != bool(self.advice):
             raise ProfileError(
                 f"{where}: advice",
-                expected="what a user can do, where the support is second, and only there",
+                expected="what a user can do, where the support is limited, and only there",
                 got=repr(self.advice[:80]),
             )
         figures = self.figures()
