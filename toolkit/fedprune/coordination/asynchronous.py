@@ -1,4 +1,5 @@
-"""The coordinator of asynchronous jobs: every idle device works on the current model, which moves when it is time.
+"""The coordinator of asynchronous jobs: idle devices work on the current model, which moves when the schedule closes a
+round.
 
 A round is one move of the model. It is scored, collects updates until the schedule closes it, becomes the next model
 and is evaluated, one after the other; devices work across rounds. An offer is of the round in which it was made, and
@@ -28,7 +29,7 @@ from fedprune.model.architecture import Architecture
 class AsynchronousCoordinator(Coordinator):
     """Rounds that close by arrivals or by windows, over devices that never wait for one another.
 
-    Until a round is scored, and while it is closed and evaluated, updates go on coming in: they count for the next.
+    Until a round is scored, and while it is closed and evaluated, updates go on coming in, and count for the next one.
     A device that is late, or whose update is too stale, gets a new offer; one that refused gets it when its time is
     over, whether there is a new model by then or not.
     """
