@@ -1,7 +1,5 @@
 """A server that offers releases and a board that takes them, in memory: processes are functions, the disk is real."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Collection
@@ -11,14 +9,7 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError
 from fedprune.releases.release import FILES, MANIFEST, SIGNATURE, Release
-from fedprune.wire.fleet_messages import (
-    COMMITTED,
-    REFUSED,
-    ROLLED_BACK,
-    ReleaseOffer,
-    ReleaseReport,
-    ReleaseWithdrawn,
-)
+from fedprune.wire.fleet_messages import COMMITTED, REFUSED, ROLLED_BACK, ReleaseOffer, ReleaseReport, ReleaseWithdrawn
 from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, parse
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics

@@ -41,11 +41,7 @@ class ServedConsole:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        fleet: ConsoleFleet,
-        carry: Callable[[Order], Carried] | None = None,
-        look_s: float = LOOK_S,
+        self, folder: Path, fleet: ConsoleFleet, carry: Callable[[Order], Carried] | None = None, look_s: float = LOOK_S
     ) -> None:
         self.fleet = fleet
         self.orders: list[Order] = []

@@ -7,8 +7,6 @@ What is to go wrong is said in a file of settings beside the module, so that it 
 
 # ruff: noqa: N802 - behaviours are called after what they are of
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -1,7 +1,5 @@
 """Hypothesis strategies for what the toolkit computes on: architectures, selections, models."""
 
-from __future__ import annotations
-
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -24,13 +22,7 @@ Update = tuple[Selection, Tensors, int, int]  # a selection, its trained tensors
 settings.register_profile("shared-machine", deadline=None, max_examples=50)
 settings.load_profile("shared-machine")  # a test's time says more about its neighbours than about the code
 
-_VECTORS = (
-    TensorKind.BIAS,
-    TensorKind.NORM_SCALE,
-    TensorKind.NORM_BIAS,
-    TensorKind.STAT_MEAN,
-    TensorKind.STAT_VAR,
-)
+_VECTORS = (TensorKind.BIAS, TensorKind.NORM_SCALE, TensorKind.NORM_BIAS, TensorKind.STAT_MEAN, TensorKind.STAT_VAR)
 
 
 @st.composite

@@ -9,8 +9,6 @@ normalised layer that can be narrowed (`narrow`, `still`, `kept`, `masked`, `thr
 ids (`tokens`, `tokens_mixup`).
 """
 
-from __future__ import annotations
-
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
@@ -169,11 +167,7 @@ def inference() -> onnx.ModelProto:
 
 if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
-    for name, graph in {
-        "plain": training(),
-        "full": training(full=True),
-        "stats": training(stats=True),
-    }.items():
+    for name, graph in {"plain": training(), "full": training(full=True), "stats": training(stats=True)}.items():
         (FOLDER / f"{name}.onnx").write_bytes(graph.to_bytes())
     for name, (model, features) in COMPILED.items():
         (FOLDER / f"{name}.onnx").write_bytes(training_graph(model(), features).to_bytes())

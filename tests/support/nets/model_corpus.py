@@ -1,7 +1,5 @@
 """Small sound models of every kind, of which the importer's fuzzer makes damaged ones."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -138,12 +136,7 @@ def corpus() -> dict[str, bytes]:
         [node("Sigmoid", ["a"], ["s"]), node("Mul", ["a", "s"], ["b"])],
         [helper.make_opsetid("", 17)],
     )  # fmt: skip
-    function = _model(
-        [first, node("Swish", ["h"], ["r"], domain="own"), last],
-        square,
-        (6,),
-        functions=[swish],
-    )
+    function = _model([first, node("Swish", ["h"], ["r"], domain="own"), last], square, (6,), functions=[swish])
     shapes = _model(
         [
             node("Resize", ["x", "", "scales"], ["u"], mode="nearest"),
