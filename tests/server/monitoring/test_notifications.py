@@ -338,17 +338,23 @@ def test_what_a_relay_refuses(refusal: str, lasting: bool) -> None:
 def test_a_notifier_tells_by_all_ways_and_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notifications, "_LOOK_S", 0.01)
     monkeypatch.setattr(notifications, "_BEAT_S", 0.05)
-    opened, works = [alert()], [True]
+    opened, asked, running = [alert()], 0, True
+
+    def works() -> bool:
+        nonlocal asked
+        asked += 1
+        return running
+
     with web() as (url, got), web() as (beat, beats), relay() as (port, taken):
         settings = mailed(port, webhook=url, heartbeat=beat)
-        with closing(Notifier(settings, "lab", lambda: opened, lambda: works[0])):
+        with closing(Notifier(settings, "lab", lambda: opened, works)):
             until(lambda: got and taken and len(beats) > 2)
             opened.clear()
             until(lambda: len(got) == len(taken) == 2)
-            works[0] = False
-            time.sleep(0.1)  # a beat may be on its way
+            running, before = False, asked
+            until(lambda: asked > before + 1)  # a beat that was on its way has ended
             quiet = len(beats)
-            time.sleep(0.3)
+            until(lambda: asked > before + 5)
             assert len(beats) == quiet
     assert [json.loads(raw)["event"] for _, _, raw in got] == ["opened", "resolved"]
 

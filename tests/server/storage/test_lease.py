@@ -44,7 +44,7 @@ def row(storage: Storage) -> dict[str, object]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "LASTS_S", 0.6)
+    monkeypatch.setattr(lease, "LASTS_S", 2.0)
     monkeypatch.setattr(lease, "RENEWED_S", 0.1)
 
 
@@ -131,7 +131,7 @@ def test_a_standby_takes_over_from_a_server_that_hangs_which_then_can_write_noth
     taken: list[StateFolder] = []
     standby = threading.Thread(target=lambda: taken.append(StateFolder(tmp_path / "two", url, standby=True)))
     standby.start()
-    time.sleep(1.5)
+    time.sleep(2.5)
     assert not taken  # it lives, and renews
     hung(first)
     standby.join(60)
