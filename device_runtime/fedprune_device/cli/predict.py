@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
 from fedprune.core.zip_limits import check_members
+from fedprune.model.recipe import CUSTOM
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.cli.options import options_of
@@ -57,7 +58,7 @@ def predict(arguments: argparse.Namespace) -> int:
     else:
         for line in described(logits, loss, arguments.top, class_names):
             print(line)
-    if chosen.y is not None and len(chosen.y):
+    if chosen.y is not None and len(chosen.y) and loss != CUSTOM:
         print(judged(logits, chosen.y, loss), file=sys.stderr)
     return int(ExitCode.OK)
 

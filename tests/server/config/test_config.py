@@ -79,6 +79,16 @@ def test_a_torch_factory_may_need_an_input_shape(tmp_path: Path) -> None:
             read(tmp_path, text.replace("[3, 8, 8]", wrong))
 
 
+def test_a_loss_of_ones_own_goes_with_its_recipe(tmp_path: Path) -> None:
+    text = '[job.recipe]\nloss = "custom"\n[model]\nloss = "'
+    assert read(tmp_path, text + 'my_losses:dice"').loss == "my_losses:dice"
+    assert read(tmp_path, text + 'dice.onnx"').loss == str(tmp_path / "dice.onnx")
+    with pytest.raises(
+        ConfigError, match=r"model: loss: expected recipe\.loss = 'custom' with it, got 'cross_entropy'"
+    ):
+        read(tmp_path, '[model]\nloss = "my_losses:dice"')
+
+
 def test_an_empty_file_gives_defaults(tmp_path: Path) -> None:
     assert read(tmp_path, "") == ServerConfig()
 

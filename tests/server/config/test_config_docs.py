@@ -44,14 +44,14 @@ def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
 def test_the_example_configuration_has_every_key() -> None:
     body = example()
     job = dict(body["job"])  # type: ignore[call-overload]
-    assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)} - set(WRITTEN)
+    assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)} - set(WRITTEN) - {"ignore_label"}
     assert set(job["privacy"]) == {f.name for f in fields(Privacy)}
     assert set(job) == {f.name for f in fields(Job)} - {"recipe"}
     alerts = {f.name for f in fields(AlertSettings)}
     assert set(body["alerts"]) == alerts - {"webhook_secret", "mail_password"}  # type: ignore[call-overload]
     tables = {"job", "model", "evaluation", "calibration", "alerts"}
     assert tables <= set(body)
-    server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape"}
+    server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape", "loss"}
     assert set(body["server"]) == server - {
         "ca",
         "console_certificate",
@@ -63,6 +63,8 @@ def test_the_example_configuration_has_every_key() -> None:
     assert "\n# ca = " in (DOCS / "configure-a-job.md").read_text()  # an embedded broker has none
     assert "\n# database = " in (DOCS / "configure-a-job.md").read_text()  # by default the folder says it
     assert "\n# profiles = " in (DOCS / "configure-a-job.md").read_text()  # which would have to be there
+    assert "\n# loss = " in (DOCS / "configure-a-job.md").read_text()  # which goes with recipe.loss = "custom"
+    assert "\n# ignore_label = " in (DOCS / "configure-a-job.md").read_text()  # by default none is
     assert "\n# input_shape = " in (DOCS / "configure-a-job.md").read_text()  # nor has an ONNX file need of it
 
 
