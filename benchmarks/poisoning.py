@@ -29,7 +29,7 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.rounds.limits import TENSOR, LimitedUpdates, UpdateLimits
+from fedprune.rounds.limits import TENSOR_FACTOR, LimitedUpdates, UpdateLimits
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
@@ -146,7 +146,7 @@ def run(case: Case) -> dict[str, Any]:
     what = experiment(case)
     names = sorted(d.name for d in what.devices)
     hostile = [] if case.attack == "none" else [names[1], names[len(names) // 2 + 1]]
-    longest = TENSOR * what.job.move_limit if what.job.move_limit else 1.0
+    longest = TENSOR_FACTOR * what.job.move_limit if what.job.move_limit else 1.0
     boasts = "boasting" in case.attack
     if boasts:
         what = replace(what, devices=tuple(boasting(d) if d.name in hostile else d for d in what.devices))

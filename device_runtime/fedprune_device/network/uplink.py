@@ -24,6 +24,7 @@ _LOG = logging.getLogger("fedprune.device")
 PROGRESS_S = 1.0
 ANNOUNCE_S = 2.0
 ANNOUNCE_MAX_S = 60.0
+"""First and longest wait before an update is announced again; each wait is twice the last, ±25 %."""
 ALIVE_S = 300.0
 """Seconds of silence after which a board sends a sign of life: its broker may not report when it is gone."""
 

@@ -1,4 +1,4 @@
-"""What a model's author knows of it and an ONNX file has no place for, as texts in the file's metadata."""
+"""Facts of a model that ONNX has no field for, as texts in the file's metadata."""
 
 import json
 from collections.abc import Mapping, Sequence

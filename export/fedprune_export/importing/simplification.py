@@ -58,7 +58,7 @@ def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) ->
     order = [factor for place in perm for factor in spans[place]]
     moved = [factors[f] for f in order]
     exact = moved == after
-    parted = _hides_batch(before, between) and not _hides_batch(factors, after)
+    parted = _merges_batch(before, between) and not _merges_batch(factors, after)
     if not exact and not (parted and _merges(moved, after)):
         return
     if sum(f % BATCH_EXTENT == 0 for f in factors) > 1:
@@ -73,7 +73,7 @@ def _merge(graph: Graph, node: Node, makers: Mapping[str, Node], seen: Trace) ->
         node.attrs.pop("allowzero", None)
 
 
-def _hides_batch(before: Sequence[int], between: Sequence[int]) -> bool:
+def _merges_batch(before: Sequence[int], between: Sequence[int]) -> bool:
     """Whether a reshape merges the batch with another axis."""
     return any(b % BATCH_EXTENT == 0 and b not in before for b in between)
 
@@ -95,7 +95,7 @@ def _extents(seen: Trace, name: str) -> list[int] | None:
 
 
 _PASSING = REARRANGEMENTS | {"Cast", "Gather", "Slice", "Split", "Concat"}
-_MOST_COPIES = 64  # a value with more readers than that is no state of layers
+_MOST_COPIES = 64  # a value with more readers is hardly a layer's first state
 
 
 def part_fills(graph: Graph, constants: Collection[str]) -> None:
@@ -238,7 +238,7 @@ def _reshape(graph: Graph, node: Node, seen: Trace) -> None:
 
 
 def _sum(graph: Graph, node: Node) -> None:
-    """The one reduction whose axes opset 17 takes as an input: known ones that are, or no input for all of them."""
+    """ReduceSum, the one reduction whose axes are an input in opset 17: they must be known; none means all axes."""
     axes: list[int] = []
     if len(node.inputs) > 1 and node.inputs[1]:
         if node.inputs[1] not in graph.initializers:

@@ -1,4 +1,4 @@
-"""Writing a normalised graph at a target's opset: operators that changed after opset 17, and those that came before it.
+"""Writing a normalised graph at a target's opset, later or earlier than 17: the operators that changed in between.
 
 To support a further form, add a rule to `_LATER` or `_EARLIER`: a function that emits what the opset has.
 """
@@ -167,4 +167,4 @@ _EARLIER: dict[str, tuple[int, _Rule]] = {
 LATER_FORMS = {op: since for op, (since, _) in _LATER.items()}  # first opset of a form that comes after opset 17's
 
 EARLIER_FORMS = {op: since for op, (since, _) in _EARLIER.items()}
-"""First opset of the form that opset 17 has, where it isn't the first."""
+"""Operators whose form of opset 17 is not their first: the opset that introduced it."""

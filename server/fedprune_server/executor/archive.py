@@ -31,7 +31,7 @@ _SQUARES = step_contract.squares("")
 
 
 class Archive:
-    """Reads and keeps the last few of each kind.
+    """Reads what a job has stored, and keeps the last few models, rankings and selections in memory.
 
     Args:
         architecture: The model's architecture.
@@ -131,7 +131,7 @@ def parts(update: Mapping[str, npt.NDArray[Any]], mask: ElementMask | None) -> t
     trained = {n: v for n, v in update.items() if not n.endswith(_SQUARES)}
     squares = {n.removesuffix(_SQUARES): v for n, v in update.items() if n.endswith(_SQUARES)}
     if mask is None:
-        return trained, squares  # `fedprune.aggregation.client_update` look at them as they came
+        return trained, squares  # as they came: `fedprune.aggregation.client_update` checks them
     for name, value in update.items():
         if value.dtype != np.float32:
             raise BundleError(f"type of {shown(name)}", expected="float32", got=value.dtype)

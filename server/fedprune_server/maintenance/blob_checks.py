@@ -18,7 +18,7 @@ from fedprune_server.storage.s3.store import BucketStore
 
 _FROM_BACKUP = "Restore a backup; or, if one has the blob: fedprune-server check --repair --from BACKUP."
 _FROM_FOLDER = "`--repair` looks for it in the state folder and, with `--from BACKUP`, there."
-_REPAIR = "`--repair` sees to it."
+_REPAIR = "`--repair` mends it."
 
 
 def check_folder(there: FoundFiles, needs: Inventory, advance: Advance) -> Iterator[Finding]:

@@ -13,8 +13,8 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.rounds.limits import (
-    REACH,
-    REJECTED,
+    MOST_REACH,
+    REJECT_FACTOR,
     WHOLE,
     bounds,
     capped,
@@ -93,7 +93,7 @@ def test_steps_of_one_or_two_boards_let_neither_move_further() -> None:
 
 
 def test_claimed_steps_are_limited_where_weights_are_not() -> None:
-    assert reaches({"a": 1, "b": 1, "c": 1, "boast": 10**9}, 0.0) == {"a": 1.0, "b": 1.0, "c": 1.0, "boast": REACH}
+    assert reaches({"a": 1, "b": 1, "c": 1, "boast": 10**9}, 0.0) == {"a": 1.0, "b": 1.0, "c": 1.0, "boast": MOST_REACH}
 
 
 def test_updates_within_the_limit_count_as_they_are() -> None:
@@ -112,7 +112,7 @@ def test_a_long_update_is_shortened_to_a_multiple_of_the_median_and_named() -> N
 
 
 def test_an_update_far_beyond_the_limit_does_not_count_at_all() -> None:
-    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 0.1 * 3 * REJECTED * 1.1})
+    found = limits({"a": 0.1, "b": 0.1, "c": 0.1, "far": 0.1 * 3 * REJECT_FACTOR * 1.1})
     assert set(found.rejected) == {"far"}
     assert found.shares.keys() == {"a", "b", "c"}
 

@@ -47,13 +47,13 @@ from fedprune.strategies.values import Memories, Report, Scene, Submodel
 MEMORY = "move_reference"
 """Key of the references in a job's memory: per tensor its reference and its scale."""
 
-TENSOR = 2.0
+TENSOR_FACTOR = 2.0
 """Limit of a single tensor, as a multiple of `move_limit`: tensors differ more between boards than updates do."""
 
-REACH = 4.0
+MOST_REACH = 4.0
 """How many times further than others a board with more steps may move if weights have no limit of their own."""
 
-REJECTED = 8.0
+REJECT_FACTOR = 8.0
 """An update longer than this many limits is rejected. None of the honest updates that we measured was."""
 
 _MAJORITY = 3
@@ -103,11 +103,11 @@ def lengths(report: Report) -> Lengths:
 
 def reaches(steps: Mapping[str, int], most: float) -> dict[str, float]:
     """How many times further than a board of the round's median steps each device may move; `most` is the limit of
-    weights (0: `REACH`)."""
+    weights (0: `MOST_REACH`)."""
     if len(steps) < _MAJORITY:
         return dict.fromkeys(steps, 1.0)
     middle = max(1, statistics.median_low(steps.values()))
-    return {device: max(1.0, min(count / middle, most or REACH)) for device, count in steps.items()}
+    return {device: max(1.0, min(count / middle, most or MOST_REACH)) for device, count in steps.items()}
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,9 @@ def bounds(
         reference[name] = np.array([_renewed(before, moved, scale * _LEAST, most, fall), scale])
         usual = _typical(before, _moved(name, kept), majority=len(moved) >= _MAJORITY)
         typical[name] = min(max(usual, floor), most)
-    limits = {n: times * TENSOR * max(v, typical[WHOLE]) for n, v in typical.items()} | {WHOLE: times * typical[WHOLE]}
+    limits = {n: times * TENSOR_FACTOR * max(v, typical[WHOLE]) for n, v in typical.items()} | {
+        WHOLE: times * typical[WHOLE]
+    }
     shares, reasons = {}, {}
     for device, found in sorted(kept.items()):
         whole = _share(found[WHOLE], limits[WHOLE])
@@ -203,7 +205,7 @@ def _rejected(updates: Mapping[str, Lengths], times: float, reference: float) ->
     if len(moved) < _MAJORITY:
         return {}
     middle = max(statistics.median_high(moved), reference)
-    far = {device: found[WHOLE] for device, found in updates.items() if found[WHOLE] > REJECTED * times * middle}
+    far = {device: found[WHOLE] for device, found in updates.items() if found[WHOLE] > REJECT_FACTOR * times * middle}
     return {device: f"its update stands out: {_far(length, middle)}" for device, length in far.items()}
 
 

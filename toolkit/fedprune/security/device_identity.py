@@ -8,7 +8,7 @@
     device.pem        its certificate
     authority.pem     the authorities that it trusts, the oldest first: one, or two while one replaces the other
     server.pub        the server's verifying key, as hex
-    admitted          the server's time when that was issued
+    admitted          the server's time when the certificate was issued
     time              its time floor
     heard             the latest epochs of its server, by stream
 

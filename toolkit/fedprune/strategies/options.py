@@ -72,7 +72,7 @@ def numbers(strategy: str, name: str, values: Sequence[object]) -> None:
     """Check that an option's entries are finite numbers, whatever they are good for.
 
     Raises:
-        ConfigError: One is none.
+        ConfigError: An entry is not a finite number.
     """
     most = sys.float_info.max
     if not all(validation.is_number(value, -most, most) for value in values):

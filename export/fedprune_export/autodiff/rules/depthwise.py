@@ -1,9 +1,9 @@
 """Depthwise convolution for any number of channels.
 
 The operator's group count would have to be a number. Instead every channel multiplies a matrix of its own: lines of the
-map are stacked ([channels, lines, elements of a line]), and the kernel is a banded matrix that makes a line
-of the output of those that it reads. These are several times more MACs than needed, but as matrix products
-over the whole batch, and far less memory moves than with one pass per kernel element.
+map are stacked ([channels, lines, elements of a line]), and the kernel is a banded matrix that maps the input lines it
+reads to one line of the output. These are several times more MACs than needed, but as matrix products over the whole
+batch, and far less memory moves than with one pass per kernel element.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The order in which a model's layers are led, and which other tensors come after a sum of streams."""
+"""The order in which a model's layers are aligned, and which other tensors come after a sum of streams."""
 
 from __future__ import annotations
 
