@@ -1,5 +1,7 @@
 """The builder of the board's program: makes every part of it, in the order in which they need each other."""
 
+from __future__ import annotations
+
 import json
 import logging
 import signal

@@ -7,6 +7,8 @@ It needs the standard library alone, and imports nothing of fedprune: the file m
     board.add(image, label="cat")
 """
 
+from __future__ import annotations
+
 import contextlib
 import http.client
 import json

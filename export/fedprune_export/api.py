@@ -1,5 +1,7 @@
 """The export of a model to one board: cut, checked, and written with its report."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType

@@ -1,5 +1,7 @@
 """A linear classifier's graphs and data, for tests that need no compiler."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
 

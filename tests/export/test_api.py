@@ -1,5 +1,7 @@
 """The Python API: what `fedprune-export` does, in three calls."""
 
+from __future__ import annotations
+
 import json
 import subprocess
 import sys
@@ -30,7 +32,7 @@ def test_a_bundle_of_the_api_is_that_of_the_command(
     assert printed == f"{report}\n"
     assert str(plan) in printed
     assert repr(plan) == str(plan)
-    assert repr(model) == "Model(digits: [1, 8, 8] to 10 outputs, 17 tensors, 3 channel groups)"
+    assert repr(model) == "Model(digits: [1, 8, 8] to [10], 17 tensors, 3 channel groups)"
     for name in FILES:
         assert (tmp_path / "api" / name).read_bytes() == (tmp_path / "cli" / name).read_bytes()
     assert open_bundle(tmp_path / "api").selection.widths == plan.widths

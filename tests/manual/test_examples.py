@@ -1,5 +1,7 @@
 """Every command's help ends with examples, and these are command lines that parse."""
 
+from __future__ import annotations
+
 import argparse
 import shlex
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Who follows a page sees what is wrong with it."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest

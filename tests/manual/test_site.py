@@ -1,5 +1,7 @@
 """The site builds without a warning, without a network, and asks for nothing from elsewhere."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil

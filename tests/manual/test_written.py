@@ -1,5 +1,7 @@
 """What is made from the code is what lies in docs/, and says all that the code has."""
 
+from __future__ import annotations
+
 import argparse
 import re
 import shutil

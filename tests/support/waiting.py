@@ -1,5 +1,7 @@
 """Waiting for something that another thread or process does."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 

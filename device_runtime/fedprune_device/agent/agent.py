@@ -4,6 +4,8 @@ A worker thread trains. Every message may come twice, late or never: what must n
 server hears of it, and is sent again until the server has answered.
 """
 
+from __future__ import annotations
+
 import logging
 import platform
 import threading

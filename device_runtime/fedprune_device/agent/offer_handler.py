@@ -3,6 +3,8 @@
 What must not be lost is on the disk before the server hears of it, and is sent again until the server has answered.
 """
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Endpoints of the local interface: predictions, samples, status."""
 
+from __future__ import annotations
+
 import re
 import threading
 from collections.abc import Callable

@@ -4,6 +4,8 @@ A connection is for one request. A slow client loses its connection after a whil
 connections are taken, unless the new one's user has as many already. A request that is being answered is never cut off.
 """
 
+from __future__ import annotations
+
 import logging
 import re
 import socket

@@ -1,5 +1,7 @@
 """`fedprune-device build-engine`: build and check the engine of the active model, or of a bundle."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys

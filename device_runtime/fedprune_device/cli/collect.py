@@ -1,5 +1,7 @@
 """Samples from files for a board that runs: `fedprune-device collect`."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections import Counter

@@ -1,5 +1,7 @@
 """`fedprune-device join`."""
 
+from __future__ import annotations
+
 import argparse
 import re
 import shutil

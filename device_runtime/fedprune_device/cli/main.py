@@ -1,5 +1,7 @@
 """`fedprune-device`: the grammar of its commands. Each command's module is loaded when the command runs."""
 
+from __future__ import annotations
+
 import argparse
 import logging
 import sys

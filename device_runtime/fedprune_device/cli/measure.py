@@ -1,5 +1,7 @@
 """`fedprune-device probe` and `identify`: what the board is and how fast it computes."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys

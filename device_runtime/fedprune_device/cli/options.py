@@ -1,5 +1,7 @@
 """Options that several commands share. Parsing loads neither numpy nor onnxruntime."""
 
+from __future__ import annotations
+
 import argparse
 import os
 import re

@@ -1,5 +1,7 @@
 """`fedprune-device predict`: with the serving model of a board, or with a bundle."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Mapping

@@ -1,5 +1,7 @@
 """The commands of `fedprune-device` that install and update the runtime, and that make its service."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import re

@@ -1,5 +1,7 @@
 """`fedprune-device train`: train a bundle on this machine's samples, without a server."""
 
+from __future__ import annotations
+
 import argparse
 import signal
 import sys

@@ -1,5 +1,7 @@
 """Images as a model's input; needs Pillow."""
 
+from __future__ import annotations
+
 import io
 import warnings
 from dataclasses import dataclass

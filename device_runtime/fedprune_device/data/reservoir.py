@@ -8,6 +8,8 @@ become fewer, never more, and a random choice of a uniform choice is uniform. Sa
 that they never exceed.
 """
 
+from __future__ import annotations
+
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -9,6 +9,8 @@ Room is made from the oldest segment on: its live records are appended again, an
 deletion in the oldest segment is of something older, which is gone, so that none has to be kept.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import logging

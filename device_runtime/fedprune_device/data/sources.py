@@ -1,5 +1,7 @@
 """The sources of a board's samples, and the options that choose one."""
 
+from __future__ import annotations
+
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The split into training, validation and test samples, and the file that keeps it."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -4,6 +4,8 @@ TensorRT's crashes, leaks and use of memory end only this process. The result is
 of stdout has the outcome, the last line of stderr an error. It ends with its parent.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import io

@@ -3,6 +3,8 @@
 TensorRT kills the process that loads an engine where there is no working CUDA, so CUDA is asked first.
 """
 
+from __future__ import annotations
+
 import importlib
 import re
 from collections.abc import Iterator

@@ -1,5 +1,7 @@
 """Building an engine from an ONNX graph with its weights; giving a built one new weights. A child process does it."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

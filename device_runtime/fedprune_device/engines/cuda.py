@@ -4,6 +4,8 @@ The numbers are those of cuda_runtime_api.h and driver_types.h, the same from CU
 (https://docs.nvidia.com/cuda/cuda-runtime-api/).
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """A loaded engine: it runs like a session of onnxruntime, so that a predictor can't tell one from the other."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -10,6 +10,8 @@ loading.lock   held by the process that loads one
 work/          where a child process makes the next one
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging

@@ -1,5 +1,7 @@
 """The numeric check that every engine must pass: its outputs for some inputs against those of onnxruntime."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

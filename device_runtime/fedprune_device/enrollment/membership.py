@@ -1,5 +1,7 @@
 """As whom a board takes part, and by which broker: options of `join` and `run`, and what they lead to."""
 
+from __future__ import annotations
+
 import secrets
 import ssl
 import sys

@@ -4,6 +4,8 @@ The nets are assets that `examples/make_probe_graphs.py` writes. Their training 
 jobs do; predictions have a graph per width, since onnxruntime lays out constant weights for the widths that it finds.
 """
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import io

@@ -4,6 +4,8 @@ Boards differ from their profile: a slower edition of the processor, less memory
 round would run, graphs from the compiler: two seconds of a reference net, some more of nets of all kinds.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import tempfile

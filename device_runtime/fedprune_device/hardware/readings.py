@@ -1,5 +1,7 @@
 """The kernel's readings of this board and this process: memory, clock, temperature, voltage."""
 
+from __future__ import annotations
+
 import contextlib
 import resource
 from pathlib import Path

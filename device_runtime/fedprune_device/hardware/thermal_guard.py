@@ -1,5 +1,7 @@
 """Training waits while the board is too hot or its voltage too low, and goes on when it has recovered."""
 
+from __future__ import annotations
+
 import logging
 import math
 import time

@@ -4,6 +4,8 @@ The launcher and a kit's installer decide what may be imported, so they can't im
 check. Nothing here is secret: `fedprune.security.keys` makes signatures.
 """
 
+from __future__ import annotations
+
 import hashlib
 
 _P = 2**255 - 19

@@ -5,6 +5,8 @@ imports the standard library alone, so that no update can break it. A trial's at
 release is started, so that a crash, a hang or a power cut uses it up.
 """
 
+from __future__ import annotations
+
 import os
 import signal
 import subprocess  # nosec B404  # lists of words, never a shell

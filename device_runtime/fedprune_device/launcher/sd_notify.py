@@ -3,6 +3,8 @@
 The launcher includes this module, so it imports the standard library alone.
 """
 
+from __future__ import annotations
+
 import os
 import socket
 import threading

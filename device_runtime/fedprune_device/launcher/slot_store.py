@@ -4,6 +4,8 @@ Every file is written next to its old version, flushed and renamed. The launcher
 standard library alone.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import json

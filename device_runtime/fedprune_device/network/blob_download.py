@@ -1,5 +1,7 @@
 """The blobs of an offer on their way to the device. No network I/O: it returns requests, and topics to listen to."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Sequence
 

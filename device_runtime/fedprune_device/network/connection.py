@@ -3,6 +3,8 @@
 Behind it the board knows messages only, no topics and no signatures.
 """
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Callable, Collection

@@ -1,5 +1,7 @@
 """The download of what an offer needs: from the web server that it names, and the rest over MQTT."""
 
+from __future__ import annotations
+
 import ssl
 from collections.abc import Callable
 

@@ -5,6 +5,8 @@ MQTT continues with what was downloaded (`fedprune.blobs.partial_blob`), so that
 the thread with one line that names it; what has arrived stays.
 """
 
+from __future__ import annotations
+
 import http.client
 import logging
 import math

@@ -1,5 +1,7 @@
 """Checks of an offer before anything is downloaded, and comparisons of offers."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 
 from fedprune.core.errors import PlanError, StorageFullError

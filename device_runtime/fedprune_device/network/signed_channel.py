@@ -1,5 +1,7 @@
 """Signed messages in both directions. Chunks need no signature: signed messages name them by their digests."""
 
+from __future__ import annotations
+
 import logging
 import math
 import time

@@ -3,6 +3,8 @@
 Nothing here is lost for good when the connection is down: births, updates and refusals are sent again.
 """
 
+from __future__ import annotations
+
 import logging
 import random
 from collections import deque

@@ -6,6 +6,8 @@ those who see only sums. Every draw of noise counts, also for an offer that is d
 sent.
 """
 
+from __future__ import annotations
+
 import math
 import threading
 from dataclasses import dataclass

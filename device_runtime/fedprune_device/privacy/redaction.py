@@ -1,5 +1,7 @@
 """Texts of a board's log as they may leave the board: no paths, no passwords, no rows of numbers."""
 
+from __future__ import annotations
+
 import logging
 import re
 import sys

@@ -4,6 +4,8 @@ What must survive a power cut is what was pulled (each leaf is checked when the 
 state; the server repeats at every birth which release it wants.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import threading

@@ -5,6 +5,8 @@ A CPU board gets a strict sandbox. On a Jetson CUDA needs the GPU's device files
 these devices and memory that is both writable and executable.
 """
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass, field
 

@@ -5,6 +5,8 @@ Releases and kits are installed by the same function, `install_wheels`. A wheel 
 under `*.data/purelib` and `*.data/platlib`; scripts, headers and data have no place in a slot.
 """
 
+from __future__ import annotations
+
 import hashlib
 import os
 import re

@@ -1,5 +1,7 @@
 """The model that a device serves predictions with."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Whose state directory it is: a file in it names device and site, once the device is in its fleet."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path

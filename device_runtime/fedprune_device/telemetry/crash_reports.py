@@ -5,6 +5,8 @@ there is what Python's faulthandler could write; a killed run leaves only its st
 which is no crash.
 """
 
+from __future__ import annotations
+
 import contextlib
 import faulthandler
 import logging

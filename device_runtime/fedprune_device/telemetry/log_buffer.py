@@ -4,6 +4,8 @@ A repeated line is counted. What doesn't fit is left out, oldest first, and the 
 file is written once a minute at most, to spare the card.
 """
 
+from __future__ import annotations
+
 import logging
 import threading
 import time

@@ -1,5 +1,7 @@
 """A board's log and its last crash, for its server."""
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Callable, Iterator

@@ -1,5 +1,7 @@
 """Measurements of a board's models on its own samples."""
 
+from __future__ import annotations
+
 import math
 import time
 from typing import Any

@@ -1,5 +1,7 @@
 """One accepted offer: its input weights, the board's own average, and the files that its training produces."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass

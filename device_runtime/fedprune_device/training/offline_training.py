@@ -4,6 +4,8 @@ Nothing of it is sent: the fleet learns from the samples, in the first round aft
 before waits as usual.
 """
 
+from __future__ import annotations
+
 import logging
 import time
 from collections.abc import Callable

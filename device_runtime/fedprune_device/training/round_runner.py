@@ -1,5 +1,7 @@
 """One round of an offer whose blobs are complete: evaluate, train, evaluate, check, swap the serving model."""
 
+from __future__ import annotations
+
 import logging
 import os
 import threading

@@ -1,5 +1,7 @@
 """A loaded training graph: what it takes, what it gives, and how one step of it is run."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path

@@ -1,5 +1,7 @@
 """Writing an image to a card, and reading it back."""
 
+from __future__ import annotations
+
 import errno
 import hashlib
 import os

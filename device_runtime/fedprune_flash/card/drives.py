@@ -3,6 +3,8 @@
 They are listed by `lsblk --json` on Linux, by `diskutil list -plist` and `diskutil info -plist` on macOS.
 """
 
+from __future__ import annotations
+
 import json
 import plistlib
 import subprocess  # nosec B404  # lists of words, never a shell

@@ -1,5 +1,7 @@
 """`fedprune-flash`: install the runtime on boards."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Sequence

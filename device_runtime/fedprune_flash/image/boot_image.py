@@ -1,5 +1,7 @@
 """An image of Raspberry Pi OS with a kit: examined, planned and written, without root or a mount."""
 
+from __future__ import annotations
+
 import gzip
 import lzma
 import os

@@ -4,6 +4,8 @@ Nothing is ever written. What this reader doesn't know (encryption, journals to 
 `ImageError`. Layout: https://docs.kernel.org/filesystems/ext4/.
 """
 
+from __future__ import annotations
+
 import struct
 
 from fedprune.core.errors import ImageError

@@ -18,6 +18,8 @@ preseed
     `rpi-preseed.toml`, since August 2026 (https://github.com/raspberrypi/rpi-preseed).
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import shlex

@@ -4,6 +4,8 @@ Layout: https://wiki.osdev.org/MBR_(x86). A Raspberry Pi boots from the first FA
 ext4 one.
 """
 
+from __future__ import annotations
+
 import struct
 from dataclasses import dataclass
 from typing import BinaryIO

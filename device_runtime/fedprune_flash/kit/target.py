@@ -1,5 +1,7 @@
 """The kind of board that a kit is for: a Python, an architecture, and whether the board has its own onnxruntime."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ pip downloads for another platform, but evaluates markers such as `python_versio
 So the wheels are checked again here: each must run on the target, with all its requirements.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import re

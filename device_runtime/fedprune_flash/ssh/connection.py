@@ -1,5 +1,7 @@
 """A connection to a board: the system's own `ssh`, with the board's python3 running `on_board.remote_agent`."""
 
+from __future__ import annotations
+
 import io
 import json
 import os

@@ -9,6 +9,8 @@ host = "attic.local"
 board = "raspberry-pi-5"
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

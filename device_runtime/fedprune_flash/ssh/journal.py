@@ -4,6 +4,8 @@ A claim is recorded before it is sent, so that a run that was killed gives the s
 started again. Once the board has its claim, only the claim's digest is kept.
 """
 
+from __future__ import annotations
+
 import fcntl
 import hashlib
 import json

@@ -6,6 +6,8 @@ operator computes one product per sample. Where the same positions of every grou
 fixed, and on large maps the operators serve for all but the gradient of the kernel.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import Any

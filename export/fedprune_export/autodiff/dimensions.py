@@ -5,6 +5,8 @@ are canonical (`g0*192`, `g1+16`, `N*g0*4`), so that equal sizes are the same di
 time is read off the shape of a value that has it.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
 

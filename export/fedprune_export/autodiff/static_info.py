@@ -1,5 +1,7 @@
 """Static facts about a model: axes of values, constants, shape arithmetic, dimensions."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 

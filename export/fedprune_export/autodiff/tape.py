@@ -6,6 +6,8 @@ batch and in every channel dimension, so that what is written serves all widths 
 need a channel count as a number raises.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Collection
 from functools import cached_property
 from typing import Any

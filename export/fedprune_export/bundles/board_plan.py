@@ -1,5 +1,7 @@
 """How wide a model can be on one board, and how the board then trains it."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

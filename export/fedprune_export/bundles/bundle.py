@@ -1,5 +1,7 @@
 """Makes the files of a board's bundle; `fedprune.runtime.bundle_folder` writes them."""
 
+from __future__ import annotations
+
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection

@@ -1,5 +1,7 @@
 """Weights and graphs out of fedprune: a torch state dict, or one ONNX file with the weights inside."""
 
+from __future__ import annotations
+
 import io
 import json
 import math

@@ -4,6 +4,8 @@ The graph refers to ranges of `weights.safetensors`. Canonical tensor files put 
 given offsets, so new weights of the same widths fit the same graph.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """Verification of a bundle: its files, its graphs, a training step. Each check returns a finding or raises an error."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property

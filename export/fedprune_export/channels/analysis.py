@@ -7,6 +7,8 @@ which that fails are split into smaller groups by the runs in which they occur, 
 A group needs at least two channels.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field

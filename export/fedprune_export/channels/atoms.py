@@ -4,6 +4,8 @@ Atom 0 is the fixed one: what is tied to it stays. Every other atom starts on it
 other, and what hangs together in the end is a *unit*: the smallest thing that can be cut.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import numpy.typing as npt
 

@@ -1,5 +1,7 @@
 """The cost table of an architecture: nodes that take time, and activations that take memory."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Element-wise operators: every index of the output comes from the same index of the inputs."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still

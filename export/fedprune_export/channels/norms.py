@@ -1,5 +1,7 @@
 """Normalisations. Where channels are cut out of what a norm averages over, it averages over those that are kept."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

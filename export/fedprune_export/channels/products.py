@@ -1,5 +1,7 @@
 """Operators that contract channels: convolutions, matrix products, einsum, recurrent layers."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still

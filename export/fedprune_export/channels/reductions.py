@@ -1,5 +1,7 @@
 """Pooling, reductions, sorting, and what measures sizes."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from fedprune_export.channels.atoms import AtomRow, still

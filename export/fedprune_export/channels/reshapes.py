@@ -4,6 +4,8 @@ Runs of axes that hold the same elements are cut into common factors. What the a
 no care. Where they vary along factors that end up on several axes, only one of these can be cut: a choice.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass

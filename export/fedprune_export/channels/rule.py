@@ -11,6 +11,8 @@ the options at hand; what left fewer than two channels to choose from is advance
 again. Every run is right in itself: another option only makes more channels prunable.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 

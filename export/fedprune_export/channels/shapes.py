@@ -1,5 +1,7 @@
 """Operators that move indices about: transpose, concat, split, slice, gather, pad, expand, tile, resize."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Samples with labels that a report measures a model on: read from a file, checked, scored."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

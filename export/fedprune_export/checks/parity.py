@@ -1,5 +1,7 @@
 """Does a bundle compute what the whole model computes without the channels that were cut?"""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,5 +1,7 @@
 """A training step on trial: random labels, all its inputs, and what its loss should be."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Mapping
 from typing import Any
 

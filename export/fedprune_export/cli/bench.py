@@ -1,5 +1,7 @@
 """`bench BUNDLE`: time a bundle's training steps and predictions on this machine."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import Any

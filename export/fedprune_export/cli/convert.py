@@ -1,5 +1,7 @@
 """`to-onnx` and `to-torch`: models out of bundles, boards and fleets, as files that other programs read."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """`explain MODEL`: where the time of a training step goes, layer by layer."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import Any

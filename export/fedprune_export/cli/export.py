@@ -1,5 +1,7 @@
 """The export itself: one model, one or several boards, a bundle for each."""
 
+from __future__ import annotations
+
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence

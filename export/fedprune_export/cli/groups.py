@@ -1,5 +1,7 @@
 """`groups MODEL`: which channels can only be cut together, and what stays."""
 
+from __future__ import annotations
+
 import argparse
 from typing import Any
 

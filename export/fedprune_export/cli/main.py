@@ -1,5 +1,7 @@
 """`fedprune-export`: a model and boards in, bundles out; and commands that look at models and bundles."""
 
+from __future__ import annotations
+
 import argparse
 import importlib
 import sys

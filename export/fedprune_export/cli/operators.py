@@ -1,5 +1,7 @@
 """`operators`: every operator that can be cut or trained, out of the registries of rules."""
 
+from __future__ import annotations
+
 import argparse
 import inspect
 import re

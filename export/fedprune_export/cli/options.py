@@ -1,5 +1,7 @@
 """Options that several commands share: where a model comes from, and how it is trained."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import re

@@ -1,5 +1,7 @@
 """`profiles list | show | check | identify`: hardware profiles on the command line."""
 
+from __future__ import annotations
+
 import argparse
 import json
 from collections.abc import Sequence

@@ -1,5 +1,7 @@
 """`verify BUNDLE`: check a bundle on this machine."""
 
+from __future__ import annotations
+
 import argparse
 from pathlib import Path
 from typing import Any

@@ -4,6 +4,8 @@ One refuses what neither onnx's checker nor onnxruntime refuses, and what makes 
 standard. The other compares a normalised graph's outputs with the original's, and its shapes with the inferred ones.
 """
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

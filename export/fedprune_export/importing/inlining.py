@@ -1,5 +1,7 @@
 """Inlining of local functions, and removal of branches that are never taken and of sequences."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Mapping
 

@@ -1,5 +1,7 @@
 """Reading a user's model: an ONNX file, a torch module or the factory of one, or a network of timm."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Sequence
 from pathlib import Path

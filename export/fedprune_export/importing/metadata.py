@@ -1,5 +1,7 @@
 """Facts of a model that ONNX has no field for, as texts in the file's metadata."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet

@@ -1,5 +1,7 @@
 """Reading ONNX files with their external data, and refusing what is damaged or refers to other places."""
 
+from __future__ import annotations
+
 import math
 import os
 import re

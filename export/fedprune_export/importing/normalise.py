@@ -4,6 +4,8 @@ What the rest of the compiler need not know is taken out here: names that clash 
 that do nothing at inference, forms of an operator that differ between opsets. Weights keep their names and values.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

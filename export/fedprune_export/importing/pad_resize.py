@@ -1,5 +1,7 @@
 """Pad and Resize in one form each: defaults of later opsets are explicit, sizes become scales where that is exact."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

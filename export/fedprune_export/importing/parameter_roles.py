@@ -3,6 +3,8 @@
 A file's metadata may list the weights; otherwise they are recognised by their use.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
 
 import numpy as np

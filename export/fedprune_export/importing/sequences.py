@@ -1,5 +1,7 @@
 """Sequences of tensors, which exporters use for chunk, split, unbind and stack, as Split, Gather and Concat."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 from typing import Any
 

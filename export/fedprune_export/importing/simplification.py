@@ -10,6 +10,8 @@ own although both begin with zeros. A constant with equal numbers for all channe
 number of channels.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Collection, Container, Mapping, Sequence
 

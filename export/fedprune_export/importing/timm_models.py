@@ -4,6 +4,8 @@ timm imports torchvision for image transforms and operators that its networks do
 where it is not installed.
 """
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import importlib.util

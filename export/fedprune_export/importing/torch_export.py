@@ -4,6 +4,8 @@ They are exported unoptimised, because optimised exports fuse batch norms into c
 different layers; what then remains to be simplified is simplified on import, without touching weights.
 """
 
+from __future__ import annotations
+
 import contextlib
 import importlib
 import io

@@ -1,5 +1,7 @@
 """A torch module made as narrow as the weights that it is to hold: the same layers, with fewer channels."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar

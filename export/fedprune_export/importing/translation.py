@@ -3,6 +3,8 @@
 To support a later operator or form, add a rule to `_RULES`: a function that emits what a node becomes.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,6 +5,8 @@ they are; in primitives, a norm is a dozen operators that mean nothing by themse
 training graph has no number of channels.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import TypeVar

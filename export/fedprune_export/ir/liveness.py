@@ -1,5 +1,7 @@
 """What lives in memory while onnxruntime runs a graph node by node."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 

@@ -1,5 +1,7 @@
 """Families of operators that several passes agree on, and registries with one function per operator."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any, TypeVar
 

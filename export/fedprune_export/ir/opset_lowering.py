@@ -3,6 +3,8 @@
 To support a further form, add a rule to `_LATER` or `_EARLIER`: a function that emits what the opset has.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import TypeVar
 

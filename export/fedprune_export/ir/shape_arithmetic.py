@@ -4,6 +4,8 @@ Sizes may follow the batch, which varies between runs, or channels, which vary b
 neither is a constant. That is told from how it is computed: numbers that came out equal in a few runs need not be.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Container, Iterable, Sequence
 
 import numpy as np

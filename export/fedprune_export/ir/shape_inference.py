@@ -4,6 +4,8 @@ Every operator's shape comes from onnx; numbers that shapes are computed from ar
 few. Nothing is allocated that a file merely claims: a shape is known before anything of that shape is made.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,6 +4,8 @@ Shapes are inferred, operator by operator, with all the numbers that they are co
 run. Axes whose size differs between batch sizes depend on the batch.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

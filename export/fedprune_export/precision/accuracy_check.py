@@ -1,5 +1,7 @@
 """Lower precision on trial: its files, made as a board makes them, and how far its outputs are from float32's."""
 
+from __future__ import annotations
+
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -4,6 +4,8 @@ At inference a batch norm is y = a · x + b per channel, with a = scale / √(va
 layer y = W x + c that is the layer with the weights a · W and the bias a · c + b.
 """
 
+from __future__ import annotations
+
 from fedprune_export.ir.graph import Node
 from fedprune_export.precision.weight_prep import Pair
 

@@ -4,6 +4,8 @@ Which type an operator computes in is written into the graph (it is strongly typ
 same. What adds many numbers up or takes their exponentials stays in float32, and so does what isn't known to be safe.
 """
 
+from __future__ import annotations
+
 import numpy as np
 from onnx import TensorProto
 

@@ -1,5 +1,7 @@
 """A model at lower precision: the graph that a board runs, and those that make its tensors from new weights."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 

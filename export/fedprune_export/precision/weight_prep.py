@@ -5,6 +5,8 @@ lowered graph reads is an output of the `prepare` graph, which takes the float32
 onnxruntime alone.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import Any
 

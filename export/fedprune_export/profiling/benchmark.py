@@ -1,5 +1,7 @@
 """How fast a bundle trains and predicts on this machine, and how much memory that takes."""
 
+from __future__ import annotations
+
 import json
 import subprocess  # nosec B404  # lists of words, never a shell
 import sys

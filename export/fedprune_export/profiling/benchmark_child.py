@@ -5,6 +5,8 @@ It reads a plan as JSON from stdin and writes what it measured as JSON to stdout
 no more, so that the memory is that of a board's process.
 """
 
+from __future__ import annotations
+
 import json
 import resource
 import sys

@@ -1,5 +1,7 @@
 """How fast a machine can multiply and move memory at most: what no form of a layer can beat for long."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

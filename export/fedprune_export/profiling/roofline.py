@@ -1,5 +1,7 @@
 """Why a training step takes what it takes: each piece's form, its bounds, and what it took."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -5,6 +5,8 @@ is read once from memory, every result written once, whatever form computes it. 
 processor's cache; then less is moved.
 """
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

@@ -3,6 +3,8 @@
 Weights are gathered in rank order; what else in a graph says a channel count is rewritten (see `rewrites`).
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import replace
 

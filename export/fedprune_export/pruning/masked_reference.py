@@ -7,6 +7,8 @@ channels averages over those that are kept, be it of activations or of weights (
 that is what the smaller network does, and all that it can do.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable, Sequence
 

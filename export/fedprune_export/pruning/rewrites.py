@@ -4,6 +4,8 @@ Entries that depend on the batch are never written as numbers: they would freeze
 an operator that says a number of channels, add a function here.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import cached_property
 

@@ -5,6 +5,8 @@ whole model's; while it trains, the outputs of its layers are therefore multipli
 `Scaler`), before any normalisation. The last layer's outputs are the logits and stay as they are.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 
 from fedprune.model.architecture import TensorKind

@@ -1,5 +1,7 @@
 """Report of a benchmark: what was measured of a bundle, next to what the planner predicts for a board."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, replace
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Report of an export: costs before and after, the plan, and how exact the cut is, as text, JSON and pages."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

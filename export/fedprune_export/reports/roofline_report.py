@@ -1,5 +1,7 @@
 """Report of an explained training step: a table and lines for a terminal, and a page with its bars."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 from fedprune import __version__

@@ -12,6 +12,8 @@ soon as its inputs are there. So the second computation reads its inputs through
 copies nothing and whose shape depends on what was computed just before.
 """
 
+from __future__ import annotations
+
 import heapq
 import math
 from collections.abc import Mapping

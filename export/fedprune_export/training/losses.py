@@ -1,5 +1,7 @@
 """Losses of a training step, with their gradient by the logits: torch's functions of the same names."""
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 

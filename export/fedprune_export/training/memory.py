@@ -1,5 +1,7 @@
 """The peak memory of a process that trains with a graph, and graphs that are written to keep it within a limit."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

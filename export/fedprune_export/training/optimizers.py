@@ -1,5 +1,7 @@
 """From gradients to the next weights: proximal pull, clipping, and the optimisers of torch.optim."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,5 +1,7 @@
 """One training step as one ONNX graph: forward, loss, backward, optimiser."""
 
+from __future__ import annotations
+
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.nested_widths import axes_json

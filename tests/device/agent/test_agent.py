@@ -1,5 +1,7 @@
 """What an agent says and hears: rounds, lost and wrong messages, cancellations, presence."""
 
+from __future__ import annotations
+
 import itertools
 import threading
 from pathlib import Path

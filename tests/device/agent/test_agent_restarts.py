@@ -1,5 +1,7 @@
 """Restarts, further attempts, and what a disk loses: an agent continues where it was."""
 
+from __future__ import annotations
+
 import threading
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """The agent pulls what weights can be decoded from, and the weights themselves where that leads nowhere."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 

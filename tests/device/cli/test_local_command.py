@@ -1,5 +1,7 @@
 """`run --local` and `collect` as processes and command lines, without any server."""
 
+from __future__ import annotations
+
 import io
 import os
 import signal

@@ -1,5 +1,7 @@
 """`fedprune-device train`: a bundle in, the same bundle with trained weights out, without a server."""
 
+from __future__ import annotations
+
 import json
 import os
 import signal

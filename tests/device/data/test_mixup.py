@@ -1,5 +1,7 @@
 """Mixup: how samples and labels of a batch are mixed."""
 
+from __future__ import annotations
+
 import tracemalloc
 from typing import Any
 

@@ -1,5 +1,7 @@
 """Samples that stay on the disk: the same batches as from memory, and hardly any memory."""
 
+from __future__ import annotations
+
 import tracemalloc
 import zipfile
 from collections.abc import Iterator

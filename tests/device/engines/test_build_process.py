@@ -1,5 +1,7 @@
 """A child process that makes an engine, seen from outside: another program stands in for it."""
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Every name that the adapter uses is one of the real bindings, and every call fits their signatures."""
 
+from __future__ import annotations
+
 import ast
 from pathlib import Path
 from typing import Any

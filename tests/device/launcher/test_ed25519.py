@@ -1,5 +1,7 @@
 """The launcher's verification of signatures against the library's, and against RFC 8032."""
 
+from __future__ import annotations
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

@@ -1,5 +1,7 @@
 """The way of an offer's blobs, with a server that answers when it is asked to."""
 
+from __future__ import annotations
+
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path

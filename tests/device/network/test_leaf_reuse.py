@@ -1,5 +1,7 @@
 """A blob that shares leaves with one that is here: only the others travel."""
 
+from __future__ import annotations
+
 import random
 from collections.abc import Iterator
 from pathlib import Path

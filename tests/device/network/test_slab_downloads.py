@@ -1,5 +1,7 @@
 """A device makes its weights of slabs, and pulls them whole where that can't be done."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path

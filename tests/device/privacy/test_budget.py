@@ -1,5 +1,7 @@
 """A board's own floor and count of privacy: what is refused, what is counted before noise is drawn, what outlives."""
 
+from __future__ import annotations
+
 import logging
 from dataclasses import replace
 from pathlib import Path

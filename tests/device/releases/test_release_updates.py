@@ -1,5 +1,7 @@
 """Releases that a server offers: pulled, tried, kept or taken back, refused, and every end is reported."""
 
+from __future__ import annotations
+
 import os
 import random
 import shutil

@@ -1,5 +1,7 @@
 """What a board keeps of its own: its moving average, its personal tensors, statistics of its own samples."""
 
+from __future__ import annotations
+
 import contextlib
 import time
 import tracemalloc

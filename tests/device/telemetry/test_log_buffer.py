@@ -1,5 +1,7 @@
 """What a board tells its server of its log and its crashes: little, private, once, and still there after a crash."""
 
+from __future__ import annotations
+
 import json
 import logging
 import subprocess

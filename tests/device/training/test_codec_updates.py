@@ -1,5 +1,7 @@
 """Encoded updates of a board: what the server reads out of them, and what the board keeps for the next one."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

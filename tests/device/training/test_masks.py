@@ -1,5 +1,7 @@
 """Masks, thresholds, a scaler and squared gradients on a board."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

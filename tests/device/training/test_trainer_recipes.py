@@ -1,5 +1,7 @@
 """Training by a recipe: losses, optimisers, parts of batches, frozen tensors, narrower steps, token ids."""
 
+from __future__ import annotations
+
 import weakref
 from dataclasses import replace
 from pathlib import Path

@@ -1,5 +1,7 @@
 """The measures that gradients of whole networks are tested by: what they take for rounding, for a flip, for wrong."""
 
+from __future__ import annotations
+
 import io
 import math
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """Gradients of random networks at random widths of one graph, against torch on the physically cut networks."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings

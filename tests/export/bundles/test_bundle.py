@@ -1,5 +1,7 @@
 """Writing bundles: whole or not at all, never among other things, and read back as written."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from pathlib import Path

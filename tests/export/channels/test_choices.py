@@ -1,5 +1,7 @@
 """Choices: options are tried in order until one leaves channels that could form a group."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from fedprune_export.channels.rule import Choices

@@ -1,5 +1,7 @@
 """Several boards at once: a folder each, and one that a model doesn't fit keeps nothing from the others."""
 
+from __future__ import annotations
+
 import html
 import json
 from pathlib import Path

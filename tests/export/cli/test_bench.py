@@ -1,5 +1,7 @@
 """`bench`: what is measured, for which batches and threads, and what stands beside it; how long it took is no test."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 

@@ -1,5 +1,7 @@
 """`explain`: every node has its place, costs are those of the mathematics, and nothing that was measured is lost."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
 from dataclasses import replace

@@ -1,9 +1,12 @@
 """docs/export.md: its commands are commands, and its samples are what they print."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +45,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = import_onnx(digits_model(), "digits").tensors
     (path / "global.safetensors").write_bytes(tensorfile.encode(tensors))
     (path / "my-boards").mkdir()
+    loss = PAGE[PAGE.index("    # my_losses.py") :].partition(COMMAND)[0]
+    (path / "my_losses.py").write_text(textwrap.dedent(loss))
+    (path / "my_nets.py").write_text(
+        "from torch import nn\n\n\ndef unet():\n"
+        "    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))\n"
+        "    net.input_shape = (3, 16, 16)\n    return net\n"
+    )
     shipped = ROOT / "hardware_profiles" / "raspberry-pi-5.toml"
     (path / "my-board.toml").write_text(shipped.read_text())
     return path
@@ -53,6 +63,7 @@ def printed(folder: Path) -> dict[str, list[str]]:
     out: dict[str, list[str]] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.syspath_prepend(folder)
         for line in (line for block in BLOCKS for line in block if line.startswith(COMMAND)):
             command = line.removeprefix(COMMAND)
             text = io.StringIO()

@@ -1,5 +1,7 @@
 """`profiles list | show | check`: what people and programs read, and how it ends."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import re

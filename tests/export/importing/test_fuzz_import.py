@@ -1,5 +1,7 @@
 """Damaged models are imported or refused with one of our errors: a short run of what `benchmarks/` runs for long."""
 
+from __future__ import annotations
+
 import numpy as np
 import pytest
 

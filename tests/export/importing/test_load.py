@@ -1,5 +1,7 @@
 """Bringing models in: torch modules keep all their weights, damaged files are one clear error."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

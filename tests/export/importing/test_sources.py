@@ -1,5 +1,7 @@
 """What sources say of a model: several names, frozen tensors, chosen outputs, identifiers, networks of timm."""
 
+from __future__ import annotations
+
 import os
 import subprocess
 import sys

@@ -1,5 +1,7 @@
 """Lower precision: folded, float16 and int8 graphs beside torch, onnx's own interpreter and numpy."""
 
+from __future__ import annotations
+
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path

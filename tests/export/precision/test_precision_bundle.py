@@ -1,5 +1,7 @@
 """Bundles with lower precisions: written by the command, checked, timed, predicted with, and refused where damaged."""
 
+from __future__ import annotations
+
 import json
 import re
 import textwrap

@@ -3,6 +3,8 @@
 `test_whole_models.py` and `test_hard_nets.py` compare cuts with the masked whole.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Small networks that are hard to cut: every cut equals the masked original, and what can be cut is found."""
 
+from __future__ import annotations
+
 from functools import cache
 from typing import Literal
 

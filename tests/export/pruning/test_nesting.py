@@ -1,5 +1,7 @@
 """A nested start: every width of a model that was just made answers like its narrowest."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

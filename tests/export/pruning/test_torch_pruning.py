@@ -5,6 +5,8 @@ such a group decides who is right. (That our cuts of all of them equal the maske
 networks.)
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import numpy as np

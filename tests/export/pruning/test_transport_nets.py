@@ -1,5 +1,7 @@
 """Transport between whole networks of different widths: shapes, recovered permutations, kept functions."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

@@ -4,6 +4,8 @@ All of ours, and some of timm's, most of which soak; `benchmarks/whole_models.py
 `benchmarks/timm_models.py` many more of timm's, with their gradients.
 """
 
+from __future__ import annotations
+
 from typing import Literal
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Bars of an export's report: filled is what was kept, and a model's names stay text."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np

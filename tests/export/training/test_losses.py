@@ -1,5 +1,7 @@
 """Losses of the training graph and their gradients against torch, on outputs of any size and shape."""
 
+from __future__ import annotations
+
 from functools import cache
 from typing import Any
 

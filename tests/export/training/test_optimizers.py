@@ -1,5 +1,7 @@
 """Optimisers, clipping, pulls, masks and sums of the training graph against torch.optim, on given gradients."""
 
+from __future__ import annotations
+
 from functools import cache
 from typing import Any
 

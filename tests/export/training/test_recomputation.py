@@ -1,5 +1,7 @@
 """Activations that are computed again: the same numbers, less memory, and what a step is said to take."""
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from collections.abc import Callable

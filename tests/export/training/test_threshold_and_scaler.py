@@ -1,5 +1,7 @@
 """FIARSE's threshold and HeteroFL's scaler in the training graph, against torch's autograd."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

@@ -1,5 +1,7 @@
 """The training graph against torch: optimiser, loss features, masks, statistics, batches, widths."""
 
+from __future__ import annotations
+
 import itertools
 import json
 import time

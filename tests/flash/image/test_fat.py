@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import random
 from datetime import datetime
 from pathlib import Path

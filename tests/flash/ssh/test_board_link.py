@@ -1,5 +1,7 @@
 """A board that answers anything at all: whatever comes back is an error of one line, and no file ends up elsewhere."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os

@@ -1,5 +1,7 @@
 """Inventories, journals and claims: what is refused before anything is sent, and what a kill may not undo."""
 
+from __future__ import annotations
+
 import os
 import re
 import shutil

@@ -1,5 +1,7 @@
 """What became of boards, printed: whole at eighty columns on a terminal, lines elsewhere."""
 
+from __future__ import annotations
+
 import pytest
 
 from fedprune_flash.ssh.installation import BoardOutcome, print_outcomes, table

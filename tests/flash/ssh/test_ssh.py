@@ -1,5 +1,7 @@
 """`fedprune-flash ssh` against real sshd processes on this machine, each of which is a board."""
 
+from __future__ import annotations
+
 import json
 import os
 import platform

@@ -1,5 +1,7 @@
 """A shell without clock, network or weights, for tests of what coordinators do."""
 
+from __future__ import annotations
+
 import hashlib
 from abc import ABC, abstractmethod
 from typing import Any

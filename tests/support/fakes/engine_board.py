@@ -1,5 +1,7 @@
 """A model, a state folder and the double of TensorRT, for tests of engines."""
 
+from __future__ import annotations
+
 import json
 import time
 from dataclasses import replace

@@ -7,6 +7,8 @@ The bindings are linked against NVIDIA's libraries, but only by a dozen of C fun
 them be imported, which is enough to ask them what they have. Needs gcc, binutils and the wheels' Python.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import re

@@ -1,5 +1,7 @@
 """Work for tests of many runs; other processes import it."""
 
+from __future__ import annotations
+
 import os
 import signal
 from collections.abc import Mapping

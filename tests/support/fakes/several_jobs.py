@@ -1,5 +1,7 @@
 """Several toy jobs on one fleet in memory."""
 
+from __future__ import annotations
+
 import time
 from collections import deque
 from dataclasses import replace

@@ -1,5 +1,7 @@
 """Kits whose manifests are changed and signed again."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any

@@ -1,5 +1,7 @@
 """A job that doesn't move, for those who look on."""
 
+from __future__ import annotations
+
 from fedprune_server.devices.job_snapshot import JobSnapshot
 from fedprune_server.monitoring.view import Facts
 from support.fakes.tiny_job import JOB

@@ -1,5 +1,7 @@
 """Updates as a strategy sees them, without a server."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable, Iterator
 
 from fedprune.aggregation.fold import Fold

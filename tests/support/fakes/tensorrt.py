@@ -5,8 +5,9 @@ can't be set is an error, as in the real one. Engines are the ONNX graph with it
 What is to go wrong is said in a file of settings beside the module, so that it goes wrong in child processes, too.
 """
 
-# ruff: noqa: N802 - behaviours are called after what they are of
+from __future__ import annotations
 
+# ruff: noqa: N802 - behaviours are called after what they are of
 import ctypes
 import json
 import os

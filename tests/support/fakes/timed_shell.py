@@ -1,5 +1,7 @@
 """A fleet on a virtual clock, without network or weights: devices that take their time and say how far they are."""
 
+from __future__ import annotations
+
 import heapq
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,6 +3,8 @@
 What the job must come to is what one comes to that keeps SQLite, works in one process and is left alone.
 """
 
+from __future__ import annotations
+
 import os
 import random
 import signal

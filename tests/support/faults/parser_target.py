@@ -1,5 +1,7 @@
 """A parser of bytes from outside, as the fuzzer sees it, and what it may do with any bytes at all."""
 
+from __future__ import annotations
+
 import atexit
 import json
 import os

@@ -1,5 +1,7 @@
 """Parsers on boards: requests of programs, samples, and what a board keeps."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json

@@ -1,5 +1,7 @@
 """Parsers of files that a card or a copy may have damaged: models, settings, states, data sets, wheels."""
 
+from __future__ import annotations
+
 import gzip
 import hashlib
 import io

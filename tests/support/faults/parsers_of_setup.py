@@ -1,5 +1,7 @@
 """Parsers of what boards are set up from: claims, inventories, drives, kits, disk images."""
 
+from __future__ import annotations
+
 import gzip
 import hashlib
 import io

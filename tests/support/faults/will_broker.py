@@ -1,5 +1,7 @@
 """Brokers that don't do wills: a relay in front of a real one that refuses them, hangs up at one, or takes it out."""
 
+from __future__ import annotations
+
 import socket
 import threading
 from contextlib import suppress

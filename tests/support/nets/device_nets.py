@@ -1,5 +1,7 @@
 """Small networks of three kinds that boards train: inverted residuals, a transformer, convolutions over time."""
 
+from __future__ import annotations
+
 import torch
 from torch import nn
 from torch.nn import functional

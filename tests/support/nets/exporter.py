@@ -4,6 +4,8 @@ It makes them anew for every export, from the sources of some 500 functions, whi
 small network's export. They depend on the opset alone.
 """
 
+from __future__ import annotations
+
 import contextlib
 import copy
 import functools

@@ -9,6 +9,8 @@ normalised layer that can be narrowed (`narrow`, `still`, `kept`, `masked`, `thr
 ids (`tokens`, `tokens_mixup`).
 """
 
+from __future__ import annotations
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper

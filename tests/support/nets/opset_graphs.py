@@ -3,6 +3,8 @@
 `python tests/support/nets/opset_graphs.py` writes that file; boards, which have no onnx, run what is in it.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

@@ -1,5 +1,7 @@
 """Operators alone, differentiated, beside torch in float64: for the tests of gradient rules."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any

@@ -1,5 +1,7 @@
 """Losses of outputs in numpy and float64: what training graphs must compute."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,5 +1,7 @@
 """One optimiser step of a whole network: what goes in, torch's result, and how far two results are apart."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import numpy as np

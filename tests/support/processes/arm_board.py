@@ -3,6 +3,8 @@
 Neither root nor binfmt is needed: proot follows every process and starts the emulator for each program.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 import signal

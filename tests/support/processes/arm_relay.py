@@ -3,6 +3,8 @@
 python arm_relay.py PORT
 """
 
+from __future__ import annotations
+
 import os
 import selectors
 import socket

@@ -1,5 +1,7 @@
 """An S3 of a test's own: moto's server in a process beside it, which can be stopped and let go on."""
 
+from __future__ import annotations
+
 import os
 import signal
 import socket

@@ -3,6 +3,8 @@
 They run as whoever runs the tests and let nobody else in. What a board's systemctl does is written into a script.
 """
 
+from __future__ import annotations
+
 import os
 import platform
 import shutil

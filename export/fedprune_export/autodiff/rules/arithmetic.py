@@ -1,5 +1,7 @@
 """Gradient rules of element-wise operators of several values: arithmetic, extremes, choices, comparisons."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from fedprune.core.errors import ModelError

@@ -3,6 +3,8 @@
 One is the other's pull-back, so both need the same three maps, in other roles.
 """
 
+from __future__ import annotations
+
 import math
 from typing import Protocol
 

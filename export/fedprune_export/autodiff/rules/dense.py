@@ -4,6 +4,8 @@ The gradients of a layer have several formulations each that give the same numbe
 layer's shape. `formulation` chooses.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from dataclasses import dataclass

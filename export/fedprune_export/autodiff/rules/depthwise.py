@@ -6,6 +6,8 @@ reads to one line of the output. These are several times more MACs than needed, 
 batch, and far less memory moves than with one pass per kernel element.
 """
 
+from __future__ import annotations
+
 import itertools
 import math
 from dataclasses import dataclass

@@ -1,5 +1,7 @@
 """Gradient rules of functions that act on each number by itself."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 

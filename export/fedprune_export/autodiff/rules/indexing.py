@@ -1,5 +1,7 @@
 """Gradient rules of operators that pick or write elements by index: slices, gathers, scatters, masks, one-hot, pads."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, Literal
 

@@ -4,6 +4,8 @@ Statistics are taken of values that a first mean has centred, so that a mean far
 elements a statistic is over is counted at run time where channels are among them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
 from fedprune.core.errors import ModelError

@@ -5,6 +5,8 @@ a batch normalisation of a single sample with as many channels: onnxruntime's op
 a product and a sum do in two.
 """
 
+from __future__ import annotations
+
 from functools import cached_property
 
 import numpy as np

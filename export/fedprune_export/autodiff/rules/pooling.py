@@ -1,5 +1,7 @@
 """Gradient rules of poolings."""
 
+from __future__ import annotations
+
 import math
 
 import numpy as np

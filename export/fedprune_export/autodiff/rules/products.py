@@ -1,5 +1,7 @@
 """Gradient rules of matrix products."""
 
+from __future__ import annotations
+
 import string
 
 from fedprune.core.errors import ModelError

@@ -6,6 +6,8 @@ sequence, and a loop (one Scan node) does the rest. Back through time a second l
 the gradients of all parameters are then one product each.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 

@@ -1,5 +1,7 @@
 """Gradient rules of operators that reduce axes or accumulate along them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 
 from fedprune.core.errors import ModelError

@@ -4,6 +4,8 @@ Every way of resizing is linear along each axis on its own, so its pull-back is 
 each axis. The matrices are read off the operator itself, run on unit vectors: whatever its mode, they are right.
 """
 
+from __future__ import annotations
+
 import numpy as np
 import numpy.typing as npt
 

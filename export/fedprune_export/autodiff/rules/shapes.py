@@ -1,5 +1,7 @@
 """Gradient rules of operators that move elements about: reshape, transpose, concat, pad, slice."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import numpy as np
