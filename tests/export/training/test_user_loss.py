@@ -161,12 +161,12 @@ def test_a_loss_that_is_a_graph_and_its_gradients_are_torchs(net: Pixels, name: 
 
 def test_a_model_keeps_its_loss_in_its_file(net: Pixels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "net.onnx").write_bytes(export_torch(net))
-    (tmp_path / "my_losses.py").write_text(
+    (tmp_path / "losses_of_this_test.py").write_text(
         "def error(outputs, labels):\n    return (outputs - labels).abs().flatten(1).mean(1)\n"
     )
     (tmp_path / "error.onnx").write_bytes(read_loss(LOSSES["focal"], (K, SIDE, SIDE)))
     monkeypatch.syspath_prepend(tmp_path)
-    for source, operator in (("my_losses:error", "Abs"), (str(tmp_path / "error.onnx"), "Softplus")):
+    for source, operator in (("losses_of_this_test:error", "Abs"), (str(tmp_path / "error.onnx"), "Softplus")):
         model = import_onnx(read_source(tmp_path / "net.onnx", loss=source), "net")
         assert model.loss is not None
         assert operator in {n.op for n in model.loss.graph.nodes}
