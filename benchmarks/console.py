@@ -75,7 +75,7 @@ def measure(devices: int, times: int) -> dict[str, list[float]]:
         page.goto(served.url + "/fleet")
         page.wait_for_selector("#live[data-state=open]")
         with RunningRound(served):
-            columns = ["density", "accuracy", "seconds", "temperature_c", "seen_at", "state", "bytes_down"]
+            columns = ["density", "measured", "seconds", "temperature_c", "seen_at", "state", "bytes_down"]
             found["sort"] = [shot(page, f"click('thead a[href*={chance.choice(columns)}]')") for _ in range(times)]
             states = ["training", "folded", "offline", ""]
             found["filter"] = [shot(page, f"choose('#f-state', {states[i % 4]!r})") for i in range(times)]

@@ -56,7 +56,8 @@ def made_up_run(title: str, devices: int, *, whole: bool = False, rounds: int = 
     coverage = [[sum(d * size > c for d in density.values()) for c in range(size)] for _, size in GROUPS]
     rows = tuple(
         RoundRow(
-            n + 1, 60.0 * (n + 1) * (1.6 if whole else 1.0), "a" * 64, accuracy[n], 2.3 / (1 + n / 6),
+            n + 1, 60.0 * (n + 1) * (1.6 if whole else 1.0), "a" * 64,
+            {"accuracy": accuracy[n], "loss": 2.3 / (1 + n / 6)},
             {m: max(0.1, best[m] - 0.6 / (1 + n / 3) + 0.02 * chance.uniform(-1, 1)) for m in names},
             devices, int(moved * (n + 1)), int(0.62 * moved * (n + 1)), updates=devices, coverage=coverage,
         )
@@ -220,12 +221,13 @@ class ShownFleet(ConsoleFleet):
     def _row(self, i: int) -> dict[str, Any]:
         row, chance = super()._row(i), random.Random(i)
         board, density, accuracy = BOARDS[i * 7 % 5]
+        found = accuracy + 0.03 * chance.random()
         row.update(
             name=name_of(i), profile=board,
             slot="ab"[i % 2], release=12 if i % 12 == 0 else 11, update=None, samples=chance.randrange(300, 1400),
             versions={"onnxruntime": "1.23.2", "python": "3.11"},
-            accuracy=accuracy + 0.03 * chance.random(), bytes_down=chance.randrange(3, 90) * 1_130_000,
-            bytes_up=chance.randrange(3, 60) * 1_010_000, staleness=0,
+            metrics={"accuracy": found, "loss": round(1.5 - found, 4)}, measured=found,
+            bytes_down=chance.randrange(3, 90) * 1_130_000, bytes_up=chance.randrange(3, 60) * 1_010_000, staleness=0,
         )  # fmt: skip
         if row["density"] is not None:
             row.update(

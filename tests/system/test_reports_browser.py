@@ -31,8 +31,9 @@ def run(title: str, devices: int = 100) -> Record:
     chance = random.Random(title)
     rounds = tuple(
         RoundRow(
-            n, 30.0 * n, "a" * 64, n / 10, 1.0, {m: chance.random() for m in names}, devices, 4_000_000 * n,
-            3_000_000 * n, updates=devices, coverage=[[devices // (1 + c) for c in range(s)] for _, s in GROUPS],
+            n, 30.0 * n, "a" * 64, {"accuracy": n / 10, "loss": 1.0}, {m: chance.random() for m in names},
+            devices, 4_000_000 * n, 3_000_000 * n, updates=devices,
+            coverage=[[devices // (1 + c) for c in range(s)] for _, s in GROUPS],
         )
         for n in range(1, 9)
     )  # fmt: skip

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import fedprune_export as fx
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
@@ -30,8 +31,8 @@ SEED = 11
 
 
 def measures(own: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Accuracies and losses; the rest tells of the machine."""
-    return {k: v for k, v in own.items() if k.startswith(("accuracy", "loss"))}
+    """Accuracies, losses and scores; the rest tells of the machine."""
+    return {k: v for k, v in own.items() if k.startswith(("accuracy", "loss", "score"))}
 
 
 def plain_job(**recipe: Any) -> Job:
@@ -45,6 +46,7 @@ def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Si
     folder = DemoFolder.prepare(root / "demo", SEED)
     folder.model.write_bytes(raw)
     np.savez(folder.evaluation, x=data.x, y=data.y)
+    np.savez(folder.calibration, x=data.calibration)
     for board in DEMO_BOARDS:
         write_hand(folder.data(board.name), data.devices[board.name])
     record = run_job("real", job, folder)
@@ -140,3 +142,54 @@ def test_frozen_tensors_and_numbers_give_the_same_models(
     assert still <= kept < set(begun)
     moved = [n for n in begun if n.endswith("weight") and n not in still]
     assert not kept.intersection(moved)
+
+
+class Halves(nn.Module):
+    """The halves of an image as two inputs; its class, and its rows' means, as two outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = {"lower": (4, 8), "upper": (4, 8)}
+        self.near, self.far = nn.Linear(32, 20), nn.Linear(32, 20)
+        self.kind, self.means = nn.Linear(40, 10), nn.Linear(40, 8)
+
+    def forward(self, lower: torch.Tensor, upper: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        both = torch.cat([torch.relu(self.near(lower.flatten(1))), torch.relu(self.far(upper.flatten(1)))], 1)
+        return self.kind(both), self.means(both)
+
+
+def of_both(kind: torch.Tensor, means: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return -(kind.log_softmax(1) * labels[:, :10]).sum(1) + ((means - labels[:, 10:]) ** 2).mean(1)
+
+
+def right(kind: torch.Tensor, means: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return (kind.argmax(1) == labels[:, :10].argmax(1)).float()
+
+
+of_both.target_shape = right.target_shape = (18,)  # type: ignore[attr-defined]
+
+
+def halved(data: Digits) -> Digits:
+    """Lower half before upper half, as boards lay out named arrays; classes and means as labels."""
+
+    def x_of(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.roll(x.reshape(len(x), 64), 32, axis=1)
+
+    def y_of(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return np.concatenate([np.eye(10)[y], x.reshape(len(x), 8, 8).mean(2)], 1).astype(np.float32)
+
+    hands = {
+        name: LocalData(x_of(d.x_train), y_of(d.x_train, d.y_train), x_of(d.x_test), y_of(d.x_test, d.y_test))
+        for name, d in data.devices.items()
+    }
+    return Digits(x_of(data.x), y_of(data.x, data.y), x_of(data.calibration), hands)
+
+
+def test_several_inputs_and_outputs_a_loss_and_a_metric_of_ones_own_give_the_same_models(tmp_path: Path) -> None:
+    torch.manual_seed(SEED)
+    raw = fx.load(Halves(), loss=of_both, metric=right).graph.to_bytes()
+    job = plain_job(epochs=1, loss="custom", metric="custom", lr=0.05)
+    record, _ = run_both(tmp_path, job, raw, halved(deal([b.name for b in DEMO_BOARDS], seed=SEED)))
+    assert record.measure == "score"
+    assert record.last.metrics["score"] > 0.3
+    assert set(record.last.local) == {b.name for b in DEMO_BOARDS}

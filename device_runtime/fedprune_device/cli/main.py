@@ -168,7 +168,7 @@ def _add_train(commands: Any) -> None:
         "--data",
         required=True,
         metavar="SRC",
-        help=".npz with x and y, package.module:function, or a folder with a folder of images per class",
+        help=".npz with x and y, package.module:function, or files as docs/board-data.md lists them",
     )
     train.add_argument("--out", type=Path, required=True, metavar="DIR", help="the trained bundle; may be the same DIR")
     train.add_argument(
@@ -206,8 +206,8 @@ def _add_predict(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="SRC",
-        help=".npy, or what trains: .npz with x or x_test (and labels), package.module:function, or a folder with "
-        "a folder of images per class",
+        help=".npy, or what trains: .npz with x or x_test (and labels), package.module:function, or files as "
+        "docs/board-data.md lists them",
     )
     predict.add_argument(
         "--split",

@@ -82,8 +82,8 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="SRC",
-        help=".npz with x and y, package.module:function, a folder with a folder of images per class, "
-        "or `local`: what the application adds",
+        help=".npz with x and y, package.module:function, files as docs/board-data.md lists them (images, "
+        "recordings, tables), or `local`: what the application adds",
     )
     local = parser.add_argument_group("the local interface (docs/local-interface.md)")
     local.add_argument(
@@ -100,7 +100,7 @@ def add_local_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sample_options(group: argparse._ArgumentGroup) -> None:
-    """Add how images become samples, how many samples are kept, and how many of them are for testing."""
+    """Add how files become samples, how many samples are kept, and how many of them are for testing."""
     group.add_argument(
         "--class-names", type=_names, default=(), metavar="A,B,C", help="names of the classes, as on all boards"
     )
@@ -109,6 +109,13 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--image-deviation", type=_numbers, default=(1.0,), metavar="D[,D,D]", help="they are divided by this"
+    )
+    group.add_argument(
+        "--audio-rate",
+        type=whole_number,
+        default=16_000,
+        metavar="HZ",
+        help="of recordings, as the model expects it (default: 16000)",
     )
     group.add_argument(
         "--samples-most", type=whole_number, default=SAMPLES_MOST, metavar="N", help="samples kept (default: 10000)"

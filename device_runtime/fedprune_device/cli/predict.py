@@ -15,16 +15,18 @@ import numpy.typing as npt
 from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
 from fedprune.core.zip_limits import check_members
-from fedprune.model.recipe import CUSTOM
+from fedprune.model.recipe import JUDGED, LABELS_OF
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.cli.options import options_of
 from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
-from fedprune_device.data.labels import LogitAdjustment
+from fedprune_device.data.labels import LogitAdjustment, Targets
+from fedprune_device.data.layouts import IGNORED, Unlabelled, layout_of
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
+from fedprune_device.data.table_windows import is_table
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.serving.predictor import Predictor, described, judged
+from fedprune_device.serving.predictor import Predictor, described, judged, targets_of
 from fedprune_device.storage.directory_owner import FILE
 
 _MOST_NAMED = 10  # folders of boards that an error names
@@ -50,7 +52,13 @@ def predict(arguments: argparse.Namespace) -> int:
     else:
         predictor, record = _slots(arguments.state).open(arguments.threads)
         own, loss = record.own, record.loss
-    chosen = _samples(arguments, predictor.input_shape, class_names)
+    shape, targets = predictor.input_shape, None
+    judges = LABELS_OF[loss] in (*JUDGED, "values")
+    files = arguments.input.is_dir() or is_table(arguments.input)
+    if files and judges and all(isinstance(size, int) for size in shape):
+        empty = np.zeros((0, *(size for size in shape if isinstance(size, int))), np.float32)
+        targets = targets_of(predictor.predict(empty), loss, IGNORED if loss == "cross_entropy" else None)
+    chosen = _samples(arguments, shape, class_names, targets)
     if chosen.name:
         print(f"{chosen.name} of {arguments.input}", file=sys.stderr)
     logits = own(predictor.predict(chosen.x))
@@ -60,7 +68,7 @@ def predict(arguments: argparse.Namespace) -> int:
     else:
         for line in described(logits, loss, arguments.top, class_names):
             print(line)
-    if chosen.y is not None and len(chosen.y) and loss != CUSTOM:
+    if chosen.y is not None and len(chosen.y) and judges:
         print(judged(logits, chosen.y, loss), file=sys.stderr)
     return int(ExitCode.OK)
 
@@ -101,22 +109,29 @@ class _Chosen:
     name: str = ""
 
 
-def _samples(arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...]) -> _Chosen:
+def _samples(
+    arguments: argparse.Namespace, shape: Shape, class_names: tuple[str, ...], targets: Targets | None = None
+) -> _Chosen:
     """The samples of any source that a board trains on, and of arrays without labels."""
     source, split = str(arguments.input), arguments.split
-    if is_there(arguments.input, file=True) or (":" not in source and not arguments.input.is_dir()):
+    files = arguments.input.is_dir() or is_table(arguments.input)
+    if not files and (is_there(arguments.input, file=True) or ":" not in source):
         found = _arrays(arguments.input)
         chosen = _named_part(found, split)
         if chosen is not None:
             return _checked(chosen, source)
         if "y" not in found and "y_train" not in found:
             raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(found) or "nothing")
-    data = options_of(SampleOptions, arguments, data=source).fixed(class_names).snapshot(shape)
+    options = options_of(SampleOptions, arguments, data=source)
+    if split is None and arguments.input.is_dir() and type(layout_of(arguments.input, class_names)) is Unlabelled:
+        data = replace(options, test_share=0.0, validation_share=0.0).fixed(class_names).snapshot(shape, targets)
+        return _Chosen(data.x_train, None)
+    data = options.fixed(class_names).snapshot(shape, targets)
     split = split or ("test" if len(data.y_test) else "train")
     x, y = getattr(data, f"x_{split}"), getattr(data, f"y_{split}")
     if not len(y):
         raise DataError(f"{source}: no {split} samples")
-    return _Chosen(x, y, f"the {split} samples")
+    return _Chosen(x, None if y is x else np.asarray(y), f"the {split} samples")
 
 
 def _named_part(found: Mapping[str, Inputs], split: str | None) -> _Chosen | None:
@@ -141,7 +156,7 @@ def _checked(chosen: _Chosen, source: str) -> _Chosen:
         x, y = checked_samples(chosen.x, chosen.y)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
-    return replace(chosen, x=x, y=y)
+    return replace(chosen, x=x, y=np.asarray(y))
 
 
 def _arrays(path: Path) -> dict[str, Inputs]:

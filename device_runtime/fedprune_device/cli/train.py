@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import tensorfile
-from fedprune.core.errors import ExitCode, FedpruneError, ModelError, UsageError
+from fedprune.core.errors import DataError, ExitCode, FedpruneError, ModelError, UsageError
+from fedprune.core.metrics import METRICS
 from fedprune.core.text import quantity
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
@@ -42,8 +43,11 @@ def train(arguments: argparse.Namespace) -> int:
     samples = options_of(SampleOptions, arguments).fixed(bundle.class_names)
     number = arguments.threads or threads()
     trainer = Trainer(bundle.path(TRAINING), threads=number)
-    data = samples.snapshot(trainer.input_shape)
-    training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, number)
+    data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))
+    try:
+        training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, number)
+    except DataError as error:
+        raise DataError(f"{arguments.data}: {error}") from error
     print(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
     print(f"before: {training.measured(Predictor(bundle.folder, threads=number), 'before')}", flush=True)
     with _interruptible() as asked, _progress() as progress:
@@ -92,10 +96,10 @@ class _LocalTraining:
         self._evaluation = Evaluation(data, recipe, self._classes, own, trainer.objective(recipe, self._classes))
 
     def measured(self, model: Predictor, when: str) -> str:
-        """Measure a model on the test samples: its accuracy, where classes are predicted, and its loss."""
+        """Measure a model on the test samples."""
         self._evaluation.add(model, when)
         metrics = self._evaluation.metrics
-        found = [(n, metrics.get(f"{n}_{when}")) for n in ("accuracy", "loss")]
+        found = [(m.title, metrics.get(f"{m.name}_{when}")) for m in METRICS.values()]
         return ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None) or "no test samples"
 
     def train(self, progress: Callable[[int, int], None], enough: Callable[[], bool]) -> TrainingResult:

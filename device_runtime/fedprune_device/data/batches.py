@@ -27,7 +27,7 @@ class Part:
     partner: Array | None = None
 
     @classmethod
-    def of(cls, x: Inputs, y: Array, rows: Rows) -> Part:
+    def of(cls, x: Inputs, y: Inputs, rows: Rows) -> Part:
         labels = y[rows]
         return cls(lambda: x[rows], labels.astype(np.int64, copy=False) if labels.dtype.kind in "iu" else labels)
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.disk import is_there
-from fedprune.core.errors import DataError, StorageError, remedy
+from fedprune.core.errors import DataError, StorageError, remedy, shape_text
 from fedprune.core.imports import own_module
 from fedprune.core.rng import keyed
 from fedprune.core.zip_limits import check_members
@@ -38,7 +38,8 @@ class LocalData:
     Attributes:
         x_train: Inputs [n, ...]: float32, or int64 for token ids; large ones may be stored on the disk.
         y_train: Labels: classes as whole numbers [n], or [n, ...] of places; or float32 [n] or [n, ...], 0 or 1 per
-            class or numbers to predict.
+            class or numbers to predict. Those of places may be stored on the disk.
+            The inputs themselves, the same object, where samples have no labels.
         x_test: Inputs that are never trained on; may be empty. What is measured on them is reported alone.
         y_test: Their labels.
         x_val: Inputs that are never trained on, by which training and fleet decide; may be empty.
@@ -49,14 +50,15 @@ class LocalData:
     """
 
     x_train: Inputs
-    y_train: Array
+    y_train: Inputs
     x_test: Inputs
-    y_test: Array
+    y_test: Inputs
     x_val: Inputs = field(default_factory=lambda: _NO_SAMPLES)
-    y_val: Array = field(default_factory=lambda: np.zeros(0, np.int64))
+    y_val: Inputs = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         x: Inputs
+        y: Inputs
         for split in _SPLITS:
             if split == "val" and not len(self.y_val) and not len(self.x_val):
                 x, y = self.x_train[:0], self.y_train[:0]
@@ -78,14 +80,20 @@ class LocalData:
     def samples(self) -> int:
         return len(self.y_train)
 
-    def snapshot(self, shape: Shape | None = None) -> LocalData:
+    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """Itself: it never changes."""
         return self
 
     @property
+    def unlabelled(self) -> bool:
+        """Whether the samples have no labels but themselves, which a model is to reproduce."""
+        return self.y_train is self.x_train
+
+    @property
     def bytes(self) -> int:
         """Memory that all samples and labels take."""
-        return sum(getattr(self, f"{kind}_{split}").nbytes for kind in "xy" for split in _SPLITS)
+        kinds = "x" if self.unlabelled else "xy"
+        return sum(getattr(self, f"{kind}_{split}").nbytes for kind in kinds for split in _SPLITS)
 
     def with_validation(self, share: float, seed: int = 0, device: str = "") -> LocalData:
         """The same with a share of the training samples (below 1) as validation samples, unless it has some; seed and
@@ -98,13 +106,14 @@ class LocalData:
             return self
         order = keyed(seed, "validation", device).permutation(self.samples)
         train, val = np.sort(order[aside:]), np.sort(order[:aside])
-        x, y = self.x_train, self.y_train
-        return LocalData(select(x, train), y[train], self.x_test, self.y_test, select(x, val), y[val])
+        own, aside_of = (_select(self.x_train, self.y_train, rows) for rows in (train, val))
+        return LocalData(*own, self.x_test, self.y_test, *aside_of)
 
     def moved_out(self, spool: Path) -> LocalData:
         """The same with large arrays in temporary files in `spool`, which are deleted with this process."""
         train, test, val = (_moved_out(x, spool) for x in (self.x_train, self.x_test, self.x_val))
-        return replace(self, x_train=train, x_test=test, x_val=val)
+        labels = {"y_train": train, "y_test": test, "y_val": val} if self.unlabelled else {}
+        return replace(self, x_train=train, x_test=test, x_val=val, **labels)
 
     def check(
         self,
@@ -114,6 +123,15 @@ class LocalData:
         token_ids: bool | None = None,
     ) -> None:
         """Check labels and inputs against a model; raises `DataError`. In `shape`, names and None are any size."""
+        own = targets.loss != "cross_entropy" and targets.takes_whole == (self.x_train.dtype.kind == "i")
+        if self.unlabelled and not (own and fits(self.x_train.shape[1:], targets.shape)):
+            raise DataError(
+                "the samples have no labels",
+                expected=f"labels {shape_text('n', *targets.shape)} for loss {targets.loss}",
+                got=f"inputs {shape_text('n', *self.x_train.shape[1:])} alone",
+                hint="Files of a class lie in a folder of its name. Without labels a model learns to reproduce its "
+                "inputs, which its outputs must be as large as.",
+            )
         for y in filter(len, (self.y_train, self.y_test, self.y_val)):
             targets(y)
         if shape is not None:
@@ -130,9 +148,11 @@ def load_data(
     Raises `DataError` if the source can't be read or doesn't hold usable samples; the message names it.
 
     Args:
-        source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`,
-            `y_test`, `x_val`, `y_val`; or `package.module:function`. The function may take `device` and `seed` and
-            returns a `LocalData`, a mapping with a file's names, (x, y) or (x_train, y_train, x_test, y_test).
+        source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`, `y_test`,
+            `x_val`, `y_val`, or without any `y...`; for a model of several inputs an array under the name of each in
+            place of `x`; or `package.module:function`. The function may take `device` and
+            `seed` and returns a `LocalData`, a mapping with a file's names, (x, y) or (x_train, y_train, x_test,
+            y_test).
         seed: Seed of the split where the source has no test samples.
         device: The device's name: it keys the split.
         validation_share: Share of the training samples that is set aside for validation, where the source has no
@@ -163,6 +183,7 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
         elif not isinstance(found, np.ndarray):
             found = _named(found)
         if isinstance(found, dict):
+            found = _packed(found)
             name = next((n for n in ("x_test", "x_train", "x") if n in found), None)
             if name is None:
                 raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
@@ -210,13 +231,20 @@ def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
     if ":" in source:
         return _call(source, seed, device)
     raise DataError(
-        f"data source {source!r}", expected="a .npz file that exists or package.module:function", got="neither"
+        f"data source {source!r}",
+        expected="a file or folder that exists, or package.module:function",
+        got="none of these",
+        hint="docs/device.md#data lists what it may be.",
     )
 
 
-def checked_samples(x: object, y: object, split: str = "") -> tuple[Inputs, Array]:
+def checked_samples(x: object, y: object, split: str = "") -> tuple[Inputs, Inputs]:
     """Samples [n, ...] and labels in the types of `LocalData`; raises `DataError`, which names the `split`."""
-    labels, kind = _checked_labels(np.asarray(y), split), f"{split} " if split else ""
+    if y is x:
+        inputs = checked_inputs(x if isinstance(x, StoredArray) else np.asarray(x), split)
+        return inputs, inputs
+    labels = y if isinstance(y, StoredArray) and y.checked else _checked_labels(np.asarray(y), split)
+    kind = f"{split} " if split else ""
     inputs = checked_inputs(x if isinstance(x, StoredArray) else np.asarray(x), split)
     if len(inputs) != len(labels):
         raise DataError(f"number of {kind}labels", expected=len(inputs), got=len(labels))
@@ -239,7 +267,7 @@ def _checked_labels(labels: Array, split: str) -> Array:
                 f"a {kind}label is negative",
                 expected="0 or more",
                 got=int(labels.min()),
-                hint="Save numbers to predict as float32.",
+                hint="Number the classes from 0; save numbers to predict as float32.",
             )
         return np.ascontiguousarray(labels, np.int64)
     labels = np.ascontiguousarray(labels, np.float32)
@@ -358,28 +386,73 @@ def _named(found: object) -> dict[str, Any]:
     return found
 
 
+def _packed(found: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of several inputs, by name, as parts of one: in the alphabetical order of the names, as models take them.
+
+    Raises `DataError` if they don't belong together.
+    """
+    if any(name.partition("_")[0] == "x" for name in found):
+        return found
+    splits: dict[str, dict[str, Array]] = {}
+    for name, array in found.items():
+        base, _, end = name.rpartition("_")
+        own, split = (base, f"_{end}") if base and end in _SPLITS else (name, "")
+        if own != "y":
+            splits.setdefault(split, {})[own] = np.asarray(array)
+    names = sorted(set().union(*splits.values()))
+    if len(names) < 2:
+        return found
+    out = {name: array for name, array in found.items() if name.partition("_")[0] == "y"}
+    for split, arrays in splits.items():
+        if sorted(arrays) != names or len({len(a) if a.ndim else -1 for a in arrays.values()}) > 1:
+            raise DataError(
+                f"arrays of several inputs{split and f' ({split[1:]})'}",
+                expected=f"{', '.join(names)}, each with as many samples",
+                got=", ".join(f"{n} {_kind(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in arrays.items()),
+            )
+        rows = [arrays[name].reshape(len(arrays[name]), -1) for name in names]
+        whole = all(row.dtype.kind in "iu" and row.dtype != np.uint8 for row in rows)
+        out[f"x{split}"] = np.concatenate([row.astype(np.int64 if whole else np.float32) for row in rows], axis=1)
+    return out
+
+
 def _assemble(arrays: object, seed: int, device: str) -> LocalData:
     found = _named(arrays)
+    if found.keys() & {"y", "y_train"}:
+        found = _packed(found)
     suffix = "_train" if "x_train" in found else ""
+    x: Inputs
+    y: Inputs
     try:
-        x, y = _inputs(found[f"x{suffix}"]), np.asarray(found[f"y{suffix}"])
+        x = _inputs(found[f"x{suffix}"])
+        y = np.asarray(found[f"y{suffix}"]) if found.keys() & {"y", "y_train", "y_test", "y_val"} else x
     except KeyError as error:
         raise DataError(
             f"array {error.args[0]!r} is missing",
             expected="x and y (or x_train and y_train)",
             got=", ".join(map(str, found)) or "nothing",
         ) from error
-    for split in ("test", "val"):
+    for split in () if y is x else ("test", "val"):
         if (f"x_{split}" in found) != (f"y_{split}" in found):
             raise DataError(f"{split} data", expected=f"both x_{split} and y_{split}, or neither")
-    own: Any = (_inputs(found["x_val"]), np.asarray(found["y_val"])) if "x_val" in found else ()
+
+    def pair(split: str) -> tuple[Inputs, Inputs]:
+        inputs = _inputs(found[f"x_{split}"])
+        return inputs, inputs if y is x else np.asarray(found[f"y_{split}"])
+
+    own: Any = pair("val") if "x_val" in found else ()
     if "x_test" in found:
-        return LocalData(x, y, _inputs(found["x_test"]), np.asarray(found["y_test"]), *own)
+        return LocalData(x, y, *pair("test"), *own)
     x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
     order = keyed(seed, "split", device).permutation(len(y))
     aside = int(len(y) * TEST_SHARE)
     train, test = np.sort(order[aside:]), np.sort(order[:aside])
-    return LocalData(select(x, train), y[train], select(x, test), y[test], *own)
+    return LocalData(*_select(x, y, train), *_select(x, y, test), *own)
+
+
+def _select(x: Inputs, y: Inputs, rows: npt.NDArray[np.int64]) -> tuple[Inputs, Inputs]:
+    some = select(x, rows)
+    return some, some if y is x else select(y, rows)
 
 
 def _inputs(found: object) -> Inputs:
@@ -393,5 +466,9 @@ class SampleSource(Protocol):
     def samples(self) -> int:
         """Training samples now; the agent's loop asks for it, so that it must be known already."""
 
-    def snapshot(self, shape: Shape | None = None) -> LocalData:
-        """A round's samples; raises `DataError` if there are none. In `shape` names and None stand for any size."""
+    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+        """A round's samples; raises `DataError` if there are none.
+
+        In `shape`, that of a model's input, names and None stand for any size. `targets` are the labels that its loss
+        takes; without them, as for predictions, a source may leave the labels out.
+        """

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +18,8 @@ from fedprune_device.data.dataset import Shape
 TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 ENDINGS = (".jpg", ".jpeg", ".png")
 MAX_BYTES = 4 * 2**20
+_MASKS = ("1", "L", "P", "I", "I;16", "I;16B")  # Pillow's modes of one whole number per pixel
+_BILINEAR = 2  # Pillow's number
 MAX_PIXELS = 2**24  # a file may be small and its picture not: it is asked for its size before it is unpacked
 
 
@@ -25,6 +29,9 @@ class Pixels:
 
     mean: tuple[float, ...] = (0.0,)
     deviation: tuple[float, ...] = (1.0,)
+
+    endings: ClassVar[tuple[str, ...]] = ENDINGS
+    most_bytes: ClassVar[int] = MAX_BYTES
 
     def __post_init__(self) -> None:
         for name, numbers in (("mean", self.mean), ("deviation", self.deviation)):
@@ -36,6 +43,9 @@ class Pixels:
     def read(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.float32]:
         return np.asarray(self.numbers(self.decoded(body, kinds, shape)[None])[0], np.float32)
 
+    def samples(self, body: bytes, shape: Shape) -> npt.NDArray[np.uint8]:
+        return self.decoded(body, tuple(TYPES.values()), shape)[None]
+
     def decoded(self, body: bytes, kinds: tuple[str, ...], shape: Shape) -> npt.NDArray[np.uint8]:
         """An image in the size that the model takes, [height, width, colours].
 
@@ -44,30 +54,54 @@ class Pixels:
         """
         if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(s, int) for s in shape):
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
-        try:
-            from PIL import Image
-        except ModuleNotFoundError as error:
-            raise MissingExtraError("images need Pillow", extra="board") from error
         colours, height, width = (int(s) for s in shape if s is not None)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of sizes, which are looked at here
-                with Image.open(io.BytesIO(body), formats=kinds) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        size = f"{image.width} x {image.height}"
-                        raise DataError("size of an image", expected=f"at most {MAX_PIXELS} pixels", got=size)
-                    image.draft(None, (width, height))
-                    turned = image.convert("RGB" if colours == 3 else "L")
-                    scaled = turned.resize((width, height), Image.Resampling.BILINEAR)
-        except DataError:
-            raise
-        except Exception as error:  # what is damaged makes a decoder raise anything
-            raise DataError("the image can't be read", expected=" or ".join(kinds), got=reason(error)) from error
+        with _opened(body, kinds) as image:
+            image.draft(None, (width, height))
+            turned = image.convert("RGB" if colours == 3 else "L")
+            scaled = turned.resize((width, height), _BILINEAR)
         return np.asarray(scaled, np.uint8).reshape(height, width, colours)
 
-    def numbers(self, pixels: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    def numbers(self, samples: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Decoded images [n, height, width, colours] as samples [n, colours, height, width]."""
-        colours = pixels.shape[3]
-        x = pixels.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(255)
+        colours = samples.shape[3]
+        x = samples.astype(np.float32).transpose(0, 3, 1, 2) / np.float32(255)
         mean, deviation = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.deviation))
         return np.ascontiguousarray((x - mean[:colours]) / deviation[:colours], np.float32)
+
+
+def mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
+    """A PNG's numbers [height, width], each that of the nearest pixel; of a palette's image they are its entries.
+
+    Raises `DataError` if it is another kind of file, too large or of more than one number per pixel.
+    """
+    with _opened(body, ("PNG",)) as image:
+        if image.mode not in _MASKS:
+            raise DataError("a mask", expected="one number per pixel (grey, or with a palette)", got=image.mode)
+        numbers = np.asarray(image)
+    rows, columns = (
+        ((np.arange(new) + 0.5) * old / new).astype(int)
+        for new, old in zip((height, width), numbers.shape, strict=True)
+    )
+    return np.asarray(numbers[rows][:, columns], np.int64)
+
+
+@contextmanager
+def _opened(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError as error:
+        raise MissingExtraError("images need Pillow", extra="board") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sizes, which are looked at here
+            with Image.open(io.BytesIO(body), formats=kinds) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    size = f"{image.width} x {image.height}"
+                    raise DataError("size of an image", expected=f"at most {MAX_PIXELS} pixels", got=size)
+                yield image
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:  # its text is an object's address
+        raise DataError("the image can't be read", expected=" or ".join(kinds), got="something else") from error
+    except Exception as error:  # what is damaged makes a decoder raise anything
+        raise DataError("the image can't be read", expected=" or ".join(kinds), got=reason(error)) from error

@@ -13,6 +13,7 @@ from fedprune.core.errors import DataError, shape_text
 from fedprune.model import step_contract
 from fedprune.model.recipe import LABELS_OF, MULTI, Recipe
 from fedprune.model.step_contract import loss_numbers
+from fedprune_device.data.stored_array import Inputs, StoredArray, chunks
 
 Array = npt.NDArray[Any]
 Terms = Mapping[str, Array]
@@ -44,38 +45,46 @@ class Targets:
         """The labels of a recipe's loss, one sample's of this `shape`; `whole` as the attribute."""
         return cls(recipe.loss, classes, shape, recipe.ignore_label, whole)
 
-    def __call__(self, y: Array) -> Array:
+    @property
+    def takes_whole(self) -> bool:
+        """Whether labels are whole numbers."""
+        return self.loss == "cross_entropy" or self.whole
+
+    def __call__(self, y: Inputs) -> Inputs:
         """Labels as they are kept: whole numbers of any width, as with cross-entropy, else float32 [n, ...].
+
+        Labels on the disk stay there; `checked` ones are not read.
 
         Raises `DataError` if they are of another kind or shape, or out of range.
         """
         column = y.ndim == 1 and len(self.shape) == 1 and self.shape[0] in (1, None)
         shape = (1,) if column else y.shape[1:]
-        whole = self.loss == "cross_entropy" or self.whole
+        whole = self.takes_whole
         if whole and y.dtype.kind not in "iu":
             raise self._unfit(y, "Save them as whole numbers: y.astype('int64').")
         if len(shape) != len(self.shape) or any(
             isinstance(d, int) and d != g for d, g in zip(self.shape, shape, strict=True)
         ):
-            raise self._unfit(y, "" if whole else "The model's outputs are of another shape.")
-        if self.loss == "cross_entropy":
+            raise self._unfit(y, "The model and its loss decide the shape: is it the loss that you mean?")
+        known = isinstance(y, StoredArray) and y.checked
+        if LABELS_OF[self.loss] in ("classes", "sequence") and not known:
             class_counts(y, self.classes, self.ignored)
         if whole:
             return y
-        out = np.ascontiguousarray(y, np.float32)
-        if LABELS_OF[self.loss] == MULTI and out.size and not (out.min() >= 0 and out.max() <= 1):
-            raise DataError(
-                "a label is out of range", expected=f"0 to 1 (loss {self.loss})", got=f"{out.min():g} to {out.max():g}"
-            )
-        return out[:, None] if column else out
+        out = y if isinstance(y, StoredArray) else np.ascontiguousarray(y, np.float32)
+        for some in chunks(out) if LABELS_OF[self.loss] == MULTI and out.size and not known else ():
+            if not (some.min() >= 0 and some.max() <= 1):
+                got = f"{some.min():g} to {some.max():g}"
+                raise DataError("a label is out of range", expected=f"0 to 1 (loss {self.loss})", got=got)
+        return out[:][:, None] if column else out
 
     def count(self, y: Array) -> int:
         """How many labels of these count."""
         return int(np.count_nonzero(y != self.ignored)) if self.ignored is not None else y.size
 
-    def _unfit(self, y: Array, hint: str) -> DataError:
+    def _unfit(self, y: Inputs, hint: str) -> DataError:
         what = "numbers from 0 to 1" if LABELS_OF[self.loss] == MULTI else "numbers"
-        what = "whole numbers" if self.whole or self.loss == "cross_entropy" else what
+        what = "whole numbers" if self.takes_whole else what
         kind = "whole numbers" if y.dtype.kind in "iu" else "numbers"
         return DataError(
             f"labels for loss {self.loss}",
@@ -85,8 +94,12 @@ class Targets:
         )
 
 
-def class_counts(y: npt.NDArray[np.integer[Any]], classes: int, ignored: int | None = None) -> npt.NDArray[np.int64]:
+def class_counts(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArray[np.int64]:
     """Labels per class; raises `DataError` if one is out of range."""
+    return sum((_class_counts(some, classes, ignored) for some in chunks(y)), np.zeros(classes, np.int64))
+
+
+def _class_counts(y: Array, classes: int, ignored: int | None) -> npt.NDArray[np.int64]:
     counted = y.reshape(-1) if ignored is None else y[y != ignored]
     low, high = (int(counted.min()), int(counted.max())) if counted.size else (0, 0)
     if low < 0 or high >= classes:
@@ -100,7 +113,7 @@ def class_counts(y: npt.NDArray[np.integer[Any]], classes: int, ignored: int | N
     return np.bincount(counted, minlength=classes).astype(np.int64)
 
 
-def log_prior(y: npt.NDArray[np.integer[Any]], classes: int, ignored: int | None = None) -> npt.NDArray[np.float32]:
+def log_prior(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArray[np.float32]:
     """Log of the smoothed label shares: log((n_c + 0.1) / (n + 0.1·C)).
 
     It is added to the logits in the loss (logit adjustment, Menon et al., arXiv:2007.07314) and, because a device
@@ -111,14 +124,12 @@ def log_prior(y: npt.NDArray[np.integer[Any]], classes: int, ignored: int | None
     return np.asarray(np.log(shares), np.float32)
 
 
-def class_presence(
-    y: npt.NDArray[np.integer[Any]], classes: int, ignored: int | None = None
-) -> npt.NDArray[np.float32]:
+def class_presence(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArray[np.float32]:
     """1 for every class that has a sample, else 0."""
     return np.asarray(class_counts(y, classes, ignored) > 0, np.float32)
 
 
-def class_weights(y: npt.NDArray[np.integer[Any]], classes: int, ignored: int | None = None) -> npt.NDArray[np.float32]:
+def class_weights(y: Inputs, classes: int, ignored: int | None = None) -> npt.NDArray[np.float32]:
     """Loss weights that make all present classes count alike: n / (present classes · n_c), 0 for absent ones."""
     counts = class_counts(y, classes, ignored).astype(np.float64)
     present = counts > 0
@@ -127,10 +138,10 @@ def class_weights(y: npt.NDArray[np.integer[Any]], classes: int, ignored: int | 
     return np.asarray(out, np.float32)
 
 
-def positive_weights(y: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def positive_weights(y: Inputs) -> npt.NDArray[np.float32]:
     """Weights of positive labels [n, K, ...] of `bce`: negatives over positives; 1 where a class lacks either."""
     axes = (0, *range(2, y.ndim))
-    positive = y.sum(axis=axes, dtype=np.float64)
+    positive = sum((some.sum(axis=axes, dtype=np.float64) for some in chunks(y)), np.zeros(y.shape[1], np.float64))
     negative = y.size / y.shape[1] - positive
     mixed = (positive > 0) & (negative > 0)
     out = np.ones(y.shape[1], np.float64)
@@ -151,7 +162,7 @@ class LogitAdjustment:
     present: tuple[float, ...] | None = None
 
     @classmethod
-    def of(cls, y: npt.NDArray[np.integer[Any]], recipe: Recipe, classes: int) -> LogitAdjustment:
+    def of(cls, y: Inputs, recipe: Recipe, classes: int) -> LogitAdjustment:
         offset = log_prior(y, classes, recipe.ignore_label) if recipe.logit_adjustment else None
         present = class_presence(y, classes, recipe.ignore_label) if recipe.mask_absent_classes else None
         return cls(
@@ -178,7 +189,7 @@ def hits(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDA
     return None
 
 
-def loss_terms(y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
+def loss_terms(y: Inputs, recipe: Recipe, classes: int) -> dict[str, Array]:
     """The vectors over classes and the numbers that a recipe brings into the loss, by input name of the training graph.
 
     `y` are all training labels.
@@ -190,7 +201,7 @@ def loss_terms(y: Array, recipe: Recipe, classes: int) -> dict[str, Array]:
         out[step_contract.CLASS_WEIGHT] = (
             class_weights(y, classes, recipe.ignore_label)
             if recipe.loss == "cross_entropy"
-            else positive_weights(np.asarray(y, np.float32))
+            else positive_weights(y if isinstance(y, StoredArray) else np.asarray(y, np.float32))
         )
     if features.class_mask:
         out[step_contract.CLASS_MASK] = class_presence(y, classes, recipe.ignore_label)

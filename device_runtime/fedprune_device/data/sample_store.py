@@ -28,6 +28,7 @@ from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFu
 from fedprune.core.validation import whole
 from fedprune.planning.costs import HELD_BYTES
 from fedprune_device.data.dataset import LocalData, fits
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict
 from fedprune_device.data.segment_log import HEAD_BYTES, Kind, LogRecord, RecordPosition, SegmentLog, digest
 from fedprune_device.data.splits import SplitShares, claimed
@@ -261,7 +262,7 @@ class SampleStore:
         with self._lock:
             return {**census(self._reservoir, self._shares), "disk_bytes": self._log.size}
 
-    def snapshot(self, shape: Sequence[int | str | None] | None = None) -> LocalData:
+    def snapshot(self, shape: Sequence[int | str | None] | None = None, targets: Targets | None = None) -> LocalData:
         """All labelled samples of this shape, as they are now; later changes don't affect them."""
         with self._lock:
             rows = [(n, c) for c, names in self._reservoir.kept().items() if c != UNLABELLED for n in names]

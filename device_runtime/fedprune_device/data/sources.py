@@ -6,12 +6,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedprune_device.data.audio_decoding import Audio
 from fedprune_device.data.dataset import SampleSource, load_data
 from fedprune_device.data.image_decoding import Pixels
-from fedprune_device.data.image_folder import ImageFolder
 from fedprune_device.data.reservoir import Limits
+from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.sample_store import SampleStore
 from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.table_windows import TableFile, is_table
 
 LOCAL = "local"  # name of the source that applications on the board fill
 
@@ -20,7 +22,7 @@ _LARGEST_ROOM = 2**40
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Where samples come from, how images become samples, and how many are kept and held out."""
+    """Where samples come from, how files become samples, and how many are kept and held out."""
 
     data: str
     device: str
@@ -30,6 +32,7 @@ class SampleOptions:
     class_names: tuple[str, ...]
     image_mean: tuple[float, ...]
     image_deviation: tuple[float, ...]
+    audio_rate: int
     samples_most: int
     samples_bytes: int = 0
 
@@ -49,8 +52,11 @@ class SampleOptions:
         return self.fixed(spool=state)
 
     def fixed(self, class_names: tuple[str, ...] = (), spool: Path | None = None) -> SampleSource:
-        """The samples of a file, a function or a folder of images, with copies of large arrays in `spool`."""
+        """The samples of a file, a table, a function or a folder of files, with copies of large arrays in `spool`."""
         source, names = Path(self.data), self.class_names or class_names
         if source.is_dir():
-            return ImageFolder(source, self.pixels, self.shares, self.samples_most, names, spool)
+            formats = self.pixels, Audio(self.audio_rate)
+            return SampleFolder(source, formats, self.shares, self.samples_most, names, spool)
+        if is_table(source):
+            return TableFile(source, self.shares, self.samples_most, names, spool)
         return load_data(self.data, self.seed, self.device, self.validation_share, spool=spool)

@@ -36,6 +36,10 @@ class SplitShares:
         """The part that a sample belongs to, for ever."""
         text = "\x1f".join([str(self.seed), self.device, "part", name])
         number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+        return self.part_at(number)
+
+    def part_at(self, number: float) -> str:
+        """The part that a number from 0 to 1 belongs to."""
         if number < self.test:
             return "test"
         return "val" if number < self.test + (1 - self.test) * self.validation else "train"

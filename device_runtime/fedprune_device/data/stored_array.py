@@ -71,7 +71,8 @@ class StoredArray:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.int64 if self.stored.kind == "i" else np.float32)
+        whole = self.stored.kind in "iu" and self.convert is None
+        return np.dtype(np.int64 if whole else np.float32)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,6 +81,10 @@ class StoredArray:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -150,11 +155,18 @@ class StoredArray:
         )
 
 
-Inputs: TypeAlias = "Array | StoredArray"  # samples in memory or on the disk: both give some as an array by `x[rows]`
+Inputs: TypeAlias = (
+    "Array | StoredArray"  # samples or labels in memory or on the disk: both give some as an array by `x[rows]`
+)
 
 
 def select(x: Inputs, rows: Rows) -> Inputs:
     return x.select(rows) if isinstance(x, StoredArray) else x[rows]
+
+
+def chunks(x: Inputs) -> Iterator[Array]:
+    """All samples in order: an array in memory at once, a stored one a few samples at a time."""
+    return x.chunks() if isinstance(x, StoredArray) else iter((x,))
 
 
 def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None) -> Inputs:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fedprune.core.errors import ExitCode, FedpruneError
-from fedprune.core.metrics import served
+from fedprune.core.metrics import all_served
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.messages import Alive, BlobNotFound, BlobRequest, Message, Offer, Progress, Refusal, Update
 from fedprune.wire.queues import HIGH_WATER
@@ -47,14 +47,14 @@ class BoardStatus:
             "alone": False,
         }
         self._error: dict[str, Any] | None = None
-        self._measured: dict[str, float | None] = {"accuracy": None, "loss": None}
+        self._measured: dict[str, float] = {}
 
     def working(self, offer: Offer, status: tuple[str, int, int], *, alone: bool = False) -> None:
         self._at(offer, *status, alone=alone)
 
     def announcing(self, update: Update) -> None:
         self._at(update, "announce")
-        self._measured = {kind: served(update.metrics, kind) for kind in ("accuracy", "loss")}
+        self._measured = all_served(update.metrics)
 
     def idle(self) -> None:
         if self._work["phase"] != "idle":
@@ -64,7 +64,7 @@ class BoardStatus:
         self._error = {"job": offer.job, "round": offer.round, "reason": reason[:500]}
 
     def to_dict(self) -> dict[str, Any]:
-        return {"connected": self.connected, **self._work, "last_error": self._error, **self._measured}
+        return {"connected": self.connected, **self._work, "last_error": self._error, "metrics": self._measured}
 
     def _at(self, what: Offer | Update, phase: str, done: int = 0, total: int = 0, *, alone: bool = False) -> None:
         counted = {"phase": phase, "done": done, "total": total}

@@ -131,14 +131,18 @@ def _of_places(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Seq
         yield f"{i}: {shape}, {', '.join(shown) or 'nothing'}"
 
 
+def targets_of(outputs: npt.NDArray[np.float32], loss: str, ignored: int | None = None) -> Targets:
+    """The labels that outputs [n, K, ...] are compared with."""
+    return Targets(loss, outputs.shape[1], outputs.shape[2 if loss == "cross_entropy" else 1 :], ignored)
+
+
 def judged(outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], loss: str) -> str:
     """How well outputs [n, K, ...] predict labels; of places those count whose label is a class."""
     if loss == "cross_entropy" and outputs.ndim > 2 and y.shape == (len(outputs), *outputs.shape[2:]):
         counted = (y >= 0) & (y < outputs.shape[1])
         share = np.mean((outputs.argmax(1) == y)[counted]) if counted.any() else 0.0
         return f"accuracy {share:.4f} on {quantity(int(counted.sum()), 'place')} of {quantity(len(y), 'sample')}"
-    shape = outputs.shape[2:] if loss == "cross_entropy" else outputs.shape[1:]
-    wanted = Targets(loss, outputs.shape[1], shape)(y)
+    wanted = np.asarray(targets_of(outputs, loss)(y))
     right = hits(loss, outputs, wanted)
     if right is None:
         error = np.sqrt(np.mean((outputs.astype(np.float64) - wanted) ** 2))

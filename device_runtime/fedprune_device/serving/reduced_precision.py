@@ -114,7 +114,7 @@ class PrecisionCheck:
     def __init__(self, whole: Predictor, data: LocalData, recipe: Recipe, targets: Targets) -> None:
         validated = len(data.y_val) > 0
         self._x = (data.x_val if validated else data.x_train)[:SAMPLES]
-        self._y = targets((data.y_val if validated else data.y_train)[:SAMPLES])
+        self._y = np.asarray(targets((data.y_val if validated else data.y_train)[:SAMPLES]))
         self._loss, self._at_once = recipe.loss, recipe.micro_batch
         self._reference = whole.predict(self._x, self._at_once)
 

@@ -79,7 +79,7 @@ class Evaluation:
         return {name: value for name, value in self.metrics.items() if math.isfinite(value)}
 
     def _add(self, model: Predictor, split: str, name: str) -> bool:
-        """Loss and, where classes are predicted, accuracy on one split, if it has samples."""
+        """Loss, accuracy where classes are predicted, and the recipe's metric on one split, if it has samples."""
         x, y = getattr(self._data, f"x_{split}"), getattr(self._data, f"y_{split}")
         if not len(y):
             return False
@@ -87,11 +87,7 @@ class Evaluation:
         for at in range(0, len(y), self._at_once):  # outputs may take more memory than samples
             some = slice(at, at + self._at_once)
             found.append(self._objective(self._own(model.predict(x[some], self._at_once)), y[some]))
-        whole = Measure.of(found)
-        if whole.accuracy is not None:
-            self.metrics[f"accuracy_{name}"] = whole.accuracy
-        if whole.weight:
-            self.metrics[f"loss_{name}"] = whole.loss
+        self.metrics |= {f"{k}_{name}": v for k, v in self._objective.metrics(Measure.of(found)).items()}
         return True
 
     def _measured(self, outputs: npt.NDArray[np.float32], y: npt.NDArray[Any], terms: Terms) -> Measure:

@@ -1,7 +1,9 @@
-"""The loss and score of a model's outputs, as its training graph computes them from there on."""
+"""The loss and metrics of a model's outputs, as its training graph computes them from there on."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,10 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.step_contract import first_step, weight_of
-from fedprune.runtime.onnx_subgraph import part_for
+from fedprune.runtime.onnx_subgraph import metadata_of, part_for
 from fedprune.runtime.session import Session
 from fedprune_device.data.labels import Targets
 
@@ -22,13 +25,15 @@ Array = npt.NDArray[Any]
 class Measure(NamedTuple):
     """A loss, what it weighs among other batches' losses, and how many of how many labels are right.
 
-    `hits` is None where numbers are predicted, of which none is right or wrong.
+    `hits` is None where numbers are predicted, of which none is right or wrong; `sums` [k] (float64) are those of the
+    recipe's metric, if it has one.
     """
 
     loss: float
     weight: float
     hits: int | None
     labels: int
+    sums: npt.NDArray[np.float64] | None = None
 
     @property
     def accuracy(self) -> float | None:
@@ -41,7 +46,29 @@ class Measure(NamedTuple):
         weight = sum(m.weight for m in parts)
         loss = sum(m.loss * m.weight for m in parts) / weight if weight else math.nan
         hits = None if parts[0].hits is None else sum(m.hits or 0 for m in parts)
-        return cls(loss, weight, hits, sum(m.labels for m in parts))
+        found = [m.sums for m in parts if m.sums is not None]
+        return cls(loss, weight, hits, sum(m.labels for m in parts), np.sum(found, axis=0) if found else None)
+
+
+class _Metric:
+    """The metric in a training graph's metadata."""
+
+    def __init__(self, text: str) -> None:
+        try:
+            graph = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ModelError("the training graph's metric", expected="an ONNX file in base64") from error
+        self._sums = Session(part_for(graph, [step_contract.SUMS]))
+        self._value = Session(part_for(graph, [step_contract.VALUE], given=[step_contract.SUMS]))
+
+    def sums(self, outputs: npt.NDArray[np.float32], labels: Array) -> npt.NDArray[np.float64]:
+        feeds = {step_contract.LOGITS: outputs, step_contract.Y: labels}
+        found = self._sums.run({n: v for n, v in feeds.items() if n in self._sums.inputs}, [step_contract.SUMS])
+        return found[step_contract.SUMS].astype(np.float64)
+
+    def value(self, sums: npt.NDArray[np.float64]) -> float:
+        found = self._value.run({step_contract.SUMS: sums.astype(np.float32)}, [step_contract.VALUE])
+        return float(found[step_contract.VALUE])
 
 
 class Objective:
@@ -59,6 +86,8 @@ class Objective:
         outputs = [step_contract.LOSS, step_contract.HITS] if scores else [step_contract.LOSS]
         self._session = Session(part_for(graph, outputs, given=[step_contract.LOGITS]))
         self._outputs, self._recipe, self._classes = outputs, recipe, classes
+        text = metadata_of(graph).get(step_contract.METRIC)
+        self._metric = _Metric(text) if recipe.metric and text is not None else None
         kind, shape = self._session.inputs[step_contract.Y]
         self.targets = Targets.of(recipe, classes, shape[1:], whole=kind == "tensor(int64)")
         """The labels that it takes."""
@@ -84,4 +113,14 @@ class Objective:
             feeds[step_contract.Y_PARTNER] = labels
         found = self._session.run({**feeds, step_contract.LOGITS: outputs, step_contract.Y: labels}, self._outputs)
         hits = int(found[step_contract.HITS]) if step_contract.HITS in found else None
-        return Measure(float(found[step_contract.LOSS]), weight, hits, self.targets.count(labels))
+        sums = None if self._metric is None else self._metric.sums(outputs, labels)
+        return Measure(float(found[step_contract.LOSS]), weight, hits, self.targets.count(labels), sums)
+
+    def metrics(self, whole: Measure) -> dict[str, float]:
+        """Loss, accuracy and the recipe's metric, as far as they are defined for these samples and finite."""
+        found = {"loss": whole.loss if whole.weight else math.nan}
+        if whole.accuracy is not None:
+            found["accuracy"] = whole.accuracy
+        if self._metric is not None and whole.sums is not None:
+            found[self._recipe.judged_by] = self._metric.value(whole.sums)
+        return {name: value for name, value in found.items() if math.isfinite(value)}

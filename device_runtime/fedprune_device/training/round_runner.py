@@ -125,11 +125,11 @@ class RoundRunner:
         weights = self._weights(offer)
         mask = None if offer.mask is None else self._blob(offer.mask)
         trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training))
-        data = self._data.snapshot(trainer.input_shape)
+        wanted = trainer.targets(recipe, offer.classes)
+        data = self._data.snapshot(trainer.input_shape, wanted)
         work = LocalUpdate(
             offer, recipe, weights, mask, trainer, self._states, self._device, data, lambda: self._noise(offer)
         )
-        wanted = trainer.targets(recipe, offer.classes)
         data.check(wanted, trainer.input_shape, token_ids=trainer.token_ids)
         self._blob(offer.inference)
         kits = self.lowering.wanted(offer).lowered or {}

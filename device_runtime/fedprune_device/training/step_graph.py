@@ -20,6 +20,7 @@ from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Part
 from fedprune_device.data.labels import Targets, loss_terms
+from fedprune_device.data.stored_array import Inputs
 from fedprune_device.training.objective import Objective
 
 Array = npt.NDArray[Any]
@@ -146,7 +147,7 @@ class StepGraph:
         return bool(self._sums)
 
     def constants(
-        self, tensors: Mapping[str, Array], y: Array, recipe: Recipe, classes: int, mask: ElementMask | None = None
+        self, tensors: Mapping[str, Array], y: Inputs, recipe: Recipe, classes: int, mask: ElementMask | None = None
     ) -> dict[str, Array]:
         """The inputs that are the same in every step; `y` are all training labels, as `targets` gives them.
 
@@ -156,7 +157,7 @@ class StepGraph:
         feeds |= self.masking(tensors, recipe, mask)
         moving = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
         wanted = set(self._session.inputs) - moving - {*self.names, *self.states, *self.squares, *self._sums}
-        classifies = self._classifies if recipe.loss == CUSTOM else recipe.loss == "cross_entropy"
+        classifies = self._classifies if recipe.loss == CUSTOM else recipe.features.counts
         scores = recipe.features.scores
         whole = not self._sums and recipe.features.accumulate
         mute = not self.gradients and recipe.report_squares
@@ -170,10 +171,10 @@ class StepGraph:
 
     def targets(self, recipe: Recipe, classes: int) -> Targets:
         """The labels that the graph takes. Raises `TrainingError` if the recipe's loss takes others."""
-        if recipe.loss != CUSTOM and (recipe.loss == "cross_entropy") != self._classifies:
+        if recipe.loss != CUSTOM and recipe.features.counts != self._classifies:
             raise TrainingError(
                 "training graph and recipe don't fit each other",
-                expected="classes as labels" if self._classifies else "numbers as labels",
+                expected="whole numbers as labels" if self._classifies else "numbers as labels",
                 got=f"loss {recipe.loss}",
             )
         return Targets.of(recipe, classes, self._target_shape, whole=self._classifies)

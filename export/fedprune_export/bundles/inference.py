@@ -110,8 +110,8 @@ def check_origin(bundle: Bundle, model: Model) -> None:
     """Make sure that a bundle was cut from a model. Raises `BundleError` if it belongs to another architecture."""
     if bundle.architecture.digest != model.architecture.digest:
         raise BundleError(
-            f"{bundle.folder} was not cut from {model.architecture.name} as it was imported here",
-            expected=f"architecture {bundle.architecture.digest[:12]}",
+            f"{bundle.folder} was not cut from the given model as it was imported here",
+            expected=f"architecture {bundle.architecture.digest[:12]} of {bundle.architecture.name}",
             got=model.architecture.digest[:12],
             hint="Give the model of the export, with the same --output, --parameters and --prefer.",
         )

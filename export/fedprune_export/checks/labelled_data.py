@@ -85,6 +85,12 @@ def measured(path: Path, model: Model, recipe: Recipe) -> LabelledData:
 
     Raises `DataError` if the file can't be read, or its samples don't fit the model.
     """
+    if LABELS_OF[recipe.loss] not in LABELS:
+        raise DataError(
+            f"samples to measure a model of loss {recipe.loss!r} on",
+            expected="none",
+            hint="Its labels don't say which outputs are right; leave --data (data=) out.",
+        )
     dtype = model.graph.inputs[0].dtype
     data = read(path, model.architecture, dtype, LABELS_OF[recipe.loss], recipe.ignore_label)
     return replace(data, whole=data.score_of(model.graph))

@@ -13,7 +13,7 @@ import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
-from fedprune.model.recipe import CUSTOM, LABELS_OF, Recipe
+from fedprune.model.recipe import CUSTOM, LABELS_OF, METRICS_OF, Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 
@@ -55,6 +55,12 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
         "package.module:function of outputs and labels, or an ONNX file",
     )
     group.add_argument(
+        "--metric",
+        metavar="METRIC",
+        help="by what models are judged besides accuracy and loss: miou, perplexity, ap, rmse, mae, or one of your "
+        "own, given as a loss is",
+    )
+    group.add_argument(
         "--labels",
         choices=tuple(_LOSS_OF),
         help="what labels are: the number of a class, a 0 or 1 per class, or values; it chooses the loss",
@@ -87,8 +93,9 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         chosen["output"] = arguments.output
     if arguments.prefer is not None:
         chosen["prefer"] = arguments.prefer
-    if (loss := own_loss(arguments)) is not None:
-        chosen["loss"] = loss
+    for name in ("loss", "metric"):
+        if (own := own_graph(arguments, name)) is not None:
+            chosen[name] = own
     if arguments.parameters is not None:
         chosen["parameters"] = _names_in(arguments.parameters)
     return fx.load(arguments.model if source is None else source, **chosen)
@@ -146,15 +153,16 @@ def read_probe(arguments: argparse.Namespace) -> ProbeReport | None:
         raise ProfileError(f"{arguments.probe}: {error}") from error
 
 
-def own_loss(arguments: argparse.Namespace) -> str | None:
-    """The loss of a user's own that the command line names; None for one of the built-in ones, or none."""
-    text: str | None = getattr(arguments, "loss", None)
-    if text is None or (text in LABELS_OF and text != CUSTOM):
+def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
+    """The user's own `loss` or `metric` that the command line names; None for a built-in one, or none."""
+    text: str | None = getattr(arguments, name, None)
+    built_in = [n for n in (LABELS_OF if name == "loss" else METRICS_OF["own"]) if n != CUSTOM]
+    if text is None or text in built_in:
         return None
     if ":" not in text and not text.endswith(".onnx"):
         raise UsageError(
-            "--loss",
-            expected=f"{', '.join(n for n in LABELS_OF if n != CUSTOM)}, package.module:function, or a file .onnx",
+            f"--{name}",
+            expected=f"{', '.join(built_in)}, package.module:function, or a file .onnx",
             got=repr(text),
         )
     return text
@@ -163,7 +171,8 @@ def own_loss(arguments: argparse.Namespace) -> str | None:
 def read_recipe(arguments: argparse.Namespace) -> Recipe:
     """The recipe of a command line: that of the file, with the options in its place."""
     body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
-    word = CUSTOM if own_loss(arguments) is not None else arguments.loss
+    word = CUSTOM if own_graph(arguments, "loss") is not None else arguments.loss
+    metric = CUSTOM if own_graph(arguments, "metric") is not None else arguments.metric
     if word and arguments.labels and LABELS_OF[word] != arguments.labels:
         raise UsageError(
             f"--loss {arguments.loss} compares with labels of another kind",
@@ -174,6 +183,7 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
         body["loss"] = _LOSS_OF[arguments.labels]
     for key, value in (
         ("loss", word),
+        ("metric", metric),
         ("label_smoothing", arguments.label_smoothing),
         ("huber_delta", arguments.huber_delta),
     ):

@@ -6,7 +6,7 @@ Not here: writing models back out (`bundles.conversion`).
 from fedprune_export.importing.load import check_input, import_onnx, load, read_source, torch_module
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.torch_export import export_torch
-from fedprune_export.importing.user_loss import with_loss_of
+from fedprune_export.importing.user_graphs import with_graphs_of
 
 __all__ = [
     "PARAMETERS_KEY",
@@ -16,5 +16,5 @@ __all__ = [
     "load",
     "read_source",
     "torch_module",
-    "with_loss_of",
+    "with_graphs_of",
 ]

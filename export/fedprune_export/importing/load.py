@@ -18,10 +18,19 @@ from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
+from fedprune_export.importing.packing import INPUTS_KEY, OUTPUTS_KEY, pieces
 from fedprune_export.importing.timm_models import PREFIX, timm_model, timm_name
 from fedprune_export.importing.torch_export import export_torch, factory_product
-from fedprune_export.importing.user_loss import KEY as LOSS_KEY
-from fedprune_export.importing.user_loss import embed, embedded, import_loss, read_loss
+from fedprune_export.importing.user_graphs import (
+    LOSS_KEY,
+    METRIC_KEY,
+    embed,
+    embedded,
+    import_loss,
+    import_metric,
+    read_loss,
+    read_metric,
+)
 from fedprune_export.pruning.model import Model
 
 __all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source", "torch_module"]
@@ -39,6 +48,7 @@ def load(
     parameters: Sequence[str] | None = None,
     prefer: Prefer | None = None,
     loss: object = None,
+    metric: object = None,
 ) -> Model:
     """Import a model.
 
@@ -57,6 +67,9 @@ def load(
         loss: A loss of your own, for recipes with loss "custom": a torch function or module of outputs and labels,
             `package.module:function`, or an ONNX file. It gives one number per sample [n]; labels are like outputs,
             unless its attributes `target_shape` (of one sample) and `target_dtype` ("int64") say something else.
+        metric: A metric of your own, for recipes with metric "custom", given as a loss is. Its numbers per sample [n]
+            are averaged; or they are rows [n, k] and its attribute `value` is a function of their sums [k]. More is
+            better.
     """
     instance("name", name, (str, NoneType), "a text", error=ModelError)
     if input_shape is not None:
@@ -66,9 +79,10 @@ def load(
         parameters = texts("parameters", parameters, error=ModelError)
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
-        raw = _with_loss(export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name), loss, output)
+        raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
+        raw = _with_own(raw, loss, metric, output)
         return import_onnx(raw, name, output=output, parameters=parameters, prefer=prefer)
-    raw = _with_loss(read_source(source, input_shape=input_shape, token_ids=token_ids), loss, output)
+    raw = _with_own(read_source(source, input_shape=input_shape, token_ids=token_ids), loss, metric, output)
     text = str(source)
     default = text.rpartition(":")[2] if _is_factory(text) or text.startswith(PREFIX) else Path(text).stem
     try:
@@ -103,6 +117,7 @@ def read_source(
     parameters: Sequence[str] | None = None,
     prefer: Prefer | None = None,
     loss: object = None,
+    metric: object = None,
 ) -> bytes:
     """A model as the bytes of one ONNX file, which `import_onnx` takes; choices (as for `load`) are written into it.
 
@@ -118,7 +133,7 @@ def read_source(
         raw = export_torch(factory_product(text), input_shape=input_shape, token_ids=token_ids, name=text)
     else:
         raw = read_model_file(Path(source))
-    raw = _with_loss(raw, loss, output)
+    raw = _with_own(raw, loss, metric, output)
     if output is None and parameters is None and prefer is None:
         return raw
     proto = parse(raw)
@@ -165,7 +180,13 @@ def import_onnx(
 
 
 def _imported(
-    raw: bytes, name: str, output: str | None, parameters: Sequence[str] | None, prefer: Prefer | None
+    raw: bytes,
+    name: str,
+    output: str | None,
+    parameters: Sequence[str] | None,
+    prefer: Prefer | None,
+    *,
+    pack: bool = False,
 ) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
@@ -175,15 +196,17 @@ def _imported(
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)
     frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
     chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
-    same = proto is given and output is None and len(proto.graph.output) == 1
-    normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None)
+    same = proto is given and output is None and len(proto.graph.output) == len(proto.graph.input) == 1
+    packs = pack or LOSS_KEY in texts
+    normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None, pack=packs)
     found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen)
     tied = metadata.tied(texts)
     unused = metadata.unused(texts)
     said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused)]
     notes = tuple(dict.fromkeys([*said, *normal.notes, *found.notes]))
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
-    normal.graph.metadata = {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
+    packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY)}
+    normal.graph.metadata = packing | {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
     if still:
         normal.graph.metadata[metadata.FROZEN_KEY] = json.dumps(still)
     if tied:
@@ -192,20 +215,26 @@ def _imported(
         normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
-    own = embedded(texts[LOSS_KEY]) if LOSS_KEY in texts else None
-    if own is not None:
-        normal.graph.metadata[LOSS_KEY] = texts[LOSS_KEY]
-    loss = None if own is None else import_loss(own, found.architecture.output_shape)
-    model = Model(normal.graph, found.architecture, notes, found.values, still, loss)
+    own = {key: embedded(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
+    normal.graph.metadata |= {key: texts[key] for key in own}
+    outputs = found.architecture.output_shape
+    loss = import_loss(own[LOSS_KEY], outputs) if LOSS_KEY in own else None
+    metric = import_metric(own[METRIC_KEY], outputs) if METRIC_KEY in own else None
+    model = Model(normal.graph, found.architecture, notes, found.values, still, loss, metric)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
 
 
-def _with_loss(raw: bytes, loss: object, output: str | None) -> bytes:
-    """A model's file with a loss in it, if one is given."""
-    if loss is None:
+def _with_own(raw: bytes, loss: object, metric: object, output: str | None) -> bytes:
+    """A model's file with a loss and a metric in it, as far as they are given."""
+    if loss is None and metric is None:
         return raw
-    return embed(raw, read_loss(loss, import_onnx(raw, "model", output=output).architecture.output_shape))
+    model = _imported(raw, "model", output, None, None, pack=loss is not None)
+    outputs = model.architecture.output_shape
+    parts = pieces(model.graph.metadata, OUTPUTS_KEY)
+    if loss is not None:
+        raw = embed(raw, LOSS_KEY, read_loss(loss, outputs, parts))
+    return raw if metric is None else embed(raw, METRIC_KEY, read_metric(metric, outputs, parts))
 
 
 def _preferred(text: str) -> Prefer:

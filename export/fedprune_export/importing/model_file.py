@@ -11,7 +11,7 @@ from pathlib import Path
 import onnx
 
 from fedprune.core.disk import MOST_BYTES, open_file, read_file
-from fedprune.core.errors import ModelError, reason, shown
+from fedprune.core.errors import ModelError, reason, remedy, shown
 from fedprune.output.extras import install_command
 
 _BARE = re.compile(r"[a-z][a-z0-9_]{2,60}")  # what looks like a network's name more than like a file's
@@ -25,6 +25,8 @@ def read_model_file(path: Path) -> bytes:
     try:
         raw = read_file(path)
     except OSError as error:
+        if isinstance(error, PermissionError):
+            raise ModelError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
         hint = "Give an ONNX file, a torch factory as package.module:factory, or timm:NAME."
         if _BARE.fullmatch(str(path)):
             hint += (

@@ -20,6 +20,7 @@ from fedprune.model.step_contract import LOGITS, RESERVED, X
 from fedprune.runtime.session import Session
 from fedprune_export.importing.checks import check_indices, check_nodes, compare
 from fedprune_export.importing.metadata import shown_names
+from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
 from fedprune_export.importing.patterns import find_activations, find_norms
 from fedprune_export.importing.simplification import (
@@ -58,25 +59,35 @@ class Normalised:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def normalise(model: onnx.ModelProto, parameters: frozenset[str] | None = None, raw: bytes | None = None) -> Normalised:
+def normalise(
+    model: onnx.ModelProto,
+    parameters: frozenset[str] | None = None,
+    raw: bytes | None = None,
+    *,
+    pack: bool = False,
+) -> Normalised:
     """Bring a model into the compiler's form and check that it still computes the same.
 
-    Raises `ModelError` if it has several inputs or outputs, a fixed batch, control flow, numbers in other types than
-    float32, or operators that opset 17 has no form of.
+    Several inputs become parts of one. Raises `ModelError` if the model has several outputs, a fixed batch, control
+    flow, numbers in other types than float32, or operators that opset 17 has no form of.
 
     Args:
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
             nodes are truly tied. Otherwise parameters are recognised by their use.
         raw: The model's bytes, where they are at hand.
+        pack: Whether several outputs become parts of one, instead of being refused.
     """
     if not model.graph.node:
         raise ModelError("the model has no operators")
     constants = {o for n in model.graph.node if n.op_type == "Constant" for o in n.output}
     graph = Graph.from_proto(upgraded(model))
-    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     notes: list[str] = []
     check_nodes(graph)
+    pack_inputs(graph, notes)
+    if pack:
+        pack_outputs(graph, notes)
     _check_ports(graph)
+    constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     _name_nodes(graph)
     graph.prune()
     reference, output = graph.copy(), graph.outputs[0].name

@@ -14,12 +14,12 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
 
-from fedprune.core.errors import MissingExtraError, ModelError, reason, shape_text
+from fedprune.core.errors import MissingExtraError, ModelError, meant, reason, shape_text
 from fedprune.core.imports import own_module
 from fedprune_export.importing import metadata
 
@@ -38,7 +38,8 @@ def export_torch(
     Args:
         made: The module, or a pair of the module and an example input (with a batch), which may be int64.
         input_shape: One sample's shape; else that of the example, else the module's attribute `input_shape`. The
-            module's attribute `input_dtype` says that the input is int64.
+            module's attribute `input_dtype` says that the input is int64. Of a module with several inputs these
+            attributes are mappings by the names of its arguments, in their order.
         token_ids: Whether the input is int64, where neither the example nor the module says it.
     """
     torch = torch_package()
@@ -46,19 +47,20 @@ def export_torch(
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
     modes = [(part, part.training) for part in module.modules()]
-    sample = _sample(module, example, input_shape, token_ids, name)
+    samples = _samples(module, example, input_shape, token_ids, name)
     module.eval()
     try:
-        proto = exported(module, (sample,))
+        proto = exported(module, samples)
     except Exception as error:
-        shape = shape_text("n", *sample.shape[1:])
+        shapes = " and ".join(shape_text("n", *sample.shape[1:]) for sample in samples)
         raise ModelError(
-            f"{name}: torch can't export it for input {shape} ({reason(innermost(error))})",
-            hint="Check that the module takes one tensor of this shape, with any batch, and returns one tensor."
-            + ("" if sample.dtype == torch.int64 else " If it takes token ids, add --token-ids."),
+            f"{name}: torch can't export it for input {shapes} ({reason(innermost(error))})",
+            hint="Check that the module takes tensors of these shapes, with any batch, returns tensors, and "
+            "decides nothing by the values of tensors (if, while)."
+            + ("" if samples[0].dtype == torch.int64 else " If it takes token ids, add --token-ids."),
         ) from error
     else:
-        _list_tensors(torch, module, sample, proto, name)
+        _list_tensors(torch, module, samples, proto, name)
     finally:
         for part, training in modes:
             part.training = training
@@ -93,9 +95,19 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
     return proto
 
 
-def _sample(module: Any, example: Any, input_shape: Sequence[int] | None, token_ids: bool, name: str) -> Any:
-    """Two samples of zeros, for the exporter to look at."""
+def _samples(
+    module: Any, example: Any, input_shape: Sequence[int] | None, token_ids: bool, name: str
+) -> tuple[Any, ...]:
+    """Two samples of zeros, for the exporter to look at: a tensor for each argument."""
     torch = torch_package()
+    several = getattr(module, "input_shape", None)
+    if input_shape is None and example is None and isinstance(several, Mapping):
+        kinds = getattr(module, "input_dtype", {})
+        kinds = kinds if isinstance(kinds, Mapping) else dict.fromkeys(several, kinds)
+        return tuple(
+            torch.zeros((2, *map(int, shape)), dtype=_dtype(kinds.get(argument, torch.float32), _INPUTS, name))
+            for argument, shape in several.items()
+        )
     shape = input_shape or (tuple(example.shape[1:]) if example is not None else None)
     shape = shape or getattr(module, "input_shape", None)
     if not shape:
@@ -104,12 +116,21 @@ def _sample(module: Any, example: Any, input_shape: Sequence[int] | None, token_
             hint="Give the module an attribute input_shape (such as (3, 32, 32)), or fedprune-export --input-shape.",
         )
     dtype = example.dtype if example is not None else getattr(module, "input_dtype", torch.float32)
-    dtype = torch.int64 if token_ids else dtype
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in (torch.float32, torch.int64):
-        raise ModelError(f"{name}: type of the input", expected="float32 or int64", got=dtype)
+    dtype = _dtype(torch.int64 if token_ids else dtype, _INPUTS[:2], name)
     device = next((p.device for p in module.parameters()), "cpu")
-    return torch.zeros((2, *map(int, shape)), device=device, dtype=dtype)
+    return (torch.zeros((2, *map(int, shape)), device=device, dtype=dtype),)
+
+
+_INPUTS = ("float32", "int64", "float16", "int32", "bool", "uint8")
+"""Types of inputs; where there is one alone, one of the first two."""
+
+
+def _dtype(given: Any, allowed: Sequence[str], name: str) -> Any:
+    """A type of torch, from its name or itself."""
+    text = str(given).rpartition(".")[2]
+    if text not in allowed:
+        raise ModelError(f"{name}: type of the input", expected=" or ".join(allowed), got=given)
+    return getattr(torch_package(), text)
 
 
 def _separate_names(graph: Any) -> None:
@@ -122,14 +143,14 @@ def _separate_names(graph: Any) -> None:
             taken.add(value.name)
 
 
-def _list_tensors(torch: Any, module: Any, sample: Any, proto: onnx.ModelProto, name: str) -> None:
+def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
     """Give tensors their first name, and list what can be trained, what is frozen and what has several names."""
     firsts = _first_names([*module.named_parameters(remove_duplicate=False), *_buffers(module)])
     _rename(proto, firsts)
     parameters = dict(module.named_parameters())
     held = {t.name for t in proto.graph.initializer}
     unused = [n for n in parameters if n not in held]
-    lost = _reached(torch, module, sample, {n: parameters[n] for n in unused})
+    lost = _reached(torch, module, samples, {n: parameters[n] for n in unused})
     if lost:
         raise ModelError(
             f"{name}: weights were lost or fused in the export",
@@ -160,8 +181,8 @@ def _list_tensors(torch: Any, module: Any, sample: Any, proto: onnx.ModelProto, 
     onnx.helper.set_model_props(proto, texts)
 
 
-def _reached(torch: Any, module: Any, sample: Any, parameters: dict[str, Any]) -> list[str]:
-    """Names of those parameters on which the module's output depends."""
+def _reached(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict[str, Any]) -> list[str]:
+    """Names of those parameters on which the module's outputs depend."""
     if not parameters:
         return []
     before = {n: p.requires_grad for n, p in parameters.items()}
@@ -169,10 +190,11 @@ def _reached(torch: Any, module: Any, sample: Any, parameters: dict[str, Any]) -
         for value in parameters.values():
             value.requires_grad_(True)
         with torch.enable_grad():
-            output = module(sample)
+            made = module(*samples)
+            outputs = [o for o in (made if isinstance(made, (tuple, list)) else [made]) if o.requires_grad]
             given = [None] * len(parameters)
-            if output.requires_grad:
-                given = torch.autograd.grad(output.sum(), list(parameters.values()), allow_unused=True)
+            if outputs:
+                given = torch.autograd.grad(sum(o.sum() for o in outputs), list(parameters.values()), allow_unused=True)
     finally:
         for name, value in parameters.items():
             value.requires_grad_(before[name])
@@ -221,6 +243,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     A 3-D convolution without a bias gets one zero per channel: the exporter's zeros are a matrix.
 
+    Distances of all pairs (`cdist`, which the exporter lacks) are lengths of differences, for p = 1 and 2.
+
     A clamp is a maximum and a minimum: a Clip would look like a hardtanh, whose gradient at a bound is 0.
     The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0.
     """
@@ -248,6 +272,15 @@ def _translations() -> dict[Any, Callable[..., Any]]:
             self = self if bound is None else extreme(self, ops.CastLike(bound, self))
         return self
 
+    def cdist(a: Any, b: Any, p: float = 2.0, *_: Any) -> Any:
+        if p not in (1.0, 2.0):
+            raise NotImplementedError(f"cdist with p = {p}")
+        apart = ops.Sub(
+            ops.Unsqueeze(a, ops.Constant(value_ints=[-2])), ops.Unsqueeze(b, ops.Constant(value_ints=[-3]))
+        )
+        length = ops.ReduceL1 if p == 1.0 else ops.ReduceL2
+        return length(apart, ops.Constant(value_ints=[-1]), keepdims=0)
+
     def log_sigmoid(self: Any) -> Any:
         return ops.Neg(ops.Softplus(ops.Neg(self)))
 
@@ -259,6 +292,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         aten.clamp_min.default: lambda self, low: clamp(self, low),
         aten.clamp_max.default: lambda self, high: clamp(self, None, high),
         aten.log_sigmoid.default: log_sigmoid,
+        aten._cdist_forward.default: cdist,
     }
 
 
@@ -277,24 +311,33 @@ def factory_product(text: str) -> Any:
 
     Raises `ModelError` if there is no such factory, or it fails; `MissingExtraError` if torch is not installed.
     """
-    module_name, _, function = text.rpartition(":")
     torch = torch_package()
-    try:
-        factory = getattr(own_module(module_name), function)
-    except ImportError as error:
-        raise ModelError(
-            f"can't import {module_name} ({reason(error)})",
-            hint="Run the command in the folder of the module, or install its package.",
-        ) from error
-    except AttributeError as error:
-        raise ModelError(f"module {module_name} has no {function}") from error
-    except Exception as error:
-        raise ModelError(f"importing {module_name} failed ({type(error).__name__}: {reason(error)})") from error
+    factory = named(text)
     try:
         made = isinstance(factory, torch.nn.Module) or not callable(factory)
         return factory if made else factory()
     except Exception as error:
         raise ModelError(f"{text} failed ({type(error).__name__}: {reason(error)})") from error
+
+
+def named(text: str) -> Any:
+    """What `package.module:name` names. Raises `ModelError` if the module can't be imported or lacks the name."""
+    module_name, _, name = text.rpartition(":")
+    try:
+        module = own_module(module_name)
+    except ImportError as error:
+        raise ModelError(
+            f"can't import {module_name} ({reason(error)})",
+            hint="Run the command in the folder of the module, or install its package.",
+        ) from error
+    except Exception as error:
+        raise ModelError(f"importing {module_name} failed ({type(error).__name__}: {reason(error)})") from error
+    if not hasattr(module, name):
+        raise ModelError(
+            f"module {module_name} has no {name}{meant(name, vars(module))}",
+            hint=f"It was read from {getattr(module, '__file__', None) or 'Python itself'}.",
+        )
+    return getattr(module, name)
 
 
 def torch_package() -> Any:

@@ -81,6 +81,7 @@ class Model:
         values: Axes of every value at full width; None for an axis that follows the batch.
         frozen: Names of tensors that the model's author froze (`requires_grad=False` in torch).
         loss: Its own loss, of `logits` and `y`, which gives `loss` [n]; None where it brings none.
+        metric: Its own metric, of `logits` and `y` (`fedprune.model.step_contract.METRIC`); None where it brings none.
         training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`).
     """
 
@@ -90,6 +91,7 @@ class Model:
     values: Mapping[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
     frozen: tuple[str, ...] = ()
     loss: Model | None = field(default=None, repr=False)
+    metric: Graph | None = field(default=None, repr=False)
     training_graphs: dict[Features, Graph] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __repr__(self) -> str:

@@ -32,9 +32,7 @@ class _Parts:
 
 def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, np.dtype[np.generic]]:
     """Shape and type of the labels of a batch, for outputs [N, *outputs]."""
-    return (BATCH, *features.target_shape(outputs)), np.dtype(
-        np.int64 if features.loss == "cross_entropy" else np.float32
-    )
+    return (BATCH, *features.target_shape(outputs)), np.dtype(np.int64 if features.counts else np.float32)
 
 
 def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> str:

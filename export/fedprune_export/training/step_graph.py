@@ -14,6 +14,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.loss_graphs import LOSS_GRAPHS
 from fedprune_export.training.losses import count_hits, share_of_sample, target_shape, write_loss
+from fedprune_export.training.metrics import embedded_metric
 from fedprune_export.training.optimizers import Trained, add_inputs, used, write_updates
 
 
@@ -89,6 +90,9 @@ def training_graph(model: Model, features: Features) -> Graph:
         if spec.name not in frozen and step_contract.following(spec.name) not in made:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
     graph.rename(tape.value(logits), step_contract.LOGITS)
+    if features.metric:
+        labels = next(p for p in graph.inputs if p.name == step_contract.Y)
+        graph.metadata[step_contract.METRIC] = embedded_metric(model, labels, features)
     if features.ignore_label is not None:
         graph.metadata[step_contract.IGNORED] = str(features.ignore_label)
     graph.prune()

@@ -14,6 +14,7 @@ from fedprune.core.cli import whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import ConfigError, ExitCode
 from fedprune.core.text import amount, quantity
+from fedprune.jobs.state import Progress
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.devices.plan_vs_actual import Compared, compared, described, planned
@@ -143,11 +144,16 @@ def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
         asked = quantity(len(row["devices"]), "device")
         lines.append(f"  round {row['round']}: {counted} of {asked}, {metrics or 'not evaluated'}")
         lines += [
-            f"    {name}: {part['progress']}: {part['reason']}"
+            f"    {name}: {_outcome(part['progress'])}: {part['reason']}"
             for name, part in sorted(row["devices"].items())
             if part["reason"]
         ]
     return "\n".join([*lines, *(describe(further, rounds) for further in body.get("jobs", []))])
+
+
+def _outcome(progress: str) -> str:
+    """What became of an update that has a reason; one that counted nevertheless counted in part."""
+    return "limited" if progress == Progress.FOLDED.value else progress
 
 
 def _alerts(folder: Path, *, running: bool) -> list[dict[str, Any]]:
@@ -227,7 +233,7 @@ def _device_lines(device: dict[str, Any], epsilon: float | None = None) -> list[
     if device["quarantine"]:
         lines.append(f"    {_misbehaved(device['quarantine'])}")
     if device["reason"]:
-        lines.append(f"    round {device['round']}: {device['progress']}: {device['reason']}")
+        lines.append(f"    round {device['round']}: {_outcome(device['progress'])}: {device['reason']}")
     return lines
 
 

@@ -48,6 +48,11 @@ class ServerConfig:
         "file.",
         "LOSS",
     )
+    metric: str | None = setting(
+        None,
+        'A metric of your own, for recipe.metric = "custom", given as a loss is; more is better.',
+        "METRIC",
+    )
     evaluation: str | None = setting(
         None, "The server's own samples: a `.npz` file with x and y, or `package.module:function`.", "DATA"
     )
@@ -150,11 +155,12 @@ class ServerConfig:
                 got=repr(without_password(self.broker)),
             )
         check_settings(self, "server")
-        if self.loss is not None and self.job.recipe.loss != CUSTOM:
-            raise ConfigError(
-                "model: loss", expected=f"recipe.loss = {CUSTOM!r} with it", got=repr(self.job.recipe.loss),
-                hint="Say so in [job.recipe], or leave the loss of your own out.",
-            )  # fmt: skip
+        for name in ("loss", "metric"):
+            if getattr(self, name) is not None and (said := getattr(self.job.recipe, name)) != CUSTOM:
+                raise ConfigError(
+                    f"model: {name}", expected=f"recipe.{name} = {CUSTOM!r} with it", got=repr(said),
+                    hint=f"Say so in [job.recipe], or leave the {name} of your own out.",
+                )  # fmt: skip
         if self.blobs != FOLDER:
             parse(self.blobs)
             if self.upload_workers:
@@ -259,6 +265,7 @@ PLACES = {
     "model": ("model", "path"),
     "input_shape": ("model", "input_shape"),
     "loss": ("model", "loss"),
+    "metric": ("model", "metric"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),
 }

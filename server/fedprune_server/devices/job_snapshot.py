@@ -17,9 +17,8 @@ class DeviceRow:
         bytes_down: Payload bytes to it so far.
         bytes_up: Payload bytes from it so far.
         seconds: From its last offer to the arrival of its update, None before the first.
-        accuracy: Of the model that it serves, on its own test samples, as last reported.
+        metrics: Of the model that it serves, on its own test samples, as last reported.
         state: What it is doing.
-        loss: Its loss there; shown without accuracy, if numbers are predicted.
     """
 
     device: str
@@ -29,9 +28,8 @@ class DeviceRow:
     bytes_down: int
     bytes_up: int
     seconds: float | None
-    accuracy: float | None
+    metrics: Mapping[str, float]
     state: str
-    loss: float | None = None
 
 
 @dataclass(frozen=True)

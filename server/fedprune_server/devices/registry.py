@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedprune.coordination import Phase, State
@@ -33,8 +33,8 @@ class Contact:
     offered_at: float | None = None
     heard_at: float = -math.inf
     seconds: float | None = None
-    accuracy: float | None = None
-    loss: float | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of the model that it serves, on its own test samples, as last reported."""
     introduced: tuple[Any, ...] = ()
     problem: str = ""
     parameters: tuple[tuple[int, ...], int] = ((), 0)
@@ -246,7 +246,7 @@ class DeviceRegistry:
         if device is None:
             profile = self.outsiders.get(name, {}).get("profile", "?")
             doing = f"excluded: {contact.problem}" if contact.problem else "unknown"
-            return DeviceRow(name, profile, None, 0, contact.down, contact.up, None, None, doing)
+            return DeviceRow(name, profile, None, 0, contact.down, contact.up, None, {}, doing)
         density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
         if device.widths != contact.parameters[0]:
             count = parameters(self._architecture, device.widths) if device.widths else 0
@@ -274,8 +274,7 @@ class DeviceRegistry:
             bytes_down=contact.down,
             bytes_up=contact.up,
             seconds=contact.seconds,
-            accuracy=contact.accuracy,
-            loss=contact.loss,
+            metrics=contact.metrics,
             state=f"{doing} (two boards of this name?)" if self.clones.suspects(name) else doing,
         )
 

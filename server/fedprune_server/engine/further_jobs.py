@@ -54,5 +54,8 @@ def _read(first: ServerConfig, path: Path) -> ServerConfig:
 
 def _placed(first: ServerConfig, config: ServerConfig, name: str) -> ServerConfig:
     """A further job's configuration, with all that concerns the server as the first one's has it."""
-    own = {k: getattr(config, k) for k in (*_OWN, "job", "model", "input_shape", "loss", "evaluation", "calibration")}
+    own = {
+        k: getattr(config, k)
+        for k in (*_OWN, "job", "model", "input_shape", "loss", "metric", "evaluation", "calibration")
+    }
     return replace(first, **own, state=first.state / FOLDER / name)

@@ -12,7 +12,7 @@ from typing import Any
 from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import news, share_of
 from fedprune.core.errors import ProfileError, ProtocolError
-from fedprune.core.metrics import believable, served
+from fedprune.core.metrics import all_served, believable
 from fedprune.core.text import one_line
 from fedprune.jobs.state import Progress as Part
 from fedprune.planning.probe_report import ProbeReport
@@ -222,9 +222,7 @@ class MessageHandler:
             return on.OfferRefused(device, message.round, message.attempt, reason)
         contact = self._registry[device]
         metrics = believable(message.metrics)
-        accuracy, loss = served(metrics, "accuracy"), served(metrics, "loss")
-        contact.accuracy = contact.accuracy if accuracy is None else accuracy
-        contact.loss = contact.loss if loss is None else loss
+        contact.metrics = all_served(metrics) or contact.metrics
         if self._uploads.fetching(device, message.round, message.attempt, message.weights):
             self._outbox.ask(self._uploads.heard(device, self._monotonic()))
             return None  # repeated while it waits its turn: in a large fleet most announcements are

@@ -19,7 +19,7 @@ from fedprune.core.errors import ConfigError, ModelError, StorageError
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Selection
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_export.importing import check_input, import_onnx, read_source, with_loss_of
+from fedprune_export.importing import check_input, import_onnx, read_source, with_graphs_of
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, without_password
 from fedprune_server.executor.evaluator import load_calibration, load_evaluation
@@ -227,15 +227,13 @@ class StateFolder:
                     expected="a model to begin with",
                     hint="Give --model model.onnx, or [model] path in the configuration.",
                 )
-            return _source_bytes(config.model, config.input_shape, config.loss), _name_of(config.model)
+            return _source_bytes(config), _name_of(config.model)
         path = self.path / MODEL
         with storage_errors(f"can't read {path}"):
             # A second server of a job, on a machine of its own, is given the model, too.
             given = not path.exists() and config.model is not None and Path(config.model).is_file()
             kept = None if path.exists() or given or not isinstance(self.store, BucketStore) else self.store.model()
-            raw = (
-                read_source(str(config.model), loss=config.loss) if given else read_file(path) if kept is None else kept
-            )
+            raw = _read_model(config) if given else read_file(path) if kept is None else kept
             given = given or kept is not None
         if given and tensorfile.digest(raw) == known["model"]:
             self.store.write_file(path, raw)
@@ -244,7 +242,7 @@ class StateFolder:
         name = str(known["name"])
         # A torch factory may draw other weights each time; its job continues with those that it drew first.
         if config.model is not None and (
-            with_loss_of(raw, read_source(config.model)) != raw
+            with_graphs_of(raw, read_source(config.model)) != raw
             if Path(config.model).is_file()
             else _name_of(config.model) != name
         ):
@@ -377,10 +375,15 @@ def _anywhere(source: str | None) -> str | None:
     return str(Path(source).resolve()) if source is not None and Path(source).is_file() else source
 
 
-def _source_bytes(source: str, input_shape: tuple[int, ...] | None, loss: str | None) -> bytes:
+def _read_model(config: ServerConfig) -> bytes:
+    """The configured model with its loss and metric."""
+    return read_source(str(config.model), input_shape=config.input_shape, loss=config.loss, metric=config.metric)
+
+
+def _source_bytes(config: ServerConfig) -> bytes:
     """A model's bytes, without advice that only `fedprune-export` can follow."""
     try:
-        return read_source(source, input_shape=input_shape, loss=loss)
+        return _read_model(config)
     except ModelError as error:
         if "--input-shape" not in error.hint:
             raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +92,8 @@ class Evaluator:
         self._x, self._y = samples[0], self._objective.targets(samples[1])
 
     def __call__(self, weights: Tensors, widths: tuple[int, ...]) -> dict[str, float]:
-        """Accuracy, where classes are predicted, loss and number of samples; what isn't finite is left out.
+        """Loss, accuracy where classes are predicted, the recipe's metric, and the number of samples; what isn't finite
+        is left out.
 
         Args:
             weights: The tensors of a model or submodel.
@@ -105,11 +105,7 @@ class Evaluator:
                 feeds = {step_contract.X: self._x[at : at + _BATCH], **weights}
                 logits = session.run(feeds, [step_contract.LOGITS])[step_contract.LOGITS]
                 found.append(self._objective(logits, self._y[at : at + _BATCH]))
-        whole = Measure.of(found)
-        metrics = {"samples": float(len(self._x)), "loss": whole.loss}
-        if whole.accuracy is not None:
-            metrics["accuracy"] = whole.accuracy
-        return {k: v for k, v in metrics.items() if math.isfinite(v)}
+        return {"samples": float(len(self._x)), **self._objective.metrics(Measure.of(found))}
 
 
 def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
@@ -129,9 +125,9 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     if len(data.y_test) and _has_test_split(Path(source)):
-        return np.asarray(data.x_test), data.y_test
+        return np.asarray(data.x_test), np.asarray(data.y_test)
     if not len(data.y_test):
-        return np.asarray(data.x_train), data.y_train
+        return np.asarray(data.x_train), np.asarray(data.y_train)
     return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
 
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.coordination import Phase, State
-from fedprune.core.errors import shown
-from fedprune.core.text import quantity, some
+from fedprune.core.text import one_line, quantity, some
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
@@ -157,7 +156,7 @@ def _refused(case: Case) -> Iterator[Finding]:
     yield wrong(
         "all-updates-refused",
         f"none of the last {quantity(len(parts), 'update')} of job {case.name} counted ({kinds}), such as: "
-        f"{shown(example)}",
+        f"{one_line(example)}",
         "the model doesn't move",
         f"see each board's reason: {command('status', *at(case.folder), '--rounds', _ROUNDS)}; and what the boards "
         f"say: {command('logs', *at(case.folder))}",
@@ -176,7 +175,7 @@ def _outlying(case: Case) -> Iterator[Finding]:
         yield note(
             "outlying-device",
             f"the updates of {name} stood out in {len(reasons)} of the last {quantity(len(rows), 'round')} of job "
-            f"{case.name}: {shown(reasons[-1])}",
+            f"{case.name}: {one_line(reasons[-1])}",
             "they count for less than the board sent, or not at all, so that no single board decides the model "
             "(docs/security.md)",
             f"look at its samples and its log ({command('logs', *at(case.folder))}); if it is not to be trusted: "

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, TextIO
 
+from fedprune.core.metrics import ACCURACY, METRICS, leading
 from fedprune.core.text import quantity
 from fedprune.output.log_lines import OneLine
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
@@ -184,10 +185,8 @@ def make_display(stream: TextIO | None = None) -> Display:
 
 def title(snapshot: JobSnapshot) -> str:
     parts = [f"{snapshot.job}: round {snapshot.round} of {snapshot.rounds}", snapshot.phase]
-    if "accuracy" in snapshot.metrics:
-        parts.append(f"global accuracy {snapshot.metrics['accuracy']:.1%}")
-    elif "loss" in snapshot.metrics:
-        parts.append(f"global loss {snapshot.metrics['loss']:.4g}")
+    if (found := leading(snapshot.metrics)) is not None:
+        parts.append(f"global {found[0].said(found[1])}")
     if snapshot.remaining_s is not None:
         parts.append(f"deadline in {max(0, round(snapshot.remaining_s))} s")
     if not snapshot.connected:
@@ -201,6 +200,7 @@ def state_style(state: str) -> str:
 
 def cells(row: DeviceRow) -> tuple[str, ...]:
     """A row of the table, as texts; `-` where nothing is known."""
+    found = leading(row.metrics)
     return (
         row.device,
         row.profile,
@@ -209,22 +209,17 @@ def cells(row: DeviceRow) -> tuple[str, ...]:
         _mb(row.bytes_down),
         _mb(row.bytes_up),
         "-" if row.seconds is None else f"{row.seconds:.1f}",
-        _own(row),
+        "-" if found is None else found[0].shown(found[1]) if found[0] is ACCURACY else found[0].said(found[1]),
         row.state,
     )
 
 
-def _own(row: DeviceRow) -> str:
-    if row.accuracy is not None:
-        return f"{row.accuracy:.1%}"
-    return "-" if row.loss is None else f"loss {row.loss:.4g}"
-
-
 def row_line(row: DeviceRow) -> str:
-    device, profile, density, parameters, down, up, seconds, accuracy, state = cells(row)
+    device, profile, density, parameters, down, up, seconds, _, state = cells(row)
+    found = leading(row.metrics)
     return (
         f"{device} ({profile}): density {density}, {parameters} parameters, {down} MB down, {up} MB up, "
-        f"{seconds} s, {accuracy if accuracy.startswith('loss') else f'accuracy {accuracy}'}, {state}"
+        f"{seconds} s, {'accuracy -' if found is None else found[0].said(found[1])}, {state}"
     )
 
 
@@ -239,9 +234,9 @@ def round_line(snapshot: JobSnapshot, summary: Mapping[str, Any]) -> str:
 
 
 def metric_texts(metrics: Mapping[str, float]) -> list[str]:
-    """What was measured of a global model, for people: shares as percentages, losses as numbers."""
-    shown = {k: f"{v:.1%}" if k == "accuracy" else f"{v:.4f}" for k, v in metrics.items() if k != "samples"}
-    return [f"{k} {text}" for k, text in sorted(shown.items())]
+    """What was measured of a global model, for people."""
+    known = [METRICS[k].said(v) for k, v in sorted(metrics.items()) if k in METRICS]
+    return [*known, *(f"{k} {v:.4g}" for k, v in sorted(metrics.items()) if k not in METRICS and k != "samples")]
 
 
 def _mb(size: int) -> str:

@@ -53,8 +53,8 @@ class Run:
     def curves(self) -> dict[str, list[float | None]]:
         """Columns with an entry per round, ready for pandas or pyarrow.
 
-        Columns: round, seconds and MB since the start, and the accuracy (loss for regression) of the global model and
-        the mean of the devices' own models.
+        Columns: round, seconds and MB since the start, and what models are judged by (accuracy, loss
+        and the like): of the global model, and the mean of the devices' own models.
         """
         rounds, kind = self.record.rounds, self.record.measure
         return {

@@ -18,6 +18,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ConfigError
+from fedprune.core.metrics import LOSS, leading
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, widths_at
@@ -145,8 +146,8 @@ class Measure:
         """Accuracy and loss as `global`, `sub@0.5` and so on; of a further set as `global/name`.
 
         Returns:
-            Accuracy (classification only) under the name itself, mean loss under `..._loss`. Values that are not finite
-            are omitted.
+            What models are judged by (but for losses) under the name itself, mean loss under `..._loss`. Values that
+            are not finite are omitted.
 
         Raises:
             FedpruneError: The samples don't fit the model.
@@ -177,9 +178,11 @@ class Measure:
         found: dict[str, float] = {}
         for place, evaluate in self._evaluators.items():
             score = evaluate(tensors, submodel.selection.widths)
-            for metric, key in (("accuracy", f"{name}{place}"), ("loss", f"{name}{place}_loss")):
-                if metric in score:
-                    found[key] = score[metric]
+            judged = leading(score)
+            if judged is not None and judged[0] is not LOSS:
+                found[f"{name}{place}"] = judged[1]
+            if LOSS.name in score:
+                found[f"{name}{place}_loss"] = score[LOSS.name]
         return found
 
 

@@ -26,6 +26,7 @@ from typing import Any
 from fedprune.core import validation
 from fedprune.core.disk import file_digest, is_there, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, shown
+from fedprune.core.metrics import leading
 from fedprune.core.toml_file import read_toml
 from fedprune_server.simulation.fleet.simulated_fleet import read_plan, read_tables
 from fedprune_server.simulation.results.report import write_report
@@ -177,8 +178,8 @@ def simulate_run(run: RunSpec, folder: Path, report: Progress) -> dict[str, Any]
     def progress(simulation: Simulation) -> None:
         history = simulation.state.history
         metrics = history[-1]["metrics"] if history else {}
-        name = next((k for k in ("accuracy", "loss") if k in metrics), None)
-        report(len(history) / plan.job.rounds, f"{name} {metrics[name]:.3f}" if name else "")
+        found = leading(metrics)
+        report(len(history) / plan.job.rounds, "" if found is None else found[0].said(found[1]))
 
     record = simulate(plan, folder, progress)
     write_report(folder, record)

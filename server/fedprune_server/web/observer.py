@@ -109,7 +109,8 @@ def check_free(address: str, port: int) -> None:
             probe.bind((address, port))
     except OSError as error:
         raise ConfigError(
-            f"[server] console: can't listen on {address}:{port}: {reason(error)}", hint="Choose another place."
+            f"[server] console: can't listen on {address}:{port}: {reason(error)}",
+            hint="Choose another port, or an address of this machine.",
         ) from error
 
 

@@ -289,7 +289,7 @@ def test_images_are_scaled_and_standardised(tmp_path: Path) -> None:
 @pytest.mark.parametrize("body", [b"", b"\x89PNG\r\n\x1a\n", b"GIF89a" + bytes(50)])
 def test_an_image_that_is_none_is_refused(body: bytes) -> None:
     pytest.importorskip("PIL.Image")
-    with pytest.raises(DataError, match="can't be read"):
+    with pytest.raises(DataError, match="can't be read: expected PNG, got something else"):
         Pixels().read(body, ("PNG",), (3, 4, 4))
 
 
@@ -339,6 +339,6 @@ def test_predictions_and_samples_go_on_while_a_round_is_trained(
         assert births[0].samples == trained_on
         assert fleet.updates[1].samples == trained_on
         assert fleet.updates[2].samples >= trained_on
-        assert agent.status.to_dict()["accuracy"] == fleet.updates[2].metrics["accuracy_after"]
+        assert agent.status.to_dict()["metrics"]["accuracy"] == fleet.updates[2].metrics["accuracy_after"]
         local.model.look()
         assert local.board.predict(X).round == 2

@@ -129,12 +129,15 @@ def test_a_function_of_the_user_is_called_with_what_it_takes(tmp_path: Path, mon
     assert load_data("my_samples:load", device="abc").x_train[0, 0] == 3
     with pytest.raises(DataError, match=r"my_samples:broken failed .*camera"):
         load_data("my_samples:broken")
+    with pytest.raises(DataError, match=r"'my_samples': expected a file or folder that exists, or package\.module:"):
+        load_data("my_samples")
 
 
 @pytest.mark.parametrize(
     ("arrays", "text"),
     [
-        ({"x": X}, "'y' is missing"),
+        ({"x_train": X, "y": Y}, "'y_train' is missing"),
+        ({"x": X, "y_test": Y}, "'y' is missing"),
         ({"x": X, "y": Y[:-1]}, "number of labels"),
         ({"x": X.astype(np.uint8), "y": Y}, "float32"),
         ({"x": X, "y": Y.astype(str)}, "whole numbers"),
@@ -205,6 +208,32 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
 def test_a_source_that_is_not_there_is_named(source: str) -> None:
     with pytest.raises(DataError, match=r"nothing|no_such_module_here"):
         load_data(source)
+
+
+@pytest.mark.parametrize("more", [{}, {"x_test": X[:4]}, {"x_test": X[:4], "x_val": X[4:6]}])
+def test_samples_without_labels_are_their_own(tmp_path: Path, more: dict[str, object]) -> None:
+    data = load_data(save(tmp_path / "d.npz", x=X, **more), validation_share=0.25)
+    assert data.unlabelled
+    assert len(data.y_test) == 4
+    for part in ("train", "test", "val"):
+        x, y = (np.asarray(getattr(data, f"{n}_{part}")) for n in "xy")
+        assert len(x)
+        np.testing.assert_array_equal(x, y)
+    data.check(Targets("mse", 2, (2,)), (2,))
+    moved = data.moved_out(tmp_path)
+    assert moved.unlabelled
+    assert moved.bytes <= sum(np.asarray(getattr(data, f"x_{p}")).nbytes for p in ("train", "test", "val"))
+    whole = Targets("custom", 2, (2,), whole=True)
+    for targets in (Targets("cross_entropy", 2), Targets("cross_entropy", 2, (2,)), Targets("mse", 3, (3,)), whole):
+        with pytest.raises(DataError, match=r"the samples have no labels: expected .*, got inputs \[n, 2\] alone"):
+            data.check(targets, (2,))
+
+
+def test_token_ids_without_labels_are_their_own_for_a_loss_of_whole_numbers(tmp_path: Path) -> None:
+    data = load_data(save(tmp_path / "d.npz", x=X.astype(np.int64)))
+    data.check(Targets("custom", 9, (2,), whole=True), (2,), token_ids=True)
+    with pytest.raises(DataError, match="the samples have no labels"):
+        data.check(Targets("cross_entropy", 9, (2,), whole=True), (2,), token_ids=True)
 
 
 def test_a_label_beyond_the_classes_is_refused() -> None:

@@ -190,6 +190,12 @@ def test_an_operator_that_can_not_be_trained_is_named(
             ExitCode.MODEL,
             "torch can't export it for input [n, 3, 28, 28] (",
         ),
+        (
+            "support.nets.small_nets:lenett",
+            (),
+            ExitCode.MODEL,
+            "has no lenett (did you mean 'lenet'?). It was read from",
+        ),
     ],
 )
 def test_what_can_not_be_exported_is_one_line(

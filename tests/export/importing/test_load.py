@@ -287,8 +287,8 @@ def _refused(inputs: list[Port], op: str, shape: tuple[int, ...] = ()) -> bytes:
         (_refused(_port(1, 3), "MatMul", (3, 2)), r"fixed batch.*dynamic batch"),
         (_refused(_port("N", 3, "H", "W"), "Conv", (2, 3, 1, 1)), "free dimensions besides the batch"),
         (
-            _refused([Port("a", F32, ("N", 3)), Port("b", F32, ("N", 3))], "Add"),
-            "one input and one output, got 2 and 1",
+            _refused([Port("a", F32, ("N", 3)), Port("b", F32, (1, 3))], "Add"),
+            r"input 'b': expected .*float32.*with a free batch and fixed sizes behind it, got float32 \[1, 3\]",
         ),
         (_refused([Port("x", np.dtype(np.float64), ("N", 3))], "Relu"), "expected float32"),
         (_refused([Port("x", np.dtype(np.int32), ("N", 3))], "Abs"), "type of input x: expected float32, or int64"),

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 import fedprune_export as fx
-from fedprune.model.recipe import CUSTOM, LOSSES, Recipe
+from fedprune.model.recipe import LABELS_OF, Recipe
 from fedprune.planning.cost_prediction import memory_use
 from fedprune.planning.costs import costs_at
 from fedprune_export.ir.liveness import execution_order, live_bytes
+from fedprune_export.pruning.model import Model
 from fedprune_export.training.checkpointing import value_sizes
 from fedprune_export.training.step_graph import training_graph
 
@@ -32,13 +35,49 @@ class Labelling(nn.Module):
 
 
 @pytest.mark.parametrize("classes", [2, 12, 40])
-@pytest.mark.parametrize("loss", [n for n in LOSSES if n != CUSTOM])
+@pytest.mark.parametrize("loss", [n for n, kind in LABELS_OF.items() if kind in ("classes", "multi", "values")])
 def test_the_arrays_of_a_loss_are_counted(loss: str, classes: int) -> None:
     model, batch = fx.load(Labelling(classes)), 4
-    architecture = model.architecture
     recipe = Recipe(loss=loss, batch_size=batch, balance_classes=loss in ("cross_entropy", "bce"))
+    needed, allowed = _needed_and_allowed(model, recipe, batch)
+    assert needed <= allowed <= 2.5 * needed
+
+
+class Frames(nn.Sequential):
+    """Outputs [classes, steps]."""
+
+    def __init__(self, classes: int, steps: int) -> None:
+        super().__init__(nn.Conv1d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv1d(8, classes, 1))
+        self.input_shape = (3, steps)
+
+
+class Views(nn.Sequential):
+    """Outputs [views, width]."""
+
+    input_shape = (6,)
+
+    def __init__(self, *shape: int) -> None:
+        last = nn.Linear(32, math.prod(shape))
+        super().__init__(nn.Linear(6, 32), nn.ReLU(), last, *[nn.Unflatten(1, shape)][: len(shape) - 1])
+
+
+@pytest.mark.parametrize(
+    ("loss", "net", "batch"),
+    [
+        *[("ctc", Frames(classes, steps), 4) for classes, steps in ((5, 20), (5, 100), (40, 100))],
+        *[("infonce", Views(*shape), batch) for shape in ((16,), (2, 16)) for batch in (64, 256)],
+        ("triplet", Views(16), 256),
+    ],
+)
+def test_the_arrays_of_pairs_and_of_alignments_are_counted(loss: str, net: nn.Module, batch: int) -> None:
+    needed, allowed = _needed_and_allowed(fx.load(net), Recipe(loss=loss, batch_size=batch), batch)
+    assert needed <= allowed <= 2.5 * needed
+
+
+def _needed_and_allowed(model: Model, recipe: Recipe, batch: int) -> tuple[int, int]:
+    architecture = model.architecture
     graph = training_graph(model, recipe.features)
     sizes = value_sizes(graph, architecture, architecture.sizes, batch)
     needed = max(live_bytes(execution_order(graph), sizes.bytes, [p.name for p in graph.outputs]))
     allowed = memory_use(architecture, architecture.sizes, costs_at(architecture, architecture.sizes), recipe, batch)
-    assert needed <= allowed.activations <= 2.5 * needed
+    return needed, allowed.activations

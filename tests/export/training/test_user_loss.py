@@ -18,7 +18,7 @@ from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import export_torch, import_onnx, read_source
-from fedprune_export.importing.user_loss import read_loss
+from fedprune_export.importing.user_graphs import read_loss
 from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch

@@ -243,7 +243,7 @@ def test_a_changed_setting_is_said_without_its_password(model: Path, state: Path
 def test_a_model_that_lacks_its_input_shape_gets_advice_that_the_server_can_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def read(source: str, *, input_shape: object, loss: object) -> bytes:
+    def read(source: str, *, input_shape: object, **others: object) -> bytes:
         assert input_shape is None
         raise ModelError("shape unknown", hint="Give --input-shape (such as 3,32,32).")
 

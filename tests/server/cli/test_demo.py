@@ -15,7 +15,10 @@ KEPT = ("seed", "rounds", "devices", "participation", "deadline_s")
 
 
 def run(accuracy=0.9, sent=100, rounds=DEMO_ROUNDS):
-    rows = [RoundRow(r, 1.0, "a" * 64, accuracy, 0.5, {"zero": 0.9}, 1, sent, sent) for r in range(1, rounds + 1)]
+    rows = [
+        RoundRow(r, 1.0, "a" * 64, {"accuracy": accuracy, "loss": 0.5}, {"zero": 0.9}, 1, sent, sent)
+        for r in range(1, rounds + 1)
+    ]
     return Record("run", {}, (), (DeviceRow("zero", "", 1, (1,), 1.0, "", 1),), tuple(rows))
 
 

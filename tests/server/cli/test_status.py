@@ -53,7 +53,10 @@ def stopped_state(tmp_path: Path) -> Path:
                 "at": float(n),
                 "model": "0" * 64,
                 "metrics": {},
-                "devices": {"off": {"progress": "refused", "reason": f"too hot in {n}"}},
+                "devices": {
+                    "good": {"progress": "folded", "reason": "it stands out"},
+                    "off": {"progress": "refused", "reason": f"too hot in {n}"},
+                },
             }
             for n in range(1, 13)
         ],
@@ -74,12 +77,15 @@ def test_status_shows_devices_first_with_connection_and_reasons(
         "device full (pi): online, 100 samples",
         "round 13: refused: disk full",
         "device good (pi): online, 300 samples",
+        "round 12: limited: it stands out",
         "device odd (toaster): online, 9 samples, excluded: no profile",
         "device off (pi): offline, 200 samples",
         "round 12: refused: too hot in 12",
         "device small (pi): online, 100 samples, excluded: no width fits",
         "the last 10 of 12 rounds:",
-        "round 3: 0 of 1 device",
+        "round 3: 1 of 2 devices",
+        "good: limited: it stands out",
+        "off: refused: too hot in 3",
     ]
     for line, begin in zip(lines[1:], begins, strict=False):
         assert line.strip().startswith(begin)

@@ -44,14 +44,14 @@ def test_the_example_configuration_is_valid(tmp_path: Path) -> None:
 def test_the_example_configuration_has_every_key() -> None:
     body = example()
     job = dict(body["job"])  # type: ignore[call-overload]
-    assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)} - set(WRITTEN) - {"ignore_label"}
+    assert set(job.pop("recipe")) == {f.name for f in fields(Recipe)} - set(WRITTEN) - {"ignore_label", "metric"}
     assert set(job["privacy"]) == {f.name for f in fields(Privacy)}
     assert set(job) == {f.name for f in fields(Job)} - {"recipe"}
     alerts = {f.name for f in fields(AlertSettings)}
     assert set(body["alerts"]) == alerts - {"webhook_secret", "mail_password"}  # type: ignore[call-overload]
     tables = {"job", "model", "evaluation", "calibration", "alerts"}
     assert tables <= set(body)
-    server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape", "loss"}
+    server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape", "loss", "metric"}
     assert set(body["server"]) == server - {
         "ca",
         "console_certificate",

@@ -15,7 +15,7 @@ from fedprune.updates.privacy import Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import environment_layer, variables
 from fedprune_server.config.layers import masked, merged
-from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.server_config import PLACES, ServerConfig
 from fedprune_server.config.tables import as_tables, parse_config, read_config
 from support.paths import ROOT
 
@@ -29,9 +29,9 @@ ANYTHING = {"host", "state", "database"}
 
 def settings() -> list[tuple[str, str]]:
     kinds = {"job": Job, "job.privacy": Privacy, "job.recipe": Recipe, "server": ServerConfig, "alerts": AlertSettings}
-    left = {"job", "model", "evaluation", "calibration", "privacy", "recipe", "alerts"} | FREE
+    left = {"job", "privacy", "recipe", "alerts"} | FREE
     found = [(t, f.name) for t, kind in kinds.items() for f in fields(kind) if f.name not in left]  # type: ignore[arg-type]
-    return [place for place in found if place != ("server", "loss")]  # which is in the table [model]
+    return [(t, k) for t, k in found if t != "server" or k not in PLACES]  # which are in tables of their own
 
 
 @pytest.mark.parametrize(("table", "key"), settings())

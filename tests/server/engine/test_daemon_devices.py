@@ -80,7 +80,7 @@ def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> N
 
     class Rounds(Lines):
         def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
-            shown.append({row.device: row.accuracy for row in snapshot.rows})
+            shown.append({row.device: row.metrics["accuracy"] for row in snapshot.rows})
 
     fleet.run(observers=[DisplayObserver(Rounds())])
     assert shown == [{"a": 0.25, "b": 0.5, "c": 0.25}] * JOB.rounds

@@ -71,7 +71,9 @@ def test_a_summary_says_so_of_a_run_that_diverged_and_of_no_other(tmp_path: Path
     record = simulate(experiment(0.05), tmp_path)
     assert "diverged" not in summary_text(record)
     *before, last = record.rounds
-    assert "training diverged" in summary_text(replace(record, rounds=(*before, replace(last, loss=None))))
+    assert "training diverged" in summary_text(
+        replace(record, rounds=(*before, replace(last, metrics={"accuracy": 0.1})))
+    )
 
 
 def test_a_simulation_of_which_nothing_counts_any_more_says_what_to_change(tmp_path: Path) -> None:

@@ -344,6 +344,13 @@ def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFix
     assert [f["kind"] for f in json.loads(capsys.readouterr().out)["findings"]] == ["database"]
 
 
+@pytest.mark.parametrize("progress", ["folded", "refused"])
+def test_a_boards_reason_is_told_to_its_end(progress: str) -> None:
+    reason = "its update stands out: tensor bn3.weight: it moved 6.85 times as far as is usual; 0.48 of that counted"
+    case = with_state(history=[row(1, {"a": (progress, reason)})])
+    assert any(f.what.endswith(f": {reason}") for f in findings(case))
+
+
 def test_every_kind_is_on_the_page() -> None:
     page = (ROOT / "docs" / "observe.md").read_text()
     here = Path(doctor.__file__).parent

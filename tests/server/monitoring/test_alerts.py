@@ -6,7 +6,6 @@ import json
 import logging
 import sqlite3
 import time
-from collections import namedtuple
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -44,6 +43,23 @@ from support.paths import ROOT
 NOW, DAY, ROOM = 1_800_000_000.0, 86_400.0, 32 * 10**9
 TRAINING = JobStatus("leaves", Path("state"), phase=Phase.TRAINING, round=3, rounds=9, needed=2, known=2)
 CALM = Snapshot(Path("state"), [TRAINING], 2, site=SiteFacts((ROOM // 2, ROOM)))
+
+
+class Disk:
+    """How much of a disk is free, as the monitor is told."""
+
+    free = 0.5
+
+    def __call__(self, folder: Path) -> Any:
+        return SimpleNamespace(total=ROOM, used=ROOM - int(self.free * ROOM), free=int(self.free * ROOM))
+
+
+@pytest.fixture(autouse=True)
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    """Half full, however full this machine's is."""
+    disk = Disk()
+    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", disk)
+    return disk
 
 
 def with_job(here: int = 2, **values: Any) -> Snapshot:
@@ -409,25 +425,17 @@ def test_a_board_far_off_its_plan_is_found() -> None:
     assert off_by_far(state) == {}, "what an earlier round measured was reported then"
 
 
-def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    free = [0.5]
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda _: usage(ROOM, 0, int(free[0] * ROOM)))
+def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(tmp_path: Path, disk: Disk) -> None:
     daemon, told = Fleet(tmp_path, JOB).daemon(), []
     monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3)
-    for free[0] in (0.5, 0.09, 0.02, 0.034, 0.04, 0.11, 0.13):
+    for disk.free in (0.5, 0.09, 0.02, 0.034, 0.04, 0.11, 0.13):
         monitor.read_site()
         monitor.look()
         told.append(sorted(a.severity for a in monitor.book.open if a.kind == "disk"))
     assert told == [[], ["warning"], ["critical"], ["critical"], ["warning"], ["warning"], []]
 
 
-def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = [0.5]
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(site_facts_module.shutil, "disk_usage", lambda _: usage(ROOM, 0, int(free[0] * ROOM)))
+def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, disk: Disk) -> None:
     daemon, others, told = Fleet(tmp_path, JOB).daemon(), list[Candidate](), list[tuple[str, str]]()
     monitor = Monitor(
         tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, others=lambda: others,
@@ -437,7 +445,7 @@ def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, monkeypatch: 
     monitor.read_site()
     daemon.first.observers.turned(lambda: 0.0, daemon.first.view)
     assert told == []
-    free[0] = 0.0
+    disk.free = 0.0
     others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
     daemon.first.observers.ended()
     assert told == [("second-server", "critical"), ("disk", "critical")]

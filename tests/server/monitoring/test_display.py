@@ -21,7 +21,7 @@ from fedprune_server.monitoring.display import (
     title,
 )
 
-ROW = DeviceRow("pi", "raspberry-pi-4b", 0.5, 12_345, 2_500_000, 1_250_000, 12.34, 0.875, "train 3/10")
+ROW = DeviceRow("pi", "raspberry-pi-4b", 0.5, 12_345, 2_500_000, 1_250_000, 12.34, {"accuracy": 0.875}, "train 3/10")
 SNAPSHOT = JobSnapshot("leaves", 2, 10, "training", {"accuracy": 0.75, "samples": 100.0}, 41.6, True, (ROW,))
 SUMMARY = {
     "round": 2,
@@ -43,9 +43,9 @@ def _draws_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_row_has_every_column_and_dashes_where_nothing_is_known() -> None:
     assert cells(ROW) == ("pi", "raspberry-pi-4b", "0.5", "12,345", "2.50", "1.25", "12.3", "87.5%", "train 3/10")
-    unknown = replace(ROW, density=None, parameters=0, seconds=None, accuracy=None)
+    unknown = replace(ROW, density=None, parameters=0, seconds=None, metrics={})
     assert cells(unknown)[2:4] + cells(unknown)[6:8] == ("-",) * 4
-    row = replace(ROW, accuracy=None, loss=0.25)
+    row = replace(ROW, metrics={"loss": 0.25})
     assert cells(row)[-2] == "loss 0.25"
     assert ", loss 0.25, train 3/10" in row_line(row)
 
@@ -68,7 +68,9 @@ def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], mon
     stream = Terminal()
     display = make_display(stream)
     profile = "raspberry-pi-zero-2w-metered-modem"
-    row = DeviceRow("attic-zero", profile, 0.609, 12_345, 26_380_000, 26_150_000, 12.34, 0.4333, "upload 0/7")
+    row = DeviceRow(
+        "attic-zero", profile, 0.609, 12_345, 26_380_000, 26_150_000, 12.34, {"accuracy": 0.4333}, "upload 0/7"
+    )
     display.refresh(lambda: replace(SNAPSHOT, rows=(row,)))
     display.close()
     lines = [line for line in stream.getvalue().splitlines() if "attic-zero" in line]

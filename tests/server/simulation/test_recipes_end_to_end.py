@@ -129,5 +129,5 @@ def test_evaluation_samples_are_checked_against_the_loss(tmp_path: Path) -> None
     source = str(tmp_path / "e.npz")
     np.savez(source, x=data.x, y=data.y)
     assert load_evaluation(source, digits_net(), Recipe())[1].dtype == np.int64
-    with pytest.raises(DataError, match=r"e\.npz: labels for loss bce"):
+    with pytest.raises(DataError, match=r"e\.npz: labels for loss bce.*is it the loss that you mean"):
         load_evaluation(source, digits_net(), Recipe(loss="bce"))

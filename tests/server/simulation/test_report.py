@@ -46,8 +46,7 @@ def record(title="fleet", local=0.9, accuracy=0.8, down=1_000_000, up=900_000, r
             round=r,
             at=2.0 * r,
             model="a" * 64,
-            accuracy=accuracy,
-            loss=0.5,
+            metrics={"accuracy": accuracy, "loss": 0.5},
             local={"zero": local - 0.02, "orin": local + 0.02},
             asked=2,
             down=down * r // rounds,
@@ -79,11 +78,11 @@ def test_record_without_a_round_makes_no_report(tmp_path):
 
 def test_final_accuracies_are_means_of_the_last_rounds():
     rows = record(rounds=4).rounds
-    rows = tuple(replace(r, accuracy=r.round / 10, local={"zero": r.round / 20}) for r in rows)
+    rows = tuple(replace(r, metrics={"accuracy": r.round / 10}, local={"zero": r.round / 20}) for r in rows)
     local, whole = replace(record(), rounds=rows).final(2)
     assert local == pytest.approx((3 / 20 + 4 / 20) / 2)
     assert whole == pytest.approx((3 / 10 + 4 / 10) / 2)
-    unmeasured = tuple(replace(r, accuracy=None, local={}) for r in rows)
+    unmeasured = tuple(replace(r, metrics={}, local={}) for r in rows)
     assert all(map(math.isnan, replace(record(), rounds=unmeasured).final(3)))
 
 
@@ -157,7 +156,7 @@ def data_of(markup, name):
 
 def test_curves_hold_the_records_values_along_rounds_bytes_and_seconds():
     run = record(local=0.5)
-    run = replace(run, rounds=tuple(replace(r, accuracy=0.9 + r.round / 1000) for r in run.rounds))
+    run = replace(run, rounds=tuple(replace(r, metrics={"accuracy": 0.9 + r.round / 1000}) for r in run.rounds))
     markup = charts.curves([run])
     assert len(Shown(markup).titles) == 6
     assert data_of(markup, "places")[0] == ["1", "2", "3", "4"]
@@ -245,7 +244,7 @@ def test_claims_look_at_both_accuracies_and_at_both_ways(change, held):
 
 
 def test_claims_about_what_was_not_measured_fail():
-    unknown = replace(record(), rounds=tuple(replace(r, accuracy=None) for r in record().rounds))
+    unknown = replace(record(), rounds=tuple(replace(r, metrics={}) for r in record().rounds))
     assert not claims(unknown, record())[0].held
     assert not claims(record(), record(down=0))[1].held
 
@@ -262,7 +261,7 @@ def test_summary_has_the_numbers_of_both_runs():
 
 def test_summary_tells_means_and_the_last_round_apart():
     run = record(rounds=7)
-    run = replace(run, rounds=tuple(replace(r, accuracy=r.round / 10) for r in run.rounds))
+    run = replace(run, rounds=tuple(replace(r, metrics={"accuracy": r.round / 10}) for r in run.rounds))
     cells = {row[0]: row[1:] for row in summary(run, record())}
     assert cells["global accuracy, last 5 rounds"] == ("50.0%", "80.0%", "-30.0 points")
     assert cells["global accuracy, last round"] == ("70.0%", "80.0%", "-10.0 points")

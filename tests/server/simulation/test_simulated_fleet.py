@@ -253,7 +253,9 @@ def test_parquet_has_what_the_record_has(run):
 
 
 def test_long_tables_are_written_piece_by_piece(tmp_path, monkeypatch):
-    rows = [RoundRow(r, r / 2, "m", 0.5, None, {}, 3, r, 1, own={"a": {"x": r / 7, "y": 1.0}}) for r in range(1, 10)]
+    rows = [
+        RoundRow(r, r / 2, "m", {"accuracy": 0.5}, {}, 3, r, 1, own={"a": {"x": r / 7, "y": 1.0}}) for r in range(1, 10)
+    ]
     record = Record("long", {"name": "yard"}, (), (), tuple(rows))
     tables = []
     for name, piece in (("whole", 50_000), ("parts", 4)):

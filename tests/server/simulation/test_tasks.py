@@ -16,6 +16,7 @@ from fedprune.planning.profile_store import find
 from fedprune_device.cli.main import main as device
 from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.results.report import summary_text
 from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import KINDS, digits_simulation
 
@@ -112,3 +113,16 @@ def test_a_bundle_that_labels_pixels_trains_and_predicts(tmp_path: Path, capsys:
     assert device(["predict", "--bundle", str(out), "--input", str(tmp_path / "pixels.npz")]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].startswith(f"0: {SIDE} x {SIDE} places, none ")
+
+
+def test_boards_and_server_judge_by_the_tasks_own_metric(tmp_path: Path) -> None:
+    run = simulation(tmp_path, {"ignore_label": VOID, "balance_classes": True, "metric": "miou"})
+    run.run()
+    record = run.record()
+    assert record.measure == "miou"
+    found = [value or 0.0 for value in record.global_values()]
+    assert found[-1] > found[0], found
+    assert found[-1] < (record.last.accuracy or 0.0), "most places are of no square"
+    assert set(record.last.local) == set(KINDS)
+    assert set(record.last.own) >= {"miou_before", "miou_after", "accuracy_after", "loss_after"}
+    assert "mean local miou" in summary_text(record)

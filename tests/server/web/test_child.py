@@ -105,12 +105,13 @@ def test_it_gets_no_secret_of_the_servers_environment(tmp_path: Path, monkeypatc
     for name in ("FEDPRUNE_SERVER_DATABASE", "AWS_SECRET_ACCESS_KEY", "PGPASSWORD", "CREDENTIALS_DIRECTORY"):
         monkeypatch.setenv(name, "secret")
     out = tmp_path / "environment"
-    program = f"import os; open({str(out)!r}, 'w').write(repr(dict(os.environ)))"
+    part = tmp_path / "part"
+    program = (
+        f"import os; open({str(part)!r}, 'w').write(repr(dict(os.environ))); os.rename({str(part)!r}, {str(out)!r})"
+    )
     child = ConsoleProcess(settings(tmp_path), [sys.executable, "-c", program])
     child.turn(0.0)
-    started = child._child._child
-    assert started is not None
-    assert started._process.wait(30) == 0
+    until(out.exists)
     child.stop()
     assert "'PATH'" in out.read_text()
     assert "secret" not in out.read_text()

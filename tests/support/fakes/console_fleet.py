@@ -214,11 +214,12 @@ class ConsoleFleet:
             "samples": chance.randrange(100, 5000), "seen_at": self._now - chance.uniform(0, 600),
             "temperature_c": round(chance.uniform(40, 85), 1), "versions": {"fedprune": "0.1.0", "onnxruntime": "1.23"},
             "bytes_down": chance.randrange(10**9), "bytes_up": chance.randrange(10**9),
-            "seconds": round(chance.uniform(10, 300), 1), "accuracy": round(chance.uniform(0.5, 0.95), 4),
-            "loss": round(chance.uniform(0.1, 2.0), 4), "staleness": chance.randrange(4), "quarantine": None,
+            "seconds": round(chance.uniform(10, 300), 1), "measured": round(chance.uniform(0.5, 0.95), 4),
+            "staleness": chance.randrange(4), "quarantine": None,
             "status": status, "key": "ab12-cd34-ef56-7890" if status == "waiting" else None, "behind": None,
             "excluded": None,
         }  # fmt: skip
+        row["metrics"] = {"accuracy": row["measured"], "loss": round(chance.uniform(0.1, 2.0), 4)}
         if i % 5 == 1 and status == "member":
             state = ("committed", "trial", "downloading", "rolled back")[i // 5 % 4]
             row["update"] = {"number": 6, "state": state, "reason": "a trial" if state == "rolled back" else "",

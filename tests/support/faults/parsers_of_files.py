@@ -260,13 +260,13 @@ def npz(save: Callable[..., None] = np.savez_compressed, **arrays: Any) -> bytes
     return file.getvalue()
 
 
-def picture(kind: str, size: tuple[int, int] = (8, 8)) -> bytes:
+def picture(kind: str, mode: str = "RGB", size: tuple[int, int] = (8, 8)) -> bytes:
     """A small image."""
     from PIL import Image
 
     file = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
-    Image.fromarray(pixels).save(file, kind)
+    Image.fromarray(pixels).convert(mode).save(file, kind)
     return file.getvalue()
 
 

@@ -582,3 +582,82 @@ class Distances(Tokens):
     def middle(self, x: torch.Tensor) -> torch.Tensor:
         apart = torch.relu(self.coder(x))[:, :, None, :] - self.prototypes
         return torch.exp(-apart.square().sum(-1) * 0.1)
+
+
+@hard(2)
+class SpatialTransformer(Images):
+    """Samples of a map, smoothed and made smaller, at places that a part of the net computes from it."""
+
+    def build(self) -> None:
+        self.a, self.b, self.where = conv(8, 6), conv(6, 8), nn.Linear(6, 6)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.a(x))
+        moved = self.where(x.mean((2, 3))) * 0.3 + torch.tensor([1.0, 0, 0, 0, 1, 0])
+        grid = functional.affine_grid(moved.reshape(-1, 2, 3), list(x.shape), align_corners=False)
+        smaller = functional.interpolate(x, size=(5, 6), mode="bilinear", antialias=True)
+        return torch.relu(self.b(functional.grid_sample(smaller, grid, align_corners=False)))
+
+
+@hard(1)
+class SegmentSums(Tokens):
+    """Tokens added up by segment, and read back from there."""
+
+    def build(self) -> None:
+        self.coder = nn.Linear(12, 8)
+        self.register_buffer("segment", torch.tensor([0, 2, 2, 1, 0, 1]))
+
+    head_channels = 8
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.coder(x))
+        where = self.segment[None, : x.shape[1], None].expand(x.shape)
+        sums = torch.zeros(x.shape[0], 3, 8).scatter_add(1, where, x)
+        return torch.tanh(sums.gather(1, where)) + x
+
+
+@hard(1)
+class Spectra(nn.Module):
+    """A short-time Fourier transform of raw audio before convolutions."""
+
+    input_shape = (256,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("window", torch.hann_window(32))
+        self.a, self.b = nn.Conv1d(17, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        waves = torch.stft(x, 32, hop_length=16, window=self.window, return_complex=True)
+        return self.b(torch.relu(self.a(torch.log(waves.abs().square() + 0.01))).mean(2))
+
+
+@hard(2)
+class PairDistances(Tokens):
+    """Distances of tokens to each other and to learnt ones, which exporters lack."""
+
+    def build(self) -> None:
+        self.coder, self.own = nn.Linear(12, 8), nn.Parameter(torch.randn(1, 5, 8))
+
+    head_channels = 11
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.coder(x))
+        own = torch.cdist(x, self.own.expand(x.shape[0], 5, 8), p=1.0)
+        return torch.cat([torch.cdist(x, x), own], 2) * 0.1
+
+
+@hard(1)
+class Overlaps(Images):
+    """Blocks of a map that are changed, and added up where they overlap; a convolution of whole lines by waves."""
+
+    def build(self) -> None:
+        self.a, self.b = conv(8, 6), conv(6, 8)
+        self.blocks, self.waves = nn.Linear(54, 54), nn.Parameter(torch.randn(5) * 0.3)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        blocks = functional.unfold(torch.relu(self.a(x)), 3, stride=2, padding=1)
+        changed = torch.tanh(self.blocks(blocks.transpose(1, 2))).transpose(1, 2)
+        whole = functional.fold(changed, (8, 8), 3, stride=2, padding=1)
+        waves = torch.view_as_real(torch.fft.rfft(whole)) * self.waves[:, None]
+        return torch.relu(self.b(torch.fft.irfft(torch.view_as_complex(waves), n=8)))

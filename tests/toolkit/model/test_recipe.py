@@ -49,7 +49,14 @@ recipes = st.builds(
 )
 
 FLAGS = [f.name for f in fields(Features) if f.default is False]
-OTHERS = {"loss": "bce", "ignore_label": 7, "optimizer": "adamw", "frozen": ("a*",), "trainable": ("a*",)}
+OTHERS = {
+    "loss": "bce",
+    "metric": "miou",
+    "ignore_label": 7,
+    "optimizer": "adamw",
+    "frozen": ("a*",),
+    "trainable": ("a*",),
+}
 
 
 @given(settings, st.floats(0, 1), st.floats(1e-3, 10))

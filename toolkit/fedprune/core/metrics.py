@@ -1,37 +1,101 @@
-"""Metrics that devices report: which of them count, and which limits they must keep."""
+"""Metrics that devices report: what they mean, which of them count, and which limits they must keep."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 TRAINED, AVERAGED = "after", "average"
-"""Endings of `accuracy_...` and `loss_...`: measured on the device's own test samples, with the model that it has just
-trained, or with its own average of models where it keeps one."""
+"""Endings of `accuracy_...`, `loss_...` and the like: measured on the device's own test samples, with the model that it
+has just trained, or with its own average of models where it keeps one."""
 
 MAX_LOSS = 1e6
 """The largest loss, of either sign, that counts as a measurement."""
 
-_LIMITS = {"accuracy": (0.0, 1.0), "loss": (-MAX_LOSS, MAX_LOSS)}
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of a model's outputs.
+
+    Attributes:
+        title: Its name for people.
+        higher: Whether more is better.
+        share: Whether it is a share from 0 to 1, shown in percent.
+    """
+
+    name: str
+    title: str
+    higher: bool
+    share: bool
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """What counts as a measurement."""
+        return (0.0, 1.0) if self.share else (-MAX_LOSS, MAX_LOSS)
+
+    def shown(self, value: float) -> str:
+        """The number alone."""
+        return f"{value:.1%}" if self.share else f"{value:.4g}"
+
+    def said(self, value: float) -> str:
+        """The number with the metric's title."""
+        return f"{self.title} {self.shown(value)}"
+
+
+SCORE = "score"
+"""What a metric of the model's own is reported as."""
+
+ACCURACY = Metric("accuracy", "accuracy", higher=True, share=True)
+LOSS = Metric("loss", "loss", higher=False, share=False)
+
+METRICS = {
+    m.name: m
+    for m in (
+        Metric(SCORE, SCORE, higher=True, share=False),
+        Metric("miou", "mean IoU", higher=True, share=True),
+        Metric("ap", "average precision", higher=True, share=True),
+        Metric("perplexity", "perplexity", higher=False, share=False),
+        Metric("rmse", "RMSE", higher=False, share=False),
+        Metric("mae", "MAE", higher=False, share=False),
+        ACCURACY,
+        LOSS,
+    )
+}
+"""By name; where several were measured, a model is judged by the first of them."""
+
+
+def leading(metrics: Mapping[str, float], suffix: str = "") -> tuple[Metric, float] | None:
+    """By what a model is judged: the first of `METRICS` that was measured, as `NAME` + `suffix`; None without any."""
+    for name, metric in METRICS.items():
+        if (value := metrics.get(name + suffix)) is not None:
+            return metric, value
+    return None
 
 
 def served(metrics: Mapping[str, float], kind: str) -> float | None:
-    """The measure (`accuracy` or `loss`) on the device's test samples of the model that it serves; None where it wasn't
-    measured.
+    """A metric (such as `accuracy` or `loss`) on the device's test samples of the model that it serves; None where it
+    wasn't measured.
 
     That is the average where the device keeps one, else what it trained.
     """
     return metrics.get(f"{kind}_{AVERAGED}", metrics.get(f"{kind}_{TRAINED}"))
 
 
+def all_served(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Every metric of the model that a device serves, by name."""
+    return {name: value for name in METRICS if (value := served(metrics, name)) is not None}
+
+
 def believable(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that are finite, with `accuracy...` from 0 to 1 and `loss...` within `MAX_LOSS`.
+    """The metrics that are finite, with shares (`accuracy...`) from 0 to 1 and others (`loss...`) within `MAX_LOSS`.
 
     Densities and the end of training depend on them, so that impossible ones must not count.
     """
     found = {}
     for name, value in metrics.items():
-        low, high = _LIMITS.get(name.split("_")[0], (-math.inf, math.inf))
+        known = METRICS.get(name.split("_")[0])
+        low, high = (-math.inf, math.inf) if known is None else known.limits
         if math.isfinite(value) and low <= value <= high:
             found[name] = value
     return found

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.metrics import ACCURACY, LOSS, SCORE
 from fedprune.core.validation import is_number
 
 
@@ -29,6 +30,7 @@ class Features:
         element_mask: Per trained tensor a 0/1 mask: masked elements are 0 in the forward pass and stay put.
         gradients: The gradients are outputs, too.
         loss: One of `LOSSES`; `custom` for the model's own.
+        metric: One of `METRICS_OF` these labels, or empty: the graph's metadata has what measures it.
         label_smoothing: A share of every label is spread over all classes (cross-entropy).
         ignore_label: Labels of this class count for nothing (cross-entropy); None for none.
         optimizer: `sgd`, `adam` or `adamw`.
@@ -54,6 +56,7 @@ class Features:
     element_mask: bool = False
     gradients: bool = False
     loss: str = "cross_entropy"
+    metric: str = ""
     label_smoothing: bool = False
     ignore_label: int | None = None
     optimizer: str = "sgd"
@@ -71,7 +74,13 @@ class Features:
 
     def target_shape(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
         """One sample's labels for outputs of this shape; a model's own loss may take others."""
-        return outputs[1:] if self.loss == "cross_entropy" else outputs
+        kind = LABELS_OF[self.loss]
+        return {"classes": outputs[1:], "identities": (), "sequence": outputs[1:]}.get(kind, outputs)
+
+    @property
+    def counts(self) -> bool:
+        """Whether labels of a built-in loss are whole numbers."""
+        return LABELS_OF[self.loss] in ("classes", "identities", "sequence")
 
     @property
     def scores(self) -> bool:
@@ -107,11 +116,23 @@ LABELS_OF = {
     "cross_entropy": "classes",
     **dict.fromkeys(("bce", "focal", "dice"), MULTI),
     **dict.fromkeys(("mse", "l1", "huber"), "values"),
+    **dict.fromkeys(("infonce", "triplet"), "identities"),
+    "ctc": "sequence",
     CUSTOM: "own",
 }
-"""The labels that each loss compares with: the number of a class, a 0 or 1 per class, values, or its own."""
+"""The labels that each loss compares with: the number of a class, a 0 or 1 per class, values, the number of what a
+sample shows, the numbers of a sequence of classes, or its own."""
 
 LOSSES = tuple(LABELS_OF)
+
+METRICS_OF = {
+    "classes": ("miou", "perplexity", CUSTOM),
+    MULTI: ("ap", CUSTOM),
+    "values": ("rmse", "mae", CUSTOM),
+    **dict.fromkeys(("identities", "sequence"), (CUSTOM,)),
+    "own": ("miou", "perplexity", "ap", "rmse", "mae", CUSTOM),
+}
+"""Metrics besides accuracy and loss, by kind of labels; `custom` for the model's own."""
 
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
@@ -131,7 +152,7 @@ _FIRST = (
 )
 """Settings that every board knows."""
 
-_LATER = ("blend", "mixup", "ignore_label", "update_clip", "update_noise")
+_LATER = ("blend", "mixup", "ignore_label", "metric", "update_clip", "update_noise")
 """Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
 
 LEAST_MIXUP = 1e-3
@@ -161,7 +182,13 @@ class Recipe:
         max_steps: Upper limit of steps, 0 for none.
         loss: `cross_entropy` (one class per sample, or per place of it), `bce` (labels 0 or 1 of every class, from
             logits), `focal` (Lin et al. 2017, eq. 4, with γ = 2) or `dice` (soft overlap of each class's places) with
-            such labels, too; `mse`, `l1` or `huber` (numbers to predict); or `custom`: the model's own.
+            such labels, too; `mse`, `l1` or `huber` (numbers to predict); `infonce` (Khosla et al. 2020, eq. 2) or
+            `triplet` (Hermans et al. 2017, eq. 5), which compare the samples of a batch; `ctc` (Graves et al. 2006:
+            sequences of classes without their places); or `custom`: the model's own.
+        metric: By what models are judged in addition to loss and accuracy: of classes `miou` (mean over classes of the
+            overlap of places with them and guessed ones, over their union) or `perplexity`; of labels 0 or 1 `ap`
+            (average precision, the mean over classes, by 200 bins of the sigmoid); of values `rmse` or `mae`;
+            `custom`: the model's own, which is reported as its score. Empty for none.
         label_smoothing: Share of every label that is spread over all classes (cross-entropy).
         ignore_label: Labels of this class count for nothing (cross-entropy), such as pixels that nobody has labelled.
         huber_delta: From this error on the Huber loss grows linearly.
@@ -241,6 +268,7 @@ class Recipe:
     blend: float = 0.0
     mixup: float = 0.0
     ignore_label: int | None = None
+    metric: str = ""
     update_clip: float = 0.0
     update_noise: float = 0.0
 
@@ -281,6 +309,8 @@ class Recipe:
             validation.number(f"recipe: {name}", getattr(self, name), low, high, below=kept)
         for name, allowed in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("mask", MASKS)):
             validation.word(f"recipe: {name}", getattr(self, name), allowed)
+        if self.metric:
+            validation.word(f"recipe: metric with loss {self.loss!r}", self.metric, METRICS_OF[LABELS_OF[self.loss]])
         for name in ("frozen", "trainable", "personal"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
@@ -304,11 +334,11 @@ class Recipe:
                 )
         if self.mixup and not self.mixes:
             raise ConfigError(
-                "recipe: mixup with a loss of the model's own"
-                if self.loss == CUSTOM
-                else "recipe: mixup with ignore_label",
+                "recipe: mixup with ignore_label"
+                if self.ignore_label is not None
+                else f"recipe: mixup with loss {self.loss!r}",
                 expected="one of the two",
-                hint="Only labels that all count, of a built-in loss, can be mixed.",
+                hint="Only labels that all count, and are classes or values, can be mixed.",
             )
         if self.accumulate > self.batch_size:
             raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
@@ -348,7 +378,12 @@ class Recipe:
     @property
     def mixes(self) -> bool:
         """Whether labels of this task can be mixed (mixup)."""
-        return self.loss != CUSTOM and self.ignore_label is None
+        return LABELS_OF[self.loss] in (*JUDGED, "values") and self.ignore_label is None
+
+    @property
+    def judged_by(self) -> str:
+        """The name of the metric (`fedprune.core.metrics`) by which models are judged."""
+        return judged_by({"loss": self.loss, "metric": self.metric})
 
     @property
     def features(self) -> Features:
@@ -359,6 +394,7 @@ class Recipe:
             class_mask=self.mask_absent_classes,
             proximal=self.proximal > 0,
             loss=self.loss,
+            metric=self.metric,
             label_smoothing=self.label_smoothing > 0,
             ignore_label=self.ignore_label,
             optimizer=self.optimizer,
@@ -444,6 +480,14 @@ class Recipe:
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+
+
+def judged_by(recipe: Mapping[str, Any]) -> str:
+    """The name of the metric by which a recipe's models are judged; what is missing is as by default."""
+    metric = recipe.get("metric", Recipe.metric)
+    if metric:
+        return SCORE if metric == CUSTOM else str(metric)
+    return (ACCURACY if LABELS_OF[recipe.get("loss", Recipe.loss)] in JUDGED else LOSS).name
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

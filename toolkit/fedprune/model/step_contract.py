@@ -94,6 +94,15 @@ RESERVED = frozenset(
 IGNORED = "fedprune.ignored"
 """Key of a training graph's metadata that holds the class of labels that count for nothing, if there is one."""
 
+METRIC = "fedprune.metric"
+"""Key of a training graph's metadata that holds, on demand, a metric: an ONNX file in base64.
+
+Its inputs are `logits` and `y`; its outputs `SUMS` [k] (float32), which add up over the parts of a set, and `VALUE`
+(float32 []), which is computed from `SUMS` alone.
+"""
+
+SUMS, VALUE = "sums", "value"
+
 AXES = "fedprune.axes"
 """Key of a training graph's metadata that holds, on demand, the channels on its tensors' axes."""
 

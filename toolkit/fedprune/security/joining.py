@@ -207,7 +207,12 @@ class Claim:
         claim, or mistyped."""
         plain = re.sub(r"[\s-]", "", text[:_LONGEST]).upper()
         if not plain.startswith(PREFIX):
-            raise JoinError("claim", expected=f"a text that begins with {PREFIX}-", got="something else")
+            raise JoinError(
+                "claim",
+                expected=f"a text that begins with {PREFIX}-",
+                got="something else",
+                hint="`fedprune-server claim` makes one.",
+            )
         body = plain[len(PREFIX) :].translate(_SLIPS)
         length = (ID + SECRET + PIN + CHECK) * 8 // 5
         try:

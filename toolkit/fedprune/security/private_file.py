@@ -56,7 +56,7 @@ def read_private(path: Path, what: str) -> bytes:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise IdentityError(f"{what} is missing: there is no {path}") from error
+        raise IdentityError(f"{what} is missing: there is no {path}", hint=remedy(error)) from error
     except OSError as error:
         raise StorageError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from fedprune.core.errors import ConfigError, shown
-from fedprune.core.metrics import believable
+from fedprune.core.metrics import believable, leading
 from fedprune.jobs.state import Device, State, Task
 from fedprune.strategies.allocation import TIMES, Allocator, Fixed, Fleet, Tiers, check_density
 
@@ -178,12 +178,9 @@ def watch(seen: Mapping[str, Any], found: float | None, patience: int) -> tuple[
 
 
 def score(metrics: Mapping[str, float], suffix: str = "") -> float | None:
-    """A score, more is better: the accuracy, or where numbers are predicted minus the loss; None without either."""
-    found = believable(metrics)
-    for name, sign in ((f"accuracy{suffix}", 1.0), (f"loss{suffix}", -1.0)):
-        if name in found:
-            return sign * found[name]
-    return None
+    """A score, more is better: what the model is judged by, with its sign turned where less is better; None without."""
+    found = leading(believable(metrics), suffix)
+    return None if found is None else found[1] if found[0].higher else -found[1]
 
 
 def _mean_score(part: Mapping[str, Device]) -> float | None:

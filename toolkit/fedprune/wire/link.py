@@ -135,6 +135,7 @@ _POLL = 1.0
 _AT_ONCE = 64
 """Messages that are read at most before the network thread writes again."""
 
+_REFUSED = "it refuses the connection"
 _ANSWER_S = 5.0
 """Seconds that a broker may take for each answer, in addition to those for connecting."""
 
@@ -214,8 +215,9 @@ class Link:
         self.close()
         raise BrokerError(
             f"can't connect to the MQTT broker at {self.url}: {reason}",
-            hint="Is a broker running there, is the port right, does a firewall let it through, "
-            "and do user name and password fit?",
+            hint="Is it the right broker, and do user name and password fit?"
+            if reason.startswith(_REFUSED)
+            else "Is a broker running there, is the port right, and does a firewall let it through?",
         )
 
     @property
@@ -406,7 +408,7 @@ class Link:
         with self._state:
             self._heard_at = time.monotonic()
             if reason.is_failure:
-                self._failure = f"it refuses the connection ({str(reason).lower()})"
+                self._failure = f"{_REFUSED} ({str(reason).lower()})"
                 if self._trial is not None:
                     self._trial.refused(reason.value)
             else:

@@ -109,7 +109,11 @@ class BrokerUrl:
             parts = urlsplit(url)
             port = parts.port
         except ValueError as error:
-            raise ConfigError("broker URL", expected="mqtt://[user:password@]host[:port]") from error
+            raise ConfigError(
+                "broker URL",
+                expected="mqtt://[user:password@]host[:port]",
+                hint="A port is a number from 1 to 65535, and an IPv6 address stands in brackets.",
+            ) from error
         if "://" not in url:
             shown = url.rpartition("@")[2][:200]  # without a password
             raise ConfigError("broker URL", expected="mqtts://host[:port]", got=shown, hint=f"Try mqtts://{shown}.")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
+from fedprune.core.metrics import METRICS
 from fedprune.core.text import amount, quantity
 from fedprune.output.chart import Chart, chart, scale, style, tiles, together
 from fedprune.output.page import Bar, bars, boxes, charts, paragraph
@@ -45,7 +46,7 @@ Values = Callable[[Record], "Sequence[float | None]"]
 
 
 def curves(runs: Sequence[Record]) -> str:
-    """Accuracy (or loss) of the global and the local models by rounds, bytes and time.
+    """What the global and the local models are judged by by rounds, bytes and time.
 
     Args:
         runs: Runs laid over each other; their titles tell them apart.
@@ -60,7 +61,7 @@ def curves(runs: Sequence[Record]) -> str:
 
 
 def devices(run: Record, reference: Record | None) -> str:
-    """Local accuracy (or loss) of every device: by rounds, as a distribution, and as measured last."""
+    """What every device is judged by: by rounds, as a distribution, and as measured last."""
     rounds = [float(r.round) for r in run.rounds]
     local = [r.local for r in run.rounds]
     kind = run.measure
@@ -73,7 +74,7 @@ def devices(run: Record, reference: Record | None) -> str:
     if len(run.devices) > FEW:
         parts.append(_histogram(runs))
     names = [r.title for r in runs]
-    top = 1.0 if kind == "accuracy" else max((v for r in runs for v in r.latest.values()), default=1.0) or 1.0
+    top = 1.0 if run.metric.share else max((v for r in runs for v in r.latest.values()), default=1.0) or 1.0
     rows = []
     for device in _spread(run.devices, DEVICES):
         for i, each in enumerate(runs):
@@ -178,27 +179,27 @@ def _chart(
     along: str = "round",
     amounts: bool = False,
 ) -> Chart | None:
-    accuracy = kind == "accuracy"
+    share = METRICS[kind].share
     return chart(
         key,
         title,
         places,
         series,
         partial(shown, kind=kind),
-        unit=(0.01, "%") if accuracy else (1.0, ""),
+        unit=(0.01, "%") if share else (1.0, ""),
         along=along,
-        top=100.0 if accuracy else None,
+        top=100.0 if share else None,
         bridged=True,
         amounts=amounts,
     )
 
 
 def _histogram(runs: Sequence[Record]) -> str:
-    """How many devices have which local accuracy (or loss)."""
+    """How many devices have which local measure."""
     kind, values = runs[0].measure, [v for run in runs for v in run.latest.values() if math.isfinite(v)]
     if not values:
         return ""
-    low, high = (0.0, 1.0) if kind == "accuracy" else (min(values), max(values) + 1e-12)
+    low, high = (0.0, 1.0) if METRICS[kind].share else (min(values), max(values) + 1e-12)
     bins = 10
     found = [Counter(min(bins - 1, int(bins * (v - low) / (high - low))) for v in run.latest.values()) for run in runs]
     most = max(max(c.values(), default=0) for c in found) or 1

@@ -18,12 +18,12 @@ from fedprune.coordination import State
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
-from fedprune.core.metrics import AVERAGED, TRAINED, served
+from fedprune.core.metrics import AVERAGED, METRICS, TRAINED, Metric, served
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress
 from fedprune.model.architecture import Architecture
-from fedprune.model.recipe import Features
+from fedprune.model.recipe import judged_by
 from fedprune.model.selection import Selection
 from fedprune.planning.costs import costs_at
 from fedprune_device.training.round_runner import MEASURED
@@ -74,9 +74,8 @@ class RoundRow:
         round: Its number, from 1.
         at: Its end, in seconds since the run's start.
         model: Digest of the global model.
-        accuracy: Accuracy of the global model on the server's data, or None.
-        loss: Its loss there, or None.
-        local: Accuracy (loss for regression) of each delivering device's served model on its own test data.
+        metrics: Measurements of the global model on the server's data, such as accuracy and loss.
+        local: What the run is judged by, of each delivering device's served model on its own test data.
         asked: Number of devices asked.
         down: Bytes from server to devices since the start.
         up: Bytes from devices to server since the start.
@@ -91,8 +90,7 @@ class RoundRow:
     round: int
     at: float
     model: str
-    accuracy: float | None
-    loss: float | None
+    metrics: dict[str, float]
     local: dict[str, float]
     asked: int
     down: int
@@ -103,6 +101,16 @@ class RoundRow:
     spent: dict[str, list[int]] = field(default_factory=dict)
     updates: int = 0
     coverage: list[list[int]] = field(default_factory=list)
+
+    @property
+    def accuracy(self) -> float | None:
+        """Of the global model on the server's data."""
+        return self.metrics.get("accuracy")
+
+    @property
+    def loss(self) -> float | None:
+        """Of the global model on the server's data."""
+        return self.metrics.get("loss")
 
     @property
     def macs(self) -> int:
@@ -164,13 +172,16 @@ class Record:
 
     @property
     def measure(self) -> str:
-        """Quality measure of the models: `accuracy`, or `loss` for regression."""
-        recipe = self.job.get("recipe", {})
-        return _measure_of(recipe.get("loss", "cross_entropy") if isinstance(recipe, Mapping) else "cross_entropy")
+        """By what models are judged: a name of `METRICS`."""
+        return judged_by(self.job.get("recipe", {}))
+
+    @property
+    def metric(self) -> Metric:
+        return METRICS[self.measure]
 
     def global_values(self) -> tuple[float | None, ...]:
         """The global model's measure per round; None without data of the server."""
-        return tuple(r.loss if self.measure == "loss" else r.accuracy for r in self.rounds)
+        return tuple(r.metrics.get(self.measure) for r in self.rounds)
 
     def own_means(self, metric: str) -> tuple[float | None, ...]:
         """Mean over devices of their latest value of a metric, per round; None before the first."""
@@ -187,7 +198,7 @@ class Record:
     def reached(self, target: float) -> RoundRow | None:
         """The first round whose global model reaches a target, or None."""
         for row, value in zip(self.rounds, self.global_values(), strict=True):
-            if value is not None and (value <= target if self.measure == "loss" else value >= target):
+            if value is not None and (value >= target if self.metric.higher else value <= target):
                 return row
         return None
 
@@ -285,7 +296,7 @@ def record_of(
         partition: The fleet's data, if known.
     """
     known = notes or {}
-    rounds = (_round(e, known.get(e["round"], RoundNotes()), began, job.recipe.loss) for e in state.history)
+    rounds = (_round(e, known.get(e["round"], RoundNotes()), began, job.recipe.judged_by) for e in state.history)
     missed = _missed(state)
     selection = None if ranking is None else Selection.from_json(ranking, architecture)
     devices = tuple(
@@ -332,10 +343,10 @@ def measured_names(runs: Sequence[Record]) -> list[str]:
 
 
 def shown(value: float | None, kind: str) -> str:
-    """An accuracy as a percentage, a loss as a number."""
+    """A share as a percentage, any other metric as a number."""
     if value is None or not math.isfinite(value):
         return "–"
-    return f"{value:.1%}" if kind == "accuracy" else f"{value:.4g}"
+    return METRICS[kind].shown(value)
 
 
 def _missed(state: State) -> dict[str, list[str]]:
@@ -359,13 +370,8 @@ def _label(architecture: Architecture, group: int) -> str:
     return members[0].partition("[")[0].rpartition(".")[0] or members[0] if members else architecture.groups[group].name
 
 
-def _measure_of(loss: str) -> str:
-    return "accuracy" if Features(loss=loss).scores else "loss"
-
-
-def _round(entry: Mapping[str, Any], notes: RoundNotes, began: float, loss: str) -> RoundRow:
+def _round(entry: Mapping[str, Any], notes: RoundNotes, began: float, kind: str) -> RoundRow:
     metrics, devices = entry["metrics"], entry["devices"]
-    kind = _measure_of(loss)
     delivered = {n: part for n, part in devices.items() if part["progress"] == "folded"}
     own = {n: served(part["metrics"], kind) for n, part in delivered.items()}
     names = sorted(set().union(*(part["metrics"] for part in delivered.values())) - MEASURED)
@@ -373,8 +379,7 @@ def _round(entry: Mapping[str, Any], notes: RoundNotes, began: float, loss: str)
         round=entry["round"],
         at=entry["at"] - began,
         model=entry["model"],
-        accuracy=metrics.get("accuracy"),
-        loss=metrics.get("loss"),
+        metrics={n: metrics[n] for n in METRICS if n in metrics},
         local={n: value for n, value in own.items() if value is not None},
         asked=len(devices),
         down=notes.down,

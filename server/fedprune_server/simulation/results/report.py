@@ -67,8 +67,10 @@ def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
     """Claims about narrow models, relative to a reference that trains the whole model on every device."""
     mine, theirs = run.final(TAIL), reference.final(TAIL)
     lost = [_worse(run, a, b) for a, b in zip(mine, theirs, strict=True)]
-    limit = EXCESS if run.measure == "loss" else POINTS / 100
-    allowed = f"{EXCESS:.0%} above" if run.measure == "loss" else f"{POINTS:.0f} points below"
+    metric = run.metric
+    limit = POINTS / 100 if metric.share else EXCESS
+    side = "below" if metric.higher else "above"
+    allowed = f"{POINTS:.0f} points {side}" if metric.share else f"{EXCESS:.0%} {side}"
     shares = [_ratio(run.last.down, reference.last.down), _ratio(run.last.up, reference.last.up)]
     return (
         Claim(
@@ -170,7 +172,7 @@ def absences(run: Record) -> list[str]:
 
 def diverged(run: Record) -> str:
     """Whether training diverged, with advice; empty if it didn't."""
-    measured = [r.loss for r in run.rounds if r.loss is not None or r.accuracy is not None]
+    measured = [r.metrics.get("loss") for r in run.rounds if r.metrics]
     return advice(measured, [d.why for d in run.devices], run.job.get("recipe", {}))
 
 
@@ -223,7 +225,7 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     runs = [run] + ([reference] if reference is not None else [])
     intro = (
         f"{quantity(len(run.devices), 'device')}, {quantity(run.last.round, 'round')}. "
-        f"{'Losses' if run.measure == 'loss' else 'Accuracies'} of the summary are means over the last "
+        f"Figures of {run.metric.title} in the summary are means over the last "
         f"{quantity(min(TAIL, len(run.rounds)), 'round')}. Local {run.measure} is that of the model that a device "
         f"serves, on its own test data, as measured last; its mean is over the {len(run.latest)} of "
         f"{len(run.devices)} devices that delivered." + (f" Bytes: {run.measured}." if run.measured else "")
@@ -304,16 +306,18 @@ def _percent(value: float, digits: int = 0) -> str:
 
 
 def _worse(run: Record, mine: float, theirs: float) -> float:
-    """How much worse a measure is: a difference of accuracies, a relative difference of losses."""
-    if run.measure == "accuracy":
-        return theirs - mine
-    return (mine - theirs) / theirs if theirs else math.nan
+    """How much worse a measure is: a difference of shares, a relative difference of other numbers."""
+    lost = theirs - mine if run.metric.higher else mine - theirs
+    if run.metric.share:
+        return lost
+    return lost / abs(theirs) if theirs else math.nan
 
 
 def _difference(run: Record, worse: float) -> str:
     if not math.isfinite(worse):
         return "not measured"
-    return f"{0 - 100 * worse:+.1f} points" if run.measure == "accuracy" else f"{worse:+.1%}"
+    change = -worse if run.metric.higher else worse
+    return f"{0 + 100 * change:+.1f} points" if run.metric.share else f"{change:+.1%}"
 
 
 PAGE = "comparison.html"
@@ -419,7 +423,7 @@ def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[flo
     """
     kind = runs[0].measure
     intro = (
-        f"{quantity(len(runs), 'run')}. {'Losses' if kind == 'loss' else 'Accuracies'} of the table are means over "
+        f"{quantity(len(runs), 'run')}. Figures of {runs[0].metric.title} in the table are means over "
         f"the last {quantity(min(TAIL, max(len(r.rounds) for r in runs)), 'round')}. Local {kind} is that of the model "
         "that a device serves, on its own test data, as measured last, every device counting alike."
     )

@@ -167,10 +167,7 @@ def _pieces(rounds: Sequence[RoundRow]) -> Iterator[tuple[list[Any], ...]]:
 
 def _metrics(row: RoundRow) -> Iterator[tuple[str | None, str, float]]:
     """Device, metric and value of all numbers of a round."""
-    for name, value in (("accuracy", row.accuracy), ("loss", row.loss)):
-        if value is not None:
-            yield None, name, value
-    for name, value in row.measured.items():
+    for name, value in (*row.metrics.items(), *row.measured.items()):
         yield None, name, value
     for metric, values in row.own.items():
         for device, value in values.items():
@@ -184,6 +181,7 @@ def _metrics(row: RoundRow) -> Iterator[tuple[str | None, str, float]]:
 
 def _wide(record: Record) -> list[dict[str, Any]]:
     own = sorted(set().union(*(r.own for r in record.rounds)))
+    whole = sorted(set().union(*(r.metrics for r in record.rounds)))
     measured = sorted(set().union(*(r.measured for r in record.rounds)))
     means = {f"mean_{m}": record.own_means(m) for m in own}
     return [
@@ -196,8 +194,7 @@ def _wide(record: Record) -> list[dict[str, Any]]:
             "asked": r.asked,
             "updates": r.updates,
             "model": r.model,
-            "accuracy": r.accuracy,
-            "loss": r.loss,
+            **{k: r.metrics.get(k) for k in whole},
             **{k: v[i] for k, v in means.items()},
             **{k: r.measured.get(k) for k in measured},
         }

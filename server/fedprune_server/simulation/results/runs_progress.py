@@ -20,6 +20,7 @@ from rich.progress import (
 from rich.text import Text
 
 from fedprune.coordination import Phase
+from fedprune.core.metrics import leading
 from fedprune_server.monitoring.display import logged_above
 from fedprune_server.simulation.runs import RunStatus
 from fedprune_server.simulation.simulation import Simulation
@@ -82,9 +83,8 @@ class RunDisplay:
         state, rounds = simulation.state, simulation.job.rounds
         done = sum(t.progress.over for t in state.tasks.values()) / max(1, len(state.tasks))
         metrics = state.history[-1]["metrics"] if state.history else {}
-        note = f"loss {metrics['loss']:.4g}" if "loss" in metrics else ""
-        if "accuracy" in metrics:
-            note = f"accuracy {metrics['accuracy']:.1%}"
+        found = leading(metrics)
+        note = "" if found is None else found[0].said(found[1])
         shown = min(rounds, len(state.history) + (done if state.round > len(state.history) else 0))
         self._bar.update(self._rounds, completed=round(shown, 2), note=note)
         self._lines.show(f"{self._title}: {len(state.history)} of {rounds} rounds are done{note and ', '}{note}")

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from fedprune.core.metrics import leading
 from fedprune.core.text import one_line
 from fedprune.core.validation import is_number
 from fedprune.jobs.state import Device, Progress, State, Task
@@ -76,6 +77,7 @@ def device_row(
     )
     if device is None and now_at != "excluded":
         doing = now_at
+    judged = leading(shown.metrics)
     return {
         "name": name,
         "job": job,
@@ -95,8 +97,8 @@ def device_row(
         "bytes_down": traffic[0],
         "bytes_up": traffic[1],
         "seconds": number(shown.seconds, 0.0, 1e12),
-        "accuracy": number(shown.accuracy, 0.0, 1.0),
-        "loss": number(shown.loss, -1e300, 1e300),
+        "metrics": dict(shown.metrics),
+        "measured": None if judged is None else judged[1],
         "staleness": max(0, _ended(state) - last_counted) if last_counted else None,
         "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
         "status": status,

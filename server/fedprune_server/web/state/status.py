@@ -33,7 +33,7 @@ SILENT_S = 15.0
 
 COLUMNS = (
     "name", "job", "online", "state", "profile", "slot", "release", "density", "parameters", "samples", "seen_at",
-    "temperature_c", "bytes_down", "bytes_up", "seconds", "accuracy", "loss", "staleness", "status",
+    "temperature_c", "bytes_down", "bytes_up", "seconds", "measured", "staleness", "status",
 )  # fmt: skip
 """Fields of a device's row that devices can be sorted by."""
 

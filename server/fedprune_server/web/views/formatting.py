@@ -7,6 +7,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from fedprune.core.metrics import METRICS
+
 NOTHING = "–"
 """Text for an unknown value."""
 
@@ -137,7 +139,11 @@ def ago(at: float | None, now: float | None = None) -> str:
 
 
 def metrics(values: Mapping[str, float]) -> list[tuple[str, str]]:
-    return [(k, share(v) if k == "accuracy" else number(v)) for k, v in sorted(values.items()) if k != "samples"]
+    return [
+        (METRICS[k].title, METRICS[k].shown(v)) if k in METRICS else (k, number(v))
+        for k, v in sorted(values.items())
+        if k != "samples"
+    ]
 
 
 def versions(values: Mapping[str, str]) -> str:

@@ -80,6 +80,7 @@ class Pages:
         )
         self._templates.filters.update(phrases.FILTERS)
         self._templates.filters["local_measure"] = presentation.local_measure
+        self._templates.filters["measured"] = presentation.measured
         self._templates.filters["chart"] = lambda drawn: Markup(chart.figure(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
         self._templates.filters["strip"] = lambda drawn: Markup(chart.strip_svg(drawn))  # noqa: S704  # nosec B704  # the renderer escapes all names
         self._templates.globals["heat_scale"] = Markup(chart.scale())  # noqa: S704  # nosec B704  # the renderer escapes all names

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fedprune.core.metrics import ACCURACY, METRICS, Metric
 from fedprune.core.validation import is_number
 from fedprune.output.chart import Chart, Strip, chart, strip
 from fedprune_server.web.state.status import MAX_SIZE, FleetView
@@ -109,12 +110,14 @@ def charts(rounds: Sequence[Row]) -> list[Chart]:
     ) -> None:
         made.append(chart(key, title, at, series, said, unit=unit, from_zero=True))
 
-    for i, name in enumerate(sorted(names, key=lambda n: (n != "accuracy", n != "loss", n))[:_MOST_CURVES]):
-        values = {name: [r["metrics"].get(name) for r in rounds]}
-        if name == "accuracy":
-            made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.share, unit=(0.01, "%"), top=100.0))
+    order = {name: i for i, name in enumerate(METRICS)}
+    for i, name in enumerate(sorted(names, key=lambda n: (order.get(n, len(order)), n))[:_MOST_CURVES]):
+        values, metric = {name: [r["metrics"].get(name) for r in rounds]}, METRICS.get(name)
+        title = f"Global {name if metric is None else metric.title}"
+        if metric is not None and metric.share:
+            made.append(chart(f"metric-{i}", title, at, values, phrases.share, unit=(0.01, "%"), top=100.0))
         else:
-            made.append(chart(f"metric-{i}", f"Global {name}", at, values, phrases.number))
+            made.append(chart(f"metric-{i}", title, at, values, phrases.number))
     # Numbers from before the server's start are None.
     updates = {"counted": [r["counted"] for r in rounds], "asked": [r["devices"] for r in rounds]}
     drawn("updates", "Updates", updates, phrases.number)
@@ -154,36 +157,34 @@ def device_charts(history: Sequence[Row]) -> list[Chart]:
 
 
 def local_measure(metrics: Mapping[str, float]) -> str:
-    """The local accuracy of the model that a device serves, or else its loss."""
-    for kind, said in (("accuracy", phrases.share), ("loss", phrases.number)):
-        for moment in ("average", "after", "last", "before"):
-            if (value := metrics.get(f"{kind}_{moment}")) is not None:
-                return f"{said(value)}" if kind == "accuracy" else f"loss {said(value)}"
-        if kind in metrics:
-            return f"{said(metrics[kind])}" if kind == "accuracy" else f"loss {said(metrics[kind])}"
+    """By what the model that a device serves is judged there; the number alone where that is its accuracy."""
+    for metric in METRICS.values():
+        for suffix in ("_average", "_after", "_last", "_before", ""):
+            if (value := metrics.get(metric.name + suffix)) is not None:
+                return metric.shown(value) if metric is ACCURACY else metric.said(value)
     return phrases.NOTHING
 
 
+def measured(metrics: Mapping[str, float]) -> str:
+    """All that was measured of a device's model."""
+    return ", ".join(METRICS[n].said(v) for n, v in metrics.items() if n in METRICS) or phrases.NOTHING
+
+
+def _local(metric: Metric) -> tuple[str, str, dict[str, str], Any, str]:
+    """The chart of a metric."""
+    moments = {"received": "_before", "trained": "_after", "average": "_average", "measured": ""}
+    curves = {label: metric.name + suffix for label, suffix in moments.items()}
+    return (
+        metric.name,
+        f"Local {metric.title}",
+        curves,
+        phrases.share if metric.share else phrases.number,
+        "share" if metric.share else "",
+    )
+
+
 _DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
-    (
-        "accuracy",
-        "Local accuracy",
-        {
-            "received": "accuracy_before",
-            "trained": "accuracy_after",
-            "average": "accuracy_average",
-            "measured": "accuracy",
-        },
-        phrases.share,
-        "share",
-    ),
-    (
-        "loss",
-        "Local loss",
-        {"received": "loss_before", "trained": "loss_after", "average": "loss_average", "measured": "loss"},
-        phrases.number,
-        "",
-    ),
+    *map(_local, METRICS.values()),
     ("times", "Time of a round's training", {"training": "train_seconds"}, phrases.seconds, "s"),
     ("step", "Time of a step and of a prediction", {"step": "step_seconds", "prediction": "latency_seconds"},
      phrases.seconds, "s"),

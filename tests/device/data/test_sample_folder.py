@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from fedprune.core.errors import ConfigError, DataError, StorageError
-from fedprune_device.data import image_decoding, image_folder
+from fedprune_device.data import image_decoding, sample_folder
 from fedprune_device.data.image_decoding import Pixels
-from fedprune_device.data.image_folder import ImageFolder
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
 
 pytestmark = pytest.mark.board
@@ -30,8 +31,8 @@ def put(root: Path, name: str, seed: int) -> Any:
     return pixels.transpose(2, 0, 1).astype(np.float32) / 255
 
 
-def folder(root: Path, most: int = 100, test: float = 0.0) -> ImageFolder:
-    return ImageFolder(root, Pixels(), SplitShares(test, device="d"), most, NAMES)
+def folder(root: Path, most: int = 100, test: float = 0.0) -> SampleFolder:
+    return SampleFolder(root, (Pixels(),), SplitShares(test, device="d"), most, NAMES)
 
 
 def test_images_are_samples_of_their_folders_class(tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_an_image_that_is_damaged_or_too_large_is_left_out_by_name(
     put(tmp_path, "ant/a.png", 1)
     (tmp_path / "ant" / "torn.jpg").write_bytes(b"\xff\xd8\xff")
     (tmp_path / "ant" / "large.jpg").write_bytes(bytes(3000))
-    monkeypatch.setattr("fedprune_device.data.image_folder.MAX_BYTES", 2000)
+    monkeypatch.setattr(Pixels, "most_bytes", 2000)
     assert folder(tmp_path).snapshot(SHAPE).samples == 1
     assert "torn.jpg is left out" in caplog.text
     assert "large.jpg is left out" in caplog.text
@@ -112,10 +113,11 @@ def test_what_became_another_kind_of_file_since_it_was_listed_is_left_out(tmp_pa
     path = tmp_path / "ant" / "b.png"
     look = found._look
 
-    def swap() -> None:
-        look()
+    def swap() -> Any:
+        layout = look()
         path.unlink()
         os.mkfifo(path)
+        return layout
 
     found._look = swap  # type: ignore[method-assign]
     assert found.snapshot(SHAPE).samples == 1
@@ -147,10 +149,10 @@ def test_of_more_files_than_are_looked_at_each_class_has_its_share(
         put(tmp_path, f"ant/{n}.png", n)
     for n in range(3):
         put(tmp_path, f"bee/{n}.png", 100 + n)
-    monkeypatch.setattr(image_folder, "_MOST_FILES", 7)
+    monkeypatch.setattr(sample_folder, "_MOST_FILES", 7)
     data = folder(tmp_path).snapshot(SHAPE)
     assert np.bincount(data.y_train).tolist() == [4, 3]
-    assert "holds 12 images; 7 are looked at" in caplog.text
+    assert "holds 12 files; 7 are looked at" in caplog.text
 
 
 def test_the_number_of_training_images_is_counted_when_they_are_looked_at(
@@ -186,8 +188,8 @@ def test_a_model_of_other_inputs_takes_no_images(tmp_path: Path) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files whose bytes are read."""
     read: list[Path] = []
-    real = image_folder._content
-    monkeypatch.setattr(image_folder, "_content", lambda path: (read.append(path), real(path))[1])
+    real = sample_folder._content
+    monkeypatch.setattr(sample_folder, "_content", lambda path, most: (read.append(path), real(path, most))[1])
     return read
 
 
@@ -195,7 +197,7 @@ def test_files_that_have_not_changed_are_not_read_again_at_the_next_start(tmp_pa
     root, state = tmp_path / "data", tmp_path / "state"
     for n in range(6):
         put(root, f"ant/{n}.png", n)
-    first = ImageFolder(root, Pixels(), SplitShares(0.3), 100, NAMES, state)
+    first = SampleFolder(root, (Pixels(),), SplitShares(0.3), 100, NAMES, state)
     assert len(hashed) == 6
     wanted = first.snapshot(SHAPE)
     assert len(hashed) == 12  # each is decoded once
@@ -207,19 +209,19 @@ def test_files_that_have_not_changed_are_not_read_again_at_the_next_start(tmp_pa
     put(root, "bee/new.png", 98)
     with (state / "images.index").open("a") as file:
         file.write('["ant/5.png", 1, 2')  # torn by a power cut
-    later = ImageFolder(root, Pixels(), SplitShares(0.3), 100, NAMES, state)
+    later = SampleFolder(root, (Pixels(),), SplitShares(0.3), 100, NAMES, state)
     assert sorted(p.name for p in hashed) == ["2.png", "new.png"]
-    fresh = ImageFolder(root, Pixels(), SplitShares(0.3), 100, NAMES).snapshot(SHAPE)
+    fresh = SampleFolder(root, (Pixels(),), SplitShares(0.3), 100, NAMES).snapshot(SHAPE)
     assert np.array_equal(np.asarray(later.snapshot(SHAPE).x_train), np.asarray(fresh.x_train))
     hashed.clear()
-    ImageFolder(root, Pixels(), SplitShares(0.3), 100, NAMES, state)
+    SampleFolder(root, (Pixels(),), SplitShares(0.3), 100, NAMES, state)
     assert hashed == []
 
 
 def test_a_board_with_many_new_images_is_ready_before_all_are_read(
     tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_folder, "_HASHED_AT_START", 4)
+    monkeypatch.setattr(sample_folder, "_HASHED_AT_START", 4)
     for n in range(10):
         put(tmp_path, f"ant/{n}.png", n)
     found = folder(tmp_path)
@@ -233,7 +235,7 @@ def test_an_index_does_not_grow_without_end(tmp_path: Path) -> None:
     for n in range(300):
         (root / "ant").mkdir(parents=True, exist_ok=True)
         (root / "ant" / "a.png").write_bytes(b"x" * (n + 1))
-        ImageFolder(root, Pixels(), SplitShares(0.0), 100, NAMES, state)
+        SampleFolder(root, (Pixels(),), SplitShares(0.0), 100, NAMES, state)
         sizes.append((state / "images.index").stat().st_size)
     assert max(sizes) < 150 * sizes[0]
 
@@ -244,9 +246,9 @@ def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
     for n in range(12):
         put(tmp_path, f"ant/{n}.png", n)
         put(tmp_path, f"bee/{n}.png", 50 + n)
-    data = ImageFolder(tmp_path, Pixels(), SplitShares(0.0), 100, NAMES, room=8 * 4 * 5 * 3).snapshot(SHAPE)
+    data = SampleFolder(tmp_path, (Pixels(),), SplitShares(0.0), 100, NAMES, room=8 * (4 * 5 * 3 + 8)).snapshot(SHAPE)
     assert np.bincount(data.y_train).tolist() == [4, 4]
-    assert "images of" in caplog.text
+    assert "files of" in caplog.text
     assert data.x_train.nbytes == 8 * 8  # their rows
     unlimited = folder(tmp_path).snapshot(SHAPE)
     assert len(unlimited.y_train) == 24
@@ -255,8 +257,20 @@ def test_decoded_images_take_no_memory_and_no_more_room_than_they_may(
 
 
 def test_images_that_are_replaced_round_after_round_stay_within_their_room(tmp_path: Path) -> None:
-    found = ImageFolder(tmp_path, Pixels(), SplitShares(0.0), 100, NAMES, room=8 * 4 * 5 * 3)
+    found = SampleFolder(tmp_path, (Pixels(),), SplitShares(0.0), 100, NAMES, room=8 * (4 * 5 * 3 + 8))
     for turn in range(5):
         wanted = {put(tmp_path, f"ant/{n}.png", 10 * turn + n).tobytes() for n in range(6)}
         data = found.snapshot(SHAPE)
         assert {x.tobytes() for x in np.asarray(data.x_train)} == wanted
+
+
+@pytest.mark.parametrize("inside", ["", "images/"])
+def test_files_without_labels_are_their_own(tmp_path: Path, inside: str) -> None:
+    wanted = {put(tmp_path, f"{inside}{n}.png", n).tobytes() for n in range(20)}
+    data = folder(tmp_path, test=0.3).snapshot(SHAPE, Targets("mse", 3, SHAPE))
+    data.check(Targets("mse", 3, SHAPE), SHAPE)
+    assert data.unlabelled
+    assert {x.tobytes() for part in (data.y_train, data.y_test) for x in np.asarray(part)} == wanted
+    np.testing.assert_array_equal(np.asarray(data.x_train), np.asarray(data.y_train))
+    with pytest.raises(DataError, match="the samples have no labels"):
+        data.check(Targets("cross_entropy", 2), SHAPE)

@@ -1,0 +1,125 @@
+"""WAV files as a model's input; needs nothing but numpy."""
+
+from __future__ import annotations
+
+import io
+import wave
+from dataclasses import dataclass
+from math import gcd
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import ConfigError, DataError, reason, shape_text
+from fedprune_device.data.dataset import Shape
+
+Samples = npt.NDArray[np.float32]
+
+RATES = (1000, 384_000)  # Hz
+
+_MOST_LENGTH = 2**22  # numbers of one file, before and after it is resampled: at 16 kHz four minutes
+_CHUNK = 2**20  # products that are summed at once
+_ZEROS = 16  # zero crossings of the filter, to each side
+_EDGE = 0.945  # of the lower Nyquist frequency: where the filter begins to close
+
+_HINT = "Write it as PCM with a header that has the length, such as: ffmpeg -i FILE -c:a pcm_s16le OUT.wav"
+_EXTENSIBLE, _PLAIN = b"\xfe\xff", b"\x01\x00"
+
+
+@dataclass(frozen=True)
+class Audio:
+    """Recordings as a model takes them: mono, from -1 to 1, at `rate` (Hz), in windows of the input's length."""
+
+    rate: int = 16_000
+
+    endings: ClassVar[tuple[str, ...]] = (".wav",)
+    most_bytes: ClassVar[int] = 16 * 2**20
+
+    def __post_init__(self) -> None:
+        if not RATES[0] <= self.rate <= RATES[1]:
+            raise ConfigError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=self.rate)
+
+    def samples(self, body: bytes, shape: Shape) -> Samples:
+        """A recording's windows [k, *shape], where `shape` is [length] or [1, length].
+
+        A shorter recording is padded with zeros. A longer one is cut into windows that don't overlap; what is left at
+        its end is dropped.
+        """
+        length = shape[-1] if shape else None
+        if len(shape) not in (1, 2) or shape[0] not in (1, length) or not isinstance(length, int) or length < 1:
+            raise DataError(
+                "a recording for this model", expected=f"numbers {shape_text(*shape)}", got="[length] or [1, length]"
+            )
+        found = resampled(*decoded(body), self.rate)
+        count = max(1, len(found) // length)
+        out = np.zeros(count * length, np.float32)
+        out[: len(found)] = found[: len(out)]
+        return out.reshape(count, *(length if size is None else size for size in shape))
+
+    def numbers(self, samples: npt.NDArray[np.float32]) -> Samples:
+        return samples
+
+
+def decoded(body: bytes) -> tuple[Samples, int]:
+    """A file's mean over its channels, from -1 to 1, and its rate; raises `DataError` unless it is PCM."""
+    if body[12:16] == b"fmt " and body[20:22] == _EXTENSIBLE and body[44:46] == _PLAIN:
+        body = body[:20] + _PLAIN + body[22:]  # PCM in the longer header that `wave` knows only from Python 3.12 on
+    try:
+        with wave.open(io.BytesIO(body)) as file:
+            channels, width, rate, count = file.getparams()[:4]
+            if not RATES[0] <= rate <= RATES[1]:
+                raise DataError("sample rate", expected=f"{RATES[0]} to {RATES[1]} Hz", got=rate)
+            if not 1 <= width <= 4:
+                raise DataError("width of a number", expected="8, 16, 24 or 32 bits", got=f"{8 * width} bits")
+            if not 1 <= count <= _MOST_LENGTH:
+                raise DataError("length of a recording", expected=f"1 to {_MOST_LENGTH} frames", got=count, hint=_HINT)
+            raw = file.readframes(count)
+    except DataError:
+        raise
+    except Exception as error:  # what is damaged makes the parser raise anything
+        raise DataError("the recording can't be read", expected="WAV (PCM)", got=reason(error), hint=_HINT) from error
+    if len(raw) != count * channels * width:
+        got = f"{len(raw)}"
+        raise DataError("bytes of a recording", expected=count * channels * width, got=got, hint="The file is cut off.")
+    return _mono(raw, width, channels), rate
+
+
+def _mono(raw: bytes, width: int, channels: int) -> Samples:
+    if width == 1:  # unsigned, unlike all others
+        numbers = (np.frombuffer(raw, np.uint8).astype(np.float32) - 128) / 128
+    elif width == 3:
+        wide = np.zeros((len(raw) // 3, 4), np.uint8)
+        wide[:, 1:] = np.frombuffer(raw, np.uint8).reshape(-1, 3)
+        numbers = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
+    else:
+        numbers = np.frombuffer(raw, f"<i{width}").astype(np.float32) / 2 ** (8 * width - 1)
+    return np.asarray(numbers.reshape(-1, channels).mean(1), np.float32)
+
+
+def resampled(found: Samples, rate: int, wanted: int) -> Samples:
+    """Numbers at another rate, by a windowed sinc.
+
+    y(m) = Σ x(n) · h(m · rate / wanted − n), h(t) = c · sinc(c · t) · cos²(π t / 2w) for |t| < w, where c is the share
+    of the band that both rates have (Smith, "Digital Audio Resampling", CCRMA).
+    """
+    if rate == wanted:
+        return found
+    common = gcd(rate, wanted)
+    up, down = wanted // common, rate // common
+    length = -(-len(found) * up // down)
+    if length > _MOST_LENGTH:
+        raise DataError("length of a recording at the model's rate", expected=f"at most {_MOST_LENGTH}", got=length)
+    band = _EDGE * min(1.0, up / down)
+    reach = int(np.ceil(_ZEROS / band))
+    padded = np.pad(found, reach)
+    around = np.arange(-reach + 1, reach + 1)
+    out = np.empty(length, np.float32)
+    step = max(1, _CHUNK // len(around))
+    for begin in range(0, length, step):
+        whole, part = np.divmod(np.arange(begin, min(begin + step, length), dtype=np.int64) * down, up)
+        distance = around - (part / up)[:, None]
+        weights = band * np.sinc(band * distance) * np.cos(np.pi / 2 * np.clip(distance / reach, -1, 1)) ** 2
+        near = padded[(whole[:, None] + around) + reach]
+        out[begin : begin + step] = np.einsum("ij,ij->i", near, weights.astype(np.float32))
+    return out

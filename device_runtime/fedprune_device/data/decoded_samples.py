@@ -1,0 +1,108 @@
+"""Files decoded once, in the size that a model takes, and kept on the disk for as long as the process lives."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.disk import storage_errors, write_all
+from fedprune.core.errors import DataError
+from fedprune_device.data.stored_array import Copy, StoredArray
+
+Array = npt.NDArray[Any]
+
+
+class RoomError(DataError):
+    """Decoded samples have no more room."""
+
+
+class DecodedSamples:
+    """A file without a name that holds at most `room` bytes of samples, each followed by its label.
+
+    Without `folder` it is in the system's folder for temporary files.
+    """
+
+    def __init__(self, folder: Path | None, room: int) -> None:
+        self._room = room
+        self._rows: dict[str, range] = {}
+        self._count = 0
+        self._x = self._y = np.zeros(0, np.uint8)
+        with storage_errors("can't make a file for decoded samples"):
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                self._file = Copy(os.dup(file.fileno()))
+
+    def serves(self, wanted: Collection[str]) -> bool:
+        """Whether at least half of its files are wanted, and there is room for all that are."""
+        useless = sum(name not in wanted for name in self._rows)
+        lacking = sum(name not in self._rows for name in wanted)
+        each = self._count / max(1, len(self._rows))
+        fits = (self._count + lacking * each) * self._record <= self._room
+        return 2 * useless <= len(self._rows) and (fits or not useless)
+
+    def rows(self, name: str, decode: Callable[[], tuple[Array, Array]]) -> range:
+        """The rows of a file's samples, decoded if it is new to samples [k, ...] and labels [k, ...].
+
+        Raises `RoomError` without room, `DataError` if its samples are of another type or shape than those before.
+        """
+        if name in self._rows:
+            return self._rows[name]
+        if self._count and (self._count + 1) * self._record > self._room:
+            raise self._full()
+        x, y = decode()
+        if not self._count:
+            self._x, self._y = np.empty_like(x[0]), np.empty_like(y[0])  # types and shapes alone
+        for one, first, what in ((x, self._x, "samples"), (y, self._y, "labels")):
+            if (one.dtype, one.shape[1:]) != (first.dtype, first.shape):
+                raise DataError(
+                    f"the {what}", expected=_kind(first.dtype, first.shape), got=_kind(one.dtype, one.shape[1:])
+                )
+        if (self._count + len(x)) * self._record > self._room and self._count:
+            raise self._full()
+        records = np.empty((len(x), self._record), np.uint8)
+        for begin, some in ((0, x), (self._x.nbytes, y)):
+            one = np.ascontiguousarray(some).reshape(len(x), -1).view(np.uint8)
+            records[:, begin : begin + one.shape[1]] = one
+        with storage_errors("can't write decoded samples"):
+            write_all(self._file.fileno(), records.tobytes(), self._count * self._record)
+        self._rows[name] = range(self._count, self._count + len(x))
+        self._count += len(x)
+        return self._rows[name]
+
+    def inputs(self, rows: npt.NDArray[np.int64], convert: Callable[[Array], Array]) -> StoredArray:
+        """Samples of these rows, each turned by `convert` from what was decoded into what a model takes."""
+        sample = convert(np.zeros((1, *self._x.shape), self._x.dtype)).shape[1:]
+        return self._array(self._x, rows * self._record, convert, sample)
+
+    def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:
+        """Their labels; a single one for each sample is held in memory."""
+        stored = self._array(self._y, rows * self._record + self._x.nbytes)
+        return stored if self._y.ndim else stored[:]
+
+    @property
+    def _record(self) -> int:
+        return self._x.nbytes + self._y.nbytes
+
+    def _array(
+        self,
+        one: Array,
+        places: npt.NDArray[np.int64],
+        convert: Callable[[Array], Array] | None = None,
+        sample: tuple[int, ...] | None = None,
+    ) -> StoredArray:
+        whole = (len(places), *one.shape)
+        return StoredArray(self._file, None, 0, one.dtype, whole, None, True, convert, sample, places)
+
+    def _full(self) -> RoomError:
+        return RoomError("room for decoded samples", expected=f"at most {self._room} bytes", got="more")
+
+
+def _kind(dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+    return f"{dtype} {list(shape)}"

@@ -1,0 +1,200 @@
+"""A folder of files which the application fills with samples: new ones are noticed at the next round."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError
+from fedprune_device.data.dataset import LocalData, Shape
+from fedprune_device.data.decoded_samples import DecodedSamples, RoomError
+from fedprune_device.data.file_index import FileIndex
+from fedprune_device.data.formats import Format
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.layouts import LABEL_BYTES, NO_LABELS, Layout, layout_of
+from fedprune_device.data.splits import SplitShares
+
+INDEX = "images.index"  # the name of the index in a board's state folder
+
+DECODED_BYTES = 2**30  # room on the disk for decoded samples
+
+_LOG = logging.getLogger("fedprune.device")
+
+_MOST_FILES = 200_000  # files that are looked at, of each class as many as there are, or a fair share
+
+_HASHED_AT_START = 1000
+"""Files that are read at the start if the index doesn't know them; a round reads the others, so that a board with many
+new files is ready at once."""
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class _File:
+    path: Path
+    beside: Path | None
+    name: str  # sha256 of the file, which decides the samples' part and whether it is among the chosen ones
+    version: str  # what its labels depend on
+
+    @property
+    def key(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+class SampleFolder:
+    """A board's samples as files in one of the layouts of `data.layouts`, each in one of `formats`.
+
+    A round's files are decoded once, into a file without a name of at most `room` bytes; batches are read from there.
+    A round takes at most `most` samples: a fair share per class, chosen by the files' digests, always the same. `state`
+    is a folder for that file and for the index of digests; without one the index is only in memory. Raises
+    `ConfigError` if a folder is not a class.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        formats: tuple[Format, ...],
+        shares: SplitShares,
+        most: int,
+        class_names: tuple[str, ...] = (),
+        state: Path | None = None,
+        room: int = DECODED_BYTES,
+    ) -> None:
+        self._root, self._shares, self._most = root, shares, most
+        self._formats = {ending: one for one in formats for ending in one.endings}
+        self._names, self._state, self._room = class_names, state, room
+        self._index = FileIndex(None if state is None else state / INDEX)
+        self._decoded: tuple[object, DecodedSamples] | None = None
+        self._chosen: list[_File] = []
+        self._training = 0
+        self._look(_HASHED_AT_START)
+
+    @property
+    def samples(self) -> int:
+        """Training samples of the last round; before the first one, files for training."""
+        return self._training
+
+    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+        """The samples that exist now; unreadable files are logged and left out. Raises `DataError` if none is left."""
+        if shape is None:
+            raise DataError("the shape of samples", expected="a model's input")
+        layout = self._look()
+        layout.check(targets)
+        parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+        decoded, left = self._decoded_for((shape, targets)), self._most
+        taken: set[Format] = set()
+        for file in self._chosen:
+            try:
+                rows = decoded.rows(file.key, partial(self._decode, layout, file, shape, targets))
+            except RoomError:
+                _LOG.warning("files of %s are left out: decoded ones may take %d bytes", self._root, self._room)
+                break
+            except (OSError, DataError) as error:
+                _LOG.warning("%s is left out: %s", file.path, error)
+                continue
+            parts[self._shares.part(file.name)] += rows[:left]
+            left -= min(left, len(rows))
+            taken.add(self._format(file.path))
+            if not left:
+                break
+        if not parts["train"]:
+            raise DataError(
+                f"{self._root} has nothing to train on",
+                expected="CLASS/file, or files without labels",
+                got="none that fits",
+            )
+        convert = taken.pop().numbers
+        arrays: list[Any] = []
+        for part in ("train", "test", "val"):
+            some = np.array(parts[part], np.int64)
+            x, y = decoded.inputs(some, convert), decoded.labels(some)
+            arrays += [x, x if y.shape[1:] == NO_LABELS.shape else y]
+        self._training = len(parts["train"])
+        return LocalData(*arrays)
+
+    def _decode(
+        self, layout: Layout, file: _File, shape: Shape, targets: Targets | None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        """A file's samples and labels."""
+        label = layout.label(file.path, b"" if file.beside is None else self._content(file.beside), shape, targets)
+        x = self._format(file.path).samples(self._content(file.path), shape)
+        return x, np.broadcast_to(label, (len(x), *label.shape))
+
+    def _decoded_for(self, key: object) -> DecodedSamples:
+        """Decoded samples of earlier rounds, unless they are for another model or too many are no longer chosen."""
+        wanted = {file.key for file in self._chosen}
+        if self._decoded is None or self._decoded[0] != key or not self._decoded[1].serves(wanted):
+            self._decoded = None
+            self._decoded = key, DecodedSamples(self._state, self._room)
+        return self._decoded[1]
+
+    def _look(self, most_new: int = _MOST_FILES) -> Layout:
+        """Find the files, and choose; of those that the index doesn't know read at most `most_new`."""
+        layout = layout_of(self._root, self._names)
+        lists = layout.files(tuple(self._formats))
+        if (count := sum(map(len, lists))) > _MOST_FILES:
+            _LOG.warning("%s holds %d files; %d are looked at, of every class", self._root, count, _MOST_FILES)
+        group = {path: number for number, paths in enumerate(lists) for path in paths}
+        by_class: list[dict[str, _File]] = [{} for _ in lists]  # the same files count once
+        with self._index.updating() as index:
+            for path in islice(_in_turn(lists), _MOST_FILES):
+                names = []
+                try:
+                    beside = layout.beside(path)
+                    for one in (path,) if beside is None else (path, beside):
+                        status, key = one.lstat(), str(one.relative_to(self._root))
+                        name = index.known(key, status)
+                        if name is None:
+                            if not most_new:
+                                break
+                            most_new -= 1
+                            name = index.add(key, status, hashlib.sha256(self._content(one)).hexdigest())
+                        names.append(name)
+                    else:
+                        version = " ".join([layout.version(path), *names[1:]])
+                        by_class[group[path]][names[0]] = _File(path, beside, names[0], version)
+                except FileNotFoundError:
+                    continue  # it was deleted, or renamed, since it was listed
+                except (OSError, DataError) as error:
+                    _LOG.warning("%s is left out: %s", path, error)
+        lines = [[found[name] for name in sorted(found)] for found in by_class]
+        self._chosen = list(islice(_in_turn(lines), self._most))
+        self._training = sum(self._shares.part(file.name) == "train" for file in self._chosen)
+        return layout
+
+    def _format(self, path: Path) -> Format:
+        return self._formats[path.suffix.lower()]
+
+    def _content(self, path: Path) -> bytes:
+        return _content(path, self._format(path).most_bytes if path.suffix.lower() in self._formats else LABEL_BYTES)
+
+
+def _in_turn(lines: Iterable[list[_T]]) -> Iterable[_T]:
+    return (one for turn in zip_longest(*lines) for one in turn if one is not None)
+
+
+def _content(path: Path, most: int) -> bytes:
+    """A file's bytes; raises `DataError` unless it is a plain file of at most `most` bytes, or `OSError`."""
+    with open(path, "rb", opener=_opened) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError("a sample", expected="a plain file", got="something else")
+        content = b"" if status.st_size > most else file.read(most + 1)  # it may be growing
+    if max(status.st_size, len(content)) > most:
+        raise DataError("size of a file", expected=f"at most {most} bytes", got="more")
+    return content
+
+
+def _opened(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would be waited for

@@ -1,0 +1,210 @@
+"""Windows of a table's rows as samples: time series, from a CSV or Parquet file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.disk import storage_errors, write_all
+from fedprune.core.errors import DataError, shape_text
+from fedprune_device.data.dataset import LocalData, Shape
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.stored_array import Copy, Inputs, StoredArray
+from fedprune_device.data.tables import CLASS, CSV, PARQUET, TARGET, Columns, rows_of
+
+Array = npt.NDArray[Any]
+
+TABLE_BYTES = 2**30  # room on the disk for a table's numbers
+
+_BLOCK = 8  # windows, end to end, that are for training, validation or testing together
+_GOLDEN = 0.6180339887498949
+
+
+def is_table(path: Path) -> bool:
+    """Whether a file's name is that of a table."""
+    return path.suffix.lower() in (CSV, PARQUET)
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """A table's rows in a file without a name, as float32 [count, columns]."""
+
+    file: Copy
+    columns: Columns
+    count: int
+
+    def windows(self, first: npt.NDArray[np.int64], rows: int, convert: Callable[[Array], Array]) -> StoredArray:
+        """Windows of `rows` rows [n, rows, columns], converted."""
+        width = len(self.columns.all)
+        sample = convert(np.zeros((1, rows, width), np.float32)).shape[1:]
+        whole = (len(first), rows, width)
+        places = first * (4 * width)
+        return StoredArray(self.file, None, 0, np.dtype(np.float32), whole, None, True, convert, sample, places)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How windows become samples of a model: rows of inputs, rows to predict, and how both are laid out."""
+
+    steps: int
+    horizon: int
+    inputs: Callable[[Array], Array]
+    targets: Callable[[Array], Array] | None
+
+    @property
+    def span(self) -> int:
+        return self.steps + self.horizon
+
+
+class TableFile:
+    """A board's samples as windows of a table's rows; rows that are added are noticed at the next round.
+
+    A round takes at most `most` windows, evenly over the file. Windows are for training, validation or testing by the
+    block of rows that they are in and never reach into another, so that no row that is tested on is trained on. The
+    numbers are kept in a file without a name in `spool`, of at most `room` bytes. Raises `DataError` if the file is
+    damaged, `MissingExtraError` for Parquet without pyarrow.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        shares: SplitShares,
+        most: int,
+        class_names: tuple[str, ...] = (),
+        spool: Path | None = None,
+        room: int = TABLE_BYTES,
+    ) -> None:
+        self._path, self._shares, self._most = path, shares, most
+        self._names, self._spool, self._room = class_names, spool, room
+        self._stamp, self._numbers = self._read()
+        self._training = min(most, self._numbers.count)
+
+    @property
+    def samples(self) -> int:
+        """Training samples of the last round; before the first one, rows."""
+        return self._training
+
+    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
+        """The windows that exist now; raises `DataError` if the model takes others."""
+        if shape is None:
+            raise DataError("the shape of samples", expected="a model's input")
+        if self._stamp != self._stamped():
+            self._stamp, self._numbers = self._read()
+        numbers = self._numbers
+        try:
+            plan = _planned(numbers.columns, shape, targets)
+            first, part = self._windows(plan.span)
+            arrays: list[Inputs] = []
+            for number in range(3):
+                x = numbers.windows(first[part == number], plan.steps, plan.inputs)
+                arrays += [x, self._labels(x, first[part == number], plan, targets)]
+            found = LocalData(*arrays)
+        except DataError as error:
+            raise DataError(f"{self._path}: {error}") from error
+        self._training = found.samples
+        return found
+
+    def _labels(self, x: StoredArray, first: npt.NDArray[np.int64], plan: _Plan, targets: Targets | None) -> Inputs:
+        if targets is None or (targets.takes_whole and not self._numbers.columns.classes):
+            return x
+        if targets.takes_whole:  # of a window's last row
+            last = self._numbers.windows(first + plan.steps - 1, 1, lambda rows: rows[:, 0, -1:])
+            return np.concatenate([np.zeros(0), *(some[:, 0] for some in last.chunks())]).astype(np.int64)
+        if plan.targets is None:
+            return x
+        y = self._numbers.windows(first + plan.steps, plan.horizon, plan.targets)
+        targets(replace(y, checked=False))
+        return y
+
+    def _windows(self, span: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """First rows of the chosen windows, and the part that each is for: 0 training, 1 testing, 2 validation."""
+        block = _BLOCK * span
+        per, (blocks, rest) = block - span + 1, divmod(self._numbers.count, block)
+        total = blocks * per + max(0, rest - span + 1)
+        if not total:
+            raise DataError("rows", expected=f"at least {span}, a window's", got=self._numbers.count)
+        chosen = np.arange(0, total, -(-total // self._most), dtype=np.int64)
+        blocks_of, within = np.divmod(chosen, per)
+        # A sequence that fills every share evenly from the beginning on, the first block being for training.
+        number = 1 - (blocks_of * _GOLDEN) % 1
+        return blocks_of * block + within, np.array(
+            [("train", "test", "val").index(self._shares.part_at(n)) for n in number]
+        )
+
+    def _stamped(self) -> tuple[int, int, int]:
+        with storage_errors(f"can't read {self._path}"):
+            status = self._path.stat()
+        return status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _read(self) -> tuple[tuple[int, int, int], _Numbers]:
+        stamp, count = self._stamped(), 0
+        with rows_of(self._path, self._names) as (columns, parts), storage_errors("can't write the numbers of a table"):
+            if self._spool is not None:
+                self._spool.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self._spool) as file:
+                for some in parts:
+                    width = some.shape[1] * 4
+                    if (count + len(some)) * width > self._room:
+                        raise DataError("numbers", expected=f"at most {self._room // 4}", got="more")
+                    write_all(file.fileno(), some.tobytes(), count * width)
+                    count += len(some)
+                return stamp, _Numbers(Copy(os.dup(file.fileno())), columns, count)
+
+
+def _planned(columns: Columns, shape: Shape, targets: Targets | None) -> _Plan:
+    channels = len(columns.inputs)
+    steps, first = _oriented(shape, channels, True)
+    if not steps:
+        expected = "a model of [channels, steps] or [steps, channels]"
+        raise DataError(f"windows of {channels} columns", expected=expected, got=shape_text(*shape))
+    inputs = _laid_out(0, channels, first, len(shape))
+    if targets is None:
+        return _Plan(steps, 0, inputs, None)
+    if targets.takes_whole:
+        if columns.classes and targets.shape:
+            labels = shape_text("n", *targets.shape)
+            raise DataError(f"labels for loss {targets.loss}", expected=labels, got=f"a column {CLASS!r}: [n]")
+        return _Plan(steps, 0, inputs, None)
+    if not columns.targets and tuple(targets.shape) == tuple(shape):
+        return _Plan(steps, 0, inputs, None)
+    begin, count = (channels, len(columns.targets)) if columns.targets else (0, channels)
+    horizon, first = _oriented(targets.shape, count, first)
+    if not horizon:
+        raise DataError(
+            f"labels for loss {targets.loss}", expected=shape_text(*targets.shape), got=f"{count} columns to predict",
+            hint=f"Let the names of columns to predict begin with {TARGET!r}; without any, all inputs are predicted.",
+        )  # fmt: skip
+    return _Plan(steps, horizon, inputs, _laid_out(begin, count, first, len(targets.shape)))
+
+
+def _oriented(shape: Shape, channels: int, first: bool) -> tuple[int, bool]:
+    """Steps in a shape with this many channels, 0 if it has none, and whether channels are before steps.
+
+    `first` decides where both are possible.
+    """
+    sizes = [size if isinstance(size, int) else 0 for size in shape]
+    if len(sizes) == 1:
+        return (sizes[0], first) if channels == 1 else (int(sizes[0] == channels), first)
+    if len(sizes) != 2 or channels not in sizes:
+        return 0, first
+    first = sizes[0] == channels if sizes[0] != sizes[1] else first
+    return sizes[1] if first else sizes[0], first
+
+
+def _laid_out(begin: int, count: int, first: bool, rank: int) -> Callable[[Array], Array]:
+    """Turns rows [n, rows, columns] into some of the columns, [n, columns, rows], [n, rows, columns] or [n, all]."""
+
+    def laid_out(rows: Array) -> Array:
+        some = rows[:, :, begin : begin + count]
+        some = some.transpose(0, 2, 1) if first else some
+        return np.ascontiguousarray(some.reshape(len(some), count * rows.shape[1]) if rank == 1 else some)
+
+    return laid_out

@@ -1,0 +1,135 @@
+"""Several inputs or outputs of a model as one: what a graph computes is laid out side by side.
+
+Boards, planners and strategies know models of one input and one output. A model's inputs become parts of one row per
+sample, in the alphabetical order of their names, and so do its outputs, in the model's own order.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fedprune.core.errors import ModelError, shape_text, shown
+from fedprune.core.text import some
+from fedprune.model.step_contract import X
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.trace import trace
+
+INPUTS_KEY, OUTPUTS_KEY = "fedprune.inputs", "fedprune.outputs"
+"""Keys of a graph's metadata that hold names and shapes [[name, [sizes]], ...] of what was laid out side by side."""
+
+_TYPES = {np.dtype(t): int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(t))) for t in (
+    np.float32, np.float16, np.int64, np.int32, np.bool_, np.uint8,
+)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a row: its name, and one sample's shape."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def pieces(metadata: dict[str, str], key: str) -> tuple[Piece, ...]:
+    """What a graph's metadata says of its inputs or outputs; nothing where there is one."""
+    return tuple(Piece(str(name), tuple(map(int, shape))) for name, shape in json.loads(metadata.get(key, "[]")))
+
+
+def pack_inputs(graph: Graph, notes: list[str]) -> None:
+    """Make several inputs parts of one: float32, or int64 where all are whole numbers.
+
+    Raises:
+        ModelError: One of them has no free batch, another free axis, or is of a type that isn't read.
+    """
+    if len(graph.inputs) < 2:
+        return
+    given = sorted(graph.inputs, key=lambda port: port.name)
+    parts = [Piece(port.name, _sizes(port)) for port in given]
+    whole = all(port.dtype in (np.dtype(np.int64), np.dtype(np.int32)) for port in given)
+    kind = np.dtype(np.int64 if whole else np.float32)
+    row = graph.fresh(X)
+    first, before = len(graph.nodes), 0
+    for port, part in zip(given, parts, strict=True):
+        ends = graph.ints(before), graph.ints(before + part.size)
+        before += part.size
+        own = graph.emit("Slice", row, *ends, graph.ints(1))
+        cast = port.dtype != kind
+        shape = graph.ints(*((0, *part.shape) if part.shape else (-1,)))
+        value = graph.emit("Reshape", own, shape, out=None if cast else port.name)
+        if cast:
+            graph.emit("Cast", value, attrs={"to": _TYPES[port.dtype]}, out=port.name)
+    graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
+    graph.inputs[:] = [Port(row, kind, ("N", before))]
+    graph.metadata[INPUTS_KEY] = _text(parts)
+    notes.append(f"The inputs {_listed(parts)} are parts of one row of {before:,} numbers per sample, in this order.")
+
+
+def pack_outputs(graph: Graph, notes: list[str]) -> None:
+    """Make several outputs parts of one row per sample.
+
+    Raises:
+        ModelError: One of them isn't float32 with a free batch alone.
+    """
+    if len(graph.outputs) < 2:
+        return
+    seen, parts = trace(graph), []
+    for port in graph.outputs:
+        dims = seen.dims(port.name)
+        if not dims or dims[0] is not None or any(d is None for d in dims[1:]):
+            raise ModelError(
+                f"output {shown(port.name)}",
+                expected="float32 [n, ...] with fixed sizes behind the batch",
+                got=shape_text(*("n" if d is None else d for d in dims)),
+            )
+        parts.append(Piece(port.name, tuple(d for d in dims[1:] if d is not None)))
+    flat = [graph.emit("Reshape", part.name, graph.ints(0, part.size)) for part in parts]
+    row = graph.emit("Concat", *flat, attrs={"axis": 1})
+    size = sum(part.size for part in parts)
+    graph.outputs[:] = [Port(row, np.dtype(np.float32), ("N", size))]
+    graph.metadata[OUTPUTS_KEY] = _text(parts)
+    notes.append(f"The outputs {_listed(parts)} are parts of one row of {size:,} numbers per sample, in this order.")
+
+
+def unpacked(parts: Sequence[Piece]) -> Callable[[Any], list[Any]]:
+    """What splits rows [n, k] of torch into their parts [n, ...]."""
+
+    def split(rows: Any) -> list[Any]:
+        found = rows.split([part.size for part in parts], 1)
+        return [piece.reshape(-1, *part.shape) for piece, part in zip(found, parts, strict=True)]
+
+    return split
+
+
+def _sizes(port: Port) -> tuple[int, ...]:
+    sizes = port.shape[1:]
+    if (
+        port.dtype not in _TYPES
+        or not port.shape
+        or isinstance(port.shape[0], int)
+        or not all(isinstance(d, int) and d > 0 for d in sizes)
+    ):
+        raise ModelError(
+            f"input {shown(port.name)}",
+            expected=f"{', '.join(str(t) for t in _TYPES)} [n, ...] with a free batch and fixed sizes behind it",
+            got=f"{port.dtype} {shape_text(*port.shape)}",
+        )
+    return tuple(d for d in sizes if isinstance(d, int))
+
+
+def _text(parts: Sequence[Piece]) -> str:
+    return json.dumps([[part.name, list(part.shape)] for part in parts])
+
+
+def _listed(parts: Sequence[Piece]) -> str:
+    return some([f"{part.name} {shape_text('n', *part.shape)}" for part in parts])

@@ -1,0 +1,277 @@
+"""A loss or metric of a user's own, of outputs and labels: a torch function or module, or an ONNX file."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedprune.core.errors import ModelError, reason, shape_text
+from fedprune.model.architecture import Architecture
+from fedprune.model.step_contract import LOGITS, LOSS, METRIC, SUMS, VALUE, Y
+from fedprune_export.importing.inlining import prepared
+from fedprune_export.importing.model_file import check, parse, read_model_file
+from fedprune_export.importing.normalise import simplified
+from fedprune_export.importing.packing import Piece, unpacked
+from fedprune_export.importing.torch_export import exported, innermost, named, torch_package
+from fedprune_export.importing.translation import upgraded
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.ir.trace import trace
+from fedprune_export.pruning.model import Model
+
+LOSS_KEY, METRIC_KEY = "fedprune.loss", METRIC
+"""Keys of a model's metadata that hold its loss and its metric: ONNX files in base64."""
+
+_TYPES = {"float32": np.dtype(np.float32), "int64": np.dtype(np.int64)}
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What a loss or metric of torch is given as labels: its attributes `target_shape` and `target_dtype` say it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, given: Any, outputs: Sequence[int], name: str) -> _Labels:
+        """By default labels are like outputs. Raises `ModelError` if the attributes are of another kind."""
+        shape = getattr(given, "target_shape", tuple(outputs))
+        dtype = str(getattr(given, "target_dtype", "float32")).rpartition(".")[2]
+        if dtype not in _TYPES or not isinstance(shape, (tuple, list)) or not all(isinstance(d, int) for d in shape):
+            raise ModelError(
+                f"{name}: target_shape and target_dtype",
+                expected="one sample's labels, such as (32, 32), and float32 or int64",
+                got=f"{shape}, {dtype}",
+            )
+        return cls(tuple(shape), dtype)
+
+
+def read_loss(source: object, outputs: Sequence[int], parts: Sequence[Piece] = ()) -> bytes:
+    """A loss as the bytes of an ONNX file, for a model with outputs [n, *outputs].
+
+    Args:
+        source: An ONNX file; `package.module:function`; or a torch function or module. It takes outputs and labels, and
+            returns one number per sample [n]. Labels are like outputs, unless its attributes `target_shape` (of one
+            sample) and `target_dtype` ("int64") say something else.
+        parts: The model's outputs, where it has several: they are arguments of their own, before the labels.
+
+    Raises:
+        ModelError: There is no such loss, or torch can't export it.
+        MissingExtraError: torch is needed and not installed.
+    """
+    if isinstance(source, (str, Path)) and ":" not in str(source):
+        return read_model_file(Path(source))
+    torch = torch_package()
+    (loss, name), split = _callable(source), _splitter(parts)
+
+    class Loss(torch.nn.Module):  # type: ignore[name-defined, misc]
+        def forward(self, outputs: Any, labels: Any) -> Any:
+            return loss(*split(outputs), labels)
+
+    return _exported(Loss(), loss, name, outputs, "loss", "one number per sample")
+
+
+def read_metric(source: object, outputs: Sequence[int], parts: Sequence[Piece] = ()) -> bytes:
+    """A metric as the bytes of an ONNX file, for a model with outputs [n, *outputs].
+
+    Args:
+        source: An ONNX file of outputs and labels that gives sums over samples [k] and what they come to []; or, as for
+            `read_loss`, a torch function or module. That returns one number per sample [n], of which the mean counts;
+            or a row of numbers [n, k], and has an attribute `value`: a function of the sums of the rows [k].
+        parts: As for `read_loss`.
+
+    Raises:
+        ModelError: There is no such metric, or torch can't export it.
+        MissingExtraError: torch is needed and not installed.
+    """
+    if isinstance(source, (str, Path)) and ":" not in str(source):
+        return read_model_file(Path(source))
+    torch = torch_package()
+    (metric, name), split = _callable(source), _splitter(parts)
+    value = getattr(metric, "value", None)
+
+    class Metric(torch.nn.Module):  # type: ignore[name-defined, misc]
+        def forward(self, outputs: Any, labels: Any) -> Any:
+            rows = metric(*split(outputs), labels).float()
+            if value is not None:
+                sums = rows.sum(0)
+                return sums, value(sums).reshape(()).float()
+            sums = torch.stack([rows, torch.ones_like(rows)], 1).sum(0)
+            return sums, sums[0] / sums[1]
+
+    wanted = "one number per sample, or a row of numbers and a `value` of their sums"
+    return _exported(Metric(), metric, name, outputs, "metric", wanted)
+
+
+def _splitter(parts: Sequence[Piece]) -> Callable[[Any], list[Any]]:
+    return unpacked(parts) if parts else lambda outputs: [outputs]
+
+
+def _callable(source: object) -> tuple[Any, str]:
+    """What a source names, and its name."""
+    name = source if isinstance(source, str) else getattr(source, "__name__", type(source).__name__)
+    found: Any = named(source) if isinstance(source, str) else source
+    if isinstance(found, type):
+        found = found()
+    if not callable(found):
+        raise ModelError(f"{name}", expected="a function or module of outputs and labels", got=type(found).__name__)
+    return found, name
+
+
+def _exported(module: Any, given: Any, name: str, outputs: Sequence[int], kind: str, wanted: str) -> bytes:
+    """A user's function, wrapped in a module, as the bytes of an ONNX file."""
+    torch = torch_package()
+    labels = _Labels.of(given, outputs, name)
+    if isinstance(given, torch.nn.Module):
+        module.given = given
+    samples = torch.zeros((2, *outputs)), torch.zeros((2, *labels.shape), dtype=getattr(torch, labels.dtype))
+    try:
+        raw: bytes = exported(module.eval(), samples).SerializeToString(deterministic=True)
+    except Exception as error:
+        raise ModelError(
+            f"{name}: torch can't export this {kind} ({reason(innermost(error))})",
+            hint=f"A {kind} takes outputs {shape_text('n', *outputs)} and labels {shape_text('n', *labels.shape)} "
+            f"({labels.dtype}; its attributes target_shape and target_dtype say so), and returns {wanted}.",
+        ) from error
+    return raw
+
+
+def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
+    """A loss as a graph of `logits` and `y` that gives `loss` [n], of operators that can be differentiated.
+
+    Raises:
+        ModelError: It is damaged, has other inputs or outputs, or uses what can't be handled.
+    """
+    graph = _read(raw, outputs, "loss", (LOSS,), "one number per sample")
+    seen = trace(graph)
+    if (dims := seen.dims(LOSS)) != (None,):
+        raise ModelError(
+            "what a loss returns",
+            expected="one number per sample [n]",
+            got=shape_text(*("n" if d is None else d for d in dims)),
+            hint="Sum or average over all axes but the first: reduction='none', then .flatten(1).mean(1).",
+        )
+    simplified(graph, set(graph.initializers), [], output=LOSS)
+    return Model(graph, Architecture("loss", (), (), (), (), tuple(outputs), ()))
+
+
+def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
+    """A metric as a graph of `logits` and `y` that gives `sums` [k] and `value` [].
+
+    Raises:
+        ModelError: It is damaged, has other inputs or outputs, or uses what can't be handled.
+    """
+    wanted = "sums over samples [k] and what they come to []"
+    graph = _read(raw, outputs, "metric", (SUMS, VALUE), wanted)
+    seen = trace(graph)
+    sums, value = seen.dims(SUMS), seen.dims(VALUE)
+    if len(sums) != 1 or sums[0] is None or value != ():
+        raise ModelError("what a metric returns", expected=wanted, got=f"{shape_text(*sums)} and {shape_text(*value)}")
+    if _reads_samples(graph):
+        raise ModelError(
+            "what a metric returns",
+            expected="a value that is computed from the sums alone",
+            got="one that reads outputs or labels",
+            hint="Sums of many batches add up; the value is computed from the total.",
+        )
+    simplified(graph, set(graph.initializers), [], output=VALUE)
+    return graph
+
+
+def _reads_samples(graph: Graph) -> bool:
+    """Whether the value needs outputs or labels by another way than the sums."""
+    makers = {o: n for n in graph.nodes for o in n.outputs}
+    waiting, seen = [VALUE], {SUMS}
+    while waiting:
+        name = waiting.pop()
+        if name in (LOGITS, Y):
+            return True
+        if name not in seen and name in makers:
+            waiting += makers[name].inputs
+        seen.add(name)
+    return False
+
+
+def embed(raw: bytes, key: str, own: bytes) -> bytes:
+    """A model's file with a loss or metric in it."""
+    proto = parse(raw)
+    kept = [p for p in proto.metadata_props if p.key != key]
+    del proto.metadata_props[:]
+    proto.metadata_props.extend(kept)
+    proto.metadata_props.add(key=key, value=base64.b64encode(own).decode())
+    out: bytes = proto.SerializeToString(deterministic=True)
+    return out
+
+
+def with_graphs_of(other: bytes, raw: bytes) -> bytes:
+    """A model's file with another one's loss and metric in it, if that has any."""
+    for prop in parse(other).metadata_props:
+        if prop.key in (LOSS_KEY, METRIC_KEY):
+            raw = embed(raw, prop.key, embedded(prop.key, prop.value))
+    return raw
+
+
+def embedded(key: str, text: str) -> bytes:
+    """The loss or metric in a model's file. Raises `ModelError` if it is damaged."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ModelError(f"metadata {key}", expected="an ONNX file in base64", got="something else") from error
+
+
+def _read(raw: bytes, outputs: Sequence[int], kind: str, names: tuple[str, ...], wanted: str) -> Graph:
+    """A graph of outputs and labels, under the contract's names."""
+    given = parse(raw, whole=False)
+    proto = prepared(given)
+    check(raw if proto is given else proto)
+    graph = Graph.from_proto(upgraded(proto))
+    if len(graph.inputs) != 2 or len(graph.outputs) != len(names):
+        raise ModelError(
+            f"the inputs and outputs of a {kind}",
+            expected=f"outputs of the model and labels, {wanted}",
+            got=f"{len(graph.inputs)} inputs and {len(graph.outputs)} outputs",
+            hint=f"A {kind} that doesn't read its labels has lost them in the export.",
+        )
+    _rename(graph, names)
+    _check_inputs(graph.inputs, tuple(outputs), kind)
+    graph.inputs[0].shape = ("N", *outputs)
+    graph.inputs[1].shape = ("N", *graph.inputs[1].shape[1:])
+    return graph
+
+
+def _rename(graph: Graph, outputs: tuple[str, ...]) -> None:
+    """Give inputs and outputs the contract's names, and nothing else one of these."""
+    ports = dict(zip((p.name for p in (*graph.inputs, *graph.outputs)), (LOGITS, Y, *outputs), strict=True))
+    inner = {*graph.initializers, *(o for n in graph.nodes for o in n.outputs)} - set(ports)
+    names = ports | {name: f"{name}." for name in inner if name in ports.values()}
+    for port in (*graph.inputs, *graph.outputs):
+        port.name = names[port.name]
+    graph.initializers = {names.get(k, k): v for k, v in graph.initializers.items()}
+    for node in graph.nodes:
+        node.inputs = [names.get(i, i) for i in node.inputs]
+        node.outputs = [names.get(o, o) for o in node.outputs]
+
+
+def _check_inputs(ports: Sequence[Port], outputs: tuple[int, ...], kind: str) -> None:
+    taken, labels = ports
+    if (
+        taken.dtype != np.float32
+        or any(isinstance(d, int) and d != o for d, o in zip(taken.shape[1:], outputs, strict=False))
+        or len(taken.shape) != 1 + len(outputs)
+    ):
+        raise ModelError(
+            f"the first input of a {kind}",
+            expected=f"the model's outputs, float32 {shape_text('n', *outputs)}",
+            got=f"{taken.dtype} {shape_text(*taken.shape)}",
+        )
+    if labels.dtype not in _TYPES.values() or not labels.shape or not all(isinstance(d, int) for d in labels.shape[1:]):
+        raise ModelError(
+            f"the labels of a {kind}",
+            expected="float32 or int64, with fixed sizes from the second axis on",
+            got=f"{labels.dtype} {shape_text(*labels.shape)}",
+        )

@@ -1,0 +1,168 @@
+"""Metrics as graphs of outputs and labels: sums that add up over a set, and the metric's value of them."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable
+
+import numpy as np
+
+from fedprune.core.errors import ConfigError, shape_text
+from fedprune.model.recipe import CUSTOM, Features
+from fedprune.model.step_contract import LOGITS, SUMS, VALUE, Y
+from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.model import Model
+
+BINS = 200
+"""Of scores from 0 to 1, for the average precision."""
+
+
+def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
+    """What measures outputs and labels of a model, by the contract of `step_contract.METRIC`.
+
+    Args:
+        labels: Those of the training graph.
+
+    Raises:
+        ConfigError: The model brings no metric, or the metric compares with labels of another kind.
+    """
+    if features.metric == CUSTOM:
+        if model.metric is None:
+            raise ConfigError(
+                "recipe: metric 'custom', and the model brings no metric",
+                hint="Give it with the model: --metric package.module:function, [model] metric, or load(..., metric=).",
+            )
+        return model.metric
+    outputs = model.architecture.output_shape
+    g = Graph(name="metric")
+    g.inputs = [Port(LOGITS, np.dtype(np.float32), ("N", *outputs)), Port(Y, labels.dtype, ("N", *labels.shape[1:]))]
+    write, whole = _METRICS[features.metric]
+    expected = outputs[1:] if whole else outputs
+    if (labels.dtype.kind == "i") != whole or tuple(labels.shape[1:]) != expected:
+        raise ConfigError(
+            f"recipe: metric {features.metric!r} with this loss",
+            expected=f"{'classes' if whole else 'numbers'} {shape_text('n', *expected)} as labels",
+            got=f"{labels.dtype} {shape_text('n', *labels.shape[1:])}",
+        )
+    write(g, outputs, features)
+    g.outputs = [Port(SUMS, np.dtype(np.float32), ("K",)), Port(VALUE, np.dtype(np.float32), ())]
+    return g
+
+
+def embedded_metric(model: Model, labels: Port, features: Features) -> str:
+    """The metric as it is stored in a training graph's metadata. Raises as `metric_graph`."""
+    return base64.b64encode(metric_graph(model, labels, features).to_bytes(opset=17)).decode()
+
+
+def _counts(g: Graph, outputs: tuple[int, ...], features: Features) -> tuple[str, str]:
+    """Which class each label is [N, K, ...], and which labels count [N, 1, ...]; all false where one doesn't."""
+    classes = g.constant(np.arange(outputs[0]).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
+    label = g.emit("Unsqueeze", Y, g.ints(1))
+    counted = g.emit("Equal", label, label)
+    if features.ignore_label is not None:
+        counted = g.emit("Not", g.emit("Equal", label, g.constant(features.ignore_label, np.int64)))
+    return g.emit("And", g.emit("Equal", label, classes), counted), counted
+
+
+def _number(g: Graph, truths: str, axes: list[int] | None = None) -> str:
+    """How many are true, over all axes [1], or over some."""
+    numbers = g.emit("Cast", truths, attrs={"to": 1})
+    if axes is None:
+        return g.emit("Reshape", g.emit("ReduceSum", numbers, attrs={"keepdims": 0}), g.ints(1))
+    return g.emit("ReduceSum", numbers, g.ints(*axes), attrs={"keepdims": 0})
+
+
+def _miou(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
+    """Per class: places of both, of labels and of guesses; classes that neither has don't count."""
+    k = outputs[0]
+    is_label, counted = _counts(g, outputs, features)
+    classes = g.constant(np.arange(k).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)
+    guess = g.emit("ArgMax", LOGITS, attrs={"axis": 1, "keepdims": 1})
+    guessed = g.emit("And", g.emit("Equal", guess, classes), counted)
+    axes = [0, *range(2, len(outputs) + 1)]
+    parts = [_number(g, v, axes) for v in (g.emit("And", is_label, guessed), is_label, guessed)]
+    g.emit("Concat", *parts, attrs={"axis": 0}, out=SUMS)
+    both, labels, guesses = (g.emit("Slice", SUMS, g.ints(k * i), g.ints(k * (i + 1)), g.ints(0)) for i in range(3))
+    union = g.emit("Sub", g.emit("Add", labels, guesses), both)
+    _mean_of_present(g, g.emit("Div", both, g.emit("Max", union, g.scalar(1))), union)
+
+
+def _perplexity(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
+    """e to the mean negative log-likelihood of the labels that count."""
+    is_label, counted = _counts(g, outputs, features)
+    own = g.emit("Where", is_label, g.emit("LogSoftmax", LOGITS, attrs={"axis": 1}), g.scalar(0))
+    total = g.emit("Reshape", g.emit("ReduceSum", own, attrs={"keepdims": 0}), g.ints(1))
+    g.emit("Concat", g.emit("Neg", total), _number(g, counted), attrs={"axis": 0}, out=SUMS)
+    g.emit("Exp", _ratio(g), out=VALUE)
+
+
+def _ap(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
+    """Per class and bin of the score: positive labels, and others; precision is summed over the recall that each bin
+    adds (Everingham et al., "The PASCAL VOC challenge", IJCV 2010, without its interpolation)."""
+    k = outputs[0]
+    score = g.emit("Mul", g.emit("Sigmoid", LOGITS), g.scalar(BINS))
+    bins = g.emit("Cast", g.emit("Min", g.emit("Floor", score), g.scalar(BINS - 1)), attrs={"to": 7})
+    first = BINS * np.arange(k).reshape(1, -1, *[1] * (len(outputs) - 1))
+    place = g.emit("Reshape", g.emit("Add", bins, g.constant(first, np.int64)), g.ints(-1))
+    positive = g.emit("Reshape", g.emit("Cast", g.emit("Greater", Y, g.scalar(0.5)), attrs={"to": 1}), g.ints(-1))
+    empty = g.constant(np.zeros(k * BINS), np.float32)
+    rows = [
+        g.emit("ScatterElements", empty, place, some, attrs={"axis": 0, "reduction": "add"})
+        for some in (positive, g.emit("Sub", g.scalar(1), positive))
+    ]
+    g.emit("Concat", *rows, attrs={"axis": 0}, out=SUMS)
+    size = k * BINS
+    found, others = (
+        g.emit("Reshape", g.emit("Slice", SUMS, g.ints(size * i), g.ints(size * (i + 1)), g.ints(0)), g.ints(k, BINS))
+        for i in range(2)
+    )
+    right, wrong = (g.emit("CumSum", row, g.constant(1, np.int64), attrs={"reverse": 1}) for row in (found, others))
+    precision = g.emit("Div", right, g.emit("Max", g.emit("Add", right, wrong), g.scalar(1)))
+    total = g.emit("ReduceSum", found, g.ints(1), attrs={"keepdims": 0})
+    weighed = g.emit("ReduceSum", g.emit("Mul", found, precision), g.ints(1), attrs={"keepdims": 0})
+    _mean_of_present(g, g.emit("Div", weighed, g.emit("Max", total, g.scalar(1))), total)
+
+
+def _rmse(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
+    """The root of the mean squared error."""
+    d = g.emit("Sub", LOGITS, Y)
+    _errors(g, g.emit("Mul", d, d))
+    g.emit("Sqrt", _ratio(g), out=VALUE)
+
+
+def _mae(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
+    """The mean absolute error."""
+    _errors(g, g.emit("Abs", g.emit("Sub", LOGITS, Y)))
+    g.emit("Identity", _ratio(g), out=VALUE)
+
+
+def _errors(g: Graph, each: str) -> None:
+    total = g.emit("Reshape", g.emit("ReduceSum", each, attrs={"keepdims": 0}), g.ints(1))
+    number = g.emit("Reshape", g.emit("Cast", g.emit("Size", each), attrs={"to": 1}), g.ints(1))
+    g.emit("Concat", total, number, attrs={"axis": 0}, out=SUMS)
+
+
+def _ratio(g: Graph) -> str:
+    """The first sum over the second []; not a number where the second is 0."""
+    first, second = (
+        g.emit("Squeeze", g.emit("Slice", SUMS, g.ints(i), g.ints(i + 1), g.ints(0)), g.ints(0)) for i in range(2)
+    )
+    return g.emit("Div", first, second)
+
+
+def _mean_of_present(g: Graph, each: str, size: str) -> None:
+    """The mean over classes of whose `size` something is there; not a number without any."""
+    number = g.emit(
+        "ReduceSum", g.emit("Cast", g.emit("Greater", size, g.scalar(0)), attrs={"to": 1}), attrs={"keepdims": 0}
+    )
+    g.emit("Div", g.emit("ReduceSum", each, attrs={"keepdims": 0}), number, out=VALUE)
+
+
+_METRICS: dict[str, tuple[Callable[[Graph, tuple[int, ...], Features], None], bool]] = {
+    "miou": (_miou, True),
+    "perplexity": (_perplexity, True),
+    "ap": (_ap, False),
+    "rmse": (_rmse, False),
+    "mae": (_mae, False),
+}
+"""What writes each metric, and whether its labels are classes."""

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError, DataError, FedpruneError
+from fedprune_device.data.audio_decoding import RATES, Audio, decoded, resampled
+from fedprune_device.data.sample_folder import SampleFolder
+from fedprune_device.data.splits import SplitShares
+from support.fakes.sample_files import wav
+
+pytestmark = pytest.mark.board
+
+SINE = np.sin(np.arange(4000) / 7)
+
+
+def packed(numbers: Any, width: int) -> bytes:
+    """Numbers from -1 to 1 as PCM, one after the other by the standard's text."""
+    whole = [
+        max(-(2 ** (8 * width - 1)), min(2 ** (8 * width - 1) - 1, round(v * 2 ** (8 * width - 1)))) for v in numbers
+    ]
+    if width == 1:
+        return bytes(v + 128 for v in whole)
+    return b"".join(v.to_bytes(width, "little", signed=True) for v in whole)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+def test_numbers_of_every_width_are_what_they_were(width: int) -> None:
+    found, rate = decoded(wav(packed(SINE, width), width, 1, 8000))
+    assert rate == 8000
+    np.testing.assert_allclose(found, SINE, atol=max(2.0 ** (1 - 8 * width), 1e-6))
+
+
+def test_the_extremes_are_minus_one_and_almost_one() -> None:
+    for width in (1, 2, 3, 4):
+        low, high = decoded(wav(packed([-1, 1], width), width))[0]
+        assert (low, high) == (-1, pytest.approx(1, abs=2.0 ** (2 - 8 * width) + 1e-7))
+
+
+def test_channels_are_averaged() -> None:
+    both = np.stack([SINE, 0 * SINE], 1).ravel()
+    np.testing.assert_allclose(decoded(wav(packed(both, 2), 2, 2))[0], SINE / 2, atol=1e-4)
+
+
+def test_the_longer_header_of_24_bit_files_is_read_by_every_python() -> None:
+    plain = wav(packed(SINE, 3), 3)
+    head = struct.pack("<HHIIHH", 0xFFFE, 1, 16000, 48000, 3, 24)
+    more = struct.pack("<HHIH", 22, 24, 4, 1) + b"\0\0\0\0\x10\0\x80\0\0\xaa\0\x38\x9b\x71"
+    data = plain[36:]
+    body = (
+        b"RIFF" + struct.pack("<I", 4 + 8 + 40 + len(data)) + b"WAVEfmt " + struct.pack("<I", 40) + head + more + data
+    )
+    np.testing.assert_array_equal(decoded(body)[0], decoded(plain)[0])
+
+
+@pytest.mark.parametrize(
+    ("rate", "wanted"), [(44100, 16000), (48000, 16000), (8000, 16000), (16000, 22050), (11025, 8000)]
+)
+def test_a_tone_is_the_same_tone_at_another_rate_and_one_that_does_not_fit_is_silent(rate: int, wanted: int) -> None:
+    lower = min(rate, wanted) / 2
+
+    def tone(hertz: float, at: int) -> Any:
+        return np.sin(2 * np.pi * hertz * np.arange(at) / at).astype(np.float32)
+
+    for share in (0.02, 0.3, 0.8):
+        found = resampled(tone(share * lower, rate), rate, wanted)
+        middle = slice(wanted // 10, -wanted // 10)
+        assert len(found) == wanted
+        np.testing.assert_allclose(
+            found[middle], tone(share * lower, wanted)[middle], atol=7e-3
+        )  # a Hann window's ripple is -44 dB
+    if wanted < rate:
+        silent = resampled(tone(1.15 * lower, rate), rate, wanted)
+        assert np.abs(silent[wanted // 10 : -wanted // 10]).max() < 5e-3
+
+
+def test_resampling_is_what_scipy_does() -> None:
+    signal = pytest.importorskip("scipy.signal")
+    noise = np.random.default_rng(0).standard_normal(4410).astype(np.float32)
+    slow = signal.sosfiltfilt(signal.butter(8, 0.25, output="sos"), noise).astype(np.float32)
+    found, wanted = resampled(slow, 44100, 16000), signal.resample_poly(slow, 160, 441)
+    np.testing.assert_allclose(found[100:-100], wanted[100:-100], atol=5e-3)
+
+
+def test_a_short_recording_is_padded_and_a_long_one_is_several_windows() -> None:
+    audio, body = Audio(), wav(packed(SINE, 2))
+    assert audio.samples(body, (1, 5000)).shape == (1, 1, 5000)
+    assert not audio.samples(body, (5000,))[0, 4000:].any()
+    cut = audio.samples(body, (1, 1500))
+    assert cut.shape == (2, 1, 1500)
+    np.testing.assert_allclose(cut.ravel(), SINE[:3000], atol=1e-4)
+
+
+def test_recordings_are_samples_of_their_folders_class_and_windows_of_one_share_its_part(tmp_path: Path) -> None:
+    for label in range(2):
+        (tmp_path / str(label)).mkdir()
+        for n in range(10):
+            level = (1 + label * 10 + n) / 100
+            (tmp_path / str(label) / f"{n}.WAV").write_bytes(wav(packed([level] * 900, 2)))
+    (tmp_path / "0" / "torn.wav").write_bytes(b"RIFF")
+    found = SampleFolder(tmp_path, (Audio(),), SplitShares(0.4), 1000)
+    data = found.snapshot((1, 300))
+    assert len(data.y_train) + len(data.y_test) == 60
+    assert found.samples == data.samples
+    levels = [{round(float(v) * 100) for v in np.asarray(x)[:, 0, 0]} for x in (data.x_train, data.x_test)]
+    assert levels[0].isdisjoint(levels[1])
+    assert len(levels[0] | levels[1]) == 20
+    for x, y in ((data.x_train, data.y_train), (data.x_test, data.y_test)):
+        np.testing.assert_array_equal(np.asarray(x)[:, 0, 0] * 100 > 10.5, np.asarray(y) == 1)
+
+
+def test_no_more_windows_than_asked_for_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    for n in range(4):
+        (tmp_path / "0" / f"{n}.wav").write_bytes(wav(packed([n / 10] * 1000, 2)))
+    assert SampleFolder(tmp_path, (Audio(),), SplitShares(0), 7).snapshot((1, 300)).samples == 7
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (b"", "can't be read"),
+        (wav(b""), "length of a recording"),
+        (wav(b"\0\0" * 50)[:-2], "cut off"),
+        (wav(b"\0\0" * 50, rate=99), "sample rate"),
+        (wav(b"\0\0" * 50).replace(b"fmt \x10\0\0\0\x01", b"fmt \x10\0\0\0\x03"), "expected WAV"),
+        (wav(b"\0\0" * 50).replace(struct.pack("<I", 100), b"\xff\xff\xff\x7f"), "length of a recording"),
+    ],
+)
+def test_what_is_no_recording_is_one_clear_error(body: bytes, text: str) -> None:
+    with pytest.raises(DataError, match=text):
+        Audio().samples(body, (1, 8))
+
+
+def test_a_small_file_does_not_become_a_large_one() -> None:
+    with pytest.raises(DataError, match="at the model's rate: expected at most"):
+        Audio(RATES[1]).samples(wav(bytes(100_000), 1, 1, RATES[0]), (1, 8))
+    with pytest.raises(ConfigError, match="sample rate"):
+        Audio(0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 8), (), ("n",), (1, None)])
+def test_a_model_of_other_inputs_takes_no_recordings(shape: Any) -> None:
+    with pytest.raises(DataError, match="a recording for this model"):
+        Audio().samples(wav(b"\0\0"), shape)
+
+
+@given(st.data())
+def test_damaged_recordings_are_errors_of_ours_or_samples(data: st.DataObject) -> None:
+    body = bytearray(wav(bytes(range(240)), 3, 2, data.draw(st.sampled_from([8000, 16000, 44100]))))
+    for _ in range(data.draw(st.integers(1, 6))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        found = Audio().samples(bytes(body[: data.draw(st.integers(0, len(body)))]), (1, 16))
+    except FedpruneError:
+        return
+    assert found.shape[1:] == (1, 16)
+    assert np.isfinite(found).all()

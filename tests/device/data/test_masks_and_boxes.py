@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import ConfigError, DataError, FedpruneError
+from fedprune_device.data.boxes import COCO_BYTES, coco_boxes, yolo_boxes
+from fedprune_device.data.image_decoding import Pixels, mask
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.sample_folder import SampleFolder
+from fedprune_device.data.splits import SplitShares
+
+pytestmark = pytest.mark.board
+
+Image = pytest.importorskip("PIL.Image")
+
+SHAPE = (3, 8, 6)
+DENSE = Targets("cross_entropy", 4, ("height", "width"), 255)
+BOXES = Targets("custom", 7, (3, 5))
+
+
+def png(pixels: Any, mode: str | None = None) -> bytes:
+    file = io.BytesIO()
+    image = Image.fromarray(np.asarray(pixels))
+    (image if mode is None else image.convert(mode)).save(file, "PNG")
+    return file.getvalue()
+
+
+def picture(seed: int) -> bytes:
+    return png(np.random.default_rng(seed).integers(0, 256, (8, 6, 3)).astype(np.uint8))
+
+
+def put(root: Path, name: str, body: bytes) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(body)
+
+
+def folder(root: Path, names: tuple[str, ...] = (), test: float = 0.0) -> SampleFolder:
+    return SampleFolder(root, (Pixels(),), SplitShares(test), 100, names)
+
+
+def by_image(data: Any) -> dict[bytes, Any]:
+    return {x.tobytes(): y for x, y in zip(np.asarray(data.x_train), np.asarray(data.y_train), strict=True)}
+
+
+def x_of(body: bytes) -> bytes:
+    return Pixels().read(body, ("PNG",), SHAPE).tobytes()
+
+
+@pytest.mark.parametrize("old", [(8, 6), (16, 12), (5, 17), (1, 1)])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "I;16"])
+def test_a_mask_is_resized_to_its_nearest_pixels(old: tuple[int, int], mode: str) -> None:
+    numbers = np.random.default_rng(0).integers(0, 2 if mode == "1" else 200, old)
+    kind = {"1": np.bool_, "I;16": np.uint16}.get(mode, np.uint8)
+    image = Image.fromarray(numbers.astype(kind))
+    if mode == "P":
+        image.putpalette([c for n in range(256) for c in (n, 255 - n, 7)])
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    wanted = Image.fromarray(numbers.astype(np.uint8)).resize((6, 8), Image.Resampling.NEAREST)
+    np.testing.assert_array_equal(mask(file.getvalue(), 8, 6), np.asarray(wanted))
+
+
+def test_masks_are_the_labels_of_images_of_the_same_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rng, wanted = np.random.default_rng(1), {}
+    for n in range(5):
+        classes = np.where(rng.random((8, 6)) < 0.2, 255, rng.integers(0, 4, (8, 6))).astype(np.uint8)
+        put(tmp_path, f"images/{n}.png", picture(n))
+        put(tmp_path, f"masks/{n}.png", png(classes))
+        wanted[x_of(picture(n))] = classes
+    put(tmp_path, "images/alone.png", picture(7))
+    put(tmp_path, "images/wrong.png", picture(8))
+    put(tmp_path, "masks/wrong.png", png(np.full((8, 6), 4, np.uint8)))
+    put(tmp_path, "images/colours.png", picture(9))
+    put(tmp_path, "masks/colours.png", picture(9))
+    found = folder(tmp_path)
+    data = found.snapshot(SHAPE, DENSE)
+    labels = by_image(data)
+    assert labels.keys() == wanted.keys()
+    for x, classes in wanted.items():
+        np.testing.assert_array_equal(labels[x], classes)
+    assert "wrong.png is left out: a label is out of range" in caplog.text
+    assert "colours.png is left out: a mask: expected one number per pixel" in caplog.text
+    data.check(DENSE, SHAPE)
+    assert data.y_train.nbytes <= 16 * len(labels), "masks are held in memory"
+    ignored = folder(tmp_path).snapshot(SHAPE, Targets("cross_entropy", 4, ("h", "w"), -100))
+    for x, y in by_image(ignored).items():
+        np.testing.assert_array_equal(y, np.where(wanted[x] == 255, -100, wanted[x].astype(int)))
+
+
+def test_a_mask_that_is_drawn_anew_is_read_anew_and_its_image_stays_in_its_part(tmp_path: Path) -> None:
+    for n in range(12):
+        put(tmp_path, f"images/{n}.png", picture(n))
+        put(tmp_path, f"masks/{n}.png", png(np.zeros((8, 6), np.uint8)))
+    found = folder(tmp_path, test=0.4)
+    before = found.snapshot(SHAPE, DENSE)
+    for n in range(12):
+        put(tmp_path, f"masks/{n}.png", png(np.full((8, 6), 3, np.uint8)))
+    after = found.snapshot(SHAPE, DENSE)
+    assert 0 < len(before.y_test) < 12
+    np.testing.assert_array_equal(np.asarray(after.x_test), np.asarray(before.x_test))
+    assert (np.asarray(after.y_test) == 3).all()
+    assert (np.asarray(after.y_train) == 3).all()
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_losses_of_a_label_for_each_output_take_masks_as_one_map_per_class(tmp_path: Path, outputs: int) -> None:
+    classes = np.random.default_rng(0).choice([0, 1, 2, 255], (8, 6)).astype(np.uint8)
+    put(tmp_path, "images/a.png", picture(1))
+    put(tmp_path, "masks/a.png", png(classes))
+    found = np.asarray(folder(tmp_path).snapshot(SHAPE, Targets("dice", outputs, (outputs, 8, 6))).y_train)[0]
+    for k in range(outputs):
+        np.testing.assert_array_equal(found[k], classes > 0 if outputs == 1 else classes == k)
+
+
+def test_a_model_of_other_labels_takes_no_masks_and_no_boxes(tmp_path: Path) -> None:
+    put(tmp_path, "images/a.png", picture(1))
+    with pytest.raises(DataError, match="the samples have no labels"):
+        folder(tmp_path).snapshot(SHAPE, DENSE).check(DENSE, SHAPE)
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(DataError, match=r"masks for loss cross_entropy: expected a model with .*, got \[\]"):
+        folder(tmp_path).snapshot(SHAPE, Targets("cross_entropy", 4))
+    (tmp_path / "masks").rename(tmp_path / "labels")
+    for targets in (DENSE, Targets("mse", 5, (5,)), Targets("mse", 2, ("n", 5)), Targets("mse", 2, (2, 4))):
+        with pytest.raises(DataError, match=r"expected labels \[most boxes, 5\]"):
+            folder(tmp_path).snapshot(SHAPE, targets)
+
+
+def test_boxes_of_text_files_are_padded_and_an_image_without_a_file_has_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bodies = {"two": b"1 .5 .5 .25 .5\n\n0 0.1 0.2 0.1 0.1\n", "none": None, "empty": b"", "torn": b"1 .5 .5"}
+    bodies["many"] = b"".join(b"%d 0.5 0.5 0.%d 0.5\n" % (n, n + 1) for n in range(5))
+    for n, (name, body) in enumerate(bodies.items()):
+        put(tmp_path, f"images/{name}.png", picture(n))
+        if body is not None:
+            put(tmp_path, f"labels/{name}.txt", body)
+    (tmp_path / "labels").mkdir(exist_ok=True)
+    data = folder(tmp_path).snapshot(SHAPE, BOXES)
+    found, empty = by_image(data), [-1, 0, 0, 0, 0]
+    wanted = {
+        0: [[1, 0.5, 0.5, 0.25, 0.5], [0, 0.1, 0.2, 0.1, 0.1], empty],
+        1: [empty] * 3,
+        2: [empty] * 3,
+        4: [[n, 0.5, 0.5, (n + 1) / 10, 0.5] for n in (2, 3, 4)],
+    }
+    assert found.keys() == {x_of(picture(n)) for n in wanted}
+    for n, boxes in wanted.items():
+        np.testing.assert_allclose(found[x_of(picture(n))], boxes, atol=1e-7)
+    assert "torn.png is left out: line 1 of the labels: expected class cx cy w h, got 3 values" in caplog.text
+    data.check(BOXES, SHAPE)
+
+
+COCO: dict[str, Any] = {
+    "images": [
+        {"id": 5, "file_name": "a.png", "width": 60, "height": 80},
+        {"id": 2, "file_name": "b.png", "width": 6, "height": 8},
+    ],
+    "categories": [{"id": 9, "name": "cat"}, {"id": 3, "name": "dog"}],
+    "annotations": [
+        {"image_id": 5, "category_id": 9, "bbox": [6, 8, 12, 40]},
+        {"image_id": 5, "category_id": 3, "bbox": [-6, 0, 12, 1000], "iscrowd": 0},
+        {"image_id": 5, "category_id": 3, "bbox": [0, 0, 6, 6], "iscrowd": 1},
+        {"image_id": 2, "category_id": 3, "bbox": [100, 0, 6, 6]},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ["annotations.json", "annotations/instances.json"])
+def test_boxes_of_coco_are_those_of_yolo(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    for n, image in enumerate("abc"):
+        put(tmp_path, f"images/{image}.png", picture(n))
+    put(tmp_path, name, json.dumps(COCO).encode())
+    found = by_image(folder(tmp_path).snapshot(SHAPE, BOXES))
+    first = found[x_of(picture(0))]
+    np.testing.assert_allclose(first[:2], [[1, 0.2, 0.35, 0.2, 0.5], [0, 0.05, 0.5, 0.1, 1]], atol=1e-6)
+    assert (found[x_of(picture(1))][:, 0] == -1).all()
+    assert len(found) == 2
+    assert "c.png is left out: " in caplog.text
+    named = by_image(folder(tmp_path, ("cat", "dog", "cow")).snapshot(SHAPE, BOXES))
+    assert named[x_of(picture(0))][:2, 0].tolist() == [0, 1]
+    with pytest.raises(ConfigError, match="a category is no class: expected ant, got 'cat'"):
+        folder(tmp_path, ("ant",))
+
+
+def test_new_boxes_of_an_image_are_read_at_the_next_round(tmp_path: Path) -> None:
+    put(tmp_path, "images/a.png", picture(0))
+    put(tmp_path, "annotations.json", json.dumps(COCO).encode())
+    found = folder(tmp_path)
+    assert (np.asarray(found.snapshot(SHAPE, BOXES).y_train)[0, :, 0] >= 0).sum() == 2
+    put(tmp_path, "annotations.json", json.dumps({**COCO, "annotations": COCO["annotations"][:1]}).encode())
+    assert (np.asarray(found.snapshot(SHAPE, BOXES).y_train)[0, :, 0] >= 0).sum() == 1
+    put(tmp_path, "annotations.json", b"{")
+    with pytest.raises(DataError, match=r"annotations.json: not COCO: expected JSON"):
+        found.snapshot(SHAPE, BOXES)
+
+
+def test_labels_are_not_needed_for_predictions(tmp_path: Path) -> None:
+    put(tmp_path, "images/a.png", picture(0))
+    put(tmp_path, "masks/a.png", png(np.zeros((8, 6), np.uint8)))
+    for old, new in (("masks", None), ("masks", "labels")):
+        if new is not None:
+            shutil.move(tmp_path / old, tmp_path / new)
+        data = folder(tmp_path).snapshot(SHAPE)
+        assert data.y_train is data.x_train
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("0 .5 .5 .1", "line 1 of the labels: expected class cx cy w h"),
+        ("0 .5 .5 .1 .1 .1 .1", "Boxes are read, outlines are not."),
+        ("\n-1 .5 .5 .1 .1", "line 2 .* expected a class from 0 to 16777215, got something else"),
+        ("1.0 .5 .5 .1 .1", "expected a class"),
+        ("0 .5 .5 .1 nan", "expected shares of the image"),
+        ("0 .5 1.5 .1 .1", "expected shares of the image"),
+        ("0 .5 .5 0 .1", "expected shares of the image"),
+        ("0 x .5 .1 .1", "expected shares of the image"),
+        ("é", "labels: expected text"),
+    ],
+)
+def test_a_line_that_is_no_box_is_one_clear_error(text: str, error: str) -> None:
+    with pytest.raises(DataError, match=error):
+        yolo_boxes(text.encode())
+
+
+def changed(where: str, value: Any) -> bytes:
+    body = json.loads(json.dumps(COCO))
+    at: Any = body
+    *path, last = where.split(".")
+    for step in path:
+        at = at[int(step) if step.isdecimal() else step]
+    at[last] = value
+    return json.dumps(body).encode()
+
+
+@pytest.mark.parametrize(
+    ("body", "error"),
+    [
+        (b"[]", "expected an object"),
+        (b"[" * 100_000, "expected JSON"),
+        (changed("images", 3), "images: expected a list of objects"),
+        (changed("images.0.width", 0), r"size of images\[0\]: expected at least 1 x 1"),
+        (changed("images.0.width", float("nan")), r"images\[0\].width: expected a number"),
+        (changed("images.1.file_name", "a.png"), r"images\[1\].file_name: expected a name of its own"),
+        (changed("images.0.file_name", None), "expected a name of its own"),
+        (changed("categories.0.id", "x"), r"categories\[0\].id: expected a whole number"),
+        (changed("annotations.0.image_id", 99), r"annotations\[0\]: expected an image and a category of the file"),
+        (changed("annotations.1.bbox", [1, 2, 3]), r"annotations\[1\].bbox: expected \[x, y, width, height\]"),
+        (changed("annotations.1.bbox", [1, 2, 3, 10**400]), r"annotations\[1\].bbox: expected a number"),
+        (b" " * (COCO_BYTES + 1), "Leave segmentations out."),
+    ],
+)
+def test_what_is_no_coco_is_one_clear_error(body: bytes, error: str) -> None:
+    with pytest.raises(DataError, match=error):
+        coco_boxes(body)
+
+
+@given(st.data())
+def test_damaged_labels_are_errors_of_ours_or_boxes(data: st.DataObject) -> None:
+    parse, sound = data.draw(
+        st.sampled_from([(yolo_boxes, b"1 .5 .5 .25 .5\n0 0.1 0.2 0.1 0.1\n"), (coco_boxes, json.dumps(COCO).encode())])
+    )
+    body = bytearray(sound)
+    for _ in range(data.draw(st.integers(1, 5))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        found: Any = parse(bytes(body[: data.draw(st.integers(0, len(body)))]))
+    except FedpruneError:
+        return
+    for boxes in found.values() if isinstance(found, dict) else (found,):
+        assert boxes.shape[1:] == (5,)
+        assert (boxes[:, 1:] >= 0).all()
+        assert (boxes[:, 1:] <= 1).all()
+        assert (boxes[:, 3:] > 0).all()
+
+
+@given(st.data())
+def test_damaged_masks_are_errors_of_ours_or_masks(data: st.DataObject) -> None:
+    body = bytearray(png(np.arange(48, dtype=np.uint8).reshape(8, 6)))
+    for _ in range(data.draw(st.integers(1, 5))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert mask(bytes(body), 4, 4).shape == (4, 4)
+    except FedpruneError:
+        return

@@ -1,0 +1,292 @@
+from __future__ import annotations
+
+import csv
+import io
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, StorageError
+from fedprune_device.data import tables
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.table_windows import TableFile
+
+pytestmark = pytest.mark.board
+
+ALL = SplitShares(0.0)
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+def series(rows: int, columns: int = 2) -> Any:
+    return np.random.default_rng(0).standard_normal((rows, columns)).round(3).astype(np.float32)
+
+
+def write(path: Path, names: list[str], rows: Any, delimiter: str = ",") -> Path:
+    with path.open("w", newline="") as file:
+        out = csv.writer(file, delimiter=delimiter)
+        out.writerow(names)
+        out.writerows([[str(v) for v in row] for row in rows])
+    return path
+
+
+def parquet(path: Path, names: list[str], rows: Any) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pa.table({name: [row[n] for row in rows] for n, name in enumerate(names)}), path, row_group_size=50
+    )
+    return path
+
+
+def places(x: Any, rows: Any) -> list[int]:
+    """The first row of each window [n, steps, ...], found in the table by its numbers."""
+    return [int(np.flatnonzero((rows == one[0]).all(1))[0]) for one in np.asarray(x)]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+@pytest.mark.parametrize("first", [True, False])
+def test_windows_and_what_follows_them_are_samples(tmp_path: Path, kind: str, first: bool) -> None:
+    rows, steps, horizon = series(300), 6, 3
+    numbers = [[str(n), *map(float, row)] for n, row in enumerate(rows)]
+    make = write if kind == ".csv" else parquet
+    path = make(tmp_path / f"a{kind}", ["time", "a", "b"], numbers)
+
+    def shaped(*sizes: int) -> tuple[int, ...]:
+        return sizes[::-1] if first else sizes
+
+    targets = Targets("mse", 2, shaped(horizon, 2))
+    data = TableFile(path, SplitShares(0.3, 0.2), 1000).snapshot(shaped(steps, 2), targets)
+    data.check(targets, shaped(steps, 2), token_ids=False)
+    seen: dict[str, set[int]] = {}
+    for part in ("train", "test", "val"):
+        x, y = (np.asarray(getattr(data, f"{n}_{part}")) for n in "xy")
+        x, y = (v.transpose(0, 2, 1) for v in (x, y)) if first else (x, y)
+        begins = places(x, rows)
+        assert begins
+        for begin, inputs, labels in zip(begins, x, y, strict=True):
+            np.testing.assert_array_equal(inputs, rows[begin : begin + steps])
+            np.testing.assert_array_equal(labels, rows[begin + steps : begin + steps + horizon])
+        seen[part] = {row for b in begins for row in range(b, b + steps + horizon)}
+    assert seen["train"].isdisjoint(seen["test"] | seen["val"])
+    assert seen["test"].isdisjoint(seen["val"])
+    block = 8 * (steps + horizon)
+    assert len(data.x_train) + len(data.x_test) + len(data.x_val) == 300 - (steps + horizon - 1) * -(-300 // block)
+
+
+def test_columns_to_predict_are_no_inputs(tmp_path: Path) -> None:
+    rows = series(100, 3)
+    path = write(tmp_path / "a.csv", ["a", "target_heat", "b"], rows)
+    for shape, horizon in (((4,), 4), ((1,), 1), ((4, 1), 4), ((1, 4), 4)):
+        data = TableFile(path, ALL, 1000).snapshot((5, 2), Targets("mse", shape[0], shape))
+        x, y = np.asarray(data.x_train), np.asarray(data.y_train)
+        assert y.shape[1:] == shape
+        for begin, labels in zip(places(x, rows[:, [0, 2]]), y, strict=True):
+            np.testing.assert_array_equal(labels.ravel(), rows[begin + 5 : begin + 5 + horizon, 1])
+
+
+@pytest.mark.parametrize("names", [(), ("still", "walk", "run")])
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+def test_a_windows_class_is_that_of_its_last_row(tmp_path: Path, names: tuple[str, ...], kind: str) -> None:
+    rows, classes = series(200), np.random.default_rng(1).integers(0, 3, 200)
+    cells = [[names[c] if names else int(c), *map(float, row)] for c, row in zip(classes, rows, strict=True)]
+    make = write if kind == ".csv" else parquet
+    path = make(tmp_path / f"a{kind}", ["class", "a", "b"], cells)
+    targets = Targets("cross_entropy", 3)
+    data = TableFile(path, ALL, 1000, names).snapshot((2, 7), targets)
+    data.check(targets, (2, 7))
+    begins = places(np.asarray(data.x_train).transpose(0, 2, 1), rows)
+    np.testing.assert_array_equal(data.y_train, classes[np.array(begins) + 6])
+
+
+def test_a_model_of_outputs_like_its_inputs_learns_windows_themselves(tmp_path: Path) -> None:
+    targets = Targets("l1", 2, (2, 6))
+    data = TableFile(write(tmp_path / "a.csv", ["a", "b"], series(100)), ALL, 1000).snapshot((2, 6), targets)
+    data.check(targets, (2, 6))
+    np.testing.assert_array_equal(np.asarray(data.y_train), np.asarray(data.x_train))
+    asked = write(tmp_path / "b.csv", ["a", "target", "b", "target2"], series(100, 4))
+    following = TableFile(asked, ALL, 1000).snapshot((2, 6), targets)
+    assert not following.unlabelled
+
+
+def test_of_many_windows_some_all_over_the_file_are_taken_and_hold_no_memory(tmp_path: Path) -> None:
+    rows = series(5000)
+    found = TableFile(write(tmp_path / "a.csv", ["a", "b"], rows), ALL, 50)
+    data = found.snapshot((10, 2), Targets("mse", 2, (2,)))
+    begins = places(data.x_train, rows)
+    assert 40 <= len(begins) == found.samples <= 50
+    assert max(np.diff([0, *begins, 5000])) < 250
+    assert data.bytes < 50 * 8 * 2 + 100
+
+
+@pytest.mark.slow
+def test_a_table_ten_times_as_large_as_its_memory_is_read_in_it(tmp_path: Path) -> None:
+    path, columns, limit = tmp_path / "a.csv", 50, 2 * 2**20
+    rows = 10 * limit // (4 * columns)
+    with path.open("w") as file:
+        file.write(",".join(f"c{n}" for n in range(columns)) + "\n")
+        for row in range(rows):
+            file.write(",".join([str(row), *["0.5"] * (columns - 1)]) + "\n")
+    tracemalloc.start()
+    try:
+        data = TableFile(path, ALL, 10_000).snapshot((columns, 4), Targets("mse", columns, (columns,)))
+        for begin in range(0, data.samples, 500):
+            some = slice(begin, begin + 16)
+            np.testing.assert_array_equal(data.y_train[some][:, 0], data.x_train[some][:, 0, -1] + 1)
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
+    assert data.samples > 9000
+
+
+def test_new_rows_are_there_at_the_next_round_and_old_ones_keep_their_part(tmp_path: Path) -> None:
+    rows = series(600)
+    path, targets = tmp_path / "a.csv", Targets("mse", 2, (2,))
+    write(path, ["a", "b"], rows[:300])
+    found = TableFile(path, SplitShares(0.4), 10_000)
+    before = found.snapshot((4, 2), targets)
+    write(path, ["a", "b"], rows)
+    after = found.snapshot((4, 2), targets)
+    tested = [set(places(data.x_test, rows)) for data in (before, after)]
+    assert tested[0]
+    assert tested[0] <= tested[1]
+    assert tested[0].isdisjoint(places(after.x_train, rows))
+    assert found.samples > before.samples
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_delimiters_marks_of_spreadsheets_and_indices_are_known(tmp_path: Path, delimiter: str) -> None:
+    path = write(tmp_path / "a.csv", ["", "a", "b"], [(n, *row) for n, row in enumerate(series(30))], delimiter)
+    path.write_text("\ufeff" + path.read_text().replace("\n", "\n\n"))
+    data = TableFile(path, ALL, 99).snapshot((3, 2), Targets("mse", 2, (2,)))
+    np.testing.assert_array_equal(np.asarray(data.x_train)[0], series(30)[:3])
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("", "columns: expected some of numbers to read, got none"),
+        ("a,a\n1,2\n", "names of columns: expected different ones, got that of column 1 for 2, too"),
+        ("1,2\n3,4\n", "the first row: expected names of columns, got numbers"),
+        ("time,class\n1,2\n", "columns: expected some of numbers"),
+        ("a,b\n1,2\n3\n", "row 2: expected 2 columns, got 1"),
+        ("a,b\n1,2\n3,x\n", "row 2, column 2: expected a number, got something else. Leave columns"),
+        ("a,b\n1,2\n3,\n", "row 2, column 2: expected a number, got an empty cell"),
+        ("a,b\n1,inf\n", "row 1, column 2: expected a number"),
+        ("a,b\n1,1e300\n", "row 1, column 2: expected a number"),
+        ("a,class\n1,1\n2,1.5\n", "row 2, column 2: expected a whole number from 0"),
+        ("a,class\n1,-1\n", "expected a whole number from 0, got something else"),
+        ("a,class\n1,walk\n", "expected a whole number from 0, got something else"),
+        ("a,b\n1,2\n", "rows: expected at least 4, a window's, got 1"),
+        ('a,b\n"' + "1" * 200_000 + '",2\n', "is no table: expected CSV in UTF-8"),
+        ("a,b\n" + "1" * 2_000_000, "a line: expected at most 1048576 characters"),
+        (",".join(f"c{n}" for n in range(5000)), "columns: expected at most 4096, got 5000"),
+    ],
+)
+def test_what_is_no_table_is_one_clear_error_with_the_files_name(tmp_path: Path, text: str, error: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError) as caught:
+        TableFile(tmp_path / "a.csv", ALL, 99).snapshot((3, 2), Targets("mse", 2, (2,)))
+    assert str(caught.value).startswith(str(tmp_path / "a.csv"))
+    assert error in str(caught.value)
+
+
+def test_errors_quote_nothing_of_a_table(tmp_path: Path) -> None:
+    for text in ("a,b\n1,secret\n", "secret,secret\n", "a,class\n1,secret\n", "734.5,secret\n1\n", "734.5,12\n"):
+        (tmp_path / "a.csv").write_text(text)
+        with pytest.raises(DataError) as caught:
+            TableFile(tmp_path / "a.csv", ALL, 99).snapshot((3, 2), Targets("mse", 2, (2,)))
+        assert "secret" not in str(caught.value)
+        assert "734.5" not in str(caught.value)
+
+
+def test_other_bytes_and_files_that_are_gone_are_errors_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"a,b\n\xff\xfe,1\n")
+    with pytest.raises(DataError, match=r"a\.csv is no table: expected CSV in UTF-8"):
+        TableFile(tmp_path / "a.csv", ALL, 99)
+    with pytest.raises(StorageError, match="can't read"):
+        TableFile(tmp_path / "none.csv", ALL, 99)
+    found = TableFile(write(tmp_path / "b.csv", ["a"], series(9, 1)), ALL, 99)
+    (tmp_path / "b.csv").unlink()
+    with pytest.raises(StorageError, match="can't read"):
+        found.snapshot((3, 1), Targets("mse", 1, (1,)))
+
+
+def test_a_table_takes_no_more_room_than_it_may(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", ["a", "b"], series(100))
+    TableFile(path, ALL, 99, room=800)
+    with pytest.raises(DataError, match="numbers: expected at most 199, got more"):
+        TableFile(path, ALL, 99, room=799)
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets", "error"),
+    [
+        ((3, 4), Targets("mse", 2, (2,)), r"windows of 2 columns: expected a model of"),
+        ((2, None), Targets("mse", 2, (2,)), r"expected a model of \[channels, steps\] or \[steps, channels\]"),
+        ((3, 8, 8), Targets("mse", 2, (2,)), "expected a model of"),
+        ((2, 8), Targets("mse", 3, (3,)), r"labels for loss mse: expected \[3\], got 2 columns to predict"),
+        ((2, 8), Targets("cross_entropy", 3), r"no labels: expected labels \[n\] for loss cross_entropy"),
+    ],
+)
+def test_a_model_of_other_windows_is_one_clear_error(tmp_path: Path, shape: Any, targets: Targets, error: str) -> None:
+    found = TableFile(write(tmp_path / "a.csv", ["a", "b"], series(50)), ALL, 99)
+    with pytest.raises(DataError, match=error):
+        found.snapshot(shape, targets).check(targets, shape)
+
+
+def test_labels_out_of_a_losss_range_are_refused(tmp_path: Path) -> None:
+    found = TableFile(write(tmp_path / "a.csv", ["a", "b"], series(50)), ALL, 99)
+    with pytest.raises(DataError, match="a label is out of range: expected 0 to 1"):
+        found.snapshot((2, 8), Targets("bce", 2, (2,)))
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(MissingExtraError, match=r"Parquet files need pyarrow.*parquet"):
+        TableFile(tmp_path / "a.parquet", ALL, 99)
+
+
+@given(draw=st.data())
+def test_damaged_tables_are_errors_of_ours_or_numbers(
+    draw: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    kind = draw.draw(st.sampled_from([".csv", ".parquet"] if _has_pyarrow() else [".csv"]))
+    path = tmp_path_factory.mktemp("fuzz") / f"a{kind}"
+    rows = [[*map(float, row), n % 3] for n, row in enumerate(series(40))]
+    (write if kind == ".csv" else parquet)(path, ["a", "b", "class"], rows)
+    body = bytearray(path.read_bytes())
+    for _ in range(draw.draw(st.integers(1, 5))):
+        body[draw.draw(st.integers(0, len(body) - 1))] = draw.draw(st.integers(0, 255))
+    path.write_bytes(body[: draw.draw(st.integers(0, len(body)))])
+    try:
+        found = TableFile(path, ALL, 99).snapshot((2, 4), Targets("cross_entropy", 2**24))
+    except FedpruneError as error:
+        if str(path) not in str(error):
+            raise
+        return
+    assert np.isfinite(np.asarray(found.x_train)).all()
+
+
+def _has_pyarrow() -> bool:
+    try:
+        return bool(__import__("pyarrow"))
+    except ImportError:
+        return False
+
+
+@given(
+    st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=2), min_size=1)
+)
+def test_numbers_are_those_of_the_file(tmp_path_factory: pytest.TempPathFactory, rows: list[list[float]]) -> None:
+    path = write(tmp_path_factory.mktemp("t") / "a.csv", ["a", "b"], rows)
+    with tables.rows_of(path, ()) as (columns, parts):
+        found = np.concatenate(list(parts))
+    assert columns.all == (0, 1)
+    np.testing.assert_array_equal(found, np.array(rows, np.float32))
+    assert io.StringIO(path.read_text()).readline() == "a,b\n"

@@ -1,0 +1,153 @@
+"""Models of several inputs and outputs, which are parts of one row: against torch, from files of named arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedprune_export as fx
+from fedprune.core.errors import DataError, ModelError
+from fedprune.model.recipe import Recipe
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune_device.data.dataset import load_data, load_inputs
+from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.cut import cut
+from fedprune_export.training.step_graph import training_graph
+
+pytestmark = pytest.mark.torch
+
+N, STEPS = 12, 10
+
+
+class Fusion(nn.Module):
+    """Motion, a place by its number, and a picture of bytes: two outputs, of different shapes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = {"motion": (3, STEPS), "place": (), "frame": (2, 4, 4)}
+        self.input_dtype = {"place": "int64", "frame": torch.uint8}
+        self.moves, self.sees = nn.Conv1d(3, 8, 3, padding=1), nn.Conv2d(2, 6, 3, padding=1)
+        self.places, self.joint = nn.Embedding(5, 4), nn.Linear(18, 16)
+        self.kind, self.path = nn.Linear(16, 3), nn.Linear(16, 4)
+
+    def forward(self, motion: Tensor, place: Tensor, frame: Tensor) -> tuple[Tensor, Tensor]:
+        seen = torch.tanh(self.sees(frame.float() / 255)).mean((2, 3))
+        moved = torch.tanh(self.moves(motion)).mean(2)
+        both = torch.tanh(self.joint(torch.cat([moved, seen, self.places(place)], 1)))
+        return self.kind(both), self.path(both).unflatten(1, (2, 2))
+
+
+def loss(kind: Tensor, path: Tensor, labels: Tensor) -> Tensor:
+    """The kind of motion by its likelihood, and the error of a path."""
+    of_kind = -(kind.log_softmax(1) * labels[:, :3]).sum(1)
+    return of_kind + ((path.flatten(1) - labels[:, 3:]) ** 2).mean(1)
+
+
+loss.target_shape = (7,)  # type: ignore[attr-defined]
+
+
+def score(kind: Tensor, path: Tensor, labels: Tensor) -> Tensor:
+    return (kind.argmax(1) == labels[:, :3].argmax(1)).float()
+
+
+score.target_shape = (7,)  # type: ignore[attr-defined]
+
+
+def samples(count: int = N) -> dict[str, np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(1)
+    kinds = np.eye(3)[rng.integers(0, 3, count)]
+    return {
+        "motion": rng.normal(size=(count, 3, STEPS)).astype(np.float32),
+        "place": rng.integers(0, 5, count),
+        "frame": rng.integers(0, 256, (count, 2, 4, 4), np.uint8),
+        "y": np.concatenate([kinds, rng.normal(size=(count, 4))], 1).astype(np.float32),
+    }
+
+
+def of_torch(module: nn.Module, arrays: dict[str, np.ndarray[Any, Any]]) -> list[Tensor]:
+    return list(module(*(torch.tensor(arrays[n]) for n in ("motion", "place", "frame"))))
+
+
+@pytest.fixture
+def made() -> tuple[fx.Model, Fusion]:
+    torch.manual_seed(0)
+    module = Fusion()
+    return fx.load(module, loss=loss, metric=score), module
+
+
+def test_rows_hold_inputs_by_name_and_outputs_in_order(made: tuple[fx.Model, Fusion], tmp_path: Path) -> None:
+    model, module = made
+    assert model.architecture.input_shape == (2 * 4 * 4 + 3 * STEPS + 1,)
+    assert model.architecture.output_shape == (7,)
+    said = " ".join(model.notes)
+    assert "frame [n, 2, 4, 4], motion [n, 3, 10], place [n] are parts of one row of 63 numbers" in said
+    assert "[n, 3]" in said
+    assert "[n, 2, 2] are parts of one row of 7 numbers" in said
+    arrays = samples()
+    np.savez(tmp_path / "own.npz", **arrays)
+    x = load_inputs(str(tmp_path / "own.npz"))
+    wanted = torch.cat([o.flatten(1) for o in of_torch(module, arrays)], 1)
+    for one in (model, import_onnx(model.graph.to_bytes(), "again")):
+        found = Session(one.graph.to_bytes()).run({"x": np.asarray(x)}, ["logits"])["logits"]
+        assert np.allclose(found, wanted.detach(), atol=1e-5)
+
+
+def test_boards_train_what_torch_trains(made: tuple[fx.Model, Fusion], tmp_path: Path) -> None:
+    model, module = made
+    arrays = samples()
+    held = {f"{n}_test": a[:2] for n, a in arrays.items()}
+    np.savez(tmp_path / "own.npz", **{f"{n}_train": a for n, a in arrays.items()}, **held)
+    data = load_data(str(tmp_path / "own.npz"))
+    assert data.samples == N
+    recipe = Recipe(loss="custom", metric="custom", batch_size=N, lr=0.1, momentum=0.0, epochs=3)
+    trainer = Trainer(training_graph(model, recipe.features).to_bytes(), threads=1)
+    found = trainer.train(model.tensors, data, TrainingTask(recipe, 7, 0, "a", 1))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(*of_torch(module, arrays), torch.tensor(arrays["y"])).mean().backward()
+        optimizer.step()
+    for name, tensor in module.state_dict().items():
+        assert np.allclose(found.tensors[name], tensor, atol=1e-5), name
+
+
+def test_a_cut_model_takes_the_same_rows(made: tuple[fx.Model, Fusion]) -> None:
+    model, _ = made
+    whole = Selection.full(model.architecture)
+    graph = cut(model, whole.narrowed([size // 2 for size in model.architecture.sizes]))
+    x = np.random.default_rng(0).normal(size=(3, 63)).astype(np.float32)
+    x[:, -1] = [0, 1, 4]
+    assert Session(graph.to_bytes()).run({"x": x}, ["logits"])["logits"].shape == (3, 7)
+
+
+def test_several_outputs_need_a_loss_of_them_all() -> None:
+    with pytest.raises(ModelError, match=r"one input and one output, got 1 and 2.*Say which output"):
+        fx.load(Fusion())
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"motion": np.zeros((3, 3, STEPS))}, "arrays of several inputs.*frame, motion, place, each with as many"),
+        ({"motion_test": np.zeros((3, 3, STEPS))}, r"arrays of several inputs \(test\)"),
+        ({"motion": np.zeros(())}, r"motion \[\]"),
+    ],
+)
+def test_arrays_that_do_not_belong_together(change: dict[str, Any], error: str, tmp_path: Path) -> None:
+    np.savez(tmp_path / "own.npz", **(samples() | change))
+    with pytest.raises(DataError, match=error):
+        load_data(str(tmp_path / "own.npz"))
+
+
+def test_a_type_that_is_not_read() -> None:
+    module = Fusion()
+    module.input_dtype = {"place": "float64"}
+    with pytest.raises(ModelError, match="type of the input: expected float32 or int64 or"):
+        fx.load(module, loss=loss)

@@ -1,0 +1,163 @@
+"""Models of several kinds that are exported and trained by a board's program on files as they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedprune.core.errors import ExitCode
+from fedprune_device.cli.main import main as device
+from fedprune_export.cli.main import main as export
+from support.fakes.sample_files import wav
+
+pytestmark = [pytest.mark.system, pytest.mark.torch]
+
+MB = 2**20
+TRAIN = """
+import sys
+from fedprune_device.cli.main import main
+code = main(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+
+
+def bundle(out: Path, net: str, *more: str) -> Path:
+    assert export([f"support.nets.file_nets:{net}", "--target", "raspberry-pi-5", "--out", str(out), *more]) == 0
+    return out
+
+
+def picture(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pytest.importorskip("PIL.Image").fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def masks(root: Path) -> None:
+    """Squares on noise, whose masks have an edge that counts for nothing."""
+    rng = np.random.default_rng(0)
+    for n in range(60):
+        pixels, classes = rng.integers(0, 60, (16, 12, 3)), np.zeros((16, 12))
+        kind, (top, left) = n % 2, rng.integers(0, 6, 2)
+        classes[top : top + 8, left : left + 6] = 255
+        classes[top + 1 : top + 7, left + 1 : left + 5] = 1 + kind
+        pixels[top : top + 8, left : left + 6, kind] += 190
+        picture(root / "images" / f"{n}.png", pixels)
+        picture(root / "masks" / f"{n}.png", classes)
+
+
+def boxes(root: Path) -> None:
+    """Where a bright square is."""
+    rng = np.random.default_rng(0)
+    (root / "labels").mkdir(parents=True)
+    for n in range(120):
+        pixels, (top, left) = rng.integers(0, 60, (16, 12, 3)), rng.integers(0, 6, 2)
+        pixels[top : top + 8, left : left + 6] += 190
+        picture(root / "images" / f"{n}.png", pixels)
+        box = (left + 3) / 12, (top + 4) / 16, 6 / 12, 8 / 16
+        (root / "labels" / f"{n}.txt").write_text("0 " + " ".join(map(str, box)) + "\n")
+
+
+def table(root: Path) -> None:
+    """Two waves of one length."""
+    root.mkdir()
+    with (root / "waves.csv").open("w", newline="") as file:
+        out = csv.writer(file)
+        out.writerow(["time", "sine", "cosine"])
+        out.writerows([n, np.sin(n / 5), np.cos(n / 5)] for n in range(1500))
+
+
+@pytest.mark.parametrize(
+    ("net", "write", "source", "words"),
+    [
+        ("painter", masks, "", ("--set", "ignore_label=255")),
+        ("finder", boxes, "", ("--loss", "support.nets.file_nets:box_loss")),
+        ("forecaster", table, "waves.csv", ("--labels", "values")),
+    ],
+)
+def test_a_model_learns_from_files(
+    net: str,
+    write: Callable[[Path], None],
+    source: str,
+    words: tuple[str, ...],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made, data, out = bundle(tmp_path / "bundle", net, *words), str(tmp_path / "data" / source), tmp_path / "out"
+    write(tmp_path / "data")
+    capsys.readouterr()
+    command = ["train", "--bundle", str(made), "--data", data, "--out", str(out), "--epochs", "20", "--seed", "1"]
+    assert device(command) == ExitCode.OK
+    said = capsys.readouterr().out
+    before, after = (
+        float(next(line for line in said.splitlines() if line.startswith(when)).rpartition("loss ")[2])
+        for when in ("before: ", "after: ")
+    )
+    assert after < 0.5 * before
+    assert device(["predict", "--bundle", str(out), "--input", data]) == ExitCode.OK
+    judged = capsys.readouterr().err
+    assert ("accuracy" in judged) == (net == "painter")
+    assert ("root of the mean squared error" in judged) == (net == "forecaster")
+
+
+def pictures(root: Path, count: int) -> None:
+    from PIL import Image
+
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        file = io.BytesIO()
+        Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(file, "PNG", compress_level=0)
+        (root / f"{n}.png").write_bytes(file.getvalue())
+
+
+def test_all_files_without_labels_are_predicted(tmp_path: Path) -> None:
+    made = bundle(tmp_path / "bundle", "autoencoder", "--labels", "values")
+    pictures(tmp_path / "data", 9)
+    out = ["--output", str(tmp_path / "out.npy")]
+    assert device(["predict", "--bundle", str(made), "--input", str(tmp_path / "data"), *out]) == ExitCode.OK
+    assert np.load(tmp_path / "out.npy").shape == (9, 3, 96, 96)
+
+
+def recordings(root: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    for n in range(count):
+        (root / str(n % 2)).mkdir(parents=True, exist_ok=True)
+        (root / str(n % 2) / f"{n}.wav").write_bytes(wav(rng.integers(-9999, 9999, 16_000).astype("<i2").tobytes()))
+
+
+@pytest.mark.parametrize(
+    ("net", "write", "numbers", "words"),
+    [
+        ("autoencoder", pictures, 3 * 96 * 96, ("--labels", "values")),
+        ("listener", recordings, 16_000, ()),
+    ],
+)
+def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
+    net: str, write: Callable[[Path, int], None], numbers: int, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    limit = 12 * MB  # beyond what a set of a hundred samples takes
+    many = 10 * limit // (4 * numbers)
+    made = bundle(tmp_path / "bundle", net, *words)
+    peaks = {}
+    for count in (100, many):
+        write(tmp_path / f"{count}", count)
+        command = ["train", "--bundle", made, "--data", tmp_path / f"{count}", "--out", tmp_path / f"out{count}"]
+        run = subprocess.run(
+            [sys.executable, "-c", TRAIN, *map(str, command), "--threads", "1", "--epochs", "1"],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+        )
+        assert run.returncode == 0, run.stderr
+        assert "left out" not in run.stderr
+        peaks[count] = 1024 * int(run.stdout.rpartition("VmHWM:")[2].split()[0])
+    assert peaks[many] - peaks[100] < limit
