@@ -15,6 +15,7 @@ from fedprune_export.autodiff.rules import (  # noqa: F401 (they register)
     recurrent,
     reductions,
     resampling,
+    sampling,
     shapes,
 )
 from fedprune_export.autodiff.tape import RULES, Tape

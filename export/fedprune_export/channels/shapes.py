@@ -160,6 +160,29 @@ def scatter_nd(channels: Channels, node: Node) -> None:
     channels.out(node, [*(np.zeros_like(r) for r in x[:looked]), *passed])
 
 
+@rule("NonMaxSuppression")
+def suppression(channels: Channels, node: Node) -> None:
+    """Boxes, classes and their scores stay; the places of what is kept are plain numbers."""
+    channels.fix_inputs(node)
+    channels.still_outputs(node)
+
+
+@rule("ScatterElements", "GatherElements")
+def elements(channels: Channels, node: Node) -> None:
+    """The axis that is looked up stays; along others of equal length values and indices are tied."""
+    axis = int(node.attrs.get("axis", 0)) % len(channels.of(node, 0))
+    out: list[AtomRow] = []
+    for i, column in enumerate(zip(*(channels.of(node, k) for k in range(len(node.inputs))), strict=True)):
+        passes = i != axis and len({row.size for row in column}) == 1
+        for row in column if passes else ():
+            channels.atoms.tie(column[0], row)
+        channels.fix([] if passes else column)
+        size = channels.shape(node.outputs[0])[i]
+        # Any of several tied atoms represents all; the fixed one is preferred.
+        out.append(np.minimum.reduce(column) if passes else still(size))
+    channels.out(node, out)
+
+
 @rule("Expand")
 def expand(channels: Channels, node: Node) -> None:
     """Axes pass; those that are made of one index get as many as are needed."""

@@ -66,6 +66,10 @@ def table() -> list[dict[str, Any]]:
 _BECOMES = {
     "Attention": "products, Softmax and reshapes, on import",
     "CastLike": "Cast, on import",
+    "Col2Im": "a transposed convolution with a constant kernel, on import",
+    "DFT": "a product with a constant matrix, on import",
+    "RotaryEmbedding": "products with cosines and sines, on import",
+    "STFT": "a convolution with constant waves, on import",
     "Swish": "a product with Sigmoid, on import",
     "SplitToSequence": "Split, on import",
     "ConcatFromSequence": "Concat, on import",
@@ -75,12 +79,15 @@ _BECOMES = {
 
 def _forms() -> Mapping[str, str]:
     """In which forms operators are read and written."""
+    from fedprune_export.importing.control_flow import CONTROL_FLOW
     from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
     from fedprune_export.importing.translation import TRANSLATED
     from fedprune_export.ir.composites import COMPOSITES, NATIVE
     from fedprune_export.ir.opset_lowering import EARLIER_FORMS, LATER_FORMS
 
     out: dict[str, list[str]] = {}
+    for name in CONTROL_FLOW:
+        out[name] = ["written out on import, where it doesn't depend on the data"]
     for name in sorted(SEQUENCE_OPERATORS | {n for n in TRANSLATED if n in _BECOMES}):
         out[name] = [f"becomes {_BECOMES[name]}" if name in _BECOMES else "dissolved on import"]
     for name in sorted(TRANSLATED - set(out)):

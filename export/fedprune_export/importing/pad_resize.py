@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import ModelError
+from fedprune_export.ir.axis_matrix import axis_matrix
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.trace import Trace
 
@@ -61,10 +62,11 @@ def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
     Raises `ModelError` if it uses what opset 17 doesn't have.
     """
     attrs: dict[str, Any] = node.attrs
-    if attrs.pop("antialias", 0):
-        raise _no_form(node, "antialias", "0")
-    if attrs.get("coordinate_transformation_mode") == "half_pixel_symmetric":
-        raise _no_form(node, "coordinate_transformation_mode half_pixel_symmetric", "half_pixel")
+    symmetric = attrs.get("coordinate_transformation_mode") == "half_pixel_symmetric"
+    if attrs.get("antialias", 0) or symmetric:
+        _emit_products(graph, node, seen)
+        return
+    attrs.pop("antialias", None)
     attrs.pop("keep_aspect_ratio_policy", None)
     axes = attrs.pop("axes", None)
     crop = attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
@@ -87,6 +89,31 @@ def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
         leading = graph.emit("Shape", node.inputs[0], attrs={"start": 0, "end": first})
         node.inputs[3] = graph.emit("Concat", leading, node.inputs[3], attrs={"axis": 0})
     graph.nodes.append(node)
+
+
+def _emit_products(graph: Graph, node: Node, seen: Trace) -> None:
+    """A form of resizing that opset 17 lacks as products with the matrices of the last two axes.
+
+    Raises `ModelError` if other axes are resized, or sizes are computed.
+    """
+    x, before, after = node.inputs[0], seen.dims(node.inputs[0]), seen.dims(node.outputs[0])
+    rank = len(before)
+    attrs = {k: v for k, v in node.attrs.items() if k not in ("axes", "keep_aspect_ratio_policy")}
+    axes = [a % rank for a in node.attrs.get("axes", range(rank))]
+    scales = graph.initializers.get(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] else None
+    by_axis = dict(zip(axes, scales.reshape(-1).tolist(), strict=True)) if scales is not None else {}
+    kept = all(b == a for b, a in zip(before[: rank - 2], after[: rank - 2], strict=True))
+    if not kept or node.attrs.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise _no_form(node, "antialias or half_pixel_symmetric", "resizing of the last two axes")
+    for axis in range(rank - 2, rank):
+        old, new = before[axis], after[axis]
+        if old is None or new is None:
+            raise _no_form(node, "antialias or half_pixel_symmetric", "constant sizes")
+        matrix = axis_matrix(attrs, old, by_axis.get(axis), new, graph.opset)
+        if axis == rank - 2:
+            x = graph.emit("MatMul", graph.constant(matrix, np.float32), x)
+        else:
+            graph.emit("MatMul", x, graph.constant(matrix.T, np.float32), out=node.outputs[0])
 
 
 def _scales(

@@ -189,7 +189,7 @@ class _Writer:
 
     def _size(self, value: str, axis: int) -> int | None:
         if self._shapes is None:
-            self._shapes = _inferred(self.model)
+            self._shapes = inferred(self.model)
         shape = self._shapes.get(value)
         return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
 
@@ -208,7 +208,7 @@ class _Writer:
         return name
 
 
-def _inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
+def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     """Shapes as far as they are known without running anything."""
     bare = onnx.ModelProto()
     bare.CopyFrom(model)

@@ -5,7 +5,6 @@ To support a later operator or form, add a rule to `_RULES`: a function that emi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,86 +14,13 @@ import numpy.typing as npt
 import onnx
 
 from fedprune.core.errors import ModelError, reason
+from fedprune_export.importing.attention import emit_attention, emit_rotary
 from fedprune_export.importing.pad_resize import emit_pad, emit_resize
+from fedprune_export.importing.spectra import emit_dft, emit_fold, emit_stft
 from fedprune_export.ir.composites import COMPOSITES
 from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node
 from fedprune_export.ir.opset_lowering import REDUCTIONS, check_form
-from fedprune_export.ir.shape_inference import MOST_NUMBERS
 from fedprune_export.ir.trace import Trace
-
-
-def emit_attention(graph: Graph, node: Node, seen: Trace, used: set[str]) -> None:
-    """Write an Attention of opset 23 as MatMul, Mul, Add, Softmax, MatMul.
-
-    Inputs are [batch, heads, tokens, size] or [batch, tokens, heads * size]. Raises `ModelError` if it uses a cache,
-    shares keys between heads, has a soft cap, or gives further outputs.
-    """
-    q, k, v, mask, *cache = [*node.inputs, *[""] * 6][:6]
-    heads = _heads(node, seen)
-    refused = {
-        "a cache of keys": any(cache),
-        "further outputs": any(o in used for o in node.outputs[1:] if o),
-        "a soft cap": bool(node.attrs.get("softcap")),
-        "fewer heads for keys than for queries": heads[0] != heads[1],
-    }
-    for what, found in refused.items():
-        if found:
-            raise ModelError(
-                f"operator Attention ({node.name}) has {what}, which can't be lowered", hint="Export it at opset 18."
-            )
-    flat = len(seen.shapes[q]) == 3
-    if flat:
-        q, k, v = (_apart(graph, name, heads[0], seen) for name in (q, k, v))
-    size = seen.shapes[node.inputs[0]][-1] // (heads[0] if flat else 1)
-    scale = float(node.attrs.get("scale") or 1 / math.sqrt(size))
-    scores = graph.emit("MatMul", q, graph.emit("Transpose", k, attrs={"perm": [0, 1, 3, 2]}))
-    scores = graph.emit("Mul", scores, graph.scalar(scale))
-    tokens = tuple(seen.dims(node.inputs[i])[-2] for i in (0, 1))
-    most = heads[0] * math.prod(t or 1 for t in tokens)
-    if most > MOST_NUMBERS:
-        raise ModelError(f"operator Attention ({node.name})", expected=f"at most {MOST_NUMBERS} scores", got=most)
-    for bias in _biases(graph, node, mask, tokens, seen):
-        scores = graph.emit("Add", scores, bias)
-    out = graph.emit(
-        "MatMul", graph.emit("Softmax", scores, attrs={"axis": -1}), v, out=None if flat else node.outputs[0]
-    )
-    if flat:
-        rows = graph.emit("Transpose", out, attrs={"perm": [0, 2, 1, 3]})
-        width = seen.shapes[node.outputs[0]][-1]
-        graph.emit("Reshape", rows, graph.ints(0, -1 if tokens[0] is None else tokens[0], width), out=node.outputs[0])
-
-
-def _heads(node: Node, seen: Trace) -> tuple[int, int]:
-    """Heads of queries and of keys."""
-    if len(seen.shapes[node.inputs[0]]) == 4:
-        return seen.shapes[node.inputs[0]][1], seen.shapes[node.inputs[1]][1]
-    try:
-        return int(node.attrs["q_num_heads"]), int(node.attrs["kv_num_heads"])
-    except KeyError as error:
-        raise ModelError(f"operator Attention ({node.name}) has no number of heads") from error
-
-
-def _apart(graph: Graph, name: str, heads: int, seen: Trace) -> str:
-    """[batch, tokens, heads * size] as [batch, heads, tokens, size]."""
-    _, tokens, width = seen.dims(name)
-    target = graph.ints(0, -1 if tokens is None else tokens, heads, (width or 0) // heads)
-    return graph.emit("Transpose", graph.emit("Reshape", name, target), attrs={"perm": [0, 2, 1, 3]})
-
-
-def _biases(graph: Graph, node: Node, mask: str, tokens: tuple[int | None, ...], seen: Trace) -> list[str]:
-    """What is added to the scores: minus infinity where a query must not look."""
-    out = []
-    if node.attrs.get("is_causal"):
-        if None in tokens:
-            raise ModelError(f"operator Attention ({node.name}) is causal over a free number of tokens")
-        ahead = np.triu(np.ones([t or 0 for t in tokens], np.bool_), 1)
-        out.append(graph.constant(np.where(ahead, -np.inf, 0), np.float32))
-    if mask and seen.dtypes[mask] == np.bool_:
-        out.append(graph.emit("Where", mask, graph.scalar(0), graph.scalar(-np.inf)))
-    elif mask:
-        out.append(mask)
-    return out
-
 
 Array = npt.NDArray[Any]
 
@@ -167,8 +93,6 @@ def translate(graph: Graph, seen: Trace, notes: list[str]) -> None:
             f"Statistics of {len(still)} batch normalisations are never updated, {still[0]} among them: their momentum "
             "says so (torch's 0, or None, which ONNX can't express)."
         )
-    if graph.opset > NORMAL_OPSET:
-        notes.append(f"Lowered from opset {graph.opset} to {NORMAL_OPSET}.")
     graph.opset = NORMAL_OPSET
 
 
@@ -335,6 +259,10 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), _norm),
     **dict.fromkeys(("ScatterND", "ScatterElements"), _scatter),
     "Attention": lambda state, node: emit_attention(state.graph, node, state.seen, state.used),
+    "Col2Im": lambda state, node: emit_fold(state.graph, node, state.seen),
+    "DFT": lambda state, node: emit_dft(state.graph, node, state.seen),
+    "RotaryEmbedding": lambda state, node: emit_rotary(state.graph, node, state.seen),
+    "STFT": lambda state, node: emit_stft(state.graph, node, state.seen),
     "BatchNormalization": _batch_norm,
     "GridSample": _grid_sample,
     "GroupNormalization": _group_norm,

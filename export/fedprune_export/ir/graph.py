@@ -128,7 +128,7 @@ def _attribute(node: onnx.NodeProto, attribute: onnx.AttributeProto) -> Any:
     if attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
         raise ModelError(
             f"node {shown(node.name or node.op_type)} has a sub-graph ({node.op_type})",
-            hint="Control flow can't be cut or trained; export the model without If, Loop and Scan.",
+            hint="Control flow that depends on the data can't be cut or trained; export the model without it.",
         )
     try:
         value = helper.get_attribute_value(attribute)

@@ -58,12 +58,14 @@ def at_opset(graph: _Draft, opset: int) -> _Draft:
 
 def check_form(node: Node, opset: int) -> None:
     """Make sure that an opset has an operator in the form that a node uses. Raises `ModelError` if it hasn't."""
+    hint = "Use operators and forms that `fedprune-export operators` lists"
+    hint += "." if opset == NORMAL_OPSET else ", or another --opset."
     try:
         schema = onnx.defs.get_schema(node.op, opset, "")
     except onnx.defs.SchemaError as error:
         raise ModelError(
             f"operator {node.op} ({node.name}) does not exist in opset {opset}",
-            hint="Use operators that are listed in docs/export.md, or another opset.",
+            hint=hint,
         ) from error
     extra = sorted(set(node.attrs) - set(schema.attributes))
     used = len(node.inputs)
@@ -73,7 +75,7 @@ def check_form(node: Node, opset: int) -> None:
         raise ModelError(
             f"operator {node.op} ({node.name}) is in a form that opset {opset} doesn't have",
             got=", ".join(extra) or f"{used} inputs",
-            hint="Use a simpler form of it, or another opset.",
+            hint=hint,
         )
 
 

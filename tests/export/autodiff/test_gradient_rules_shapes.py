@@ -460,6 +460,41 @@ row(
     None,
     {"i": _PLACES},
 )
+
+
+def kept(boxes: torch.Tensor, scores: torch.Tensor, most: int, overlap: float) -> torch.Tensor:
+    """1 for boxes that overlap with no better one that is kept, as a mask [N, boxes]."""
+    low, high = torch.minimum(boxes[..., :2], boxes[..., 2:]), torch.maximum(boxes[..., :2], boxes[..., 2:])
+    common = torch.minimum(high[:, :, None], high[:, None]) - torch.maximum(low[:, :, None], low[:, None])
+    shared, area = common.clamp(min=0).prod(-1), (high - low).prod(-1)
+    ratio = shared / (area[:, :, None] + area[:, None] - shared)
+    mask = torch.zeros_like(scores)
+    for row, n in zip(mask, range(len(mask)), strict=True):
+        for i in scores[n].argsort(descending=True):
+            if row.sum() < most and not (ratio[n, i] * row > overlap).any():
+                row[i] = 1
+    return mask
+
+
+_BOXES = normal(3, 12, 4)
+row(
+    "boxes that are kept",
+    [
+        node("NonMaxSuppression", "b", "s", "most", "overlap", out="k"),
+        node("Gather", "k", "pair", axis=1, out="p"),
+        node("GatherND", "b", "p", out="g"),
+        node("Mul", "g", "g", out="q"),
+        node("Sub", "b", "b", out="z"),
+        node("ScatterND", "z", "p", "q"),
+    ],
+    lambda b, s: b**2 * kept(b.detach(), s[:, 0].detach(), 6, 0.3)[..., None],
+    {"b": _BOXES, "s": normal(3, 1, 12, seed=1)},
+    {"b": ("N", 12, 4), "s": ("N", 1, 12)},
+    {"most": ints(6), "overlap": np.array([0.3], np.float32), "pair": ints(0, 2)},
+    frozen=["s"],
+    narrow={},
+)
+
 for _upper, _function in enumerate((torch.tril, torch.triu)):
     _oracle, _more = partial(_function, diagonal=1), {"sums": True, "narrow": {}, "upper": _upper}
     one(f"Trilu {_upper}", "Trilu", _oracle, normal(3, 4, 5), ("N", 4, 5), {"k": np.array(1, np.int64)}, **_more)

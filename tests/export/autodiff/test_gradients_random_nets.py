@@ -7,8 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedprune_export.importing import export_torch, import_onnx
 from fedprune_export.pruning.cut import cut
 from fedprune_export.pruning.model import Model
+from support.nets import hard_nets
 from support.nets.random_nets import mixing_nets, nets
 from support.oracles.cutting import random_selection
 from support.oracles.gradient_distance import TENSOR, Distances, Trained
@@ -44,5 +46,13 @@ def test_gradients_of_mixed_channels_are_torchs(model: Model, density: float, se
 @given(model=nets(), density=st.sampled_from([0.01, 0.3, 0.5, 0.8, 1.0]), seed=st.integers(0, 99))
 def test_gradients_of_chains_are_torchs(model: Model, density: float, seed: int) -> None:
     found = distances(model, density, seed)
+    assert found.near, (found.ours, found.torch)
+    assert found.excess(found.worst) <= TENSOR, found.worst
+
+
+@pytest.mark.parametrize("density", [0.3, 0.5, 1.0])
+@pytest.mark.parametrize("name", ["SegmentSums", "SpatialTransformer", "Spectra", "PairDistances", "Overlaps"])
+def test_gradients_of_computed_places_and_waves_are_torchs(name: str, density: float) -> None:
+    found = distances(import_onnx(export_torch(hard_nets.make(name)), name), density, 1)
     assert found.near, (found.ours, found.torch)
     assert found.excess(found.worst) <= TENSOR, found.worst

@@ -12,6 +12,7 @@ from fedprune_export.autodiff.tape import RULES as GRADIENTS
 from fedprune_export.channels.rule import RULES as CHANNELS
 from fedprune_export.cli.main import main
 from fedprune_export.importing import import_onnx
+from fedprune_export.importing.control_flow import CONTROL_FLOW
 from fedprune_export.importing.sequences import SEQUENCE_OPERATORS
 from fedprune_export.importing.translation import TRANSLATED
 from fedprune_export.ir.composites import NATIVE
@@ -64,7 +65,7 @@ def test_every_rule_is_listed_with_a_line_of_its_own(capsys: pytest.CaptureFixtu
 def test_forms_are_named_for_what_the_import_and_the_writer_change(capsys: pytest.CaptureFixture[str]) -> None:
     main(["operators", "--json"])
     forms = {r["operator"]: r["forms"] for r in json.loads(capsys.readouterr().out) if r["forms"]}
-    assert {*TRANSLATED, *SEQUENCE_OPERATORS, *NATIVE, *LATER_FORMS, *EARLIER_FORMS} == set(forms)
+    assert {*TRANSLATED, *CONTROL_FLOW, *SEQUENCE_OPERATORS, *NATIVE, *LATER_FORMS, *EARLIER_FORMS} == set(forms)
     for name, since in NATIVE.items():
         assert f"below opset {since}" in forms[name]
     for name, since in (*LATER_FORMS.items(), *EARLIER_FORMS.items()):

@@ -164,24 +164,35 @@ def test_resizing_some_axes_is_by_scales_of_all(inputs: Callable[[Graph], list[s
         assert list(model.graph.initializers[node.inputs[2]][:2]) == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("attrs", "message"),
-    [
-        ({"antialias": 1}, "antialias"),
-        ({"coordinate_transformation_mode": "half_pixel_symmetric"}, "half_pixel_symmetric"),
-    ],
-)
-def test_resizing_in_new_ways_is_named(attrs: dict[str, Any], message: str) -> None:
-    chosen = {"axes": [2, 3], "mode": "linear", **attrs}
-    with pytest.raises(ModelError, match=f"{message}.* has no form in opset 17"):
-        imported(lambda g: g.emit("Resize", "image", "", "", g.ints(3, 3), attrs=chosen), (3, 5, 5), 27, 19)
+@pytest.mark.parametrize("attrs", [{"antialias": 1}, {"coordinate_transformation_mode": "half_pixel_symmetric"}])
+@pytest.mark.parametrize("mode", ["linear", "cubic"])
+@pytest.mark.parametrize("amounts", [(3, 4), (7, 3), (0.6, 0.5), (1.5, 2.0)])
+def test_resizing_in_new_ways_is_two_products(attrs: dict[str, Any], mode: str, amounts: tuple[float, float]) -> None:
+    whole = isinstance(amounts[0], int)
+    size = 3 * math.prod(n if whole else int(old * n) for n, old in zip(amounts, (5, 6), strict=True))
+    chosen = {"axes": [2, 3], "mode": mode, **attrs}
+
+    def build(g: Graph) -> str:
+        further = ["", "", g.constant(amounts, np.int64)] if whole else ["", g.constant(amounts, np.float32)]
+        return g.emit("Resize", "image", *further, attrs=chosen)
+
+    assert ops(build, (3, 5, 6), size, 19) == ["MatMul", "MatMul"]
+
+
+def test_resizing_channels_in_new_ways_is_named() -> None:
+    attrs = {"mode": "linear", "coordinate_transformation_mode": "half_pixel_symmetric"}
+
+    def build(g: Graph) -> str:
+        return g.emit("Resize", "image", "", g.constant([1, 2, 1, 1], np.float32), attrs=attrs)
+
+    with pytest.raises(ModelError, match=r"has no form in opset 17: expected resizing of the last two axes"):
+        imported(build, (3, 5, 5), 150, 19)
 
 
 @pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax", "ReduceL2", "ReduceSumSquare", "ReduceLogSumExp"])
 def test_reductions_over_axes_of_an_input(op: str) -> None:
     model = imported(lambda g: g.emit(op, "image", g.ints(-1), attrs={"keepdims": 0}), (3, 5), 3, 20)
     assert model.graph.nodes[0].attrs["axes"] == [-1]
-    assert any("opset 20" in note for note in model.notes)
 
 
 def _raw(
@@ -312,3 +323,160 @@ def test_what_a_vector_computes_alone_is_folded_unless_it_is_a_weight() -> None:
     assert [n.op for n in model.graph.nodes] == ["Mul", "Gemm"]
     assert list(model.tensors) == ["w"]
     assert math.isclose(sum(float(v) for n, v in model.graph.initializers.items() if v.size == 1), 2.5)
+
+
+# -- spectra --------------------------------------------------------------------------------------------------------
+
+
+def dft(opset: int, axis: int, *, length: int | None = None, **attrs: int) -> Build:
+    def build(g: Graph) -> str:
+        inputs = ["image", g.constant(length, np.int64) if length is not None else ""]
+        if opset < 20:
+            return g.emit("DFT", *inputs, attrs={"axis": axis, **attrs})
+        return g.emit("DFT", *inputs, g.constant(axis, np.int64), attrs=attrs)
+
+    return build
+
+
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize(
+    ("shape", "axis", "length", "attrs"),
+    [
+        ((12, 1), 1, None, {}),
+        ((12, 1), 1, None, {"onesided": 1}),
+        ((11, 2), 1, None, {}),
+        ((11, 2), 1, None, {"inverse": 1}),
+        ((4, 9, 2), 1, None, {}),
+        ((4, 9, 1), 2, 7, {"onesided": 1}),
+        ((4, 9, 1), 2, 12, {}),
+        ((3, 4, 5, 2), 2, None, {"inverse": 1}),
+    ],
+)
+def test_a_transform_is_a_product(
+    opset: int, shape: tuple[int, ...], axis: int, length: int | None, attrs: dict[str, int]
+) -> None:
+    count = shape[axis - 1] if length is None else length
+    count = count // 2 + 1 if attrs.get("onesided") else count
+    size = 2 * count * math.prod(shape[:-1]) // shape[axis - 1]
+    found = ops(dft(opset, axis, length=length, **attrs), shape, size, opset)
+    assert "MatMul" in found
+    assert set(found) <= {"MatMul", "Reshape", "Transpose"}
+
+
+@pytest.mark.parametrize(("count", "length"), [(7, None), (7, 13), (2, None), (1, 1)])
+def test_a_transform_back_from_one_side_is_a_product(count: int, length: int | None) -> None:
+    back = dft(20, 1, length=length, inverse=1, onesided=1)
+
+    def build(g: Graph) -> str:
+        # The imaginary part of what is real is 0, or isn't there.
+        return g.emit("Slice", back(g), g.ints(0), g.ints(1), g.ints(-1))
+
+    size = 2 * (count - 1) if length is None else length
+    assert "MatMul" in ops(build, (count, 2), size, 20)
+
+
+@pytest.mark.parametrize(
+    ("image", "block", "attrs"),
+    [
+        ((6, 8), (2, 2), {"strides": [2, 2]}),
+        ((7, 6), (3, 2), {"pads": [1, 0, 1, 1]}),
+        ((9, 8), (2, 3), {"strides": [2, 1], "dilations": [2, 1], "pads": [0, 1, 1, 0]}),
+        ((8, 7), (3, 3), {"strides": [3, 2]}),
+    ],
+)
+def test_blocks_are_folded_by_a_convolution(
+    image: tuple[int, ...], block: tuple[int, ...], attrs: dict[str, list[int]]
+) -> None:
+    strides, dilations, pads = (
+        attrs.get(n, d) for n, d in (("strides", [1, 1]), ("dilations", [1, 1]), ("pads", [0] * 4))
+    )
+    counts = [
+        (n + pads[i] + pads[2 + i] - dilations[i] * (b - 1) - 1) // strides[i] + 1
+        for i, (n, b) in enumerate(zip(image, block, strict=True))
+    ]
+    shape = (3 * math.prod(block), math.prod(counts))
+    found = ops(
+        lambda g: g.emit("Col2Im", "image", g.ints(*image), g.ints(*block), attrs=attrs),
+        shape,
+        3 * math.prod(image),
+        18,
+    )
+    assert found.count("ConvTranspose") == 1
+
+
+@pytest.mark.parametrize(("parts", "onesided"), [(1, 0), (1, 1), (2, 0)])
+@pytest.mark.parametrize("window", [True, False])
+def test_a_transform_of_frames_is_a_convolution(parts: int, onesided: int, window: bool) -> None:
+    def build(g: Graph) -> str:
+        hann = g.constant(np.hanning(16), np.float32) if window else ""
+        length = "" if window else g.constant(16, np.int64)
+        return g.emit("STFT", "image", g.constant(6, np.int64), hann, length, attrs={"onesided": onesided})
+
+    size = (1 + (100 - 16) // 6) * 2 * (9 if onesided else 16)
+    found = ops(build, (100, parts), size, 17)
+    assert found.count("Conv") == 1
+    assert set(found) <= {"Conv", "Reshape", "Transpose", "Unsqueeze"}
+
+
+def test_mel_weights_are_a_constant() -> None:
+    def build(g: Graph) -> str:
+        numbers = [g.constant(v, np.int64) for v in (4, 16, 8000)] + [g.scalar(0), g.scalar(4000)]
+        return g.emit("MatMul", "image", g.emit("MelWeightMatrix", *numbers))
+
+    assert ops(build, (3, 9), 12, 17) == ["MatMul"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "attrs", "size", "text"),
+    [
+        ((12, 2), {"axis": 0}, 24, "DFT .*transforms the batch"),
+        ((9000, 1), {"axis": 1}, 18000, "9000 samples and 9000 frequencies: expected at most .* numbers"),
+    ],
+)
+def test_transforms_that_are_no_constant_product_are_named(
+    shape: tuple[int, ...], attrs: dict[str, int], size: int, text: str
+) -> None:
+    with pytest.raises(ModelError, match=text):
+        imported(lambda g: g.emit("DFT", "image", attrs=attrs), shape, size, 17)
+
+
+def test_a_transform_back_from_other_frequencies_is_named() -> None:
+    with pytest.raises(ModelError, match="back to 9 samples: expected 5 frequencies, got 7"):
+        imported(dft(20, 1, length=9, inverse=1, onesided=1), (7, 2), 9, 20)
+
+
+# -- rotary embeddings ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flat", [True, False])
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("attrs", [{}, {"interleaved": 1}, {"rotary_embedding_dim": 4}])
+def test_rotary_embeddings_are_products(flat: bool, table: bool, attrs: dict[str, int]) -> None:
+    pairs = attrs.get("rotary_embedding_dim", 8) // 2
+
+    def build(g: Graph) -> str:
+        angles = np.random.default_rng(2).uniform(0, 6, (9, pairs))
+        cosines, sines = (g.constant(f(angles), np.float32) for f in (np.cos, np.sin))
+        batch = g.emit("Shape", "image", attrs={"start": 0, "end": 1})
+        further = []
+        if table:
+            places = g.emit(
+                "Expand", g.constant([[0, 3, 4, 8, 1]], np.int64), g.emit("Concat", batch, g.ints(5), attrs={"axis": 0})
+            )
+            further = [places]
+        else:
+            rows = g.emit("Concat", batch, g.ints(5, pairs), attrs={"axis": 0})
+            cosines, sines = (
+                g.emit("Expand", g.emit("Slice", t, g.ints(0), g.ints(5), g.ints(0)), rows) for t in (cosines, sines)
+            )
+        g.initializers["wq"] = random(6, 16)
+        value = g.emit("MatMul", "image", "wq")
+        if not flat:
+            apart = g.emit("Reshape", value, g.ints(0, 5, 2, 8))
+            value = g.emit("Transpose", apart, attrs={"perm": [0, 2, 1, 3]})
+        more = {"num_heads": 2} if flat else {}
+        return g.emit("RotaryEmbedding", value, cosines, sines, *further, attrs={**attrs, **more})
+
+    model = imported(build, (5, 6), 80, 23)
+    assert "RotaryEmbedding" not in {n.op for n in model.graph.nodes}
+    assert [t.name for t in model.architecture.tensors] == ["wq", "last"]

@@ -233,6 +233,22 @@ def looked_up_places(graph: Graph, value: str) -> str:
     )
 
 
+@net(8, 8, features=True)
+def boxes_that_are_kept(graph: Graph, value: str) -> str:
+    """Of the boxes that each place gives those that overlap with none of a better one; 0 for the others."""
+    rows = graph.emit("Transpose", graph.emit("Reshape", value, ints(graph, [0, 8, 36])), attrs={"perm": [0, 2, 1]})
+    boxes = graph.emit("MatMul", rows, weight(graph, "to_boxes", 8, 4))
+    scores = graph.emit(
+        "Transpose", graph.emit("MatMul", rows, weight(graph, "to_score", 8, 1)), attrs={"perm": [0, 2, 1]}
+    )
+    kept = graph.emit("NonMaxSuppression", boxes, scores, graph.ints(9), graph.constant([0.5], np.float32))
+    place = graph.emit("Gather", kept, graph.ints(0, 2), attrs={"axis": 1})
+    none = graph.emit("Mul", boxes, graph.scalar(0))
+    chosen = graph.emit("ScatterND", none, place, graph.emit("GatherND", boxes, place))
+    back = graph.emit("MatMul", chosen, weight(graph, "from_boxes", 4, 8))
+    return graph.emit("Transpose", back, attrs={"perm": [0, 2, 1]})
+
+
 @net(6)
 def rounded(graph: Graph, value: str) -> str:
     scale, zero = graph.scalar(0.02), graph.constant(100, np.uint8)

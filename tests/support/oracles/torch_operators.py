@@ -203,7 +203,7 @@ for _name, _function in {
     "ReduceMin": torch.amin,
     "ReduceProd": _product,
     "ReduceL1": lambda x, **k: x.abs().sum(**k),
-    "ReduceL2": lambda x, **k: x.square().sum(**k).sqrt(),
+    "ReduceL2": lambda x, **k: torch.linalg.vector_norm(x, **k),
     "ReduceSumSquare": lambda x, **k: x.square().sum(**k),
     "ReduceLogSumExp": torch.logsumexp,
 }.items():
@@ -300,6 +300,20 @@ def _gather(a: Mapping[str, Any], x: Tensor, indices: Tensor) -> Tensor:
 def _gather_elements(a: Mapping[str, Any], x: Tensor, indices: Tensor) -> Tensor:
     axis = a.get("axis", 0)
     return x.gather(axis, indices.remainder(x.shape[axis]))
+
+
+@operator("ScatterElements")
+def _scatter_elements(attrs: Mapping[str, Any], x: Tensor, index: Tensor, updates: Tensor) -> Tensor:
+    axis, index = int(attrs.get("axis", 0)), index.long()
+    if attrs.get("reduction", "none") == "add":
+        return x.scatter_add(axis, index, updates)
+    return x.scatter(axis, index, updates)
+
+
+@operator("GridSample")
+def _grid_sample(attrs: Mapping[str, Any], x: Tensor, grid: Tensor) -> Tensor:
+    padding, corners = attrs.get("padding_mode", "zeros"), bool(attrs.get("align_corners", 0))
+    return functional.grid_sample(x, grid, attrs.get("mode", "bilinear"), padding, corners)
 
 
 @operator("GatherND")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
 from fedprune.model.architecture import FIXED
-from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
+from fedprune_export.autodiff.tape import BATCH, Dim, Pull, Shape, Tape, describe, rule
 from fedprune_export.ir.graph import Node
 
 Array = npt.NDArray[Any]
@@ -30,7 +30,8 @@ def scatter(tape: Tape, node: Node) -> Pull:
         where = {"axis": axis}
     else:
         depth = tape.shape(index)[-1]
-        tape.static(node, [depth, *tape.shape(data)[: depth if isinstance(depth, int) else 0]])
+        looked = tape.shape(data)[: depth if isinstance(depth, int) else 0]
+        tape.static(node, [depth, *(d for d in looked if d != BATCH)])
         where = {}
     g = tape.graph
     tape.enter(node.outputs[0], g.emit(node.op, x, places, new, attrs=node.attrs), tape.shape(data))
@@ -337,7 +338,7 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
     depth = where[-1]
     if not isinstance(depth, int):
         raise ModelError(f"{describe(node)}: length of an index", expected="a number", got=depth)
-    tape.static(node, shape[batches : batches + depth])
+    tape.static(node, [d for d in shape[batches : batches + depth] if d != BATCH])
     g = tape.graph
     out = (*where[:-1], *shape[batches + depth :])
     tape.enter(node.outputs[0], g.emit("GatherND", x, places, attrs={"batch_dims": batches}), out)
@@ -346,7 +347,7 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
         at = places
         for axis in reversed(range(batches)):
             # Scattering has no batch axes: an index includes its place in them, too.
-            numbers = _counted(tape, shape[axis])
+            numbers = counted(tape, shape[axis])
             ones = [1] * len(where)
             ones[axis] = -1
             column = g.emit("Reshape", numbers, g.ints(*ones))
@@ -358,13 +359,24 @@ def gather_nd(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-def _counted(tape: Tape, dim: Dim) -> str:
+def counted(tape: Tape, dim: Dim) -> str:
     """0, 1, 2 and so on up to a dimension's size."""
     g = tape.graph
     if isinstance(dim, int):
         return g.ints(*range(dim))
     ones = g.emit("ConstantOfShape", tape.size(dim), attrs={"value": np.ones(1, np.int64)})
     return g.emit("CumSum", ones, g.constant(0, np.int64), attrs={"exclusive": 1})
+
+
+_KEPT = 100_003  # stands for how many boxes are kept: a prime, which no other size is by chance
+
+
+@rule("NonMaxSuppression")
+def suppression(tape: Tape, node: Node) -> None:
+    """Places of the boxes that are kept: no gradient passes."""
+    inputs = [tape.value(i) if i else "" for i in node.inputs]
+    kept = tape.symbol(node.outputs[0], _KEPT)
+    tape.enter(node.outputs[0], tape.graph.emit("NonMaxSuppression", *inputs, attrs=node.attrs), (kept, 3))
 
 
 @rule("TopK")

@@ -7,14 +7,11 @@ each axis. The matrices are read off the operator itself, run on unit vectors: w
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from fedprune.core.errors import ModelError
-from fedprune.runtime.session import Session
 from fedprune_export.autodiff.tape import Dim, Pull, Shape, Tape, describe, rule
-from fedprune_export.ir.graph import Graph, Node, Port
-
-Matrix = npt.NDArray[np.float32]
+from fedprune_export.ir.axis_matrix import Matrix, axis_matrix
+from fedprune_export.ir.graph import Node
 
 
 @rule("Resize")
@@ -36,7 +33,7 @@ def resize(tape: Tape, node: Node) -> Pull:
         if factor == 1 or (factor is None and wanted in (0, tape.extent(shape[axis]))):
             continue
         (size,) = tape.static(node, shape[axis : axis + 1])
-        matrices[axis] = axis_matrix(node, size, factor, wanted)
+        matrices[axis] = axis_matrix(node.attrs, size, factor, wanted)
     out: Shape = tuple(matrices[a].shape[0] if a in matrices else d for a, d in enumerate(shape))
     amounts = ["", g.constant(scales, np.float32)] if scales is not None else ["", "", tape.sizes(out)]
     tape.enter(node.outputs[0], g.emit("Resize", x, *amounts, attrs=node.attrs), out)
@@ -45,21 +42,6 @@ def resize(tape: Tape, node: Node) -> Pull:
         tape.add(name, _gathered(tape, dy, out, shape, matrices))
 
     return pull
-
-
-def axis_matrix(node: Node, size: int, scale: float | None, wanted: int) -> Matrix:
-    """What the operator does along one axis: [new size, size]."""
-    graph = Graph(nodes=[Node("Resize", ["x", ""], ["y"], dict(node.attrs))])
-    graph.inputs, graph.outputs = (
-        [Port("x", np.dtype(np.float32), (1, size, size, 1))],
-        [Port("y", np.dtype(np.float32), (None,) * 4)],
-    )
-    if scale is not None:
-        graph.nodes[0].inputs.append(graph.constant([1, 1, scale, 1], np.float32))
-    else:
-        graph.nodes[0].inputs += ["", graph.ints(1, size, wanted, 1)]
-    columns = Session(graph.to_bytes()).run({"x": np.eye(size, dtype=np.float32)[None, :, :, None]})["y"]
-    return np.ascontiguousarray(columns[0, :, :, 0].T, np.float32)
 
 
 def _gathered(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int, Matrix]) -> str:

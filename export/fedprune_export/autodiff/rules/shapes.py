@@ -105,6 +105,8 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
             out.append(tape.product(block))
         elif all(isinstance(d, int) for d in block):
             out.extend(wanted[first:j])
+        elif (rest_of_block := _rest(tape, block, target[first:j])) is not None:
+            out.extend(rest_of_block if t == -1 else w for t, w in zip(target[first:j], wanted[first:j], strict=True))
         else:
             # Ones around a whole dimension (C -> 1, C, 1) leave it whole.
             large = [d for d in block if d != 1]
@@ -116,6 +118,14 @@ def reshaped(tape: Tape, node: Node, shape: Shape, target: Sequence[int]) -> Sha
                 )
             out.extend(large[0] if w != 1 else 1 for w in wanted[first:j])
     return tuple(out)
+
+
+def _rest(tape: Tape, block: Shape, target: Sequence[int]) -> Dim | None:
+    """What -1 stands for where the other sizes divide a block at every width; None where they don't."""
+    others = [t for t in target if t != -1]
+    if len(others) != len(target) - 1 or 0 in others:
+        return None
+    return tape.quotient(tape.product(block), tape.product(others))
 
 
 def _axes(tape: Tape, node: Node) -> list[int]:

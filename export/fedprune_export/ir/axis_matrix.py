@@ -1,0 +1,31 @@
+"""Resizing along one axis as a matrix, read off the operator itself, run on unit vectors: right whatever its mode."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.runtime.session import Session
+from fedprune_export.ir.graph import NORMAL_OPSET, Graph, Node, Port
+
+Matrix = npt.NDArray[np.float32]
+
+
+def axis_matrix(
+    attrs: Mapping[str, Any], size: int, scale: float | None, wanted: int, opset: int = NORMAL_OPSET
+) -> Matrix:
+    """What a Resize with these attributes does along one axis [new size, size], by a scale or to the size `wanted`."""
+    graph = Graph(nodes=[Node("Resize", ["x", ""], ["y"], dict(attrs))], opset=opset)
+    graph.inputs, graph.outputs = (
+        [Port("x", np.dtype(np.float32), (1, size, size, 1))],
+        [Port("y", np.dtype(np.float32), (None,) * 4)],
+    )
+    if scale is not None:
+        graph.nodes[0].inputs.append(graph.constant([1, 1, scale, 1], np.float32))
+    else:
+        graph.nodes[0].inputs += ["", graph.ints(1, size, wanted, 1)]
+    columns = Session(graph.to_bytes()).run({"x": np.eye(size, dtype=np.float32)[None, :, :, None]})["y"]
+    return np.ascontiguousarray(columns[0, :, :, 0].T, np.float32)

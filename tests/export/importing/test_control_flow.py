@@ -1,0 +1,136 @@
+"""Branches and loops whose condition and length don't depend on the data are written out, with the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from fedprune.core.errors import ModelError
+from fedprune.model.recipe import Features
+from fedprune.runtime.session import Session
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+from support.oracles.cutting import cut_error, distance, outputs, random_selection
+
+STEPS, WIDTH = 5, 6
+
+START = "zero = Constant<value_int=0>() start = Gather<axis=1>(x, zero)"
+
+
+def parsed(body: str, opset: int = 17) -> bytes:
+    """A model of `x` [N, 5, 6] whose body makes `h` [N, 6] with weights `w` and `u` [6, 6]."""
+    model = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : {opset}]> net (float[N,{STEPS},{WIDTH}] x) => (float[N,3] y)'
+        f"{{ {body} y = MatMul(h, v) }}"
+    )
+    rng = np.random.default_rng(0)
+    for name, columns in (("w", WIDTH), ("u", WIDTH), ("v", 3)):
+        value = (rng.standard_normal((WIDTH, columns)) / 2).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    raw: bytes = model.SerializeToString()
+    return raw
+
+
+def same(raw: bytes) -> Model:
+    """The import, whose numbers are those of the file. It trains, and where it can be cut, the cut is right."""
+    model = import_onnx(raw, "net")
+    for batch in (1, 7):
+        x = np.random.default_rng(batch).standard_normal((batch, STEPS, WIDTH)).astype(np.float32)
+        assert distance(outputs(model.graph, x), Session(raw).run({"x": x})["y"]) < 1e-5
+    assert not {n.op for n in model.graph.nodes} & {"If", "Loop", "Scan"}
+    training_graph(model, Features())
+    assert cut_error(model, random_selection(model, 0.5, 1)) < 1e-5
+    return model
+
+
+def count(model: Model, op: str) -> int:
+    return sum(n.op == op for n in model.graph.nodes)
+
+
+TURN = """<body = turn (int64 i, bool on, float[N,6] s) => (bool go, float[N,6] t, float[N,6] row) {
+    go = Identity(on) m = MatMul(s, w) t = Tanh(m) row = MatMul(t, u) }>"""
+
+
+@pytest.mark.parametrize("opset", [11, 13, 21])
+@pytest.mark.parametrize("of_shape", [False, True])
+def test_a_loop_of_known_length_is_its_turns(opset: int, of_shape: bool) -> None:
+    trips = "sizes = Shape(x) one = Constant<value = int64 {1}>() trips = Gather(sizes, one)"
+    trips = trips if of_shape else "trips = Constant<value = int64 {4}>()"
+    total = "ReduceSum<axes=[0], keepdims=0>(rows)" if opset < 13 else "ReduceSum<keepdims=0>(rows, first)"
+    start = START.replace("<value_int=0>", "<value = int64 {0}>")
+    for on in ('""', "on"):
+        body = f"""{start} {trips} yes = Constant<value = int64 {{1}}>() on = Cast<to=9>(yes)
+            first = Constant<value = int64[1] {{0}}>()
+            last, rows = Loop(trips, {on}, start){TURN} total = {total} h = Add(last, total)"""
+        model = same(parsed(body, opset))
+        assert count(model, "Tanh") == (STEPS if of_shape else 4)
+        assert sorted(t.name for t in model.architecture.tensors) == ["u", "v", "w"]
+
+
+def test_a_loop_of_no_turns_passes_its_states() -> None:
+    turn = TURN.replace(", float[N,6] row)", ")").replace("row = MatMul(t, u)", "")
+    body = f'{START} none = Constant<value_int=0>() last = Loop(none, "", start){turn} r = Relu(last) h = MatMul(r, u)'
+    assert count(same(parsed(body)), "Tanh") == 0
+
+
+def test_control_flow_within_a_loop_may_depend_on_its_turn() -> None:
+    turn = TURN.replace(
+        "m = MatMul(s, w)",
+        """
+        two = Constant<value_int=2>() early = Less(i, two)
+        m = If(early)<then_branch = a () => (float[N,6] p) { p = MatMul(s, w) },
+                      else_branch = b () => (float[N,6] q) { r = Relu(s) q = MatMul(r, u) }>""",
+    )
+    body = f'{START} trips = Constant<value_int=5>() h, rows = Loop(trips, "", start){turn}'
+    assert count(same(parsed(body)), "Relu") == 3
+
+
+@pytest.mark.parametrize("attrs", ["", ", scan_input_directions=[1], scan_output_directions=[1]"])
+@pytest.mark.parametrize("axis", [1, -2])
+def test_a_scan_of_a_known_axis_is_its_steps(attrs: str, axis: int) -> None:
+    scan = f"""Scan<num_scan_inputs=1, scan_input_axes=[{axis}], scan_output_axes=[1]{attrs},
+        body = step (float[N,6] s, float[N,6] part) => (float[N,6] t, float[N,6] made)
+        {{ m = MatMul(s, w) a = Add(m, part) t = Tanh(a) made = MatMul(t, u) }}>"""
+    # Rows that are weighted by their place tell a turned order.
+    body = f"""{START} last, rows = {scan}(start, x) weights = Constant<value = float[5,1] {{1, 2, 3, 4, 5}}>()
+        weighed = Mul(rows, weights) total = ReduceMean<axes=[1], keepdims=0>(weighed) h = Add(last, total)"""
+    model = same(parsed(body))
+    assert count(model, "Tanh") == STEPS
+    assert sorted(t.name for t in model.architecture.tensors) == ["u", "v", "w"]
+
+
+def test_a_branch_by_a_size_is_taken() -> None:
+    body = f"""{START} sizes = Shape(x) one = Constant<value_int=1>() many = Gather(sizes, one) is = Equal(many, one)
+        m = MatMul(start, w)
+        h = If(is)<then_branch = a () => (float[N,6] p) {{ p = Relu(m) }},
+                   else_branch = b () => (float[N,6] q) {{ q = Tanh(m) }}>"""
+    model = same(parsed(body))
+    assert (count(model, "Tanh"), count(model, "Relu")) == (1, 0)
+
+
+BY_BATCH = "sizes = Shape(x) trips = Gather(sizes, zero)"
+BY_DATA = "largest = ReduceMax<keepdims=0>(x) trips = Cast<to=7>(largest)"
+
+
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (f'{START} {BY_BATCH} h, rows = Loop(trips, "", start){TURN}', r"sub-graph \(Loop\)"),
+        (f'{START} {BY_DATA} h, rows = Loop(trips, "", start){TURN}', r"sub-graph \(Loop\)"),
+        (
+            f'{START} trips = Constant<value_int=20000>() h, rows = Loop(trips, "", start){TURN}',
+            "Loop .*written out: expected at most 40000 operators",
+        ),
+        (
+            f"""{START} trips = Constant<value_int=4>() h, rows = Loop(trips, "", start)
+            {TURN.replace("go = Identity(on)", "big = ReduceMax<keepdims=0>(s) go = Less(big, big)")}""",
+            r"sub-graph \(Loop\)",
+        ),
+    ],
+)
+def test_loops_that_depend_on_the_data_or_are_too_long_are_named(body: str, text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        import_onnx(parsed(body), "net")
