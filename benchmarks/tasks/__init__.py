@@ -1,0 +1,1 @@
+"""Tasks other than classifying images, on real data: `python -m benchmarks.tasks`."""
