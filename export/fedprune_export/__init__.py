@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedprune_export.api import export
     from fedprune_export.bundles.board_plan import BoardPlan, plan
     from fedprune_export.checks.labelled_data import LabelledData
+    from fedprune_export.importing.adapters import Lora
     from fedprune_export.importing.load import load
     from fedprune_export.importing.torch_narrowing import narrowed
     from fedprune_export.profiling.roofline import Explanation, explain
@@ -29,6 +30,7 @@ __all__ = [
     "BoardPlan",
     "Explanation",
     "LabelledData",
+    "Lora",
     "Model",
     "Report",
     "cut",
@@ -44,6 +46,7 @@ _MODULES = {
     "BoardPlan": "bundles.board_plan",
     "Explanation": "profiling.roofline",
     "LabelledData": "checks.labelled_data",
+    "Lora": "importing.adapters",
     "Model": "pruning.model",
     "Report": "reports.report",
     "cut": "pruning.cut",

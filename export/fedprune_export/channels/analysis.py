@@ -10,7 +10,7 @@ A group needs at least two channels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -235,7 +235,14 @@ class Analysis:
     notes: list[str] = field(default_factory=list)
 
 
-def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str, prefer: Prefer = "coarse") -> Analysis:
+def analyse(
+    graph: Graph,
+    parameters: Mapping[str, str],
+    seen: Trace,
+    name: str,
+    prefer: Prefer = "coarse",
+    kept: Collection[str] = (),
+) -> Analysis:
     """Find the channel groups of a normalised graph.
 
     Raises `ModelError` if the output is not one row or map per sample.
@@ -243,8 +250,9 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str,
     Args:
         prefer: Which channels to cut where only one kind can be: "coarse" for whole heads, convolution groups and norm
             groups, "fine" for positions within all of them. Where one leaves nothing to cut, the other is taken.
+        kept: Names of tensors whose channels all stay.
     """
-    channels, notes = _settle(graph, parameters, seen, prefer)
+    channels, notes = _settle(graph, parameters, seen, prefer, kept)
     unit = _owned(channels)
     rows = {n: tuple(unit[r] for r in value) for n, value in channels.rows.items()}
     picks = [Pick(unit[p.source], p.taken, unit[p.made]) for p in channels.picks]
@@ -275,11 +283,13 @@ def analyse(graph: Graph, parameters: Mapping[str, str], seen: Trace, name: str,
     return Analysis(architecture, values, notes)
 
 
-def _settle(graph: Graph, parameters: Mapping[str, str], seen: Trace, prefer: Prefer) -> tuple[Channels, list[str]]:
+def _settle(
+    graph: Graph, parameters: Mapping[str, str], seen: Trace, prefer: Prefer, kept: Collection[str]
+) -> tuple[Channels, list[str]]:
     """Run the rules until no choice is left that leaves nothing to cut."""
     choices = Choices(prefer)
     for _ in range(_MOST_RUNS):
-        channels = Channels(graph, seen, parameters, choices)
+        channels = Channels(graph, seen, parameters, choices, kept)
         notes = walk(channels)
         channels.fix(channels.rows[LOGITS])
         notes += _fix_measured(channels)

@@ -13,7 +13,7 @@ again. Every run is right in itself: another option only makes more channels pru
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
@@ -116,10 +116,16 @@ class Channels:
 
     Args:
         parameters: Names of weights and statistics; only these get atoms of their own.
+        kept: Those of them whose indices all stay.
     """
 
     def __init__(
-        self, graph: Graph, seen: Trace, parameters: Mapping[str, str], choices: Choices | None = None
+        self,
+        graph: Graph,
+        seen: Trace,
+        parameters: Mapping[str, str],
+        choices: Choices | None = None,
+        kept: Collection[str] = (),
     ) -> None:
         self.graph = graph
         self.seen = seen
@@ -132,7 +138,7 @@ class Channels:
         self.picks: list[Pick] = []
         self.data = {p.name for p in graph.inputs}
         for name, value in graph.initializers.items():
-            if name in parameters:
+            if name in parameters and name not in kept:
                 self.rows[name] = tuple(self.atoms.fresh(n) for n in value.shape)
             else:
                 self.rows[name] = tuple(still(n) for n in value.shape)

@@ -42,6 +42,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=PREFERENCES,
         help="where channels can be cut in two ways: whole heads or groups (coarse), or a part of each (fine)",
     )
+    group.add_argument(
+        "--lora",
+        metavar="RANK[:PATTERN,...]",
+        help="train adapters of this rank beside the weights, which are frozen: of all linear layers but the last, or "
+        "of those that the patterns name",
+    )
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -93,6 +99,8 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         chosen["output"] = arguments.output
     if arguments.prefer is not None:
         chosen["prefer"] = arguments.prefer
+    if arguments.lora is not None:
+        chosen["lora"] = arguments.lora
     for name in ("loss", "metric"):
         if (own := own_graph(arguments, name)) is not None:
             chosen[name] = own

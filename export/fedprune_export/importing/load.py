@@ -11,9 +11,10 @@ from typing import Any, Literal
 import onnx
 
 from fedprune.core.errors import ModelError, reason, shape_text, shown
-from fedprune.core.validation import instance, texts, whole
+from fedprune.core.validation import instance, whole
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
+from fedprune_export.importing.adapters import Lora, kept, with_adapters
 from fedprune_export.importing.inlining import prepared
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
@@ -49,6 +50,7 @@ def load(
     prefer: Prefer | None = None,
     loss: object = None,
     metric: object = None,
+    lora: Lora | str | None = None,
 ) -> Model:
     """Import a model.
 
@@ -70,23 +72,22 @@ def load(
         metric: A metric of your own, for recipes with metric "custom", given as a loss is. Its numbers per sample [n]
             are averaged; or they are rows [n, k] and its attribute `value` is a function of their sums [k]. More is
             better.
+        lora: Adapters that are trained beside the weights, which are frozen: a `Lora`, or its text, such as
+            "8:*.q.weight,*.v.weight".
     """
     instance("name", name, (str, NoneType), "a text", error=ModelError)
     if input_shape is not None:
         instance("input_shape", input_shape, (list, tuple), "a list of sizes", error=ModelError)
         input_shape = [whole("input_shape: a size", size, 1, error=ModelError) for size in input_shape]
-    if parameters is not None:
-        parameters = texts("parameters", parameters, error=ModelError)
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
         raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
-        raw = _with_own(raw, loss, metric, output)
-        return import_onnx(raw, name, output=output, parameters=parameters, prefer=prefer)
-    raw = _with_own(read_source(source, input_shape=input_shape, token_ids=token_ids), loss, metric, output)
+        return import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora), name)
     text = str(source)
     default = text.rpartition(":")[2] if _is_factory(text) or text.startswith(PREFIX) else Path(text).stem
+    raw = _read(source, input_shape, token_ids)
     try:
-        model = import_onnx(raw, name or default, output=output, parameters=parameters, prefer=prefer)
+        model = import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora), name or default)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
     check_input(text, model, input_shape)
@@ -118,28 +119,52 @@ def read_source(
     prefer: Prefer | None = None,
     loss: object = None,
     metric: object = None,
+    lora: Lora | str | None = None,
 ) -> bytes:
     """A model as the bytes of one ONNX file, which `import_onnx` takes; choices (as for `load`) are written into it.
 
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
+    return _with_choices(_read(source, input_shape, token_ids), output, parameters, prefer, loss, metric, lora)
+
+
+def _read(source: str | Path, input_shape: Sequence[int] | None, token_ids: bool) -> bytes:
     text = str(source)
     network = timm_name(text)
     if network or text.startswith(PREFIX):
         module, shape = timm_model(network, input_shape)
-        raw = export_torch(module, input_shape=shape, name=text)
-    elif _is_factory(text):
-        raw = export_torch(factory_product(text), input_shape=input_shape, token_ids=token_ids, name=text)
-    else:
-        raw = read_model_file(Path(source))
-    raw = _with_own(raw, loss, metric, output)
-    if output is None and parameters is None and prefer is None:
-        return raw
-    proto = parse(raw)
-    _choose(proto, output, parameters, prefer)
-    chosen: bytes = proto.SerializeToString(deterministic=True)
-    return chosen
+        return export_torch(module, input_shape=shape, name=text)
+    if _is_factory(text):
+        return export_torch(factory_product(text), input_shape=input_shape, token_ids=token_ids, name=text)
+    return read_model_file(Path(source))
+
+
+def _with_choices(
+    raw: bytes,
+    output: str | None,
+    parameters: Sequence[str] | None,
+    prefer: Prefer | None,
+    loss: object = None,
+    metric: object = None,
+    lora: Lora | str | None = None,
+) -> bytes:
+    """A model's file with a user's choices in it."""
+    if not (output is parameters is prefer is None):
+        proto = parse(raw)
+        _choose(proto, output, parameters, prefer)
+        raw = proto.SerializeToString(deterministic=True)
+    if loss is not None or metric is not None:
+        model = _imported(raw, "model", pack=loss is not None)
+        outputs = model.architecture.output_shape
+        parts = pieces(model.graph.metadata, OUTPUTS_KEY)
+        if loss is not None:
+            raw = embed(raw, LOSS_KEY, read_loss(loss, outputs, parts))
+        if metric is not None:
+            raw = embed(raw, METRIC_KEY, read_metric(metric, outputs, parts))
+    if lora is not None:
+        raw = with_adapters(_imported(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
+    return raw
 
 
 def torch_module(source: str) -> Any:
@@ -171,7 +196,7 @@ def import_onnx(
     handled.
     """
     try:
-        return _imported(raw, name, output, parameters, prefer)
+        return _imported(_with_choices(raw, output, parameters, prefer), name)
     except (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError) as error:
         raise ModelError(
             f"the model can't be understood ({type(error).__name__}: {reason(error)})",
@@ -179,32 +204,24 @@ def import_onnx(
         ) from error
 
 
-def _imported(
-    raw: bytes,
-    name: str,
-    output: str | None,
-    parameters: Sequence[str] | None,
-    prefer: Prefer | None,
-    *,
-    pack: bool = False,
-) -> Model:
+def _imported(raw: bytes, name: str, *, pack: bool = False) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
     check(raw if proto is given else proto)
-    _choose(proto, output, parameters, prefer)
     texts, held = metadata.read(proto), {t.name for t in proto.graph.initializer}
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)
     frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
     chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
-    same = proto is given and output is None and len(proto.graph.output) == len(proto.graph.input) == 1
+    same = proto is given and len(proto.graph.output) == len(proto.graph.input) == 1
     packs = pack or LOSS_KEY in texts
     normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None, pack=packs)
-    found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen)
+    still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
+    uncut = kept(normal.parameters, still)
+    found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen, kept=uncut)
     tied = metadata.tied(texts)
     unused = metadata.unused(texts)
     said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused)]
     notes = tuple(dict.fromkeys([*said, *normal.notes, *found.notes]))
-    still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY)}
     normal.graph.metadata = packing | {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
     if still:
@@ -223,18 +240,6 @@ def _imported(
     model = Model(normal.graph, found.architecture, notes, found.values, still, loss, metric)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
-
-
-def _with_own(raw: bytes, loss: object, metric: object, output: str | None) -> bytes:
-    """A model's file with a loss and a metric in it, as far as they are given."""
-    if loss is None and metric is None:
-        return raw
-    model = _imported(raw, "model", output, None, None, pack=loss is not None)
-    outputs = model.architecture.output_shape
-    parts = pieces(model.graph.metadata, OUTPUTS_KEY)
-    if loss is not None:
-        raw = embed(raw, LOSS_KEY, read_loss(loss, outputs, parts))
-    return raw if metric is None else embed(raw, METRIC_KEY, read_metric(metric, outputs, parts))
 
 
 def _preferred(text: str) -> Prefer:

@@ -53,6 +53,12 @@ class ServerConfig:
         'A metric of your own, for recipe.metric = "custom", given as a loss is; more is better.',
         "METRIC",
     )
+    lora: str | None = setting(
+        None,
+        "Adapters that are trained beside the weights, which are frozen: `RANK`, or `RANK:PATTERN,PATTERN` of names of "
+        "linear layers' weights.",
+        "RANK[:PATTERN,...]",
+    )
     evaluation: str | None = setting(
         None, "The server's own samples: a `.npz` file with x and y, or `package.module:function`.", "DATA"
     )
@@ -266,6 +272,7 @@ PLACES = {
     "input_shape": ("model", "input_shape"),
     "loss": ("model", "loss"),
     "metric": ("model", "metric"),
+    "lora": ("model", "lora"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),
 }

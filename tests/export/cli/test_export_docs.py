@@ -51,6 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "from torch import nn\n\n\ndef unet():\n"
         "    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 1))\n"
         "    net.input_shape = (3, 16, 16)\n    return net\n"
+        "\n\ndef reader():\n    block = nn.Sequential()\n"
+        "    for name in ('q', 'v', 'out'):\n        block.add_module(name, nn.Linear(24, 24))\n"
+        "    net = nn.Sequential(block)\n    net.input_shape = (24,)\n    return net\n"
     )
     shipped = ROOT / "hardware_profiles" / "raspberry-pi-5.toml"
     (path / "my-board.toml").write_text(shipped.read_text())

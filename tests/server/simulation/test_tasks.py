@@ -18,7 +18,8 @@ from fedprune_device.data.dataset import LocalData
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.report import summary_text
 from fedprune_server.simulation.simulation import Simulation
-from support.fakes.digits_simulation import KINDS, digits_simulation
+from support.fakes.digits_simulation import KINDS, digits_simulation, final_weights
+from support.nets.small_nets import Reader
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
@@ -126,3 +127,29 @@ def test_boards_and_server_judge_by_the_tasks_own_metric(tmp_path: Path) -> None
     assert set(record.last.local) == set(KINDS)
     assert set(record.last.own) >= {"miou_before", "miou_after", "accuracy_after", "loss_after"}
     assert "mean local miou" in summary_text(record)
+
+
+def test_boards_train_unequal_ranks_of_adapters_and_nothing_else(tmp_path: Path) -> None:
+    def sentences(seed: int) -> LocalData:
+        x = np.random.default_rng(seed).integers(0, 11, (200, *Reader.input_shape))
+        return LocalData(x[:150], x[:150, 0] % 5, x[150:], x[150:, 0] % 5)
+
+    torch.manual_seed(0)
+    model, test = fx.load(Reader(), lora="16:q.weight,v.weight,wide.weight"), sentences(9)
+    names = [f"board-{n}" for n in range(4)]
+    run = digits_simulation(
+        tmp_path, model=model, fleet=[VirtualDevice(n, find(KINDS[1]), sentences(i)) for i, n in enumerate(names)],
+        evaluation=(test.x_train, test.y_train), rounds=4, strategy="fedprune",
+        options={"densities": [1.0, 0.5, 0.25, 0.125]}, recipe=Recipe(epochs=4, batch_size=10, lr=0.02),
+    )  # fmt: skip
+    run.run()
+    record, trained = run.record(), final_weights(run)
+    losses = [row.loss or 9.0 for row in record.rounds]
+    assert losses[-1] < losses[0] - 0.05, losses
+    for name, before in model.tensors.items():
+        assert np.array_equal(before, trained[name]) == (".lora_" not in name), name
+    holders = [4] * 2 + [3] * 2 + [2] * 4 + [1] * 8
+    assert [sorted(ranks, reverse=True) for ranks in record.last.coverage] == [holders] * 3
+    adapters = sum(value.nbytes for name, value in model.tensors.items() if ".lora_" in name)
+    held = {name: adapters * share for name, share in zip(names, (1, 0.5, 0.25, 0.125), strict=True)}
+    assert all(0 <= up - held[name] < 1000 for name, (_, up, _) in record.last.spent.items()), record.last.spent

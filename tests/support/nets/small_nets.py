@@ -122,6 +122,24 @@ class ConcatNet(nn.Module):
         return self.fc(torch.flatten(self.pool(torch.relu(self.last(x))), 1))
 
 
+class Reader(nn.Module):
+    """Attention over tokens, a linear layer of one row, and one that is tied to the embedding."""
+
+    input_shape, input_dtype = (6,), "int64"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(11, 16)
+        self.norm = nn.LayerNorm(16)
+        self.q, self.v = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+        self.wide, self.out = nn.Linear(16, 24), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seen = self.norm(self.words(x))
+        looks = (self.q(seen) @ seen.transpose(1, 2) / 4).softmax(-1) @ self.v(seen)
+        return self.out(torch.relu(self.wide(looks.mean(1)))) + (seen.mean(1) @ self.words.weight.T)[:, :5]
+
+
 def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
     """The module in eval mode with batch-norm vectors and statistics that are not just zeros and ones."""
     generator = torch.Generator().manual_seed(seed)

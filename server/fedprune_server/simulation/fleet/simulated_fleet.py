@@ -173,7 +173,9 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
         if config.model is None:
             raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
         with named(f"{path}: [model] path"):
-            raw = read_source(config.model, input_shape=config.input_shape, loss=config.loss, metric=config.metric)
+            raw = read_source(
+                config.model, input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora
+            )
             model = import_onnx(raw, Path(config.model).stem)
     fits = partial(check_data, model=model, recipe=job.recipe)
     devices = read_devices(found.body.get("devices"), job.seed, path, federation, found.links, check=fits)

@@ -1,0 +1,169 @@
+"""Low-rank adapters beside frozen weights (Hu et al. 2022, eq. 3): y = x Wᵀ + α/r · x Aᵀ Bᵀ.
+
+Tensors are named as PEFT names them: `NAME.lora_A.weight` [r, inputs] and `NAME.lora_B.weight` [outputs, r] beside
+`NAME.weight`. The r ranks are a channel group. Boards hold some of them, and since the product is a sum over ranks, the
+sum of what several boards hold is exact. Everything else is frozen and kept whole.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fedprune.core.errors import ModelError, shown
+from fedprune.core.text import some
+from fedprune.core.validation import number, texts, whole
+from fedprune_export.importing.metadata import FROZEN_KEY, PARAMETERS_KEY
+from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.pruning.model import Model
+
+_A, _B = "lora_A", "lora_B"
+
+_MOST_RANKS = 4096
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Which weights get adapters, and of which rank.
+
+    Attributes:
+        rank: Ranks of the global model; boards hold some of them.
+        patterns: Names of the weights of linear layers, with `*` for any letters; by default those of all but the last.
+        alpha: The adapter's output is scaled by `alpha / rank`, also on boards with fewer ranks; None for `rank`.
+        seed: Of the first values of A; B begins at 0, so that the first model computes what the base does.
+    """
+
+    rank: int
+    patterns: tuple[str, ...] = ()
+    alpha: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole("lora: rank", self.rank, 1, _MOST_RANKS, error=ModelError)
+        object.__setattr__(self, "patterns", tuple(texts("lora: patterns", self.patterns, error=ModelError)))
+        if self.alpha is not None:
+            number("lora: alpha", self.alpha, 0, above=True, error=ModelError)
+        whole("lora: seed", self.seed, 0, error=ModelError)
+
+    @classmethod
+    def parse(cls, text: str) -> Lora:
+        """From `RANK` or `RANK:PATTERN,PATTERN`. Raises `ModelError` if it is something else."""
+        rank, _, names = text.partition(":")
+        if not (rank.isascii() and rank.isdigit() and len(rank) < 6):
+            raise ModelError(
+                "lora", expected="RANK or RANK:PATTERN,PATTERN, such as 8 or 8:*.q.weight,*.v.weight", got=shown(text)
+            )
+        return cls(int(rank), tuple(n.strip() for n in names.split(",") if n.strip()))
+
+
+def kept(parameters: Iterable[str], frozen: Sequence[str]) -> frozenset[str]:
+    """Tensors whose channels all stay: the frozen ones of a model with adapters, also of PEFT's."""
+    adapted = any(f".{_A}." in f".{name}." for name in parameters)
+    return frozenset(frozen) if adapted else frozenset()
+
+
+def with_adapters(model: Model, lora: Lora) -> bytes:
+    """A model's file with adapters beside its weights, and all else frozen.
+
+    Raises `ModelError` if a pattern matches no weight of a linear layer, or a weight has fewer rows or columns than
+    there are ranks.
+    """
+    layers = _layers(model)
+    chosen = _chosen(list(layers), lora.patterns)
+    graph = model.graph.copy()
+    adapters: dict[str, Array] = {}
+    for name in chosen:
+        for key, value in _tensors(name, layers[name], model.graph.initializers[name].shape, lora).items():
+            if key in graph.initializers:
+                raise ModelError(f"{name} has an adapter already", got=key, hint="Leave --lora (lora=) out.")
+            adapters[key] = value
+    graph.initializers |= adapters
+    scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        nodes.append(node)
+        found = next((n for n in chosen if node.outputs[0] in layers[n]), None)
+        if found is not None:
+            nodes += _adapter(graph, node, found, scale)
+    graph.nodes[:] = nodes
+    base = list(model.tensors)
+    graph.metadata[PARAMETERS_KEY] = json.dumps([*base, *adapters])
+    graph.metadata[FROZEN_KEY] = json.dumps(base)
+    return graph.to_bytes()
+
+
+def _layers(model: Model) -> dict[str, dict[str, bool]]:
+    """Weights of linear layers, with the outputs of those that read them and whether they are stored [inputs, outputs].
+
+    A weight that is read by anything else, such as an embedding that is tied to the last layer, is none.
+    """
+    weights = {t.name for t in model.architecture.tensors if len(t.shape) == 2}
+    turned: dict[str, str] = {}
+    found: dict[str, dict[str, bool]] = {}
+    other: set[str] = set()
+    for node in model.graph.nodes:
+        if node.op == "Transpose" and node.inputs[0] in weights and node.attrs.get("perm") in (None, [1, 0]):
+            turned[node.outputs[0]] = node.inputs[0]
+            continue
+        straight = node.op == "MatMul" or (
+            node.op == "Gemm" and not node.attrs.get("transA", 0) and node.attrs.get("alpha", 1.0) == 1.0
+        )
+        for i, value in enumerate(node.inputs):
+            name = turned.get(value, value)
+            if name not in weights:
+                continue
+            if not straight or i != 1:
+                other.add(name)
+                continue
+            flips = (value in turned) + bool(node.attrs.get("transB", 0))
+            found.setdefault(name, {})[node.outputs[0]] = flips % 2 == 0
+    return {n: uses for n, uses in found.items() if n not in other and len(set(uses.values())) == 1}
+
+
+def _chosen(layers: list[str], patterns: Sequence[str]) -> list[str]:
+    if not layers:
+        raise ModelError("lora", expected="a model with linear layers whose weights nothing else reads")
+    if not patterns:
+        return layers[:-1] or layers
+    for pattern in patterns:
+        if not any(fnmatchcase(n, pattern) for n in layers):
+            raise ModelError(
+                f"lora: no weight of a linear layer is called {shown(pattern)}",
+                expected="a pattern that matches some of " + some(layers, most=8),
+            )
+    return [n for n in layers if any(fnmatchcase(n, p) for p in patterns)]
+
+
+def _tensors(name: str, uses: Mapping[str, bool], shape: Sequence[int], lora: Lora) -> dict[str, Array]:
+    """A weight's adapter: A with the variance of 1 / inputs, and B of zeros."""
+    inputs, outputs = shape if next(iter(uses.values())) else tuple(reversed(shape))
+    if lora.rank > min(inputs, outputs):
+        raise ModelError(f"lora: the rank beside {name}", expected=f"at most {min(inputs, outputs)}", got=lora.rank)
+    rng = np.random.default_rng([lora.seed, *name.encode()])
+    first = rng.standard_normal((lora.rank, inputs), np.float32) / np.float32(math.sqrt(inputs))
+    return {_named(name, _A): first, _named(name, _B): np.zeros((outputs, lora.rank), np.float32)}
+
+
+def _named(weight: str, part: str) -> str:
+    return f"{weight.removesuffix('.weight')}.{part}.weight"
+
+
+def _adapter(graph: Graph, node: Node, weight: str, scale: float) -> list[Node]:
+    """The nodes that add an adapter to a layer's output, which takes another name."""
+    start, output = len(graph.nodes), node.outputs[0]
+    node.outputs[0] = graph.fresh(output)
+    value = node.inputs[0]
+    for part in (_A, _B):
+        turned = graph.emit("Transpose", _named(weight, part), attrs={"perm": [1, 0]})
+        value = graph.emit("MatMul", value, turned)
+        if part == _A and scale != 1:
+            value = graph.emit("Mul", value, graph.scalar(scale))
+    graph.emit("Add", node.outputs[0], value, out=output)
+    made = graph.nodes[start:]
+    del graph.nodes[start:]
+    return made

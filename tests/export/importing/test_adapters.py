@@ -1,0 +1,218 @@
+"""Adapters beside frozen weights: what they compute, which channels they have, and how boards train them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fedprune_export as fx
+from fedprune.core.errors import ModelError
+from fedprune.model.recipe import Recipe
+from fedprune.model.selection import Selection
+from fedprune.model.step_contract import following
+from fedprune.runtime.session import Session
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_export.cli.main import main
+from fedprune_export.importing import import_onnx, read_source
+from fedprune_export.pruning.cut import cut
+from fedprune_export.training.step_graph import training_graph
+from support.nets.small_nets import Reader
+
+pytestmark = pytest.mark.torch
+
+N, RANK = 12, 8
+ADAPTED = ("q.weight", "v.weight", "wide.weight")
+
+
+class Low(nn.Module):
+    """A frozen linear layer and an adapter, as PEFT has it."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base_layer, self.scale = base.requires_grad_(False), scale
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x)) * self.scale
+
+
+def with_low(net: Reader, rank: int = RANK, scale: float = 1.0) -> Reader:
+    """The net as PEFT would change it, frozen but for the adapters."""
+    net.requires_grad_(False)
+    for name in ("q", "v", "wide"):
+        setattr(net, name, Low(getattr(net, name), rank, scale))
+    return net
+
+
+def with_values(module: nn.Module, model: fx.Model) -> nn.Module:
+    """A module of `with_low` with a model's adapters."""
+    held = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in model.tensors.items():
+            if ".lora_" in name:
+                held[name.replace(".weight", ".default.weight")].copy_(torch.tensor(value))
+    return module
+
+
+def net() -> Reader:
+    torch.manual_seed(0)
+    return Reader()
+
+
+def random(model: fx.Model) -> fx.Model:
+    """B not of zeros, so that the adapters count."""
+    rng = np.random.default_rng(5)
+    for name in model.tensors:
+        if "lora_B" in name:
+            shape = model.graph.initializers[name].shape
+            model.graph.initializers[name] = rng.normal(size=shape, scale=0.3).astype(np.float32)
+    return model
+
+
+def outputs(graph: Any, x: Any) -> Any:
+    return Session(graph.to_bytes()).run({"x": x}, ["logits"])["logits"]
+
+
+def samples(count: int = N) -> tuple[Any, Any]:
+    rng = np.random.default_rng(1)
+    return rng.integers(0, 11, (count, *Reader.input_shape)), rng.integers(0, 5, count)
+
+
+def test_the_first_model_computes_what_the_base_does() -> None:
+    base, adapted = fx.load(net()), fx.load(net(), lora=fx.Lora(RANK))
+    x, _ = samples()
+    assert np.array_equal(outputs(base.graph, x), outputs(adapted.graph, x))
+    assert {n for n in adapted.tensors if n not in base.tensors} == {
+        f"{w.removesuffix('.weight')}.{part}.weight" for w in ADAPTED for part in ("lora_A", "lora_B")
+    }
+    assert adapted.tensors["wide.lora_A.weight"].shape == (RANK, 16)
+    assert adapted.tensors["wide.lora_B.weight"].shape == (24, RANK)
+
+
+def test_ranks_are_the_only_channels() -> None:
+    model = fx.load(net(), lora=fx.Lora(RANK))
+    assert model.architecture.sizes == (RANK,) * 3
+    members = [set(model.architecture.members(i)) for i in range(3)]
+    names = [w.removesuffix(".weight") for w in ADAPTED]
+    assert members == [{f"{n}.lora_A.weight[0]", f"{n}.lora_B.weight[1]"} for n in names]
+    assert set(model.frozen) == set(fx.load(net()).tensors)
+    assert not [note for note in model.notes if "stay" in note]
+
+
+def test_adapters_of_peft_are_known() -> None:
+    module = with_low(net())
+    model, own = fx.load(module), fx.load(net(), lora=fx.Lora(RANK))
+    assert model.architecture.sizes == own.architecture.sizes
+    assert set(model.frozen) == {n for n, p in module.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_narrow_adapters_are_sums_of_fewer_ranks(alpha: float | None) -> None:
+    scale = 1.0 if alpha is None else alpha / RANK
+    model = random(fx.load(net(), lora=fx.Lora(RANK, alpha=alpha)))
+    x, _ = samples()
+    module = with_values(with_low(net(), scale=scale), model)
+    assert np.allclose(outputs(model.graph, x), module(torch.tensor(x)).detach(), atol=1e-5)
+    ranks = [np.random.default_rng(i).permutation(RANK) for i in range(3)]
+    some = Selection.of(model.architecture, [3, 5, 2], ranks)
+    with torch.no_grad():
+        for name, order, width in zip(("q", "v", "wide"), ranks, some.widths, strict=True):
+            module.get_submodule(name).lora_B["default"].weight[:, order[width:]] = 0
+    assert np.allclose(outputs(cut(model, some), x), module(torch.tensor(x)).detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [RANK, 3])
+def test_boards_train_adapters_as_torch_does_and_leave_the_base(width: int) -> None:
+    model = random(fx.load(net(), lora=fx.Lora(RANK, alpha=2 * RANK)))
+    selection, (x, y) = Selection.of(model.architecture, [width] * 3), samples()
+    module = with_low(net(), width, 2.0)
+    tensors = selection.gather(model.tensors)
+    with torch.no_grad():
+        for name, value in tensors.items():
+            if ".lora_" in name:
+                module.get_parameter(name.replace(".weight", ".default.weight")).copy_(torch.tensor(value))
+    recipe = Recipe(batch_size=N, lr=0.1, momentum=0.0, epochs=3)
+    found = Trainer(training_graph(model, recipe.features).to_bytes(), threads=1).train(
+        tensors, LocalData(x, y, x[:1], y[:1]), TrainingTask(recipe, 5, 0, "a", 1)
+    )
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(torch.tensor(x)), torch.tensor(y)).backward()
+        optimizer.step()
+    for name, value in tensors.items():
+        if ".lora_" in name:
+            wanted = module.get_parameter(name.replace(".weight", ".default.weight"))
+            assert np.allclose(found.tensors[name], wanted.detach(), atol=1e-5), name
+            assert not np.array_equal(found.tensors[name], value), name
+        else:
+            assert np.array_equal(found.tensors[name], value), name
+
+
+def test_a_recipe_trains_more_than_adapters() -> None:
+    model = fx.load(net(), lora="2:q.weight")
+    recipe = Recipe(trainable=("*.lora_*", "out.*"))
+    made = {o.name for o in training_graph(model, recipe.features).outputs}
+    trained = {t.name for t in model.architecture.tensors if following(t.name) in made}
+    assert trained == {"q.lora_A.weight", "q.lora_B.weight", "out.weight", "out.bias"}
+
+
+def test_a_file_with_adapters_is_read_again(tmp_path: Path) -> None:
+    onnx.save(onnx.load_from_string(fx.load(net()).graph.to_bytes()), tmp_path / "net.onnx")
+    raw = read_source(tmp_path / "net.onnx", lora="4:q.weight,v.*")
+    assert raw == read_source(tmp_path / "net.onnx", lora=fx.Lora(4, ("q.weight", "v.*")))
+    model = import_onnx(raw, "net")
+    assert model.architecture.sizes == (4, 4)
+    again = import_onnx(model.graph.to_bytes(), "net")
+    assert again.architecture.digest == model.architecture.digest
+    assert again.frozen == model.frozen
+    with pytest.raises(ModelError, match=r"q\.weight has an adapter already"):
+        fx.load(_saved(tmp_path / "adapted.onnx", raw), lora="2:q.weight")
+
+
+def _saved(path: Path, raw: bytes) -> Path:
+    path.write_bytes(raw)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("lora", "error"),
+    [
+        ("8:k.weight", r"no weight of a linear layer is called 'k\.weight'.*q\.weight, v\.weight, wide\.weight, out\."),
+        ("8:words.weight", "no weight of a linear layer is called 'words.weight'"),
+        ("6:out.weight", r"rank beside out\.weight: expected at most 5, got 6"),
+        ("17", r"rank beside q\.weight: expected at most 16, got 17"),
+        ("eight", r"expected RANK or RANK:PATTERN,PATTERN.*got 'eight'"),
+        ("0", "rank: expected a whole number from 1"),
+    ],
+)
+def test_wrong_adapters_are_refused(lora: str, error: str) -> None:
+    with pytest.raises(ModelError, match=error):
+        fx.load(net(), lora=lora)
+
+
+@pytest.mark.parametrize(("key", "value"), [("rank", 2.5), ("alpha", 0), ("alpha", float("nan")), ("patterns", "q")])
+def test_wrong_settings_are_named(key: str, value: Any) -> None:
+    with pytest.raises(ModelError, match=f"lora: {key}"):
+        fx.Lora(**{"rank": 4, key: value})
+
+
+def test_a_model_without_linear_layers_is_refused() -> None:
+    only = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())
+    with pytest.raises(ModelError, match="expected a model with linear layers"):
+        fx.load(only, input_shape=(3, 3, 3), lora="2")
+
+
+def test_a_command_line_gives_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    onnx.save(onnx.load_from_string(fx.load(net()).graph.to_bytes()), tmp_path / "net.onnx")
+    assert main(["groups", str(tmp_path / "net.onnx"), "--lora", "4:q.weight", "--json"]) == 0
+    assert [g["channels"] for g in json.loads(capsys.readouterr().out)["groups"]] == [4]
