@@ -25,7 +25,7 @@ from sklearn.metrics import roc_auc_score
 
 import fedprune_export as fx
 from benchmarks.accuracy.run import commit, machine
-from benchmarks.tasks import data, losses, nets, pictures
+from benchmarks.tasks import adapters, data, losses, nets, pictures
 from fedprune.core import tensorfile
 from fedprune.core.metrics import METRICS
 from fedprune.jobs.job import Job
@@ -57,6 +57,7 @@ class Task:
     recipe: Recipe
     rounds: int
     note: str = ""
+    densities: tuple[float, ...] = DENSITIES
     own: dict[str, Any] = field(default_factory=dict)
 
 
@@ -107,6 +108,13 @@ TASKS = {
         data.plays, nets.Characters, replace(ADAM, metric="perplexity", lr=2e-3), 10,
         note="0.3 M parameters and twelve roles: what two processor cores train in minutes.",
     ),
+    "adapters": Task(
+        "Adapters: the language model, trained on other roles and frozen, a board per role with ranks 16, 8, 4 and 2",
+        data.plays, adapters.Speaker, replace(ADAM, metric="perplexity", lr=2e-3), 10,
+        note="Beside all linear layers of the blocks. FedAvg's boards have 16 ranks each. Bytes down count the frozen "
+        "base in every round, though a board pulls it once.",
+        densities=(1.0, 0.5, 0.25, 0.125),
+    ),
 }  # fmt: skip
 
 
@@ -120,7 +128,7 @@ def federated(task: Task, method: str, seed: int) -> dict[str, Any]:
     """A simulated fleet's run."""
     found, (model, _) = task.deal(seed), imported(task, seed)
     names = list(found.boards)
-    options = {"densities": list(DENSITIES)} if method == "fedprune" else {}
+    options = {"densities": list(task.densities)} if method == "fedprune" else {}
     job = Job(
         name="task", seed=seed, devices=len(names), rounds=task.rounds, strategy=method, options=options,
         recipe=replace(task.recipe, evaluate_every=task.rounds), deadline_s=1e7, move_limit=0.0, weight_limit=0.0,
@@ -164,11 +172,22 @@ def central(task: Task, seed: int) -> dict[str, Any]:
     r = task.recipe
     make: Any = torch.optim.SGD if r.optimizer == "sgd" else torch.optim.Adam
     options = {"momentum": r.momentum} if r.optimizer == "sgd" else {}
-    optimizer = make(module.parameters(), lr=r.lr, **options)
+    optimizer = make([p for p in module.parameters() if p.requires_grad], lr=r.lr, **options)
     judge = Objective(
         training_graph(model, r.features).to_bytes(), r, model.architecture.classes, scores=r.features.scores
     )
-    rng, curve = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
+
+    def judged() -> dict[str, float]:
+        module.eval()
+        with torch.no_grad():
+            parts = [
+                judge(_outputs(module, torch.tensor(found.x[s : s + 256])).numpy(), judge.targets(found.y[s : s + 256]))
+                for s in range(0, len(found.x), 256)
+            ]
+        return judge.metrics(Measure.of(parts))
+
+    before, curve = judged(), []
     for epoch in range(r.epochs * task.rounds):
         module.train()
         for rows in np.array_split(rng.permutation(len(x)), -(-len(x) // r.batch_size)):
@@ -177,17 +196,8 @@ def central(task: Task, seed: int) -> dict[str, Any]:
             _loss(task, outputs, labels).backward()
             optimizer.step()
         if (epoch + 1) % r.epochs == 0:
-            module.eval()
-            with torch.no_grad():
-                parts = [
-                    judge(
-                        _outputs(module, torch.tensor(found.x[s : s + 256])).numpy(),
-                        judge.targets(found.y[s : s + 256]),
-                    )
-                    for s in range(0, len(found.x), 256)
-                ]
-            curve.append(judge.metrics(Measure.of(parts)))
-    return {"curve": curve}
+            curve.append(judged())
+    return {"before": before, "curve": curve}
 
 
 def _outputs(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -249,6 +259,9 @@ def page(results: dict[str, Any]) -> str:
         if noted:
             said = "Area under the ROC curve by which the error tells the unseen activity from the others"
             lines += ["", f"{said}: {', '.join(noted)}."]
+        if task.net is adapters.Speaker and "torch" in rows:
+            before = _spread([run["before"][metric.name] for run in rows["torch"].values()], metric.name)
+            lines += ["", f"Without adapters: {before}."]
         lines.append("")
     return "\n".join(lines)
 

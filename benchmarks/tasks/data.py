@@ -180,19 +180,36 @@ def clothes(seed: int) -> Dealt:
     return dealt(parts, *side("test", np.arange(2000)))
 
 
-def plays(seed: int) -> Dealt:
-    """Twelve boards with one role each, those with most text; the last fifth of every role is the server's."""
+MOST_SAID = 12
+"""Roles with most text: a board each."""
+
+
+def _roles() -> list[tuple[str, Array]]:
+    """Roles, those with most text first, and 65 characters after each other of what they say [n, 65]."""
     text = bytes(arrays("shakespeare")["text"]).decode("latin-1")
     number = {c: i for i, c in enumerate(sorted(set(text)))}
     roles: dict[str, str] = {}
     for name, said in re.findall(r"(?:^|\n\n)([A-Z][A-Za-z ]+):\n((?:.+\n?)+)", text):
         roles[name] = roles.get(name, "") + said
-    parts, tests = {}, []
-    for name in sorted(roles, key=lambda r: -len(roles[r]))[:12]:
+    out = []
+    for name in sorted(roles, key=lambda r: -len(roles[r])):
         tokens = np.array([number[c] for c in roles[name]], np.int64)
-        rows = np.stack([tokens[i : i + 65] for i in range(0, len(tokens) - 65, 64)])
+        rows = [tokens[i : i + 65] for i in range(0, len(tokens) - 65, 64)]
+        out.append((name.lower().replace(" ", "-"), np.stack(rows) if rows else np.zeros((0, 65), np.int64)))
+    return out
+
+
+def plays(seed: int) -> Dealt:
+    """A board for each of twelve roles; the last fifth of every role is the server's."""
+    parts, tests = {}, []
+    for name, rows in _roles()[:MOST_SAID]:
         cut = len(rows) - len(rows) // 5
-        parts[name.lower().replace(" ", "-")] = rows[:cut, :-1], rows[:cut, 1:]
+        parts[name] = rows[:cut, :-1], rows[:cut, 1:]
         tests.append(rows[cut:])
     whole = np.concatenate(tests)
     return dealt(parts, whole[:, :-1], whole[:, 1:])
+
+
+def other_roles() -> Array:
+    """What all roles say that are on no board [n, 65]."""
+    return np.concatenate([rows for _, rows in _roles()[MOST_SAID:]])
