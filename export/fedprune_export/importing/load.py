@@ -11,7 +11,7 @@ from typing import Any, Literal
 import onnx
 
 from fedprune.core.errors import ModelError, reason, shape_text, shown
-from fedprune.core.validation import instance, whole
+from fedprune.core.validation import instance, texts, whole
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, kept, with_adapters
@@ -262,7 +262,8 @@ def _choose(
             proto.graph.output.remove(other)
     if parameters is not None:
         held = {t.name for t in proto.graph.initializer}
-        checked = metadata.checked(parameters, held, "the list of parameters")
+        listed = texts("parameters", parameters, error=ModelError)
+        checked = metadata.checked(listed, held, "the list of parameters")
         metadata.write(proto, {metadata.PARAMETERS_KEY: json.dumps(checked)})
     if prefer is not None:
         metadata.write(proto, {metadata.PREFER_KEY: prefer})
