@@ -80,6 +80,7 @@ def test_a_tone_is_the_same_tone_at_another_rate_and_one_that_does_not_fit_is_si
         assert np.abs(silent[wanted // 10 : -wanted // 10]).max() < 5e-3
 
 
+@pytest.mark.once  # boards don't have the library
 def test_resampling_is_what_scipy_does() -> None:
     signal = pytest.importorskip("scipy.signal")
     noise = np.random.default_rng(0).standard_normal(4410).astype(np.float32)

@@ -35,6 +35,9 @@ def write(path: Path, names: list[str], rows: Any, delimiter: str = ",") -> Path
     return path
 
 
+KINDS = [".csv", pytest.param(".parquet", marks=pytest.mark.once)]  # an extra of boards
+
+
 def parquet(path: Path, names: list[str], rows: Any) -> Path:
     pa = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet").write_table(
@@ -48,7 +51,7 @@ def places(x: Any, rows: Any) -> list[int]:
     return [int(np.flatnonzero((rows == one[0]).all(1))[0]) for one in np.asarray(x)]
 
 
-@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("first", [True, False])
 def test_windows_and_what_follows_them_are_samples(tmp_path: Path, kind: str, first: bool) -> None:
     rows, steps, horizon = series(300), 6, 3
@@ -90,7 +93,7 @@ def test_columns_to_predict_are_no_inputs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("names", [(), ("still", "walk", "run")])
-@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_windows_class_is_that_of_its_last_row(tmp_path: Path, names: tuple[str, ...], kind: str) -> None:
     rows, classes = series(200), np.random.default_rng(1).integers(0, 3, 200)
     cells = [[names[c] if names else int(c), *map(float, row)] for c, row in zip(classes, rows, strict=True)]
