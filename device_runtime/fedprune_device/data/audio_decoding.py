@@ -116,10 +116,16 @@ def resampled(found: Samples, rate: int, wanted: int) -> Samples:
     around = np.arange(-reach + 1, reach + 1)
     out = np.empty(length, np.float32)
     step = max(1, _CHUNK // len(around))
+
+    def filters(part: npt.NDArray[np.int64]) -> Samples:
+        """The filter [k, taps] at each of these phases, in parts of `up`."""
+        distance = around - (part / up)[:, None]
+        found = band * np.sinc(band * distance) * np.cos(np.pi / 2 * np.clip(distance / reach, -1, 1)) ** 2
+        return found.astype(np.float32)
+
+    phases = filters(np.arange(up)) if up <= step else None  # most rates have few phases, which come again and again
     for begin in range(0, length, step):
         whole, part = np.divmod(np.arange(begin, min(begin + step, length), dtype=np.int64) * down, up)
-        distance = around - (part / up)[:, None]
-        weights = band * np.sinc(band * distance) * np.cos(np.pi / 2 * np.clip(distance / reach, -1, 1)) ** 2
         near = padded[(whole[:, None] + around) + reach]
-        out[begin : begin + step] = np.einsum("ij,ij->i", near, weights.astype(np.float32))
+        out[begin : begin + step] = np.einsum("ij,ij->i", near, filters(part) if phases is None else phases[part])
     return out

@@ -1,11 +1,10 @@
-"""Parsers on boards: requests of programs, samples, and what a board keeps."""
+"""Parsers on boards: requests of programs, and what a board keeps."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -20,16 +19,7 @@ from fedprune.wire.fleet_messages import CrashReport
 from fedprune_device.api.address import Address
 from fedprune_device.api.http_server import _Handler
 from fedprune_device.api.request import Answer, Request, array, batch, document
-from fedprune_device.cli.predict import _samples as samples_to_predict
-from fedprune_device.data.audio_decoding import Audio
-from fedprune_device.data.boxes import coco_boxes, yolo_boxes
-from fedprune_device.data.dataset import load_data, read_arrays
-from fedprune_device.data.image_decoding import Pixels, mask
-from fedprune_device.data.labels import Targets
-from fedprune_device.data.segment_log import Kind, SegmentLog
-from fedprune_device.data.segment_log import LogRecord as Sample
-from fedprune_device.data.splits import SplitShares
-from fedprune_device.data.table_windows import TableFile
+from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.launcher.slot_store import SlotRecord, SlotStore
 from fedprune_device.launcher.state import DamagedError, LauncherState
 from fedprune_device.privacy.redaction import private
@@ -37,34 +27,18 @@ from fedprune_device.serving.model_slots import Serving
 from fedprune_device.storage.local_state import LocalState
 from fedprune_device.telemetry.crash_reports import _fault_frames
 from fedprune_device.telemetry.log_buffer import LogBuffer
-from support.fakes.sample_files import wav
 from support.faults.parser_target import Target, as_file, as_object, as_text, dumped, scratch
-from support.faults.parsers_of_files import npz, picture
+from support.faults.parsers_of_files import picture
+from support.faults.parsers_of_samples import sample_targets
 
 SHAPE = (3, 8, 8)
-COCO = {
-    "images": [{"id": 1, "file_name": "a.png", "width": 8, "height": 8}],
-    "categories": [{"id": 3, "name": "dog"}],
-    "annotations": [{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3.5, 4]}],
-}
 _FILES = 2 * 2**20  # bytes that numpy's, Pillow's and zipfile's machinery may take for any file
-
-
-def to_predict(path: Path) -> object:
-    """The samples that `fedprune-device predict --input` reads."""
-    others = {"class_names": (), "device": "", "seed": 0, "validation_share": 0.0}
-    return samples_to_predict(Namespace(input=path, split=None, **others), (4,), ())
-
-
-def to_train(path: Path) -> object:
-    """The windows of a table that `fedprune-device train --data` reads."""
-    return TableFile(path, SplitShares(0.0), 10).snapshot((1, 1), Targets("cross_entropy", 2))
 
 
 @cache
 def board_targets() -> tuple[Target, ...]:
     """All of them."""
-    return (*_requests(), *_samples(), *_kept())
+    return (*_requests(), *sample_targets(), *_kept())
 
 
 def _requests() -> tuple[Target, ...]:
@@ -155,63 +129,6 @@ def _asked(raw: bytes) -> object:
         return _Handler(_Client(raw), ("", 0), _Server())  # type: ignore[arg-type]
     except ConnectionAbortedError:  # the client went in the middle of a body
         return None
-
-
-def _samples() -> tuple[Target, ...]:
-    x, y = np.zeros((4, *SHAPE), np.float32), np.arange(4)
-    sets = npz(x=x, y=y), npz(np.savez, x_train=x, y_train=y, x_test=x, y_test=y)
-    npy = io.BytesIO()
-    np.save(npy, x)
-    folder = scratch() / "segments"
-    folder.mkdir(exist_ok=True)
-    log = SegmentLog(folder, b"key", 2**20)
-    list(log.replay())
-    log.append([Sample(Kind.COUNTS, b"n" * 16, 1, 1, b"payload")])
-    log.close()
-    sound = log.path(1).read_bytes()
-
-    def segment(raw: bytes) -> object:
-        log.path(1).write_bytes(raw)
-        return list(SegmentLog(folder, b"key", 2**20).replay())
-
-    return (
-        Target("samples.npz", as_file(read_arrays, "board.npz"), sets, factor=2200, constant=_FILES, share=0.2),
-        Target(
-            "samples.data",
-            as_file(lambda p: load_data(str(p)), "data.npz"),
-            sets,
-            factor=2200,
-            constant=_FILES,
-            share=0.2,
-        ),
-        Target(
-            "samples.to predict",
-            as_file(to_predict, "inputs"),
-            (sets[0], npy.getvalue()),
-            factor=2200,
-            constant=_FILES,
-            share=0.2,
-        ),
-        Target(
-            "samples.recording",
-            lambda raw: Audio().samples(raw, (1, 8)),
-            (wav(b"\0\1" * 99), wav(b"abcdef" * 40, 2, 3, 48000)),
-            factor=200,
-            constant=200 * 2**20,
-            share=0.5,
-        ),
-        Target("samples.mask", lambda raw: mask(raw, 4, 4), (picture("PNG", "L"),), constant=200 * 2**20, share=0.5),
-        Target("samples.boxes", yolo_boxes, (b"1 .5 .5 .25 .5\n0 .1 .2 .1 .1\n",), text=True),
-        Target("samples.coco", coco_boxes, dumped(COCO), text=True),
-        Target(
-            "samples.table",
-            as_file(to_train, "table.csv"),
-            (b"time,a,class\n1,2,0\n2,2.5,1\n",),
-            text=True,
-            constant=2**20,
-        ),
-        Target("samples.segment", segment, (sound,), share=0.5),
-    )
 
 
 _LINE = {"number": 8, "at": 1, "level": "error", "count": 2, "text": "too hot: 81 °C"}
