@@ -1,4 +1,4 @@
-"""Losses that compare the samples of a batch, and of sequences without places: values and gradients are torch's."""
+"""Losses that are graphs: of masks, of a batch's samples beside each other, of sequences; compared with torch."""
 
 from __future__ import annotations
 
@@ -27,44 +27,14 @@ from fedprune_export.ir.graph import Graph
 from fedprune_export.training.loss_graphs import LOSS_GRAPHS
 from fedprune_export.training.step_graph import training_graph, write_loss_graph
 from support.oracles.differentiation import error
+from support.oracles.torch_losses import ctc, dice, focal, infonce, triplet
 
 pytestmark = pytest.mark.torch
 
 Array = np.ndarray[Any, Any]
 
 
-def ctc(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    steps, lengths = torch.full((len(y),), z.shape[2]), (y > 0).sum(1)
-    return functional.ctc_loss(
-        z.permute(2, 0, 1).log_softmax(2), y, steps, lengths, reduction="none", zero_infinity=True
-    )
-
-
-def infonce(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Of every view the mean cross-entropy of picking each one that belongs to it among all but itself."""
-    views = 1 if z.ndim == 2 else z.shape[1]
-    rows, labels = functional.normalize(z.reshape(len(z) * views, -1), dim=1), y.repeat_interleave(views)
-    each = []
-    for i in range(len(rows)):
-        others = [j for j in range(len(rows)) if j != i]
-        aims = [k for k, j in enumerate(others) if labels[j] == labels[i]]
-        scores = (rows[others] @ rows[i] / 0.1)[None]
-        losses = [functional.cross_entropy(scores, torch.tensor([k])) for k in aims]
-        each.append(torch.stack(losses).mean() if losses else 0 * rows[i].sum())
-    return torch.stack(each).reshape(len(z), views).mean(1)
-
-
-def triplet(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    each = []
-    for i in range(len(z)):
-        same = [(z[i] - z[j]).norm() for j in range(len(z)) if j != i and y[j] == y[i]]
-        other = [(z[i] - z[j]).norm() for j in range(len(z)) if y[j] != y[i]]
-        both = same and other
-        each.append(functional.softplus(max(same) - min(other)) if both else 0 * z[i].sum())
-    return torch.stack(each)
-
-
-ORACLES = {"ctc": ctc, "infonce": infonce, "triplet": triplet}
+ORACLES = {"ctc": ctc, "dice": dice, "focal": focal, "infonce": infonce, "triplet": triplet}
 
 
 @cache
@@ -82,7 +52,7 @@ def agrees(name: str, z: Array, y: Array) -> None:
     found = []
     for dtype in (torch.float64, torch.float32):
         leaf = torch.tensor(z, dtype=dtype, requires_grad=True)
-        each = ORACLES[name](leaf, torch.tensor(y))
+        each = ORACLES[name](leaf, torch.tensor(y, dtype=dtype if y.dtype.kind == "f" else None))
         each.mean().backward()
         assert leaf.grad is not None
         values = {step_contract.SAMPLE_LOSSES: each, step_contract.LOSS: each.mean(), "dz": leaf.grad}
@@ -124,6 +94,20 @@ def test_losses_of_batches_are_torchs(
     shape = (*views, width) if name == "infonce" else (width,)
     z = (size * rng.standard_normal((batch, *shape)) + 1).astype(np.float32)
     agrees(name, z, rng.integers(0, labels, batch))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["dice", "focal"]), batch=st.integers(1, 5),
+    shape=st.lists(st.integers(1, 4), min_size=1, max_size=4), size=sizes,
+    kind=st.sampled_from(["none", "all", "some", "shares"]), seed=st.integers(0, 999),
+)  # fmt: skip
+def test_losses_of_masks_are_torchs(name: str, batch: int, shape: list[int], size: float, kind: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    z = (size * rng.standard_normal((batch, *shape))).astype(np.float32)
+    y = rng.random(z.shape)
+    masks = {"none": 0 * y, "all": 0 * y + 1, "some": y < 0.3, "shares": y}
+    agrees(name, z, masks[kind].astype(np.float32))
 
 
 def test_two_views_and_labels_of_their_own_are_simclr() -> None:

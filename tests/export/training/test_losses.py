@@ -45,6 +45,7 @@ LOSSES = {
     "bce": Features(loss="bce"),
     "bce weights": Features(loss="bce", class_weight=True),
     "mse": Features(loss="mse"),
+    "l1": Features(loss="l1"),
     "huber": Features(loss="huber"),
 }
 
@@ -124,6 +125,8 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
             )
         elif features.loss == "mse":
             out[reduction] = functional.mse_loss(x, target, reduction=reduction)
+        elif features.loss == "l1":
+            out[reduction] = functional.l1_loss(x, target, reduction=reduction)
         else:
             out[reduction] = functional.huber_loss(
                 x, target, reduction=reduction, delta=float(extra[step_contract.HUBER_DELTA])

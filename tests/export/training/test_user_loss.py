@@ -20,6 +20,7 @@ from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import export_torch, import_onnx, read_source
 from fedprune_export.importing.user_graphs import read_loss
 from fedprune_export.training.step_graph import training_graph
+from support.oracles.torch_losses import absolute, dice, focal
 
 pytestmark = pytest.mark.torch
 
@@ -48,17 +49,6 @@ def labelled(shape: tuple[int, ...], dtype: str = "float32") -> Callable[[Loss],
         return loss
 
     return note
-
-
-def dice(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    share, mask = torch.sigmoid(outputs).flatten(2), labels.flatten(2)
-    return 1 - ((2 * (share * mask).sum(2) + 1) / (share.sum(2) + mask.sum(2) + 1)).mean(1)
-
-
-def focal(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    each = functional.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
-    wrong = (torch.sigmoid(outputs) - labels).abs()
-    return (wrong**2 * each).flatten(1).mean(1)
 
 
 @labelled((SIDE, SIDE), "int64")
@@ -122,10 +112,6 @@ def by_torch(
     mean = loss(net(torch.tensor(data.x_train, dtype=dtype)), torch.tensor(np.asarray(data.y_train), dtype=kind)).mean()
     mean.backward()
     return float(mean.detach()), {n: p.grad.numpy().copy() for n, p in net.named_parameters() if p.grad is not None}
-
-
-def absolute(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return (outputs - labels).abs().flatten(1).mean(1)
 
 
 BUILT_IN: dict[str, Any] = {"focal": focal, "dice": dice, "l1": absolute}

@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import math
 import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,9 @@ from fedprune_export.training.step_graph import training_graph
 from support.oracles.torch_graph import run
 
 Arrays = dict[str, np.ndarray[Any, Any]]
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""The loss of a batch's outputs and labels, in torch."""
 
 FLOOR = 2.0**-21  # a relative distance that counts as none: four steps of float32
 
@@ -133,16 +136,24 @@ class Distances:
 
 
 class Trained:
-    """A model with its training step."""
+    """A model with its training step, by default on cross-entropy.
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    Args:
+        model: The model.
+        features: Its training graph's features; gradients are added.
+        loss: The same loss in torch.
+    """
+
+    def __init__(
+        self, model: Model, features: Features | None = None, loss: Loss = torch.nn.functional.cross_entropy
+    ) -> None:
+        self.model, self.loss = model, loss
         self.names = [t.name for t in model.architecture.trainable if t.name not in model.frozen]
-        self.graph = training_graph(model, Features(gradients=True))
+        self.graph = training_graph(model, replace(features or Features(), gradients=True))
         self._session = Session(self.graph.to_bytes(), training=True)
 
     def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
-        """Our gradients of the cross-entropy at these tensors, of any width."""
+        """Our gradients of the loss at these tensors, of any width."""
         feeds: Arrays = {**tensors, step_contract.X: x, step_contract.Y: y}
         for name in self._session.inputs:
             if name not in feeds:  # momentum and learning rate, which gradients don't depend on
@@ -155,8 +166,8 @@ class Trained:
         """Distances from float64 over some batches of samples and labels."""
         found = Distances()
         for x, y in samples:
-            exact = torchs_gradients(net, tensors, self.names, x, y, torch.float64)
-            usual = torchs_gradients(net, tensors, self.names, x, y, torch.float32)
+            exact = torchs_gradients(net, tensors, self.names, x, y, torch.float64, self.loss)
+            usual = torchs_gradients(net, tensors, self.names, x, y, torch.float32, self.loss)
             got = self.gradients(tensors, x, y)
             whole = norm(exact.values())
             found.sizes.append(len(x))
@@ -170,18 +181,39 @@ class Trained:
 
 
 def torchs_gradients(
-    net: torch.nn.Module | Graph, tensors: Arrays, names: Iterable[str], x: Any, y: Any, dtype: torch.dtype
+    net: torch.nn.Module | Graph,
+    tensors: Arrays,
+    names: Iterable[str],
+    x: Any,
+    y: Any,
+    dtype: torch.dtype,
+    loss: Loss = torch.nn.functional.cross_entropy,
 ) -> Arrays:
-    """torch's gradients of the cross-entropy of a module, or of an inference graph."""
+    """torch's gradients of the loss of a module, or of an inference graph."""
     state = {n: torch.tensor(v, dtype=dtype) for n, v in tensors.items()}
     leaves = {n: state[n].requires_grad_() for n in names}
-    data = torch.tensor(x) if x.dtype == np.int64 else torch.tensor(x, dtype=dtype)
+    data, labels = (torch.tensor(a, dtype=dtype if a.dtype.kind == "f" else None) for a in (x, y))
     if isinstance(net, Graph):
-        logits = run(net, state, data, training=True)
+        outputs = run(net, state, data, training=True)
     else:
-        logits = torch.func.functional_call(only_norms_train(copy.deepcopy(net).to(dtype)), state, data)
-    torch.nn.functional.cross_entropy(logits, torch.tensor(y)).backward()
+        outputs = of_rows(only_norms_train(copy.deepcopy(net).to(dtype)), data, state)
+    loss(outputs, labels).backward()
     return {n: np.zeros(tuple(w.shape)) if w.grad is None else w.grad.numpy() for n, w in leaves.items()}
+
+
+def of_rows(net: torch.nn.Module, x: torch.Tensor, state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+    """A module's outputs as an imported model gives them: several inputs are parts of a row, and so are outputs."""
+    shapes: Any = net.input_shape
+    if not isinstance(shapes, dict):
+        made = torch.func.functional_call(net, state or {}, x)
+    else:
+        kinds: Any = getattr(net, "input_dtype", {})
+        rows = x.split([math.prod(shapes[name]) for name in sorted(shapes)], 1)
+        given = {n: part.reshape(-1, *shapes[n]) for n, part in zip(sorted(shapes), rows, strict=True)}
+        given = {n: part.long() if kinds.get(n) == "int64" else part for n, part in given.items()}
+        made = torch.func.functional_call(net, state or {}, (), given)
+    made = tuple(made.values()) if isinstance(made, dict) else made
+    return torch.cat([part.flatten(1) for part in made], 1) if isinstance(made, tuple) else made
 
 
 def only_norms_train(module: torch.nn.Module) -> torch.nn.Module:
