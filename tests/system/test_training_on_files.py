@@ -133,15 +133,24 @@ def recordings(root: Path, count: int) -> None:
         (root / str(n % 2) / f"{n}.wav").write_bytes(wav(rng.integers(-9999, 9999, 16_000).astype("<i2").tobytes()))
 
 
+def arrays(root: Path, count: int) -> None:
+    """Images and the classes of their pixels."""
+    rng = np.random.default_rng(0)
+    x, y = rng.random((count, 3, 16, 12), np.float32), rng.integers(0, 3, (count, 16, 12), np.uint8)
+    root.mkdir()
+    np.savez(root / "set.npz", x=x, y=y)
+
+
 @pytest.mark.parametrize(
-    ("net", "write", "numbers", "words"),
+    ("net", "write", "source", "numbers", "words"),
     [
-        ("autoencoder", pictures, 3 * 96 * 96, ("--labels", "values")),
-        ("listener", recordings, 16_000, ()),
+        ("autoencoder", pictures, "", 3 * 96 * 96, ("--labels", "values")),
+        ("listener", recordings, "", 16_000, ()),
+        ("painter", arrays, "set.npz", 4 * 16 * 12, ()),
     ],
 )
 def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
-    net: str, write: Callable[[Path, int], None], numbers: int, words: tuple[str, ...], tmp_path: Path
+    net: str, write: Callable[[Path, int], None], source: str, numbers: int, words: tuple[str, ...], tmp_path: Path
 ) -> None:
     limit = 12 * MB  # beyond what a set of a hundred samples takes
     many = 10 * limit // (4 * numbers)
@@ -149,7 +158,8 @@ def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
     peaks = {}
     for count in (100, many):
         write(tmp_path / f"{count}", count)
-        command = ["train", "--bundle", made, "--data", tmp_path / f"{count}", "--out", tmp_path / f"out{count}"]
+        data = tmp_path / f"{count}" / source
+        command = ["train", "--bundle", made, "--data", data, "--out", tmp_path / f"out{count}"]
         run = subprocess.run(
             [sys.executable, "-c", TRAIN, *map(str, command), "--threads", "1", "--epochs", "1"],
             capture_output=True,

@@ -121,7 +121,7 @@ def resampled(found: Samples, rate: int, wanted: int) -> Samples:
         """The filter [k, taps] at each of these phases, in parts of `up`."""
         distance = around - (part / up)[:, None]
         found = band * np.sinc(band * distance) * np.cos(np.pi / 2 * np.clip(distance / reach, -1, 1)) ** 2
-        return found.astype(np.float32)
+        return np.asarray(found, np.float32)
 
     phases = filters(np.arange(up)) if up <= step else None  # most rates have few phases, which come again and again
     for begin in range(0, length, step):

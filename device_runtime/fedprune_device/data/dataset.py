@@ -19,7 +19,7 @@ from fedprune.core.rng import keyed
 from fedprune.core.zip_limits import check_members
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import TEST_SHARE
-from fedprune_device.data.stored_array import Inputs, StoredArray, member, moved_out, select
+from fedprune_device.data.stored_array import Inputs, StoredArray, joined, member, moved_out, select
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
@@ -73,7 +73,7 @@ class LocalData:
             if x.shape[1:] != self.x_train.shape[1:]:
                 raise DataError(f"shape of one {split} sample", expected=self.x_train.shape[1:], got=x.shape[1:])
             for one, other, what in ((self.x_train, x, "inputs"), (self.y_train, y, "labels")):
-                if (one.dtype, one.shape[1:]) != (other.dtype, other.shape[1:]):
+                if (_type(one), one.shape[1:]) != (_type(other), other.shape[1:]):
                     raise DataError(f"type of {split} {what}", expected=_kind(one), got=_kind(other))
 
     @property
@@ -111,9 +111,10 @@ class LocalData:
 
     def moved_out(self, spool: Path) -> LocalData:
         """The same with large arrays in temporary files in `spool`, which are deleted with this process."""
-        train, test, val = (_moved_out(x, spool) for x in (self.x_train, self.x_test, self.x_val))
-        labels = {"y_train": train, "y_test": test, "y_val": val} if self.unlabelled else {}
-        return replace(self, x_train=train, x_test=test, x_val=val, **labels)
+        x = {split: _moved_out(getattr(self, f"x_{split}"), spool) for split in _SPLITS}
+        y = {split: _moved_out(getattr(self, f"y_{split}"), spool, any_type=True) for split in _SPLITS}
+        y = x if self.unlabelled else y
+        return LocalData(x["train"], y["train"], x["test"], y["test"], x["val"], y["val"])
 
     def check(
         self,
@@ -165,7 +166,7 @@ def load_data(
     """
     found = _found(source, seed, device, spool)
     try:
-        data = found if isinstance(found, LocalData) else _assemble(found, seed, device)
+        data = found if isinstance(found, LocalData) else _assemble(found, seed, device, spool)
         del found
         if spool is not None:
             data = data.moved_out(spool)
@@ -183,7 +184,7 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
         elif not isinstance(found, np.ndarray):
             found = _named(found)
         if isinstance(found, dict):
-            found = _packed(found)
+            found = _packed(found, None)
             name = next((n for n in ("x_test", "x_train", "x") if n in found), None)
             if name is None:
                 raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
@@ -241,17 +242,17 @@ def _found(source: str, seed: int, device: str, spool: Path | None) -> object:
 def checked_samples(x: object, y: object, split: str = "") -> tuple[Inputs, Inputs]:
     """Samples [n, ...] and labels in the types of `LocalData`; raises `DataError`, which names the `split`."""
     if y is x:
-        inputs = checked_inputs(x if isinstance(x, StoredArray) else np.asarray(x), split)
+        inputs = checked_inputs(_inputs(x), split)
         return inputs, inputs
-    labels = y if isinstance(y, StoredArray) and y.checked else _checked_labels(np.asarray(y), split)
+    labels = _checked_labels(_inputs(y), split)
     kind = f"{split} " if split else ""
-    inputs = checked_inputs(x if isinstance(x, StoredArray) else np.asarray(x), split)
+    inputs = checked_inputs(_inputs(x), split)
     if len(inputs) != len(labels):
         raise DataError(f"number of {kind}labels", expected=len(inputs), got=len(labels))
     return inputs, labels
 
 
-def _checked_labels(labels: Array, split: str) -> Array:
+def _checked_labels(labels: Inputs, split: str) -> Inputs:
     kind = f"{split} " if split else ""
     if labels.dtype.kind not in "iufb" or labels.ndim < 1:
         raise DataError(
@@ -259,6 +260,12 @@ def _checked_labels(labels: Array, split: str) -> Array:
             expected="classes as whole numbers, or numbers, [n, ...]",
             got=f"{labels.dtype} {labels.shape}",
         )
+    if isinstance(labels, StoredArray):
+        first = 0
+        for chunk in labels.chunks() if labels.dtype.kind == "f" and not labels.checked else ():
+            _check_finite(chunk, f"{kind}labels", first)
+            first += len(chunk)
+        return replace(labels, checked=True)
     if labels.ndim > 1 and labels.dtype.kind in "iu":
         return np.ascontiguousarray(labels)  # of their own width: masks are as many labels as there are pixels
     if labels.ndim == 1 and labels.dtype.kind != "f":
@@ -271,9 +278,7 @@ def _checked_labels(labels: Array, split: str) -> Array:
             )
         return np.ascontiguousarray(labels, np.int64)
     labels = np.ascontiguousarray(labels, np.float32)
-    if not np.isfinite(labels).all():
-        bad = int(np.flatnonzero(~np.isfinite(labels.reshape(len(labels), -1)).all(1))[0])
-        raise DataError(f"{kind}labels hold numbers that are not finite", got=f"sample {bad}")
+    _check_finite(labels, f"{kind}labels", 0)
     return labels
 
 
@@ -302,16 +307,26 @@ def _check_numbers(inputs: Array, kind: str, first: int) -> None:
     if inputs.dtype.kind == "i":
         if inputs.size and int(inputs.min()) < 0:
             raise DataError(f"{kind}inputs hold a negative token id", expected="0 or more", got=int(inputs.min()))
-    elif not np.isfinite(inputs).all():
-        bad = first + int(np.flatnonzero(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1))[0])
-        raise DataError(f"{kind}inputs hold numbers that are not finite", got=f"sample {bad}")
+    else:
+        _check_finite(inputs, f"{kind}inputs", first)
 
 
-def _moved_out(x: Inputs, spool: Path) -> Inputs:
+def _check_finite(some: Array, what: str, first: int) -> None:
+    if not np.isfinite(some).all():
+        bad = first + int(np.flatnonzero(~np.isfinite(some.reshape(len(some), -1)).all(1))[0])
+        raise DataError(f"{what} hold numbers that are not finite", got=f"sample {bad}")
+
+
+def _moved_out(x: Inputs, spool: Path, *, any_type: bool = False) -> Inputs:
     if isinstance(x, StoredArray):
         return x
-    stored = moved_out(x, spool)
+    stored = moved_out(x, spool, any_type=any_type)
     return replace(stored, checked=True) if isinstance(stored, StoredArray) else stored
+
+
+def _type(array: Inputs) -> np.dtype[Any]:
+    """An array's type; whole numbers of any width are one, as labels in memory keep their own."""
+    return np.dtype(np.int64) if array.dtype.kind in "iu" else array.dtype
 
 
 def _kind(array: Inputs) -> str:
@@ -321,8 +336,8 @@ def _kind(array: Inputs) -> str:
 def read_arrays(path: Path, spool: Path | None = None) -> dict[str, Inputs]:
     """The arrays of an `.npz` file by name; objects in it are refused, not unpickled.
 
-    Large uncompressed arrays of samples (`x`, `x_train`, ...) stay in the file; compressed ones are copied to the
-    folder `spool`, or held in memory without one. Raises `DataError` if it isn't such a file.
+    Large uncompressed arrays stay in the file; compressed ones are copied to the folder `spool`, or held in memory
+    without one. Raises `DataError` if it isn't such a file.
     """
     try:
         with path.open("rb") as raw:
@@ -345,7 +360,7 @@ def read_arrays(path: Path, spool: Path | None = None) -> dict[str, Inputs]:
 def arrays_of(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
     entries = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist()}
     return {
-        name: member(path, file.zip, entries[name], spool) if name.partition("_")[0] == "x" else file[name]
+        name: member(path, file.zip, entries[name], spool, any_type=name.partition("_")[0] != "x")
         for name in file.files
     }
 
@@ -386,19 +401,20 @@ def _named(found: object) -> dict[str, Any]:
     return found
 
 
-def _packed(found: dict[str, Any]) -> dict[str, Any]:
+def _packed(found: dict[str, Any], spool: Path | None) -> dict[str, Any]:
     """Arrays of several inputs, by name, as parts of one: in the alphabetical order of the names, as models take them.
 
-    Raises `DataError` if they don't belong together.
+    What is large is written to a file in `spool`, or held in memory without one. Raises `DataError` if they don't
+    belong together.
     """
     if any(name.partition("_")[0] == "x" for name in found):
         return found
-    splits: dict[str, dict[str, Array]] = {}
+    splits: dict[str, dict[str, Inputs]] = {}
     for name, array in found.items():
         base, _, end = name.rpartition("_")
         own, split = (base, f"_{end}") if base and end in _SPLITS else (name, "")
         if own != "y":
-            splits.setdefault(split, {})[own] = np.asarray(array)
+            splits.setdefault(split, {})[own] = _inputs(array)
     names = sorted(set().union(*splits.values()))
     if len(names) < 2:
         return found
@@ -410,22 +426,23 @@ def _packed(found: dict[str, Any]) -> dict[str, Any]:
                 expected=f"{', '.join(names)}, each with as many samples",
                 got=", ".join(f"{n} {_kind(a)} of {len(a)}" if a.ndim else f"{n} []" for n, a in arrays.items()),
             )
-        rows = [arrays[name].reshape(len(arrays[name]), -1) for name in names]
-        whole = all(row.dtype.kind in "iu" and row.dtype != np.uint8 for row in rows)
-        out[f"x{split}"] = np.concatenate([row.astype(np.int64 if whole else np.float32) for row in rows], axis=1)
+        types = [array.stored if isinstance(array, StoredArray) else array.dtype for array in arrays.values()]
+        whole = all(found.kind in "iu" and found != np.uint8 for found in types)
+        dtype = np.dtype(np.int64 if whole else np.float32)
+        out[f"x{split}"] = joined([arrays[name] for name in names], dtype, spool)
     return out
 
 
-def _assemble(arrays: object, seed: int, device: str) -> LocalData:
+def _assemble(arrays: object, seed: int, device: str, spool: Path | None) -> LocalData:
     found = _named(arrays)
     if found.keys() & {"y", "y_train"}:
-        found = _packed(found)
+        found = _packed(found, spool)
     suffix = "_train" if "x_train" in found else ""
     x: Inputs
     y: Inputs
     try:
         x = _inputs(found[f"x{suffix}"])
-        y = np.asarray(found[f"y{suffix}"]) if found.keys() & {"y", "y_train", "y_test", "y_val"} else x
+        y = _inputs(found[f"y{suffix}"]) if found.keys() & {"y", "y_train", "y_test", "y_val"} else x
     except KeyError as error:
         raise DataError(
             f"array {error.args[0]!r} is missing",
@@ -438,7 +455,7 @@ def _assemble(arrays: object, seed: int, device: str) -> LocalData:
 
     def pair(split: str) -> tuple[Inputs, Inputs]:
         inputs = _inputs(found[f"x_{split}"])
-        return inputs, inputs if y is x else np.asarray(found[f"y_{split}"])
+        return inputs, inputs if y is x else _inputs(found[f"y_{split}"])
 
     own: Any = pair("val") if "x_val" in found else ()
     if "x_test" in found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class DecodedSamples:
     def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:
         """Their labels; a single one for each sample is held in memory."""
         stored = self._array(self._y, rows * self._record + self._x.nbytes)
-        return stored if self._y.ndim else stored[:]
+        return replace(stored, in_range=True) if self._y.ndim else stored[:]
 
     @property
     def _record(self) -> int:

@@ -53,7 +53,7 @@ class Targets:
     def __call__(self, y: Inputs) -> Inputs:
         """Labels as they are kept: whole numbers of any width, as with cross-entropy, else float32 [n, ...].
 
-        Labels on the disk stay there; `checked` ones are not read.
+        Labels on the disk stay there; those that are `in_range` are not read.
 
         Raises `DataError` if they are of another kind or shape, or out of range.
         """
@@ -66,7 +66,7 @@ class Targets:
             isinstance(d, int) and d != g for d, g in zip(self.shape, shape, strict=True)
         ):
             raise self._unfit(y, "The model and its loss decide the shape: is it the loss that you mean?")
-        known = isinstance(y, StoredArray) and y.checked
+        known = isinstance(y, StoredArray) and y.in_range
         if LABELS_OF[self.loss] in ("classes", "sequence") and not known:
             class_counts(y, self.classes, self.ignored)
         if whole:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -55,7 +55,7 @@ class StoredArray:
     keep, None for a file that only grows. `stored` and `whole` are type and shape in the file from `offset` on; `rows`
     selects the samples of this array, None for all. `convert` turns what is read into samples of shape `sample`.
     `places` is where each sample begins, in bytes plus `FILE` times the number of the file; None where they follow each
-    other.
+    other. `checked`: no number is infinite or none, no token id negative. `in_range`: as labels they fit the model.
     """
 
     file: Path | Copy
@@ -68,6 +68,7 @@ class StoredArray:
     convert: Callable[[Array], Array] | None = None
     sample: tuple[int, ...] | None = None
     places: Rows | None = None
+    in_range: bool = False
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -169,8 +170,10 @@ def chunks(x: Inputs) -> Iterator[Array]:
     return x.chunks() if isinstance(x, StoredArray) else iter((x,))
 
 
-def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None) -> Inputs:
-    """An array of samples in an `.npz` file, on the disk if it is large.
+def member(
+    path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: Path | None, *, any_type: bool = False
+) -> Inputs:
+    """An array of samples in an `.npz` file, on the disk if it is large and of a type that models take, or `any_type`.
 
     A compressed one is copied to the folder `spool`, or held in memory without one. Damage raises whatever `zipfile` or
     numpy raise.
@@ -186,7 +189,7 @@ def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: P
         if npy.read_magic(stream) == (1, 0):
             shape, fortran, dtype = npy.read_array_header_1_0(stream)
             begin = info.file_size - prod(shape) * dtype.itemsize
-            usable = _usable(dtype, shape) and not fortran and stream.tell() == begin
+            usable = _usable(dtype, shape, any_type=any_type) and not fortran and stream.tell() == begin
         if not shape or not usable or (packed and spool is None):
             with archive.open(info) as again:
                 return np.asarray(npy.read_array(again, allow_pickle=False))
@@ -199,16 +202,31 @@ def member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo, spool: P
     return StoredArray(path.absolute(), stamp, start + begin, dtype, shape)
 
 
-def moved_out(x: Array, spool: Path) -> Inputs:
+def moved_out(x: Array, spool: Path, *, any_type: bool = False) -> Inputs:
     """Samples in a temporary file in `spool`, which is deleted with this process, if they are large."""
-    if not _usable(x.dtype, x.shape):
+    if not _usable(x.dtype, x.shape, any_type=any_type):
         return x
     return _spooled(spool, x.shape, x.dtype, lambda file: file.write(np.ascontiguousarray(x).data))
 
 
-def _usable(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bool:
-    """Whether these are many samples of a type that a model may take."""
-    kind = dtype.kind == "f" or dtype in (np.int32, np.int64)
+def joined(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
+    """Arrays [n, ...] next to each other, [n, all of their numbers]; in a temporary file in `spool` if it is large."""
+    count, width = len(arrays[0]), sum(prod(array.shape[1:]) for array in arrays)
+
+    def rows() -> Iterator[Array]:
+        step = max(1, _CHUNK_BYTES // max(1, dtype.itemsize * width))
+        for some in (slice(start, start + step) for start in range(0, count, step)):
+            pieces = [array[some] for array in arrays]
+            yield np.concatenate([p.reshape(len(p), prod(p.shape[1:])).astype(dtype) for p in pieces], axis=1)
+
+    if spool is None or not _usable(dtype, (count, width), any_type=False):
+        return np.concatenate([np.zeros((0, width), dtype), *rows()])
+    return _spooled(spool, (count, width), dtype, lambda file: [file.write(some.data) for some in rows()])
+
+
+def _usable(dtype: np.dtype[Any], shape: tuple[int, ...], *, any_type: bool) -> bool:
+    """Whether these are many numbers, of a type that a model takes as samples; labels may be of `any_type`."""
+    kind = dtype.kind in "iufb" if any_type else dtype.kind == "f" or dtype in (np.int32, np.int64)
     return kind and len(shape) > 1 and 4 * prod(shape) > HELD_BYTES
 
 

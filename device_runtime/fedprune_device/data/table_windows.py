@@ -121,8 +121,8 @@ class TableFile:
         if plan.targets is None:
             return x
         y = self._numbers.windows(first + plan.steps, plan.horizon, plan.targets)
-        targets(replace(y, checked=False))
-        return y
+        targets(y)
+        return replace(y, in_range=True)
 
     def _windows(self, span: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """First rows of the chosen windows, and the part that each is for: 0 training, 1 testing, 2 validation."""

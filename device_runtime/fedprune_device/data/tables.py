@@ -24,6 +24,7 @@ SKIPPED = ("", "time", "timestamp", "date", "datetime")  # columns of no numbers
 _MOST_COLUMNS = 4096
 _MOST_LINE = 2**20  # characters
 _CELLS = 2**14  # cells of a file that are held at once
+_BUFFERED = 2**16  # bytes of a column of a Parquet file that are read at once; otherwise all of a row group are
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _parquet(path: Path, class_names: tuple[str, ...]) -> Iterator[tuple[Columns
             begin += len(batch)
 
     try:
-        with ParquetFile(path, pre_buffer=False) as file:
+        with ParquetFile(path, buffer_size=_BUFFERED, pre_buffer=False) as file:
             names = file.schema_arrow.names
             columns = Columns.of(names)
             yield columns, parts()

@@ -19,6 +19,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.costs import HELD_BYTES
 from fedprune_device.data.dataset import load_data, load_inputs
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.paths import GRAPHS
@@ -26,6 +27,7 @@ from support.paths import GRAPHS
 pytestmark = pytest.mark.board
 
 TYPES = ("<f4", ">f4", "<f2", "<f8", "<i4", "<i8")
+LABELS = ("<f4", "<f8", "?", "u1", "<i2", "<i8")
 MANY, ONE = 4000, (3, 64, 64)  # samples that take 197 MB as float32, and half of that in a file of float16
 
 
@@ -78,12 +80,15 @@ def test_only_chosen_samples_cost_memory(tmp_path: Path) -> None:
 @pytest.mark.parametrize("compressed", [False, True])
 def test_samples_that_are_large_on_the_disk_take_hardly_any_memory(tmp_path: Path, compressed: bool) -> None:
     write = np.savez_compressed if compressed else np.savez
-    write(tmp_path / "d.npz", x=np.ones((MANY, *ONE), np.float16), y=np.arange(MANY) % 3)
+    masks = np.ones((MANY, *ONE[1:]), np.uint8)
+    write(tmp_path / "d.npz", x=np.ones((MANY, *ONE), np.float16), y=masks)
     with peak_below(16 * 2**20):
         data = load_data(str(tmp_path / "d.npz"), validation_share=0.1, spool=tmp_path / "state")
         order = np.random.default_rng(0).permutation(data.samples)
         for start in range(0, data.samples, 32):
-            assert data.x_train[order[start : start + 32]].all()
+            rows = order[start : start + 32]
+            assert data.x_train[rows].all()
+            assert data.y_train[rows].all()
         assert data.bytes < HELD_BYTES
     assert data.samples + len(data.y_test) + len(data.y_val) == MANY
     assert list((tmp_path / "state").rglob("*")) == []  # a copy has no name, and goes with the process
@@ -93,7 +98,7 @@ def test_samples_that_are_large_on_the_disk_take_hardly_any_memory(tmp_path: Pat
 @pytest.mark.once
 def test_samples_that_a_function_returns_go_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "many.py").write_text(
-        f"import numpy as np\ndef load():\n    return np.ones(({MANY}, 3, 64, 64), np.float32), np.arange({MANY}) % 3\n"
+        f"import numpy as np\ndef load():\n    x = np.ones(({MANY}, 3, 64, 64), np.float32)\n    return x, x[:, 0]\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     tracemalloc.start()
@@ -101,26 +106,29 @@ def test_samples_that_a_function_returns_go_to_the_disk(tmp_path: Path, monkeypa
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert held < HELD_BYTES
-    assert data.x_train[np.array([3, 1])].sum() == 2 * 3 * 64 * 64
+    assert data.x_train[np.array([3, 1])].sum() == 3 * data.y_train[np.array([3, 1])].sum() == 2 * 3 * 64 * 64
 
 
 @pytest.mark.usefixtures("nothing_held")
-@given(kind=st.sampled_from(TYPES), compressed=st.booleans(), seed=st.integers(0, 99))
+@given(kind=st.sampled_from(TYPES), labels=st.sampled_from(LABELS), compressed=st.booleans(), seed=st.integers(0, 99))
 def test_batches_from_the_disk_are_those_from_memory(
-    kind: str, compressed: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
+    kind: str, labels: str, compressed: bool, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(seed)
     x = (100 * rng.random((41, 3, 5))).astype(kind)
     write = np.savez_compressed if compressed else np.savez
-    write(folder / "d.npz", x=x, y=np.arange(41) % 3, x_val=x[:4], y_val=np.arange(4) % 3)
+    y = (3 * rng.random((41, 4))).astype(labels)
+    write(folder / "d.npz", x=x, y=y, x_val=x[:4], y_val=y[:4])
     data = load_data(str(folder / "d.npz"), seed, "d", spool=folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 2**30)
         wanted = load_data(str(folder / "d.npz"), seed, "d")
-    for split in ("train", "test", "val"):
-        found, whole = getattr(data, f"x_{split}"), getattr(wanted, f"x_{split}")
+    for name in ("x_train", "x_test", "x_val", "y_train", "y_test", "y_val"):
+        found, whole = getattr(data, name), getattr(wanted, name)
         assert isinstance(found, StoredArray)
         assert isinstance(whole, np.ndarray)
+        if name[0] == "y":
+            whole = whole.astype(np.int64 if whole.dtype.kind in "iu" else np.float32)
         assert (found.dtype, found.shape, len(found)) == (whole.dtype, whole.shape, len(whole))
         rows = rng.integers(0, len(whole), 9)
         for chosen in (rows, np.sort(rows), slice(1, 3), slice(None), rows[:0], 2):
@@ -144,6 +152,42 @@ def test_training_on_samples_on_the_disk_gives_the_same_bits(tmp_path: Path, wei
         trainer = Trainer(GRAPHS / "plain.onnx")
         results.append(trainer.train(weights, data, TrainingTask(recipe, seed=0, device="d", round=1, classes=3)))
     assert all(np.array_equal(v, results[1].tensors[n]) for n, v in results[0].tensors.items())
+
+
+@pytest.mark.usefixtures("nothing_held")
+@pytest.mark.parametrize("compressed", [False, True])
+def test_several_inputs_are_joined_on_the_disk_as_in_memory(tmp_path: Path, compressed: bool) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {"sound": rng.random((31, 7)), "sight": rng.integers(0, 256, (31, 3, 4, 4), np.uint8), "y": np.arange(31)}
+    (np.savez_compressed if compressed else np.savez)(tmp_path / "d.npz", **arrays)
+    found: Any = load_data(str(tmp_path / "d.npz"), spool=tmp_path).x_train
+    wanted = load_data(str(tmp_path / "d.npz")).x_train
+    assert isinstance(found, StoredArray)
+    assert isinstance(wanted, np.ndarray)
+    assert np.array_equal(found[:], wanted)
+    assert found.shape == (25, 3 * 4 * 4 + 7)
+
+
+@pytest.mark.usefixtures("nothing_held")
+@pytest.mark.parametrize("bad", [-1, 3])
+def test_classes_of_places_are_checked_on_the_disk(tmp_path: Path, bad: int) -> None:
+    y = np.zeros((40, 6), np.int16)
+    y[17, 5] = bad
+    np.savez(tmp_path / "d.npz", x=np.ones((40, 6), np.float32), y=y, x_test=np.ones((2, 6)), y_test=y[:2])
+    data = load_data(str(tmp_path / "d.npz"))
+    assert isinstance(data.y_train, StoredArray)
+    with pytest.raises(DataError, match="out of range"):
+        data.check(Targets("cross_entropy", 3, (6,)))
+    data.check(Targets("cross_entropy", 4, (6,), ignored=bad))
+
+
+@pytest.mark.usefixtures("nothing_held")
+def test_a_number_to_predict_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    y = np.zeros((40, 6), np.float32)
+    y[17, 5] = np.inf
+    np.savez(tmp_path / "d.npz", x=np.ones((40, 6), np.float32), y=y)
+    with pytest.raises(DataError, match="labels hold numbers that are not finite: got sample 17"):
+        load_data(str(tmp_path / "d.npz"))
 
 
 @pytest.mark.usefixtures("nothing_held")

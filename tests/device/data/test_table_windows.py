@@ -146,6 +146,23 @@ def test_a_table_ten_times_as_large_as_its_memory_is_read_in_it(tmp_path: Path) 
     assert data.samples > 9000
 
 
+@pytest.mark.once
+def test_a_group_of_rows_in_parquet_may_be_larger_than_the_memory(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    column = np.random.default_rng(0).standard_normal(4_000_000).astype(np.float32)
+    pytest.importorskip("pyarrow.parquet").write_table(
+        pa.table({"a": column}), tmp_path / "a.parquet", row_group_size=len(column)
+    )
+    pool, whole = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    try:
+        found = TableFile(tmp_path / "a.parquet", ALL, 10, spool=tmp_path)
+    finally:
+        pa.set_memory_pool(whole)
+    assert found.samples == 10
+    assert 0 < pool.max_memory() < column.nbytes / 3
+
+
 def test_new_rows_are_there_at_the_next_round_and_old_ones_keep_their_part(tmp_path: Path) -> None:
     rows = series(600)
     path, targets = tmp_path / "a.csv", Targets("mse", 2, (2,))
