@@ -71,7 +71,7 @@ class Targets:
             class_counts(y, self.classes, self.ignored)
         if whole:
             return y
-        out = y if isinstance(y, StoredArray) else np.ascontiguousarray(y, np.float32)
+        out = y.as_float32() if isinstance(y, StoredArray) else np.ascontiguousarray(y, np.float32)
         for some in chunks(out) if LABELS_OF[self.loss] == MULTI and out.size and not known else ():
             if not (some.min() >= 0 and some.max() <= 1):
                 got = f"{some.min():g} to {some.max():g}"

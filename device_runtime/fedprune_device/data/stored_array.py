@@ -112,6 +112,10 @@ class StoredArray:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         return np.asarray(self[:], dtype)
 
+    def as_float32(self) -> StoredArray:
+        """The same numbers, read as float32."""
+        return self if self.dtype == np.float32 else replace(self, convert=_float32)
+
     def select(self, rows: Rows) -> StoredArray:
         return replace(self, rows=np.asarray(rows if self.rows is None else self.rows[rows], np.int64))
 
@@ -240,6 +244,10 @@ def _spooled(
             file.flush()
             copy = Copy(os.dup(file.fileno()))
         return StoredArray(copy, _stamp(copy.fileno()), 0, dtype, shape)
+
+
+def _float32(raw: Array) -> Array:
+    return raw.astype(np.float32)
 
 
 def _stamp(descriptor: int) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,19 +138,35 @@ def test_batches_from_the_disk_are_those_from_memory(
         assert np.array_equal(np.asarray(found.select(rows)), whole[rows])
 
 
+CLASSES = np.arange(60) % 3
+SETS = np.arange(180, dtype=np.uint8).reshape(60, 3) % 2
+
+
 @pytest.mark.usefixtures("nothing_held")
-def test_training_on_samples_on_the_disk_gives_the_same_bits(tmp_path: Path, weights: Tensors) -> None:
-    shape = Trainer(GRAPHS / "plain.onnx").input_shape
+@pytest.mark.parametrize(
+    ("graph", "y", "settings"),
+    [
+        ("plain", CLASSES, {}),
+        ("bce", SETS, {"loss": "bce", "balance_classes": True}),
+        ("huber", SETS, {"loss": "huber"}),
+    ],
+)
+def test_training_on_samples_on_the_disk_gives_the_same_bits(
+    graph: str, y: npt.NDArray[Any], settings: dict[str, Any], tmp_path: Path, weights: Tensors
+) -> None:
+    path = GRAPHS / f"{graph}.onnx"
+    shape = Trainer(path).input_shape
     x = np.random.default_rng(0).standard_normal((60, *(int(s or 1) for s in shape))).astype(np.float32)
-    np.savez(tmp_path / "d.npz", x=x, y=np.arange(60) % 3)
-    recipe = Recipe(epochs=2, batch_size=16, lr=0.1)
+    np.savez(tmp_path / "d.npz", x=x, y=y)
+    recipe = Recipe(epochs=2, batch_size=16, lr=0.1, **settings)
     results = []
     for held in (0, 2**30):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("fedprune_device.data.stored_array.HELD_BYTES", held)
             data = load_data(str(tmp_path / "d.npz"))
         assert isinstance(data.x_train, StoredArray) == (held == 0)
-        trainer = Trainer(GRAPHS / "plain.onnx")
+        assert isinstance(data.y_train, StoredArray) == (held == 0 and y.ndim > 1)
+        trainer = Trainer(path)
         results.append(trainer.train(weights, data, TrainingTask(recipe, seed=0, device="d", round=1, classes=3)))
     assert all(np.array_equal(v, results[1].tensors[n]) for n, v in results[0].tensors.items())
 
