@@ -24,12 +24,12 @@ from synthetic_nets import setting, write
 from benchmarks.accuracy.protocol import Method, Protocol
 from benchmarks.accuracy.protocols import CIFAR, PROTOCOLS, TABLES
 from benchmarks.accuracy.run import UNLIMITED, experiment_of, rounds_of
+from fedprune.coordination.limits import TENSOR_FACTOR, LimitedUpdates, UpdateLimits
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.planning.profile_store import find
-from fedprune.rounds.limits import TENSOR_FACTOR, LimitedUpdates, UpdateLimits
 from fedprune_export.importing import import_onnx
 from fedprune_server.simulation.digits import deal, digits_model
 from fedprune_server.simulation.experiment import Experiment

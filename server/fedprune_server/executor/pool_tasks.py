@@ -17,10 +17,10 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.limits import Lengths, lengths
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.core.text import one_line
 from fedprune.jobs.job import Job
-from fedprune.rounds.limits import Lengths, lengths
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
 from fedprune_server.storage.s3.store import BucketStore, Objects

@@ -11,12 +11,12 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.tensor_reader import read_tensors
 from fedprune.coordination import commands as do
+from fedprune.coordination.limits import RoundUpdate, shortened
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import spelt
-from fedprune.rounds.limits import RoundUpdate, shortened
 from fedprune.strategies import Strategy
 from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
 from fedprune_server.executor.archive import Archive, parts

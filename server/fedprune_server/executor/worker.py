@@ -17,13 +17,13 @@ import numpy.typing as npt
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.limits import UpdateLimits
+from fedprune.coordination.round import Round, RoundResult
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.trainable import frozen_tensors
-from fedprune.rounds.limits import UpdateLimits
-from fedprune.rounds.round import Round, RoundResult
 from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import magnitudes, threshold
 from fedprune.strategies.values import Cut, Memories, Submodel, Turn

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.limits import MEMORY
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ModelError, StorageError
 from fedprune.jobs.job import Job
@@ -21,7 +22,6 @@ from fedprune.model.architecture import widths_at
 from fedprune.model.nested_widths import nested
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.rounds.limits import MEMORY
 from fedprune.strategies.importance.scoring import random_ranks
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx

@@ -18,11 +18,11 @@ from fedprune.aggregation.fold import Fold
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.coordination.limits import MEMORY
 from fedprune.core import tensorfile
 from fedprune.core.errors import StorageError, StrategyError
 from fedprune.jobs.job import Job
 from fedprune.model import step_contract
-from fedprune.rounds.limits import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.values import Closing, Report, Submodel

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 
 import fedprune
+from fedprune.coordination.limits import MEMORY
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Schedule
 from fedprune.model.recipe import Recipe
-from fedprune.rounds.limits import MEMORY
 from fedprune.strategies import compose
 from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.allocation import Allocator

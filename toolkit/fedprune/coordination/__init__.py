@@ -1,6 +1,6 @@
-"""The decisions of a job: events in, commands out, without input, output or a clock.
+"""A job's rounds: decisions (events in, commands out, no clock), and updates checked, limited and summed.
 
-Not here: carrying commands out (the server's `engine` and `executor`, or the simulator).
+Not here: carrying commands out and keeping updates (the server's `engine` and `executor`, or the simulator).
 """
 
 from collections.abc import Collection

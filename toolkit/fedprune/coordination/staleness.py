@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import Any
 
 from fedprune.coordination import commands as do
+from fedprune.coordination.limits import weight_limit
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Arrival, Schedule
 from fedprune.jobs.state import Progress, State, Task
-from fedprune.rounds.limits import weight_limit
 
 
 class UpdateWeights:

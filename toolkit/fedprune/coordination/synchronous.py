@@ -15,6 +15,7 @@ from fedprune.aggregation.fixed_point import weight_in
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.coordination.base import Commands, Coordinator, based, steps_of
+from fedprune.coordination.limits import capped
 from fedprune.coordination.stragglers import ENOUGH, LOOKS, TO_COME, Pace, Stragglers, beyond, drawn, note, places
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
@@ -22,7 +23,6 @@ from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
-from fedprune.rounds.limits import capped
 
 
 class SynchronousCoordinator(Coordinator):

@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 from fedprune.aggregation.client_update import check_counts, check_model
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
+from fedprune.coordination.limits import RoundUpdate, UpdateLimits, capped
+from fedprune.coordination.round import Round
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import is_there
@@ -25,8 +27,6 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors
-from fedprune.rounds.limits import RoundUpdate, UpdateLimits, capped
-from fedprune.rounds.round import Round
 from fedprune.strategies.values import Cut, Memories, Report, Scene, Submodel, Turn
 
 FORMAT = "fedprune.flower-state/1"

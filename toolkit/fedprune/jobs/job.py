@@ -79,7 +79,7 @@ class Job:
             than others, in multiples of the round's median; 0 for no limit.
         most_samples: The most samples that any device counts for; 0 for no limit.
         move_limit: The longest update, in multiples of the median of the round's updates of as many steps: a longer
-            one is shortened to it (`fedprune.rounds.limits`); 0 for no limit.
+            one is shortened to it (`fedprune.coordination.limits`); 0 for no limit.
     """
 
     name: str = "job"

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.fold import Fold
 from fedprune.aggregation.update_sums import PartialSums
+from fedprune.coordination.limits import LimitedUpdates, RoundUpdate, UpdateLimits
 from fedprune.core.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.core.text import one_line
 from fedprune.model.selection import Tensors
-from fedprune.rounds.limits import LimitedUpdates, RoundUpdate, UpdateLimits
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Memories, Report, Scene, Submodel
 

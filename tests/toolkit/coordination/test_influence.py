@@ -9,10 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.model.architecture import widths_at
-from fedprune.model.element_mask import ElementMask
-from fedprune.model.selection import Selection, Tensors
-from fedprune.rounds.limits import (
+from fedprune.coordination.limits import (
     MOST_REACH,
     REJECT_FACTOR,
     WHOLE,
@@ -23,6 +20,9 @@ from fedprune.rounds.limits import (
     shortened,
     weight_limit,
 )
+from fedprune.model.architecture import widths_at
+from fedprune.model.element_mask import ElementMask
+from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.values import Cut, Report, Scene, Submodel, Turn
 from support.nets.two_groups import ARCHITECTURE as NET
 from support.nets.two_groups import TRAINED
