@@ -101,10 +101,14 @@ def _ap(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
     adds (Everingham et al., "The PASCAL VOC challenge", IJCV 2010, without its interpolation)."""
     k = outputs[0]
     score = g.emit("Mul", g.emit("Sigmoid", LOGITS), g.scalar(BINS))
-    bins = g.emit("Cast", g.emit("Min", g.emit("Floor", score), g.scalar(BINS - 1)), attrs={"to": 7})
+    # An output that is not a number makes its class's sums one; an index it can't be.
+    number = g.emit("Equal", score, score)
+    known = g.emit("Where", number, g.emit("Min", g.emit("Floor", score), g.scalar(BINS - 1)), g.scalar(0))
+    bins = g.emit("Cast", known, attrs={"to": 7})
     first = BINS * np.arange(k).reshape(1, -1, *[1] * (len(outputs) - 1))
     place = g.emit("Reshape", g.emit("Add", bins, g.constant(first, np.int64)), g.ints(-1))
-    positive = g.emit("Reshape", g.emit("Cast", g.emit("Greater", Y, g.scalar(0.5)), attrs={"to": 1}), g.ints(-1))
+    present = g.emit("Cast", g.emit("Greater", Y, g.scalar(0.5)), attrs={"to": 1})
+    positive = g.emit("Reshape", g.emit("Where", number, present, score), g.ints(-1))
     empty = g.constant(np.zeros(k * BINS), np.float32)
     rows = [
         g.emit("ScatterElements", empty, place, some, attrs={"axis": 0, "reduction": "add"})

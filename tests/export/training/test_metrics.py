@@ -202,3 +202,14 @@ def test_wrong_metrics_are_one_clear_error(metric: object, error: str) -> None:
 def test_a_recipe_asks_for_a_metric_that_the_model_lacks() -> None:
     with pytest.raises(ConfigError, match=r"metric 'custom', and the model brings no metric"):
         training_graph(MODELS[()], Recipe(loss="mse", metric="custom").features)
+
+
+def test_average_precision_of_a_diverged_model_is_not_a_number() -> None:
+    """One output that is not a number makes the metric one, as with the other metrics; it doesn't end the evaluation."""
+    outputs = np.zeros((5, K), np.float32)
+    outputs[2, 1] = np.nan
+    labels = np.eye(5, K, dtype=np.float32)
+
+    found = measured(objective((), Recipe(loss="bce", metric="ap")), outputs, labels)
+
+    assert math.isnan(found.get("ap", math.nan))
