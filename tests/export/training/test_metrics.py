@@ -205,7 +205,7 @@ def test_a_recipe_asks_for_a_metric_that_the_model_lacks() -> None:
 
 
 def test_average_precision_of_a_diverged_model_is_not_a_number() -> None:
-    """One output that is not a number makes the metric one, as with the other metrics; it doesn't end the evaluation."""
+    """One output that is not a number makes the metric one, as with other metrics; it doesn't end the evaluation."""
     outputs = np.zeros((5, K), np.float32)
     outputs[2, 1] = np.nan
     labels = np.eye(5, K, dtype=np.float32)
