@@ -120,7 +120,7 @@ class Offers:
         self._precisions = precisions
         self._graphs: dict[str | tuple[int, ...], dict[str, Any]] = {}
         self._latest = LatestGraphs()
-        self._withheld: dict[str, frozenset[str]] = {}
+        self._withheld: dict[tuple[str, ...], frozenset[str]] = {}
         self._trained = frozenset(t.name for t in model.architecture.trainable)
 
     def body(
@@ -214,7 +214,7 @@ class Offers:
             ConfigError: A pattern matches no tensor, or no tensor is left to train.
         """
         features = recipe.features
-        key = "|".join((features.key, *recipe.personal))
+        key = (features.key, *recipe.personal)
         if key not in self._withheld:
             architecture = self._model.architecture
             frozen = frozen_tensors(architecture, features, self._model.frozen)

@@ -99,6 +99,13 @@ def test_every_feature_has_a_key_of_its_own() -> None:
     assert len(keys) == len(asked)
 
 
+def test_patterns_with_separators_have_keys_of_their_own() -> None:
+    asked = [{"frozen": ("a,b",)}, {"frozen": ("a", "b")}, {"frozen": ("a+trainable=b",)}]
+    asked.append({"frozen": ("a",), "trainable": ("b",)})
+
+    assert len({Features(**chosen).key for chosen in asked}) == len(asked)
+
+
 @pytest.mark.parametrize(
     ("setting", "features"),
     [

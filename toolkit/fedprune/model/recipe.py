@@ -100,7 +100,8 @@ class Features:
 
 
 def _text(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    # As JSON, because a pattern may have a comma or a plus sign.
+    return json.dumps(value) if isinstance(value, tuple) else str(value)
 
 
 CUSTOM = "custom"
