@@ -1,5 +1,5 @@
-"""A board's own state between rounds: the moving average of its weights, personal tensors, and what its last update
-left out.
+"""A board's own state between rounds: the moving average of its weights, personal tensors, what its last update left
+out, and the optimiser's state.
 
 There are two records at most: the newest, and the one that the newest was made from. A round that is repeated (a power
 cut, a lost update, another attempt) finds the same beginning both times and gives the same bits.
@@ -30,7 +30,8 @@ _LOG = logging.getLogger("fedprune.device")
 
 _FORMAT = "fedprune.own/1"
 _HEAD, _DIGEST = "record", "sha256"
-_FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round")
+_FIELDS = ("job", "seed", "architecture", "selection", "ranking", "widths", "round", "optimizer", "steps")
+_PARTS = ("average", "personal", "residual", "moments")
 _SLOTS = ("a", "b")
 _STAGED = ".staged.partial"  # what a round has left while its result may still be dropped; a new process deletes it
 _JOB, _OTHERS = "job", "others"
@@ -43,7 +44,8 @@ class LocalState:
 
     `ranking` is the digest of the order of channels that the selection begins, None where that is unknown; `widths` are
     kept channels per group. `average` is empty without one; `mask` tells which of its elements are active, None for
-    all. `residual` is what the encoded update left out of its tensors.
+    all. `residual` is what the encoded update left out of its tensors. `moments` is the state of `optimizer`, by the
+    names of `fedprune.model.step_contract`, after `steps` steps since it was zero.
     """
 
     job: str
@@ -57,18 +59,17 @@ class LocalState:
     personal: Tensors = field(default_factory=dict)
     mask: ElementMask | None = None
     residual: Tensors = field(default_factory=dict)
+    moments: Tensors = field(default_factory=dict)
+    optimizer: str = ""
+    steps: int = 0
 
     @classmethod
     def of(
-        cls,
-        offer: Offer,
-        average: Tensors,
-        personal: Tensors,
-        mask: ElementMask | None,
-        residual: Tensors | None = None,
+        cls, offer: Offer, average: Tensors, personal: Tensors, mask: ElementMask | None, **further: Any
     ) -> LocalState:
+        """The state after an offer's round; `further` are attributes by their names."""
         place = (offer.job, offer.seed, offer.architecture, offer.selection, offer.ranking, offer.widths, offer.round)
-        return cls(*place, average, personal, mask, residual or {})
+        return cls(*place, average, personal, mask, **further)
 
     def precedes(self, offer: Offer) -> bool:
         """Whether it was left by an earlier round of the same run."""
@@ -86,9 +87,7 @@ class LocalState:
         return mine is not None and mine.shape == tensor.shape
 
     def to_bytes(self) -> bytes:
-        arrays: dict[str, npt.NDArray[Any]] = {f"average/{n}": v for n, v in self.average.items()}
-        arrays |= {f"personal/{n}": v for n, v in self.personal.items()}
-        arrays |= {f"residual/{n}": v for n, v in self.residual.items()}
+        arrays: dict[str, npt.NDArray[Any]] = {f"{p}/{n}": v for p in _PARTS for n, v in getattr(self, p).items()}
         if self.mask is not None:
             arrays |= {f"mask/{n}": v for n, v in self.mask.to_tensors().items() if n in self.average}
         head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT, "masked": self.mask is not None}
@@ -106,15 +105,14 @@ class LocalState:
             head = json.loads(text)
             if head.pop("format") != _FORMAT:
                 raise ValueError("another format")
-            parts: dict[str, dict[str, npt.NDArray[Any]]] = {k: {} for k in ("average", "personal", "residual", "mask")}
+            parts: dict[str, dict[str, npt.NDArray[Any]]] = {k: {} for k in (*_PARTS, "mask")}
             for name, value in arrays.items():
                 kind, _, tensor = name.partition("/")
                 parts[kind][tensor] = value
             shapes = {n: v.shape for n, v in parts["average"].items()}
             mask = ElementMask.from_tensors(parts["mask"], shapes) if head.pop("masked") else None
             head["widths"] = tuple(head["widths"])
-            kept = {"average": parts["average"], "personal": parts["personal"], "residual": parts["residual"]}
-            return cls(**{**head, **kept, "mask": mask})
+            return cls(**{**head, **{p: parts[p] for p in _PARTS}, "mask": mask})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, BundleError) as error:
             raise StorageError(f"what the board keeps of its own is damaged ({error})") from error
 

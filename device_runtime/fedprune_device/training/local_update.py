@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -30,18 +30,47 @@ from fedprune_device.training.trainer import Trainer, TrainingResult
 
 
 def carried(
-    base: LocalState | None, offer: Offer, tensors: Mapping[str, npt.NDArray[Any]], read: Callable[[BlobRef], bytes]
+    found: Tensors,
+    base: LocalState,
+    offer: Offer,
+    tensors: Mapping[str, npt.NDArray[Any]],
+    read: Callable[[BlobRef], bytes],
 ) -> Tensors:
-    """What the last update left out of tensors trained now; of another selection for the channels that both have."""
-    found = {} if base is None else base.residual
-    if base is not None and found and base.selection != offer.selection:
+    """Arrays that `base` has of tensors trained now (or of their optimiser's state); of another selection for the
+    channels that both have, and 0 for the others."""
+    if found and base.selection != offer.selection:
         if offer.moved is None or offer.moved_from != base.selection:
             return {}
         try:
             found = relocated(found, read(offer.moved), 2 * max(v.nbytes for v in tensors.values()) + 2**20)
         except ProtocolError:
             return {}
-    return {n: v for n, v in found.items() if n in tensors and tensors[n].shape == v.shape}
+    shapes = {n: v.shape for n, v in tensors.items()}
+    return {n: v for n, v in found.items() if shapes.get(n.partition("::")[0]) == v.shape}
+
+
+def continued(
+    base: LocalState | None,
+    optimizer: str,
+    offer: Offer,
+    tensors: Mapping[str, npt.NDArray[Any]],
+    read: Callable[[BlobRef], bytes],
+) -> tuple[Tensors, int]:
+    """The optimiser's state that a round begins with, and the steps behind it; none where it begins at zero.
+
+    Adam's correction of its means counts all steps. For new channels, whose means are 0, the first steps would be
+    several times too long (up to (1 − β1^t)/√(1 − β2^t) · lr, 6.5 · lr by default), so their mean square is that of the
+    tensor's other elements.
+    """
+    if base is None or base.optimizer != optimizer:
+        return {}, 0
+    found = carried(base.moments, base, offer, tensors, read)
+    if base.selection != offer.selection:
+        for name in found.keys() & set(map(step_contract.second, tensors)):
+            known = found[name] > 0
+            if known.any():
+                found[name] = np.where(known, found[name], found[name][known].mean(dtype=np.float64).astype(np.float32))
+    return found, base.steps if found else 0
 
 
 _LOG = logging.getLogger("fedprune.device")
@@ -88,7 +117,8 @@ class LocalUpdate:
         self._personal = frozenset(n for n in trainer.names if any(fnmatchcase(n, p) for p in recipe.personal))
         self._codec = None if offer.codec is None else Codec.parse(offer.codec, "offer: codec")
         feeds_back = self._codec is not None and self._codec.feedback
-        self.kept = RoundState(states, offer) if recipe.average or self._personal or feeds_back else None
+        keeps = recipe.average or self._personal or feeds_back or recipe.keep_optimizer_state
+        self.kept = RoundState(states, offer) if keeps else None
         self._calibrates = recipe.calibrate and trainer.normalised
         maskable = {*trainer.trainable, *trainer.frozen}
         received, self.mask = unpacked(weights, mask, recipe, trainer.axes, offer.widths, maskable)
@@ -106,6 +136,15 @@ class LocalUpdate:
         own = self.kept is not None and self.kept.base is not None and bool(self._personal)
         changed = own or self.mask is not None or self._calibrates
         return tensorfile.encode(self._predicting(self.tensors)) if changed else None
+
+    def optimizer_state(self, read: Callable[[BlobRef], bytes]) -> tuple[Tensors, int]:
+        """The optimiser's state of the round before, and the steps behind it, as far as they are kept."""
+        if self.kept is None or not self._recipe.keep_optimizer_state:
+            return {}, 0
+        found = continued(self.kept.base, self._recipe.optimizer, self._offer, self.tensors, read)
+        if self.kept.base is not None:
+            self.kept.base = replace(self.kept.base, moments={})  # one copy is enough
+        return found
 
     def made(
         self, result: TrainingResult, put: Callable[[bytes], BlobRef], read: Callable[[BlobRef], bytes]
@@ -131,7 +170,9 @@ class LocalUpdate:
         own = None
         if self.kept is not None:
             personal = {n: np.array(v) for n, v in trained.items() if n in self._personal}
-            own = LocalState.of(self._offer, average, personal, self.mask if average else None, residual)
+            own = LocalState.of(
+                self._offer, average, personal, self.mask if average else None, residual=residual, **self._left(result)
+            )
             self.kept.release()
         served = average
         if recipe.blend:
@@ -144,6 +185,13 @@ class LocalUpdate:
         if after is not trained:  # most of these arrays are in the memory of the training graph
             kept = {n: np.array(v) if v is trained[n] else v for n, v in after.items()}
         return UpdateFiles(sent, kept, self._predicting(served) if served else None, own, loss)
+
+    def _left(self, result: TrainingResult) -> dict[str, Any]:
+        """What a local state has of the optimiser; nothing of one that has overflowed, which would never move again."""
+        moments = result.moments if self._recipe.keep_optimizer_state else {}
+        if not moments or not all(np.isfinite(v).all() for v in moments.values()):
+            return {}
+        return {"moments": moments, "optimizer": self._recipe.optimizer, "steps": result.taken}
 
     def _sent(self, result: TrainingResult, after: Tensors) -> Tensors:
         """The tensors for the server: those that were trained, without frozen ones, which it has, and personal ones."""
@@ -169,7 +217,7 @@ class LocalUpdate:
         if self._codec is None:
             return tensorfile.encode(update), {}
         base = None if self.kept is None else self.kept.base
-        missed = carried(base, self._offer, trained, read)
+        missed = {} if base is None else carried(base.residual, base, self._offer, trained, read)
         received: Tensors = tensorfile.decode(read(self._offer.weights))
         packed = missed if self.mask is None else self.mask.pack(missed)
         try:

@@ -144,16 +144,14 @@ class RoundRunner:
         if evaluates:
             evaluation.add(self._candidate(offer, work.before() or offer.weights), "before")
         del weights, mask
+        moments, taken = work.optimizer_state(self._blob)
+        task = TrainingTask(
+            recipe, offer.classes, offer.seed, self._device, offer.round, offer.widths, work.mask, moments, taken
+        )
+        del moments
         began = time.monotonic()
         try:
-            result = trainer.train(
-                work.tensors,
-                data,
-                TrainingTask(
-                    recipe, offer.classes, offer.seed, self._device, offer.round, widths=offer.widths, mask=work.mask
-                ),
-                TrainingControl(partial(report, "train"), stop),
-            )
+            result = trainer.train(work.tensors, data, task, TrainingControl(partial(report, "train"), stop))
         except DivergedError as error:
             if not recipe.update_clip:
                 raise
@@ -168,7 +166,8 @@ class RoundRunner:
         # From here on there is memory for the new ones alone, besides the loaded model and what is blended in.
         work.tensors = {}
         made, kept = work.made(result, self._blobs.put, self._blob), work.kept
-        result = replace(result, tensors={}, squares={}, last_squares={})  # arrays in the loaded graph's memory
+        # Those of tensors and squares are in the loaded graph's memory.
+        result = replace(result, tensors={}, squares={}, last_squares={}, moments={})
         del work, trainer
         self._trainer.release()
         serves: BlobRef | bytes = made.sent if made.after is None else tensorfile.encode(made.after)

@@ -67,13 +67,10 @@ class StepGraph:
         self._session = session or Session(graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], Session] = {}
         inputs, outputs = self._session.inputs, set(self._session.outputs)
-        optimizer = "adam" if step_contract.BETA1 in inputs else "sgd"
+        optimizer = "adam" if step_contract.EPSILON in inputs else "lion" if step_contract.BETA1 in inputs else "sgd"
         required = {step_contract.X, step_contract.Y, step_contract.LR, step_contract.WEIGHT_DECAY}
-        required |= (
-            {step_contract.BETA1, step_contract.BETA2, step_contract.EPSILON, step_contract.STEP_NUMBER}
-            if optimizer == "adam"
-            else {step_contract.MOMENTUM}
-        )
+        required |= {step_contract.MOMENTUM} if optimizer == "sgd" else {step_contract.BETA1, step_contract.BETA2}
+        required |= {step_contract.EPSILON, step_contract.STEP_NUMBER} if optimizer == "adam" else set()
         self._classifies = inputs.get(step_contract.Y, ("", ()))[0] == "tensor(int64)"
         results = {step_contract.LOSS}
         if required - set(inputs) or not results <= outputs:

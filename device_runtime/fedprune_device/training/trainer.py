@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,8 @@ class TrainingResult:
         step_seconds: Median time of a step.
         squares: Squared gradients summed over the steps, by tensor, if the graph gives them.
         last_squares: Squared gradients of the last of these steps, by tensor, if the recipe asks for them.
+        moments: The optimiser's state after the last step, by the names of the training graph.
+        taken: Steps behind that state, with those of earlier rounds where it was kept.
     """
 
     tensors: Tensors
@@ -90,6 +92,8 @@ class TrainingResult:
     step_seconds: float
     squares: Tensors
     last_squares: Tensors
+    moments: Tensors = field(default_factory=dict)
+    taken: int = 0
 
     @classmethod
     def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
@@ -107,6 +111,8 @@ class TrainingTask:
         seed: The job's seed: with round and device it decides the order of the samples.
         widths: Channels per group that the tensors have; needed for ordered dropout alone.
         mask: Which elements of the tensors are active; the others are 0.
+        moments: The optimiser's state to begin with, by the names of the training graph; what it lacks begins at 0.
+        taken: Steps behind that state.
     """
 
     recipe: Recipe
@@ -116,6 +122,8 @@ class TrainingTask:
     round: int
     widths: Sequence[int] = ()
     mask: ElementMask | None = None
+    moments: Tensors = field(default_factory=dict)
+    taken: int = 0
 
 
 @dataclass(frozen=True)
@@ -193,6 +201,8 @@ class Trainer:
         state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}  # steps write into it
         for name in (*self._graph.states, *self._graph.squares):
             state[name] = np.zeros_like(state[name.partition("::")[0]])
+        for name in task.moments.keys() & set(self._graph.states):
+            np.copyto(state[name], task.moments[name])
         plans = self._plans(tensors, recipe, task.widths)
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         validates = recipe.patience > 0 and self._can_validate(data)
@@ -216,7 +226,7 @@ class Trainer:
                 fed = self.axes.narrowed(fed, plans[0], plan)
             ends = number == batches.steps or number % batches.per_epoch == 0
             asked = self._graph.gradients if recipe.report_squares and ends else []
-            loss, right, moved, gradients = self._graph.advance(fed, parts, number, asked)
+            loss, right, moved, gradients = self._graph.advance(fed, parts, task.taken + number, asked)
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
             if plan == plans[0] or self.axes is None:
@@ -265,6 +275,8 @@ class Trainer:
             step_seconds=float(np.median(times)),
             squares={n.partition("::")[0]: state[n] for n in self._graph.squares},
             last_squares=squares,
+            moments={n: state[n] for n in self._graph.states},
+            taken=task.taken + len(losses),
         )
 
     def calibrated(

@@ -1,9 +1,10 @@
-"""From gradients to the next weights: proximal pull, clipping, and the optimisers of torch.optim."""
+"""From gradients to the next weights: proximal pull, clipping, the optimisers of torch.optim, and Lion."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -66,12 +67,9 @@ def add_inputs(g: Graph, tensors: Sequence[Trained], features: Features) -> None
         g.inputs.append(port(step_contract.MOMENTUM, ()))
     g.inputs.append(port(step_contract.WEIGHT_DECAY, ()))
     if features.optimizer != "sgd":
-        g.inputs += [
-            port(step_contract.BETA1, (), np.float64),
-            port(step_contract.BETA2, (), np.float64),
-            port(step_contract.EPSILON, ()),
-        ]
-        g.inputs.append(port(step_contract.STEP_NUMBER, (), np.int64))
+        g.inputs += [port(beta, (), np.float64) for beta in (step_contract.BETA1, step_contract.BETA2)]
+    if features.optimizer in ("adam", "adamw"):
+        g.inputs += [port(step_contract.EPSILON, ()), port(step_contract.STEP_NUMBER, (), np.int64)]
     if features.clip:
         g.inputs.append(port(step_contract.CLIP_NORM, ()))
     arrays = [*step_contract.states(features.optimizer)]
@@ -88,7 +86,7 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Fe
     gradients = [_objective(g, tape, tensor, features) for tensor in tensors]
     if features.clip:
         gradients = _clipped(g, gradients)
-    update = _sgd(g) if features.optimizer == "sgd" else _adam(g, decoupled=features.optimizer == "adamw")
+    update = _UPDATES[features.optimizer](g)
     for tensor, gradient in zip(tensors, gradients, strict=True):
         name = tensor.name
         mask = step_contract.mask(name) if features.element_mask else ""
@@ -163,18 +161,13 @@ def _adam(g: Graph, *, decoupled: bool) -> _Update:
     w −= lr/(1 − β1^t) · m / (√v/√(1 − β2^t) + ε), with AdamW also lr · wd · w.
     """
 
-    def single(value: str) -> str:
-        return g.emit("Cast", value, attrs={"to": 1})
-
-    # Numbers near 1 lose too many digits in float32 differences.
     number, one = g.emit("Cast", step_contract.STEP_NUMBER, attrs={"to": 11}), g.constant(1, np.float64)
-    keep1, keep2 = single(step_contract.BETA1), single(step_contract.BETA2)
-    take1, take2 = (single(g.emit("Sub", one, beta)) for beta in (step_contract.BETA1, step_contract.BETA2))
+    (keep1, take1), (keep2, take2) = (_shares(g, beta) for beta in (step_contract.BETA1, step_contract.BETA2))
     bias1, bias2 = (
         g.emit("Sub", one, g.emit("Pow", beta, number)) for beta in (step_contract.BETA1, step_contract.BETA2)
     )
-    pace = single(g.emit("Div", g.emit("Cast", step_contract.LR, attrs={"to": 11}), bias1))
-    root = single(g.emit("Sqrt", bias2))
+    pace = _single(g, g.emit("Div", g.emit("Cast", step_contract.LR, attrs={"to": 11}), bias1))
+    root = _single(g, g.emit("Sqrt", bias2))
     shrink = g.emit("Mul", step_contract.LR, step_contract.WEIGHT_DECAY) if decoupled else ""
 
     def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
@@ -193,3 +186,36 @@ def _adam(g: Graph, *, decoupled: bool) -> _Update:
         return g.emit("Sub", name, change, out=out)
 
     return update
+
+
+def _lion(g: Graph) -> _Update:
+    """w −= lr · (sign(β1·m + (1 − β1)·g) + wd · w); m = β2·m + (1 − β2)·g (Chen et al., "Symbolic discovery of
+    optimization algorithms", NeurIPS 2023, Alg. 2)."""
+    (keep1, take1), (keep2, take2) = (_shares(g, beta) for beta in (step_contract.BETA1, step_contract.BETA2))
+
+    def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
+        name, state = tensor.name, step_contract.buffer(tensor.name)
+        meant = g.emit("Add", g.emit("Mul", state, keep1), g.emit("Mul", gradient, take1))
+        kept, fresh = g.emit("Mul", state, keep2), g.emit("Mul", gradient, take2)
+        g.emit("Add", kept, fresh, out=step_contract.following(state))
+        change = g.emit("Add", g.emit("Sign", meant), g.emit("Mul", name, step_contract.WEIGHT_DECAY))
+        return g.emit("Sub", name, g.emit("Mul", change, step_contract.LR), out=out)
+
+    return update
+
+
+def _shares(g: Graph, beta: str) -> tuple[str, str]:
+    """β and 1 − β in float32; numbers near 1 lose too many digits in float32 differences."""
+    return _single(g, beta), _single(g, g.emit("Sub", g.constant(1, np.float64), beta))
+
+
+def _single(g: Graph, value: str) -> str:
+    return g.emit("Cast", value, attrs={"to": 1})
+
+
+_UPDATES: dict[str, Callable[[Graph], _Update]] = {
+    "sgd": _sgd,
+    "adam": partial(_adam, decoupled=False),
+    "adamw": partial(_adam, decoupled=True),
+    "lion": _lion,
+}

@@ -13,7 +13,6 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, StorageFullError
-from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
@@ -25,7 +24,7 @@ from fedprune_device.storage.local_state import LocalState
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.local_update import carried
 from fedprune_device.training.round_runner import DamagedBlobError, RoundRunner
-from support.fakes.hidden_board import DEVICE, HIDDEN, HiddenBoard, hidden_weights
+from support.fakes.hidden_board import ARCHITECTURE, DEVICE, HiddenBoard, hidden_weights
 
 pytestmark = pytest.mark.board
 
@@ -102,19 +101,6 @@ def test_a_masked_update_leaves_out_of_active_elements_alone(board: HiddenBoard)
         assert not own.residual[name][~active].any()
 
 
-ARCHITECTURE = Architecture(
-    "hidden",
-    (ChannelGroup("h", HIDDEN),),
-    (
-        TensorSpec("w1", TensorKind.WEIGHT, (Axis((Segment(0, 0, HIDDEN, 1),)), Axis((Segment(FIXED, 0, 1, 6),)))),
-        TensorSpec("gamma", TensorKind.NORM_SCALE, (Axis((Segment(0, 0, HIDDEN, 1),)),)),
-        TensorSpec("w2", TensorKind.WEIGHT, (Axis((Segment(FIXED, 0, 1, 3),)), Axis((Segment(0, 0, HIDDEN, 1),)))),
-    ),
-    (),
-    (),
-    (6,),
-    (3,),
-)
 BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])
 NOW = Selection.of(ARCHITECTURE, (4,), [[7, 5, 4, 1, 0, 2, 3, 6]])
 WHOLE = {n: v for n, v in hidden_weights(seed=3).items() if n in ARCHITECTURE.by_name}
@@ -135,7 +121,7 @@ def offered(board: HiddenBoard, **other: Any) -> tuple[Offer, Callable[[BlobRef]
 
 
 def test_channels_that_have_moved_keep_what_was_left_out(board: HiddenBoard) -> None:
-    found = carried(own(), *placed(offered(board)))
+    found = carried(own().residual, own(), *placed(offered(board)))
     wanted = NOW.gather(WHOLE)
     assert set(found) == set(wanted)
     for name, axis in (("w1", 0), ("gamma", 0), ("w2", 1)):
@@ -149,12 +135,12 @@ def placed(made: tuple[Offer, Callable[[BlobRef], bytes]]) -> tuple[Offer, Tenso
 
 
 def test_where_nothing_is_known_of_channels_nothing_is_left(board: HiddenBoard) -> None:
-    assert not carried(own(), *placed(offered(board, moved=None, moved_from=None)))
-    assert not carried(own(), *placed(offered(board, moved_from="d" * 64)))
-    assert not carried(None, *placed(offered(board)))
+    left = own().residual
+    assert not carried(left, own(), *placed(offered(board, moved=None, moved_from=None)))
+    assert not carried(left, own(), *placed(offered(board, moved_from="d" * 64)))
     with DeviceStore(board.root) as store:
         wrong = store.blobs.put(relocation(NOW, BEFORE) + b"x")
-    assert not carried(own(), *placed(offered(board, moved=wrong)))
+    assert not carried(left, own(), *placed(offered(board, moved=wrong)))
 
 
 # -- weights that come encoded ----------------------------------------------------------------------------------------

@@ -1,4 +1,7 @@
-"""Optimisers, clipping, pulls, masks and sums of the training graph against torch.optim, on given gradients."""
+"""Optimisers, clipping, pulls, masks and sums of the training graph against torch.optim, on given gradients.
+
+torch has no Lion: its oracle is the paper's algorithm.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,38 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fedprune_export as fx
 from fedprune.model import step_contract
-from fedprune.model.recipe import OPTIMIZERS, Features
+from fedprune.model.recipe import OPTIMIZERS, Features, Recipe
 from fedprune.runtime.session import Session
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.autodiff.tape import port
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.optimizers import Trained, add_inputs, write_updates
+from fedprune_export.training.step_graph import training_graph
 
 pytestmark = pytest.mark.torch
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 SHAPES = {"w": (3, 4), "b": (5,), "scale": ()}
+
+
+class Lion(torch.optim.Optimizer):
+    """Chen et al. 2023, Alg. 2."""
+
+    def __init__(self, leaves: Any, lr: float, betas: tuple[float, float], weight_decay: float) -> None:
+        super().__init__(leaves, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (first, second), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+            for leaf in group["params"]:
+                mean = self.state[leaf]["exp_avg"]
+                way = torch.lerp(leaf.grad, mean, first).sign()
+                leaf -= lr * (way + decay * leaf)
+                self.state[leaf]["exp_avg"] = torch.lerp(leaf.grad, mean, second)
 
 
 class GivenGradients:
@@ -92,6 +116,9 @@ def oracle(
             leaves.values(), get["lr"], get["momentum"], weight_decay=get["weight_decay"]
         )
         names = {"momentum_buffer": step_contract.buffer}
+    elif optimizer == "lion":
+        made = Lion(leaves.values(), get["lr"], (get["beta1"], get["beta2"]), get["weight_decay"])
+        names = {"exp_avg": step_contract.buffer}
     else:
         kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
         betas = (get["beta1"], get["beta2"])
@@ -100,7 +127,7 @@ def oracle(
     for name, leaf in leaves.items():
         leaf.grad = torch.tensor(gradient[f"d{name}"], dtype=dtype)
         made.state[leaf] = {key: torch.tensor(state[array(name)], dtype=dtype) for key, array in names.items()}
-        if optimizer != "sgd":
+        if optimizer in ("adam", "adamw"):
             made.state[leaf]["step"] = torch.tensor(count - 1.0)
     if clip:
         torch.nn.utils.clip_grad_norm_(leaves.values(), clip)
@@ -267,3 +294,48 @@ def test_sums_and_squares_are_those_of_the_data_loss_alone() -> None:
         np.testing.assert_array_equal(whole[step_contract.following(step_contract.total(name))], total)
         np.testing.assert_allclose(whole[step_contract.following(step_contract.squares(name))], 2 + total**2, rtol=1e-6)
         np.testing.assert_allclose(whole[step_contract.gradient(name)], total + 3 * (state[name] - 2), rtol=1e-6)
+
+
+class Linear(torch.nn.Linear):
+    input_shape = (6,)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(optimizer: str) -> None:
+    """Two rounds of three steps with all samples each; between them the weights become others, but not the state."""
+    rng = np.random.default_rng(6)
+    x, y = rng.standard_normal((12, 6)).astype(np.float32), rng.integers(0, 3, 12)
+    model = fx.load(Linear(6, 3))
+    recipe = Recipe(epochs=3, batch_size=12, lr=0.02, weight_decay=0.01, beta2=0.5, optimizer=optimizer)
+    starts = [{n: rng.standard_normal(v.shape).astype(np.float32) for n, v in model.tensors.items()} for _ in range(2)]
+
+    leaves = {n: torch.tensor(v, dtype=torch.float64).requires_grad_() for n, v in starts[0].items()}
+    decay, betas = recipe.weight_decay, (recipe.beta1, recipe.beta2)
+    made: dict[str, Any] = {
+        "sgd": lambda w: torch.optim.SGD(w, recipe.lr, recipe.momentum, weight_decay=decay),
+        "adam": lambda w: torch.optim.Adam(w, recipe.lr, betas, recipe.epsilon, decay),
+        "adamw": lambda w: torch.optim.AdamW(w, recipe.lr, betas, recipe.epsilon, decay),
+        "lion": lambda w: Lion(w, recipe.lr, betas, decay),
+    }
+    torchs = made[optimizer](list(leaves.values()))
+    if optimizer == "lion":
+        for leaf in leaves.values():
+            torchs.state[leaf]["exp_avg"] = torch.zeros_like(leaf)
+
+    trainer, task = Trainer(training_graph(model, recipe.features).to_bytes()), TrainingTask(recipe, 3, 0, "a", 1)
+    for start in starts:
+        with torch.no_grad():
+            for name, leaf in leaves.items():
+                leaf.copy_(torch.tensor(start[name]))
+        for _ in range(3):
+            torchs.zero_grad()
+            outputs = torch.tensor(x, dtype=torch.float64) @ leaves["weight"].T + leaves["bias"]
+            torch.nn.functional.cross_entropy(outputs, torch.tensor(y)).backward()
+            torchs.step()
+        result = trainer.train(start, LocalData(x, y, x[:0], y[:0]), task)
+        wanted = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
+        assert error(result.tensors, wanted) < 1e-6
+        task = TrainingTask(recipe, 3, 0, "a", 2, moments=result.moments, taken=result.taken)
+    assert result.taken == 6
+    fresh = trainer.train(starts[1], LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", 2))
+    assert error(fresh.tensors, wanted) > 1e-3

@@ -108,6 +108,7 @@ KEEPING = {
     "calibrated": Recipe(batch_size=16, average=0.8, calibrate=True, patience=2, epochs=3),
     "personal": Recipe(batch_size=16, personal=("w2", "b2", "mean", "var")),
     "masked": Recipe(batch_size=16, average=0.8, mask="hard", report_squares=True),
+    "optimizer's state": Recipe(batch_size=16, keep_optimizer_state=True),
 }
 
 

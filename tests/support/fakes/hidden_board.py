@@ -9,6 +9,7 @@ import numpy as np
 
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
+from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
@@ -20,6 +21,21 @@ from fedprune_device.training.round_runner import RoundRunner
 HIDDEN, FEATURES, CLASSES = 8, 6, 3
 SEED, DEVICE = 7, "d"
 Array = np.ndarray[Any, Any]
+
+ARCHITECTURE = Architecture(
+    "hidden",
+    (ChannelGroup("h", HIDDEN),),
+    (
+        TensorSpec("w1", TensorKind.WEIGHT, (Axis((Segment(0, 0, HIDDEN, 1),)), Axis((Segment(FIXED, 0, 1, 6),)))),
+        TensorSpec("gamma", TensorKind.NORM_SCALE, (Axis((Segment(0, 0, HIDDEN, 1),)),)),
+        TensorSpec("w2", TensorKind.WEIGHT, (Axis((Segment(FIXED, 0, 1, 3),)), Axis((Segment(0, 0, HIDDEN, 1),)))),
+    ),
+    (),
+    (),
+    (6,),
+    (3,),
+)
+"""Its hidden channels; tensors that are read by name alone are left out."""
 
 
 def hidden_weights(width: int = HIDDEN, seed: int = 0) -> Tensors:

@@ -223,6 +223,7 @@ def _own() -> bytes:
         "average": {"w": np.zeros((2, 2), np.float32)},
         "personal": {},
         "residual": {},
+        "moments": {"w::momentum": np.zeros((2, 2), np.float32)},
         "mask": None,
     }
     for field in fields(LocalState):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune.model.recipe import LEAST_MIXUP, Features, Recipe
+from fedprune.model.recipe import LEAST_MIXUP, OPTIMIZERS, Features, Recipe
 
 pytestmark = pytest.mark.board
 
@@ -266,6 +266,8 @@ def test_settings_that_have_no_meaning_together_are_refused(setting: dict[str, A
         ({"personal": ["a*"]}, 4),
         ({"average": 0.9, "personal": ["a*"], "calibrate": True}, 7),
         ({"report_squares": True}, 2),
+        ({"keep_optimizer_state": True}, 3),
+        ({"keep_optimizer_state": True, "optimizer": "adamw", "average": 0.9}, 10),
     ],
     ids=str,
 )
@@ -278,6 +280,7 @@ def test_what_a_board_holds_beside_training_is_counted() -> None:
     assert [r.own_copies for r in settings] == [0, 2, 1, 3]
     assert Recipe(patience=1, best_epoch=False).own_copies == 0
     assert Recipe(average=0.5, blend=0.2).own_copies == 3
+    assert [Recipe(optimizer=o, keep_optimizer_state=True).own_copies for o in OPTIMIZERS] == [1, 2, 2, 1]
 
 
 @pytest.mark.parametrize("setting", [{"calibrate": True}, {"personal": ["a*"]}, {"patience": 2}], ids=str)

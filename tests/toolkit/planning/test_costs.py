@@ -188,7 +188,8 @@ def test_features_that_hold_arrays_take_memory(feature: str) -> None:
 @pytest.mark.board
 def test_an_optimizers_second_state_takes_memory_and_frozen_weights_take_less() -> None:
     costs = costs_at(NET, NET.sizes)
-    sgd, adam = (costs.training_memory(8, replace(PLAIN, optimizer=o), 10).total for o in ("sgd", "adam"))
+    sgd, lion, adam = (costs.training_memory(8, replace(PLAIN, optimizer=o), 10).total for o in ("sgd", "lion", "adam"))
+    assert lion == sgd
     assert adam - sgd == pytest.approx(2 * costs.parameter_bytes, abs=1)
     less = 0.75 * (WEIGHT_COPIES - FROZEN_COPIES) * costs.parameter_bytes
     assert costs.training_memory(8, PLAIN, 10, trained=0.25).total == pytest.approx(sgd - less, abs=1)

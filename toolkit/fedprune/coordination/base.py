@@ -196,7 +196,8 @@ class Coordinator(ABC):
         task.progress = Progress.FOLDED
         device, offer = self.state.devices[event.device], task.offer or {}
         device.failures = 0
-        if {"codec", "weights_codec"} & set(offer):
+        keeps = offer.get("recipe", {}).get("keep_optimizer_state")
+        if keeps or {"codec", "weights_codec"} & set(offer):
             weights = offer["weights"]["sha256"] if "weights_codec" in offer else None
             device.held = {k: offer[k] for k in ("selection", "ranking", "widths")} | {"weights": weights}
         self.allocator.learn(self.fleet, event.device, task, task.seconds)

@@ -29,6 +29,7 @@ def composed(job: Job) -> Strategy:
         "it continues from what a device last handed in, which fedprune's own server keeps": strategy.keeps_past,
         "devices train under masks of elements": strategy.masks or recipe.mask != "none",
         "a part of the model stays on the device, which a node of Flower doesn't keep": bool(recipe.personal),
+        "the optimiser's state stays on the device, which a node of Flower doesn't keep": recipe.keep_optimizer_state,
         "its updates come in whenever they are ready, while Flower's rounds wait": strategy.schedule is not None,
         "its first rounds explore": strategy.explores > 0,
         "it needs what fedprune's own boards measure": recipe.report_squares or strategy.inputs == "measurements",

@@ -68,7 +68,8 @@ class Device(TrackedEntry):
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
         codecs: Names of the codecs that it knows.
-        held: What it continues from where updates or weights are encoded (`fedprune.coordination.commands.Held`).
+        held: What it continues from where updates or weights are encoded, or its optimiser's state is kept
+            (`fedprune.coordination.commands.Held`).
         releases: Under differential privacy, in how many releases its samples are, by noise multiplier
             (`fedprune.coordination.privacy_budget`).
     """

@@ -33,7 +33,7 @@ class Features:
         metric: One of `METRICS_OF` these labels, or empty: the graph's metadata has what measures it.
         label_smoothing: A share of every label is spread over all classes (cross-entropy).
         ignore_label: Labels of this class count for nothing (cross-entropy); None for none.
-        optimizer: `sgd`, `adam` or `adamw`.
+        optimizer: One of `OPTIMIZERS`.
         clip: Gradients are scaled down to a global norm.
         accumulate: A batch can be worked through in parts, whose gradients are summed.
         squares: Sums of squared gradients are outputs.
@@ -135,7 +135,8 @@ METRICS_OF = {
 }
 """Metrics besides accuracy and loss, by kind of labels; `custom` for the model's own."""
 
-OPTIMIZERS = ("sgd", "adam", "adamw")
+OPTIMIZERS = {"sgd": 1, "adam": 2, "adamw": 2, "lion": 1}
+"""Optimisers, and how many arrays of a tensor's shape each keeps between steps."""
 
 MASKS = ("none", "hard", "threshold")
 
@@ -153,7 +154,15 @@ _FIRST = (
 )
 """Settings that every board knows."""
 
-_LATER = ("blend", "mixup", "ignore_label", "metric", "update_clip", "update_noise")
+_LATER = (
+    "blend",
+    "mixup",
+    "ignore_label",
+    "metric",
+    "keep_optimizer_state",
+    "update_clip",
+    "update_noise",
+)
 """Settings that are only written down where they are not as by default: what was named by a digest keeps its name."""
 
 LEAST_MIXUP = 1e-3
@@ -172,8 +181,9 @@ class Recipe:
         epochs: Passes over the local data.
         batch_size: Samples per step; the last batch of an epoch may be smaller.
         lr: Learning rate, from 0; with 0 no weight moves, but batch-norm statistics do (schedules may end there).
-        momentum: Momentum of SGD, below 1; the buffer starts at zero every round.
-        weight_decay: Added to gradients as weight_decay · w; with AdamW it shrinks the weights by lr · weight_decay.
+        momentum: Momentum of SGD, below 1.
+        weight_decay: Added to gradients as weight_decay · w; with AdamW and Lion it shrinks the weights by
+            lr · weight_decay.
         proximal: Strength µ of the pull towards the weights that were received; 0 leaves it out.
         logit_adjustment: Add the log of the device's own (smoothed) label shares to the logits in the loss and in
             personal predictions: log((n_c + 0.1) / (n + 0.1·C)).
@@ -193,9 +203,11 @@ class Recipe:
         label_smoothing: Share of every label that is spread over all classes (cross-entropy).
         ignore_label: Labels of this class count for nothing (cross-entropy), such as pixels that nobody has labelled.
         huber_delta: From this error on the Huber loss grows linearly.
-        optimizer: `sgd`, `adam` or `adamw`, as in torch.optim; state starts at zero every round.
-        beta1: Adam's share of the old mean of gradients that is kept.
-        beta2: Adam's share of the old mean of squared gradients that is kept.
+        optimizer: `sgd`, `adam` or `adamw`, as in torch.optim, or `lion` (Chen et al. 2023, Alg. 2), which needs as
+            little memory as SGD; state starts at zero every round, unless `keep_optimizer_state` is set.
+        beta1: Adam's share of the old mean of gradients that is kept; Lion's in what its sign is taken of.
+        beta2: Adam's share of the old mean of squared gradients that is kept; Lion's of its mean of gradients, for
+            which its authors take 0.99.
         epsilon: Adam's addend of the denominator.
         clip_norm: Gradients of all tensors together are scaled down to this norm; 0 leaves them.
         accumulate: Parts in which a batch is worked through, one after the other: the memory of one part, the gradient
@@ -229,6 +241,8 @@ class Recipe:
         evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
             samples in every so many rounds; in the others it trains and serves without, which costs it less.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
+        keep_optimizer_state: The board keeps the optimiser's state (momentum, means, the number of steps) between
+            rounds; it stays on the board. Channels that are new in its submodel begin without.
         update_clip: The most that the whole update may be long (`fedprune.updates.privacy`); 0 leaves it as
             it is. Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
@@ -270,6 +284,7 @@ class Recipe:
     mixup: float = 0.0
     ignore_label: int | None = None
     metric: str = ""
+    keep_optimizer_state: bool = False
     update_clip: float = 0.0
     update_noise: float = 0.0
 
@@ -308,7 +323,7 @@ class Recipe:
         for name, (low, high) in numbers.items():
             kept = name in ("momentum", "beta1", "beta2", "average")  # with a share of 1 nothing old is ever forgotten
             validation.number(f"recipe: {name}", getattr(self, name), low, high, below=kept)
-        for name, allowed in (("loss", LOSSES), ("optimizer", OPTIMIZERS), ("mask", MASKS)):
+        for name, allowed in (("loss", LOSSES), ("optimizer", tuple(OPTIMIZERS)), ("mask", MASKS)):
             validation.word(f"recipe: {name}", getattr(self, name), allowed)
         if self.metric:
             validation.word(f"recipe: metric with loss {self.loss!r}", self.metric, METRICS_OF[LABELS_OF[self.loss]])
@@ -416,21 +431,28 @@ class Recipe:
     def own_files(self) -> int:
         """Files of a model's size that a board stores in addition to those of every round, at the peak.
 
-        These are a served model that differs from the update, and three records of the board's average and personal
-        tensors: the newest, the one that it was made from, and the staged one.
+        These are a served model that differs from the update, and three records of the board's average, personal
+        tensors and optimiser's state: the newest, the one that it was made from, and the staged one.
         """
         differs = self.calibrate or self.mask != "none" or self.report_squares or self.update_clip > 0
         serves = differs or self.average > 0 or bool(self.personal)
-        return int(serves) + 3 * ((self.average > 0) + bool(self.personal)) + self.report_squares
+        records = (self.average > 0) + bool(self.personal) + self._kept_states
+        return int(serves) + 3 * records + self.report_squares
 
     @property
     def own_copies(self) -> int:
         """Copies of all weights that a board holds in memory besides those of training.
 
-        Those are the average as it was and as it is, the received weights that are blended into what serves, and the
-        best epoch's weights.
+        Those are the average as it was and as it is, the received weights that are blended into what serves, the best
+        epoch's weights, and the optimiser's state as it was.
         """
-        return 2 * (self.average > 0) + (self.blend > 0) + (self.patience > 0 and self.best_epoch)
+        best = self.patience > 0 and self.best_epoch
+        return 2 * (self.average > 0) + (self.blend > 0) + best + self._kept_states
+
+    @property
+    def _kept_states(self) -> int:
+        """Arrays per trained tensor that the optimiser leaves to the next round."""
+        return OPTIMIZERS[self.optimizer] if self.keep_optimizer_state else 0
 
     @property
     def micro_batch(self) -> int:

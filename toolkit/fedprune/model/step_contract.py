@@ -9,15 +9,16 @@ Inputs:
         float32, with the other losses, 0 to 1 with `bce`.
     `y_partner` (with mixup): int64 [N, ...], the labels of the sample that was mixed into each: `y` in another order;
         `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
-    Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam and AdamW `beta1`, `beta2` (float64),
-        `epsilon` and `step_number` (int64, counting optimiser steps from 1); `label_smoothing`, `huber_delta`,
-        `clip_norm` as asked for. float32 where nothing else is said.
+    Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam, AdamW and Lion `beta1` and `beta2`
+        (float64); with Adam and AdamW `epsilon` and `step_number` (int64, counting optimiser steps from 1);
+        `label_smoothing`, `huber_delta`, `clip_norm` as asked for. float32 where nothing else is said.
     `divisor` (with accumulation): what the sum of the losses is divided by, for the whole batch of which `x` is a part:
         its number of samples; in cross-entropy of labels that count or, with class weights, the sum of their weights.
     `output_scale` (with a scaler, shape []): outputs of every layer with weights, but the last, are multiplied by it.
     `logit_offset`, `class_weight`, `class_mask`: float32 [K]; with `bce` the class weight is torch's `pos_weight`.
     Every tensor of the architecture under its own name, and per *trained* tensor (trainable and not frozen) the
-        optimiser's state: one array with SGD (momentum), two with Adam and AdamW (mean and mean square of gradients).
+        optimiser's state: one array with SGD and Lion (momentum), two with Adam and AdamW (mean and mean square of
+        gradients).
     On demand, per trained tensor: anchor and µ (shape []), mask (0 or 1), `threshold` θ (shape [], 0 for none), the
         gradients so far of this batch (`sum`), the squares so far (`squares`).
 
@@ -33,7 +34,8 @@ Outputs:
         without weight decay, before clipping), the next `sum`, the next `squares` (with the squared gradient of this
         batch's data loss added); `sample_losses` float32 [N], of which `loss` is the sum over the divisor.
 
-All state is zero at the beginning of a round, and `step_number` begins at 1. With accumulation only the last part's
+All state is zero at the beginning of a round, and `step_number` begins at 1, unless the recipe keeps the optimiser's
+state: then both continue from the round before. With accumulation only the last part's
 next values and next states are a step; of the parts before it only the sums, the statistics, `loss` and `hits` are
 taken, and `sum` is zero for the first part.
 """
@@ -47,7 +49,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.model import step_contract
-from fedprune.model.recipe import Recipe
+from fedprune.model.recipe import OPTIMIZERS, Recipe
 
 X = "x"
 Y = "y"
@@ -77,9 +79,6 @@ LOGITS = "logits"
 OF_SAMPLES = frozenset({X, Y, Y_PARTNER})
 """Inputs that have an entry for every sample."""
 
-OF_STEPS = frozenset({Y_SHARE, STEP_NUMBER, DIVISOR})
-"""Single numbers that may be others in every step."""
-
 RESERVED = frozenset(
     {
         *(X, Y, Y_PARTNER, Y_SHARE),
@@ -108,7 +107,7 @@ AXES = "fedprune.axes"
 
 
 def buffer(name: str) -> str:
-    """Momentum buffer of a tensor, with Adam its mean of gradients (input)."""
+    """Momentum buffer of a tensor, with Adam and Lion its mean of gradients (input)."""
     return f"{name}::momentum"
 
 
@@ -159,7 +158,7 @@ def gradient(name: str) -> str:
 
 def states(optimizer: str) -> tuple[Callable[[str], str], ...]:
     """What an optimiser keeps per trained tensor between steps: functions from its name to the arrays' names."""
-    return (buffer,) if optimizer == "sgd" else (buffer, second)
+    return (buffer, second)[: OPTIMIZERS[optimizer]]
 
 
 Array = npt.NDArray[Any]
@@ -176,6 +175,7 @@ def numbers(recipe: Recipe) -> dict[str, Array]:
     else:
         out[step_contract.BETA1] = np.array(recipe.beta1, np.float64)
         out[step_contract.BETA2] = np.array(recipe.beta2, np.float64)
+    if recipe.optimizer in ("adam", "adamw"):
         out[step_contract.EPSILON] = np.array(recipe.epsilon, np.float32)
     if recipe.features.clip:
         out[step_contract.CLIP_NORM] = np.array(recipe.clip_norm, np.float32)

@@ -4,7 +4,7 @@ A server ranks channels again, or gives a device another width; what a device ho
 update left out) is then of other channels, in another order. A relocation has, for a tensor `n` that is laid out
 differently now, `n::axes` (I32, one per axis): the number k of a list of places `k` (I32), or −1 for an axis that stays
 as it is. Places say for each index of the axis where it lay before, or −1 for a channel that wasn't there: its elements
-are 0.
+are 0. Arrays of a tensor's shape that belong to it (`n::momentum`) move as it does.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def relocated(tensors: Mapping[str, npt.NDArray[np.float32]], raw: bytes, most: 
 
 
 def _placed(name: str, value: npt.NDArray[np.float32], lists: Lists, most: int) -> npt.NDArray[np.float32]:
-    axes = lists.get(name + _AXES)
+    axes = lists.get(name.partition("::")[0] + _AXES)
     if axes is None:
         return value
     if axes.dtype != np.int32 or axes.shape != (value.ndim,):

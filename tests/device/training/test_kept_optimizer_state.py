@@ -1,0 +1,124 @@
+"""The optimiser's state that a board keeps between rounds: continued, moved with its channels, or left behind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.model import step_contract
+from fedprune.model.recipe import Recipe
+from fedprune.model.selection import Selection, Tensors
+from fedprune.updates.remap import relocation
+from fedprune_device.storage.local_state import LocalState
+from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.local_update import continued
+from fedprune_device.training.trainer import Trainer, TrainingResult, TrainingTask
+from support.fakes.hidden_board import ARCHITECTURE, CLASSES, DEVICE, SEED, HiddenBoard, hidden_weights
+
+pytestmark = pytest.mark.board
+
+KEEPS = Recipe(epochs=1, batch_size=16, keep_optimizer_state=True)
+
+
+def trained(board: HiddenBoard, number: int, weights: Tensors, before: TrainingResult | None) -> TrainingResult:
+    task = TrainingTask(KEEPS, CLASSES, SEED, DEVICE, number)
+    if before is not None:
+        task = replace(task, moments=before.moments, taken=before.taken)
+    result = Trainer(board.graphs / "kept.onnx").train(weights, board.data, task)
+    return replace(result, tensors={n: v.copy() for n, v in result.tensors.items()})
+
+
+def newest(board: HiddenBoard) -> LocalState:
+    with DeviceStore(board.root) as store:
+        return max((LocalState.from_bytes(r) for r in store.own.read().values()), key=lambda own: own.round)
+
+
+def equal(one: Tensors, other: Tensors) -> bool:
+    return set(one) == set(other) and all(one[n].tobytes() == other[n].tobytes() for n in one)
+
+
+def test_a_round_goes_on_with_the_state_of_the_one_before(board: HiddenBoard) -> None:
+    before = None
+    for number in (1, 2, 4):
+        weights = hidden_weights(seed=number)
+        _, sent, _ = board.carry_out(board.offer(number, KEEPS, weights, graph="kept"))
+        alone = trained(board, number, weights, None)
+        before = trained(board, number, weights, before)
+        assert equal(sent, before.tensors)
+        assert equal(sent, alone.tensors) == (number == 1)
+        own = newest(board)
+        assert equal(own.moments, before.moments)
+        assert (own.optimizer, own.steps) == ("sgd", before.taken)
+
+
+def test_a_round_that_is_done_twice_gives_the_same_update(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, KEEPS, hidden_weights(seed=1), graph="kept"))
+    again = board.offer(2, KEEPS, hidden_weights(seed=2), graph="kept")
+    one = board.carry_out(again)[1]
+    board.carry_out(board.offer(2, KEEPS, hidden_weights(seed=3), graph="kept"))
+    assert equal(board.carry_out(replace(again, attempt=1))[1], one)
+
+
+def test_by_default_every_round_begins_at_zero(board: HiddenBoard) -> None:
+    board.carry_out(board.offer(1, KEEPS, hidden_weights(seed=1), graph="kept"))
+    weights = hidden_weights(seed=2)
+    plain = replace(KEEPS, keep_optimizer_state=False)
+    _, sent, _ = board.carry_out(board.offer(2, plain, weights, graph="kept"))
+    assert equal(sent, trained(board, 2, weights, None).tensors)
+
+
+BEFORE = Selection.of(ARCHITECTURE, (6,), [[4, 1, 7, 0, 3, 2, 5, 6]])
+NOW = Selection.of(ARCHITECTURE, (4,), [[7, 5, 4, 1, 0, 2, 3, 6]])
+KEPT = [0, 2, 3]  # places now of channels 7, 4 and 1; channel 5 is new
+WHOLE = {n: np.abs(v) for n, v in hidden_weights(seed=3).items() if n in ARCHITECTURE.by_name}
+
+
+def left(optimizer: str = "adam") -> LocalState:
+    """The state of a round before, in which elements of a mean are as in `WHOLE`, and of a mean square twice that."""
+    means = BEFORE.gather(WHOLE)
+    moments = {step_contract.buffer(n): v for n, v in means.items()}
+    moments |= {step_contract.second(n): 2 * v for n, v in means.items()}
+    place = (BEFORE.digest, "c" * 64, BEFORE.widths, 1)
+    return LocalState("job", 7, "a" * 64, *place, moments=moments, optimizer=optimizer, steps=9)
+
+
+def found(board: HiddenBoard, base: LocalState | None, **other: str | None) -> tuple[Tensors, int]:
+    with DeviceStore(board.root) as store:
+        moved = store.blobs.put(relocation(BEFORE, NOW))
+    values = {"moved": moved, "moved_from": BEFORE.digest, "selection": NOW.digest, **other}
+    offer = board.offer(2, KEEPS, hidden_weights(), graph="kept", **values)
+    with DeviceStore(board.root) as store:
+        return continued(base, "adam", offer, NOW.gather(WHOLE), lambda ref: store.blobs.read(ref.sha256))
+
+
+def test_channels_that_have_moved_keep_their_state(board: HiddenBoard) -> None:
+    state, steps = found(board, left())
+    wanted = NOW.gather(WHOLE)
+    assert steps == 9
+    assert set(state) == {f(n) for n in wanted for f in (step_contract.buffer, step_contract.second)}
+    for name, axis in (("w1", 0), ("gamma", 0), ("w2", 1)):
+        mean, square = (np.moveaxis(state[f(name)], axis, 0) for f in (step_contract.buffer, step_contract.second))
+        old = np.moveaxis(wanted[name], axis, 0)
+        np.testing.assert_array_equal(mean[KEPT], old[KEPT])
+        np.testing.assert_array_equal(square[KEPT], 2 * old[KEPT])
+        assert not mean[1].any()
+        # A new channel's mean square is that of the others, or its first steps would be several times too long.
+        np.testing.assert_allclose(square[1], square[KEPT].mean(dtype=np.float64), rtol=1e-6)
+
+
+def test_a_state_that_means_nothing_now_is_left_behind(board: HiddenBoard) -> None:
+    assert found(board, None) == ({}, 0)
+    assert found(board, left("adamw")) == ({}, 0)
+    assert found(board, left(), moved_from="d" * 64) == ({}, 0)
+    assert found(board, left(), moved=None, moved_from=None) == ({}, 0)
+
+
+def test_a_record_with_a_state_is_read_back() -> None:
+    base = left()
+    read = LocalState.from_bytes(base.to_bytes())
+    assert equal(read.moments, base.moments)
+    assert (read.optimizer, read.steps) == ("adam", 9)
+    assert tensorfile.decode(base.to_bytes()).keys() == {"record", "sha256", *(f"moments/{n}" for n in base.moments)}
