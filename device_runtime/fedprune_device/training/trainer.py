@@ -217,6 +217,7 @@ class Trainer:
             at = time.monotonic()
             parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
             plan, fed = plans[0], {**constant, **state}
+            fed[step_contract.LR] = np.array(recipe.rate(round_, (number - 0.5) / batches.steps), np.float32)
             if recipe.mixup and not self.token_ids:
                 parts, share = mixed(parts, recipe.mixup, keyed(seed, round_, device, "mixup", number))
                 fed |= {step_contract.Y_SHARE: share} if recipe.features.mixup else {}

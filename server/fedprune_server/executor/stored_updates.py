@@ -55,7 +55,7 @@ class StoredUpdates:
             round_,
             self.archive.model(model),
             self.archive.memory(memory),
-            self._job.recipe,
+            self._job.training,
             participants,
         )
 
@@ -65,7 +65,7 @@ class StoredUpdates:
         )
 
     def recipe(self, turn: Turn) -> Recipe:
-        recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.recipe, turn))
+        recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.training, turn))
         return replace(recipe, personal=spelt(recipe.personal, self._architecture))
 
     def withheld(self, basis: do.Basis, part: do.Part) -> frozenset[str]:

@@ -91,7 +91,7 @@ class Moment:
         elements = strategy.allocator is not None and strategy.allocator.elements
         widths = sizes if elements else widths_at(self.architecture, density)
         scene = Scene(
-            self.architecture, self.job.seed, self.round, self.model, self.memory, self.job.recipe, participants=()
+            self.architecture, self.job.seed, self.round, self.model, self.memory, self.job.training, participants=()
         )
         turn = Turn(self.job.seed, self.round, "", widths, density)
         selection = self.archive.selection(self.basis.ranking, widths)

@@ -339,3 +339,40 @@ def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(optimizer: str) -> No
     assert result.taken == 6
     fresh = trainer.train(starts[1], LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", 2))
     assert error(fresh.tensors, wanted) > 1e-3
+
+
+@pytest.mark.parametrize("warmup", [0, 1.5])
+def test_rates_of_a_schedule_are_torchs(warmup: float) -> None:
+    """Two rounds of four and eight steps of a job of three; a step has the rate of its middle."""
+    rng = np.random.default_rng(7)
+    x, y = rng.standard_normal((12, 6)).astype(np.float32), rng.integers(0, 3, 12)
+    model = fx.load(Linear(6, 3))
+    tensors = {n: rng.standard_normal(v.shape).astype(np.float32) for n, v in model.tensors.items()}
+    leaves = {n: torch.tensor(v, dtype=torch.float64).requires_grad_() for n, v in tensors.items()}
+    trainer = None
+    for round_, steps in ((1, 4), (2, 8), (3, 4)):
+        # Torch's schedulers by half steps of this round's length.
+        still, torchs = (torch.optim.SGD(w, 0.3) for w in ([torch.zeros(1)], list(leaves.values())))
+        halves, rates = 2 * steps, []
+        after: Any = torch.optim.lr_scheduler.CosineAnnealingLR(still, int(halves * (3 - warmup)))
+        if warmup:
+            rise = torch.optim.lr_scheduler.LinearLR(still, 1e-12, total_iters=int(halves * warmup))
+            after = torch.optim.lr_scheduler.SequentialLR(still, [rise, after], [int(halves * warmup)])
+        for _ in range(3 * halves):
+            rates.append(still.param_groups[0]["lr"])
+            still.step()
+            after.step()
+        recipe = Recipe(
+            epochs=steps, batch_size=12, lr=0.3, momentum=0, lr_warmup=warmup, lr_schedule="cosine", lr_rounds=3
+        )
+        trainer = trainer or Trainer(training_graph(model, recipe.features).to_bytes())
+        for step in range(steps):
+            torchs.param_groups[0]["lr"] = rates[(round_ - 1) * halves + 2 * step + 1]
+            torchs.zero_grad()
+            outputs = torch.tensor(x, dtype=torch.float64) @ leaves["weight"].T + leaves["bias"]
+            torch.nn.functional.cross_entropy(outputs, torch.tensor(y)).backward()
+            torchs.step()
+        result = trainer.train(tensors, LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", round_))
+        tensors = result.tensors
+        wanted = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
+        assert error(tensors, wanted) < 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fedprune.model.architecture import TensorKind
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
+from fedprune_device.training.step_graph import StepGraph
+from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.measure import Measure
 from fedprune_server.simulation.network_model import Weather
@@ -321,3 +324,33 @@ def test_notes_are_of_what_entered_the_model(scheduled: Simulate) -> None:
     assert rounds[-1].updates == len(FIVE)  # kept ones count, too
     last = simulation.measured[9]
     assert last["global"] == pytest.approx(history[-1]["metrics"]["accuracy"])
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbuff"])
+def test_learning_rates_fall_with_the_rounds_of_offers(
+    run: Build, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: dict[int, set[float]] = {}
+    advance = StepGraph.advance
+
+    def watched(self: StepGraph, feeds: Any, parts: Any, number: int, gradients: Any = ()) -> Any:
+        rates.setdefault(rounds[-1], set()).add(float(feeds["lr"]))
+        return advance(self, feeds, parts, number, gradients)
+
+    rounds: list[int] = []
+    train = Trainer.train
+
+    def noted(self: Trainer, tensors: Any, data: Any, task: TrainingTask, control: Any = None) -> Any:
+        rounds.append(task.round)
+        with monkeypatch.context() as only:
+            only.setattr(StepGraph, "advance", watched)
+            return train(self, tensors, data, task, control)
+
+    monkeypatch.setattr(Trainer, "train", noted)
+    recipe = Recipe(max_steps=3, batch_size=16, lr=0.1, lr_warmup=1, lr_schedule="cosine")
+    run(strategy, recipe=recipe)
+
+    wanted = replace(recipe, lr_rounds=4)
+    assert set(rates) == {1, 2, 3, 4}
+    for round_, found in rates.items():
+        assert sorted(found) == pytest.approx(sorted(wanted.rate(round_, (s - 0.5) / 3) for s in (1, 2, 3)))

@@ -62,3 +62,14 @@ def test_the_curvature_scorer_needs_sgd() -> None:
 def test_the_recipe_is_checked() -> None:
     with pytest.raises(ConfigError, match="recipe: epochs"):
         Job.from_dict({"recipe": {"epochs": 0}})
+
+
+def test_a_learning_rate_falls_over_the_rounds_of_the_job_unless_others_are_given() -> None:
+    cosine = Recipe(lr_schedule="cosine")
+    job = Job(rounds=7, recipe=cosine)
+    assert (job.training.lr_rounds, job.recipe.lr_rounds) == (7, 0)
+    assert Job.from_dict(job.to_dict()) == job
+    assert Job(rounds=7, recipe=Recipe(lr_schedule="cosine", lr_rounds=5)).training.lr_rounds == 5
+    assert Job(rounds=7).training == Recipe()
+    with pytest.raises(ConfigError, match="recipe: lr_warmup"):
+        Job(rounds=2, recipe=Recipe(lr_schedule="cosine", lr_warmup=3))

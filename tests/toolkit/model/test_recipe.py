@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError
-from fedprune.model.recipe import LEAST_MIXUP, OPTIMIZERS, Features, Recipe
+from fedprune.model.recipe import LEAST_MIXUP, OPTIMIZERS, SCHEDULES, Features, Recipe
 
 pytestmark = pytest.mark.board
 
@@ -28,7 +28,7 @@ settings = st.builds(
     balance_classes=st.booleans(),
     max_steps=st.integers(0, 1000),
     label_smoothing=st.floats(0, 1),
-    optimizer=st.sampled_from(["sgd", "adam", "adamw"]),
+    optimizer=st.sampled_from(list(OPTIMIZERS)),
     beta2=st.floats(0, 1, exclude_max=True),
     clip_norm=st.floats(0, 10),
     frozen=st.lists(st.text("abc.*[", min_size=1, max_size=5), max_size=3).map(tuple),
@@ -40,6 +40,9 @@ settings = st.builds(
     patience=st.integers(0, 9),
     report_squares=st.booleans(),
     best_epoch=st.booleans(),
+    keep_optimizer_state=st.booleans(),
+    lr_warmup=st.floats(0, 9),
+    lr_schedule=st.sampled_from(SCHEDULES),
 )
 recipes = st.builds(
     lambda recipe, blend, mixup: replace(recipe, blend=blend if recipe.average else 0.0, mixup=mixup),
@@ -298,3 +301,46 @@ def test_an_offer_names_newer_settings_only_where_they_matter() -> None:
     known += ["logit_adjustment", "mask_absent_classes", "balance_classes", "max_steps"]
     assert list(Recipe().to_offer()) == known
     assert set(Recipe(loss="bce", frozen=("a",)).to_offer()) == {*known, "loss", "frozen"}
+
+
+@given(
+    st.floats(0, 5), st.integers(6, 40), st.integers(1, 40), st.integers(1, 30), st.sampled_from(SCHEDULES), st.data()
+)
+def test_the_learning_rate_goes_up_and_then_down_without_a_jump(
+    warmup: float, rounds: int, round_: int, steps: int, schedule: str, data: st.DataObject
+) -> None:
+    recipe = Recipe(lr=0.5, lr_warmup=warmup, lr_schedule=schedule, lr_rounds=rounds if schedule == "cosine" else 0)
+    shares = [(s - 0.5) / steps for s in range(1, steps + 1)]
+    rates = [recipe.rate(round_, d) for d in shares]
+    points = [round_ - 1 + d for d in shares]
+    assert all(0 <= r <= 0.5 for r in rates)
+    assert all(r > 0 for r, p in zip(rates, points, strict=True) if p < rounds - 1e-6)
+    rising = [r for r, p in zip(rates, points, strict=True) if p <= warmup]
+    falling = [r for r, p in zip(rates, points, strict=True) if p >= warmup]
+    assert rising == sorted(rising)
+    assert falling == sorted(falling, reverse=True)
+    assert recipe.rate(round_, 1.0) == pytest.approx(recipe.rate(round_ + 1, 0.0))
+    if schedule == "constant":
+        assert set(falling) <= {0.5}
+    elif round_ > rounds:
+        assert not any(rates)
+
+
+def test_without_a_schedule_every_step_has_the_same_bits() -> None:
+    assert {Recipe(lr=0.1).rate(r, d) for r in (1, 7) for d in (0.0, 0.3, 1.0)} == {0.1}
+
+
+@pytest.mark.parametrize(
+    ("setting", "what"),
+    [
+        ({"lr_rounds": 5}, "lr_rounds"),
+        ({"lr_schedule": "cosine", "lr_rounds": 5, "lr_warmup": 5}, "lr_warmup"),
+        ({"lr_schedule": "linear"}, "lr_schedule"),
+        ({"lr_warmup": -1}, "lr_warmup"),
+        ({"lr_schedule": "cosine", "lr_rounds": 1.5}, "lr_rounds"),
+    ],
+)
+def test_a_schedule_that_means_nothing_is_refused(setting: dict[str, Any], what: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Recipe.from_dict(setting)
+    assert what in caught.value.what

@@ -30,6 +30,9 @@ def composed(job: Job) -> Strategy:
         "devices train under masks of elements": strategy.masks or recipe.mask != "none",
         "a part of the model stays on the device, which a node of Flower doesn't keep": bool(recipe.personal),
         "the optimiser's state stays on the device, which a node of Flower doesn't keep": recipe.keep_optimizer_state,
+        "its learning rate falls over all rounds, whose number Flower alone knows (set lr_rounds)": (
+            recipe.lr_schedule != "constant" and not recipe.lr_rounds
+        ),
         "its updates come in whenever they are ready, while Flower's rounds wait": strategy.schedule is not None,
         "its first rounds explore": strategy.explores > 0,
         "it needs what fedprune's own boards measure": recipe.report_squares or strategy.inputs == "measurements",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args
 
 from fedprune.aggregation.fold import Rule
@@ -171,7 +171,7 @@ class Job:
                     expected="[job.privacy], which says what it is",
                     got=getattr(self.recipe, name),
                 )
-        self.privacy.asked_of(self.recipe)  # what doesn't go with privacy is better known now
+        self.privacy.asked_of(self.training)  # what doesn't go with privacy or rounds is better known now
         self._check_ranked()
         if self.scorer == "curvature" and self.recipe.optimizer != "sgd":
             raise ConfigError(
@@ -197,6 +197,13 @@ class Job:
                     expected="only the strategy's own [job.options]",
                     got=shown(getattr(self, f.name)),
                 )
+
+    @property
+    def training(self) -> Recipe:
+        """The recipe with the rounds over which its learning rate falls."""
+        if self.recipe.lr_schedule == "constant" or self.recipe.lr_rounds:
+            return self.recipe
+        return replace(self.recipe, lr_rounds=self.rounds)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; a setting that came later is only there where it is not as by default."""

@@ -7,6 +7,7 @@ that is fed at run time and never needs a new graph.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -138,6 +139,9 @@ METRICS_OF = {
 OPTIMIZERS = {"sgd": 1, "adam": 2, "adamw": 2, "lion": 1}
 """Optimisers, and how many arrays of a tensor's shape each keeps between steps."""
 
+SCHEDULES = ("constant", "cosine")
+"""Courses of the learning rate over a job's rounds."""
+
 MASKS = ("none", "hard", "threshold")
 
 _FIRST = (
@@ -160,6 +164,9 @@ _LATER = (
     "ignore_label",
     "metric",
     "keep_optimizer_state",
+    "lr_warmup",
+    "lr_schedule",
+    "lr_rounds",
     "update_clip",
     "update_noise",
 )
@@ -243,6 +250,10 @@ class Recipe:
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
         keep_optimizer_state: The board keeps the optimiser's state (momentum, means, the number of steps) between
             rounds; it stays on the board. Channels that are new in its submodel begin without.
+        lr_warmup: Rounds, or a part of one, in which the learning rate grows from 0 to `lr`, step by step.
+        lr_schedule: `constant`; or `cosine`: from then on the rate falls along half a cosine (Loshchilov and Hutter
+            2017, eq. 5, without restarts), step by step, to 0 at the end of round `lr_rounds`.
+        lr_rounds: Rounds of `cosine`; 0 for all of the job's, or for one where there is no job.
         update_clip: The most that the whole update may be long (`fedprune.updates.privacy`); 0 leaves it as
             it is. Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
@@ -285,6 +296,9 @@ class Recipe:
     ignore_label: int | None = None
     metric: str = ""
     keep_optimizer_state: bool = False
+    lr_warmup: float = 0.0
+    lr_schedule: str = "constant"
+    lr_rounds: int = 0
     update_clip: float = 0.0
     update_noise: float = 0.0
 
@@ -296,9 +310,11 @@ class Recipe:
             "accumulate": (1, 65_536),
             "patience": (0, 10_000),
             "evaluate_every": (1, 10**6),
+            "lr_rounds": (0, 10**6),
         }
         numbers: dict[str, tuple[float, float]] = {
             "lr": (0, 1_000),
+            "lr_warmup": (0, 10**6),
             "momentum": (0, 1),
             "weight_decay": (0, 1_000),
             "proximal": (0, 1e6),
@@ -323,7 +339,8 @@ class Recipe:
         for name, (low, high) in numbers.items():
             kept = name in ("momentum", "beta1", "beta2", "average")  # with a share of 1 nothing old is ever forgotten
             validation.number(f"recipe: {name}", getattr(self, name), low, high, below=kept)
-        for name, allowed in (("loss", LOSSES), ("optimizer", tuple(OPTIMIZERS)), ("mask", MASKS)):
+        words = {"loss": LOSSES, "optimizer": tuple(OPTIMIZERS), "lr_schedule": SCHEDULES, "mask": MASKS}
+        for name, allowed in words.items():
             validation.word(f"recipe: {name}", getattr(self, name), allowed)
         if self.metric:
             validation.word(f"recipe: metric with loss {self.loss!r}", self.metric, METRICS_OF[LABELS_OF[self.loss]])
@@ -355,6 +372,12 @@ class Recipe:
                 else f"recipe: mixup with loss {self.loss!r}",
                 expected="one of the two",
                 hint="Only labels that all count, and are classes or values, can be mixed.",
+            )
+        if self.lr_rounds and self.lr_schedule == "constant":
+            raise ConfigError("recipe: lr_rounds with a constant learning rate", expected="lr_schedule 'cosine'")
+        if self.lr_rounds and self.lr_warmup >= self.lr_rounds:
+            raise ConfigError(
+                "recipe: lr_warmup", expected=f"fewer rounds than the schedule's {self.lr_rounds}", got=self.lr_warmup
             )
         if self.accumulate > self.batch_size:
             raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
@@ -390,6 +413,19 @@ class Recipe:
                 expected="one of the two",
                 hint="A narrower step of a masked model is a model that nothing has chosen.",
             )
+
+    def rate(self, round_: int, done: float) -> float:
+        """The learning rate at a point of a job: `done`, a share from 0 to 1, of round `round_`, from 1.
+
+        A step takes that of its middle, so that neither the first one nor the last one is lost.
+        """
+        at, rounds = round_ - 1 + done, max(1, self.lr_rounds)
+        if at < self.lr_warmup:
+            return self.lr * at / self.lr_warmup
+        if self.lr_schedule == "constant":
+            return self.lr
+        passed = (at - self.lr_warmup) / (rounds - self.lr_warmup) if at < rounds else 1.0
+        return self.lr * (1 + math.cos(math.pi * passed)) / 2
 
     @property
     def mixes(self) -> bool:

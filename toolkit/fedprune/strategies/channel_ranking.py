@@ -68,7 +68,7 @@ class Ranked(Strategy):
         if not self.observes:
             return {}
         evidence = self._evidence(scene)
-        evidence.update(fold, scene.recipe.lr, scene.recipe.momentum, self.decay)
+        evidence.update(fold, scene.recipe.rate(scene.round, 0.5), scene.recipe.momentum, self.decay)
         return {EVIDENCE: evidence.to_tensors()}
 
     def _scores(self, scene: Scene, evidence: Evidence | None) -> Scores:

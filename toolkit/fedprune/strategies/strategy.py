@@ -132,5 +132,5 @@ class Strategy:
             ConfigError: The job's own recipe has settings that don't go with the strategy's.
         """
         turn = Turn(job.seed, self.explores + 1, device, widths, density, samples)
-        recipe = job.privacy.asked_of(self.recipe(job.recipe, turn))
+        recipe = job.privacy.asked_of(self.recipe(job.training, turn))
         return replace(recipe, mask="hard") if self.masks and recipe.mask == "none" else recipe

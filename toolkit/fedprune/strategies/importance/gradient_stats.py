@@ -79,7 +79,7 @@ class Evidence:
 
         Args:
             fold: The round's fold, made with `evidence=True`; open or closed.
-            lr: The devices' learning rate.
+            lr: The devices' learning rate, in the middle of the round where it changes.
             momentum: The devices' momentum.
             decay: What old estimates keep of themselves, from 0 to below 1.
 
