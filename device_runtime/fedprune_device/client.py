@@ -96,6 +96,14 @@ class Board:
         body = json.dumps({"label": label}).encode()
         return self._ask("POST", f"/v1/samples/{quote(sample, safe='')}/label", body, "application/json")
 
+    def unlabelled(self, most: int = 100) -> list[str]:
+        """The `id` of samples without a label, the newest first."""
+        return [str(sample) for sample in self._ask("GET", f"/v1/samples/unlabelled?most={most}")["samples"]]
+
+    def sample(self, sample: str, kind: str = "application/x-npy") -> bytes:
+        """A sample as a .npy file or, of a model that takes images, as the picture that it sees (`image/png`)."""
+        return bytes(self._request("GET", f"/v1/samples/{quote(sample, safe='')}", None, {"Accept": kind}))
+
     def delete(self, sample: str) -> None:
         """Delete a sample; one that doesn't exist any more is fine."""
         try:
@@ -119,10 +127,14 @@ class Board:
             return False
 
     def _ask(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = self._request(method, path, body, {"Content-Type": kind} if kind else {})
+        return found
+
+    def _request(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> Any:
         for number in range(self._tries):
             last = number + 1 == self._tries
             try:
-                status, answer = self._once(method, path, body, {"Content-Type": kind} if kind else {})
+                status, answer = self._once(method, path, body, headers)
             except (OSError, http.client.HTTPException) as error:
                 if last:
                     what = f"the board at {self._address} can't be reached ({error or type(error).__name__})"
@@ -136,13 +148,15 @@ class Board:
             time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.1 * 2.0**number)))  # noqa: S311  # nosec B311  # a pause needs no secret
         raise BoardError(0, "no try was made")
 
-    def _once(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, dict[str, Any]]:
+    def _once(self, method: str, path: str, body: bytes | None, headers: dict[str, str]) -> tuple[int, Any]:
         connection = _Connection(self._address, self._timeout)
         try:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read all
                 connection.request(method, path, body, headers)
             response = connection.getresponse()
             raw = response.read(_MOST_BYTES)
+            if response.status < 300 and "Accept" in headers:
+                return response.status, raw
             try:
                 answer = json.loads(raw)
             except ValueError as error:

@@ -14,12 +14,13 @@ import numpy.typing as npt
 from fedprune.core.errors import shown
 from fedprune.model.recipe import JUDGED, LABELS_OF, MULTI
 from fedprune_device.api.live_model import LiveModel, LoadedModel
-from fedprune_device.api.request import KINDS, Answer, Request, RequestError, array, batch, document
-from fedprune_device.data.dataset import Array
+from fedprune_device.api.request import KINDS, NPY, Answer, Request, RequestError, array, batch, document, npy
+from fedprune_device.data.dataset import Array, Shape
 from fedprune_device.data.image_decoding import TYPES, Pixels
 from fedprune_device.data.sample_store import MAX_LABEL, Added, NoSampleError, SampleConflictError, SampleStore
 
 MAX_BATCH = 64
+MAX_LISTED = 1000
 
 _SAMPLE = re.compile(r"/v1/samples/([0-9a-f]{32})(/label)?")
 _LOCAL = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?", re.IGNORECASE)
@@ -27,15 +28,25 @@ _LOCAL = re.compile(r"(?:127\.0\.0\.1|localhost|\[::1\])(?::\d{1,5})?", re.IGNOR
 _PATHS = {
     "/v1/predict": ("POST",),
     "/v1/samples": ("GET", "POST"),
-    "/v1/samples/ID": ("DELETE",),
+    "/v1/samples/unlabelled": ("GET",),
+    "/v1/samples/ID": ("GET", "DELETE"),
     "/v1/samples/ID/label": ("POST",),
     "/v1/status": ("GET",),
     "/v1/health": ("GET",),
 }
+_QUERIES = {
+    ("POST", "/v1/predict"): "top",
+    ("POST", "/v1/samples"): "label",
+    ("GET", "/v1/samples/unlabelled"): "most",
+}
 
 
 class Endpoints:
-    """All that can be requested, from any thread. `samples` is None where the board's data comes from elsewhere."""
+    """All that can be requested, from any thread.
+
+    `samples` is None where the board's data comes from elsewhere. `shows` is whether samples may be read, too: a port
+    is open to all users of the machine.
+    """
 
     def __init__(
         self,
@@ -45,9 +56,10 @@ class Endpoints:
         *,
         class_names: tuple[str, ...] = (),
         pixels: Pixels | None = None,
+        shows: bool = True,
     ) -> None:
         self._model, self._samples, self._status = model, samples, status
-        self._names, self._pixels = class_names, pixels or Pixels()
+        self._names, self._pixels, self._shows = class_names, pixels or Pixels(), shows
         self._decoder = threading.Lock()  # one at a time: a picture is larger than its file
 
     def answer(self, request: Request) -> Answer:
@@ -64,13 +76,15 @@ class Endpoints:
             raise RequestError(404, f"there is no {shown(request.path)}", expected=" or ".join(_PATHS))
         if request.method not in _PATHS[name]:
             raise RequestError(405, f"{shown(request.method)} of {name}", expected=", ".join(_PATHS[name]))
-        known = {"/v1/predict": "top", "/v1/samples": "label"}.get(name) if request.method == "POST" else None
+        known = _QUERIES.get((request.method, name))
         for found in request.query:
             if found != known:
                 wanted = known or "nothing"
                 raise RequestError(400, "the query of the address", expected=wanted, got=shown(found))
         if match is not None:
-            return self._change(request, match[1])
+            return self._show(request, match[1]) if request.method == "GET" else self._change(request, match[1])
+        if name == "/v1/samples/unlabelled":
+            return self._unlabelled(request)
         if request.method == "POST":
             return self._predict(request) if name == "/v1/predict" else self._add(request)
         return {"/v1/samples": self._counts, "/v1/status": self._standing, "/v1/health": self._health}[name]()
@@ -129,6 +143,26 @@ class Endpoints:
         except NoSampleError as error:
             raise RequestError.of(404, error) from error
 
+    def _show(self, request: Request, name: str) -> Answer:
+        """The numbers of a sample, or its picture where a picture is accepted."""
+        try:
+            x = self._shown().read(name)
+        except NoSampleError as error:
+            raise RequestError.of(404, error) from error
+        if "image/png" in request.headers.get("accept", ""):
+            with self._decoder:
+                return Answer(self._pixels.png(x), kind="image/png")
+        return Answer(npy(x), kind=NPY)
+
+    def _unlabelled(self, request: Request) -> Answer:
+        most = _whole("most", request.query.get("most", "100"), 1, MAX_LISTED)
+        return Answer({"samples": self._shown().unlabelled(most)})
+
+    def _shown(self) -> SampleStore:
+        if not self._shows:
+            raise RequestError(403, "samples are shown on a Unix socket alone", hint="Run the board with --local.")
+        return self._set()
+
     def _told(self, added: Added, status: int) -> Answer:
         body = asdict(added)
         if added.label is not None and added.label < len(self._names):
@@ -145,7 +179,8 @@ class Endpoints:
     def _standing(self) -> Answer:
         model = self._model.loaded
         serving = None if model is None else {**_named(model), "by": self._model.answers}
-        shape = None if model is None else [s if isinstance(s, int) else None for s in model.shape]
+        known = self._input(model)
+        shape = None if known is None else [s if isinstance(s, int) else None for s in known]
         return Answer({**self._status(), "serving": serving, "input": shape})
 
     def _health(self) -> Answer:
@@ -169,15 +204,20 @@ class Endpoints:
             return self._names.index(value)
         return _whole("label", value, 0, most, ", or a class's name" if self._names else "")
 
+    def _input(self, model: LoadedModel | None) -> Shape | None:
+        """The shape of a sample: the active model's, before the first one that of the model that was offered."""
+        return model.shape if model is not None else None if self._samples is None else self._samples.input
+
     def _array(self, request: Request, model: LoadedModel | None) -> Array:
         shape = None if model is None else model.shape
         if request.kind in TYPES:
-            if shape is None:
+            size = self._input(model)
+            if size is None:
                 raise RequestError(
-                    503, "without a model the size of images is unknown", hint="Wait for the first round."
+                    503, "without a model the size of images is unknown", hint="Wait for the first round's offer."
                 )
             with self._decoder:
-                return self._pixels.read(request.body, (TYPES[request.kind],), shape)
+                return self._pixels.read(request.body, (TYPES[request.kind],), size)
         if request.kind not in KINDS:
             known = " or ".join((*KINDS, *TYPES))
             raise RequestError(415, "the header Content-Type", expected=known, got=shown(request.kind))

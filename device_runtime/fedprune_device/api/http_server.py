@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         body = answer.to_bytes()
         self.request_version = self.protocol_version  # an answer without a head is useless
         self.send_response(answer.status)
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Cache-Control": "no-store"}
+        headers = {"Content-Type": answer.kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
         for name, value in {**headers, **answer.headers, "Connection": "close"}.items():
             self.send_header(name, value)
         self.end_headers()
@@ -281,6 +281,13 @@ def answering(
 
     takes = samples if isinstance(samples, SampleStore) else None
     with LiveModel(state / "serving", cuda=cuda, selector=selector) as model:
-        endpoints = Endpoints(model, takes, current, class_names=options.class_names, pixels=options.pixels)
+        endpoints = Endpoints(
+            model,
+            takes,
+            current,
+            class_names=options.class_names,
+            pixels=options.pixels,
+            shows=address.path is not None,
+        )
         with LocalServer(address, endpoints):
             yield

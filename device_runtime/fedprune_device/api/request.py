@@ -57,11 +57,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer: a status, and a body of JSON."""
+    """An answer: a status, and a body of JSON, or bytes of the media type `kind`."""
 
-    body: dict[str, Any]
+    body: dict[str, Any] | bytes
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
+    kind: str = "application/json"
 
     @classmethod
     def of(cls, error: FedpruneError) -> Answer:
@@ -72,7 +73,7 @@ class Answer:
         return cls({"error": body}, status, {"Retry-After": "1"} if status == 503 else {})
 
     def to_bytes(self) -> bytes:
-        return json.dumps(self.body, allow_nan=False).encode() + b"\n"
+        return self.body if isinstance(self.body, bytes) else json.dumps(self.body, allow_nan=False).encode() + b"\n"
 
 
 def _status(error: FedpruneError) -> int:
@@ -112,6 +113,13 @@ def document(request: Request, *names: str) -> dict[str, Any]:
     if not isinstance(found, dict) or set(found) != set(names):
         raise RequestError(400, "the body", expected=wanted, got=shown(request.body))
     return found
+
+
+def npy(x: Array) -> bytes:
+    """An array as a .npy file."""
+    file = io.BytesIO()
+    np.save(file, x, allow_pickle=False)
+    return file.getvalue()
 
 
 def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:

@@ -68,6 +68,20 @@ class Pixels:
         mean, deviation = (np.array(v, np.float32)[:, None, None] for v in (self.mean, self.deviation))
         return np.ascontiguousarray((x - mean[:colours]) / deviation[:colours], np.float32)
 
+    def png(self, sample: npt.NDArray[Any]) -> bytes:
+        """The picture of a sample [1 or 3, height, width], as a PNG file; raises `DataError` for other samples."""
+        if sample.ndim != 3 or sample.shape[0] not in (1, 3) or sample.dtype.kind != "f" or not sample.size:
+            raise DataError(
+                "the picture of a sample", expected="numbers [1 or 3, height, width]", got=shape_text(*sample.shape)
+            )
+        mean, deviation = (np.array(v, np.float64)[:, None, None] for v in (self.mean, self.deviation))
+        colours = len(sample)
+        shares = sample * deviation[:colours] + mean[:colours]
+        pixels = np.rint(np.clip(shares, 0, 1) * 255).astype(np.uint8).transpose(1, 2, 0)
+        file = io.BytesIO()
+        _pillow().fromarray(pixels[:, :, 0] if colours == 1 else np.ascontiguousarray(pixels)).save(file, "PNG")
+        return file.getvalue()
+
 
 def mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
     """A PNG's numbers [height, width], each that of the nearest pixel; of a palette's image they are its entries.
@@ -85,23 +99,28 @@ def mask(body: bytes, height: int, width: int) -> npt.NDArray[np.int64]:
     return np.asarray(numbers[rows][:, columns], np.int64)
 
 
-@contextmanager
-def _opened(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
+def _pillow() -> Any:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ModuleNotFoundError as error:
         raise MissingExtraError("images need Pillow", extra="board") from error
+    return Image
+
+
+@contextmanager
+def _opened(body: bytes, kinds: tuple[str, ...]) -> Iterator[Any]:
+    pillow = _pillow()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of sizes, which are looked at here
-            with Image.open(io.BytesIO(body), formats=kinds) as image:
+            with pillow.open(io.BytesIO(body), formats=kinds) as image:
                 if image.width * image.height > MAX_PIXELS:
                     size = f"{image.width} x {image.height}"
                     raise DataError("size of an image", expected=f"at most {MAX_PIXELS} pixels", got=size)
                 yield image
     except DataError:
         raise
-    except UnidentifiedImageError as error:  # its text is an object's address
+    except pillow.UnidentifiedImageError as error:  # its text is an object's address
         raise DataError("the image can't be read", expected=" or ".join(kinds), got="something else") from error
     except Exception as error:  # what is damaged makes a decoder raise anything
         raise DataError("the image can't be read", expected=" or ".join(kinds), got=reason(error)) from error

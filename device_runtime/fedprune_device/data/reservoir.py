@@ -5,7 +5,7 @@ that are kept with probability k / n. Here every class has a reservoir of its ow
 stays. When there is none, a class of which everything was kept so far, and which has less than the largest one, takes
 a random place of the largest one; any other class continues by algorithm R in the places that it has. A class's places
 become fewer, never more, and a random choice of a uniform choice is uniform. Samples without a label have a share
-that they never exceed.
+that they never exceed. Of those that wait for a label the newest stay, since the label of a sample comes soon or never.
 """
 
 from __future__ import annotations
@@ -50,7 +50,12 @@ class _Class:
 
 
 class Reservoir:
-    """The names of the kept samples. The same seed and order give the same draws."""
+    """The names of the kept samples. The same seed and order give the same draws.
+
+    `waiting` is whether samples without a label wait for one; otherwise they are a class like others, in their share.
+    """
+
+    waiting = True
 
     def __init__(self, limits: Limits, seed: int) -> None:
         self._seed = seed
@@ -75,6 +80,10 @@ class Reservoir:
 
     def kept(self) -> dict[int, list[str]]:
         return {label: list(c.ids) for label, c in sorted(self._classes.items()) if c.ids}
+
+    def unlabelled(self) -> Iterator[str]:
+        """Kept samples without a label, the oldest first; after a restart, as they are on the disk."""
+        return (name for name, (label, _) in self._of.items() if label == UNLABELLED)
 
     @property
     def seen(self) -> dict[int, int]:
@@ -104,9 +113,13 @@ class Reservoir:
         """Decide on a sample that is not kept now; nothing changes until `follow`."""
         own = self._classes.get(label, _Class())
         seen = own.seen + 1
-        if size > self._limits[label == UNLABELLED][1]:
+        if size > self._limits[label == UNLABELLED][1] or not self._limits[label == UNLABELLED][0]:
             return Verdict(name, label, size, seen, kept=False)
         dropped: list[str] = []
+        if label == UNLABELLED and self.waiting:
+            oldest = iter(self.unlabelled())
+            while not self._fits(label, size, dropped):
+                dropped.append(next(oldest))
         if not self._fits(label, size, dropped):
             largest = self._largest(label, dropped)
             if label != UNLABELLED and own.seen == len(own.ids) and self._left(largest, dropped) >= len(own.ids) + 2:

@@ -1,6 +1,7 @@
 """The samples that the application adds: a bounded set on the disk, and the board's training data.
 
 samples/set.json            what the set was made with, and its key
+samples/model.json          what the model of the last round takes
 samples/segment-*.log       the samples (`data.segment_log`)
 
 Which samples stay is the reservoir's business. Which of them are held out is decided by a keyed hash of a sample's
@@ -23,11 +24,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core import atomic_file
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError, shape_text
 from fedprune.core.validation import whole
 from fedprune.planning.costs import HELD_BYTES
-from fedprune_device.data.dataset import LocalData, fits
+from fedprune_device.data.dataset import LocalData, Shape, fits
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict
 from fedprune_device.data.segment_log import HEAD_BYTES, Kind, LogRecord, RecordPosition, SegmentLog, digest
@@ -106,9 +108,14 @@ def of_one_kind(rows: list[Row], shape: Sequence[int | str | None] | None) -> li
 
 
 def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
-    """Samples by class (kept, and ever seen) and by part, and the room that they take."""
+    """Samples by class (kept, and ever seen) and by part, and the room that they take.
+
+    Samples that wait for a label are in no part.
+    """
     kept = reservoir.kept()
-    parts = Counter(shares.part(n) for c, names in kept.items() if c != UNLABELLED for n in names)
+    parts = Counter(
+        shares.part(n) for c, names in kept.items() if c != UNLABELLED or not reservoir.waiting for n in names
+    )
     classes = {
         str(c): {"kept": len(kept.get(c, ())), "seen": seen}
         for c, seen in reservoir.seen.items()
@@ -123,6 +130,7 @@ def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
     return {
         "classes": classes,
         "unlabelled": len(kept.get(UNLABELLED, ())),
+        "unlabelled_dropped": reservoir.seen.get(UNLABELLED, 0) - len(kept.get(UNLABELLED, ())),
         "parts": {p: parts[p] for p in ("train", "val", "test")},
         "room": room,
     }
@@ -144,7 +152,14 @@ def seen_in(record: LogRecord) -> dict[int, int]:
         raise ValueError(str(error)) from error
 
 
+def _reproduces(targets: Targets, shape: Sequence[int | str | None]) -> bool:
+    """Whether a model's outputs are compared with its inputs, so that its samples need no labels."""
+    return not targets.takes_whole and tuple(targets.shape) == tuple(shape)
+
+
 _LOG = logging.getLogger("fedprune.device")
+
+_MODEL = "model.json"
 
 _SEGMENTS = 16  # segments that the room on the disk is divided into
 _LIVE = 5 / 8  # share of the room that samples take; the rest is for what no longer counts, and for cleaning
@@ -162,7 +177,8 @@ _NOTED = 64
 class SampleStore:
     """The set. All methods may be called from any thread.
 
-    Raises `ConfigError` if it was made with other shares, or there is room for nothing.
+    `input` is the shape that the model of the last round takes, also one that found nothing to train on; None before
+    the first. Raises `ConfigError` if the set was made with other shares, or there is room for nothing.
     """
 
     def __init__(self, root: Path, limits: Limits, shares: SplitShares | None = None) -> None:
@@ -182,6 +198,8 @@ class SampleStore:
         self._places: dict[str, RecordPosition] = {}
         self._declined = 0
         self._training: set[str] = set()
+        self.input: Shape | None = None
+        self._recall()
         self._replay()
 
     def __enter__(self) -> SampleStore:
@@ -238,13 +256,20 @@ class SampleStore:
             self._check_room_for(number)
             if self._reservoir.label(name) == number:
                 return self._added(name, number, kept=True, duplicate=True)
-            place = self._places[name]
-            with self._log.reading([place]) as read:
-                payload = read(place)
-            if digest(payload).hex() != name:
-                self._forget(name)
-                raise NoSampleError(f"sample {name} is damaged and was given up")
-            return self._relabel(name, number, payload)
+            return self._relabel(name, number, self._payload(name))
+
+    def read(self, name: str) -> Array:
+        """The numbers of a sample; raises `NoSampleError` if it doesn't exist."""
+        with self._lock:
+            self._known(name)
+            payload = self._payload(name)
+        like = outline(payload)
+        return np.frombuffer(payload[-like.nbytes :] if like.size else b"", like.dtype).reshape(like.shape)
+
+    def unlabelled(self, most: int) -> list[str]:
+        """Samples without a label, the newest first."""
+        with self._lock:
+            return list(self._reservoir.unlabelled())[: -most - 1 : -1]
 
     def delete(self, name: str) -> None:
         """Delete a sample; raises `NoSampleError` if it doesn't exist."""
@@ -263,9 +288,16 @@ class SampleStore:
             return {**census(self._reservoir, self._shares), "disk_bytes": self._log.size}
 
     def snapshot(self, shape: Sequence[int | str | None] | None = None, targets: Targets | None = None) -> LocalData:
-        """All labelled samples of this shape, as they are now; later changes don't affect them."""
+        """All labelled samples of this shape, as they are now; later changes don't affect them.
+
+        A model whose outputs are compared with its inputs takes all samples, without their labels.
+        """
+        itself = targets is not None and shape is not None and _reproduces(targets, shape)
         with self._lock:
-            rows = [(n, c) for c, names in self._reservoir.kept().items() if c != UNLABELLED for n in names]
+            if targets is not None and shape is not None:
+                self._remember(tuple(shape), itself)
+            kept = self._reservoir.kept()
+            rows = [(n, c) for c, names in kept.items() if c != UNLABELLED or itself for n in names]
             places = {n: self._places[n] for n, _ in rows}
             segments = sorted({place.segment for place in places.values()})
             files = self._log.opened(segments)  # what is cleared away meanwhile doesn't matter
@@ -293,9 +325,9 @@ class SampleStore:
         if not parts["train"]:
             raise DataError(
                 "there is nothing to train on yet",
-                expected="samples with labels",
+                expected="samples" if itself else "samples with labels",
                 got=f"{len(fitting)}, none of them for training",
-                hint="Add some: POST /v1/samples?label=...",
+                hint="Add some: POST /v1/samples" + ("" if itself else "?label=..., or label those that wait."),
             )
         one = fitting[0][2]
         held = one.size * 4 * len(fitting) <= HELD_BYTES
@@ -303,7 +335,8 @@ class SampleStore:
         for part in ("train", "test", "val"):
             at = np.array([p for _, p in parts[part]], np.int64)
             stored = StoredArray(files, None, 0, one.dtype, (len(at), *one.shape), checked=True, places=at)
-            arrays += [stored[:] if held else stored, np.array([c for c, _ in parts[part]], np.int64)]
+            inputs = stored[:] if held else stored
+            arrays += [inputs, inputs if itself else np.array([c for c, _ in parts[part]], np.int64)]
         return LocalData(*arrays)
 
     def close(self) -> None:
@@ -432,8 +465,39 @@ class SampleStore:
         while (surplus := self._reservoir.surplus()) is not None:  # a torn end, bits that were lost, or less room
             self._reservoir.drop(surplus)
             del self._places[surplus]
+        self._count()
+
+    def _count(self) -> None:
         kept = self._reservoir.kept()
         self._training = {n for c, names in kept.items() for n in names if self._trained(n, c)}
+
+    def _recall(self) -> None:
+        """Read what the model of the last round takes; what is damaged is found out at the next round."""
+        try:
+            body = atomic_file.read_document(self._root / _MODEL) or {"input": None, "unlabelled": False}
+            shape, unlabelled = body["input"], body["unlabelled"] is True
+            self.input = None if shape is None else tuple(s if isinstance(s, (int, str)) else None for s in shape)
+            self._reservoir.waiting = not unlabelled
+        except (StorageError, KeyError, TypeError) as error:
+            _LOG.warning("what the last model takes is unknown until the next round (%s)", error)
+
+    def _remember(self, shape: Shape, unlabelled: bool) -> None:
+        """Keep what the model of a round takes: how many samples it may train on is reported before the next one."""
+        if (shape, not unlabelled) == (self.input, self._reservoir.waiting):
+            return
+        atomic_file.write_document(self._root / _MODEL, {"input": list(shape), "unlabelled": unlabelled})
+        self.input, self._reservoir.waiting = shape, not unlabelled
+        self._count()
+
+    def _payload(self, name: str) -> bytes:
+        """A sample's bytes; one that is damaged is given up."""
+        place = self._places[name]
+        with self._log.reading([place]) as read:
+            payload = read(place)
+        if digest(payload).hex() != name:
+            self._forget(name)
+            raise NoSampleError(f"sample {name} is damaged and was given up")
+        return payload
 
     def _recount(self, record: LogRecord) -> None:
         try:
@@ -453,7 +517,7 @@ class SampleStore:
         self._training.discard(name)
 
     def _trained(self, name: str, label: int) -> bool:
-        return label != UNLABELLED and self._shares.part(name) == "train"
+        return (label != UNLABELLED or not self._reservoir.waiting) and self._shares.part(name) == "train"
 
     def _known(self, name: str) -> None:
         if name not in self._reservoir:

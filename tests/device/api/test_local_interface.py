@@ -17,8 +17,9 @@ from fedprune.core.errors import DataError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.wire.messages import Birth
 from fedprune_device.api.live_model import LiveModel
-from fedprune_device.client import BoardError
+from fedprune_device.client import Board, BoardError
 from fedprune_device.data.image_decoding import Pixels
+from fedprune_device.data.labels import Targets
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.storage.state_directory import DeviceStore
 from support.fakes.agent_fleet import MemoryLink, MemoryServer
@@ -253,6 +254,53 @@ def test_samples_may_come_before_the_first_model(local: LocalBoard) -> None:
     with local.serving():
         assert local.board.add(np.ones(6), 0)["kept"]
         assert local.samples.names()
+
+
+def picture(pixels: Any) -> bytes:
+    file = io.BytesIO()
+    pytest.importorskip("PIL.Image").fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_image_waits_for_a_person_who_looks_at_it_and_labels_it(local: LocalBoard) -> None:
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 3)).astype(np.uint8)
+    with local.serving(pixels=Pixels((0.4, 0.5, 0.6), (0.2,))):
+        with pytest.raises(BoardError, match="without a model") as found:
+            local.board.add(picture(pixels))
+        assert found.value.status == 503
+        with pytest.raises(DataError):  # an offer that finds no samples
+            local.samples.snapshot((3, 5, 4), Targets("cross_entropy", 3))
+        assert local.board.status()["input"] == [3, 5, 4]
+        name = local.board.add(picture(pixels))["id"]
+        assert local.board.unlabelled() == [name]
+        seen = image.open(io.BytesIO(local.board.sample(name, "image/png")))
+        assert (np.asarray(seen) == pixels).all()
+        x = np.load(io.BytesIO(local.board.sample(name)))
+        np.testing.assert_allclose(x, (pixels.transpose(2, 0, 1) / 255 - [[[0.4]], [[0.5]], [[0.6]]]) / 0.2, atol=1e-5)
+        local.board.label(name, "bee")
+        assert local.board.unlabelled() == []
+        window = local.board.add(np.ones(6))["id"]
+        for wanted, status in ((window, 422), ("0" * 32, 404)):
+            with pytest.raises(BoardError) as found:
+                local.board.sample(wanted, "image/png")
+            assert found.value.status == status
+
+
+@pytest.mark.parametrize(("query", "status"), [("?most=0", 422), ("?most=1001", 422), ("?last=1", 400), ("", 200)])
+def test_so_many_samples_without_a_label_are_listed(open_board: LocalBoard, query: str, status: int) -> None:
+    assert ask(open_board, request("GET", f"/v1/samples/unlabelled{query}"))[0] == status
+
+
+def test_samples_are_not_shown_on_a_port(local: LocalBoard) -> None:
+    with local.serving("127.0.0.1:0"):
+        board = Board(f"127.0.0.1:{local.server.port}", tries=1)
+        name = board.add(np.ones(6))["id"]
+        for ask_for in (board.unlabelled, lambda: board.sample(name)):
+            with pytest.raises(BoardError, match="Unix socket") as found:
+                ask_for()
+            assert found.value.status == 403
+        board.label(name, 1)
 
 
 def test_a_board_with_data_of_its_own_takes_no_samples(local: LocalBoard) -> None:

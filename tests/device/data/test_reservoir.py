@@ -92,6 +92,27 @@ def test_the_same_samples_are_dealt_with_alike_whatever_happened_to_the_order_of
     assert one.kept() == other.kept()
 
 
+def test_of_samples_that_wait_for_a_label_the_newest_stay() -> None:
+    reservoir = fed([UNLABELLED] * 50 + [0] * 50, 40)
+    assert list(reservoir.unlabelled()) == [f"{n:06}" for n in range(40, 50)]
+    reservoir.follow(reservoir.judge("large", UNLABELLED, 10**8))
+    assert list(reservoir.unlabelled())[-1] == "large"
+    assert not fed([UNLABELLED], 3).kept(), "there is no room for any"
+
+
+def test_samples_that_need_no_label_are_a_uniform_choice() -> None:
+    counts: Counter[str] = Counter()
+    for seed in range(400):
+        reservoir = Reservoir(Limits(48, 10**9), seed)
+        reservoir.waiting = False
+        for number in range(60):
+            reservoir.follow(reservoir.judge(f"{number:06}", UNLABELLED, 1))
+        counts.update(reservoir)
+    found = [counts[f"{n:06}"] for n in range(60)]
+    assert sum(found) == 400 * 12
+    assert -3 < chi_square(found) < 3
+
+
 def test_what_is_too_large_for_the_room_is_declined() -> None:
     reservoir = Reservoir(Limits(10, 100), 0)
     assert not reservoir.judge("a", 0, 101).kept

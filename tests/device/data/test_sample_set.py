@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
 from fedprune_device.data import sample_store
+from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import Limits
 from fedprune_device.data.sample_store import NoSampleError, SampleConflictError, SampleStore, encoded, outline
 from fedprune_device.data.segment_log import LogRecord, digest
@@ -304,6 +305,56 @@ def test_without_labels_there_is_nothing_to_train_on(samples: SampleStore) -> No
     assert samples.samples == 0
     with pytest.raises(DataError, match="nothing to train on"):
         samples.snapshot()
+
+
+ITSELF, CLASSES = Targets("mse", 6, (6,)), Targets("cross_entropy", 3)
+
+
+def test_a_model_of_its_own_inputs_trains_on_samples_without_labels(tmp_path: Path) -> None:
+    with opened(tmp_path, samples=400) as samples:
+        for n in range(30):
+            samples.add(x_of(n), 0 if n % 3 == 0 else None)
+        waiting = samples.samples
+        data = samples.snapshot((6,), ITSELF)
+        assert data.unlabelled
+        data.check(ITSELF, (6,), token_ids=False)
+        found = [float(x[0]) for part in (data.x_train, data.x_test, data.x_val) for x in part]
+        assert sorted(found) == list(range(30))
+        assert waiting < samples.samples == data.samples == samples.counts()["parts"]["train"]
+        counts = samples.counts()
+    with opened(tmp_path, samples=400) as again:  # the server hears of all of them at once
+        assert (again.samples, again.counts(), again.input) == (data.samples, counts, (6,))
+        assert again.snapshot((6,), CLASSES).samples == waiting == again.samples
+
+
+def test_what_a_model_takes_is_known_from_a_round_that_found_no_samples(tmp_path: Path) -> None:
+    with opened(tmp_path) as samples, pytest.raises(DataError, match="nothing to train on"):
+        samples.snapshot((3, "h", None), Targets("cross_entropy", 3))
+    with opened(tmp_path) as again:
+        assert again.input == (3, "h", None)
+    (tmp_path / "model.json").write_text("damaged")
+    with opened(tmp_path) as again:
+        assert again.input is None
+
+
+def test_samples_that_wait_are_listed_newest_first_and_can_be_read(tmp_path: Path) -> None:
+    with opened(tmp_path) as samples:  # a quarter of 40
+        names = [samples.add(x_of(n)).id for n in range(25)]
+        labelled = samples.add(np.arange(4), 0).id
+        assert samples.unlabelled(100) == names[:14:-1]
+        assert samples.unlabelled(3) == names[:21:-1]
+        assert samples.counts()["unlabelled_dropped"] == 15
+        samples.label(names[20], 1)
+        samples.delete(names[21])
+        assert samples.counts()["unlabelled_dropped"] == 15
+        assert samples.read(names[24]).tolist() == [24] * 6
+        assert samples.read(labelled).tolist() == [0, 1, 2, 3]
+        with pytest.raises(NoSampleError):
+            samples.read(names[0])
+        wanted = samples.unlabelled(100)
+    with opened(tmp_path) as again:
+        assert again.unlabelled(100) == wanted
+        assert again.counts()["unlabelled_dropped"] == 15
 
 
 def test_a_sample_beyond_a_segment_is_refused(samples: SampleStore) -> None:

@@ -67,9 +67,17 @@ class LocalBoard:
         self.model = LiveModel(self.root / "state" / "serving")
         limits = Limits(100, 4 * 2**20)
         self.samples = SampleStore(self.root / "state" / "samples", limits, SplitShares(device="d")) if takes else None
-        endpoints = Endpoints(self.model, self.samples, lambda: {"device": "d"}, class_names=NAMES, pixels=pixels)
+        where = Address.parse(address or self.address)
+        endpoints = Endpoints(
+            self.model,
+            self.samples,
+            lambda: {"device": "d"},
+            class_names=NAMES,
+            pixels=pixels,
+            shows=where.path is not None,
+        )
         try:
-            with LocalServer(Address.parse(address or self.address), endpoints, **server) as self.server:
+            with LocalServer(where, endpoints, **server) as self.server:
                 yield
         finally:
             self.model.close()
