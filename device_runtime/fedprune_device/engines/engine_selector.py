@@ -253,9 +253,10 @@ class EngineSelector:
         return answering
 
     def _failed(self, wanted: EngineRequest, found: Bindings, job: _Job, error: EngineError, *, tried: bool) -> None:
-        """Build a plain engine where one that takes new weights, or has taken them, may be wrong.
+        """Build an engine that can't be refitted if a refittable or refitted one may be wrong; otherwise raise `error`.
 
-        If a child has tried it and this process has no memory for it, that is no error: no other way would help.
+        If the child's check has passed and only this process has no memory for the engine, the error is raised, too,
+        because no other kind of engine would help.
         """
         self._job = None
         wrong = isinstance(error, WrongOutputError)

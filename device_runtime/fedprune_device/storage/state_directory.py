@@ -1,12 +1,18 @@
 """A device's state directory: what survives a power cut.
 
 lock            one process at a time
+identity/       keys and certificate (`enrollment.membership`)
+claim           a claim that is not used yet (`enrollment.membership`)
 device.json     whose directory it is (`storage.directory_owner`)
 session.json    number of the last connection
 offer.json      the last offer that was accepted, and whether it is done
 pending.json    an update that the server has not acknowledged
 blobs/          weights and graphs by digest, finished or partly pulled
 serving/        the model that serves predictions (`serving.model_slots`)
+engines/        TensorRT engines (`engines.engine_cache`)
+samples/        samples that applications handed in (`data.sample_store`)
+images.index    digests of the files of a folder of samples (`data.sample_folder`)
+layer_times.json  the probe's measurements of layers
 privacy.json    how much noise was drawn for private updates (`privacy.budget`)
 own/            what the board keeps of its own from round to round (`storage.local_state`)
 log.json        warnings and errors that the server hasn't heard of (`telemetry.log_buffer`)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
-from fedprune.model.recipe import CUSTOM, LABELS_OF, METRICS_OF, Recipe
+from fedprune.model.recipe import CUSTOM, LABELS_OF, LOSSES, METRICS_OF, Recipe
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 
@@ -22,6 +22,11 @@ MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME
 PREFERENCES = ("coarse", "fine")
 
 _LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
+
+
+def _choices(names: Iterable[str]) -> str:
+    """Names that ship with fedprune, for a help text."""
+    return ", ".join(name for name in names if name != CUSTOM)
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -57,14 +62,14 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--loss",
         metavar="LOSS",
-        help="what training minimises: cross_entropy (default), bce, focal, dice, mse, l1, huber, or one of your own: "
-        "package.module:function of outputs and labels, or an ONNX file",
+        help=f"what training minimises: {_choices(LOSSES)}, or one of your own: package.module:function of outputs "
+        f"and labels, or an ONNX file (default: {Recipe.loss})",
     )
     group.add_argument(
         "--metric",
         metavar="METRIC",
-        help="by what models are judged besides accuracy and loss: miou, perplexity, ap, rmse, mae, or one of your "
-        "own, given as a loss is",
+        help=f"by what models are judged besides accuracy and loss: {_choices(METRICS_OF['own'])}, or one of your own, "
+        "given as a loss is",
     )
     group.add_argument(
         "--labels",

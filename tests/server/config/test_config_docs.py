@@ -11,7 +11,7 @@ import pytest
 
 from fedprune.core.errors import ExitCode, FedpruneError
 from fedprune.jobs.job import Job
-from fedprune.model.recipe import Recipe
+from fedprune.model.recipe import LOSSES, OPTIMIZERS, SCHEDULES, Recipe
 from fedprune.updates.privacy import WRITTEN, Privacy
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.server_config import ServerConfig
@@ -66,6 +66,15 @@ def test_the_example_configuration_has_every_key() -> None:
     assert "\n# loss = " in (DOCS / "configure-a-job.md").read_text()  # which goes with recipe.loss = "custom"
     assert "\n# ignore_label = " in (DOCS / "configure-a-job.md").read_text()  # by default none is
     assert "\n# input_shape = " in (DOCS / "configure-a-job.md").read_text()  # nor has an ONNX file need of it
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"), [("loss", LOSSES), ("optimizer", tuple(OPTIMIZERS)), ("lr_schedule", SCHEDULES)]
+)
+def test_the_example_names_every_value_of_a_choice(setting: str, words: tuple[str, ...]) -> None:
+    line = re.search(rf"^{setting} = .*$", (DOCS / "configure-a-job.md").read_text(), re.MULTILINE)
+    assert line is not None
+    assert set(words) <= set(re.findall(r"\w+", line[0]))
 
 
 def test_the_example_names_the_right_defaults() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from fedprune_server.web.state import status
 from fedprune_server.web.state.records import AlertStatus, LogLine
 from fedprune_server.web.state.status import COLUMNS, FILE, FleetView, StatusWriter, encoded
 from support.fakes.console_fleet import ConsoleFleet, write
+from support.paths import ROOT
+
+FLEET_PAGE = ROOT / "server" / "fedprune_server" / "web" / "templates" / "fleet.html"
 
 
 def published(folder: Path, devices: int) -> tuple[FleetView, ConsoleFleet]:
@@ -22,6 +26,12 @@ def published(folder: Path, devices: int) -> tuple[FleetView, ConsoleFleet]:
     fleet.publish(writer)
     writer.close()
     return FleetView(folder / FILE), fleet
+
+
+def test_every_sortable_header_of_the_fleet_page_is_a_column() -> None:
+    headers = re.findall(r'head\("(\w+)"', FLEET_PAGE.read_text())
+    assert len(headers) > 5
+    assert set(headers) <= set(COLUMNS)
 
 
 @pytest.mark.slow

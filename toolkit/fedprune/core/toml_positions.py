@@ -39,7 +39,7 @@ class _Scanner:
         self._lines = [0, *(m.end() for m in re.finditer("\n", text))]
         self._found: dict[tuple[str | int, ...], tuple[int, int]] = {}
         self._counts: dict[tuple[str | int, ...], int] = {}
-        """How often each table that may come several times has come."""
+        """The latest index of each array of tables."""
 
     def scan(self) -> dict[tuple[str | int, ...], tuple[int, int]]:
         table: tuple[str | int, ...] = ()

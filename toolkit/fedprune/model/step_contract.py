@@ -5,8 +5,9 @@ what its recipe's features ask for, and nothing else.
 
 Inputs:
     `x` [N, ...]: float32, or int64 where the model reads token ids.
-    `y`: the labels. For outputs [N, K, ...] int64 [N, ...] (classes) with cross-entropy; of the outputs' own shape,
-        float32, with the other losses, 0 to 1 with `bce`.
+    `y`: the labels. For outputs [N, K, ...] int64 [N, ...] with `cross_entropy` (classes); int64 [N] with `infonce` and
+        `triplet` (identities); int64 [N, steps] with `ctc` (classes from 1, then zeros); the model's own with `custom`;
+        with the other losses float32 of the outputs' own shape, from 0 to 1 with `bce`, `focal` and `dice`.
     `y_partner` (with mixup): int64 [N, ...], the labels of the sample that was mixed into each: `y` in another order;
         `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
     Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam, AdamW and Lion `beta1` and `beta2`

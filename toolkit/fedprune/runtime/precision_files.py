@@ -13,7 +13,7 @@ SERVED = ("float16", INT8)
 FASTEST = "fastest"
 
 SERVE = (FLOAT32, *SERVED, FASTEST)
-"""Lower precisions at which a board can serve."""
+"""Values of a board's option `serve`: a precision, or the fastest of them."""
 
 
 def graph_file(precision: str) -> str:

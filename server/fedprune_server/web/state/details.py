@@ -48,7 +48,8 @@ def details(view: JobView, name: str, at: float) -> DeviceDetails:
         limits = {str(x["name"]): x for x in plan["limits"]}
         shown = {"density": plan["density"], "binding": plan["bound"], "limits": limits}
     elif device is not None and device.widths:
-        shown = {"density": device.density, "binding": "strategy", "limits": {}}
+        by = "job" if device.density == view.job.density else "strategy"
+        shown = {"density": device.density, "binding": by, "limits": {}}
     history: list[dict[str, Any]] = []
     for summary in reversed(view.state.history[-_ROUNDS:]):
         part = summary["devices"].get(name)

@@ -170,7 +170,9 @@ class Evidence:
         expected = out.to_tensors()
         unknown = sorted(set(tensors) ^ set(expected))
         if unknown:
-            raise BundleError("tensors of this evidence don't fit the architecture", got=repr(unknown[0]))
+            raise BundleError(
+                "the evidence lacks a tensor of the architecture, or has an unknown one", got=repr(unknown[0])
+            )
         for name, zero in expected.items():
             value = tensors[name]
             if value.dtype != zero.dtype or value.shape != zero.shape:
