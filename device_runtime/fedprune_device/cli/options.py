@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -32,6 +34,15 @@ def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, **mo
     """The fields of a dataclass that the command line has options for."""
     known = {field.name for field in fields(cast(Any, kind))}
     return kind(**{**{name: value for name, value in vars(arguments).items() if name in known}, **more})
+
+
+def log_handler() -> logging.Handler:
+    """Writes each record to stderr as one line; a traceback follows, indented."""
+    from fedprune.output.log_lines import OneLine
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler
 
 
 def threads() -> int:

@@ -161,11 +161,11 @@ class TableFile:
 
 def _planned(columns: Columns, shape: Shape, targets: Targets | None) -> _Plan:
     channels = len(columns.inputs)
-    steps, first = _oriented(shape, channels, True)
+    steps, first = oriented(shape, channels, True)
     if not steps:
         expected = "a model of [channels, steps] or [steps, channels]"
         raise DataError(f"windows of {channels} columns", expected=expected, got=shape_text(*shape))
-    inputs = _laid_out(0, channels, first, len(shape))
+    inputs = laid_out(0, channels, first, len(shape))
     if targets is None:
         return _Plan(steps, 0, inputs, None)
     if targets.takes_whole:
@@ -176,16 +176,16 @@ def _planned(columns: Columns, shape: Shape, targets: Targets | None) -> _Plan:
     if not columns.targets and tuple(targets.shape) == tuple(shape):
         return _Plan(steps, 0, inputs, None)
     begin, count = (channels, len(columns.targets)) if columns.targets else (0, channels)
-    horizon, first = _oriented(targets.shape, count, first)
+    horizon, first = oriented(targets.shape, count, first)
     if not horizon:
         raise DataError(
             f"labels for loss {targets.loss}", expected=shape_text(*targets.shape), got=f"{count} columns to predict",
             hint=f"Let the names of columns to predict begin with {TARGET!r}; without any, all inputs are predicted.",
         )  # fmt: skip
-    return _Plan(steps, horizon, inputs, _laid_out(begin, count, first, len(targets.shape)))
+    return _Plan(steps, horizon, inputs, laid_out(begin, count, first, len(targets.shape)))
 
 
-def _oriented(shape: Shape, channels: int, first: bool) -> tuple[int, bool]:
+def oriented(shape: Shape, channels: int, first: bool) -> tuple[int, bool]:
     """Steps in a shape with this many channels, 0 if it has none, and whether channels are before steps.
 
     `first` decides where both are possible.
@@ -199,7 +199,7 @@ def _oriented(shape: Shape, channels: int, first: bool) -> tuple[int, bool]:
     return sizes[1] if first else sizes[0], first
 
 
-def _laid_out(begin: int, count: int, first: bool, rank: int) -> Callable[[Array], Array]:
+def laid_out(begin: int, count: int, first: bool, rank: int) -> Callable[[Array], Array]:
     """Turns rows [n, rows, columns] into some of the columns, [n, columns, rows], [n, rows, columns] or [n, all]."""
 
     def laid_out(rows: Array) -> Array:

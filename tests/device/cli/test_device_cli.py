@@ -23,7 +23,7 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.planning import profile_store
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.bundle import FILES, MANIFEST, manifest
-from fedprune_device.cli import main
+from fedprune_device.cli import main, options
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import log_prior
 from fedprune_device.hardware.runtime_process import RuntimeProcess
@@ -273,7 +273,7 @@ def test_a_record_of_the_log_is_one_line_and_its_traceback_is_indented() -> None
         raise ValueError("first\nsecond")
     except ValueError:
         record = logging.LogRecord("fedprune.device", logging.ERROR, "", 1, "a\nb", (), sys.exc_info())
-    first, *others = main._log_handler().format(record).splitlines()
+    first, *others = options.log_handler().format(record).splitlines()
     assert first.endswith("ERROR fedprune.device: a b")
     assert others
     assert all(line.startswith("    ") for line in others)

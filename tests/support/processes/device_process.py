@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.wire.link import Link
+from fedprune_device.client import Board
 from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from support.fakes.agent_fleet import TOPICS, MemoryServer
 
@@ -48,7 +49,12 @@ class Field:
         self.root, self.url, self.server = root, url, server
         self.processes: list[subprocess.Popen[str]] = []
 
-    def start(self, *python: str) -> subprocess.Popen[str]:
+    @property
+    def board(self) -> Board:
+        """The local interface of a process with `local` data."""
+        return Board(f"unix:{self.root / 'state' / 'local.sock'}")
+
+    def start(self, *python: str, local: bool = False) -> subprocess.Popen[str]:
         command = [
             sys.executable,
             *python,
@@ -60,9 +66,17 @@ class Field:
             "--insecure",
         ]
         command += ["--broker", self.url, "--site", "site", "--device", "d", "--threads", "1"]
-        command += ["--data", str(self.root / "data.npz"), "--state", str(self.root / "state")]
+        data = ["--data", "local", "--local"] if local else ["--data", str(self.root / "data.npz")]
+        return self.run(*command, *data, "--state", str(self.root / "state"))
+
+    def collect(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "fedprune_device.cli.main", "collect", "--state", str(self.root / "state")]
+        return self.run(*command, *arguments, stdout=subprocess.PIPE, **options)
+
+    def run(self, *command: str, **options: Any) -> subprocess.Popen[str]:
         with (self.root / "log").open("a") as log:
-            process = subprocess.Popen(command, stderr=log, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            process = subprocess.Popen(command, stderr=log, text=True, env=environment, **options)
         self.processes.append(process)
         return process
 
