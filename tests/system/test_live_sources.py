@@ -32,8 +32,8 @@ def await_model(field: Field) -> None:
     field.wait(lambda: field.board.status()["input"], "input")
 
 
-def train(field: Field, samples: int, **other: object) -> Update:
-    field.server.plan = [field.server.offer(2, RECIPE, **other)]  # type: ignore[arg-type]
+def train(field: Field, samples: int, recipe: Recipe = RECIPE, **other: object) -> Update:
+    field.server.plan = [field.server.offer(2, recipe, **other)]  # type: ignore[arg-type]
     field.wait(lambda: 2 in field.server.updates, "update")
     update = field.server.updates[2]
     assert update.samples == samples
@@ -89,21 +89,28 @@ def recording(count: int) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.torch
-@pytest.mark.parametrize("piped", [False, True])
-def test_a_board_learns_frames_of_a_recording_that_are_labelled_later(piped: bool, tmp_path: Path) -> None:
-    image = pytest.importorskip("PIL.Image")
+def exported(tmp_path: Path, net: str, classes: int, *words: str) -> tuple[MemoryServer, dict[str, object]]:
+    """A server of a net, and what its offers have of their own."""
     made, graphs = tmp_path / "bundle", tmp_path / "graphs"
-    command = ["support.nets.file_nets:watcher", "--target", "raspberry-pi-5", "--out", str(made)]
+    command = [f"support.nets.file_nets:{net}", "--target", "raspberry-pi-5", "--out", str(made), *words]
     assert export(command) == 0
     graphs.mkdir()
     for name, source in (("plain", "training"), ("full", "training"), ("inference", "inference")):
         shutil.copy(made / f"{source}.onnx", graphs / f"{name}.onnx")
-    weights = tensorfile.load(made / "weights.safetensors")
-    model = {"classes": 2, "widths": tuple(json.loads((made / "submodel.json").read_text())["widths"])}
-    server = MemoryServer(tmp_path / "server", graphs, weights, time.monotonic)
-    (tmp_path / "clip.mjpeg").write_bytes(recording(90))
+    server = MemoryServer(tmp_path / "server", graphs, tensorfile.load(made / "weights.safetensors"), time.monotonic)
     server.ends = False
+    return server, {
+        "classes": classes,
+        "widths": tuple(json.loads((made / "submodel.json").read_text())["widths"]),
+    }
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("piped", [False, True])
+def test_a_board_learns_frames_of_a_recording_that_are_labelled_later(piped: bool, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    server, model = exported(tmp_path, "watcher", 2)
+    (tmp_path / "clip.mjpeg").write_bytes(recording(90))
     with running(tmp_path, server) as field:
         server.plan = [server.offer(1, RECIPE, **model)]  # type: ignore[arg-type]
         field.start(local=True)
@@ -130,3 +137,21 @@ def test_a_board_learns_frames_of_a_recording_that_are_labelled_later(piped: boo
         train(field, field.board.samples()["parts"]["train"], **model)
         field.wait(field.board.healthy, "model")
         assert field.board.predict(recording(1)).round == 2
+
+
+@pytest.mark.torch
+def test_an_autoencoder_learns_frames_as_they_are(tmp_path: Path) -> None:
+    recipe = Recipe(epochs=2, batch_size=8, loss="mse")
+    server, model = exported(tmp_path, "autoencoder", 3, "--labels", "values")
+    (tmp_path / "clip.mjpeg").write_bytes(recording(30))
+    with running(tmp_path, server) as field:
+        server.plan = [server.offer(1, recipe, **model)]  # type: ignore[arg-type]
+        field.start(local=True)
+        await_model(field)
+        source = field.collect(str(tmp_path / "clip.mjpeg"), "--rate", "1")
+        said, _ = source.communicate(timeout=60)
+        assert said == "30 kept, 0 known, 0 not kept, 0 left out\n"
+        counts = field.board.samples()
+        assert counts["unlabelled"] == 30 == sum(counts["parts"].values())
+        update = train(field, counts["parts"]["train"], recipe, **model)
+        assert update.metrics["loss_last"] < update.metrics["loss_first"]
