@@ -40,6 +40,7 @@ class Choices:
     def __init__(self, prefer: Prefer = "coarse") -> None:
         self._reverse = prefer == "fine"
         self._tried: dict[str, set[Hashable]] = {}
+        self._offered: dict[str, int] = {}
         self._lives: dict[str, int] = {}
         self._watched: dict[str, tuple[Hashable, list[AtomRow]]] = {}
         self._spent: set[str] = set()
@@ -55,6 +56,7 @@ class Choices:
         Returns the option, or None if all have failed: then the channels stay.
         """
         tried = self._tried.setdefault(key, set())
+        self._offered[key] = len(options)
         for option in reversed(options) if self._reverse and not ranked else options:
             if option not in tried:
                 return option
@@ -68,7 +70,9 @@ class Choices:
     def advance(self, unit: AtomRow, footprint: AtomRow) -> bool:
         """Advance what left no row with two units that could be a group; returns whether another run is worth it.
 
-        A node that has run out of options gets one more round, since it may have failed for another one's choice.
+        Of several only those with the most options left are advanced: queries that can lose heads or dimensions wait
+        until keys and values in one tensor no longer choose between keys and values. A node that has run out of options
+        gets one more round, since it may have failed for another one's choice.
         `unit`: the unit of every atom after this run; `footprint`: per unit a number that is the same for units on the
         same axes of tensors.
         """
@@ -77,8 +81,10 @@ class Choices:
             for key, (option, rows) in self._watched.items()
             if not any(_alike(unit[row], footprint) for row in rows)
         ]
+        left = {key: self._offered[key] - len(self._tried[key]) for key, _ in failed}
         for key, option in failed:
-            self._tried[key].add(option)
+            if left[key] == max(left.values()):
+                self._tried[key].add(option)
         again = bool(failed)
         if not again:
             for key in self._spent:

@@ -7,6 +7,7 @@ different layers; what then remains to be simplified is simplified on import, wi
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -72,6 +73,9 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
     """A torch module as an ONNX model with a free batch; without traces of the machine that exported it."""
     torch = torch_package()
     batch = torch.export.Dim("N", min=1)
+    clash = any(hasattr(torch.fx.GraphModule, name) for name, _ in module.named_children())
+    if clash:
+        module = _held(module)
     with quiet():
         program = torch.onnx.export(
             module,
@@ -83,6 +87,9 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
             external_data=False,
             verbose=False,
         )
+    if clash:
+        for old in [*program.model.graph.initializers]:
+            program.model.graph.initializers[old].name = old.removeprefix(_HELD + ".")
     _separate_names(program.model.graph)
     proto = onnx.load_model_from_string(program.model_proto.SerializeToString())
     proto.producer_version = ""
@@ -93,6 +100,19 @@ def exported(module: Any, samples: tuple[Any, ...]) -> onnx.ModelProto:
     for value in (*proto.graph.initializer, *proto.graph.value_info):
         del value.metadata_props[:]
     return proto
+
+
+_HELD = "held"
+
+
+def _held(module: Any) -> Any:
+    """A module around a module: torch can't export layers `code` or `graph` of the outermost one, whose graph has these
+    names."""
+
+    holder = torch_package().nn.Module()
+    holder.held = module
+    holder.forward = functools.wraps(module.forward)(lambda *given: module(*given))
+    return holder.eval()
 
 
 def _samples(
@@ -243,7 +263,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
     A 3-D convolution without a bias gets one zero per channel: the exporter's zeros are a matrix.
 
-    Distances of all pairs (`cdist`, which the exporter lacks) are lengths of differences, for p = 1 and 2.
+    Distances of all pairs (`cdist`, which the exporter lacks) are lengths of differences, for p = 1 and 2. So does it
+    lack means of a volume's parts: where parts are not equally large, they are products with a matrix along each axis.
 
     A clamp is a maximum and a minimum: a Clip would look like a hardtanh, whose gradient at a bound is 0.
     The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0.
@@ -281,6 +302,22 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         length = ops.ReduceL1 if p == 1.0 else ops.ReduceL2
         return length(apart, ops.Constant(value_ints=[-1]), keepdims=0)
 
+    def parts_3d(self: Any, output_size: Any) -> Any:
+        pairs = list(zip([int(n) for n in self.shape[2:]], output_size, strict=True))
+        if not any(n % m for n, m in pairs):
+            parts = [n // m for n, m in pairs]
+            return ops.AveragePool(self, kernel_shape=parts, strides=parts)
+        for n, m in pairs:  # each turn brings the next axis to the end; three are a full circle
+            share = torch.zeros(n, m)
+            for i in range(m):
+                low, high = i * n // m, -(-(i + 1) * n // m)
+                share[low:high, i] = 1 / (high - low)
+            self = ops.MatMul(
+                ops.Transpose(self, perm=[0, 1, 3, 4, 2]),
+                ops.Constant(value=onnx.numpy_helper.from_array(share.numpy())),
+            )
+        return self
+
     def log_sigmoid(self: Any) -> Any:
         return ops.Neg(ops.Softplus(ops.Neg(self)))
 
@@ -293,6 +330,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         aten.clamp_max.default: lambda self, high: clamp(self, None, high),
         aten.log_sigmoid.default: log_sigmoid,
         aten._cdist_forward.default: cdist,
+        aten._adaptive_avg_pool3d.default: parts_3d,
     }
 
 

@@ -8,22 +8,27 @@ from __future__ import annotations
 
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 
+from fedprune.model.recipe import CUSTOM, Features
 from fedprune.model.selection import Selection
 from fedprune_export.pruning.cut import cut, masked
 from support.nets import whole_models
-from support.nets.whole_models import MODELS, OURS
+from support.nets.whole_models import MODELS, OURS, TASKS
 from support.oracles.cutting import distance, outputs, random_selection
-from support.oracles.gradient_distance import TENSOR, Trained
+from support.oracles.gradient_distance import TENSOR, Trained, of_rows
 from support.oracles.torch_graph import run
 
 pytestmark = pytest.mark.torch
 
 LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224")
-QUICK = (*OURS, "convnext_atto", *(pytest.param(name, marks=pytest.mark.soak) for name in LARGE))
+QUICK = (
+    *OURS,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS),
+    "convnext_atto",
+    *(pytest.param(name, marks=pytest.mark.soak) for name in LARGE),
+)
 BOUND = 1e-5
 DENSITIES = (0.25, 0.5, 0.75, 0.001)
 BATCHES = (2, 6)
@@ -43,7 +48,7 @@ def test_the_import_computes_what_the_module_computes(name: str) -> None:
     module = MODELS[name].make().double().eval()
     state = {n: torch.tensor(v, dtype=torch.float64) for n, v in model.tensors.items()}
     with torch.no_grad():
-        expected = module(x.double() if x.is_floating_point() else x).numpy()
+        expected = of_rows(module, x.double() if x.is_floating_point() else x).numpy()
     assert distance(run(model.graph, state, x, training=False).numpy(), expected) < 1e-6
     assert distance(outputs(model.graph, x.numpy()), expected) < BOUND
 
@@ -75,7 +80,7 @@ def test_what_stays_is_named(name: str) -> None:
     model = whole_models.imported(name)
     architecture = model.architecture
     made = {n.weight: architecture.by_name[n.weight].axes[n.output_axis] for n in architecture.layers if n.weight}
-    made = {n: axis for n, axis in list(made.items())[:-1] if n not in MODELS[name].places}
+    made = {n: axis for n, axis in list(made.items())[:-1] if n not in {*MODELS[name].places, *model.frozen}}
     stays = [axis for axis in made.values() if not axis.groups and axis.length > 1]
     assert not stays or any("stay" in note for note in model.notes)
     for text in MODELS[name].stays:
@@ -84,18 +89,20 @@ def test_what_stays_is_named(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "prefer"), [*((name, "coarse") for name in OURS), ("vision_transformer", "fine"), ("swin", "fine")]
+    ("name", "prefer"),
+    [*((name, "coarse") for name in (*OURS, *TASKS)), ("vision_transformer", "fine"), ("swin", "fine")],
 )
 def test_gradients_are_as_exact_as_torchs(name: str, prefer: Literal["coarse", "fine"]) -> None:
     """At full width beside the module, at half width beside the cut graph as torch runs and differentiates it."""
     model = whole_models.imported(name, prefer)
     trained = Trained(model)
-    rng = np.random.default_rng(0)
+    if MODELS[name].values:
+        trained = Trained(model, Features(loss=CUSTOM), lambda x, y: whole_models.squared(x, y).mean())
     sizes = [6] * SEEDS
     if not any(n.op == "BatchNormalization" for n in model.graph.nodes):
         sizes += [1] * SEEDS
     batches = [
-        (whole_models.samples(name, size, seed), rng.integers(0, model.architecture.classes, size))
+        (whole_models.samples(name, size, seed), whole_models.labels(name, size, seed))
         for seed, size in enumerate(sizes)
     ]
     half = random_selection(model, 0.5, seed=3)

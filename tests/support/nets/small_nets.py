@@ -146,8 +146,9 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for part in module.modules():
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
-                part.weight.copy_(torch.rand(part.num_features, generator=generator) + 0.5)
-                part.bias.copy_(torch.randn(part.num_features, generator=generator) * 0.2)
+                if part.affine:
+                    part.weight.copy_(torch.rand(part.num_features, generator=generator) + 0.5)
+                    part.bias.copy_(torch.randn(part.num_features, generator=generator) * 0.2)
                 part.running_mean.copy_(torch.randn(part.num_features, generator=generator) * 0.2)
                 part.running_var.copy_(torch.rand(part.num_features, generator=generator) + 0.5)
     return module.eval()

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
+import fedprune_export as fx
 from fedprune_export.importing import export_torch, import_onnx
+from fedprune_export.importing.packing import INPUTS_KEY, pieces
 from fedprune_export.pruning.model import Model
 from support.nets import published_nets as zoo
 from support.nets import small_nets as nets
-from support.nets import whole_cnns, whole_sequences
+from support.nets import task_cnns, task_sequences, whole_cnns, whole_sequences
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Whole:
         kept: Share of the parameters that are left at density .5 at most, if the analysis finds all that can be cut.
         vocabulary: Number of words, where the input is words.
         stays: What notes must name, because it can't be cut.
-        places: Weights of layers that make places of a map or steps of a sequence, not channels.
+        places: Weights of layers that make places of a map, steps of a sequence, or outputs, not channels.
+        values: Whether its outputs are values, of which there may be several kinds, not classes.
     """
 
     make: Callable[[], nn.Module]
@@ -37,6 +40,7 @@ class Whole:
     vocabulary: int = 0
     stays: tuple[str, ...] = ()
     places: tuple[str, ...] = ()
+    values: bool = False
 
 
 def _ours(kind: type[nn.Module]) -> Callable[[], nn.Module]:
@@ -140,6 +144,49 @@ OURS: dict[str, Whole] = {
 }
 """Small ones: all of them are tested each time."""
 
+TASKS: dict[str, Whole] = {
+    "yolo": Whole(_ours(task_cnns.Yolo), 32, 0.29, values=True),
+    "ssd": Whole(_ours(task_cnns.Ssd), 6, 0.38, values=True),
+    "fcos": Whole(_ours(task_cnns.Fcos), 10, 0.28, values=True, places=("box.weight", "kind.weight")),
+    "center_net": Whole(
+        _ours(task_cnns.CenterNet), 8, 0.27, values=True, places=("heads.0.2.weight", "heads.1.2.weight")
+    ),
+    "attention_unet": Whole(_ours(task_cnns.AttentionUNet), 9, 0.28),
+    "deep_lab": Whole(_ours(task_cnns.DeepLab), 9, 0.29),
+    "panoptic_fpn": Whole(_ours(task_cnns.PanopticFpn), 6, 0.28),
+    "seg_former": Whole(_ours(task_cnns.SegFormer), 10, 0.32),
+    "pooled_video": Whole(_ours(task_cnns.PooledVideo), 3, 0.3),
+    "voxel_unet": Whole(_ours(task_cnns.VoxelUNet), 4, 0.28, places=("fine.weight",)),
+    "auto_encoder": Whole(_ours(task_cnns.AutoEncoder), 5, 0.28, values=True),
+    "vae": Whole(_ours(task_cnns.Vae), 4, 0.36, values=True, places=("mean.weight", "spread.weight")),
+    "face_net": Whole(_ours(task_cnns.FaceNet), 3, 0.47, values=True),
+    "power_means": Whole(_ours(task_cnns.PowerMeans), 3, 0.31),
+    "crnn": Whole(_ours(task_sequences.Crnn), 3, 0.29),
+    "tc_resnet": Whole(_ours(task_sequences.TcResNet), 5, 0.28),
+    "conformer": Whole(_ours(task_sequences.Conformer), 6, 0.32),
+    "wave_net": Whole(_ours(task_sequences.WaveNet), 7, 0.29),
+    "sinc_net": Whole(_ours(task_sequences.SincNet), 2, 0.44),
+    "patch_transformer": Whole(_ours(task_sequences.PatchTransformer), 3, 0.36, values=True),
+    "n_beats": Whole(_ours(task_sequences.NBeats), 8, 0.4, values=True, places=("codes.0.weight", "codes.1.weight")),
+    "tcn": Whole(_ours(task_sequences.Tcn), 4, 0.3, values=True),
+    "seq2seq": Whole(_ours(task_sequences.Seq2Seq), 2, 0.3, values=True),
+    "d_linear": Whole(_ours(task_sequences.DLinear), 0, 1, values=True, places=("slow.weight",)),
+    "llama": Whole(_ours(task_sequences.Llama), 5, 0.32, vocabulary=40),
+    "alibi": Whole(_ours(task_sequences.Alibi), 4, 0.35, vocabulary=40),
+    "lora_reader": Whole(
+        _ours(task_sequences.LoraReader),
+        4,
+        0.89,
+        vocabulary=40,
+        places=("q.lora_B.weight", "out.lora_B.weight", "fc1.lora_B.weight", "fc2.lora_B.weight"),
+    ),
+    "adapted_encoder": Whole(_ours(task_sequences.AdaptedEncoder), 4, 0.35),
+    "two_towers": Whole(_ours(task_sequences.TwoTowers), 5, 0.38, vocabulary=20, values=True),
+    "fusion": Whole(_ours(task_sequences.Fusion), 4, 0.4, vocabulary=20, values=True, places=("what.weight",)),
+    "graph_of_sensors": Whole(_ours(task_sequences.GraphOfSensors), 2, 0.36),
+}
+"""Small ones of tasks other than classifying images."""
+
 PUBLISHED: dict[str, Whole] = {
     "resnet18": Whole(_timm("resnet18"), 12, 0.26),
     "resnet50": Whole(_timm("resnet50"), 37, 0.26),
@@ -156,14 +203,14 @@ PUBLISHED: dict[str, Whole] = {
 }
 """timm's, for images of 64 pixels."""
 
-MODELS: dict[str, Whole] = {**OURS, **PUBLISHED}
+MODELS: dict[str, Whole] = {**OURS, **TASKS, **PUBLISHED}
 
 
 def exported(name: str) -> bytes:
     """One of `MODELS` as ONNX."""
     whole = MODELS[name]
     module = whole.make()
-    if whole.vocabulary:
+    if whole.vocabulary and not hasattr(module, "input_dtype"):
         return export_torch((module, torch.zeros((2, *module.input_shape), dtype=torch.int64)), name=name)
     return export_torch(module, name=name)
 
@@ -171,13 +218,40 @@ def exported(name: str) -> bytes:
 @functools.cache
 def imported(name: str, prefer: Literal["coarse", "fine"] = "coarse") -> Model:
     """One of `MODELS`, imported; each only once."""
+    if MODELS[name].values:
+        return fx.load(MODELS[name].make(), name=name, prefer=prefer, loss=squared)
     return import_onnx(exported(name), name, prefer=prefer)
+
+
+def squared(*given: torch.Tensor) -> torch.Tensor:
+    """The loss of values: mean squares, over all outputs together."""
+    *outputs, labels = given
+    return (torch.cat([o.flatten(1) for o in outputs], 1) - labels.flatten(1)).square().mean(1)
 
 
 def samples(name: str, batch: int, seed: int = 5) -> np.ndarray[Any, Any]:
     """Random samples for one of `MODELS`."""
     rng = np.random.default_rng(seed)
-    shape = (batch, *imported(name).architecture.input_shape)
-    if MODELS[name].vocabulary:
-        return rng.integers(0, MODELS[name].vocabulary, shape)
+    whole, model = MODELS[name], imported(name)
+    parts = pieces(model.graph.metadata, INPUTS_KEY)
+    if not parts:
+        shape = (batch, *model.architecture.input_shape)
+        return rng.integers(0, whole.vocabulary, shape) if whole.vocabulary else normal(rng, shape)
+    kinds = whole.make().input_dtype
+    rows = [
+        rng.integers(0, whole.vocabulary, (batch, part.size)) if part.name in kinds else normal(rng, (batch, part.size))
+        for part in parts
+    ]
+    return np.concatenate(rows, 1).astype(np.float32)
+
+
+def labels(name: str, batch: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    """Random labels for one of `MODELS`."""
+    rng, outputs = np.random.default_rng(seed), imported(name).architecture.output_shape
+    if MODELS[name].values:
+        return normal(rng, (batch, *outputs))
+    return rng.integers(0, outputs[0], (batch, *outputs[1:]))
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     return rng.standard_normal(shape).astype(np.float32)

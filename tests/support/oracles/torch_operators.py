@@ -13,7 +13,7 @@ from torch.nn import functional
 Tensor = torch.Tensor
 Function = Callable[..., Any]
 
-_DTYPES = {1: None, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: None, 11: None}
+_DTYPES = {1: None, 2: torch.uint8, 6: torch.int32, 7: torch.int64, 9: torch.bool, 10: None, 11: None}
 OPERATORS: dict[str, Function] = {}
 """Functions of the node's attributes and its inputs (None where left out), by operator."""
 

@@ -1,0 +1,427 @@
+"""Small networks that detect, segment, reconstruct, embed, or look at volumes: classes for `whole_models`.
+
+Every module says its `input_shape` (one sample).
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from support.nets.whole_cnns import conv_bn
+
+
+def block(before: int, after: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    """A convolution, a batch normalisation, and SiLU."""
+    return nn.Sequential(*conv_bn(before, after, kernel, stride, groups), nn.SiLU())
+
+
+class Csp(nn.Module):
+    """A stage of recent YOLOs: one half passes by, and every block's output is joined, too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        half = width // 2
+        self.enter, self.one, self.two = block(width, width, 1), block(half, half), block(half, half)
+        self.leave = block(width + half, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        passed, value = self.enter(x).chunk(2, 1)
+        return self.leave(torch.cat([passed, value, value + self.two(self.one(value))], 1))
+
+
+class Yolo(nn.Module):
+    """Stages with halves that pass by, pooling at growing sizes, paths up and down, anchors at three scales."""
+
+    input_shape, kinds = (3, 32, 32), 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a = block(3, 8, 3, 2), nn.Sequential(block(8, 12, 3, 2), Csp(12))
+        self.b, self.c = nn.Sequential(block(12, 16, 3, 2), Csp(16)), nn.Sequential(block(16, 24, 3, 2), Csp(24))
+        self.narrow, self.pooled = block(24, 12, 1), block(48, 24, 1)
+        self.up_b, self.up_a = block(40, 16, 1), block(28, 12, 1)
+        self.down_b, self.down_c = block(12, 12, 3, 2), block(16, 16, 3, 2)
+        self.out_b, self.out_c = nn.Sequential(block(28, 16, 1), Csp(16)), nn.Sequential(block(40, 20, 1), Csp(20))
+        self.heads = nn.ModuleList(nn.Conv2d(n, 3 * (5 + self.kinds), 1) for n in (12, 16, 20))
+        self.register_buffer("anchors", torch.tensor([[1.0, 2], [2, 1], [2, 2]]).view(1, 3, 1, 1, 2) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(self.stem(x))
+        b = self.b(a)
+        c = [self.narrow(self.c(b))]
+        for _ in range(3):
+            c.append(functional.max_pool2d(c[-1], 5, 1, 2))
+        far = self.pooled(torch.cat(c, 1))
+        b = self.up_b(torch.cat([functional.interpolate(far, scale_factor=2.0), b], 1))
+        a = self.up_a(torch.cat([functional.interpolate(b, scale_factor=2.0), a], 1))
+        b = self.out_b(torch.cat([self.down_b(a), b], 1))
+        far = self.out_c(torch.cat([self.down_c(b), far], 1))
+        return torch.cat([self.boxes(i, value) for i, value in enumerate((a, b, far))], 1)
+
+    def boxes(self, scale: int, x: Tensor) -> Tensor:
+        """Centres, sizes, objectness and classes of a scale's anchors [n, places, 5 + classes]."""
+        n, _, height, width = x.shape
+        x = self.heads[scale](x).view(n, 3, 5 + self.kinds, height, width).permute(0, 1, 3, 4, 2)
+        ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        at, size, rest = torch.sigmoid(x).split((2, 2, 1 + self.kinds), 4)
+        at = (at * 2 - 0.5 + torch.stack([xs, ys], 2)) / width
+        return torch.cat([at, (size * 2) ** 2 * self.anchors * 2**scale, rest], 4).reshape(n, -1, 5 + self.kinds)
+
+
+class Ssd(nn.Module):
+    """Boxes and classes from three depths; the first is normalised across channels, with a gain per channel."""
+
+    input_shape, kinds = (3, 24, 24), 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.a2 = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 16, 3, padding=1)
+        self.b, self.c = nn.Conv2d(16, 20, 3, padding=1), nn.Conv2d(20, 20, 3, padding=2, dilation=2)
+        self.more, self.more2 = nn.Conv2d(20, 8, 1), nn.Conv2d(8, 16, 3, 2, 1)
+        self.gain = nn.Parameter(torch.full((16,), 20.0))
+        self.boxes = nn.ModuleList(nn.Conv2d(n, 4 * k, 3, padding=1) for n, k in ((16, 2), (20, 3), (16, 2)))
+        self.classes = nn.ModuleList(nn.Conv2d(n, self.kinds * k, 3, padding=1) for n, k in ((16, 2), (20, 3), (16, 2)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a = torch.relu(self.a2(functional.max_pool2d(torch.relu(self.a(x)), 2)))
+        c = torch.relu(self.c(torch.relu(self.b(functional.max_pool2d(a, 3, 2, ceil_mode=True)))))
+        far = torch.relu(self.more2(torch.relu(self.more(c))))
+        seen = (functional.normalize(a, dim=1) * self.gain.view(1, -1, 1, 1), c, far)
+        n = x.shape[0]
+        boxes = [f(v).permute(0, 2, 3, 1).reshape(n, -1, 4) for f, v in zip(self.boxes, seen, strict=True)]
+        classes = [f(v).permute(0, 2, 3, 1).reshape(n, -1, self.kinds) for f, v in zip(self.classes, seen, strict=True)]
+        return torch.cat(boxes, 1), torch.cat(classes, 1)
+
+
+class Fcos(nn.Module):
+    """A pyramid whose levels share one head, with a gain of each level's own: classes, distances, centredness."""
+
+    input_shape, kinds = (3, 32, 32), 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 8, 3, 2)
+        self.stages = nn.ModuleList(conv_bn(a, b, 3, 2) for a, b in pairwise((8, 12, 16, 24)))
+        self.beside = nn.ModuleList(nn.Conv2d(n, 16, 1) for n in (12, 16, 24))
+        self.smooth = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(3))
+        self.classes, self.boxes = self._tower(), self._tower()
+        self.kind, self.box = nn.Conv2d(16, self.kinds, 3, padding=1), nn.Conv2d(16, 4, 3, padding=1)
+        self.centre, self.gains = nn.Conv2d(16, 1, 3, padding=1), nn.Parameter(torch.ones(3))
+
+    @staticmethod
+    def _tower() -> nn.Sequential:
+        parts = [(nn.Conv2d(16, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()) for _ in range(2)]
+        return nn.Sequential(*(layer for part in parts for layer in part))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value, found = torch.relu(self.stem(x)), []
+        for stage in self.stages:
+            value = torch.relu(stage(value))
+            found.append(value)
+        levels = [f(v) for f, v in zip(self.beside, found, strict=True)]
+        for i in (1, 0):
+            levels[i] = levels[i] + functional.interpolate(levels[i + 1], size=levels[i].shape[2:], mode="nearest")
+        out: tuple[list[Tensor], ...] = ([], [], [])
+        for i, level in enumerate(levels):
+            level = self.smooth[i](level)
+            kinds, boxes = self.classes(level), self.boxes(level)
+            sizes = torch.exp(self.gains[i] * self.box(boxes) / 4)
+            for into, value in zip(out, (self.kind(kinds), sizes, self.centre(boxes)), strict=True):
+                into.append(value.flatten(2).transpose(1, 2))
+        return torch.cat(out[0], 1), torch.cat(out[1], 1), torch.cat(out[2], 1)
+
+
+class CenterNet(nn.Module):
+    """Deconvolutions up to a map, and three heads of two layers: heat, size, offset."""
+
+    input_shape = (3, 32, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(conv_bn(a, b, 3, 2) for a, b in pairwise((3, 8, 16, 24)))
+        self.up = nn.ModuleList()
+        for before, after in ((24, 20), (20, 16)):
+            self.up.append(
+                nn.Sequential(nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+            )
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(16, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, k, 1)) for k in (4, 2, 2)
+        )
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        for layer in self.down:
+            x = torch.relu(layer(x))
+        for layer in self.up:
+            x = layer(x)
+        heat, size, offset = (head(x) for head in self.heads)
+        return {"heat": torch.sigmoid(heat), "size": size, "offset": offset}
+
+
+class AttentionUNet(nn.Module):
+    """A U-Net whose shortcuts pass gates: of one channel each, from the shortcut and what is below."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = block(3, 8), block(8, 12), block(12, 20)
+        self.up_b, self.up_a = nn.ConvTranspose2d(20, 12, 2, 2), nn.ConvTranspose2d(12, 8, 2, 2)
+        self.below = nn.ModuleList(conv_bn(n, n // 2, 1) for n in (12, 8))
+        self.beside = nn.ModuleList(conv_bn(n, n // 2, 1) for n in (12, 8))
+        self.gate = nn.ModuleList(conv_bn(n // 2, 1, 1) for n in (12, 8))
+        self.back_b, self.back_a, self.head = block(24, 12), block(16, 8), nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.a(x)
+        b = self.b(functional.max_pool2d(a, 2))
+        below = self.up_b(self.c(functional.max_pool2d(b, 2)))
+        below = self.up_a(self.back_b(torch.cat([self.gated(0, b, below), below], 1)))
+        return self.head(self.back_a(torch.cat([self.gated(1, a, below), below], 1)))
+
+    def gated(self, i: int, beside: Tensor, below: Tensor) -> Tensor:
+        both = torch.relu(self.below[i](below) + self.beside[i](beside))
+        return beside * torch.sigmoid(self.gate[i](both))
+
+
+class DeepLab(nn.Module):
+    """Dilated convolutions side by side, one of them separable, with the mean of the picture; then early features."""
+
+    input_shape = (3, 24, 24)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = conv_bn(3, 12, 3, 2), conv_bn(12, 24, 3, 2)
+        self.near = conv_bn(24, 12, 1)
+        self.wide = nn.Sequential(nn.Conv2d(24, 12, 3, padding=2, dilation=2, bias=False), nn.BatchNorm2d(12))
+        self.wider = nn.Sequential(
+            nn.Conv2d(24, 24, 3, padding=3, dilation=3, groups=24, bias=False), nn.BatchNorm2d(24), nn.ReLU(),
+            *conv_bn(24, 12, 1),
+        )  # fmt: skip
+        self.mean = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(24, 12, 1), nn.ReLU())
+        self.joint, self.early = conv_bn(48, 16, 1), conv_bn(12, 6, 1)
+        self.last, self.head = conv_bn(22, 16), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = torch.relu(self.stem(x))
+        far = torch.relu(self.body(early))
+        mean = functional.interpolate(self.mean(far), size=far.shape[2:], mode="bilinear", align_corners=False)
+        seen = [torch.relu(f(far)) for f in (self.near, self.wide, self.wider)]
+        far = torch.relu(self.joint(torch.cat([*seen, mean], 1)))
+        far = functional.interpolate(far, size=early.shape[2:], mode="bilinear", align_corners=False)
+        both = torch.cat([far, torch.relu(self.early(early))], 1)
+        out = self.head(torch.relu(self.last(both)))
+        return functional.interpolate(out, scale_factor=2.0, mode="bilinear", align_corners=True)
+
+
+class PanopticFpn(nn.Module):
+    """A pyramid, every level of which is led up to the finest with group normalisations, and all are added."""
+
+    input_shape = (3, 32, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(conv_bn(a, b, 3, 2) for a, b in pairwise((3, 8, 12, 16)))
+        self.beside = nn.ModuleList(nn.Conv2d(n, 12, 1) for n in (8, 12, 16))
+        self.lead = nn.ModuleList(nn.ModuleList(self._step(i == 0) for i in range(max(1, n))) for n in range(3))
+        self.head = nn.Conv2d(8, 4, 1)
+
+    @staticmethod
+    def _step(first: bool) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(12 if first else 8, 8, 3, padding=1, bias=False), nn.GroupNorm(2, 8), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = []
+        for stage in self.stages:
+            x = torch.relu(stage(x))
+            found.append(x)
+        above, parts = None, []
+        for i in (2, 1, 0):
+            level = self.beside[i](found[i])
+            above = level if above is None else level + functional.interpolate(above, scale_factor=2.0)
+            value = above
+            for step in self.lead[i]:
+                value = step(value)
+                if i:
+                    value = functional.interpolate(value, scale_factor=2.0, mode="bilinear", align_corners=False)
+            parts.append(value)
+        out = self.head(torch.stack(parts).sum(0))
+        return functional.interpolate(out, scale_factor=2.0, mode="bilinear", align_corners=False)
+
+
+class ReducedAttention(nn.Module):
+    """SegFormer's block: keys and values of a smaller map, and a depthwise convolution between dense layers."""
+
+    def __init__(self, width: int, heads: int, reduction: int) -> None:
+        super().__init__()
+        self.heads, self.reduction = heads, reduction
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.q, self.kv, self.out = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        if reduction > 1:
+            self.smaller, self.norm = nn.Conv2d(width, width, reduction, reduction), nn.LayerNorm(width)
+        self.fc1, self.fc2 = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.depth = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
+
+    def forward(self, x: Tensor, size: int) -> Tensor:
+        n, places, width = x.shape
+        y = self.norm1(x)
+        q = self.q(y).reshape(n, places, self.heads, -1).transpose(1, 2)
+        if self.reduction > 1:
+            y = self.smaller(y.transpose(1, 2).reshape(n, width, size, size)).flatten(2).transpose(1, 2)
+            y = self.norm(y)
+        k, v = self.kv(y).reshape(n, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q @ k.transpose(2, 3) * (width // self.heads) ** -0.5).softmax(-1)
+        x = x + self.out((weights @ v).transpose(1, 2).reshape(n, places, width))
+        y = self.fc1(self.norm2(x))
+        y = self.depth(y.transpose(1, 2).unflatten(2, (size, size))).flatten(2).transpose(1, 2)
+        return x + self.fc2(functional.gelu(y))
+
+
+class SegFormer(nn.Module):
+    """Overlapping patches, attention at two scales, and dense layers that join the scales to a map of classes."""
+
+    input_shape = (3, 32, 32)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch1, self.norm1 = nn.Conv2d(3, 12, 7, 4, 3), nn.LayerNorm(12)
+        self.block1, self.last1 = ReducedAttention(12, 2, 2), nn.LayerNorm(12)
+        self.patch2, self.norm2 = nn.Conv2d(12, 24, 3, 2, 1), nn.LayerNorm(24)
+        self.block2, self.last2 = ReducedAttention(24, 4, 1), nn.LayerNorm(24)
+        self.lead1, self.lead2 = nn.Linear(12, 16), nn.Linear(24, 16)
+        self.fuse, self.head = conv_bn(32, 16, 1), nn.Conv2d(16, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.patch1(x).flatten(2).transpose(1, 2))
+        one = self.last1(self.block1(x, 8))
+        x = self.patch2(one.transpose(1, 2).reshape(-1, 12, 8, 8))
+        x = self.norm2(x.flatten(2).transpose(1, 2))
+        two = self.last2(self.block2(x, 4))
+        near = self.lead1(one).transpose(1, 2).unflatten(2, (8, 8))
+        far = self.lead2(two).transpose(1, 2).unflatten(2, (4, 4))
+        far = functional.interpolate(far, size=(8, 8), mode="bilinear", align_corners=False)
+        return self.head(torch.relu(self.fuse(torch.cat([far, near], 1))))
+
+
+class PooledVideo(nn.Module):
+    """Convolutions over space and then time, with overlapping windows of maxima and means in three dimensions."""
+
+    input_shape = (3, 6, 12, 12)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.space, self.time = (
+            nn.Conv3d(3, 8, (1, 3, 3), padding=(0, 1, 1)),
+            nn.Conv3d(8, 12, (3, 1, 1), padding=(1, 0, 0)),
+        )
+        self.norm, self.depth = nn.BatchNorm3d(12), nn.Conv3d(12, 12, 3, padding=1, groups=12)
+        self.point, self.last = nn.Conv3d(12, 12, 1), nn.Conv3d(12, 16, 3, 2, 1)
+        self.fc = nn.Linear(16 * 4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.time(torch.relu(self.space(x)))))
+        x = x + functional.adaptive_avg_pool3d(x, (6, 1, 1))
+        x = functional.max_pool3d(x, 3, (1, 2, 2), 1)
+        x = x + self.point(torch.relu(self.depth(x)))
+        x = torch.relu(self.last(functional.avg_pool3d(x, (2, 3, 3), (1, 1, 1), (0, 1, 1))))
+        return self.fc(functional.adaptive_avg_pool3d(x, (1, 2, 2)).flatten(1))
+
+
+class VoxelUNet(nn.Module):
+    """A U-Net over volumes with instance normalisations; the coarse output is added to the fine one."""
+
+    input_shape = (2, 8, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm_a = nn.Conv3d(2, 8, 3, padding=1, bias=False), nn.InstanceNorm3d(8, affine=True)
+        self.b, self.norm_b = nn.Conv3d(8, 12, 3, padding=1, bias=False), nn.InstanceNorm3d(12, affine=True)
+        self.up = nn.ConvTranspose3d(12, 8, 2, 2)
+        self.back, self.coarse, self.fine = nn.Conv3d(16, 8, 3, padding=1), nn.Conv3d(12, 3, 1), nn.Conv3d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = functional.leaky_relu(self.norm_a(self.a(x)))
+        b = functional.leaky_relu(self.norm_b(self.b(functional.max_pool3d(a, 2))))
+        x = functional.leaky_relu(self.back(torch.cat([self.up(b), a], 1)))
+        return self.fine(x) + functional.interpolate(self.coarse(b), scale_factor=2.0, mode="trilinear")
+
+
+class AutoEncoder(nn.Module):
+    """Pictures through a dense bottleneck and back by deconvolutions, one of which pads its output."""
+
+    input_shape = (1, 14, 14)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 8, 3, 2, 1), nn.Conv2d(8, 12, 3, 2, 1)
+        self.code, self.back = nn.Linear(12 * 16, 10), nn.Linear(10, 12 * 16)
+        self.up_b = nn.ConvTranspose2d(12, 8, 3, 2, 1)
+        self.norm, self.up_a = nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 1, 3, 2, 1, output_padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.elu(self.b(functional.elu(self.a(x))))
+        x = functional.elu(self.back(torch.tanh(self.code(x.flatten(1)))))
+        x = functional.elu(self.norm(self.up_b(x.unflatten(1, (12, 4, 4)))))
+        return torch.sigmoid(self.up_a(x))
+
+
+class Vae(nn.Module):
+    """The path of the mean of a variational autoencoder: what is drawn in training is the mean in evaluation."""
+
+    input_shape = (1, 12, 12)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(1, 8, 3, 2), conv_bn(8, 12, 3, 2)
+        self.mean, self.spread = nn.Linear(12 * 9, 6), nn.Linear(12 * 9, 6)
+        self.back, self.wide, self.out = nn.Linear(6, 12 * 9), conv_bn(12, 32), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = functional.leaky_relu(self.b(functional.leaky_relu(self.a(x)))).flatten(1)
+        mean, spread = self.mean(x), self.spread(x)
+        drawn = mean + torch.randn_like(mean) * (spread / 2).exp() if self.training else mean
+        x = functional.leaky_relu(self.back(drawn)).view(-1, 12, 3, 3)
+        x = functional.pixel_shuffle(functional.leaky_relu(self.wide(x)), 2)
+        return torch.sigmoid(functional.pixel_shuffle(self.out(x), 2)), mean, spread
+
+
+class FaceNet(nn.Module):
+    """MobileFaceNet: bottlenecks with PReLU, a depthwise convolution over all places, a direction of length 1."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = conv_bn(3, 8, 3, 2), nn.PReLU(8)
+        self.expand, self.act1 = conv_bn(8, 20, 1), nn.PReLU(20)
+        self.depth, self.act2, self.project = conv_bn(20, 20, 3, 1, 20), nn.PReLU(20), conv_bn(20, 8, 1)
+        self.wide, self.act3 = conv_bn(8, 24, 1), nn.PReLU(24)
+        self.places = nn.Sequential(nn.Conv2d(24, 24, 8, groups=24, bias=False), nn.BatchNorm2d(24))
+        self.code, self.norm = nn.Linear(24, 8, bias=False), nn.BatchNorm1d(8, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.stem(x))
+        x = x + self.project(self.act2(self.depth(self.act1(self.expand(x)))))
+        x = self.places(self.act3(self.wide(x))).flatten(1)
+        return functional.normalize(self.norm(self.code(x)), dim=1)
+
+
+class PowerMeans(nn.Module):
+    """An embedding by means of a learnt power over places (GeM), and its cosines with learnt directions."""
+
+    input_shape = (3, 16, 16)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv_bn(3, 12, 3, 2), conv_bn(12, 20, 3, 2)
+        self.power, self.code, self.neck = nn.Parameter(torch.tensor(3.0)), nn.Linear(20, 10), nn.BatchNorm1d(10)
+        self.kinds = nn.Parameter(torch.randn(5, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.b(torch.relu(self.a(x)))).clamp(min=1e-2)
+        x = functional.avg_pool2d(x.pow(self.power), x.shape[2:]).pow(1 / self.power).flatten(1)
+        x = self.neck(self.code(x))
+        return 8 * functional.linear(functional.normalize(x), functional.normalize(self.kinds))
