@@ -49,6 +49,9 @@ class Calibration:
         self._x = np.ascontiguousarray(x[chosen])
         features = features or Features()
         kept = Features(frozen=features.frozen, trainable=features.trainable)
+        self._y: npt.NDArray[Any] = np.zeros(
+            (len(chosen), *kept.target_shape(model.architecture.output_shape)), np.int64
+        )
         frozen = frozen_tensors(model.architecture, kept, model.frozen)
         self._trained = [t.name for t in model.architecture.trainable if t.name not in frozen]
         self._statistics = [t.name for t in model.architecture.statistics if t.name not in frozen]
@@ -71,7 +74,7 @@ class Calibration:
         feeds |= {
             k: np.array(0, np.float32) for k in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
         }
-        feeds |= {step_contract.X: self._x, step_contract.Y: np.zeros(len(self._x), np.int64)}
+        feeds |= {step_contract.X: self._x, step_contract.Y: self._y}
         feeds |= {n: np.zeros_like(tensors[n]) for n in names}
         measured = self._session.run(feeds, [step_contract.following(n) for n in names])
         return dict(tensors) | {n: measured[step_contract.following(n)] for n in names}

@@ -96,16 +96,15 @@ class Worker:
         """Put the job's first model into the store and return its digest.
 
         Raises:
-            BundleError: The strategy's `begin` can't use it, or it has no last layer and one is named.
             StrategyError: A user's `begin` has failed.
             ModelError: The model can't be trained, which is better known before the first device is there.
-            ConfigError: A pattern of the recipe matches no tensor.
+            ConfigError: The strategy's `begin` can't use it, or a pattern of the recipe matches no tensor.
         """
+        model = self.strategy.begin(self.architecture, self.model.tensors)
         recipe = self.updates.recipe(Turn(self.job.seed, 1, "", self.architecture.sizes))
         self._offers.training(recipe, 1)
         self._offers.lowered(self.architecture.sizes, 1)
         self._offers.withheld(recipe)
-        model = self.strategy.begin(self.architecture, self.model.tensors)
         if model is not self.model.tensors:
             # What isn't trained must be as it was given: nothing else would ever come of it.
             still = frozen_tensors(self.architecture, recipe.features, self.model.frozen)

@@ -4,7 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+import fedprune_export as fx
 from fedprune.core.errors import DataError
 from fedprune.model.recipe import Features
 from fedprune_export.importing import import_onnx
@@ -87,3 +90,13 @@ def test_of_many_samples_a_part_is_enough(model):
 def test_samples_of_another_shape_are_refused(model, shape):
     with pytest.raises(DataError, match=r"calibration samples: expected \[2 or more, 1, 8, 8\], got \["):
         Calibration(model, np.zeros(shape, np.float32))
+
+
+@pytest.mark.torch
+def test_models_of_places_are_measured():
+    module = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
+    module.input_shape = (1, 8, 8)
+    places, x = fx.load(module), load_digits()[0][:90]
+    out = Calibration(places, x)(places.tensors)
+    values = module[0](torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(out["1.running_mean"], values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)

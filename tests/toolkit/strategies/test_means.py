@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.aggregation.fold import Fold, Rule
-from fedprune.core.errors import BundleError, ConfigError
+from fedprune.core.errors import ConfigError
 from fedprune.jobs.schedule import Arrival, Schedule, Staleness
 from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
 from fedprune.model.element_mask import ElementMask
@@ -102,7 +102,7 @@ def test_a_reconstruction_in_other_coordinates_moves_away_from_the_model_that_wa
 def test_the_last_layer_is_the_one_that_makes_the_outputs() -> None:
     assert head_axes(NET) == {"head.weight": 0, "head.bias": 0}
     body = Architecture("body", NET.groups, NET.tensors[:2], NET.layers[:1], (), (3,), (5,))
-    with pytest.raises(BundleError, match="no last layer"):
+    with pytest.raises(ConfigError, match="no last layer"):
         head_axes(body)
 
 

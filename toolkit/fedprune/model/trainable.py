@@ -6,7 +6,7 @@ from collections.abc import Collection
 from fnmatch import fnmatchcase
 from glob import escape
 
-from fedprune.core.errors import BundleError, ConfigError
+from fedprune.core.errors import ConfigError
 from fedprune.model.architecture import Architecture, TensorKind, TensorSpec
 from fedprune.model.recipe import Features
 
@@ -14,12 +14,12 @@ HEAD = "@head"
 """A pattern that stands for the last layer's tensors, where tensors are named by patterns."""
 
 
-def head_axes(architecture: Architecture) -> dict[str, int]:
+def head_axes(architecture: Architecture, what: str = HEAD) -> dict[str, int]:
     """The last layer's tensors, with the axis of each along which the outputs are.
 
     That is the last layer with a weight whose outputs no cut may touch, and its bias: of all biases as long as there
-    are outputs the one that is called like the layer, or else the first behind its weight. Raises `BundleError` if
-    there is none.
+    are outputs the one that is called like the layer, or else the first behind its weight. Raises `ConfigError` if
+    there is none; the message names `what` needs it.
     """
     for layer in reversed(architecture.layers):
         spec = architecture.by_name.get(layer.weight)
@@ -39,15 +39,18 @@ def head_axes(architecture: Architecture) -> dict[str, int]:
         behind = [b for b in biases if names.index(b) > names.index(spec.name)]
         out.update(dict.fromkeys((named or behind)[:1], 0))
         return out
-    raise BundleError("the model has no last layer with weights of its own", hint="Name its tensors yourself.")
+    raise ConfigError(
+        f"{what}: the model has no last layer with weights of its own",
+        expected="a layer that makes all of its outputs",
+        hint="Name its tensors yourself, or leave the setting out.",
+    )
 
 
-def spelt(patterns: Collection[str], architecture: Architecture) -> tuple[str, ...]:
-    """Patterns of tensors with `@head` spelt out. Raises `BundleError` if `@head` is among them, and the model has
-    no last layer."""
+def spelt(patterns: Collection[str], architecture: Architecture, what: str = HEAD) -> tuple[str, ...]:
+    """Patterns of tensors with `@head` spelt out. Raises as `head_axes` if it is among them."""
     out: list[str] = []
     for pattern in patterns:
-        out += [escape(n) for n in head_axes(architecture)] if pattern == HEAD else [pattern]
+        out += [escape(n) for n in head_axes(architecture, what)] if pattern == HEAD else [pattern]
     return tuple(out)
 
 
@@ -59,8 +62,8 @@ def frozen_tensors(architecture: Architecture, features: Features, frozen: Colle
     too: a frozen one isn't measured again.
 
     Raises:
-        BundleError: `@head` is among the patterns, and the model has no last layer.
-        ConfigError: A pattern matches no tensor, or no tensor is left to train.
+        ConfigError: A pattern matches no tensor, no tensor is left to train, or `@head` is among the patterns and the
+            model has no last layer.
     """
     names = [t.name for t in architecture.tensors]
     out = set(frozen).intersection(names)
@@ -88,7 +91,7 @@ def matching(architecture: Architecture, patterns: Collection[str], what: str) -
     """Names of the tensors that match some pattern: `*` stands for any letters, `@head` for the last layer. Raises as
     `frozen_tensors`; the message names `what`."""
     names = [t.name for t in architecture.tensors]
-    patterns = spelt(patterns, architecture)
+    patterns = spelt(patterns, architecture, what)
     for pattern in patterns:
         if not any(fnmatchcase(n, pattern) for n in names):
             raise ConfigError(

@@ -198,7 +198,7 @@ def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[s
             shorter was not trained. The bias goes with its weight's row.
 
     Raises:
-        BundleError: The model has no last layer.
+        ConfigError: The model has no last layer.
     """
     axes = head_axes(submodel.selection.architecture)
     weight = next(iter(axes))

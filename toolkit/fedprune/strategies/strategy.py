@@ -66,7 +66,10 @@ class Strategy:
         return False
 
     def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
-        """The job's first global model, made from the imported one: the same tensors and shapes, float32."""
+        """The job's first global model, made from the imported one: the same tensors and shapes, float32.
+
+        Called before any device is asked: here a strategy refuses a model that lacks what it needs (`ConfigError`).
+        """
         return model
 
     def rank(self, scene: Scene) -> Ranking:

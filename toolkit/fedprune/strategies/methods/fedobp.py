@@ -84,6 +84,11 @@ class FedObp(Strategy):
 
     options: Options = field(default_factory=Options)
 
+    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        if self.options.scope == "classifier":
+            head_axes(architecture, f"strategy {self.name}: scope classifier")
+        return model
+
     def extract(self, cut: Cut) -> Submodel:
         """A slice of the global model, with θ_i^{t−1} where its score is above the quantile."""
         submodel = super().extract(cut)

@@ -9,8 +9,10 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
-from fedprune.model.trainable import HEAD
+from fedprune.model.selection import Tensors
+from fedprune.model.trainable import HEAD, matching
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.options import choice, number, read_options
@@ -53,6 +55,10 @@ class FedPer(Strategy):
     """
 
     personal: tuple[str, ...] = (HEAD,)
+
+    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        matching(architecture, self.personal, f"strategy {self.name}: personal")
+        return model
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         return replace(recipe, personal=self.personal)

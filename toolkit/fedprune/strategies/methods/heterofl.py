@@ -16,7 +16,10 @@ import numpy as np
 
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
+from fedprune.model.selection import Tensors
+from fedprune.model.trainable import head_axes
 from fedprune.strategies.aggregators import Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.options import choice, number, read_options
@@ -62,6 +65,11 @@ class HeteroFL(Strategy):
     """The first channels, with the aids of training narrow submodels."""
 
     options: Options = field(default_factory=Options)
+
+    def begin(self, architecture: Architecture, model: Tensors) -> Tensors:
+        if isinstance(self.aggregator, Mean) and self.aggregator.changed == "rows":
+            head_axes(architecture, f"strategy {self.name}: label_rows")
+        return model
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
         options = self.options

@@ -1,0 +1,120 @@
+"""Every preset with every kind of task: it runs, or an error names what it needs before any board trains."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fedprune_export as fx
+from fedprune.core.errors import ConfigError
+from fedprune.model.recipe import Recipe
+from fedprune.planning.profile_store import find
+from fedprune.strategies import PRESETS
+from fedprune_device.data.dataset import LocalData
+from fedprune_export.pruning.model import Model
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from support.fakes.digits_simulation import KINDS, digits_simulation
+from support.nets import whole_models
+from support.nets.small_nets import Reader
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
+TRAINED, HELD = 18, 6
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network of `whole_models`, the recipe's loss and metric, and labels of another kind than the network's own."""
+
+    net: str
+    recipe: dict[str, Any] = field(default_factory=dict)
+    labels: str = ""
+
+
+TASKS = {
+    "regression": Task("perceptron", {"loss": "mse", "metric": "mae"}, "values"),
+    "segmentation": Task("attention_unet", {"metric": "miou"}),
+    "several masks": Task("deep_lab", {"loss": "dice", "metric": "ap"}, "masks"),
+    "autoencoder": Task("auto_encoder", {"loss": "mse"}, "inputs"),
+    "language": Task("alibi", {"metric": "perplexity"}),
+    "adapters": Task("reader"),
+    "frozen adapters": Task("lora_reader"),
+    "several inputs": Task("fusion", {"loss": "custom"}),
+    "outputs of two layers": Task("fusion"),
+    "embedding": Task("face_net", {"loss": "infonce"}, "identities"),
+    "sequences": Task("wave_net", {"loss": "ctc"}),
+}
+
+OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in PRESETS if name != "autoflip"),  # which explores for long by default
+    ("autoflip", {"exploration_epochs": 1}),
+    ("fedobp", {"scope": "classifier"}),
+    ("fedprune", {"densities": [1.0, 0.5, 0.25]}),
+    ("heterofl", {"densities": [1.0, 0.5, 0.25]}),
+]
+
+
+@functools.cache
+def model_of(task: str) -> Model:
+    return fx.load(Reader(), lora="8:q.weight,v.weight,wide.weight") if task == "adapters" else net_of(task)
+
+
+def net_of(task: str) -> Model:
+    return whole_models.imported(TASKS[task].net)
+
+
+def drawn(task: str, count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Random samples and labels of a task."""
+    rng, of = np.random.default_rng(seed), TASKS[task]
+    if task == "adapters":
+        return rng.integers(0, 11, (count, 6)), rng.integers(0, 5, count)
+    x, outputs = whole_models.samples(of.net, count, seed), net_of(task).architecture.output_shape
+    if of.labels == "values":
+        return x, whole_models.normal(rng, (count, *outputs))
+    if of.labels == "masks":
+        return x, rng.integers(0, 2, (count, *outputs)).astype(np.float32)
+    if of.labels == "inputs":
+        return x, x
+    if of.labels == "identities":
+        return x, rng.integers(0, 4, count)
+    if of.net == "fusion" and not of.recipe:
+        return x, rng.integers(0, *outputs, count)
+    y = whole_models.labels(of.net, count, seed)
+    return x, np.where(np.arange(y.shape[-1]) < 5, y, 0) if of.recipe.get("loss") == "ctc" else y
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("strategy", "options"), OPTIONS, ids=lambda v: v if isinstance(v, str) else ",".join(v))
+def test_it_runs_or_names_what_it_needs(tmp_path: Path, strategy: str, options: dict[str, Any], task: str) -> None:
+    fleet = []
+    for number, name in enumerate(KINDS):
+        x, y = drawn(task, TRAINED + HELD, number)
+        fleet.append(VirtualDevice(name, find(name), LocalData(x[:TRAINED], y[:TRAINED], x[TRAINED:], y[TRAINED:])))
+    evaluation = drawn(task, HELD, 9)
+    recipe = Recipe(batch_size=9, lr=1e-3, **TASKS[task].recipe)
+    job = functools.partial(
+        digits_simulation, tmp_path, model=model_of(task), fleet=fleet, evaluation=evaluation,
+        calibration=evaluation[0], rounds=2, strategy=strategy, options=options, recipe=recipe,
+    )  # fmt: skip
+    if refused(strategy, options, task):
+        with pytest.raises(ConfigError, match=rf"strategy {strategy}: .*no last layer"):
+            job()
+        return
+    run = job()
+    run.run()
+    record = run.record()
+    assert all(row.updates for row in record.rounds)
+    assert np.isfinite(record.last.loss or 0.0)
+    assert record.measure == recipe.judged_by
+
+
+def refused(strategy: str, options: dict[str, Any], task: str) -> bool:
+    """Whether a strategy needs one layer that makes all outputs, where two make them."""
+    if task == "outputs of two layers" and strategy in ("heterofl", "fedrolex"):
+        return True  # the mean of label rows
+    return TASKS[task].net == "fusion" and (strategy == "fedper" or "scope" in options)
