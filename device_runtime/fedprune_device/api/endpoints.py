@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import shown
-from fedprune.model.recipe import JUDGED, LABELS_OF, MULTI
+from fedprune.model.recipe import JUDGED, MULTI, labels_of
 from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import KINDS, NPY, Answer, Request, RequestError, array, batch, document, npy
 from fedprune_device.data.dataset import Array, Shape
@@ -109,7 +109,7 @@ class Endpoints:
     def _row(self, row: list[float], loss: str, top: int | None) -> dict[str, Any]:
         order = sorted(range(len(row)), key=lambda c: (-row[c], c))
         found = self._one(order[0], row[order[0]]) if loss == "cross_entropy" else {}
-        if LABELS_OF[loss] not in JUDGED:
+        if labels_of(loss) not in JUDGED:
             return {"values": row}
         if top is None:
             return {**found, "probabilities": row}
@@ -233,7 +233,7 @@ def _of_places(row: npt.NDArray[np.float64], loss: str) -> dict[str, Any]:
     """Predictions [K, ...] of one sample for each of its places."""
     if loss == "cross_entropy":
         return {"classes": row.argmax(0).tolist()}
-    return {"probabilities" if LABELS_OF[loss] == MULTI else "values": row.tolist()}
+    return {"probabilities" if labels_of(loss) == MULTI else "values": row.tolist()}
 
 
 def _whole(what: str, value: object, low: int, high: int, more: str = "") -> int:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
 from fedprune.core.zip_limits import check_members
-from fedprune.model.recipe import JUDGED, LABELS_OF
+from fedprune.model.recipe import JUDGED, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.cli.options import options_of
@@ -53,7 +53,7 @@ def predict(arguments: argparse.Namespace) -> int:
         predictor, record = _slots(arguments.state).open(arguments.threads)
         own, loss = record.own, record.loss
     shape, targets = predictor.input_shape, None
-    judges = LABELS_OF[loss] in (*JUDGED, "values")
+    judges = labels_of(loss) in (*JUDGED, "values")
     files = arguments.input.is_dir() or is_table(arguments.input)
     if files and judges and all(isinstance(size, int) for size in shape):
         empty = np.zeros((0, *(size for size in shape if isinstance(size, int))), np.float32)

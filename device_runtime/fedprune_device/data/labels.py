@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, shape_text
 from fedprune.model import step_contract
-from fedprune.model.recipe import LABELS_OF, MULTI, Recipe
+from fedprune.model.recipe import MULTI, Recipe, labels_of
 from fedprune.model.step_contract import loss_numbers
 from fedprune_device.data.stored_array import Inputs, StoredArray, chunks
 
@@ -67,12 +67,12 @@ class Targets:
         ):
             raise self._unfit(y, "The model and its loss decide the shape: is it the loss that you mean?")
         known = isinstance(y, StoredArray) and y.in_range
-        if LABELS_OF[self.loss] in ("classes", "sequence") and not known:
+        if labels_of(self.loss) in ("classes", "sequence") and not known:
             class_counts(y, self.classes, self.ignored)
         if whole:
             return y
         out = y.as_float32() if isinstance(y, StoredArray) else np.ascontiguousarray(y, np.float32)
-        for some in chunks(out) if LABELS_OF[self.loss] == MULTI and out.size and not known else ():
+        for some in chunks(out) if labels_of(self.loss) == MULTI and out.size and not known else ():
             if not (some.min() >= 0 and some.max() <= 1):
                 got = f"{some.min():g} to {some.max():g}"
                 raise DataError("a label is out of range", expected=f"0 to 1 (loss {self.loss})", got=got)
@@ -83,7 +83,7 @@ class Targets:
         return int(np.count_nonzero(y != self.ignored)) if self.ignored is not None else y.size
 
     def _unfit(self, y: Inputs, hint: str) -> DataError:
-        what = "numbers from 0 to 1" if LABELS_OF[self.loss] == MULTI else "numbers"
+        what = "numbers from 0 to 1" if labels_of(self.loss) == MULTI else "numbers"
         what = "whole numbers" if self.takes_whole else what
         kind = "whole numbers" if y.dtype.kind in "iu" else "numbers"
         return DataError(
@@ -184,7 +184,7 @@ def hits(loss: str, outputs: npt.NDArray[np.float32], targets: Array) -> npt.NDA
     """Which classes are right [n, ...], with `bce` which labels [n, K, ...]; None where numbers are predicted."""
     if loss == "cross_entropy":
         return np.asarray(np.argmax(outputs, axis=1) == targets)
-    if LABELS_OF[loss] == MULTI:
+    if labels_of(loss) == MULTI:
         return np.asarray((outputs > 0) == (targets > 0.5))
     return None
 

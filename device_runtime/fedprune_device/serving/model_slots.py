@@ -15,8 +15,8 @@ from typing import Any
 
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
-from fedprune.core.errors import ModelError, StorageError
-from fedprune.model.recipe import LOSSES
+from fedprune.core.errors import ConfigError, ModelError, StorageError
+from fedprune.model.recipe import labels_of
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, served_files
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
@@ -68,8 +68,7 @@ class Serving:
                 raise ValueError(values["precision"])
             if len(values["lowered"]) != (0 if values["precision"] == FLOAT32 else 2):
                 raise ValueError("lowered")
-            if values["loss"] not in LOSSES:
-                raise ValueError(values["loss"])
+            labels_of(values["loss"])
             if values["slot"] not in _NAMES:
                 raise ValueError(values["slot"])
             for name in ("offset", "present"):
@@ -78,7 +77,7 @@ class Serving:
                     if len(values[name]) != values["classes"] or not all(map(math.isfinite, values[name])):
                         raise ValueError(name)
             return cls(**values)
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise StorageError(f"the record of the serving model is not one ({error!r})") from error
 
 

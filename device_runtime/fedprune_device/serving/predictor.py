@@ -13,7 +13,7 @@ from fedprune.core.errors import DataError, ModelError, shape_text
 from fedprune.core.rng import keyed
 from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
-from fedprune.model.recipe import JUDGED, LABELS_OF, MULTI
+from fedprune.model.recipe import JUDGED, MULTI, labels_of
 from fedprune.runtime.session import Runs, Session
 from fedprune_device.data.labels import Targets, hits
 from fedprune_device.data.stored_array import Inputs
@@ -112,16 +112,16 @@ def described(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequ
         yield from _of_places(outputs, loss, top, names)
         return
     for i, row in enumerate(likely(loss, outputs.astype(np.float64))):
-        best = np.argsort(-row, kind="stable")[:top] if LABELS_OF[loss] in JUDGED else range(len(row))
+        best = np.argsort(-row, kind="stable")[:top] if labels_of(loss) in JUDGED else range(len(row))
         shown = [f"{names[c] if c < len(names) else c} " if len(row) > 1 else "" for c in best]
-        digits = ".4f" if LABELS_OF[loss] in JUDGED else ".6g"
+        digits = ".4f" if labels_of(loss) in JUDGED else ".6g"
         yield f"{i}: " + ", ".join(f"{name}{row[c]:{digits}}" for name, c in zip(shown, best, strict=True))
 
 
 def _of_places(outputs: npt.NDArray[np.float32], loss: str, top: int, names: Sequence[str]) -> Iterator[str]:
     shape = f"{' x '.join(map(str, outputs.shape[2:]))} places"
     for i, row in enumerate(outputs.reshape(*outputs.shape[:2], -1)):
-        if LABELS_OF[loss] not in JUDGED:
+        if labels_of(loss) not in JUDGED:
             yield f"{i}: {len(row)} x {shape}, {row.min():.6g} to {row.max():.6g}"
             continue
         chosen = row.argmax(0) == np.arange(len(row))[:, None] if loss == "cross_entropy" else row > 0
@@ -155,6 +155,6 @@ def likely(loss: str, z: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     if loss == "cross_entropy":
         shares = np.exp(z - z.max(axis=1, keepdims=True))
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
-    if LABELS_OF[loss] == MULTI:
+    if labels_of(loss) == MULTI:
         return np.asarray(np.exp(-np.logaddexp(0, -z)))
     return z

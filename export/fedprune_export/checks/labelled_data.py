@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, ModelError, remedy, shape_text
 from fedprune.core.zip_limits import check_members
 from fedprune.model.architecture import Architecture
-from fedprune.model.recipe import LABELS_OF, Recipe
+from fedprune.model.recipe import Recipe, labels_of
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
 from fedprune_export.ir.graph import Graph
@@ -85,14 +85,14 @@ def measured(path: Path, model: Model, recipe: Recipe) -> LabelledData:
 
     Raises `DataError` if the file can't be read, or its samples don't fit the model.
     """
-    if LABELS_OF[recipe.loss] not in LABELS:
+    if labels_of(recipe.loss) not in LABELS:
         raise DataError(
             f"samples to measure a model of loss {recipe.loss!r} on",
             expected="none",
             hint="Its labels don't say which outputs are right; leave --data (data=) out.",
         )
     dtype = model.graph.inputs[0].dtype
-    data = read(path, model.architecture, dtype, LABELS_OF[recipe.loss], recipe.ignore_label)
+    data = read(path, model.architecture, dtype, labels_of(recipe.loss), recipe.ignore_label)
     return replace(data, whole=data.score_of(model.graph))
 
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError
 from fedprune.model import step_contract
 from fedprune.model import step_contract as feeds_of
-from fedprune.model.recipe import CUSTOM, LABELS_OF, MULTI, Recipe
+from fedprune.model.recipe import CUSTOM, MULTI, Recipe, labels_of
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | str | None, ...]
@@ -31,7 +31,7 @@ def random_labels(recipe: Recipe, samples: int, classes: int, labels: tuple[str,
         y = random.integers(0, min(classes, 2) if recipe.loss == CUSTOM else classes, shape)
         # Sequences are shorter than the outputs that they are aligned to.
         return np.where(np.arange(shape[-1]) < max(1, shape[-1] // 4), y, 0) if recipe.loss == "ctc" else y
-    if LABELS_OF[recipe.loss] == MULTI:
+    if labels_of(recipe.loss) == MULTI:
         return random.integers(0, 2, shape).astype(np.float32)
     return random.standard_normal(shape, np.float32)
 

@@ -13,7 +13,7 @@ import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
 from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
-from fedprune.model.recipe import CUSTOM, LABELS_OF, LOSSES, METRICS_OF, Recipe
+from fedprune.model.recipe import CUSTOM, LABELS_OF, LOSSES, METRICS_OF, Recipe, labels_of
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
 
@@ -62,8 +62,8 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--loss",
         metavar="LOSS",
-        help=f"what training minimises: {_choices(LOSSES)}, or one of your own: package.module:function of outputs "
-        f"and labels, or an ONNX file (default: {Recipe.loss})",
+        help=f"what training minimises: {_choices(LOSSES)}, a sum such as '0.5*bce + 0.5*dice', or one of your own: "
+        f"package.module:function of outputs and labels, or an ONNX file (default: {Recipe.loss})",
     )
     group.add_argument(
         "--metric",
@@ -173,6 +173,8 @@ def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
     if text is None or text in built_in:
         return None
     if ":" not in text and not text.endswith(".onnx"):
+        if name == "loss" and set("+*") & set(text):
+            return None  # a sum
         raise UsageError(
             f"--{name}",
             expected=f"{', '.join(built_in)}, package.module:function, or a file .onnx",
@@ -186,13 +188,13 @@ def read_recipe(arguments: argparse.Namespace) -> Recipe:
     body = {} if arguments.recipe is None else _recipe_body(arguments.recipe)
     word = CUSTOM if own_graph(arguments, "loss") is not None else arguments.loss
     metric = CUSTOM if own_graph(arguments, "metric") is not None else arguments.metric
-    if word and arguments.labels and LABELS_OF[word] != arguments.labels:
+    if word and arguments.labels and labels_of(word) != arguments.labels:
         raise UsageError(
             f"--loss {arguments.loss} compares with labels of another kind",
-            expected="no --labels" if word == CUSTOM else f"--labels {LABELS_OF[word]}",
+            expected="no --labels" if word == CUSTOM else f"--labels {labels_of(word)}",
             got=arguments.labels,
         )
-    if arguments.labels and not arguments.loss and LABELS_OF.get(str(body.get("loss"))) != arguments.labels:
+    if arguments.labels and not arguments.loss and labels_of(str(body.get("loss", Recipe.loss))) != arguments.labels:
         body["loss"] = _LOSS_OF[arguments.labels]
     for key, value in (
         ("loss", word),

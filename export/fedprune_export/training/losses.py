@@ -1,16 +1,21 @@
-"""Losses of a training step, with their gradient by the logits: torch's functions of the same names."""
+"""Losses of a training step, with their gradient by the logits: torch's functions of the same names, losses that are
+graphs, and weighted sums."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
+from fedprune.core.errors import ModelError, shape_text
 from fedprune.model import step_contract
-from fedprune.model.recipe import Features
-from fedprune_export.autodiff.tape import BATCH, Shape, port
+from fedprune.model.recipe import DISTILL, MULTI, Features, labels_of, terms
+from fedprune_export.autodiff.tape import BATCH, Shape, Tape, port
 from fedprune_export.ir.graph import Graph
+from fedprune_export.pruning.model import Model
 
 
 @dataclass(frozen=True)
@@ -18,16 +23,17 @@ class _Parts:
     """A loss: Σ row·weight over the divisor.
 
     Attributes:
-        row: Loss of every label [N, 1, ...], or of every sample [N, 1, 1, ...].
-        slope: Its gradient by the logits [N, K, ...].
+        row: Loss of every label [N, 1, ...], or of every sample: [N, 1, 1, ...], or [N] where it is `flat`.
+        gradient: Its gradient by the logits [N, K, ...], times a number or weights of `row`'s shape, by their name.
         weight: Weights that go with `row`, or empty.
         divisor: What the sum is divided by, or empty for the number of labels.
     """
 
     row: str
-    slope: str
+    gradient: Callable[[str], str]
     weight: str = ""
     divisor: str = ""
+    flat: bool = False
 
 
 def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, np.dtype[np.generic]]:
@@ -35,15 +41,21 @@ def target_shape(features: Features, outputs: tuple[int, ...]) -> tuple[Shape, n
     return (BATCH, *features.target_shape(outputs)), np.dtype(np.int64 if features.counts else np.float32)
 
 
-def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> str:
+def write_loss(
+    g: Graph, logits: str, outputs: tuple[int, ...], features: Features, graphs: Mapping[str, Model] | None = None
+) -> str:
     """Write the loss and what else is known of a batch's outputs.
 
     Args:
         g: The training graph; its inputs and outputs grow.
         logits: The model's output [N, *outputs]; classes are on its axis 1.
+        graphs: Losses that are graphs of outputs and labels, by name.
 
     Returns:
         The gradient of the loss by the logits.
+
+    Raises:
+        ModelError: An operator of a loss's graph has no gradient rule, or outputs of this shape have no such loss.
     """
     present = ""
     if features.logit_offset:
@@ -56,20 +68,26 @@ def write_loss(g: Graph, logits: str, outputs: tuple[int, ...], features: Featur
         logits = g.emit("Where", present, logits, g.scalar(0))
     if features.class_weight:
         g.inputs.append(port(step_contract.CLASS_WEIGHT, outputs[:1]))
-    parts = _LOSSES[features.loss](g, logits, outputs, features)
+    named = []
+    for name, weight in terms(features.loss):
+        loss = (graphs or {}).get(name)
+        one = _LOSSES[name](g, logits, outputs, features) if loss is None else _of_graph(g, logits, loss)
+        named.append((one, weight))
+    parts = named[0][0] if len(named) == 1 else _sum(g, named)
+    if labels_of(features.loss) == MULTI:
+        right = g.emit("Greater", step_contract.Y, g.scalar(0.5))
+        count_hits(g, g.emit("Equal", g.emit("Greater", logits, g.scalar(0)), right))
     share = _share(g, parts, features)
     g.emit("ReduceSum", g.emit("Mul", parts.row, share), attrs={"keepdims": 0}, out=step_contract.LOSS)
     if features.sample_losses:
         row = g.emit("Mul", parts.row, parts.weight) if parts.weight else parts.row
-        g.emit(
-            "ReduceSum",
-            row,
-            g.ints(*range(1, len(outputs) + 1)),
-            attrs={"keepdims": 0},
-            out=step_contract.SAMPLE_LOSSES,
-        )
+        if parts.flat:
+            g.emit("Identity", row, out=step_contract.SAMPLE_LOSSES)
+        else:
+            axes = g.ints(*range(1, len(outputs) + 1))
+            g.emit("ReduceSum", row, axes, attrs={"keepdims": 0}, out=step_contract.SAMPLE_LOSSES)
         g.outputs.append(port(step_contract.SAMPLE_LOSSES, (BATCH,)))
-    gradient = g.emit("Mul", parts.slope, share)
+    gradient = parts.gradient(share)
     # Logits of masked classes were replaced, so that no gradient passes them.
     return g.emit("Where", present, gradient, g.scalar(0)) if present else gradient
 
@@ -87,21 +105,49 @@ def _classes(g: Graph, outputs: tuple[int, ...]) -> str:
 
 def _share(g: Graph, parts: _Parts, features: Features) -> str:
     """By what the losses of labels are multiplied: of `row`'s shape, or []."""
-    if not parts.weight and not parts.divisor:
-        return share_of_sample(g, parts.row, features)
     divisor = parts.divisor
     if features.accumulate:
         g.inputs.append(port(step_contract.DIVISOR, ()))
         divisor = step_contract.DIVISOR
+    elif not parts.weight and not divisor:
+        divisor = g.emit("Cast", g.emit("Size", parts.row), attrs={"to": 1})
     return g.emit("Div", parts.weight, divisor) if parts.weight else g.emit("Reciprocal", divisor)
 
 
-def share_of_sample(g: Graph, row: str, features: Features) -> str:
-    """By what each of these losses is multiplied where all count alike: []."""
-    if features.accumulate:
-        g.inputs.append(port(step_contract.DIVISOR, ()))
-        return g.emit("Reciprocal", step_contract.DIVISOR)
-    return g.emit("Reciprocal", g.emit("Cast", g.emit("Size", row), attrs={"to": 1}))
+def _sum(g: Graph, named: Sequence[tuple[_Parts, float]]) -> _Parts:
+    """The sum of losses of samples, times their weights."""
+    rows = [one.row if one.flat else g.emit("Reshape", one.row, g.ints(-1)) for one, _ in named]
+    row = g.emit("Sum", *(g.emit("Mul", r, g.scalar(weight)) for r, (_, weight) in zip(rows, named, strict=True)))
+
+    def gradient(share: str) -> str:
+        return g.emit("Sum", *(one.gradient(g.emit("Mul", share, g.scalar(weight))) for one, weight in named))
+
+    return _Parts(row, gradient, flat=True)
+
+
+def _of_graph(g: Graph, logits: str, loss: Model) -> _Parts:
+    """A loss that is a graph, differentiated by the same rules as the model."""
+    taken, labels = (tuple(d for d in p.shape[1:] if isinstance(d, int)) for p in loss.graph.inputs)
+    tape = Tape(loss, g)
+    tape.enter(step_contract.LOGITS, logits, (BATCH, *taken), wanted=True)
+    tape.enter(step_contract.Y, step_contract.Y, (BATCH, *labels))
+    try:
+        tape.forward()
+    except ModelError as error:
+        raise ModelError(f"the model's own loss: {error}") from error
+    row = tape.value(step_contract.LOSS)
+    if not tape.wants(step_contract.LOSS):
+        raise ModelError("the model's own loss doesn't depend on its outputs, or not in a way that can be trained")
+
+    def gradient(share: str) -> str:
+        tape.add(step_contract.LOSS, g.emit("Expand", share, tape.shape_of(row)))
+        tape.backward()
+        found = tape.gradient(step_contract.LOGITS)
+        if found is None:
+            raise ModelError("the model's own loss has no gradient by its outputs")
+        return found
+
+    return _Parts(row, gradient, flat=True)
 
 
 def _cross_entropy(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
@@ -137,7 +183,7 @@ def _cross_entropy(g: Graph, logits: str, outputs: tuple[int, ...], features: Fe
     if not features.mixup and not features.label_smoothing:
         own = g.emit("Where", is_label, log_probability, g.scalar(0))
         row = g.emit("Neg", g.emit("ReduceSum", own, g.ints(1), attrs={"keepdims": 1}))
-        return _Parts(row, g.emit("Sub", probability, expected), whole, divisor)
+        return _Parts(row, partial(g.emit, "Mul", g.emit("Sub", probability, expected)), whole, divisor)
     if features.mixup:
         aim = _mixed(g, expected, weight, outputs)
         if features.label_smoothing:
@@ -183,11 +229,12 @@ def _towards(g: Graph, aim: str, probability: str, log_probability: str, divisor
     """Cross-entropy with any aim [N, K, ...]."""
     row = g.emit("Neg", g.emit("ReduceSum", g.emit("Mul", aim, log_probability), g.ints(1), attrs={"keepdims": 1}))
     whole = g.emit("ReduceSum", aim, g.ints(1), attrs={"keepdims": 1})
-    return _Parts(row, g.emit("Sub", g.emit("Mul", probability, whole), aim), "", divisor)
+    slope = g.emit("Sub", g.emit("Mul", probability, whole), aim)
+    return _Parts(row, partial(g.emit, "Mul", slope), "", divisor)
 
 
 def _bce(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
-    """Binary cross-entropy of every label, from logits; hits are labels on whose side of 0 the logit is.
+    """Binary cross-entropy of every label, from logits.
 
     With positive weight p: (1 − y)·softplus(x) + p·y·softplus(−x), its slope (1 − y)·σ(x) − p·y·σ(−x). All of it is
     written with e = exp(−|x|) and without differences, so that small losses keep their digits.
@@ -214,7 +261,6 @@ def _bce(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) ->
     of_absent, down = side(absent, logits, one, e)
     of_present, up = side(present, g.emit("Neg", logits), e, one)
     each, slope = g.emit("Add", of_absent, of_present), g.emit("Sub", down, up)
-    count_hits(g, g.emit("Equal", positive, g.emit("Greater", step_contract.Y, g.scalar(0.5))))
     return _mean(g, each, slope, outputs)
 
 
@@ -240,13 +286,38 @@ def _l1(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> 
     return _mean(g, g.emit("Abs", d), g.emit("Sign", d), outputs)
 
 
-_LOSSES = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "l1": _l1, "huber": _huber}
+def _distill(g: Graph, logits: str, outputs: tuple[int, ...], features: Features) -> _Parts:
+    """T² · KL(softmax(y / T) ‖ softmax(z / T)) over classes, the mean over places; labels are a teacher's outputs.
+
+    Its slope is T · (softmax(z / T) − softmax(y / T)): cross-entropy with the teacher's softened shares, less its own
+    entropy, so that 0 is the least; T² keeps the size of gradients (Hinton, Vinyals and Dean, "Distilling the knowledge
+    in a neural network", arXiv:1503.02531, Sec. 2).
+    """
+    if outputs[0] < 2:
+        raise ModelError(
+            "outputs of a model with loss distill",
+            expected="[n, classes, ...], with two classes or more",
+            got=shape_text("n", *outputs),
+        )
+    g.inputs.append(port(step_contract.TEMPERATURE, ()))
+    heat, places = step_contract.TEMPERATURE, math.prod(outputs[1:])
+    student, teacher = (g.emit("Div", value, heat) for value in (logits, step_contract.Y))
+    own, aim = (g.emit("Softmax", value, attrs={"axis": 1}) for value in (student, teacher))
+    log_own, log_aim = (g.emit("LogSoftmax", value, attrs={"axis": 1}) for value in (student, teacher))
+    each = g.emit("Mul", aim, g.emit("Sub", log_aim, log_own))
+    row = g.emit("ReduceSum", each, g.ints(*range(1, len(outputs) + 1)), attrs={"keepdims": 1})
+    row = g.emit("Mul", row, g.emit("Div", g.emit("Mul", heat, heat), g.scalar(places)))
+    slope = g.emit("Mul", g.emit("Sub", own, aim), g.emit("Div", heat, g.scalar(places)))
+    return _Parts(row, partial(g.emit, "Mul", slope))
+
+
+_LOSSES = {"cross_entropy": _cross_entropy, "bce": _bce, "mse": _mse, "l1": _l1, "huber": _huber, DISTILL: _distill}
 
 
 def _mean(g: Graph, each: str, slope: str, outputs: tuple[int, ...]) -> _Parts:
     """Every sample's mean over its outputs."""
     row = g.emit("ReduceMean", each, attrs={"axes": list(range(1, len(outputs) + 1)), "keepdims": 1})
-    return _Parts(row, g.emit("Mul", slope, g.scalar(1 / math.prod(outputs))))
+    return _Parts(row, partial(g.emit, "Mul", g.emit("Mul", slope, g.scalar(1 / math.prod(outputs)))))
 
 
 def count_hits(g: Graph, right: str) -> None:

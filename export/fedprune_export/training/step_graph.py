@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
 from fedprune.model.nested_widths import axes_json
-from fedprune.model.recipe import CUSTOM, LOSSES, Features
+from fedprune.model.recipe import CUSTOM, LOSSES, Features, terms
 from fedprune.model.trainable import frozen_tensors
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
 from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
@@ -13,7 +15,7 @@ from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.loss_graphs import LOSS_GRAPHS
-from fedprune_export.training.losses import count_hits, share_of_sample, target_shape, write_loss
+from fedprune_export.training.losses import target_shape, write_loss
 from fedprune_export.training.metrics import embedded_metric
 from fedprune_export.training.optimizers import Trained, add_inputs, used, write_updates
 
@@ -58,7 +60,8 @@ def training_graph(model: Model, features: Features) -> Graph:
         tape.written[step_contract.OUTPUT_SCALE] = ()
     input_shape = sample_shape(model.graph)
     graph.inputs.append(port(step_contract.X, input_shape, model.graph.inputs[0].dtype))
-    graph.inputs.append(_labels(model, features))
+    losses = _loss_graphs(model, features)
+    graph.inputs.append(_labels(model, features, losses))
     tape.enter(model.graph.inputs[0].name, step_contract.X, input_shape)
 
     trained: list[Trained] = []
@@ -78,10 +81,7 @@ def training_graph(model: Model, features: Features) -> Graph:
     if not tape.wants(logits):
         raise ModelError("no trained tensor takes part in the output", got=", ".join(t.name for t in trained[:5]))
     graph.purpose = Purpose(LOSS)
-    if (own := _own_loss(model, features)) is not None:
-        tape.add(logits, write_loss_graph(graph, tape.value(logits), own, features))
-    else:
-        tape.add(logits, write_loss(graph, tape.value(logits), outputs, features))
+    tape.add(logits, write_loss(graph, tape.value(logits), outputs, features, losses))
     tape.backward()
     graph.purpose = Purpose(UPDATE)
     write_updates(graph, tape, trained, features)
@@ -99,60 +99,27 @@ def training_graph(model: Model, features: Features) -> Graph:
     return graph
 
 
-def _own_loss(model: Model, features: Features) -> Model | None:
-    """The loss that is a graph of its own: the model's, or a built-in one; None for those that are written by hand.
+def _loss_graphs(model: Model, features: Features) -> dict[str, Model]:
+    """The losses that are graphs of their own, by name: the model's, or built-in ones; not those that are written by
+    hand.
 
     Raises:
         ConfigError: The model brings no loss.
     """
-    if features.loss in LOSS_GRAPHS:
-        return LOSS_GRAPHS[features.loss](model.architecture.output_shape)
     if features.loss == CUSTOM and model.loss is None:
         raise ConfigError(
             "recipe: loss 'custom', and the model brings no loss",
             expected=f"a model with one, or one of {', '.join(n for n in LOSSES if n != CUSTOM)}",
             hint="Give it with the model: --loss package.module:function, [model] loss, or load(..., loss=...).",
         )
-    return model.loss if features.loss == CUSTOM else None
+    outputs, names = model.architecture.output_shape, [name for name, _ in terms(features.loss)]
+    made = {name: LOSS_GRAPHS[name](outputs) for name in names if name in LOSS_GRAPHS}
+    return made if features.loss != CUSTOM or model.loss is None else {CUSTOM: model.loss}
 
 
-def _labels(model: Model, features: Features) -> Port:
+def _labels(model: Model, features: Features, graphs: Mapping[str, Model]) -> Port:
     """The training graph's labels."""
-    own = _own_loss(model, features)
-    if own is None:
+    if not graphs:
         return port(step_contract.Y, *target_shape(features, model.architecture.output_shape))
-    labels = own.graph.inputs[1]
+    labels = next(iter(graphs.values())).graph.inputs[1]
     return port(step_contract.Y, (BATCH, *(d for d in labels.shape[1:] if isinstance(d, int))), labels.dtype)
-
-
-def write_loss_graph(graph: Graph, logits: str, loss: Model, features: Features) -> str:
-    """Write a loss that is a graph, differentiated by the same rules as the model; returns its gradient by the outputs.
-
-    Raises:
-        ModelError: An operator of it has no gradient rule.
-    """
-    taken, labels = (tuple(d for d in p.shape[1:] if isinstance(d, int)) for p in loss.graph.inputs)
-    tape = Tape(loss, graph)
-    tape.enter(step_contract.LOGITS, logits, (BATCH, *taken), wanted=True)
-    tape.enter(step_contract.Y, step_contract.Y, (BATCH, *labels))
-    try:
-        tape.forward()
-    except ModelError as error:
-        raise ModelError(f"the model's own loss: {error}") from error
-    row = tape.value(step_contract.LOSS)
-    if not tape.wants(step_contract.LOSS):
-        raise ModelError("the model's own loss doesn't depend on its outputs, or not in a way that can be trained")
-    if features.scores:
-        right = graph.emit("Greater", step_contract.Y, graph.scalar(0.5))
-        count_hits(graph, graph.emit("Equal", graph.emit("Greater", logits, graph.scalar(0)), right))
-    share = share_of_sample(graph, row, features)
-    graph.emit("ReduceSum", graph.emit("Mul", row, share), attrs={"keepdims": 0}, out=step_contract.LOSS)
-    if features.sample_losses:
-        graph.outputs.append(port(step_contract.SAMPLE_LOSSES, (BATCH,)))
-        graph.emit("Identity", row, out=step_contract.SAMPLE_LOSSES)
-    tape.add(step_contract.LOSS, graph.emit("Expand", share, tape.shape_of(row)))
-    tape.backward()
-    gradient = tape.gradient(step_contract.LOGITS)
-    if gradient is None:
-        raise ModelError("the model's own loss has no gradient by its outputs")
-    return gradient

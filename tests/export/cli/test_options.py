@@ -43,6 +43,13 @@ def test_without_flags_the_recipe_is_the_default() -> None:
         (("--label-smoothing", "0.1"), Recipe(label_smoothing=0.1)),
         (("--labels", "classes"), Recipe()),
         (("--labels", "multi"), Recipe(loss="bce")),
+        (("--loss", "0.5*bce+0.5*dice"), Recipe(loss="0.5*bce + 0.5*dice")),
+        (("--labels", "values", "--loss", "mse + distill"), Recipe(loss="mse + distill")),
+        (("--set", "loss=bce + dice", "--set", "lr_schedule=cosine"), Recipe(loss="bce + dice", lr_schedule="cosine")),
+        (
+            ("--set", "optimizer=lion", "--set", "keep_optimizer_state=true"),
+            Recipe(optimizer="lion", keep_optimizer_state=True),
+        ),
         (("--labels", "values"), Recipe(loss="mse")),
         (("--labels", "values", "--loss", "huber"), Recipe(loss="huber")),
         (("--freeze", "a.*", "--freeze", "*.bias"), Recipe(frozen=("a.*", "*.bias"))),
@@ -185,6 +192,8 @@ def test_parameters_that_can_not_be_used(
         (("--freeze", "*"), ExitCode.CONFIG, "every tensor is frozen"),
         (("--loss", "mse", "--label-smoothing", "0.1"), ExitCode.CONFIG, "label_smoothing"),
         (("--loss", "bce", "--labels", "classes"), ExitCode.USAGE, "labels of another kind"),
+        (("--loss", "bce + dice", "--labels", "classes"), ExitCode.USAGE, "labels of another kind"),
+        (("--loss", "bce + mse"), ExitCode.CONFIG, "labels of the same kind"),
         (("--opset", "12"), ExitCode.MODEL, "expected 13 to 23, got 12"),
     ],
 )

@@ -35,7 +35,10 @@ class Labelling(nn.Module):
 
 
 @pytest.mark.parametrize("classes", [2, 12, 40])
-@pytest.mark.parametrize("loss", [n for n, kind in LABELS_OF.items() if kind in ("classes", "multi", "values")])
+@pytest.mark.parametrize(
+    "loss",
+    [*(n for n, kind in LABELS_OF.items() if kind in ("classes", "multi", "values")), "bce + dice", "mse + distill"],
+)
 def test_the_arrays_of_a_loss_are_counted(loss: str, classes: int) -> None:
     model, batch = fx.load(Labelling(classes)), 4
     recipe = Recipe(loss=loss, batch_size=batch, balance_classes=loss in ("cross_entropy", "bce"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.checks.labelled_data import measured
 from fedprune_export.ir.graph import Graph
 from fedprune_export.training.loss_graphs import LOSS_GRAPHS
-from fedprune_export.training.step_graph import training_graph, write_loss_graph
+from fedprune_export.training.losses import write_loss
+from fedprune_export.training.step_graph import training_graph
 from support.oracles.differentiation import error
 from support.oracles.torch_losses import ctc, dice, focal, infonce, triplet
 
@@ -34,7 +36,8 @@ pytestmark = pytest.mark.torch
 Array = np.ndarray[Any, Any]
 
 
-ORACLES = {"ctc": ctc, "dice": dice, "focal": focal, "infonce": infonce, "triplet": triplet}
+ORACLES: dict[str, Any] = {"ctc": ctc, "dice": dice, "focal": focal, "infonce": infonce, "triplet": triplet}
+ORACLES["0.5*infonce + triplet"] = lambda z, y: 0.5 * infonce(z, y) + triplet(z, y)
 
 
 @cache
@@ -43,7 +46,7 @@ def session(name: str, outputs: tuple[int, ...]) -> Session:
     loss, g = LOSS_GRAPHS[name](outputs), Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), loss.graph.inputs[1]]
     g.outputs = [port(step_contract.LOSS, ()), port("dz", (BATCH, *outputs))]
-    g.emit("Identity", write_loss_graph(g, "z", loss, Features(loss=name, sample_losses=True)), out="dz")
+    g.emit("Identity", write_loss(g, "z", outputs, Features(loss=name, sample_losses=True), {name: loss}), out="dz")
     return Session(g.to_bytes(), training=True)
 
 
@@ -142,6 +145,13 @@ class Speech(nn.Module):
         return self.out(torch.relu(self.hidden(x)))
 
 
+class Regressor(nn.Linear):
+    input_shape = (6,)
+
+    def __init__(self) -> None:
+        super().__init__(6, 1)
+
+
 class Embedding(nn.Sequential):
     input_shape = (6,)
 
@@ -153,6 +163,7 @@ CASES: dict[str, tuple[type[nn.Module], Array]] = {
     "ctc": (Speech, np.array([[1, 2, 2, *[0] * 7], [4, *[0] * 9], [3, 1, 3, *[0] * 7], [0] * 10] * 4, np.uint8)),
     "infonce": (Embedding, np.arange(16) % 4),
     "triplet": (Embedding, np.arange(16) % 4),
+    "0.5*infonce + triplet": (Embedding, np.arange(16) % 4),
 }
 
 
@@ -172,8 +183,35 @@ def test_a_board_trains_by_them(name: str) -> None:
     assert before.accuracy is None
     found = trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), task)
     assert found.loss_last < 0.75 * wanted
-    with pytest.raises(DataError, match=f"labels for loss {name}: expected whole numbers"):
+    with pytest.raises(DataError, match=f"labels for loss {re.escape(name)}: expected whole numbers"):
         trainer.train(model.tensors, LocalData(x, y.astype(np.float32), x[:0], y[:0]), task)
+
+
+@pytest.mark.parametrize("name", ["distill", "0.5*distill + 0.25*mse"])
+def test_a_board_learns_a_teachers_outputs(name: str) -> None:
+    torch.manual_seed(1)
+    teacher, model = Embedding(), fx.load(Embedding())
+    x = np.random.default_rng(3).standard_normal((32, 6)).astype(np.float32)
+    y = 3 * teacher(torch.tensor(x)).detach().numpy()
+    recipe = Recipe(loss=name, distill_temperature=3, batch_size=8, epochs=40, lr=0.05)
+    trainer = Trainer(training_graph(model, recipe.features).to_bytes())
+    outputs = np.asarray(Session(model.graph.to_bytes()).run({"x": x})["logits"])
+    before = trainer.objective(recipe, model.architecture.classes)(outputs, y)
+    exact, aim = (torch.tensor(v, dtype=torch.float64) for v in (outputs, y))
+    shares = functional.kl_div((exact / 3).log_softmax(1), (aim / 3).log_softmax(1), reduction="none", log_target=True)
+    wanted = 9 * shares.sum(1).mean()
+    wanted = wanted if name == "distill" else 0.5 * wanted + 0.25 * functional.mse_loss(exact, aim)
+    assert before.loss == pytest.approx(float(wanted), rel=1e-5)
+    assert before.accuracy is None
+    found = trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 4, 0, "a", 1))
+    assert found.loss_last < 0.2 * found.loss_first
+    with pytest.raises(DataError, match="labels for loss"):
+        trainer.train(model.tensors, LocalData(x, y[:, :3], x[:0], y[:0]), TrainingTask(recipe, 4, 0, "a", 1))
+
+
+def test_one_class_has_nothing_to_learn_from_a_teacher() -> None:
+    with pytest.raises(ModelError, match=r"two classes or more, got \[n, 1\]"):
+        training_graph(fx.load(Regressor()), Features(loss="distill"))
 
 
 def test_a_label_that_is_no_class_is_refused() -> None:
@@ -199,9 +237,11 @@ def test_outputs_that_a_loss_does_not_take_are_refused(name: str, outputs: tuple
         LOSS_GRAPHS[name](outputs)
 
 
-@pytest.mark.parametrize("name", ["ctc", "infonce", "triplet", "custom"])
+@pytest.mark.parametrize(
+    "name", ["ctc", "infonce", "triplet", "custom", "infonce + 0.5*triplet", "distill", "mse + distill"]
+)
 def test_labels_that_have_no_between_are_not_mixed(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"mixup with loss '{name}'"):
+    with pytest.raises(ConfigError, match=f"mixup with loss '{re.escape(name)}'"):
         Recipe(loss=name, mixup=0.2)
 
 

@@ -14,12 +14,14 @@ from hypothesis.extra import numpy as arrays
 from torch.nn import functional
 
 from fedprune.model import step_contract
-from fedprune.model.recipe import Features
+from fedprune.model.recipe import MULTI, Features, labels_of, terms
 from fedprune.model.step_contract import weight_of
 from fedprune.runtime.session import Session
 from fedprune_export.autodiff.tape import BATCH, port
 from fedprune_export.ir.graph import Graph
+from fedprune_export.training.loss_graphs import LOSS_GRAPHS
 from fedprune_export.training.losses import target_shape, write_loss
+from support.oracles.torch_losses import dice, distill, focal
 
 pytestmark = pytest.mark.torch
 
@@ -47,6 +49,9 @@ LOSSES = {
     "mse": Features(loss="mse"),
     "l1": Features(loss="l1"),
     "huber": Features(loss="huber"),
+    "distill": Features(loss="distill"),
+    "sum for masks": Features(loss="0.5*bce + 0.25*dice + 3*focal"),
+    "sum for values": Features(loss="mse + 0.2*l1 + 2*huber + 0.5*distill"),
 }
 
 
@@ -59,7 +64,8 @@ def session(name: str, parts: bool = False, places: tuple[int, ...] = ()) -> Ses
     g = Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), port(step_contract.Y, *target_shape(features, outputs))]
     g.outputs = [port(step_contract.LOSS, ())]
-    g.emit("Identity", write_loss(g, "z", outputs, features), out="dz")
+    graphs = {name: LOSS_GRAPHS[name](outputs) for name, _ in terms(features.loss) if name in LOSS_GRAPHS}
+    g.emit("Identity", write_loss(g, "z", outputs, features, graphs), out="dz")
     g.outputs.append(port("dz", (BATCH, *outputs)))
     return Session(g.to_bytes(), training=True)
 
@@ -73,6 +79,7 @@ def numbers(seed: int) -> dict[str, Array]:
         step_contract.CLASS_MASK: np.array([1, 0, 1, 1], np.float32),
         step_contract.LABEL_SMOOTHING: np.array(rng.uniform(0, 1), np.float32),
         step_contract.HUBER_DELTA: np.array(rng.uniform(0.1, 3), np.float32),
+        step_contract.TEMPERATURE: np.array(rng.uniform(0.5, 5), np.float32),
         step_contract.Y_SHARE: np.array(rng.choice([0, 1, rng.uniform(0, 1)]), np.float32),
     }
 
@@ -85,7 +92,7 @@ def labels(features: Features, batch: int, seed: int, places: tuple[int, ...] = 
             y = np.where(rng.random(shape) < 0.3, features.ignore_label, y)
             y.flat[0] = 1  # torch knows no mean of nothing
         return y
-    if features.loss == "bce":
+    if labels_of(features.loss) == MULTI:
         return rng.choice([0, 1, 0.3], shape, p=[0.5, 0.4, 0.1]).astype(np.float32)
     return (3 * rng.standard_normal(shape)).astype(np.float32)
 
@@ -119,18 +126,22 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
                 for t in (target, partner)
             )
             out[reduction] = share * own + (1 - share) * other
-        elif features.loss == "bce":
-            out[reduction] = functional.binary_cross_entropy_with_logits(
-                x, target, pos_weight=None if weight is None else weight.reshape(along), reduction=reduction
-            )
-        elif features.loss == "mse":
-            out[reduction] = functional.mse_loss(x, target, reduction=reduction)
-        elif features.loss == "l1":
-            out[reduction] = functional.l1_loss(x, target, reduction=reduction)
         else:
-            out[reduction] = functional.huber_loss(
-                x, target, reduction=reduction, delta=float(extra[step_contract.HUBER_DELTA])
-            )
+            of_sample = {
+                "bce": lambda: functional.binary_cross_entropy_with_logits(
+                    x, target, pos_weight=None if weight is None else weight.reshape(along), reduction="none"
+                ),
+                "focal": lambda: focal(x, target),
+                "dice": lambda: dice(x, target),
+                "mse": lambda: functional.mse_loss(x, target, reduction="none"),
+                "l1": lambda: functional.l1_loss(x, target, reduction="none"),
+                "huber": lambda: functional.huber_loss(
+                    x, target, reduction="none", delta=float(extra[step_contract.HUBER_DELTA])
+                ),
+                "distill": lambda: distill(x, target, float(extra[step_contract.TEMPERATURE])),
+            }
+            each = sum(w * of_sample[n]().reshape(len(x), -1).mean(1) for n, w in terms(features.loss))
+            out[reduction] = each.mean() if reduction == "mean" else each
     out["mean"].backward()
     each = out["none"].flatten(1) if out["none"].ndim > 1 else out["none"][:, None]
     each = each.sum(1) if features.loss == "cross_entropy" else each.mean(1)
@@ -139,7 +150,7 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
     if features.loss == "cross_entropy":
         meant = target if share >= 0.5 else partner
         found[step_contract.HITS] = ((x.argmax(1) == meant) & (meant != ignored)).sum()
-    if features.loss == "bce":
+    if labels_of(features.loss) == MULTI:
         found[step_contract.HITS] = ((x > 0) == (target > 0.5)).sum()
     return {k: v.detach().numpy() for k, v in found.items()}
 

@@ -50,3 +50,9 @@ def triplet(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         both = same and other
         each.append(functional.softplus(max(same) - min(other)) if both else 0 * z[i].sum())
     return torch.stack(each)
+
+
+def distill(outputs: torch.Tensor, teacher: torch.Tensor, temperature: float) -> torch.Tensor:
+    own, aim = ((v / temperature).log_softmax(1) for v in (outputs, teacher))
+    each = functional.kl_div(own, aim, reduction="none", log_target=True).sum(1)
+    return temperature**2 * each.reshape(len(outputs), -1).mean(1)

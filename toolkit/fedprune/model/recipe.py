@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any
 
 from fedprune.core import validation
@@ -30,7 +32,7 @@ class Features:
         proximal: Per trained tensor an anchor and a strength µ: adds µ/2 · |w − anchor|² to the loss.
         element_mask: Per trained tensor a 0/1 mask: masked elements are 0 in the forward pass and stay put.
         gradients: The gradients are outputs, too.
-        loss: One of `LOSSES`; `custom` for the model's own.
+        loss: One of `LOSSES`, or a weighted sum of some (`terms`); `custom` for the model's own.
         metric: One of `METRICS_OF` these labels, or empty: the graph's metadata has what measures it.
         label_smoothing: A share of every label is spread over all classes (cross-entropy).
         ignore_label: Labels of this class count for nothing (cross-entropy); None for none.
@@ -75,18 +77,18 @@ class Features:
 
     def target_shape(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
         """One sample's labels for outputs of this shape; a model's own loss may take others."""
-        kind = LABELS_OF[self.loss]
+        kind = labels_of(self.loss)
         return {"classes": outputs[1:], "identities": (), "sequence": outputs[1:]}.get(kind, outputs)
 
     @property
     def counts(self) -> bool:
         """Whether labels of a built-in loss are whole numbers."""
-        return LABELS_OF[self.loss] in ("classes", "identities", "sequence")
+        return labels_of(self.loss) in ("classes", "identities", "sequence")
 
     @property
     def scores(self) -> bool:
         """Whether labels are right or wrong, so that hits are counted."""
-        return LABELS_OF[self.loss] in JUDGED
+        return labels_of(self.loss) in JUDGED
 
     @property
     def key(self) -> str:
@@ -108,6 +110,9 @@ def _text(value: object) -> str:
 CUSTOM = "custom"
 """The loss that the model itself brings, a graph of outputs and labels."""
 
+DISTILL = "distill"
+"""The loss whose labels are a teacher's outputs."""
+
 MULTI = "multi"
 """Labels of 0 or 1 for every class."""
 
@@ -117,7 +122,7 @@ JUDGED = ("classes", MULTI)
 LABELS_OF = {
     "cross_entropy": "classes",
     **dict.fromkeys(("bce", "focal", "dice"), MULTI),
-    **dict.fromkeys(("mse", "l1", "huber"), "values"),
+    **dict.fromkeys(("mse", "l1", "huber", DISTILL), "values"),
     **dict.fromkeys(("infonce", "triplet"), "identities"),
     "ctc": "sequence",
     CUSTOM: "own",
@@ -126,6 +131,45 @@ LABELS_OF = {
 sample shows, the numbers of a sequence of classes, or its own."""
 
 LOSSES = tuple(LABELS_OF)
+
+_SUM = "or a sum of these for labels of one kind, such as '0.5*bce + 0.5*dice'"
+_TERM = re.compile(r"(?:([0-9]+(?:\.[0-9]+)?(?:e-?[0-9]+)?)\*)?([a-z_0-9]+)", re.ASCII)
+_MOST_LETTERS = 200
+
+
+@lru_cache
+def terms(loss: str) -> tuple[tuple[str, float], ...]:
+    """The built-in losses that a recipe's loss is the sum of, and their weights: `0.5*bce + 0.5*dice`, or one alone.
+
+    Raises:
+        ConfigError: It is neither, or its losses take labels of different kinds.
+    """
+    if loss in LABELS_OF:
+        return ((loss, 1.0),)
+    parts = [_TERM.fullmatch(part.strip()) for part in loss[:_MOST_LETTERS].split("+")]
+    found = tuple((m[2], float(m[1] or 1)) for m in parts if m is not None)
+    names = [name for name, _ in found]
+    if len(loss) > _MOST_LETTERS or len(found) < max(2, len(parts)) or not set(names) <= set(LABELS_OF):
+        raise ConfigError("recipe: loss", expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(loss))
+    if len(set(names)) < len(names):
+        raise ConfigError("recipe: loss", expected="every loss of a sum once", got=shown(loss))
+    for name, weight in found:
+        validation.number(f"recipe: loss: weight of {name}", weight, 1e-6, 1e6)
+    kinds = {name: LABELS_OF[name] for name in names}
+    if len(set(kinds.values())) > 1 or CUSTOM in kinds:
+        raise ConfigError(
+            "recipe: loss",
+            expected="a sum of built-in losses that compare with labels of the same kind",
+            got=", ".join(f"{name} ({kind})" for name, kind in kinds.items()),
+            hint="A loss of your own may combine any.",
+        )
+    return found
+
+
+def labels_of(loss: str) -> str:
+    """The labels that a recipe's loss compares with, as in `LABELS_OF`. Raises `ConfigError` as `terms` does."""
+    return LABELS_OF[terms(loss)[0][0]]
+
 
 METRICS_OF = {
     "classes": ("miou", "perplexity", CUSTOM),
@@ -163,6 +207,7 @@ _LATER = (
     "mixup",
     "ignore_label",
     "metric",
+    "distill_temperature",
     "keep_optimizer_state",
     "lr_warmup",
     "lr_schedule",
@@ -202,7 +247,8 @@ class Recipe:
             logits), `focal` (Lin et al. 2017, eq. 4, with γ = 2) or `dice` (soft overlap of each class's places) with
             such labels, too; `mse`, `l1` or `huber` (numbers to predict); `infonce` (Khosla et al. 2020, eq. 2) or
             `triplet` (Hermans et al. 2017, eq. 5), which compare the samples of a batch; `ctc` (Graves et al. 2006:
-            sequences of classes without their places); or `custom`: the model's own.
+            sequences of classes without their places); `distill` (Hinton et al. 2015: labels are a teacher's outputs);
+            a sum of some of these for labels of one kind, such as `0.5*bce + 0.5*dice`; or `custom`: the model's own.
         metric: By what models are judged in addition to loss and accuracy: of classes `miou` (mean over classes of the
             overlap of places with them and guessed ones, over their union) or `perplexity`; of labels 0 or 1 `ap`
             (average precision, the mean over classes, by 200 bins of the sigmoid); of values `rmse` or `mae`;
@@ -248,6 +294,7 @@ class Recipe:
         evaluate_every: The board measures its models (offered, trained, averaged) on its own test and validation
             samples in every so many rounds; in the others it trains and serves without, which costs it less.
         report_squares: The update has the squared gradients of the last step, too, as tensors `name::squares`.
+        distill_temperature: What outputs of model and teacher are divided by in the loss `distill`.
         keep_optimizer_state: The board keeps the optimiser's state (momentum, means, the number of steps) between
             rounds; it stays on the board. Channels that are new in its submodel begin without.
         lr_warmup: Rounds, or a part of one, in which the learning rate grows from 0 to `lr`, step by step.
@@ -295,6 +342,7 @@ class Recipe:
     mixup: float = 0.0
     ignore_label: int | None = None
     metric: str = ""
+    distill_temperature: float = 2.0
     keep_optimizer_state: bool = False
     lr_warmup: float = 0.0
     lr_schedule: str = "constant"
@@ -320,6 +368,7 @@ class Recipe:
             "proximal": (0, 1e6),
             "label_smoothing": (0, 1),
             "huber_delta": (1e-6, 1e6),
+            "distill_temperature": (0.01, 1_000),
             "beta1": (0, 1),
             "beta2": (0, 1),
             "epsilon": (1e-16, 1),
@@ -339,11 +388,16 @@ class Recipe:
         for name, (low, high) in numbers.items():
             kept = name in ("momentum", "beta1", "beta2", "average")  # with a share of 1 nothing old is ever forgotten
             validation.number(f"recipe: {name}", getattr(self, name), low, high, below=kept)
-        words = {"loss": LOSSES, "optimizer": tuple(OPTIMIZERS), "lr_schedule": SCHEDULES, "mask": MASKS}
+        if not isinstance(self.loss, str):
+            raise ConfigError("recipe: loss", expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(self.loss))
+        if len(parts := terms(self.loss)) > 1:
+            written = (name if weight == 1 else f"{weight:.9g}*{name}" for name, weight in parts)
+            object.__setattr__(self, "loss", " + ".join(written))
+        words = {"optimizer": tuple(OPTIMIZERS), "lr_schedule": SCHEDULES, "mask": MASKS}
         for name, allowed in words.items():
             validation.word(f"recipe: {name}", getattr(self, name), allowed)
         if self.metric:
-            validation.word(f"recipe: metric with loss {self.loss!r}", self.metric, METRICS_OF[LABELS_OF[self.loss]])
+            validation.word(f"recipe: metric with loss {self.loss!r}", self.metric, METRICS_OF[labels_of(self.loss)])
         for name in ("frozen", "trainable", "personal"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
@@ -371,7 +425,7 @@ class Recipe:
                 if self.ignore_label is not None
                 else f"recipe: mixup with loss {self.loss!r}",
                 expected="one of the two",
-                hint="Only labels that all count, and are classes or values, can be mixed.",
+                hint="Only labels that all count, and are classes or values but not a teacher's outputs, can be mixed.",
             )
         if self.lr_rounds and self.lr_schedule == "constant":
             raise ConfigError("recipe: lr_rounds with a constant learning rate", expected="lr_schedule 'cosine'")
@@ -430,7 +484,8 @@ class Recipe:
     @property
     def mixes(self) -> bool:
         """Whether labels of this task can be mixed (mixup)."""
-        return LABELS_OF[self.loss] in (*JUDGED, "values") and self.ignore_label is None
+        named = dict(terms(self.loss))
+        return labels_of(self.loss) in (*JUDGED, "values") and self.ignore_label is None and DISTILL not in named
 
     @property
     def judged_by(self) -> str:
@@ -546,7 +601,7 @@ def judged_by(recipe: Mapping[str, Any]) -> str:
     metric = recipe.get("metric", Recipe.metric)
     if metric:
         return SCORE if metric == CUSTOM else str(metric)
-    return (ACCURACY if LABELS_OF[recipe.get("loss", Recipe.loss)] in JUDGED else LOSS).name
+    return (ACCURACY if labels_of(recipe.get("loss", Recipe.loss)) in JUDGED else LOSS).name
 
 
 def _patterns(name: str, value: object) -> tuple[str, ...]:

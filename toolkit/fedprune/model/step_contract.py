@@ -7,12 +7,14 @@ Inputs:
     `x` [N, ...]: float32, or int64 where the model reads token ids.
     `y`: the labels. For outputs [N, K, ...] int64 [N, ...] with `cross_entropy` (classes); int64 [N] with `infonce` and
         `triplet` (identities); int64 [N, steps] with `ctc` (classes from 1, then zeros); the model's own with `custom`;
-        with the other losses float32 of the outputs' own shape, from 0 to 1 with `bce`, `focal` and `dice`.
+        with the other losses float32 of the outputs' own shape, from 0 to 1 with `bce`, `focal` and `dice`, a
+        teacher's outputs with `distill`. With a sum of losses those of each.
     `y_partner` (with mixup): int64 [N, ...], the labels of the sample that was mixed into each: `y` in another order;
         `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
     Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam, AdamW and Lion `beta1` and `beta2`
         (float64); with Adam and AdamW `epsilon` and `step_number` (int64, counting optimiser steps from 1);
-        `label_smoothing`, `huber_delta`, `clip_norm` as asked for. float32 where nothing else is said.
+        `label_smoothing`, `huber_delta`, `distill_temperature`, `clip_norm` as asked for. float32 where nothing
+        else is said.
     `divisor` (with accumulation): what the sum of the losses is divided by, for the whole batch of which `x` is a part:
         its number of samples; in cross-entropy of labels that count or, with class weights, the sum of their weights.
     `output_scale` (with a scaler, shape []): outputs of every layer with weights, but the last, are multiplied by it.
@@ -50,7 +52,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.model import step_contract
-from fedprune.model.recipe import OPTIMIZERS, Recipe
+from fedprune.model.recipe import DISTILL, OPTIMIZERS, Recipe, terms
 
 X = "x"
 Y = "y"
@@ -65,6 +67,7 @@ EPSILON = "epsilon"
 STEP_NUMBER = "step_number"
 LABEL_SMOOTHING = "label_smoothing"
 HUBER_DELTA = "huber_delta"
+TEMPERATURE = "distill_temperature"
 CLIP_NORM = "clip_norm"
 DIVISOR = "divisor"
 LOGIT_OFFSET = "logit_offset"
@@ -84,7 +87,7 @@ RESERVED = frozenset(
     {
         *(X, Y, Y_PARTNER, Y_SHARE),
         *(LR, MOMENTUM, WEIGHT_DECAY, BETA1, BETA2, EPSILON, STEP_NUMBER),
-        *(LABEL_SMOOTHING, HUBER_DELTA, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK),
+        *(LABEL_SMOOTHING, HUBER_DELTA, TEMPERATURE, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK),
         OUTPUT_SCALE,
         *(LOSS, HITS, SAMPLE_LOSSES, LOGITS),
     }
@@ -192,8 +195,11 @@ def loss_numbers(recipe: Recipe) -> dict[str, Array]:
     out: dict[str, Array] = {}
     if recipe.label_smoothing:
         out[step_contract.LABEL_SMOOTHING] = np.array(recipe.label_smoothing, np.float32)
-    if recipe.loss == "huber":
+    named = dict(terms(recipe.loss))
+    if "huber" in named:
         out[step_contract.HUBER_DELTA] = np.array(recipe.huber_delta, np.float32)
+    if DISTILL in named:
+        out[step_contract.TEMPERATURE] = np.array(recipe.distill_temperature, np.float32)
     return out
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes
-from fedprune.model.recipe import LABELS_OF, Recipe
+from fedprune.model.recipe import Recipe, labels_of, terms
 from fedprune.model.trainable import trained_tensors
 from fedprune.planning.costs import FLOAT, LOSS_COPIES, Costs, MemoryBreakdown, costs_at, memory_seconds
 from fedprune.planning.latency_model import LatencyTable, typical_table
@@ -243,16 +243,17 @@ def memory_use(
     # Where labels are numbers, they are held as they were read, and as float32; one class per sample hardly counts.
     size = math.prod(recipe.features.target_shape(architecture.output_shape))
     labels = 0 if size == 1 and recipe.features.scores else 2 * FLOAT * samples * size
-    losses = int(FLOAT * _loss_size(architecture.output_shape, recipe.loss, batch) * LOSS_COPIES[recipe.loss])
+    copies = sum(LOSS_COPIES[name] for name, _ in terms(recipe.loss))
+    losses = int(FLOAT * _loss_size(architecture.output_shape, recipe.loss, batch) * copies)
     use = replace(use, samples=use.samples + labels, activations=use.activations + losses)
     return replace(use, learnt=correction.memory_beyond(use))
 
 
 def _loss_size(outputs: tuple[int, ...], loss: str, batch: int) -> int:
     """Numbers in one of the arrays that `LOSS_COPIES` counts, for a whole batch."""
-    if LABELS_OF[loss] == "identities":
+    if labels_of(loss) == "identities":
         return int((batch * math.prod(outputs[:-1])) ** 2)
-    if LABELS_OF[loss] == "sequence":
+    if labels_of(loss) == "sequence":
         return int(batch * outputs[-1] * (2 * outputs[-1] + 1))
     return 0 if len(outputs) == 1 else batch * math.prod(outputs)
 

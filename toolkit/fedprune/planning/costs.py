@@ -55,7 +55,7 @@ TRANSIENTS = 1.94
 
 LOSS_COPIES = {
     "cross_entropy": 1.5, "bce": 5.5, "focal": 8.0, "dice": 2.5, "mse": 0.0, "l1": 0.0, "huber": 2.5, "custom": 8.0,
-    "infonce": 3.5, "triplet": 3.5, "ctc": 5.0,
+    "distill": 6.0, "infonce": 3.5, "triplet": 3.5, "ctc": 5.0,
 }  # fmt: skip
 """Arrays of the size of a model's output that a loss needs in addition, counted in training graphs of U-Nets with 2 to
 40 classes; one row of outputs per sample is too small to count. For a loss of a user's own the most of these.

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, shown
 from fedprune.core.text import quantity
-from fedprune.model.recipe import JUDGED, LABELS_OF
+from fedprune.model.recipe import JUDGED, labels_of
 from fedprune.model.step_contract import X
 from fedprune.runtime.precision_files import (
     INT8,
@@ -205,7 +205,7 @@ def agreement(loss: str, reference: Array, outputs: Array, y: Array | None = Non
     far = np.sqrt(np.mean((outputs.astype(np.float64) - reference) ** 2))
     spread = max(float(np.std(reference, dtype=np.float64)), _LEAST_SPREAD * float(np.abs(reference).max()), 1e-30)
     error = float(far / spread)
-    if LABELS_OF[loss] not in JUDGED:
+    if labels_of(loss) not in JUDGED:
         return Agreement(len(reference), None, error)
     decided = [o.argmax(1) if loss == "cross_entropy" else o > 0 for o in (reference, outputs)]
     same = float(np.mean(decided[0] == decided[1]))
