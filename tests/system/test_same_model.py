@@ -117,7 +117,12 @@ def numbers(data: Digits) -> Digits:
         pytest.param(frozen_by_its_author, {}, lambda d: d, {"0.weight", "0.bias", "4.bias"}, marks=pytest.mark.soak),
         (
             digits_model,
-            {"personal": ["fc.*"], "average": 0.85, "calibrate": True},
+            {
+                "personal": ["fc.*"],
+                "average": 0.85,
+                "calibrate": True,
+                "augment": ["flip", "crop:1", "brightness:0.2", "contrast:0.2", "noise:0.05", "specaugment:1:1"],
+            },
             lambda d: d,
             {"fc.weight", "fc.bias"},
         ),

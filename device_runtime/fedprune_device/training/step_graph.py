@@ -21,6 +21,7 @@ from fedprune.runtime.session import Session
 from fedprune_device.data.batches import Part
 from fedprune_device.data.labels import Targets, loss_terms
 from fedprune_device.data.stored_array import Inputs
+from fedprune_device.training.augmentation import Augmentation
 from fedprune_device.training.objective import Objective
 
 Array = npt.NDArray[Any]
@@ -176,6 +177,10 @@ class StepGraph:
                 got=f"loss {recipe.loss}",
             )
         return Targets.of(recipe, classes, self._target_shape, whole=self._classifies)
+
+    def augmentation(self, recipe: Recipe) -> Augmentation | None:
+        """What augments samples, if the recipe asks for it. Raises `TrainingError` if the graph lacks it."""
+        return Augmentation(self._session.metadata, self._threads) if recipe.augment else None
 
     def objective(self, recipe: Recipe, classes: int) -> Objective:
         """What of the graph follows the model's outputs."""

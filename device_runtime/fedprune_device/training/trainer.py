@@ -203,7 +203,7 @@ class Trainer:
             state[name] = np.zeros_like(state[name.partition("::")[0]])
         for name in task.moments.keys() & set(self._graph.states):
             np.copyto(state[name], task.moments[name])
-        plans = self._plans(tensors, recipe, task.widths)
+        plans, augmentation = self._plans(tensors, recipe, task.widths), self._graph.augmentation(recipe)
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         validates = recipe.patience > 0 and self._can_validate(data)
         patience = EarlyStopping(recipe.patience, keep=recipe.best_epoch) if validates else None
@@ -218,6 +218,9 @@ class Trainer:
             parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
             plan, fed = plans[0], {**constant, **state}
             fed[step_contract.LR] = np.array(recipe.rate(round_, (number - 0.5) / batches.steps), np.float32)
+            if augmentation is not None:
+                key = (round_, device, "augment", number)
+                parts = [augmentation(part, seed, *key, place) for place, part in enumerate(parts)]
             if recipe.mixup and not self.token_ids:
                 parts, share = mixed(parts, recipe.mixup, keyed(seed, round_, device, "mixup", number))
                 fed |= {step_contract.Y_SHARE: share} if recipe.features.mixup else {}

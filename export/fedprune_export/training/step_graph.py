@@ -14,6 +14,7 @@ from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
+from fedprune_export.training.augmentation import embedded_augmentation
 from fedprune_export.training.loss_graphs import LOSS_GRAPHS
 from fedprune_export.training.losses import target_shape, write_loss
 from fedprune_export.training.metrics import embedded_metric
@@ -39,7 +40,8 @@ def training_graph(model: Model, features: Features) -> Graph:
 
     Raises:
         ModelError: An operator can't be differentiated, or its size would have to be fixed; the message names the node.
-        ConfigError: A pattern of the features matches no tensor, or leaves none to train.
+        ConfigError: A pattern of the features matches no tensor, or leaves none to train; or an augmentation has no
+            meaning for the model's inputs or labels.
     """
     architecture = model.architecture
     outputs = architecture.output_shape
@@ -90,9 +92,11 @@ def training_graph(model: Model, features: Features) -> Graph:
         if spec.name not in frozen and step_contract.following(spec.name) not in made:
             raise ModelError(f"statistic {spec.name} belongs to no batch normalisation")
     graph.rename(tape.value(logits), step_contract.LOGITS)
+    labels = next(p for p in graph.inputs if p.name == step_contract.Y)
     if features.metric:
-        labels = next(p for p in graph.inputs if p.name == step_contract.Y)
         graph.metadata[step_contract.METRIC] = embedded_metric(model, labels, features)
+    if features.augment:
+        graph.metadata |= embedded_augmentation(model, labels, features)
     if features.ignore_label is not None:
         graph.metadata[step_contract.IGNORED] = str(features.ignore_label)
     graph.prune()

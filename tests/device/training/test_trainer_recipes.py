@@ -29,6 +29,7 @@ from fedprune_device.data.labels import (
     positive_weights,
 )
 from fedprune_device.storage.state_directory import DeviceStore
+from fedprune_device.training.augmentation import Augmentation
 from fedprune_device.training.round_runner import RoundRunner
 from fedprune_device.training.trainer import (
     EarlyStopping,
@@ -551,6 +552,14 @@ def test_a_graph_that_mixes_and_a_recipe_that_does_not_are_no_pair(
     for graph, recipe in (("mixup", replace(MIXUP, mixup=0.0)), ("plain", Recipe(mixup=0.2))):
         with pytest.raises(TrainingError, match=r"don't fit each other.*y_share"):
             train(graphs / f"{graph}.onnx", weights, data, recipe)
+
+
+def test_a_recipe_that_augments_needs_a_graph_that_does(graphs: Path, weights: Tensors, data: LocalData) -> None:
+    with pytest.raises(TrainingError, match="augmentations"):
+        train(graphs / "plain.onnx", weights, data, Recipe(augment=("noise:0.1",)))
+    for damaged in ("*", "AAAA"):
+        with pytest.raises(TrainingError, match="augmentation"):
+            Augmentation({step_contract.AUGMENT_X: damaged})
 
 
 def test_the_state_of_a_round_begins_at_zero(graphs: Path, weights: Tensors, data: LocalData) -> None:

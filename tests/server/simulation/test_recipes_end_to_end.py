@@ -131,3 +131,10 @@ def test_evaluation_samples_are_checked_against_the_loss(tmp_path: Path) -> None
     assert load_evaluation(source, digits_net(), Recipe())[1].dtype == np.int64
     with pytest.raises(DataError, match=r"e\.npz: labels for loss bce.*is it the loss that you mean"):
         load_evaluation(source, digits_net(), Recipe(loss="bce"))
+
+
+@pytest.mark.parametrize("evaluated", [True, False])
+def test_an_augmentation_that_would_move_what_labels_describe_is_refused(tmp_path: Path, evaluated: bool) -> None:
+    settings = {} if evaluated else {"evaluation": None}
+    with pytest.raises(ConfigError, match="recipe: augment 'flip'"):
+        simulation(tmp_path, {"loss": "mse", "augment": ["flip"]}, **settings).run()

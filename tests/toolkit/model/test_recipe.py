@@ -59,6 +59,7 @@ OTHERS = {
     "optimizer": "adamw",
     "frozen": ("a*",),
     "trainable": ("a*",),
+    "augment": ("flip",),
 }
 
 
@@ -100,6 +101,33 @@ def test_every_feature_has_a_key_of_its_own() -> None:
     keys = {Features(**chosen).key for chosen in asked}
     assert set(FLAGS) | set(OTHERS) == {f.name for f in fields(Features)}
     assert len(keys) == len(asked)
+
+
+@pytest.mark.parametrize(
+    "entry", ["flip", "crop:4", "shift:0.1", "shift:0.5:0", "specaugment:8:16@sound", "noise:1e-3"]
+)
+def test_augmentations_are_only_written_where_there_are_any(entry: str) -> None:
+    assert "augment" not in Recipe(augment=()).to_dict()
+    recipe = Recipe.from_dict({"augment": [entry, "flip"]})
+    assert recipe.to_dict()["augment"] == recipe.to_offer()["augment"] == [entry, "flip"]
+    assert Recipe.from_dict(json.loads(recipe.to_json())) == recipe
+    assert recipe.features == Features(augment=(entry, "flip"))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *("", "turn", "flip:1", "flip@", "crop", "crop:1.5", "crop:0", "crop:-1", "crop:1:2", "crop:5000", "noise:nan"),
+        *("contrast:1.5", "contrast:0", "shift:2", "shift:0.1:-1", "specaugment:8", "specaugment:a:b", 7, None),
+        *("noise:1e999", "x" * 300, "flip\x00"),
+    ],
+)
+def test_a_wrong_augmentation_is_refused(entry: object) -> None:
+    with pytest.raises(ConfigError, match="augment"):
+        Recipe.from_dict({"augment": [entry]})
+    for wrong in ("flip", {"flip": 1}, 3, ["flip"] * 17):
+        with pytest.raises(ConfigError, match="recipe: augment"):
+            Recipe.from_dict({"augment": wrong})
 
 
 def test_patterns_with_separators_have_keys_of_their_own() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -26,6 +28,7 @@ from fedprune.model.architecture import (
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Correction, bandwidth, latency_table, predict, train_rate, training_memory
+from fedprune.planning.costs import AUGMENT_COPIES, NOISE_COPIES
 from fedprune.planning.plan import DENSITIES, NOTHING, Limit, Plan, Uniform, plan
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -402,6 +405,18 @@ def test_an_error_says_what_memory_is_for_and_what_helps() -> None:
 def test_labels_of_every_output_take_memory() -> None:
     many, one = (predict(NET, NET.sizes, BOARD, replace(RECIPE, loss=loss), 500) for loss in ("bce", "cross_entropy"))
     assert many.memory.samples - one.memory.samples == 500 * NET.classes * (4 + 4)
+
+
+def test_augmentation_takes_memory_for_the_samples_of_a_part() -> None:
+    def beyond(parts: int, *augment: str) -> int:
+        plain = replace(RECIPE, accumulate=parts)
+        made = (predict(NET, NET.sizes, BOARD, r, 500).memory for r in (replace(plain, augment=augment), plain))
+        return int(np.subtract(*(m.total for m in made)))
+
+    part = 4 * RECIPE.batch_size * math.prod(NET.input_shape)
+    assert beyond(1, "flip", "crop:4") == int(AUGMENT_COPIES * part)
+    assert beyond(1, "noise:0.1") == int((AUGMENT_COPIES + NOISE_COPIES) * part)
+    assert beyond(2, "flip") == int(AUGMENT_COPIES * part / 2)
 
 
 def test_tensors_that_the_author_froze_take_less_memory() -> None:

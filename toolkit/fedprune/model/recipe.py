@@ -18,6 +18,7 @@ from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.metrics import ACCURACY, LOSS, SCORE
 from fedprune.core.validation import is_number
+from fedprune.model import augmentation
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Features:
             the first counts (cross-entropy).
         frozen: Patterns of tensors that stay as they are.
         trainable: Patterns of the only tensors that are trained, if there are any.
+        augment: The graph's metadata has the graphs of these augmentations.
     """
 
     logit_offset: bool = False
@@ -74,6 +76,7 @@ class Features:
     mixup: bool = False
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
+    augment: tuple[str, ...] = ()
 
     def target_shape(self, outputs: tuple[int, ...]) -> tuple[int, ...]:
         """One sample's labels for outputs of this shape; a model's own loss may take others."""
@@ -212,6 +215,7 @@ _LATER = (
     "lr_warmup",
     "lr_schedule",
     "lr_rounds",
+    "augment",
     "update_clip",
     "update_noise",
 )
@@ -301,6 +305,10 @@ class Recipe:
         lr_schedule: `constant`; or `cosine`: from then on the rate falls along half a cosine (Loshchilov and Hutter
             2017, eq. 5, without restarts), step by step, to 0 at the end of round `lr_rounds`.
         lr_rounds: Rounds of `cosine`; 0 for all of the job's, or for one where there is no job.
+        augment: Random augmentations of training samples, in this order: `flip` (left and right, every other time),
+            `crop:PIXELS` (after padding with zeros), `brightness:SHARE`, `contrast:SHARE`, `noise:DEVIATION`,
+            `shift:SHARE` (in time) or `specaugment:FREQUENCIES:STEPS` (Park et al. 2019). Classes of pixels and masks
+            move along; other labels with places are refused.
         update_clip: The most that the whole update may be long (`fedprune.updates.privacy`); 0 leaves it as
             it is. Above 0, batch-norm statistics aren't handed in, nor anything that was measured on samples.
         update_noise: Standard deviation of the noise that is added to every element of the update.
@@ -347,6 +355,7 @@ class Recipe:
     lr_warmup: float = 0.0
     lr_schedule: str = "constant"
     lr_rounds: int = 0
+    augment: tuple[str, ...] = ()
     update_clip: float = 0.0
     update_noise: float = 0.0
 
@@ -401,6 +410,7 @@ class Recipe:
         for name in ("frozen", "trainable", "personal"):
             object.__setattr__(self, name, _patterns(name, getattr(self, name)))
         object.__setattr__(self, "ordered_dropout", _densities(self.ordered_dropout))
+        object.__setattr__(self, "augment", augmentation.checked(self.augment))
         self._check_together()
 
     def _check_together(self) -> None:
@@ -516,6 +526,7 @@ class Recipe:
             gradients=self.report_squares,
             frozen=self.frozen,
             trainable=self.trainable,
+            augment=self.augment,
         )
 
     @property
@@ -571,7 +582,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON types; a setting that came later is only there where it is not as by default."""
         body = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {k: v for k, v in body.items() if k not in _LATER or v != getattr(Recipe, k)}
+        return {k: v for k, v in body.items() if k not in _LATER or getattr(self, k) != getattr(Recipe, k)}
 
     def to_offer(self) -> dict[str, Any]:
         """As plain JSON types, without newer settings that are as by default: older boards refuse what they don't know.

@@ -13,7 +13,16 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe, labels_of, terms
 from fedprune.model.trainable import trained_tensors
-from fedprune.planning.costs import FLOAT, LOSS_COPIES, Costs, MemoryBreakdown, costs_at, memory_seconds
+from fedprune.planning.costs import (
+    AUGMENT_COPIES,
+    FLOAT,
+    LOSS_COPIES,
+    NOISE_COPIES,
+    Costs,
+    MemoryBreakdown,
+    costs_at,
+    memory_seconds,
+)
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
@@ -245,7 +254,9 @@ def memory_use(
     labels = 0 if size == 1 and recipe.features.scores else 2 * FLOAT * samples * size
     copies = sum(LOSS_COPIES[name] for name, _ in terms(recipe.loss))
     losses = int(FLOAT * _loss_size(architecture.output_shape, recipe.loss, batch) * copies)
-    use = replace(use, samples=use.samples + labels, activations=use.activations + losses)
+    copies = AUGMENT_COPIES + NOISE_COPIES * any(a.startswith("noise") for a in recipe.augment) if recipe.augment else 0
+    augmented = int(FLOAT * batch * math.prod(architecture.input_shape) * copies)
+    use = replace(use, samples=use.samples + labels, activations=use.activations + losses + augmented)
     return replace(use, learnt=correction.memory_beyond(use))
 
 

@@ -1,0 +1,350 @@
+"""Augmentations as graphs: against numpy and torch with the same random numbers; what moves, what stays, refusals."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+import fedprune_export as fx
+from fedprune.core.errors import ConfigError
+from fedprune.core.rng import keyed
+from fedprune.model.recipe import Recipe
+from fedprune.model.step_contract import AUGMENT_X, AUGMENT_Y, AUGMENTED, NUMBERS, X, Y
+from fedprune.runtime.session import Session
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_graph
+
+pytestmark = pytest.mark.torch
+
+Array = np.ndarray[Any, Any]
+K, VOID, H, W = 4, 9, 6, 5
+IMAGE, SOUND = (3, H, W), (2, 8)
+
+
+class Pixels(nn.Module):
+    """`K` numbers for each pixel, or for the whole image."""
+
+    def __init__(self, *, whole: bool = False) -> None:
+        super().__init__()
+        self.input_shape, self.whole, self.layer = IMAGE, whole, nn.Conv2d(3, K, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.layer(x)
+        return z.mean((2, 3)) if self.whole else z
+
+
+class Steps(nn.Module):
+    """`K` numbers for each step of a series."""
+
+    def __init__(self, *, whole: bool = False) -> None:
+        super().__init__()
+        self.input_shape, self.whole, self.layer = SOUND, whole, nn.Conv1d(2, K, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.layer(x)
+        return z.mean(2) if self.whole else z
+
+
+class Several(nn.Module):
+    """An image, a series and words, in one row of numbers."""
+
+    def __init__(self, *, second: bool = False) -> None:
+        super().__init__()
+        self.input_shape = {"image": IMAGE, "words": (5,), "other": IMAGE if second else (4,)}
+        self.input_dtype = {"words": torch.int64}
+        self.conv, self.table = nn.Conv2d(3, 6, 1), nn.Embedding(7, 4)
+        self.out = nn.Linear(10 + math.prod(self.input_shape["other"]), K)
+
+    def forward(self, image: torch.Tensor, words: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        rows = [self.conv(image).mean((2, 3)), self.table(words).mean(1), other.flatten(1)]
+        return self.out(torch.cat(rows, 1))
+
+
+class Words(nn.Module):
+    input_shape, input_dtype = (5,), torch.int64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, K)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.table(x).mean(1)
+
+
+MODELS: dict[str, Model] = {
+    "whole": fx.load(Pixels(whole=True)),
+    "pixels": fx.load(Pixels()),
+    "series": fx.load(Steps(whole=True)),
+    "steps": fx.load(Steps()),
+    "several": fx.load(Several()),
+    "twins": fx.load(Several(second=True)),
+    "words": fx.load(Words()),
+}
+
+
+@functools.lru_cache
+def sessions(model: str, *augment: str, **recipe: Any) -> dict[str, Session]:
+    metadata = training_graph(MODELS[model], Recipe(augment=augment, **recipe).features).metadata
+    return {k: Session(base64.b64decode(metadata[k])) for k in (AUGMENT_X, AUGMENT_Y) if k in metadata}
+
+
+def augmented(session: Session, values: Array, numbers: Array) -> Array:
+    return session.run({X if X in session.inputs else Y: values, NUMBERS: numbers})[AUGMENTED]
+
+
+def drawn(shape: tuple[int, ...], session: Session, seed: int, n: int = 7) -> tuple[Array, Array]:
+    rng = np.random.default_rng(seed)
+    (_, (_, count)) = session.inputs[NUMBERS]
+    return rng.standard_normal((n, *shape)).astype(np.float32), rng.random((n, count), np.float32)
+
+
+def flip(x: Array, u: Array) -> Array:
+    return x[..., ::-1] if u[0] >= 0.5 else x
+
+
+def crop(x: Array, u: Array, p: int = 2, fill: float = 0) -> Array:
+    wide = np.pad(x, [(0, 0)] * (x.ndim - 2) + [(p, p)] * 2, constant_values=fill)
+    top, left = (int(v * (2 * p + 1)) for v in u)
+    return wide[..., top : top + x.shape[-2], left : left + x.shape[-1]]
+
+
+def shift(x: Array, u: Array, share: float = 0.25, fill: float = 0) -> Array:
+    most = max(1, round(share * x.shape[-1]))
+    by, out = int(u[0] * (2 * most + 1)) - most, np.full_like(x, fill)
+    for t in range(x.shape[-1]):
+        if 0 <= t + by < x.shape[-1]:
+            out[..., t] = x[..., t + by]
+    return out
+
+
+def brightness(x: Array, u: Array) -> Array:
+    return x + (2 * u[0] - 1) * 0.3 * x.std()
+
+
+def contrast(x: Array, u: Array) -> Array:
+    return x.mean() + (1 + 0.3 * (2 * u[0] - 1)) * (x - x.mean())
+
+
+def noise(x: Array, u: Array) -> Array:
+    first, second = torch.tensor(u.astype(np.float64)).chunk(2)
+    radius = (-2 * torch.log1p(-first)).sqrt()
+    normal = torch.cat([radius * torch.cos(2 * math.pi * second), radius * torch.sin(2 * math.pi * second)])
+    return x + 0.5 * normal[: x.size].reshape(x.shape).numpy()
+
+
+def specaugment(x: Array, u: Array) -> Array:
+    out = x.copy()
+    for axis, most, (width, begin) in ((-2, 2, u[:2]), (-1, 3, u[2:])):
+        w = int(width * (most + 1))
+        f0 = int(begin * (x.shape[axis] - w))
+        np.moveaxis(out, axis, 0)[f0 : f0 + w] = x.mean()
+    return out
+
+
+ORACLES: list[tuple[str, str, Any]] = [
+    ("flip", "whole", flip),
+    ("crop:2", "whole", crop),
+    ("brightness:0.3", "whole", brightness),
+    ("contrast:0.3", "whole", contrast),
+    ("noise:0.5", "whole", noise),
+    ("noise:0.5", "series", noise),
+    ("shift:0.25", "series", shift),
+    ("shift:0.25:0", "series", lambda x, u: shift(x.T, u).T),
+    ("specaugment:2:3", "whole", specaugment),
+    ("specaugment:2:3", "series", specaugment),
+]
+
+
+@pytest.mark.parametrize(("entry", "model", "wanted"), ORACLES)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_a_graph_computes_what_numpy_does_with_its_numbers(entry: str, model: str, wanted: Any, seed: int) -> None:
+    session = sessions(model, entry)[AUGMENT_X]
+    x, u = drawn(MODELS[model].architecture.input_shape, session, seed)
+    got = augmented(session, x, u)
+    assert (got.shape, got.dtype) == (x.shape, np.float32)
+    for one, numbers, found in zip(x, u, got, strict=True):
+        np.testing.assert_allclose(found, wanted(one.astype(np.float64), numbers), rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("entry", "neutral"),
+    [
+        *(("flip", 0.0), ("crop:2", 0.5), ("brightness:0.3", 0.5), ("contrast:0.3", 0.5), ("noise:0.5", 0.0)),
+        *(("shift:0.25", 0.5), ("specaugment:2:3", 0.0)),
+    ],
+)
+def test_neutral_numbers_change_no_bit(entry: str, neutral: float) -> None:
+    session = sessions("whole", entry)[AUGMENT_X]
+    x, u = drawn(IMAGE, session, 0)
+    assert augmented(session, x, np.full_like(u, neutral)).tobytes() == x.tobytes()
+    assert augmented(session, x, u).tobytes() != x.tobytes()
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_entries_follow_each_other_in_the_recipes_order(seed: int) -> None:
+    """What a crop has cut off, a shift doesn't bring back; noise before a crop is none where the crop pads."""
+    session = sessions("whole", "crop:2", "noise:0.5", "flip", "crop:2", "shift:0.25")[AUGMENT_X]
+    x, u = drawn(IMAGE, session, seed)
+    for one, numbers, found in zip(x, u, augmented(session, x, u), strict=True):
+        v, at = crop(one.astype(np.float64), numbers[:2]), 2 + one.size
+        v = flip(noise(v, numbers[2:at]), numbers[at : at + 1])
+        v = shift(crop(v, numbers[at + 1 : at + 3]), numbers[at + 3 :])
+        np.testing.assert_allclose(found, v, rtol=1e-5, atol=5e-6)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_a_flip_twice_is_none_and_a_crop_only_moves_values(seed: int) -> None:
+    twice, cropped = sessions("whole", "flip", "flip")[AUGMENT_X], sessions("whole", "crop:3")[AUGMENT_X]
+    x, u = drawn(IMAGE, twice, seed)
+    assert augmented(twice, x, np.repeat(u[:, :1], 2, 1)).tobytes() == x.tobytes()
+    _, u = drawn(IMAGE, cropped, seed)
+    for one, found in zip(x, augmented(cropped, x, u), strict=True):
+        for before, after in zip(one, found, strict=True):
+            assert not set(after[after != 0]) - set(before.flat)
+
+
+@given(seed=st.integers(0, 2**32 - 1), masks=st.booleans())
+def test_labels_move_with_the_pixels_that_they_describe(seed: int, masks: bool) -> None:
+    """An image whose values are its labels stays one; places from outside count for nothing."""
+    recipe: dict[str, Any] = {"loss": "dice"} if masks else {"ignore_label": VOID}
+    found = sessions("pixels", "flip", "crop:2", "brightness:0.1", "shift:0.2", **recipe)
+    alone = sessions("pixels", "flip", "crop:2", "shift:0.2", **recipe)
+    rng = np.random.default_rng(seed)
+    y = rng.integers(1, 4, (5, H, W))
+    x, u = np.repeat(y[:, None], 3, 1).astype(np.float32), rng.random((5, 4), np.float32)
+    labels = (y[:, None] == np.arange(K)[:, None, None]).astype(np.float32) if masks else y
+    moved = augmented(alone[AUGMENT_X], x, u)[:, 0]
+    got = augmented(alone[AUGMENT_Y], labels, u)
+    assert (got.dtype, got.shape) == (labels.dtype, labels.shape)
+    if masks:
+        wanted = (moved[:, None] == np.arange(K)[:, None, None]) & (moved[:, None] > 0)
+        assert np.array_equal(got, wanted.astype(np.float32))
+    else:
+        assert np.array_equal(got, np.where(moved == 0, VOID, moved))
+    more = np.concatenate([u[:, :3], rng.random((5, 1), np.float32), u[:, 3:]], 1)  # a number for brightness
+    assert np.array_equal(augmented(found[AUGMENT_Y], labels, more), got)
+
+
+def test_labels_of_steps_move_in_time() -> None:
+    found = sessions("steps", "shift:0.25", ignore_label=VOID)
+    y = np.arange(16).reshape(2, 8) % 8
+    u = np.array([[0.1], [0.9]], np.float32)
+    moved = augmented(found[AUGMENT_Y], y, u)
+    assert np.array_equal(moved[0], [VOID, VOID, 0, 1, 2, 3, 4, 5])
+    assert np.array_equal(moved[1], [2, 3, 4, 5, 6, 7, VOID, VOID])
+    x = np.repeat(y[:, None], 2, 1).astype(np.float32)
+    assert np.array_equal(augmented(found[AUGMENT_X], x, u)[:, 0], np.where(moved == VOID, 0, moved))
+
+
+@pytest.mark.parametrize(
+    ("model", "entry"), [("several", "flip"), ("twins", "flip@other"), ("several", "noise:1@other")]
+)
+def test_of_several_inputs_one_is_augmented(model: str, entry: str) -> None:
+    session = sessions(model, entry)[AUGMENT_X]
+    x, u = drawn(MODELS[model].architecture.input_shape, session, 0)
+    u[:] = 0.6
+    image = np.s_[:, : math.prod(IMAGE)]
+    other = np.s_[:, math.prod(IMAGE) : -5]
+    got, changed = augmented(session, x, u), other if "@" in entry else image
+    still = np.ones(x.shape, bool)
+    still[changed] = False
+    assert np.array_equal(got[still], x[still])
+    assert not np.array_equal(got[changed], x[changed])
+    if "flip" in entry:
+        shaped = x[changed].reshape(-1, *IMAGE)
+        assert np.array_equal(got[changed].reshape(shaped.shape), shaped[..., ::-1])
+
+
+@pytest.mark.parametrize(
+    ("model", "augment", "recipe"),
+    [
+        ("words", "noise:0.1", {}),
+        ("several", "noise:0.1@words", {}),
+        ("several", "noise:0.1", {}),  # of which input?
+        ("twins", "flip", {}),
+        ("twins", "flip@elsewhere", {}),
+        ("whole", "crop:5", {}),
+        ("whole", "shift:0.1:0", {}),
+        ("whole", "specaugment:7:1", {}),
+        ("series", "flip", {}),
+        ("series", "contrast:0.1", {}),
+        ("pixels", "crop:2", {}),  # without ignore_label
+        ("pixels", "flip", {"loss": "mse"}),
+        ("steps", "shift:0.1:0", {"ignore_label": VOID}),
+        ("whole", "flip", {"loss": "huber"}),  # several values, which may be places
+        ("steps", "shift:0.1", {"loss": "ctc"}),
+    ],
+)
+def test_what_has_no_meaning_is_refused(model: str, augment: str, recipe: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"recipe: augment '{augment}'"):
+        training_graph(MODELS[model], Recipe(augment=(augment,), **recipe).features)
+
+
+@pytest.mark.parametrize(
+    ("model", "augment", "recipe"),
+    [
+        ("whole", ["flip", "crop:1"], {"loss": "bce"}),
+        ("whole", ["flip"], {"loss": "infonce"}),
+        ("pixels", ["noise:0.1", "contrast:0.1"], {"loss": "mse"}),  # nothing moves
+        ("steps", ["specaugment:1:2"], {"loss": "ctc"}),
+    ],
+)
+def test_labels_that_stay_have_no_graph(model: str, augment: list[str], recipe: dict[str, Any]) -> None:
+    assert list(sessions(model, *augment, **recipe)) == [AUGMENT_X]
+
+
+@pytest.mark.parametrize("extra", [{}, {"accumulate": 3}, {"loss": "bce"}, {"mixup": 0.4, "ignore_label": None}])
+def test_a_board_trains_on_augmented_samples_and_labels(extra: dict[str, Any]) -> None:
+    """At a learning rate of 0 losses are those of torch, of the samples that the board's random numbers give."""
+    model = "whole" if extra.get("mixup") else "pixels"
+    recipe = Recipe(
+        **{"augment": ("flip", "crop:2", "noise:0.1"), "batch_size": 8, "lr": 0.0, "ignore_label": VOID}
+        | ({"ignore_label": None} if "loss" in extra else {})
+        | extra
+    )
+    rng = np.random.default_rng(1)
+    x, y = rng.standard_normal((8, *IMAGE)).astype(np.float32), rng.integers(0, K, (8, H, W))
+    if model == "whole":
+        y = y[:, 0, 0]
+    if recipe.loss == "bce":
+        y = (y[:, None] == np.arange(K)[:, None, None]).astype(np.float32)
+    graph = training_graph(MODELS[model], recipe.features)
+    tensors = MODELS[model].tensors
+    task = TrainingTask(recipe, seed=7, device="d", round=1, classes=K)
+    data = LocalData(x, y, x[:0], y[:0])
+    got = Trainer(graph.to_bytes()).train(tensors, data, task)
+    assert got.loss_first == Trainer(graph.to_bytes()).train(tensors, data, task).loss_first
+    found = {k: Session(base64.b64decode(graph.metadata[k])) for k in (AUGMENT_X, AUGMENT_Y) if k in graph.metadata}
+    order, count = keyed(7, 1, "d", "batches", 0).permutation(8), found[AUGMENT_X].inputs[NUMBERS][1][1]
+    samples, labels = [], []
+    for number, rows in enumerate(np.array_split(order, recipe.accumulate)):
+        u = keyed(7, 1, "d", "augment", 1, number).random((len(rows), count), np.float32)
+        samples.append(augmented(found[AUGMENT_X], x[rows], u))
+        labels.append(augmented(found[AUGMENT_Y], y[rows], u) if AUGMENT_Y in found else y[rows])
+    a, b = torch.tensor(np.concatenate(samples)), torch.tensor(np.concatenate(labels))
+    net = Pixels(whole=model == "whole")
+    net.load_state_dict({n: torch.tensor(v) for n, v in tensors.items()})
+    if recipe.mixup:
+        draws = keyed(7, 1, "d", "mixup", 1)
+        share, others = float(np.float32(draws.beta(0.4, 0.4))), draws.permutation(8)
+        z = net(share * a + (1 - share) * a[others])
+        wanted = share * functional.cross_entropy(z, b) + (1 - share) * functional.cross_entropy(z, b[others])
+    elif recipe.loss == "bce":
+        wanted = functional.binary_cross_entropy_with_logits(net(a), b)
+    else:
+        wanted = functional.cross_entropy(net(a), b, ignore_index=VOID)
+    assert got.loss_first == pytest.approx(float(wanted.detach()), rel=1e-5)
+    plain = Trainer(graph.to_bytes()).loss(tensors, data, recipe, K)
+    assert plain != pytest.approx(got.loss_first, rel=1e-5)  # measured on samples as they are
