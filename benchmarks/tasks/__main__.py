@@ -193,7 +193,7 @@ def central(task: Task, seed: int) -> dict[str, Any]:
         for rows in np.array_split(rng.permutation(len(x)), -(-len(x) // r.batch_size)):
             outputs, labels = _outputs(module, x[rows]), y[rows]
             optimizer.zero_grad()
-            _loss(task, outputs, labels).backward()
+            torch_loss(task, outputs, labels).backward()
             optimizer.step()
         if (epoch + 1) % r.epochs == 0:
             curve.append(judged())
@@ -209,7 +209,7 @@ def _outputs(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     return module(**{n: p.unflatten(1, shapes[n]) for n, p in zip(sorted(shapes), parts, strict=True)})
 
 
-def _loss(task: Task, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def torch_loss(task: Task, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if "loss" in task.own:
         return task.own["loss"](outputs, labels).mean()
     if task.recipe.loss == "mse":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fedprune_export as fx
+from benchmarks.tasks.__main__ import TASKS
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
@@ -24,6 +25,7 @@ from fedprune_server.simulation.fleet.simulated_fleet import DEMO_BOARDS, demo_j
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.simulation import Simulation
+from support.nets import benchmark_tasks
 
 pytestmark = pytest.mark.system
 
@@ -198,3 +200,26 @@ def test_several_inputs_and_outputs_a_loss_and_a_metric_of_ones_own_give_the_sam
     assert record.measure == "score"
     assert record.last.metrics["score"] > 0.3
     assert set(record.last.local) == {b.name for b in DEMO_BOARDS}
+
+
+def tiny(name: str) -> Digits:
+    """A few random samples of a task for each of the demo's boards, and for the server."""
+    hands = {}
+    for number, board in enumerate(DEMO_BOARDS):
+        x, y = benchmark_tasks.samples(name, 10, number)
+        hands[board.name] = LocalData(x[:6], y[:6], x[6:], y[6:])
+    x, y = benchmark_tasks.samples(name, 6, 99)
+    return Digits(x, y, x, hands)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [name if name in ("detection", "adapters") else pytest.param(name, marks=pytest.mark.soak) for name in TASKS],
+)
+def test_tasks_of_every_kind_give_the_same_models(tmp_path: Path, task: str) -> None:
+    job = plain_job()
+    job = replace(job, byte_budget=0, density=0.5, recipe=replace(TASKS[task].recipe, batch_size=3, epochs=1))
+    record, simulation = run_both(tmp_path, job, benchmark_tasks.imported(task).graph.to_bytes(), tiny(task))
+    assert {row.updates for row in simulation.record().rounds} == {len(DEMO_BOARDS)}
+    assert record.measure == job.recipe.judged_by
+    assert np.isfinite(record.last.loss or 0.0)
