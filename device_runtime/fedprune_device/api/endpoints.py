@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import shown
+from fedprune.model.lengths import Shape, written
 from fedprune.model.recipe import JUDGED, MULTI, labels_of
 from fedprune_device.api.live_model import LiveModel, LoadedModel
 from fedprune_device.api.request import KINDS, NPY, Answer, Request, RequestError, array, batch, document, npy
-from fedprune_device.data.dataset import Array, Shape
+from fedprune_device.data.dataset import Array
 from fedprune_device.data.image_decoding import TYPES, Pixels
 from fedprune_device.data.sample_store import MAX_LABEL, Added, NoSampleError, SampleConflictError, SampleStore
 
@@ -180,7 +181,8 @@ class Endpoints:
         model = self._model.loaded
         serving = None if model is None else {**_named(model), "by": self._model.answers}
         known = self._input(model)
-        shape = None if known is None else [s if isinstance(s, int) else None for s in known]
+        sizes = (None if isinstance(s, str) else s for s in known or ())  # names of free sizes say nothing
+        shape = None if known is None else written(tuple(sizes))
         return Answer({**self._status(), "serving": serving, "input": shape})
 
     def _health(self) -> Answer:

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import FedpruneError
+from fedprune.model.lengths import Shape
 from fedprune_device.api.request import RequestError
-from fedprune_device.data.dataset import Array, Shape
+from fedprune_device.data.dataset import Array
 from fedprune_device.engines.engine_selector import EngineRequest, EngineSelector
 from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor, likely

@@ -15,13 +15,15 @@ import numpy.typing as npt
 from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
 from fedprune.core.zip_limits import check_members
+from fedprune.model.lengths import Lengths, Shape, at_most, fits, free_axis, padded
 from fedprune.model.recipe import JUDGED, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.cli.options import options_of
-from fedprune_device.data.dataset import Shape, arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
+from fedprune_device.data.dataset import arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
 from fedprune_device.data.labels import LogitAdjustment, Targets
 from fedprune_device.data.layouts import IGNORED, Unlabelled, layout_of
+from fedprune_device.data.sequences import LENGTHS
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.data.stored_array import Inputs
 from fedprune_device.data.table_windows import is_table
@@ -55,8 +57,8 @@ def predict(arguments: argparse.Namespace) -> int:
     shape, targets = predictor.input_shape, None
     judges = labels_of(loss) in (*JUDGED, "values")
     files = arguments.input.is_dir() or is_table(arguments.input)
-    if files and judges and all(isinstance(size, int) for size in shape):
-        empty = np.zeros((0, *(size for size in shape if isinstance(size, int))), np.float32)
+    if files and judges and all(isinstance(size, int) for size in at_most(shape)):
+        empty = np.zeros((0, *(size for size in at_most(shape) if isinstance(size, int))), np.float32)
         targets = targets_of(predictor.predict(empty), loss, IGNORED if loss == "cross_entropy" else None)
     chosen = _samples(arguments, shape, class_names, targets)
     if chosen.name:
@@ -107,6 +109,7 @@ class _Chosen:
     x: Inputs
     y: npt.NDArray[Any] | None
     name: str = ""
+    lengths: Inputs | None = None
 
 
 def _samples(
@@ -119,7 +122,7 @@ def _samples(
         found = _arrays(arguments.input)
         chosen = _named_part(found, split)
         if chosen is not None:
-            return _checked(chosen, source)
+            return _marked(_checked(chosen, source), shape)
         if "y" not in found and "y_train" not in found:
             raise DataError(f"{source}: no {split or ''} samples", expected="x", got=", ".join(found) or "nothing")
     options = options_of(SampleOptions, arguments, data=source)
@@ -144,7 +147,7 @@ def _named_part(found: Mapping[str, Inputs], split: str | None) -> _Chosen | Non
     if name is None:
         return None
     y = None if names[name] not in found else np.asarray(found[names[name]])
-    return _Chosen(found[name], y, "" if name == "x" else name)
+    return _Chosen(found[name], y, "" if name == "x" else name, found.get(name.replace("x", LENGTHS, 1)))
 
 
 def _checked(chosen: _Chosen, source: str) -> _Chosen:
@@ -157,6 +160,20 @@ def _checked(chosen: _Chosen, source: str) -> _Chosen:
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     return replace(chosen, x=x, y=np.asarray(y))
+
+
+def _marked(chosen: _Chosen, shape: Shape) -> _Chosen:
+    """Padded samples whose padded places, and the labels of these, count for nothing."""
+    axis = free_axis(shape)
+    if chosen.lengths is None or axis is None:
+        return chosen
+    x, y, lengths = np.asarray(chosen.x), chosen.y, np.asarray(chosen.lengths)
+    own = x.shape[axis + 1] if fits(x.shape[1:], shape) else 0
+    least = next(size.least for size in shape if isinstance(size, Lengths))
+    x = padded(x, (*shape[:axis], Lengths(least, own), *shape[axis + 1 :]), lengths)
+    if y is not None and y.dtype.kind == "i" and y.shape == (len(x), own):
+        y = np.where(np.arange(own) < lengths[:, None], y, -1)
+    return replace(chosen, x=x, y=y)
 
 
 def _arrays(path: Path) -> dict[str, Inputs]:

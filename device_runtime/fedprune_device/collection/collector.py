@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from fedprune.core.errors import ConfigError
+from fedprune.model.lengths import Shape
 from fedprune_device.client import Board, BoardError
-from fedprune_device.data.dataset import Shape
 
 _LOG = logging.getLogger("fedprune.device")
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fedprune.core.errors import DataError, reason, shape_text, shown
 from fedprune.core.validation import is_number, is_whole
-from fedprune_device.data.dataset import Shape
+from fedprune.model.lengths import Shape
 from fedprune_device.data.table_windows import laid_out, oriented
 
 FORMATS = ("json", "float32", "int16")

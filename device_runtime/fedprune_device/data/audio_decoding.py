@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, reason, shape_text
-from fedprune_device.data.dataset import Shape
+from fedprune.model.lengths import Lengths, Shape, padded
 
 Samples = npt.NDArray[np.float32]
 
@@ -44,9 +44,12 @@ class Audio:
         """A recording's windows [k, *shape], where `shape` is [length] or [1, length].
 
         A shorter recording is padded with zeros. A longer one is cut into windows that don't overlap; what is left at
-        its end is dropped.
+        its end is dropped. If the length may vary, padded places are marked, and what is left is a sample, too, unless
+        it is too short.
         """
         length = shape[-1] if shape else None
+        if isinstance(length, Lengths) and shape[0] in (1, length):
+            return _windows(resampled(*decoded(body), self.rate), length, shape)
         if len(shape) not in (1, 2) or shape[0] not in (1, length) or not isinstance(length, int) or length < 1:
             raise DataError(
                 "a recording for this model", expected=f"numbers {shape_text(*shape)}", got="[length] or [1, length]"
@@ -59,6 +62,14 @@ class Audio:
 
     def numbers(self, samples: npt.NDArray[np.float32]) -> Samples:
         return samples
+
+
+def _windows(found: Samples, length: Lengths, shape: Shape) -> Samples:
+    if len(found) < length.least:
+        raise DataError("length of a recording", expected=f"at least {length.least} numbers", got=len(found))
+    starts = range(0, len(found) - length.least + 1, length.most)
+    windows = [found[at : at + length.most] for at in starts]
+    return np.concatenate([padded(w.reshape(1, *[1] * (len(shape) - 1), -1), shape) for w in windows])
 
 
 def decoded(body: bytes) -> tuple[Samples, int]:

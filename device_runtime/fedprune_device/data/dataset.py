@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,13 +16,13 @@ from fedprune.core.errors import DataError, StorageError, remedy, shape_text
 from fedprune.core.imports import own_module
 from fedprune.core.rng import keyed
 from fedprune.core.zip_limits import check_members
+from fedprune.model.lengths import Shape, fits, free_axis
 from fedprune_device.data.labels import Targets
+from fedprune_device.data.sequences import LENGTHS, Rows, fitted, fitted_labels, rows_of
 from fedprune_device.data.splits import TEST_SHARE
 from fedprune_device.data.stored_array import Inputs, StoredArray, joined, member, moved_out, select
 
 Array = npt.NDArray[Any]
-Shape = tuple[int | str | None, ...]
-
 
 _SPLITS = ("train", "test", "val")
 _NO_SAMPLES = np.zeros((0, 0), np.float32)
@@ -44,6 +43,7 @@ class LocalData:
         y_test: Their labels.
         x_val: Inputs that are never trained on, by which training and fleet decide; may be empty.
         y_val: Their labels.
+        rows: Where the inputs are rows [n, numbers and length]: what the rows hold.
 
     Raises:
         DataError: Types, lengths or shapes don't fit, a number is not finite, or a class or token id is negative.
@@ -55,6 +55,7 @@ class LocalData:
     y_test: Inputs
     x_val: Inputs = field(default_factory=lambda: _NO_SAMPLES)
     y_val: Inputs = field(default_factory=lambda: np.zeros(0, np.int64))
+    rows: Rows | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         x: Inputs
@@ -81,8 +82,15 @@ class LocalData:
         return len(self.y_train)
 
     def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
-        """Itself: it never changes."""
-        return self
+        """The samples as a model takes them, padded where their length varies; else itself, which never changes."""
+        if shape is None or free_axis(shape) is None:
+            return self
+        arrays: list[Inputs] = []
+        for split in _SPLITS:
+            x, y = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
+            some = fitted(x, self.rows, shape) if len(x) else _NO_SAMPLES
+            arrays += [some, some if y is x else fitted_labels(y, some, shape, targets)]
+        return LocalData(*arrays)
 
     @property
     def unlabelled(self) -> bool:
@@ -107,24 +115,28 @@ class LocalData:
         order = keyed(seed, "validation", device).permutation(self.samples)
         train, val = np.sort(order[aside:]), np.sort(order[:aside])
         own, aside_of = (_select(self.x_train, self.y_train, rows) for rows in (train, val))
-        return LocalData(*own, self.x_test, self.y_test, *aside_of)
+        return LocalData(*own, self.x_test, self.y_test, *aside_of, rows=self.rows)
 
     def moved_out(self, spool: Path) -> LocalData:
         """The same with large arrays in temporary files in `spool`, which are deleted with this process."""
         x = {split: _moved_out(getattr(self, f"x_{split}"), spool) for split in _SPLITS}
         y = {split: _moved_out(getattr(self, f"y_{split}"), spool, any_type=True) for split in _SPLITS}
         y = x if self.unlabelled else y
-        return LocalData(x["train"], y["train"], x["test"], y["test"], x["val"], y["val"])
+        return LocalData(x["train"], y["train"], x["test"], y["test"], x["val"], y["val"], rows=self.rows)
 
     def check(
         self,
         targets: Targets,
-        shape: tuple[int | str | None, ...] | None = None,
+        shape: Shape | None = None,
         *,
         token_ids: bool | None = None,
     ) -> None:
         """Check labels and inputs against a model; raises `DataError`. In `shape`, names and None are any size."""
-        own = targets.loss != "cross_entropy" and targets.takes_whole == (self.x_train.dtype.kind == "i")
+        own = (
+            free_axis(shape or ()) is None
+            and targets.loss != "cross_entropy"
+            and targets.takes_whole == (self.x_train.dtype.kind == "i")
+        )
         if self.unlabelled and not (own and fits(self.x_train.shape[1:], targets.shape)):
             raise DataError(
                 "the samples have no labels",
@@ -151,7 +163,8 @@ def load_data(
     Args:
         source: A `.npz` file with `x`, `y` (or `x_train`, `y_train`) and, if there are such, `x_test`, `y_test`,
             `x_val`, `y_val`, or without any `y...`; for a model of several inputs an array under the name of each in
-            place of `x`; or `package.module:function`. The function may take `device` and
+            place of `x`; with `lengths` (`lengths_train` ...) where samples are padded; or
+            `package.module:function`. The function may take `device` and
             `seed` and returns a `LocalData`, a mapping with a file's names, (x, y) or (x_train, y_train, x_test,
             y_test).
         seed: Seed of the split where the source has no test samples.
@@ -175,16 +188,16 @@ def load_data(
         raise DataError(f"{source}: {error}") from error
 
 
-def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, *, token_ids: bool = False) -> Inputs:
+def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = False) -> Inputs:
     """Read samples without labels; a source's labels are ignored, and `x_test` is preferred (`load_data`)."""
-    found = _found(source, 0, "", None)
+    found, rows = _found(source, 0, "", None), None
     try:
         if isinstance(found, LocalData):
+            rows = found.rows
             found = {"x_train": found.x_train, **({"x_test": found.x_test} if len(found.x_test) else {})}
         elif not isinstance(found, np.ndarray):
-            found = _named(found)
+            found, rows = _packed(_named(found), None)
         if isinstance(found, dict):
-            found = _packed(found, None)
             name = next((n for n in ("x_test", "x_train", "x") if n in found), None)
             if name is None:
                 raise DataError("array 'x' is missing", got=", ".join(map(str, found)) or "nothing")
@@ -192,23 +205,19 @@ def load_inputs(source: str, shape: tuple[int | str | None, ...] | None = None, 
         x = checked_inputs(found if isinstance(found, StoredArray) else np.asarray(found), "unlabelled")
         check_type(x, token_ids)
         if shape is not None:
+            x = fitted(x, rows, shape)
             check_shape(x, shape)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     return x
 
 
-def fits(found: tuple[int, ...], shape: Sequence[int | str | None]) -> bool:
-    """Whether a sample's shape is a model's, in which names and None stand for any size."""
-    return len(found) == len(shape) and all(not isinstance(s, int) or s == f for f, s in zip(found, shape, strict=True))
-
-
-def check_shape(x: Inputs, shape: tuple[int | str | None, ...]) -> None:
+def check_shape(x: Inputs, shape: Shape) -> None:
     """Check samples [n, ...] against one sample's shape (names and None: any size); raises `DataError`."""
     if not fits(x.shape[1:], shape):
         raise DataError(
             "shape of one sample",
-            expected=shape,
+            expected=shape_text(*shape) if free_axis(shape) is not None else shape,
             got=x.shape[1:],
             hint="Prepare the data as the model's input wants it (channels first).",
         )
@@ -401,14 +410,14 @@ def _named(found: object) -> dict[str, Any]:
     return found
 
 
-def _packed(found: dict[str, Any], spool: Path | None) -> dict[str, Any]:
+def _packed(found: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], Rows | None]:
     """Arrays of several inputs, by name, as parts of one: in the alphabetical order of the names, as models take them.
 
-    What is large is written to a file in `spool`, or held in memory without one. Raises `DataError` if they don't
-    belong together.
+    Lengths of padded samples follow the numbers of each, and what these rows hold is returned, too. What is large is
+    written to a file in `spool`, or held in memory without one. Raises `DataError` if they don't belong together.
     """
     if any(name.partition("_")[0] == "x" for name in found):
-        return found
+        return _with_lengths(found, spool)
     splits: dict[str, dict[str, Inputs]] = {}
     for name, array in found.items():
         base, _, end = name.rpartition("_")
@@ -417,7 +426,7 @@ def _packed(found: dict[str, Any], spool: Path | None) -> dict[str, Any]:
             splits.setdefault(split, {})[own] = _inputs(array)
     names = sorted(set().union(*splits.values()))
     if len(names) < 2:
-        return found
+        return found, None
     out = {name: array for name, array in found.items() if name.partition("_")[0] == "y"}
     for split, arrays in splits.items():
         if sorted(arrays) != names or len({len(a) if a.ndim else -1 for a in arrays.values()}) > 1:
@@ -430,13 +439,30 @@ def _packed(found: dict[str, Any], spool: Path | None) -> dict[str, Any]:
         whole = all(found.kind in "iu" and found != np.uint8 for found in types)
         dtype = np.dtype(np.int64 if whole else np.float32)
         out[f"x{split}"] = joined([arrays[name] for name in names], dtype, spool)
-    return out
+    return out, None
+
+
+def _with_lengths(found: dict[str, Any], spool: Path | None) -> tuple[dict[str, Any], Rows | None]:
+    splits = [name.removeprefix("x") for name in found if name.partition("_")[0] == "x"]
+    own = [name for name in found if name.partition("_")[0] == LENGTHS]
+    if not own:
+        return found, None
+    if sorted(own) != sorted(f"{LENGTHS}{split}" for split in splits):
+        expected = ", ".join(f"{LENGTHS}{split}" for split in splits)
+        raise DataError("arrays of lengths", expected=expected, got=", ".join(own))
+    pairs = [(_inputs(found[f"x{split}"]), _inputs(found[f"{LENGTHS}{split}"])) for split in splits]
+    rows = rows_of(pairs)
+    out = {name: array for name, array in found.items() if name not in own}
+    for split, (x, lengths) in zip(splits, pairs, strict=True):
+        whole = x.dtype in (np.int32, np.int64)
+        out[f"x{split}"] = joined([x, lengths], np.dtype(np.int64 if whole else np.float32), spool)
+    return out, rows
 
 
 def _assemble(arrays: object, seed: int, device: str, spool: Path | None) -> LocalData:
-    found = _named(arrays)
-    if found.keys() & {"y", "y_train"}:
-        found = _packed(found, spool)
+    found, rows = _named(arrays), None
+    if found.keys() & {"y", "y_train"} or any(name.partition("_")[0] == LENGTHS for name in found):
+        found, rows = _packed(found, spool)
     suffix = "_train" if "x_train" in found else ""
     x: Inputs
     y: Inputs
@@ -459,12 +485,12 @@ def _assemble(arrays: object, seed: int, device: str, spool: Path | None) -> Loc
 
     own: Any = pair("val") if "x_val" in found else ()
     if "x_test" in found:
-        return LocalData(x, y, *pair("test"), *own)
+        return LocalData(x, y, *pair("test"), *own, rows=rows)
     x, y = checked_samples(x, y, "")  # before the split, so that an error names the sample by its place in the source
     order = keyed(seed, "split", device).permutation(len(y))
     aside = int(len(y) * TEST_SHARE)
     train, test = np.sort(order[aside:]), np.sort(order[:aside])
-    return LocalData(*_select(x, y, train), *_select(x, y, test), *own)
+    return LocalData(*_select(x, y, train), *_select(x, y, test), *own, rows=rows)
 
 
 def _select(x: Inputs, y: Inputs, rows: npt.NDArray[np.int64]) -> tuple[Inputs, Inputs]:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from fedprune_device.data.dataset import Shape
+from fedprune.model.lengths import Shape
 
 
 class Format(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import ConfigError, DataError, MissingExtraError, reason, shape_text
-from fedprune_device.data.dataset import Shape
+from fedprune.model.lengths import Shape
 
 TYPES = {"image/jpeg": "JPEG", "image/png": "PNG"}
 ENDINGS = (".jpg", ".jpeg", ".png")
@@ -54,7 +54,7 @@ class Pixels:
         """
         if len(shape) != 3 or shape[0] not in (1, 3) or not all(isinstance(s, int) for s in shape):
             raise DataError("an image for this model", expected=f"numbers {shape_text(*shape)}", got="an image")
-        colours, height, width = (int(s) for s in shape if s is not None)
+        colours, height, width = (s for s in shape if isinstance(s, int))
         with _opened(body, kinds) as image:
             image.draft(None, (width, height))
             turned = image.convert("RGB" if colours == 3 else "L")

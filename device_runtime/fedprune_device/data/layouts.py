@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, shape_text
+from fedprune.model.lengths import Shape
 from fedprune_device.data.boxes import COCO_BYTES, MOST_CLASS, coco_boxes, yolo_boxes
-from fedprune_device.data.dataset import Shape
 from fedprune_device.data.image_decoding import mask
 from fedprune_device.data.labels import Targets, class_counts
 

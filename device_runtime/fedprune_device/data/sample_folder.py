@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import DataError
-from fedprune_device.data.dataset import LocalData, Shape
+from fedprune.model.lengths import Shape
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.decoded_samples import DecodedSamples, RoomError
 from fedprune_device.data.file_index import FileIndex
 from fedprune_device.data.formats import Format

@@ -16,7 +16,7 @@ import os
 import struct
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +28,15 @@ from fedprune.core import atomic_file
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError, shape_text
 from fedprune.core.validation import whole
+from fedprune.model.lengths import Shape, at_most, fits, free_axis, padded, written
+from fedprune.model.lengths import read as read_shape
 from fedprune.planning.costs import HELD_BYTES
-from fedprune_device.data.dataset import LocalData, Shape, fits
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict
 from fedprune_device.data.segment_log import HEAD_BYTES, Kind, LogRecord, RecordPosition, SegmentLog, digest
 from fedprune_device.data.splits import SplitShares, claimed
-from fedprune_device.data.stored_array import FILE, StoredArray
+from fedprune_device.data.stored_array import FILE, Copy, StoredArray, gathered
 
 Array = npt.NDArray[Any]
 Row = tuple[str, int, Array]  # a sample's name, its label and its numbers
@@ -96,15 +98,22 @@ def _head(code: int, x: Array) -> bytes:
     return struct.pack(f"<BB{x.ndim}I", code, x.ndim, *x.shape)
 
 
-def of_one_kind(rows: list[Row], shape: Sequence[int | str | None] | None) -> list[Row]:
-    """The samples that fit the model's shape, and of those the ones of the most frequent shape and type."""
-    if shape is not None:
-        rows = [r for r in rows if fits(r[2].shape, shape)]
-    kinds = Counter((x.dtype.kind, x.shape) for _, _, x in rows)
+def of_one_kind(rows: list[Row], shape: Shape | None) -> list[Row]:
+    """The samples that fit the model's shape, and of those the ones of the most frequent shape and type.
+
+    Where the length of samples may vary, all that fit are of one shape.
+    """
+    rows = [r for r in rows if shape is None or fits(r[2].shape, shape)]
+    varies = shape is not None and free_axis(shape) is not None
+
+    def kind(x: Array) -> tuple[str, tuple[int, ...]]:
+        return x.dtype.kind, () if varies else x.shape
+
+    kinds = Counter(kind(x) for _, _, x in rows)
     if not kinds:
         return []
     most = max(sorted(kinds, key=repr), key=lambda k: kinds[k])
-    return [r for r in rows if (r[2].dtype.kind, r[2].shape) == most]
+    return [r for r in rows if kind(r[2]) == most]
 
 
 def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def seen_in(record: LogRecord) -> dict[int, int]:
         raise ValueError(str(error)) from error
 
 
-def _reproduces(targets: Targets, shape: Sequence[int | str | None]) -> bool:
+def _reproduces(targets: Targets, shape: Shape) -> bool:
     """Whether a model's outputs are compared with its inputs, so that its samples need no labels."""
     return not targets.takes_whole and tuple(targets.shape) == tuple(shape)
 
@@ -287,7 +296,7 @@ class SampleStore:
         with self._lock:
             return {**census(self._reservoir, self._shares), "disk_bytes": self._log.size}
 
-    def snapshot(self, shape: Sequence[int | str | None] | None = None, targets: Targets | None = None) -> LocalData:
+    def snapshot(self, shape: Shape | None = None, targets: Targets | None = None) -> LocalData:
         """All labelled samples of this shape, as they are now; later changes don't affect them.
 
         A model whose outputs are compared with its inputs takes all samples, without their labels.
@@ -329,6 +338,8 @@ class SampleStore:
                 got=f"{len(fitting)}, none of them for training",
                 hint="Add some: POST /v1/samples" + ("" if itself else "?label=..., or label those that wait."),
             )
+        if shape is not None and free_axis(shape) is not None:
+            return self._padded(fitting, shape, files, begins)
         one = fitting[0][2]
         held = one.size * 4 * len(fitting) <= HELD_BYTES
         arrays: list[Any] = []
@@ -337,6 +348,21 @@ class SampleStore:
             stored = StoredArray(files, None, 0, one.dtype, (len(at), *one.shape), checked=True, places=at)
             inputs = stored[:] if held else stored
             arrays += [inputs, inputs if itself else np.array([c for c, _ in parts[part]], np.int64)]
+        return LocalData(*arrays)
+
+    def _padded(self, rows: list[Row], shape: Shape, files: Copy, begins: Mapping[str, int]) -> LocalData:
+        """Samples of different lengths."""
+        dtype = rows[0][2].dtype
+        arrays: list[Any] = []
+        for part in ("train", "test", "val"):
+            own = [row for row in rows if self._shares.part(row[0]) == part]
+            some = (
+                padded(StoredArray(files, None, 0, dtype, (1, *x.shape), places=np.array([begins[n]]))[:], shape)
+                for n, _, x in own
+            )
+            sizes = tuple(int(size) for size in at_most(shape) if isinstance(size, int))
+            arrays.append(gathered(some, (len(own), *sizes), dtype, self._root))
+            arrays.append(np.array([c for _, c, _ in own], np.int64))
         return LocalData(*arrays)
 
     def close(self) -> None:
@@ -476,16 +502,16 @@ class SampleStore:
         try:
             body = atomic_file.read_document(self._root / _MODEL) or {"input": None, "unlabelled": False}
             shape, unlabelled = body["input"], body["unlabelled"] is True
-            self.input = None if shape is None else tuple(s if isinstance(s, (int, str)) else None for s in shape)
+            self.input = None if shape is None else read_shape(shape)
             self._reservoir.waiting = not unlabelled
-        except (StorageError, KeyError, TypeError) as error:
+        except (DataError, StorageError, KeyError, TypeError) as error:
             _LOG.warning("what the last model takes is unknown until the next round (%s)", error)
 
     def _remember(self, shape: Shape, unlabelled: bool) -> None:
         """Keep what the model of a round takes: how many samples it may train on is reported before the next one."""
         if (shape, not unlabelled) == (self.input, self._reservoir.waiting):
             return
-        atomic_file.write_document(self._root / _MODEL, {"input": list(shape), "unlabelled": unlabelled})
+        atomic_file.write_document(self._root / _MODEL, {"input": written(shape), "unlabelled": unlabelled})
         self.input, self._reservoir.waiting = shape, not unlabelled
         self._count()
 

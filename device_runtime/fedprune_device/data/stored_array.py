@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -56,6 +56,7 @@ class StoredArray:
     selects the samples of this array, None for all. `convert` turns what is read into samples of shape `sample`.
     `places` is where each sample begins, in bytes plus `FILE` times the number of the file; None where they follow each
     other. `checked`: no number is infinite or none, no token id negative. `in_range`: as labels they fit the model.
+    `result` is the type of what `convert` returns.
     """
 
     file: Path | Copy
@@ -69,11 +70,12 @@ class StoredArray:
     sample: tuple[int, ...] | None = None
     places: Rows | None = None
     in_range: bool = False
+    result: type[np.generic] = np.float32
 
     @property
     def dtype(self) -> np.dtype[Any]:
         whole = self.stored.kind in "iu" and self.convert is None
-        return np.dtype(np.int64 if whole else np.float32)
+        return np.dtype(np.int64 if whole else self.result)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -223,9 +225,14 @@ def joined(arrays: Sequence[Inputs], dtype: np.dtype[Any], spool: Path | None) -
             pieces = [array[some] for array in arrays]
             yield np.concatenate([p.reshape(len(p), prod(p.shape[1:])).astype(dtype) for p in pieces], axis=1)
 
-    if spool is None or not _usable(dtype, (count, width), any_type=False):
-        return np.concatenate([np.zeros((0, width), dtype), *rows()])
-    return _spooled(spool, (count, width), dtype, lambda file: [file.write(some.data) for some in rows()])
+    return gathered(rows(), (count, width), dtype, spool)
+
+
+def gathered(parts: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any], spool: Path | None) -> Inputs:
+    """One array of this shape from parts of its samples; in a temporary file in `spool` if it is large."""
+    if spool is None or not _usable(dtype, shape, any_type=False):
+        return np.concatenate([np.zeros((0, *shape[1:]), dtype), *parts])
+    return _spooled(spool, shape, dtype, lambda file: [file.write(np.ascontiguousarray(some).data) for some in parts])
 
 
 def _usable(dtype: np.dtype[Any], shape: tuple[int, ...], *, any_type: bool) -> bool:

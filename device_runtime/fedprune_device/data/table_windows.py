@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from fedprune.core.disk import storage_errors, write_all
 from fedprune.core.errors import DataError, shape_text
-from fedprune_device.data.dataset import LocalData, Shape
+from fedprune.model.lengths import Shape, at_most
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import SplitShares
 from fedprune_device.data.stored_array import Copy, Inputs, StoredArray
@@ -190,7 +191,7 @@ def oriented(shape: Shape, channels: int, first: bool) -> tuple[int, bool]:
 
     `first` decides where both are possible.
     """
-    sizes = [size if isinstance(size, int) else 0 for size in shape]
+    sizes = [size if isinstance(size, int) else 0 for size in at_most(shape)]
     if len(sizes) == 1:
         return (sizes[0], first) if channels == 1 else (int(sizes[0] == channels), first)
     if len(sizes) != 2 or channels not in sizes:

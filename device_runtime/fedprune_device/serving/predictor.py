@@ -13,7 +13,9 @@ from fedprune.core.errors import DataError, ModelError, shape_text
 from fedprune.core.rng import keyed
 from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
+from fedprune.model.lengths import at_most, fits, free_axis, padded, with_lengths
 from fedprune.model.recipe import JUDGED, MULTI, labels_of
+from fedprune.runtime.onnx_subgraph import metadata_of
 from fedprune.runtime.session import Runs, Session
 from fedprune_device.data.labels import Targets, hits
 from fedprune_device.data.stored_array import Inputs
@@ -43,7 +45,8 @@ class Predictor:
                 got=f"{', '.join(self.session.inputs)}; {', '.join(self.session.outputs)}",
             )
         kind, shape = self.session.inputs[step.X]
-        self.input_shape = shape[1:]
+        metadata = self.session.metadata if isinstance(self.session, Session) else metadata_of(path.read_bytes())
+        self.input_shape = with_lengths(shape[1:], metadata, ModelError)
         self._dtype = np.dtype(np.int64 if kind == "tensor(int64)" else np.float32)
 
     @property
@@ -51,21 +54,25 @@ class Predictor:
         return self._dtype.kind == "i"
 
     def predict(self, x: Inputs, batch: int = 64) -> npt.NDArray[np.float32]:
-        """Logits of every sample [n, ...], `batch` per run; raises `DataError` if the samples don't fit the model."""
+        """Logits of every sample [n, ...], `batch` per run; raises `DataError` if the samples don't fit the model.
+
+        Samples whose length may vary are padded; where a model predicts each of their places, it does so for theirs.
+        """
         shape = self.input_shape
-        if x.ndim != len(shape) + 1 or any(
-            isinstance(d, int) and d != g for d, g in zip(shape, x.shape[1:], strict=True)
-        ):
+        if not fits(x.shape[1:], shape):
             raise DataError("shape of the inputs", expected=shape_text("n", *shape), got=shape_text(*x.shape))
         if self._dtype.kind == "i" and x.dtype.kind not in "iu":
             raise DataError("type of the inputs", expected="whole numbers (token ids)", got=x.dtype)
         # An empty input still runs once: that is how the number of classes is known.
         starts = range(0, max(len(x), 1), batch)
         parts = [
-            self.session.run({step.X: np.ascontiguousarray(x[s : s + batch], self._dtype)}, [step.LOGITS])[step.LOGITS]
-            for s in starts
+            self.session.run({step.X: np.ascontiguousarray(padded(some, shape))}, [step.LOGITS])[step.LOGITS]
+            for some in (np.asarray(x[s : s + batch], self._dtype) for s in starts)
         ]
-        return np.concatenate([np.asarray(p) for p in parts]).astype(np.float32, copy=False)
+        logits = np.concatenate([np.asarray(p) for p in parts]).astype(np.float32, copy=False)
+        axis = free_axis(shape)
+        places = axis is not None and logits.ndim == 3 and logits.shape[2] == at_most(shape)[axis]
+        return logits[:, :, : x.shape[axis + 1]] if places and axis is not None else logits
 
     def check(
         self,
@@ -82,7 +89,7 @@ class Predictor:
         number of classes, are not finite, or contradict that loss.
         """
         if x is None:
-            free = [d if isinstance(d, int) else 1 for d in self.input_shape]
+            free = [d if isinstance(d, int) else 1 for d in at_most(self.input_shape)]
             noise = keyed(0, "check").standard_normal((4, *free))
             x = np.zeros(noise.shape, np.int64) if self._dtype.kind == "i" else noise.astype(np.float32)
         logits = self.predict(x, batch)

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.lengths import with_lengths
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import CUSTOM, Recipe
 from fedprune.model.step_contract import anchors, numbers, weight_of
@@ -86,7 +87,7 @@ class StepGraph:
             n for n in self.names if n not in self.trainable and step_contract.following(n) in outputs
         )
         self.frozen = tuple(n for n in self.names if n not in {*self.trainable, *self.statistics})
-        self.input_shape = inputs[step_contract.X][1][1:]
+        self.input_shape = with_lengths(inputs[step_contract.X][1][1:], self._session.metadata, TrainingError)
         self._target_shape = inputs[step_contract.Y][1][1:]
         self.token_ids = inputs[step_contract.X][0] == "tensor(int64)"
         self.states = [f(n) for n in self.trainable for f in step_contract.states(optimizer)]

@@ -16,6 +16,7 @@ from fedprune.core.errors import BundleError, DivergedError, ExitCode, FedpruneE
 from fedprune.core.rng import keyed
 from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
+from fedprune.model.lengths import free_axis
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
@@ -221,7 +222,7 @@ class Trainer:
             if augmentation is not None:
                 key = (round_, device, "augment", number)
                 parts = [augmentation(part, seed, *key, place) for place, part in enumerate(parts)]
-            if recipe.mixup and not self.token_ids:
+            if recipe.mixup and not self.token_ids and free_axis(self.input_shape) is None:
                 parts, share = mixed(parts, recipe.mixup, keyed(seed, round_, device, "mixup", number))
                 fed |= {step_contract.Y_SHARE: share} if recipe.features.mixup else {}
             if len(plans) > 1:

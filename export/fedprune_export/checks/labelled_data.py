@@ -13,6 +13,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError, ModelError, remedy, shape_text
 from fedprune.core.zip_limits import check_members
 from fedprune.model.architecture import Architecture
+from fedprune.model.lengths import Shape, fits, padded, with_lengths
 from fedprune.model.recipe import Recipe, labels_of
 from fedprune.model.step_contract import LOGITS, X
 from fedprune.runtime.session import Session
@@ -92,12 +93,18 @@ def measured(path: Path, model: Model, recipe: Recipe) -> LabelledData:
             hint="Its labels don't say which outputs are right; leave --data (data=) out.",
         )
     dtype = model.graph.inputs[0].dtype
-    data = read(path, model.architecture, dtype, labels_of(recipe.loss), recipe.ignore_label)
+    shape = with_lengths(model.architecture.input_shape, model.graph.metadata, ModelError)
+    data = read(path, model.architecture, dtype, labels_of(recipe.loss), recipe.ignore_label, shape)
     return replace(data, whole=data.score_of(model.graph))
 
 
 def read(
-    path: Path, architecture: Architecture, dtype: npt.DTypeLike, labels: str = "classes", ignored: int | None = None
+    path: Path,
+    architecture: Architecture,
+    dtype: npt.DTypeLike,
+    labels: str = "classes",
+    ignored: int | None = None,
+    shape: Shape | None = None,
 ) -> LabelledData:
     """Read a `.npz` file with `x_test` and `y_test`, or else `x` and `y`.
 
@@ -106,16 +113,17 @@ def read(
     Args:
         labels: What the labels are, one of `LABELS`.
         ignored: The class of labels that count for nothing.
+        shape: One sample's, with the bounds of its length; by default the architecture's.
     """
     arrays = _arrays(path)
     pair = next((p for p in (("x_test", "y_test"), ("x", "y")) if all(n in arrays for n in p)), None)
     if pair is None:
         raise DataError(f"{path}", expected="arrays x_test and y_test, or x and y", got=", ".join(arrays) or "none")
     x, y = (arrays[n] for n in pair)
-    if not len(x) or x.shape[1:] != architecture.input_shape:
-        raise DataError(
-            f"{path}: shape of {pair[0]}", expected=shape_text("n", *architecture.input_shape), got=shape_text(*x.shape)
-        )
+    lengths = arrays.get(pair[0].replace("x", "lengths"))
+    if not len(x) or not fits(x.shape[1:], shape or architecture.input_shape):
+        expected = shape_text("n", *(shape or architecture.input_shape))
+        raise DataError(f"{path}: shape of {pair[0]}", expected=expected, got=shape_text(*x.shape))
     wanted = np.dtype(dtype)
     if wanted.kind == "i" and x.dtype.kind not in "iu":
         raise DataError(f"{path}: type of {pair[0]}", expected="whole numbers", got=x.dtype)
@@ -123,7 +131,8 @@ def read(
         raise DataError(f"{path}: {pair[0]}", expected="numbers", got=x.dtype)
     _check_finite(f"{path}: {pair[0]}", x)
     outputs = (len(x), *architecture.output_shape)
-    return LabelledData(x.astype(wanted), _labels(path, pair[1], y, outputs, labels, ignored), labels, ignored)
+    x = padded(x.astype(wanted), shape or (), lengths)
+    return LabelledData(x, _labels(path, pair[1], y, outputs, labels, ignored), labels, ignored)
 
 
 def _labels(path: Path, name: str, y: Array, outputs: tuple[int, ...], labels: str, ignored: int | None) -> Array:

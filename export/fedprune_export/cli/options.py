@@ -32,7 +32,12 @@ def _choices(names: Iterable[str]) -> str:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of a model's import, which `read_model` reads."""
     group = parser.add_argument_group("the model")
-    group.add_argument("--input-shape", type=shape, metavar="C,H,W", help="one sample's shape, for torch modules")
+    group.add_argument(
+        "--input-shape",
+        type=shape,
+        metavar="C,H,W",
+        help="one sample's shape, for torch modules; LEAST:MOST for a length",
+    )
     group.add_argument("--token-ids", action="store_true", help="a torch module takes whole numbers: token ids")
     group.add_argument("--name", help="the model's name (default: that of the file or factory)")
     group.add_argument("--output", metavar="NAME", help="which output counts, where an ONNX file has several")
@@ -257,10 +262,10 @@ def names(text: str) -> tuple[str, ...]:
     return tuple(n.strip() for n in text.split(","))
 
 
-def shape(text: str) -> tuple[int, ...]:
-    """Sizes of an option, separated by commas or ×."""
+def shape(text: str) -> tuple[int | str, ...]:
+    """Sizes of an option, separated by commas or ×; one may be the bounds of a length, such as 400:16000."""
     try:
-        return tuple(whole_number(n) for n in text.replace("x", ",").split(","))
+        return tuple(n if ":" in n else whole_number(n) for n in text.replace("x", ",").split(","))
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"expected sizes of 1 or more, such as 3,32,32, got {text!r}") from error
 

@@ -11,11 +11,13 @@ from typing import Any, Literal
 import onnx
 
 from fedprune.core.errors import ModelError, reason, shape_text, shown
-from fedprune.core.validation import instance, texts, whole
+from fedprune.core.validation import instance, texts
+from fedprune.model.lengths import LENGTH, Shape, at_most, free_axis
 from fedprune_export.channels import analyse
 from fedprune_export.importing import metadata
 from fedprune_export.importing.adapters import Lora, kept, with_adapters
 from fedprune_export.importing.inlining import prepared
+from fedprune_export.importing.lengths import INPUT_KEY, bind, read_shape
 from fedprune_export.importing.metadata import PARAMETERS_KEY
 from fedprune_export.importing.model_file import check, parse, read_model_file
 from fedprune_export.importing.normalise import normalise
@@ -43,7 +45,7 @@ def load(
     source: str | Path | object,
     *,
     name: str | None = None,
-    input_shape: Sequence[int] | None = None,
+    input_shape: Sequence[int | str] | None = None,
     token_ids: bool = False,
     output: str | None = None,
     parameters: Sequence[str] | None = None,
@@ -61,7 +63,8 @@ def load(
         source: An ONNX file; a torch module; `package.module:factory` of one; or `timm:NAME`.
         name: The architecture's name; by default that of the file, factory, network or module's class.
         input_shape: One sample's shape, where a torch module doesn't say it in `input_shape`; of an ONNX file it must
-            be the file's own.
+            be the file's own. One size may be the bounds of a length, such as "400:16000": of an ONNX file that of a
+            free axis.
         token_ids: Whether a torch module takes token ids (int64), where it doesn't say it in `input_dtype`.
         output: Which output gives the logits, where the model has several.
         parameters: Names of the trainable tensors; by default what the file says, else all that are used as weights.
@@ -76,9 +79,6 @@ def load(
             "8:*.q.weight,*.v.weight".
     """
     instance("name", name, (str, NoneType), "a text", error=ModelError)
-    if input_shape is not None:
-        instance("input_shape", input_shape, (list, tuple), "a list of sizes", error=ModelError)
-        input_shape = [whole("input_shape: a size", size, 1, error=ModelError) for size in input_shape]
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
         raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
@@ -94,13 +94,15 @@ def load(
     return model
 
 
-def check_input(source: str, model: Model, input_shape: Sequence[int] | None) -> None:
+def check_input(source: str, model: Model, input_shape: Sequence[int | str] | None) -> None:
     """Make sure that a model takes the samples that were asked for: an ONNX file has a shape of its own.
 
     Raises `ModelError` if it takes another.
     """
     own = model.architecture.input_shape
-    if input_shape is not None and tuple(input_shape) != own:
+    if input_shape is None or INPUTS_KEY in model.graph.metadata:
+        return
+    if at_most(read_shape(input_shape)) != own:
         raise ModelError(
             f"{source}: the shape of one sample",
             expected=shape_text(*own),
@@ -112,7 +114,7 @@ def check_input(source: str, model: Model, input_shape: Sequence[int] | None) ->
 def read_source(
     source: str | Path,
     *,
-    input_shape: Sequence[int] | None = None,
+    input_shape: Sequence[int | str] | None = None,
     token_ids: bool = False,
     output: str | None = None,
     parameters: Sequence[str] | None = None,
@@ -129,15 +131,25 @@ def read_source(
     return _with_choices(_read(source, input_shape, token_ids), output, parameters, prefer, loss, metric, lora)
 
 
-def _read(source: str | Path, input_shape: Sequence[int] | None, token_ids: bool) -> bytes:
+def _read(source: str | Path, input_shape: Sequence[int | str] | None, token_ids: bool) -> bytes:
     text = str(source)
     network = timm_name(text)
+    shape: Shape | None = None if input_shape is None else read_shape(input_shape)
     if network or text.startswith(PREFIX):
-        module, shape = timm_model(network, input_shape)
-        return export_torch(module, input_shape=shape, name=text)
+        sizes = None if shape is None else [size for size in shape if isinstance(size, int)]
+        if shape is not None and free_axis(shape) is not None:
+            raise ModelError(f"{text}: input_shape", expected="sizes", got=shape_text(*shape))
+        module, found = timm_model(network, sizes)
+        return export_torch(module, input_shape=found, name=text)
     if _is_factory(text):
-        return export_torch(factory_product(text), input_shape=input_shape, token_ids=token_ids, name=text)
-    return read_model_file(Path(source))
+        return export_torch(factory_product(text), input_shape=shape, token_ids=token_ids, name=text)
+    raw = read_model_file(Path(source))
+    if shape is None or free_axis(shape) is None:
+        return raw
+    proto = parse(raw)
+    bind(proto, shape)
+    bound: bytes = proto.SerializeToString(deterministic=True)
+    return bound
 
 
 def _with_choices(
@@ -212,7 +224,7 @@ def _imported(raw: bytes, name: str, *, pack: bool = False) -> Model:
     listed = metadata.names(texts, metadata.PARAMETERS_KEY, held)
     frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
     chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
-    same = proto is given and len(proto.graph.output) == len(proto.graph.input) == 1
+    same = proto is given and len(proto.graph.output) == len(proto.graph.input) == 1 and INPUT_KEY not in texts
     packs = pack or LOSS_KEY in texts
     normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None, pack=packs)
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
@@ -222,7 +234,7 @@ def _imported(raw: bytes, name: str, *, pack: bool = False) -> Model:
     unused = metadata.unused(texts)
     said = [*metadata.note_of_tied(tied), *metadata.note_of_unused(unused)]
     notes = tuple(dict.fromkeys([*said, *normal.notes, *found.notes]))
-    packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY)}
+    packing = {k: v for k, v in normal.graph.metadata.items() if k in (INPUTS_KEY, OUTPUTS_KEY, LENGTH)}
     normal.graph.metadata = packing | {metadata.PARAMETERS_KEY: json.dumps(list(normal.parameters))}
     if still:
         normal.graph.metadata[metadata.FROZEN_KEY] = json.dumps(still)

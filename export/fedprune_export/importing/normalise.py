@@ -19,6 +19,7 @@ from fedprune.core.text import some
 from fedprune.model.step_contract import LOGITS, RESERVED, X
 from fedprune.runtime.session import Session
 from fedprune_export.importing.checks import check_indices, check_nodes, compare
+from fedprune_export.importing.lengths import compute_lengths
 from fedprune_export.importing.metadata import shown_names
 from fedprune_export.importing.packing import pack_inputs, pack_outputs
 from fedprune_export.importing.parameter_roles import CONSTANT_PREFIX, find_kinds, name_constants, note_scalars, untie
@@ -68,8 +69,9 @@ def normalise(
 ) -> Normalised:
     """Bring a model into the compiler's form and check that it still computes the same.
 
-    Several inputs become parts of one. Raises `ModelError` if the model has several outputs, a fixed batch, control
-    flow, numbers in other types than float32, or operators that opset 17 has no form of.
+    Several inputs become parts of one; the mask and lengths of padded samples are computed. Raises `ModelError` if the
+    model has several outputs, a fixed batch, control flow, numbers in other types than float32, or operators that opset
+    17 has no form of.
 
     Args:
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
@@ -83,6 +85,7 @@ def normalise(
     graph = Graph.from_proto(upgraded(model))
     notes: list[str] = []
     check_nodes(graph)
+    compute_lengths(graph, notes)
     pack_inputs(graph, notes)
     if pack:
         pack_outputs(graph, notes)

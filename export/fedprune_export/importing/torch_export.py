@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import io
 import json
 import logging
@@ -22,13 +23,15 @@ import onnx
 
 from fedprune.core.errors import MissingExtraError, ModelError, meant, reason, shape_text
 from fedprune.core.imports import own_module
+from fedprune.model.lengths import Shape, at_most
 from fedprune_export.importing import metadata
+from fedprune_export.importing.lengths import INPUT_KEY, LENGTHS, MASK, free_input, read_shape
 
 _TORCH_HINT = "First pip install torch --index-url https://download.pytorch.org/whl/cpu (a small CPU wheel), then"
 
 
 def export_torch(
-    made: Any, *, input_shape: Sequence[int] | None = None, token_ids: bool = False, name: str = "module"
+    made: Any, *, input_shape: Sequence[Any] | None = None, token_ids: bool = False, name: str = "module"
 ) -> bytes:
     """A torch module in evaluation mode as ONNX bytes, with all weights under their `state_dict` names.
 
@@ -40,7 +43,8 @@ def export_torch(
         made: The module, or a pair of the module and an example input (with a batch), which may be int64.
         input_shape: One sample's shape; else that of the example, else the module's attribute `input_shape`. The
             module's attribute `input_dtype` says that the input is int64. Of a module with several inputs these
-            attributes are mappings by the names of its arguments, in their order.
+            attributes are mappings by the names of its arguments, in their order. A size may be the bounds of a
+            length, such as "400:16000"; the module's arguments `mask` and `lengths` are then computed.
         token_ids: Whether the input is int64, where neither the example nor the module says it.
     """
     torch = torch_package()
@@ -48,7 +52,7 @@ def export_torch(
     if not isinstance(module, torch.nn.Module):
         raise ModelError(f"{name} made no model", expected="a torch module", got=type(module).__name__)
     modes = [(part, part.training) for part in module.modules()]
-    samples = _samples(module, example, input_shape, token_ids, name)
+    samples, free = _samples(module, example, input_shape, token_ids, name)
     module.eval()
     try:
         proto = exported(module, samples)
@@ -65,6 +69,8 @@ def export_torch(
     finally:
         for part, training in modes:
             part.training = training
+    if free is not None:
+        metadata.write(proto, {INPUT_KEY: json.dumps(free)})
     raw: bytes = proto.SerializeToString(deterministic=True)
     return raw
 
@@ -116,29 +122,49 @@ def _held(module: Any) -> Any:
 
 
 def _samples(
-    module: Any, example: Any, input_shape: Sequence[int] | None, token_ids: bool, name: str
-) -> tuple[Any, ...]:
-    """Two samples of zeros, for the exporter to look at: a tensor for each argument."""
+    module: Any, example: Any, input_shape: Sequence[Any] | None, token_ids: bool, name: str
+) -> tuple[tuple[Any, ...], tuple[str, int, int] | None]:
+    """Two samples of zeros, for the exporter to look at: a tensor for each argument, and which one's length varies."""
     torch = torch_package()
-    several = getattr(module, "input_shape", None)
-    if input_shape is None and example is None and isinstance(several, Mapping):
-        kinds = getattr(module, "input_dtype", {})
-        kinds = kinds if isinstance(kinds, Mapping) else dict.fromkeys(several, kinds)
-        return tuple(
-            torch.zeros((2, *map(int, shape)), dtype=_dtype(kinds.get(argument, torch.float32), _INPUTS, name))
-            for argument, shape in several.items()
-        )
-    shape = input_shape or (tuple(example.shape[1:]) if example is not None else None)
-    shape = shape or getattr(module, "input_shape", None)
-    if not shape:
+    given: Any = input_shape or (tuple(example.shape[1:]) if example is not None else None)
+    given = given or getattr(module, "input_shape", None)
+    if not given:
         raise ModelError(
             f"{name}: the input shape is unknown",
             hint="Give the module an attribute input_shape (such as (3, 32, 32)), or fedprune-export --input-shape.",
         )
-    dtype = example.dtype if example is not None else getattr(module, "input_dtype", torch.float32)
-    dtype = _dtype(torch.int64 if token_ids else dtype, _INPUTS[:2], name)
+    kinds = getattr(module, "input_dtype", {})
+    if isinstance(given, Mapping):
+        shapes = {argument: read_shape(shape, f"{name}: input_shape") for argument, shape in given.items()}
+        kinds = kinds if isinstance(kinds, Mapping) else dict.fromkeys(shapes, kinds)
+        types = {n: _dtype(kinds.get(n, torch.float32), _INPUTS, name) for n in shapes}
+    else:
+        first = next(iter(inspect.signature(module.forward).parameters), "x")
+        shapes = {first: read_shape(tuple(given), f"{name}: input_shape")}
+        own = kinds.get(first, torch.float32) if isinstance(kinds, Mapping) else kinds
+        dtype = torch.int64 if token_ids else example.dtype if example is not None else own
+        types = {first: _dtype(dtype, _INPUTS[:2], name)}
+    free = free_input(shapes)
+    if free is not None:
+        shapes, types = _with_computed(module, shapes, types, free, kinds, name)
     device = next((p.device for p in module.parameters()), "cpu")
-    return (torch.zeros((2, *map(int, shape)), device=device, dtype=dtype),)
+    return tuple(torch.zeros((2, *at_most(s)), device=device, dtype=types[n]) for n, s in shapes.items()), free
+
+
+def _with_computed(
+    module: Any, shapes: dict[str, Shape], types: dict[str, Any], free: tuple[str, int, int], kinds: Any, name: str
+) -> tuple[dict[str, Shape], dict[str, Any]]:
+    """Shapes and types of a module's arguments, in their order, with those that are computed from padded samples."""
+    torch = torch_package()
+    most = at_most(shapes[free[0]])[free[1]]
+    arguments = list(inspect.signature(module.forward).parameters)
+    computed = {MASK: ((most,), torch.float32), LENGTHS: ((), torch.int64)}
+    computed = {n: found for n, found in computed.items() if n in arguments or n in shapes}
+    kinds = kinds if isinstance(kinds, Mapping) else {}
+    types = types | {n: _dtype(kinds.get(n, usual), _INPUTS, name) for n, (_, usual) in computed.items()}
+    shapes = shapes | {n: shape for n, (shape, _) in computed.items()}
+    order = [n for n in arguments if n in shapes] or list(shapes)
+    return {n: shapes[n] for n in (order if len(order) == len(shapes) else shapes)}, types
 
 
 _INPUTS = ("float32", "int64", "float16", "int32", "bool", "uint8")

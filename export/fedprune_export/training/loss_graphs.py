@@ -111,12 +111,13 @@ def triplet(outputs: tuple[int, ...]) -> Model:
     return _ended(g, g.emit("Where", counts, lost, g.scalar(0)), (), outputs)
 
 
-def ctc(outputs: tuple[int, ...]) -> Model:
+def ctc(outputs: tuple[int, ...], ignored: int | None = None) -> Model:
     """−log of the probability of a sequence of labels, over all its alignments to the outputs' steps (Graves et al.,
     "Connectionist temporal classification", ICML 2006, eq. 6 to 8), in logarithms; the blank is class 0.
 
     Outputs are logits [classes, steps]. A sample's labels are as many as there are steps, the sequence first, then
-    zeros. A sequence that has no alignment, because it is too long, has a loss of 0 (torch's `zero_infinity`).
+    zeros. A sequence that has no alignment, because it is too long, has a loss of 0 (torch's `zero_infinity`). Steps
+    whose label is `ignored` are after a sample's end: they are blanks for certain, which changes no alignment.
     """
     if len(outputs) != 2 or outputs[1] > _MOST_STEPS or outputs[0] < 2:
         raise _unfit("ctc", f"[n, classes, steps], with at most {_MOST_STEPS} steps", outputs)
@@ -124,13 +125,20 @@ def ctc(outputs: tuple[int, ...]) -> Model:
     states = 2 * steps + 1  # a blank, the first label, a blank, the second label, ..., a blank
     g = _begun(outputs, "ctc")
     order = [0 if s % 2 == 0 else s // 2 + 1 for s in range(states)]
-    label = g.emit("Gather", g.emit("Pad", Y, g.ints(0, 1, 0, 0)), g.constant(order, np.int64), attrs={"axis": 1})
+    sequence, chances = Y, g.emit("LogSoftmax", LOGITS, attrs={"axis": 1})
+    if ignored is not None:
+        after = g.emit("Equal", Y, g.constant(ignored, np.int64))
+        sequence = g.emit("Where", after, g.constant(0, np.int64), Y)
+        blank = np.array([[[0.0]], *[[[_NEVER]]] * (outputs[0] - 1)]).reshape(1, -1, 1)
+        chances = g.emit("Where", g.emit("Unsqueeze", after, g.ints(1)), g.constant(blank, np.float32), chances)
+    label = g.emit(
+        "Gather", g.emit("Pad", sequence, g.ints(0, 1, 0, 0)), g.constant(order, np.int64), attrs={"axis": 1}
+    )
     before = g.emit("Gather", label, g.constant([max(0, s - 2) for s in range(states)], np.int64), attrs={"axis": 1})
     # A label that isn't the one before is reached from there, without the blank between; states of blanks never are.
     direct = g.emit("Where", g.emit("Equal", label, before), g.scalar(_NEVER), g.scalar(0))
     # From the same state, from the one before, and directly.
     ways = g.emit("Pad", g.emit("Unsqueeze", direct, g.ints(2, 3)), g.ints(0, 0, 2, 0, 0, 0, 0, 0))
-    chances = g.emit("LogSoftmax", LOGITS, attrs={"axis": 1})
     place = g.emit("Expand", g.emit("Unsqueeze", label, g.ints(2)), g.ints(1, 1, steps))
     of_states = g.emit("GatherElements", chances, place, attrs={"axis": 1})
     at = (
@@ -148,7 +156,7 @@ def ctc(outputs: tuple[int, ...]) -> Model:
         reached = g.emit("Add", g.emit("ReduceLogSumExp", from_each, attrs={"axes": [2], "keepdims": 0}), now)
     length = g.emit(
         "ReduceSum",
-        g.emit("Cast", g.emit("Greater", Y, g.constant(0, np.int64)), attrs={"to": 1}),
+        g.emit("Cast", g.emit("Greater", sequence, g.constant(0, np.int64)), attrs={"to": 1}),
         g.ints(1),
         attrs={"keepdims": 1},
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from fedprune.core.errors import ConfigError, ModelError
 from fedprune.model import step_contract
+from fedprune.model.lengths import LENGTH
 from fedprune.model.nested_widths import axes_json
 from fedprune.model.recipe import CUSTOM, LOSSES, Features, terms
 from fedprune.model.trainable import frozen_tensors
@@ -15,7 +16,7 @@ from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.augmentation import embedded_augmentation
-from fedprune_export.training.loss_graphs import LOSS_GRAPHS
+from fedprune_export.training.loss_graphs import LOSS_GRAPHS, ctc
 from fedprune_export.training.losses import target_shape, write_loss
 from fedprune_export.training.metrics import embedded_metric
 from fedprune_export.training.optimizers import Trained, add_inputs, used, write_updates
@@ -95,8 +96,11 @@ def training_graph(model: Model, features: Features) -> Graph:
     labels = next(p for p in graph.inputs if p.name == step_contract.Y)
     if features.metric:
         graph.metadata[step_contract.METRIC] = embedded_metric(model, labels, features)
+    if features.augment and LENGTH in model.graph.metadata:
+        raise ConfigError("recipe: augment with samples of different lengths", expected="one of the two")
     if features.augment:
         graph.metadata |= embedded_augmentation(model, labels, features)
+    graph.metadata |= {k: v for k, v in model.graph.metadata.items() if k == LENGTH}
     if features.ignore_label is not None:
         graph.metadata[step_contract.IGNORED] = str(features.ignore_label)
     graph.prune()
@@ -117,7 +121,8 @@ def _loss_graphs(model: Model, features: Features) -> dict[str, Model]:
             hint="Give it with the model: --loss package.module:function, [model] loss, or load(..., loss=...).",
         )
     outputs, names = model.architecture.output_shape, [name for name, _ in terms(features.loss)]
-    made = {name: LOSS_GRAPHS[name](outputs) for name in names if name in LOSS_GRAPHS}
+    made = {name: LOSS_GRAPHS[name](outputs) for name in names if name in LOSS_GRAPHS and name != "ctc"}
+    made |= {name: ctc(outputs, features.ignore_label) for name in names if name == "ctc"}
     return made if features.loss != CUSTOM or model.loss is None else {CUSTOM: model.loss}
 
 

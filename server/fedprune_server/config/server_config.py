@@ -39,8 +39,9 @@ class ServerConfig:
     model: str | None = setting(
         None, "An ONNX file, or a torch factory as `package.module:function`, with which the job begins.", "MODEL"
     )
-    input_shape: tuple[int, ...] | None = setting(
-        None, "One sample's shape; only for a torch factory whose module doesn't state it."
+    input_shape: tuple[int | str, ...] | None = setting(
+        None,
+        "One sample's shape, for a torch factory whose module doesn't state it; `LEAST:MOST` for a length that varies.",
     )
     loss: str | None = setting(
         None,

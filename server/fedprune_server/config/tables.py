@@ -10,6 +10,7 @@ from typing import Any
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.jobs.job import Job
+from fedprune.model.lengths import Lengths
 from fedprune.security.tls import SYSTEM
 from fedprune.strategies import compose
 from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
@@ -146,10 +147,14 @@ def _source(text: str, folder: Path) -> str:
     return text if function else str(folder / text)
 
 
-def _shape(value: object, where: str) -> tuple[int, ...]:
-    if not isinstance(value, list) or not value or any(type(n) is not int or n < 1 for n in value):
+def _shape(value: object, where: str) -> tuple[int | str, ...]:
+    sizes = value if isinstance(value, list) else []
+    if not sizes or not all(isinstance(n, str) or validation.is_whole(n, 1) for n in sizes):
         raise ConfigError(where, expected="a list of sizes of 1 or more, such as [3, 32, 32]", got=shown(value))
-    return tuple(value)
+    for size in sizes:
+        if isinstance(size, str):
+            Lengths.parse(size, ConfigError, where)
+    return tuple(sizes)
 
 
 def _text(value: object, where: str) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core.errors import ConfigError, DataError
+from fedprune.core.errors import ConfigError, DataError, ModelError
 from fedprune.model import step_contract
+from fedprune.model.lengths import Shape, with_lengths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
@@ -121,7 +122,7 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
     """
     data = load_data(source)
     try:
-        check_data(data, model, recipe)
+        data = check_data(data, model, recipe)
     except DataError as error:
         raise DataError(f"{source}: {error}") from error
     if len(data.y_test) and _has_test_split(Path(source)):
@@ -131,8 +132,8 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
     return np.concatenate([data.x_train, data.x_test]), np.concatenate([data.y_train, data.y_test])
 
 
-def check_data(data: LocalData, model: Model, recipe: Recipe) -> None:
-    """Check samples and labels against a model.
+def check_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
+    """Check samples and labels against a model; returns them as it takes them.
 
     Args:
         data: The samples.
@@ -146,7 +147,9 @@ def check_data(data: LocalData, model: Model, recipe: Recipe) -> None:
     labels = next(p for p in training_step(model, recipe.features).inputs if p.name == step_contract.Y)
     shape = tuple(d if isinstance(d, int) else None for d in labels.shape[1:])
     wanted = Targets.of(recipe, architecture.classes, shape, whole=labels.dtype.kind == "i")
-    data.check(wanted, architecture.input_shape, token_ids=_takes_token_ids(model))
+    data = data.snapshot(_shape(model), wanted)
+    data.check(wanted, _shape(model), token_ids=_takes_token_ids(model))
+    return data
 
 
 def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:
@@ -159,7 +162,11 @@ def load_calibration(source: str, model: Model) -> npt.NDArray[Any]:
     Raises:
         DataError: The samples can't be read or don't fit the model.
     """
-    return np.asarray(load_inputs(source, tuple(model.architecture.input_shape), token_ids=_takes_token_ids(model)))
+    return np.asarray(load_inputs(source, _shape(model), token_ids=_takes_token_ids(model)))
+
+
+def _shape(model: Model) -> Shape:
+    return with_lengths(model.architecture.input_shape, model.graph.metadata, ModelError)
 
 
 def _takes_token_ids(model: Model) -> bool:

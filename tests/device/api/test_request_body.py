@@ -14,6 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import DataError
+from fedprune.model.lengths import Lengths
 from fedprune_device.api.request import JSON, NPY, RAW, SAFETENSORS, Request, RequestError, array, batch
 from fedprune_device.client import _body
 from support.fakes.local_board import npy
@@ -53,6 +54,17 @@ def test_a_head_that_lies_takes_neither_memory_nor_time(shape: str) -> None:
     body = npy(np.zeros((5, 6), np.float32)).replace(b"(5, 6)", shape.encode())
     with pytest.raises(DataError):
         read(body, NPY)
+
+
+def test_raw_numbers_may_be_a_sample_of_any_length_within_the_bounds() -> None:
+    shape, x = (2, Lengths(3, 5)), np.arange(8, dtype=np.float32).reshape(2, 4)
+    np.testing.assert_array_equal(batch(read(x.tobytes(), RAW, shape), shape, 1, tokens=False), x[None])
+    for bad in (x[:, :2], np.zeros((2, 6), np.float32)):
+        with pytest.raises(DataError) as error:
+            batch(read(bad.tobytes(), RAW, shape), shape, 1, tokens=False)
+        assert "3:5" in str(error.value.expected)
+    with pytest.raises(DataError):
+        read(bytes(28), RAW, shape)
 
 
 def test_raw_numbers_need_a_model_of_one_shape() -> None:

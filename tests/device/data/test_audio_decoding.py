@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError, FedpruneError
+from fedprune.model.lengths import PADDING, Lengths, lengths_of
 from fedprune_device.data.audio_decoding import RATES, Audio, decoded, resampled
 from fedprune_device.data.sample_folder import SampleFolder
 from fedprune_device.data.splits import SplitShares
@@ -96,6 +97,18 @@ def test_a_short_recording_is_padded_and_a_long_one_is_several_windows() -> None
     cut = audio.samples(body, (1, 1500))
     assert cut.shape == (2, 1, 1500)
     np.testing.assert_allclose(cut.ravel(), SINE[:3000], atol=1e-4)
+
+
+def test_a_recording_of_any_length_within_the_bounds_is_a_sample() -> None:
+    shape, audio = (1, Lengths(100, 300)), Audio(8000)
+    for count, lengths in ((100, [100]), (299, [299]), (300, [300]), (399, [300]), (400, [300, 100]), (900, [300] * 3)):
+        sound = np.linspace(-0.5, 0.5, count)
+        found = audio.samples(wav(packed(sound, 2), 2, 1, 8000), shape)
+        assert lengths_of(found, 1).tolist() == lengths
+        np.testing.assert_allclose(found[found < PADDING], sound[: sum(lengths)], atol=1e-4)
+    with pytest.raises(DataError) as error:
+        audio.samples(wav(packed(SINE[:99], 2), 2, 1, 8000), shape)
+    assert error.value.got == 99
 
 
 def test_recordings_are_samples_of_their_folders_class_and_windows_of_one_share_its_part(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
+from fedprune.model.lengths import Lengths, padded
 from fedprune_device.data import sample_store
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import Limits
@@ -298,6 +299,22 @@ def test_samples_of_another_shape_than_the_models_are_left_out(samples: SampleSt
     assert samples.snapshot((7,)).x_train.shape[1:] == (7,)
     with pytest.raises(DataError, match="nothing to train on"):
         samples.snapshot((8,))
+
+
+def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (1, Lengths(2, 6))
+    for held in (sample_store.HELD_BYTES, 0):
+        monkeypatch.setattr("fedprune_device.data.stored_array.HELD_BYTES", held)
+        with opened(tmp_path / str(held), shares=SplitShares(0.2, 0.2, seed=3)) as found:
+            given = [np.full((1, 1 + n % 7), n, np.float32) for n in range(1, 30)]
+            for x in given:
+                found.add(x, 0)
+            data = found.snapshot(shape, Targets("cross_entropy", 2))
+        with opened(tmp_path / str(held), shares=SplitShares(0.2, 0.2, seed=3)) as again:
+            assert again.input == shape
+        parts = np.concatenate([data.x_train[:], data.x_test[:], data.x_val[:]])
+        wanted = [padded(x[None], shape)[0] for x in given if 2 <= x.shape[1] <= 6]
+        assert sorted(x.tobytes() for x in parts) == sorted(x.tobytes() for x in wanted)
 
 
 def test_without_labels_there_is_nothing_to_train_on(samples: SampleStore) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError, FedpruneError, MissingExtraError, StorageError
+from fedprune.model.lengths import Lengths
 from fedprune_device.data import tables
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.splits import SplitShares
@@ -310,3 +311,9 @@ def test_numbers_are_those_of_the_file(tmp_path_factory: pytest.TempPathFactory,
     assert columns.all == (0, 1)
     np.testing.assert_array_equal(found, np.array(rows, np.float32))
     assert io.StringIO(path.read_text()).readline() == "a,b\n"
+
+
+def test_windows_for_a_model_of_any_length_are_as_long_as_its_bound(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv", ["a", "b"], series(100))
+    free, whole = (TableFile(path, ALL, 50).snapshot((2, size)) for size in (Lengths(3, 6), 6))
+    np.testing.assert_array_equal(free.x_train[:], whole.x_train[:])

@@ -74,6 +74,9 @@ def test_functions_are_no_paths(tmp_path: Path) -> None:
 def test_a_torch_factory_may_need_an_input_shape(tmp_path: Path) -> None:
     text = '[model]\npath = "nets:make"\ninput_shape = [3, 8, 8]'
     assert read(tmp_path, text).input_shape == (3, 8, 8)
+    assert read(tmp_path, text.replace("8, 8", '"4:8"')).input_shape == (3, "4:8")
+    with pytest.raises(ConfigError, match=r"fleet\.toml:\d+:1: \[model\] input_shape: expected bounds of a length"):
+        read(tmp_path, text.replace("8, 8", '"8:4"'))
     for wrong in ("[]", "[0]", "[3, 8.0]", "[true]", '"3,8,8"', "8"):
         with pytest.raises(ConfigError, match=r"fleet\.toml:\d+:1: \[model\] input_shape: expected a list of sizes"):
             read(tmp_path, text.replace("[3, 8, 8]", wrong))

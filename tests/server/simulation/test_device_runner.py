@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fedprune_export as fx
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, DataError, ModelError, TrainingError
@@ -21,7 +22,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.profile_store import find
 from fedprune.wire.messages import Offer
-from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.dataset import LocalData, load_data
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.objective import Objective
@@ -69,6 +70,30 @@ def test_it_gives_what_a_board_gives(store, offer, tmp_path):
     assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
     assert set(real.metrics) >= MEASURED
     assert {"accuracy_before", "accuracy_after", "loss_last"} <= set(virtual.metrics)
+
+
+@pytest.mark.torch
+@pytest.mark.slow
+def test_samples_of_different_lengths_train_to_the_same_bits(store, offer, tmp_path):
+    from support.nets.pooled import Pooled
+
+    model, own = fx.load(Pooled()), RNG.integers(3, 9, 24)
+    np.savez(tmp_path / "d.npz", x=RNG.standard_normal((24, 2, 8)).astype(np.float32), lengths=own, y=Y[:24])
+    data, widths = load_data(str(tmp_path / "d.npz")), model.architecture.sizes
+    graphs = {
+        "weights": tensorfile.encode(model.tensors),
+        "training": training_graph(model, Recipe().features).to_bytes(),
+        "inference": inference_model(model, widths),
+    }
+    offer |= {"widths": widths, **{name: store.put(raw).to_dict() for name, raw in graphs.items()}}
+    device = VirtualDevice("d", find("raspberry-pi-4b"), data)
+    virtual = DeviceRunner(store, tmp_path / "scratch").carry_out(device, offer, 4)
+    slots = ModelSlots(tmp_path / "serving")
+    slots.prepare()
+    real = RoundRunner("d", store, slots, data).make(Offer("job", 4, 1, **offer)).update
+    assert (virtual.weights, virtual.samples, virtual.steps) == (real.weights, real.samples, real.steps)
+    assert virtual.metrics == {k: v for k, v in real.metrics.items() if k not in MEASURED}
+    assert virtual.samples == data.samples
 
 
 def test_metrics_that_are_not_finite_are_left_out(store, offer, tmp_path, monkeypatch):

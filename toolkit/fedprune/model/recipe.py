@@ -36,7 +36,8 @@ class Features:
         loss: One of `LOSSES`, or a weighted sum of some (`terms`); `custom` for the model's own.
         metric: One of `METRICS_OF` these labels, or empty: the graph's metadata has what measures it.
         label_smoothing: A share of every label is spread over all classes (cross-entropy).
-        ignore_label: Labels of this class count for nothing (cross-entropy); None for none.
+        ignore_label: Labels of this class count for nothing (cross-entropy), or mark steps after a sample's end (ctc);
+            None for none.
         optimizer: One of `OPTIMIZERS`.
         clip: Gradients are scaled down to a global norm.
         accumulate: A batch can be worked through in parts, whose gradients are summed.
@@ -258,7 +259,8 @@ class Recipe:
             (average precision, the mean over classes, by 200 bins of the sigmoid); of values `rmse` or `mae`;
             `custom`: the model's own, which is reported as its score. Empty for none.
         label_smoothing: Share of every label that is spread over all classes (cross-entropy).
-        ignore_label: Labels of this class count for nothing (cross-entropy), such as pixels that nobody has labelled.
+        ignore_label: Labels of this class count for nothing (cross-entropy), such as pixels that nobody has labelled;
+            with ctc they mark the steps after a sample's end.
         huber_delta: From this error on the Huber loss grows linearly.
         optimizer: `sgd`, `adam` or `adamw`, as in torch.optim, or `lion` (Chen et al. 2023, Alg. 2), which needs as
             little memory as SGD; state starts at zero every round, unless `keep_optimizer_state` is set.
@@ -419,7 +421,7 @@ class Recipe:
             "logit_adjustment": ("cross_entropy",),
             "mask_absent_classes": ("cross_entropy",),
             "label_smoothing": ("cross_entropy",),
-            "ignore_label": ("cross_entropy",),
+            "ignore_label": ("cross_entropy", "ctc"),
             "balance_classes": ("cross_entropy", "bce"),
         }
         for name, losses in fitting.items():

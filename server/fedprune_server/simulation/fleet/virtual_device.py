@@ -140,7 +140,7 @@ def read_devices(
     federation: Federation | None = None,
     links: Sequence[LinkSettings] = (),
     *,
-    check: Callable[[LocalData], None] = lambda data: None,
+    check: Callable[[LocalData], object] = lambda data: None,
 ) -> tuple[VirtualDevice, ...]:
     """The fleet that a file's [[devices]] describe.
 
@@ -280,7 +280,7 @@ def _samples(
     path: Path,
     federation: Federation | None,
     place: int,
-    check: Callable[[LocalData], None],
+    check: Callable[[LocalData], object],
     *,
     held: bool,
 ) -> LocalData | StoredData:

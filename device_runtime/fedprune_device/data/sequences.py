@@ -1,0 +1,112 @@
+"""Samples of different lengths: as files have them, padded with a length each, and as a model takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError
+from fedprune.model.lengths import Lengths, Shape, check_lengths, free_axis, lengths_of, padded
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.stored_array import Inputs, StoredArray
+
+Array = npt.NDArray[Any]
+
+LENGTHS = "lengths"
+"""The array of a file that holds the length of each sample."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in which a length follows the numbers of each sample: one sample's shape, and the range of lengths."""
+
+    shape: tuple[int, ...]
+    shortest: int
+    longest: int
+
+
+def rows_of(arrays: Sequence[tuple[Inputs, Inputs]]) -> Rows:
+    """The rows of splits of samples [n, ...] with their lengths [n]; raises `DataError` if these don't fit."""
+    shapes = {x.shape[1:] for x, _ in arrays}
+    found = []
+    for x, lengths in arrays:
+        check_lengths(lengths, len(x))
+        found.append(np.asarray(lengths).astype(np.int64))
+    if len(shapes) != 1:
+        raise DataError("arrays with lengths", expected="samples of one padded shape in all splits", got=len(shapes))
+    shape, numbers = shapes.pop(), np.concatenate(found)
+    low, high = (int(numbers.min()), int(numbers.max())) if len(numbers) else (1, 1)
+    if low < 1 or high > max(shape, default=0):
+        wrong = low if low < 1 else high
+        raise DataError("length of a sample", expected=f"1 to {max(shape, default=0)}", got=wrong)
+    return Rows(shape, low, high)
+
+
+def fitted(x: Inputs, rows: Rows | None, shape: Shape) -> Inputs:
+    """Samples as a model takes them, padded to the upper bound; those on the disk when they are read.
+
+    Raises `DataError` if they don't fit the model.
+    """
+    axis = free_axis(shape)
+    bounds = None if axis is None else shape[axis]
+    if axis is None or not isinstance(bounds, Lengths):
+        return x
+    if rows is not None and len(rows.shape) == len(shape):
+        longest = min(rows.shape[axis], bounds.most)
+        if rows.shortest < bounds.least or rows.longest > longest:
+            wrong = rows.shortest if rows.shortest < bounds.least else rows.longest
+            raise DataError("length of a sample", expected=f"{bounds.least} to {longest}", got=wrong)
+    convert = partial(_converted, rows, shape)
+    if not isinstance(x, StoredArray):
+        return convert(x)
+    if rows is None and x.shape[1:][axis : axis + 1] == (bounds.most,):
+        return x
+    sample = convert(np.zeros((0, *x.shape[1:]), x.dtype)).shape[1:]
+    return replace(x, convert=partial(_read, x.convert, x.dtype, convert), sample=sample, result=x.dtype.type)
+
+
+def _converted(rows: Rows | None, shape: Shape, x: Array) -> Array:
+    if rows is None:
+        return padded(x, shape)
+    size = prod(rows.shape)
+    lengths = x[:, size].astype(np.int64)
+    return padded(x[:, :size].reshape(len(x), *rows.shape), shape, lengths)
+
+
+def _read(before: Any, dtype: np.dtype[Any], convert: Any, raw: Array) -> Array:
+    return np.asarray(convert(raw.astype(dtype, copy=False) if before is None else before(raw)))
+
+
+def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None) -> Inputs:
+    """Labels of the places of padded samples `x`: those of padded places count for nothing.
+
+    Raises `DataError` if the recipe names no such label, though there are padded places.
+    """
+    axis = free_axis(shape)
+    bounds = None if axis is None else shape[axis]
+    if axis is None or targets is None or not isinstance(bounds, Lengths):
+        return y
+    own = y.shape[1] if y.ndim == 2 else 0
+    if targets.shape != (bounds.most,) or not targets.takes_whole or not 0 < own <= bounds.most:
+        return y
+    step = 4096
+    lengths = np.concatenate(
+        [np.zeros(0, np.int64), *(lengths_of(x[at : at + step], axis) for at in range(0, len(y), step))]
+    )
+    beyond = np.arange(bounds.most) >= lengths[:, None]
+    if not beyond.any() and own == bounds.most:
+        return y
+    if targets.ignored is None:
+        raise DataError(
+            "labels of padded places", expected="recipe.ignore_label", hint="Such as -1: they then count for nothing."
+        )
+    out = np.full((len(y), bounds.most), targets.ignored, np.int32)
+    out[:, :own] = y[:]
+    out[beyond] = targets.ignored
+    return out

@@ -1,0 +1,160 @@
+"""Inputs of any length between bounds: a model's graph computes their mask and lengths from how samples are padded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+
+from fedprune.core.errors import ModelError, shape_text, shown
+from fedprune.core.validation import instance, whole
+from fedprune.model.lengths import LENGTH, Lengths, Shape, at_most, fits, free_axis, mark
+from fedprune_export.importing import metadata
+from fedprune_export.ir.graph import Graph, Port
+
+INPUT_KEY = "fedprune.free_input"
+"""Key of a file's metadata that holds [name, axis of one sample, least length] of the input whose length varies."""
+
+MASK, LENGTHS = "mask", "lengths"
+"""Inputs that the graph computes: 1 at places of a sample and 0 at padded ones [N, length], and lengths [N]."""
+
+
+def read_shape(sizes: object, where: str = "input_shape") -> Shape:
+    """One sample's shape from sizes, of which one may be the bounds of a length, such as `400:16000`.
+
+    Raises `ModelError` if it is something else.
+    """
+    instance(where, sizes, (list, tuple), "a list of sizes", error=ModelError)
+    found = tuple(
+        Lengths.parse(size, ModelError)
+        if isinstance(size, str)
+        else size
+        if isinstance(size, Lengths)
+        else whole(f"{where}: a size", size, 1, error=ModelError)
+        for size in (sizes if isinstance(sizes, (list, tuple)) else ())
+    )
+    if sum(isinstance(size, Lengths) for size in found) > 1:
+        raise ModelError(where, expected="at most one length between bounds", got=shape_text(*found))
+    return found
+
+
+def free_input(shapes: Mapping[str, Shape]) -> tuple[str, int, int] | None:
+    """Which input's length varies: its name, the axis of one sample, and the least length.
+
+    Raises `ModelError` if several do.
+    """
+    free = [(name, axis) for name, shape in shapes.items() if (axis := free_axis(shape)) is not None]
+    if len(free) > 1:
+        raise ModelError("inputs whose length varies", expected="one", got=metadata.shown_names([n for n, _ in free]))
+    for name, axis in free:
+        bounds = shapes[name][axis]
+        if isinstance(bounds, Lengths):
+            return name, axis, bounds.least
+    return None
+
+
+def bind(proto: onnx.ModelProto, shape: Shape) -> None:
+    """Give an ONNX model's free axis the upper bound of a length as its size.
+
+    Raises `ModelError` if the model has no such axis, or another shape.
+    """
+    held = {t.name for t in proto.graph.initializer}
+    given = [i for i in proto.graph.input if i.name not in held]
+    axis, wanted = free_axis(shape), [i for i in given if i.name not in (MASK, LENGTHS)]
+    free = [i for i in wanted if len(i.type.tensor_type.shape.dim) == len(shape) + 1 and _free(i, (axis or 0) + 1)]
+    sizes = at_most(shape)
+    if axis is None or len(free) != 1:
+        raise ModelError(
+            "the input whose length varies",
+            expected=f"one input {shape_text('n', *shape)} with a free axis {(axis or 0) + 1}",
+            got=", ".join(f"{shown(i.name)} {shape_text(*_dims(i))}" for i in wanted),
+        )
+    if not fits([d if isinstance(d, int) else int(sizes[a] or 0) for a, d in enumerate(_dims(free[0])[1:])], sizes):
+        raise ModelError("the shape of one sample", expected=shape_text(*_dims(free[0])[1:]), got=shape_text(*shape))
+    symbol, most = free[0].type.tensor_type.shape.dim[axis + 1].dim_param, int(sizes[axis] or 0)
+    for value in given:
+        for place, dim in enumerate(value.type.tensor_type.shape.dim[1:], 1):
+            own = value is free[0] and place == axis + 1
+            if own or (dim.dim_param and dim.dim_param == symbol) or (value.name == MASK and place == 1):
+                dim.dim_value = most
+    del proto.graph.value_info[:]
+    bounds = shape[axis]
+    least = bounds.least if isinstance(bounds, Lengths) else 1
+    metadata.write(proto, {INPUT_KEY: json.dumps([free[0].name, axis, least])})
+
+
+def compute_lengths(graph: Graph, notes: list[str]) -> None:
+    """Replace the inputs `mask` and `lengths` by what padded samples say, and padded places by zeros.
+
+    Raises:
+        ModelError: The metadata, or an input, isn't as expected.
+    """
+    text = graph.metadata.pop(INPUT_KEY, None)
+    if text is None:
+        return
+    port, axis, least = _named(graph, text)
+    most = port.shape[axis + 1]
+    first = len(graph.nodes)
+    cleaned = _cleaned(graph, port, axis)
+    filled = [p for p in graph.inputs if p.name in (MASK, LENGTHS) and p is not port]
+    for other in filled:
+        shape = (most,) if other.name == MASK else ()
+        if other.dtype is None or tuple(other.shape[1:]) != shape or other.dtype.kind not in "fib":
+            got = f"{other.dtype} {shape_text(*other.shape)}"
+            raise ModelError(f"input {other.name}", expected=f"numbers {shape_text('n', *shape)}", got=got)
+        value = cleaned
+        if other.name == LENGTHS:
+            whole_ = graph.emit("Cast", cleaned, attrs={"to": onnx.TensorProto.INT64})
+            value = graph.emit("ReduceSum", whole_, graph.ints(1), attrs={"keepdims": 0})
+        graph.emit("Cast", value, attrs={"to": onnx.helper.np_dtype_to_tensor_dtype(other.dtype)}, out=other.name)
+    graph.inputs[:] = [p for p in graph.inputs if p not in filled]
+    graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
+    if len(graph.inputs) == 1:
+        graph.metadata[LENGTH] = json.dumps([axis, least])
+    computed = " and ".join(p.name for p in filled)
+    rest = f"the graph computes {computed}" if computed else "the model reads neither mask nor lengths"
+    notes.append(f"Samples of input {port.name} are {least:,} to {most:,} long; {rest}.")
+
+
+def _cleaned(graph: Graph, port: Port, axis: int) -> str:
+    """Write the input with zeros in padded places, which every node then reads.
+
+    Returns which places are a sample's [N, length].
+    """
+    zero = graph.constant(0, port.dtype)
+    real = graph.emit("Less", port.name, graph.constant(mark(port.dtype), port.dtype))
+    cleaned = graph.emit("Where", real, port.name, zero)
+    for node in graph.nodes[:-2]:
+        node.inputs = [cleaned if name == port.name else name for name in node.inputs]
+    others = [a for a in range(1, len(port.shape)) if a != axis + 1]
+    if not others:
+        return real
+    count = len(others)
+    ends = graph.ints(*[0] * count), graph.ints(*[1] * count), graph.ints(*others)
+    return graph.emit("Squeeze", graph.emit("Slice", real, *ends), graph.ints(*others))
+
+
+def _named(graph: Graph, text: str) -> tuple[Port, int, int]:
+    try:
+        name, axis, least = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"metadata {INPUT_KEY}", expected="[name, axis, length]", got=shown(text)) from error
+    port = next((p for p in graph.inputs if p.name == name), None)
+    if port is None or port.dtype not in (np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.int32)):
+        got = shown(name) if port is None else f"{shown(name)} of {port.dtype}"
+        raise ModelError("the input whose length varies", expected="an input of float32 or int64", got=got)
+    axis = whole(f"metadata {INPUT_KEY}: axis", axis, 0, len(port.shape) - 2, error=ModelError)
+    most = whole("size of the axis whose length varies", port.shape[axis + 1], 1, error=ModelError)
+    return port, axis, whole(f"metadata {INPUT_KEY}: length", least, 1, most, error=ModelError)
+
+
+def _dims(value: onnx.ValueInfoProto) -> list[Any]:
+    dims = value.type.tensor_type.shape.dim
+    return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
+
+
+def _free(value: onnx.ValueInfoProto, axis: int) -> bool:
+    return not isinstance(_dims(value)[axis], int)

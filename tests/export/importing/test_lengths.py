@@ -1,0 +1,339 @@
+"""Models whose input has any length between bounds: padded batches against torch on samples of their own length."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fedprune_export as fx
+from fedprune.core.errors import DataError, ModelError
+from fedprune.model.lengths import PADDING, Lengths, lengths_of, padded
+from fedprune.model.recipe import Recipe
+from fedprune.model.selection import Selection
+from fedprune.runtime.session import Session
+from fedprune_device.data.dataset import LocalData, load_data, load_inputs
+from fedprune_device.serving.predictor import Predictor
+from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_export.importing.torch_export import quiet
+from fedprune_export.pruning.cut import cut
+from fedprune_export.training.step_graph import training_graph
+
+pytestmark = pytest.mark.torch
+
+LEAST, MOST = 4, 12
+OWN = np.array([12, 4, 7, 9, 5, 11])
+Array = npt.NDArray[Any]
+
+
+class Attention(nn.Module):
+    """A layer of self-attention over the places of a sample, and the mean over them: one class per sample."""
+
+    input_shape = (5, f"{LEAST}:{MOST}")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.query, self.key = nn.Conv1d(5, 8, 3, padding=1), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.value, self.head = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, mask: Tensor, lengths: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x) * mask.unsqueeze(1)).transpose(1, 2)
+        near = self.query(h) @ self.key(h).transpose(1, 2) + (mask.unsqueeze(1) - 1) * 1e9
+        h = torch.tanh(h + near.softmax(-1) @ self.value(h)) * mask.unsqueeze(2)
+        out: Tensor = self.head(h.sum(1) / lengths.unsqueeze(1))
+        return out
+
+
+class Tagger(nn.Module):
+    """A class for every step: token ids, an embedding, and a recurrent layer."""
+
+    input_shape = (f"{LEAST}:{MOST}",)
+    input_dtype = torch.int64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.gru, self.head = nn.Embedding(7, 6), nn.GRU(6, 8, batch_first=True), nn.Linear(8, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.gru(self.embed(tokens))[0]).transpose(1, 2)
+        return out
+
+
+class Listener(nn.Module):
+    """A CRNN for CTC with as many steps as the input is long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_shape = {"sound": (3, f"{LEAST}:{MOST}")}
+        self.input_dtype = {"mask": "bool"}
+        self.first, self.gru = nn.Conv1d(3, 6, 3, padding=1), nn.GRU(6, 8, batch_first=True)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, sound: Tensor, mask: Tensor) -> Tensor:
+        h = torch.where(mask.unsqueeze(1), self.first(sound), 0.0)
+        out: Tensor = self.head(self.gru(h.transpose(1, 2))[0]).transpose(1, 2)
+        return out
+
+
+class Plain(nn.Module):
+    """Reads neither mask nor lengths."""
+
+    input_shape = (f"{LEAST}:{MOST}",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(MOST, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x)
+        return out
+
+
+def floats(*shape: int) -> Array:
+    return np.random.default_rng(2).normal(size=shape).astype(np.float32)
+
+
+def run_step(module: nn.Module, recipe: Recipe, data: LocalData) -> tuple[float, dict[str, Array]]:
+    """Loss and gradients of one step on all samples, by a board's trainer: plain SGD moves by them."""
+    model = fx.load(module)
+    trainer = Trainer(training_graph(model, recipe.features).to_bytes())
+    widths = tuple(model.architecture.sizes)
+    weights = {n: np.asarray(v) for n, v in model.tensors.items()}
+    data = data.snapshot(trainer.input_shape, trainer.targets(recipe, model.architecture.classes))
+    result = trainer.train(weights, data, TrainingTask(recipe, model.architecture.classes, 0, "a", 1, widths=widths))
+    return result.loss_first, {n: (weights[n] - result.tensors[n]) / recipe.lr for n in trainer.trainable}
+
+
+def check_gradients(module: nn.Module, loss: Tensor, found: dict[str, Array]) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+    for name, value in module.named_parameters():
+        assert value.grad is not None
+        wanted = value.grad.numpy()
+        assert np.abs(found[name] - wanted).max() < 2e-4 * max(1e-2, np.abs(wanted).max()), name
+
+
+def one(module: nn.Module, x: Array, length: int, *extra: Any) -> Tensor:
+    """The double-precision output of one sample without padding."""
+    piece = torch.tensor(x[None, ..., :length])
+    out: Tensor = module(piece.double() if piece.is_floating_point() else piece, *extra)
+    return out
+
+
+def recipe(**more: Any) -> Recipe:
+    return Recipe(**{"epochs": 1, "batch_size": len(OWN), "lr": 0.5, "momentum": 0.0, "weight_decay": 0.0, **more})
+
+
+def test_attention_with_a_mask_learns_as_from_samples_of_their_own_length() -> None:
+    torch.manual_seed(0)
+    module, x, y = Attention(), floats(len(OWN), 5, MOST), np.arange(len(OWN)) % 3
+    data = load_arrays({"x": x, "lengths": OWN, "y": y})
+    loss, gradients = run_step(module, recipe(), data)
+    exact = copy.deepcopy(module).double()
+    outputs = [one(exact, x[i], n, torch.ones(1, n).double(), torch.tensor([n])) for i, n in enumerate(OWN)]
+    wanted = functional.cross_entropy(torch.cat(outputs), torch.tensor(y))
+    assert abs(loss - float(wanted.detach())) < 1e-5
+    check_gradients(exact, wanted, gradients)
+
+
+def test_labels_of_padded_steps_count_for_nothing() -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(1)
+    module, x, y = Tagger(), rng.integers(0, 7, (len(OWN), MOST)), rng.integers(0, 4, (len(OWN), MOST))
+    loss, gradients = run_step(module, recipe(ignore_label=-1), load_arrays({"x": x, "lengths": OWN, "y": y}))
+    exact = copy.deepcopy(module).double()
+    outputs = [one(exact, x[i], n)[0].T for i, n in enumerate(OWN)]
+    labels = torch.cat([torch.tensor(y[i, :n]) for i, n in enumerate(OWN)])
+    wanted = functional.cross_entropy(torch.cat(outputs), labels)
+    assert abs(loss - float(wanted.detach())) < 1e-5
+    check_gradients(exact, wanted, gradients)
+
+
+def test_ctc_aligns_to_the_steps_of_a_sample() -> None:
+    torch.manual_seed(0)
+    module, x = Listener(), floats(len(OWN), 3, MOST)
+    words = [[1, 2, 2], [3, 1], [2], [1, 3, 1], [], [3, 3, 2, 1]]
+    y = np.zeros((len(OWN), MOST), np.int64)
+    for row, word in zip(y, words, strict=True):
+        row[: len(word)] = word
+    loss, gradients = run_step(
+        module, recipe(loss="ctc", ignore_label=-1), load_arrays({"x": x, "lengths": OWN, "y": y})
+    )
+    exact = copy.deepcopy(module).double()
+    each = []
+    for i, n in enumerate(OWN):
+        steps = one(exact, x[i], n, torch.ones(1, n, dtype=torch.bool)).log_softmax(1).permute(2, 0, 1)
+        goal = torch.tensor([words[i]])
+        each.append(functional.ctc_loss(steps, goal, torch.tensor([n]), torch.tensor([len(words[i])]), reduction="sum"))
+    wanted = torch.stack(each).mean()
+    assert abs(loss - float(wanted.detach())) < 1e-4
+    check_gradients(exact, wanted, gradients)
+
+
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(LEAST, MOST), min_size=1, max_size=5))
+def test_what_is_in_the_padding_changes_nothing(seed: int, own: list[int]) -> None:
+    session, rng = SESSION(), np.random.default_rng(seed)
+    x, lengths = rng.normal(size=(len(own), 5, MOST)).astype(np.float32), np.array(own)
+    other = x.copy()
+    for row, n in zip(other, own, strict=True):
+        row[:, n:] = rng.normal(scale=1e6, size=(5, MOST - n))
+    first, second = (
+        session.run({"x": padded(some, (5, Lengths(LEAST, MOST)), lengths)})["logits"] for some in (x, other)
+    )
+    assert np.array_equal(first, second)
+    assert np.array_equal(lengths_of(padded(x, (5, Lengths(LEAST, MOST)), lengths), 1), lengths)
+
+
+_SESSIONS: list[Session] = []
+
+
+def SESSION() -> Session:  # noqa: N802
+    if not _SESSIONS:
+        torch.manual_seed(0)
+        _SESSIONS.append(Session(fx.load(Attention()).graph.to_bytes()))
+    return _SESSIONS[0]
+
+
+def load_arrays(arrays: dict[str, Array], folder: Path | None = None) -> LocalData:
+    """A board's data from arrays, all of it for training."""
+    from fedprune_device.data.dataset import _assemble
+
+    empty = {"x_test": arrays["x"][:0], "y_test": arrays["y"][:0], "lengths_test": OWN[:0]}
+    return _assemble({f"{n}_train": v for n, v in arrays.items()} | empty, 0, "", folder)
+
+
+def test_a_file_with_lengths_is_padded_to_the_bound(tmp_path: Path) -> None:
+    x = floats(40, 5, 10)
+    own = np.random.default_rng(3).integers(LEAST, 11, 40)
+    np.savez(tmp_path / "d.npz", x=x, lengths=own, y=np.zeros(40, np.int64))
+    shape = (5, Lengths(LEAST, MOST))
+    data = load_data(str(tmp_path / "d.npz"), validation_share=0.2).snapshot(shape)
+    found = np.concatenate([data.x_train, data.x_test, data.x_val])
+    assert found.shape == (40, 5, MOST)
+    wanted = padded(x, shape, own)
+    assert sorted(r.tobytes() for r in found) == sorted(r.tobytes() for r in wanted)
+    assert np.array_equal(load_inputs(str(tmp_path / "d.npz"), shape), wanted)
+
+
+def test_an_array_on_the_disk_is_padded_as_one_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedprune_device.data.stored_array.HELD_BYTES", 0)
+    shape, own = (Lengths(LEAST, MOST),), np.random.default_rng(3).integers(LEAST, 11, 40)
+    x = np.random.default_rng(3).integers(0, 9, (40, 10))
+    np.savez(tmp_path / "d.npz", x=x, lengths=own, y=np.zeros(40, np.int64))
+    spooled = load_data(str(tmp_path / "d.npz"), spool=tmp_path).snapshot(shape)
+    held = load_data(str(tmp_path / "d.npz")).snapshot(shape)
+    assert not isinstance(spooled.x_train, np.ndarray)
+    assert spooled.x_train.dtype == held.x_train.dtype == np.int64
+    assert np.array_equal(spooled.x_train[:], held.x_train[:])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "x"),
+    [
+        (np.full(8, LEAST - 1), floats(8, 5, MOST)),
+        (np.full(8, MOST + 1), floats(8, 5, MOST + 2)),
+        (np.full(8, MOST + 1), floats(8, 5, MOST)),
+        (np.full(8, 0), floats(8, 5, MOST)),
+        (np.full(7, LEAST), floats(8, 5, MOST)),
+        (np.full((8, 1), LEAST), floats(8, 5, MOST)),
+        (np.full(8, float(LEAST)), floats(8, 5, MOST)),
+        (np.full(8, LEAST), floats(8, 4, MOST)),
+    ],
+)
+def test_lengths_out_of_bounds_or_of_another_shape_are_refused(lengths: Array, x: Array) -> None:
+    with pytest.raises(DataError):
+        load_arrays({"x": x, "lengths": lengths, "y": np.zeros(8, np.int64)}).snapshot((5, Lengths(LEAST, MOST)))
+
+
+def test_padded_places_need_a_label_that_counts_for_nothing() -> None:
+    x, y = np.zeros((6, MOST), np.int64), np.zeros((6, MOST), np.int64)
+    with pytest.raises(DataError):
+        run_step(Tagger(), recipe(), load_arrays({"x": x, "lengths": OWN, "y": y}))
+
+
+def test_a_net_that_reads_neither_is_accepted_with_a_note() -> None:
+    model = fx.load(Plain())
+    assert any("neither mask nor lengths" in note for note in model.notes)
+    assert not any("neither" in note for note in fx.load(Attention()).notes)
+
+
+@pytest.mark.parametrize("bad", ["0:4", "5:4", "4", "4:", "a:b", "1:99999999999"])
+def test_bounds_that_are_none_are_refused(bad: str) -> None:
+    with pytest.raises(ModelError):
+        fx.load(Plain(), input_shape=(bad,))
+
+
+def test_at_most_one_axis_has_bounds() -> None:
+    with pytest.raises(ModelError):
+        fx.load(Plain(), input_shape=("4:8", "4:8"))
+
+
+def dynamic_file(path: Path) -> Attention:
+    torch.manual_seed(0)
+    module, dim = Attention(), torch.export.Dim
+    n, length = dim("n", min=1), dim("length", min=2)
+    samples = (torch.zeros(2, 5, 9), torch.ones(2, 9), torch.full((2,), 9))
+    with quiet():
+        torch.onnx.export(
+            module.eval(), samples, path, dynamo=True, optimize=False, verbose=False,
+            dynamic_shapes=({0: n, 2: length}, {0: n, 1: length}, {0: n}),
+        )  # fmt: skip
+    return module
+
+
+@pytest.mark.slow
+def test_an_onnx_file_with_a_free_axis_computes_what_the_module_does(tmp_path: Path) -> None:
+    module, x = dynamic_file(tmp_path / "net.onnx"), floats(len(OWN), 5, MOST)
+    model = fx.load(tmp_path / "net.onnx", input_shape=Attention.input_shape)
+    assert model.architecture.input_shape == (5, MOST)
+    assert model.architecture.sizes == fx.load(module).architecture.sizes
+    rows = padded(x, (5, Lengths(LEAST, MOST)), OWN)
+    found = Session(model.graph.to_bytes()).run({"x": rows})["logits"]
+    with torch.no_grad():
+        for i, n in enumerate(OWN):
+            wanted = module(torch.tensor(x[i : i + 1, :, :n]), torch.ones(1, n), torch.tensor([n]))
+            assert np.abs(found[i] - wanted.numpy()).max() < 1e-6
+    for shape in ((5, MOST), (4, "4:12"), (5, 5, "4:12"), ("4:12", 9)):
+        with pytest.raises(ModelError):
+            fx.load(tmp_path / "net.onnx", input_shape=shape)
+
+
+def test_a_predictor_takes_samples_of_any_length_within_the_bounds(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Tagger()
+    model = fx.load(module)
+    report = fx.export(model, fx.plan(model, "raspberry-pi-5", density=1.0, recipe=recipe(ignore_label=-1)), tmp_path)
+    assert report
+    predictor, x = Predictor(tmp_path), np.random.default_rng(1).integers(0, 7, (3, MOST))
+    assert predictor.input_shape == (Lengths(LEAST, MOST),)
+    for n in (LEAST, 7, MOST):
+        with torch.no_grad():
+            wanted = module(torch.tensor(x[:, :n])).numpy()
+        found = predictor.predict(x[:, :n])
+        assert found.shape == wanted.shape
+        assert np.abs(found - wanted).max() < 1e-5
+    for n in (LEAST - 1, MOST + 1):
+        with pytest.raises(DataError) as error:
+            predictor.predict(np.zeros((3, n), np.int64))
+        assert f"{LEAST}:{MOST}" in str(error.value.expected)
+
+
+def test_a_cut_model_keeps_its_bounds() -> None:
+    model = fx.load(Attention())
+    widths = tuple(max(1, size // 2) for size in model.architecture.sizes)
+    some = cut(model, Selection.of(model.architecture, widths))
+    x = padded(floats(len(OWN), 5, MOST), (5, Lengths(LEAST, MOST)), OWN)
+    assert np.isfinite(Session(some.to_bytes()).run({"x": x})["logits"]).all()
+    assert "fedprune.length" in some.metadata
+
+
+def test_marks_are_numbers_that_arrays_hold_exactly() -> None:
+    assert float(np.float32(PADDING)) == PADDING
