@@ -1,11 +1,12 @@
-"""Which samples of an endless stream stay: a fair share for every class, and of each class a uniform choice.
+"""Choice of the samples of an endless stream that are kept: a fair share per class, and a uniform choice of each class.
 
 Algorithm R (Vitter, Random Sampling with a Reservoir, ACM TOMS 11(1), 1985): of n samples seen, each is among the k
-that are kept with probability k / n. Here every class has a reservoir of its own. While there is room, everything
-stays. When there is none, a class of which everything was kept so far, and which has less than the largest one, takes
-a random place of the largest one; any other class continues by algorithm R in the places that it has. A class's places
-become fewer, never more, and a random choice of a uniform choice is uniform. Samples without a label have a share
-that they never exceed. Of those that wait for a label the newest stay, since the label of a sample comes soon or never.
+that are kept with probability k / n. Here every class has a reservoir of its own. While there is room, everything is
+kept. When there is none, a new sample of a class that has lost none so far, and has fewer than the largest class,
+replaces a random sample of the largest class. Any other class runs algorithm R over the samples that it holds. From
+then on a class's quota only shrinks, and a uniform choice from a uniform choice is uniform. Samples without a label
+have a quota of their own. If they wait for a label, the newest are kept, since the label of a sample comes soon or
+never.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field
 from fedprune.core.rng import keyed
 
 UNLABELLED = -1
+_ANY_CLASS = 0  # all labelled samples have one limit
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The decision on a new sample: whether it stays, and which samples make room for it.
+    """The decision on a new sample: whether it is kept, and which samples are evicted for it.
 
     `seen` counts the samples of its class, this one included.
     """
@@ -40,7 +42,7 @@ class Verdict:
     size: int
     seen: int
     kept: bool
-    dropped: tuple[str, ...] = ()
+    evicted: tuple[str, ...] = ()
 
 
 @dataclass
@@ -52,19 +54,20 @@ class _Class:
 class Reservoir:
     """The names of the kept samples. The same seed and order give the same draws.
 
-    `waiting` is whether samples without a label wait for one; otherwise they are a class like others, in their share.
+    With `waiting`, samples without a label wait for one; otherwise they are a class like others, within their quota.
     """
 
     waiting = True
 
     def __init__(self, limits: Limits, seed: int) -> None:
         self._seed = seed
-        loose = int(limits.samples * limits.unlabelled), int(limits.bytes * limits.unlabelled)
-        self._limits = {True: loose, False: (limits.samples - loose[0], limits.bytes - loose[1])}
-        self._classes: dict[int, _Class] = {}
-        self._of: dict[str, tuple[int, int]] = {}
+        samples, size = int(limits.samples * limits.unlabelled), int(limits.bytes * limits.unlabelled)
+        # The keys of these three tell whether samples are unlabelled.
+        self._limits = {True: (samples, size), False: (limits.samples - samples, limits.bytes - size)}
         self._bytes = {True: 0, False: 0}
         self._count = {True: 0, False: 0}
+        self._classes: dict[int, _Class] = {}
+        self._of: dict[str, tuple[int, int]] = {}  # by name: label and bytes
 
     def __contains__(self, name: str) -> bool:
         return name in self._of
@@ -91,7 +94,7 @@ class Reservoir:
 
     @property
     def labels(self) -> int:
-        """Classes that a sample was seen of."""
+        """Number of classes of which a sample was seen."""
         return len(self._classes) - (UNLABELLED in self._classes)
 
     def knows(self, label: int) -> bool:
@@ -103,46 +106,46 @@ class Reservoir:
         found.seen = max(seen, len(found.ids))
 
     def most(self, *, unlabelled: bool) -> tuple[int, int]:
-        """Samples and bytes that samples with (or without) labels may take."""
+        """Limits of samples with, or without, labels: their number and bytes."""
         return self._limits[unlabelled]
 
     def held(self, *, unlabelled: bool) -> tuple[int, int]:
         return self._count[unlabelled], self._bytes[unlabelled]
 
-    def judge(self, name: str, label: int, size: int) -> Verdict:
-        """Decide on a sample that is not kept now; nothing changes until `follow`."""
+    def decide(self, name: str, label: int, size: int) -> Verdict:
+        """Decide on a new sample; nothing changes until `apply`."""
         own = self._classes.get(label, _Class())
         seen = own.seen + 1
         if size > self._limits[label == UNLABELLED][1] or not self._limits[label == UNLABELLED][0]:
             return Verdict(name, label, size, seen, kept=False)
-        dropped: list[str] = []
+        evicted: list[str] = []
         if label == UNLABELLED and self.waiting:
             oldest = iter(self.unlabelled())
-            while not self._fits(label, size, dropped):
-                dropped.append(next(oldest))
-        if not self._fits(label, size, dropped):
-            largest = self._largest(label, dropped)
-            if label != UNLABELLED and own.seen == len(own.ids) and self._left(largest, dropped) >= len(own.ids) + 2:
-                dropped.append(self._victim(largest, name, dropped))
+            while not self._fits(label, size, evicted):
+                evicted.append(next(oldest))
+        if not self._fits(label, size, evicted):
+            largest = self._largest(label, evicted)
+            if label != UNLABELLED and own.seen == len(own.ids) and self._left(largest, evicted) >= len(own.ids) + 2:
+                evicted.append(self._evicted(largest, name, evicted))
             else:
                 place = int(keyed(self._seed, "reservoir", label, seen).integers(seen))
                 if place >= len(own.ids):
                     return Verdict(name, label, size, seen, kept=False)
-                dropped.append(own.ids[place])
-        while not self._fits(label, size, dropped):  # samples of several sizes: one may have to make room for more
-            dropped.append(self._victim(self._largest(label, dropped), name, dropped))
-        return Verdict(name, label, size, seen, True, tuple(dropped))
+                evicted.append(own.ids[place])
+        while not self._fits(label, size, evicted):  # sizes differ: one sample may replace several
+            evicted.append(self._evicted(self._largest(label, evicted), name, evicted))
+        return Verdict(name, label, size, seen, True, tuple(evicted))
 
-    def follow(self, verdict: Verdict) -> None:
-        """Let a verdict come true."""
-        for name in verdict.dropped:
+    def apply(self, verdict: Verdict) -> None:
+        """Evict and keep samples as a verdict says."""
+        for name in verdict.evicted:
             self.drop(name)
         self._classes.setdefault(verdict.label, _Class()).seen = verdict.seen
         if verdict.kept:
             self.restore(verdict.id, verdict.label, verdict.size)
 
     def restore(self, name: str, label: int, size: int) -> None:
-        """Keep a sample without asking, when a set is read again."""
+        """Add a sample that is stored already, when a set is read again."""
         found = self._classes.setdefault(label, _Class())
         insort(found.ids, name)
         found.seen = max(found.seen, len(found.ids))
@@ -151,7 +154,7 @@ class Reservoir:
         self._count[label == UNLABELLED] += 1
 
     def drop(self, name: str, *, unseen: bool = False) -> None:
-        """Keep a sample no longer; with `unseen` it counts as never seen, because it was deleted or relabelled."""
+        """Remove a sample; with `unseen` it counts as never seen, because it was deleted or relabelled."""
         label, size = self._of.pop(name)
         found = self._classes[label]
         del found.ids[bisect_left(found.ids, name)]
@@ -162,28 +165,28 @@ class Reservoir:
         self._count[label == UNLABELLED] -= 1
 
     def surplus(self) -> str | None:
-        """A sample that must go because there are more than there may be; None where there are not."""
-        for label in (UNLABELLED, 0):
+        """A sample to evict because a limit is exceeded; None if none is."""
+        for label in (UNLABELLED, _ANY_CLASS):
             if not self._fits(label, 0, [], more=0):
-                return self._victim(self._largest(label, []), "surplus", [])
+                return self._evicted(self._largest(label, []), "surplus", [])
         return None
 
-    def _fits(self, label: int, size: int, dropped: list[str], more: int = 1) -> bool:
+    def _fits(self, label: int, size: int, evicted: list[str], more: int = 1) -> bool:
         side = label == UNLABELLED
         most, most_bytes = self._limits[side]
-        freed = sum(self._of[n][1] for n in dropped)
-        return self._count[side] - len(dropped) + more <= most and self._bytes[side] - freed + size <= most_bytes
+        freed = sum(self._of[n][1] for n in evicted)
+        return self._count[side] - len(evicted) + more <= most and self._bytes[side] - freed + size <= most_bytes
 
-    def _largest(self, label: int, dropped: list[str]) -> int:
+    def _largest(self, label: int, evicted: list[str]) -> int:
         if label == UNLABELLED:
             return UNLABELLED
         labels = [c for c in sorted(self._classes) if c != UNLABELLED]
-        return max(labels, key=lambda c: self._left(c, dropped), default=label)
+        return max(labels, key=lambda c: self._left(c, evicted), default=label)
 
-    def _left(self, label: int, dropped: list[str]) -> int:
+    def _left(self, label: int, evicted: list[str]) -> int:
         found = self._classes.get(label, _Class())
-        return len(found.ids) - sum(self._of[n][0] == label for n in dropped)
+        return len(found.ids) - sum(self._of[n][0] == label for n in evicted)
 
-    def _victim(self, label: int, newcomer: str, dropped: list[str]) -> str:
-        left = [n for n in self._classes[label].ids if n not in dropped]
-        return left[int(keyed(self._seed, "room", newcomer, len(dropped)).integers(len(left)))]
+    def _evicted(self, label: int, newcomer: str, evicted: list[str]) -> str:
+        left = [n for n in self._classes[label].ids if n not in evicted]
+        return left[int(keyed(self._seed, "room", newcomer, len(evicted)).integers(len(left)))]

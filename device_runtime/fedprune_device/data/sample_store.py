@@ -373,9 +373,9 @@ class SampleStore:
             self._log.close()
 
     def _take(self, name: str, label: int, payload: bytes) -> Added:
-        verdict = self._reservoir.judge(name, label, HEAD_BYTES + len(payload))
+        verdict = self._reservoir.decide(name, label, HEAD_BYTES + len(payload))
         if verdict.kept:
-            dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
+            dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.evicted]
             record = LogRecord(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload)
             # First what is new: if the end is torn, there is one too many, not one too few.
             place = self._write([record, *dropped])[0]
@@ -387,8 +387,8 @@ class SampleStore:
         return self._followed(verdict)
 
     def _followed(self, verdict: Verdict) -> Added:
-        self._reservoir.follow(verdict)
-        for gone in verdict.dropped:
+        self._reservoir.apply(verdict)
+        for gone in verdict.evicted:
             self._gone(gone)
         if verdict.kept and self._trained(verdict.id, verdict.label):
             self._training.add(verdict.id)
@@ -398,11 +398,11 @@ class SampleStore:
         old, size = self._reservoir.label(name), HEAD_BYTES + len(payload)
         seen = self._reservoir.seen[old]
         self._reservoir.drop(name, unseen=True)
-        verdict = self._reservoir.judge(name, label, size)
+        verdict = self._reservoir.decide(name, label, size)
         self._reservoir.restore(name, old, size)  # until it is on the disk
         self._reservoir.set_seen(old, seen)
         if verdict.kept:
-            dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.dropped]
+            dropped = [LogRecord(Kind.DROPPED, bytes.fromhex(n)) for n in verdict.evicted]
             place = self._write([LogRecord(Kind.SAMPLE, bytes.fromhex(name), label, verdict.seen, payload), *dropped])[
                 0
             ]

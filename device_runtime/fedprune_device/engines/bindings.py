@@ -78,7 +78,7 @@ def find() -> Bindings:
     return Bindings(trt, version, cuda, device)
 
 
-class RejectedMessageLog:
+class TensorRTErrors:
     """TensorRT's last errors, the only place where it gives the reason of a failure."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class RejectedMessageLog:
 
     def logger(self, trt: Any) -> Any:
         """A logger for TensorRT, which must live as long as what was made with it."""
-        complaints = self
+        errors = self
 
         class Logger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
@@ -95,7 +95,7 @@ class RejectedMessageLog:
             def log(self, severity: Any, msg: str) -> None:
                 # Whatever is raised here would end the process: it is called from TensorRT's threads.
                 if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                    complaints.take(msg)
+                    errors.take(msg)
 
         return Logger()
 
@@ -103,7 +103,7 @@ class RejectedMessageLog:
         self.lines = [*self.lines, reason(Exception(message))][-_MOST_LINES:]
 
     @contextmanager
-    def told(self, what: str) -> Iterator[None]:
+    def translated(self, what: str) -> Iterator[None]:
         """Turn what the bindings raise, a TypeError for an object that TensorRT didn't make, into an `EngineError`."""
         try:
             yield

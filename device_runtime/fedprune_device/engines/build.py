@@ -8,14 +8,14 @@ from typing import Any
 
 from fedprune.core.errors import EngineError
 from fedprune.runtime.tensorrt_config import EnginePlan
-from fedprune_device.engines.bindings import Bindings, RejectedMessageLog
+from fedprune_device.engines.bindings import Bindings, TensorRTErrors
 
 Tell = Callable[[str], None]  # takes a few words on how far a build is
 
 
 def build(
     bindings: Bindings,
-    complaints: RejectedMessageLog,
+    errors: TensorRTErrors,
     graph: Path,
     plan: EnginePlan,
     *,
@@ -29,7 +29,7 @@ def build(
     timing cache of an earlier build with this TensorRT, or empty. Raises `EngineError`.
     """
     trt = bindings.trt
-    logger = complaints.logger(trt)
+    logger = errors.logger(trt)
     builder = trt.Builder(logger)
     kinds = trt.NetworkDefinitionCreationFlag
     network = builder.create_network(
@@ -37,7 +37,7 @@ def build(
     )
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(graph)):
-        raise _refused(parser, complaints, "TensorRT doesn't take the graph")
+        raise _refused(parser, errors, "TensorRT doesn't take the graph")
     config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, plan.pool_bytes)
     if bindings.has_levels:
@@ -61,27 +61,27 @@ def build(
         config.progress_monitor = monitor
     built = builder.build_serialized_network(network, config)
     if built is None:
-        raise complaints.error("TensorRT can't build the engine")
+        raise errors.error("TensorRT can't build the engine")
     return bytes(built), bytes(config.get_timing_cache().serialize())
 
 
-def refit(bindings: Bindings, complaints: RejectedMessageLog, base: bytes, graph: Path) -> bytes:
+def refit(bindings: Bindings, errors: TensorRTErrors, base: bytes, graph: Path) -> bytes:
     """Give an engine that was built to take new weights those next to a graph; raises `EngineError`."""
     trt = bindings.trt
-    logger = complaints.logger(trt)
+    logger = errors.logger(trt)
     runtime = trt.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(base)
     if engine is None or not engine.refittable:
-        raise complaints.error("the engine takes no new weights")
+        raise errors.error("the engine takes no new weights")
     refitter = trt.Refitter(engine, logger)
     parser = trt.OnnxParserRefitter(refitter, logger)
     if not parser.refit_from_file(str(graph)):
-        raise _refused(parser, complaints, "TensorRT doesn't take the new weights")
+        raise _refused(parser, errors, "TensorRT doesn't take the new weights")
     missing = refitter.get_missing_weights()
     if missing:
         raise EngineError(f"new weights lack {len(missing)} that the engine wants", got=str(missing[0])[:100])
     if not refitter.refit_cuda_engine():
-        raise complaints.error("TensorRT can't put the new weights into the engine")
+        raise errors.error("TensorRT can't put the new weights into the engine")
     config = engine.create_serialization_config()
     config.clear_flag(trt.SerializationFlag.EXCLUDE_WEIGHTS)
     return bytes(engine.serialize_with_config(config))
@@ -125,7 +125,7 @@ def _monitor(trt: Any, tell: Tell) -> Any:
     return Monitor()
 
 
-def _refused(parser: Any, complaints: RejectedMessageLog, what: str) -> EngineError:
+def _refused(parser: Any, errors: TensorRTErrors, what: str) -> EngineError:
     for i in range(parser.num_errors):
-        complaints.take(str(parser.get_error(i).desc()))
-    return complaints.error(what)
+        errors.take(str(parser.get_error(i).desc()))
+    return errors.error(what)

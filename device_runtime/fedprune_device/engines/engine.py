@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.errors import EngineError
-from fedprune_device.engines.bindings import Bindings, RejectedMessageLog
+from fedprune_device.engines.bindings import Bindings, TensorRTErrors
 from fedprune_device.engines.cuda import Stream
 
 Array = npt.NDArray[Any]
@@ -24,7 +24,7 @@ class Engine:
     """
 
     def __init__(self, bindings: Bindings, raw: bytes) -> None:
-        self._complaints = RejectedMessageLog()
+        self._errors = TensorRTErrors()
         self._dtypes: dict[str, np.dtype[Any]] = {}
         self._batch: tuple[int, int] | None = None
         self.inputs: dict[str, tuple[str, tuple[int | str | None, ...]]] = {}
@@ -32,7 +32,7 @@ class Engine:
         self._runtime: Any = None
         self._engine: Any = None
         self._context: Any = None
-        with self._complaints.told("the engine can't be loaded"):
+        with self._errors.translated("the engine can't be loaded"):
             self._load(bindings.trt, raw)
         self._stream = Stream(bindings.cuda)
 
@@ -51,7 +51,7 @@ class Engine:
             filled = {
                 n: np.concatenate([v, np.zeros((wanted - count, *v.shape[1:]), v.dtype)]) for n, v in part.items()
             }
-            with self._complaints.told("the engine failed"):
+            with self._errors.translated("the engine failed"):
                 parts.append({n: v[:count] for n, v in self._run(filled).items()})
         names = list(outputs) if outputs is not None else list(self.outputs)
         return {n: np.concatenate([p[n] for p in parts]) for n in names}
@@ -61,14 +61,14 @@ class Engine:
         self._context = self._engine = self._runtime = None
 
     def _load(self, trt: Any, raw: bytes) -> None:
-        self._logger = self._complaints.logger(trt)
+        self._logger = self._errors.logger(trt)
         self._runtime = trt.Runtime(self._logger)
         self._engine = self._runtime.deserialize_cuda_engine(raw)
         if self._engine is None:
-            raise self._complaints.error("TensorRT doesn't load the engine")
+            raise self._errors.error("TensorRT doesn't load the engine")
         self._context = self._engine.create_execution_context()
         if self._context is None:
-            raise self._complaints.error("there is no memory to run the engine in")
+            raise self._errors.error("there is no memory to run the engine in")
         for i in range(self._engine.num_io_tensors):
             name = str(self._engine.get_tensor_name(i))
             kind = self._engine.get_tensor_dtype(name).name
@@ -95,7 +95,7 @@ class Engine:
         for name, value in feeds.items():
             array = np.ascontiguousarray(value, self._dtypes[name])
             if not context.set_input_shape(name, array.shape):
-                raise self._complaints.error(f"input {name} of shape {list(array.shape)} doesn't fit the engine")
+                raise self._errors.error(f"input {name} of shape {list(array.shape)} doesn't fit the engine")
             address = stream.memory(name, array.nbytes)
             stream.put(address, array)
             self._bind(name, address)
@@ -106,7 +106,7 @@ class Engine:
             self._bind(name, stream.memory(name, array.nbytes))
             found[name] = array
         if not context.execute_async_v3(stream.handle):
-            raise self._complaints.error("the engine failed")
+            raise self._errors.error("the engine failed")
         for name, array in found.items():
             stream.get(array, stream.memory(name, array.nbytes))
         stream.wait()
@@ -114,4 +114,4 @@ class Engine:
 
     def _bind(self, name: str, address: int) -> None:
         if not self._context.set_tensor_address(name, address):
-            raise self._complaints.error(f"the engine refuses memory for {name}")
+            raise self._errors.error(f"the engine refuses memory for {name}")

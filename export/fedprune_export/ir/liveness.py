@@ -1,4 +1,4 @@
-"""What lives in memory while onnxruntime runs a graph node by node."""
+"""The values that are live in memory while onnxruntime runs a graph node by node."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from itertools import accumulate
 
 from fedprune_export.ir.drafts import Node
 from fedprune_export.ir.graph import Graph
-
-SAME = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-"""Operators whose output is their first input, seen otherwise: nothing is copied."""
+from fedprune_export.ir.operators import VIEWS
 
 _IN_PLACE = frozenset(
     {
@@ -18,20 +16,20 @@ _IN_PLACE = frozenset(
         *("Sqrt", "Sub", "Sum", "Tanh"),
     }
 )
-"""Operators that write over an input of the output's size that nothing else reads."""
+"""Operators that run in place: they overwrite an input of the output's size if nothing reads it later."""
 
 
 def reads(node: Node) -> list[str]:
-    """Names of the values that a node reads, those that its loop's body reads of the graph around it included."""
+    """Names of the values that a node reads, including outer values that the body of a loop reads."""
     return [i for i in node.inputs if i] + sorted(node.read_inside())
 
 
 def execution_order(graph: Graph) -> list[Node]:
     """The nodes in the order in which onnxruntime runs them by default.
 
-    It goes from the last node that nothing reads back to all that this needs, the inputs that are made by later nodes
-    first, and so on with the other ones (`Graph::ReverseDFSFrom` with `NodeCompare` in onnxruntime's
-    core/graph/graph.cc). So nothing is computed long before it is needed, whatever the order of the file.
+    A depth-first search backwards from the nodes whose outputs nothing reads: the last node first and, of the producers
+    of a node's inputs, the one of the highest index first (`Graph::ReverseDFSFrom` with `NodeCompare` in onnxruntime's
+    core/graph/graph.cc). So nothing is computed long before it is needed, whatever the order in the file.
     """
     index = {id(n): i for i, n in enumerate(graph.nodes)}
     makers = graph.producers()
@@ -52,40 +50,42 @@ def execution_order(graph: Graph) -> list[Node]:
 
 
 def last_reads(nodes: Sequence[Node], kept: Sequence[str]) -> dict[str, int]:
-    """Where in an order every value is read last; what is kept is read at its end."""
+    """The index of each value's last read in an order of nodes; kept values are read at its end."""
     last = {name: at for at, node in enumerate(nodes) for name in reads(node)}
     return last | dict.fromkeys(kept, len(nodes))
 
 
 def live_bytes(nodes: Sequence[Node], sizes: Mapping[str, int], kept: Sequence[str]) -> list[int]:
-    """Bytes of values that live while each node runs, without inputs and constants of the graph.
+    """Bytes of the values that are live while each node runs, without inputs and constants of the graph.
+
+    An output that is a view of an input, or is computed in place, shares the buffer of that input.
 
     Args:
-        sizes: Bytes by value; one that is missing counts nothing.
-        kept: Outputs of the graph, which live on.
+        sizes: Bytes by value; a missing value counts 0.
+        kept: Outputs of the graph, which are live to the end.
     """
-    last, leaving = last_reads(nodes, kept), set(kept)
-    buffers: dict[str, int] = {}
-    starts: list[int] = []
-    ends: list[int] = []
-    taken: list[int] = []
+    last, outputs = last_reads(nodes, kept), set(kept)
+    buffers: dict[str, int] = {}  # by value, the index of its buffer in the three lists
+    starts: list[int] = []  # first node
+    ends: list[int] = []  # last node
+    capacities: list[int] = []  # bytes
     for at, node in enumerate(nodes):
         for k, name in enumerate(node.outputs):
             if not name:
                 continue
             end = last.get(name, at)
-            buffer = None if k or name in leaving else _shared(node, at, name, sizes, buffers, ends)
+            buffer = None if k or name in outputs else _shared(node, at, name, sizes, buffers, ends)
             if buffer is None:
-                if not k and node.op in SAME and name not in leaving and node.inputs[0] not in buffers:
-                    continue  # an input or a constant, seen otherwise
+                if not k and node.op in VIEWS and name not in outputs and node.inputs[0] not in buffers:
+                    continue  # a view of an input or a constant of the graph
                 buffer = len(starts)
                 starts.append(at)
                 ends.append(end)
-                taken.append(sizes.get(name, 0))
+                capacities.append(sizes.get(name, 0))
             buffers[name] = buffer
             ends[buffer] = max(ends[buffer], end)
     change = [0] * (len(nodes) + 2)
-    for start, end, size in zip(starts, ends, taken, strict=True):
+    for start, end, size in zip(starts, ends, capacities, strict=True):
         change[start] += size
         change[end + 1] -= size
     return list(accumulate(change[: len(nodes)]))
@@ -94,8 +94,8 @@ def live_bytes(nodes: Sequence[Node], sizes: Mapping[str, int], kept: Sequence[s
 def _shared(
     node: Node, at: int, name: str, sizes: Mapping[str, int], buffers: Mapping[str, int], ends: Sequence[int]
 ) -> int | None:
-    """The buffer of an input that an output is written into, if there is one."""
-    if node.op in SAME:
+    """The buffer of the input that an output shares or overwrites, if there is one."""
+    if node.op in VIEWS:
         return buffers.get(node.inputs[0])
     candidates = node.inputs[:2] if node.op in _IN_PLACE else ()
     for value in candidates:

@@ -23,7 +23,8 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.step_contract import X
 from fedprune_export.ir.drafts import Dim, Node
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.liveness import SAME, execution_order, last_reads, live_bytes, reads
+from fedprune_export.ir.liveness import execution_order, last_reads, live_bytes, reads
+from fedprune_export.ir.operators import VIEWS
 from fedprune_export.ir.shape_inference import Inferred, follow, hold
 
 
@@ -256,7 +257,7 @@ class _Search:
             products = math.prod(self.shapes.get(node.inputs[0], ())) * math.prod(shape[1:])
         elif node.op in ("MatMul", "Gemm") and shape:
             products = made * shape[-1 if node.attrs.get("transB") else -2 if len(shape) > 1 else 0]
-        return _PER_CALL + (0 if node.op in SAME else _PER_BYTE * moved) + _PER_PRODUCT * products
+        return _PER_CALL + (0 if node.op in VIEWS else _PER_BYTE * moved) + _PER_PRODUCT * products
 
     # -- the graph ----------------------------------------------------------------------------------------------------
 

@@ -24,6 +24,7 @@ import numpy as np
 from fedprune.core.cli import ended_by_signals
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.core.parent_death import set_parent_death_signal
 from fedprune.core.text import quantity
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import logged_to_stdout
@@ -34,7 +35,6 @@ from fedprune_server.messaging.broker.embedded import EmbeddedBroker
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.process.child_process import ChildDiedError, wait_or_kill
-from fedprune_server.process.child_side import set_parent_death_signal
 from fedprune_server.simulation.datasets.federation import Partition
 from fedprune_server.simulation.digits import DIGITS, deal, digits_model, write_hand
 from fedprune_server.simulation.experiment import REFERENCE

@@ -1,6 +1,6 @@
-"""`fedprune-server rollout`: give boards a release in stages, look how far it is, pause it, stop it, take it back.
+"""`fedprune-server rollout`: give a release to boards in stages; show, pause, resume, stop or roll back a rollout.
 
-It writes and reads the state folder alone; the server that runs on it does the rest, now or when it is started.
+It only reads and writes the state folder; the server that runs on it does the rest, at once or when it is started.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ from fedprune_server.cli.state_option import add_state
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, start_rollout, take_back
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
-from fedprune_server.storage.state_folder import has_database
+from fedprune_server.storage.state_folder import LOCK, has_database
 
-_LOCK = "lock"
 _SHOWN = 20
 """Boards that a list on one line names."""
 
@@ -41,32 +40,58 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
         "--groups",
         type=_groups,
         metavar="SHARES",
-        help="of the boards, one stage each: 1,10%%,100%% is one board, a tenth, all (the default)",
+        help="shares of the boards, one per stage: 1,10%%,100%% is one board, a tenth, all (the default)",
     )
     start.add_argument(
-        "--success", type=_share, default=0.9, metavar="SHARE", help="of a stage, before the next (default: 90%%)"
+        "--success",
+        type=_share,
+        default=0.9,
+        metavar="SHARE",
+        help="share of a stage's boards that must be updated before the next stage begins (default: 90%%)",
     )
     start.add_argument(
-        "--errors", type=_share, default=0.1, metavar="SHARE", help="of a stage that may fail (default: 10%%)"
+        "--errors",
+        type=_share,
+        default=0.1,
+        metavar="SHARE",
+        help="share of a stage's boards that may fail (default: 10%%)",
     )
     start.add_argument(
-        "--patience", type=float, default=60.0, metavar="MINUTES", help="that a board may say nothing new (default: 60)"
+        "--patience",
+        type=float,
+        default=60.0,
+        metavar="MINUTES",
+        help="minutes without news after which a board counts as failed (default: 60)",
     )
-    start.add_argument("--hours", type=float, default=24.0, metavar="H", help="that a stage may take (default: 24)")
-    start.add_argument("--attempts", type=whole_number, default=3, metavar="N", help="starts of a trial (default: 3)")
     start.add_argument(
-        "--deadline", type=float, default=600.0, metavar="S", help="seconds of each until it is healthy (default: 600)"
+        "--hours", type=float, default=24.0, metavar="H", help="hours that a stage may take (default: 24)"
     )
-    start.add_argument("--devices", metavar="NAMES", help="these boards alone, with commas (default: all that are in)")
-    start.add_argument("--seed", type=int, default=0, help="another one chooses other boards to be early")
+    start.add_argument(
+        "--attempts",
+        type=whole_number,
+        default=3,
+        metavar="N",
+        help="how often a board starts the release on trial before it goes back (default: 3)",
+    )
+    start.add_argument(
+        "--deadline",
+        type=float,
+        default=600.0,
+        metavar="S",
+        help="seconds that each of these starts has to become healthy (default: 600)",
+    )
+    start.add_argument(
+        "--devices", metavar="NAMES", help="only these boards, separated by commas (default: all members)"
+    )
+    start.add_argument("--seed", type=int, default=0, help="changes which boards are in the early stages")
     start.set_defaults(function=_start)
     pause = actions.add_parser(
-        "pause", help="begin nothing further; boards that were given the release continue with it"
+        "pause", help="give the release to no further boards for now; boards that have it continue"
     )
     pause.set_defaults(function=_pause)
-    resume = actions.add_parser("resume", help="let a paused rollout go on")
+    resume = actions.add_parser("resume", help="resume a paused rollout")
     resume.set_defaults(function=_resume)
-    status = actions.add_parser("status", help="say how far the last rollout is, and what failed")
+    status = actions.add_parser("status", help="show the progress and the failures of the latest rollout")
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
     status.set_defaults(function=_status)
     listed = actions.add_parser("list", help="list all rollouts, the latest first")
@@ -75,10 +100,12 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
     stop.set_defaults(function=_stop)
     back = actions.add_parser(
-        "back", help="take the boards that have the last release to what they had before, under a new number"
+        "back", help="roll back the boards that have the latest release to the one before, under a new number"
     )
-    back.add_argument("--number", type=int, metavar="N", help="of the new release (default: the next that is free)")
-    back.add_argument("--groups", type=_groups, metavar="SHARES", help="as for start (default: all at once)")
+    back.add_argument("--number", type=int, metavar="N", help="the new release's number (default: the next free one)")
+    back.add_argument(
+        "--groups", type=_groups, metavar="SHARES", help="stages, as for start (default: all boards at once)"
+    )
     back.set_defaults(function=_back)
     for action in (pause, stop, back):
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
@@ -91,17 +118,21 @@ def _start(arguments: argparse.Namespace) -> int:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
     begun = start_rollout(arguments.state, arguments.release, _terms(arguments), _named_boards(arguments.devices))
     number, release, rollout = begun.number, begun.release, begun.rollout
-    which = "all that are let in" if arguments.devices is None else "those that were named"
+    which = "all members" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")
     print(f"rollout {number}: release {release.number} ({release.version}) to {count}, {which}")
     for at in range(len(rollout.plan.stages)):
         names = sorted(n for n, b in rollout.boards.items() if b.stage == at)
         print(f"  stage {at + 1}: {quantity(len(names), 'board')}{_named(names)}")
-    print(f"a board that is off for {arguments.patience:g} minutes in its stage, or has no launcher, counts as failed:")
-    print("--devices chooses the boards")
-    if not held(arguments.state / _LOCK):
-        print("no server is running on this folder: it begins when one is started")
+    print(f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as")
+    print("failed; --devices chooses the boards")
+    _note_without_server(arguments.state, "begins")
     return int(ExitCode.OK)
+
+
+def _note_without_server(state: Path, action: str) -> None:
+    if not held(state / LOCK):
+        print(f"no server is running on this folder: it {action} when one is started")
 
 
 def _named_boards(given: str | None) -> list[str] | None:
@@ -110,14 +141,14 @@ def _named_boards(given: str | None) -> list[str] | None:
 
 def _terms(arguments: argparse.Namespace) -> RolloutTerms:
     return RolloutTerms(
-        arguments.groups or (),
-        arguments.success,
-        arguments.errors,
-        60 * arguments.patience,
-        3600 * arguments.hours,
-        arguments.attempts,
-        arguments.deadline,
-        arguments.seed,
+        shares=arguments.groups or (),
+        success=arguments.success,
+        errors=arguments.errors,
+        board_seconds=60 * arguments.patience,
+        stage_seconds=3600 * arguments.hours,
+        attempts=arguments.attempts,
+        deadline_s=arguments.deadline,
+        seed=arguments.seed,
     )
 
 
@@ -126,11 +157,11 @@ def _status(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
     elif entry is None:
-        print("nothing was rolled out yet")
+        print("no release has been rolled out yet")
     else:
         print(describe(entry))
-        if entry.rollout.phase.under_way and not held(arguments.state / _LOCK):
-            print("no server is running on this folder: it continues when one is started")
+        if entry.rollout.phase.under_way:
+            _note_without_server(arguments.state, "continues")
     return int(ExitCode.OK)
 
 
@@ -156,9 +187,8 @@ def _stop(arguments: argparse.Namespace) -> int:
     _entries(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.stop(arguments.reason)
-    print(f"rollout {number} is to stop: boards that have the release keep it")
-    if not held(arguments.state / _LOCK):
-        print("no server is running on this folder: it stops when one is started")
+    print(f"rollout {number} will stop: boards that have the release keep it")
+    _note_without_server(arguments.state, "stops")
     return int(ExitCode.OK)
 
 
@@ -166,7 +196,7 @@ def _pause(arguments: argparse.Namespace) -> int:
     _entries(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.pause(arguments.reason)
-    print(f"rollout {number} is paused: no further board is given the release, those at it end")
+    print(f"rollout {number} is paused: no further boards get the release; those that are updating finish")
     return int(ExitCode.OK)
 
 
@@ -174,9 +204,8 @@ def _resume(arguments: argparse.Namespace) -> int:
     _entries(arguments.state)
     with RolloutStore(arguments.state) as store:
         number = store.resume()
-    print(f"rollout {number} goes on")
-    if not held(arguments.state / _LOCK):
-        print("no server is running on this folder: it continues when one is started")
+    print(f"rollout {number} continues")
+    _note_without_server(arguments.state, "continues")
     return int(ExitCode.OK)
 
 
@@ -185,8 +214,7 @@ def _back(arguments: argparse.Namespace) -> int:
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
     begun = take_back(arguments.state, arguments.reason, number=arguments.number, terms=terms)
     print(begun.told_back())
-    if not held(arguments.state / _LOCK):
-        print("no server is running on this folder: it begins when one is started")
+    _note_without_server(arguments.state, "begins")
     return int(ExitCode.OK)
 
 
@@ -203,21 +231,21 @@ def describe(entry: RolloutEntry) -> str:
     """How far a rollout is, as text."""
     rollout, release = entry.rollout, Release.from_bytes(entry.offer.manifest.encode())
     stage = f", stage {rollout.stage + 1} of {len(rollout.plan.stages)}" if rollout.stage >= 0 else ", not begun"
-    asked = _asked(entry)
     counts = Counter(b.fate for b in rollout.boards.values())
     words = {Fate.WELL: "updated", Fate.GIVEN: "updating", Fate.FAILED: "failed", Fate.WAITING: "pending"}
     gone = sorted(n for n, b in rollout.boards.items() if b.fate is Fate.GONE)
     count = len(rollout.boards) - len(gone)
+    phase = f"{rollout.phase.value}{stage}{_pending_request(entry)}"
     lines = [
-        f"rollout {entry.number} of release {release.number} ({release.version}): {rollout.phase.value}{stage}{asked}",
+        f"rollout {entry.number} of release {release.number} ({release.version}): {phase}",
         "  " + ", ".join(f"{counts[fate]} {what}" for fate, what in words.items()) + f", of {count}",
     ]
     if entry.leaves is not None:
-        lines.append(f"  it takes boards back from release {entry.leaves}")
+        lines.append(f"  it rolls boards back from release {entry.leaves}")
     if rollout.why:
         lines.append(f"  {rollout.why}")
     if gone:
-        lines.append(f"  {len(gone)} left the fleet before, and don't count{_named(gone)}")
+        lines.append(f"  {len(gone)} left the fleet, and don't count{_named(gone)}")
     for name, board in sorted(rollout.boards.items()):
         if board.fate is Fate.GIVEN:
             lines.append(f"  {name}: {_doing(entry.reports.get(name))}")
@@ -226,8 +254,8 @@ def describe(entry: RolloutEntry) -> str:
     return "\n".join(lines)
 
 
-def _asked(entry: RolloutEntry) -> str:
-    """An order that the server hasn't carried out yet."""
+def _pending_request(entry: RolloutEntry) -> str:
+    """A request to stop, pause or resume that the server hasn't carried out yet, as text."""
     phase = entry.rollout.phase
     if not phase.under_way:
         return ""
@@ -267,7 +295,7 @@ def _named(names: list[str]) -> str:
 
 
 def _groups(text: str) -> list[float]:
-    """Shares of the boards; a plain 1 is one board, whatever its share."""
+    """Parse shares of the boards; a plain 1 stands for one board."""
     return [CAREFUL[0].share if part.strip() == "1" else _share(part) for part in text.split(",")]
 
 

@@ -1,9 +1,9 @@
-"""CloneDetector: two boards that were given one name, and push each other off the broker without a word.
+"""Detection of two boards that use one name.
 
-Without identities a broker lets only one connection have a name, so that each of two namesakes ends the other's when
-it connects. The server sees a device that comes back again and again, or that says first one thing of itself and then
-another. With identities both stay connected, with one key: one is a copy of the other's disk. Then a connection speaks
-again that another one had followed, or the signatures of both show it (`fedprune_server.messaging.authentication`).
+Without identities, a broker allows one connection per name, so the two boards keep disconnecting each other: the server
+sees a device that reconnects again and again, or whose description alternates. With identities, both stay connected
+with the same key, because one is a copy of the other's disk. Then a session that was superseded sends again, or
+signatures overlap (`fedprune_server.messaging.authentication`).
 """
 
 from __future__ import annotations
@@ -11,34 +11,33 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-MANY = 6
-WITHIN_S = 60.0
-"""More new connections than an agent makes in this time, because it pauses longer after each failure."""
+RECONNECTS, RECONNECTS_WITHIN_S = 6, 60.0
+"""This many new sessions within this many seconds are suspicious: an agent backs off, and makes fewer."""
 
 QUIET_S = 300.0
-"""After this long without a sign a suspicion ends."""
+"""Seconds without a new sign after which a suspicion ends."""
 
 AGAIN_S = 3600.0
 """Seconds between two reports of one name."""
 
 SIGNS, APART_S, SIGNS_WITHIN_S = 3, 10.0, 600.0
-"""Signs in signed messages that a key has two users: their number, their least distance, and the time within which
-they count. A broker that lets messages overtake each other, or a second server for a moment, causes one or two."""
+"""How many overlapping signatures show that two boards share a key, the least seconds between two that count, and the
+seconds within which they count. A broker that reorders messages, or a second server for a moment, causes one or two."""
 
-_FOLLOWED = 8
-"""Connections of a device that are remembered to have been followed by another one."""
+_SUPERSEDED = 8
+"""Superseded sessions that are remembered per device."""
 
 Description = tuple[str, int]
-"""What a device says of itself: its profile and number of samples."""
+"""A device's own description: its profile and number of samples."""
 
 
 @dataclass
 class _Seen:
     session: int
-    now: Description
-    before: Description | None = None
-    births: deque[float] = field(default_factory=lambda: deque(maxlen=MANY))
-    followed: deque[int] = field(default_factory=lambda: deque(maxlen=_FOLLOWED))
+    current: Description
+    previous: Description | None = None
+    births: deque[float] = field(default_factory=lambda: deque(maxlen=RECONNECTS))
+    superseded: deque[int] = field(default_factory=lambda: deque(maxlen=_SUPERSEDED))
 
 
 class CloneDetector:
@@ -47,63 +46,61 @@ class CloneDetector:
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
         self._suspected: dict[str, float] = {}
-        self._told: dict[str, float] = {}
+        self._reported: dict[str, float] = {}
         self._signs: dict[str, deque[float]] = {}
 
     def born(self, device: str, session: int, what: Description, online: bool, now: float) -> str:
-        """Note an announcement by a known device, so that strangers can't fill the memory.
+        """Note an announcement of a device. Only call it for known devices, so that strangers can't fill the memory.
 
         Returns:
-            Why there seem to be two boards of that name, if that is news; otherwise nothing.
+            Why two boards seem to use the name; empty if there is no sign, or if the name was reported within the hour.
         """
         seen = self._seen.setdefault(device, _Seen(session, what))
         if session == seen.session:
-            seen.now = what
+            seen.current = what
             return ""
         seen.births.append(now)
         reason = ""
         # Samples may grow at any time, also while the board is away.
-        other = what[0] != seen.now[0] or what[1] < seen.now[1]
-        if online and session in seen.followed:
+        other = what[0] != seen.current[0] or what[1] < seen.current[1]
+        if online and session in seen.superseded:
             reason = "two connections take turns"
-        elif other and (online or what == seen.before):
-            reason = f"first it was a {_words(seen.now)}, now it is a {_words(what)}"
-        elif len(seen.births) == MANY and now - seen.births[0] <= WITHIN_S:
-            reason = f"it has connected {MANY} times within {now - seen.births[0]:.0f} s"
-        if what != seen.now:
-            seen.before, seen.now = seen.now, what
-        seen.followed.append(seen.session)
+        elif other and (online or what == seen.previous):
+            reason = f"first it was a {_words(seen.current)}, now it is a {_words(what)}"
+        elif len(seen.births) == RECONNECTS and now - seen.births[0] <= RECONNECTS_WITHIN_S:
+            reason = f"it has connected {RECONNECTS} times within {now - seen.births[0]:.0f} s"
+        if what != seen.current:
+            seen.previous, seen.current = seen.current, what
+        seen.superseded.append(seen.session)
         seen.session = session
-        return reason if reason and self._tell(device, now) else ""
+        return reason if reason and self._suspect(device, now) else ""
 
-    def doubled(self, device: str, now: float) -> bool:
-        """Note a sign that two boards sign with one key; returns whether the signs suffice and that is news, once an
-        hour.
-        """
+    def note_shared_key(self, device: str, now: float) -> bool:
+        """Note overlapping signatures of one key; returns whether to report them, at most once an hour."""
         signs = self._signs.setdefault(device, deque(maxlen=SIGNS))
         if not signs or now - signs[-1] >= APART_S:
             signs.append(now)
-        return len(signs) == SIGNS and now - signs[0] <= SIGNS_WITHIN_S and self._tell(device, now)
+        return len(signs) == SIGNS and now - signs[0] <= SIGNS_WITHIN_S and self._suspect(device, now)
 
-    def _tell(self, device: str, now: float) -> bool:
-        """Suspect a device; returns whether that is new."""
+    def _suspect(self, device: str, now: float) -> bool:
+        """Suspect a device; returns whether to report it, at most once an hour."""
         self._suspected[device] = now
-        if now - self._told.get(device, -AGAIN_S) < AGAIN_S:
+        if now - self._reported.get(device, -AGAIN_S) < AGAIN_S:
             return False
-        self._told[device] = now
+        self._reported[device] = now
         return True
 
     def forget(self, device: str) -> None:
-        """Forget a name, which another board has now."""
-        for known in (self._seen, self._suspected, self._told, self._signs):
+        """Forget a name, because another board has it from now on."""
+        for known in (self._seen, self._suspected, self._reported, self._signs):
             known.pop(device, None)
 
     def suspects(self, device: str) -> bool:
         """Whether more than one board seems to use a name."""
         return device in self._suspected
 
-    def settle(self, now: float) -> None:
-        """Forget old suspicions."""
+    def expire(self, now: float) -> None:
+        """End suspicions that had no new sign for `QUIET_S`."""
         self._suspected = {n: at for n, at in self._suspected.items() if now - at < QUIET_S}
 
 

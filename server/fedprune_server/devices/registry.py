@@ -166,9 +166,9 @@ class DeviceRegistry:
                 device,
             )
 
-    def doubled(self, device: str, now: float) -> None:
+    def note_shared_key(self, device: str, now: float) -> None:
         """Note a sign that two boards sign with one key; enough of them are logged."""
-        if self.clones.doubled(device, now):
+        if self.clones.note_shared_key(device, now):
             log.warning(
                 "two boards seem to use the identity of %s, as if one were a copy of the other's card or state folder: "
                 "%d signs of it within %.0f minutes. A broker that delays messages for long can look the same, so look "

@@ -38,7 +38,7 @@ from fedprune_server.engine.message_handler import Envelope, MessageHandler
 from fedprune_server.engine.steady_clock import SteadyClock
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import BackgroundExecutor, CommandExecutor
-from fedprune_server.executor.retention import Garbage
+from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.display import Lines
@@ -165,7 +165,7 @@ class JobRunner:
         self._messages = MessageHandler(traffic, site.quarantine, profiles, self._rollouts, services.logs)
         self._dispatcher = CommandDispatcher(traffic, self._shipping, services.blobs.url)
         self._journal = Journal(
-            job.state, job.storage, Garbage(job.store, job.keep), self.registry, self._dispatcher, site.monotonic
+            job.state, job.storage, BlobCollector(job.store, job.keep), self.registry, self._dispatcher, site.monotonic
         )
         self._timeless = _TIMELESS[:2] if self._schedule.asynchronous else _TIMELESS
         self._alarms: list[float] = []
@@ -517,7 +517,7 @@ class JobRunner:
             self.registry.sent(device, size)
         if self._rollouts is not None:
             self._rollouts.tick()
-        self.registry.clones.settle(now)
+        self.registry.clones.expire(now)
         self._messages.keep_logs()
         for event in self._dispatcher.repeat(now):
             self._handle(event)

@@ -10,7 +10,7 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination import events as on
 from fedprune_server.devices.registry import DeviceRegistry
 from fedprune_server.engine.command_dispatcher import CommandDispatcher
-from fedprune_server.executor.retention import Garbage
+from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.storage.storage import PARTS_KEPT, Storage
 
 
@@ -26,12 +26,12 @@ class Journal:
         self,
         state: State,
         storage: Storage,
-        garbage: Garbage,
+        collector: BlobCollector,
         registry: DeviceRegistry,
         dispatcher: CommandDispatcher,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._state, self._storage, self._garbage, self._registry = state, storage, garbage, registry
+        self._state, self._storage, self._collector, self._registry = state, storage, collector, registry
         self._dispatcher, self._monotonic = dispatcher, monotonic
         self._at = (state.round, state.phase)
         self._told = len(state.history)
@@ -39,9 +39,9 @@ class Journal:
     def heard(self, event: on.Event) -> None:
         """The coordinator was told of an event, which is not saved yet."""
         if isinstance(event, on.Extracted):
-            self._garbage.made(event.offer, self._state.round)
+            self._collector.note_offer(event.offer, self._state.round)
         if isinstance(event, on.UpdateStored):
-            self._garbage.suspect([event.weights])  # it may have come too late for anybody to want it
+            self._collector.mark([event.weights])  # it may have come too late for anybody to want it
 
     def save(self, events: Sequence[on.Event], now: float) -> float | None:
         """Save events and what has changed with them.
@@ -56,8 +56,8 @@ class Journal:
             StorageError: The disk fails or is full.
         """
         state = self._state
-        self._garbage.follow(state)
-        self._garbage.suspect(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
+        self._collector.note_state(state)
+        self._collector.mark(self._dispatcher.let_go(everywhere=state.phase is not self._at[1]))
         # First remembered, then done: after a crash at any point the state asks for what was not done.
         begun, took = self._monotonic(), None
         if self._storage.save(state, events, now, self._registry.moved):
@@ -68,7 +68,7 @@ class Journal:
         if state.round != before[0] or (state.phase is Phase.FINISHED and self._at != before):
             # No offer is being made: coordinators order them while a round collects, the executor answers in order, so
             # all are here before the round's end is; and those of the next round are ordered after this.
-            self._garbage.collect(state, self._dispatcher.arriving())
+            self._collector.collect(state, self._dispatcher.arriving())
         return took
 
     def ended(self) -> Iterator[dict[str, Any]]:

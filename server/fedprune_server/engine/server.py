@@ -199,7 +199,7 @@ class Server:
             case Released():
                 self._ask(item.device)
             case DuplicateIdentity():
-                self.first.registry.doubled(item.device, now)
+                self.first.registry.note_shared_key(item.device, now)
 
     def _receive(self, topic: str, payload: bytes) -> None:
         """Decode a message and pass it on; what is wrong is logged, the first few times, and dropped."""

@@ -1,4 +1,4 @@
-"""Blobs that a job needs no more, and when it is safe to delete them."""
+"""Garbage collection of blobs: which ones a job no longer needs, and when it is safe to delete them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from fedprune.jobs.state import named_in
 from fedprune_server.executor.offers import LatestGraphs, graphs_of
 
 
-class Garbage:
-    """What rounds leave behind.
+class BlobCollector:
+    """Mark and sweep of a job's blobs: candidates are marked while a round runs, and swept when the next one begins.
+
+    A blob becomes a candidate when one of its references is removed. `collect` deletes the candidates that nothing else
+    refers to; the others stay candidates.
 
     Args:
         store: The blob store.
@@ -24,75 +27,73 @@ class Garbage:
     def __init__(self, store: BlobStore, keep: int | None) -> None:
         self._store = store
         self._keep = keep
-        self._suspects: set[str] = set()
+        self._candidates: set[str] = set()
         self._graphs = LatestGraphs()
-        self._held: dict[tuple[int, str], set[str]] = {}
+        self._references: dict[tuple[str, str], set[str]] = {}  # by kind ("state", "device", "task") and name
 
-    def follow(self, state: State) -> None:
-        """Suspect what the state no longer refers to; it is asked before the state's changes are settled."""
+    def note_state(self, state: State) -> None:
+        """Mark what the state no longer refers to. Call it before `state.settle()`, which forgets what has changed."""
         if self._keep is None:
             return
-        known = bool(self._held)
-        self._hold((0, ""), state.own_references())
-        for floor, roll in enumerate[TrackedDict[Any]]((state.devices, state.tasks), 1):
-            for name in roll.changed if known else list(roll):
-                self._hold((floor, name), roll[name].references() if name in roll else set())
+        known = bool(self._references)
+        self._note("state", "", state.own_references())
+        entries: tuple[tuple[str, TrackedDict[Any]], ...] = (("device", state.devices), ("task", state.tasks))
+        for kind, tracked in entries:
+            for name in tracked.changed if known else list(tracked):
+                self._note(kind, name, tracked[name].references() if name in tracked else set())
 
-    def _hold(self, key: tuple[int, str], digests: set[str]) -> None:
-        before = self._held.pop(key, set())
+    def _note(self, kind: str, name: str, digests: set[str]) -> None:
+        before = self._references.pop((kind, name), set())
         if digests:
-            self._held[key] = digests
-        self._suspects |= before - digests
+            self._references[kind, name] = digests
+        self._candidates |= before - digests
 
-    def suspect(self, digests: Iterable[str]) -> None:
-        """Blobs that something no longer refers to; something else still may."""
+    def mark(self, digests: Iterable[str]) -> None:
+        """Mark blobs as candidates for deletion."""
         if self._keep is not None:
-            self._suspects |= set(digests)
+            self._candidates |= set(digests)
 
-    def spare(self, graphs: Iterable[str], round_: int) -> None:
-        """Graphs that an offer of a round names; those of the next rounds may name them again.
-
-        They stay as long as `LatestGraphs` has them.
-        """
+    def keep_graphs(self, graphs: Iterable[str], round_: int) -> None:
+        """Keep the graphs of an offer while `LatestGraphs` has them: the next rounds may offer them again."""
         self._graphs.name(graphs, round_)
 
-    def made(self, offer: Mapping[str, Any], round_: int) -> None:
-        """An offer was made of a round; its device may have been let go meanwhile, and nothing refer to it."""
-        self.spare(graphs_of(offer), round_)
-        self.suspect(named_in(offer) | ({offer["ranking"]} if offer.get("ranking") else set()))
+    def note_offer(self, offer: Mapping[str, Any], round_: int) -> None:
+        """Keep a new offer's graphs, and mark its other blobs: its device may have been dropped while it was made."""
+        self.keep_graphs(graphs_of(offer), round_)
+        self.mark(named_in(offer) | ({offer["ranking"]} if offer.get("ranking") else set()))
 
     def collect(self, state: State, arriving: AbstractSet[str]) -> None:
-        """Delete what earlier rounds needed.
+        """Sweep: delete the candidates that nothing refers to, and partial files.
 
-        Only as a round begins, before any of its commands is carried out: then no offer is being made, so nobody is
-        about to name what is deleted here, or to put the same bytes again. Parts that wait for their offers are the new
-        round's, and name what it needs.
+        Call it only when a round begins, before any of its commands is carried out. No offer is being made then, so
+        nothing can start to refer to a blob that is deleted here, or store the same bytes again. Tasks that wait for
+        their offers belong to the new round, and refer to what it needs.
 
         Args:
-            state: What it refers to stays.
-            arriving: Blobs on their way here, which stay; parts of all others are deleted.
+            state: Everything it refers to stays.
+            arriving: Blobs that are being received, which stay; partial files of all others are deleted.
 
         Raises:
             StorageError: The disk fails.
         """
-        self.suspect(self._graphs.let_go(state.round))
+        self.mark(self._graphs.let_go(state.round))
         kept = state.references() | self._graphs.digests() | kept_models(state, self._keep)
         kept |= arriving
-        for digest in self._suspects - kept:
+        for digest in self._candidates - kept:
             self._store.delete(digest)
-        self._suspects &= kept
+        self._candidates &= kept
         self._store.drop_partials(arriving)
 
 
 def kept_models(state: State, keep: int | None) -> set[str]:
-    """Digests of the latest global models that stay on the disk; of all without `keep`."""
+    """Digests of the global models that stay on the disk: the latest `keep`, or all if that is None."""
     return {state.model, *(r["model"] for r in state.history[-(keep or 0) :])}
 
 
 def sweep(store: BlobStore, state: State, keep: int | None) -> None:
-    """Delete blobs, whole and partial, that nothing refers to: what a crash left behind.
+    """Delete all blobs, whole and partial, that nothing refers to, such as a crash leaves behind.
 
-    Graphs are made again when they are needed. Without `keep` everything stays.
+    Graphs are made again when they are needed. Whole blobs stay if `keep` is None.
 
     Raises:
         StorageError: The disk fails.
@@ -103,14 +104,3 @@ def sweep(store: BlobStore, state: State, keep: int | None) -> None:
         if digest not in kept:
             store.delete(digest)
     store.drop_partials(updates)
-
-
-def texts(value: object) -> set[str]:
-    """Every text in JSON types: all that may be a digest."""
-    if isinstance(value, str):
-        return {value}
-    if isinstance(value, Mapping):
-        return set().union(*map(texts, value.values()))
-    if isinstance(value, (list, tuple)):
-        return set().union(*map(texts, value))
-    return set()

@@ -48,7 +48,7 @@ _IDENTITY = (  # the register before the devices: a certificate that was issued 
 
 
 class MovedError(StorageError):
-    """The server went on meanwhile, and what the copy of its database refers to is gone."""
+    """The server continued meanwhile, and deleted something that the copied database refers to."""
 
 
 def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
@@ -65,20 +65,21 @@ def back_up(state: Path, target: Path, advance: Advance) -> Manifest:
     """
     _check_apart(state, target)
     write = _write_tar if target.suffix == ".tar" else _write_folder
-    for attempt in range(_ATTEMPTS):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             with TemporaryDirectory(prefix="fedprune-backup-") as scratch:
                 collected = _Collected(state, Path(scratch))
                 write(target, collected, advance)
                 return collected.manifest
-        except MovedError:  # noqa: PERF203 - seldom
-            if attempt + 1 == _ATTEMPTS:
+        except MovedError:
+            if attempt == _ATTEMPTS:
                 raise
-    raise StorageError(f"no backup of {state} was made")
 
 
 def _check_apart(state: Path, target: Path) -> None:
-    """What is lost with the state folder is no backup of it."""
+    """Refuse a target in the state folder: it would be lost together with it."""
     with storage_errors(f"can't read {target}"):
         inside = target.resolve().is_relative_to(state.resolve())
     if inside:

@@ -22,10 +22,10 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import ConfigError, FedpruneError, StorageError
+from fedprune.core.text import all_strings
 from fedprune.jobs.job import Job
 from fedprune_export.importing import import_onnx
 from fedprune_server.executor.evaluator import load_calibration
-from fedprune_server.executor.retention import texts
 from fedprune_server.executor.worker import Worker
 from fedprune_server.maintenance.finding import Finding, Severity
 from fedprune_server.maintenance.inventory import Inventory
@@ -127,7 +127,7 @@ class _Replay:
         """Delete what later rounds don't need."""
         needed = state.references() | self._worker.graphs()
         for event in self._made.values():
-            needed |= texts(vars(event))
+            needed |= all_strings(vars(event))
         for name in list(self._store.names()):
             if name not in needed:
                 self._store.delete(name)

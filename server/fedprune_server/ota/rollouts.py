@@ -185,7 +185,7 @@ def take_back(
 def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntry, RolloutEntry]:
     """The rollout that is left, and the one whose release boards had before."""
     if not entries:
-        raise ConfigError("nothing was rolled out yet")
+        raise ConfigError("no release has been rolled out yet")
     last = entries[-1]
     number = last.offer.number
     if release is not None and release != number:

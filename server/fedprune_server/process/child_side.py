@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from typing import BinaryIO
 
-_PR_SET_PDEATHSIG = 1
-
-_prctl = getattr(ctypes.CDLL(None, use_errno=True), "prctl", None)
+from fedprune.core.parent_death import set_parent_death_signal
 
 
 def end_with_parent(parent: int) -> None:
@@ -18,15 +15,6 @@ def end_with_parent(parent: int) -> None:
     set_parent_death_signal(signal.SIGTERM)
     if os.getppid() != parent:  # it ended before the kernel was asked
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def set_parent_death_signal(number: signal.Signals) -> None:
-    """Ask the kernel to send this process a signal when its parent ends, even after kill -9 (Linux only).
-
-    Also runs in a child before its program, so it may do no more than call the kernel.
-    """
-    if _prctl is not None:
-        _prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def reply_stream() -> BinaryIO:

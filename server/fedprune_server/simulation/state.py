@@ -21,9 +21,9 @@ from fedprune.coordination import events as on
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import StorageError
+from fedprune.core.text import all_strings
 from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.retention import texts
 from fedprune_server.simulation.measure import RoundNotes
 
 FORMAT = "fedprune.simulation/2"
@@ -168,13 +168,13 @@ class SimulationState:
         self.now = RoundNotes()
 
     def references(self) -> set[str]:
-        """All texts of queued items that may name a blob."""
+        """All strings of queued items: any of them may be the digest of a blob."""
         found: set[str] = set(self.boards.values())
         for _, item in self.queue.values():
             if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
-                found |= texts(vars(item))
+                found |= all_strings(vars(item))
         for event in self.unsent.values():
-            found |= texts(event.weights)
+            found |= all_strings(event.weights)
         return found
 
 

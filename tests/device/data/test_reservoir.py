@@ -16,7 +16,7 @@ def fed(labels: list[int], samples: int, seed: int = 0, size: int = 1, room: int
     """A reservoir that saw samples of these labels, whose names are their numbers."""
     reservoir = Reservoir(Limits(samples, room), seed)
     for number, label in enumerate(labels):
-        reservoir.follow(reservoir.judge(f"{number:06}", label, size))
+        reservoir.apply(reservoir.decide(f"{number:06}", label, size))
     return reservoir
 
 
@@ -70,7 +70,7 @@ def test_classes_get_fair_shares_and_the_room_is_never_exceeded(labels: list[int
 def test_bytes_are_bounded_whatever_the_sizes(rows: list[tuple[int, int]], seed: int) -> None:
     reservoir = Reservoir(Limits(1000, 200), seed)
     for number, (label, size) in enumerate(rows):
-        reservoir.follow(reservoir.judge(f"{number:06}", label, size))
+        reservoir.apply(reservoir.decide(f"{number:06}", label, size))
         for unlabelled in (False, True):
             assert reservoir.held(unlabelled=unlabelled)[1] <= reservoir.most(unlabelled=unlabelled)[1]
 
@@ -88,14 +88,14 @@ def test_the_same_samples_are_dealt_with_alike_whatever_happened_to_the_order_of
         other.set_seen(label, seen)
     for reservoir in (one, other):
         for number in range(50):
-            reservoir.follow(reservoir.judge(f"x{number}", number % 3, 1))
+            reservoir.apply(reservoir.decide(f"x{number}", number % 3, 1))
     assert one.kept() == other.kept()
 
 
 def test_of_samples_that_wait_for_a_label_the_newest_stay() -> None:
     reservoir = fed([UNLABELLED] * 50 + [0] * 50, 40)
     assert list(reservoir.unlabelled()) == [f"{n:06}" for n in range(40, 50)]
-    reservoir.follow(reservoir.judge("large", UNLABELLED, 10**8))
+    reservoir.apply(reservoir.decide("large", UNLABELLED, 10**8))
     assert list(reservoir.unlabelled())[-1] == "large"
     assert not fed([UNLABELLED], 3).kept(), "there is no room for any"
 
@@ -106,7 +106,7 @@ def test_samples_that_need_no_label_are_a_uniform_choice() -> None:
         reservoir = Reservoir(Limits(48, 10**9), seed)
         reservoir.waiting = False
         for number in range(60):
-            reservoir.follow(reservoir.judge(f"{number:06}", UNLABELLED, 1))
+            reservoir.apply(reservoir.decide(f"{number:06}", UNLABELLED, 1))
         counts.update(reservoir)
     found = [counts[f"{n:06}"] for n in range(60)]
     assert sum(found) == 400 * 12
@@ -115,4 +115,4 @@ def test_samples_that_need_no_label_are_a_uniform_choice() -> None:
 
 def test_what_is_too_large_for_the_room_is_declined() -> None:
     reservoir = Reservoir(Limits(10, 100), 0)
-    assert not reservoir.judge("a", 0, 101).kept
+    assert not reservoir.decide("a", 0, 101).kept

@@ -89,5 +89,5 @@ def test_a_program_that_cant_be_started_is_named(cache: EngineCache, monkeypatch
 def test_a_child_whose_parent_has_ended_makes_nothing(cache: EngineCache) -> None:
     making = BuildProcess(cache, BuildRequest(cache.work, EnginePlan().to_json(), parent=0), 60.0)
     making._child.wait()
-    with pytest.raises(EngineError, match="the process that wanted an engine has ended"):
+    with pytest.raises(EngineError, match="the process that requested an engine has ended"):
         making.poll()

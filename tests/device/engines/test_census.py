@@ -99,7 +99,7 @@ def test_every_call_has_been_made_with_arguments_that_fit(board: EngineBoard, tm
     with pytest.raises(Exception, match="TensorRT doesn't take the graph"):
         build.build(
             found,
-            bindings.RejectedMessageLog(),
+            bindings.TensorRTErrors(),
             tmp_path / "inference.onnx",
             EnginePlan(),
             refittable=False,
@@ -113,7 +113,7 @@ def test_every_call_has_been_made_with_arguments_that_fit(board: EngineBoard, tm
         with pytest.raises(Exception, match="no such weights"):
             refit(
                 found,
-                bindings.RejectedMessageLog(),
+                bindings.TensorRTErrors(),
                 (board.engines / "base.plan").read_bytes(),
                 board.model(2).folder / "inference.onnx",
             )
@@ -138,7 +138,7 @@ class TestTheDouble:
 
     @pytest.fixture
     def logger(self, double: Double) -> Any:
-        return bindings.RejectedMessageLog().logger(double.module)
+        return bindings.TensorRTErrors().logger(double.module)
 
     def test_names_of_other_versions_are_unknown(self, double: Double, logger: Any, tmp_path: Path) -> None:
         trt: Any = double.module

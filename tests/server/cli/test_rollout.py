@@ -65,12 +65,12 @@ def desk(state: Path, reports: list[ReleaseReport]) -> None:
 
 
 def test_a_rollout_is_begun_looked_at_and_stopped(state: Path, release: Path, read: Read) -> None:
-    assert read("status") == "nothing was rolled out yet\n"
+    assert read("status") == "no release has been rolled out yet\n"
     assert json.loads(read("status", "--json")) is None
     lines = read("start", release, "--seed", 3).splitlines()
-    assert lines[0] == "rollout 1: release 7 (0.7.0) to 20 boards, all that are let in"
+    assert lines[0] == "rollout 1: release 7 (0.7.0) to 20 boards, all members"
     assert [x.split(":")[1] for x in lines[1:4]] == [" 1 board", " 1 board", " 18 boards"]
-    assert lines[4] == "a board that is off for 60 minutes in its stage, or has no launcher, counts as failed:"
+    assert "60 minutes" in lines[4]
     assert "--devices" in lines[5]
     assert "no server is running" in lines[6]
     first = lines[1].split()[-1]
@@ -98,13 +98,13 @@ def test_a_rollout_is_paused_resumed_and_taken_back(state: Path, release: Path, 
     with IdentityFolder(state) as identity:
         second = make_release(tmp_path / "second", 8, key=identity.key)
     read("start", second, "--devices", "board-3,board-5", "--groups", "50%,100%")
-    assert "no further board is given the release" in read("pause", "--reason", "a storm")
+    assert "no further boards get the release" in read("pause", "--reason", "a storm")
     assert "running, stage 1 of 2, to be paused" in read("status").replace("not begun", "stage 1 of 2")
     desk(state, [])
     assert "paused, not begun" in read("status")
     assert "paused: a storm" in read("status")
     assert json.loads(read("status", "--json"))["pausing"] == "a storm"
-    assert "rollout 2 goes on" in read("resume")
+    assert "rollout 2 continues" in read("resume")
     assert "isn't paused" in read("resume", code=14)
     desk(state, [])
     desk(state, [ReleaseReport(name, 8, COMMITTED, "", 0, 0) for name in ("board-3", "board-5")])
@@ -112,7 +112,7 @@ def test_a_rollout_is_paused_resumed_and_taken_back(state: Path, release: Path, 
     assert "expected above 8" in read("back", "--number", 8, code=65)
     told = "rollout 3: back from release 8 to what release 7 (0.7.0) holds, as release 20, for 2 boards"
     assert read("back", "--number", 20, "--reason", "too hot").splitlines()[0] == told
-    assert "it takes boards back from release 8" in read("status")
+    assert "it rolls boards back from release 8" in read("status")
 
 
 def test_what_failed_is_named_with_its_reason(state: Path, release: Path, read: Read) -> None:
@@ -162,7 +162,7 @@ def test_boards_that_left_the_fleet_are_named_and_counted_apart(state: Path, rel
             RolloutCoordinator(store, lambda *_: None, identity.store.members).connected(True)
     text = read("status")
     assert "0 updated, 19 updating, 0 failed, 0 pending, of 19" in text
-    assert "1 left the fleet before, and don't count: board-3" in text
+    assert "1 left the fleet, and don't count: board-3" in text
     assert json.loads(read("status", "--json"))["boards"]["board-3"]["fate"] == "gone"
 
 

@@ -7,8 +7,8 @@ import pytest
 from fedprune_server.devices.clone_detection import (
     AGAIN_S,
     APART_S,
-    MANY,
     QUIET_S,
+    RECONNECTS,
     SIGNS,
     SIGNS_WITHIN_S,
     CloneDetector,
@@ -27,8 +27,8 @@ TWO_BOARDS: dict[str, tuple[Births, str]] = {
     "taking turns": ([(0, PI, False, 0.0), (1, NANO, False, 1.0), (2, PI, False, 2.0)],
                      "first it was a nano with 80 samples, now it is a pi with 300 samples"),
     "connecting often": (
-        [(n, PI, False, float(n)) for n in range(MANY + 1)],
-        f"it has connected {MANY} times within {MANY - 1} s",
+        [(n, PI, False, float(n)) for n in range(RECONNECTS + 1)],
+        f"it has connected {RECONNECTS} times within {RECONNECTS - 1} s",
     ),
     "a connection that speaks again after another one": (
         [(5, PI, False, 0.0), (6, PI, True, 1.0), (5, PI, True, 2.0)],
@@ -69,7 +69,7 @@ def test_a_suspicion_is_told_once_and_settles() -> None:
     names = CloneDetector()
     told = [names.born("a", n, (PI, NANO)[n % 2], True, float(n)) for n in range(9)]
     assert [bool(s) for s in told] == [False, True, *[False] * 7]
-    names.settle(8.0 + QUIET_S)
+    names.expire(8.0 + QUIET_S)
     assert not names.suspects("a")
     assert names.born("a", 9, NANO, True, 1.0 + AGAIN_S)
 
@@ -78,15 +78,15 @@ def test_signs_that_come_at_once_or_seldom_are_no_proof_of_a_copy() -> None:
     """As a broker gives them that lets messages overtake each other when a board reconnects."""
     names = CloneDetector()
     for burst in range(50):
-        assert not any(names.doubled("a", 1e4 + burst * SIGNS_WITHIN_S + 0.01 * n) for n in range(20))
+        assert not any(names.note_shared_key("a", 1e4 + burst * SIGNS_WITHIN_S + 0.01 * n) for n in range(20))
     assert not names.suspects("a")
 
 
 def test_signs_that_go_on_are_told_once() -> None:
     names = CloneDetector()
-    told = [names.doubled("a", 1.0 + n * APART_S) for n in range(3 * SIGNS)]
+    told = [names.note_shared_key("a", 1.0 + n * APART_S) for n in range(3 * SIGNS)]
     assert told == [n == SIGNS - 1 for n in range(3 * SIGNS)]
     assert names.suspects("a")
     assert not names.suspects("b")
     names.forget("a")
-    assert not names.doubled("a", 1e6)
+    assert not names.note_shared_key("a", 1e6)

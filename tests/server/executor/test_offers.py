@@ -25,7 +25,7 @@ from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.offers import GRAPH_ROUNDS, Offers, sent
 from fedprune_server.executor.offers import graphs_of as named_graphs
-from fedprune_server.executor.retention import Garbage
+from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.simulation.digits import digits_model
 
 ROUNDS = 3 * GRAPH_ROUNDS
@@ -124,34 +124,34 @@ def task(progress: Progress, basis: int, **offer: Any) -> Task:
     return Task(1, (1,), progress=progress, basis=cut_from, **offer)
 
 
-def test_garbage_spares_graphs_that_offers_may_name(store: BlobStore) -> None:
-    garbage = Garbage(store, keep=1)
+def test_collector_keeps_graphs_that_offers_may_name(store: BlobStore) -> None:
+    collector = BlobCollector(store, keep=1)
     graphs = [store.put(b"graph %d" % i).sha256 for i in range(ROUNDS + 1)]
     for round_, digest in enumerate(graphs):
-        garbage.spare([digest], round_)
+        collector.keep_graphs([digest], round_)
     offer = {"inference": {"sha256": graphs[0], "size": 1}}
     state = State("", round=ROUNDS, tasks={"a": task(Progress.OFFERED, 0, offer=offer)})
 
-    garbage.collect(state, set())
+    collector.collect(state, set())
     assert [store.has(g) for g in graphs] == [i == 0 or i >= ROUNDS - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
 
     state.tasks.clear()
-    garbage.suspect({graphs[0]})
-    garbage.collect(state, set())
+    collector.mark({graphs[0]})
+    collector.collect(state, set())
     assert [store.has(g) for g in graphs] == [i >= ROUNDS - GRAPH_ROUNDS for i in range(ROUNDS + 1)]
 
 
-def test_garbage_and_offers_agree_on_what_is_in_use(model: Model, store: BlobStore) -> None:
+def test_collector_and_offers_agree_on_what_is_in_use(model: Model, store: BlobStore) -> None:
     """A part of an earlier round may be made again, say after a restart."""
-    offers, garbage = Offers(model, store), Garbage(store, keep=1)
+    offers, collector = Offers(model, store), BlobCollector(store, keep=1)
     sizes = model.architecture.sizes
     for round_ in (2 * GRAPH_ROUNDS, GRAPH_ROUNDS + 2, GRAPH_ROUNDS + 4, 2 * GRAPH_ROUNDS + 1):
         widths = (*sizes[:-1], sizes[-1] - len(offers.graphs()))
-        garbage.spare([offers.inference(widths, round_)["sha256"]], round_)
+        collector.keep_graphs([offers.inference(widths, round_)["sha256"]], round_)
     named = offers.graphs()
     assert len(named) == 4
     for round_, left in ((3 * GRAPH_ROUNDS, 4), (3 * GRAPH_ROUNDS + 1, 1), (3 * GRAPH_ROUNDS + 2, 0)):
-        garbage.collect(State("", round=round_), set())
+        collector.collect(State("", round=round_), set())
         offers.note([], round_)
         assert {g for g in named if store.has(g)} == offers.graphs()
         assert len(offers.graphs()) == left

@@ -16,7 +16,7 @@ from fedprune.coordination import Phase, State
 from fedprune.coordination.stragglers import ENOUGH, PARTS, SILENT, SLOW
 from fedprune.model.recipe import Recipe
 from fedprune.wire.messages import Cancelled, Offer, Progress
-from fedprune_server.executor.retention import Garbage
+from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.simulation.fleet.virtual_device import with_link
 from fedprune_server.simulation.network_model import Weather
 from fedprune_server.simulation.simulation import Simulation
@@ -166,9 +166,9 @@ def test_a_kill_in_the_line_loses_nobody(tmp_path: Path) -> None:
 def test_an_offer_whose_device_was_let_go_meanwhile_leaves_no_blob(tmp_path: Path) -> None:
     store = BlobStore(tmp_path, durable=False)
     made, model = store.put(b"weights"), store.put(b"model").sha256
-    garbage = Garbage(store, 1)
-    garbage.made({"weights": made.to_dict(), "ranking": store.put(b"ranking").sha256}, 1)
-    garbage.collect(State(model=model, round=2), set())
+    collector = BlobCollector(store, 1)
+    collector.note_offer({"weights": made.to_dict(), "ranking": store.put(b"ranking").sha256}, 1)
+    collector.collect(State(model=model, round=2), set())
     assert store.names() == [model]
 
 

@@ -1,5 +1,5 @@
-"""What coordinators of synchronous and of asynchronous jobs have in common: the fleet, who takes which event, and words
-about single parts.
+"""The base class of the synchronous and the asynchronous coordinator: the fleet, the dispatch of events, and helpers
+for single tasks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The coordinator: decides what happens next in a job, and does none of it.
+"""The coordinator of synchronous jobs: decides what happens next, and performs none of it.
 
-`handle(event, now)` is a function of the state, the event and the time. The daemon and the simulator are two shells
-that feed it and carry out its commands; the same events give the same commands, so what was measured in simulation is
-what runs in the field, and a crash is survived by loading the state and asking `resume`.
+`handle(event, now)` is a function of the state, the event and the time. The server and the simulator both feed it
+events and carry out its commands. The same events give the same commands, so a simulation measures the code that runs
+in the field, and after a crash it is enough to load the state and call `resume`.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class SynchronousCoordinator(Coordinator):
     round closes at its deadline with the updates that are on the server's disk; without any it starts again under the
     next attempt number, with a new choice of the devices that are present. The deadline counts from the last offer.
 
-    `coordination.stragglers` chooses devices and decides whether a round closes without the slowest;
-    `coordination.stragglers` drops devices before the deadline. Where `in_flight` limits the devices that work at a
-    time, every device has the deadline for its own offer.
+    `coordination.stragglers` chooses the devices of a round, drops slow ones before the deadline, and decides whether a
+    round closes without the slowest. Where `in_flight` limits the devices that work at a time, every device has the
+    deadline for its own offer.
 
     Args:
         job: The job's settings.
         architecture: The global model's architecture.
-        state: Where to go on; for a new job `State(model=digest of the initial weights)`.
+        state: The state to continue from; for a new job `State(model=digest of the initial weights)`.
     """
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:

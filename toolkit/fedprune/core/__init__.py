@@ -1,4 +1,4 @@
-"""Errors, checks of values, files, random numbers and texts that every package needs.
+"""What every package needs: errors, validation, files, processes, random numbers, text, and the list of metrics.
 
-Not here: anything that knows a model, a message or a job.
+Not here: anything that knows a model's tensors, a message or a job.
 """

@@ -1,8 +1,9 @@
-"""Text for people: numbers with their nouns or units (1 file, 2.10 MB, 35 ms), and received text made safe to show."""
+"""Text for people: numbers with their nouns or units (1 file, 2.10 MB, 35 ms), and received text made safe to show;
+and the strings of a JSON value."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def quantity(number: int, noun: str, *, form: str = "") -> str:
@@ -30,3 +31,14 @@ def amount(value: float, unit: str) -> str:
     if unit == "J":
         return f"{value:,.1f} J" if abs(value) >= 1 or value == 0 else f"{value * 1000:.3g} mJ"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def all_strings(value: object) -> set[str]:
+    """Every string in a JSON value, except keys."""
+    if isinstance(value, str):
+        return {value}
+    if isinstance(value, Mapping):
+        return set().union(*map(all_strings, value.values()))
+    if isinstance(value, (list, tuple)):
+        return set().union(*map(all_strings, value))
+    return set()

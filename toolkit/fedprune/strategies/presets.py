@@ -61,7 +61,7 @@ def compose(job: Job) -> Strategy:
     """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
 
     The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.methods.robust`). The
-    job's `schedule` takes the place of the strategy's own (`fedprune.strategies.presets`).
+    job's `schedule`, if any, replaces the strategy's own (`scheduled`).
 
     Raises:
         ConfigError: There is no such strategy, its options are wrong, or it can't keep the job's privacy.
@@ -92,8 +92,8 @@ _EITHER = ("concurrent", "rate", "mixing", "keep", "staleness", "max_staleness",
 _OF = {"semi-async": ("window_s", "least", "extension_s"), "async": ("arrivals",)}
 """Keys of `Schedule` that either kind has, and those of each."""
 
-_IN_STEP = ("over_selection", "fairness", "in_flight", "pace")
-"""Settings of the job that are about rounds in step."""
+_SYNCHRONOUS_ONLY = ("over_selection", "fairness", "in_flight", "pace")
+"""Settings of the job that only synchronous rounds have."""
 
 
 def scheduled(strategy: Strategy, job: Job) -> Strategy:
@@ -116,7 +116,7 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
     """
     moved = _moved(strategy, job) if job.schedule else strategy
     if moved.schedule is not None and moved.schedule.asynchronous:
-        for name in _IN_STEP:
+        for name in _SYNCHRONOUS_ONLY:
             if getattr(job, name):
                 raise ConfigError(
                     f"job: {name}",

@@ -18,8 +18,8 @@ import threading
 import warnings
 from typing import IO, Any
 
+from fedprune.core.parent_death import set_parent_death_signal
 from fedprune.wire.topics import EVERYONE
-from fedprune_server.process.child_side import set_parent_death_signal
 
 KINDS = ("up", "up/blob", "down", "down/blob", "other")
 """What traffic is counted by: the channel of a topic."""

@@ -298,7 +298,7 @@ def _over(rounds: int) -> str:
 
 def _change(ratio: float) -> str:
     """Relative change of an amount."""
-    return f"{0 + round(100 * (ratio - 1)):+d}%" if math.isfinite(ratio) else "–"
+    return f"{round(100 * (ratio - 1)):+d}%" if math.isfinite(ratio) else "–"
 
 
 def _percent(value: float, digits: int = 0) -> str:

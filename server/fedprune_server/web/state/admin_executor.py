@@ -118,10 +118,11 @@ class AdminExecutor:
             return take_back(self._state, why, release=int(left), above=self._highest()).told_back()
         with RolloutStore(self._state) as store:
             if order.order == "rollout_pause":
-                return f"rollout {store.pause(why)} is paused: no further board is given the release, those at it end"
+                paused = store.pause(why)
+                return f"rollout {paused} is paused: no further boards get the release; those that are updating finish"
             if order.order == "rollout_resume":
-                return f"rollout {store.resume()} goes on"
-            return f"rollout {store.stop(why)} is to stop: boards that have the release keep it"
+                return f"rollout {store.resume()} continues"
+            return f"rollout {store.stop(why)} will stop: boards that have the release keep it"
 
     def _highest(self) -> int:
         """The highest number of a release that can be rolled out, which a step back must not reuse; 0 for none."""

@@ -1,17 +1,17 @@
-"""Leading one model onto another's channels, layer by layer, by optimal transport (SubFLOT, arXiv 2604.06631, Alg. 1).
+"""Optimal-transport alignment of one model with another's channels, layer by layer (SubFLOT, arXiv 2604.06631, Alg. 1).
 
 For the weight W of every layer in the order of the graph, with the rows of its output axis as its channels:
 
-1. Its input axes are led by the maps of the groups that they read: Ŵ = W·T_in (Eq. 3).
+1. Its input axes are transported by the plans of the groups that they read: Ŵ = W·T_in (Eq. 3).
 2. C_jk = ‖Ŵ_j − V_k‖ against the other model's rows V_k (Euclidean, over all taps), and T is the plan of least cost
    between uniform marginals (Eq. 4), with its columns divided by their sums.
-3. W_aligned = Tᵀ·Ŵ (Eq. 5), and T is what readers of these channels are led by.
+3. W_aligned = Tᵀ·Ŵ (Eq. 5). Layers that read these channels are transported by the same T.
 
 Axes that no cut touches, such as the image's colours and the classes, keep their order: T = I. Biases, norm vectors and
-statistics are led as the rows of the layer that they follow. A depthwise weight has no plan of its own: it is led, and
-leads on, as its channels are. Where several layers write to one group (residual streams), each layer's rows go by the
-layer's own plan, and readers, and norms that come after the sum, by the running average T ← (T + T_l)/2. An embedding
-that others add to goes by its own plan, too.
+statistics use the plan of the layer that they follow. A depthwise weight has no plan of its own: it takes the plan of
+its input channels, and passes it on. Where several layers write to one group (residual streams), each layer uses its
+own plan; layers that read the sum, and norms after it, use the running average T ← (T + T_l)/2. An embedding that other
+layers add to has a plan of its own, too.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ Plans = Literal["layer", "group"]
 
 @dataclass(frozen=True)
 class Transport:
-    """How models are led onto each other.
+    """The method by which models are aligned.
 
     Attributes:
-        maps: `literal`: inputs are led by the same column-normalised T as outputs, so that a sum over duplicated
-            channels becomes their mean, and activations scale by target width / source width. `preserving`: inputs are
-            led by the plan with normalised rows, which keeps the function of a network whose channels are permuted,
+        maps: `literal`, as in the paper: inputs use the same column-normalised plan as outputs, so that a sum over
+            duplicated channels becomes their mean, and activations scale by target width / source width. `preserving`:
+            inputs use the row-normalised plan, which preserves the function of a network whose channels are permuted,
             duplicated or merged with their duplicates.
-        plans: `layer`: every layer has a plan of its own, as the paper has it. `group`: one plan per channel group,
-            on the distances of all rows that write to it together, so that all that is added up stays aligned.
+        plans: `layer`: every layer has a plan of its own, as in the paper. `group`: one plan per channel group,
+            on the summed distances of all rows that write to it, so that the terms of a sum stay aligned.
     """
 
     maps: Maps = "literal"
@@ -63,9 +63,9 @@ class Transport:
         """The source model on the target's channels: W_aligned, in the target's shapes.
 
         Args:
-            source: The model that is led, in the coordinates of `source_at`.
+            source: The model that is transported, in the coordinates of `source_at`.
             source_at: Its widths, and where its channels live.
-            target: The model whose channels it is led onto, in the coordinates of `target_at`.
+            target: The model that it is aligned with, in the coordinates of `target_at`.
             target_at: Its widths, and where its channels live.
 
         Raises:
@@ -86,7 +86,7 @@ class Transport:
 
         Args:
             model: The global model.
-            history: What the device last handed in.
+            history: The device's last update.
             at: Its widths, and where its channels live.
             alpha: The global model's share, from 0 to 1.
 
@@ -105,10 +105,10 @@ class Transport:
         """OTA: the device's model on the global model's channels, at full width (Eq. 9).
 
         Args:
-            local: What the device has trained.
+            local: The device's trained model.
             at: Its widths, and where its channels live.
-            model: The global model that it was made of.
-            fuse: α·aligned + (1 − α)·global where this is below 1; the paper's figure shows it, its equation doesn't.
+            model: The global model that it was extracted from.
+            fuse: α, for α·aligned + (1 − α)·global if it is below 1; the paper's figure shows it, its equation doesn't.
 
         Raises:
             BundleError: As `align`.
@@ -141,7 +141,11 @@ def _check(tensors: Mapping[str, Floats], at: Selection) -> None:
 
 
 class _Alignment:
-    """One model on its way onto another's channels."""
+    """The alignment of one model with another's channels.
+
+    Plans are solved in the order of the layers, and remembered by group. A plan that is asked for before a layer has
+    written to its group is that of the group's embedding, or the identity.
+    """
 
     def __init__(
         self,
@@ -155,15 +159,16 @@ class _Alignment:
         self.source, self.source_at = source, source_at
         self.target, self.target_at = target, target_at
         self.architecture: Architecture = source_at.architecture
+        # By group, the factor of input axes: source width / target width for `preserving`.
         self.factors: dict[int, float] = {}
         if how.maps == "preserving":
             pairs = zip(source_at.widths, target_at.widths, strict=True)
             self.factors = {g: n / m for g, (n, m) in enumerate(pairs)}
-        self.current: dict[int, Coupling] = {}
-        self.own: dict[str, dict[int, Coupling]] = {}
-        self.first: dict[int, Coupling] = {}
-        self.streams: dict[str, dict[int, Coupling]] = {}
-        self.sums: dict[int, Floats] = {}
+        self.current: dict[int, Coupling] = {}  # by group, the plan of layers that read it now
+        self.own: dict[str, dict[int, Coupling]] = {}  # by layer and group, the layer's own plan
+        self.first: dict[int, Coupling] = {}  # by group, the plan of one that was read before it was written
+        self.streams: dict[str, dict[int, Coupling]] = {}  # by tensor and group, the average after a sum
+        self.sums: dict[int, Floats] = {}  # by group, summed squared distances (`plans` is "group")
         self._blocks: dict[tuple[Axis, bool], tuple[Block, ...]] = {}
 
     def run(self) -> Tensors:
@@ -178,19 +183,19 @@ class _Alignment:
                 done[step.name] = self._output(step, inner, {**self.current, **plans})
             for name in summed.get(step.name, ()):
                 axes = self.architecture.by_name[name].axes
-                self.streams[name] = self._known(sorted({g for a in axes for g in a.groups}))
+                self.streams[name] = self._reader_plans(sorted({g for a in axes for g in a.groups}))
         if together:
             for group in self.sums:
-                self._settle(group)
+                self._group_plan(group)
             for step in order:
-                done[step.name] = self._output(step, self._input(step), self._known(step.outputs_groups))
-        self._follow(done)
+                done[step.name] = self._output(step, self._input(step), self._reader_plans(step.outputs_groups))
+        self._align_others(done)
         return {t.name: done[t.name] for t in self.architecture.tensors}
 
-    def _follow(self, done: Tensors) -> None:
-        """All that is no layer's weight: by the map of its channels where it stands.
+    def _align_others(self, done: Tensors) -> None:
+        """Transport every tensor that isn't a layer's weight, by its channels' plan at its point of the graph.
 
-        That is the plan of the last layer before it that writes to them, or the stream's average after a sum.
+        It is the plan of the last layer before it that writes to these channels or, after a sum, the stream's average.
         """
         recent: dict[int, Coupling] = {}
         for spec in self.architecture.tensors:
@@ -199,15 +204,15 @@ class _Alignment:
                 continue
             groups = sorted({g for axis in spec.axes for g in axis.groups})
             known = {**self.first, **recent, **self.streams.get(spec.name, {})}
-            couplings = {g: known[g] if g in known else self._map(g) for g in groups}
+            couplings = {g: known[g] if g in known else self._reader_plan(g) for g in groups}
             value = self.source[spec.name]
             for i, axis in enumerate(spec.axes):
                 if axis.groups:
-                    value = self._carry(value, i, axis, couplings, {})
+                    value = self._transport(value, i, axis, couplings, {})
             done[spec.name] = value if value is not self.source[spec.name] else value.copy()
 
     def _solve(self, step: Step) -> tuple[Floats, dict[int, Coupling]]:
-        """The plans of a layer, and its weight with inputs led."""
+        """Solve for the plans of a layer; returns its weight with transported inputs, and the plans."""
         inner = self._input(step)
         plans: dict[int, Coupling] = {}
         for group in step.made:
@@ -226,30 +231,30 @@ class _Alignment:
             self.own[step.name] = plans
         return inner, plans
 
-    def _map(self, group: int) -> Coupling:
-        """How readers of a group are led."""
+    def _reader_plan(self, group: int) -> Coupling:
+        """The plan of layers that read a group."""
         known = self.current.get(group)
         if known is None and group in self.sums:
-            known = self._settle(group)
+            known = self._group_plan(group)
         if known is None:
-            known = self.current[group] = self._unwritten(group)
+            known = self.current[group] = self._unwritten_plan(group)
             if self.how.plans == "layer":
                 self.first[group] = known
         return known
 
-    def _known(self, groups: Sequence[int]) -> dict[int, Coupling]:
-        return {g: self._map(g) for g in groups}
+    def _reader_plans(self, groups: Sequence[int]) -> dict[int, Coupling]:
+        return {g: self._reader_plan(g) for g in groups}
 
-    def _settle(self, group: int) -> Coupling:
+    def _group_plan(self, group: int) -> Coupling:
         if group not in self.current:
             self.current[group] = exact_plan(np.sqrt(self.sums[group]))
         return self.current[group]
 
-    def _unwritten(self, group: int) -> Coupling:
-        """The map of a group that no layer has written to before it is read.
+    def _unwritten_plan(self, group: int) -> Coupling:
+        """The plan of a group that is read before any layer has written to it.
 
-        An embedding is such a writer: its channels are its columns, also where a last layer shares its table. With
-        none, channels keep their order.
+        If its channels are the columns of an embedding table (also of one that is tied to the last layer), they are
+        aligned; otherwise they keep their order.
         """
         weights = {n.weight for n in self.architecture.layers}
         tables = [t for t in self.architecture.tensors if t.kind is TensorKind.WEIGHT]
@@ -258,8 +263,8 @@ class _Alignment:
             others = {g for a in spec.axes for g in a.groups} - {group}
             if len(axes) == 1 and not others:
                 axis = spec.axes[axes[0]]
-                a = channel_rows(self.source[spec.name], axes[0], self._at(axis, source=True), group)
-                b = channel_rows(self.target[spec.name], axes[0], self._at(axis, source=False), group)
+                a = channel_rows(self.source[spec.name], axes[0], self._blocks_of(axis, source=True), group)
+                b = channel_rows(self.target[spec.name], axes[0], self._blocks_of(axis, source=False), group)
                 return exact_plan(np.sqrt(squared_distances(a, b)))
         return Coupling.in_order(self.source_at.widths[group], self.target_at.widths[group])
 
@@ -267,15 +272,15 @@ class _Alignment:
         value = self.source[step.name]
         for i in step.inputs:
             axis = step.axes[i]
-            value = self._carry(value, i, axis, self._known(axis.groups), self.factors, room=f"input {i}")
+            value = self._transport(value, i, axis, self._reader_plans(axis.groups), self.factors, room=f"input {i}")
         return value
 
     def _output(self, step: Step, value: Floats, couplings: Mapping[int, Coupling]) -> Floats:
         for i in step.outputs:
             axis = step.axes[i]
             if axis.groups:
-                own = {g: couplings[g] if g in couplings else self._map(g) for g in axis.groups}
-                value = self._carry(value, i, axis, own, {})
+                own = {g: couplings[g] if g in couplings else self._reader_plan(g) for g in axis.groups}
+                value = self._transport(value, i, axis, own, {})
         return value if any(step.axes[i].groups for i in step.outputs) else value.copy()
 
     def _distances(self, step: Step, inner: Floats, group: int) -> Floats:
@@ -285,19 +290,19 @@ class _Alignment:
         """
         out = step.outputs[0]
         axis = step.axes[out]
-        at, to = self._at(axis, source=True), self._at(axis, source=False)
+        at, to = self._blocks_of(axis, source=True), self._blocks_of(axis, source=False)
         raw, target = self.source[step.name], self.target[step.name]
         a, b = channel_rows(inner, out, at, group), channel_rows(target, out, to, group)
         if raw.size >= inner.size or len(step.outputs) > 1:
             return squared_distances(a, b)
         for i in step.inputs:
             axis = step.axes[i]
-            known = self._known(axis.groups)
-            target = self._carry(target, i, axis, known, self.factors, adjoint=True, room=f"adjoint {i}")
+            known = self._reader_plans(axis.groups)
+            target = self._transport(target, i, axis, known, self.factors, adjoint=True, room=f"adjoint {i}")
         product = channel_rows(raw, out, at, group) @ channel_rows(target, out, to, group).T
         return squared_distances(a, b, products=product)
 
-    def _carry(
+    def _transport(
         self,
         value: Floats,
         i: int,
@@ -308,10 +313,10 @@ class _Alignment:
         adjoint: bool = False,
         room: str = "",
     ) -> Floats:
-        before, after = self._at(axis, source=not adjoint), self._at(axis, source=adjoint)
+        before, after = self._blocks_of(axis, source=not adjoint), self._blocks_of(axis, source=adjoint)
         return carried(value, i, before, after, couplings, factors, adjoint=adjoint, room=room)
 
-    def _at(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
+    def _blocks_of(self, axis: Axis, *, source: bool) -> tuple[Block, ...]:
         key = (axis, source)
         found = self._blocks.get(key)
         if found is None:
@@ -320,7 +325,7 @@ class _Alignment:
 
 
 _NEAR = 1e-4
-"""Squared distances below this share of ‖a‖² + ‖b‖² are computed again: the product leaves too few of their digits."""
+"""Squared distances below this share of ‖a‖² + ‖b‖² are recomputed: cancellation leaves them too few digits."""
 
 _BLOCK = 1 << 20
 
@@ -333,12 +338,12 @@ def squared_distances(
     Args:
         a: Rows [n, f].
         b: Rows [m, f].
-        products: a·bᵀ [n, m], where it is known (it is overwritten).
-        norms: ‖a_j‖², where known.
+        products: a·bᵀ [n, m], if it is known (it is overwritten).
+        norms: ‖a_j‖², if known.
 
     Returns:
-        [n, m]; 0 for equal rows, and elsewhere with a relative error below 1%, far below that for rows that are not
-        within a hundredth of each other.
+        Distances [n, m]: exactly 0 for equal rows, otherwise with a relative error below 1%, and far less for rows that
+        differ by more than 1%.
     """
     first = _norms(a) if norms is None else norms
     second = _norms(b)
@@ -346,21 +351,21 @@ def squared_distances(
     out *= -2
     out += first[:, None]
     out += second
-    # Rows far apart are the rule, so that one look at the smallest saves comparing them all with their own bound.
+    # Rows are usually far apart: checking the smallest distance first avoids comparing each with its own bound.
     if out.size and float(out.min()) < _NEAR * float(first.max() + second.max()):
         near = np.flatnonzero((out < _NEAR * (first[:, None] + second)).reshape(-1))
-        _anew(out, a, b, near)
+        _recompute(out, a, b, near)
     return out
 
 
 def _norms(a: Floats) -> Floats:
-    """‖a_j‖² of all rows, as products of a row and a column each, which BLAS does at the pace of memory."""
+    """‖a_j‖² of all rows, as batched row × column products, which in BLAS are bound by memory bandwidth."""
     norms: Floats = np.matmul(a[:, None], a[:, :, None]).reshape(-1)
     return norms
 
 
-def _anew(out: Floats, a: Floats, b: Floats, pairs: npt.NDArray[np.int64]) -> None:
-    """Squared distances of single pairs by differences; where most pairs are near, of all by a product in float64."""
+def _recompute(out: Floats, a: Floats, b: Floats, pairs: npt.NDArray[np.int64]) -> None:
+    """Recompute squared distances: of a few pairs from differences, of many by a product in float64."""
     if pairs.size > 4 * (a.shape[0] + b.shape[0]):
         middle = b.mean(0, dtype=np.float64)
         x, y = a - middle, b - middle
