@@ -1,7 +1,8 @@
 """The local interface's server: the standard library's, with bounds on size, time and number of connections.
 
-A connection is for one request. A slow client loses its connection after a while, and at once to a new client when all
-connections are taken, unless the new one's user has as many already. A request that is being answered is never cut off.
+A connection is for one request. A client that sends too slowly is cut off after a while; if all connections are taken,
+a new client replaces it at once, unless the new client's user already has as many connections. A request that is being
+answered is never cut off.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ _LINGER_SECONDS = 1.0
 @dataclass
 class _Client:
     user: int  # the peer, from the kernel; all peers of a port count as one
-    since: float | None  # since when it has been sending; None once its request is whole
+    since: float | None  # when it connected; None once its request has arrived completely
 
 
 class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -79,7 +80,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return 0 if self._address.path is not None else int(self.socket.getsockname()[1])
 
     def close(self) -> None:
-        """Listen no longer, and end all connections; what is being answered has a few seconds."""
+        """Stop listening and close all connections; requests that are being answered get a few seconds."""
         self.shutdown()
         self._thread.join()
         self._address.release(self._bound)
@@ -89,7 +90,7 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             time.sleep(0.01)
 
     def arrived(self, client: Any) -> None:
-        """A client's request is whole: it won't be cut off any more."""
+        """Note that a client's request has arrived completely; from now on it isn't cut off."""
         with self._lock:
             if client in self._clients:
                 self._clients[client].since = None
@@ -133,10 +134,12 @@ class LocalServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """One client must not end the service of others."""
-        _LOG.debug("a client of the local interface went", exc_info=True)
+        _LOG.debug("a connection of the local interface failed", exc_info=True)
 
     def _make_room(self, user: int) -> None:
-        """Cut off the slowest connection of the user with the most places, if that has at least as many as `user`."""
+        """Cut off the oldest unfinished request of the user with the most connections, if that is `user` or one with
+        more than `user`.
+        """
         held = Counter(c.user for c in self._clients.values())
         sending = [c for c, state in self._clients.items() if state.since is not None]  # the longest first
         found = [c for c in sending if (own := self._clients[c].user) == user or held[own] > held[user]]
@@ -173,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
         except MemoryError:
             answer = Answer.of(RequestError(503, "not enough memory for the request"))
         except OSError:
-            raise  # the client has gone
+            raise  # the client has disconnected
         except Exception:  # noqa: BLE001 - a client sees no traceback
             _LOG.exception("unexpected error while a request was answered")
             answer = Answer.of(RequestError(500, "an unexpected error", hint="The board's log has it."))
@@ -184,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_POST = do_DELETE = do_GET  # noqa: N815 - the library's names
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """Answer what the library can't parse in the same form as every other error."""
+        """Report requests that the library can't parse in the same form as all other errors."""
         status = 405 if code == 501 else int(code)
         self._say(Answer.of(RequestError(status, "the request can't be read", got=message)))
         self._linger()
@@ -224,7 +227,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _say(self, answer: Answer) -> None:
         body = answer.to_bytes()
-        self.request_version = self.protocol_version  # an answer without a head is useless
+        self.request_version = self.protocol_version  # else the library omits the status line and headers
         self.send_response(answer.status)
         headers = {"Content-Type": answer.kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
         for name, value in {**headers, **answer.headers, "Connection": "close"}.items():
@@ -233,7 +236,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _linger(self) -> None:
-        """Take what still comes: a connection that is closed on it may lose the answer."""
+        """Drain unread input: closing a connection with unread data resets it, and the client loses the answer."""
         with suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             self.connection.settimeout(_LINGER_SECONDS)
@@ -242,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _user(client: Any) -> int:
-    """Who is at the other end of a unix socket (SO_PEERCRED, unix(7)); -1 of a port."""
+    """Who is at the other end of a unix socket (SO_PEERCRED, unix(7)); -1 for TCP clients."""
     with suppress(OSError):
         if client.family == socket.AF_UNIX:
             _, user, _ = _PEER.unpack(client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))

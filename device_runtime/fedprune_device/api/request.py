@@ -35,7 +35,7 @@ class RequestError(FedpruneError):
 
     @classmethod
     def of(cls, status: int, error: FedpruneError) -> RequestError:
-        """An error of something below, with a status of its own."""
+        """A lower layer's error, with an HTTP status."""
         return cls(status, error.what, expected=error.expected, got=error.got, hint=error.hint)
 
 
@@ -92,7 +92,7 @@ NPY = "application/x-npy"
 RAW = "application/octet-stream"
 KINDS = (JSON, SAFETENSORS, NPY, RAW)
 
-_JSON_BYTES = 2**20  # numbers in JSON take some thirty times their room in memory while they are read
+_JSON_BYTES = 2**20  # parsing JSON numbers takes about thirty times their size in memory
 
 _HEAD_BYTES = 4096
 _TYPES = ("<f2", "<f4", "<f8", "<i4", "<i8")
@@ -123,7 +123,7 @@ def npy(x: Array) -> bytes:
 
 
 def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
-    """The numbers of a body. `shape` is one sample's as the model takes it, None without a model."""
+    """The array in a request's body. `shape` is the model's input shape for one sample, None without a model."""
     if request.kind == JSON:
         return _rows(document(request, "x")["x"], tokens)
     if request.kind == SAFETENSORS:
@@ -136,7 +136,7 @@ def array(request: Request, shape: Shape | None, *, tokens: bool) -> Array:
 def batch(x: Array, shape: Shape, most: int, *, tokens: bool) -> Array:
     """One sample, or several [n, ...], as a batch of at most `most` for a model; raises `DataError` if they don't fit.
 
-    In `shape` names and None stand for any size.
+    Names and None in `shape` match any size.
     """
     if x.ndim == len(shape):
         x = x[None]
@@ -184,7 +184,7 @@ def _npy(body: bytes) -> Array:
     file = io.BytesIO(body)
     try:
         version = np.lib.format.read_magic(file)
-        # The head says how long it is; a longer one than numpy's parser is meant for never gets there.
+        # The header states its own length: refuse long ones before numpy parses them.
         if int.from_bytes(body[8 : 10 if version == (1, 0) else 12], "little") > _HEAD_BYTES:
             raise ValueError("the head is too long")
         read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -204,7 +204,7 @@ def _npy(body: bytes) -> Array:
 def _raw(body: bytes, shape: Shape | None, tokens: bool) -> Array:
     if shape is None:
         raise RequestError(
-            503, "without a model the shape of raw numbers is unknown", hint="Send safetensors, .npy or JSON."
+            503, "the shape of raw numbers is unknown while there is no model", hint="Send safetensors, .npy or JSON."
         )
     kind = np.dtype("<i8" if tokens else "<f4")
     sizes = [s for s in shape if isinstance(s, int)]
@@ -229,4 +229,4 @@ def _known(x: Array, kind: str) -> Array:
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} isn't a number of JSON")
+    raise ValueError(f"{name} isn't a JSON number")

@@ -77,7 +77,7 @@ def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:
     if recipe.features != bundle.recipe.features:
         changed = [name for name, value in recipe.to_dict().items() if value != bundle.recipe.to_dict().get(name)]
         raise UsageError(
-            f"the recipe needs another training step than {bundle.folder} has",
+            f"the recipe needs another training graph than {bundle.folder} has",
             got=", ".join(f"{name}={body[name]}" for name in changed),
             hint="Export the bundle again with these settings (fedprune-export ... --set KEY=VALUE).",
         )
@@ -103,7 +103,7 @@ class _LocalTraining:
         return ", ".join(f"{name} {value:.4f}" for name, value in found if value is not None) or "no test samples"
 
     def train(self, progress: Callable[[int, int], None], enough: Callable[[], bool]) -> TrainingResult:
-        """Train until all epochs are done, or it is enough."""
+        """Train until all epochs are done, or `enough()` is true."""
         weights, widths = tensorfile.load(self._bundle.path(WEIGHTS)), self._bundle.selection.widths
         task = TrainingTask(self._recipe, self._classes, self._seed, device="", round=1, widths=widths)
         return self._trainer.train(weights, self._data, task, TrainingControl(progress, enough=enough))
@@ -131,7 +131,7 @@ class _LocalTraining:
     def _lower(
         self, folder: Path, precision: str, files: dict[str, bytes], tensors: Mapping[str, Any], whole: Predictor
     ) -> None:
-        """Make a lower precision of the new weights; one that decides otherwise than float32 is left out."""
+        """Convert the new weights to a lower precision; drop it if its predictions differ from float32's."""
         for file in files_of(precision):
             (folder / file).write_bytes(files[file])
         try:
@@ -144,7 +144,7 @@ class _LocalTraining:
             )
             if found.refusal:
                 raise ModelError(found.refusal)
-        except FedpruneError as error:  # a training that is done must not end by this
+        except FedpruneError as error:  # a failed conversion must not lose a finished training
             print(f"{precision} is left out: {error}", file=sys.stderr)
             for file in files_of(precision):
                 del files[file]

@@ -20,13 +20,13 @@ Array = npt.NDArray[Any]
 
 
 class RoomError(DataError):
-    """Decoded samples have no more room."""
+    """There is no room for more decoded samples."""
 
 
 class DecodedSamples:
-    """A file without a name that holds at most `room` bytes of samples, each followed by its label.
+    """An anonymous temporary file with at most `room` bytes of samples, each followed by its label.
 
-    Without `folder` it is in the system's folder for temporary files.
+    It is in `folder`, or in the system's temporary folder if that is None.
     """
 
     def __init__(self, folder: Path | None, room: int) -> None:
@@ -41,7 +41,9 @@ class DecodedSamples:
                 self._file = Copy(os.dup(file.fileno()))
 
     def serves(self, wanted: Collection[str]) -> bool:
-        """Whether at least half of its files are wanted, and there is room for all that are."""
+        """Whether this cache is worth keeping for these files: at most half of what it holds is unwanted, and the
+        wanted files fit.
+        """
         useless = sum(name not in wanted for name in self._rows)
         lacking = sum(name not in self._rows for name in wanted)
         each = self._count / max(1, len(self._rows))
@@ -49,9 +51,11 @@ class DecodedSamples:
         return 2 * useless <= len(self._rows) and (fits or not useless)
 
     def rows(self, name: str, decode: Callable[[], tuple[Array, Array]]) -> range:
-        """The rows of a file's samples, decoded if it is new to samples [k, ...] and labels [k, ...].
+        """The rows of a file's samples. If the file is new, `decode` is called; it returns samples [k, ...] and labels
+        [k, ...].
 
-        Raises `RoomError` without room, `DataError` if its samples are of another type or shape than those before.
+        Raises `RoomError` if there is no room left, `DataError` if type or shape of its samples differ from the earlier
+        ones.
         """
         if name in self._rows:
             return self._rows[name]
@@ -83,7 +87,7 @@ class DecodedSamples:
         return self._array(self._x, rows * self._record, convert, sample)
 
     def labels(self, rows: npt.NDArray[np.int64]) -> Array | StoredArray:
-        """Their labels; a single one for each sample is held in memory."""
+        """The labels of these rows; scalar labels are held in memory."""
         stored = self._array(self._y, rows * self._record + self._x.nbytes)
         return replace(stored, in_range=True) if self._y.ndim else stored[:]
 

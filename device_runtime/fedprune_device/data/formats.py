@@ -11,18 +11,18 @@ from fedprune.model.lengths import Shape
 
 
 class Format(Protocol):
-    """A kind of files."""
+    """A file format. `sources.SampleOptions` lists the ones in use."""
 
     @property
     def endings(self) -> tuple[str, ...]:
-        """Of the files' names, in small letters."""
+        """File name extensions, in lower case, such as `.wav`."""
 
     @property
     def most_bytes(self) -> int:
         """Larger files are refused before they are read."""
 
     def samples(self, body: bytes, shape: Shape) -> npt.NDArray[Any]:
-        """A file's samples [k, ...], in as few bytes as may be, at least one; `shape` is that of a model's input.
+        """A file's samples [k, ...], k >= 1, in their most compact type; `shape` is the model's input shape.
 
         Raises `DataError` if the file is damaged or can't be a sample of this shape.
         """

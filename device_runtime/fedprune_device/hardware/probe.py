@@ -1,7 +1,7 @@
 """The probe: what a board is and how fast it trains, measured on the board itself.
 
 Boards differ from their profile: a slower edition of the processor, less memory, a bad cooler. The probe runs what a
-round would run, graphs from the compiler: two seconds of a reference net, some more of nets of all kinds.
+round would run: graphs made by the compiler, two seconds of a reference net and some more of other kinds of nets.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ def probe(
     runtime: str = "",
     begin: Callable[[str, float], None] = lambda what, seconds: None,
 ) -> ProbeReport:
-    """Measure this board: `seconds` of a reference net, half of them training, and of layers.
+    """Measure this board: a reference net for `seconds`, half of them training, then layers for `layer_seconds`.
 
     `root` is where /proc and /sys are found. `memory_file` keeps the layers' times for the next start. `runtime` is
-    onnxruntime's version; by default that which is loaded. `begin` gets each measurement's name and about how long it
-    takes.
+    onnxruntime's version; by default that which is loaded. `begin` is called before each measurement with its name and
+    its approximate duration in seconds.
 
     Raises `MissingExtraError` or `RuntimeUnavailableError` if onnxruntime is missing or can't be loaded.
     """
@@ -83,7 +83,7 @@ def probe(
 def process_memory() -> int | None:
     """Bytes that this process holds, onnxruntime with a loaded graph included; None where the kernel doesn't report it.
 
-    Much of a library is read only once it is used: a small training graph is loaded first.
+    Much of a library is only paged in once it is used, so a small training graph is loaded first.
     """
     graph = resources.files("fedprune_device") / "assets" / "probe_training.onnx"
     Session(graph.read_bytes(), training=True)

@@ -46,7 +46,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition: its number from 1, its type, where it starts and how long it is, in bytes."""
+    """A partition: number (from 1), type, and start and size in bytes."""
 
     number: int
     kind: int
@@ -66,7 +66,9 @@ class Partitions:
 
 
 def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Partitions:
-    """The partitions of an image of `size` bytes; raises `ImageError` if they are invalid or none boots."""
+    """The partitions of an image of `size` bytes; raises `ImageError` if they are invalid or there is no boot
+    partition.
+    """
     file.seek(0)
     head = file.read(2 * SECTOR)
     if len(head) < 2 * SECTOR or head[510:512] != b"\x55\xaa":

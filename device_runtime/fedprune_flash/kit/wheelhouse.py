@@ -24,10 +24,10 @@ from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
 from fedprune_flash.kit.target import Target
 
 SHADOWS = ("numpy", "onnxruntime", "onnxruntime-gpu", "opencv-python", "tensorrt", "torch")
-"""Packages of JetPack, built for its GPU and for each other; a wheel of the same name would be found first."""
+"""Packages that JetPack brings, built for its GPU and for each other: a wheel of the same name would shadow them."""
 
 LOCK = Path(__file__).with_name("board_wheels.txt")
-"""All wheels that a board may get from a network: versions, and sha256 of each file."""
+"""The lock file: the version and the sha256 of every wheel that a kit may download."""
 
 _HASH = re.compile(r"--hash=sha256:([0-9a-f]{64})")
 _LINES = 3
@@ -151,12 +151,12 @@ def _pip(*arguments: str) -> None:
     if done.returncode and os.strerror(errno.ENOSPC) in done.stderr:
         raise StorageFullError(
             f"pip {arguments[0]} found no room: {os.strerror(errno.ENOSPC)}",
-            hint=f"Free some space, where the kit is to be and in {tempfile.gettempdir()}.",
+            hint=f"Free some space in the kit's folder and in {tempfile.gettempdir()}.",
         )
     if done.returncode:
         said = " ".join(done.stderr.strip().splitlines()[-_LINES:])
         raise KitError(
             f"pip {arguments[0]} failed: {said[:600] or done.returncode}",
-            hint="pip 24.1 or newer is needed to download for another Python; without a network name a folder of "
+            hint="Downloading for another Python needs pip 24.1 or newer. Without a network, give a folder of "
             "wheels with --find-links.",
         )

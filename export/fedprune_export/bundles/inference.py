@@ -1,7 +1,7 @@
-"""Inference graphs whose weights are in a file next to them that a board can replace without any ONNX library.
+"""Inference graphs with external weights: a board can replace the weights file without any ONNX library.
 
-The graph refers to ranges of `weights.safetensors`. Canonical tensor files put tensors of given names and shapes at
-given offsets, so new weights of the same widths fit the same graph.
+The graph refers to ranges of `weights.safetensors`. The layout of that file depends only on the tensors' names and
+shapes, so new weights of the same widths fit the same graph.
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def add_external(
 
 
 def inference_graph(folder: Path) -> Graph:
-    """An inference graph of ours; its weights are initialisers under their tensor names.
+    """Load an inference graph that fedprune wrote; its weights become initialisers under their tensor names.
 
     Args:
         folder: A bundle's or a served model's, whose files have been checked.
 
     Raises:
-        BundleError: The graph is damaged, or wants weights that the folder lacks or that have another shape.
-        ModelError: The graph has what fedprune never writes.
+        BundleError: The graph is damaged, or refers to weights that the folder lacks or that have another shape.
+        ModelError: The graph has something that fedprune never writes.
     """
     path = folder / INFERENCE
     try:
@@ -97,7 +97,7 @@ def inference_graph(folder: Path) -> Graph:
     proto.graph.initializer.extend(inside)
     try:
         graph = Graph.from_proto(proto)
-        graph.to_bytes()  # what protobuf lets in and doesn't let out again, such as invalid text
+        graph.to_bytes()  # raises for what protobuf parses but can't serialise, such as invalid text
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise BundleError(
             f"{path} is damaged ({type(error).__name__}: {error})", hint="Export the bundle again."

@@ -26,11 +26,12 @@ from fedprune_export.ir.trace import sample_feeds
 from fedprune_export.pruning.model import Model
 
 LOSS_LIMIT = 1e-3
-"""How far, relative to 1 + loss, the two graphs' losses may differ: as on a board before it serves a model."""
+"""How far the two graphs' losses may differ, relative to 1 + loss: the limit that boards apply before a model serves.
+"""
 
 _BATCH = 6
 _BATCHES = (1, 3, 6)
-_RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)  # learning rates of the trial steps: some curves are steep
+_RATES = (0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)  # learning rates that are tried in turn: some losses are steep
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
 
     Raises:
         BundleError: A file is missing, changed, or doesn't fit the others.
-        ModelError: onnxruntime doesn't take a graph, or a graph computes nonsense.
-        TrainingError: The training step computes nonsense.
+        ModelError: onnxruntime doesn't take a graph, or a graph computes wrong or non-finite values.
+        TrainingError: The training step computes wrong or non-finite values.
     """
     bundle = open_bundle(folder)
     files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)))
@@ -133,7 +134,7 @@ class _Trial:
 
     def check_step(self) -> str:
         """A step gives a finite loss, moves weights, and keeps all shapes."""
-        # A recipe may set a rate of 0, at which nothing ought to move: the step is tried all the same.
+        # With the recipe's own rate of 0 nothing would move: try the step with another.
         out = self.training.run(self.feeds(rate=None if self.bundle.recipe.lr else _RATES[0]))
         if not np.isfinite(out[step.LOSS]):
             raise TrainingError(f"{TRAINING}: the loss of random samples", expected="a finite number", got=self.loss)
@@ -163,7 +164,7 @@ class _Trial:
         raise TrainingError(f"{TRAINING}: no step, however small, lowers the loss of its own batch", got=self.loss)
 
     def check_agreement(self) -> str:
-        """Both graphs compute the same loss, where batch norms take the batch's statistics in both."""
+        """Both graphs compute the same loss if batch norms use the batch's statistics in both."""
         graph = self.graph
         norms = [
             n
@@ -171,7 +172,7 @@ class _Trial:
             if n.op == "BatchNormalization" and step.following(n.inputs[3]) in self.training.outputs
         ]
         if norms and graph.opset < 14:
-            return f"not compared: batch norms can't be told to train at opset {graph.opset}"
+            return f"not compared: batch norms have no training mode at opset {graph.opset}"
         trained = graph.copy()
         for node in trained.nodes:
             if node.op == "BatchNormalization" and step.following(node.inputs[3]) in self.training.outputs:
@@ -189,7 +190,7 @@ class _Trial:
         return f"the inference graph's logits give the same loss to {abs(mine - self.loss):.1e}"
 
     def _loss_of(self, logits: Array) -> float:
-        """The loss of outputs, computed here; one that is a graph as the training graph does."""
+        """The loss of these outputs: computed with numpy, or by the training graph's own loss if that is a graph."""
         if self.bundle.recipe.loss in COMPUTED:
             return loss(self.bundle.recipe, logits, self.feeds())
         objective = Session(part_for(self.bundle.path(TRAINING).read_bytes(), [step.LOSS], given=[step.LOGITS]))
@@ -197,7 +198,9 @@ class _Trial:
         return float(objective.run({**feeds, step.LOGITS: logits})[step.LOSS])
 
     def check_precision(self, precision: str) -> str:
-        """The lowered weights are what the bundle's own graph makes of the weights; its predictions are finite."""
+        """The lower-precision weights are what the bundle's conversion graph makes of the float32 weights; its
+        predictions are finite.
+        """
         bundle = self.bundle
         held = tensorfile.load(bundle.path(weights_file(precision)))
         made = tensorfile.decode(lowered_weights(bundle.folder, precision, self.tensors))
@@ -211,7 +214,8 @@ class _Trial:
             one = 1.0 if mine.dtype.kind in "iu" else 0.0
             if not np.allclose(mine.astype(np.float64), theirs.astype(np.float64), rtol=1e-3, atol=one + 1e-6):
                 raise BundleError(
-                    f"{weights_file(precision)}: tensor {name} is not of these weights", hint="Export the bundle again."
+                    f"{weights_file(precision)}: tensor {name} was not made from these weights",
+                    hint="Export the bundle again.",
                 )
         whole = Session(bundle.path(INFERENCE)).run({step.X: self.x})[step.LOGITS]
         logits = Session(bundle.path(graph_file(precision))).run({step.X: self.x})[step.LOGITS]

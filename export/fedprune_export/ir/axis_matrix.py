@@ -1,4 +1,6 @@
-"""Resizing along one axis as a matrix, read off the operator itself, run on unit vectors: right whatever its mode."""
+"""The matrix of a Resize along one axis. It is measured by running the operator on unit vectors, so it is right for
+every mode.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ Matrix = npt.NDArray[np.float32]
 def axis_matrix(
     attrs: Mapping[str, Any], size: int, scale: float | None, wanted: int, opset: int = NORMAL_OPSET
 ) -> Matrix:
-    """What a Resize with these attributes does along one axis [new size, size], by a scale or to the size `wanted`."""
+    """The matrix [new size, size] that a Resize with these attributes applies along one axis. The new size follows from
+    `scale`, or is `wanted` if that is None.
+    """
     graph = Graph(nodes=[Node("Resize", ["x", ""], ["y"], dict(attrs))], opset=opset)
     graph.inputs, graph.outputs = (
         [Port("x", np.dtype(np.float32), (1, size, size, 1))],

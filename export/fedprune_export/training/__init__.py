@@ -1,4 +1,4 @@
-"""Training graphs: forward, loss, backward, optimiser, and the memory that a step takes.
+"""Training graphs: forward, loss, metric, backward, optimiser, and the memory that a step takes.
 
 Not here: gradients of single operators (`autodiff`) and the files of a bundle (`bundles`).
 """

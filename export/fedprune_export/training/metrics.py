@@ -1,4 +1,4 @@
-"""Metrics as graphs of outputs and labels: sums that add up over a set, and the metric's value of them."""
+"""Metrics as ONNX graphs: from outputs and labels to sums that add up over batches, and from the sums to the metric."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 
 BINS = 200
-"""Of scores from 0 to 1, for the average precision."""
+"""Histogram bins of the scores, for the average precision."""
 
 
 def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
@@ -73,7 +73,9 @@ def _number(g: Graph, truths: str, axes: list[int] | None = None) -> str:
 
 
 def _miou(g: Graph, outputs: tuple[int, ...], features: Features) -> None:
-    """Per class: places of both, of labels and of guesses; classes that neither has don't count."""
+    """Per class, the number of positions in the intersection, in the labels and in the predictions; classes in neither
+    are left out of the mean.
+    """
     k = outputs[0]
     is_label, counted = _counts(g, outputs, features)
     classes = g.constant(np.arange(k).reshape(1, -1, *[1] * (len(outputs) - 1)), np.int64)

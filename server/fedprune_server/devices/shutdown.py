@@ -1,4 +1,6 @@
-"""How long a server whose job is done stays: until every device has been told, as far as that can be known."""
+"""How long a server stays after its jobs are finished (`--until-finished`): until all devices know, or a limit has
+passed.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sends a job's messages at once, and chunks of blobs as fast as the connection takes them."""
+"""Sends a job's messages immediately, and chunks of blobs as fast as the connection accepts them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Outbox:
     Args:
         downloads: Cuts blobs into chunks for one device.
         sharing: Cuts blobs into chunks that are published to all devices of the job.
-        coming: Whether a blob that isn't here will be in a moment.
+        coming: Whether a blob that is missing will arrive in a moment.
     """
 
     def __init__(
@@ -72,8 +72,9 @@ class Outbox:
         return bool(self._downloads) and self._link.unsent < HIGH_WATER
 
     def send(self, device: str, message: FromServer, job: str | None = None) -> None:
-        """Queue a message for the next `deliver`; one that gets lost is asked for again. Raises `ProtocolError` if it
-        is longer than a message may be, or than the broker lets through."""
+        """Queue a message for the next `deliver`; a device asks again for one that is lost. Raises `ProtocolError` if
+        it is longer than a message may be, or than the broker lets through.
+        """
         payload = message.to_bytes()
         if len(payload) > self._most:
             raise ProtocolError(
@@ -90,8 +91,8 @@ class Outbox:
     def deliver(self) -> None:
         """Send as many of the queued messages as the connection takes.
 
-        Without a connection they are lost, as are messages to devices that are no longer members, so that no other
-        message waits behind them.
+        Without a connection they are dropped; so are those to devices that are no longer members, so that they don't
+        block the queue.
         """
         while self._outbox:
             device, topic, payload = self._outbox[0]
@@ -106,7 +107,9 @@ class Outbox:
         self._link.publish(self._topics.broadcast(), hello.to_bytes())
 
     def ask(self, wants: Wants) -> None:
-        """Request pieces of devices' updates at once: a request promises nothing that must be saved first."""
+        """Request pieces of devices' updates at once, without waiting for the turn's transaction: a request doesn't
+        depend on saved state.
+        """
         for device, want in wants:
             self._quarantine.asked(device, want.count)
             self._quarantine.sends(device)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fedprune_server.monitoring.alerts import KINDS, MOST, Alert
 
 _CHANGES = 4 * MOST
-"""Changes that wait for a reader; of more, the oldest is dropped."""
+"""Unread changes that are kept, at most; beyond that the oldest is dropped."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class AlertChange:
 
 
 class AlertBook:
-    """Open alerts, at first those that the server's last run left open."""
+    """Open alerts; at the start, those that the server's last run left open."""
 
     def __init__(self, restored: Iterable[Alert] = ()) -> None:
         self._open: dict[str, Alert] = {a.key: a for a in restored}
         self._begun: dict[tuple[str, str], tuple[float, float]] = {}  # by key and severity, before the delay has passed
-        self._ended: dict[str, float] = {}  # open, but gone since
+        self._ended: dict[str, float] = {}  # open alerts whose cause has gone: since when, by key
         self._unread: deque[AlertChange] = deque(maxlen=_CHANGES)
 
     @property
@@ -44,10 +44,10 @@ class AlertBook:
         return {(kind, severity): found[kind, severity] for kind, levels in KINDS.items() for severity in levels}
 
     def update(self, alerts: Iterable[Alert], now: float, at: float) -> list[AlertChange]:
-        """Update the alerts with one evaluation; returns those that opened, changed their severity, or closed.
+        """Apply one evaluation; returns the alerts that opened, changed their severity, or closed.
 
-        An alert opens when it has held for its delay, and closes when it has been gone for as long, so that what comes
-        and goes within its delay changes nothing. Another severity of an open alert has to last as long, too.
+        An alert opens when it has held for its delay, and closes when it has been gone for as long, so that a condition
+        shorter than the delay changes nothing. A change of severity must last as long, too.
 
         Args:
             alerts: Alerts that hold now.

@@ -393,8 +393,8 @@ def _disk(seen: Snapshot, site: SiteFacts, now: float) -> Iterator[Alert]:
             "disk", CRITICAL if full else WARNING, now,
             f"the disk of {seen.folder} has {free / 1e9:.2f} of {total / 1e9:.0f} GB left",
             "a server without room ends (exit code 30); nothing is lost, but nothing goes on",
-            f"make room; {command('check', *at(seen.folder), '--repair')} deletes what the job needs no more, and a "
-            "smaller --keep keeps fewer models",
+            f"make room; {command('check', *at(seen.folder), '--repair')} deletes what the job no longer needs, and a "
+                    "smaller --keep keeps fewer models",
         )  # fmt: skip
 
 
@@ -409,9 +409,9 @@ def _certificates(site: SiteFacts, now: float) -> Iterator[Alert]:
                 "clients refuse to connect",
             )
         elif left <= 0:
-            what, why = f"{entry.path} ended on {day(entry.ends)}", "clients refuse to connect"
+            what, why = f"{entry.path} expired on {day(entry.ends)}", "clients refuse to connect"
         elif left <= _EXPIRES_S:
-            what, why = f"{entry.path} ends on {day(entry.ends)}", "then clients refuse to connect"
+            what, why = f"{entry.path} expires on {day(entry.ends)}", "then clients refuse to connect"
         else:
             continue
         ending = not entry.error and entry.begins <= now < entry.ends
@@ -439,7 +439,7 @@ def _rollout(seen: Snapshot, rollout: RolloutStatus | None, now: float) -> Itera
         yield Alert(
             "rollout", WARNING if rollout.failed else INFO, now, f"{about} was stopped{why}{failed}",
             "boards have different releases",
-            f"{status}; then mend the release and roll out a new one, or go back: "
+            f"{status}; then fix the release and roll out a new one, or roll back: "
             f"{command('rollout', 'back', *at(seen.folder))}",
         )  # fmt: skip
     elif rollout.phase is RolloutPhase.PAUSED:

@@ -14,7 +14,7 @@ P = ParamSpec("P")
 
 
 class Calls(Generic[P]):
-    """Functions that are called one after the other; false if there are none."""
+    """A list of functions, called one after the other."""
 
     def __init__(self) -> None:
         self._all: list[Callable[P, object]] = []
@@ -55,10 +55,10 @@ class Observer:
         """A round has finished."""
 
     def finished(self, seen: JobView) -> None:
-        """The job is finished, or was already as the server started."""
+        """The job is finished, or was when the server started."""
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        """A turn of the loop is over, which took this long apart from waiting."""
+        """A turn of the loop is over; `seconds` tells how long it took, without waiting."""
 
     def ended(self) -> None:
         """The server ends."""
@@ -68,7 +68,9 @@ _CALLS = ("event", "command", "noticed", "saved", "round_over", "finished", "tur
 
 
 class Observers:
-    """The observers of a job: per method those that implement it, in order of joining."""
+    """The observers of a job. Each attribute calls the observers that implement the method of that name, in the order
+    in which they joined.
+    """
 
     def __init__(self, observers: Iterable[Observer] = ()) -> None:
         self._all: list[Observer] = []

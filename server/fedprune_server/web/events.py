@@ -1,4 +1,4 @@
-"""Live pages: server-sent events about what has changed, looked for twice a second."""
+"""Live pages: server-sent events about changes, polled twice a second."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fedprune_server.web.state.orders import OrderService
 from fedprune_server.web.state.status import FleetView
 
 LOOK_S = 0.5
-"""Pause between two looks for changes."""
+"""Seconds between two polls for changes."""
 
 BEAT_S = 15.0
 MOST, MOST_OF_ONE = 200, 12
-"""Streams that are open at the same time, of all and of one operator."""
+"""Open streams at a time, in total and per operator."""
 
 NAMES, ITEMS = 200, 100
-"""Devices that an event names, and other items that wait for a stream, at most."""
+"""At most: devices named in an event, and queued items of another kind per stream."""
 
 _LATEST = ("site", "rollouts")
 _EACH = ("round", "alert", "log", "answer", "device", "coverage")
@@ -73,7 +73,7 @@ class Pending:
 
 
 class Streams:
-    """All open streams. One without changes shows every `beat_s` seconds that it is open."""
+    """All open streams. An idle stream gets a keep-alive comment every `beat_s` seconds."""
 
     def __init__(self, beat_s: float = BEAT_S) -> None:
         self._beat_s = beat_s
@@ -91,7 +91,7 @@ class Streams:
             pending.add(kind, what)
 
     async def stream(self, operator: str, ready: bool, allowed: Callable[[], bool]) -> AsyncIterator[str]:
-        """Changes from now on, as text of a stream, while the operator is `allowed`, that is logged in."""
+        """Changes from now on, as server-sent events, while `allowed()` says that the operator is logged in."""
         pending = Pending()
         self._open[pending] = operator
         try:

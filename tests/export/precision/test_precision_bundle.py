@@ -161,7 +161,7 @@ def test_verify_finds_weights_of_another_model(
     body["files"]["int8.safetensors"] = {"size": len(raw), "sha256": tensorfile.digest(raw)}
     (tmp_path / MANIFEST).write_text(json.dumps(body))
     assert main(["verify", str(tmp_path)]) == ExitCode.BUNDLE
-    assert "is not of these weights" in capsys.readouterr().err
+    assert "was not made from these weights" in capsys.readouterr().err
 
 
 def test_int8_wants_samples(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,7 @@ def check_format(record: object) -> None:
     """Check that a record is of this format.
 
     Raises:
-        ProtocolError: It is another's, or none.
+        ProtocolError: The record has another format, or none.
     """
     found = record.get("format") if hasattr(record, "get") else None
     if found != FORMAT:

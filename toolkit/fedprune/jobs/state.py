@@ -1,4 +1,4 @@
-"""All that a coordinator remembers, as plain data: digests and numbers, never weights."""
+"""A coordinator's whole state, as plain data: digests and numbers, never weights."""
 
 from __future__ import annotations
 
@@ -60,17 +60,18 @@ class Device(TrackedEntry):
         correction: What its rounds taught about its predicted times (`fedprune.planning.cost_prediction.Correction`).
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
             channels that they keep.
-        past: Its last counted update (`fedprune.coordination.commands.Past`), where the strategy keeps that.
+        past: Its last counted update (`fedprune.coordination.commands.Past`), if the strategy needs it.
         last_counted_round: The round of the offer behind its last counted update; 0 before the first.
-        last_offered_round: The round that it was last offered or, before the first, the one during which it came.
-        missed_rounds: Rounds in a row, of those that it was offered, that closed before it was done.
+        last_offered_round: The last round that it was offered; before the first offer, the round during which it
+            joined.
+        missed_rounds: Consecutive rounds that it was offered and that closed before it was done.
         allocation: What the strategy's allocator remembers of it.
         buffer: Asynchronous jobs: its last counted update (`fedprune.coordination.commands.Contribution`) where the
             schedule keeps that, and what it counted for.
         codecs: Names of the codecs that it knows.
-        held: What it continues from where updates or weights are encoded, or its optimiser's state is kept
+        held: The state that it continues from, if updates or weights are encoded, or its optimiser's state is kept
             (`fedprune.coordination.commands.Held`).
-        releases: Under differential privacy, in how many releases its samples are, by noise multiplier
+        releases: Under differential privacy, how many releases contain its samples, by noise multiplier
             (`fedprune.coordination.privacy_budget`).
     """
 
@@ -97,7 +98,7 @@ class Device(TrackedEntry):
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Device:
-        """Made again of its attributes, as JSON has them; a wrong one is a `TypeError` or `KeyError`."""
+        """Rebuild from JSON. Raises `TypeError` or `KeyError` if an attribute is wrong."""
         return cls(**{**body, "widths": tuple(body["widths"])})
 
     @property
@@ -107,7 +108,7 @@ class Device(TrackedEntry):
 
     @property
     def accumulate(self) -> int:
-        """Parts in which its plan has it work through a batch; 1 without a plan."""
+        """Gradient-accumulation steps per batch, as planned; 1 without a plan."""
         return int((self.plan or {}).get("accumulate", 1))
 
     def references(self) -> set[str]:
@@ -118,13 +119,13 @@ class Device(TrackedEntry):
 
 @dataclass
 class Task(TrackedEntry):
-    """One device's part: in the current round or, in an asynchronous job, in the round that it was offered in.
+    """One device's task: in the current round or, in an asynchronous job, in the round in which it was offered.
 
     Attributes:
-        attempt: Counts how often the round was offered.
+        attempt: Number of this attempt at the round, from 1.
         widths: Widths of its submodel.
         density: The share of the model that it was given.
-        accumulate: Parts in which its plan has it work through a batch.
+        accumulate: Gradient-accumulation steps per batch, as planned.
         progress: How far it is.
         offer: What it was offered, as JSON.
         update: Reference of the update that it announced, as JSON.
@@ -136,15 +137,16 @@ class Task(TrackedEntry):
         reason: Why it was refused.
         past: The device's last counted update when the part began.
         last_counted_round: The round of the offer behind that; 0 for none.
-        basis: Asynchronous jobs: what it was cut from (`fedprune.coordination.commands.Basis`); else the state says it.
+        basis: Asynchronous jobs: the model and ranking it was cut from (`fedprune.coordination.commands.Basis`); None
+            in synchronous jobs, where the state has them.
         offered_at: When it was offered first, on the shell's clock; None before, and after a restart.
-        trained_s: How long it took from then until it announced its update; None before, and as `offered_at`.
+        trained_s: Seconds from `offered_at` to the announcement of the update; None until then, and after a restart.
         first_report: Time of its first progress report, and the share done; None before.
         latest_report: The same of its latest.
-        seconds: How long it took from the offer until its update was here.
+        seconds: Seconds from the offer until the update was stored.
         arrived_at: Asynchronous jobs: when its update was here.
-        deadline: When it is late, where devices have deadlines of their own; in asynchronous jobs, if it was refused,
-            when it may be tried again.
+        deadline: Its own deadline, if tasks have individual ones; for a refused task of an asynchronous job, when it
+            may be offered again.
         in_summary: Asynchronous jobs: whether a finished round's summary includes it already.
     """
 
@@ -175,7 +177,7 @@ class Task(TrackedEntry):
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Task:
-        """Made again of its attributes, as JSON has them; a wrong one is a `TypeError`, `KeyError` or `ValueError`."""
+        """Rebuild from JSON. Raises `TypeError`, `KeyError` or `ValueError` if an attribute is wrong."""
         return cls(**{**body, "widths": tuple(body["widths"]), "progress": Progress(body["progress"])})
 
     @property
@@ -191,8 +193,8 @@ class Task(TrackedEntry):
     def reject(self, reason: str) -> None:
         """Note that its update doesn't count, though it was in the sums: it stood out, or couldn't be used.
 
-        That is no failure of the device, which is asked again as if nothing had happened: its data may be what is odd,
-        or the model has become another one meanwhile.
+        That doesn't count as a failure, and the device is asked again as usual: its data may be unusual, or the model
+        may have changed meanwhile.
         """
         self.progress, self.reason = Progress.REFUSED, reason
 
@@ -220,20 +222,21 @@ class State:
         devices: Known devices by name.
         tasks: The current round's parts, by device.
         ranking: Digest of the current round's ranking of channels.
-        order: Digest of its importance of elements; None where no masks are made of elements.
-        memory: Digests of what the strategy's roles remember, by name.
+        order: Digest of the ranking of elements; None without element masks.
+        memory: Digests of the strategy's memories, by name.
         allocation: What the strategy's allocator remembers of the fleet.
-        deadline: When the current round stops waiting, on the shell's clock.
+        deadline: When the current round stops waiting, on the caller's clock.
         target_updates: Updates with which the current round closes; 0 for all.
         opened_at: Asynchronous jobs: when the current round began to collect.
-        closing: Asynchronous jobs: what enters the sums that are being closed: which updates for the first time, what
-            each counts for, and how far the sums move the model.
+        closing: Asynchronous jobs, while a round is being closed: which updates are new, the weight of each, and how
+            far the sums move the model.
         wake_times: Times of `Wake` commands that the shell has not answered yet.
         history: One summary per finished round.
-        architecture: Digest of the architecture that rankings and widths belong to, where the shell keeps that.
+        architecture: Digest of the architecture that rankings and widths belong to; empty if the caller doesn't store
+            it.
         private: Whether boards add noise to what they hand in, and have done so from the first round.
         paused: Whether the operator has paused the job: nothing new begins.
-        spent_under: Settings of privacy with which one more release would have overdrawn the budget; None before.
+        spent_under: Privacy settings under which one more release would exceed the budget; None until that happens.
     """
 
     model: str
@@ -266,7 +269,7 @@ class State:
         object.__setattr__(self, name, value)
 
     def settle(self) -> None:
-        """What has changed of devices and parts is taken care of."""
+        """Mark all changes of devices and tasks as saved."""
         self.devices.settle()
         self.tasks.settle()
 
@@ -285,7 +288,7 @@ class State:
         return found
 
     def own_references(self) -> set[str]:
-        """Digests of the blobs that it needs whatever its devices and their parts need."""
+        """Digests of the blobs that the state itself needs, without those of its devices and tasks."""
         return {d for d in (self.model, self.ranking, self.order, *self.memory.values()) if d}
 
     def round_of(self, task: Task) -> int:
@@ -299,7 +302,7 @@ class State:
     def score_anew(self) -> None:
         """Drop the ranking; a round that has begun with it starts again, under the next attempt number.
 
-        What devices have trained of it no longer counts: it is of channels that the old ranking chose.
+        Updates trained in it no longer count, because the old ranking chose their channels.
         """
         self.ranking = self.order = self.closing = None
         for device in self.devices.values():

@@ -1,7 +1,7 @@
-"""Gradient rules of softmax and of normalisations that look at one sample alone.
+"""Gradient rules of softmax and of per-sample normalisations.
 
-Statistics are taken of values that a first mean has centred, so that a mean far from zero costs no digits. How many
-elements a statistic is over is counted at run time where channels are among them.
+Statistics are computed from centred values, so that a mean far from zero costs no precision. If a statistic runs over
+channels, its element count is computed at run time.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def _along(tape: Tape, node: Node) -> tuple[str, int, str]:
 def normalised(
     tape: Tape, x: str, axes: list[int], dims: Sequence[Dim], epsilon: float
 ) -> tuple[str, Callable[[str], str]]:
-    """A value less its mean over axes, divided by its standard deviation, and what turns its gradient into x's.
+    """A value minus its mean over the axes, divided by its standard deviation; and the function that turns its gradient
+    into that of x.
 
     With n elements, s = 1/√(var + ε) and z the result: dx = s · (dz − Σdz/n − z · Σ(dz · z)/n).
     """
@@ -81,7 +82,9 @@ def normalised(
 
 @rule("LayerNormalization")
 def layer_norm(tape: Tape, node: Node) -> Pull:
-    """Normalised over the last axes, counted at run time where channels are among them; scale and bias per element."""
+    """Normalised over the last axes (element count at run time if channels are among them), with a scale and bias per
+    element.
+    """
     name, gamma, beta = node.inputs[0], node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else ""
     if any(node.outputs[1:]):
         raise ModelError(f"{describe(node)}: its statistics are used", expected="one output")
@@ -158,12 +161,12 @@ def lp_norm(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-_NOTHING = 1e-18  # the square of what the operator adds to a standard deviation
+_NOTHING = 1e-18  # the operator adds 1e-9 to the standard deviation; here its square is added to the variance
 
 
 @rule("MeanVarianceNormalization")
 def standardised(tape: Tape, node: Node) -> Pull:
-    """Less the mean and divided by the standard deviation over the given axes."""
+    """Minus the mean, divided by the standard deviation over the given axes."""
     name = node.inputs[0]
     shape = tape.shape(name)
     axes = sorted(int(a) % len(shape) for a in node.attrs.get("axes", [0, 2, 3]))

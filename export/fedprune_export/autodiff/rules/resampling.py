@@ -1,7 +1,7 @@
 """Gradient rules of operators that resize maps or exchange space and channels.
 
-Every way of resizing is linear along each axis on its own, so its pull-back is a product with the transposed matrix of
-each axis. The matrices are read off the operator itself, run on unit vectors: whatever its mode, they are right.
+Every way of resizing is linear along each axis on its own, so its gradient is a product with the transposed matrix of
+each axis. The matrices are measured by running the operator on unit vectors, so they are right for every mode.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ def resize(tape: Tape, node: Node) -> Pull:
 
 
 def _gathered(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int, Matrix]) -> str:
-    """The sum over what each place went to, axis by axis."""
+    """The gradient of the resized input: each axis multiplied by its transposed matrix."""
     g, rank = tape.graph, len(shape)
     repeats = [_repeats(matrices[a]) if a in matrices else 1 for a in range(2, rank)]
     if rank > 2 and not {0, 1} & set(matrices) and all(repeats):
-        # Every place has become a block of its own: a pooling adds it up.
+        # Integer upsampling by repetition: a pooling sums each block.
         window = {"kernel_shape": repeats, "strides": repeats}
         return g.emit("Mul", g.emit("AveragePool", dy, attrs=window), g.scalar(float(np.prod(repeats))))
     value, now = dy, list(out)
@@ -68,7 +68,7 @@ def _gathered(tape: Tape, dy: str, out: Shape, shape: Shape, matrices: dict[int,
 
 
 def _repeats(matrix: Matrix) -> int:
-    """How often each place is repeated in turn; 0 where something else is done."""
+    """The repetition factor if the matrix repeats every position equally often; else 0."""
     times, rest = divmod(matrix.shape[0], matrix.shape[1])
     same = not rest and np.array_equal(matrix, np.repeat(np.eye(matrix.shape[1], dtype=np.float32), times, axis=0))
     return times if same else 0
@@ -76,7 +76,7 @@ def _repeats(matrix: Matrix) -> int:
 
 @rule("DepthToSpace", "SpaceToDepth")
 def space_and_depth(tape: Tape, node: Node) -> Pull:
-    """Blocks of channels as blocks of places, or the reverse: each is the other's pull-back."""
+    """Moves blocks of channels to spatial blocks, or the reverse; each is the other's gradient."""
     name = node.inputs[0]
     x, shape, g = tape.value(name), tape.shape(name), tape.graph
     size, deep = int(node.attrs["blocksize"]), node.op == "SpaceToDepth"

@@ -32,7 +32,7 @@ ROWS = 1000
 """Devices in a table."""
 
 _NAMED = 10
-"""Devices that the terminal names individually."""
+"""Devices without updates that the terminal lists, at most."""
 
 SHARE = 0.5
 """Share of the reference's bytes that the fleet may use, each way."""
@@ -76,7 +76,7 @@ def claims(run: Record, reference: Record) -> tuple[Claim, ...]:
         Claim(
             f"mean local and global {run.measure} at most {allowed} {reference.title}",
             f"local {_difference(run, lost[0])}, global {_difference(run, lost[1])}",
-            all(d <= limit for d in lost),  # NaN compares false: what was not measured is not held
+            all(d <= limit for d in lost),  # NaN compares false: a claim about something unmeasured fails
         ),
         Claim(
             f"at most {SHARE:.0%} of its bytes, down and up",
@@ -127,7 +127,7 @@ def summary(run: Record, reference: Record | None = None) -> list[tuple[str, ...
 
 
 def _privacy(run: Record) -> str:
-    """Privacy cost: ε of the board with the highest."""
+    """The privacy cost: the highest ε of any board."""
     settings = run.job.get("privacy")
     if not settings:
         return "none"

@@ -1,4 +1,6 @@
-"""What Alembic runs: the steps, on the connection and in the transaction that `schema_migration` has open."""
+"""Alembic's environment: runs the migrations on the connection, and in the transaction, that `schema_migration` has
+opened.
+"""
 
 from __future__ import annotations
 

@@ -53,14 +53,14 @@ log = logging.getLogger("fedprune.server")
 TICK_S, TURN_S = 0.5, 0.02
 
 MOST_NAMES = 256
-"""Devices of which is told between two ticks what came from them; there may be names of anybody's invention."""
+"""Devices whose received bytes are reported per tick, at most: names in topics can be invented by anybody."""
 
 
 class Receiving:
-    """What an upload worker does with what comes, apart from pipes and network.
+    """An upload worker's logic, without pipes and network.
 
     Args:
-        clock: Seconds of a clock that nobody sets.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Receiving:
         self._fetched: set[str] = set()
 
     def order(self, message: ToWorker | ToServer) -> None:
-        """Take in what the server says.
+        """Handle a message of the server.
 
         Raises:
-            ProtocolError: It says what is not for an upload worker.
+            ProtocolError: The message is not one for an upload worker.
             StorageError: The disk fails.
         """
         now = self._clock()
@@ -102,11 +102,12 @@ class Receiving:
         self._tell()
 
     def receive(self, topic: str, payload: bytes) -> None:
-        """Take in what came over the wire; from a device of which nothing is fetched it is counted, and not looked at.
-        Raises `StorageError` if the disk fails."""
+        """Handle an MQTT message. One from a device that has no fetch under way is counted and otherwise ignored.
+        Raises `StorageError` if the disk fails.
+        """
         try:
             device = self._topics.parse(topic).device
-            # Counted first, so that what it leads to is said with these bytes in the account.
+            # Counted first, so that the messages that follow from it already report these bytes.
             if device in self._taken or len(self._taken) < MOST_NAMES:
                 self._taken[device] = self._taken.get(device, 0) + len(payload)
             if device in self._fetched:
@@ -116,10 +117,10 @@ class Receiving:
         self._tell()
 
     def tick(self, *, up: bool) -> None:
-        """Ask again for what is overdue, and say how things stand.
+        """Request overdue pieces again, and report progress.
 
         Args:
-            up: Whether the connection to the broker stands.
+            up: Whether the broker is connected.
 
         Raises:
             StorageError: The disk fails.
@@ -158,7 +159,7 @@ def _context(begin: Begin) -> Callable[[], ssl.SSLContext] | None:
 
 
 def _listen(orders: queue.Queue[ToWorker | ToServer], stream: BinaryIO, link: Link) -> None:
-    """Take in what the server says; the end of that is the end of this process."""
+    """Read messages of the server; when the pipe ends, this process ends."""
     try:
         while (message := read(stream)) is not None:
             orders.put(message)
@@ -168,7 +169,10 @@ def _listen(orders: queue.Queue[ToWorker | ToServer], stream: BinaryIO, link: Li
 
 
 def run(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
-    """Receive until the server is gone. Raises `FedpruneError` if the broker's address is none, or the disk fails."""
+    """Receive until the server is gone.
+
+    Raises `FedpruneError` if the broker's address is invalid, or the disk fails.
+    """
 
     def say(message: ToServer) -> None:
         replies.write(line(message))
@@ -198,7 +202,7 @@ def run(begin: Begin, stream: BinaryIO, replies: BinaryIO) -> None:
 
 
 def main() -> None:
-    """Run until the parent asks for the end, or ends."""
+    """Run until the parent asks this process to end, or ends itself."""
     replies = reply_stream()
     begin = read(sys.stdin.buffer)
     if not isinstance(begin, Begin):

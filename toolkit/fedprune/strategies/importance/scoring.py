@@ -129,8 +129,8 @@ def curvature(
 def movement(architecture: Architecture, evidence: Evidence, *, per_count: bool = False) -> Scores:
     """S_c = Σ |Δw| over the coordinates that make channel c: CA-HFP's `Delta w` criterion (Table II).
 
-    Δw is what evidence keeps of it, the moving average of moves per step as a gradient, −Δ / (η_eff·steps): all
-    coordinates are scaled alike, so that ranks are those of Δw, and one that nobody trained lately keeps its value.
+    Δw is read from the estimated gradient, a moving average of −Δ / (η_eff · steps). The factor is the same for all
+    coordinates, so the ranks are those of Δw. A coordinate that nobody trained lately keeps its last estimate.
 
     Args:
         architecture: The model.
@@ -162,9 +162,9 @@ def channel_sums(
         architecture: The model.
         part: The quantity for a tensor of a given name, of the tensor's shape.
         kinds: Which tensors count.
-        per_count: Each tensor counts by its mean over a channel's coordinates instead of by their sum. Channels of a
-            group have equally many, so that this only decides how much layers count that share a group: a bias or a 1×1
-            shortcut then as much as a 3×3 convolution.
+        per_count: Use each tensor's mean over a channel's coordinates instead of their sum. All channels of a group
+            have equally many coordinates, so this only changes the relative weight of the layers that share a group: a
+            bias or a 1×1 shortcut then counts as much as a 3×3 convolution.
     """
     out = tuple(np.zeros(n) for n in architecture.sizes)
     for spec in architecture.tensors:
