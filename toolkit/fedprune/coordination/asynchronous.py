@@ -51,7 +51,7 @@ class AsynchronousCoordinator(Coordinator):
         """
         state = self.state
         state.keep_to(asynchronous=True)
-        self._all_gone()
+        self._mark_all_offline()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
         state.wake_times = []
@@ -144,7 +144,7 @@ class AsynchronousCoordinator(Coordinator):
         idle = self._availability.first(room)
         if not idle:
             over = not self._availability.at_work and not self._availability.arrivals and self.privacy_budget.barred()
-            return self._spent_out(state.round - 1) if over else []
+            return self._finish_budget_spent(state.round - 1) if over else []
         basis = plain(self._basis())
         for name in idle:
             device, last = state.devices[name], state.tasks.get(name)

@@ -256,7 +256,7 @@ class Coordinator(ABC):
             device.online = False
         return []
 
-    def _all_gone(self) -> None:
+    def _mark_all_offline(self) -> None:
         """After a restart: devices are offline until they announce themselves, and settings may have changed."""
         for name, device in self.state.devices.items():
             device.online, device.excluded = False, ""
@@ -321,7 +321,7 @@ class Coordinator(ABC):
         if device.failures >= MAX_FAILURES:
             device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
 
-    def _spent_out(self, number: int) -> Commands:
+    def _finish_budget_spent(self, number: int) -> Commands:
         """The end of a job of which no device may be asked once more: it stays with the model of its last round."""
         self.state.round, self.state.phase = number, Phase.FINISHED
         self.state.tasks, self.state.deadline = TrackedDict(), None

@@ -60,7 +60,7 @@ class SynchronousCoordinator(Coordinator):
         """
         state = self.state
         state.keep_to(asynchronous=False)
-        self._all_gone()
+        self._mark_all_offline()
         if state.phase is Phase.FINISHED and not self._last():
             state.phase = Phase.WAITING
         state.wake_times, self._queue = [], None
@@ -122,7 +122,7 @@ class SynchronousCoordinator(Coordinator):
         if state.devices.count(True) < self.job.devices:
             return []
         if self.privacy_budget.barred():
-            return self._spent_out(state.round)
+            return self._finish_budget_spent(state.round)
         ready = self._ready()
         if not ready:  # who is here has spent its budget of privacy, and who hasn't is away
             return []
@@ -332,7 +332,7 @@ class SynchronousCoordinator(Coordinator):
             return []
         return self._again(now)
 
-    def _deserted(self, now: float) -> Commands:
+    def _restart_after_unusable_updates(self, now: float) -> Commands:
         """None of the updates in the sums could be used: the round starts again after its deadline."""
         state = self.state
         state.phase = Phase.TRAINING
@@ -352,7 +352,7 @@ class SynchronousCoordinator(Coordinator):
             state.tasks = TrackedDict()
             state.round -= 1
             state.phase = Phase.WAITING
-            return self._spent_out(state.round) if self.privacy_budget.barred() else []
+            return self._finish_budget_spent(state.round) if self.privacy_budget.barred() else []
         before, attempt = set(state.tasks), 1 + max(t.attempt for t in state.tasks.values())
         state.tasks = self._tasks(ready, attempt)
         if set(state.tasks) == before:
@@ -377,10 +377,10 @@ class SynchronousCoordinator(Coordinator):
             state.tasks[name].reject(event.rejected[name])
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
-            return self._deserted(now)
+            return self._restart_after_unusable_updates(now)
         if not self.privacy_budget.release(folded):  # too few delivered: nobody is shown their sum
             state.spent_under = self.job.privacy.account
-            return self._spent_out(state.round - 1)
+            return self._finish_budget_spent(state.round - 1)
         for name, task in folded.items():
             self._keep_past(name, task)
         state.model, state.memory = event.model, dict(event.memory)

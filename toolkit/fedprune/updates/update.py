@@ -74,7 +74,7 @@ def encode(
             parts[name] = value
             continue
         if codec.name == "zlib":
-            parts[name + _BITS] = _folded(_integers(value) - _integers(sent[name]))
+            parts[name + _BITS] = _zigzag(_integers(value) - _integers(sent[name]))
             continue
         with np.errstate(over="ignore", invalid="ignore"):
             difference = value - sent[name]
@@ -116,7 +116,7 @@ def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32
         if name in names:
             out[name] = _part(parts, name, np.float32, start.shape)
         elif codec.name == "zlib":
-            moved = _integers(start) + _unfolded(_part(parts, name + _BITS, np.int32, start.shape))
+            moved = _integers(start) + _unzigzag(_part(parts, name + _BITS, np.int32, start.shape))
             out[name] = moved.view(np.float32).reshape(start.shape)
         else:
             with np.errstate(over="ignore"):  # what is not finite then is refused by the fold
@@ -251,12 +251,12 @@ def _integers(value: Float32) -> npt.NDArray[np.int32]:
     return np.ascontiguousarray(value, np.float32).reshape(-1).view(np.int32).reshape(value.shape)
 
 
-def _folded(numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def _zigzag(numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     """Small numbers of either sign as small unsigned ones, whose high bytes are all 0."""
     out: npt.NDArray[np.int32] = (numbers << 1) ^ (numbers >> 31)
     return out
 
 
-def _unfolded(numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+def _unzigzag(numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
     out: npt.NDArray[np.int32] = ((numbers >> 1) & np.int32(2**31 - 1)) ^ -(numbers & 1)
     return out

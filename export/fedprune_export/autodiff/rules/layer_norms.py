@@ -161,7 +161,7 @@ def lp_norm(tape: Tape, node: Node) -> Pull:
     return pull
 
 
-_NOTHING = 1e-18  # the operator adds 1e-9 to the standard deviation; here its square is added to the variance
+_MVN_EPSILON = 1e-18  # the operator adds 1e-9 to the standard deviation; here its square is added to the variance
 
 
 @rule("MeanVarianceNormalization")
@@ -170,7 +170,7 @@ def standardised(tape: Tape, node: Node) -> Pull:
     name = node.inputs[0]
     shape = tape.shape(name)
     axes = sorted(int(a) % len(shape) for a in node.attrs.get("axes", [0, 2, 3]))
-    z, pull = normalised(tape, tape.value(name), axes, [shape[a] for a in axes], _NOTHING)
+    z, pull = normalised(tape, tape.value(name), axes, [shape[a] for a in axes], _MVN_EPSILON)
     tape.enter(node.outputs[0], z, shape)
     return lambda dy: tape.add(name, pull(dy))
 

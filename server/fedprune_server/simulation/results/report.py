@@ -263,7 +263,7 @@ def _write(document: Document, page: Path, markdown: Path) -> None:
 _WORDS = ("", "run", "device", "profile", "bound by", "why not")
 """Columns of text; the others hold numbers."""
 
-_DROPS = {"training TMACs": 3, "rounds": 4}
+_DROP_ORDER = {"training TMACs": 3, "rounds": 4}
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> Table:
@@ -279,7 +279,7 @@ def _column(title: str) -> Column:
     if title in _WORDS:
         return Column(title, wrap=16 if title == "run" else 0)
     stays = title in ("round", "seconds", "speed-up") or title.startswith(("local ", "global "))
-    return Column(title, right=True, drop=0 if stays else _DROPS.get(title, 1), wrap=8 if stays else 0)
+    return Column(title, right=True, drop=0 if stays else _DROP_ORDER.get(title, 1), wrap=8 if stays else 0)
 
 
 def _part(run: Record) -> str:

@@ -117,11 +117,11 @@ def curvature(
 
     def part(name: str) -> npt.NDArray[np.float64]:
         w = _tensor(architecture, tensors, name)
-        bend: npt.NDArray[np.float64] = evidence.curvature[name] * (w * w)
+        second_order: npt.NDArray[np.float64] = evidence.curvature[name] * (w * w)
         if form == "hw2":
-            return bend
-        slope = evidence.gradient[name] * w
-        return np.abs(slope) + 0.5 * bend if form == "abs" else slope + bend
+            return second_order
+        first_order = evidence.gradient[name] * w
+        return np.abs(first_order) + 0.5 * second_order if form == "abs" else first_order + second_order
 
     return channel_sums(architecture, part, tuple(k for k in TensorKind if k.trainable), per_count=per_count)
 
