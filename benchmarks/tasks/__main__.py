@@ -44,6 +44,15 @@ DENSITIES = (1.0, 0.7, 0.5, 0.3)
 """Widths of the boards in turn, whose submodels weigh half of the whole model's on average."""
 
 METHODS = ("torch", "fedavg", "fedprune")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "fedprune, each step at the board's width": {"dropout": []},
+    "the same, all boards at full width": {"dropout": [], "densities": [1.0]},
+}
+"""Options of `fedprune` that show which of its ingredients a task's distance from FedAvg comes from."""
+
+EXPLAINED = ("detection", "embedding", "language")
+"""Tasks that are run with `VARIANTS`, too."""
+
 BOARD = "raspberry-pi-5"
 
 
@@ -128,9 +137,10 @@ def federated(task: Task, method: str, seed: int) -> dict[str, Any]:
     """A simulated fleet's run."""
     found, (model, _) = task.deal(seed), imported(task, seed)
     names = list(found.boards)
-    options = {"densities": list(task.densities)} if method == "fedprune" else {}
+    options = {} if method == "fedavg" else {"densities": list(task.densities), **VARIANTS.get(method, {})}
+    strategy = "fedavg" if method == "fedavg" else "fedprune"
     job = Job(
-        name="task", seed=seed, devices=len(names), rounds=task.rounds, strategy=method, options=options,
+        name="task", seed=seed, devices=len(names), rounds=task.rounds, strategy=strategy, options=options,
         recipe=replace(task.recipe, evaluate_every=task.rounds), deadline_s=1e7, move_limit=0.0, weight_limit=0.0,
     )  # fmt: skip
     fleet = tuple(VirtualDevice(n, find(BOARD), found.boards[n]) for n in names)
@@ -244,7 +254,7 @@ def page(results: dict[str, Any]) -> str:
         lines += [f"## {task.title}", "", *([task.note, ""] if task.note else [])]
         lines += [f"| | seeds | {' | '.join(METRICS[n].title for n in shown)} | MB down | MB up |",
                   f"|---|---|{'---|' * len(shown)}---|---|"]  # fmt: skip
-        for method in METHODS:
+        for method in (*METHODS, *VARIANTS):
             runs = rows.get(method, {})
             if not runs:
                 continue
@@ -280,6 +290,7 @@ def main() -> int:
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--variants", action="store_true", help="run the variants of fedprune on the tasks explained")
     parser.add_argument("--rounds", type=int, help="fewer rounds, for a look; nothing is written")
     parser.add_argument("--pictures", action="store_true", help="draw what the first seed's models make of samples")
     options = parser.parse_args()
@@ -293,8 +304,8 @@ def main() -> int:
             print(pictures.draw(name, model, weights, task.deal(0), runs, task.recipe.judged_by))
         return 0
     for seed in options.seeds:
-        for name in options.tasks or TASKS:
-            for method in options.methods:
+        for name in options.tasks or (EXPLAINED if options.variants else TASKS):
+            for method in VARIANTS if options.variants else options.methods:
                 results = json.loads(path.read_text()) if path.exists() else {"runs": {}}
                 runs = results["runs"].setdefault(name, {}).setdefault(method, {})
                 if str(seed) in runs and not options.rounds:
