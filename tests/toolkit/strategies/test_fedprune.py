@@ -107,6 +107,7 @@ def test_the_recipe_has_the_strategys_own_settings_beside_the_jobs() -> None:
     assert made.ordered_dropout
     assert (strategy.recipe(own, turn).average, strategy.recipe(own, turn).ordered_dropout) == (0.5, (0.1,))
     assert not strategy.recipe(Recipe(loss="mse"), turn).logit_adjustment
+    assert not strategy.recipe(Recipe(metric="perplexity"), turn).logit_adjustment  # it judges probabilities
 
 
 def test_gradients_are_clipped_and_received_weights_are_blended_in_where_there_is_an_average() -> None:

@@ -114,7 +114,7 @@ class FedPrune(Strategy):
         return replace(
             recipe,
             lr=recipe.lr * options.lr_decay ** (turn.round - 1),
-            logit_adjustment=recipe.logit_adjustment or (options.adjust and recipe.loss == "cross_entropy"),
+            logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts(recipe)),
             ordered_dropout=recipe.ordered_dropout or options.dropout,
             average=average,
             blend=recipe.blend or (options.blend if average else 0.0),
@@ -126,6 +126,11 @@ class FedPrune(Strategy):
     def _settled(self, scene: Scene) -> Ranking | None:
         known, places = scene.memory.get(RANKS, {}), places_of(scene.architecture)
         return Ranking(tuple(np.asarray(known[p]) for p in places)) if set(known) == set(places) else None
+
+
+def _adjusts(recipe: Recipe) -> bool:
+    # Perplexity judges probabilities: a model whose logits leave the labels' shares out has wrong ones.
+    return recipe.loss == "cross_entropy" and recipe.metric != "perplexity"
 
 
 def fedprune(job: Job) -> Strategy:
