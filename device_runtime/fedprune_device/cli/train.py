@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedprune.core import tensorfile
+from fedprune.core import atomic_file, tensorfile
 from fedprune.core.errors import DataError, ExitCode, FedpruneError, ModelError, UsageError
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import quantity
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
+from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
 from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, weights_file
@@ -42,12 +42,13 @@ def train(arguments: argparse.Namespace) -> int:
     check_folder(arguments.out, bundle.target)
     samples = options_of(SampleOptions, arguments).fixed(bundle.class_names)
     number = arguments.threads or threads()
-    trainer = Trainer(bundle.path(TRAINING), threads=number)
+    trainer = Trainer(bundle.path(TRAINING), threads=number, base=bundle.base)
     data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))
     try:
         training = _LocalTraining(bundle, recipe, data, trainer, arguments.seed, number)
     except DataError as error:
         raise DataError(f"{arguments.data}: {error}") from error
+    del trainer  # it ends with the training, which the new model needs the memory of
     print(f"{quantity(data.samples, 'training sample')}, {quantity(len(data.y_test), 'test sample')}")
     print(f"before: {training.measured(Predictor(bundle.folder, threads=number), 'before')}", flush=True)
     with _interruptible() as asked, _progress() as progress:
@@ -58,7 +59,7 @@ def train(arguments: argparse.Namespace) -> int:
     )
     files, after = training.finished(result)
     print(f"after: {after}")
-    write_bundle(arguments.out, files, bundle.selection, bundle.recipe, bundle.target, bundle.class_names)
+    write_bundle(arguments.out, files, bundle.selection, bundle.recipe, bundle.target, bundle.class_names, bundle.base)
     print(f"{arguments.out}: {quantity(len(files), 'file')}, {sum(map(len, files.values())):,} bytes")
     if asked.is_set():
         raise KeyboardInterrupt(
@@ -115,12 +116,15 @@ class _LocalTraining:
         loss = None
         if not self._trainer.normalised:
             loss = self._trainer.loss(tensors, self._data, self._recipe, self._classes, PROBE_SAMPLES)
+        del self._trainer  # the new model needs its memory
         files = read_files(self._bundle)
         files[WEIGHTS] = tensorfile.encode(tensors)
         with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
             folder = Path(name)
             for file in (INFERENCE, WEIGHTS):
                 (folder / file).write_bytes(files[file])
+            if self._bundle.base is not None:
+                atomic_file.place(self._bundle.base, folder / BASE, sync=False)
             model = Predictor(folder, threads=self._threads)
             self._evaluation.check(model, loss)
             after = self.measured(model, "after")

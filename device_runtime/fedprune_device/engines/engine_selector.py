@@ -16,6 +16,7 @@ from fedprune.core import atomic_file
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import EngineError, FedpruneError
 from fedprune.planning.profile import TIERS, HardwareProfile
+from fedprune.runtime.bundle import BASE as FROZEN
 from fedprune.runtime.precision_files import PRECISIONS, graph_file, weights_file
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines import bindings
@@ -206,6 +207,8 @@ class EngineSelector:
         lowered = [weights_file(p) for p in PRECISIONS if graph_file(p) == self.plan.graph]
         for name in (self.plan.graph, WEIGHTS, *lowered):
             atomic_file.place(wanted.folder / name, work / name, sync=False)
+        if (wanted.folder / FROZEN).is_file():
+            atomic_file.place(wanted.folder / FROZEN, work / FROZEN, sync=False)
         with storage_errors(f"can't read {work / WEIGHTS}"):
             if file_digest(work / WEIGHTS) != wanted.weights:
                 raise EngineError("the model was replaced meanwhile")

@@ -17,6 +17,7 @@ from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ConfigError, ModelError, StorageError
 from fedprune.model.recipe import labels_of
+from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, served_files
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
@@ -34,7 +35,7 @@ class Serving:
 
     `offset` is added to the logits of own predictions, where the recipe adjusts logits; `present` is 0 for the classes
     whose logits are replaced by 0. `lowered` is the digest of the lower precision's graph and weights, empty for
-    float32; the float32 model exists in any case.
+    float32; the float32 model exists in any case. `base` is the digest of the frozen base, empty without one.
     """
 
     job: str
@@ -48,11 +49,13 @@ class Serving:
     present: tuple[float, ...] | None = None
     precision: str = FLOAT32
     lowered: tuple[str, ...] = ()
+    base: str = ""
 
     @property
     def files(self) -> dict[str, str]:
         lowered = dict(zip(served_files(self.precision), self.lowered, strict=True)) if self.lowered else {}
-        return {GRAPH: self.inference, WEIGHTS: self.weights} | lowered
+        frozen = {BASE: self.base} if self.base else {}
+        return {GRAPH: self.inference, WEIGHTS: self.weights} | lowered | frozen
 
     @property
     def own(self) -> LogitAdjustment:
@@ -62,7 +65,8 @@ class Serving:
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
         try:
-            values = {f.name: body[f.name] for f in fields(cls)}
+            values = {"base": ""} | body
+            values = {f.name: values[f.name] for f in fields(cls)}
             values["lowered"] = tuple(map(str, values["lowered"]))
             if values["precision"] not in (FLOAT32, *PRECISIONS):
                 raise ValueError(values["precision"])
@@ -102,11 +106,13 @@ class ModelSlots:
     def staging(self) -> Path:
         return self._root / _STAGE
 
-    def stage(self, inference: Path, weights: Path | bytes) -> Path:
+    def stage(self, inference: Path, weights: Path | bytes, base: Path | None = None) -> Path:
         """Put a candidate together, without touching what serves, in a folder that is valid until the next call."""
         folder = self._root / _STAGE
         _clear(folder)
         atomic_file.place(inference, folder / GRAPH, sync=self._lasting)
+        if base is not None:
+            atomic_file.place(base, folder / BASE, sync=self._lasting)
         if isinstance(weights, Path):
             atomic_file.place(weights, folder / WEIGHTS, sync=self._lasting)
         else:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
@@ -124,7 +125,7 @@ class RoundRunner:
         # Damage is found out first, before a graph is loaded.
         weights = self._weights(offer)
         mask = None if offer.mask is None else self._blob(offer.mask)
-        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training))
+        trainer = self._trainer.of(offer.training.sha256, lambda: self._blob(offer.training), self._base(offer))
         wanted = trainer.targets(recipe, offer.classes)
         data = self._data.snapshot(trainer.input_shape, wanted)
         work = LocalUpdate(
@@ -206,6 +207,7 @@ class RoundRunner:
             round=offer.round,
             classes=offer.classes,
             inference=offer.inference.sha256,
+            base="" if offer.base is None else offer.base.sha256,
             weights=serves.sha256 if isinstance(serves, BlobRef) else tensorfile.digest(serves),
             offset=own.offset,
             loss=recipe.loss,
@@ -239,7 +241,12 @@ class RoundRunner:
 
     def _candidate(self, offer: Offer, weights: BlobRef | bytes) -> Predictor:
         source = self._blobs.path(weights.sha256) if isinstance(weights, BlobRef) else weights
-        return self._trainer.predictor(self._slots.stage(self._blobs.path(offer.inference.sha256), source))
+        graph = self._blobs.path(offer.inference.sha256)
+        return self._trainer.predictor(self._slots.stage(graph, source, self._base(offer)))
+
+    def _base(self, offer: Offer) -> Path | None:
+        """The file of the frozen base, which is mapped and never read as a whole."""
+        return None if offer.base is None else self._blobs.path(offer.base.sha256)
 
 
 NICENESS = 19  # everything else on the board, predictions above all, has priority over training

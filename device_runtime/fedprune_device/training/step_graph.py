@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core import tensorfile
 from fedprune.core.errors import ModelError, TrainingError
 from fedprune.model import step_contract
 from fedprune.model.element_mask import ElementMask
@@ -38,6 +39,9 @@ _NUMBERS = frozenset(
 """Inputs that a training graph may have once, besides those that it must have."""
 
 
+_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+
+
 class Moved(NamedTuple):
     """A step's result: the batch's data loss, its number of right samples, new values and requested gradients."""
 
@@ -55,13 +59,19 @@ class StepGraph:
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay. `states` are
     the optimiser's arrays, `squares` sums of squared gradients. `scores`: whether it counts right samples. `token_ids`:
-    whether samples are whole numbers.
+    whether samples are whole numbers. `base` is the file of frozen weights that the graph reads in low precision.
 
     Raises `ModelError` if onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
     """
 
     def __init__(
-        self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None, cuda: bool = False
+        self,
+        graph: Path | bytes,
+        *,
+        threads: int = 1,
+        session: Session | None = None,
+        cuda: bool = False,
+        base: Path | None = None,
     ) -> None:
         self._graph = graph
         self._threads = threads
@@ -101,6 +111,11 @@ class StepGraph:
             for n in self.trainable
             for f in (step_contract.anchor, step_contract.strength, step_contract.mask, step_contract.threshold)
         )
+        self._base_path, self._base = base, dict[str, Array]()
+        self._base_names = {n for n in inputs if n.endswith((step_contract.base(""), step_contract.base_scale("")))}
+        if self._base_names and base is None:
+            raise TrainingError("the training graph reads a frozen base", expected="a file of it", got="none")
+        known |= self._base_names
         if set(inputs) - known:
             raise TrainingError(
                 "the training graph has inputs that this device can't feed",
@@ -157,6 +172,7 @@ class StepGraph:
         feeds |= self.masking(tensors, recipe, mask)
         moving = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
         wanted = set(self._session.inputs) - moving - {*self.names, *self.states, *self.squares, *self._sums}
+        wanted -= self._base_names
         classifies = self._classifies if recipe.loss == CUSTOM else recipe.features.counts
         scores = recipe.features.scores
         whole = not self._sums and recipe.features.accumulate
@@ -250,15 +266,36 @@ class StepGraph:
                     part_for(self._bytes(), outputs), threads=self._threads, training=True, cuda=self._cuda
                 )
                 self._forward[tuple(outputs)] = session
-            return session.run({n: v for n, v in feeds.items() if n in session.inputs}, outputs)
+            fed = {**feeds, **self._frozen()}
+            return session.run({n: v for n, v in fed.items() if n in session.inputs}, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error
+
+    def release(self) -> None:
+        """Let go of the mapped base, whose pages count as the process's memory; the next run maps it again."""
+        self._base = {}
+
+    def _frozen(self) -> dict[str, Array]:
+        """The frozen base, mapped and not read: it is never copied, and the system may drop its pages."""
+        if self._base_names and not self._base and self._base_path is not None:
+            found = tensorfile.mapped(self._base_path)
+            for name in self._base_names:
+                kind, shape = self._session.inputs[name]
+                value = found.get(name)
+                if value is None or value.shape != shape or _TYPES.get(value.dtype.name) != kind:
+                    raise TrainingError(
+                        f"{self._base_path}: {name} of the frozen base",
+                        expected=f"{kind} {shape}",
+                        got="nothing" if value is None else f"{value.dtype} {value.shape}",
+                    )
+            self._base = {n: found[n] for n in self._base_names}
+        return self._base
 
     def _bytes(self) -> bytes:
         return self._graph if isinstance(self._graph, bytes) else self._graph.read_bytes()
 
     def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         try:
-            return self._session.run(feeds, outputs)
+            return self._session.run({**feeds, **self._frozen()}, outputs)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error

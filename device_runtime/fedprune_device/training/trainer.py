@@ -150,9 +150,15 @@ class Trainer:
     """
 
     def __init__(
-        self, graph: Path | bytes, *, threads: int = 1, session: Session | None = None, cuda: bool = False
+        self,
+        graph: Path | bytes,
+        *,
+        threads: int = 1,
+        session: Session | None = None,
+        cuda: bool = False,
+        base: Path | None = None,
     ) -> None:
-        self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda)
+        self._graph = StepGraph(graph, threads=threads, session=session, cuda=cuda, base=base)
         self.names = self._graph.names
         self.trainable = self._graph.trainable
         self.frozen = self._graph.frozen
@@ -260,6 +266,7 @@ class Trainer:
                     break
             if control.enough():
                 break
+        self._graph.release()
         steps = len(losses)
         if patience is not None and recipe.best_epoch and patience.steps:
             state |= patience.tensors
@@ -317,9 +324,11 @@ class Trainer:
         rows = np.arange(min(samples, len(y)))
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]
+        batches_of = [parts] if self._graph.accumulates else [[part] for part in parts]
+        losses = [self._graph.advance(feeds, each, 1).loss for each in batches_of]
+        self._graph.release()
         if self._graph.accumulates:
-            return self._graph.advance(feeds, parts, 1).loss
-        losses = [self._graph.advance(feeds, [part], 1).loss for part in parts]
+            return losses[0]
         return float(np.average(losses, weights=[self._graph.divisor(part.y, feeds) for part in parts]))
 
     def _can_validate(self, data: LocalData) -> bool:
@@ -377,13 +386,14 @@ class TrainerCache:
         self.threads = threads
         self._cuda = cuda
         self._keep = keep
-        self._loaded: tuple[str, Trainer] | None = None
+        self._loaded: tuple[tuple[str, Path | None], Trainer] | None = None
 
-    def of(self, sha256: str, read: Callable[[], bytes]) -> Trainer:
-        """A trainer for a graph; `read` gives its bytes if they are needed."""
-        if self._loaded is None or self._loaded[0] != sha256:
+    def of(self, sha256: str, read: Callable[[], bytes], base: Path | None = None) -> Trainer:
+        """A trainer for a graph and the frozen base that it reads; `read` gives its bytes if they are needed."""
+        key = (sha256, base)
+        if self._loaded is None or self._loaded[0] != key:
             self._loaded = None  # two loaded models are more than a small board has memory for
-            self._loaded = (sha256, Trainer(read(), threads=self.threads, cuda=self._cuda))
+            self._loaded = (key, Trainer(read(), threads=self.threads, cuda=self._cuda, base=base))
         return self._loaded[1]
 
     def predictor(self, model: Path) -> Predictor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
-from fedprune.runtime.bundle import ARCHITECTURE, INFERENCE, SUBMODEL, TRAINING, WEIGHTS
+from fedprune.runtime.bundle import ARCHITECTURE, BASE, INFERENCE, SUBMODEL, TRAINING, WEIGHTS
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_step
@@ -26,7 +26,8 @@ def bundle_files(
         BundleError: The selection doesn't fit the model.
     """
     model.check(selection)
-    return {
+    frozen = model.base_file
+    return ({} if frozen is None else {BASE: frozen}) | {
         INFERENCE: inference_model(model, selection.widths, opset=opset),
         WEIGHTS: tensorfile.encode(selection.gather(model.tensors)),
         TRAINING: training_step(model, recipe.features).to_bytes() if training is None else training,

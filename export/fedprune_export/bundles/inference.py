@@ -15,9 +15,10 @@ import onnx
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError
-from fedprune.runtime.bundle import INFERENCE, WEIGHTS, Bundle
+from fedprune.runtime.bundle import BASE, INFERENCE, WEIGHTS, Bundle
 from fedprune_export.ir.graph import Graph
 from fedprune_export.pruning.cut import at_widths
+from fedprune_export.pruning.frozen_base import read_low
 from fedprune_export.pruning.model import Model
 
 WEIGHTS_FILE = "weights.safetensors"  # the file of weights that an inference graph refers to
@@ -34,7 +35,15 @@ def inference_model(model: Model, widths: Sequence[int], *, opset: int | None = 
         ModelError: The graph can't be written at that opset.
     """
     graph = at_widths(model, widths)
+    if model.base is not None:
+        read_low(graph, model.base)
     proto = graph.to_proto() if opset is None else graph.to_proto(opset=opset)
+    offset = len(tensorfile.header([(b.name, b.code, b.shape) for b in model.architecture.base]))
+    for array in model.architecture.base:
+        offset = add_external(proto, array.name, array.dtype, array.shape, BASE, offset)
+        # What is an input, too, is only a default value, so no runtime folds it into float32 constants.
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        proto.graph.input.append(onnx.helper.make_tensor_value_info(array.name, kind, array.shape))
     return with_weights(proto, model.architecture.shapes(widths))
 
 
@@ -83,6 +92,8 @@ def inference_graph(folder: Path) -> Graph:
     except Exception as error:
         raise BundleError(f"{path} is no ONNX model", hint="Export the bundle again.") from error
     tensors = tensorfile.load(folder / WEIGHTS)
+    if (folder / BASE).is_file():
+        tensors |= tensorfile.load(folder / BASE)
     outside = [t for t in proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     inside = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     for wanted in outside:

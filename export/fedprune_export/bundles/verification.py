@@ -13,7 +13,7 @@ from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError, ModelError, TrainingError, shape_text
 from fedprune.core.text import quantity
 from fedprune.model import step_contract as step
-from fedprune.runtime.bundle import FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
+from fedprune.runtime.bundle import BASE, FILES, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.onnx_subgraph import part_for
 from fedprune.runtime.precision import lowered_weights
 from fedprune.runtime.precision_files import files_of, graph_file, prepare_file, weights_file
@@ -54,7 +54,7 @@ def verify(folder: Path, model: Model | None = None) -> Iterator[Check]:
         TrainingError: The training step computes wrong or non-finite values.
     """
     bundle = open_bundle(folder)
-    files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)))
+    files = (*FILES, *(n for p in bundle.precisions for n in files_of(p)), *([BASE] if bundle.base else []))
     size = sum(bundle.path(n).stat().st_size for n in files)
     yield Check("files", f"{len(files)} files of {size:,} bytes are as they were exported")
     trial = _Trial(bundle)
@@ -97,7 +97,7 @@ class _Trial:
         out = step_feeds(
             self.training.inputs,
             self.bundle.recipe,
-            self.tensors if tensors is None else tensors,
+            {**(self.tensors if tensors is None else tensors), **self.bundle.frozen()},
             self.x,
             self.y,
             self.outputs[0],
@@ -243,5 +243,9 @@ def check_model(bundle: Bundle, model: Model) -> str:
             got=f"{len(changed)} others, such as {changed[0]}",
             hint="Give the model that the bundle was exported from; a torch factory may draw other weights each time.",
         )
-    error = parity(model, bundle.selection, {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS)})
+    error = parity(
+        model,
+        bundle.selection,
+        {n: bundle.path(n).read_bytes() for n in (INFERENCE, WEIGHTS, *([BASE] if bundle.base else []))},
+    )
     return f"equal to the whole model with the lost channels masked to {error:.1e}"

@@ -15,7 +15,7 @@ from fedprune.core.errors import ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.step_contract import LOGITS, X, Y, following
-from fedprune.runtime.bundle import INFERENCE, TRAINING, WEIGHTS
+from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS
 from fedprune.runtime.session import Session
 from fedprune_export.checks.step_feeds import random_labels, step_feeds
 from fedprune_export.ir.trace import sample_feeds
@@ -36,7 +36,7 @@ def parity(model: Model, selection: Selection, files: Mapping[str, bytes]) -> fl
     """
     x = sample_feeds(model.graph, SAMPLES)[X]
     with tempfile.TemporaryDirectory(prefix="fedprune-") as name:
-        for file in (INFERENCE, WEIGHTS):
+        for file in files.keys() & {INFERENCE, WEIGHTS, BASE}:
             (Path(name) / file).write_bytes(files[file])
         small = Session(Path(name) / INFERENCE).run({X: x})[LOGITS]
     whole = Session(masked(model, selection).to_bytes()).run({X: x})[LOGITS]
@@ -61,7 +61,8 @@ def try_step(model: Model, recipe: Recipe, files: Mapping[str, bytes], name: str
     batch = session.inputs[X][1][0]
     samples = batch if isinstance(batch, int) else _STEP_SAMPLES
     x, y = sample_feeds(model.graph, samples)[X], random_labels(recipe, samples, classes, session.inputs[Y])
-    out = session.run(step_feeds(session.inputs, recipe, tensors, x, y, classes))
+    frozen = tensorfile.decode(files[BASE]) if BASE in files else {}
+    out = session.run(step_feeds(session.inputs, recipe, {**tensors, **frozen}, x, y, classes))
     for tensor, value in tensors.items():
         after = out.get(following(tensor), value)
         if after.shape != value.shape:

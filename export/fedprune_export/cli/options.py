@@ -19,6 +19,7 @@ from fedprune.runtime.precision_files import PRECISIONS
 
 MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME"
 
+BASE_PRECISIONS = ("float16", "int8")
 PREFERENCES = ("coarse", "fine")
 
 _LOSS_OF = {"classes": "cross_entropy", "multi": "bce", "values": "mse"}
@@ -57,6 +58,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="RANK[:PATTERN,...]",
         help="train adapters of this rank beside the weights, which are frozen: of all linear layers but the last, or "
         "of those that the patterns name",
+    )
+    group.add_argument(
+        "--base-precision",
+        choices=BASE_PRECISIONS,
+        help="store, send and load frozen weights in this precision (int8: one scale per output channel)",
     )
 
 
@@ -111,6 +117,8 @@ def read_model(arguments: argparse.Namespace, source: str | None = None, name: s
         chosen["prefer"] = arguments.prefer
     if arguments.lora is not None:
         chosen["lora"] = arguments.lora
+    if arguments.base_precision is not None:
+        chosen["base"] = arguments.base_precision
     for name in ("loss", "metric"):
         if (own := own_graph(arguments, name)) is not None:
             chosen[name] = own

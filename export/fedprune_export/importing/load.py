@@ -34,6 +34,8 @@ from fedprune_export.importing.user_graphs import (
     read_loss,
     read_metric,
 )
+from fedprune_export.pruning.frozen_base import check_precision
+from fedprune_export.pruning.frozen_base import chosen as chosen_base
 from fedprune_export.pruning.model import Model
 
 __all__ = ["PARAMETERS_KEY", "check_input", "export_torch", "import_onnx", "load", "read_source", "torch_module"]
@@ -53,6 +55,7 @@ def load(
     loss: object = None,
     metric: object = None,
     lora: Lora | str | None = None,
+    base: str | None = None,
 ) -> Model:
     """Import a model.
 
@@ -77,17 +80,19 @@ def load(
             better.
         lora: Adapters that are trained beside the weights, which are frozen: a `Lora`, or its text, such as
             "8:*.q.weight,*.v.weight".
+        base: The precision in which frozen weights are stored, sent and loaded: "float16", or "int8" with a scale per
+            output channel; by default they are tensors like all others.
     """
     instance("name", name, (str, NoneType), "a text", error=ModelError)
     if not isinstance(source, (str, Path)):
         name = name or type(source).__name__
         raw = export_torch(source, input_shape=input_shape, token_ids=token_ids, name=name)
-        return import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora), name)
+        return import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name)
     text = str(source)
     default = text.rpartition(":")[2] if _is_factory(text) or text.startswith(PREFIX) else Path(text).stem
     raw = _read(source, input_shape, token_ids)
     try:
-        model = import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora), name or default)
+        model = import_onnx(_with_choices(raw, output, parameters, prefer, loss, metric, lora, base), name or default)
     except ModelError as error:
         raise ModelError(f"{source}: {error}") from error
     check_input(text, model, input_shape)
@@ -122,13 +127,14 @@ def read_source(
     loss: object = None,
     metric: object = None,
     lora: Lora | str | None = None,
+    base: str | None = None,
 ) -> bytes:
     """A model as the bytes of one ONNX file, which `import_onnx` takes; choices (as for `load`) are written into it.
 
     Raises `ModelError` if there is no such model or it is damaged; `MissingExtraError` if torch or timm is needed and
     not installed.
     """
-    return _with_choices(_read(source, input_shape, token_ids), output, parameters, prefer, loss, metric, lora)
+    return _with_choices(_read(source, input_shape, token_ids), output, parameters, prefer, loss, metric, lora, base)
 
 
 def _read(source: str | Path, input_shape: Sequence[int | str] | None, token_ids: bool) -> bytes:
@@ -160,6 +166,7 @@ def _with_choices(
     loss: object = None,
     metric: object = None,
     lora: Lora | str | None = None,
+    base: str | None = None,
 ) -> bytes:
     """A model's file with a user's choices in it."""
     if not (output is parameters is prefer is None):
@@ -176,6 +183,11 @@ def _with_choices(
             raw = embed(raw, METRIC_KEY, read_metric(metric, outputs, parts))
     if lora is not None:
         raw = with_adapters(_imported(raw, "model"), Lora.parse(lora) if isinstance(lora, str) else lora)
+    if base is not None:
+        check_precision(base)
+        proto = parse(raw)
+        metadata.write(proto, {metadata.BASE_KEY: base})
+        raw = proto.SerializeToString(deterministic=True)
     return raw
 
 
@@ -228,7 +240,8 @@ def _imported(raw: bytes, name: str, *, pack: bool = False) -> Model:
     packs = pack or LOSS_KEY in texts
     normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None, pack=packs)
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
-    uncut = kept(normal.parameters, still)
+    precision = texts.get(metadata.BASE_KEY)
+    uncut = kept(normal.parameters, still) if precision is None else frozenset(still)
     found = analyse(normal.graph, normal.parameters, normal.trace, name, prefer=chosen, kept=uncut)
     tied = metadata.tied(texts)
     unused = metadata.unused(texts)
@@ -244,12 +257,16 @@ def _imported(raw: bytes, name: str, *, pack: bool = False) -> Model:
         normal.graph.metadata[metadata.UNUSED_KEY] = json.dumps(unused)
     if chosen != "coarse":
         normal.graph.metadata[metadata.PREFER_KEY] = chosen
+    architecture, base = found.architecture, None
+    if precision is not None:
+        base, architecture = chosen_base(normal.graph, architecture, still, precision)
+        normal.graph.metadata[metadata.BASE_KEY] = precision
     own = {key: embedded(key, texts[key]) for key in (LOSS_KEY, METRIC_KEY) if key in texts}
     normal.graph.metadata |= {key: texts[key] for key in own}
     outputs = found.architecture.output_shape
     loss = import_loss(own[LOSS_KEY], outputs) if LOSS_KEY in own else None
     metric = import_metric(own[METRIC_KEY], outputs) if METRIC_KEY in own else None
-    model = Model(normal.graph, found.architecture, notes, found.values, still, loss, metric)
+    model = Model(normal.graph, architecture, notes, found.values, still, base, loss, metric)
     vars(model)["trace"] = normal.trace  # the cached property: nothing is traced twice
     return model
 

@@ -16,6 +16,8 @@ PARAMETERS_KEY = "fedprune.parameters"  # lists the trainable tensors
 
 FROZEN_KEY = "fedprune.frozen"  # lists those of them that the author froze
 
+BASE_KEY = "fedprune.base"  # the precision in which frozen weights are stored
+
 UNUSED_KEY = "fedprune.unused"
 """Names of the author's parameters that the forward pass doesn't use, and which the model therefore lacks."""
 

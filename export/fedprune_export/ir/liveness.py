@@ -103,3 +103,9 @@ def _shared(
         if buffer is not None and ends[buffer] <= at and sizes.get(value) == sizes.get(name):
             return buffer
     return None
+
+
+def gate(graph: Graph, value: str) -> str:
+    """A number [1] of int64 that is there as soon as a value is, and that no optimiser knows."""
+    flat = graph.emit("Reshape", value, graph.ints(-1))
+    return graph.emit("Cast", graph.emit("Gather", flat, graph.ints(0)), attrs={"to": 7})

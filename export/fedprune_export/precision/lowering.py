@@ -62,6 +62,11 @@ def lower(model: Model, widths: Sequence[int], precision: str, *, keep: Collecti
     """
     if precision not in PRECISIONS:
         raise ModelError("precision", expected=" or ".join(PRECISIONS), got=precision)
+    if model.base is not None:
+        raise ModelError(
+            f"precision {precision!r} of a model whose frozen weights are in {model.base.precision} already",
+            hint="Leave --precision (precisions) or --base-precision (base) out.",
+        )
     pair = Pair(model, widths)
     fold(pair)
     stays: list[str] = []

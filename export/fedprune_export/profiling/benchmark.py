@@ -77,7 +77,7 @@ class Stopwatch:
         tensors = tensorfile.load(bundle.path(WEIGHTS))
         x = sample_feeds(self._graph, batch)[step_contract.X]
         y = random_labels(bundle.recipe, batch, classes, inputs[step_contract.Y])
-        feeds = step_feeds(inputs, bundle.recipe, tensors, x, y, classes)
+        feeds = step_feeds(inputs, bundle.recipe, {**tensors, **bundle.frozen()}, x, y, classes)
         return self._measured(STEP, path, feeds, batch, threads)
 
     def prediction(self, batch: int, threads: int, precision: str = FLOAT32) -> Measurement:

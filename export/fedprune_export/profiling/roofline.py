@@ -167,6 +167,8 @@ def _timed(
     inputs, classes = [p.name for p in graph.inputs], model.architecture.classes
     x = sample_feeds(model.graph, batch)[model.graph.inputs[0].name]
     tensors = selection.gather(model.tensors)
+    if model.base is not None:
+        tensors |= model.base.tensors(model.graph.initializers)
     y = next(p for p in graph.inputs if p.name == Y)
     labels = random_labels(recipe, batch, classes, ("tensor(int64)" if y.dtype.kind == "i" else "", y.shape))
     feeds = step_feeds(inputs, recipe, tensors, x, labels, classes)

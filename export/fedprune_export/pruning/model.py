@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, overload
 
+from fedprune.core import tensorfile
 from fedprune.core.errors import BundleError
 from fedprune.model.architecture import FIXED, Architecture, Axis, ChannelGroup
 from fedprune.model.recipe import Features
 from fedprune.model.selection import Selection, Tensors
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.trace import Trace, trace
+from fedprune_export.pruning.frozen_base import FrozenBase
 
 
 @dataclass(frozen=True, repr=False)
@@ -80,6 +82,7 @@ class Model:
         notes: What the import changed or could not analyse, for people: one sentence each.
         values: Axes of every value at full width; None for an axis that follows the batch.
         frozen: Names of tensors that the model's author froze (`requires_grad=False` in torch).
+        base: Which frozen weights are stored in low precision; these are constants of the graph and no tensors.
         loss: Its own loss, of `logits` and `y`, which gives `loss` [n]; None where it brings none.
         metric: Its own metric, of `logits` and `y` (`fedprune.model.step_contract.METRIC`); None where it brings none.
         training_graphs: Training graphs that were derived from it (`training.step_graph.training_step`).
@@ -90,6 +93,7 @@ class Model:
     notes: tuple[str, ...] = ()
     values: Mapping[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
     frozen: tuple[str, ...] = ()
+    base: FrozenBase | None = None
     loss: Model | None = field(default=None, repr=False)
     metric: Graph | None = field(default=None, repr=False)
     training_graphs: dict[Features, Graph] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -103,6 +107,11 @@ class Model:
     def tensors(self) -> Tensors:
         """Weights and statistics by name, in the architecture's order."""
         return {t.name: self.graph.initializers[t.name] for t in self.architecture.tensors}
+
+    @property
+    def base_file(self) -> bytes | None:
+        """The file of the frozen weights in low precision; None where there are none."""
+        return None if self.base is None else tensorfile.encode(self.base.tensors(self.graph.initializers))
 
     @cached_property
     def trace(self) -> Trace:

@@ -23,7 +23,7 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.step_contract import X
 from fedprune_export.ir.drafts import Dim, Node
 from fedprune_export.ir.graph import Graph
-from fedprune_export.ir.liveness import execution_order, last_reads, live_bytes, reads
+from fedprune_export.ir.liveness import execution_order, gate, last_reads, live_bytes, reads
 from fedprune_export.ir.operators import VIEWS
 from fedprune_export.ir.shape_inference import Inferred, follow, hold
 
@@ -272,15 +272,15 @@ class _Search:
         keyed: list[tuple[float, Node]] = []
         for before, key, copies in groups:
             out.nodes = []
-            gate = _gate(out, before) if before else ""
+            waits = gate(out, before) if before else ""
             held: dict[str, str] = {}
             for copy in copies:
                 inputs = copy.inputs
                 free = [i for i in inputs if self.shapes.get(i) and i not in self.origin and i not in out.initializers]
                 name = max(free, key=lambda i: self.made.get(i, -1), default="")
-                if name and gate:
+                if name and waits:
                     if name not in held:
-                        zeros = out.emit("Mul", gate, out.ints(*[0] * len(self.shapes[name])))
+                        zeros = out.emit("Mul", waits, out.ints(*[0] * len(self.shapes[name])))
                         held[name] = out.emit("Reshape", name, zeros)
                         self.bytes[held[name]] = self.bytes.get(name, 0)
                     inputs = [held[name] if i == name else i for i in inputs]
@@ -334,9 +334,3 @@ def _sorted(keyed: list[tuple[float, Node]]) -> list[Node]:
             if not waiting[reader]:
                 heapq.heappush(ready, (keyed[reader][0], reader))
     return out
-
-
-def _gate(graph: Graph, value: str) -> str:
-    """A number [1] of int64 that is there as soon as a value is, and that no optimiser knows."""
-    flat = graph.emit("Reshape", value, graph.ints(-1))
-    return graph.emit("Cast", graph.emit("Gather", flat, graph.ints(0)), attrs={"to": 7})

@@ -13,6 +13,7 @@ from fedprune.model.trainable import frozen_tensors
 from fedprune_export.autodiff.tape import BATCH, Tape, port, sample_shape
 from fedprune_export.ir.drafts import LOSS, UPDATE, Purpose
 from fedprune_export.ir.graph import Graph, Port
+from fedprune_export.pruning.frozen_base import read_low
 from fedprune_export.pruning.model import Model
 from fedprune_export.pruning.scaler import scaled_outputs
 from fedprune_export.training.augmentation import embedded_augmentation
@@ -57,7 +58,8 @@ def training_graph(model: Model, features: Features) -> Graph:
     if features.ordered_dropout or features.axes:
         graph.metadata[step_contract.AXES] = axes_json(architecture)
     scaled = scaled_outputs(model) if features.scale else ()
-    tape = Tape(model, graph, frozen, scaled=scaled)
+    constant = {} if model.base is None else {n: model.graph.initializers[n] for n in model.base.axes}
+    tape = Tape(model, graph, {*frozen, *constant}, scaled=scaled)
     if features.scale:
         graph.inputs.append(port(step_contract.OUTPUT_SCALE, ()))
         tape.written[step_contract.OUTPUT_SCALE] = ()
@@ -76,6 +78,9 @@ def training_graph(model: Model, features: Features) -> Graph:
             trained.append(Trained(spec.name, shape))
             value = used(graph, spec.name, features)
         tape.enter(spec.name, value, shape, wanted=wanted)
+    for name, numbers in constant.items():
+        graph.initializers[name] = numbers
+        tape.enter(name, name, numbers.shape)
     add_inputs(graph, trained, features)
     graph.outputs.append(port(step_contract.LOSS, ()))
 
@@ -104,6 +109,10 @@ def training_graph(model: Model, features: Features) -> Graph:
     if features.ignore_label is not None:
         graph.metadata[step_contract.IGNORED] = str(features.ignore_label)
     graph.prune()
+    if model.base is not None:
+        read_low(graph, model.base)
+        graph.inputs += [port(b.name, b.shape, b.dtype) for b in architecture.base]
+        graph.prune()
     return graph
 
 

@@ -60,6 +60,12 @@ class ServerConfig:
         "linear layers' weights.",
         "RANK[:PATTERN,...]",
     )
+    base: str | None = setting(
+        None,
+        "The precision in which frozen weights are stored, sent and loaded: `float16`, or `int8` with one scale per "
+        "output channel.",
+        "PRECISION",
+    )
     evaluation: str | None = setting(
         None, "The server's own samples: a `.npz` file with x and y, or `package.module:function`.", "DATA"
     )
@@ -274,6 +280,7 @@ PLACES = {
     "loss": ("model", "loss"),
     "metric": ("model", "metric"),
     "lora": ("model", "lora"),
+    "base": ("model", "base"),
     "evaluation": ("evaluation", "data"),
     "calibration": ("calibration", "data"),
 }

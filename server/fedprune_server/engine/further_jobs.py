@@ -56,6 +56,6 @@ def _placed(first: ServerConfig, config: ServerConfig, name: str) -> ServerConfi
     """A further job's configuration, with all that concerns the server as the first one's has it."""
     own = {
         k: getattr(config, k)
-        for k in (*_OWN, "job", "model", "input_shape", "loss", "metric", "lora", "evaluation", "calibration")
+        for k in (*_OWN, "job", "model", "input_shape", "loss", "metric", "lora", "base", "evaluation", "calibration")
     }
     return replace(first, **own, state=first.state / FOLDER / name)

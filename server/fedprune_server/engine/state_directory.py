@@ -242,7 +242,7 @@ class StateFolder:
         name = str(known["name"])
         # A torch factory may draw other weights each time; its job continues with those that it drew first.
         if config.model is not None and (
-            with_graphs_of(raw, read_source(config.model, lora=config.lora)) != raw
+            with_graphs_of(raw, read_source(config.model, lora=config.lora, base=config.base)) != raw
             if Path(config.model).is_file()
             else _name_of(config.model) != name
         ):
@@ -378,7 +378,12 @@ def _anywhere(source: str | None) -> str | None:
 def _read_model(config: ServerConfig) -> bytes:
     """The configured model with its loss, metric and adapters."""
     return read_source(
-        str(config.model), input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora
+        str(config.model),
+        input_shape=config.input_shape,
+        loss=config.loss,
+        metric=config.metric,
+        lora=config.lora,
+        base=config.base,
     )
 
 

@@ -74,7 +74,7 @@ class LatestGraphs:
 
 def graphs_of(offer: Mapping[str, Any]) -> set[str]:
     """Digests of the graphs that an offer names."""
-    named = [offer[name] for name in ("training", "inference") if name in offer]
+    named = [offer[name] for name in ("training", "inference", "base") if name in offer]
     return {ref["sha256"] for ref in (*named, *offer.get("lowered", {}).values())}
 
 
@@ -160,6 +160,8 @@ class Offers:
         chosen = None if coding.update is None else updates.Codec.parse(coding.update)
         if chosen is not None:
             body |= {"codec": coding.update, UPDATE_BOUND: updates.bound(chosen, shapes, self._trained)}
+        if self._model.base is not None:
+            body["base"] = self._graph("base", round_, lambda: self._model.base_file or b"")
         if self._precisions:
             body["lowered"] = self.lowered(submodel.selection.widths, round_)
         if mask is not None:

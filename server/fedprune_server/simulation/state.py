@@ -22,6 +22,7 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import all_strings
+from fedprune.runtime.bundle import BASE
 from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.measure import RoundNotes
@@ -342,6 +343,8 @@ class SavedRun:
         with storage_errors(f"can't make {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / WEIGHTS_FILE, weights)
+        if (frozen := model.base_file) is not None:
+            write_whole(folder / BASE, frozen)
         write_whole(folder / _MODEL_FILE, inference_model(model, model.architecture.sizes))
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import fedprune_export as fx
-from fedprune.core.errors import ModelError
+from fedprune.core.errors import BundleError, ConfigError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.model.step_contract import following
+from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.session import Session
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
@@ -216,3 +217,73 @@ def test_a_command_line_gives_adapters(tmp_path: Path, capsys: pytest.CaptureFix
     onnx.save(onnx.load_from_string(fx.load(net()).graph.to_bytes()), tmp_path / "net.onnx")
     assert main(["groups", str(tmp_path / "net.onnx"), "--lora", "4:q.weight", "--json"]) == 0
     assert [g["channels"] for g in json.loads(capsys.readouterr().out)["groups"]] == [4]
+
+
+@pytest.mark.parametrize("base", ["float16", "int8"])
+def test_a_board_steps_beside_a_low_base_as_torch_does_in_float64(base: str, tmp_path: Path) -> None:
+    model = random(fx.load(net(), lora=fx.Lora(RANK, alpha=2 * RANK), base=base))
+    assert set(model.tensors) == {n for n in model.graph.initializers if ".lora_" in n}
+    module = with_low(net(), scale=2.0).double()
+    held = dict(module.named_parameters())
+    with torch.no_grad():
+        for name in (n for n in held if ".lora_" not in n):
+            stored = model.graph.initializers[name.replace(".base_layer.", ".")]
+            assert np.abs(stored - held[name].numpy()).max() <= np.abs(stored).max() / 200, name
+            held[name].copy_(torch.tensor(stored))
+    with_values(module, model)
+    (tmp_path / "base").write_bytes(model.base_file or b"")
+    (x, y), recipe = samples(), Recipe(batch_size=N, lr=0.1, momentum=0.0, epochs=1)
+    graph = training_graph(model, recipe.features)
+    assert {n.op for n in graph.nodes} >= ({"Cast"} if base == "float16" else {"Cast", "DequantizeLinear"})
+    trainer = Trainer(graph.to_bytes(), threads=1, base=tmp_path / "base")
+    assert set(trainer.names) == set(model.tensors)
+    found = trainer.train(model.tensors, LocalData(x, y, x[:1], y[:1]), TrainingTask(recipe, 5, 0, "a", 1))
+    optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    nn.functional.cross_entropy(module(torch.tensor(x)), torch.tensor(y)).backward()
+    optimizer.step()
+    for name, value in model.tensors.items():
+        wanted = held[name.replace(".weight", ".default.weight")].detach().numpy()
+        assert np.linalg.norm(found.tensors[name] - wanted) <= 1e-5 * np.linalg.norm(wanted - value) + 1e-6, name
+        assert not np.array_equal(found.tensors[name], value), name
+
+
+@pytest.mark.parametrize("base", ["float16", "int8"])
+def test_a_low_base_stays_the_same_bytes_through_files(base: str, tmp_path: Path) -> None:
+    model = fx.load(with_low(net()), base=base)
+    again = import_onnx(model.graph.to_bytes(), model.architecture.name)
+    assert again.architecture.digest == model.architecture.digest
+    assert again.base_file == model.base_file
+    plan = fx.plan(model, "raspberry-pi-5", recipe=Recipe(batch_size=2), density=0.5)
+    fx.export(model, plan, tmp_path / "out")
+    bundle = open_bundle(tmp_path / "out")
+    assert bundle.architecture.base == model.architecture.base
+    assert (tmp_path / "out" / "base.safetensors").read_bytes() == model.base_file
+    (tmp_path / "out" / "base.safetensors").unlink()
+    with pytest.raises(BundleError):
+        open_bundle(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"base": "float8", "lora": "4"}, "base: expected float16 or int8"),
+        ({"base": "int8"}, "base 'int8': expected a model with frozen weights"),
+    ],
+)
+def test_wrong_bases_are_refused(given: dict[str, Any], error: str) -> None:
+    with pytest.raises(ModelError, match=error):
+        fx.load(net(), **given)
+
+
+def test_weights_beyond_float16_are_refused() -> None:
+    module = net()
+    with torch.no_grad():
+        module.q.weight[0, 0] = 1e6
+    with pytest.raises(ModelError, match=r"q\.weight has numbers that it can't hold"):
+        fx.load(module, lora="4", base="float16")
+
+
+def test_a_frozen_base_cannot_be_trained() -> None:
+    model = fx.load(net(), lora="4", base="float16")
+    with pytest.raises(ConfigError):
+        training_graph(model, Recipe(trainable=("*.lora_*", "out.*")).features)

@@ -51,7 +51,7 @@ def test_the_example_configuration_has_every_key() -> None:
     assert set(body["alerts"]) == alerts - {"webhook_secret", "mail_password"}  # type: ignore[call-overload]
     tables = {"job", "model", "evaluation", "calibration", "alerts"}
     assert tables <= set(body)
-    server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape", "loss", "lora", "metric"}
+    server = {f.name for f in fields(ServerConfig)} - tables - {"input_shape", "loss", "lora", "base", "metric"}
     assert set(body["server"]) == server - {
         "ca",
         "console_certificate",

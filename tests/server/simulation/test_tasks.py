@@ -183,3 +183,27 @@ def test_boards_train_unequal_ranks_of_adapters_and_nothing_else(tmp_path: Path)
     adapters = sum(value.nbytes for name, value in model.tensors.items() if ".lora_" in name)
     held = {name: adapters * share for name, share in zip(names, (1, 0.5, 0.25, 0.125), strict=True)}
     assert all(0 <= up - held[name] < 1000 for name, (_, up, _) in record.last.spent.items()), record.last.spent
+
+
+def test_a_low_base_travels_once_and_adapters_in_every_round(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).integers(0, 11, (60, *Reader.input_shape))
+    data = LocalData(x[:40], x[:40, 0] % 5, x[40:], x[40:, 0] % 5)
+    torch.manual_seed(0)
+    model = fx.load(Reader(), lora="16:q.weight,v.weight,wide.weight", base="int8")
+    run = digits_simulation(
+        tmp_path, model=model, fleet=[VirtualDevice(n, find(KINDS[1]), data) for n in "ab"],
+        evaluation=(data.x_train, data.y_train), rounds=3,
+        strategy="fedprune", options={"densities": [1.0, 0.5]}, recipe=Recipe(epochs=1, batch_size=10, lr=0.02),
+    )  # fmt: skip
+    run.run()
+    assert set(final_weights(run)) == {n for n in model.tensors if ".lora_" in n}
+    adapters = sum(value.nbytes for value in model.tensors.values())
+    first, second, third = run.record().rounds
+    for share, name in ((1, "a"), (0.5, "b")):
+        down, up, _ = first.spent[name]
+        assert down > adapters * share + len(model.base_file or b"")
+        assert 0 <= up - adapters * share < 1000
+        for later in (second, third):
+            down, up, _ = later.spent[name]
+            assert 0 <= down - adapters * share < 1000, later.spent
+            assert 0 <= up - adapters * share < 1000, later.spent

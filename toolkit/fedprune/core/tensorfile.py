@@ -166,6 +166,16 @@ def load(path: Path) -> dict[str, Array]:
         raise BundleError(f"{path}: {error}") from error
 
 
+def mapped(path: Path) -> dict[str, Array]:
+    """Tensors of a file on disk as read-only views of its mapping. Raises as `load`."""
+    try:
+        return decode(np.memmap(path, np.uint8, "r").data)
+    except OSError as error:
+        raise BundleError(f"can't read {path}: {error.strerror}", hint=remedy(error)) from error
+    except (BundleError, ValueError) as error:  # numpy maps no empty file
+        raise BundleError(f"{path}: {error}") from error
+
+
 def digest(raw: bytes | memoryview) -> str:
     return hashlib.sha256(raw).hexdigest()
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from fedprune.core.errors import BundleError, shown
 from fedprune.model.axis import FIXED, MAX_SIZE, Activation, Axis, Layer, Segment, Volume, whole
@@ -74,6 +78,30 @@ class TensorSpec:
         return tuple(a.length for a in self.axes)
 
 
+_BASE_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "I8": np.dtype(np.int8),
+}
+
+
+@dataclass(frozen=True)
+class BaseSpec:
+    """An array of the frozen base, which is a file of its own and no tensor: its name there, type and shape."""
+
+    name: str
+    code: str
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return _BASE_TYPES[self.code]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A model's tensors, channel groups, layers and activations, without weights.
@@ -86,6 +114,7 @@ class Architecture:
         input_shape: One sample's shape, without the batch.
         output_shape: One sample's output, without the batch. A model that tells classes apart has them on its first
             axis, as torch's losses take them: [K], or [K, height, width] for one class per pixel.
+        base: Arrays of frozen weights in low precision, in the order of their file; empty where there is none.
     """
 
     name: str
@@ -95,6 +124,12 @@ class Architecture:
     activations: tuple[Activation, ...]
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+    base: tuple[BaseSpec, ...] = ()
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of the frozen base as it is stored."""
+        return sum(b.bytes for b in self.base)
 
     @property
     def classes(self) -> int:
@@ -186,6 +221,8 @@ class Architecture:
             "input_shape": list(self.input_shape),
             "output_shape": list(self.output_shape),
         }
+        if self.base:
+            body["base"] = [[b.name, b.code, list(b.shape)] for b in self.base]
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
     @classmethod
@@ -209,6 +246,7 @@ class Architecture:
                 activations=tuple(map(Activation.from_row, body["activations"])),
                 input_shape=tuple(whole(d) for d in body["input_shape"]),
                 output_shape=tuple(whole(d) for d in body["output_shape"]),
+                base=tuple(BaseSpec(str(n), str(c), tuple(map(whole, s))) for n, c, s in body.get("base", [])),
             )
         except BundleError:
             raise
@@ -223,7 +261,10 @@ class Architecture:
     def validate(self) -> None:
         """Check that the parts fit each other. Raises `BundleError` if a size is out of range, a name comes twice,
         or a segment reaches outside its group."""
-        names = [t.name for t in self.tensors]
+        names = [t.name for t in self.tensors] + [b.name for b in self.base]
+        for array in self.base:
+            if array.code not in _BASE_TYPES or len(array.shape) > _MAX_RANK or math.prod(array.shape) > MAX_SIZE**2:
+                raise BundleError(f"architecture: {array.name} of the base", got=(array.code, array.shape))
         if len(set(names)) != len(names):
             raise BundleError("architecture: a tensor name comes twice")
         for what, shape in (("input", self.input_shape), ("output", self.output_shape)):

@@ -160,6 +160,16 @@ def squares(name: str) -> str:
     return f"{name}::squares"
 
 
+def base(name: str) -> str:
+    """A frozen tensor in the precision in which it is stored (input)."""
+    return f"{name}::base"
+
+
+def base_scale(name: str) -> str:
+    """Scales of a frozen tensor that is stored as int8, one per output channel (input)."""
+    return f"{name}::scale"
+
+
 def following(name: str) -> str:
     """The next value of a tensor or of an array that belongs to one (output)."""
     return f"{name}::next"

@@ -44,6 +44,9 @@ and after the step, and what remains of gradients and temporaries of the update.
 FROZEN_COPIES = 2
 """The same of weights that aren't trained: as received, and as the step reads them."""
 
+DEQUANTISED_COPIES = 2
+"""Arrays of the size of the largest frozen weight while a layer reads it: dequantised, and transposed."""
+
 ACTIVATION_COPIES = 0.69
 """Memory over size of all activations: the backward pass doesn't need all of them, and the allocator leaves gaps."""
 
@@ -149,6 +152,8 @@ class Costs:
         inference_activation_bytes: Activations that live at once in a forward pass.
         kernel_bytes: Weights of convolutions and recurrent layers.
         values: How many activations the model has.
+        base_bytes: The frozen base as it is stored; it is sent once, and not counted in `wire_bytes`.
+        dequantised_bytes: Its largest array as float32, which a layer reads.
     """
 
     parameters: int
@@ -163,6 +168,8 @@ class Costs:
     sample_bytes: int
     kernel_bytes: int
     values: int
+    base_bytes: int = 0
+    dequantised_bytes: int = 0
 
     @property
     def parameter_bytes(self) -> int:
@@ -195,7 +202,7 @@ class Costs:
         return MemoryBreakdown(
             process=(PROCESS_BYTES if process is None else process) + ROUND_BYTES,
             graph=VALUE_BYTES * self.values,
-            weights=int(copies * self.parameter_bytes),
+            weights=int(copies * self.parameter_bytes) + self.base_bytes + DEQUANTISED_COPIES * self.dequantised_bytes,
             activations=int(batch * (GAPS_OF_PARTS if features.accumulate else 1.0) * sample),
             samples=min(samples * self.sample_bytes, HELD_BYTES),
         )
@@ -205,6 +212,7 @@ class Costs:
         fixed = max(0, (PROCESS_BYTES if process is None else process) - AGENT_BYTES)
         weights = INFERENCE_COPIES * (self.parameter_bytes - self.kernel_bytes)
         weights += INFERENCE_KERNEL_COPIES * self.kernel_bytes
+        weights += self.base_bytes + self.dequantised_bytes
         return int(fixed + weights + batch * (self.inference_activation_bytes + self.sample_bytes))
 
     @property
@@ -215,7 +223,7 @@ class Costs:
     def storage_with(self, own: int) -> int:
         """The same with further files that the recipe makes the board keep (`Recipe.own_files`)."""
         graphs = TRAINING_GRAPH_BYTES * self.values, INFERENCE_GRAPH_BYTES * self.values
-        return storage_bytes(self.wire_bytes, *graphs, own)
+        return storage_bytes(self.wire_bytes, *graphs, own) + self.base_bytes
 
 
 def storage_bytes(weights: int, training: int, inference: int, own: int = 0) -> int:
@@ -255,6 +263,8 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         sample_bytes=FLOAT * prod(architecture.input_shape),
         kernel_bytes=FLOAT * sum(prod(shapes[w]) for w in kernels),
         values=len(values),
+        base_bytes=architecture.base_bytes,
+        dequantised_bytes=FLOAT * max((prod(b.shape) for b in architecture.base), default=0),
     )
 
 

@@ -5,6 +5,7 @@ weights.safetensors   the weights; new ones of the same shapes can take their pl
 training.onnx         one training step, for any widths of the architecture
 architecture.json     the whole model's tensors and channel groups
 submodel.json         which channels this board holds
+base.safetensors      frozen weights in low precision, which never change; optional
 engine.json           how a TensorRT engine is to be built (`runtime.tensorrt_config`); optional
 manifest.json         size and sha256 of each of these
 
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.core.disk import file_digest, read_file
@@ -37,6 +39,7 @@ FORMAT = "fedprune.bundle/1"
 MANIFEST = "manifest.json"
 INFERENCE = "inference.onnx"
 WEIGHTS = "weights.safetensors"
+BASE = "base.safetensors"
 TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
@@ -73,6 +76,15 @@ class Bundle:
 
     def path(self, name: str) -> Path:
         return self.folder / name
+
+    @property
+    def base(self) -> Path | None:
+        """The file of its frozen weights in low precision; None where it has none."""
+        return self.path(BASE) if self.architecture.base else None
+
+    def frozen(self) -> dict[str, npt.NDArray[Any]]:
+        """The arrays of that file, mapped, as the training graph takes them; none without one."""
+        return {} if self.base is None else tensorfile.mapped(self.base)
 
 
 def manifest(
@@ -125,7 +137,10 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
     if selection.digest != body["selection"]:
         raise BundleError(f"{folder}: the manifest names another selection", expected=body["selection"])
     _check_claims(folder / MANIFEST, body, selection)
-    _check_tensors(folder / WEIGHTS, selection)
+    _check_tensors(folder / WEIGHTS, {name: ("F32", shape) for name, shape in selection.shapes().items()})
+    if architecture.base:
+        _check_file(folder / BASE, body["files"].get(BASE))
+        _check_tensors(folder / BASE, {b.name: (b.code, b.shape) for b in architecture.base})
     try:
         recipe = Recipe.from_dict(body["recipe"])
     except (ConfigError, TypeError) as error:
@@ -190,8 +205,8 @@ def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> 
             )
 
 
-def _check_tensors(path: Path, selection: Selection) -> None:
-    """Tensors must have the shapes that the widths give them, in float32."""
+def _check_tensors(path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Tensors must have the types and shapes that the architecture and the widths give them."""
     try:
         # Mapped, because on boards a copy of all weights is memory that they may not have.
         raw: memoryview = np.memmap(path, np.uint8, "r").data
@@ -200,7 +215,6 @@ def _check_tensors(path: Path, selection: Selection) -> None:
         raise BundleError(f"{path}: {error}") from error
     except OSError as error:
         raise BundleError(f"can't read {path}: {error.strerror}", hint="Copy or export the bundle again.") from error
-    wanted = {name: ("F32", shape) for name, shape in selection.shapes().items()}
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             raise BundleError(

@@ -16,6 +16,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import cast
+
+import numpy as np
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors, sync_folder
@@ -24,6 +27,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime import tensorrt_config
 from fedprune.runtime.bundle import (
+    BASE,
     COMPLETE,
     FILES,
     MANIFEST,
@@ -114,11 +118,13 @@ def write_bundle(
     recipe: Recipe,
     target: str,
     class_names: tuple[str, ...] = (),
+    base: Path | None = None,
 ) -> Bundle:
     """Write a bundle with its manifest, which lists `files`, and read it back.
 
     After a crash at any moment the folder holds the old bundle or the new one, whole. The folder is made, or must be
-    empty or hold a bundle of the same target, which is replaced.
+    empty or hold a bundle of the same target, which is replaced. `base` is the file of its frozen base, where `files`
+    doesn't hold it.
 
     Raises:
         BundleError: The folder holds something else, or the files don't belong together.
@@ -128,13 +134,17 @@ def write_bundle(
     classes = selection.architecture.classes
     if class_names and len(class_names) != classes:
         raise BundleError("class names", expected=f"{classes} names", got=len(class_names))
+    if base is not None:  # as a mapping: boards have no memory for a copy
+        with storage_errors(f"can't read {base}"):
+            files = {**files, BASE: cast("bytes", np.memmap(base, np.uint8, "r").data)}
     written = manifest(files, selection, recipe, target, class_names).encode()
     put_bundle(folder, {**files, MANIFEST: written}, target)
     return open_bundle(folder)
 
 
 def read_files(bundle: Bundle) -> dict[str, bytes]:
-    """The files of a bundle by name, without the manifest: what it consists of, and the export's reports."""
+    """The files of a bundle by name, without the manifest and the frozen base: what it consists of, and the export's
+    reports."""
     engine = () if bundle.engine is None else (tensorrt_config.NAME,)
     lowered = (name for precision in bundle.precisions for name in files_of(precision))
     names = (*FILES, *engine, *lowered)

@@ -141,12 +141,15 @@ class Offer(CheckedMessage, kind="offer"):
     or where that is unknown."""
     moved_from: Digest | None = newer()
     """Digest of the selection that those were sent in."""
+    base: Blob | None = newer()
+    """Frozen weights in low precision, which both graphs read and no round changes. None where there are none."""
     blobs_at: WebAddress | None = newer()
     """A web server that has these blobs, too (`fedprune.wire.urls`); None for MQTT alone."""
 
     @property
     def graphs(self) -> tuple[BlobRef, ...]:
-        return (self.training, self.inference, *(self.lowered or {}).values())
+        frozen = () if self.base is None else (self.base,)
+        return (self.training, self.inference, *(self.lowered or {}).values(), *frozen)
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """What must be there for it, graphs first."""

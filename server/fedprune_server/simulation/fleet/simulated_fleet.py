@@ -174,7 +174,12 @@ def _plan(found: Tables, path: Path, job: Job, title: str, *, reference: bool, m
             raise ConfigError(f"{path}: [model] path is missing", expected="an ONNX file")
         with named(f"{path}: [model] path"):
             raw = read_source(
-                config.model, input_shape=config.input_shape, loss=config.loss, metric=config.metric, lora=config.lora
+                config.model,
+                input_shape=config.input_shape,
+                loss=config.loss,
+                metric=config.metric,
+                lora=config.lora,
+                base=config.base,
             )
             model = import_onnx(raw, Path(config.model).stem)
     fits = partial(check_data, model=model, recipe=job.recipe)

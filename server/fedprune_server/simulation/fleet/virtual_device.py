@@ -29,7 +29,7 @@ from fedprune_device.data.dataset import LocalData, load_data
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_server.simulation.datasets.federation import Federation
 
-_BLOBS = ("weights", "training", "inference")
+_BLOBS = ("weights", "training", "inference", "base")
 """Entries of an offer that refer to blobs."""
 
 

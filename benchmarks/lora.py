@@ -1,0 +1,165 @@
+"""Adapters beside a frozen base of about 100 million parameters: `python -m benchmarks.lora`.
+
+For each precision of the base a bundle is exported, and `fedprune-device train` takes a few steps with it in a fresh
+process, whose peak (VmHWM) is read when it ends. Weights and samples are random: memory and bytes don't depend on them.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import fedprune_export as fx
+from fedprune.model.recipe import Recipe
+from fedprune.planning.cost_prediction import memory_use
+from fedprune.planning.costs import costs_at
+
+LAYERS, WIDTH, HEADS, WORDS, LENGTH = 12, 768, 12, 8000, 32
+RANK, BATCH, STEPS = 8, 2, 4
+RESULTS = Path(__file__).parent / "results" / "lora.json"
+
+_CHILD = """
+import sys
+from pathlib import Path
+from fedprune_device.cli.main import main
+code = main(sys.argv[1:])
+assert "torch" not in sys.modules
+print(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM")))
+raise SystemExit(code)
+"""
+
+
+class Block(nn.Module):
+    """Attention to earlier places, and two linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        y = self.norm1(x)
+        q, k, v = (f(y).reshape(n, length, HEADS, width // HEADS).transpose(1, 2) for f in (self.q, self.k, self.v))
+        seen = torch.full((length, length), -1e9).triu(1)
+        shares = torch.softmax(q @ k.transpose(2, 3) * (width // HEADS) ** -0.5 + seen, -1)
+        x = x + self.o((shares @ v).transpose(1, 2).reshape(n, length, width))
+        made: Tensor = x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+        return made
+
+
+class LanguageModel(nn.Module):
+    """A decoder that predicts the next token at every place."""
+
+    input_shape, input_dtype = (LENGTH,), torch.int64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Parameter(torch.randn(LENGTH, WIDTH) * 0.02)
+        self.blocks = nn.Sequential(*(Block() for _ in range(LAYERS)))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = self.head(self.norm(self.blocks(self.words(x) + self.places))).transpose(1, 2)
+        return made
+
+
+def measure(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
+    """One precision's row."""
+    model = fx.load(module, lora=fx.Lora(RANK), base=base)
+    recipe = Recipe(batch_size=BATCH, epochs=1, lr=0.01)
+    samples = BATCH * STEPS
+    where = folder / base
+    plan = fx.plan(model, "raspberry-pi-5", recipe=recipe, density=1.0)
+    fx.export(model, plan, where)
+    architecture = model.architecture
+    widths = architecture.sizes
+    costs = costs_at(architecture, widths)
+    predicted = memory_use(architecture, widths, costs, recipe, samples, model.frozen)
+    files = {p.name: p.stat().st_size for p in where.iterdir()}
+    command = [sys.executable, "-c", _CHILD, "train", "--bundle", str(where), "--data", str(folder / "data.npz")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--out", str(folder / f"{base}-trained"), "--threads", "1"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stdout + done.stderr)
+    lines = done.stdout.splitlines()
+    peak = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    adapters = 4 * sum(v.size for n, v in model.tensors.items() if ".lora_" in n)
+    return {
+        "base": base,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "adapter_bytes": adapters,
+        "base_bytes": files.get("base.safetensors", 0),
+        "weights_bytes": files["weights.safetensors"],
+        "training_graph_bytes": files["training.onnx"],
+        "peak_bytes": peak,
+        "predicted_bytes": predicted.total,
+        "trained": next(line for line in lines if line.startswith("trained")),
+    }
+
+
+def report(rows: list[dict[str, Any]], machine: str) -> str:
+    """The results as Markdown."""
+    half = 2 * rows[0]["parameters"]
+    limit = 1.5 * half + 150e6
+    text = f"""# Adapters beside a frozen base in low precision
+
+`python -m benchmarks.lora`, {machine}.
+
+A decoder of {rows[0]["parameters"] / 1e6:.1f} million parameters ({LAYERS} layers of {WIDTH}, {WORDS} words, {LENGTH}
+tokens), adapters of rank {RANK} in all linear layers but the last, {STEPS} steps of {BATCH} samples on one thread. The
+peak is VmHWM of `fedprune-device train`, which predicts before and after training and writes the new bundle. The
+prediction is the planner's, of a process that has the agent, too. The file that is sent in every round holds the
+adapters alone. (As float32 weights the same model needs 1,036 MB and 780 MB per round by the planner, and a Raspberry
+Pi 5's profile refuses it.)
+
+Limit: 1.5 times the weights at float16 plus 150 MB, {limit / 1e6:.0f} MB.
+
+| base | sent once, MB | every round's file, MB | adapters, MB | peak, MB | predicted, MB | within the limit |
+|---|---|---|---|---|---|---|
+"""
+    keys = ("base_bytes", "weights_bytes", "adapter_bytes", "peak_bytes", "predicted_bytes")
+    for r in rows:
+        within = "yes" if r["peak_bytes"] <= limit else "no"
+        text += f"| {r['base']} | {' | '.join(f'{r[k] / 1e6:.1f}' for k in keys)} | {within} |\n"
+    return text
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    module = LanguageModel()
+    rng = np.random.default_rng(0)
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        x, y = (rng.integers(0, WORDS, (BATCH * STEPS, LENGTH)) for _ in range(2))
+        np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+        for base in ("float16", "int8"):
+            rows.append(measure(module, base, folder))
+            print(rows[-1], flush=True)
+    machine = (
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, onnxruntime "
+        f"{version('onnxruntime')}, numpy {version('numpy')}, {dt.datetime.now(dt.UTC).date()}"
+    )
+    RESULTS.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    RESULTS.with_suffix(".md").write_text(report(rows, machine))
+
+
+if __name__ == "__main__":
+    main()

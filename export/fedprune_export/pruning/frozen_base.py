@@ -1,0 +1,204 @@
+"""Frozen weights in low precision: float16, or int8 with one scale per output channel.
+
+They are constants of a model instead of tensors of its architecture, so no update, optimiser state or anchor has them.
+A model's own graph holds them as float32 numbers that low precision represents exactly. Graphs for boards read the
+stored numbers, as inputs of a training graph and as external data of an inference graph, and dequantise them again for
+every layer, right before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedprune.core.errors import ModelError, shown
+from fedprune.model.architecture import Architecture, BaseSpec
+from fedprune.model.axis import Axis, Layer
+from fedprune.model.step_contract import base, base_scale
+from fedprune_export.ir.graph import Array, Graph, Node
+from fedprune_export.ir.liveness import gate
+
+PRECISIONS = ("float16", "int8")
+
+_LEVELS = 127
+_SCALE_BITS = np.uint32(0xFFFFFF00)
+"""Scales have 16 significant bits, so that a product with 7 bits is exact and gives the same scale again."""
+
+
+@dataclass(frozen=True)
+class FrozenBase:
+    """Which tensors are stored in low precision, and along which axis those in int8 have scales (others None)."""
+
+    precision: str
+    axes: Mapping[str, int | None]
+
+    def stored(self, name: str, value: Array) -> dict[str, Array]:
+        """A tensor as it is stored: its numbers, and with int8 its scales [output channels]."""
+        axis = self.axes[name]
+        if value.ndim < 2:
+            return {base(name): value}
+        if axis is None:
+            return {base(name): value.astype(np.float16)}
+        scale = _scales(value, axis)
+        numbers = np.rint(value / _along(scale, axis, value.ndim)).astype(np.int8)
+        return {base(name): numbers, base_scale(name): scale}
+
+    def rounded(self, name: str, value: Array) -> Array:
+        """A tensor's float32 values as a board dequantises them; stored again, they give the same bytes."""
+        found = self.stored(name, value)
+        numbers = found[base(name)].astype(np.float32)
+        axis = self.axes[name]
+        return numbers if axis is None else numbers * _along(found[base_scale(name)], axis, value.ndim)
+
+    def tensors(self, values: Mapping[str, Array]) -> dict[str, Array]:
+        """All tensors as they are stored, by the names that graphs have for them."""
+        return {k: v for name in self.axes for k, v in self.stored(name, values[name]).items()}
+
+    def specs(self, values: Mapping[str, Array]) -> tuple[BaseSpec, ...]:
+        """Names, types and shapes of what is stored."""
+        return tuple(BaseSpec(k, _CODES[v.dtype.name], v.shape) for k, v in self.tensors(values).items())
+
+
+_CODES = {"float32": "F32", "float16": "F16", "int8": "I8"}
+
+
+def chosen(
+    graph: Graph, architecture: Architecture, frozen: Iterable[str], precision: str
+) -> tuple[FrozenBase, Architecture]:
+    """The base of a model whose frozen weights are stored in `precision`, and its architecture without them.
+
+    The weights in the graph are rounded. Raises `ModelError` if there are none, or one can't be stored.
+    """
+    check_precision(precision)
+    names = [n for n in frozen if n in architecture.by_name]
+    if not names:
+        raise ModelError(
+            f"base {precision!r}",
+            expected="a model with frozen weights",
+            got="none",
+            hint="Give adapters, too (--lora, lora=), or freeze weights in torch (requires_grad=False).",
+        )
+    outputs = _output_axes(graph, architecture, set(names)) if precision == "int8" else {}
+    found = FrozenBase(precision, {n: outputs.get(n) for n in names})
+    for name in names:
+        value = graph.initializers[name]
+        with np.errstate(over="ignore", invalid="ignore"):
+            rounded = found.rounded(name, value)
+        if not np.isfinite(rounded).all():
+            raise ModelError(
+                f"base {precision!r}: {name} has numbers that it can't hold",
+                expected="finite numbers up to 65504",
+                got=f"{np.abs(value).max():g}",
+            )
+        graph.initializers[name] = rounded
+    kept = tuple(t for t in architecture.tensors if t.name not in found.axes)
+    layers = tuple(_unweighted(r, architecture) if r.weight in found.axes else r for r in architecture.layers)
+    return found, replace(architecture, tensors=kept, layers=layers, base=found.specs(graph.initializers))
+
+
+def check_precision(precision: object) -> None:
+    """Raises `ModelError` if it is none of `PRECISIONS`."""
+    if precision not in PRECISIONS:
+        raise ModelError("base", expected=" or ".join(PRECISIONS), got=shown(str(precision)))
+
+
+def _unweighted(layer: Layer, architecture: Architecture) -> Layer:
+    """A layer of frozen weights as a product that sums as many numbers: its cost without its tensor."""
+    products = math.prod(architecture.by_name[layer.weight].shape) * layer.positions
+    made = max(1, layer.makes.size(architecture.sizes, architecture.sizes))
+    return replace(layer, weight="", positions=0, output_axis=0, inner=Axis.fixed(max(1, products // made)))
+
+
+def _output_axes(graph: Graph, architecture: Architecture, names: set[str]) -> dict[str, int]:
+    """The axis of each matrix that makes output channels; of an embedding that is only looked up, its last one."""
+    out = {r.weight: r.output_axis for r in architecture.layers if r.weight in names}
+    for node in graph.nodes:
+        if node.op == "Gather" and node.attrs.get("axis", 0) == 0 and node.inputs[0] in names:
+            out.setdefault(node.inputs[0], len(architecture.by_name[node.inputs[0]].axes) - 1)
+    return {n: axis for n, axis in out.items() if len(architecture.by_name[n].axes) > 1}
+
+
+def _scales(value: Array, axis: int) -> Array:
+    """Scales [channels] that map the largest number of each channel to 127; 1 for a channel of zeros."""
+    largest = np.abs(value).max(tuple(i for i in range(value.ndim) if i != axis))
+    scale = np.asarray(largest / np.float32(_LEVELS), np.float32)
+    bits = scale.view(np.uint32)
+    scale = ((bits + np.uint32(0x80)) & _SCALE_BITS).view(np.float32)
+    return np.asarray(np.where(scale > 0, scale, np.float32(1)))
+
+
+def _along(scale: Array, axis: int, rank: int) -> Array:
+    return scale.reshape([-1 if i == axis else 1 for i in range(rank)])
+
+
+def read_low(graph: Graph, frozen: FrozenBase) -> None:
+    """Let a graph read its base in the stored precision; the caller gives it inputs or external data of these names.
+
+    Each reader gets a dequantised copy of its own, so that none lives longer than a layer. It waits for the reader's
+    other input (`ir.liveness.gate`): onnxruntime would otherwise merge copies of one weight, and might make all of them
+    before the first layer. Rows of embeddings are looked up before they are dequantised.
+    """
+    _Reads(graph, frozen).write()
+
+
+class _Reads:
+    def __init__(self, graph: Graph, frozen: FrozenBase) -> None:
+        self._graph, self._base = graph, frozen
+        self._moved: dict[str, tuple[str, tuple[int, ...]]] = {}
+
+    def write(self) -> None:
+        graph = self._graph
+        ranks = {n: len(graph.initializers[n].shape) for n in self._base.axes if n in graph.initializers}
+        self._moved = {n: (n, tuple(range(rank))) for n, rank in ranks.items()}
+        given = {p.name for p in graph.inputs} | set(graph.initializers)
+        nodes, graph.nodes = graph.nodes, []
+        for node in nodes:
+            if node.op == "Transpose" and node.inputs[0] in self._moved:
+                name, order = self._moved[node.inputs[0]]
+                turn = node.attrs.get("perm") or list(reversed(range(len(order))))
+                self._moved[node.outputs[0]] = name, tuple(order[i] for i in turn)
+                continue
+            graph.purpose = node.purpose
+            if node.op == "Gather" and node.inputs[0] in self._moved and not self._looks_up(node):
+                continue
+            free = [i for i in node.inputs if i and i not in self._moved and i not in given]
+            node.inputs = [self._read(i, free) if i in self._moved else i for i in node.inputs]
+            graph.nodes.append(node)
+        graph.purpose = None
+        for name in ranks:
+            del graph.initializers[name]
+        for port in graph.outputs:
+            if port.name in self._moved:
+                raise ModelError(f"an output of the model is a frozen weight: {self._moved[port.name][0]}")
+
+    def _looks_up(self, node: Node) -> bool:
+        """Write a look-up of rows that are dequantised afterwards; True if it must be done the other way round."""
+        name, order = self._moved[node.inputs[0]]
+        rank, axis = len(order), self._base.axes[name]
+        if node.attrs.get("axis", 0) != 0 or order != tuple(range(rank)) or rank < 2 or axis == 0:
+            return True
+        rows = self._graph.emit("Gather", base(name), node.inputs[1], attrs={"axis": 0})
+        self._whole(name, rows, None if axis is None else axis - rank, node.outputs[0])
+        return False
+
+    def _read(self, value: str, free: list[str]) -> str:
+        name, order = self._moved[value]
+        rank, axis = len(order), self._base.axes[name]
+        if rank < 2:
+            return base(name)
+        low = base(name)
+        if free:
+            zeros = self._graph.emit("Mul", gate(self._graph, free[0]), self._graph.ints(*[0] * rank))
+            low = self._graph.emit("Reshape", low, zeros)
+        if order == tuple(range(rank)):
+            return self._whole(name, low, axis)
+        return self._graph.emit("Transpose", self._whole(name, low, axis), attrs={"perm": list(order)})
+
+    def _whole(self, name: str, low: str, axis: int | None, out: str | None = None) -> str:
+        """Dequantise numbers whose scales are along `axis`."""
+        if axis is None:
+            return self._graph.emit("Cast", low, attrs={"to": 1}, out=out)
+        return self._graph.emit("DequantizeLinear", low, base_scale(name), attrs={"axis": axis}, out=out)
