@@ -46,7 +46,7 @@ class Options:
 
 
 def energy(job):
-    """The strategy of a job: four methods of our own, and an aggregator that is there."""
+    """The strategy of a job: four methods of our own, and a shipped aggregator."""
     options = read_options(job, Options)
     aggregator = Mean(rule="fill", server_momentum=options.momentum)
     return Energy(lr_decay=options.lr_decay, aggregator=aggregator, inputs="sum")

@@ -26,11 +26,11 @@ from fedprune_device.training.trainer import TrainingStoppedError
 _LOG = logging.getLogger("fedprune.device")
 
 _MAX_DAMAGES = 3
-_REMEMBERED = 32  # offers that are known when they come again
+_REMEMBERED = 32  # offers remembered, to recognise repetitions
 
 
 class OfferHandler:
-    """The offer that a board has accepted, from then until the server has its update; and training offline.
+    """Handles the accepted offer until the server has its update, and training offline.
 
     One thread at a time trains. Its result changes nothing until `turn` commits it. Without a hardware profile only the
     disk limits what is accepted.
@@ -74,12 +74,13 @@ class OfferHandler:
     # Messages of the server
 
     def connected(self, now: float) -> None:
-        """The broker is there: take offers for new ones, and ask for all that is missing."""
+        """The board has connected: treat every offer as new, and request all missing blobs again."""
         self._seen.clear()
         self._downloader.connected(now)
 
     def hello(self, now: float) -> None:
-        """The server is there, perhaps another one that runs the same job again: ask once more."""
+        """The server has (re)started, perhaps with a lost state: treat every offer as new, and repeat overdue
+        requests."""
         self._seen.clear()
         self._downloader.remind(now)
 
@@ -95,13 +96,15 @@ class OfferHandler:
         if self._uplink.refuse_again(offer):
             return
         if task is not None and not task.done and task.offer == offer:
-            self._uplink.hurry(now)  # an update that waits is what the server should hear of
+            self._uplink.hurry(now)  # a pending update should be announced at once
             return
         if offer in self._seen:
             return  # it came late, or twice
         # Anything else is new, whatever its number: a server that lost its state begins again at its first round.
         if task is not None and same_work(task.offer, offer) and (self._store.waiting(task.offer) or self._busy):
-            _LOG.info("round %d of job %s, attempt %d: the same work, going on", offer.round, offer.job, offer.attempt)
+            _LOG.info(
+                "round %d of job %s, attempt %d: the same work, continuing", offer.round, offer.job, offer.attempt
+            )
             self._renumber(offer, now)
         else:
             self._start(offer, now)
@@ -163,7 +166,7 @@ class OfferHandler:
             _LOG.info("continuing with round %d of job %s", task.offer.round, task.offer.job)
             offer = task.offer
             try:
-                self._store.privacy.check(Recipe.from_dict(offer.recipe))  # the owner may ask for more than then
+                self._store.privacy.check(Recipe.from_dict(offer.recipe))  # the owner's policy may be stricter by now
                 self._downloader.begin(offer, now, asks=False)
             except FedpruneError as error:
                 self._refuse(task.offer, error)
@@ -228,7 +231,7 @@ class OfferHandler:
             self._damages = 0
             self._collect()
             if self._store.pending is not None or not fits(offer, self._store):
-                self._store.dismiss()  # an update that waits, too, takes the place of a weights file
+                self._store.dismiss()  # a pending update takes as much disk space as a weights file
                 self._collect()
             _LOG.info("round %d of job %s, attempt %d: accepted", offer.round, offer.job, offer.attempt)
             self._download(offer, now)
@@ -236,7 +239,8 @@ class OfferHandler:
             self._refuse(offer, error)
 
     def _download(self, offer: Offer, now: float) -> None:
-        self._downloader.begin(offer, now, plainly=self._damages > 0)  # what couldn't be read once is not decoded again
+        # After a damaged blob, plain weights are fetched instead of encoded ones.
+        self._downloader.begin(offer, now, plainly=self._damages > 0)
 
     def _supplied(self, step: Callable[[], float | None]) -> float | None:
         """Continue the download; an offer whose blobs can't be had is refused."""

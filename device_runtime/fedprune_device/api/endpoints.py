@@ -61,11 +61,12 @@ class Endpoints:
     ) -> None:
         self._model, self._samples, self._status = model, samples, status
         self._names, self._pixels, self._shows = class_names, pixels or Pixels(), shows
-        self._decoder = threading.Lock()  # one at a time: a picture is larger than its file
+        self._decoder = threading.Lock()  # one at a time, because a decoded image needs far more memory than its file
 
     def answer(self, request: Request) -> Answer:
         """Answer a request; raises the errors that `Answer.of` turns into answers."""
-        # A page in a browser may send requests to this machine; browsers then name the page, or the name it used.
+        # A web page may send requests to this machine. Its browser then names the page in Origin, or the host name that
+        # the page used in Host.
         if "origin" in request.headers:
             raise RequestError(403, "requests of web pages are not answered")
         host = request.headers.get("host", "")
@@ -91,12 +92,12 @@ class Endpoints:
         return {"/v1/samples": self._counts, "/v1/status": self._standing, "/v1/health": self._health}[name]()
 
     def _predict(self, request: Request) -> Answer:
-        model = self._model.serving()  # the same one to the end
+        model = self._model.serving()  # the same model for the whole request
         top = None if "top" not in request.query else _whole("top", request.query["top"], 1, MAX_LABEL)
         x = batch(self._array(request, model), model.shape, MAX_BATCH, tokens=model.tokens)
         rows = self._model.predict(model, x)
         if not np.isfinite(rows).all():
-            raise RequestError(500, "the model's outputs are not finite", hint="Look at the input's scale.")
+            raise RequestError(500, "the model's outputs are not finite", hint="Check the scale of the input.")
         record = model.record
         names = {"class_names": list(self._names)} if self._names else {}
         if rows.ndim > 2 and top is not None:
@@ -232,7 +233,7 @@ def _named(model: LoadedModel) -> dict[str, Any]:
 
 
 def _of_places(row: npt.NDArray[np.float64], loss: str) -> dict[str, Any]:
-    """Predictions [K, ...] of one sample for each of its places."""
+    """One sample's predictions [K, ...], one per position (pixel, time step)."""
     if loss == "cross_entropy":
         return {"classes": row.argmax(0).tolist()}
     return {"probabilities" if labels_of(loss) == MULTI else "values": row.tolist()}

@@ -42,7 +42,7 @@ class Layout(Protocol):
         """Refuse a model whose labels no folder of this layout has; raises `DataError`."""
 
     def version(self, path: Path) -> str:
-        """What decides a sample's labels in addition to the file beside it."""
+        """A text that changes when a sample's labels change for another reason than its label file."""
 
     def label(self, path: Path, beside: bytes, shape: Shape, targets: Targets | None) -> npt.NDArray[Any]:
         """A sample's labels, for a model's input `shape` and the labels that its loss takes, where they are known.
@@ -82,7 +82,7 @@ class ClassFolders:
             return int(folder.name)
         wanted = " or ".join(self._names) or "a number"
         raise ConfigError(
-            f"{folder} is no class", expected=wanted, got=folder.name,
+            f"{folder} is not the folder of a class", expected=wanted, got=folder.name,
             hint="Give the classes' names in the order that all boards share: --class-names A,B,C.",
         )  # fmt: skip
 
@@ -154,7 +154,7 @@ class Masks(_Images):
 class _Boxes(_Images):
     """Boxes as a model takes them, [most, 5]: class, centre x, centre y, width, height, as shares of the image.
 
-    Rows that no box needs are -1, 0, 0, 0, 0. Of too many boxes the largest are taken.
+    Unused rows are -1, 0, 0, 0, 0. If there are too many boxes, the largest are kept.
     """
 
     def check(self, targets: Targets | None) -> None:
@@ -194,7 +194,8 @@ class YoloBoxes(_Boxes):
 
 
 class CocoBoxes(_Boxes):
-    """A file in COCO's format; its categories have the class names' numbers, or the order of their ids without any."""
+    """A file in COCO's format; its categories are numbered by the class names or, without any, in the order of their
+    ids."""
 
     def __init__(self, root: Path, path: Path, names: tuple[str, ...]) -> None:
         super().__init__(root)
@@ -228,7 +229,7 @@ def coco_file(root: Path) -> Path | None:
 
 @lru_cache(maxsize=1)
 def _coco_boxes(path: Path, names: tuple[str, ...], size: int, changed: int) -> dict[str, npt.NDArray[np.float32]]:
-    """The boxes of a file of this size and time of change, so that an unchanged one is parsed once."""
+    """A file's boxes. Its size and time of change are arguments, so that the cache parses an unchanged file once."""
     with storage_errors(f"can't read {path}"), path.open("rb") as file:
         body = file.read(COCO_BYTES + 1)
     try:

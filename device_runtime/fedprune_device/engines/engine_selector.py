@@ -32,15 +32,16 @@ from fedprune_device.serving.predictor import WEIGHTS, Predictor
 _LOG = logging.getLogger("fedprune.device")
 
 MOST_FAILURES = 2
-"""Builds in a row that may fail before no more are tried by themselves: each takes minutes of the board's GPU."""
+"""Consecutive failed builds after which the board stops trying on its own: each takes minutes of its GPU."""
 
 REFIT, REBUILD, BUILD = "refit", "rebuild", "build"
-"""How an engine gets weights: put into one that was built for it; built again, with all timings known; or built."""
+"""How an engine gets new weights: by refitting a refittable engine, by a rebuild with cached timings, or by a first
+build."""
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A model that is to get an engine; `predictor` is its float32 reference on the CPU, and its replacement."""
+    """A model that needs an engine; `predictor` runs its float32 version on the CPU, as reference and as fallback."""
 
     predictor: Predictor
     folder: Path
@@ -48,7 +49,7 @@ class EngineRequest:
 
     @classmethod
     def serving(cls, predictor: Predictor, folder: Path, record: Serving) -> EngineRequest:
-        """The active model. Engines are measured by its float32 version, also where a lower precision serves."""
+        """The active model. Engines are compared with its float32 version, even if a lower precision serves."""
         return cls(Predictor(folder) if record.lowered else predictor, folder, record.weights)
 
 
@@ -65,8 +66,8 @@ class _Job:
 class EngineSelector:
     """Keeps an engine for the model that serves. Errors of engines only change its `status`.
 
-    `status` describes what answers predictions, and why; `facts` are numbers of the engine that answers (how it was
-    made, seconds, deviation, latency); `error` is why there is none, once that is so.
+    `status` says what answers predictions, and why; `facts` are figures of the engine in use (how it was made, build
+    time, deviation, latency); `error` is why there is no engine, once that is certain.
     """
 
     def __init__(
@@ -100,14 +101,15 @@ class EngineSelector:
     def want(self, wanted: EngineRequest, *, anew: bool = False) -> None:
         """Request an engine for a model in place of the last request; `turn` does the rest.
 
-        With `anew` one is made even if there is one, and whatever failed before.
+        With `anew` an engine is made even if one exists, and regardless of earlier failures.
         """
         self.close()
         self._wanted, self._anew, self.error = wanted, anew, None
         self.status, self.facts = "onnxruntime (an engine is being made)", {}
 
     def turn(self) -> CheckedSession | None:
-        """Go on without waiting for a child process; returns what answers from now on, once there is a good engine.
+        """Advance without waiting for a child process; returns the session to use from now on, once an engine has
+        passed its check.
 
         The caller waits for what this process must do itself: find CUDA and TensorRT, predict the samples of the check
         on the processor, load an engine and try it. For a large model that takes seconds.
@@ -133,7 +135,7 @@ class EngineSelector:
         if job is not None:
             job.making.stop()
             with suppress(FedpruneError):
-                self._count(job.key, -1)  # nothing was wrong with it
+                self._count(job.key, -1)  # an interrupted build is not a failed one
         self._lock.close()
 
     def fell_back(self, error: EngineError) -> None:
@@ -225,9 +227,9 @@ class EngineSelector:
         order = BuildRequest(work, self.plan.to_json(), refittable, timings, base)
         making = BuildProcess(cache, order, self.plan.timeout_s)
         try:
-            # It counts as failed until it is done: what takes the whole board down must not be tried for ever. What
-            # can't even be started takes nothing down, and doesn't count.
-            self._count(key, 1, "it was cut off, by lack of memory, a crash or a power cut")
+            # A build counts as failed until it succeeds, so that one that crashes the board is not repeated for ever. A
+            # build that can't even be started crashes nothing, and doesn't count.
+            self._count(key, 1, "it was interrupted: out of memory, a crash or a power cut")
         except BaseException:
             making.stop()
             raise
@@ -235,7 +237,7 @@ class EngineSelector:
         _LOG.info("making an engine (%s) with %s", way, found.describe())
 
     def _take(self, wanted: EngineRequest, found: Bindings, job: _Job, made: BuildResult) -> CheckedSession:
-        """Check what a child process made, put it on the cache and load it."""
+        """Check what a child process made, put it into the cache and load it."""
         far = deviation(made.answers, self._expected, self.plan.tolerance)
         cache, key = self.cache, job.key
         numbers = {"weights": wanted.weights, "way": job.way, "seconds": made.seconds, "deviation": far}
@@ -245,7 +247,8 @@ class EngineSelector:
         if job.refittable:
             cache.put(BASE, cache.work / "engine.plan", key, numbers)
         cache.put(ENGINE, cache.work / "engine.plan", key, numbers)
-        # One that this process has no memory for is a failure, too: before it is loaded nothing counts as done.
+        # An engine that this process has no memory for is a failure, too, so nothing counts as done before it is
+        # loaded.
         answering = self._load(wanted, found, key)
         record = replace(cache.record(key), failures=0, reason="")
         if job.way == REFIT:
@@ -264,7 +267,7 @@ class EngineSelector:
         self._job = None
         wrong = isinstance(error, WrongOutputError)
         if (wrong and job.refittable) or (job.way == REFIT and (wrong or not tried)):
-            _LOG.warning("engines that take new weights don't work here, building one that doesn't: %s", error)
+            _LOG.warning("refitting doesn't work on this board, building an engine without it: %s", error)
             self._count(job.key, -1)
             self.cache.keep(replace(self.cache.record(job.key), refits=False))
             self._start(wanted, found, job.key, job.place, REBUILD)
@@ -293,12 +296,12 @@ class EngineSelector:
 
     def _shown(self) -> str:
         f = self.facts
-        speed = f"{1e3 * f['latency_s']:.3g} ms a sample"
+        speed = f"{1e3 * f['latency_s']:.3g} ms per sample"
         return f"{f['way']} in {f['seconds']:.1f} s, deviation {f['deviation']:.2g}, {speed}"
 
 
 class CheckedSession:
-    """An engine that answers, with onnxruntime in reserve for when it fails."""
+    """An engine, with onnxruntime as the fallback."""
 
     def __init__(self, engine: Engine, predictor: Predictor, selector: EngineSelector) -> None:
         self.inputs, self.outputs = predictor.session.inputs, predictor.session.outputs
@@ -311,7 +314,7 @@ class CheckedSession:
                 return self._engine.run(feeds, outputs)
             except EngineError as error:
                 self._selector.fell_back(error)
-                self._engine = None  # after an error of CUDA nothing of it can be believed
+                self._engine = None  # after a CUDA error its outputs can't be trusted
         return self._predictor.session.run(feeds, outputs)
 
     def close(self) -> None:
@@ -332,7 +335,8 @@ CPU, _, TENSORRT = TIERS
 
 @dataclass(frozen=True)
 class Accelerator:
-    """What a board computes with, one of `TIERS`, as far as that works there, and how engines are built."""
+    """A board's execution tier (one of `TIERS`; the processor where the tier doesn't work), and the plan for its
+    engines."""
 
     name: str
     plan: EnginePlan

@@ -1,6 +1,6 @@
-"""The board's connection to its server: each message is sealed or opened, and parsed, here and nowhere else.
+"""The board's connection to its server: each message is signed or verified, and parsed, here and nowhere else.
 
-Behind it the board knows messages only, no topics and no signatures.
+The rest of the board sees only messages, no topics and no signatures.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Channel:
 
     @property
     def birth_due(self) -> bool:
-        """Whether the server must be sent another birth before it believes what the board sends."""
+        """Whether the board must send another birth before the server accepts its messages."""
         return False
 
     def seal(self, topic: str, message: Message) -> bytes:
@@ -82,7 +82,7 @@ class Connection:
 
     @property
     def birth_due(self) -> bool:
-        """Whether the server must be sent another birth before it believes what the board sends."""
+        """Whether the board must send another birth before the server accepts its messages."""
         return self._channel.birth_due
 
     def send(self, message: Message, job: str = NO_JOB, qos: int = 1) -> bool:

@@ -1,7 +1,7 @@
 """The model that serves at lower precision: made on the board of every round's weights, and compared with float32.
 
-The server sends graphs; weights and the ranges of activations are the board's own. A model that doesn't say what
-float32 says, or can't be made here, doesn't serve: float32 does, and the log says why.
+The server sends graphs; weights and the ranges of activations are the board's own. A model that disagrees with float32,
+or that can't be made on this board, doesn't serve; float32 serves instead, and the log says why.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ReducedPrecision:
     def _tried(
         self, folder: Path, precision: str, kit: bytes, data: LocalData, judge: PrecisionCheck
     ) -> Predictor | None:
-        """Make a precision's files in the folder; the model that they are if it may serve."""
+        """Write a precision's files into the folder; returns their model, or None if it may not serve."""
         try:
             for name, raw in unpacked(kit, precision).items():
                 atomic_file.write_whole(folder / name, raw, private=True)
@@ -84,7 +84,7 @@ class ReducedPrecision:
             found = judge.hear(model)
             if found.refusal:
                 raise ModelError(found.refusal)
-        except FedpruneError as error:  # a round that is done must not end by this
+        except FedpruneError as error:  # a failure here must not lose a finished round
             _LOG.warning("the model doesn't serve with %s: %s", precision, error)
             clear(folder, precision)
             return None
@@ -97,7 +97,7 @@ class ReducedPrecision:
         if self._serve != FASTEST:
             return self._serve if self._serve in candidates else FLOAT32
         times: dict[str, list[float]] = {p: [] for p in candidates}
-        for _ in range(_TURNS):  # in turn, so that whatever else the board does hits all alike
+        for _ in range(_TURNS):  # interleaved, so that other load on the board affects all alike
             for precision, model in candidates.items():
                 began = time.perf_counter()
                 model.predict(data.x_train[:1])
@@ -109,7 +109,7 @@ class ReducedPrecision:
 
 
 class PrecisionCheck:
-    """Float32's predictions of validation samples or, without any, of training samples."""
+    """Compares models with float32's predictions of validation samples or, without any, of training samples."""
 
     def __init__(self, whole: Predictor, data: LocalData, recipe: Recipe, targets: Targets) -> None:
         validated = len(data.y_val) > 0
@@ -119,7 +119,7 @@ class PrecisionCheck:
         self._reference = whole.predict(self._x, self._at_once)
 
     def hear(self, model: Predictor) -> Agreement:
-        """How a model compares with it."""
+        """How a model's predictions compare with float32's."""
         return agreement(self._loss, self._reference, model.predict(self._x, self._at_once), self._y)
 
 

@@ -49,12 +49,12 @@ from fedprune_device.storage.local_state import FolderStateStore
 
 _LOG = logging.getLogger("fedprune.device")
 
-_LAST_TIME = 2**53  # milliseconds that no right clock shows; a wrong one must not use up the numbers
+_LAST_TIME = 2**53  # later than any correct clock, in ms: a wrong clock must not use up the session numbers
 
 
 @dataclass(frozen=True)
 class Task:
-    """The last offer. `donor` is the digest of earlier weights that may share leaves with its own."""
+    """The last offer. `donor` is the digest of earlier weights of which leaves may be reused."""
 
     offer: Offer
     done: bool = False
@@ -109,7 +109,7 @@ class DeviceStore:
         self.close()
 
     def hold_to(self, floor: PrivacyPolicy | None) -> None:
-        """Require of every job what the board's owner requires; a waiting update that is less private is dropped."""
+        """Apply the owner's privacy policy to every job, and drop a pending update that doesn't meet it."""
         self.privacy.floor = floor
         if floor is None or self.pending is None:
             return
@@ -117,17 +117,17 @@ class DeviceStore:
         try:
             if task is None or self.waiting(task.offer) is None:
                 raise PrivacyError("it may be without noise")
-            # What it cost is counted already, whether it is handed in or not.
+            # Its privacy cost has been counted already, whether it is sent or not.
             replace(floor, most_epsilon=0.0).check(Recipe.from_dict(task.offer.recipe), 0.0)
         except FedpruneError as error:
-            _LOG.warning("the update that waits is dropped, since the board's owner asks for more: %s", error)
+            _LOG.warning("the pending update is dropped, because the board's owner requires more privacy: %s", error)
             self.forget()
 
     def next_session(self) -> int:
         """A number for a new connection, larger than every earlier one, on disk before it is used.
 
-        It is the time in milliseconds where that is larger, so that a board whose directory was deleted is accepted
-        again. On a disk that fails only this process knows it.
+        It is the time in milliseconds if that is larger, so that a board whose directory was deleted is accepted again.
+        If it can't be written, only this process has it.
         """
         number = max(self.session + 1, int(min(1000 * self._clock(), _LAST_TIME)))
         try:
@@ -139,7 +139,7 @@ class DeviceStore:
         return number
 
     def accept(self, offer: Offer) -> None:
-        """Make an offer current and set other jobs' own state aside. On errors the old offer stays."""
+        """Make an offer current, and set the local state of other jobs aside. On errors the old offer stays."""
         if self._of_another_run(offer):
             self.own.clear()
         self.own.turn_to(offer.job, "" if self.task is None else self.task.offer.job)
@@ -151,7 +151,7 @@ class DeviceStore:
         self._set_task(Task(offer, donor=donor))
 
     def dismiss(self) -> None:
-        """Keep earlier weights no longer: there is no room for them and the offer's."""
+        """Give up the earlier weights: there is no room for both them and the offer's."""
         if self.task is not None and self.task.donor:
             self._set_task(replace(self.task, donor=""))
 
@@ -160,7 +160,8 @@ class DeviceStore:
             self._set_task(replace(self.task, done=True))
 
     def drop(self) -> None:
-        """Forget the current offer and what was kept for its job, which is over; its last model serves on."""
+        """Forget the current offer and the local state of its job, which has ended. The job's last model still
+        serves."""
         atomic_file.remove(self.root / "offer.json")
         self.own.clear()
         self.task = None
@@ -187,7 +188,7 @@ class DeviceStore:
                 self.blobs.delete(name)
                 count += 1
         except StorageError as error:
-            _LOG.warning("can't clear away old files: %s", error)
+            _LOG.warning("can't delete old files: %s", error)
         return count
 
     def reclaimable_bytes(self, offer: Offer) -> int:
@@ -234,11 +235,11 @@ class DeviceStore:
         return sorted((unfinished | set(self.blobs.names())) - wanted)
 
     def _turn_to_job(self) -> None:
-        """Have what is the board's own in the present job at hand, also where a crash came in between."""
+        """Load the board's local state of the current job, even if a crash interrupted a change of jobs."""
         try:
             if self.task is not None:
                 self.own.turn_to(self.task.offer.job)
-        except StorageError as error:  # a full disk keeps no board from starting; the next offer needs it
+        except StorageError as error:  # a full disk must not keep a board from starting; the next offer reports it
             _LOG.warning("%s", error)
 
     def _set_task(self, task: Task) -> None:
@@ -262,7 +263,8 @@ class DeviceStore:
         try:
             self.blobs.read(update.weights.sha256)
         except StorageError as error:
-            # Without its weights an update is nothing; the offer is still there, and trains to the same bits.
+            # An update is useless without its weights. The offer is still stored, and training it again gives the same
+            # bits.
             _LOG.warning("the pending update is lost, its offer is trained again: %s", error)
             self.blobs.delete(update.weights.sha256)
             atomic_file.remove(self.root / "pending.json")
@@ -273,7 +275,7 @@ class DeviceStore:
         try:
             return atomic_file.read_document(self.root / name)
         except StorageError as error:
-            _LOG.warning("%s: going on without it", error)
+            _LOG.warning("%s: continuing without it", error)
             return None
 
     def _message(self, body: dict[str, Any] | None, kind: type[Any], name: str) -> Any:
@@ -282,7 +284,7 @@ class DeviceStore:
         try:
             message = messages.parse(json.dumps(body.get("message")).encode())
         except ProtocolError as error:
-            _LOG.warning("%s is damaged, going on without it: %s", name, error)
+            _LOG.warning("%s is damaged, continuing without it: %s", name, error)
             return None
         return message if isinstance(message, kind) else None
 

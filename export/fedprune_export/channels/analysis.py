@@ -1,10 +1,10 @@
 """From a normalised graph to its `Architecture`: channel groups, tensors, cost table, activations.
 
-The rules run over the graph until no choice is left that leaves nothing to cut; what is tied then is a *unit*. Units
-on the same axes of the same tensors (with the same *footprint*) form a group. Submodels store a group's channels in
-rank order, so every axis must hold a group as whole passes over its channels in one and the same order. Units for
-which that fails are split into smaller groups by the runs in which they occur, and stay where even that doesn't help.
-A group needs at least two channels.
+The channel rules run over the graph, with other choices each time, until every choice leaves something to cut. Indices
+that are tied in the end are a *unit*. Units on the same axes of the same tensors (with the same *footprint*) form a
+group. Submodels store a group's channels in rank order, so every axis must list all channels of a group in the same
+order, once or several times. Groups for which that fails are split by the runs in which their units occur. Units that
+don't fit even then are not cut. A group needs at least two channels.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
     while True:
         axes = list({r.tobytes(): r for value in rows.values() for row in value if (r := unit[row]).any()}.values())
         found, unfit, alone = _groups(axes, unit.size)
-        why = "no tensor's shape would show how many of them are kept"
+        why = "the number of kept channels can't be read from any tensor's shape"
         lost = _untold({frozenset(found.group_of[unit[r]].tolist()) for n in names for r in rows[n]}, found.sizes)
         if lost is None:
-            why = "they are taken from other places of some channels than of others"
+            why = "a node such as Gather or Slice takes different parts of different channels"
             lost = _shifted(found, [Pick(unit[p.source], p.taken, unit[p.made]) for p in picks])
         if lost is None:
             break
@@ -78,9 +78,9 @@ def grouped(rows: Rows, parameters: Iterable[str], picks: Sequence[Pick]) -> Gro
 
 
 def _shifted(found: Grouping, picks: Sequence[Pick]) -> int | None:
-    """The first group whose channels lose different parts of themselves where indices are taken, or None.
+    """The first group of which a node takes different parts from different channels, or None.
 
-    Which of them are kept would then change the places of what is taken: no graph serves all selections.
+    The indices would then depend on which channels are kept, so no single graph could serve all selections.
     """
     for pick in picks:
         groups = found.group_of[pick.made]
@@ -96,7 +96,8 @@ def _shifted(found: Grouping, picks: Sequence[Pick]) -> int | None:
 
 
 def _places(axis: Axis) -> AtomRow:
-    """Per index the place within its channel and segment: the same number for all channels of a segment."""
+    """Each index's offset within its channel, plus its segment's offset: equal at corresponding indices of a segment's
+    channels."""
     out, offset = [], 0
     for s in axis.segments:
         inner = np.arange(s.inner if s.group != FIXED else s.length, dtype=np.int64) + offset
@@ -166,7 +167,7 @@ def _untold(axes: Iterable[frozenset[int]], sizes: Sequence[int]) -> int | None:
 def _check_passes(
     axes: Sequence[AtomRow], group_of: AtomRow, position: AtomRow, sizes: Sequence[int]
 ) -> tuple[dict[int, tuple[tuple[int, int], ...]], set[int]]:
-    """Which groups are not whole passes in order on some axis, and in which runs their units occur."""
+    """The groups that some axis doesn't list completely and in order, and the runs in which units occur."""
     broken: set[int] = set()
     spots: dict[int, list[tuple[int, int]]] = {}
     for i, row in enumerate(axes):
@@ -200,7 +201,7 @@ def _stretches(groups: AtomRow) -> Iterable[tuple[int, int, int]]:
 
 
 def _passes(positions: AtomRow, size: int) -> tuple[int, int] | None:
-    """How often and with which inner length a run goes over all positions in order; None if it doesn't."""
+    """How often a run lists all positions in order, and how often each is repeated; None if it doesn't."""
     inner = int(np.argmax(positions != positions[0])) if (positions != positions[0]).any() else positions.size
     if positions.size % (inner * size):
         return None
@@ -223,7 +224,7 @@ def _axis(groups: AtomRow, positions: AtomRow) -> Axis:
     return Axis(tuple(segments)) if segments else Axis.fixed(0)
 
 
-_MOST_RUNS = 40  # runs of the rules: a choice or two per layer are settled in fewer than ten
+_MOST_RUNS = 40  # passes over the rules; fewer than ten settle one or two choices per layer
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def analyse(
 def _settle(
     graph: Graph, parameters: Mapping[str, str], seen: Trace, prefer: Prefer, kept: Collection[str]
 ) -> tuple[Channels, list[str]]:
-    """Run the rules until no choice is left that leaves nothing to cut."""
+    """Run the rules until every choice leaves something to cut."""
     choices = Choices(prefer)
     for _ in range(_MOST_RUNS):
         channels = Channels(graph, seen, parameters, choices, kept)
@@ -311,7 +312,7 @@ def _footprints(channels: Channels, unit: AtomRow) -> AtomRow:
 
 
 def _owned(channels: Channels) -> AtomRow:
-    """The unit of every atom; what no weight or statistic has stays, because there is nothing to cut."""
+    """The unit of every atom; units that occur in no weight or statistic are fixed, because there is nothing to cut."""
     unit = channels.atoms.units()
     owned = np.zeros(unit.size, np.bool_)
     for name in channels.parameters:
@@ -321,10 +322,10 @@ def _owned(channels: Channels) -> AtomRow:
 
 
 def _fix_measured(channels: Channels) -> list[str]:
-    """Fix channels whose number the graph computes with.
+    """Fix channels whose count the graph uses as a value.
 
-    Shape inputs that `rewrites` replaces may contain it, except where they follow the batch as well. Returns a note per
-    place where such a number is read.
+    The count may occur in a shape input that `rewrites` replaces, unless that entry also depends on the batch. Returns
+    a note per node that reads such a count.
     """
     graph, seen = channels.graph, channels.seen
     unit = _owned(channels)
@@ -343,7 +344,7 @@ def _fix_measured(channels: Channels) -> list[str]:
                 marks = marks.reshape(-1) & np.array(free) if marks.size == len(free) else marks
             if marks.any():
                 bad.add(name)
-                notes.append(f"{node.op} {node.name} computes with a number of channels: these stay.")
+                notes.append(f"{node.op} {node.name} uses a number of channels as a value: these channels stay.")
     for node in origins(graph, bad):
         channels.fix(channels.rows[node.inputs[0]])
     return notes

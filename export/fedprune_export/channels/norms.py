@@ -1,4 +1,4 @@
-"""Normalisations. Where channels are cut out of what a norm averages over, it averages over those that are kept."""
+"""Channel rules of normalisations. If a norm averages over channels, it averages over those that are kept."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fedprune_export.ir.graph import Node
 
 
 def _vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Sequence[AtomRow]) -> None:
-    """Tie vectors to a value's axes; a constant with equal entries fits any (`rewrites` shortens it)."""
+    """Tie a norm's vectors to the axes of its input; a constant with equal entries fits any width (`rewrites` shortens
+    it)."""
     held = False
     for i in indices:
         if not channels.has(node, i) or channels.uniform(node.inputs[i]):
@@ -29,7 +30,7 @@ def _vectors(channels: Channels, node: Node, indices: Sequence[int], rows: Seque
 
 @rule("BatchNormalization")
 def batch_norm(channels: Channels, node: Node) -> None:
-    """Four vectors along the channels; its statistics stay each channel's own."""
+    """Scale, shift, mean and variance along the channels; each channel keeps its own statistics."""
     x = channels.of(node, 0)
     _vectors(channels, node, (1, 2), x[1:2])
     held = False
@@ -45,7 +46,7 @@ def batch_norm(channels: Channels, node: Node) -> None:
 
 @rule("InstanceNormalization")
 def instance_norm(channels: Channels, node: Node) -> None:
-    """Two vectors along the channels; each channel has statistics of its own, over the places."""
+    """Scale and shift along the channels; each channel is normalised over its own positions."""
     x = channels.of(node, 0)
     _vectors(channels, node, (1, 2), x[1:2])
     channels.out(node, x)
@@ -65,7 +66,7 @@ def layer_norm(channels: Channels, node: Node) -> None:
 
 @rule("GroupNormalization")
 def group_norm(channels: Channels, node: Node) -> None:
-    """Loses whole norm groups, or the same positions of every one."""
+    """Whole norm groups are cut, or the same positions of every group."""
     x = channels.of(node, 0)
     row = x[1]
     groups = int(node.attrs["num_groups"])

@@ -1,7 +1,8 @@
 """Checks of an imported graph.
 
-One refuses what neither onnx's checker nor onnxruntime refuses, and what makes one of them crash or differ from the
-standard. The other compares a normalised graph's outputs with the original's, and its shapes with the inferred ones.
+`check_nodes` and `check_indices` refuse graphs that both onnx's checker and onnxruntime accept, although they make one
+of them crash or differ from the standard. `compare` compares a normalised graph's outputs with the original's, and its
+shapes with the inferred ones.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _INDEXED = frozenset({"Gather", "GatherElements", "ScatterElements"})
 
 
 def check_nodes(graph: Graph) -> None:
-    """Make sure that operators leave out only what may be left out, that flags are 0 or 1, and that there is
-    a group at least.
+    """Check that only optional inputs are missing, that flags are 0 or 1, and that convolutions have at least one
+    group.
 
-    Raises `ModelError` if they do otherwise.
+    Raises `ModelError` otherwise.
     """
     for node in graph.nodes:
         for name, value in node.attrs.items():
@@ -76,10 +77,10 @@ def _label(node: Node) -> str:
 
 _TOLERANCE = 1e-4
 _BATCHES = (2, 1, 8)
-"""Batch sizes at which results are compared: one sample, and even batches. At the first, shapes are compared too."""
+"""Batch sizes at which outputs are compared. At the first one shapes are compared, too."""
 
 _LARGE = 2**22
-"""Numbers of all values of one sample from which on the last batch size is left out: it would take seconds."""
+"""Elements in all values of one sample above which the last batch size is left out, since it would take seconds."""
 
 _SHAPE = "shape~of~"
 
@@ -124,8 +125,8 @@ def _check_close(old: npt.NDArray[np.float32], new: npt.NDArray[np.float32], sof
     worst = float(np.abs(old - new).max(initial=0)) / scale if old.shape == new.shape else float("inf")
     if not worst <= _TOLERANCE:
         raise ModelError(
-            "the model computes something else after normalisation",
-            expected=f"outputs equal to {_TOLERANCE:g} for {batch} samples",
+            "the normalised model's outputs differ",
+            expected=f"outputs that agree to {_TOLERANCE:g} for {batch} samples",
             got=f"{worst:.2g}",
             hint="Please report this with the model.",
         )

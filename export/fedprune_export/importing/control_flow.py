@@ -1,4 +1,4 @@
-"""Branches and loops written out where their condition or length is known before any data is."""
+"""Unrolls loops and inlines branches whose length or condition doesn't depend on data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTROL_FLOW = frozenset({"If", "Loop", "Scan"})
 
 _DEEPEST = 20  # control flow within control flow
 
-_MOST_STEPS, _LARGE = 200, 2**16  # operators that a length is computed with, and numbers that one of them makes
+_MOST_STEPS, _LARGE = 200, 2**16  # limits of a length's operators, and of the elements that one reads
 
 _ARITHMETIC = frozenset(
     {
@@ -34,16 +34,16 @@ _ARITHMETIC = frozenset(
 """Operators that conditions and lengths are computed with."""
 
 _FAILS = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
-"""What a node in a stranger's file may make the evaluation raise: then its value isn't known."""
+"""What evaluating a node of an untrusted file may raise; its value is then unknown."""
 
 _SIZES = (3, 5)
-"""Stand for sizes that a file leaves open: what comes out the same for both doesn't depend on them."""
+"""Trial values for sizes that the file leaves open: a result that is equal for both doesn't depend on them."""
 
 
 def without_control_flow(model: onnx.ModelProto, opset: int, most: int) -> None:
-    """Write out branches on constants and loops of a fixed length; the model is changed.
+    """Inline branches on constants and unroll loops of a fixed length; the model is changed.
 
-    What depends on the data stays, and is refused by name.
+    Control flow that depends on data stays, and is refused by name later.
 
     Raises `ModelError` if there would be more than `most` operators, or control flow is nested too deeply.
     """
@@ -58,7 +58,7 @@ def without_control_flow(model: onnx.ModelProto, opset: int, most: int) -> None:
 
 
 class _Writer:
-    """One level of control flow, written out."""
+    """Inlines and unrolls one level of control flow."""
 
     def __init__(self, model: onnx.ModelProto, opset: int, most: int) -> None:
         self._model, self._graph, self._opset, self._most = model, model.graph, opset, most
@@ -69,7 +69,7 @@ class _Writer:
         self.taken = 0
 
     def take(self, node: onnx.NodeProto) -> Sequence[onnx.NodeProto]:
-        """What a node becomes: itself where nothing is known of it."""
+        """The nodes that replace a node: itself if its condition or length is unknown."""
         rule = {"If": self._if, "Loop": self._loop, "Scan": self._scan}.get(node.op_type)
         if rule is None or node.domain not in ("", "ai.onnx"):
             return [node]
@@ -144,7 +144,7 @@ class _Writer:
         axes: Sequence[int],
         backward: Sequence[int] | None = None,
     ) -> list[onnx.NodeProto] | None:
-        """A body once for every turn: states go from one to the next, the other outputs are put together.
+        """Unroll a body: states pass from one iteration to the next, the other outputs are stacked.
 
         Args:
             fed: Gives what a turn reads besides the states: nodes, and the names that they make.
@@ -153,9 +153,7 @@ class _Writer:
         """
         self._left -= times * len(body.node)
         if self._left < 0:
-            raise ModelError(
-                f"{node.op_type} {shown(node.name)}, written out", expected=f"at most {self._most} operators"
-            )
+            raise ModelError(f"{node.op_type} {shown(node.name)}, unrolled", expected=f"at most {self._most} operators")
         kept, further = len(states), len(body.output) - skipped - len(states)
         if not times and further:
             return None
@@ -236,7 +234,7 @@ class _Writer:
         return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
 
     def _apart(self, name: str, axis: int, parts: Sequence[str]) -> list[onnx.NodeProto]:
-        """The slices of a value along an axis, without it."""
+        """A value's slices along an axis, with the axis removed."""
         rows = [f"{p}.row" for p in parts]
         out = self._listing("Split", name, "split", [1] * len(parts), rows, axis=axis)
         for row, part in zip(rows, parts, strict=True):
@@ -244,7 +242,7 @@ class _Writer:
         return out
 
     def _together(self, parts: Sequence[str], axis: int, target: str) -> list[onnx.NodeProto]:
-        """Values side by side along a new axis."""
+        """Stack values along a new axis."""
         rows = [f"{p}.row" for p in parts]
         out = [
             n for p, row in zip(parts, rows, strict=True) for n in self._listing("Unsqueeze", p, "axes", [axis], [row])
@@ -272,7 +270,7 @@ class _Writer:
         return self._shapes.get(name)
 
     def _known(self, name: str) -> Array | None:
-        """What a value is whatever the data are: computed from constants and from sizes that are known."""
+        """A value that doesn't depend on data, computed from constants and known sizes; None for any other."""
         found = [self._computed(name, size) for size in _SIZES]
         same = all(f is not None and found[0] is not None and np.array_equal(f, found[0]) for f in found)
         return found[0] if same else None

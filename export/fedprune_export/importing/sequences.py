@@ -1,4 +1,4 @@
-"""Sequences of tensors, which exporters use for chunk, split, unbind and stack, as Split, Gather and Concat."""
+"""Rewrites sequence operators, which exporters emit for chunk, split, unbind and stack, as Split, Gather and Concat."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class _Writer:
     def _at(self, node: onnx.NodeProto, attrs: dict[str, Any]) -> None:
         parts, i = self._sequence(node), self._position(node, 1)
         if not -len(parts) <= i < len(parts):
-            raise ModelError(f"SequenceAt {shown(node.name)}", expected=f"a place among {len(parts)}", got=i)
+            raise ModelError(f"SequenceAt {shown(node.name)}", expected=f"an index into {len(parts)} elements", got=i)
         self.nodes.append(helper.make_node("Identity", [parts[i]], [node.output[0]]))
 
     def _construct(self, node: onnx.NodeProto, attrs: dict[str, Any]) -> None:
@@ -132,7 +132,9 @@ class _Writer:
         parts = list(self._sequence(node))
         at = self._position(node, 2) if len(node.input) > 2 and node.input[2] else len(parts)
         if not -len(parts) <= at <= len(parts):
-            raise ModelError(f"SequenceInsert {shown(node.name)}", expected=f"a place among {len(parts)}", got=at)
+            raise ModelError(
+                f"SequenceInsert {shown(node.name)}", expected=f"an index into {len(parts)} elements", got=at
+            )
         parts.insert(at, node.input[1])
         self.sequences[node.output[0]] = parts
 
@@ -140,7 +142,9 @@ class _Writer:
         parts = list(self._sequence(node))
         at = self._position(node, 1) if len(node.input) > 1 and node.input[1] else -1
         if not -len(parts) <= at < len(parts):
-            raise ModelError(f"SequenceErase {shown(node.name)}", expected=f"a place among {len(parts)}", got=at)
+            raise ModelError(
+                f"SequenceErase {shown(node.name)}", expected=f"an index into {len(parts)} elements", got=at
+            )
         del parts[at]
         self.sequences[node.output[0]] = parts
 
@@ -172,7 +176,9 @@ class _Writer:
     def _position(self, node: onnx.NodeProto, index: int) -> int:
         found = self._number(node, index)
         if found is None or found.size != 1:
-            raise ModelError(f"{node.op_type} {shown(node.name)} takes a computed place", expected="a constant place")
+            raise ModelError(
+                f"{node.op_type} {shown(node.name)} takes a computed position", expected="a constant position"
+            )
         return int(found.reshape(-1)[0])
 
     def _number(self, node: onnx.NodeProto, index: int) -> Array | None:
@@ -213,7 +219,7 @@ def inferred(model: onnx.ModelProto) -> dict[str, list[int | None]]:
     bare = onnx.ModelProto()
     bare.CopyFrom(model)
     for tensor in bare.graph.initializer:
-        if len(tensor.raw_data) > _LARGE:  # the inference looks at numbers only where they are sizes
+        if len(tensor.raw_data) > _LARGE:  # shape inference reads a tensor's values only if they are sizes
             tensor.ClearField("raw_data")
     try:
         graph = onnx.shape_inference.infer_shapes(bare).graph

@@ -241,11 +241,11 @@ def _misbehaved(row: dict[str, Any]) -> str:
     """What a device sent that didn't count, and whether it is listened to."""
     kinds = {
         "dropped": "messages dropped unread", "bad": "messages that make no sense", "unasked": "chunks unasked for",
-        "refused": "updates that no board makes",
+        "refused": "malformed updates",
     }  # fmt: skip
     parts = [f"{row[key]} {what}" for key, what in kinds.items() if row[key]]
     if row["until"] is not None and row["until"] > time.time():
-        parts.insert(0, f"in quarantine until {_clock(row['until'])}, for the {row['times']}. time: {row['reason']}")
+        parts.insert(0, f"in quarantine until {_clock(row['until'])} (no. {row['times']}): {row['reason']}")
     elif row["times"]:
         parts.insert(0, f"was in quarantine {row['times']} times, lastly: {row['reason']}")
     return "; ".join(parts)

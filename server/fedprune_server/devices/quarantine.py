@@ -2,10 +2,10 @@
 
 Every device has an allowance of points, which is refilled with time and with the server's messages that need an answer.
 Each message costs points, by its size and by the work it causes. Requested chunks, and requests for blobs that the
-device was offered, are free, up to a few times what the blob needs. So a board that delivers updates, fetches models or
-reconnects with ten thousand others spends little, whatever its speed, and answers don't pay for a flood. A device
-without points, or one that sends updates that no board makes, is quarantined: its messages are dropped unread, for a
-minute at first and twice as long each time.
+device was offered, are free, up to a few times what the blob needs. So a board that delivers updates, fetches models,
+or reconnects together with ten thousand others spends few points, whatever its speed, while a flood can't earn its own
+points back. A device without points, or one that sends malformed updates, is quarantined: its messages are
+dropped unread, for a minute at first and twice as long each time.
 
 The accounting takes the same few steps for every message and keeps records of members only; unknown names share one
 allowance, because a stranger can choose any number of them.
@@ -57,16 +57,16 @@ _WANT = MESSAGE + 0.25
 _BLOBS = 256
 
 CREDIT = 4 * MAX_REQUEST * LEAF
-"""Bytes of chunks that count as asked for at most, however many were: each leaf that is asked for counts twice."""
+"""Most bytes of chunks that a device may have free at a time. A requested leaf adds twice its size."""
 
 STRIKES = 3
-"""Updates in a row that no board makes of what it was sent."""
+"""Malformed updates in a row that lead to quarantine."""
 
 FIRST_S, LONGEST_S = 60.0, 3600.0
 """How long a device is in quarantine the first time, and at most: each time is twice as long as the last."""
 
 FORGIVEN_S = 24 * 3600.0
-"""After so long without, the next time is the first."""
+"""After this long without a quarantine, the next one lasts `FIRST_S` again."""
 
 STRANGERS_BURST, STRANGERS_PER_S = 100_000.0, 1000.0
 """Points of all devices together that the server doesn't know yet, and that they get back in a second."""
@@ -80,8 +80,9 @@ _NO_BOARDS = re.compile(
     r"got a number that is not finite|arrived damaged|don't make up the blob|contradicts itself|tensor file"
     r"|expected variances|^update (lacks|holds|can't be read)|^(type|shape) of .* in an update|^size of the update"
 )
-"""Reasons that no board of ours gives: it looks at its own weights before it announces them. Weights that are far too
-large are none of them, since training that runs away makes such, nor is an update that is gone."""
+"""Reasons of rejections that an honest board never causes, since it checks its weights before it announces them.
+Weights that are far too large are not among them, because diverged training makes such, nor is an update that the board
+no longer has."""
 
 
 @dataclass(frozen=True)
@@ -239,8 +240,8 @@ class Quarantine:
         client = one_line(client, 64)
         if not self.floods_joins():
             log.warning(
-                "the MQTT client %s floods the topic for joining: requests to join, %s's first of all, are dropped. "
-                "The broker's log tells its address; close the listener for joining while no board is to join",
+                "the MQTT client %s floods the topic for joining: requests to join are dropped, those of %s first. "
+                "The broker's log has its address; close the listener for joining while no board is to join",
                 client, client,
             )  # fmt: skip
         self._crowd = client, now + CROWDED_S
@@ -263,7 +264,7 @@ class Quarantine:
         ledger.strikes += 1
         self._dirty = True
         if ledger.strikes >= STRIKES and self._clock() >= ledger.until:
-            self._sentence(device, ledger, f"{STRIKES} updates in a row that no board makes, lastly: {reason[:200]}")
+            self._sentence(device, ledger, f"{STRIKES} malformed updates in a row, the last one: {reason[:200]}")
 
     def counted(self, device: str) -> None:
         """A device's update was aggregated."""
@@ -275,7 +276,7 @@ class Quarantine:
         now = self._clock()
         while self._ends and self._ends[0][0] <= now:
             _, device = heapq.heappop(self._ends)
-            log.info("device %s is listened to again", device)
+            log.info("the quarantine of device %s has ended", device)
             self._news.append(Released(device))
             self._dirty = True
         return self._news.pop(0) if self._news else None
@@ -355,8 +356,8 @@ class Quarantine:
         self._news.append(Quarantined(device, reason, seconds))
         self._dirty = True
         log.warning(
-            "device %s is in quarantine for %.0f s, for the %d. time: %s. What it sends is dropped unread; the board's "
-            "log and `fedprune-server status` say more",
+            "device %s is in quarantine for %.0f s (quarantine no. %d): %s. Its messages are dropped unread; see the "
+            "board's log and `fedprune-server status`",
             device, seconds, ledger.counts.times, reason,
         )  # fmt: skip
 
@@ -371,8 +372,8 @@ class Quarantine:
         if now >= self._tell_at:
             self._tell_at = now + _TELL_S
             log.warning(
-                "unknown devices send too much: %d messages of theirs were dropped unread so far. See who "
-                "uses your broker",
+                "unknown devices send too much: %d of their messages have been dropped unread. Check who uses your "
+                "broker",
                 ledger.counts.dropped,
             )
         return False

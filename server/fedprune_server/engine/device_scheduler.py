@@ -32,7 +32,7 @@ class SoleJob:
         self._runner.unassign(device, session)
 
     def share(self, now: float, *, finished: bool) -> None:
-        """Nothing: no device waits for a job."""
+        """Do nothing: no device waits for a job."""
 
 
 class DeviceScheduler:
@@ -136,7 +136,8 @@ class DeviceScheduler:
         return any(found.values())
 
     def _look(self, device: str) -> None:
-        """Find out whether a device is free, or which job's part it works on."""
+        """Take a device back from a job that no longer awaits its part, and mark it free or assign it to the job whose
+        part it works on."""
         self._free.discard(device)
         birth, job = self._connected.get(device), self.lent.get(device)
         if birth is None or (job is not None and (job == self._alone or self._runners[job].awaits_part_of(device))):

@@ -71,7 +71,7 @@ class Envelope:
 
 
 class MessageHandler:
-    """Handles the messages of a job's devices, except those by which they come and go.
+    """Handles the messages of a job's devices, except births and deaths.
 
     Blob requests and chunks need no decision of the coordinator; they are handled here.
 
@@ -99,7 +99,7 @@ class MessageHandler:
         """Handle a message or chunk; returns what happened to the job, if anything did.
 
         Raises:
-            ProtocolError: A device doesn't send such messages.
+            ProtocolError: Devices must not send this kind of message.
             StorageError: The disk fails.
         """
         device, now = envelope.device, self._monotonic()
@@ -182,11 +182,11 @@ class MessageHandler:
         return self._registry.admitted(device)  # anybody can invent names
 
     def described(self, birth: Birth) -> on.DeviceBorn | None:
-        """The event of a device's birth, checked; None where the device can't even be planned for."""
+        """The event of a device's birth, checked; None if the device's profile or probe can't be used."""
         name = one_line(birth.profile, 64)
         try:
             profile = self._profile(_plain_name(birth.profile))
-            # What is kept is what we know how to check, and no more.
+            # Only what can be checked is kept.
             probe = None if birth.probe is None else ProbeReport.from_dict(birth.probe).to_dict()
         except ProfileError as error:
             self._registry.exclude(birth.device, _advice(error), name, birth.samples)
@@ -194,7 +194,7 @@ class MessageHandler:
         return on.DeviceBorn(birth.device, birth.session, profile, birth.samples, probe, birth.codecs or ())
 
     def _profile(self, name: str) -> dict[str, Any]:
-        """A hardware profile; a file that was changed is read again soon.
+        """A hardware profile; a changed file is read again within `_PROFILE_S`.
 
         Boards of one kind share one object: thousands of copies would fill the memory.
         """
@@ -225,7 +225,7 @@ class MessageHandler:
         contact.metrics = all_served(metrics) or contact.metrics
         if self._uploads.fetching(device, message.round, message.attempt, message.weights):
             self._outbox.ask(self._uploads.heard(device, self._monotonic()))
-            return None  # repeated while it waits its turn: in a large fleet most announcements are
+            return None  # a repetition by a board that waits its turn, as most announcements of a large fleet are
         return on.UpdateAnnounced(
             device,
             message.round,
@@ -238,7 +238,7 @@ class MessageHandler:
         )
 
     def void(self, device: str, job: str, round: int, attempt: int) -> None:  # noqa: A002 - the message's own names
-        """If what a device holds can't count any more, tell it to let go, so that it doesn't train in vain."""
+        """Cancel a device's part that can no longer count, so that it doesn't train in vain."""
         task = self._state.tasks.get(device)
         if job != self._job.name:
             reason = "this server runs another job"
@@ -262,7 +262,7 @@ class MessageHandler:
 
 
 def _advice(error: ProfileError) -> str:
-    """Why a profile can't be used, with what to do about it on this side of the wire."""
+    """Why a profile can't be used, and what the server's operator can do."""
     if not error.what.startswith("there is no hardware profile"):
         return one_line(str(error))
     return one_line(

@@ -1,9 +1,10 @@
 """The privacy loss of a device's samples through a job's releases: ε at a δ, by Google's dp-accounting.
 
-All that is released is a Gaussian mechanism, or made of what one has released. Several, of any noise multipliers z and
-each chosen in the light of those before, cost as much as a single one at multiplier 1/√Σ 1/z² (Dong et al. 2019,
-"Gaussian differential privacy", Corollary 3.3), whose ε at a δ is known exactly (Balle and Wang 2018, Theorem 8). There
-is no discount for devices that a round doesn't ask: the choice follows from the job's seed, which boards know.
+Everything released is the output of a Gaussian mechanism, or computed from such outputs (post-processing). Several, of
+any noise multipliers z and each chosen in the light of those before, cost as much as a single one at multiplier
+1/√Σ 1/z² (Dong et al. 2019, "Gaussian differential privacy", Corollary 3.3), whose ε at a δ is known exactly (Balle and
+Wang 2018, Theorem 8). There is no amplification by subsampling: which devices a round asks follows from the job's seed,
+which boards know.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Accountant:
     """Works out a job's ε.
 
     Args:
-        privacy: The job's settings; there is noise.
+        privacy: The job's settings, with noise.
 
     Raises:
         ConfigError: Not even the first round is within the budget.
@@ -63,7 +64,7 @@ class Accountant:
 
 
 def costs(privacy: Privacy, state: State | None) -> dict[str, Any]:
-    """What a job has cost of privacy, as JSON; empty where nothing is promised.
+    """The privacy that a job has spent, as JSON; empty if the job promises none.
 
     Returns:
         `epsilon` by device, at `delta`, with the job's `noise`, `clip`, `noise_multiplier` and `epsilon_budget`. Where
@@ -101,7 +102,7 @@ def library() -> Any:
         import dp_accounting
     except ModuleNotFoundError as error:
         raise MissingExtraError(
-            "dp-accounting is not installed, which works out what a private job costs",
+            "dp-accounting, which computes what a private job costs, is not installed",
             extra="privacy",
         ) from error
     return dp_accounting

@@ -1,4 +1,4 @@
-"""Whether a job's training ran away, and what to change then."""
+"""Detects that a job's training diverged, and says what to change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedprune.output.log_lines import log_context
 log = logging.getLogger("fedprune.server")
 
 _RISE = 1.1
-"""Times the loss after the first round that the last one must be: less than that may be chance."""
+"""The last loss over the first from which training counts as diverged; a smaller rise may be chance."""
 
 _SIGNS = ("not finite", "finite numbers of magnitude")
 """Reasons of diverged training: a board's refusal, and the server's rejection of weights that are far too large."""
@@ -55,7 +55,7 @@ def advice(losses: Sequence[float | None], reasons: Iterable[str], recipe: Mappi
 
 
 def warn(event: on.UpdateRejected, job: Job, prefix: str, reasons: Iterable[str]) -> None:
-    """Log that an update doesn't count, and what to change where training ran away on most of the round's devices.
+    """Log that an update doesn't count, and what to change if training diverged on most of the round's devices.
 
     Args:
         event: What became of the update.
@@ -75,7 +75,7 @@ def ran_away(reason: str) -> bool:
 
 
 def _most(reasons: Sequence[str]) -> bool:
-    """Whether training ran away on at least half of the devices: on fewer, it is these that are odd."""
+    """Whether training diverged on at least half of the devices; if on fewer, the cause is with those devices."""
     return 2 * sum(map(ran_away, reasons)) >= len(reasons)
 
 
@@ -83,9 +83,9 @@ def remedy(recipe: Mapping[str, Any]) -> str:
     """What to change in a recipe with which training diverges."""
     lr, momentum, clip = (_now(recipe, key) for key in ("lr", "momentum", "clip_norm"))
     return (
-        f"The likeliest cause is a learning rate that is too high: in [job.recipe] lower lr ({lr}; try a tenth) or "
+        f"The most likely cause is a learning rate that is too high: in [job.recipe] lower lr ({lr}; try a tenth) or "
         f"momentum ({momentum}), or set clip_norm ({clip}; try 1). If that doesn't help, look at the samples: scaled "
-        "as the model expects, with the right labels. Start again in another folder: the weights are spoilt."
+        "as the model expects, with the right labels. Start again in another folder: these weights are unusable."
     )
 
 

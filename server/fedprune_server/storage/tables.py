@@ -154,7 +154,7 @@ Row = dict[str, Any]
 
 
 class TrackedTable(Generic[E]):
-    """A table that mirrors a `TrackedDict`: rows have a column `name`, and are compared by their column `body`."""
+    """Mirrors a `TrackedDict` in a table: rows have a column `name`, and are compared by their column `body`."""
 
     def __init__(self, table: sql.Table, row: Callable[[str, E], Row]) -> None:
         self._table = table

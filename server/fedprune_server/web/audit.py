@@ -18,7 +18,8 @@ _OUTCOME = (
 )
 
 MOST_FAILED, FAILED_EVERY_S = 100, 60.0
-"""Failed logins that are listed at once, and the pause after which one more is: strangers can't fill the disk."""
+"""Failed logins that may be listed in a burst, and the interval after which one more may be, so that strangers can't
+fill the disk."""
 
 
 class Audit:
@@ -37,9 +38,7 @@ class Audit:
     def note(
         self, operator: str, address: str, action: str, what: dict[str, Any] | None = None, outcome: str = ""
     ) -> None:
-        """Add a line: who (for a failed login the given name) did which action (`login`, an order's kind) to what, from
-        where.
-        """
+        """Add a line. `operator` is the given name where a login failed; `action` is `login` or an order's kind."""
         self._database.do(
             "INSERT INTO audit (at, operator, address, action, what, outcome) VALUES (?, ?, ?, ?, ?, ?)",
             self._clock(),

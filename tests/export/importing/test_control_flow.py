@@ -122,7 +122,7 @@ BY_DATA = "largest = ReduceMax<keepdims=0>(x) trips = Cast<to=7>(largest)"
         (f'{START} {BY_DATA} h, rows = Loop(trips, "", start){TURN}', r"sub-graph \(Loop\)"),
         (
             f'{START} trips = Constant<value_int=20000>() h, rows = Loop(trips, "", start){TURN}',
-            "Loop .*written out: expected at most 40000 operators",
+            "Loop .*unrolled: expected at most 40000 operators",
         ),
         (
             f"""{START} trips = Constant<value_int=4>() h, rows = Loop(trips, "", start)

@@ -109,7 +109,7 @@ def test_channels_stay_where_the_graph_computes_with_their_number(how: str) -> N
 
     model = _net(build, 4)
     assert [g.size for g in model.architecture.groups] == [8]
-    assert any("computes with a number of channels" in note for note in model.notes)
+    assert any("uses a number of channels as a value" in note for note in model.notes)
     assert cut_error(model, random_selection(model, 0.5, seed=1)) < 1e-5
 
 

@@ -220,7 +220,7 @@ def test_a_device_in_quarantine_is_shown_with_what_it_sent(
     lines = capsys.readouterr().out.splitlines()
     at = next(i for i, line in enumerate(lines) if line.startswith("  device good"))
     assert "in quarantine until" in lines[at + 1]
-    assert "for the 1. time: too many messages; 1 messages dropped unread" in lines[at + 1]
+    assert "(no. 1): too many messages; 1 messages dropped unread" in lines[at + 1]
     rows = {d["name"]: d["quarantine"] for d in status(fleet_state)["devices"]}
     assert rows["full"] is None
     assert rows["good"]["times"] == 1

@@ -195,7 +195,7 @@ def test_folders_of_splits_and_of_domains(tmp_path):
 def test_images_of_different_sizes_need_a_size(tmp_path):
     write_images(tmp_path, ["a/1.png"])
     write_images(tmp_path, ["b/2.png"], side=9)
-    with pytest.raises(DataError, match=r"2\.png: size.*Say a size"):
+    with pytest.raises(DataError, match=r"2\.png: size.*Give a size"):
         read_image_folder(tmp_path)
     assert read_image_folder(tmp_path, size=(4, 5)).shape == (4, 5, 3)
 

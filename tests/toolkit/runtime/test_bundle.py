@@ -152,7 +152,7 @@ def test_a_manifest_that_says_another_width_than_its_files_is_refused(tmp_path: 
     body[key] = value
     (folder / MANIFEST).write_text(json.dumps(body))
 
-    with pytest.raises(BundleError, match=re.escape(f"its {key} and those of the files differ: expected {said}, got")):
+    with pytest.raises(BundleError, match=re.escape(f"{key} differs from that of the files: expected {said}, got")):
         open_bundle(folder)
 
 

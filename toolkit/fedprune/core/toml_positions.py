@@ -1,7 +1,7 @@
-"""Where the keys of a TOML text stand: line and column, which Python's own parser doesn't tell.
+"""Line and column of the keys of a TOML text, which Python's own parser doesn't report.
 
-The text is one that the parser has taken already, so that only enough of the grammar is known here to find keys: what
-is a header, a key, a text, a list or a table between braces. Source: TOML 1.0.0, https://toml.io/en/v1.0.0.
+The parser has accepted the text already, so this module knows only enough of the grammar to find keys: headers, keys,
+strings, arrays and inline tables. Source: TOML 1.0.0, https://toml.io/en/v1.0.0.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _ESCAPE = re.compile(r"\\(u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|.)")
 _ESCAPED = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", "e": "\x1b"}
 
 _DEEPEST = 100
-"""Levels of lists and tables in each other; the parser refuses about as many more by itself."""
+"""Maximum nesting of arrays and inline tables; the parser has a similar limit of its own."""
 
 
 def key_places(text: str) -> dict[tuple[str | int, ...], tuple[int, int]]:
     """The line and column, counted from 1, at which each key and table of a valid TOML text is first named.
 
-    Paths are such as `("job", "recipe", "lr")`; a table that comes several times has a number in its path, from 0. What
-    is deeper than 100 levels is left out.
+    Paths look like `("job", "recipe", "lr")`; an element of an array of tables has its index, from 0, in its path. Keys
+    below 100 levels are left out.
     """
     return _Scanner(text).scan()
 

@@ -11,7 +11,7 @@ FIXED = -1
 """The group number of indices that belong to no channel group."""
 
 MAX_SIZE = 2**31 - 1
-"""No count and no length is larger."""
+"""The largest allowed count or length."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Axis:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[Any]]) -> Axis:
-        """Read what `to_rows` gives; whether it makes sense is the architecture's to say. Raises `ValueError`,
-        `TypeError` if it is something else."""
+        """Read what `to_rows` gave; `Architecture.validate` checks its meaning. Raises `ValueError` or `TypeError` if
+        it has another form."""
         return cls(tuple(Segment(whole(g), whole(s), whole(c), whole(i)) for g, s, c, i in rows))
 
     def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
-        """Indices that are left at these widths, of groups of these sizes."""
+        """Its length at these widths; `sizes` are the groups' full widths."""
         total = 0
         per_group: dict[int, int] = {}
         for s in self.segments:
@@ -71,13 +71,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class Volume:
-    """What a value holds for one sample: its channel axes, and `positions` elements per index of these."""
+    """How many elements a value has for one sample: `positions` for each combination of indices of its channel axes."""
 
     axes: tuple[Axis, ...] = ()
     positions: int = 0
 
     def size(self, widths: Sequence[int], sizes: Sequence[int]) -> int:
-        """Elements of one sample that are left at these widths, of groups of these sizes."""
+        """Its elements for one sample at these widths; `sizes` are the groups' full widths."""
         total = self.positions
         for axis in self.axes:
             total *= axis.size(widths, sizes)
@@ -85,15 +85,14 @@ class Volume:
 
 
 NOTHING = Volume()
-"""What a row reads or makes that moves nothing."""
+"""The volume of a row that reads or writes no data."""
 
 NO_AXIS = Axis(())
 """The axis of a row that has none."""
 
 
 def whole(value: object) -> int:
-    """A JSON number that is whole and of a size that anything here can have. Raises `ValueError` if it is something
-    else."""
+    """A whole JSON number of at most `MAX_SIZE`. Raises `ValueError` if it is something else."""
     if type(value) is not int or abs(value) > MAX_SIZE:
         raise ValueError(f"{str(value)[:40]!r} is not a whole number up to {MAX_SIZE}")
     return value

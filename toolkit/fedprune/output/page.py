@@ -18,8 +18,7 @@ Part = tuple[str, float, float]
 
 @dataclass(frozen=True)
 class Bar:
-    """A row of a list of bars: parts of one bar or a strip per channel group, a note behind it, and the pointer's
-    text."""
+    """A row of a list of bars: parts of one bar or a strip per channel group, a note after it, and a tooltip."""
 
     name: str
     parts: Sequence[Part] | Sequence[Strip]
@@ -62,7 +61,7 @@ def table(
 
     Args:
         words: Columns of text, which are aligned to the left as the first one is; the others hold numbers.
-        label: Its name for screen readers; by default its heads.
+        label: Its name for screen readers; by default its column headings.
     """
     kinds = ["" if not i else ' class="word"' if i in words else ' class="num"' for i in range(len(titles))]
     heads = zip(titles, kinds, strict=True)

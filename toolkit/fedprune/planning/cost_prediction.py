@@ -31,14 +31,15 @@ BOUNDS = 0.2, 5.0
 """How far a measured time may correct a predicted one: beyond that something else is wrong."""
 
 MEMORY_BOUNDS = 0.75, 2.0
-"""The least that a correction leaves of a prediction, and the most that a round's measurement counts for: as a share of
-the prediction or, for the latter, of the board's memory, if that is more."""
+"""Limits of the correction of memory. The first: the smallest corrected prediction, as a share of the uncorrected one.
+The second: the largest measurement that counts, as a multiple of the prediction or of the board's memory, whichever is
+more."""
 
 OFF = 1.25
 """How far a measured time may be from the predicted one before a device is planned for again."""
 
 MEMORY_OFF = 1.1
-"""The same of memory, of which too much ends the process."""
+"""The same for memory, where too much ends the process."""
 
 TOO_LOW = 0.05
 """How far predicted memory may be below the measured one (docs/planner.md)."""
@@ -90,14 +91,15 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a board's own rounds taught about what was predicted for it.
+    """Corrections of a board's predictions, learnt from its own rounds.
 
     Attributes:
         step: Measured over predicted time of a training step.
         latency: Measured over predicted time of a prediction.
-        memory: Measured less uncorrected peak memory of the latest round that kept to the board's memory, in bytes.
+        memory: Measured minus uncorrected predicted peak memory, in bytes, of the latest round that stayed within the
+            board's memory.
         memory_at: Predicted graph, weights and activations of that round; 0 before the first.
-        overrun: The same difference of the round that took more than the board's memory with the least predicted.
+        overrun: The same difference for the round with the smallest prediction that took more than the board's memory.
         overrun_at: Predicted graph, weights and activations of that round; 0 before the first.
     """
 
@@ -147,8 +149,9 @@ class Correction:
     def memory_beyond(self, use: MemoryBreakdown) -> int:
         """Bytes that a round is expected to take beyond an uncorrected prediction.
 
-        After rounds of one width they are a sum. A plan that took more than the board's memory and a smaller one that
-        did not give a straight line, by which every plan at least as large as the first takes too much.
+        After rounds of one width this is a constant. Once one plan has taken more than the board's memory and a smaller
+        one has not, it is interpolated linearly between the two, so that every plan at least as large as the first is
+        predicted to take too much.
         """
         more = self.memory
         if 0 < self.memory_at < self.overrun_at:
@@ -227,7 +230,7 @@ def predict(
 
 
 def _trained_widths(architecture: Architecture, widths: Sequence[int], recipe: Recipe) -> list[tuple[int, ...]]:
-    """The widths at which steps train, each as often as the others: narrower ones, too, with ordered dropout."""
+    """The widths at which steps train, all equally often. With ordered dropout some are narrower."""
     if not recipe.ordered_dropout:
         return [tuple(widths)]
     axes = TensorAxes(architecture.sizes, {t.name: t.axes for t in architecture.tensors})
@@ -288,7 +291,7 @@ def latency_table(profile: HardwareProfile, probe: ProbeReport | None) -> Latenc
 
 
 def bandwidth(profile: HardwareProfile, probe: ProbeReport | None) -> float:
-    """Bytes per second of main memory that bound a step; infinite where measured layers tell of it already."""
+    """Bytes per second of main memory that bound a step; infinite if measured layer times include it already."""
     return math.inf if probe is not None and probe.latency is not None else profile.memory.bandwidth_bytes_s
 
 

@@ -44,7 +44,7 @@ TRAINING = "training.onnx"
 ARCHITECTURE = "architecture.json"
 SUBMODEL = "submodel.json"
 COMPLETE = ".bundle.complete"
-"""In a bundle's folder: a whole bundle that is about to take its place, see `files_folder`."""
+"""Subfolder of a bundle: a complete new bundle whose files are still being moved into place, see `files_folder`."""
 _LONGEST = 200
 """Characters of a manifest's text in a message."""
 
@@ -62,7 +62,7 @@ class Bundle:
         target: Name of the hardware profile.
         class_names: Names of the output's entries, or empty.
         engine: How a TensorRT engine is to be built; None where the bundle doesn't say.
-        precisions: At which lower precisions it can predict, too.
+        precisions: Lower precisions at which it can predict as well.
     """
 
     folder: Path
@@ -127,7 +127,7 @@ def open_bundle(folder: str | os.PathLike[str]) -> Bundle:
     try:
         folder = files_folder(Path(folder))
     except TypeError as error:
-        raise BundleError("no bundle", expected="the path of its folder", got=type(folder).__name__) from error
+        raise BundleError("bundle", expected="the path of its folder", got=type(folder).__name__) from error
     body = _read_manifest(folder / MANIFEST)
     precisions = tuple(p for p in PRECISIONS if graph_file(p) in body["files"])
     for name in (*FILES, *(n for p in precisions for n in files_of(p))):
@@ -179,7 +179,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} is damaged", hint="Export the bundle again.") from error
     if not isinstance(body, dict) or body.get("format") != FORMAT:
-        raise BundleError(f"{path} is no manifest of a bundle", expected=FORMAT)
+        raise BundleError(f"{path} is not the manifest of a bundle", expected=FORMAT)
     wanted = {"files": dict, "recipe": dict, "class_names": list, "target": str, "selection": str}
     for key, kind in wanted.items():
         if not isinstance(body.get(key), kind):
@@ -188,7 +188,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> None:
-    """Make sure that the manifest describes the model of the files: some readers read it alone."""
+    """Check that the manifest agrees with the files, because some readers read only the manifest."""
     architecture = selection.architecture
     facts = {
         "architecture": architecture.digest,
@@ -198,7 +198,7 @@ def _check_claims(path: Path, body: Mapping[str, Any], selection: Selection) -> 
     for key, fact in facts.items():
         if body.get(key) != fact:
             raise BundleError(
-                f"{path}: its {key} and those of the files differ",
+                f"{path}: {key} differs from that of the files",
                 expected=fact,
                 got=str(body.get(key))[:_LONGEST],
                 hint="Export the bundle again.",
@@ -218,7 +218,7 @@ def _check_tensors(path: Path, wanted: Mapping[str, tuple[str, tuple[int, ...]]]
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             raise BundleError(
-                f"{path}: tensor {shown(name)} is not of the widths that {SUBMODEL} and the manifest say",
+                f"{path}: tensor {shown(name)} doesn't have the widths given by {SUBMODEL} and the manifest",
                 expected=_described(wanted.get(name)),
                 got=_described(found.get(name)),
                 hint="Export the bundle again.",

@@ -1,9 +1,9 @@
 """Transfer of blobs, without network I/O: messages go in, messages come out.
 
-The receiver drives the transfer. It requests leaves, and never has more than a window of them outstanding, so that a
-broker never holds more: its acknowledgement only means that the broker has a message, and a default Mosquitto that
-acknowledged 3,000 messages for a slow subscriber delivered 1,132 of them. The sender is stateless. Chunks may get lost,
-arrive twice, late or in any order; each leaf is verified on arrival.
+The receiver drives the transfer. It requests leaves, and never has more than a window of them outstanding, so that the
+broker never holds more. A broker's acknowledgement only means that the broker has the message: a default Mosquitto
+acknowledged 3,000 messages for a slow subscriber and delivered 1,132 of them. The sender is stateless. Chunks may get
+lost, arrive twice, late or in any order; each leaf is verified on arrival.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def with_request_id(request: BlobRequest) -> BlobRequest:
 
 
 class SeenRequests:
-    """The random numbers of the latest blob requests: a sender may forget them, and requests may overtake births."""
+    """The numbers of the latest blob requests, to recognise duplicates. They are random, because a sender that restarts
+    doesn't remember earlier ones, and requests may overtake births."""
 
     def __init__(self) -> None:
         self._seen: OrderedDict[tuple[str, int], None] = OrderedDict()
@@ -51,8 +52,8 @@ MAX_PATIENCE = 120.0
 
 _DECAY = 0.95
 _ROUND_TRIPS = 2.0
-"""Response time in units of the time for connecting, until the first response: pieces of blobs are longer than the
-packets of a connection, and wait behind each other."""
+"""Assumed response time, in multiples of the time for connecting, until the first response was measured. Pieces of
+blobs are longer than the packets of a handshake, and queue behind each other."""
 
 
 class ResponseTime:
@@ -105,11 +106,11 @@ class Pull:
     `on_tick` about once a second, after all chunks that have arrived. After a reconnection it calls `start` again.
 
     Args:
-        chunk_leaves: Leaves of a request at least, unless fewer are missing.
+        chunk_leaves: Minimum number of leaves per request, unless fewer are missing.
         window_leaves: Outstanding leaves at most.
         limit: Leaves of a chunk; shared by all pulls through one broker.
-        patience_s: Seconds without progress before outstanding leaves are requested again. It grows with each vain
-            repetition, and with the response time.
+        patience_s: Seconds without progress before outstanding leaves are requested again. It grows with each
+            unsuccessful repetition, and with the response time.
         shared: Whether the caller listens to the blob's shared topic, so that leaves that others requested are taken.
         answers: Response time; shared by all pulls from one peer.
         lend: Writes leaves that are available locally; called once, when the leaf table is complete.
@@ -227,7 +228,8 @@ class Pull:
         return self._repeat(overtaken, now)
 
     def give_up(self) -> None:
-        """Stop waiting for the outstanding leaves: if none has arrived, the chunks may have been too large."""
+        """Note that the outstanding leaves were in vain: if none has arrived, the chunks may have been too large, and
+        smaller ones are requested next."""
         if len(self._asked) > 1 and not self._came:
             self._limit.silent()
         self._came = False

@@ -45,12 +45,12 @@ def main() -> None:
     arguments = parser.parse_args()
     _end_with(arguments.parent)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        # A terminal or a service manager may send them to the whole group. They are for the parent, which first hears
-        # its boards out, and then ends this process.
+        # A terminal or a service manager may send them to the whole group. The parent handles them: it first takes in
+        # the boards' remaining messages, then ends this process.
         signal.signal(number, signal.SIG_IGN)
     replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints doesn't belong into the replies
-    # amqtt reports every client that goes away; what matters shows in the clients themselves.
+    os.dup2(2, 1)  # keep what libraries print out of the replies
+    # amqtt logs every client that disconnects; real problems show up in the clients.
     logging.disable(logging.CRITICAL)
     warnings.simplefilter("ignore")
     try:
@@ -92,7 +92,7 @@ async def _serve(listener: dict[str, object], replies: IO[str]) -> None:
 
 
 def _answer(counts: dict[str, dict[str, int]], replies: IO[str]) -> None:
-    """Tell the traffic whenever it is asked for; the end of the questions is the end of the process."""
+    """Answer each line of standard input with the traffic so far; when the input ends, end the process."""
     for _ in sys.stdin:
         print(json.dumps(counts), file=replies)
     os._exit(0)
@@ -101,8 +101,8 @@ def _answer(counts: dict[str, dict[str, int]], replies: IO[str]) -> None:
 def _end_with(parent: int) -> None:
     """Make sure that this process doesn't outlive its parent, even one that is killed.
 
-    Linux sends the death signal also when merely the thread ends that started this process, hence a signal whose
-    handler looks whether the parent has really gone.
+    Linux also sends the death signal when only the thread that started this process ends, so the handler checks whether
+    the parent is really gone.
     """
 
     def look(_signal: int, _frame: Any) -> None:

@@ -77,13 +77,13 @@ def read_idx(path: Path) -> npt.NDArray[Any]:
             shape = tuple(np.frombuffer(sizes, ">u4").tolist())
             dtype = np.dtype(_TYPES[head[2]])
             need = math.prod(shape) * dtype.itemsize
-            # numpy makes no empty array either whose other sizes are too large.
+            # numpy also refuses an empty array whose other sizes are too large.
             if math.prod(max(n, 1) for n in shape) * dtype.itemsize > _MOST:
                 raise DataError(f"{path}: sizes", expected=f"at most {_MOST} bytes", got=shape_text(*shape))
             size = path.stat().st_size  # before memory is asked for
             if path.suffix == ".gz" and need > _DEFLATE * size:
                 # `read` would ask for all that memory at once.
-                raise DataError(f"{path} is cut off", expected=f"{need} bytes", got=f"{size} packed ones")
+                raise DataError(f"{path} is cut off", expected=f"{need} bytes", got=f"{size} compressed bytes")
             if path.suffix == ".gz" and need > max(MOST_INFLATED, MOST_RATIO * size):
                 raise DataError(
                     f"{path}: sizes",
@@ -267,7 +267,7 @@ def _decoded(paths: list[Path], size: tuple[int, int] | None, colour: bool) -> n
                 f"{path}: size",
                 expected=f"{out.shape[1]} x {out.shape[2]}, as {paths[0].name}",
                 got=f"{pixels.shape[0]} x {pixels.shape[1]}",
-                hint="Say a size that images are scaled to.",
+                hint="Give a size to which images are scaled.",
             )
         out[number] = pixels
     if out is None:
@@ -374,7 +374,7 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
     except DataError:
         raise
-    except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
+    except Exception as error:  # on damaged files zipfile, numpy and numpy's header parser may raise anything
         raise DataError(f"{path} is not an .npz file of plain arrays{why_unreadable(error)}", hint=_HINT) from error
 
 

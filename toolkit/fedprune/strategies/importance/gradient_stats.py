@@ -9,8 +9,9 @@ momentum):
 - curvature, `secant`: ĥ_i = |ĝ_i(t) − ĝ_i(t−1)| / |w_i(t) − w_i(t−1)|, at most 2/η_eff, above which SGD would have
   diverged.
 
-Each estimate is an exponential moving average (0.9) that begins with its first observation. Where nobody trained a
-coordinate, its estimates stay: a pruned channel isn't taken for one without gradient, and can return.
+Each estimate is an exponential moving average (0.9) that begins with its first observation. If no device trained a
+coordinate, its estimates keep their values. So a pruned channel is not mistaken for one whose gradient is 0, and can
+return.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class Evidence:
             fold: The round's fold, made with `evidence=True`; open or closed.
             lr: The devices' learning rate, in the middle of the round where it changes.
             momentum: The devices' momentum.
-            decay: What old estimates keep of themselves, from 0 to below 1.
+            decay: Weight of the old estimate in the moving average, from 0 to below 1.
 
         Raises:
             BundleError: The fold is of another architecture or without evidence, or the rates are out of range.
@@ -160,7 +161,7 @@ class Evidence:
 
     @classmethod
     def from_tensors(cls, architecture: Architecture, tensors: Mapping[str, npt.NDArray[Any]]) -> Evidence:
-        """Read what `to_tensors` wrote; the estimator shows in which tensors there are.
+        """Read what `to_tensors` wrote; which tensors there are tells the estimator.
 
         Raises:
             BundleError: A tensor is missing, unknown, or of another type or shape.
