@@ -126,7 +126,7 @@ A decoder of {rows[0]["parameters"] / 1e6:.1f} million parameters ({LAYERS} laye
 tokens), adapters of rank {RANK} in all linear layers but the last, {STEPS} steps of {BATCH} samples on one thread. The
 peak is VmHWM of `fedprune-device train`, which predicts before and after training and writes the new bundle. The
 prediction is the planner's, of a process that has the agent, too. The file that is sent in every round holds the
-adapters alone. (As float32 weights the same model needs 1,036 MB and 780 MB per round by the planner, and a Raspberry
+adapters alone. (As float32 weights the same model needs 1,036 MB and 790 MB per round by the planner, and a Raspberry
 Pi 5's profile refuses it.)
 
 Limit: 1.5 times the weights at float16 plus 150 MB, {limit / 1e6:.0f} MB.
