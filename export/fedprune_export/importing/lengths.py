@@ -111,9 +111,11 @@ def compute_lengths(graph: Graph, notes: list[str]) -> None:
             value = graph.emit("ReduceSum", whole_, graph.ints(1), attrs={"keepdims": 0})
         graph.emit("Cast", value, attrs={"to": onnx.helper.np_dtype_to_tensor_dtype(other.dtype)}, out=other.name)
     graph.inputs[:] = [p for p in graph.inputs if p not in filled]
+    if len(graph.inputs) > 1:
+        got = metadata.shown_names([p.name for p in graph.inputs])
+        raise ModelError("inputs next to one whose length varies", expected=f"{MASK} or {LENGTHS} alone", got=got)
     graph.nodes[:] = [*graph.nodes[first:], *graph.nodes[:first]]
-    if len(graph.inputs) == 1:
-        graph.metadata[LENGTH] = json.dumps([axis, least])
+    graph.metadata[LENGTH] = json.dumps([axis, least])
     computed = " and ".join(p.name for p in filled)
     rest = f"the graph computes {computed}" if computed else "the model reads neither mask nor lengths"
     notes.append(f"Samples of input {port.name} are {least:,} to {most:,} long; {rest}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -274,6 +274,24 @@ def test_bounds_that_are_none_are_refused(bad: str) -> None:
 def test_at_most_one_axis_has_bounds() -> None:
     with pytest.raises(ModelError):
         fx.load(Plain(), input_shape=("4:8", "4:8"))
+
+
+class Pair(nn.Module):
+    input_shape: ClassVar[dict[str, tuple[Any, ...]]] = {"x": Plain.input_shape, "other": (2,)}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Plain()
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        out: Tensor = self.net(x) + other.sum(1, keepdim=True)
+        return out
+
+
+def test_an_input_of_bounded_length_has_only_its_mask_and_lengths_next_to_it() -> None:
+    with pytest.raises(ModelError) as caught:
+        fx.load(Pair())
+    assert "other, x" in str(caught.value) or "x, other" in str(caught.value)
 
 
 def dynamic_file(path: Path) -> Attention:
