@@ -359,7 +359,7 @@ def test_a_build_that_takes_the_agent_down_is_not_tried_for_ever(board: EngineBo
         selector._lock.close()  # with the process goes the lock, and nothing else is said
     selector = board.selector()
     assert board.answering(selector, board.model(1)) is None
-    assert "it was cut off" in selector.status
+    assert "it was interrupted" in selector.status
 
 
 def test_a_disk_that_is_full_before_a_build_starts_is_no_failed_build(
