@@ -82,7 +82,7 @@ def test_data_of_another_label_kind_is_read_for_the_recipes_loss(digits: Path, t
 OTHER = Path(__file__)
 WRONG: dict[str, tuple[str, str, dict[str, object]]] = {
     "no shape": ("load", "input_shape", {"input_shape": 3}),
-    "shape of text": ("load", "input_shape: a size", {"input_shape": ["8"]}),
+    "shape of text": ("load", "the bounds of a length", {"input_shape": ["8"]}),
     "number for a name": ("load", "name", {"name": 3}),
     "names of parameters": ("load", "parameters", {"parameters": "conv1.weight"}),
     "model of text": ("plan", "model", {"model": "digits.onnx"}),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -116,9 +118,16 @@ def test_a_board_learns_frames_of_a_recording_that_are_labelled_later(piped: boo
         field.start(local=True)
         await_model(field)
         if piped:
-            with (tmp_path / "clip.mjpeg").open("rb") as clip:
-                source = field.collect("-", "--every", "0.001", stdin=clip)
-                said, _ = source.communicate(timeout=60)
+            source = field.collect("-", "--every", "0.001", stdin=subprocess.PIPE)
+            pipe = cast("io.TextIOWrapper", source.stdin).buffer
+
+            def kept() -> bool:
+                pipe.write(recording(90))  # of which a busy machine passes many over
+                pipe.flush()
+                return len(field.board.unlabelled()) >= 10
+
+            field.wait(kept, "frames")
+            said, _ = source.communicate(timeout=60)
             assert "kept" in said
         else:
             source = field.collect(str(tmp_path / "clip.mjpeg"), "--every", "0.1")
