@@ -226,7 +226,6 @@ class _Job:
     worker: CommandExecutor
 
     def runnable(self, *, beside_others: bool) -> RunnableJob:
-        """What a runner of the job needs."""
         opened, config = self.opened, self.config
         if beside_others:
             opened.worker.prefix = f"{opened.job.name}: "
@@ -245,7 +244,6 @@ class _Job:
         )
 
     def log_start(self) -> None:
-        """Log the job as it begins, or goes on."""
         opened = self.opened
         for note in opened.model.notes:
             log.info("model: %s", note)
@@ -267,7 +265,6 @@ class _NextSteps(Observer):
         self._state, self._until_finished = state, until_finished
 
     def finished(self, seen: JobView) -> None:
-        """Log it."""
         if spoilt := divergence.of_history(seen.state.history, seen.job.recipe.to_dict()):
             log.warning("%s", spoilt)
         state = shlex.quote(str(self._state))

@@ -88,11 +88,6 @@ class BoardProcesses:
     def __init__(self) -> None:
         self._processes: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
 
-    @property
-    def pids(self) -> dict[str, int]:
-        """Process ids by name."""
-        return {name: process.pid for name, (process, _) in self._processes.items()}
-
     def start(self, name: str, command: Sequence[str], output: Path) -> None:
         """Start a process; `output` is the file for what it prints."""
         with output.open("ab") as stream:
@@ -228,14 +223,13 @@ def verdict(fleet: Record, reference: Record) -> ExitCode:
     return ExitCode.OK if held else ExitCode.CLAIM
 
 
-def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str, int]], None] | None = None) -> Record:
+def run_job(title: str, job: Job, folder: DemoFolder) -> Record:
     """Run a job to its end: broker, server and one process per board.
 
     Args:
         title: For people.
         job: The job.
         folder: What the processes read; what they write goes into a folder of the job's name.
-        watch: Told the boards' process ids when the first round is over.
 
     Raises:
         FedpruneError: A process died, or the job can't go on.
@@ -261,7 +255,7 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
             raise ConfigError("the demo's broker", expected="an embedded one")
         for board in DEMO_BOARDS:
             _start_board(boards, board.name, folder, place, broker.url)
-        runner.observers.join(_Watch(boards, lambda number: notes.__setitem__(number, _bytes(broker)), watch))
+        runner.observers.join(_Watch(boards, lambda number: notes.__setitem__(number, _bytes(broker))))
         began = time.time()
         app.run()
         view = runner.view
@@ -281,20 +275,14 @@ def run_job(title: str, job: Job, folder: DemoFolder, watch: Callable[[dict[str,
 class _Watch(Observer):
     """Looks after the boards, and reads the broker's meter after every round."""
 
-    def __init__(
-        self, boards: BoardProcesses, meter: Callable[[int], None], watch: Callable[[dict[str, int]], None] | None
-    ) -> None:
-        self._boards = boards
-        self._meter = meter
-        self._watch = watch
+    def __init__(self, boards: BoardProcesses, meter: Callable[[int], None]) -> None:
+        self._boards, self._meter = boards, meter
 
     def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         self._boards.check()
 
     def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         self._meter(int(summary["round"]))
-        if self._watch is not None:
-            self._watch(self._boards.pids)
 
 
 def _start_board(boards: BoardProcesses, name: str, folder: DemoFolder, place: Path, url: str) -> None:

@@ -99,7 +99,6 @@ class _Opened:
         return Accounts(self._database)
 
     def note(self, action: str, **what: str) -> None:
-        """Note an action at the terminal in the audit log."""
         from fedprune_server.web.audit import Audit
 
         Audit(self._database).note(self._user, "terminal", action, what, "done")

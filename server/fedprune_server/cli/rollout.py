@@ -228,7 +228,6 @@ def _entries(state: Path) -> list[RolloutEntry]:
 
 
 def describe(entry: RolloutEntry) -> str:
-    """How far a rollout is, as text."""
     rollout, release = entry.rollout, Release.from_bytes(entry.offer.manifest.encode())
     stage = f", stage {rollout.stage + 1} of {len(rollout.plan.stages)}" if rollout.stage >= 0 else ", not begun"
     counts = Counter(b.fate for b in rollout.boards.values())

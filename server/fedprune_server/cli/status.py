@@ -125,7 +125,6 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
 
 
 def describe(body: dict[str, Any], rounds: int = LATEST) -> str:
-    """The same as text, with the latest rounds."""
     job, history = body["job"], body["rounds"]
     lines = [f"job {job['name']}: round {body['round']} of {job['rounds']}, {_phase(body)}" if job else "no job yet"]
     if not body["running"]:
@@ -176,7 +175,6 @@ def _privacy(job: dict[str, Any], state: State | None) -> dict[str, Any]:
 
 
 def _private(body: dict[str, Any]) -> str:
-    """What a private job has cost, for people."""
     known = {name: value for name, value in body["epsilon"].items() if value is not None}
     said = "ε unknown without the extra privacy"
     if known:

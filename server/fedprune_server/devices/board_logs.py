@@ -144,7 +144,6 @@ class BoardLogs:
         self._answers.add(device)
 
     def crashed(self, message: CrashReport) -> None:
-        """Take a board's crash report."""
         now, text = self._clock(), one_line(message.text, 1000)
         where = [{**f, "module": one_line(f["module"], 128), "function": one_line(f["function"], 128)}
                  for f in message.frames]  # fmt: skip

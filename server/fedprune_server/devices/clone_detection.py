@@ -96,7 +96,6 @@ class CloneDetector:
             known.pop(device, None)
 
     def suspects(self, device: str) -> bool:
-        """Whether more than one board seems to use a name."""
         return device in self._suspected
 
     def expire(self, now: float) -> None:

@@ -47,10 +47,8 @@ class JobSnapshot:
 
     @property
     def bytes_down(self) -> int:
-        """Payload bytes to all devices so far."""
         return sum(r.bytes_down for r in self.rows)
 
     @property
     def bytes_up(self) -> int:
-        """Payload bytes from all devices so far."""
         return sum(r.bytes_up for r in self.rows)

@@ -48,7 +48,6 @@ class Presence:
         self._asked = OrderedDict((name, (now, session)) for name, session in sessions if session is not None)
 
     def lost(self) -> None:
-        """The broker is away."""
         self._heard.clear()
         self._asked.clear()
 

@@ -280,7 +280,6 @@ class DeviceRegistry:
 
 
 def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
-    """Number of trainable parameters at these widths."""
     total = 0
     for spec in architecture.trainable:
         size = 1

@@ -24,11 +24,9 @@ class SoleJob:
         return self._runner.job.name if device in self._connected else None
 
     def came(self, device: str, *, reconnected: bool) -> None:
-        """A device has announced itself."""
         self._runner.assign([self._connected[device]])
 
     def left(self, device: str, session: int) -> None:
-        """A device's connection has ended."""
         self._runner.unassign(device, session)
 
     def share(self, now: float, *, finished: bool) -> None:
@@ -72,7 +70,6 @@ class DeviceScheduler:
             self._assign(self.lent[device], [device])
 
     def left(self, device: str, session: int) -> None:
-        """A device's connection has ended."""
         self._stale.add(device)
         job = self.lent.pop(device, None)
         if job is not None:
@@ -160,7 +157,6 @@ class DeviceScheduler:
         return self._takes(job, device) and self._runners[job].has_work_for(device)
 
     def _assign(self, job: str, devices: Sequence[str]) -> None:
-        """Assign devices to a job, all at once."""
         self._stale |= set(devices)
         fit = self._runners[job].assign([self._connected[d] for d in devices])
         for device in devices:

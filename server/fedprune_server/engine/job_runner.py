@@ -217,7 +217,6 @@ class JobRunner:
         return max(0.0, min(longest, self._alarms[0] - self._steady()))
 
     def open(self) -> None:
-        """Go on where the last process ended."""
         self._ticked = self._monotonic()
         self._begin()
         self._shipping.prepare(self.state.references())
@@ -225,7 +224,6 @@ class JobRunner:
         self._commit()
 
     def begin_turn(self) -> None:
-        """Begin a turn; messages of the turn follow."""
         self._begun = self._monotonic()
         self._begin()
 
@@ -364,7 +362,6 @@ class JobRunner:
         self._messages.void(device, **held)
 
     def send_finished(self, devices: Iterable[str]) -> None:
-        """Tell devices that the job is finished."""
         for device in devices:
             self.outbox.send(device, Finished(self.job.name), self.job.name)
 
@@ -398,7 +395,6 @@ class JobRunner:
         return known is None or known.session != session or not known.excluded
 
     def excludes(self, device: str) -> bool:
-        """Whether the job has excluded a device."""
         return self.registry.bars(device)
 
     def has_work_for(self, device: str) -> bool:

@@ -96,11 +96,9 @@ class Server:
         return any(r.busy for r in self.runners.values())
 
     def count_connected(self) -> int:
-        """Number of connected devices."""
         return len(self._connected)
 
     def present(self, device: str) -> bool:
-        """Whether a device is connected."""
         return device in self._connected
 
     def holder(self, device: str) -> str | None:
@@ -297,7 +295,6 @@ class Server:
             self.first.outbox.send(device, Hello(int(self._site.clock())))
 
     def _greet(self, now: float) -> None:
-        """Tell all devices that this server is there, and what time it is."""
         self._greet_at = now + _GREETING_S
         self.first.outbox.broadcast(Hello(int(self._site.clock())))
 

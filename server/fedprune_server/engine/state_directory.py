@@ -104,7 +104,6 @@ class StateFolder:
         self._raw = b""
 
     def close(self) -> None:
-        """Let other servers have it."""
         self._open.close()
 
     def __enter__(self) -> StateFolder:
@@ -342,7 +341,6 @@ def model_after(folder: Path, round_: int) -> str:
 
 
 def _name_of(source: str) -> str:
-    """What a model is called: as its file or factory."""
     return source.rpartition(":")[2] if ":" in source else Path(source).stem
 
 

@@ -288,7 +288,6 @@ def _issue_server(authority: Authority, folder: Path) -> None:
 
 
 def _hosts(certificate: Path) -> set[str]:
-    """The names and addresses that a broker's certificate is for."""
     found = load_certificate(certificate, "the broker's certificate")
     try:
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value

@@ -26,7 +26,6 @@ class EnrollmentService:
 
     @property
     def subscription(self) -> str:
-        """The topics of requests."""
         return self._topics.join_subscription()
 
     def receive(self, topic: str, payload: bytes) -> tuple[str, JoinAnswer]:

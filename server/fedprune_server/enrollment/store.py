@@ -181,11 +181,9 @@ class IdentityStore(SqliteFile):
             return [Device(*row) for row in rows]
 
     def key_of(self, device: str) -> str | None:
-        """The verifying key of an approved device."""
         return self.members().get(device)
 
     def members(self) -> dict[str, str]:
-        """The verifying keys of all approved devices, by name."""
         return {d.device: d.key for d in self.devices() if d.status == APPROVED}
 
     def heard(self, key: str) -> dict[str, int]:

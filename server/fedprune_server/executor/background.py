@@ -53,15 +53,12 @@ class BackgroundExecutor:
 
     @property
     def waiting(self) -> int:
-        """How many commands are under way, or wait."""
         return self._pending
 
     def expect(self, commands: Sequence[do.Command]) -> None:
-        """Say what will be ordered in a moment."""
         self._worker.expect(commands)
 
     def order(self, command: Work) -> None:
-        """Have a command carried out."""
         self._pending += 1
         self._orders.put(command)
 
@@ -101,7 +98,6 @@ class BackgroundExecutor:
 
 
 def round_of(command: Work) -> int:
-    """The round that a command belongs to."""
     return command.basis.round if isinstance(command, do.Extract) else command.round
 
 

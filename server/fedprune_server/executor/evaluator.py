@@ -58,7 +58,6 @@ class Sessions:
         self._opened: dict[tuple[int, ...], Session] = {}
 
     def at(self, widths: tuple[int, ...]) -> Session:
-        """The session at some widths."""
         session = self._opened.pop(widths, None)
         if session is None:
             while len(self._opened) >= self._most:

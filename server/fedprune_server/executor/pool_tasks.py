@@ -47,7 +47,6 @@ class WorkerSpec:
 
     @classmethod
     def of(cls, worker: Worker) -> WorkerSpec:
-        """Those of a worker."""
         store = worker.store
         if type(store) is BlobStore:  # a helper may be started in another folder
             store = BlobStore(store.root.resolve(), durable=store.durable, sweep=False)

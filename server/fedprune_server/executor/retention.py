@@ -49,7 +49,6 @@ class BlobCollector:
         self._candidates |= before - digests
 
     def mark(self, digests: Iterable[str]) -> None:
-        """Mark blobs as candidates for deletion."""
         if self._keep is not None:
             self._candidates |= set(digests)
 

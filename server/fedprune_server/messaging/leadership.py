@@ -215,7 +215,6 @@ class Leadership:
             )
 
     def close(self) -> None:
-        """Answer no more."""
         self._closed.set()
         self._thread.join()
         self._link.close()
@@ -314,7 +313,6 @@ def _rank(settled: bool, claim: int, instance: str) -> tuple[bool, int, str]:
 
 
 def described(server: ServerPresence) -> str:
-    """Where another server runs, and since when."""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(server.since))
     return f"on {server.host}, state folder {server.folder}, since {since}"
 

@@ -58,12 +58,10 @@ class Outbox:
 
     @property
     def waiting(self) -> bool:
-        """Whether messages or chunks wait to be sent."""
         return bool(self._downloads) or bool(self._outbox) or bool(self._sharing)
 
     @property
     def queued(self) -> int:
-        """How many messages wait to be sent."""
         return len(self._outbox)
 
     @property
@@ -103,7 +101,6 @@ class Outbox:
             self._outbox.popleft()
 
     def broadcast(self, hello: Hello) -> None:
-        """Send a message to all devices."""
         self._link.publish(self._topics.broadcast(), hello.to_bytes())
 
     def ask(self, wants: Wants) -> None:

@@ -88,7 +88,6 @@ class Metrics:
         return JobMetrics(self, job)
 
     def text(self) -> bytes:
-        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _measured(self, folder: Path) -> float:
@@ -100,8 +99,6 @@ class Metrics:
 
 
 class JobMetrics(Observer):
-    """Counts one job's events."""
-
     def __init__(self, metrics: Metrics, job: str) -> None:
         self._all, self._job, self._clock = metrics, job, metrics.clock
         self._begun: dict[tuple[str, str], float] = {}
@@ -203,8 +200,6 @@ class _Totals(Collector):
 
 
 class _Alerts(Collector):
-    """Gauges of open alerts."""
-
     def __init__(self, alerts: Callable[[], Mapping[tuple[str, str], int]]) -> None:
         self._alerts = alerts
 

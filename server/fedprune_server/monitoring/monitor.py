@@ -130,7 +130,6 @@ class Monitor(Observer):
         here: Counts the boards that can take part; None to count those of the only job.
         others: Other servers of this identity that were heard.
         book: Open alerts; None for what the last run left open.
-        tell: Called with every alert that opens, changes its severity, or closes; it must not block.
         clock: Seconds since 1970.
         monotonic: The monotonic clock.
 
@@ -147,7 +146,6 @@ class Monitor(Observer):
         here: Callable[[], int] | None = None,
         others: Callable[[], Sequence[Candidate]] = tuple,
         book: AlertBook | None = None,
-        tell: Callable[[AlertChange], object] = lambda change: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -156,7 +154,7 @@ class Monitor(Observer):
         self._here = here or (lambda: self._view.state.devices.count(True))
         self._others = others
         self.notified: Callable[[], Sequence[Alert]] = tuple
-        self._tell, self._clock, self._monotonic = tell, clock, monotonic
+        self._clock, self._monotonic = clock, monotonic
         self.book = AlertBook(restored(folder)) if book is None else book
         self._site: SiteFacts | None = None
         self._next_at = 0.0
@@ -211,7 +209,6 @@ class Monitor(Observer):
         changes = self.book.update(evaluate(self._snapshot(), at), self._monotonic(), at)
         for change in changes:
             _log(change)
-            self._tell(change)
         if changes:
             self._wake.set()
 

@@ -54,8 +54,8 @@ class NotificationError(FedpruneError):
 
     exit_code = ExitCode.NOTIFICATION
 
-    def __init__(self, what: str, *, lasting: bool = False, hint: str = "") -> None:
-        super().__init__(what, hint=hint)
+    def __init__(self, what: str, *, lasting: bool = False) -> None:
+        super().__init__(what)
         self.lasting = lasting
 
 

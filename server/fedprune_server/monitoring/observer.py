@@ -100,8 +100,6 @@ class Observers:
 
 
 class DisplayObserver(Observer):
-    """Shows a job on a terminal."""
-
     def __init__(self, display: Display) -> None:
         self._display = display
 

@@ -37,8 +37,6 @@ _DEVICE = "device"
 
 
 class JobTraces(Observer):
-    """Makes a job's spans."""
-
     def __init__(self, tracer: Tracer, job: str) -> None:
         self._tracer, self._job = tracer, job
         self._round: Span | None = None

@@ -71,7 +71,6 @@ class StartedRollout:
     again: int | None = None
 
     def told_back(self) -> str:
-        """A line about a rollout that takes boards back."""
         boards = quantity(len(self.rollout.boards), "board")
         return (
             f"rollout {self.number}: back from release {self.left} to what release {self.again} "

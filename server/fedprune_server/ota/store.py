@@ -199,7 +199,6 @@ class RolloutStore:
         return self._entry(found[0]) if found else None
 
     def releases(self) -> set[int]:
-        """The numbers of all releases that were rolled out."""
         return {int(row.release) for row in self._rows(sql.select(_C.release))}
 
     def version(self) -> int:

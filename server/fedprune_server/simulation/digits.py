@@ -36,8 +36,6 @@ _TRIES = 1000
 
 @dataclass(frozen=True)
 class Digits:
-    """Data of a server and its devices."""
-
     x: npt.NDArray[np.float32]
     y: npt.NDArray[np.int64]
     calibration: npt.NDArray[np.float32]
@@ -56,7 +54,6 @@ DIGITS = "handwritten digits, 8 × 8 (UCI)"
 
 
 def digits_model() -> bytes:
-    """The demo's model, an ONNX file."""
     return _asset("digits_net.onnx")
 
 

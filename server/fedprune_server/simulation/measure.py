@@ -64,7 +64,6 @@ class Moment:
 
     @cached_property
     def model(self) -> Tensors:
-        """The new global model."""
         return self.archive.model(self.digest)
 
     @cached_property
@@ -74,7 +73,6 @@ class Moment:
 
     @cached_property
     def memory(self) -> Memory:
-        """The strategy's memory at the round's start."""
         return self.archive.memory(self.basis.memory)
 
     def submodel(self, density: float) -> Submodel:

@@ -156,7 +156,6 @@ class Simulation:
 
     @property
     def measured(self) -> dict[int, dict[str, float]]:
-        """Measurements by round."""
         return {number: notes.measured for number, notes in self._run.rounds.items()}
 
     def run(
@@ -251,7 +250,6 @@ class Simulation:
 
     @contextmanager
     def _helped(self) -> Iterator[None]:
-        """Worker processes, while the simulation runs."""
         alone = self._worker
         try:
             with helped(alone, self.experiment.workers) as self._worker:

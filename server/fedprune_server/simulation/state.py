@@ -118,7 +118,6 @@ class SimulationState:
     _work: dict[str, set[int]] = field(default_factory=dict)
 
     def push(self, at: float, item: Item) -> None:
-        """Queue an item for a time."""
         self.sequence += 1
         self.put(at, self.sequence, item)
 
@@ -160,7 +159,6 @@ class SimulationState:
                 self._done(device, key)
 
     def trainings(self) -> list[Trained]:
-        """Trainings under way."""
         return [item for _, item in self.queue.values() if isinstance(item, Trained)]
 
     def finish_round(self, number: int) -> None:

@@ -74,10 +74,10 @@ class EventLog:
         if every and number // every > (number - len(rows)) // every:
             connection.execute(EVENTS.delete().where(EVENTS.c.number <= number - number % every - self.least))
 
-    def events(self, after: int = 0) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
-        """Number, time, type and body of all events with a number above `after`."""
+    def events(self) -> Iterator[tuple[int, float, str, dict[str, Any]]]:
+        """Number, time, type and body of all events, in order."""
         query = sql.select(EVENTS).order_by(EVENTS.c.number).limit(_PAGE)
-        rows: Sequence[Any] = [(after,)]
+        rows: Sequence[Any] = [(0,)]
         while rows:  # page by page: a long job's log is more than memory should hold
             with self._database.transaction() as connection:
                 rows = connection.execute(query.where(EVENTS.c.number > rows[-1][0])).all()
@@ -342,7 +342,6 @@ class Storage:
         return rows
 
     def traffic(self) -> dict[str, tuple[int, int]]:
-        """Saved bytes by device."""
         return {r["name"]: (int(r["bytes_down"]), int(r["bytes_up"])) for r in self.devices()}
 
     def _check(self, connection: sql.Connection) -> None:

@@ -23,7 +23,6 @@ _MAX_Q = 100
 
 
 def router(console: Console) -> APIRouter:
-    """The API's routes."""
     routes, view = APIRouter(prefix=PREFIX), console.view
 
     @routes.get("/me")

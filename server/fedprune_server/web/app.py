@@ -133,7 +133,6 @@ def make_routes(console: Console) -> FastAPI:
 
 
 async def _fields(request: Request) -> dict[str, str]:
-    """Fields of a URL-encoded form."""
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/x-www-form-urlencoded":
         return {}
     body = (await request.body()).decode("utf-8", "replace")

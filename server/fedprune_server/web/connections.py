@@ -53,7 +53,6 @@ class Connections:
             self._close(peer)
 
     def protocol(self) -> type[H11Protocol]:
-        """The protocol class for the server's connections."""
         connections = self
 
         class Watched(H11Protocol):

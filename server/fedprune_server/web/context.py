@@ -22,8 +22,6 @@ from fedprune_server.web.state.status import FleetView
 
 @dataclass
 class Console:
-    """A console, apart from its routes."""
-
     view: FleetView
     accounts: Accounts
     sessions: Sessions

@@ -21,7 +21,7 @@ from fedprune.releases.rollout import RolloutPhase
 from fedprune_server.devices.quarantine import Quarantine
 from fedprune_server.messaging.leadership import Candidate
 from fedprune_server.monitoring import site_facts as site_facts_module
-from fedprune_server.monitoring.alert_book import AlertBook, AlertChange
+from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import (
     KINDS,
     MOST,
@@ -215,12 +215,12 @@ def test_a_flood_of_joins_is_one_alert_after_a_while(tmp_path: Path, named: bool
     quarantine = Quarantine(lambda: now[0])
     view = replace(daemon.first.view, quarantine=quarantine)
     clock = lambda: now[0]  # noqa: E731
-    tell = lambda change: changes.append((now[0], change.alert.kind))  # noqa: E731
-    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, tell=tell, clock=clock, monotonic=clock)
+    monitor = Monitor(tmp_path, {}, [(view, tmp_path)], here=lambda: 3, clock=clock, monotonic=clock)
     for now[0] in range(1000, 1200):
         if now[0] % 20 == 0:
             quarantine.crowded(f"eve\x1b[2J-{now[0]:.0f}" * 9 if named else "")
         monitor.look()
+        changes += [(now[0], change.alert.kind) for change in monitor.book.changes()]
     assert changes == [(1060, "joins-flooded")]
     (alert,) = monitor.book.open
     assert alert.key == "joins-flooded"
@@ -329,11 +329,7 @@ def alarmed(
     clock = lambda: fleet.air.now  # noqa: E731
     changes: Changes = []
 
-    def tell(change: AlertChange) -> None:
-        assert trouble.at is not None, "alerts of a healthy fleet"
-        changes.append((clock() - trouble.at, change.alert.kind, change.closed_at is None))
-
-    monitor = Monitor(folder, {}, [(daemon.first.view, folder)], tell=tell, clock=clock, monotonic=clock)
+    monitor = Monitor(folder, {}, [(daemon.first.view, folder)], clock=clock, monotonic=clock)
     for observer in (trouble, monitor.watches[JOB.name], monitor):
         daemon.first.observers.join(observer)
 
@@ -341,6 +337,9 @@ def alarmed(
         if daemon.busy:
             time.sleep(0.0005)
             return
+        for change in monitor.book.changes():
+            assert trouble.at is not None, "alerts of a healthy fleet"
+            changes.append((clock() - trouble.at, change.alert.kind, change.closed_at is None))
         fleet.air.now += 0.5
         if trouble.at is not None and then is not None:
             then(fleet, fleet.air.now - trouble.at)
@@ -436,18 +435,16 @@ def test_a_disk_that_fills_and_is_emptied_is_told_by_a_running_monitor(tmp_path:
 
 
 def test_what_ends_a_server_is_told_before_it_ends(tmp_path: Path, disk: Disk) -> None:
-    daemon, others, told = Fleet(tmp_path, JOB).daemon(), list[Candidate](), list[tuple[str, str]]()
-    monitor = Monitor(
-        tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, others=lambda: others,
-        tell=lambda change: told.append((change.alert.kind, change.alert.severity)),
-    )  # fmt: skip
+    daemon, others = Fleet(tmp_path, JOB).daemon(), list[Candidate]()
+    monitor = Monitor(tmp_path, {}, [(daemon.first.view, tmp_path)], here=lambda: 3, others=lambda: others)
     daemon.first.observers.join(monitor)
     monitor.read_site()
     daemon.first.observers.turned(lambda: 0.0, daemon.first.view)
-    assert told == []
+    assert monitor.book.changes() == []
     disk.free = 0.0
     others.append(Candidate("yard", "/var/lib/fedprune", NOW, NOW, leads=True))
     daemon.first.observers.ended()
+    told = [(change.alert.kind, change.alert.severity) for change in monitor.book.changes()]
     assert told == [("second-server", "critical"), ("disk", "critical")]
 
 

@@ -255,7 +255,6 @@ def test_the_log_is_read_page_by_page(storage: Storage, monkeypatch: pytest.Monk
         asked.clear()
         assert list(storage.log.events()) == whole
         assert len(asked) == 7 // page + 1 + (7 % page > 0)
-    assert list(storage.log.events(after=5)) == whole[5:]
 
 
 def test_the_log_keeps_only_the_latest_events(url: str) -> None:

@@ -97,12 +97,10 @@ class EmbeddedBroker:
 
     @property
     def pid(self) -> int | None:
-        """The child's process id, if it was started."""
         return self._process.pid if self._process is not None else None
 
     @property
     def alive(self) -> bool:
-        """Whether the child is running."""
         return self._process is not None and self._process.running
 
     def start(self, timeout: float = 20.0) -> None:
@@ -131,14 +129,10 @@ class EmbeddedBroker:
             self.stop()
             raise
 
-    def restart(self, timeout: float = 20.0) -> None:
-        """Stop if it is running, and start on the same port. Clients connect again by themselves.
-
-        Raises:
-            BrokerError: See `start`.
-        """
+    def restart(self) -> None:
+        """Stop if it is running, and start on the same port; raises as `start`. Clients connect again by themselves."""
         self.stop()
-        self.start(timeout)
+        self.start()
 
     def stop(self) -> None:
         """End the child; may be called twice."""

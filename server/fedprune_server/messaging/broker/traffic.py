@@ -18,11 +18,9 @@ class TrafficPlugin(BasePlugin):  # type: ignore[misc]
         self.counts = {way: dict.fromkeys(KINDS, 0) for way in ("received", "delivered")}
 
     async def on_mqtt_packet_received(self, *, packet: Any, session: Any = None) -> None:
-        """Count what a client has published."""
         self._count("received", packet)
 
     async def on_mqtt_packet_sent(self, *, packet: Any, session: Any = None) -> None:
-        """Count what was sent to a subscriber."""
         self._count("delivered", packet)
 
     def _count(self, way: str, packet: Any) -> None:

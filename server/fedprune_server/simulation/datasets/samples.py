@@ -202,15 +202,13 @@ def assembled(
     splits: Sequence[tuple[Array, Array, bool]],
     *,
     owners: Sequence[Array] | None = None,
-    owner_names: Sequence[str] = (),
     class_names: Sequence[str] = (),
 ) -> Samples:
     """A data set made of splits.
 
     Args:
         splits: Inputs, labels and whether they are test samples.
-        owners: Owners per split, as any numbers or texts from which `owner_names` are made.
-        owner_names: Names, if `owners` are indices already.
+        owners: Owners per split, as whole numbers or texts.
         class_names: Names of the classes.
 
     Raises:
@@ -224,19 +222,15 @@ def assembled(
         raise DataError("a data set is empty", expected="at least one sample")
     labels = np.concatenate([np.asarray(y) for _, y, _ in filled])
     testing = np.concatenate([np.full(len(y), kept) for _, y, kept in filled])
-    names, indices = tuple(owner_names), None
+    names, indices = tuple[str, ...](), None
     if owners is not None:
         held = np.concatenate([np.asarray(o) for o in owners])
         if held.shape != labels.shape:
             raise DataError("number of owners", expected=len(labels), got=shape_text(*held.shape))
-        if not names:
-            if held.dtype.kind not in "iuUS":
-                raise DataError("owners", expected="whole numbers or texts", got=str(held.dtype))
-            found, indices = np.unique(held, return_inverse=True)
-            names = tuple(map(str, found.tolist()))
-            indices = indices.astype(np.int64)
-        else:
-            indices = held.astype(np.int64)
+        if held.dtype.kind not in "iuUS":
+            raise DataError("owners", expected="whole numbers or texts", got=str(held.dtype))
+        found, indices = np.unique(held, return_inverse=True)
+        names, indices = tuple(map(str, found.tolist())), indices.astype(np.int64)
     return Samples(tuple(x for x, _, _ in filled), labels, testing, indices, names, tuple(class_names))
 
 

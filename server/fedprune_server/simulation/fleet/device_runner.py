@@ -151,8 +151,6 @@ class DeviceRunner:
 
 
 class _LocalRunner:
-    """Trains in this process."""
-
     def __init__(self, store: BlobStore, folder: Path, *, cuda: bool) -> None:
         self._store = store
         self._slots = ModelSlots(folder, lasting=False)

@@ -126,7 +126,6 @@ class Plan(Experiment):
     reference: Job | None = None
 
     def reference_experiment(self) -> Experiment | None:
-        """The reference's experiment, or None."""
         return None if self.reference is None else replace(self, title=REFERENCE, job=self.reference, reference=None)
 
 

@@ -76,12 +76,10 @@ class VirtualDevice:
 
     @property
     def samples(self) -> int:
-        """Training samples."""
         return self.data.samples
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of its samples and labels."""
         return self.data.fingerprint if isinstance(self.data, StoredData) else fingerprint(self.data)
 
     def load(self) -> LocalData:

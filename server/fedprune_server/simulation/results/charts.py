@@ -88,7 +88,6 @@ def devices(run: Record, reference: Record | None) -> str:
 
 
 def traffic(runs: Sequence[Record]) -> str:
-    """Bytes down and up of every run."""
     most = max(max(r.last.down, r.last.up) for r in runs) or 1
     rows = [
         Bar(f"{run.title}, {way}", ((f"part {style(i)}", 0.0, count / most),), amount(count, "bytes"))

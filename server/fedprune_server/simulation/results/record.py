@@ -192,7 +192,6 @@ class Record:
         return tuple(r.measured.get(name) for r in self.rounds)
 
     def macs(self) -> int:
-        """Training MACs of the whole run."""
         return sum(r.macs for r in self.rounds)
 
     def reached(self, target: float) -> RoundRow | None:

@@ -57,8 +57,6 @@ class Claim:
 
 @dataclass(frozen=True)
 class Report:
-    """Files of a report."""
-
     html: Path
     markdown: Path
 
@@ -301,8 +299,8 @@ def _change(ratio: float) -> str:
     return f"{round(100 * (ratio - 1)):+d}%" if math.isfinite(ratio) else "–"
 
 
-def _percent(value: float, digits: int = 0) -> str:
-    return f"{value:.{digits}%}" if math.isfinite(value) else "–"
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if math.isfinite(value) else "–"
 
 
 def _worse(run: Record, mine: float, theirs: float) -> float:

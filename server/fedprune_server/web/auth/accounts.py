@@ -47,7 +47,6 @@ class Accounts:
         return int(row["n"]) if row else 0
 
     def list(self) -> list[Operator]:
-        """All operators, by name."""
         return [_operator(r) for r in self._database.rows("SELECT * FROM operators ORDER BY name")]
 
     def get(self, name: str) -> Operator | None:

@@ -34,8 +34,6 @@ class Session:
 
 
 class Sessions:
-    """The sessions of a console."""
-
     def __init__(self, database: ConsoleDatabase, accounts: Accounts, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._accounts = accounts

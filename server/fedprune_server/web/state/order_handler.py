@@ -34,7 +34,6 @@ class OrderHandler:
         self._unsaved: list[Answer] = []
 
     def turn(self) -> None:
-        """Take orders and answer them."""
         for answer in self._unsaved:
             self._queue.answer(answer)
         self._unsaved.clear()

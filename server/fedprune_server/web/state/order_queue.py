@@ -37,8 +37,6 @@ _NOTED = (
 
 @dataclass(frozen=True)
 class Order(CheckedMessage, kind="order"):
-    """An operator's order."""
-
     number: Annotated[int, whole(1)]
     operator: Name
     order: Annotated[str, choice(*NEEDED)]

@@ -34,8 +34,6 @@ class Record:
 
 @dataclass(frozen=True)
 class Site(Record, kind="site"):
-    """The server as a whole."""
-
     version: str
     site: str
     jobs: tuple[str, ...]

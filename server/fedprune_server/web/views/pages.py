@@ -65,8 +65,6 @@ class _Files(StaticFiles):
 
 
 class Pages:
-    """Renders pages."""
-
     def __init__(self, console: Console) -> None:
         self._console = console
         self._asked: dict[tuple[str, str], float] = {}
