@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from email.headerregistry import Address
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune_server.config.setting import check_settings, setting
 
@@ -62,9 +60,9 @@ class AlertSettings:
     resolved: bool = setting(True, "Whether the end of an alert is notified, too.")
 
     def __post_init__(self) -> None:
+        check_settings(self, "alerts")
         for name in ("webhook", "heartbeat"):
             _check_url(name, getattr(self, name))
-        check_settings(self, "alerts")
         for name in PATHS:
             path = getattr(self, name)
             if path is not None and not path.is_file():
@@ -81,20 +79,6 @@ class AlertSettings:
                 "alerts: quiet_hours", expected=f"HH:MM-HH:MM, such as 22:00-07:00, or {OFF!r}",
                 got=shown(self.quiet_hours),
             )  # fmt: skip
-
-    @classmethod
-    def from_dict(cls, body: Mapping[str, Any], where: str = "alerts") -> AlertSettings:
-        """Check a table [alerts]; raises `ConfigError`."""
-        validation.only([f.name for f in fields(cls)], body, where)
-        values = dict(body)
-        for field in fields(cls):
-            value = values.get(field.name)
-            if value is None or not (isinstance(field.default, str) or field.name in PATHS):
-                continue
-            if not isinstance(value, str) or not value.strip():
-                raise ConfigError(f"alerts: {field.name}", expected="a text", got=shown(value))
-            values[field.name] = Path(value) if field.name in PATHS else value
-        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, with paths that hold in every folder."""

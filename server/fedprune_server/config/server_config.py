@@ -131,7 +131,10 @@ class ServerConfig:
     keep: int = setting(3, "How many of the latest global models are kept.", "N", within=(1, 10**6))
     archive: bool = setting(False, "Keep all models, updates and events instead, for `fedprune-server replay`.", SWITCH)
     weight: float = setting(
-        1.0, "The job's share of the boards, relative to the server's other jobs; 0 pauses it next to them.", "W"
+        1.0,
+        "The job's share of the boards, relative to the server's other jobs; 0 pauses it next to them.",
+        "W",
+        within=(0, 1000),
     )
     slabs: bool = setting(
         True, "What many devices download is published once for all of them, readable by the whole site."
@@ -161,13 +164,13 @@ class ServerConfig:
     alerts: AlertSettings = field(default_factory=AlertSettings)
 
     def __post_init__(self) -> None:
+        check_settings(self, "server")
         if self.broker != EMBEDDED and not self.broker.startswith(("mqtt://", "mqtts://")):
             raise ConfigError(
                 "server: broker",
                 expected=f"{EMBEDDED!r} or mqtt://host[:port] or mqtts://...",
                 got=repr(without_password(self.broker)),
             )
-        check_settings(self, "server")
         for name in ("loss", "metric"):
             if getattr(self, name) is not None and (said := getattr(self.job.recipe, name)) != CUSTOM:
                 raise ConfigError(
@@ -184,7 +187,6 @@ class ServerConfig:
         check_url(self.workers_url)
         if self.port is not None:
             validation.whole("server: port", self.port, 0, 65_535)
-        validation.number("server: weight", self.weight, 0.0, 1000.0)
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
         if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():
@@ -211,8 +213,6 @@ class ServerConfig:
             words = []
         if not words or not self.on_revocation.isprintable():
             raise ConfigError("server: on_revocation", expected=f"a command, or {OFF!r}", got=shown(self.on_revocation))
-        if not self.host:
-            raise ConfigError("server: host", expected="an address, such as 127.0.0.1 or 0.0.0.0", got="''")
         try:
             check_name(self.site, "site")
         except FedpruneError as error:
@@ -291,10 +291,8 @@ _TYPES = {f.name: str(f.type) for f in fields(ServerConfig) if f.name not in ("j
 SERVER = tuple(_TYPES)
 """Keys of the table [server]."""
 
-TEXTS = tuple(name for name, kind in _TYPES.items() if "str" in kind or "Path" in kind)
-
 PATHS = tuple(name for name, kind in _TYPES.items() if kind == "Path | None")
-"""Texts that name files and folders, in addition to `state`."""
+"""Settings that name files and folders, in addition to `state`."""
 
 ELSEWHERE = ("state", "database", "on_revocation")
 """Keys that the database doesn't keep: the state folder is or contains the first two, and a command must not be chosen

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from fedprune.core import validation
+from fedprune.core.errors import ConfigError, shown
+
+_Settings = TypeVar("_Settings")
 
 SWITCH = "-"
 """Metavar of a setting whose option takes no value."""
 
 
 def setting(
-    default: Any, text: str, metavar: str = "", *, within: tuple[int, int] | None = None, choices: Sequence[str] = ()
+    default: Any,
+    text: str,
+    metavar: str = "",
+    *,
+    within: tuple[float, float] | None = None,
+    above: bool = False,
+    below: bool = False,
+    choices: Sequence[str] = (),
 ) -> Any:
     """A field of a class of settings.
 
@@ -22,23 +33,51 @@ def setting(
         text: Its description, in the documentation and in `--help`.
         metavar: The value's name in `--help`, if the setting is also an option of `run`; `SWITCH` if it takes no
             value.
-        within: The least and the greatest value of a whole number.
+        within: The least and the greatest value of a number; `above` and `below` exclude these ends.
         choices: The values of a text that has few.
     """
-    return field(default=default, metadata={"text": text, "metavar": metavar, "within": within, "choices": choices})
+    number = {"within": within, "above": above, "below": below}
+    return field(default=default, metadata={"text": text, "metavar": metavar, "choices": choices, **number})
 
 
 def check_settings(settings: Any, table: str) -> None:
-    """Check the settings that are declared as whole numbers, choices or switches.
+    """Check the settings that are declared as numbers within limits, choices, switches, texts or paths.
+
+    A path may be given as a text, and is made a `Path`.
 
     Raises:
         ConfigError: A value is wrong; the message begins with the table and the key.
     """
     for f in fields(settings):
-        value, what = getattr(settings, f.name), f"{table}: {f.name}"
+        value, what, kind = getattr(settings, f.name), f"{table}: {f.name}", str(f.type)
         if within := f.metadata.get("within"):
-            validation.whole(what, value, *within)
+            if kind == "int":
+                validation.whole(what, value, *within)
+            else:
+                validation.number(what, value, *within, above=f.metadata["above"], below=f.metadata["below"])
         elif choices := f.metadata.get("choices"):
             validation.word(what, value, choices)
-        elif f.type == "bool":
+        elif kind == "bool":
             validation.truth(what, value)
+        elif kind.startswith(("str", "Path")) and not (value is None and kind.endswith("None")):
+            if not isinstance(value, Path) and (not isinstance(value, str) or not value.strip()):
+                raise ConfigError(what, expected="a text", got=shown(value))
+            if kind.startswith("Path"):
+                object.__setattr__(settings, f.name, Path(value))
+
+
+def read_table(kind: type[_Settings], body: object, where: str) -> _Settings:
+    """Settings from their table, which `where` names in errors.
+
+    Raises:
+        ConfigError: It is no table, or a key is unknown or has a wrong value.
+    """
+    if not isinstance(body, Mapping):
+        raise ConfigError(where, expected="a table", got=shown(body))
+    try:
+        return kind(**validation.known(kind, body, where))
+    except ConfigError as error:
+        if error.what.startswith(where):
+            raise
+        what = f"{where} {error.what.partition(': ')[2]}".rstrip()
+        raise ConfigError(what, expected=error.expected, got=error.got, hint=error.hint) from error

@@ -16,7 +16,8 @@ from fedprune.strategies import compose
 from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.layers import file_layer, located
-from fedprune_server.config.server_config import PATHS, PLACES, SERVER, TEXTS, ServerConfig
+from fedprune_server.config.server_config import PATHS, PLACES, SERVER, ServerConfig
+from fedprune_server.config.setting import read_table
 
 TABLES = ("job", "model", "evaluation", "calibration", "server", "alerts")
 """Of a `fleet.toml`."""
@@ -71,14 +72,10 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
         if key in tables[table]:
             check = _shape if name == "input_shape" else _text
             values[name] = check(tables[table][key], f"{where}: [{table}] {key}")
-    for key in TEXTS:
-        if key in values:
-            _text(values[key], f"{where}: [server] {key}")
-            values[key] = Path(values[key]) if key in ("state", *PATHS) else values[key]
 
     def build() -> ServerConfig:
         config = ServerConfig(
-            job=Job.from_dict(tables["job"]), alerts=AlertSettings.from_dict(tables["alerts"], "[alerts]"), **values
+            job=Job.from_dict(tables["job"]), alerts=read_table(AlertSettings, tables["alerts"], "[alerts]"), **values
         )
         if config.database is not None:
             from fedprune_server.storage.database import check_url  # SQLAlchemy takes a while to import

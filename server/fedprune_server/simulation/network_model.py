@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, FedpruneError, shown
+from fedprune.core.errors import ConfigError, shown
 from fedprune.core.rng import keyed
 from fedprune.planning.profile import Link
+from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.simulation.fleet.virtual_device import MEGABYTE, LinkSettings
 
 ALWAYS = math.inf
@@ -24,48 +24,33 @@ ALWAYS = math.inf
 
 @dataclass(frozen=True)
 class DropOuts:
-    """Devices that disconnect during a round.
+    """Devices that disconnect during a round: the table [dropouts]."""
 
-    Attributes:
-        probability: Probability that a device disconnects while it works on an offer.
-        away_s: Mean virtual seconds until it reconnects.
-    """
-
-    probability: float = 0.0
-    away_s: float = 60.0
+    probability: float = setting(
+        0.0, "Probability that a device disconnects while it works on an offer.", within=(0, 1), below=True
+    )
+    away_s: float = setting(60.0, "Mean virtual seconds until it reconnects.", within=(0, 1e12), above=True)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.probability < 1 or not self.away_s > 0:
-            raise ConfigError(
-                "drop-outs",
-                expected="a probability from 0 to below 1 and away_s above 0",
-                got=(self.probability, self.away_s),
-            )
+        check_settings(self, "dropouts")
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Periodic windows in which devices are connected, such as the hours in which they are plugged in.
+    """Periodic windows in which devices are connected, such as the hours in which they are plugged in: the table
+    [availability].
 
     Each device has its own phase, and its own share of the period between `least` and `most`.
-
-    Attributes:
-        period_s: Period in seconds; 0 for devices that are always connected.
-        least: Smallest share of the period, above 0.
-        most: Largest share.
     """
 
-    period_s: float = 0.0
-    least: float = 1.0
-    most: float = 1.0
+    period_s: float = setting(0.0, "Period in seconds; 0 for devices that are always connected.", within=(0, 1e9))
+    least: float = setting(1.0, "Smallest share of the period.", within=(0, 1), above=True)
+    most: float = setting(1.0, "Largest share.", within=(0, 1), above=True)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.period_s < math.inf or not 0 < self.least <= self.most <= 1:
-            raise ConfigError(
-                "availability",
-                expected="period_s of 0 or more, and shares 0 < least <= most <= 1",
-                got=(self.period_s, self.least, self.most),
-            )
+        check_settings(self, "availability")
+        if self.least > self.most:
+            raise ConfigError("availability: least", expected=f"at most {self.most:g}, as most is", got=self.least)
 
     def window(self, seed: int, device: str, at: float) -> tuple[float, float]:
         """Begin and end of the window that is open at `at` seconds, else of the next one.
@@ -86,34 +71,25 @@ class Availability:
 
 @dataclass(frozen=True)
 class Weather:
-    """Variation of devices and links, and the capacity of the server's link.
+    """Variation of devices and links, and the capacity of the server's link: the table [weather]."""
 
-    Attributes:
-        links_sigma: σ of the log-normal factor on a device's link speed, drawn for every round and direction.
-        compute_sigma: σ of the factor on its training speed, drawn for every round.
-        links_spread: σ of a factor on both link speeds of a device, constant over the run.
-        compute_spread: σ of a factor on its training speed, constant over the run.
-        draws: Number of draws whose mean is a round's factor.
-        server_up_bytes_s: Bytes/s that the server can send to all devices together; 0 for no limit.
-        server_down_bytes_s: Bytes/s that it can receive; 0 for no limit.
-        server_sigma: σ of the factor on both in a round.
-    """
-
-    links_sigma: float = 0.0
-    compute_sigma: float = 0.0
-    links_spread: float = 0.0
-    compute_spread: float = 0.0
-    draws: int = 1
-    server_up_bytes_s: float = 0.0
-    server_down_bytes_s: float = 0.0
-    server_sigma: float = 0.0
+    links_sigma: float = setting(
+        0.0, "σ of the log-normal factor on a device's link speed, drawn for every round and direction.", within=(0, 3)
+    )
+    compute_sigma: float = setting(0.0, "σ of the factor on its training speed, drawn for every round.", within=(0, 3))
+    links_spread: float = setting(
+        0.0, "σ of a factor on both link speeds of a device, constant over the run.", within=(0, 3)
+    )
+    compute_spread: float = setting(0.0, "σ of a factor on its training speed, constant over the run.", within=(0, 3))
+    draws: int = setting(1, "Number of draws whose mean is a round's factor.", within=(1, 10_000))
+    server_up_bytes_s: float = setting(
+        0.0, "Bytes/s that the server can send to all devices together; 0 for no limit.", within=(0, 1e12)
+    )
+    server_down_bytes_s: float = setting(0.0, "Bytes/s that it can receive; 0 for no limit.", within=(0, 1e12))
+    server_sigma: float = setting(0.0, "σ of the factor on both in a round.", within=(0, 3))
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            low, high = (1, 10_000) if field.name == "draws" else (0, 10**12 if field.name.endswith("_s") else 3)
-            if not low <= value <= high:
-                raise ConfigError(f"weather: {field.name}", expected=f"a number from {low} to {high}", got=shown(value))
+        check_settings(self, "weather")
 
     def link(self, seed: int, number: int, device: str, way: str) -> float:
         """Factor on a device's link speed in a round; `way` is `down` or `up`."""
@@ -190,21 +166,19 @@ _LIKE: dict[str, tuple[Weather, tuple[LinkSettings, ...]]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """The table [simulation].
+    """The table [simulation]."""
 
-    Attributes:
-        workers: Number of processes.
-        cuda: Whether devices train on an NVIDIA GPU, through onnxruntime.
-        checkpoints: Rounds between two saved global models; 0 for none.
-        densities: Densities of submodels that are measured on the server's samples.
-        every: Rounds between two measurements.
-    """
+    workers: int = setting(1, "Number of processes.", within=(1, 10**6))
+    cuda: bool = setting(False, "Whether devices train on an NVIDIA GPU, through onnxruntime.")
+    checkpoints: int = setting(0, "Rounds between two saved global models; 0 for none.", within=(0, 10**6))
+    densities: tuple[float, ...] = setting((), "Densities of submodels that are measured on the server's samples.")
+    every: int = setting(1, "Rounds between two measurements.", within=(1, 10**6))
 
-    workers: int = 1
-    cuda: bool = False
-    checkpoints: int = 0
-    densities: tuple[float, ...] = ()
-    every: int = 1
+    def __post_init__(self) -> None:
+        check_settings(self, "simulation")
+        what = "simulation: densities"
+        densities = validation.items(what, self.densities, 1000, "numbers")
+        object.__setattr__(self, "densities", tuple(validation.number(what, d, 1e-6, 1) for d in densities))
 
 
 def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple[LinkSettings, ...]]:
@@ -213,62 +187,16 @@ def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple
     Raises:
         ConfigError: A key is unknown or a value wrong; the message names it.
     """
-    where, table = _table(body, "weather", path)
+    where, given = f"{path}: [weather]", body.get("weather", {})
+    if not isinstance(given, Mapping):
+        raise ConfigError(where, expected="a table", got=shown(given))
+    table = dict(given)
     like = table.pop("like", None)
     if like is not None:
         validation.word(f"{where} like", like, tuple(_LIKE))
     weather, links = _LIKE[like] if isinstance(like, str) else (Weather(), ())
     names = {f.name.replace("_bytes_s", "_mb_s"): f.name for f in fields(Weather)}
     validation.only(("like", *names), table, where)
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key == "draws":
-            values[key] = validation.whole(f"{where} draws", value, 1, 10_000)
-        else:
-            scale, high = (MEGABYTE, 1e6) if key.endswith("_mb_s") else (1.0, 3.0)
-            values[names[key]] = scale * validation.number(f"{where} {key}", value, 0, high)
-    return replace(weather, **values), links
-
-
-def read_availability(body: Mapping[str, object], path: Path) -> Availability:
-    """The table [availability]; raises as `read_weather`."""
-    where, table = _table(body, "availability", path, Availability)
-    limits = {"period_s": (0.0, 1e9)}
-    values = {k: validation.number(f"{where} {k}", v, *limits.get(k, (1e-6, 1.0))) for k, v in table.items()}
-    try:
-        return Availability(**values)
-    except FedpruneError as error:
-        raise ConfigError(where, expected=error.expected, got=error.got) from error
-
-
-def read_dropouts(body: Mapping[str, object], path: Path) -> DropOuts:
-    """The table [dropouts]; raises as `read_weather`."""
-    where, table = _table(body, "dropouts", path, DropOuts)
-    limits = {"probability": 1.0, "away_s": 1e12}
-    values = {
-        k: validation.number(f"{where} {k}", v, 0, limits[k], above=k == "away_s", below=True) for k, v in table.items()
-    }
-    return DropOuts(**values)
-
-
-def read_settings(body: Mapping[str, object], path: Path) -> Settings:
-    """The table [simulation]; raises as `read_weather`."""
-    where, table = _table(body, "simulation", path, Settings)
-    for key, value in table.items():
-        if key == "cuda":
-            validation.truth(f"{where} cuda", value)
-        elif key == "densities":
-            densities = validation.items(f"{where} densities", value, 1000, "numbers")
-            table[key] = tuple(validation.number(f"{where} densities", v, 1e-6, 1) for v in densities)
-        else:
-            validation.whole(f"{where} {key}", value, 0 if key == "checkpoints" else 1, 10**6)
-    return Settings(**table)
-
-
-def _table(body: Mapping[str, object], name: str, path: Path, kind: type | None = None) -> tuple[str, dict[str, Any]]:
-    """A table, empty if it isn't there, after its place; of a class's settings it may have no others."""
-    where = f"{path}: [{name}]"
-    table = body.get(name, {})
-    if not isinstance(table, Mapping):
-        raise ConfigError(where, expected=f"a table [{name}]", got=repr(table))
-    return where, dict(table) if kind is None else validation.known(kind, table, where)
+    for key in [key for key in table if key.endswith("_mb_s")]:
+        table[key] = MEGABYTE * validation.number(f"{where} {key}", table[key], 0, 1e6)
+    return read_table(Weather, vars(weather) | {names[key]: value for key, value in table.items()}, where), links

@@ -25,6 +25,7 @@ from fedprune_server.app import monitoring
 from fedprune_server.cli.main import main
 from fedprune_server.config.alert_settings import AlertSettings, shown_url
 from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.setting import read_table
 from fedprune_server.monitoring import notifications
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
@@ -422,7 +423,7 @@ def test_an_alert_that_opened_before_notifications_were_set_up_is_sent_then(monk
 )
 def test_a_wrong_setting_is_named(body: dict[str, Any], names: str) -> None:
     with pytest.raises(ConfigError, match=names) as raised:
-        AlertSettings.from_dict(body)
+        read_table(AlertSettings, body, "[alerts]")
     assert "hunter2" not in str(raised.value)
 
 

@@ -11,6 +11,7 @@ from fedprune.core.errors import ConfigError, ExitCode, FedpruneError
 from fedprune.jobs.job import Job
 from fedprune.planning.profile_store import find
 from fedprune_server.cli.simulate import build_compare_parser, main
+from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config
 from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.digits import deal, digits_model
@@ -21,9 +22,6 @@ from fedprune_server.simulation.network_model import (
     PR_FL,
     Availability,
     Weather,
-    read_availability,
-    read_dropouts,
-    read_settings,
     read_weather,
 )
 from fedprune_server.simulation.results import run_folder
@@ -195,9 +193,7 @@ LONG = {"k" * 100_000: 1}
         lambda path: DataPlan.from_dict({"source": "a", **LONG}),
         lambda path: read_devices([LONG], 0, path),
         lambda path: read_weather({"weather": LONG}, path),
-        lambda path: read_availability({"availability": LONG}, path),
-        lambda path: read_dropouts({"dropouts": LONG}, path),
-        lambda path: read_settings({"simulation": LONG}, path),
+        lambda path: read_table(Availability, LONG, "[availability]"),
         lambda path: read_sweep(path),
     ],
 )

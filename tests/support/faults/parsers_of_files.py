@@ -34,10 +34,11 @@ from fedprune.runtime.bundle import open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.security.register import Register
 from fedprune_export.checks.labelled_data import read as read_labelled
+from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import parse_config, read_config
 from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.datasets.source import read_cifar, read_idx, read_image_folder, read_npz
-from fedprune_server.simulation.network_model import read_availability, read_dropouts, read_settings, read_weather
+from fedprune_server.simulation.network_model import Availability, DropOuts, Settings, read_weather
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep
 from fedprune_server.storage.s3 import bucket
@@ -165,7 +166,8 @@ def _settings() -> tuple[Target, ...]:
 
     def sky(body: dict[str, Any]) -> object:
         path = folder / "fleet.toml"
-        return [read(body, path) for read in (read_weather, read_availability, read_dropouts, read_settings)]
+        tables = {"dropouts": DropOuts, "availability": Availability, "simulation": Settings}
+        return [read_weather(body, path), *(read_table(kind, body.get(t, {}), t) for t, kind in tables.items())]
 
     owner = Owner("5" * 32, "attic").to_bytes()
     key = f"blobs/{'a' * 64}.{'0' * 16}".encode()

@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.core import validation as setting_checks
 from fedprune.core.disk import is_there
 from fedprune.core.errors import ConfigError, DataError, shown
 from fedprune.core.rng import keyed
@@ -26,6 +25,7 @@ from fedprune.core.text import quantity
 from fedprune.output.chart import scale, tiles
 from fedprune.output.page import Bar, bars, document, paragraph
 from fedprune_device.data.dataset import LocalData
+from fedprune_server.config.setting import check_settings, read_table, setting
 from fedprune_server.simulation.datasets import partition
 from fedprune_server.simulation.datasets.samples import Preparation, Samples
 from fedprune_server.simulation.datasets.source import VARIABLE, read_samples
@@ -257,68 +257,37 @@ KINDS = get_args(Kind)
 
 @dataclass(frozen=True)
 class DataPlan:
-    """Settings of a data set's split.
+    """Settings of a data set's split: the table [data]."""
 
-    Attributes:
-        source: A data set, see `read_samples`.
-        devices: Number of devices; 0 for one per owner.
-        partition: `iid`, `dirichlet`, `pathological` (a few classes each) or `owners` (people, writers, domains).
-        alpha: Concentration of the Dirichlet shares.
-        least: Minimum samples per device (dirichlet).
-        balance: Whether a device with a fair share gets no further classes (dirichlet).
-        classes: Classes per device (pathological).
-        spread: Parts are proportional to exp(spread · normal) (iid, pathological).
-        most: Samples to use, at random; 0 for all.
-        pooled: Whether the data set's own test samples are split with the others; if not, the server gets them.
-        test: Share of a device's samples for tests.
-        validation: Share of the remaining samples for validation.
-        server: Share of the samples for the server's evaluation.
-        pool: Factor by which images shrink.
-        standardise: Whether channels get mean 0 and deviation 1, measured on the devices' samples.
-        size: Height and width of images of a folder; empty to keep theirs.
-        colour: Whether images of a folder are read in colour.
-        ascending: Whether devices are numbered by their samples, fewest first.
-        seed: The partition's seed; None for the job's.
-    """
-
-    source: str
-    devices: int = 0
-    partition: Kind = "dirichlet"
-    alpha: float = 0.5
-    least: int = 10
-    balance: bool = False
-    classes: int = 2
-    spread: float = 0.0
-    most: int = 0
-    pooled: bool = True
-    test: float = 0.25
-    validation: float = 0.0
-    server: float = 0.0
-    pool: int = 1
-    standardise: bool = False
-    size: tuple[int, ...] = ()
-    colour: bool = True
-    ascending: bool = False
-    seed: int | None = None
+    source: str = setting("", "A data set, see `read_samples`.")
+    devices: int = setting(0, "Number of devices; 0 for one per owner.", within=(0, 10**6))
+    partition: Kind = setting(
+        "dirichlet", "Who gets what; `pathological` devices have a few classes each, owners are people or domains.",
+        choices=KINDS,
+    )  # fmt: skip
+    alpha: float = setting(0.5, "Concentration of the Dirichlet shares.", within=(0, math.inf), above=True)
+    least: int = setting(10, "Minimum samples per device (dirichlet).", within=(1, 10**6))
+    balance: bool = setting(False, "Whether a device with a fair share gets no further classes (dirichlet).")
+    classes: int = setting(2, "Classes per device (pathological).", within=(1, 10**6))
+    spread: float = setting(0.0, "Parts are proportional to exp(spread · normal) (iid, pathological).", within=(0, 10))
+    most: int = setting(0, "Samples to use, at random; 0 for all.", within=(0, 10**9))
+    pooled: bool = setting(
+        True, "Whether the data set's own test samples are split with the others; if not, the server gets them."
+    )
+    test: float = setting(0.25, "Share of a device's samples for tests.", within=(0, 0.99))
+    validation: float = setting(0.0, "Share of the remaining samples for validation.", within=(0, 0.99))
+    server: float = setting(0.0, "Share of the samples for the server's evaluation.", within=(0, 0.99))
+    pool: int = setting(1, "Factor by which images shrink.", within=(1, 64))
+    standardise: bool = setting(False, "Whether channels get mean 0 and deviation 1, measured on the devices' samples.")
+    size: tuple[int, ...] = setting((), "Height and width of images of a folder; empty to keep theirs.")
+    colour: bool = setting(True, "Whether images of a folder are read in colour.")
+    ascending: bool = setting(False, "Whether devices are numbered by their samples, fewest first.")
+    seed: int | None = setting(None, "The partition's seed; None for the job's.")
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
             raise ConfigError("data: source", expected=f"a file or folder, also one under {VARIABLE}", got=self.source)
-        setting_checks.word("data: partition", self.partition, KINDS)
-        counts = {
-            "devices": (0, 10**6),
-            "least": (1, 10**6),
-            "classes": (1, 10**6),
-            "most": (0, 10**9),
-            "pool": (1, 64),
-        }
-        for name, (low, high) in counts.items():
-            setting_checks.whole(f"data: {name}", getattr(self, name), low, high)
-        for name, most in (("spread", 10), ("test", 0.99), ("validation", 0.99), ("server", 0.99)):
-            setting_checks.number(f"data: {name}", getattr(self, name), 0, most)
-        setting_checks.number("data: alpha", self.alpha, 0, math.inf, above=True)
-        for name in ("balance", "pooled", "standardise", "colour", "ascending"):
-            setting_checks.truth(f"data: {name}", getattr(self, name))
+        check_settings(self, "data")
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
             self.size and (len(self.size) != 2 or any(type(n) is not int or not 1 <= n <= 4096 for n in self.size))
@@ -334,19 +303,11 @@ class DataPlan:
         Raises:
             ConfigError: An unknown key or a wrong value; the message names it.
         """
-        if not isinstance(body, Mapping):
-            raise ConfigError(where, expected="a table [data]", got=shown(body))
-        values = setting_checks.known(cls, body, where)
-        if "source" not in body:
-            raise ConfigError(f"{where}: source is missing", expected=f"a file or folder, also one under {VARIABLE}")
-        source = values["source"]
-        if folder is not None and isinstance(source, str) and source and is_there(folder / source):
-            values["source"] = str(folder / source)
-        try:
-            return cls(**values)
-        except ConfigError as error:
-            what = error.what.removeprefix("data: ")
-            raise ConfigError(f"{where} {what}", expected=error.expected, got=error.got, hint=error.hint) from error
+        if folder is not None and isinstance(body, Mapping):
+            source = body.get("source")
+            if isinstance(source, str) and source and is_there(folder / source):
+                body = {**body, "source": str(folder / source)}
+        return read_table(cls, body, where)
 
     def read(self, seed: int = 0) -> Federation:
         """Read the data set and split it.

@@ -22,6 +22,7 @@ from fedprune_export.importing import import_onnx, read_source
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.layers import Layer, file_layer, located, merged
 from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.setting import read_table
 from fedprune_server.config.tables import changed_job, parse_config
 from fedprune_server.executor.evaluator import check_data, load_calibration, load_evaluation
 from fedprune_server.simulation.datasets.federation import DataPlan, Federation, Partition
@@ -34,9 +35,6 @@ from fedprune_server.simulation.network_model import (
     DropOuts,
     Settings,
     Weather,
-    read_availability,
-    read_dropouts,
-    read_settings,
     read_weather,
 )
 
@@ -261,9 +259,10 @@ def read_tables(
     with located(layers, str(path)):
         config = parse_config({k: v for k, v in body.items() if k != "server"}, str(path), path.parent)
         data = _data(body["data"], body.get("devices"), path) if "data" in body else None
-        dropouts, availability = read_dropouts(body, path), read_availability(body, path)
-        circumstances = *read_weather(body, path), read_settings(body, path)
-        return Tables(body, layers, config, data, dropouts, availability, *circumstances)
+        dropouts = read_table(DropOuts, body.get("dropouts", {}), f"{path}: [dropouts]")
+        availability = read_table(Availability, body.get("availability", {}), f"{path}: [availability]")
+        settings = read_table(Settings, body.get("simulation", {}), f"{path}: [simulation]")
+        return Tables(body, layers, config, data, dropouts, availability, *read_weather(body, path), settings)
 
 
 def _keys(path: tuple[str, ...], tables: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
