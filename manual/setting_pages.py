@@ -101,7 +101,7 @@ def _table(
 
 
 def _descriptions(cls: type[Any]) -> dict[str, str]:
-    return {f.name: f.metadata["text"] for f in fields(cls) if f.metadata} or attributes(cls)
+    return {f.name: f.metadata["text"] for f in fields(cls) if "text" in f.metadata} or attributes(cls)
 
 
 def _option(name: str, options: Collection[str]) -> str:

@@ -48,7 +48,7 @@ def test_boards_are_told_the_clip_and_their_part_of_the_noise() -> None:
     [
         ({"clip": -1}, "privacy: clip: expected a number from 0"),
         ({"noise_multiplier": 1}, "privacy: clip: expected above 0 beside other settings"),
-        ({"clip": 1, "noise_multiplier": 1e-160}, "noise_multiplier: expected 0, or 0.01 or more"),
+        ({"clip": 1, "noise_multiplier": 1e-160}, "noise_multiplier: expected 0, or a number from 0.01"),
         ({"clip": 1, "delta": 0}, "privacy: delta"),
         ({"clip": 1, "delta": 1}, "privacy: delta"),
         ({"clip": 1, "noise": "central"}, "privacy: noise: expected local or shared"),

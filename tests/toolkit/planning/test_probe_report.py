@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import Field, fields, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import ProfileError
-from fedprune.planning.probe_report import _LIMITS, ProbeReport
+from fedprune.planning.probe_report import ProbeReport
 
 pytestmark = pytest.mark.board
 
@@ -51,14 +51,16 @@ def test_a_missing_measurement_is_named(name: str) -> None:
         ProbeReport.from_dict(body)
 
 
-def refused(name: str) -> list[Any]:
+def refused(field: Field[Any]) -> list[Any]:
     """Values on the other side of each limit of a measurement."""
-    whole, low, high, optional = _LIMITS[name]
-    wrong = [low - 1, 2 * high + 1, math.nan, math.inf, 10**400, "much", True, [1]]
-    return wrong + ([low + 0.5] if whole else []) + ([] if optional else [None])
+    limits = field.metadata["limits"]
+    wrong = [limits.low - 1, 2 * limits.high + 1, math.nan, math.inf, 10**400, "much", True, [1]]
+    return wrong + ([limits.low + 0.5] if "int" in str(field.type) else []) + ([None] if field.default else [])
 
 
-BAD: list[tuple[str, Any]] = [(name, value) for name in _LIMITS for value in refused(name)]
+BAD: list[tuple[str, Any]] = [
+    (field.name, value) for field in fields(ProbeReport) if field.metadata for value in refused(field)
+]
 BAD += [("memory_available", 2_000_000_000), ("throttled", 1), ("onnxruntime", 1.31), ("board", None)]
 BAD += [("board", "x" * 201)]
 

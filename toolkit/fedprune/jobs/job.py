@@ -9,6 +9,7 @@ from typing import Any, get_args
 from fedprune.aggregation.fold import Rule
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import SERVED
 from fedprune.updates.codecs import DOWN, PLAIN, Codec, agreed
@@ -83,72 +84,42 @@ class Job:
     """
 
     name: str = "job"
-    seed: int = 0
-    rounds: int = 10
-    devices: int = 1
-    participation: float = 1.0
-    over_selection: float = 0.0
-    fairness: float = 0.0
-    in_flight: int = 0
-    deadline_s: float = 600.0
-    pace: float = 0.0
+    seed: int = bounded(0, 0, 2**63 - 1)
+    rounds: int = bounded(10, 1, 10**6)
+    devices: int = bounded(1, 1, 10**6)
+    participation: float = bounded(1.0, 0, 1, above=True)
+    over_selection: float = bounded(0.0, 0, 10)
+    fairness: float = bounded(0.0, 0, 1)
+    in_flight: int = bounded(0, 0, 10**6)
+    deadline_s: float = bounded(600.0, 0, 1e8, above=True)
+    pace: float = bounded(0.0, 1, 1_000, or_zero=True)
     schedule: dict[str, Any] = field(default_factory=dict)
-    byte_budget: int = 0
+    byte_budget: int = bounded(0, 0, 2**50)
     strategy: str = "plain"
     options: dict[str, Any] = field(default_factory=dict)
-    density: float = 0.0
-    scorer: str = "magnitude"
-    warmup_rounds: int = 0
+    density: float = bounded(0.0, 0, 1)
+    scorer: str = one_of("magnitude", SCORERS)
+    warmup_rounds: int = bounded(0, 0, 10**6)
     rule: Rule = "coverage"
-    server_momentum: float = 0.0
+    server_momentum: float = bounded(0.0, 0, 0.999)
     recipe: Recipe = field(default_factory=Recipe)
     precision: tuple[str, ...] = ()
     compression: str = PLAIN
     compression_of: dict[str, str] = field(default_factory=dict)
-    compression_down: str = PLAIN
+    compression_down: str = one_of(PLAIN, (PLAIN, *DOWN))
     privacy: Privacy = field(default_factory=Privacy)
-    weight_limit: float = 4.0
-    most_samples: int = 0
-    move_limit: float = 1.5
+    weight_limit: float = bounded(4.0, 1, 1e6, or_zero=True)
+    most_samples: int = bounded(0, 0, 2**62)
+    move_limit: float = bounded(1.5, 1, 1e6, or_zero=True)
 
     def __post_init__(self) -> None:
-        counts = {
-            "seed": (0, 2**63 - 1),
-            "rounds": (1, 10**6),
-            "devices": (1, 10**6),
-            "in_flight": (0, 10**6),
-            "byte_budget": (0, 2**50),
-            "warmup_rounds": (0, 10**6),
-            "most_samples": (0, 2**62),
-        }
-        real = {
-            "participation": (0.0, 1.0),
-            "over_selection": (0.0, 10.0),
-            "fairness": (0.0, 1.0),
-            "deadline_s": (0.0, 1e8),
-            "density": (0.0, 1.0),
-            "server_momentum": (0.0, 0.999),
-            "weight_limit": (0.0, 1e6),
-            "move_limit": (0.0, 1e6),
-        }
-        for name, (low, high) in counts.items():
-            validation.whole(f"job: {name}", getattr(self, name), low, high)
-        for name, (least, most) in real.items():
-            validation.number(f"job: {name}", getattr(self, name), least, most)
-        if self.participation == 0 or self.deadline_s == 0:
-            raise ConfigError("job: participation and deadline_s", expected="above 0")
-        for name in ("weight_limit", "move_limit"):
-            if 0 < getattr(self, name) < 1:
-                raise ConfigError(f"job: {name}", expected="0, or 1 or more", got=getattr(self, name))
-        validation.number("job: pace", self.pace, 1 if self.pace else 0, 1000)
+        check_fields(self, "job: {}")
         if not isinstance(self.schedule, Mapping) or not all(isinstance(k, str) for k in self.schedule):
             raise ConfigError("job: schedule", expected="a table of settings, such as kind", got=shown(self.schedule))
         try:
             check_job(self.name)
         except ProtocolError as error:
             raise ConfigError("job: name", expected=error.expected, got=error.got) from error
-        for name, allowed in (("scorer", SCORERS), ("rule", RULES)):
-            validation.word(f"job: {name}", getattr(self, name), allowed)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
         if not isinstance(self.options, Mapping) or not all(isinstance(k, str) for k in self.options):
@@ -163,7 +134,6 @@ class Job:
             raise ConfigError("job: compression_of", expected="a table by profile", got=shown(self.compression_of))
         for profile, setting in self.compression_of.items():
             Codec.parse(setting, f"job: compression_of {shown(profile)}")
-        validation.word("job: compression_down", self.compression_down, (PLAIN, *DOWN))
         for name in WRITTEN:
             if getattr(self.recipe, name):
                 raise ConfigError(

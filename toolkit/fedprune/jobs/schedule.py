@@ -38,12 +38,13 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fedprune.aggregation.fixed_point import MAX_WEIGHT
 from fedprune.aggregation.round_means import MAX_RATE
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError
+from fedprune.core.settings import bounded, check_fields
 
 Kind = Literal["synchronous", "asynchronous"]
 Decay = Literal["constant", "polynomial", "hinge"]
@@ -66,15 +67,12 @@ class Staleness:
     """
 
     decay: Decay = "constant"
-    a: float = 0.5
-    b: int = 4
+    a: float = bounded(0.5, 0, 1e6)
+    b: int = bounded(4, 0, 10**6)
     frozen: bool = False
 
     def __post_init__(self) -> None:
-        validation.word("staleness: decay", self.decay, get_args(Decay))
-        validation.number("staleness: a", self.a, 0, 1e6)
-        validation.whole("staleness: b", self.b, 0, 10**6)
-        validation.truth("staleness: frozen", self.frozen)
+        check_fields(self, "staleness: {}")
 
     def __call__(self, k: int) -> float:
         """s(k), at least 2^-50 and at most 1.
@@ -130,36 +128,23 @@ class Schedule:
     """
 
     kind: Kind = "synchronous"
-    participation: float = 0.0
-    deadline_s: float = 0.0
-    arrivals: int = 0
-    window_s: float = 0.0
-    least: int = 1
-    extension_s: float = 0.0
+    participation: float = bounded(0.0, 0, 1)
+    deadline_s: float = bounded(0.0, 0, 1e8)
+    arrivals: int = bounded(0, 0, 10**6)
+    window_s: float = bounded(0.0, 0, 1e8)
+    least: int = bounded(1, 1, 10**6)
+    extension_s: float = bounded(0.0, 0, 1e8)
     keep: bool = False
     staleness: Staleness = field(default_factory=Staleness)
-    max_staleness: int = 0
+    max_staleness: int = bounded(0, 0, 10**6)
     mixing: Mixing = "normalised"
-    rate: float = 1.0
-    concurrent: int = 0
-    score_every: int = 1
-    evaluate_every: int = 1
+    rate: float = bounded(1.0, 0, MAX_RATE, above=True)
+    concurrent: int = bounded(0, 0, 10**6)
+    score_every: int = bounded(1, 1, 10**6)
+    evaluate_every: int = bounded(1, 1, 10**6)
 
     def __post_init__(self) -> None:
-        validation.word("schedule: kind", self.kind, get_args(Kind))
-        validation.word("schedule: mixing", self.mixing, get_args(Mixing))
-        validation.number("schedule: participation", self.participation, 0, 1)
-        for name in ("deadline_s", "window_s", "extension_s"):
-            validation.number(f"schedule: {name}", getattr(self, name), 0, 1e8)
-        validation.number("schedule: rate", self.rate, 0, MAX_RATE)
-        if not self.rate:
-            raise ConfigError("schedule: rate", expected="above 0, or the model never moves", got=self.rate)
-        for name, low in (
-            ("arrivals", 0), ("least", 1), ("max_staleness", 0), ("concurrent", 0), ("score_every", 1),
-            ("evaluate_every", 1),
-        ):  # fmt: skip
-            validation.whole(f"schedule: {name}", getattr(self, name), low, 10**6)
-        validation.truth("schedule: keep", self.keep)
+        check_fields(self, "schedule: {}")
         if self.asynchronous and bool(self.arrivals) == bool(self.window_s):
             raise ConfigError(
                 "schedule: an asynchronous job closes its rounds by arrivals or at the end of a window",

@@ -17,6 +17,7 @@ from typing import Any
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.metrics import ACCURACY, LOSS, SCORE
+from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.core.validation import is_number
 from fedprune.model import augmentation
 
@@ -316,97 +317,58 @@ class Recipe:
         update_noise: Standard deviation of the noise that is added to every element of the update.
     """
 
-    epochs: int = 1
-    batch_size: int = 32
-    lr: float = 0.05
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    proximal: float = 0.0
+    epochs: int = bounded(1, 1, 10_000)
+    batch_size: int = bounded(32, 1, 65_536)
+    lr: float = bounded(0.05, 0, 1_000)
+    momentum: float = bounded(0.9, 0, 1, below=True)
+    weight_decay: float = bounded(0.0, 0, 1_000)
+    proximal: float = bounded(0.0, 0, 1e6)
     logit_adjustment: bool = False
     mask_absent_classes: bool = False
     balance_classes: bool = False
-    max_steps: int = 0
+    max_steps: int = bounded(0, 0, 10**9)
     loss: str = "cross_entropy"
-    label_smoothing: float = 0.0
-    huber_delta: float = 1.0
-    optimizer: str = "sgd"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    clip_norm: float = 0.0
-    accumulate: int = 1
+    label_smoothing: float = bounded(0.0, 0, 1)
+    huber_delta: float = bounded(1.0, 1e-6, 1e6)
+    optimizer: str = one_of("sgd", OPTIMIZERS)
+    beta1: float = bounded(0.9, 0, 1, below=True)
+    beta2: float = bounded(0.999, 0, 1, below=True)
+    epsilon: float = bounded(1e-8, 1e-16, 1)
+    clip_norm: float = bounded(0.0, 0, 1e6)
+    accumulate: int = bounded(1, 1, 65_536)
     frozen: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
     ordered_dropout: tuple[float, ...] = ()
-    average: float = 0.0
+    average: float = bounded(0.0, 0, 1, below=True)
     calibrate: bool = False
     personal: tuple[str, ...] = ()
-    scale: float = 1.0
-    mask: str = "none"
-    mask_threshold: float = 0.0
-    patience: int = 0
+    scale: float = bounded(1.0, 1e-3, 1e3)
+    mask: str = one_of("none", MASKS)
+    mask_threshold: float = bounded(0.0, 0, 1e6)
+    patience: int = bounded(0, 0, 10_000)
     report_squares: bool = False
-    evaluate_every: int = 1
+    evaluate_every: int = bounded(1, 1, 10**6)
     best_epoch: bool = True
-    blend: float = 0.0
-    mixup: float = 0.0
-    ignore_label: int | None = None
+    blend: float = bounded(0.0, 0, 1)
+    mixup: float = bounded(0.0, LEAST_MIXUP, 10, or_zero=True)
+    ignore_label: int | None = bounded(None, -(2**31), 2**31 - 1)
     metric: str = ""
-    distill_temperature: float = 2.0
+    distill_temperature: float = bounded(2.0, 0.01, 1_000)
     keep_optimizer_state: bool = False
-    lr_warmup: float = 0.0
-    lr_schedule: str = "constant"
-    lr_rounds: int = 0
+    lr_warmup: float = bounded(0.0, 0, 10**6)
+    lr_schedule: str = one_of("constant", SCHEDULES)
+    lr_rounds: int = bounded(0, 0, 10**6)
     augment: tuple[str, ...] = ()
-    update_clip: float = 0.0
-    update_noise: float = 0.0
+    update_clip: float = bounded(0.0, 0, 1e6)
+    update_noise: float = bounded(0.0, 0, 1e10)
 
     def __post_init__(self) -> None:
-        counts = {
-            "epochs": (1, 10_000),
-            "batch_size": (1, 65_536),
-            "max_steps": (0, 10**9),
-            "accumulate": (1, 65_536),
-            "patience": (0, 10_000),
-            "evaluate_every": (1, 10**6),
-            "lr_rounds": (0, 10**6),
-        }
-        numbers: dict[str, tuple[float, float]] = {
-            "lr": (0, 1_000),
-            "lr_warmup": (0, 10**6),
-            "momentum": (0, 1),
-            "weight_decay": (0, 1_000),
-            "proximal": (0, 1e6),
-            "label_smoothing": (0, 1),
-            "huber_delta": (1e-6, 1e6),
-            "distill_temperature": (0.01, 1_000),
-            "beta1": (0, 1),
-            "beta2": (0, 1),
-            "epsilon": (1e-16, 1),
-            "clip_norm": (0, 1e6),
-            "average": (0, 1),
-            "blend": (0, 1),
-            "mixup": (0, 10),
-            "scale": (1e-3, 1e3),
-            "mask_threshold": (0, 1e6),
-            "update_clip": (0, 1e6),
-            "update_noise": (0, 1e10),
-        }
-        for name, (least, most) in counts.items():
-            validation.whole(f"recipe: {name}", getattr(self, name), least, most)
-        if self.ignore_label is not None:
-            validation.whole("recipe: ignore_label", self.ignore_label, -(2**31), 2**31 - 1)
-        for name, (low, high) in numbers.items():
-            kept = name in ("momentum", "beta1", "beta2", "average")  # with a share of 1 nothing old is ever forgotten
-            validation.number(f"recipe: {name}", getattr(self, name), low, high, below=kept)
+        check_fields(self, "recipe: {}")
         if not isinstance(self.loss, str):
             raise ConfigError("recipe: loss", expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(self.loss))
         if len(parts := terms(self.loss)) > 1:
             written = (name if weight == 1 else f"{weight:.9g}*{name}" for name, weight in parts)
             object.__setattr__(self, "loss", " + ".join(written))
-        words = {"optimizer": tuple(OPTIMIZERS), "lr_schedule": SCHEDULES, "mask": MASKS}
-        for name, allowed in words.items():
-            validation.word(f"recipe: {name}", getattr(self, name), allowed)
         if self.metric:
             validation.word(f"recipe: metric with loss {self.loss!r}", self.metric, METRICS_OF[labels_of(self.loss)])
         for name in ("frozen", "trainable", "personal"):
@@ -449,10 +411,6 @@ class Recipe:
             raise ConfigError("recipe: accumulate", expected="at most batch_size parts", got=self.accumulate)
         if self.mask_threshold and self.mask != "threshold":
             raise ConfigError(f"recipe: mask_threshold with mask {self.mask!r}", expected="mask 'threshold'")
-        if 0 < self.mixup < LEAST_MIXUP:
-            raise ConfigError(
-                "recipe: mixup", expected=f"0 for none, or a number from {LEAST_MIXUP} to 10", got=self.mixup
-            )
         if self.blend and not self.average:
             raise ConfigError(
                 "recipe: blend without average",
@@ -599,11 +557,7 @@ class Recipe:
     def from_dict(cls, body: Mapping[str, Any]) -> Recipe:
         """Read and check; what is missing is as by default. Raises `ConfigError` for an unknown key, a wrong type or
         a number out of range."""
-        settings = validation.known(cls, body, "recipe")
-        for field in fields(cls):
-            if isinstance(field.default, bool) and field.name in settings:
-                validation.truth(f"recipe: {field.name}", settings[field.name])
-        return cls(**settings)
+        return cls(**validation.known(cls, body, "recipe"))
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-from fedprune.core import validation
 from fedprune.core.errors import ProfileError
+from fedprune.core.settings import bounded, check_fields
 from fedprune.planning.latency_model import LatencyTable
 
-_LIMITS: dict[str, tuple[bool, float, float, bool]] = {
-    # name: whole number, lowest, highest, may be absent
-    "cores": (True, 1, 4096, False),
-    "memory_total": (True, 2**20, 2**50, False),
-    "memory_available": (True, 0, 2**50, False),
-    "clock_hz": (True, 10**6, 10**11, True),
-    "train_rate": (False, 1.0, 1e17, True),
-    "infer_rate": (False, 1.0, 1e17, True),
-    "seconds": (False, 0.0, 1e6, False),
-    "temperature_c": (False, -80.0, 200.0, True),
-    "process_bytes": (True, 2**20, 2**40, True),
-}
 _MAX_TEXT = 200
 
 
@@ -46,29 +34,22 @@ class ProbeReport:
         process_bytes: Memory of the board's process before it trains, without its samples; None if not measured.
     """
 
-    cores: int
-    memory_total: int
-    memory_available: int
-    seconds: float
+    cores: int = bounded(MISSING, 1, 4096)
+    memory_total: int = bounded(MISSING, 2**20, 2**50)
+    memory_available: int = bounded(MISSING, 0, 2**50)
+    seconds: float = bounded(MISSING, 0, 1e6)
     onnxruntime: str = ""
     board: str = ""
-    clock_hz: int | None = None
-    train_rate: float | None = None
-    infer_rate: float | None = None
-    temperature_c: float | None = None
+    clock_hz: int | None = bounded(None, 10**6, 10**11)
+    train_rate: float | None = bounded(None, 1, 1e17)
+    infer_rate: float | None = bounded(None, 1, 1e17)
+    temperature_c: float | None = bounded(None, -80, 200)
     throttled: bool = False
     latency: LatencyTable | None = None
-    process_bytes: int | None = None
+    process_bytes: int | None = bounded(None, 2**20, 2**40)
 
     def __post_init__(self) -> None:
-        for name, (whole, low, high, optional) in _LIMITS.items():
-            value = getattr(self, name)
-            if value is None and optional:
-                continue
-            if whole:
-                validation.whole(f"probe report: {name}", value, int(low), int(high), error=ProfileError)
-            else:
-                validation.number(f"probe report: {name}", value, low, high, error=ProfileError)
+        check_fields(self, "probe report: {}", ProfileError)
         for name in ("onnxruntime", "board"):
             value = getattr(self, name)
             if not isinstance(value, str) or len(value) > _MAX_TEXT:
@@ -77,7 +58,6 @@ class ProbeReport:
                 )
         if self.latency is not None and not isinstance(self.latency, LatencyTable):
             raise ProfileError("probe report: latency", expected="a latency table", got=type(self.latency).__name__)
-        validation.truth("probe report: throttled", self.throttled, error=ProfileError)
         if self.memory_available > self.memory_total:
             raise ProfileError(
                 "probe report: memory_available",

@@ -17,6 +17,8 @@ from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import head_axes, matching
 from fedprune.strategies.values import Closing, Report, Scene, Submodel
 
+WEIGHTINGS = ("samples", "uniform")
+
 VELOCITY = "velocity"
 """What the server momentum remembers."""
 

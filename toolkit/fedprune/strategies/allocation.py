@@ -16,20 +16,23 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.rng import keyed
+from fedprune.core.settings import check_fields
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device, State, Task
 from fedprune.model.architecture import Architecture, widths_at
-from fedprune.strategies.options import choice, numbers
 
 _Key = list[tuple[int, int, str]]
 
 TIMES = "times"
 """Entry of `Device.allocation`: seconds from offer to update, of the last few rounds at the present density."""
+
+
+DealtBy = Literal["name", "chance"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +169,7 @@ class Tiers(Allocator):
 
     densities: tuple[float, ...]
     shares: tuple[float, ...] = ()
-    by: Literal["name", "chance"] = "name"
+    by: DealtBy = "name"
     every: int = 0
     elements: bool = False
 
@@ -175,10 +178,10 @@ class Tiers(Allocator):
             raise ConfigError("allocator: densities", expected="one or more", got="none")
         for value in self.densities:
             check_density("allocator: densities", value)
-        fit = len(self.shares) == len(self.densities) and all(s >= 0 for s in self.shares)
+        fit = len(self.shares) == len(self.densities) and all(validation.is_number(s, 0) for s in self.shares)
         if self.shares and not (fit and 0 < sum(self.shares) < math.inf):
             raise ConfigError("allocator: shares", expected="one per density, of 0 or more", got=shown(self.shares))
-        validation.word("allocator: by", self.by, ("name", "chance"))
+        check_fields(self, "allocator: {}")
         if self.every < 0 or (self.every and self.by == "name"):
             raise ConfigError("allocator: every", expected="0 or more, and only by chance", got=self.every)
 
@@ -230,7 +233,7 @@ def dealt(
     job: Job,
     densities: Sequence[float],
     shares: Sequence[float] = (),
-    by: str = "name",
+    by: DealtBy = "name",
     every: int = 0,
     *,
     default: Sequence[float] = (),
@@ -248,14 +251,11 @@ def dealt(
     Raises:
         ConfigError: They don't fit each other.
     """
-    for name, values in (("densities", densities), ("shares", shares)):
-        numbers(job.strategy, name, values)
-    choice(job.strategy, "by", by, ("name", "chance"))
     if not densities and not job.density and len(default) == 1:
         return Fixed(default[0])
     tiers = densities or (() if job.density else default)
     if tiers:
-        return Tiers(tuple(tiers), tuple(shares), cast(Literal["name", "chance"], by), every)
+        return Tiers(tuple(tiers), tuple(shares), by, every)
     if shares or by != "name" or every:
         raise ConfigError(
             f"job: options shares, by and every of {job.strategy}",

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from fedprune.core.errors import ConfigError, shown
 from fedprune.core.metrics import believable, leading
+from fedprune.core.settings import bounded, check_fields
 from fedprune.jobs.state import Device, State, Task
-from fedprune.strategies.allocation import TIMES, Allocator, Fixed, Fleet, Tiers, check_density
+from fedprune.strategies.allocation import TIMES, Allocator, Fixed, Fleet, Tiers
 
 Step = Literal["add", "double", "ladder"]
 Validation = Literal["devices", "server"]
@@ -54,29 +55,19 @@ class Recovery:
         stop: Whether the job ends when training is done.
     """
 
-    patience: int = 10
+    patience: int = bounded(10, 1, 10**6)
     step: Step = "add"
-    delta: float = 0.2
-    rungs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    delta: float = bounded(0.2, 0, 1, above=True)
+    rungs: tuple[float, ...] = bounded((0.05, 0.1, 0.2, 0.5, 1.0), 0, 1, above=True)
     reset: bool = False
-    stable: int = 0
-    final_patience: int = 0
+    stable: int = bounded(0, 0, 10**6)
+    final_patience: int = bounded(0, 0, 10**6)
     validation: Validation = "devices"
     stop: bool = True
 
     def __post_init__(self) -> None:
-        for name, low in (("patience", 1), ("stable", 0), ("final_patience", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"recovery: {name}", expected=f"{low} or more checks", got=getattr(self, name))
-        if self.step not in get_args(Step):
-            raise ConfigError("recovery: step", expected=" or ".join(get_args(Step)), got=shown(self.step))
-        if self.validation not in get_args(Validation):
-            raise ConfigError(
-                "recovery: validation", expected=" or ".join(get_args(Validation)), got=shown(self.validation)
-            )
-        if not 0 < self.delta <= 1:
-            raise ConfigError("recovery: delta", expected="above 0 and at most 1", got=self.delta)
-        if list(self.rungs) != sorted({*self.rungs, 1.0}) or self.rungs[0] <= 0:
+        check_fields(self, "recovery: {}")
+        if list(self.rungs) != sorted({*self.rungs, 1.0}):
             raise ConfigError("recovery: rungs", expected="rising densities up to 1", got=shown(self.rungs))
 
     def grown(self, density: float) -> float:
@@ -209,11 +200,10 @@ class Ladder(Allocator):
 
     start: Start = field(default_factory=Fixed)
     recovery: Recovery | None = field(default_factory=lambda: Recovery(step="ladder"))
-    interval: int = 50
+    interval: int = bounded(50, 1, 10**6)
 
     def __post_init__(self) -> None:
-        if self.interval < 1:
-            raise ConfigError("allocator: interval", expected="1 or more rounds", got=self.interval)
+        check_fields(self, "allocator: {}")
 
     @property
     def elements(self) -> bool:
@@ -297,20 +287,11 @@ class TimeDriven(Ladder):
     """
 
     recovery: Recovery | None = field(default_factory=Recovery)
-    floor: float = 0.1
-    gain: float = 1.0
-    band: float = 0.05
+    floor: float = bounded(0.1, 0, 1, above=True)
+    gain: float = bounded(1.0, 0, 1)
+    band: float = bounded(0.05, 0, 1)
     freeze: bool = True
-    power: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_density("allocator: floor", self.floor)
-        for name in ("gain", "band"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"allocator: {name}", expected="from 0 to 1", got=getattr(self, name))
-        if not 1 <= self.power <= 2:
-            raise ConfigError("allocator: power", expected="from 1 to 2", got=self.power)
+    power: float = bounded(1.0, 1, 2)
 
     def learn(self, fleet: Fleet, name: str, task: Task, seconds: float | None) -> None:
         """Keep the time, if it was taken at the present density, and the score."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Any, TypeVar
 
-from fedprune.core import validation
 from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.core.settings import check_fields
 from fedprune.jobs.job import Job
 
 T = TypeVar("T")
@@ -29,7 +27,7 @@ def read_options(job: Job, kind: type[T]) -> T:
     Args:
         job: The job.
         kind: A frozen dataclass whose fields all have defaults; their types (bool, int, float, str, tuple or dict)
-            are checked against the defaults', and its own `__post_init__` checks the values.
+            are checked against the defaults', their values by `fedprune.core.settings`.
 
     Raises:
         ConfigError: An option is unknown or of another type.
@@ -45,47 +43,9 @@ def read_options(job: Job, kind: type[T]) -> T:
                 expected=", ".join(sorted(known)) or "none",
             )
         values[name] = _checked(job.strategy, name, value, _default(known[name]))
-    return kind(**values)
-
-
-def number(
-    strategy: str, name: str, value: object, low: float, high: float, *, above: bool = False, below: bool = False
-) -> None:
-    """Check an option's range.
-
-    Args:
-        strategy: For the message.
-        name: The option.
-        value: Its value.
-        low: The least that it may be.
-        high: The most.
-        above: Whether it must be more than `low`.
-        below: Whether it must be less than `high`.
-
-    Raises:
-        ConfigError: It is out of range, or no number at all.
-    """
-    validation.number(f"job: option {name} of {strategy}", value, low, high, above=above, below=below)
-
-
-def numbers(strategy: str, name: str, values: Sequence[object]) -> None:
-    """Check that an option's entries are finite numbers, whatever they are good for.
-
-    Raises:
-        ConfigError: An entry is not a finite number.
-    """
-    most = sys.float_info.max
-    if not all(validation.is_number(value, -most, most) for value in values):
-        raise ConfigError(f"job: option {name} of {strategy}", expected="finite numbers", got=shown(list(values)))
-
-
-def choice(strategy: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Check an option that is one of a few words.
-
-    Raises:
-        ConfigError: It is another one.
-    """
-    validation.word(f"job: option {name} of {strategy}", value, allowed)
+    made = kind(**values)
+    check_fields(made, f"job: option {{}} of {job.strategy}")
+    return made
 
 
 def _default(field: Field[Any]) -> Any:

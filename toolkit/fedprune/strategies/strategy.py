@@ -13,7 +13,7 @@ from fedprune.jobs.schedule import Schedule
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
-from fedprune.strategies.aggregators import Aggregator, Mean
+from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, Mean
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
@@ -58,7 +58,7 @@ class Strategy:
             object.__setattr__(self, "name", type(self).__name__)
         validation.word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
         weighting = self.aggregator.weighting
-        validation.word(f"strategy {self.name}: weighting of its aggregator", weighting, ("samples", "uniform"))
+        validation.word(f"strategy {self.name}: weighting of its aggregator", weighting, WEIGHTINGS)
 
     @property
     def observes(self) -> bool:

@@ -34,6 +34,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, TrainingError
+from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 
@@ -63,24 +64,16 @@ class Privacy:
         epsilon_budget: The job ends before the round that would take a board beyond this ε; 0 for no end.
     """
 
-    clip: float = 0.0
-    noise_multiplier: float = 0.0
-    noise: str = LOCAL
-    boards: int = 0
-    delta: float = 1e-5
-    epsilon_budget: float = 0.0
+    clip: float = bounded(0.0, 0, 1e6)
+    noise_multiplier: float = bounded(0.0, LEAST_NOISE, 1e4, or_zero=True)
+    noise: str = one_of(LOCAL, NOISES)
+    boards: int = bounded(0, 0, 10**6)
+    delta: float = bounded(1e-5, 0, 1, above=True, below=True)
+    epsilon_budget: float = bounded(0.0, 0, 1e6)
 
     def __post_init__(self) -> None:
         where = "job: privacy: "
-        validation.number(f"{where}clip", self.clip, 0, 1e6)
-        validation.number(f"{where}noise_multiplier", self.noise_multiplier, 0, 1e4)
-        if 0 < self.noise_multiplier < LEAST_NOISE:
-            expected = f"0, or {LEAST_NOISE} or more: less noise hides nothing"
-            raise ConfigError(f"{where}noise_multiplier", expected=expected, got=self.noise_multiplier)
-        validation.word(f"{where}noise", self.noise, NOISES)
-        validation.whole(f"{where}boards", self.boards, 0, 10**6)
-        validation.number(f"{where}delta", self.delta, 0, 1, above=True, below=True)
-        validation.number(f"{where}epsilon_budget", self.epsilon_budget, 0, 1e6)
+        check_fields(self, where + "{}")
         if not self.clip and (self.noise_multiplier or self.epsilon_budget or self.boards):
             raise ConfigError(f"{where}clip", expected="above 0 beside other settings of privacy", got=self.clip)
         if self.epsilon_budget and not self.noise_multiplier:

@@ -7,16 +7,16 @@ the model moves and by what: `fedprune.jobs.schedule` has the arithmetic.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal
 
-from fedprune.aggregation.fold import Rule
 from fedprune.core.errors import ConfigError
+from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import Decay, Mixing, Schedule, Staleness
-from fedprune.strategies.aggregators import Aggregator, DeltaMean, Mean
+from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, DeltaMean, Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.methods.fedavg import FedAvg
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 
 
@@ -37,44 +37,44 @@ class Options:
         mu: µ of the pull µ/2 · |w − w_sent|² on the board.
     """
 
-    densities: tuple[Any, ...] = ()
-    weighting: str = "uniform"
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
+    weighting: str = one_of("uniform", WEIGHTINGS)
     rate: float = 1.0
-    staleness: str = "constant"
-    a: float = 0.5
-    b: int = 4
+    staleness: Decay = "constant"
+    a: float = bounded(0.5, 0, 1e6)
+    b: int = bounded(4, 0, 10**6)
     max_staleness: int = 0
     concurrent: int = 0
     evaluate_every: int = 1
-    mu: float = 0.0
+    mu: float = bounded(0.0, 0, 1e6)
 
 
 @dataclass(frozen=True)
 class OneByOne(Options):
     """Options of `fedasync`, which `docs/strategies/fedasync.md` explains."""
 
-    rate: float = 0.6
-    staleness: str = "polynomial"
-    mixing: str = "damped"
+    rate: float = bounded(0.6, 0, 1, above=True)
+    staleness: Decay = "polynomial"
+    mixing: Literal["damped", "share"] = "damped"
 
 
 @dataclass(frozen=True)
 class Windows(Options):
     """Options of `fedfix`, which `docs/strategies/fedfix.md` explains."""
 
-    window_s: float = 60.0
-    mixing: str = "unbiased"
-    rule: str = "fill"
+    window_s: float = bounded(60.0, 1e-3, 1e8)
+    mixing: Literal["unbiased", "share"] = "unbiased"
+    rule: Literal["fill", "coverage"] = "fill"
 
 
 @dataclass(frozen=True)
 class Buffers(Options):
     """Options of `fedbuff`, which `docs/strategies/fedbuff.md` explains."""
 
-    staleness: str = "polynomial"
-    buffer: int = 10
-    rule: str = "fill"
-    server_momentum: float = 0.0
+    staleness: Decay = "polynomial"
+    buffer: int = bounded(10, 1, 10**6)
+    rule: Literal["fill", "coverage"] = "fill"
+    server_momentum: float = bounded(0.0, 0, 0.999)
 
 
 def fedasync(job: Job) -> Strategy:
@@ -84,8 +84,6 @@ def fedasync(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range.
     """
     options = read_options(job, OneByOne)
-    choice(job.strategy, "mixing", options.mixing, ("damped", "share"))
-    number(job.strategy, "rate", options.rate, 0, 1, above=True)
     return _strategy(job, options, Mean(weighting=options.weighting), options.mixing, arrivals=1)
 
 
@@ -96,10 +94,8 @@ def fedfix(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range.
     """
     options = read_options(job, Windows)
-    choice(job.strategy, "mixing", options.mixing, ("unbiased", "share"))
-    number(job.strategy, "window_s", options.window_s, 1e-3, 1e8)
     kind = DeltaMean if options.mixing == "unbiased" else Mean
-    aggregator = kind(rule=_rule(job, options.rule), weighting=options.weighting)
+    aggregator = kind(rule=options.rule, weighting=options.weighting)
     return _strategy(job, options, aggregator, options.mixing, window_s=options.window_s)
 
 
@@ -110,44 +106,21 @@ def fedbuff(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range.
     """
     options = read_options(job, Buffers)
-    number(job.strategy, "buffer", options.buffer, 1, 10**6)
-    number(job.strategy, "server_momentum", options.server_momentum, 0, 0.999)
-    aggregator = DeltaMean(
-        rule=_rule(job, options.rule), server_momentum=options.server_momentum, weighting=options.weighting
-    )
+    aggregator = DeltaMean(rule=options.rule, server_momentum=options.server_momentum, weighting=options.weighting)
     return _strategy(job, options, aggregator, "damped", arrivals=options.buffer)
 
 
-def staleness_of(job: Job, decay: str, a: float, b: int, *, frozen: bool = False) -> Staleness:
-    """A staleness function of a preset's options.
-
-    Raises:
-        ConfigError: There is no such function, or its numbers are out of range.
-    """
-    choice(job.strategy, "staleness", decay, ("constant", "polynomial", "hinge"))
-    number(job.strategy, "a", a, 0, 1e6)
-    number(job.strategy, "b", b, 0, 10**6)
-    return Staleness(cast(Decay, decay), a, b, frozen)
-
-
-def _rule(job: Job, rule: str) -> Rule:
-    choice(job.strategy, "rule", rule, ("fill", "coverage"))
-    return "fill" if rule == "fill" else "coverage"
-
-
 def _strategy(
-    job: Job, options: Options, aggregator: Aggregator, mixing: str, *, arrivals: int = 0, window_s: float = 0.0
+    job: Job, options: Options, aggregator: Aggregator, mixing: Mixing, *, arrivals: int = 0, window_s: float = 0.0
 ) -> Strategy:
-    choice(job.strategy, "weighting", options.weighting, ("uniform", "samples"))
-    number(job.strategy, "mu", options.mu, 0, 1e6)
     try:
         schedule = Schedule(
             "asynchronous",
             arrivals=arrivals,
             window_s=window_s,
-            staleness=staleness_of(job, options.staleness, options.a, options.b),
+            staleness=Staleness(options.staleness, options.a, options.b),
             max_staleness=options.max_staleness,
-            mixing=cast(Mixing, mixing),
+            mixing=mixing,
             rate=options.rate,
             concurrent=options.concurrent,
             evaluate_every=options.evaluate_every,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.fold import Fold
+from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, TensorKind
 from fedprune.model.element_mask import ElementMask
@@ -24,7 +25,7 @@ from fedprune.strategies.element_masks import Masked, global_mask, masked
 from fedprune.strategies.importance.element_ranking import prunable, quantile
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.importance.structured_from_mask import surviving, survivors
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
 
@@ -44,30 +45,19 @@ Start = Literal["init", "explored_mean"]
 class Options:
     """Options of `autoflip`, which `docs/strategies/autoflip.md` explains."""
 
-    pruned_share: float = 0.3
-    exploration_epochs: int = 150
-    patience: int = 40
-    server_momentum: float = 0.9
-    lr_decay: float = 0.99
+    pruned_share: float = bounded(0.3, 0, 1, below=True)
+    exploration_epochs: int = bounded(150, 1, 10_000)
+    patience: int = bounded(40, 0, 10_000)
+    server_momentum: float = bounded(0.9, 0, 1, below=True)
+    lr_decay: float = bounded(0.99, 1e-3, 1)
     biases: bool = True
-    scaling: str = "minmax"
-    pruned: str = "decay"
+    scaling: Scaling = "minmax"
+    pruned: Pruned = "decay"
     prune_start: bool = True
-    warm_start: str = "init"
+    warm_start: Start = "init"
     structured: bool = False
-    masked_share: float = 1.0
-    densities: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        number(NAME, "pruned_share", self.pruned_share, 0, 1, below=True)
-        number(NAME, "exploration_epochs", self.exploration_epochs, 1, 10_000)
-        number(NAME, "patience", self.patience, 0, 10_000)
-        number(NAME, "server_momentum", self.server_momentum, 0, 1, below=True)
-        number(NAME, "lr_decay", self.lr_decay, 1e-3, 1)
-        number(NAME, "masked_share", self.masked_share, 1e-3, 1)
-        choice(NAME, "scaling", self.scaling, get_args(Scaling))
-        choice(NAME, "pruned", self.pruned, get_args(Pruned))
-        choice(NAME, "warm_start", self.warm_start, get_args(Start))
+    masked_share: float = bounded(1.0, 1e-3, 1)
+    densities: tuple[float, ...] = bounded((), 0, 1, above=True)
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,18 @@ how long warm-up lasts; the options say what we read into it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast, get_args
+from typing import Any
 
 from fedprune.aggregation.fold import Rule
 from fedprune.core.errors import ConfigError
+from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
-from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.aggregators import WEIGHTINGS, Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.channel_ranking import Ranked
 from fedprune.strategies.importance.gradient_stats import DECAY, Estimator
 from fedprune.strategies.importance.scoring import Form
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 
 SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "random": "random"}
@@ -31,16 +32,16 @@ SCORES = {"curvature": "curvature", "l1": "magnitude", "delta_w": "movement", "r
 class Options:
     """Options of `ca-hfp`, which `docs/strategies/ca-hfp.md` explains."""
 
-    densities: tuple[Any, ...] = ()
-    score: str = "curvature"
-    form: str = "abs"
-    estimator: str = "fisher"
-    decay: float = DECAY
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
+    score: str = one_of("curvature", SCORES)
+    form: Form = "abs"
+    estimator: Estimator = "fisher"
+    decay: float = bounded(DECAY, 0, 1, below=True)
     per_count: bool = False
-    warmup_rounds: int = 0
-    reconstruction: str = "fill"
-    weighting: str = "samples"
-    server_momentum: float = 0.0
+    warmup_rounds: int = bounded(0, 0, 10**6)
+    reconstruction: Rule = "fill"
+    weighting: str = one_of("samples", WEIGHTINGS)
+    server_momentum: float = bounded(0.0, 0, 0.999)
 
 
 def ca_hfp(job: Job) -> Strategy:
@@ -50,24 +51,16 @@ def ca_hfp(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range, or devices don't train by SGD, whose moves are gradients.
     """
     options, name = read_options(job, Options), job.strategy
-    choice(name, "score", options.score, tuple(SCORES))
-    choice(name, "form", options.form, get_args(Form))
-    choice(name, "estimator", options.estimator, get_args(Estimator))
-    choice(name, "reconstruction", options.reconstruction, get_args(Rule))
-    choice(name, "weighting", options.weighting, ("samples", "uniform"))
-    number(name, "decay", options.decay, 0, 1, below=True)
-    number(name, "warmup_rounds", options.warmup_rounds, 0, 10**6)
-    number(name, "server_momentum", options.server_momentum, 0, 0.999)
     strategy = Ranked(
         name,
         scorer=SCORES[options.score],
         warmup_rounds=options.warmup_rounds,
-        form=cast(Form, options.form),
-        estimator=cast(Estimator, options.estimator),
+        form=options.form,
+        estimator=options.estimator,
         decay=options.decay,
         per_count=options.per_count,
         aggregator=Mean(
-            rule=cast(Rule, options.reconstruction),
+            rule=options.reconstruction,
             server_momentum=options.server_momentum,
             weighting=options.weighting,
         ),

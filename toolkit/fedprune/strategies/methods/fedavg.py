@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
-from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.aggregators import WEIGHTINGS, Mean
 from fedprune.strategies.allocation import dealt
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Turn
 
@@ -18,18 +19,18 @@ from fedprune.strategies.values import Turn
 class Options:
     """Options of `fedavg`, which `docs/strategies/fedavg.md` explains."""
 
-    densities: tuple[Any, ...] = ()
-    weighting: str = "samples"
-    server_momentum: float = 0.0
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
+    weighting: str = one_of("samples", WEIGHTINGS)
+    server_momentum: float = bounded(0.0, 0, 0.999)
     damped: bool = False
-    lr_decay: float = 1.0
+    lr_decay: float = bounded(1.0, 1e-3, 1)
 
 
 @dataclass(frozen=True)
 class ProximalOptions(Options):
     """Options of `fedprox`, which `docs/strategies/fedavg.md` explains."""
 
-    mu: float = 0.01
+    mu: float = bounded(0.01, 0, 1e6)
 
 
 @dataclass(frozen=True)
@@ -65,14 +66,10 @@ def fedprox(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range.
     """
     options = read_options(job, ProximalOptions)
-    number(job.strategy, "mu", options.mu, 0, 1e6)
     return _mean_of_all(job, options, options.mu)
 
 
 def _mean_of_all(job: Job, options: Options, mu: float | None) -> Strategy:
-    choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
-    number(job.strategy, "server_momentum", options.server_momentum, 0, 0.999)
-    number(job.strategy, "lr_decay", options.lr_decay, 1e-3, 1)
     return FedAvg(
         job.strategy,
         aggregator=Mean(server_momentum=options.server_momentum, weighting=options.weighting, damped=options.damped),

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.fold import Fold
+from fedprune.core.settings import bounded
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors, mesh
@@ -22,7 +23,7 @@ from fedprune.model.trainable import head_axes
 from fedprune.strategies.aggregators import same_coordinates
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.importance.element_ranking import quantile
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Memories, Report, Scene, Submodel
 
@@ -46,19 +47,12 @@ Bits = npt.NDArray[np.bool_]
 class Options:
     """Options of `fedobp`, which `docs/strategies/fedobp.md` explains."""
 
-    q: float = 0.9999
-    score: str = "sq_diff"
-    average: float = 0.0
-    normalisation: str = "none"
-    scope: str = "all"
-    densities: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        number(NAME, "q", self.q, 0, 1)
-        number(NAME, "average", self.average, 0, 1, below=True)
-        choice(NAME, "score", self.score, get_args(Score))
-        choice(NAME, "normalisation", self.normalisation, get_args(Normalisation))
-        choice(NAME, "scope", self.scope, get_args(Scope))
+    q: float = bounded(0.9999, 0, 1)
+    score: Score = "sq_diff"
+    average: float = bounded(0.0, 0, 1, below=True)
+    normalisation: Normalisation = "none"
+    scope: Scope = "all"
+    densities: tuple[float, ...] = bounded((), 0, 1, above=True)
 
 
 class _Compared(NamedTuple):

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.model.trainable import HEAD, matching
-from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.aggregators import WEIGHTINGS, Mean
 from fedprune.strategies.allocation import dealt
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Inputs, Strategy
 from fedprune.strategies.values import Cut, Submodel, Turn
 
@@ -25,25 +26,25 @@ class Options:
     """Options of `fedper`, which `docs/strategies/fedper.md` explains."""
 
     personal: tuple[Any, ...] = (HEAD,)
-    densities: tuple[Any, ...] = ()
-    weighting: str = "samples"
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
+    weighting: str = one_of("samples", WEIGHTINGS)
 
 
 @dataclass(frozen=True)
 class LocalOptions:
     """Options of `local`, which `docs/strategies/fedper.md` explains."""
 
-    densities: tuple[Any, ...] = ()
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
 
 
 @dataclass(frozen=True)
 class HistoryOptions:
     """Options of `history`, which `docs/strategies/fedper.md` explains."""
 
-    alpha: float = 0.5
-    mu: float = 0.0
-    densities: tuple[Any, ...] = ()
-    weighting: str = "samples"
+    alpha: float = bounded(0.5, 0, 1)
+    mu: float = bounded(0.0, 0, 1e6)
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
+    weighting: str = one_of("samples", WEIGHTINGS)
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,6 @@ def fedper(job: Job) -> Strategy:
         raise ConfigError(
             f"job: option personal of {job.strategy}", expected="patterns of tensors", got=shown(options.personal)
         )
-    choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
     return _own_parts(job, options.personal, options.densities, options.weighting, "sum")
 
 
@@ -142,9 +142,6 @@ def history(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range.
     """
     options = read_options(job, HistoryOptions)
-    number(job.strategy, "alpha", options.alpha, 0, 1)
-    number(job.strategy, "mu", options.mu, 0, 1e6)
-    choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
     return History(
         job.strategy,
         alpha=options.alpha,

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from fedprune.aggregation.fold import Fold, Rule
+from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError
+from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import SCORERS, Job
 from fedprune.jobs.schedule import Schedule, Staleness
 from fedprune.model.architecture import Architecture
@@ -37,7 +38,7 @@ from fedprune.strategies.aggregators import DeltaMean, Mean
 from fedprune.strategies.allocation import dealt
 from fedprune.strategies.channel_ranking import places_of
 from fedprune.strategies.importance.scoring import ranks, score
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Memories, Ranking, Report, Scene, Turn
 
@@ -49,19 +50,19 @@ RANKS = "ranks"
 class Options:
     """Options of `fedprune`, which `docs/strategies/fedprune.md` explains."""
 
-    densities: tuple[Any, ...] = ()
-    ranking: str = "auto"
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
+    ranking: str = one_of("auto", ("auto", "nested", *(s for s in SCORERS if s != "curvature")))
     adjust: bool = True
-    dropout: tuple[Any, ...] = (0.25, 0.5, 0.75)
-    rule: str = "fill"
-    server_momentum: float = 0.5
-    average: float = 0.85
-    blend: float = 0.5
+    dropout: tuple[Any, ...] = bounded((0.25, 0.5, 0.75), 1e-3, 1)
+    rule: Literal["fill", "coverage"] = "fill"
+    server_momentum: float = bounded(0.5, 0, 0.999)
+    average: float = bounded(0.85, 0, 1, below=True)
+    blend: float = bounded(0.5, 0, 1)
     calibrate: bool = True
-    clip_norm: float = 1.0
-    mixup: float = 0.2
-    lr_decay: float = 1.0
-    arrivals: int = 0
+    clip_norm: float = bounded(1.0, 0, 1e6)
+    mixup: float = bounded(0.2, LEAST_MIXUP, 10, or_zero=True)
+    lr_decay: float = bounded(1.0, 1e-3, 1)
+    arrivals: int = bounded(0, 0, 10**6)
 
 
 @dataclass(frozen=True)
@@ -141,25 +142,12 @@ def fedprune(job: Job) -> Strategy:
     """
     options = read_options(job, Options)
     name = job.strategy
-    choice(name, "ranking", options.ranking, ("auto", "nested", *(s for s in SCORERS if s != "curvature")))
-    choice(name, "rule", options.rule, ("fill", "coverage"))
-    number(name, "server_momentum", options.server_momentum, 0, 0.999)
-    number(name, "average", options.average, 0, 1, below=True)
-    number(name, "blend", options.blend, 0, 1)
-    number(name, "clip_norm", options.clip_norm, 0, 1e6)
-    if options.mixup:
-        number(name, "mixup", options.mixup, LEAST_MIXUP, 10)
-    number(name, "lr_decay", options.lr_decay, 1e-3, 1)
-    number(name, "arrivals", options.arrivals, 0, 10**6)
-    for density in options.dropout:
-        number(name, "dropout", density, 0.001, 1)
-    rule: Rule = "fill" if options.rule == "fill" else "coverage"
     kind = DeltaMean if options.arrivals else Mean
     return FedPrune(
         name,
         options=options,
         widths=_nested_widths(job, options),
-        aggregator=kind(rule=rule, server_momentum=options.server_momentum),
+        aggregator=kind(rule=options.rule, server_momentum=options.server_momentum),
         inputs="sum",
         allocator=dealt(job, options.densities),
         schedule=_buffered(options.arrivals) if options.arrivals else None,

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import TensorKind
 from fedprune.model.recipe import Recipe
-from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.aggregators import WEIGHTINGS, Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
 from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.options import choice, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Ranking, Scene, Turn
 
@@ -26,15 +27,11 @@ NAME = "fiarse"
 class Options:
     """Options of `fiarse`, which `docs/strategies/fiarse.md` explains."""
 
-    densities: tuple[float, ...] = ()
-    mask: str = "threshold"
+    densities: tuple[float, ...] = bounded((), 0, 1, above=True)
+    mask: str = one_of("threshold", ("threshold", "hard"))
     biases: bool = False
-    weighting: str = "uniform"
+    weighting: str = one_of("uniform", WEIGHTINGS)
     changed: bool = True
-
-    def __post_init__(self) -> None:
-        choice(NAME, "mask", self.mask, ("threshold", "hard"))
-        choice(NAME, "weighting", self.weighting, ("uniform", "samples"))
 
 
 @dataclass(frozen=True)

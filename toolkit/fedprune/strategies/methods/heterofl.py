@@ -9,20 +9,23 @@ last layer a device's update counts only in rows of its own classes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.model.trainable import head_axes
-from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.allocation import dealt
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.aggregators import WEIGHTINGS, Mean
+from fedprune.strategies.allocation import DealtBy, dealt
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Ranking, Scene, Turn
 
@@ -38,26 +41,26 @@ MOST_SCALED = 1e-3
 class Options:
     """Options of `heterofl`, which `docs/strategies/heterofl.md` explains."""
 
-    densities: tuple[Any, ...] = ()
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
     planned: bool = False
-    shares: tuple[Any, ...] = ()
-    by: str = "name"
+    shares: tuple[Any, ...] = bounded((), 0, math.inf)
+    by: DealtBy = "name"
     every: int = 0
-    weighting: str = "uniform"
+    weighting: str = one_of("uniform", WEIGHTINGS)
     scaler: bool = True
     static_norm: bool = True
     masked: bool = True
     label_rows: bool = True
-    clip_norm: float = 1.0
+    clip_norm: float = bounded(1.0, 0, 1e6)
     milestones: tuple[Any, ...] = ()
-    factor: float = 0.1
+    factor: float = bounded(0.1, 1e-6, 1)
 
 
 @dataclass(frozen=True)
 class RollingOptions(Options):
     """Options of `fedrolex`, which `docs/strategies/fedrolex.md` explains."""
 
-    step: int = 1
+    step: int = bounded(1, 0, 10**6)
 
 
 @dataclass(frozen=True)
@@ -117,23 +120,19 @@ def fedrolex(job: Job) -> Strategy:
         ConfigError: An option is unknown or out of range.
     """
     options = read_options(job, RollingOptions)
-    number(job.strategy, "step", options.step, 0, 10**6)
     return _composed(job, FedRolex(job.strategy, options=options, step=options.step, inputs="sum"))
 
 
 def _composed(job: Job, strategy: HeteroFL) -> Strategy:
     """A strategy with the aggregator and the widths that its options ask for."""
     options = strategy.options
-    choice(job.strategy, "weighting", options.weighting, ("samples", "uniform"))
-    number(job.strategy, "clip_norm", options.clip_norm, 0, 1e6)
-    number(job.strategy, "factor", options.factor, 1e-6, 1)
     if not all(type(m) is int and m >= 0 for m in options.milestones):
         raise ConfigError(
             f"job: option milestones of {job.strategy}", expected="numbers of rounds", got=shown(options.milestones)
         )
     if options.scaler:
         for density in options.densities or ((job.density,) if job.density else ()):
-            number(job.strategy, "densities", density, MOST_SCALED, 1)
+            validation.number(f"job: option densities of {job.strategy}", density, MOST_SCALED, 1)
     default = () if options.planned else LEVELS
     rows = options.label_rows and options.masked and job.recipe.loss == "cross_entropy"
     if rows and job.recipe.optimizer == "adam" and job.recipe.weight_decay:

@@ -10,26 +10,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation.fold import Fold
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.jobs.job import Job
-from fedprune.jobs.schedule import SYNCHRONOUS, Schedule
+from fedprune.jobs.schedule import SYNCHRONOUS, Decay, Schedule, Staleness
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors, mesh
-from fedprune.strategies.aggregators import Mean
+from fedprune.strategies.aggregators import WEIGHTINGS, Mean
 from fedprune.strategies.allocation import Allocator, Fixed, Tiers
 from fedprune.strategies.channel_ranking import Held, Ranked
 from fedprune.strategies.element_masks import Masked
 from fedprune.strategies.growth import Ladder, Recovery, Start, Step, TimeDriven, Validation
 from fedprune.strategies.importance.element_ranking import magnitudes, prunable, with_floors
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.methods.asynchronous import staleness_of
-from fedprune.strategies.options import choice, number, numbers, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Memories, Ranking, Report, Scene, Turn
 
@@ -57,40 +57,40 @@ BEFORE = "importance/before"
 class Options:
     """Options of `pr-fl`, which `docs/strategies/pr-fl.md` explains."""
 
-    masks: str = "elements"
-    importance: str = "squares"
-    densities: tuple[Any, ...] = ()
-    shares: tuple[Any, ...] = ()
-    interval: int = 50
+    masks: str = one_of("elements", ("elements", "channels"))
+    importance: Kind = "squares"
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
+    shares: tuple[Any, ...] = bounded((), 0, math.inf)
+    interval: int = bounded(50, 1, 10**6)
     stage1: bool = True
     floor: float = 0.1
-    reported: float = 0.1
+    reported: float = bounded(0.1, 0, 1)
     layer_floor: float = 0.05
     gain: float = 1.0
     band: float = 0.05
     freeze: bool = True
     recovery: bool = True
     patience: int = 10
-    step: str = "add"
+    step: Step = "add"
     delta: float = 0.2
-    rungs: tuple[Any, ...] = (0.05, 0.1, 0.2, 0.5, 1.0)
+    rungs: tuple[Any, ...] = bounded((0.05, 0.1, 0.2, 0.5, 1.0), 0, 1, above=True)
     reset: bool = False
     stable: int = 0
     final_patience: int = 0
-    validation: str = "devices"
+    validation: Validation = "devices"
     stop: bool = True
-    window_s: float = 1.0
+    window_s: float = bounded(1.0, 1e-3, 1e8)
     least: int = 2
     keep: bool = True
-    staleness: str = "polynomial"
-    a: float = 0.6
-    b: int = 2
+    staleness: Decay = "polynomial"
+    a: float = bounded(0.6, 0, 1e6)
+    b: int = bounded(2, 0, 10**6)
     frozen: bool = False
     max_staleness: int = 0
-    rate: float = 1.0
-    weighting: str = "uniform"
+    rate: float = bounded(1.0, 0, 1, above=True)
+    weighting: str = one_of("uniform", WEIGHTINGS)
     synchronous: bool = False
-    mean: str = "masked"
+    mean: str = one_of("masked", ("masked", "plain"))
     evaluate_every: int = 1
 
 
@@ -115,16 +115,11 @@ class Importance:
     """
 
     kind: Kind = "squares"
-    interval: int = 50
-    floor: float = 0.05
+    interval: int = bounded(50, 1, 10**6)
+    floor: float = bounded(0.05, 0, 1)
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ConfigError("kind of importance", expected=" or ".join(get_args(Kind)), got=shown(self.kind))
-        if self.interval < 1:
-            raise ConfigError("interval of importances", expected="1 round or more", got=self.interval)
-        if not 0 <= self.floor <= 1:
-            raise ConfigError("floor of element masks", expected="from 0 to 1", got=self.floor)
+        check_fields(self, "{} of importance")
 
     def rank(self, scene: Scene) -> Ranking:
         """Channels in their own order, and the order of elements that holds."""
@@ -258,11 +253,6 @@ def pr_fl(job: Job) -> Strategy:
     """
     options = read_options(job, Options)
     name = job.strategy
-    choice(name, "masks", options.masks, ("elements", "channels"))
-    choice(name, "weighting", options.weighting, ("uniform", "samples"))
-    choice(name, "mean", options.mean, ("masked", "plain"))
-    number(name, "rate", options.rate, 0, 1, above=True)
-    number(name, "reported", options.reported, 0, 1)
     if options.synchronous and (idle := [n for n in _ASYNCHRONOUS if n in job.options]):
         raise ConfigError(
             f"job: option {idle[0]} of {name}",
@@ -272,7 +262,7 @@ def pr_fl(job: Job) -> Strategy:
         )
     elements = options.masks == "elements"
     # Both are made for every combination: an option that is wrong is named whether it is used or not.
-    importance = Importance(cast(Kind, options.importance), options.interval, options.layer_floor)
+    importance = Importance(options.importance, options.interval, options.layer_floor)
     settings: dict[str, Any] = {
         "aggregator": Mean(rule="coverage" if options.mean == "masked" else "zero", weighting=options.weighting),
         "inputs": "measurements",
@@ -291,13 +281,12 @@ def pr_fl(job: Job) -> Strategy:
 
 
 def _schedule(job: Job, options: Options) -> Schedule:
-    number(job.strategy, "window_s", options.window_s, 1e-3, 1e8)
     return Schedule(
         "asynchronous",
         window_s=options.window_s,
         least=options.least,
         keep=options.keep,
-        staleness=staleness_of(job, options.staleness, options.a, options.b, frozen=options.frozen),
+        staleness=Staleness(options.staleness, options.a, options.b, options.frozen),
         max_staleness=options.max_staleness,
         mixing="normalised",
         rate=options.rate,
@@ -307,8 +296,6 @@ def _schedule(job: Job, options: Options) -> Schedule:
 
 
 def _allocator(job: Job, options: Options, elements: bool) -> Allocator:
-    for name in ("densities", "shares", "rungs"):
-        numbers(job.strategy, name, getattr(options, name))
     start: Start = Fixed(job.density or 1.0, elements)
     if options.densities:
         start = Tiers(tuple(options.densities), tuple(options.shares), elements=elements)
@@ -316,13 +303,13 @@ def _allocator(job: Job, options: Options, elements: bool) -> Allocator:
     if options.recovery:
         recovery = Recovery(
             patience=options.patience,
-            step=cast(Step, options.step),
+            step=options.step,
             delta=options.delta,
             rungs=tuple(options.rungs),
             reset=options.reset,
             stable=options.stable,
             final_patience=options.final_patience,
-            validation=cast(Validation, options.validation),
+            validation=options.validation,
             stop=options.stop,
         )
     if not options.stage1:

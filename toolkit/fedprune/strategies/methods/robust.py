@@ -16,6 +16,7 @@ from fedprune.aggregation.fold import Change, Fold
 from fedprune.aggregation.robust import Centre, Direction, Slab, centre, clipped, rows_of, slabs, standing_out
 from fedprune.core import validation
 from fedprune.core.errors import BundleError, ConfigError, shown
+from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies.aggregators import Aggregator
@@ -46,19 +47,15 @@ class Robustness:
     """
 
     clip: float | str = 0.0
-    centre: str = "mean"
-    trim: float = 0.25
-    check: str = ""
-    tolerance: float = 3.5
+    centre: str = one_of("mean", ("mean", *get_args(Centre)))
+    trim: float = bounded(0.25, 0, 0.5, below=True)
+    check: str = one_of("", CHECKS)
+    tolerance: float = bounded(3.5, 0.1, 1e6)
 
     def __post_init__(self) -> None:
         if self.clip != "median" and not validation.is_number(self.clip, 0, 1e9):
             raise ConfigError("robust: clip", expected="a norm from 0 up, or 'median'", got=shown(self.clip))
-        validation.word("robust: centre", self.centre, ("mean", *get_args(Centre)))
-        validation.number("robust: trim", self.trim, 0, 0.5, below=True)
-        if self.check not in CHECKS:
-            raise ConfigError("robust: check", expected="norm, cosine or both", got=shown(self.check))
-        validation.number("robust: tolerance", self.tolerance, 0.1, 1e6)
+        check_fields(self, "robust: {}")
 
     @property
     def together(self) -> bool:

@@ -8,17 +8,19 @@ channels again, at full width (OTA, Eq. 9), so that the mean of a round is a pla
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from fedprune.core.errors import ConfigError
+from fedprune.core.settings import bounded, one_of
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.strategies.aggregators import Mean
-from fedprune.strategies.allocation import dealt
+from fedprune.strategies.aggregators import WEIGHTINGS, Mean
+from fedprune.strategies.allocation import DealtBy, dealt
 from fedprune.strategies.optimal_transport import Maps, Plans, Transport
-from fedprune.strategies.options import choice, number, read_options
+from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Cut, Past, Report, Submodel, Turn
 
@@ -30,17 +32,17 @@ RATES = (1.0, 0.75, 0.5, 0.25)
 class Options:
     """Options of `subflot`, which `docs/strategies/subflot.md` explains."""
 
-    alpha: float = 0.5
-    sar: float = 1.0
-    maps: str = "literal"
-    plans: str = "layer"
-    ota_fuse: float = 1.0
-    densities: tuple[Any, ...] = ()
+    alpha: float = bounded(0.5, 0, 1)
+    sar: float = bounded(1.0, 0, 5e5)  # 2·λ is the most that boards are asked to pull with
+    maps: Maps = "literal"
+    plans: Plans = "layer"
+    ota_fuse: float = bounded(1.0, 0, 1)
+    densities: tuple[Any, ...] = bounded((), 0, 1, above=True)
     planned: bool = False
-    shares: tuple[Any, ...] = ()
-    by: str = "name"
+    shares: tuple[Any, ...] = bounded((), 0, math.inf)
+    by: DealtBy = "name"
     every: int = 0
-    weighting: str = "samples"
+    weighting: str = one_of("samples", WEIGHTINGS)
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,6 @@ def subflot(job: Job) -> Strategy:
     """
     options = read_options(job, Options)
     name, recipe = job.strategy, job.recipe
-    number(name, "alpha", options.alpha, 0, 1)
-    number(name, "sar", options.sar, 0, 5e5)  # 2·λ is the most that boards are asked to pull with
-    number(name, "ota_fuse", options.ota_fuse, 0, 1)
-    choice(name, "maps", options.maps, ("literal", "preserving"))
-    choice(name, "plans", options.plans, ("layer", "group"))
-    choice(name, "weighting", options.weighting, ("samples", "uniform"))
     for key in ("frozen", "trainable", "personal"):
         if getattr(recipe, key):
             raise ConfigError(
@@ -116,7 +112,7 @@ def subflot(job: Job) -> Strategy:
     densities = options.densities or (() if options.planned or job.density else RATES)
     return SubFlot(
         name,
-        transport=Transport(cast(Maps, options.maps), cast(Plans, options.plans)),
+        transport=Transport(options.maps, options.plans),
         alpha=options.alpha,
         fuse=options.ota_fuse,
         sar=options.sar,

@@ -1,0 +1,94 @@
+"""Settings as dataclasses whose fields say what they may be.
+
+`lr: float = bounded(0.05, 0, 1_000)` is a number in a range, whole where the annotation is `int`; `mask: str =
+one_of("none", MASKS)` and any field that is annotated with a `Literal` are one of a few words; `bool` is true or false.
+`check_fields` refuses every other value. Fields of other types are for the class itself to check.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from fedprune.core import validation
+from fedprune.core.errors import ConfigError, FedpruneError
+
+_LIMITS, _CHOICES = "limits", "choices"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A range, without its ends where these are excluded; with `or_zero` 0 is allowed as well."""
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    or_zero: bool = False
+
+    def check(self, what: str, value: object, *, whole: bool, error: type[FedpruneError]) -> None:
+        """Raise `error` for another value."""
+        if self.or_zero and validation.is_number(value, 0, 0):
+            return
+        try:
+            if whole:
+                validation.whole(what, value, int(self.low), int(self.high), error=error)
+            else:
+                validation.number(what, value, self.low, self.high, above=self.above, below=self.below, error=error)
+        except error as refused:
+            if not self.or_zero:
+                raise
+            raise error(what, expected=f"0, or {refused.expected}", got=refused.got) from None
+
+
+def bounded(
+    default: Any, low: float, high: float, *, above: bool = False, below: bool = False, or_zero: bool = False
+) -> Any:
+    """A number from `low` to `high`, or a tuple of such; a field may be None where its type allows it.
+
+    `dataclasses.MISSING` for a field without a default.
+    """
+    return field(default=default, metadata={_LIMITS: Limits(low, high, above, below, or_zero)})
+
+
+def one_of(default: str, choices: Iterable[str]) -> Any:
+    """One of a few words."""
+    return field(default=default, metadata={_CHOICES: tuple(choices)})
+
+
+def check_fields(settings: Any, where: str, error: type[FedpruneError] = ConfigError) -> None:
+    """Check all fields of a dataclass that say what they may be; `where` is a message's first words, with `{}` for the
+    field's name. Raises `error`, which names the field."""
+    for name, declared in _declared(settings.__class__).items():
+        value, what = getattr(settings, name), where.format(name)
+        if declared.words:
+            validation.word(what, value, declared.words, error=error)
+        elif declared.kind is bool:
+            validation.truth(what, value, error=error)
+        elif declared.limits is not None and not (value is None and declared.optional):
+            for entry in value if isinstance(value, tuple) else (value,):
+                declared.limits.check(what, entry, whole=declared.kind is int, error=error)
+
+
+class _Declared(NamedTuple):
+    """What a field may be, by its annotation and its metadata."""
+
+    kind: Any
+    optional: bool
+    limits: Limits | None
+    words: tuple[str, ...]
+
+
+@cache
+def _declared(cls: Any) -> Mapping[str, _Declared]:
+    hints, found = get_type_hints(cls), {}
+    for f in fields(cls):
+        kind, optional = hints[f.name], False
+        if get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind):
+            kind, optional = get_args(kind)[0], True
+        words = get_args(kind) if get_origin(kind) is Literal else f.metadata.get(_CHOICES, ())
+        found[f.name] = _Declared(kind, optional, f.metadata.get(_LIMITS), words)
+    return found
