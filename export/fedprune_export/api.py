@@ -40,7 +40,6 @@ def export(
     """Write the bundle of one board, after checking that it computes what the whole model does.
 
     Args:
-        model: The whole model.
         plan: How wide it is on the board; see `fedprune_export.plan`.
         folder: Where to write; it is made, or must be empty or hold a bundle for the same board, which is replaced.
         scorer: How channels are ranked: "magnitude" or "ordered".

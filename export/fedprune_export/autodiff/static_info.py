@@ -94,11 +94,8 @@ class Knowledge(Dimensions):
         return out
 
     def target_shape(self, node: Node, index: int) -> Array | None:
-        """The target shape at a node's input with multiples of the batch at its `extent`, None if unknown.
-
-        Raises:
-            ModelError: The input is computed from data, or depends on the batch in another way than as a multiple.
-        """
+        """The target shape at a node's input with multiples of the batch at its `extent`, None if unknown. Raises
+        `ModelError` if the input is computed from data, or depends on the batch in another way than as a multiple."""
         number = self._traced(node, index)
         if number is None:
             return None

@@ -70,7 +70,6 @@ def plan(
     """Choose the widest submodel that a board can train.
 
     Args:
-        model: The whole model.
         target: The board: a hardware profile, its name, or its TOML file.
         recipe: How the board trains; by default `Recipe()`.
         samples: Training samples that the board holds.

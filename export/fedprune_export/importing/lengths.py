@@ -87,11 +87,8 @@ def bind(proto: onnx.ModelProto, shape: Shape) -> None:
 
 
 def compute_lengths(graph: Graph, notes: list[str]) -> None:
-    """Replace the inputs `mask` and `lengths` by what padded samples say, and padded places by zeros.
-
-    Raises:
-        ModelError: The metadata, or an input, isn't as expected.
-    """
+    """Replace the inputs `mask` and `lengths` by what padded samples say, and padded places by zeros. Raises
+    `ModelError` if the metadata, or an input, isn't as expected."""
     text = graph.metadata.pop(INPUT_KEY, None)
     if text is None:
         return

@@ -133,11 +133,8 @@ def normalise(
 
 
 def simplified(graph: Graph, constants: set[str], notes: list[str], *, output: str) -> None:
-    """Bring a graph without weights into the compiler's form.
-
-    Raises:
-        ModelError: It computes in other types than float32, or with operators that opset 17 has no form of.
-    """
+    """Bring a graph without weights into the compiler's form. Raises `ModelError` if it computes in other types than
+    float32, or with operators that opset 17 has no form of."""
     check_nodes(graph)
     _name_nodes(graph)
     drop_idle(graph)

@@ -47,11 +47,8 @@ def pieces(metadata: dict[str, str], key: str) -> tuple[Piece, ...]:
 
 
 def pack_inputs(graph: Graph, notes: list[str]) -> None:
-    """Make several inputs parts of one: float32, or int64 where all are whole numbers.
-
-    Raises:
-        ModelError: One of them has no free batch, another free axis, or is of a type that isn't read.
-    """
+    """Make several inputs parts of one: float32, or int64 where all are whole numbers. Raises `ModelError` if one of
+    them has no free batch, another free axis, or is of a type that isn't read."""
     if len(graph.inputs) < 2:
         return
     given = sorted(graph.inputs, key=lambda port: port.name)
@@ -76,11 +73,8 @@ def pack_inputs(graph: Graph, notes: list[str]) -> None:
 
 
 def pack_outputs(graph: Graph, notes: list[str]) -> None:
-    """Make several outputs parts of one row per sample.
-
-    Raises:
-        ModelError: One of them isn't float32 with a free batch alone.
-    """
+    """Make several outputs parts of one row per sample. Raises `ModelError` if one of them isn't float32 with a free
+    batch alone."""
     if len(graph.outputs) < 2:
         return
     seen, parts = trace(graph), []

@@ -222,11 +222,8 @@ def _no_form(node: Node, name: str, expected: str) -> ModelError:
 
 
 def _likelihood(state: Translation, node: Node) -> None:
-    """The loss of every label: log probabilities [N, K, ...] gathered by labels [N, ...], weighted by class.
-
-    Raises:
-        ModelError: It reduces them, which a loss of one number per sample doesn't do.
-    """
+    """The loss of every label: log probabilities [N, K, ...] gathered by labels [N, ...], weighted by class. Raises
+    `ModelError` if it reduces them, which a loss of one number per sample doesn't do."""
     graph, (scores, labels, *weights) = state.graph, [i for i in node.inputs if i]
     if node.attrs.get("reduction", "mean") != "none":
         raise ModelError(

@@ -142,11 +142,8 @@ def _exported(module: Any, given: Any, name: str, outputs: Sequence[int], kind: 
 
 
 def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
-    """A loss as a graph of `logits` and `y` that gives `loss` [n], of operators that can be differentiated.
-
-    Raises:
-        ModelError: It is damaged, has other inputs or outputs, or uses what can't be handled.
-    """
+    """A loss as a graph of `logits` and `y` that gives `loss` [n], of operators that can be differentiated. Raises
+    `ModelError` if it is damaged, has other inputs or outputs, or uses what can't be handled."""
     graph = _read(raw, outputs, "loss", (LOSS,), "one number per sample")
     seen = trace(graph)
     if (dims := seen.dims(LOSS)) != (None,):
@@ -161,11 +158,8 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
 
 
 def import_metric(raw: bytes, outputs: Sequence[int]) -> Graph:
-    """A metric as a graph of `logits` and `y` that gives `sums` [k] and `value` [].
-
-    Raises:
-        ModelError: It is damaged, has other inputs or outputs, or uses what can't be handled.
-    """
+    """A metric as a graph of `logits` and `y` that gives `sums` [k] and `value` []. Raises `ModelError` if it is
+    damaged, has other inputs or outputs, or uses what can't be handled."""
     wanted = "sums over samples [k] and what they come to []"
     graph = _read(raw, outputs, "metric", (SUMS, VALUE), wanted)
     seen = trace(graph)

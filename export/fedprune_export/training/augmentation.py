@@ -157,11 +157,8 @@ def _begun(values: Port, count: int) -> Graph:
 
 
 def _of_labels(steps: Sequence[_Step], labels: Port, features: Features, count: int) -> Graph | None:
-    """The graph of labels that are places of the input; None where they are of whole samples.
-
-    Raises:
-        ConfigError: They are neither.
-    """
+    """The graph of labels that are places of the input; None where they are of whole samples. Raises `ConfigError` if
+    they are neither."""
     shape, kind = tuple(int(d or 0) for d in labels.shape[1:]), labels_of(features.loss)
     of_samples = {"classes": 0, "identities": 0, "own": 0, MULTI: 1, "values": 1}.get(kind)
     if not steps or (len(shape) == of_samples and (kind != "values" or shape == (1,))):

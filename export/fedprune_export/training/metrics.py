@@ -20,11 +20,10 @@ BINS = 200
 def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
     """What measures outputs and labels of a model, by the contract of `step_contract.METRIC`.
 
+    Raises `ConfigError` if the model brings no metric, or the metric compares with labels of another kind.
+
     Args:
         labels: Those of the training graph.
-
-    Raises:
-        ConfigError: The model brings no metric, or the metric compares with labels of another kind.
     """
     if features.metric == CUSTOM:
         if model.metric is None:

@@ -24,12 +24,8 @@ from fedprune_export.training.optimizers import Trained, add_inputs, used, write
 
 
 def training_step(model: Model, features: Features) -> Graph:
-    """The training step of a model for all its widths; derived once per model and features.
-
-    Raises:
-        ModelError: As `training_graph`.
-        ConfigError: As `training_graph`.
-    """
+    """The training step of a model for all its widths; derived once per model and features. Raises `ModelError` or
+    `ConfigError` as `training_graph`."""
     if features not in model.training_graphs:
         model.training_graphs[features] = training_graph(model, features)
     return model.training_graphs[features]
@@ -118,11 +114,7 @@ def training_graph(model: Model, features: Features) -> Graph:
 
 def _loss_graphs(model: Model, features: Features) -> dict[str, Model]:
     """The losses that are graphs of their own, by name: the model's, or built-in ones; not those that are written by
-    hand.
-
-    Raises:
-        ConfigError: The model brings no loss.
-    """
+    hand. Raises `ConfigError` if the model brings no loss."""
     if features.loss == CUSTOM and model.loss is None:
         raise ConfigError(
             "recipe: loss 'custom', and the model brings no loss",

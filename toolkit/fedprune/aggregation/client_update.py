@@ -192,7 +192,8 @@ def rebased(
     """w_t + (w_k − w_sent) for the tensors that are trained; statistics are measured, not moved, and stay w_k.
 
     Where a device was sent what the base holds now, that is w_k itself, bit for bit. Tensors have the submodel's
-    shapes, and are float64 where they were moved.
+    shapes, and are float64 where they were moved. Raises `ProtocolError` if a sum is out of bounds; the message names
+    the tensor.
 
     Args:
         trained: w_k, checked.
@@ -200,9 +201,6 @@ def rebased(
         base: w_t, the whole model.
         bounds: By tensor the largest magnitude that a sum accepts.
         left_out: Tensors that don't enter the sums.
-
-    Raises:
-        ProtocolError: A sum is out of bounds; the message names the tensor.
     """
     out: dict[str, npt.NDArray[Any]] = dict(trained)
     for spec in architecture.trainable:

@@ -53,7 +53,8 @@ class Fold:
     Memory is 8 bytes per coordinate (with `evidence` 24), plus one tensor while closing, however many updates there
     are. Which coordinates an update covers is kept as its selection; only masks of single elements take an int64 per
     coordinate of their tensors. Up to eight checked updates wait until they are added together, which reads and writes
-    the sums once for all: their arrays are held, not copied, and must stay as they are until the fold is closed.
+    the sums once for all: their arrays are held, not copied, and must stay as they are until the fold is closed. Raises
+    `BundleError` if the base is not a finite float32 model of this architecture, or there is no such rule or tensor.
 
     Args:
         base: The global model w_t that devices' submodels were cut from.
@@ -61,9 +62,6 @@ class Fold:
         evidence: Also sum movements per step and their squares, which curvature scores are made from.
         excluded: Names of tensors that are not shared (FedPer's personal layers): they keep their bits, and updates
             need not have them.
-
-    Raises:
-        BundleError: The base is not a finite float32 model of this architecture, or there is no such rule or tensor.
     """
 
     def __init__(
@@ -168,6 +166,9 @@ class Fold:
     ) -> None:
         """Add one device's trained submodel: S_i += n_k·w_{k,i} at the coordinates that its selection holds.
 
+        Raises `BundleError` or `ProtocolError` as `check`, or if weight or steps are out of range, the mask doesn't
+        fit, or a rebased update is out of bounds. Nothing was added.
+
         Args:
             submodel: The tensors after training.
             weight: n_k, the device's number of samples.
@@ -176,10 +177,6 @@ class Fold:
             sent: The submodel that the device began with, where that is not the base's: w_t + (w_k − w_sent) counts
                 instead of w_k (FedBuff, Nguyen et al. 2022, Alg. 1), except in batch-norm statistics.
             checked: `check` has passed these tensors.
-
-        Raises:
-            BundleError, ProtocolError: As `check`; or weight or steps are out of range, the mask doesn't fit, or a
-                rebased update is out of bounds. Nothing was added.
         """
         check_counts(weight, steps, MAX_WEIGHT if self._collected is not None else MAX_WEIGHT - self.weight)
         if not checked:
@@ -213,7 +210,8 @@ class Fold:
         """The next global model.
 
         With server momentum β (FedAvgM, Hsu et al. 2019, Sec. 4.3), v ← β·v + rate·(w̄ − w_t) and w ← w_t + v, for
-        trainable tensors; where no device holds a coordinate neither v nor w changes.
+        trainable tensors; where no device holds a coordinate neither v nor w changes. Raises `BundleError` if velocity,
+        momentum or rate don't fit.
 
         Args:
             server_momentum: β, from 0 to below 1.
@@ -224,9 +222,6 @@ class Fold:
 
         Returns:
             The next model, and v for the next call (None without momentum).
-
-        Raises:
-            BundleError: Velocity, momentum or rate don't fit.
         """
         step = ServerStep(rate, server_momentum, damped)
         means = self._sums.means(self.rule)

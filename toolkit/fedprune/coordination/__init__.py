@@ -17,11 +17,8 @@ __all__ = ["AsynchronousCoordinator", "Coordinator", "Phase", "State", "Synchron
 
 
 def coordinate(job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> Coordinator:
-    """The coordinator of a job, synchronous or asynchronous by its strategy's schedule.
-
-    Raises:
-        ConfigError: The job's strategy or its options are wrong.
-    """
+    """The coordinator of a job, synchronous or asynchronous by its strategy's schedule. Raises `ConfigError` if the
+    job's strategy or its options are wrong."""
     schedule = compose(job).schedule
     kind = AsynchronousCoordinator if schedule is not None and schedule.asynchronous else SynchronousCoordinator
     return kind(job, architecture, state, frozen)

@@ -33,7 +33,6 @@ class Availability:
     """Reads the state, and never changes it.
 
     Args:
-        state: The coordinator's.
         may: Whether a device may be offered anything at all, by its entry in the state.
         turn: A device's place in the present round's queue for offers; by default by name.
     """

@@ -34,14 +34,13 @@ MAX_FAILURES = 3
 class Coordinator(ABC):
     """What a coordinator does, however its rounds go.
 
+    Raises `ConfigError` if the job's strategy or options are wrong, or it began with privacy and would continue
+    without.
+
     Args:
-        job: The job's settings.
         architecture: The global model's architecture.
         state: Where to go on; for a new job `State(model=digest of the initial weights)`.
         frozen: Tensors that the model's author froze.
-
-    Raises:
-        ConfigError: The job's strategy or options are wrong, or it began with privacy and would continue without.
     """
 
     def __init__(self, job: Job, architecture: Architecture, state: State, frozen: Collection[str] = ()) -> None:
@@ -65,15 +64,13 @@ class Coordinator(ABC):
     def handle(self, event: on.Event, now: float) -> Commands:
         """Handle one event and return the commands that follow.
 
+        Raises `TypeError` if it is no event.
+
         Args:
-            event: What happened.
             now: The shell's clock, in seconds.
 
         Returns:
             Commands in the order in which they should start.
-
-        Raises:
-            TypeError: It is no event.
         """
         match event:
             case on.DeviceBorn():

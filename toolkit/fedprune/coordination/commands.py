@@ -15,7 +15,6 @@ class Past:
         round: When it was handed in.
         weights: Digest of the trained submodel, as it came.
         ranking: Digest of the ranking that it was cut by.
-        widths: Its widths.
         mask: Digest of its element mask, or None.
         codec: What it is encoded in, or None.
         sent: Where it is encoded, digest of the weights that the device was sent.
@@ -39,7 +38,6 @@ class Basis:
     """What submodels are cut from.
 
     Attributes:
-        round: The round.
         model: Digest of the global model.
         ranking: Digest of the ranks of its channels (a selection at full width).
         order: Digest of the importance of its elements, or None.
@@ -62,7 +60,6 @@ class Score:
     """Rank channels, and elements where masks are made of them, for a round; answered by `Scored`.
 
     Attributes:
-        round: The round.
         model: Digest of the global model.
         memory: Digests of what the job remembers, by name.
         participants: The devices of the round, sorted.
@@ -79,11 +76,8 @@ class Part:
     """One device's part, as the worker needs to know it.
 
     Attributes:
-        device: Its name.
-        attempt: The attempt.
         widths: Channels per group.
         density: The share of the model that it was given.
-        samples: Its training samples.
         past: Its last counted update, when the part began.
         last_counted_round: The round of the offer behind that update, known whether updates are kept or not; 0 for
             none.
@@ -110,7 +104,6 @@ class Held:
     Attributes:
         selection: Digest of the selection.
         ranking: Digest of the ranking whose first channels it is.
-        widths: Its widths.
         weights: Digest of the weights, where the device keeps them.
     """
 
@@ -145,7 +138,6 @@ class Extract:
 
     Attributes:
         basis: What it is cut from.
-        part: Whose it is.
         coding: What of it travels encoded.
         accumulate: Parts in which the device works through a batch, unless the recipe asks for more.
     """
@@ -202,7 +194,6 @@ class Contribution:
 
     Attributes:
         basis: What its submodel was cut from.
-        part: Whose it is.
         sent: Digest of the weights that it was sent.
         mask: Digest of the element mask that it was sent, or None.
         weights: Digest of the trained submodel.
@@ -246,7 +237,6 @@ class Fold:
         round: The round whose sums they are.
         model: Digest of the global model that is moved.
         memory: Digests of what the job remembers, by name.
-        contribution: The update.
     """
 
     round: int
@@ -263,11 +253,9 @@ class Close:
     named with its reason in `Closed.rejected`.
 
     Attributes:
-        round: The round.
         model: Digest of the global model that is moved.
         memory: Digests of what the job remembers, by name.
         participants: The devices of the round, sorted.
-        contributions: What counts.
         rate: Share of the way to the sums' mean that is gone.
     """
 

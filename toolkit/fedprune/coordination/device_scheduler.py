@@ -20,7 +20,6 @@ class JobDemand:
     """A job that is not finished, as this rule sees it.
 
     Attributes:
-        job: Its name.
         weight: Its share in comparison with the others'; 0 for a job that is paused.
         least: Devices that it needs to go on.
         most: How many it can use now; 0 where it is in the middle of a round.
@@ -56,7 +55,6 @@ class FairScheduler:
 
         Args:
             at_work: For which job each device has worked.
-            seconds: How long.
         """
         for device, job in at_work.items():
             self._used[job] += seconds

@@ -11,10 +11,8 @@ class DeviceBorn:
     """A device announced itself (again), or is free for this job (again).
 
     Attributes:
-        device: Its name.
         session: Number of its connection.
         profile: Its hardware profile, as JSON.
-        samples: Its training samples.
         probe: What it measured of itself, as JSON.
         codecs: Names of the codecs that it knows.
         more: Whether events of further devices follow: a round doesn't begin before the last of them.
@@ -124,7 +122,6 @@ class Closed:
     """The round's sums have become a new global model.
 
     Attributes:
-        round: The round.
         model: Digest of the model.
         memory: All that the job remembers from now on, by name.
         rejected: Devices whose updates didn't count after all, since they stand out among the others or can't be

@@ -24,11 +24,8 @@ from fedprune.updates.privacy import Privacy, most_cost
 
 
 class PrivacyBudget:
-    """A job's ledger.
-
-    Raises:
-        ConfigError: The job has begun with noise and would continue without, or the other way round.
-    """
+    """A job's ledger. Raises `ConfigError` if the job has begun with noise and would continue without, or the other way
+    round."""
 
     def __init__(self, state: State, privacy: Privacy) -> None:
         self._state = state

@@ -19,7 +19,6 @@ class UpdateWeights:
 
     Args:
         state: The coordinator's; read, never changed.
-        schedule: The strategy's.
         job: Says the most samples that a device counts for.
         uniform: Whether devices count alike, whatever their samples.
     """
@@ -81,7 +80,6 @@ class UpdateWeights:
         """What a device's counted update leaves behind.
 
         Args:
-            task: The device's part.
             contribution: The update, as `plain` gives it; dropped where the schedule doesn't keep it.
         """
         self._refresh()

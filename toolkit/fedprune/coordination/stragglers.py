@@ -97,7 +97,6 @@ class Pace:
         """Why a device that works on its offer is given up; empty if it isn't.
 
         Args:
-            task: Its part.
             bears: The round's `bears`.
             now: The server's clock.
         """
@@ -133,7 +132,6 @@ class Stragglers:
     """Decides by the state, and lets go.
 
     Args:
-        state: The coordinator's.
         pace: The rule by which devices are given up before the deadline, if the job has one.
     """
 

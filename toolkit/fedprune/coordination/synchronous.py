@@ -38,7 +38,6 @@ class SynchronousCoordinator(Coordinator):
     deadline for its own offer.
 
     Args:
-        job: The job's settings.
         architecture: The global model's architecture.
         state: The state to continue from; for a new job `State(model=digest of the initial weights)`.
     """

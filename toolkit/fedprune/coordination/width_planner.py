@@ -31,10 +31,8 @@ class WidthPlanner:
         """Give a device its plan and widths, or the reason why it takes no part.
 
         What a device's rounds taught never excludes it. One that looks too slow for any width is planned without the
-        times that they taught; one whose memory looks too small for any gets the narrowest.
-
-        Raises:
-            ConfigError: The job's recipe has settings that don't go with its strategy's, which is no fault of a device.
+        times that they taught; one whose memory looks too small for any gets the narrowest. Raises `ConfigError` if the
+        job's recipe has settings that don't go with its strategy's, which is no fault of a device.
         """
         device.plan, device.widths, device.density, device.excluded = None, (), 1.0, ""
         if not self.job.density:

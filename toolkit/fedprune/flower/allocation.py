@@ -44,11 +44,8 @@ class NodeShare:
 
 
 class Allocation:
-    """Decides on shares, and remembers what nodes said.
-
-    Raises:
-        ConfigError: A density is not above 0 and at most 1, or there is no such profile.
-    """
+    """Decides on shares, and remembers what nodes said. Raises `ConfigError` if a density is not above 0 and at most 1,
+    or there is no such profile."""
 
     def __init__(self, job: Job, strategy: Strategy, architecture: Architecture, wishes: Densities = None) -> None:
         self._job, self._strategy, self._architecture = job, strategy, architecture
@@ -98,11 +95,8 @@ class Allocation:
         self._said[node] = self.of(checked, 1)
 
     def deal(self, nodes: Sequence[int], round_: int) -> dict[int, NodeShare]:
-        """The shares of a round's nodes; without those that were asked and haven't answered.
-
-        Raises:
-            ConfigError: Of a node nothing is known.
-        """
+        """The shares of a round's nodes; without those that were asked and haven't answered. Raises `ConfigError` if
+        nothing is known of a node."""
         if self._by_node is not None:
             return {n: self.of(self._by_node(n), 1) for n in nodes}
         if self._allocator is None:

@@ -53,11 +53,7 @@ class Part:
 
     @classmethod
     def of(cls, message: Message) -> Part:
-        """The part that a message of `FedpruneStrategy` describes.
-
-        Raises:
-            ProtocolError: It is no such message.
-        """
+        """The part that a message of `FedpruneStrategy` describes. Raises `ProtocolError` if it is no such message."""
         content = message.content
         record = content.get(RECORD)
         check_format(record)
@@ -89,15 +85,13 @@ class Part:
     def reply(self, tensors: Mapping[str, Any], *, samples: int, steps: int = 1, **metrics: float) -> Message:
         """The answer to a message that asked for training.
 
+        Raises `ConfigError` if a tensor is missing or has another shape than was sent.
+
         Args:
             tensors: What was made of the submodel: arrays or torch tensors by name, such as a module's `state_dict()`.
                 What the submodel doesn't have (counters of batch norms) stays behind.
-            samples: Training samples.
             steps: Optimiser steps behind it.
             metrics: Further numbers, which Flower averages by samples.
-
-        Raises:
-            ConfigError: A tensor is missing or has another shape than was sent.
         """
         arrays = {}
         for name, sent in self.tensors.items():
@@ -125,14 +119,12 @@ def answer(
 ) -> Message:
     """The answer to the question what a node carries.
 
+    Raises `ConfigError` if neither or both of density and profile are given.
+
     Args:
-        message: The question.
         density: The share of the model's channels that it can train.
         profile: Or the name of the board that it is, for which the server plans widths.
         samples: Its training samples, with which a round's time is foretold.
-
-    Raises:
-        ConfigError: Neither or both of density and profile are given.
     """
     if (density is None) == (profile is None):
         raise ConfigError("what a node carries", expected="a density or a profile", got=(density, profile))

@@ -17,11 +17,7 @@ STEPS = "num-steps"
 
 
 def check_format(record: object) -> None:
-    """Check that a record is of this format.
-
-    Raises:
-        ProtocolError: The record has another format, or none.
-    """
+    """Check that a record is of this format. Raises `ProtocolError` if the record has another format, or none."""
     found = record.get("format") if hasattr(record, "get") else None
     if found != FORMAT:
         raise ProtocolError(

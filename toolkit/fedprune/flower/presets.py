@@ -17,11 +17,8 @@ PRESETS = ("fedavg", "fedprox", "fedprune", "fedrolex", "heterofl", "plain")
 
 
 def composed(job: Job) -> Strategy:
-    """A job's strategy, if Flower's rounds can run it.
-
-    Raises:
-        ConfigError: There is no such strategy, its options are wrong, or it needs what Flower's nodes don't have.
-    """
+    """A job's strategy, if Flower's rounds can run it. Raises `ConfigError` if there is no such strategy, its options
+    are wrong, or it needs what Flower's nodes don't have."""
     strategy = compose(job)
     recipe = strategy.recipe(job.recipe, Turn(job.seed, 1, "", ()))  # a device's of full width
     reasons = {

@@ -87,14 +87,13 @@ class Outcome:
 class Rounds:
     """Runs the roles of a strategy, round by round.
 
+    Raises `ConfigError` if the strategy doesn't work under Flower, or its options are wrong.
+
     Attributes:
         architecture: The model's.
         strategy: What the job composes.
         model: The global model.
         number: The last round that was closed; 0 before the first.
-
-    Raises:
-        ConfigError: The strategy doesn't work under Flower, or its options are wrong.
     """
 
     def __init__(self, model: WholeModel, job: Job) -> None:
@@ -111,11 +110,10 @@ class Rounds:
     def begin(self, model: Mapping[str, npt.NDArray[np.float32]]) -> Tensors:
         """The model that the next round starts from; before the first has closed, the strategy's own start made of it.
 
+        Raises `BundleError` if it is not this architecture's.
+
         Args:
             model: What Flower continues from: what the user began with, as long as no round has given anything.
-
-        Raises:
-            BundleError: It is not this architecture's.
         """
         base = check_model(self.architecture, model)
         if self.number == 0 and (begun := self.strategy.begin(self.architecture, base)) is not base:
@@ -139,11 +137,7 @@ class Rounds:
         return self._tasks
 
     def task(self, node: str) -> Task:
-        """What a node of the open round was sent.
-
-        Raises:
-            KeyError: It is not in it.
-        """
+        """What a node of the open round was sent. Raises `KeyError` if it is not in it."""
         return self._tasks[node]
 
     def serving(self, round_: int, shares: Mapping[str, NodeShare]) -> dict[str, Task]:
@@ -198,11 +192,8 @@ class Rounds:
         return Outcome(self.model, counted, refused)
 
     def save(self, path: Path) -> None:
-        """Write all that the next round continues from.
-
-        Raises:
-            StorageError: The disk fails; what was there before is untouched.
-        """
+        """Write all that the next round continues from. Raises `StorageError` if the disk fails; what was there before
+        is untouched."""
         head = {
             "format": FORMAT,
             "architecture": self.architecture.digest,
@@ -220,11 +211,8 @@ class Rounds:
         write_whole(path, tensorfile.encode(tensors))
 
     def restore(self, path: Path) -> bool:
-        """Go on from what `save` wrote; False where there is no such file.
-
-        Raises:
-            StorageError: It is damaged, or of another model or strategy.
-        """
+        """Go on from what `save` wrote; False where there is no such file. Raises `StorageError` if it is damaged, or
+        of another model or strategy."""
         if not is_there(path, file=True):
             return False
         try:
@@ -286,11 +274,8 @@ class Rounds:
         return out
 
     def _received(self, node: str, update: Update) -> RoundUpdate:
-        """A node's update, for the open round.
-
-        Raises:
-            ProtocolError: The node has no part in the round, or a count is out of range.
-        """
+        """A node's update, for the open round. Raises `ProtocolError` if the node has no part in the round, or a count
+        is out of range."""
         if node not in self._tasks:
             raise ProtocolError("it has no part in this round")
         task = self._tasks[node]

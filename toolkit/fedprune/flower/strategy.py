@@ -99,11 +99,8 @@ class FedpruneStrategy(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """A message with a submodel for every sampled node.
-
-        Raises:
-            ConfigError: The arrays are not the model's, or no node says what it carries.
-        """
+        """A message with a submodel for every sampled node. Raises `ConfigError` if the arrays are not the model's, or
+        no node says what it carries."""
         nodes = [m.metadata.dst_node_id for m in super().configure_train(server_round, ArrayRecord(), config, grid)]
         self._rounds.begin(self._read(arrays))
         number = self._offset + server_round
@@ -142,11 +139,8 @@ class FedpruneStrategy(FedAvg):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """A message with its submodel of the new model for every sampled node.
-
-        Raises:
-            ConfigError: The arrays are not the model's, or no node says what it carries.
-        """
+        """A message with its submodel of the new model for every sampled node. Raises `ConfigError` if the arrays are
+        not the model's, or no node says what it carries."""
         nodes = [m.metadata.dst_node_id for m in super().configure_evaluate(server_round, ArrayRecord(), config, grid)]
         if not nodes:
             return []
@@ -172,11 +166,8 @@ class FedpruneStrategy(FedAvg):
         _LOG.info("strategy %s on %d channel groups, round %d", job.strategy, len(sizes), self._rounds.number)
 
     def save(self, path: Path | str) -> None:
-        """Write the job's state: the model, what the strategy remembers, and the number of the round.
-
-        Raises:
-            StorageError: The disk fails; what was there before is untouched.
-        """
+        """Write the job's state: the model, what the strategy remembers, and the number of the round. Raises
+        `StorageError` if the disk fails; what was there before is untouched."""
         self._rounds.save(Path(path))
 
     def _dealt(self, nodes: list[int], number: int, grid: Grid) -> dict[str, NodeShare]:
@@ -252,11 +243,8 @@ class FedpruneStrategy(FedAvg):
         return ArrayRecord({**arrays, **self._beside})
 
     def _read(self, arrays: ArrayRecord) -> Tensors:
-        """The model in an ArrayRecord; what else is in it goes along with every message.
-
-        Raises:
-            ConfigError: A tensor is missing or has another type or shape, or one goes by several names.
-        """
+        """The model in an ArrayRecord; what else is in it goes along with every message. Raises `ConfigError` if a
+        tensor is missing or has another type or shape, or one goes by several names."""
         architecture = self._rounds.architecture
         out: Tensors = {}
         try:
@@ -282,11 +270,8 @@ class FedpruneStrategy(FedAvg):
         return out
 
     def _update(self, node: str, reply: Message) -> Update:
-        """An answer's tensors and counts; `Rounds.close` checks them further.
-
-        Raises:
-            ProtocolError: It isn't one of this round, or not what an update is.
-        """
+        """An answer's tensors and counts; `Rounds.close` checks them further. Raises `ProtocolError` if it isn't one of
+        this round, or not what an update is."""
         if reply.metadata.group_id != self._group:
             raise ProtocolError("round of an answer", expected=self._group, got=repr(reply.metadata.group_id)[:40])
         try:

@@ -188,11 +188,8 @@ class Job:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Job:
-        """Read and check.
-
-        Raises:
-            ConfigError: An unknown key, a wrong type or a number out of range; the message names the key.
-        """
+        """Read and check. Raises `ConfigError`, which names the key, for an unknown key, a wrong type or a number out
+        of range."""
         values = validation.known(cls, body, "job")
         if "recipe" in values:
             if not isinstance(values["recipe"], Mapping):

@@ -169,11 +169,8 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Schedule:
-        """Read what `to_dict` or a person wrote.
-
-        Raises:
-            ConfigError: An unknown key or a wrong value; the message names it.
-        """
+        """Read what `to_dict` or a person wrote. Raises `ConfigError` for an unknown key or a wrong value; the message
+        names it."""
         values = validation.known(cls, body, "schedule")
         if isinstance(values.get("staleness"), Mapping):
             stale = validation.known(Staleness, values["staleness"], "schedule: staleness")

@@ -353,11 +353,7 @@ class State:
     def from_json(
         cls, text: str, devices: Mapping[str, Any] | None = None, tasks: Mapping[str, Any] | None = None
     ) -> State:
-        """Read what `to_json` wrote.
-
-        Raises:
-            StorageError: The text is damaged or of another version.
-        """
+        """Read what `to_json` wrote. Raises `StorageError` if the text is damaged or of another version."""
         try:
             body = json.loads(text)
             if body.pop("format") != FORMAT:

@@ -109,10 +109,7 @@ def fits(found: Sequence[int], shape: Sequence[int | str | Lengths | None]) -> b
 
 def padded(x: Array, shape: Shape, lengths: Array | None = None) -> Array:
     """Samples [n, ...] at a model's upper bound: what is beyond each of the `lengths` [n], and of the array, is marked.
-
-    Raises:
-        DataError: The array's shape isn't the model's, or a length is out of its bounds.
-    """
+    Raises `DataError` if the array's shape isn't the model's, or a length is out of its bounds."""
     if lengths is not None:
         check_lengths(lengths, len(x))
     axis = free_axis(shape)

@@ -145,10 +145,7 @@ _MOST_LETTERS = 200
 @lru_cache
 def terms(loss: str) -> tuple[tuple[str, float], ...]:
     """The built-in losses that a recipe's loss is the sum of, and their weights: `0.5*bce + 0.5*dice`, or one alone.
-
-    Raises:
-        ConfigError: It is neither, or its losses take labels of different kinds.
-    """
+    Raises `ConfigError` if it is neither, or its losses take labels of different kinds."""
     if loss in LABELS_OF:
         return ((loss, 1.0),)
     parts = [_TERM.fullmatch(part.strip()) for part in loss[:_MOST_LETTERS].split("+")]

@@ -59,11 +59,8 @@ def frozen_tensors(architecture: Architecture, features: Features, frozen: Colle
 
     Those are what the model itself froze (`requires_grad=False` in torch) or, where the features name what is
     trainable, everything else; and whatever matches a pattern of `features.frozen`. Batch-norm statistics are tensors,
-    too: a frozen one isn't measured again.
-
-    Raises:
-        ConfigError: A pattern matches no tensor, no tensor is left to train, or `@head` is among the patterns and the
-            model has no last layer.
+    too: a frozen one isn't measured again. Raises `ConfigError` if a pattern matches no tensor, no tensor is left to
+    train, or `@head` is among the patterns and the model has no last layer.
     """
     names = [t.name for t in architecture.tensors]
     out = set(frozen).intersection(names)

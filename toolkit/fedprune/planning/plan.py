@@ -233,7 +233,8 @@ def plan(
     A batch that doesn't fit the board's memory at once is worked through in parts before the model gets narrower: at
     every width the planner takes the fewest parts with which memory suffices. Where the planner is free to choose
     (`DENSITIES`), widths are those that are cheap on the board (`fedprune.planning.width_candidates`); densities that a
-    user asks for are kept to in every group.
+    user asks for are kept to in every group. Raises `PlanError` if not even the narrowest candidate fits; or there is
+    no candidate, or a limit isn't positive.
 
     Args:
         recipe: The local training of a round; or what makes it of a submodel's widths, where it depends on those.
@@ -245,9 +246,6 @@ def plan(
             fits for that reason alone, the plan is the narrowest candidate, with a warning.
         frozen: Tensors that the model's author froze.
         margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
-
-    Raises:
-        PlanError: Not even the narrowest candidate fits; or there is no candidate, or a limit isn't positive.
     """
     for name, value in (("samples", samples), ("byte_budget", byte_budget), ("deadline_s", deadline_s)):
         if value is not None and (not math.isfinite(value) or value <= 0):

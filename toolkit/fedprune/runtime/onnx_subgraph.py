@@ -46,11 +46,10 @@ def part_for(model: bytes, outputs: Collection[str], given: Collection[str] = ()
     """The graph (without external data) with these outputs alone, and with the inputs, constants and operators that
     they need.
 
+    Raises `ModelError` if it is not an ONNX file, or has no such output or value.
+
     Args:
         given: Values, float32, that are inputs of the part instead of being computed in it.
-
-    Raises:
-        ModelError: It is not an ONNX file, or has no such output or value.
     """
 
     def cut(graph: bytes) -> bytes:

@@ -35,6 +35,8 @@ MOST_BATCH = 4096
 class EnginePlan:
     """How an engine is built.
 
+    Raises `ConfigError` if a field is out of range.
+
     Attributes:
         graph: The graph, in the folder of the weights. From TensorRT 10 on an engine's types are the graph's, so that
             one in float16 needs a graph with float32 inputs and outputs and float16 between; TensorRT 8 chooses types
@@ -45,9 +47,6 @@ class EnginePlan:
         timeout_s: When a build is given up.
         level: How hard the builder searches, 0 to 5, where TensorRT lets it be said.
         refit: Whether an engine may be built so that it takes new weights, which can cost some of its speed.
-
-    Raises:
-        ConfigError: A field is out of range.
     """
 
     graph: str = "inference.onnx"

@@ -61,12 +61,11 @@ RENEW_AT = 2 / 3
 class DeviceIdentity:
     """A device's keys, certificate and knowledge of its server.
 
+    Raises `IdentityError` if a file is damaged or open to other users.
+
     Attributes:
         renew_now: Set when the server has named another authority than the certificate's; cleared by the renewal.
         renewed: Set by a new certificate; cleared once the server knows.
-
-    Raises:
-        IdentityError: A file is damaged or open to other users.
     """
 
     def __init__(self, folder: Path, site: str, device: str, clock: Callable[[], float] = time.time) -> None:

@@ -32,12 +32,11 @@ from fedprune.security.private_file import write_public
 class Register:
     """An append-only file of JSON lines, made with mode 0600 where there is none.
 
+    Raises `StorageError` if a line is damaged.
+
     Args:
         take: Called for every line in order: existing ones, and later ones as they are read or appended.
         read_only: Nothing is made, repaired or appended, so that a read-only disk suffices.
-
-    Raises:
-        StorageError: A line is damaged.
     """
 
     def __init__(self, path: Path, take: Callable[[dict[str, Any]], None], *, read_only: bool = False) -> None:

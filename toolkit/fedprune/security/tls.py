@@ -58,13 +58,12 @@ def pinned_context(
 ) -> PinnedContext:
     """A client's context for its fleet's broker (`paho.mqtt.client.Client.tls_set_context`).
 
+    Raises `IdentityError` if a file is missing or damaged, or key and certificate don't belong together.
+
     Args:
         authority: The certificate of the only trusted authority; `SYSTEM` for the system's authorities.
         certificate: The client's certificate; None to join without one.
         floor: Returns the time floor in seconds since 1970.
-
-    Raises:
-        IdentityError: A file is missing or damaged, or key and certificate don't belong together.
     """
     context = PinnedContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks certificate and host name
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -98,12 +98,8 @@ class Mean(Aggregator):
         )
 
     def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
-        """Add an update: all of it or, where it raises, nothing.
-
-        Raises:
-            BundleError: As `Fold.add`.
-            ProtocolError: As `Fold.add`.
-        """
+        """Add an update: all of it or, where it raises, nothing. Raises `BundleError` or `ProtocolError` as
+        `Fold.add`."""
         check(fold, report, lifted)
         mask = self._counted(report, lifted)
         fold.add(lifted.selection, lifted.tensors, report.weight, report.steps, mask=mask, checked=True)
@@ -136,12 +132,8 @@ class DeltaMean(Mean):
     """
 
     def add(self, fold: Fold, report: Report, lifted: Submodel) -> None:
-        """Add an update's move: all of it or, where it raises, nothing.
-
-        Raises:
-            BundleError: As `Fold.add`.
-            ProtocolError: As `Fold.add`.
-        """
+        """Add an update's move: all of it or, where it raises, nothing. Raises `BundleError` or `ProtocolError` as
+        `Fold.add`."""
         check(fold, report, lifted)
         fold.add(
             lifted.selection,
@@ -155,12 +147,8 @@ class DeltaMean(Mean):
 
 
 def check(fold: Fold, report: Report, lifted: Submodel) -> None:
-    """Check what an extractor made of an update, which itself was checked before.
-
-    Raises:
-        BundleError: As `Fold.check`.
-        ProtocolError: As `Fold.check`.
-    """
+    """Check what an extractor made of an update, which itself was checked before. Raises `BundleError` or
+    `ProtocolError` as `Fold.check`."""
     if lifted.tensors is not report.trained.tensors:
         fold.check(lifted.selection, lifted.tensors)
 
@@ -193,14 +181,13 @@ def both(one: ElementMask | None, other: ElementMask) -> ElementMask:
 def changed_rows(submodel: Submodel, before: Tensors, *, decays: bool) -> dict[str, npt.NDArray[np.bool_]]:
     """Masks of the last layer's tensors: the rows that were trained.
 
+    Raises `ConfigError` if the model has no last layer.
+
     Args:
         submodel: What was trained.
         before: What it began with.
         decays: Weight decay also shrinks rows that have no gradient, all of a row alike: a row that only became
             shorter was not trained. The bias goes with its weight's row.
-
-    Raises:
-        ConfigError: The model has no last layer.
     """
     axes = head_axes(submodel.selection.architecture)
     weight = next(iter(axes))

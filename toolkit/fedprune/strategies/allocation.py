@@ -69,7 +69,6 @@ class Fleet:
         """Give a device a share of the model; times that it took for another one are forgotten.
 
         Args:
-            name: The device.
             density: The share, above 0 and at most 1.
             elements: Whether masks are made of elements: the device keeps all channels.
 
@@ -100,7 +99,6 @@ class Allocator(ABC):
 
         Args:
             fleet: With the device as it announced itself; what is remembered of it has been taken over.
-            name: The device.
             known: The device before, if it was there; None also when settings may have changed.
         """
 
@@ -112,9 +110,6 @@ class Allocator(ABC):
         """An update of a device counts.
 
         Args:
-            fleet: The fleet.
-            name: The device.
-            task: The device's part.
             seconds: From the offer until the update was here; None where that is not known, as after a restart.
         """
 
@@ -122,7 +117,6 @@ class Allocator(ABC):
         """A round has ended, of number `fleet.state.round`; returns whether densities have changed.
 
         Args:
-            fleet: The fleet.
             metrics: What the server measured of the new model; empty where it didn't.
         """
         return False
@@ -221,11 +215,7 @@ def natural(name: str) -> _Key:
 
 
 def check_density(what: str, value: object) -> None:
-    """Check a density.
-
-    Raises:
-        ConfigError: It is not a number above 0 and at most 1.
-    """
+    """Check a density. Raises `ConfigError` if it is not a number above 0 and at most 1."""
     validation.number(what, value, 0, 1, above=True)
 
 
@@ -240,6 +230,8 @@ def dealt(
 ) -> Allocator | None:
     """The allocator that `densities` and its companions ask for.
 
+    Raises `ConfigError` if they don't fit each other.
+
     Args:
         job: Its own `density` comes next.
         densities: One per tier; empty to leave it to the job or, where it has none, to the default.
@@ -247,9 +239,6 @@ def dealt(
         by: `name` or `chance`.
         every: With `chance`, tiers are drawn again every so many rounds.
         default: Densities of the preset's own; empty to leave it to the planner.
-
-    Raises:
-        ConfigError: They don't fit each other.
     """
     if not densities and not job.density and len(default) == 1:
         return Fixed(default[0])

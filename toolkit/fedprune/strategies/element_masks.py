@@ -29,11 +29,8 @@ class Masked(Strategy):
         return type(self).extract is Masked.extract
 
     def extract(self, cut: Cut) -> Submodel:
-        """A slice of the global model, with 0 where masked.
-
-        Raises:
-            BundleError: The order holds something that is no number.
-        """
+        """A slice of the global model, with 0 where masked. Raises `BundleError` if the order holds something that is
+        no number."""
         return masked(cut, cut.selection, global_mask(cut))
 
     def reconstruct(self, report: Report) -> Submodel:

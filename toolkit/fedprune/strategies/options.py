@@ -24,13 +24,11 @@ _TEXT = {
 def read_options(job: Job, kind: type[T]) -> T:
     """A preset's settings from a job's `options`.
 
+    Raises `ConfigError` if an option is unknown or of another type.
+
     Args:
-        job: The job.
         kind: A frozen dataclass whose fields all have defaults; their types (bool, int, float, str, tuple or dict)
             are checked against the defaults', their values by `fedprune.core.settings`.
-
-    Raises:
-        ConfigError: An option is unknown or of another type.
     """
     if not is_dataclass(kind):
         raise TypeError("options are described by a dataclass")

@@ -61,10 +61,8 @@ def compose(job: Job) -> Strategy:
     """The strategy of a job: a preset by its name, or a function of the user's as `package.module:function`.
 
     The option `robust` goes with every strategy: it wraps the aggregator (`fedprune.strategies.methods.robust`). The
-    job's `schedule`, if any, replaces the strategy's own (`scheduled`).
-
-    Raises:
-        ConfigError: There is no such strategy, its options are wrong, or it can't keep the job's privacy.
+    job's `schedule`, if any, replaces the strategy's own (`scheduled`). Raises `ConfigError` if there is no such
+    strategy, its options are wrong, or it can't keep the job's privacy.
     """
     options = dict(job.options)
     settings = options.pop(ROBUST, None)
@@ -108,11 +106,8 @@ def scheduled(strategy: Strategy, job: Job) -> Strategy:
     | `async` | after a number of updates | `arrivals` is half of the job's `devices` |
 
     An update of k models ago counts (k + 1)^-½ unless `staleness` is set, and counts as its difference from what the
-    device was sent, as in FedBuff (Nguyen et al. 2022).
-
-    Raises:
-        ConfigError: The schedule's settings are wrong, the strategy can't be moved to it, or the job has settings that
-            mean nothing on it.
+    device was sent, as in FedBuff (Nguyen et al. 2022). Raises `ConfigError` if the schedule's settings are wrong, the
+    strategy can't be moved to it, or the job has settings that mean nothing on it.
     """
     moved = _moved(strategy, job) if job.schedule else strategy
     if moved.schedule is not None and moved.schedule.asynchronous:
@@ -186,13 +181,10 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
 
     With local noise a board releases its update, so that no use of it by the server costs more; the board must not send
     other measurements. With shared noise only the sum is released, so that a strategy that uses single updates is
-    refused.
+    refused. Raises `ConfigError` if it can't; the message names the strategy and says why.
 
     Returns:
         The strategy.
-
-    Raises:
-        ConfigError: It can't; the message names the strategy and says why.
     """
     if not job.privacy.on:
         return strategy

@@ -102,8 +102,6 @@ class Strategy:
         """The next model.
 
         Args:
-            fold: The round's sums.
-            scene: The round.
             rate: Share of the way from w_t to the sums' mean that the schedule allows (1 in synchronous rounds).
             reports: Reads all updates again, each with its reconstruction, for what is not a sum (a median).
         """
@@ -122,17 +120,12 @@ class Strategy:
     def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
         """The recipe by which a device's costs are predicted.
 
-        That is the recipe of a device without an update yet, in the first round after those of exploration.
+        That is the recipe of a device without an update yet, in the first round after those of exploration. Raises
+        `ConfigError` if the job's own recipe has settings that don't go with the strategy's.
 
         Args:
-            job: The job's settings.
-            device: Its name.
             widths: The channels per group that it would have.
             density: The share of the model that these are.
-            samples: Its training samples.
-
-        Raises:
-            ConfigError: The job's own recipe has settings that don't go with the strategy's.
         """
         turn = Turn(job.seed, self.explores + 1, device, widths, density, samples)
         recipe = job.privacy.asked_of(self.recipe(job.training, turn))

@@ -45,21 +45,15 @@ _PAGE = "docs/write-a-strategy.md describes what each method takes and returns."
 
 
 def own_strategy(job: Job) -> Strategy:
-    """Compose a user's own strategy; what the user wrote of it is checked as it is called.
-
-    Raises:
-        ConfigError: There is no such function, it fails, or it returns no strategy; or an option is wrong.
-    """
+    """Compose a user's own strategy; what the user wrote of it is checked as it is called. Raises `ConfigError` if
+    there is no such function, it fails, or it returns no strategy; or an option is wrong."""
     strategy, own = _composed(job)
     return _guarded(strategy, job.strategy, own)
 
 
 def own_code(job: Job) -> str:
-    """Digest of the files that define a user's own strategy; empty for presets.
-
-    Raises:
-        ConfigError: As `own_strategy`.
-    """
+    """Digest of the files that define a user's own strategy; empty for presets. Raises `ConfigError` as
+    `own_strategy`."""
     if ":" not in job.strategy:
         return ""
     strategy, _ = _composed(job)

@@ -28,12 +28,10 @@ class Turn:
     """One device's part in a round.
 
     Attributes:
-        seed: The job's seed.
         round: The round, from 1.
         device: The device's name; empty for a submodel that any device might get.
         widths: Its channels per group.
         density: The share of the model that it was given, above 0 and at most 1.
-        samples: Its training samples.
         last: The round in whose offer it trained what it last handed in and counted; 0 where there is none.
     """
 
@@ -99,8 +97,6 @@ class Scene:
     """A round.
 
     Attributes:
-        architecture: The model.
-        seed: The job's seed.
         round: The round, from 1.
         model: The global model w_t.
         memory: What the job remembers.
@@ -122,8 +118,6 @@ class Cut:
     """What there is to make one device's submodel of.
 
     Attributes:
-        scene: The round.
-        turn: The device's part.
         selection: The ranking's first channels, at the device's widths.
         order: The ranking's importance per element, in global coordinates; None where it has none.
         past: What the device last handed in, or None.

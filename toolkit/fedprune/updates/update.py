@@ -59,13 +59,12 @@ def encode(
 ) -> tuple[bytes, Tensors]:
     """An update in a codec: its bytes, and what they leave out, for codecs with feedback.
 
+    Raises `ProtocolError` if a difference can't be coded: it is not finite or too large for the codec.
+
     Args:
         sent: The weights that training started from, as they were sent.
         trained: Names of the tensors that are coded as differences.
         residual: By name what earlier updates left out of these tensors.
-
-    Raises:
-        ProtocolError: A difference can't be coded: it is not finite or too large for the codec.
     """
     parts: Parts = {}
     left: Tensors = {}

@@ -27,7 +27,6 @@ def prunable(architecture: Architecture, more: Collection[TensorKind] = ()) -> t
     """Names of the tensors whose elements can be masked: the weights of layers.
 
     Args:
-        architecture: The model.
         more: Kinds of tensors that can be masked, too, such as biases.
     """
     layers = {n.weight for n in architecture.layers if n.weight}
@@ -45,15 +44,11 @@ def with_floors(order: Mapping[str, Floats], weights: Mapping[str, Floats], shar
     """An order of which every mask keeps, in every tensor, the share that has the largest weights.
 
     PR-FL's floor (`config.min_density`): floor(share · n) elements of a tensor of n and at least one, so that no layer
-    is cut off.
+    is cut off. Raises `BundleError` if the share is out of range.
 
     Args:
-        order: Importance per element.
         weights: The model's tensors, by whose size the floors are chosen.
         share: From 0, for no floors, to 1.
-
-    Raises:
-        BundleError: The share is out of range.
     """
     if not 0 <= share <= 1:
         raise BundleError("floor of element masks", expected="from 0 to 1", got=share)
@@ -70,14 +65,11 @@ def top(order: Mapping[str, Floats], density: float) -> ElementMask:
     """The mask that keeps the most important elements of all tensors together.
 
     It has floor(density · n) of the n elements of the order, and at least one; fewer only where more than the rest is
-    marked by −∞, more only where more is marked by +∞.
+    marked by −∞, more only where more is marked by +∞. Raises `BundleError` if the density is out of range, or an
+    importance is not a number.
 
     Args:
-        order: Importance per element.
         density: Above 0, up to 1.
-
-    Raises:
-        BundleError: The density is out of range, or an importance is not a number.
     """
     if not 0 < density <= 1:
         raise BundleError("density of an element mask", expected="above 0 and at most 1", got=density)
@@ -111,12 +103,11 @@ def threshold(order: Mapping[str, Floats], mask: ElementMask) -> float:
 def quantile(parts: Iterable[npt.NDArray[np.floating]], q: float) -> float:
     """The q-quantile of all values together, linear between neighbours, for any number of values.
 
+    Raises `BundleError` if q is out of range, or there is no value.
+
     Args:
         parts: Arrays of any shapes; copied.
         q: From 0, the least, to 1, the largest.
-
-    Raises:
-        BundleError: q is out of range, or there is no value.
     """
     if not 0 <= q <= 1:
         raise BundleError("quantile", expected="from 0 to 1", got=q)

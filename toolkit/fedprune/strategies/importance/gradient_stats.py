@@ -58,11 +58,7 @@ class Evidence:
 
     @classmethod
     def empty(cls, architecture: Architecture, estimator: Estimator = "fisher") -> Evidence:
-        """No evidence yet: all estimates are zero.
-
-        Raises:
-            BundleError: There is no such estimator.
-        """
+        """No evidence yet: all estimates are zero. Raises `BundleError` if there is no such estimator."""
         if estimator not in ("fisher", "secant"):
             raise BundleError("curvature estimator", expected="fisher or secant", got=repr(estimator))
         out = cls(architecture, estimator)
@@ -78,14 +74,13 @@ class Evidence:
     def update(self, fold: Fold, lr: float, momentum: float = 0.0, decay: float = DECAY) -> None:
         """Take in one round (the formulas are the module's).
 
+        Raises `BundleError` if the fold is of another architecture or without evidence, or the rates are out of range.
+
         Args:
             fold: The round's fold, made with `evidence=True`; open or closed.
             lr: The devices' learning rate, in the middle of the round where it changes.
             momentum: The devices' momentum.
             decay: Weight of the old estimate in the moving average, from 0 to below 1.
-
-        Raises:
-            BundleError: The fold is of another architecture or without evidence, or the rates are out of range.
         """
         if fold.architecture.digest != self.architecture.digest:
             raise BundleError("evidence and fold belong to different architectures")
@@ -161,11 +156,8 @@ class Evidence:
 
     @classmethod
     def from_tensors(cls, architecture: Architecture, tensors: Mapping[str, npt.NDArray[Any]]) -> Evidence:
-        """Read what `to_tensors` wrote; which tensors there are tells the estimator.
-
-        Raises:
-            BundleError: A tensor is missing, unknown, or of another type or shape.
-        """
+        """Read what `to_tensors` wrote; which tensors there are tells the estimator. Raises `BundleError` if a tensor
+        is missing, unknown, or of another type or shape."""
         secant = any(n.endswith("::last_gradient") for n in tensors)
         out = cls.empty(architecture, "secant" if secant else "fisher")
         expected = out.to_tensors()

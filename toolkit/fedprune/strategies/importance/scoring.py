@@ -39,8 +39,6 @@ def score(
 
     Args:
         name: `ordered`, `magnitude` or `curvature`.
-        architecture: The model.
-        tensors: The global model.
         evidence: For `curvature`; without it all channels are equal and keep their own order.
 
     Raises:
@@ -71,15 +69,10 @@ def magnitude(
 
     Filters and linear rows count, biases and norm vectors don't (Li et al. 2017, "Pruning filters for efficient
     ConvNets", Sec. 3.1; the l1 criterion of CA-HFP, Table II). Where several layers write to one group, the sum runs
-    over all of them.
+    over all of them. Raises `BundleError` if tensors don't fit the architecture.
 
     Args:
-        architecture: The model.
-        tensors: The global model.
         per_count: As `channel_sums`.
-
-    Raises:
-        BundleError: Tensors don't fit the architecture.
     """
 
     def part(name: str) -> npt.NDArray[np.float64]:
@@ -98,17 +91,15 @@ def curvature(
 ) -> Scores:
     """S_c = Σ s_i over the coordinates that make channel c: weights, bias, γ and β (CA-HFP, eq. 15, and its ablations).
 
+    Raises `BundleError` if tensors or evidence don't fit the architecture, or there is no such form.
+
     Args:
-        architecture: The model.
         tensors: The global model w.
         evidence: Estimates of gradient g and curvature h.
         form: `abs`: s = |g·w| + ½·h·w², the size of the second-order change of the loss (eq. 14) when a weight is
             removed; terms of opposite sign don't cancel. `signed`: s = g·w + h·w², eq. 15 to the letter. `hw2`: s =
             h·w², its limit late in training.
         per_count: As `channel_sums`.
-
-    Raises:
-        BundleError: Tensors or evidence don't fit the architecture, or there is no such form.
     """
     if form not in get_args(Form):
         raise BundleError("form of the curvature score", expected="abs, signed or hw2", got=repr(form))
@@ -130,15 +121,12 @@ def movement(architecture: Architecture, evidence: Evidence, *, per_count: bool 
     """S_c = Σ |Δw| over the coordinates that make channel c: CA-HFP's `Delta w` criterion (Table II).
 
     Δw is read from the estimated gradient, a moving average of −Δ / (η_eff · steps). The factor is the same for all
-    coordinates, so the ranks are those of Δw. A coordinate that nobody trained lately keeps its last estimate.
+    coordinates, so the ranks are those of Δw. A coordinate that nobody trained lately keeps its last estimate. Raises
+    `BundleError` if evidence doesn't fit the architecture.
 
     Args:
-        architecture: The model.
         evidence: Estimates of the gradient.
         per_count: As `channel_sums`.
-
-    Raises:
-        BundleError: Evidence doesn't fit the architecture.
     """
     if evidence.architecture.digest != architecture.digest:
         raise BundleError("evidence belongs to another architecture")
@@ -159,7 +147,6 @@ def channel_sums(
     """Sums of a per-coordinate quantity over the coordinates that make each channel.
 
     Args:
-        architecture: The model.
         part: The quantity for a tensor of a given name, of the tensor's shape.
         kinds: Which tensors count.
         per_count: Use each tensor's mean over a channel's coordinates instead of their sum. All channels of a group
@@ -185,11 +172,8 @@ def channel_sums(
 
 
 def ranks(scores: Sequence[npt.NDArray[Any]]) -> Ranks:
-    """Per group its channels by descending score; equal scores by ascending channel.
-
-    Raises:
-        BundleError: A score is not a number.
-    """
+    """Per group its channels by descending score; equal scores by ascending channel. Raises `BundleError` if a score is
+    not a number."""
     if any(np.isnan(s).any() for s in scores):
         raise BundleError("channel scores", expected="numbers", got="NaN")
     return tuple(np.argsort(-np.asarray(s), kind="stable").astype(np.int64) for s in scores)

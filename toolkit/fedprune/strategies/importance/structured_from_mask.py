@@ -32,14 +32,12 @@ Counts = tuple[npt.NDArray[np.int64], ...]
 def survivors(architecture: Architecture, mask: ElementMask, *, share: float = 1.0, reading: bool = True) -> Alive:
     """Which channels are left.
 
+    Raises `BundleError` if the share is not above 0 and at most 1, or the mask doesn't fit the architecture.
+
     Args:
-        architecture: The model.
         mask: Of the whole model's elements.
         share: A channel is lost where at least this share of the weights that make it is masked.
         reading: Whether a channel is lost, too, where all weights that read it are masked.
-
-    Raises:
-        BundleError: The share is not above 0 and at most 1, or the mask doesn't fit the architecture.
     """
     if not 0 < share <= 1:
         raise BundleError("masked share of a lost channel", expected="above 0 and at most 1", got=share)

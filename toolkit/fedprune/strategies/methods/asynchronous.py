@@ -78,21 +78,15 @@ class Buffers(Options):
 
 
 def fedasync(job: Job) -> Strategy:
-    """The preset: every update moves the model as it comes (Xie et al. 2019, Alg. 1).
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
+    """The preset: every update moves the model as it comes (Xie et al. 2019, Alg. 1). Raises `ConfigError` if an option
+    is unknown or out of range."""
     options = read_options(job, OneByOne)
     return _strategy(job, options, Mean(weighting=options.weighting), options.mixing, arrivals=1)
 
 
 def fedfix(job: Job) -> Strategy:
-    """The preset: the model moves at the end of every window (Fraboni et al. 2022, FedFix).
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
+    """The preset: the model moves at the end of every window (Fraboni et al. 2022, FedFix). Raises `ConfigError` if an
+    option is unknown or out of range."""
     options = read_options(job, Windows)
     kind = DeltaMean if options.mixing == "unbiased" else Mean
     aggregator = kind(rule=options.rule, weighting=options.weighting)
@@ -100,11 +94,8 @@ def fedfix(job: Job) -> Strategy:
 
 
 def fedbuff(job: Job) -> Strategy:
-    """The preset: the model moves by the mean of every K moves (Nguyen et al. 2022, Alg. 1).
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
+    """The preset: the model moves by the mean of every K moves (Nguyen et al. 2022, Alg. 1). Raises `ConfigError` if an
+    option is unknown or out of range."""
     options = read_options(job, Buffers)
     aggregator = DeltaMean(rule=options.rule, server_momentum=options.server_momentum, weighting=options.weighting)
     return _strategy(job, options, aggregator, "damped", arrivals=options.buffer)

@@ -163,11 +163,6 @@ class Damped(Mean):
 
 
 def autoflip(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     options = read_options(job, Options)
     zeros = options.pruned == "decay"
     return AutoFlip(

@@ -45,11 +45,8 @@ class Options:
 
 
 def ca_hfp(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range, or devices don't train by SGD, whose moves are gradients.
-    """
+    """The preset. Raises `ConfigError` if an option is unknown or out of range, or devices don't train by SGD, whose
+    moves are gradients."""
     options, name = read_options(job, Options), job.strategy
     strategy = Ranked(
         name,

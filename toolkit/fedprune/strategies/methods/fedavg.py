@@ -51,20 +51,10 @@ class FedAvg(Strategy):
 
 
 def fedavg(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     return _mean_of_all(job, read_options(job, Options), None)
 
 
 def fedprox(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     options = read_options(job, ProximalOptions)
     return _mean_of_all(job, options, options.mu)
 

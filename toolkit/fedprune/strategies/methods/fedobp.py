@@ -155,11 +155,6 @@ class FedObp(Strategy):
 
 
 def fedobp(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     options = read_options(job, Options)
     return FedObp(
         NAME,

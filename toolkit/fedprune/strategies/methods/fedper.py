@@ -101,11 +101,8 @@ def fused(cut: Cut, submodel: Submodel, alpha: float) -> Submodel:
 
 
 def fedper(job: Job) -> Strategy:
-    """The preset: some tensors are never shared; the others are FedAvg's.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
+    """The preset: some tensors are never shared; the others are FedAvg's. Raises `ConfigError` if an option is unknown
+    or out of range."""
     options = read_options(job, Options)
     if not options.personal or not all(isinstance(p, str) and p for p in options.personal):
         raise ConfigError(
@@ -115,11 +112,8 @@ def fedper(job: Job) -> Strategy:
 
 
 def local(job: Job) -> Strategy:
-    """The preset: every board trains alone, from the job's first model on, and nobody hears of it.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
+    """The preset: every board trains alone, from the job's first model on, and nobody hears of it. Raises `ConfigError`
+    if an option is unknown or out of range."""
     return _own_parts(job, ("*",), read_options(job, LocalOptions).densities, "samples", "updates")
 
 
@@ -136,11 +130,8 @@ def _own_parts(
 
 
 def history(job: Job) -> Strategy:
-    """The preset: nested slices whose devices remember their own last model.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
+    """The preset: nested slices whose devices remember their own last model. Raises `ConfigError` if an option is
+    unknown or out of range."""
     options = read_options(job, HistoryOptions)
     return History(
         job.strategy,

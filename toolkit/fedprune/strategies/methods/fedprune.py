@@ -105,11 +105,8 @@ class FedPrune(Strategy):
         return {RANKS: dict(zip(places_of(scene.architecture), self.rank(scene).ranks, strict=True))}
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """The device's recipe.
-
-        Raises:
-            ConfigError: The job's own recipe has settings that don't go with the strategy's.
-        """
+        """The device's recipe. Raises `ConfigError` if the job's own recipe has settings that don't go with the
+        strategy's."""
         options = self.options
         average = recipe.average or options.average
         return replace(
@@ -135,11 +132,6 @@ def _adjusts(recipe: Recipe) -> bool:
 
 
 def fedprune(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     options = read_options(job, Options)
     name = job.strategy
     kind = DeltaMean if options.arrivals else Mean
@@ -155,11 +147,8 @@ def fedprune(job: Job) -> Strategy:
 
 
 def _nested_widths(job: Job, options: Options) -> tuple[float, ...]:
-    """The widths of a nested start: those at which steps train, or else those of tiers; empty for no such start.
-
-    Raises:
-        ConfigError: A nested start is asked for, and there are no such widths.
-    """
+    """The widths of a nested start: those at which steps train, or else those of tiers; empty for no such start. Raises
+    `ConfigError` if a nested start is asked for, and there are no such widths."""
     if options.ranking not in ("auto", "nested"):
         return ()
     widths = tuple(d for d in job.recipe.ordered_dropout or options.dropout or options.densities if d < 1)

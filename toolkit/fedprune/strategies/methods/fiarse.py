@@ -49,11 +49,6 @@ class Fiarse(Masked):
 
 
 def fiarse(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     options = read_options(job, Options)
     allocator: Allocator = Tiers(options.densities or (1.0, 1 / 4, 1 / 16, 1 / 64), elements=True)
     if job.density and not options.densities:

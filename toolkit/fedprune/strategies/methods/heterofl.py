@@ -105,20 +105,10 @@ class FedRolex(HeteroFL):
 
 
 def heterofl(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     return _composed(job, HeteroFL(job.strategy, options=read_options(job, Options), inputs="sum"))
 
 
 def fedrolex(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     options = read_options(job, RollingOptions)
     return _composed(job, FedRolex(job.strategy, options=options, step=options.step, inputs="sum"))
 

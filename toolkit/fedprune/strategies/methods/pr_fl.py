@@ -246,11 +246,6 @@ class PrFl(Masked):
 
 
 def pr_fl(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range.
-    """
     options = read_options(job, Options)
     name = job.strategy
     if options.synchronous and (idle := [n for n in _ASYNCHRONOUS if n in job.options]):

@@ -64,11 +64,7 @@ class Robustness:
 
     @classmethod
     def from_dict(cls, body: object) -> Robustness:
-        """Read what a job says.
-
-        Raises:
-            ConfigError: An unknown key or a wrong value.
-        """
+        """Read what a job says. Raises `ConfigError` for an unknown key or a wrong value."""
         if not isinstance(body, Mapping):
             raise ConfigError("job: option robust", expected="a table of settings", got=shown(body))
         return cls(**validation.known(cls, body, "robust"))
@@ -228,12 +224,10 @@ class Robust(Aggregator):
 def robust(aggregator: Aggregator, settings: object) -> Aggregator:
     """An aggregator as a job's option `robust` wants it; itself where the job has none.
 
-    Args:
-        aggregator: The strategy's.
-        settings: The option's table, or None.
+    Raises `ConfigError` for an unknown key or a wrong value.
 
-    Raises:
-        ConfigError: An unknown key or a wrong value.
+    Args:
+        settings: The option's table, or None.
     """
     return aggregator if settings is None else Robust(aggregator, Robustness.from_dict(settings))
 

@@ -94,12 +94,8 @@ class SubFlot(Strategy):
 
 
 def subflot(job: Job) -> Strategy:
-    """The preset.
-
-    Raises:
-        ConfigError: An option is unknown or out of range, or the recipe names frozen or personal tensors, which
-            transport would mix with others.
-    """
+    """The preset. Raises `ConfigError` if an option is unknown or out of range, or the recipe names frozen or personal
+    tensors, which transport would mix with others."""
     options = read_options(job, Options)
     name, recipe = job.strategy, job.recipe
     for key in ("frozen", "trainable", "personal"):

@@ -84,15 +84,12 @@ class Transport:
     ) -> Tensors:
         """OTP: α·(the global model on the history's channels) + (1 − α)·history (Eq. 6).
 
+        Raises `BundleError` or `MissingExtraError` as `align`.
+
         Args:
-            model: The global model.
             history: The device's last update.
             at: Its widths, and where its channels live.
             alpha: The global model's share, from 0 to 1.
-
-        Raises:
-            BundleError: As `align`.
-            MissingExtraError: As `align`.
         """
         if alpha == 0:
             _check(history, at)
@@ -104,15 +101,13 @@ class Transport:
     ) -> Tensors:
         """OTA: the device's model on the global model's channels, at full width (Eq. 9).
 
+        Raises `BundleError` or `MissingExtraError` as `align`.
+
         Args:
             local: The device's trained model.
             at: Its widths, and where its channels live.
             model: The global model that it was extracted from.
             fuse: α, for α·aligned + (1 − α)·global if it is below 1; the paper's figure shows it, its equation doesn't.
-
-        Raises:
-            BundleError: As `align`.
-            MissingExtraError: As `align`.
         """
         return _fused(self.align(local, at, model, Selection.full(at.architecture)), model, fuse)
 

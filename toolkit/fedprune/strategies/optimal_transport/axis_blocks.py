@@ -103,7 +103,6 @@ def carried(
     """An array with one axis led from one model's channels to another's.
 
     Args:
-        values: The array.
         axis: Which of its axes.
         before: The axis's blocks in the array.
         after: Its blocks in the result.

@@ -65,15 +65,14 @@ class Coupling:
     ) -> Coupling:
         """A checked coupling.
 
+        Raises `BundleError` if the marginals are not uniform.
+
         Args:
             sources: n.
             targets: m.
             rows: Source of every entry; an entry may come twice.
             columns: Target of every entry.
             flow: The plan's mass in units of 1/lcm(n, m): every source sends lcm/n, every target gets lcm/m.
-
-        Raises:
-            BundleError: The marginals are not uniform.
         """
         i, j = np.asarray(rows, np.int64), np.asarray(columns, np.int64)
         mass = np.asarray(flow, np.float64)
@@ -160,11 +159,8 @@ def _merged(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, np
 
 
 def _gather(takes: Indices, places: Indices, shares: npt.NDArray[np.float64], size: int, length: int) -> _Gather:
-    """A gather of entries that are sorted by place.
-
-    Raises:
-        MissingExtraError: scipy is not installed, and the entries are not alike.
-    """
+    """A gather of entries that are sorted by place. Raises `MissingExtraError` if scipy is not installed, and the
+    entries are not alike."""
     counts = np.bincount(places, minlength=size)
     count = int(counts[0])
     if bool((counts == count).all()) and bool((shares == shares[0]).all()):

@@ -69,7 +69,6 @@ def after_sums(architecture: Architecture, order: Sequence[Step]) -> dict[str, t
     follow a sum.
 
     Args:
-        architecture: The model.
         order: Its `steps`.
 
     Returns:
