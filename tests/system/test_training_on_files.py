@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedprune.core.errors import ExitCode
+from fedprune.model.recipe import Recipe
 from fedprune_device.cli.main import main as device
 from fedprune_export.cli.main import main as export
 from support.fakes.sample_files import wav
@@ -21,11 +23,14 @@ from support.fakes.sample_files import wav
 pytestmark = [pytest.mark.system, pytest.mark.torch]
 
 MB = 2**20
+BATCH = Recipe().batch_size
 TRAIN = """
-import sys
+import resource, sys
 from fedprune_device.cli.main import main
-code = main(sys.argv[1:])
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+if int(sys.argv[1]):
+    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+code = main(sys.argv[2:])
+print("".join(line for line in open("/proc/self/status") if line.startswith(("VmHWM", "VmPeak"))))
 sys.exit(code)
 """
 
@@ -108,14 +113,14 @@ def test_a_model_learns_from_files(
 
 
 def pictures(root: Path, count: int) -> None:
+    """PNG and JPEG in turn."""
     from PIL import Image
 
     root.mkdir()
     rng = np.random.default_rng(0)
     for n in range(count):
-        file = io.BytesIO()
-        Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(file, "PNG", compress_level=0)
-        (root / f"{n}.png").write_bytes(file.getvalue())
+        name, how = (f"{n}.jpg", {"quality": 90}) if n % 2 else (f"{n}.png", {"compress_level": 0})
+        Image.fromarray(rng.integers(0, 256, (96, 96, 3), np.uint8)).save(root / name, **how)
 
 
 def test_all_files_without_labels_are_predicted(tmp_path: Path) -> None:
@@ -126,42 +131,78 @@ def test_all_files_without_labels_are_predicted(tmp_path: Path) -> None:
     assert np.load(tmp_path / "out.npy").shape == (9, 3, 96, 96)
 
 
-def recordings(root: Path, count: int) -> None:
+def recordings(root: Path, count: int, least: int = 16_000) -> None:
     rng = np.random.default_rng(0)
     for n in range(count):
+        length = int(rng.integers(least, 16_001))
         (root / str(n % 2)).mkdir(parents=True, exist_ok=True)
-        (root / str(n % 2) / f"{n}.wav").write_bytes(wav(rng.integers(-9999, 9999, 16_000).astype("<i2").tobytes()))
+        (root / str(n % 2) / f"{n}.wav").write_bytes(wav(rng.integers(-9999, 9999, length).astype("<i2").tobytes()))
+
+
+def rows(root: Path, count: int) -> None:
+    """A table with as many windows of 2,000 rows and the row that follows, in blocks of eight."""
+    per = 8 * 2001 - 2000
+    blocks, rest = divmod(count, per)
+    waves = np.arange(blocks * 8 * 2001 + (2000 + rest if rest else 0)) / 5
+    root.mkdir()
+    (root / "set.csv").write_text("sine,cosine\n" + "".join(f"{np.sin(t):.4f},{np.cos(t):.4f}\n" for t in waves))
 
 
 def arrays(root: Path, count: int) -> None:
     """Images and the classes of their pixels."""
     rng = np.random.default_rng(0)
     x, y = rng.random((count, 3, 16, 12), np.float32), rng.integers(0, 3, (count, 16, 12), np.uint8)
+    save(root, x=x, y=y)
+
+
+def pairs(root: Path, count: int) -> None:
+    rng = np.random.default_rng(0)
+    sound, view = rng.random((count, 1, 8000), np.float32), rng.random((count, 3, 32, 32), np.float32)
+    save(root, sound=sound, view=view, y=rng.integers(0, 2, count))
+
+
+def texts(root: Path, count: int) -> None:
+    """Token ids, and a class for each."""
+    rng = np.random.default_rng(0)
+    x, lengths = rng.integers(0, 50, (count, 1000), np.int32), rng.integers(1, 1001, count)
     root.mkdir()
-    np.savez(root / "set.npz", x=x, y=y)
+    np.savez_compressed(root / "packed.npz", x=x, y=(x % 3).astype(np.uint8), lengths=lengths)
 
 
+def save(root: Path, **found: np.ndarray) -> None:
+    root.mkdir()
+    np.savez(root / "set.npz", **found)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("net", "write", "source", "numbers", "words"),
     [
         ("autoencoder", pictures, "", 3 * 96 * 96, ("--labels", "values")),
         ("listener", recordings, "", 16_000, ()),
+        ("gathered", partial(recordings, least=400), "", 16_000, ()),
+        ("seer", rows, "set.csv", 2 * 2001, ("--labels", "values")),
         ("painter", arrays, "set.npz", 4 * 16 * 12, ()),
+        ("pair", pairs, "set.npz", 8000 + 3 * 32 * 32, ()),
+        ("tagger", texts, "packed.npz", 2 * 1000, ("--set", "ignore_label=-1")),
     ],
 )
 def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
     net: str, write: Callable[[Path, int], None], source: str, numbers: int, words: tuple[str, ...], tmp_path: Path
 ) -> None:
-    limit = 12 * MB  # beyond what a set of a hundred samples takes
+    """Memory is what a set of a hundred samples takes, and the limit, which the kernel enforces for addresses."""
+    limit = 12 * MB
     many = 10 * limit // (4 * numbers)
     made = bundle(tmp_path / "bundle", net, *words)
-    peaks = {}
+    peaks: dict[int, int] = {}
+    room = 0  # no limit
     for count in (100, many):
-        write(tmp_path / f"{count}", count)
-        data = tmp_path / f"{count}" / source
-        command = ["train", "--bundle", made, "--data", data, "--out", tmp_path / f"out{count}"]
+        folder = tmp_path / f"data{count}"
+        write(folder, count)
+        command = ["train", "--bundle", made, "--data", folder / source, "--out", tmp_path / f"out{count}"]
+        more = ["--threads", "1", "--epochs", "1", "--samples-most", str(many)]
         run = subprocess.run(
-            [sys.executable, "-c", TRAIN, *map(str, command), "--threads", "1", "--epochs", "1"],
+            [sys.executable, "-c", TRAIN, str(room), *map(str, command), *more],
             capture_output=True,
             text=True,
             timeout=300,
@@ -169,5 +210,9 @@ def test_a_set_ten_times_as_large_as_its_memory_trains_in_it(
         )
         assert run.returncode == 0, run.stderr
         assert "left out" not in run.stderr
-        peaks[count] = 1024 * int(run.stdout.rpartition("VmHWM:")[2].split()[0])
+        training, testing = map(int, re.findall(r"([\d,]+) (?:training|test) samples?", run.stdout.replace(",", "")))
+        assert training + testing == count
+        assert f"trained: {-(-training // BATCH)} steps" in run.stdout
+        kilobytes = dict(re.findall(r"(VmHWM|VmPeak):\s+(\d+)", run.stdout))
+        peaks[count], room = 1024 * int(kilobytes["VmHWM"]), 1024 * int(kilobytes["VmPeak"]) + limit
     assert peaks[many] - peaks[100] < limit

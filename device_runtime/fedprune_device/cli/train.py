@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import atomic_file, tensorfile
+from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, ExitCode, FedpruneError, ModelError, UsageError
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import quantity
@@ -40,7 +41,16 @@ def train(arguments: argparse.Namespace) -> int:
     bundle = open_bundle(arguments.bundle)
     recipe = _recipe(bundle, arguments)
     check_folder(arguments.out, bundle.target)
-    samples = options_of(SampleOptions, arguments).fixed(bundle.class_names)
+    # Copies of samples are kept on the result's disk: the system's temporary folder may be in memory.
+    place = next(folder for folder in arguments.out.absolute().parents if folder.exists())
+    with storage_errors(f"can't write to {place}"):
+        folder = tempfile.TemporaryDirectory(prefix=".fedprune-", dir=place, ignore_cleanup_errors=True)
+    with folder as spool:
+        return _train(bundle, recipe, arguments, Path(spool))
+
+
+def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool: Path) -> int:
+    samples = options_of(SampleOptions, arguments).fixed(bundle.class_names, spool)
     number = arguments.threads or threads()
     trainer = Trainer(bundle.path(TRAINING), threads=number, base=bundle.base)
     data = samples.snapshot(trainer.input_shape, trainer.targets(recipe, bundle.architecture.classes))

@@ -44,6 +44,7 @@ class LocalData:
         x_val: Inputs that are never trained on, by which training and fleet decide; may be empty.
         y_val: Their labels.
         rows: Where the inputs are rows [n, numbers and length]: what the rows hold.
+        spool: A folder for copies of large arrays, which are otherwise held in memory.
 
     Raises:
         DataError: Types, lengths or shapes don't fit, a number is not finite, or a class or token id is negative.
@@ -56,6 +57,7 @@ class LocalData:
     x_val: Inputs = field(default_factory=lambda: _NO_SAMPLES)
     y_val: Inputs = field(default_factory=lambda: np.zeros(0, np.int64))
     rows: Rows | None = field(default=None, kw_only=True)
+    spool: Path | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         x: Inputs
@@ -89,7 +91,7 @@ class LocalData:
         for split in _SPLITS:
             x, y = getattr(self, f"x_{split}"), getattr(self, f"y_{split}")
             some = fitted(x, self.rows, shape) if len(x) else _NO_SAMPLES
-            arrays += [some, some if y is x else fitted_labels(y, some, shape, targets)]
+            arrays += [some, some if y is x else fitted_labels(y, some, shape, targets, self.spool)]
         return LocalData(*arrays)
 
     @property
@@ -115,14 +117,15 @@ class LocalData:
         order = keyed(seed, "validation", device).permutation(self.samples)
         train, val = np.sort(order[aside:]), np.sort(order[:aside])
         own, aside_of = (_select(self.x_train, self.y_train, rows) for rows in (train, val))
-        return LocalData(*own, self.x_test, self.y_test, *aside_of, rows=self.rows)
+        return LocalData(*own, self.x_test, self.y_test, *aside_of, rows=self.rows, spool=self.spool)
 
     def moved_out(self, spool: Path) -> LocalData:
         """The same with large arrays in temporary files in `spool`, which are deleted with this process."""
         x = {split: _moved_out(getattr(self, f"x_{split}"), spool) for split in _SPLITS}
         y = {split: _moved_out(getattr(self, f"y_{split}"), spool, any_type=True) for split in _SPLITS}
         y = x if self.unlabelled else y
-        return LocalData(x["train"], y["train"], x["test"], y["test"], x["val"], y["val"], rows=self.rows)
+        arrays = x["train"], y["train"], x["test"], y["test"], x["val"], y["val"]
+        return LocalData(*arrays, rows=self.rows, spool=spool)
 
     def check(
         self,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy.typing as npt
 from fedprune.core.errors import DataError
 from fedprune.model.lengths import Lengths, Shape, check_lengths, free_axis, lengths_of, padded
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.stored_array import Inputs, StoredArray
+from fedprune_device.data.stored_array import Inputs, StoredArray, chunks, gathered
 
 Array = npt.NDArray[Any]
 
@@ -83,30 +84,35 @@ def _read(before: Any, dtype: np.dtype[Any], convert: Any, raw: Array) -> Array:
     return np.asarray(convert(raw.astype(dtype, copy=False) if before is None else before(raw)))
 
 
-def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None) -> Inputs:
+def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, spool: Path | None) -> Inputs:
     """Labels of the places of padded samples `x`: those of padded places count for nothing.
 
-    Raises `DataError` if the recipe names no such label, though there are padded places.
+    Large ones are written to a file in `spool`. Raises `DataError` if the recipe names no such label, though there are
+    padded places.
     """
     axis = free_axis(shape)
     bounds = None if axis is None else shape[axis]
     if axis is None or targets is None or not isinstance(bounds, Lengths):
         return y
-    own = y.shape[1] if y.ndim == 2 else 0
-    if targets.shape != (bounds.most,) or not targets.takes_whole or not 0 < own <= bounds.most:
+    most, own = bounds.most, y.shape[1] if y.ndim == 2 else 0
+    if targets.shape != (most,) or not targets.takes_whole or not 0 < own <= most:
         return y
-    step = 4096
-    lengths = np.concatenate(
-        [np.zeros(0, np.int64), *(lengths_of(x[at : at + step], axis) for at in range(0, len(y), step))]
-    )
-    beyond = np.arange(bounds.most) >= lengths[:, None]
-    if not beyond.any() and own == bounds.most:
+    pieces = chunks(x) if len(y) else ()
+    lengths = np.concatenate([np.zeros(0, np.int64), *(lengths_of(some, axis) for some in pieces)])
+    if own == most and (lengths == most).all():
         return y
     if targets.ignored is None:
         raise DataError(
             "labels of padded places", expected="recipe.ignore_label", hint="Such as -1: they then count for nothing."
         )
-    out = np.full((len(y), bounds.most), targets.ignored, np.int32)
-    out[:, :own] = y[:]
-    out[beyond] = targets.ignored
-    return out
+
+    def parts(ignored: int) -> Iterator[Array]:
+        first = 0
+        for some in chunks(y):
+            out = np.full((len(some), most), ignored, np.int32)
+            out[:, :own] = some
+            out[np.arange(most) >= lengths[first : first + len(some), None]] = ignored
+            first += len(some)
+            yield out
+
+    return gathered(parts(targets.ignored), (len(y), most), np.dtype(np.int32), spool)
