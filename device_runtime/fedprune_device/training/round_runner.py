@@ -168,7 +168,7 @@ class RoundRunner:
         work.tensors = {}
         made, kept = work.made(result, self._blobs.put, self._blob), work.kept
         # Those of tensors and squares are in the loaded graph's memory.
-        result = replace(result, tensors={}, squares={}, last_squares={}, moments={})
+        result = replace(result, tensors={}, last_squares={}, moments={})
         del work, trainer
         self._trainer.release()
         serves: BlobRef | bytes = made.sent if made.after is None else tensorfile.encode(made.after)

@@ -58,7 +58,7 @@ class StepGraph:
     on an NVIDIA GPU.
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay. `states` are
-    the optimiser's arrays, `squares` sums of squared gradients. `scores`: whether it counts right samples. `token_ids`:
+    the optimiser's arrays. `scores`: whether it counts right samples. `token_ids`:
     whether samples are whole numbers. `base` is the file of frozen weights that the graph reads in low precision.
 
     Raises `ModelError` if onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
@@ -101,11 +101,10 @@ class StepGraph:
         self._target_shape = inputs[step_contract.Y][1][1:]
         self.token_ids = inputs[step_contract.X][0] == "tensor(int64)"
         self.states = [f(n) for n in self.trainable for f in step_contract.states(optimizer)]
-        self.squares = [step_contract.squares(n) for n in self.trainable if step_contract.squares(n) in inputs]
         self._sums = [step_contract.total(n) for n in self.trainable if step_contract.total(n) in inputs]
         gradients = [step_contract.gradient(n) for n in self.trainable]
         self.gradients = gradients if outputs.issuperset(gradients) else []
-        known = {*required, *self.names, *_NUMBERS, *self.states, *self.squares, *self._sums}
+        known = {*required, *self.names, *_NUMBERS, *self.states, *self._sums}
         known.update(
             f(n)
             for n in self.trainable
@@ -122,7 +121,7 @@ class StepGraph:
                 got=", ".join(sorted(set(inputs) - known)[:5]),
                 hint="Update fedprune on the device.",
             )
-        self._moving = [*self.trainable, *self.statistics, *self.states, *self.squares]
+        self._moving = [*self.trainable, *self.statistics, *self.states]
         ignored = self._session.metadata.get(step_contract.IGNORED)
         self._ignored = None if ignored is None else int(ignored)
         lacking = {step_contract.following(n) for n in (*self._moving, *self._sums)} - outputs
@@ -171,7 +170,7 @@ class StepGraph:
         feeds = numbers(recipe) | anchors(recipe, tensors, self.trainable) | loss_terms(y, recipe, classes)
         feeds |= self.masking(tensors, recipe, mask)
         moving = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
-        wanted = set(self._session.inputs) - moving - {*self.names, *self.states, *self.squares, *self._sums}
+        wanted = set(self._session.inputs) - moving - {*self.names, *self.states, *self._sums}
         wanted -= self._base_names
         classifies = self._classifies if recipe.loss == CUSTOM else recipe.features.counts
         scores = recipe.features.scores

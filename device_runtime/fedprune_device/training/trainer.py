@@ -77,7 +77,6 @@ class TrainingResult:
             training; None where numbers are predicted.
         seconds: Wall-clock time.
         step_seconds: Median time of a step.
-        squares: Squared gradients summed over the steps, by tensor, if the graph gives them.
         last_squares: Squared gradients of the last of these steps, by tensor, if the recipe asks for them.
         moments: The optimiser's state after the last step, by the names of the training graph.
         taken: Steps behind that state, with those of earlier rounds where it was kept.
@@ -91,7 +90,6 @@ class TrainingResult:
     train_accuracy: float | None
     seconds: float
     step_seconds: float
-    squares: Tensors
     last_squares: Tensors
     moments: Tensors = field(default_factory=dict)
     taken: int = 0
@@ -100,7 +98,7 @@ class TrainingResult:
     def unmoved(cls, tensors: Tensors, steps: int, samples: int, seconds: float) -> TrainingResult:
         """What a training that changed nothing would give."""
         nothing = math.nan
-        return cls(dict(tensors), steps, samples, nothing, nothing, None, seconds, seconds / max(1, steps), {}, {})
+        return cls(dict(tensors), steps, samples, nothing, nothing, None, seconds, seconds / max(1, steps), {})
 
 
 @dataclass(frozen=True)
@@ -206,7 +204,7 @@ class Trainer:
         y = wanted(data.y_train)
         constant = self._graph.constants(tensors, y, recipe, classes, task.mask)
         state: dict[str, Array] = {n: np.array(v, order="C") for n, v in tensors.items()}  # steps write into it
-        for name in (*self._graph.states, *self._graph.squares):
+        for name in self._graph.states:
             state[name] = np.zeros_like(state[name.partition("::")[0]])
         for name in task.moments.keys() & set(self._graph.states):
             np.copyto(state[name], task.moments[name])
@@ -285,7 +283,6 @@ class Trainer:
             train_accuracy=hits / max(1, seen) if self._graph.scores else None,
             seconds=time.monotonic() - began,
             step_seconds=float(np.median(times)),
-            squares={n.partition("::")[0]: state[n] for n in self._graph.squares},
             last_squares=squares,
             moments={n: state[n] for n in self._graph.states},
             taken=task.taken + len(losses),
@@ -320,7 +317,7 @@ class Trainer:
         y = self.targets(recipe, classes)(data.y_train)
         feeds = self._graph.constants(tensors, y, replace(recipe, scale=1.0, mask_threshold=0.0), classes)
         feeds |= {n: np.asarray(v, order="C") for n, v in tensors.items()}
-        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in (*self._graph.states, *self._graph.squares)}
+        feeds |= {n: np.zeros_like(feeds[n.partition("::")[0]]) for n in self._graph.states}
         rows = np.arange(min(samples, len(y)))
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         parts = [Part.of(data.x_train, y, p) for p in batches.parts(rows)]

@@ -79,14 +79,6 @@ def write_loss(
         count_hits(g, g.emit("Equal", g.emit("Greater", logits, g.scalar(0)), right))
     share = _share(g, parts, features)
     g.emit("ReduceSum", g.emit("Mul", parts.row, share), attrs={"keepdims": 0}, out=step_contract.LOSS)
-    if features.sample_losses:
-        row = g.emit("Mul", parts.row, parts.weight) if parts.weight else parts.row
-        if parts.flat:
-            g.emit("Identity", row, out=step_contract.SAMPLE_LOSSES)
-        else:
-            axes = g.ints(*range(1, len(outputs) + 1))
-            g.emit("ReduceSum", row, axes, attrs={"keepdims": 0}, out=step_contract.SAMPLE_LOSSES)
-        g.outputs.append(port(step_contract.SAMPLE_LOSSES, (BATCH,)))
     gradient = parts.gradient(share)
     # Logits of masked classes were replaced, so that no gradient passes them.
     return g.emit("Where", present, gradient, g.scalar(0)) if present else gradient

@@ -74,7 +74,7 @@ def add_inputs(g: Graph, tensors: Sequence[Trained], features: Features) -> None
         g.inputs.append(port(step_contract.CLIP_NORM, ()))
     arrays = [*step_contract.states(features.optimizer)]
     arrays += [step_contract.anchor] * features.proximal + [step_contract.mask] * features.element_mask
-    arrays += [step_contract.total] * features.accumulate + [step_contract.squares] * features.squares
+    arrays += [step_contract.total] * features.accumulate
     for tensor in tensors:
         g.inputs += [port(array(tensor.name), tensor.shape) for array in arrays]
         scalars = [step_contract.strength] * features.proximal + [step_contract.threshold] * features.threshold
@@ -101,18 +101,13 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Fe
 
 
 def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features) -> str:
-    """The gradient of the whole objective by a tensor; sums and squares of the data loss's alone."""
+    """The gradient of the whole objective by a tensor; sums are of the data loss's alone."""
     name, shape = tensor.name, tensor.shape
     gradient = tape.gradient(name) or g.emit("ConstantOfShape", tape.shape_of(name))
     gradient = passed(g, name, gradient, features)
     if features.accumulate:
         so_far = step_contract.following(step_contract.total(name))
         gradient = g.emit("Add", step_contract.total(name), gradient, out=so_far)
-        g.outputs.append(port(so_far, shape))
-    if features.squares:
-        seen = g.emit("Mul", gradient, step_contract.mask(name)) if features.element_mask else gradient
-        so_far = step_contract.following(step_contract.squares(name))
-        g.emit("Add", step_contract.squares(name), g.emit("Mul", seen, seen), out=so_far)
         g.outputs.append(port(so_far, shape))
     if features.proximal:
         pull = g.emit("Mul", g.emit("Sub", name, step_contract.anchor(name)), step_contract.strength(name))

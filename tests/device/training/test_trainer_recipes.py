@@ -212,22 +212,6 @@ def test_the_loss_at_given_weights_is_that_of_the_outputs(
         assert loss == pytest.approx(data_loss(recipe.loss, z[:20], y[:20], loss_terms(y, recipe, CLASSES)), rel=1e-5)
 
 
-def test_squared_gradients_are_summed_over_the_steps(
-    graphs: Path, weights: Tensors, labelled: dict[str, LocalData]
-) -> None:
-    data, recipe = labelled["huber"], Recipe(batch_size=16, lr=0.0, loss="huber", huber_delta=0.5, accumulate=2)
-    got = train(graphs / "huber.onnx", weights, data, recipe).squares
-    wanted = {"w": np.zeros((CLASSES, FEATURES)), "b": np.zeros(CLASSES)}
-    for rows in batches(recipe, data.samples):
-        x = data.x_train[rows].astype(np.float64)
-        dz = slope(recipe, x @ weights["w"].T + weights["b"], data.y_train[rows], np.ones(CLASSES))
-        wanted["w"] += (dz.T @ x) ** 2
-        wanted["b"] += dz.sum(0) ** 2
-    assert set(got) == set(wanted)
-    for name, value in wanted.items():
-        np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=1e-9)
-
-
 def test_no_output_of_a_part_stays_in_the_arena_while_the_next_part_runs(
     graphs: Path, weights: Tensors, labelled: dict[str, LocalData], monkeypatch: pytest.MonkeyPatch
 ) -> None:

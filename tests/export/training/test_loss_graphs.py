@@ -42,11 +42,11 @@ ORACLES["0.5*infonce + triplet"] = lambda z, y: 0.5 * infonce(z, y) + triplet(z,
 
 @cache
 def session(name: str, outputs: tuple[int, ...]) -> Session:
-    """The loss alone, with every sample's loss and the gradient by the outputs."""
+    """The loss alone, with the gradient by the outputs."""
     loss, g = LOSS_GRAPHS[name](outputs), Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), loss.graph.inputs[1]]
     g.outputs = [port(step_contract.LOSS, ()), port("dz", (BATCH, *outputs))]
-    g.emit("Identity", write_loss(g, "z", outputs, Features(loss=name, sample_losses=True), {name: loss}), out="dz")
+    g.emit("Identity", write_loss(g, "z", outputs, Features(loss=name), {name: loss}), out="dz")
     return Session(g.to_bytes(), training=True)
 
 
@@ -58,7 +58,7 @@ def agrees(name: str, z: Array, y: Array) -> None:
         each = ORACLES[name](leaf, torch.tensor(y, dtype=dtype if y.dtype.kind == "f" else None))
         each.mean().backward()
         assert leaf.grad is not None
-        values = {step_contract.SAMPLE_LOSSES: each, step_contract.LOSS: each.mean(), "dz": leaf.grad}
+        values = {step_contract.LOSS: each.mean(), "dz": leaf.grad}
         found.append({k: v.detach().numpy() for k, v in values.items()})
     exact, usual = found
     floor = 2e-7 * (1 + float(np.abs(z).max()))

@@ -57,10 +57,10 @@ LOSSES = {
 
 @cache
 def session(name: str, parts: bool = False, places: tuple[int, ...] = ()) -> Session:
-    """The loss alone, with every sample's loss and the gradient by the logits."""
+    """The loss alone, with the gradient by the logits."""
     outputs = (K, *places)
     asked = LOSSES[name]
-    features = Features(**{**asked.__dict__, "accumulate": parts, "sample_losses": True})
+    features = Features(**{**asked.__dict__, "accumulate": parts})
     g = Graph(name="loss")
     g.inputs = [port("z", (BATCH, *outputs)), port(step_contract.Y, *target_shape(features, outputs))]
     g.outputs = [port(step_contract.LOSS, ())]
@@ -115,38 +115,31 @@ def oracle(features: Features, z: Array, y: Array, extra: dict[str, Array], dtyp
     target = torch.tensor(y) if y.dtype == np.int64 else torch.tensor(y, dtype=dtype)
     share = get[step_contract.Y_SHARE] if features.mixup else torch.ones((), dtype=dtype)
     partner = torch.tensor(extra[step_contract.Y_PARTNER]) if features.mixup else target
-    out: dict[str, torch.Tensor] = {}
-    for reduction in ("mean", "none"):
-        if features.loss == "cross_entropy":
-            smooth = float(extra[step_contract.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
-            own, other = (
-                functional.cross_entropy(
-                    x, t, weight, ignore_index=ignored, label_smoothing=smooth, reduction=reduction
-                )
-                for t in (target, partner)
-            )
-            out[reduction] = share * own + (1 - share) * other
-        else:
-            of_sample = {
-                "bce": lambda: functional.binary_cross_entropy_with_logits(
-                    x, target, pos_weight=None if weight is None else weight.reshape(along), reduction="none"
-                ),
-                "focal": lambda: focal(x, target),
-                "dice": lambda: dice(x, target),
-                "mse": lambda: functional.mse_loss(x, target, reduction="none"),
-                "l1": lambda: functional.l1_loss(x, target, reduction="none"),
-                "huber": lambda: functional.huber_loss(
-                    x, target, reduction="none", delta=float(extra[step_contract.HUBER_DELTA])
-                ),
-                "distill": lambda: distill(x, target, float(extra[step_contract.TEMPERATURE])),
-            }
-            each = sum(w * of_sample[n]().reshape(len(x), -1).mean(1) for n, w in terms(features.loss))
-            out[reduction] = each.mean() if reduction == "mean" else each
-    out["mean"].backward()
-    each = out["none"].flatten(1) if out["none"].ndim > 1 else out["none"][:, None]
-    each = each.sum(1) if features.loss == "cross_entropy" else each.mean(1)
+    if features.loss == "cross_entropy":
+        smooth = float(extra[step_contract.LABEL_SMOOTHING]) if features.label_smoothing else 0.0
+        own, other = (
+            functional.cross_entropy(x, t, weight, ignore_index=ignored, label_smoothing=smooth)
+            for t in (target, partner)
+        )
+        mean = share * own + (1 - share) * other
+    else:
+        of_sample = {
+            "bce": lambda: functional.binary_cross_entropy_with_logits(
+                x, target, pos_weight=None if weight is None else weight.reshape(along), reduction="none"
+            ),
+            "focal": lambda: focal(x, target),
+            "dice": lambda: dice(x, target),
+            "mse": lambda: functional.mse_loss(x, target, reduction="none"),
+            "l1": lambda: functional.l1_loss(x, target, reduction="none"),
+            "huber": lambda: functional.huber_loss(
+                x, target, reduction="none", delta=float(extra[step_contract.HUBER_DELTA])
+            ),
+            "distill": lambda: distill(x, target, float(extra[step_contract.TEMPERATURE])),
+        }
+        mean = sum(w * of_sample[n]().reshape(len(x), -1).mean(1) for n, w in terms(features.loss)).mean()
+    mean.backward()
     assert leaf.grad is not None
-    found = {step_contract.LOSS: out["mean"], step_contract.SAMPLE_LOSSES: each, "dz": leaf.grad}
+    found = {step_contract.LOSS: mean, "dz": leaf.grad}
     if features.loss == "cross_entropy":
         meant = target if share >= 0.5 else partner
         found[step_contract.HITS] = ((x.argmax(1) == meant) & (meant != ignored)).sum()

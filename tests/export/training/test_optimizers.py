@@ -274,16 +274,12 @@ def test_pull_and_mask_act_with_every_optimizer(optimizer: str) -> None:
         np.testing.assert_array_equal(got[step_contract.following(name)][held], state[name][held])
 
 
-def test_sums_and_squares_are_those_of_the_data_loss_alone() -> None:
-    run = session("sgd", accumulate=True, squares=True, proximal=True, clip=True, gradients=True)
+def test_sums_are_those_of_the_data_loss_alone() -> None:
+    run = session("sgd", accumulate=True, proximal=True, clip=True, gradients=True)
     first, second = gradients(2, 4, 1.0)
     state = start(run)
     numbers = scalars(lr=0.1, weight_decay=0.3, clip_norm=0.1, momentum=0.0)
-    extra = {
-        f(n): np.full(s, 2, np.float32)
-        for n, s in SHAPES.items()
-        for f in (step_contract.anchor, step_contract.squares)
-    }
+    extra = {step_contract.anchor(n): np.full(s, 2, np.float32) for n, s in SHAPES.items()}
     extra |= {step_contract.strength(n): np.array(3, np.float32) for n in SHAPES}
     part = run.run({**numbers, **state, **extra, **first})
     sums = {step_contract.total(n): part[step_contract.following(step_contract.total(n))] for n in SHAPES}
@@ -292,7 +288,6 @@ def test_sums_and_squares_are_those_of_the_data_loss_alone() -> None:
         total = first[f"d{name}"] + second[f"d{name}"]
         np.testing.assert_array_equal(sums[step_contract.total(name)], first[f"d{name}"])
         np.testing.assert_array_equal(whole[step_contract.following(step_contract.total(name))], total)
-        np.testing.assert_allclose(whole[step_contract.following(step_contract.squares(name))], 2 + total**2, rtol=1e-6)
         np.testing.assert_allclose(whole[step_contract.gradient(name)], total + 3 * (state[name] - 2), rtol=1e-6)
 
 

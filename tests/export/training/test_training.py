@@ -163,15 +163,13 @@ EVERYTHING = replace(
     optimizer="adamw",
     clip=True,
     accumulate=True,
-    squares=True,
-    sample_losses=True,
     ordered_dropout=True,
     frozen=("conv1.*",),
 )
 
 
 def test_all_features_go_together(model: Model) -> None:
-    """Outputs on demand agree with the gradient and the loss of the same step, and there is nothing else."""
+    """Outputs on demand agree with the gradient of the same step, and there is nothing else."""
     graph = training_graph(model, EVERYTHING)
     session = Session(graph.to_bytes(), training=True)
     trained = [t.name for t in model.architecture.trainable if t.name != "conv1.weight"]
@@ -183,28 +181,19 @@ def test_all_features_go_together(model: Model) -> None:
     }
     numbers = (step_contract.EPSILON, step_contract.CLIP_NORM, step_contract.LABEL_SMOOTHING, step_contract.DIVISOR)
     fed |= {n: np.array(v, np.float32) for n, v in zip(numbers, (1e-8, 0.1, 0.2, 9), strict=True)}
+    per_tensor = (step_contract.buffer, step_contract.second, step_contract.total)
     for name in trained:
         zero = np.zeros_like(fed[name])
-        fed |= {
-            f(name): zero
-            for f in (step_contract.buffer, step_contract.second, step_contract.total, step_contract.squares)
-        }
+        fed |= {f(name): zero for f in per_tensor}
         fed[step_contract.anchor(name)] = fed[name]  # no pull, so that the objective's gradient is the data loss's
     got = session.run(fed)
     assert set(fed) == set(session.inputs)
-    per_tensor = (step_contract.buffer, step_contract.second, step_contract.total, step_contract.squares)
-    wanted = {
-        step_contract.LOSS,
-        step_contract.HITS,
-        step_contract.SAMPLE_LOSSES,
-        *(step_contract.gradient(n) for n in trained),
-    }
+    wanted = {step_contract.LOSS, step_contract.HITS, *(step_contract.gradient(n) for n in trained)}
     wanted |= {step_contract.following(n) for n in (*trained, "norm.running_mean", "norm.running_var")}
     assert set(got) == wanted | {step_contract.following(f(n)) for n in trained for f in per_tensor}
-    assert got[step_contract.SAMPLE_LOSSES].sum() / 9 == pytest.approx(float(got[step_contract.LOSS]), rel=1e-6)
     for name in trained:
-        squares = got[step_contract.following(step_contract.squares(name))]
-        np.testing.assert_allclose(squares, got[step_contract.gradient(name)] ** 2, rtol=1e-5, atol=1e-12)
+        total = got[step_contract.following(step_contract.total(name))] * fed[step_contract.mask(name)]
+        np.testing.assert_allclose(total, got[step_contract.gradient(name)], rtol=1e-5, atol=1e-12)
     assert all(np.isfinite(v).all() for v in got.values())
     assert json.loads(session.metadata[step_contract.AXES])["sizes"] == list(model.architecture.sizes)
 

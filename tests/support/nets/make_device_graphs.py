@@ -132,7 +132,7 @@ COMPILED = {
     "adamw": (linear, Features(optimizer="adamw", clip=True, accumulate=True, label_smoothing=True, class_weight=True)),
     "bce": (linear, Features(loss="bce", class_weight=True)),
     "bias": (linear, Features(trainable=("b",))),
-    "huber": (linear, Features(loss="huber", accumulate=True, squares=True)),
+    "huber": (linear, Features(loss="huber", accumulate=True)),
     "narrow": (hidden, Features(ordered_dropout=True, optimizer="adam", proximal=True)),
     "still": (hidden, Features(frozen=("w1", "gamma", "mean", "var"))),
     "tokens": (tokens, Features()),

@@ -42,8 +42,6 @@ class Features:
         optimizer: One of `OPTIMIZERS`.
         clip: Gradients are scaled down to a global norm.
         accumulate: A batch can be worked through in parts, whose gradients are summed.
-        squares: Sums of squared gradients are outputs.
-        sample_losses: The loss of every sample is an output.
         ordered_dropout: The graph's metadata has the channels on its tensors' axes.
         axes: So it does, too, where the steps are all as wide as the device, for averages and masks.
         threshold: Per trained tensor a number θ: elements below it in size are 0 in the forward pass, and what is above
@@ -69,8 +67,6 @@ class Features:
     optimizer: str = "sgd"
     clip: bool = False
     accumulate: bool = False
-    squares: bool = False
-    sample_losses: bool = False
     ordered_dropout: bool = False
     axes: bool = False
     threshold: bool = False

@@ -23,7 +23,7 @@ Inputs:
         optimiser's state: one array with SGD and Lion (momentum), two with Adam and AdamW (mean and mean square of
         gradients).
     On demand, per trained tensor: anchor and µ (shape []), mask (0 or 1), `threshold` θ (shape [], 0 for none), the
-        gradients so far of this batch (`sum`), the squares so far (`squares`).
+        gradients so far of this batch (`sum`).
 
 Outputs:
     `loss` (float32 []): the data loss, without the proximal term. With accumulation it is this part's share: shares
@@ -34,8 +34,7 @@ Outputs:
     Per trained tensor its next value and its next state; per statistic that isn't frozen its next value. A frozen
         tensor has no output, because it stays as it is.
     On demand: per trained tensor `gradient` (of the whole objective and, with accumulation, of the batch so far;
-        without weight decay, before clipping), the next `sum`, the next `squares` (with the squared gradient of this
-        batch's data loss added); `sample_losses` float32 [N], of which `loss` is the sum over the divisor.
+        without weight decay, before clipping), the next `sum`.
 
 All state is zero at the beginning of a round, and `step_number` begins at 1, unless the recipe keeps the optimiser's
 state: then both continue from the round before. With accumulation only the last part's
@@ -76,7 +75,6 @@ CLASS_MASK = "class_mask"
 OUTPUT_SCALE = "output_scale"
 LOSS = "loss"
 HITS = "hits"
-SAMPLE_LOSSES = "sample_losses"
 LOGITS = "logits"
 """The output of an inference graph (its input is `x`), and the value of a training graph that the loss is made of."""
 
@@ -89,7 +87,7 @@ RESERVED = frozenset(
         *(LR, MOMENTUM, WEIGHT_DECAY, BETA1, BETA2, EPSILON, STEP_NUMBER),
         *(LABEL_SMOOTHING, HUBER_DELTA, TEMPERATURE, CLIP_NORM, DIVISOR, LOGIT_OFFSET, CLASS_WEIGHT, CLASS_MASK),
         OUTPUT_SCALE,
-        *(LOSS, HITS, SAMPLE_LOSSES, LOGITS),
+        *(LOSS, HITS, LOGITS),
     }
 )
 """Names that no tensor of a model may have; the importer renames such tensors."""
@@ -156,7 +154,7 @@ def total(name: str) -> str:
 
 
 def squares(name: str) -> str:
-    """Squared gradients of a tensor summed over the steps so far (input)."""
+    """Squared gradients of a tensor in an update."""
     return f"{name}::squares"
 
 
@@ -257,6 +255,6 @@ def first_step(
     for name in trained:
         out[step_contract.mask(name)] = np.ones_like(out[name])
         out[step_contract.threshold(name)] = np.array(0, np.float32)
-        for array in (*step_contract.states(recipe.optimizer), step_contract.total, step_contract.squares):
+        for array in (*step_contract.states(recipe.optimizer), step_contract.total):
             out[array(name)] = np.zeros_like(out[name])
     return {n: v for n, v in out.items() if n in inputs}

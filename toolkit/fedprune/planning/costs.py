@@ -195,7 +195,7 @@ class Costs:
         """
         more = 2 * (features.proximal + features.element_mask + features.threshold)
         more += 2 * (len(step.states(features.optimizer)) - 1)
-        more += features.gradients + features.accumulate + features.squares
+        more += features.gradients + features.accumulate
         copies = own + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
         sample = ACTIVATION_COPIES * self.activation_bytes + UNROLLED_COPIES * self.unrolled_bytes
         sample += TRANSIENTS * self.largest_bytes
