@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 import socket
@@ -14,6 +15,7 @@ import pytest
 
 from fedprune_device import client
 from fedprune_device.client import Board, BoardError
+from fedprune_device.data.image_decoding import Pixels
 from support.fakes.local_board import LocalBoard
 from support.paths import ROOT
 
@@ -23,10 +25,17 @@ X = np.random.default_rng(1).standard_normal((5, 6)).astype(np.float32)
 PAGE = ROOT / "docs" / "local-interface.md"
 
 
-def examples(language: str) -> str:
-    found = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(found) == {"sh": 2, "python": 1}[language]
-    return str(found[0])  # the second needs a camera's pictures
+def examples(language: str) -> list[str]:
+    return [str(found) for found in re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)]
+
+
+def run_curl(script: str, folder: Path) -> list[str]:
+    """The lines that a shell prints for the page's commands."""
+    if shutil.which("curl") is None:
+        pytest.skip("curl is not installed")
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
 
 
 def inputs(folder: Path) -> None:
@@ -80,21 +89,31 @@ def test_where_many_connect_the_client_waits_for_its_turn(tmp_path: Path, monkey
 
 
 def test_the_curl_examples_do_what_the_page_says(served: LocalBoard, tmp_path: Path) -> None:
-    if shutil.which("curl") is None:
-        pytest.skip("curl is not installed")
     inputs(tmp_path)
-    text = examples("sh")
+    text, _ = examples("sh")
     assert text.count("curl ") == 10
-    script = text.replace("SOCKET=/var/lib/fedprune/local.sock", f"SOCKET={served.socket}")
-    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 9
+    found = run_curl(text.replace("SOCKET=/var/lib/fedprune/local.sock", f"SOCKET={served.socket}"), tmp_path)
+    assert len(found) == 9
     assert served.board.samples()["classes"] == {"1": {"kept": 1, "seen": 1, "name": "bee"}}
+
+
+def test_the_curl_examples_show_and_label_a_picture_that_waits(local: LocalBoard, tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    _, text = examples("sh")
+    assert text.count("curl ") == 4
+    x = np.random.default_rng(0).integers(0, 256, (3, 5, 4)).astype(np.float32) / 255
+    with local.serving(pixels=Pixels((0.0,), (1.0,))):
+        name = local.board.add(x)["id"]
+        listed, labelled = map(json.loads, run_curl(f"SOCKET={local.socket}\nID={name}\n{text}", tmp_path))
+        assert listed == {"samples": [name]}
+        assert (labelled["id"], labelled["label"], local.board.unlabelled()) == (name, 1, [])
+    assert (np.asarray(image.open(tmp_path / "sample.png")) == np.round(255 * x.transpose(1, 2, 0))).all()
+    assert (np.load(tmp_path / "sample.npy") == x).all()
 
 
 def test_the_python_example_does_what_the_page_says(served: LocalBoard, tmp_path: Path) -> None:
     inputs(tmp_path)
-    script = examples("python").replace("unix:/var/lib/fedprune/local.sock", served.address)
+    script = examples("python")[0].replace("unix:/var/lib/fedprune/local.sock", served.address)
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "label: expected a whole number from 0 to 2, or a class's name, got 'dog'" in done.stdout
