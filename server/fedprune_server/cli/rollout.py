@@ -19,14 +19,16 @@ from fedprune.core.disk import held
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune.core.text import quantity, some
 from fedprune.output.tables import Column, print_table
-from fedprune.releases.release import Release
-from fedprune.releases.rollout import CAREFUL, Fate, RolloutPhase
+from fedprune.releases.rollout import CAREFUL, Fate
 from fedprune.wire.fleet_messages import COMMITTED, DOWNLOADING, MAX_ATTEMPTS, MAX_SECONDS
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, start_rollout, take_back
+from fedprune_server.ota.rollouts import ALL_AT_ONCE, RolloutTerms, order, start_rollout, take_back
 from fedprune_server.ota.store import RolloutEntry, RolloutStore
 from fedprune_server.storage.state_folder import LOCK, has_database
+
+_REQUESTED = {"stopping": ", to be stopped", "pausing": ", to be paused", "resuming": ", to go on"}
+"""What the server hasn't carried out yet, by the entry's state."""
 
 _SHOWN = 20
 """Boards that a list on one line names."""
@@ -88,9 +90,7 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     pause = actions.add_parser(
         "pause", help="give the release to no further boards for now; boards that have it continue"
     )
-    pause.set_defaults(function=_pause)
     resume = actions.add_parser("resume", help="resume a paused rollout")
-    resume.set_defaults(function=_resume)
     status = actions.add_parser("status", help="show the progress and the failures of the latest rollout")
     status.add_argument("--json", action="store_true", help="as JSON, for programs")
     status.set_defaults(function=_status)
@@ -98,7 +98,6 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
     listed.add_argument("--json", action="store_true", help="as JSON, for programs")
     listed.set_defaults(function=_list)
     stop = actions.add_parser("stop", help="give the release to no more boards; those that have it keep it")
-    stop.set_defaults(function=_stop)
     back = actions.add_parser(
         "back", help="roll back the boards that have the latest release to the one before, under a new number"
     )
@@ -107,6 +106,8 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
         "--groups", type=_groups, metavar="SHARES", help="stages, as for start (default: all boards at once)"
     )
     back.set_defaults(function=_back)
+    for action in (pause, resume, stop):
+        action.set_defaults(function=_order, reason="")
     for action in (pause, stop, back):
         action.add_argument("--reason", default="by the operator", metavar="TEXT", help="for the record")
     for action in (start, pause, resume, status, listed, stop, back):
@@ -172,7 +173,7 @@ def _list(arguments: argparse.Namespace) -> int:
         return int(ExitCode.OK)
     rows = []
     for entry in entries:
-        release = Release.from_bytes(entry.offer.manifest.encode())
+        release = entry.release
         fates = Counter(b.fate for b in entry.rollout.boards.values())
         begun = datetime.fromtimestamp(entry.at, timezone.utc).strftime("%Y-%m-%d %H:%M")
         boards = f"{fates[Fate.WELL]} of {len(entry.rollout.boards) - fates[Fate.GONE]}"
@@ -183,29 +184,11 @@ def _list(arguments: argparse.Namespace) -> int:
     return int(ExitCode.OK)
 
 
-def _stop(arguments: argparse.Namespace) -> int:
+def _order(arguments: argparse.Namespace) -> int:
     _entries(arguments.state)
     with RolloutStore(arguments.state) as store:
-        number = store.stop(arguments.reason)
-    print(f"rollout {number} will stop: boards that have the release keep it")
-    _note_without_server(arguments.state, "stops")
-    return int(ExitCode.OK)
-
-
-def _pause(arguments: argparse.Namespace) -> int:
-    _entries(arguments.state)
-    with RolloutStore(arguments.state) as store:
-        number = store.pause(arguments.reason)
-    print(f"rollout {number} is paused: no further boards get the release; those that are updating finish")
-    return int(ExitCode.OK)
-
-
-def _resume(arguments: argparse.Namespace) -> int:
-    _entries(arguments.state)
-    with RolloutStore(arguments.state) as store:
-        number = store.resume()
-    print(f"rollout {number} continues")
-    _note_without_server(arguments.state, "continues")
+        print(order(store, arguments.action, arguments.reason))
+    _note_without_server(arguments.state, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
     return int(ExitCode.OK)
 
 
@@ -228,13 +211,13 @@ def _entries(state: Path) -> list[RolloutEntry]:
 
 
 def describe(entry: RolloutEntry) -> str:
-    rollout, release = entry.rollout, Release.from_bytes(entry.offer.manifest.encode())
+    rollout, release = entry.rollout, entry.release
     stage = f", stage {rollout.stage + 1} of {len(rollout.plan.stages)}" if rollout.stage >= 0 else ", not begun"
     counts = Counter(b.fate for b in rollout.boards.values())
     words = {Fate.WELL: "updated", Fate.GIVEN: "updating", Fate.FAILED: "failed", Fate.WAITING: "pending"}
     gone = sorted(n for n, b in rollout.boards.items() if b.fate is Fate.GONE)
     count = len(rollout.boards) - len(gone)
-    phase = f"{rollout.phase.value}{stage}{_pending_request(entry)}"
+    phase = f"{rollout.phase.value}{stage}{_REQUESTED.get(entry.state, '')}"
     lines = [
         f"rollout {entry.number} of release {release.number} ({release.version}): {phase}",
         "  " + ", ".join(f"{counts[fate]} {what}" for fate, what in words.items()) + f", of {count}",
@@ -253,18 +236,6 @@ def describe(entry: RolloutEntry) -> str:
     return "\n".join(lines)
 
 
-def _pending_request(entry: RolloutEntry) -> str:
-    """A request to stop, pause or resume that the server hasn't carried out yet, as text."""
-    phase = entry.rollout.phase
-    if not phase.under_way:
-        return ""
-    if entry.wish is not None:
-        return ", to be stopped"
-    if entry.hold is not None and phase is RolloutPhase.RUNNING:
-        return ", to be paused"
-    return ", to go on" if entry.hold is None and phase is RolloutPhase.PAUSED else ""
-
-
 def _doing(report: dict[str, Any] | None) -> str:
     if report is None:
         return "nothing heard yet"
@@ -274,7 +245,7 @@ def _doing(report: dict[str, Any] | None) -> str:
 
 
 def _body(entry: RolloutEntry) -> dict[str, Any]:
-    release = Release.from_bytes(entry.offer.manifest.encode())
+    release = entry.release
     return {
         "number": entry.number,
         "at": entry.at,

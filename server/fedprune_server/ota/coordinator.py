@@ -17,7 +17,6 @@ from typing import Any
 
 from fedprune.core.errors import ReleaseError
 from fedprune.core.text import one_line
-from fedprune.releases.release import Release
 from fedprune.releases.rollout import Fate, Give, Rollout, RolloutCommand, RolloutPhase, Wake, Withdraw
 from fedprune.wire.fleet_messages import (
     COMMITTED,
@@ -168,7 +167,7 @@ class RolloutCoordinator:
     def _begin(self, entry: RolloutEntry) -> bool:
         """Take up a rollout; False if it can't go on."""
         try:
-            release = Release.from_bytes(entry.offer.manifest.encode())
+            release = entry.release
         except ReleaseError as error:  # written by another version
             log.error("rollout %d can't go on: %s", entry.number, error)
             return False

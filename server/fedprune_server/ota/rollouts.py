@@ -107,6 +107,21 @@ def start_rollout(
     return StartedRollout(number, release, rollout)
 
 
+def order(store: RolloutStore, action: str, why: str) -> str:
+    """Ask for the rollout that is under way to `pause`, `resume` or `stop`; returns a message.
+
+    Raises:
+        ConfigError: None is under way, or the action doesn't fit its state.
+    """
+    if action == "pause":
+        return (
+            f"rollout {store.pause(why)} is paused: no further boards get the release; those that are updating finish"
+        )
+    if action == "resume":
+        return f"rollout {store.resume()} continues"
+    return f"rollout {store.stop(why)} will stop: boards that have the release keep it"
+
+
 def _boards(names: Collection[str] | None, members: list[str]) -> list[str]:
     if not members:
         raise ConfigError("no board is let in yet", hint="`fedprune-server claim` lets boards in.")
@@ -168,7 +183,7 @@ def take_back(
             raise ConfigError(
                 f"no board has release {last.offer.number} or is at it", hint="To end its rollout: `rollout stop`."
             )
-        old = release_of(before)
+        old = before.release
         highest = max(above, *(e.offer.number for e in entries))
         made = replace(old, number=_number(number, highest), created=_day(clock()))
         leaves = _leaves(store, old)
@@ -193,8 +208,8 @@ def _ends(entries: list[RolloutEntry], release: int | None) -> tuple[RolloutEntr
         raise ConfigError(f"release {number} is itself the way back from release {last.leaves}", hint=_BY_HAND)
     before = next((e for e in entries if e.number == last.prior), None)
     if before is None:
-        files = release_of(last).files
-        same = next((e.offer.number for e in reversed(entries[:-1]) if release_of(e).files == files), None)
+        files = last.release.files
+        same = next((e.offer.number for e in reversed(entries[:-1]) if e.release.files == files), None)
         if same is not None:
             raise ConfigError(
                 f"release {number} has the same files as release {same}, so that going back would change nothing",
@@ -228,10 +243,6 @@ def _day(now: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
 
 
-def release_of(entry: RolloutEntry) -> Release:
-    return Release.from_bytes(entry.offer.manifest.encode())
-
-
 def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: Collection[str]) -> RolloutEntry | None:
     """The one of these rollouts whose release most of these boards have now; None if no board has one of this server's.
 
@@ -261,9 +272,9 @@ def worth_keeping(entries: Sequence[RolloutEntry], before: RolloutEntry | None) 
     boards, of the release that most boards of their Python and processor have.
     """
     everybody = {name for entry in entries for name in entry.rollout.boards}
-    kinds = {(r.python, r.machine): r for r in map(release_of, entries)}
+    kinds = {(r.python, r.machine): r for r in (e.release for e in entries)}
     kept = [before, *(_usual(entries, kind, everybody) for kind in kinds.values())]
-    return {f.sha256 for entry in kept if entry is not None for f in release_of(entry).files}
+    return {f.sha256 for entry in kept if entry is not None for f in entry.release.files}
 
 
 def _usual(
@@ -272,7 +283,7 @@ def _usual(
     left = {entry.leaves for entry in entries}
     had: dict[str, RolloutEntry] = {}
     for entry in entries:
-        release = release_of(entry)
+        release = entry.release
         same = other_than is not None and (release.number == other_than.number or release.files == other_than.files)
         if same or release.number in left or (release.python, release.machine) != (kind.python, kind.machine):
             continue

@@ -18,7 +18,7 @@ import sqlalchemy as sql
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.disk import locked
 from fedprune.core.errors import ConfigError, ProtocolError, ReleaseError, StorageError
-from fedprune.releases.release import MAX_FILE
+from fedprune.releases.release import MAX_FILE, Release
 from fedprune.releases.rollout import Rollout, RolloutPhase
 from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune.wire.messages import parse
@@ -61,6 +61,22 @@ class RolloutEntry:
     hold: str | None = None
     prior: int | None = None
     leaves: int | None = None
+
+    @property
+    def release(self) -> Release:
+        return Release.from_bytes(self.offer.manifest.encode())
+
+    @property
+    def state(self) -> str:
+        """The rollout's phase, or `stopping`, `pausing` or `resuming` if the server hasn't carried that out yet."""
+        phase = self.rollout.phase
+        if not phase.under_way:
+            return phase.value
+        if self.wish is not None:
+            return "stopping"
+        if (self.hold is not None) == (phase is RolloutPhase.PAUSED):
+            return phase.value
+        return "pausing" if self.hold is not None else "resuming"
 
 
 class RolloutStore:

@@ -21,6 +21,7 @@ from fedprune.wire.topics import check_name
 from fedprune_server.enrollment.approval import approve, deny, revoke
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.ota.rollouts import RolloutTerms, start_rollout, take_back
+from fedprune_server.ota.rollouts import order as order_rollout
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 
@@ -117,12 +118,7 @@ class AdminExecutor:
                 raise ReleaseError("release that boards leave", expected="its number", got=order.release)
             return take_back(self._state, why, release=int(left), above=self._highest()).told_back()
         with RolloutStore(self._state) as store:
-            if order.order == "rollout_pause":
-                paused = store.pause(why)
-                return f"rollout {paused} is paused: no further boards get the release; those that are updating finish"
-            if order.order == "rollout_resume":
-                return f"rollout {store.resume()} continues"
-            return f"rollout {store.stop(why)} will stop: boards that have the release keep it"
+            return order_rollout(store, order.order.removeprefix("rollout_"), why)
 
     def _highest(self) -> int:
         """The highest number of a release that can be rolled out, which a step back must not reuse; 0 for none."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fedprune.core.errors import FedpruneError, StorageError, reason
 from fedprune.core.text import one_line
 from fedprune.releases.release import Release
-from fedprune.releases.rollout import Fate, RolloutPhase
+from fedprune.releases.rollout import Fate
 from fedprune.security.keys import VerifyingKey
 from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune_server.enrollment.store import APPROVED, WAITING, Device, IdentityStore
@@ -248,18 +248,6 @@ def _named(offer: ReleaseOffer) -> str:
     return one_line(f"{release.number} ({release.version})", 190)
 
 
-def _state(entry: RolloutEntry) -> str:
-    """The rollout's phase, or the one that it was ordered into."""
-    phase = entry.rollout.phase
-    if not phase.under_way:
-        return phase.value
-    if entry.wish is not None:
-        return "stopping"
-    if (entry.hold is not None) == (phase is RolloutPhase.PAUSED):
-        return phase.value
-    return "pausing" if entry.hold is not None else "resuming"
-
-
 def _row(entry: RolloutEntry, before: str | None, *, failures: int) -> dict[str, Any]:
     rollout, counts = entry.rollout, Counter(b.fate for b in entry.rollout.boards.values())
     failed = list(rollout.failures().items())[:failures]
@@ -274,7 +262,7 @@ def _row(entry: RolloutEntry, before: str | None, *, failures: int) -> dict[str,
         "failed": counts[Fate.FAILED],
         "given": counts[Fate.GIVEN],
         "waiting": counts[Fate.WAITING],
-        "state": _state(entry),
+        "state": entry.state,
         "why": one_line(rollout.why, 1500),
         "at": entry.at,
         "failures": {n: one_line(why, 300) for n, why in failed},
