@@ -363,8 +363,7 @@ def _console(
     check_free(address, port)
     members = releases = executor = None
     if identity is not None:
-        store = IdentityStore(identity.path / "identity.db", read_only=True)
-        stack.callback(store.close)
+        store = stack.enter_context(IdentityStore(identity.path / "identity.db", read_only=True))
         members, executor = Members(store, identity.behind), AdminExecutor(config.state, config.console_releases)
         releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state, config.database, read_only=True)))
     poller = SurroundingsPoller(members, releases, tuple if executor is None else executor.names)
@@ -380,8 +379,7 @@ def _console(
         )
     boards = BoardLogTap(config.state)
     logs.told = boards.hear
-    writer = status.StatusWriter(config.state / status.FILE)
-    stack.callback(writer.close)
+    writer = stack.enter_context(status.StatusWriter(config.state / status.FILE))
     site = {
         "version": __version__,
         "site": reached.site,

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError
 from fedprune.model.lengths import Shape
 from fedprune_device.api.request import RequestError
@@ -41,7 +42,7 @@ class LoadedModel:
         return self.predictor.takes_tokens
 
 
-class LiveModel:
+class LiveModel(Closing):
     """Follows the serving folder of a state directory, in a thread of its own."""
 
     def __init__(
@@ -64,12 +65,6 @@ class LiveModel:
         self._look_safely()
         self._thread = threading.Thread(target=self._watch, name="fedprune-live-model", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> LiveModel:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Follow no longer; what is loaded still answers."""

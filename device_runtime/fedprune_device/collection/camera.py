@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.closing import Closing
 from fedprune.core.errors import DataError, remedy
 
 _WIDTH, _HEIGHT = 640, 480  # asked for; the camera gives what it has
@@ -77,7 +78,7 @@ DEQUEUE_BUFFER = _request(17, ctypes.sizeof(Buffer))
 STREAM_ON = _request(18, 4, reads=False)
 
 
-class Camera:
+class Camera(Closing):
     """An open camera, which streams until `close`.
 
     Raises `DataError` if it can't be used, sends no JPEG, or, in `frame`, is gone.
@@ -94,12 +95,6 @@ class Camera:
             except OSError as error:
                 raise self._failed(error) from error
             self._stack = self._stack.pop_all()
-
-    def __enter__(self) -> Camera:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Stop; closing the file ends the stream."""

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core import atomic_file
+from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError, shape_text
 from fedprune.core.validation import whole
@@ -183,7 +184,7 @@ _NOTED = 64
 """Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
 
 
-class SampleStore:
+class SampleStore(Closing):
     """The set. All methods may be called from any thread.
 
     `input` is the shape that the model of the last round takes, also one that found nothing to train on; None before
@@ -210,12 +211,6 @@ class SampleStore:
         self.input: Shape | None = None
         self._recall()
         self._replay()
-
-    def __enter__(self) -> SampleStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def largest(self) -> int:

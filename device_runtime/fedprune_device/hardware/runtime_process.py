@@ -23,6 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from fedprune.core import tensorfile
+from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, MissingExtraError, RuntimeUnavailableError
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version
@@ -38,7 +39,7 @@ _END_S = 5.0
 _NO_PROBE = "Start without the probe (`--no-probe`): the profile's figures are believed then."
 
 
-class RuntimeProcess:
+class RuntimeProcess(Closing):
     """Started by the first request, and again by a request after `close`. Not for several threads."""
 
     def __init__(self, python: str = sys.executable) -> None:
@@ -47,12 +48,6 @@ class RuntimeProcess:
         self._errors: IO[bytes] | None = None
         self._version = ""
         self._memory = 0, 0
-
-    def __enter__(self) -> RuntimeProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def check(self) -> str:
         """Load onnxruntime and return its version; raises `RuntimeUnavailableError` if that crashes, fails or hangs."""

@@ -36,6 +36,7 @@ from typing import Any
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import atomic_file
+from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, StorageError
 from fedprune.core.validation import is_whole
@@ -61,7 +62,7 @@ class Task:
     donor: str = ""
 
 
-class DeviceStore:
+class DeviceStore(Closing):
     """The state directory of one device; raises `StorageError` if another process or device has it."""
 
     def __init__(
@@ -101,12 +102,6 @@ class DeviceStore:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-    def __enter__(self) -> DeviceStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def hold_to(self, floor: PrivacyPolicy | None) -> None:
         """Apply the owner's privacy policy to every job, and drop a pending update that doesn't meet it."""

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.closing import Closing
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
 from fedprune.output.log_lines import log_context
@@ -95,7 +96,7 @@ class BoardReport:
         return f"{stamp} {self.device} {self.level}: {self.text}{times}"
 
 
-class BoardLogs:
+class BoardLogs(Closing):
     """Boards' log lines and crashes in a state folder; a board may send `lines` lines in an hour, none with 0.
 
     Raises `StorageError` if the file is damaged, of another version, or the disk fails.
@@ -123,12 +124,6 @@ class BoardLogs:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> BoardLogs:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def wanted(self, device: str) -> LogRequest:
         """The request that is sent to a board: its quota, and what has arrived."""

@@ -14,6 +14,7 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State
 from fedprune.core import tensorfile
+from fedprune.core.closing import Closing
 from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import ConfigError, ModelError, StorageError
 from fedprune.jobs.job import Job
@@ -56,7 +57,7 @@ class OpenJob:
     source: bytes | None
 
 
-class StateFolder:
+class StateFolder(Closing):
     """A state folder, held by one server at a time.
 
     Args:
@@ -105,12 +106,6 @@ class StateFolder:
 
     def close(self) -> None:
         self._open.close()
-
-    def __enter__(self) -> StateFolder:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def open_job(self, config: ServerConfig) -> OpenJob:
         """The job of this folder, begun if there is none yet.

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from cryptography import x509
 
+from fedprune.core.closing import Closing
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.core.text import quantity, some
 from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
@@ -64,7 +65,7 @@ _BROKER_KEY, _BROKER_CERTIFICATE = "broker.key", "broker.pem"
 _WEB_KEY, _WEB_CERTIFICATE = "web.key", "web.pem"
 
 
-class IdentityFolder:
+class IdentityFolder(Closing):
     """A server's identity. Every method raises `StorageError` if the disk fails or is full.
 
     Args:
@@ -201,12 +202,6 @@ class IdentityFolder:
     def close(self) -> None:
         with suppress(StorageError):
             self.store.close()
-
-    def __enter__(self) -> IdentityFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def claim(self, device: str | None, seconds: int) -> Claim:
         """A new one-time claim for a device, or for any; only its key is stored, and its text is only in the result.

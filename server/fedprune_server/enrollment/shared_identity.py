@@ -18,6 +18,7 @@ from pathlib import Path
 
 import sqlalchemy as sql
 
+from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, IdentityError, StorageError, shown
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.store import CLAIM_ROW, DEVICE_ROW, EPOCH_ROW, REVOKED, SharedRow
@@ -31,7 +32,7 @@ LOOKED_S, AGAIN_S = 1.0, 5.0
 _LINE, _EARLIER, _AUTHORITY = "register", "earlier key", "earlier issuer"
 
 
-class SharedIdentity:
+class SharedIdentity(Closing):
     """The PostgreSQL database's copy of what changes in an identity, written by the holder of its lease."""
 
     def __init__(
@@ -59,12 +60,6 @@ class SharedIdentity:
         self._identity.store.also_hear = lambda _begun: None
         self._watched.close()
         self._database.close()
-
-    def __enter__(self) -> SharedIdentity:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def turn(self) -> None:
         """Write what has changed into the database, once a second; called in each turn of the server's loop."""

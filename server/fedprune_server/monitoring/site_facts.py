@@ -72,11 +72,8 @@ def _dates(path: Path, found: x509.Certificate, todo: str) -> CertificateDates:
 
 
 def _waiting(folder: Path) -> dict[str, str]:
-    store = IdentityStore(folder / IDENTITY / "identity.db", read_only=True)
-    try:
+    with IdentityStore(folder / IDENTITY / "identity.db", read_only=True) as store:
         rows = [d for d in store.devices() if d.status == WAITING]
-    finally:
-        store.close()
     return {d.device: VerifyingKey.from_hex(d.key).fingerprint for d in rows}
 
 

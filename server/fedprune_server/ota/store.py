@@ -16,6 +16,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.core.closing import Closing
 from fedprune.core.disk import locked
 from fedprune.core.errors import ConfigError, ProtocolError, ReleaseError, StorageError
 from fedprune.releases.release import MAX_FILE, Release
@@ -79,7 +80,7 @@ class RolloutEntry:
         return "pausing" if self.hold is not None else "resuming"
 
 
-class RolloutStore:
+class RolloutStore(Closing):
     """The rollouts of a site. Every method raises `StorageError` if the database is damaged or away, or the disk fails
     or is full.
 
@@ -108,12 +109,6 @@ class RolloutStore:
 
     def close(self) -> None:
         self._database.close()
-
-    def __enter__(self) -> RolloutStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def starting(self) -> AbstractContextManager[None]:
         """Keep other starts away, from `check_free` to `begin`, while files are written to `blobs`."""

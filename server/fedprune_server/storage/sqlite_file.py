@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError, StorageFullError
 
@@ -15,7 +16,7 @@ BUSY_S = 10.0
 """How long a statement that writes waits for another process."""
 
 
-class SqliteFile:
+class SqliteFile(Closing):
     """A SQLite file that only its owner can read, created if it doesn't exist.
 
     Its methods raise `StorageError` if it is damaged, or the disk fails or is full.

@@ -19,6 +19,7 @@ import sqlalchemy as sql
 
 from fedprune.coordination import State
 from fedprune.coordination.events import Event
+from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict
@@ -123,7 +124,7 @@ def _patient(
     return call
 
 
-class Storage:
+class Storage(Closing):
     """A job's database.
 
     Args:
@@ -231,12 +232,6 @@ class Storage:
 
     def close(self) -> None:
         self.database.close()
-
-    def __enter__(self) -> Storage:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def settings(self) -> dict[str, Any] | None:
         """What `put_settings` stored, or None."""

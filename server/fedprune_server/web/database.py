@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune_server.storage.sqlite_file import BUSY_S, SqliteFile
@@ -52,7 +53,7 @@ CREATE TRIGGER IF NOT EXISTS audit_is BEFORE UPDATE ON audit
 """
 
 
-class ConsoleDatabase:
+class ConsoleDatabase(Closing):
     """The database, created if it doesn't exist. Threads may share it: writers wait for each other, readers don't wait.
 
     Every method raises `StorageError` if the database is damaged, or the disk fails or is full; so does the constructor
@@ -80,12 +81,6 @@ class ConsoleDatabase:
     def close(self) -> None:
         self._reader.close()
         self._connection.close()
-
-    def __enter__(self) -> ConsoleDatabase:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
         with self._file.errors():

@@ -23,6 +23,7 @@ from typing import Any
 from paho.mqtt import client as paho
 from paho.mqtt.enums import CallbackAPIVersion, MQTTErrorCode
 
+from fedprune.core.closing import Closing
 from fedprune.core.errors import BrokerError, ConfigError, FedpruneError
 from fedprune.wire.queues import LOW_WATER, OUTBOX_MESSAGES, ConnectionDown, ConnectionUp, Event, Inbox, Unsent
 from fedprune.wire.urls import BrokerUrl
@@ -140,7 +141,7 @@ _ANSWER_S = 5.0
 """Seconds that a broker may take for each answer, in addition to those for connecting."""
 
 
-class Link:
+class Link(Closing):
     """A connection to a broker that reconnects by itself.
 
     Args:
@@ -308,12 +309,6 @@ class Link:
             client.disconnect()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout + 5)
-
-    def __enter__(self) -> Link:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _run(self) -> None:
         attempt = 0

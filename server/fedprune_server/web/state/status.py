@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
 from fedprune_server.storage.sqlite_file import sqlite_errors
 from fedprune_server.web.state.records import Record, Row
@@ -79,7 +80,7 @@ class Page:
     total: int
 
 
-class StatusWriter:
+class StatusWriter(Closing):
     """The server's side: a new file, in place of that of an earlier start."""
 
     def __init__(self, path: Path) -> None:
@@ -169,7 +170,7 @@ def encoded(body: Record | Row) -> str:
     return json.dumps(row, separators=(",", ":"), allow_nan=False)
 
 
-class FleetView:
+class FleetView(Closing):
     """The console's side: pages of what the server has written."""
 
     def __init__(self, path: Path, orders: str = "all", clock: Callable[[], float] = time.time) -> None:

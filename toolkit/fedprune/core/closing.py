@@ -1,0 +1,21 @@
+"""Objects that a `with` block closes at its end."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+class Closing(ABC):
+    """A base class of whatever has `close`: the object is its own context, which closes it."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def __enter__(self: _T) -> _T:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
