@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.core import validation
 from fedprune.core.errors import ConfigError, FedpruneError, shown
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import CUSTOM
@@ -91,8 +90,9 @@ class ServerConfig:
     )
     host: str = setting("127.0.0.1", "The address on which the embedded broker listens.", "ADDRESS")
     port: int | None = setting(
-        None, "The embedded broker's port, 0 for a free one; without it 8883, or 1883 without TLS.", "PORT"
-    )
+        None, "The embedded broker's port, 0 for a free one; without it 8883, or 1883 without TLS.", "PORT",
+        within=(0, 65_535),
+    )  # fmt: skip
     blob_url: str = setting(
         OFF, "A web address where boards find blobs, such as `https://models.example`; `off` for none.", "URL"
     )
@@ -185,8 +185,6 @@ class ServerConfig:
                     hint="They write into the state folder; with a bucket the server takes in updates by itself.",
                 )  # fmt: skip
         check_url(self.workers_url)
-        if self.port is not None:
-            validation.whole("server: port", self.port, 0, 65_535)
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))
         if self.ca not in (None, SYSTEM) and not Path(self.ca or "").is_file():

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.settings import bounded, check_fields, one_of
 
 _Settings = TypeVar("_Settings")
 
@@ -36,8 +37,12 @@ def setting(
         within: The least and the greatest value of a number; `above` and `below` exclude these ends.
         choices: The values of a text that has few.
     """
-    number = {"within": within, "above": above, "below": below}
-    return field(default=default, metadata={"text": text, "metavar": metavar, "choices": choices, **number})
+    declared = field(default=default)
+    if within is not None:
+        declared = bounded(default, *within, above=above, below=below)
+    elif choices:
+        declared = one_of(default, choices)
+    return field(default=default, metadata={**declared.metadata, "text": text, "metavar": metavar})
 
 
 def check_settings(settings: Any, table: str) -> None:
@@ -48,20 +53,12 @@ def check_settings(settings: Any, table: str) -> None:
     Raises:
         ConfigError: A value is wrong; the message begins with the table and the key.
     """
+    check_fields(settings, f"{table}: {{}}")
     for f in fields(settings):
-        value, what, kind = getattr(settings, f.name), f"{table}: {f.name}", str(f.type)
-        if within := f.metadata.get("within"):
-            if kind == "int":
-                validation.whole(what, value, *within)
-            else:
-                validation.number(what, value, *within, above=f.metadata["above"], below=f.metadata["below"])
-        elif choices := f.metadata.get("choices"):
-            validation.word(what, value, choices)
-        elif kind == "bool":
-            validation.truth(what, value)
-        elif kind.startswith(("str", "Path")) and not (value is None and kind.endswith("None")):
+        value, kind = getattr(settings, f.name), str(f.type)
+        if kind.startswith(("str", "Path")) and not (value is None and kind.endswith("None")):
             if not isinstance(value, Path) and (not isinstance(value, str) or not value.strip()):
-                raise ConfigError(what, expected="a text", got=shown(value))
+                raise ConfigError(f"{table}: {f.name}", expected="a text", got=shown(value))
             if kind.startswith("Path"):
                 object.__setattr__(settings, f.name, Path(value))
 

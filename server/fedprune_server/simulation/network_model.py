@@ -171,14 +171,15 @@ class Settings:
     workers: int = setting(1, "Number of processes.", within=(1, 10**6))
     cuda: bool = setting(False, "Whether devices train on an NVIDIA GPU, through onnxruntime.")
     checkpoints: int = setting(0, "Rounds between two saved global models; 0 for none.", within=(0, 10**6))
-    densities: tuple[float, ...] = setting((), "Densities of submodels that are measured on the server's samples.")
+    densities: tuple[float, ...] = setting(
+        (), "Densities of submodels that are measured on the server's samples.", within=(1e-6, 1)
+    )
     every: int = setting(1, "Rounds between two measurements.", within=(1, 10**6))
 
     def __post_init__(self) -> None:
+        densities = validation.items("simulation: densities", self.densities, 1000, "numbers")
+        object.__setattr__(self, "densities", tuple(densities))
         check_settings(self, "simulation")
-        what = "simulation: densities"
-        densities = validation.items(what, self.densities, 1000, "numbers")
-        object.__setattr__(self, "densities", tuple(validation.number(what, d, 1e-6, 1) for d in densities))
 
 
 def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple[LinkSettings, ...]]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -252,7 +252,6 @@ def draw_partition(federation: Federation, path: Path, title: str = "Data of the
 
 
 Kind = Literal["iid", "dirichlet", "pathological", "owners"]
-KINDS = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -262,9 +261,8 @@ class DataPlan:
     source: str = setting("", "A data set, see `read_samples`.")
     devices: int = setting(0, "Number of devices; 0 for one per owner.", within=(0, 10**6))
     partition: Kind = setting(
-        "dirichlet", "Who gets what; `pathological` devices have a few classes each, owners are people or domains.",
-        choices=KINDS,
-    )  # fmt: skip
+        "dirichlet", "Who gets what: `pathological` devices have a few classes each, owners are people or domains."
+    )
     alpha: float = setting(0.5, "Concentration of the Dirichlet shares.", within=(0, math.inf), above=True)
     least: int = setting(10, "Minimum samples per device (dirichlet).", within=(1, 10**6))
     balance: bool = setting(False, "Whether a device with a fair share gets no further classes (dirichlet).")
