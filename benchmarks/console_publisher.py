@@ -31,7 +31,7 @@ from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
 from fedprune_server.devices.registry import DeviceRegistry  # noqa: E402
 from fedprune_server.monitoring.view import JobView  # noqa: E402
 from fedprune_server.web.observer import EVERY_S  # noqa: E402
-from fedprune_server.web.state.publisher import BUDGET_S, ServedJobs, StatusPublisher  # noqa: E402
+from fedprune_server.web.state.publisher import BUDGET_S, StatusPublisher  # noqa: E402
 from fedprune_server.web.state.status import FILE, StatusWriter  # noqa: E402
 from support.fakes.tiny_job import ARCHITECTURE, JOB  # noqa: E402 - next to the tests
 
@@ -76,7 +76,15 @@ class Bench:
             clock=time.time,
         )
         self.file = folder / FILE
-        self.publisher = StatusPublisher(ServedJobs([view]), SITE, StatusWriter(self.file), monotonic=self.clock)
+        first = SimpleNamespace(view=view)
+        server = SimpleNamespace(first=first, runners={JOB.name: first}, holder=self._holder, present=self._present)
+        self.publisher = StatusPublisher(server, SITE, StatusWriter(self.file), monotonic=self.clock)
+
+    def _holder(self, name: str) -> str | None:
+        return JOB.name if self._present(name) else None
+
+    def _present(self, name: str) -> bool:
+        return name in self.state.devices and self.state.devices[name].online
 
     def clock(self) -> float:
         return time.perf_counter() + self._ahead

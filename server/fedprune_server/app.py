@@ -60,7 +60,7 @@ from fedprune_server.web.state.admin_executor import AdminExecutor
 from fedprune_server.web.state.logs import BoardLogTap
 from fedprune_server.web.state.order_handler import OrderHandler
 from fedprune_server.web.state.order_queue import OrderQueue
-from fedprune_server.web.state.publisher import ServedJobs, StatusPublisher
+from fedprune_server.web.state.publisher import StatusPublisher
 from fedprune_server.web.state.surroundings import Members, ReleaseWatch, SurroundingsPoller
 
 log = logging.getLogger("fedprune.server")
@@ -169,9 +169,10 @@ def build_app(
         if identity is not None and folder.lease.shared is not None:
             shared = stack.enter_context(SharedIdentity(folder.database_url, folder.lease, identity, config.state))
             shared.take_over()
-        leader = _leader(stack, config, identity, folder, reached, stopping)
-        rollouts = None
+        leader = rollouts = None
         if identity is not None:
+            instance = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
+            leader = stack.enter_context(leadership(reached.url, identity, config.ca, instance, stopping))
             rollouts = stack.enter_context(RolloutStore(config.state, config.database, folder.lease.check))
         services = DeviceServices(
             rollouts,
@@ -205,7 +206,7 @@ def build_app(
         others = tuple if leader is None else leader.candidates
         stack.enter_context(monitoring(config, server, [job.config.state for job in jobs], alerts, others))
         _console(stack, config, reached, identity, server, logs, alerts)
-        reached.start(server.subscriptions)
+        reached.start()
         for job in jobs:
             job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
         if shared is not None:
@@ -389,7 +390,7 @@ def _console(
         "blobs": config.blobs,
         "insecure": identity is None,
     }
-    publisher = StatusPublisher(served_jobs(server), site, writer, poller=poller, boards=boards, alerts=alerts)
+    publisher = StatusPublisher(server, site, writer, poller=poller, boards=boards, alerts=alerts)
     handler = OrderHandler(OrderQueue(database), publisher, server.runners, executor, config.console_orders)
     settings = ConsoleSettings(
         address=address,
@@ -410,26 +411,6 @@ def _console(
     logger = logging.getLogger("fedprune")
     logger.addHandler(publisher.tap)
     stack.callback(logger.removeHandler, publisher.tap)
-
-
-def served_jobs(server: Server) -> ServedJobs:
-    """The jobs of a server, as its console sees them."""
-    views = [runner.view for runner in server.runners.values()]
-    return ServedJobs(views, server.holder, server.present) if len(views) > 1 else ServedJobs(views)
-
-
-def _leader(
-    stack: ExitStack,
-    config: ServerConfig,
-    identity: IdentityFolder | None,
-    folder: StateFolder,
-    reached: Connection,
-    stopping: threading.Event,
-) -> Leadership | None:
-    if identity is None:
-        return None
-    server = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
-    return stack.enter_context(leadership(reached.url, identity, config.ca, server, stopping))
 
 
 @contextmanager

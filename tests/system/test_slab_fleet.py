@@ -192,7 +192,7 @@ class Run:
                 return offer(command, **more)
 
             runner._dispatcher.offer = noted  # type: ignore[method-assign]
-            link.subscribe(daemon.subscriptions)
+            link.subscribe(TOPICS.server_subscriptions())
             link.start()
             threads, agents = [], []
             for name in NAMES:

@@ -81,11 +81,6 @@ class Server:
         site.quarantine.know(self.first.registry.traffic)
 
     @property
-    def subscriptions(self) -> list[str]:
-        """Topics to which the connection must be subscribed."""
-        return self._topics.server_subscriptions()
-
-    @property
     def finished(self) -> bool:
         """Whether all jobs are done; one that is paused is not."""
         return all(r.finished for r in self.runners.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -51,19 +51,13 @@ class Connection:
     quarantine: Quarantine
     url: str
 
-    def start(self, subscriptions: Iterable[str]) -> None:
-        """Connect, and stay connected.
-
-        Args:
-            subscriptions: What the daemon listens to.
-
-        Raises:
-            BrokerError: The broker isn't there or refuses.
-        """
-        self.link.subscribe(subscriptions)
+    def start(self) -> None:
+        """Connect, and stay connected. Raises `BrokerError` if the broker isn't there or refuses."""
+        topics = Topics(self.site)
+        self.link.subscribe(topics.server_subscriptions())
         self.link.start()
         if self.joins is not None:
-            self.joins.subscribe([Topics(self.site).join_subscription()])
+            self.joins.subscribe([topics.join_subscription()])
             self.joins.start(patient=True)
 
 

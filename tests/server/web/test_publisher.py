@@ -16,7 +16,6 @@ import pytest
 from fedprune.coordination import Phase
 from fedprune.core.errors import StorageError
 from fedprune.output.log_lines import log_context
-from fedprune_server.app import served_jobs
 from fedprune_server.monitoring.monitor import Monitor
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver
@@ -43,7 +42,7 @@ class Console:
     def __init__(self, folder: Path, server: Any, air: Any, allowed: str = "all", **more: Any) -> None:
         self._air, clock = air, lambda: air.now
         self.writer = StatusWriter(folder / FILE)
-        self.publisher = StatusPublisher(served_jobs(server), SITE, self.writer, clock=clock, monotonic=clock, **more)
+        self.publisher = StatusPublisher(server, SITE, self.writer, clock=clock, monotonic=clock, **more)
         self.database = ConsoleDatabase(folder / "console.db")
         self.queue = OrderQueue(self.database, clock)
         handler = OrderHandler(self.queue, self.publisher, server.runners, None, allowed)

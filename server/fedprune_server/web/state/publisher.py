@@ -7,13 +7,13 @@ are collected; the rest waits for the next call. A failed write is repaired by p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
 from fedprune.core.errors import ProtocolError, StorageError
 from fedprune.core.text import one_line
+from fedprune_server.engine.server import Server
 from fedprune_server.monitoring.alert_book import AlertBook
 from fedprune_server.monitoring.alerts import Alert
 from fedprune_server.monitoring.view import JobView
@@ -40,21 +40,6 @@ _UNWRITTEN = 1000
 """Lines of logs that are kept while the file can't be written."""
 
 
-@dataclass(frozen=True)
-class ServedJobs:
-    """The jobs of a server.
-
-    Attributes:
-        views: The jobs, the first one first.
-        holder: The job that has a device, where there are several.
-        present: Whether a device is connected, whatever job has it; None where the only job knows.
-    """
-
-    views: Sequence[JobView]
-    holder: Callable[[str], str | None] = lambda device: None
-    present: Callable[[str], bool] | None = None
-
-
 class StatusPublisher:
     """Publishes the status of jobs.
 
@@ -65,7 +50,7 @@ class StatusPublisher:
 
     def __init__(
         self,
-        jobs: ServedJobs,
+        server: Server,
         site: Mapping[str, Any],
         writer: StatusWriter,
         *,
@@ -75,8 +60,8 @@ class StatusPublisher:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._jobs = jobs
-        self._views = {v.job.name: v for v in jobs.views}
+        self._server, self._first = server, server.first.view
+        self._views = {name: runner.view for name, runner in server.runners.items()}
         self._site, self._writer = dict(site), writer
         self._poller = poller or SurroundingsPoller()
         self._boards, self._alerts = boards, alerts or AlertBook()
@@ -122,8 +107,8 @@ class StatusPublisher:
 
     def view_with(self, device: str) -> JobView:
         """The job that has a device or had it last; the first one where none had."""
-        job = self._jobs.holder(device) or self._of.get(device)
-        view = self._views[job] if job is not None else self._jobs.views[0]
+        job = self._server.holder(device) or self._of.get(device)
+        view = self._views[job] if job is not None else self._first
         if device not in view.state.devices and device not in view.registry.names:
             raise ProtocolError(f"no such device takes part: {device}")
         return view
@@ -184,7 +169,7 @@ class StatusPublisher:
     def _look(self, now: float) -> None:
         if now >= self._sweep_at:
             self._sweep_at = now + SWEEP_S
-            held = set(self._jobs.views[0].quarantine.all_held())
+            held = set(self._first.quarantine.all_held())
             self.changed(held | self._held)
             self._held = held
         seen = self._poller.seen()
@@ -243,10 +228,10 @@ class StatusPublisher:
 
     def _row(self, name: str) -> dict[str, Any] | None:
         member = self._poller.member(name)
-        job = self._jobs.holder(name) or self._of.get(name)
+        job = self._server.holder(name) or self._of.get(name)
         if job is None or name not in self._views[job].state.devices:
             job = next((j for j, v in self._views.items() if name in v.state.devices), job)
-        view = self._views[job] if job is not None else self._jobs.views[0]
+        view = self._views[job] if job is not None else self._first
         known = name in view.state.devices or name in view.registry.names
         if not known and member is None:
             return None
@@ -255,7 +240,7 @@ class StatusPublisher:
         contacts = [v.registry[name] for v in self._views.values()]
         up = sum(c.up for c in contacts)
         before = self._seen.get(name)
-        device, here = view.state.devices.get(name), self._jobs.present is not None and self._jobs.present(name)
+        device, here = view.state.devices.get(name), self._server.present(name)
         if before is None or before[0] != up:
             # Bytes that a server has read from its disk at the start don't tell when the device was heard.
             online = here or (device is not None and device.online)
@@ -272,7 +257,7 @@ class StatusPublisher:
         )
 
     def _site_record(self) -> Site:
-        return Site(**self._site, jobs=tuple(self._views), connected=self._jobs.views[0].link.connected)
+        return Site(**self._site, jobs=tuple(self._views), connected=self._first.link.connected)
 
 
 def _traffic(view: JobView) -> tuple[int, int]:
