@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fedprune_device.data.dataset import load_data
-from fedprune_server.config.tables import read_config
+from support.fakes.opened_job import read_config
 from support.paths import ROOT
 
 pytestmark = pytest.mark.system

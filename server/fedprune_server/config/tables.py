@@ -15,7 +15,6 @@ from fedprune.security.tls import SYSTEM
 from fedprune.strategies import compose
 from fedprune_server.config.alert_settings import PATHS as ALERT_PATHS
 from fedprune_server.config.alert_settings import AlertSettings
-from fedprune_server.config.layers import file_layer, located
 from fedprune_server.config.server_config import PATHS, PLACES, SERVER, ServerConfig
 from fedprune_server.config.setting import read_table
 
@@ -36,18 +35,6 @@ _SAID = {
 """Tables by how errors of what they are made into name them."""
 
 
-def read_config(path: Path) -> ServerConfig:
-    """Read a `fleet.toml`, whose paths count from its folder.
-
-    Raises:
-        ConfigError: It can't be read, is no TOML, or a key is unknown or has a wrong value; the message names file,
-            line, column, table and key.
-    """
-    layer = file_layer(path)
-    with located([layer], str(path)):
-        return parse_config(layer.tables, str(path), path.parent)
-
-
 def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerConfig:
     """Check the tables of a `fleet.toml`.
 
@@ -57,7 +44,7 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
         folder: What relative paths count from.
 
     Raises:
-        ConfigError: As `read_config`.
+        ConfigError: A key is unknown or has a wrong value; the message names the table and the key.
     """
     validation.only((*TABLES, *_SIMULATED), body, where, "table")
     for table in body.keys() - set(_SIMULATED):

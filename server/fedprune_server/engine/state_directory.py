@@ -107,24 +107,14 @@ class StateFolder(Closing):
     def close(self) -> None:
         self._open.close()
 
-    def open_job(self, config: ServerConfig) -> OpenJob:
-        """The job of this folder, begun if there is none yet.
+    def read_job(self, config: ServerConfig) -> OpenJob:
+        """The job of this folder, begun if there is none yet. A start that fails is not remembered: `keep` does that.
 
         Raises:
             ConfigError: The configuration doesn't fit what the folder holds.
             ModelError: The model can't be used.
             DataError: The evaluation or calibration data can't be used.
             StorageError: The folder is damaged.
-        """
-        opened = self.read_job(config)
-        self.keep(opened)
-        return opened
-
-    def read_job(self, config: ServerConfig) -> OpenJob:
-        """The job as `open_job` gives it, of which the folder knows nothing yet: a start that fails is not remembered.
-
-        Raises:
-            ConfigError: As `open_job`; so do ModelError, DataError and StorageError.
         """
         if config.archive:
             self.storage.log.least = 0

@@ -24,10 +24,6 @@ class EnrollmentService:
         self._identity = identity
         self._topics = Topics(identity.site)
 
-    @property
-    def subscription(self) -> str:
-        return self._topics.join_subscription()
-
     def receive(self, topic: str, payload: bytes) -> tuple[str, JoinAnswer]:
         """The topic and the answer to a message on a topic of requests. Raises `ProtocolError` if it isn't a valid
         request, which gets no answer.

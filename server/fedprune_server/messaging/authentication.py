@@ -84,7 +84,7 @@ class AuthenticatedLink(Relay):
     Args:
         link: The connection, subscribed to the server's topics.
         clock: Monotonic clock, seconds.
-        joins: A connection subscribed to `EnrollmentService.subscription`, so that a flood of join requests delays no
+        joins: A connection subscribed to `Topics.join_subscription`, so that a flood of join requests delays no
             member; by default `link` has that subscription, too.
         quarantine: Learns the members.
     """

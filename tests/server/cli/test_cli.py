@@ -31,6 +31,7 @@ from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.messaging.connection import Connection
 from fedprune_server.messaging.leadership import Leadership, OtherServerError
 from fedprune_server.simulation.digits import digits_model
+from support.fakes.opened_job import open_job
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def state(model: Path, tmp_path: Path) -> Path:
     """A state folder with a job that has begun and moved its weights."""
     with StateFolder(tmp_path / "state") as folder:
-        opened = folder.open_job(ServerConfig(job=Job(name="leaves", rounds=5), model=str(model)))
+        opened = open_job(folder, ServerConfig(job=Job(name="leaves", rounds=5), model=str(model)))
         moved = {n: v + 1 for n, v in opened.model.tensors.items()}
         opened.state.model = folder.store.put(tensorfile.encode(moved)).sha256
         opened.state.round = 1
@@ -204,7 +205,7 @@ def test_a_first_start_that_failed_leaves_room_for_another_model_name_and_broker
     assert main([*command, "--model", str(tmp_path / "other.onnx"), "--name", "levaes"]) == ExitCode.BROKER
     assert main([*command, "--model", str(model), "--name", "leaves"]) == ExitCode.BROKER
     with StateFolder(tmp_path / "s") as folder:
-        opened = folder.open_job(ServerConfig(job=Job(name="leaves"), model=str(model)))
+        opened = open_job(folder, ServerConfig(job=Job(name="leaves"), model=str(model)))
     assert (opened.state.round, opened.changed) == (0, [])
 
 
@@ -236,7 +237,7 @@ def test_a_device_s_folder_is_no_server_s(model: Path, tmp_path: Path, capsys: p
 def test_a_changed_setting_is_said_without_its_password(model: Path, state: Path) -> None:
     with StateFolder(state) as folder:
         job = Job(name="leaves", rounds=5)
-        opened = folder.open_job(ServerConfig(job=job, broker="mqtt://me:geheim@host", keep=4))
+        opened = open_job(folder, ServerConfig(job=job, broker="mqtt://me:geheim@host", keep=4))
     assert opened.changed == ["broker: 'embedded' is now 'mqtt://host'", "keep: 3 is now 4"]
 
 
@@ -399,9 +400,9 @@ def test_a_missing_global_model_is_noticed(state: Path, capsys: pytest.CaptureFi
 def test_all_blobs_of_an_offer_are_there(model: Path, tmp_path: Path, start: str) -> None:
     config = ServerConfig(job=Job(name="leaves"), model=str(model))
     with StateFolder(tmp_path / "s") as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
         if start == "second":
-            opened = folder.open_job(config)
+            opened = open_job(folder, config)
         scored = opened.worker.execute(do.Score(1, opened.state.model, {}, ("a",)))
         assert isinstance(scored, on.Scored)
         basis = do.Basis(1, opened.state.model, scored.ranking)
@@ -417,7 +418,7 @@ def test_more_rounds_wake_a_finished_job(state: Path) -> None:
         assert known is not None
         known.phase = Phase.FINISHED
         folder.storage.save(known, (), 2.0)
-        opened = folder.open_job(ServerConfig(job=Job(name="leaves", rounds=9)))
+        opened = open_job(folder, ServerConfig(job=Job(name="leaves", rounds=9)))
     coordinate(opened.job, opened.model.architecture, opened.state).handle(on.Resumed(), 3.0)
     assert opened.state.phase is Phase.WAITING
     assert opened.changed == ["rounds: 5 is now 9"]
@@ -426,7 +427,7 @@ def test_more_rounds_wake_a_finished_job(state: Path) -> None:
 def test_blobs_that_a_crash_left_behind_are_swept(state: Path) -> None:
     with StateFolder(state) as folder:
         stray = folder.store.put(b"stray").sha256
-        folder.open_job(ServerConfig(job=Job(name="leaves", rounds=5)))
+        open_job(folder, ServerConfig(job=Job(name="leaves", rounds=5)))
         assert not folder.store.has(stray)
 
 

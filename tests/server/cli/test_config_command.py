@@ -11,6 +11,7 @@ from fedprune.core.errors import ConfigError, ExitCode
 from fedprune_server.cli.main import build_parser, main
 from fedprune_server.cli.run import configured
 from fedprune_server.engine.state_directory import StateFolder
+from support.fakes.opened_job import open_job
 from support.processes.real_site import write_material
 
 FILE = """\
@@ -127,7 +128,7 @@ def test_the_environment_may_name_the_file_and_a_folder_has_its_last_start(
     model = str(file.parent / "model.onnx")
     ran = configured(build_parser().parse_args(["run", "--model", model, "--keep", "9", "--rounds", "3"]), {}).config
     with StateFolder(ran.state) as folder:
-        folder.open_job(ran)
+        open_job(folder, ran)
     monkeypatch.setenv("FEDPRUNE_JOB_ROUNDS", "6")
     assert main(["config", "show", "--json", "--workers", "2"]) == ExitCode.OK
     found = rows(capsys.readouterr().out)

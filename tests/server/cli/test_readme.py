@@ -16,6 +16,7 @@ from fedprune_flash.cli import main as flash
 from fedprune_server.cli import main as server
 from fedprune_server.cli import simulate
 from fedprune_server.cli.demo import DemoFolder
+from support.fakes.opened_job import open_job, read_config
 from support.paths import ROOT
 
 MAIN = {
@@ -71,13 +72,12 @@ def test_readmes_commands_for_a_fleet_make_sense_and_name_files_that_are_there()
 
 @pytest.mark.usefixtures("_demo")
 def test_a_server_takes_the_examples_fleet() -> None:
-    from fedprune_server.config.tables import read_config
     from fedprune_server.engine.state_directory import StateFolder
 
     config = read_config(Path("examples/fleet.toml"))
     assert (config.job.strategy, config.job.devices) == ("fedprune", 3)
     with StateFolder(Path("state")) as folder:
-        assert folder.open_job(config).state.round == 0
+        assert open_job(folder, config).state.round == 0
 
 
 @pytest.mark.usefixtures("_demo")

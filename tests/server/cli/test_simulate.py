@@ -13,13 +13,13 @@ import pytest
 from fedprune.core.errors import ExitCode
 from fedprune.output.extras import install_command
 from fedprune_server.cli.simulate import build_parser, main
-from fedprune_server.config.tables import read_config
 from fedprune_server.simulation.digits import deal, digits_model, write_hand
 from fedprune_server.simulation.fleet import simulated_fleet
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner
 from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan
 from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.results.report import TAIL
+from support.fakes.opened_job import read_config
 from support.paths import ROOT
 
 DOCS = ROOT / "docs" / "simulate.md"

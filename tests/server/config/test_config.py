@@ -8,7 +8,8 @@ import pytest
 
 from fedprune.core.errors import ConfigError
 from fedprune_server.config.server_config import ServerConfig
-from fedprune_server.config.tables import parse_config, read_config
+from fedprune_server.config.tables import parse_config
+from support.fakes.opened_job import read_config
 
 WHOLE = """
 [job]

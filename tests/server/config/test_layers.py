@@ -16,7 +16,8 @@ from fedprune_server.config.alert_settings import AlertSettings
 from fedprune_server.config.environment import environment_layer, variables
 from fedprune_server.config.layers import masked, merged
 from fedprune_server.config.server_config import PLACES, ServerConfig
-from fedprune_server.config.tables import as_tables, parse_config, read_config
+from fedprune_server.config.tables import as_tables, parse_config
+from support.fakes.opened_job import read_config
 from support.paths import ROOT
 
 DIGITS = "\n\n  [{table}]\n# x = 1\n  {key} = {value}\n"

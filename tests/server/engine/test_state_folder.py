@@ -16,6 +16,7 @@ from fedprune.planning import profile_store
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model, load_digits
+from support.fakes.opened_job import open_job
 
 
 @pytest.fixture
@@ -32,12 +33,12 @@ def config(tmp_path):
 
 def test_calibration_samples_need_no_labels(config, tmp_path):
     with StateFolder(tmp_path / "state") as folder:
-        assert folder.open_job(config(x=load_digits()[0][:20])).state.model
+        assert open_job(folder, config(x=load_digits()[0][:20])).state.model
 
 
 def test_calibration_samples_of_another_shape_are_named(config, tmp_path):
     with StateFolder(tmp_path / "state") as folder, pytest.raises(DataError, match=r"calibration\.npz: shape"):
-        folder.open_job(config(x=load_digits()[0][:20, :, :4]))
+        open_job(folder, config(x=load_digits()[0][:20, :, :4]))
 
 
 @pytest.mark.torch
@@ -49,9 +50,9 @@ def test_a_torch_factory_takes_the_input_shape_of_the_configuration(tmp_path, mo
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     with StateFolder(tmp_path / "without") as folder, pytest.raises(ModelError, match=r"\[model\] input_shape"):
-        folder.open_job(ServerConfig(model="shapeless_net:make"))
+        open_job(folder, ServerConfig(model="shapeless_net:make"))
     with StateFolder(tmp_path / "state") as folder:
-        opened = folder.open_job(ServerConfig(model="shapeless_net:make", input_shape=(3, 2, 2)))
+        opened = open_job(folder, ServerConfig(model="shapeless_net:make", input_shape=(3, 2, 2)))
     assert opened.model.architecture.input_shape == (3, 2, 2)
 
 
@@ -90,7 +91,7 @@ def test_a_round_outlasts_a_compiler_that_describes_the_model_differently(tmp_pa
     job = Job(rounds=2, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
     config = ServerConfig(model=str(tmp_path / "model.onnx"), job=job)
     with StateFolder(tmp_path / "state") as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
         state = play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0), until=killed)
         ranking = json.loads(folder.store.read(state.ranking))
         assert ranking["architecture"] == opened.model.architecture.digest
@@ -99,7 +100,7 @@ def test_a_round_outlasts_a_compiler_that_describes_the_model_differently(tmp_pa
         folder.storage.save(state, (), 0.0)
 
     with StateFolder(tmp_path / "state") as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
         assert opened.state.ranking is None
         assert folder.storage.load() == opened.state
         if killed is not do.Evaluate:
@@ -115,11 +116,11 @@ def test_a_round_whose_devices_no_longer_fit_waits_for_others(tmp_path):
     (tmp_path / "model.onnx").write_bytes(digits_model())
     config = ServerConfig(model=str(tmp_path / "model.onnx"), job=Job(rounds=2, devices=1))
     with StateFolder(tmp_path / "state") as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
         play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 1, PI, 50), 0.0), until=do.Score)
     config = ServerConfig(model=None, job=Job(rounds=2, devices=1, byte_budget=10))
     with StateFolder(tmp_path / "state") as folder:
-        state = play(folder.open_job(config), folder, None)
+        state = play(open_job(folder, config), folder, None)
         assert (state.phase, state.round, state.tasks) == (Phase.WAITING, 0, {})
 
 
@@ -129,7 +130,7 @@ def test_what_no_ranking_says_of_an_older_description_is_let_go_of_too(tmp_path)
     job = Job(rounds=3, devices=1, strategy="history", recipe=Recipe(max_steps=2))
     config = ServerConfig(model=str(tmp_path / "model.onnx"), job=job)
     with StateFolder(tmp_path / "state") as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
         assert opened.state.architecture == opened.model.architecture.digest
         scores = iter((False, True))
         state = play(
@@ -146,7 +147,7 @@ def test_what_no_ranking_says_of_an_older_description_is_let_go_of_too(tmp_path)
         folder.storage.save(state, (), 0.0)
 
     with StateFolder(tmp_path / "state") as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
         assert opened.state.devices["a"].past is None
         play(opened, folder, None)
         assert play(opened, folder, lambda c: c.handle(on.DeviceBorn("a", 2, PI, 50), 0.0)).phase is Phase.FINISHED
@@ -158,5 +159,5 @@ def test_a_model_of_somebody_s_own_is_not_written_over(tmp_path):
     own.mkdir()
     (own / "model.onnx").write_bytes(b"mine")
     with StateFolder(own) as folder, pytest.raises(ConfigError, match="holds no job"):
-        folder.open_job(ServerConfig(model=str(tmp_path / "model.onnx"), job=Job()))
+        open_job(folder, ServerConfig(model=str(tmp_path / "model.onnx"), job=Job()))
     assert (own / "model.onnx").read_bytes() == b"mine"

@@ -14,13 +14,14 @@ from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.replay import replay
 from fedprune_server.maintenance.state_check import check
+from support.fakes.opened_job import open_job
 from support.fakes.recorded_job import JOB, play_job
 
 
 def ordered(state: Path, database: str | None, *, paused: bool) -> None:
     """A server that is told to pause, or to go on, and is killed once that is on the disk."""
     with StateFolder(state, database) as folder:
-        opened = folder.open_job(ServerConfig(job=JOB, archive=True, keep=3))
+        opened = open_job(folder, ServerConfig(job=JOB, archive=True, keep=3))
         assert opened.state.paused is not paused, "the start before has read what was ordered then"
         coordinator = coordinate(opened.job, opened.model.architecture, opened.state)
         event = on.Paused(paused)

@@ -366,7 +366,7 @@ def test_a_board_joins_over_the_broker_with_nothing_but_a_claim(site: Site, tmp_
     request = device.request(claim)
     desk = EnrollmentService(site.identity)
     with (
-        site.client(site.identity.context(), [desk.subscription]) as server,
+        site.client(site.identity.context(), [LAB.join_subscription()]) as server,
         site.client(unpinned_context(), [LAB.joined(request.nonce)], joining=True, client_id=request.nonce) as joining,
     ):
         joining.publish(LAB.join(request.nonce), request.to_bytes())
@@ -385,7 +385,7 @@ def test_a_board_joins_over_the_broker_with_nothing_but_a_claim(site: Site, tmp_
 def test_where_nobody_is_heard_without_a_certificate_a_member_renews_with_its_own(site: Site) -> None:
     board, stop = site.device("renews"), threading.Event()
     members = f"mqtts://127.0.0.1:{site.broker.port}"  # as at EMQX, which has no other listener
-    with site.client(site.identity.context(), [EnrollmentService(site.identity).subscription]) as server:
+    with site.client(site.identity.context(), [LAB.join_subscription()]) as server:
 
         def answer() -> None:
             while not stop.is_set():

@@ -21,6 +21,7 @@ from fedprune_server.engine.state_directory import StateFolder, stored_tables
 from fedprune_server.simulation.digits import digits_model
 from fedprune_server.storage.database import LostConnectionError
 from fedprune_server.storage.storage import FILE, Storage
+from support.fakes.opened_job import open_job
 from support.fakes.stored_job import filled
 from support.processes.postgres import Postgres
 
@@ -195,18 +196,18 @@ def config(tmp_path: Path) -> ServerConfig:
 def test_a_folder_remembers_where_its_database_is(tmp_path: Path, postgres: Postgres, config: ServerConfig) -> None:
     url, state = postgres.database(), tmp_path / "state"
     with StateFolder(state, url) as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
     assert not (state / FILE).exists()
     assert (state / "database").stat().st_mode & 0o777 == 0o600
     with StateFolder(state) as folder:
-        assert folder.open_job(parse_config(stored_tables(state, {}) or {}, "it", Path())).state == opened.state
+        assert open_job(folder, parse_config(stored_tables(state, {}) or {}, "it", Path())).state == opened.state
     assert status(state)["job"]["name"] == "job"
 
 
 def test_a_start_that_fails_leaves_no_word_of_the_database(tmp_path: Path, postgres: Postgres) -> None:
     state = tmp_path / "state"
     with StateFolder(state, postgres.database()) as folder, pytest.raises(ConfigError, match="no model is given"):
-        folder.open_job(ServerConfig())
+        open_job(folder, ServerConfig())
     assert not (state / "database").exists()
 
 
@@ -216,7 +217,7 @@ def test_a_job_is_not_begun_anew_in_another_database(
 ) -> None:
     state = tmp_path / "state"
     with StateFolder(state, postgres.database() if first else None) as folder:
-        folder.open_job(config)
+        open_job(folder, config)
     with pytest.raises(ConfigError, match=r"the job of .*state is in .*is empty"):
         StateFolder(state, postgres.database())
     with StateFolder(state) as folder:  # which nobody holds
@@ -228,7 +229,7 @@ def test_a_second_folder_of_a_job_takes_the_same_model_only(
 ) -> None:
     url = postgres.database()
     with StateFolder(tmp_path / "one", url) as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
         blobs = folder.store
     with StateFolder(tmp_path / "two", url) as folder:
         folder.store.put(blobs.read(opened.state.model))

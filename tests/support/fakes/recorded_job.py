@@ -19,6 +19,7 @@ from fedprune.planning import profile_store
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.simulation.digits import digits_model
+from support.fakes.opened_job import open_job
 
 BOARD = profile_store.find("raspberry-pi-5").to_dict()
 JOB = Job(rounds=3, devices=1, scorer="magnitude", recipe=Recipe(max_steps=2))
@@ -52,7 +53,7 @@ def play_job(
     known = (state / "model.onnx").exists() or (state / "server.db").exists()
     config = ServerConfig(model=None if known else str(model), job=JOB, archive=archive, keep=keep, blobs=blobs)
     with StateFolder(state, database) as folder:
-        opened = folder.open_job(config)
+        opened = open_job(folder, config)
         coordinator = coordinate(opened.job, opened.model.architecture, opened.state)
         session = opened.state.devices["a"].session + 1 if "a" in opened.state.devices else 1
         told: list[on.Event] = [on.Resumed()] if known else []

@@ -35,7 +35,7 @@ from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune.security.register import Register
 from fedprune_export.checks.labelled_data import read as read_labelled
 from fedprune_server.config.setting import read_table
-from fedprune_server.config.tables import parse_config, read_config
+from fedprune_server.config.tables import parse_config
 from fedprune_server.simulation.datasets.federation import DataPlan
 from fedprune_server.simulation.datasets.source import read_cifar, read_idx, read_image_folder, read_npz
 from fedprune_server.simulation.network_model import Availability, DropOuts, Settings, read_weather
@@ -43,6 +43,7 @@ from fedprune_server.simulation.results.record import Record
 from fedprune_server.simulation.sweep import read_sweep
 from fedprune_server.storage.s3 import bucket
 from fedprune_server.storage.s3.bucket import Owner, digest_of
+from support.fakes.opened_job import read_config
 from support.fakes.runtime_releases import make_wheel
 from support.fakes.tiny_job import ARCHITECTURE, JOB
 from support.fakes.tiny_wheels import wheel

@@ -1,0 +1,24 @@
+"""A configuration and its job, as a server that starts reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fedprune_server.config.layers import file_layer, located
+from fedprune_server.config.server_config import ServerConfig
+from fedprune_server.config.tables import parse_config
+from fedprune_server.engine.state_directory import OpenJob, StateFolder
+
+
+def read_config(path: Path) -> ServerConfig:
+    """A `fleet.toml`, whose paths count from its folder."""
+    layer = file_layer(path)
+    with located([layer], str(path)):
+        return parse_config(layer.tables, str(path), path.parent)
+
+
+def open_job(folder: StateFolder, config: ServerConfig) -> OpenJob:
+    """The job of a folder, which remembers it."""
+    opened = folder.read_job(config)
+    folder.keep(opened)
+    return opened
