@@ -212,9 +212,11 @@ def tiny(name: str) -> Digits:
     return Digits(x, y, x, hands)
 
 
+QUICK = ("detection", "language", "adapters")
+
+
 @pytest.mark.parametrize(
-    "task",
-    [name if name in ("detection", "adapters") else pytest.param(name, marks=pytest.mark.soak) for name in TASKS],
+    "task", [name if name in QUICK else pytest.param(name, marks=pytest.mark.soak) for name in TASKS]
 )
 def test_tasks_of_every_kind_give_the_same_models(tmp_path: Path, task: str) -> None:
     job = plain_job()

@@ -19,10 +19,11 @@ import torch
 from fedprune.model import step_contract
 from fedprune.model.recipe import Features
 from fedprune.runtime.session import Session
-from fedprune_export.ir.graph import Graph
+from fedprune_export.ir.graph import Graph, Port
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
 from support.oracles.torch_graph import run
+from support.oracles.unit_sides import UNITS, sides
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -151,16 +152,20 @@ class Trained:
         self.names = [t.name for t in model.architecture.trainable if t.name not in model.frozen]
         self.graph = training_graph(model, replace(features or Features(), gradients=True))
         self._session = Session(self.graph.to_bytes(), training=True)
+        self._units: list[str] = []
 
     def gradients(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
         """Our gradients of the loss at these tensors, of any width."""
+        got = self._run(tensors, x, y)
+        return {n: got[step_contract.gradient(n)] for n in self.names}
+
+    def _run(self, tensors: Arrays, x: Any, y: Any) -> Arrays:
         feeds: Arrays = {**tensors, step_contract.X: x, step_contract.Y: y}
         for name in self._session.inputs:
             if name not in feeds:  # momentum and learning rate, which gradients don't depend on
                 owner = name.rpartition("::")[0]
                 feeds[name] = np.zeros_like(tensors[owner]) if owner in tensors else np.array(0, np.float32)
-        got = self._session.run(feeds, [step_contract.gradient(n) for n in self.names])
-        return {n: got[step_contract.gradient(n)] for n in self.names}
+        return self._session.run(feeds, [*map(step_contract.gradient, self.names), *self._units])
 
     def distances(self, net: torch.nn.Module | Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
         """Distances from float64 over some batches of samples and labels."""
@@ -168,16 +173,51 @@ class Trained:
         for x, y in samples:
             exact = torchs_gradients(net, tensors, self.names, x, y, torch.float64, self.loss)
             usual = torchs_gradients(net, tensors, self.names, x, y, torch.float32, self.loss)
-            got = self.gradients(tensors, x, y)
-            whole = norm(exact.values())
-            found.sizes.append(len(x))
-            for result, far, each in ((got, found.ours, found.ours_each), (usual, found.torch, found.torch_each)):
-                apart = {n: difference(result[n], exact[n]) for n in self.names}
-                far.append(norm(apart.values()) / whole)
-                for n in self.names:
-                    size = norm([exact[n]])
-                    each.setdefault(n, []).append(norm([apart[n]]) / (size if size > NOTHING * whole else whole))
+            self._add(found, (self.gradients(tensors, x, y), exact), (usual, exact), len(x))
         return found
+
+    def distances_on_own_sides(self, graph: Graph, tensors: Arrays, samples: Iterable[tuple[Any, Any]]) -> Distances:
+        """Distances from float64 whose ReLUs are on the sides on which the measured engine's are: nothing flips.
+
+        Args:
+            graph: The inference graph of the whole model, or of a submodel.
+            tensors: Its weights and statistics.
+            samples: Batches of samples and labels.
+        """
+        if not self._units:
+            self._units = [n.inputs[0] for n in self.graph.nodes if n.op in UNITS]
+            port = self.graph.inputs[0]
+            self.graph.outputs.extend(Port(n, port.dtype, (None,) * len(port.shape)) for n in self._units)
+            self._session = Session(self.graph.to_bytes(), training=True)
+        found = Distances()
+        for x, y in samples:
+            got = self._run(tensors, x, y)
+            with sides() as seen:
+                usual = torchs_gradients(graph, tensors, self.names, x, y, torch.float32, self.loss)
+            pairs = []
+            for result, own in (
+                ({n: got[step_contract.gradient(n)] for n in self.names}, [torch.tensor(got[n]) for n in self._units]),
+                (usual, seen),
+            ):
+                with sides(own):
+                    exact = torchs_gradients(graph, tensors, self.names, x, y, torch.float64, self.loss)
+                pairs.append((result, exact))
+            self._add(found, *pairs, len(x))
+        return found
+
+    def _add(self, found: Distances, ours: tuple[Arrays, Arrays], torchs: tuple[Arrays, Arrays], size: int) -> None:
+        """One batch's distances, from gradients and their exact values."""
+        found.sizes.append(size)
+        for (result, exact), far, each in (
+            (ours, found.ours, found.ours_each),
+            (torchs, found.torch, found.torch_each),
+        ):
+            whole = norm(exact.values())
+            apart = {n: difference(result[n], exact[n]) for n in self.names}
+            far.append(norm(apart.values()) / whole)
+            for n in self.names:
+                length = norm([exact[n]])
+                each.setdefault(n, []).append(norm([apart[n]]) / (length if length > NOTHING * whole else whole))
 
 
 def torchs_gradients(
