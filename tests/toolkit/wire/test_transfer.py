@@ -7,7 +7,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -311,6 +311,22 @@ def test_a_lost_leaf_that_others_have_overtaken_does_not_wait_for_a_stall(source
     assert lost_at is not None
     assert again_at - lost_at < 15
     assert not pull.done
+
+
+def test_the_repetition_of_an_overtaken_leaf_gets_the_whole_patience(source: BlobStore, target: BlobStore) -> None:
+    ref = source.put(noise(4 * LEAF))
+    pull, serve = Pull(ref, target.partial(ref), patience_s=5), BlobSender(source)
+    (table,) = chunks(serve.answer(pull.start(0.0)[0]))
+    (want,) = pull.on_chunk(table, 0.0)
+    for leaf in (0, 3):  # 1 and 2 are lost
+        (chunk,) = chunks(serve.answer(replace(want, first=leaf, count=1)))
+        pull.on_chunk(chunk, 1.0)
+
+    asked = {second: wants for second in range(5, 25) if (wants := pull.on_tick(second))}
+
+    assert [(w.first, w.count) for w in asked[6]] == [(1, 2)]
+    assert list(asked) == [6, 12, 23]  # no answer within 5 s, nor then within 10 s
+    assert pull.stalls == 2
 
 
 def test_what_was_not_asked_for_is_ignored(source: BlobStore, target: BlobStore) -> None:

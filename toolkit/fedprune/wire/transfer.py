@@ -214,7 +214,6 @@ class Pull:
         if self._done or not self._asked:
             return []
         if now - self._moved_at > self._patience:
-            self._moved_at = now
             self._window = self._least
             self.give_up()
             self.stalls += 1
@@ -328,7 +327,9 @@ class Pull:
         return self._again(new, now)
 
     def _repeat(self, indices: list[int], now: float) -> list[BlobRequest]:
-        """Request again what may still arrive."""
+        """Request again what may still arrive; the patience starts again, so that the answers have time to come."""
+        if indices:
+            self._moved_at = now
         self._twice.update(indices)
         return self._again(indices, now)
 
