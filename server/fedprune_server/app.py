@@ -45,7 +45,7 @@ from fedprune_server.monitoring.display import Lines, make_display
 from fedprune_server.monitoring.health import Pulse
 from fedprune_server.monitoring.monitor import Monitor, read_notified, restored
 from fedprune_server.monitoring.notifications import Notifier, channels
-from fedprune_server.monitoring.observer import DisplayObserver, Observer
+from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.transfer.http import web_blobs
@@ -288,7 +288,7 @@ def _observers(job: _Job, watch: Watcher, options: StartOptions, *, beside_other
     lines = beside_others or job.config.log_format == JSON
     display = Lines(of_several=beside_others) if lines else make_display()
     steps = _NextSteps(job.config.state, until_finished=options.until_finished)
-    return [DisplayObserver(display), *watch(job.opened.job.name), steps]
+    return [display, *watch(job.opened.job.name), steps]
 
 
 def _watchers(stack: ExitStack, config: ServerConfig, folder: StateFolder, alerts: AlertBook) -> Watcher:

@@ -42,7 +42,7 @@ from fedprune_server.executor.retention import BlobCollector
 from fedprune_server.messaging.outbox import Outbox
 from fedprune_server.messaging.transport import SiteLink
 from fedprune_server.monitoring.display import Lines
-from fedprune_server.monitoring.observer import DisplayObserver, Observer, Observers
+from fedprune_server.monitoring.observer import Observer, Observers
 from fedprune_server.monitoring.view import OFFLINE, JobView
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
@@ -136,7 +136,7 @@ class JobRunner:
         self._services = services
         self._coordinator = coordinate(job.job, job.architecture, job.state, job.frozen)
         self._schedule = compose(job.job).schedule or SYNCHRONOUS
-        self.observers = Observers([DisplayObserver(Lines())] if observers is None else observers)
+        self.observers = Observers([Lines()] if observers is None else observers)
         with log_context(job=job.job.name):
             self._executor = BackgroundExecutor(job.worker)
         self.registry = DeviceRegistry(

@@ -35,8 +35,13 @@ class Accountant:
     """
 
     def __init__(self, privacy: Privacy) -> None:
-        self._privacy = privacy
-        self._library = library()
+        try:
+            from dp_accounting import get_epsilon_gaussian
+        except ModuleNotFoundError as error:
+            raise MissingExtraError(
+                "dp-accounting, which computes what a private job costs, is not installed", extra="privacy"
+            ) from error
+        self._privacy, self._epsilon = privacy, get_epsilon_gaussian
         first = self.epsilon(privacy.noise_multiplier**-2)
         if privacy.epsilon_budget and first > privacy.epsilon_budget:
             raise ConfigError(
@@ -54,7 +59,7 @@ class Accountant:
         """
         if cost <= 0:
             return 0.0
-        return float(self._library.get_epsilon_gaussian(1 / math.sqrt(cost), self._privacy.delta))
+        return float(self._epsilon(1 / math.sqrt(cost), self._privacy.delta))
 
     def metrics(self, command: do.Evaluate) -> dict[str, float]:
         """Privacy metrics of a round: the largest ε of any device, now and after another round."""
@@ -80,29 +85,3 @@ def costs(privacy: Privacy, state: State | None) -> dict[str, Any]:
     else:
         known = {name: counts.epsilon(spent(device.releases)) for name, device in sorted(state.devices.items())}
     return privacy.to_dict() | {"epsilon": known}
-
-
-def accountant(privacy: Privacy) -> Accountant | None:
-    """The accountant of a job; None where there is no noise, and nothing is promised.
-
-    Raises:
-        ConfigError: As `Accountant`.
-        MissingExtraError: As `Accountant`.
-    """
-    return Accountant(privacy) if privacy.on and privacy.noise_multiplier else None
-
-
-def library() -> Any:
-    """dp-accounting.
-
-    Raises:
-        MissingExtraError: It is not installed.
-    """
-    try:
-        import dp_accounting
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            "dp-accounting, which computes what a private job costs, is not installed",
-            extra="privacy",
-        ) from error
-    return dp_accounting

@@ -28,7 +28,7 @@ from fedprune.strategies import compose
 from fedprune.strategies.importance.element_ranking import magnitudes, threshold
 from fedprune.strategies.values import Cut, Memories, Submodel, Turn
 from fedprune_export.pruning.model import Model
-from fedprune_server.executor.accountant import Accountant, accountant
+from fedprune_server.executor.accountant import Accountant
 from fedprune_server.executor.background import Work
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
@@ -90,7 +90,8 @@ class Worker:
             ConfigError: The job's budget of privacy is not enough for a round.
             MissingExtraError: dp-accounting is not installed.
         """
-        return accountant(self.job.privacy)
+        privacy = self.job.privacy
+        return Accountant(privacy) if privacy.on and privacy.noise_multiplier else None
 
     def initial(self) -> str:
         """Put the job's first model into the store and return its digest.

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.errors import StorageError, shown
-from fedprune.core.validation import is_digest, is_number
+from fedprune.core.validation import is_digest, is_number, is_whole
 
 FORMAT = "fedprune.backup/1"
 NAME = "manifest.json"
@@ -45,9 +45,7 @@ class Entry:
             named != ""
             and _PATH.fullmatch(self.path) is not None
             and is_digest(self.sha256)
-            and isinstance(self.size, int)
-            and not isinstance(self.size, bool)
-            and self.size >= 0
+            and is_whole(self.size)
             and (named == self.sha256 or not is_digest(named))
         )
         if not good:

@@ -170,11 +170,8 @@ def _strange_operators(path: Path) -> str:
 
 def _sqlite(path: Path, advice: str) -> Iterator[Finding]:
     try:
-        connection = sqlite3.connect(reading_uri(path), uri=True)
-        try:
+        with closing(sqlite3.connect(reading_uri(path), uri=True)) as connection:
             found = connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        finally:
-            connection.close()
     except (sqlite3.Error, StorageError) as error:
         found = str(error)
     if found != "ok":

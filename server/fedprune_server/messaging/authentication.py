@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
 
 from fedprune.core.errors import (
     IdentityError,
@@ -28,6 +27,7 @@ from fedprune.releases.release import is_signed, signed
 from fedprune.security.keys import VerifyingKey, grouped
 from fedprune.security.signed_channel import Opener, Sealer, unseal
 from fedprune.wire.fleet_messages import APPROVED, ReleaseOffer
+from fedprune.wire.link import Link
 from fedprune.wire.messages import Birth, Death, Hello, RejectedMessageLog, parse
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import EVERYONE, JOIN, NO_JOB, Topics
@@ -62,22 +62,6 @@ JOINS_PER_S = 20.0
 """Limit of answered requests to join: each costs a signature, and strangers may send them. Boards repeat theirs."""
 
 
-class Joins(Protocol):
-    """A connection for requests to join.
-
-    Attributes:
-        dropped: Messages that didn't fit into its inbox.
-        overflowed: The topic, as far as the client in it, whose messages filled the inbox; empty if many clients did.
-    """
-
-    dropped: int
-    overflowed: str
-
-    def get(self, timeout: float | None = 0.0) -> object:
-        """The next message (topic, payload) or event; None if nothing waits."""
-        ...
-
-
 class AuthenticatedLink(Relay):
     """A connection that signs the server's messages and passes on each signed message of a member once.
 
@@ -95,7 +79,7 @@ class AuthenticatedLink(Relay):
         identity: IdentityFolder,
         clock: Callable[[], float] = time.monotonic,
         *,
-        joins: Joins | None = None,
+        joins: Link | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
         super().__init__(link)
@@ -225,7 +209,7 @@ class AuthenticatedLink(Relay):
         except ProtocolError as error:
             self._complaints.about(topic, error)
 
-    def _answer_join(self, joins: Joins) -> bool:
+    def _answer_join(self, joins: Link) -> bool:
         """Answer the next request to join, if the rate allows one; report a client that sends too many.
 
         Of a client that has filled the inbox all waiting requests are dropped: others would wait behind them.

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 from fedprune.core.errors import ExitCode, FedpruneError, ProtocolError
 from fedprune.security.keys import SigningKey
@@ -87,19 +86,6 @@ class ServerInstance:
     looks_only: bool = False
 
 
-class _Wire(Protocol):
-    def subscribe(self, topics: list[str]) -> None: ...
-    def start(self, timeout: float = ..., *, patient: bool = ...) -> None: ...
-    def publish(self, topic: str, payload: bytes, qos: int = ...) -> bool: ...
-    def get(self, timeout: float | None = ...) -> tuple[str, bytes] | Event | None: ...
-    def close(self) -> None: ...
-
-    @property
-    def connected(self) -> bool: ...
-    @property
-    def trouble(self) -> str: ...
-
-
 class Leadership:
     """A server's claim to be the one that serves its site.
 
@@ -114,7 +100,7 @@ class Leadership:
 
     def __init__(
         self,
-        link: _Wire,
+        link: Link,
         site: str,
         key: SigningKey,
         server: ServerInstance,

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 from fedprune.core.metrics import ACCURACY, METRICS, leading
 from fedprune.core.text import quantity
 from fedprune.output.log_lines import OneLine
 from fedprune.output.tables import ATTENTION, BAD, BUSY, GOOD, Cell, Column, fitted
 from fedprune_server.devices.job_snapshot import DeviceRow, JobSnapshot
+from fedprune_server.monitoring.observer import Observer
+from fedprune_server.monitoring.view import JobView
 
 log = logging.getLogger("fedprune.server")
 
@@ -43,43 +45,22 @@ _STATES = {
 """Styles of states by their first word; all others are work that is being done."""
 
 
-class Display(Protocol):
-    """Where a running job is shown."""
-
-    def refresh(self, snapshot: Callable[[], JobSnapshot]) -> None:
-        """Show the present, if it is time to."""
-        ...
-
-    def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
-        """A round has been finished."""
-        ...
-
-    def close(self) -> None:
-        """Show no more."""
-        ...
-
-
-class Lines:
+class Lines(Observer):
     """One line per round, devices at debug level, for logs. Lines of one job `of_several` name it."""
-
-    def refresh(self, snapshot: Callable[[], JobSnapshot]) -> None:
-        pass
 
     def __init__(self, of_several: bool = False) -> None:
         self._of_several = of_several
         self._pace = _Pace()
 
-    def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+        snapshot = seen.snapshot()
         job = f"{snapshot.job}: " if self._of_several else ""
         log.info("%s%s%s", job, round_line(snapshot, summary), self._pace.rest(snapshot, summary))
         for row in snapshot.rows:
             log.debug("  %s", row_line(row))
 
-    def close(self) -> None:
-        """Nothing to put away."""
 
-
-class LiveTable:
+class LiveTable(Observer):
     """A table that is redrawn in place; log lines scroll by above it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -94,19 +75,20 @@ class LiveTable:
         self._drawn = -REFRESH_S
         self._pace = _Pace()
 
-    def refresh(self, snapshot: Callable[[], JobSnapshot]) -> None:
+    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
         """Draw, at most twice a second."""
         now = time.monotonic()
         if now - self._drawn >= REFRESH_S:
             self._drawn = now
-            self._draw(snapshot())
+            self._draw(seen.snapshot())
 
-    def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
+    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
         """Print the round's line above the table and draw."""
+        snapshot = seen.snapshot()
         log.info("%s%s", round_line(snapshot, summary), self._pace.rest(snapshot, summary))
         self._draw(snapshot)
 
-    def close(self) -> None:
+    def ended(self) -> None:
         """Leave the last table on the screen."""
         self._live.stop()
         self._logged.close()
@@ -177,7 +159,7 @@ def logged_above(console: Any) -> Iterator[None]:
         logger.handlers[:], logger.propagate = before
 
 
-def make_display(stream: TextIO | None = None) -> Display:
+def make_display(stream: TextIO | None = None) -> Observer:
     """A live table on a terminal that can draw in place, lines elsewhere."""
     stream = stream or sys.stdout
     return LiveTable(stream) if stream.isatty() and os.environ.get("TERM") != "dumb" else Lines()

@@ -7,7 +7,6 @@ from typing import Any, Generic, ParamSpec
 
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune_server.monitoring.display import Display
 from fedprune_server.monitoring.view import JobView
 
 P = ParamSpec("P")
@@ -97,17 +96,3 @@ class Observers:
 
     def each_turn(self, action: Callable[[], object]) -> None:
         self.turned.add(lambda seconds, seen: action())
-
-
-class DisplayObserver(Observer):
-    def __init__(self, display: Display) -> None:
-        self._display = display
-
-    def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
-        self._display.round_over(seen.snapshot(), summary)
-
-    def turned(self, seconds: Callable[[], float], seen: JobView) -> None:
-        self._display.refresh(seen.snapshot)
-
-    def ended(self) -> None:
-        self._display.close()

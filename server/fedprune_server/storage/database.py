@@ -13,7 +13,7 @@ import sqlite3
 import time
 import urllib.parse
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -199,16 +199,12 @@ def copy_sqlite(source: Path, target: Path) -> None:
 
 
 def _copy_pages(source: Path, target: Path) -> None:
-    reader = sqlite3.connect(reading_uri(source), uri=True, timeout=_BUSY_S)
-    try:
-        writer = sqlite3.connect(target)
-        try:
-            reader.backup(writer)
-            writer.execute("PRAGMA journal_mode=DELETE")  # one file, without a log
-        finally:
-            writer.close()
-    finally:
-        reader.close()
+    with (
+        closing(sqlite3.connect(reading_uri(source), uri=True, timeout=_BUSY_S)) as reader,
+        closing(sqlite3.connect(target)) as writer,
+    ):
+        reader.backup(writer)
+        writer.execute("PRAGMA journal_mode=DELETE")  # one file, without a log
 
 
 def mark(connection: sql.Connection) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from fedprune.planning.profile_store import find
 from fedprune.wire.messages import Birth, BlobNotFound, BlobRequest, Offer, Progress, Refusal
 from fedprune.wire.queues import ConnectionUp
 from fedprune.wire.topics import Topics
-from fedprune_server.devices.job_snapshot import JobSnapshot
 from fedprune_server.monitoring.display import Lines
-from fedprune_server.monitoring.observer import DisplayObserver
+from fedprune_server.monitoring.view import JobView
 from fedprune_server.storage.storage import Storage
 from support.fakes.fleet import Fleet, ToyDevice, fill, folded
 from support.fakes.tiny_job import JOB
@@ -79,10 +77,10 @@ def test_the_table_shows_the_accuracy_of_what_a_device_serves(fleet: Fleet) -> N
     shown = []
 
     class Rounds(Lines):
-        def round_over(self, snapshot: JobSnapshot, summary: Mapping[str, Any]) -> None:
-            shown.append({row.device: row.metrics["accuracy"] for row in snapshot.rows})
+        def round_over(self, summary: dict[str, Any], now: float, seen: JobView) -> None:
+            shown.append({row.device: row.metrics["accuracy"] for row in seen.snapshot().rows})
 
-    fleet.run(observers=[DisplayObserver(Rounds())])
+    fleet.run(observers=[Rounds()])
     assert shown == [{"a": 0.25, "b": 0.5, "c": 0.25}] * JOB.rounds
 
 

@@ -5,34 +5,38 @@ from __future__ import annotations
 import math
 import re
 import sys
+from types import SimpleNamespace
 
+import dp_accounting
 import pytest
 
 from fedprune.coordination import State
 from fedprune.coordination import commands as do
 from fedprune.coordination.privacy_budget import spent
 from fedprune.core.errors import ConfigError, ExitCode, MissingExtraError
+from fedprune.jobs.job import Job
 from fedprune.jobs.state import Device
 from fedprune.output.extras import install_command
 from fedprune.updates.privacy import Privacy
-from fedprune_server.executor.accountant import Accountant, accountant, costs, library
+from fedprune_server.executor.accountant import Accountant, costs
+from fedprune_server.executor.worker import Worker
 
 PRIVACY = Privacy(clip=1.0, noise_multiplier=2.0)
 
 
 @pytest.mark.parametrize(("multiplier", "rounds"), [(1.0, 1), (1.0, 24), (4.0, 100), (20.0, 1000)])
 def test_equal_releases_cost_what_the_rdp_accountant_bounds(multiplier: float, rounds: int) -> None:
-    known = library().rdp.RdpAccountant()
-    known.compose(library().GaussianDpEvent(multiplier), rounds)
+    known = dp_accounting.rdp.RdpAccountant()
+    known.compose(dp_accounting.GaussianDpEvent(multiplier), rounds)
     mine, bound = Accountant(PRIVACY).epsilon(rounds / multiplier**2), known.get_epsilon(PRIVACY.delta)
     assert 0.8 * bound < mine <= bound
 
 
 def test_releases_of_different_noise_cost_what_the_pld_accountant_says() -> None:
-    known = library().pld.PLDAccountant()
+    known = dp_accounting.pld.PLDAccountant()
     releases = {"3.0": 4, "2.5": 2, "6.0": 5}
     for multiplier, count in releases.items():
-        known.compose(library().GaussianDpEvent(float(multiplier)), count)
+        known.compose(dp_accounting.GaussianDpEvent(float(multiplier)), count)
     assert Accountant(PRIVACY).epsilon(spent(releases)) == pytest.approx(known.get_epsilon(PRIVACY.delta), rel=1e-3)
 
 
@@ -58,9 +62,9 @@ def test_a_rounds_summary_has_what_was_spent_and_what_comes() -> None:
     assert counts.metrics(do.Evaluate(1, "m")) == {}
 
 
-def test_without_noise_nobody_counts() -> None:
-    assert accountant(Privacy()) is None
-    assert accountant(Privacy(clip=1.0)) is None
+@pytest.mark.parametrize("privacy", [Privacy(), Privacy(clip=1.0)])
+def test_without_noise_nobody_counts(privacy: Privacy) -> None:
+    assert Worker.accountant.func(SimpleNamespace(job=Job(privacy=privacy))) is None
 
 
 def test_a_budget_that_is_not_enough_for_one_round_is_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -29,6 +30,13 @@ SUMMARY = {
     "metrics": {"accuracy": 0.75, "samples": 100.0},
     "devices": {"pi": {"progress": "folded"}, "nano": {"progress": "refused"}},
 }
+
+
+class Seen:
+    """A job as an observer sees it."""
+
+    def __init__(self, snapshot: Callable[[], JobSnapshot] = lambda: SNAPSHOT) -> None:
+        self.snapshot = snapshot
 
 
 class Terminal(io.StringIO):
@@ -71,8 +79,8 @@ def test_at_any_width_what_is_shown_is_whole(width: int, left_out: set[str], mon
     row = DeviceRow(
         "attic-zero", profile, 0.609, 12_345, 26_380_000, 26_150_000, 12.34, {"accuracy": 0.4333}, "upload 0/7"
     )
-    display.refresh(lambda: replace(SNAPSHOT, rows=(row,)))
-    display.close()
+    display.turned(lambda: 0.0, Seen(lambda: replace(SNAPSHOT, rows=(row,))))
+    display.ended()
     lines = [line for line in stream.getvalue().splitlines() if "attic-zero" in line]
     for line in lines:
         assert "…" not in line
@@ -98,14 +106,14 @@ def test_rounds_that_were_seen_tell_how_long_the_rest_takes(
     lines = Lines()
     with caplog.at_level(logging.INFO, "fedprune.server"):
         for number in (2, 3, 4, 10):
-            lines.round_over(SNAPSHOT, {**SUMMARY, "round": number})
+            lines.round_over({**SUMMARY, "round": number}, 0.0, Seen())
     ends = [r.getMessage().partition(", model 0123456789ab")[2] for r in caplog.records]
     assert ends == ["", ", about 4 min left", ", about 3 min left", ""]
 
 
 def test_lines_of_one_job_of_several_say_which(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "fedprune.server"):
-        Lines(of_several=True).round_over(SNAPSHOT, SUMMARY)
+        Lines(of_several=True).round_over(SUMMARY, 0.0, Seen())
     assert [r.getMessage() for r in caplog.records] == [f"{SNAPSHOT.job}: {round_line(SNAPSHOT, SUMMARY)}"]
 
 
@@ -119,7 +127,7 @@ def test_without_a_terminal_that_draws_in_place_there_are_lines(
 
 def test_lines_show_devices_only_at_debug_level(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "fedprune.server"):
-        Lines().round_over(SNAPSHOT, SUMMARY)
+        Lines().round_over(SUMMARY, 0.0, Seen())
     levels = {r.getMessage(): r.levelno for r in caplog.records}
     assert levels == {round_line(SNAPSHOT, SUMMARY): logging.INFO, f"  {row_line(ROW)}": logging.DEBUG}
 
@@ -129,9 +137,9 @@ def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None
     stream = Terminal()
     display = make_display(stream)
     assert isinstance(display, LiveTable)
-    display.refresh(lambda: SNAPSHOT)
+    display.turned(lambda: 0.0, Seen(lambda: SNAPSHOT))
     logging.getLogger("fedprune.server").warning("device nano takes no part")
-    display.close()
+    display.ended()
     for text in ("leaves: round 2 of 10", "raspberry-pi-4b", "12,345", "train 3/10", "device nano takes no part"):
         assert text in stream.getvalue()
 
@@ -139,7 +147,7 @@ def test_on_a_terminal_there_is_a_table(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_closed_table_gives_logging_back() -> None:
     logger = logging.getLogger("fedprune")
     before = (logger.handlers[:], logger.propagate)
-    LiveTable(Terminal()).close()
+    LiveTable(Terminal()).ended()
     assert (logger.handlers[:], logger.propagate) == before
 
 
@@ -152,8 +160,8 @@ def test_the_table_is_not_drawn_at_every_message() -> None:
 
     display = LiveTable(Terminal())
     for _ in range(100):
-        display.refresh(snapshot)
-    display.close()
+        display.turned(lambda: 0.0, Seen(snapshot))
+    display.ended()
     assert len(drawn) == 1
 
 
@@ -162,6 +170,6 @@ def test_brackets_in_a_devices_words_are_shown_as_they_are(monkeypatch: pytest.M
     monkeypatch.setenv("COLUMNS", "200")
     stream = Terminal()
     display = make_display(stream)
-    display.refresh(lambda: replace(SNAPSHOT, rows=(replace(ROW, state=text),)))
-    display.close()
+    display.turned(lambda: 0.0, Seen(lambda: replace(SNAPSHOT, rows=(replace(ROW, state=text),))))
+    display.ended()
     assert text in stream.getvalue()
