@@ -19,7 +19,6 @@ from fedprune_export.cli.options import add_probe_option, add_profiles_option, r
 def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "bench",
-        help="time a bundle on this machine",
         description="Time training steps and predictions of a bundle on this machine, with random samples, each in a "
         "process of its own. With --target, the planner's predictions for a board are shown next to it.",
     )

@@ -23,7 +23,6 @@ _WEIGHTS = "weights of the whole model, such as fedprune-server export-model wri
 def register(subparsers: Any) -> None:
     onnx: argparse.ArgumentParser = subparsers.add_parser(
         "to-onnx",
-        help="a bundle, a board's model or a whole model as one ONNX file",
         description="Write a bundle's submodel, the model that a board serves, or a whole model with given weights as "
         "one ONNX file with the weights inside. Its input is x, its output logits. The outputs of file and source are "
         "compared on random samples.",
@@ -34,7 +33,6 @@ def register(subparsers: Any) -> None:
     onnx.set_defaults(function=to_onnx)
     torch: argparse.ArgumentParser = subparsers.add_parser(
         "to-torch",
-        help="the weights of a bundle, a board's model or a whole model as a torch state dict",
         description="Write weights as a state dict by their original names. Those of a bundle or a board have the "
         "submodel's shapes; with --into a bundle's are put at their places in the whole model. A model with the state "
         "dict is compared with the source on random samples, in torch where a module is named.",

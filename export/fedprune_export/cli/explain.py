@@ -29,7 +29,6 @@ RUNS = 15  # steps that are timed
 def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "explain",
-        help="where the time of a training step goes, layer by layer",
         description="Print, for each layer's forward pass and gradients, the form that computes it, how much it "
         "multiplies and moves, and the least time that this takes; with --measure also what it takes on this machine. "
         "Pieces below 1 percent of the step share a row; --json and --page have all of them.",

@@ -13,7 +13,6 @@ from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_mode
 def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "groups",
-        help="the channel groups of a model, and what stays",
         description="Print the groups of channels that can only be kept or cut together, every axis on which each "
         "lives (conv1.weight[0] is the first one), the axes that stay whole, and why.",
     )

@@ -15,7 +15,6 @@ from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_mode
 def register(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "verify",
-        help="check a bundle: files, graphs, a training step",
         description="Check every file of a bundle, load its graphs, run predictions and a training step with random "
         "numbers, and compare the graphs with each other. The first thing that is wrong ends the command.",
     )

@@ -23,6 +23,9 @@ SEQUENCE_OPERATORS = frozenset(
 )
 """Operators that make or read sequences."""
 
+SPLIT_AND_CONCAT = {"SplitToSequence": "Split", "ConcatFromSequence": "Concat"}
+"""Those that become an operator on tensors; the others are removed."""
+
 _MOST_PARTS = 4096
 _LARGE = 4096
 

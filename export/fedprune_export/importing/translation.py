@@ -272,3 +272,14 @@ _RULES: dict[str, _Rule] = {
 }
 
 TRANSLATED = frozenset(_RULES)  # operators whose later forms, or which themselves, are written in the forms of opset 17
+
+BECOMES = {
+    "Attention": "products, Softmax and reshapes",
+    "CastLike": "Cast",
+    "Col2Im": "a transposed convolution with a constant kernel",
+    "DFT": "a product with a constant matrix",
+    "RotaryEmbedding": "products with cosines and sines",
+    "STFT": "a convolution with a constant Fourier basis",
+    "Swish": "a product with Sigmoid",
+}
+"""What operators are rewritten to, before any rule sees them."""

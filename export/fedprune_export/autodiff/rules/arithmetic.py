@@ -100,7 +100,7 @@ def extremes(tape: Tape, node: Node) -> Pull:
 
 @rule("Pow")
 def power(tape: Tape, node: Node) -> Pull:
-    """Dx = dy · p · x^(p − 1), dp = dy · y · log x; both 0 where the power is constant there."""
+    """dx = dy · p · x^(p − 1), dp = dy · y · log x; both 0 where the power is constant there."""
     left, right = node.inputs
     g, x = tape.graph, tape.value(left)
     constant = tape.constant(node, 1)

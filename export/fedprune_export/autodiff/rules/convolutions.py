@@ -25,7 +25,7 @@ class Convolution(Protocol):
     """
 
     def apply(self, x: str, bias: list[str]) -> str:
-        """Y = x ∗ kernel + bias."""
+        """y = x ∗ kernel + bias."""
 
     def back(self, dy: str, bias: list[str]) -> str:
         """The gradient of x, which is a transposed convolution, + bias."""
@@ -47,7 +47,7 @@ def convolution(tape: Tape, node: Node, w: Window, number: Dim, lengths: tuple[D
 
 @rule("Conv")
 def conv(tape: Tape, node: Node) -> Pull:
-    """Y = x ∗ w + b in one or more dimensions, in any number of groups.
+    """y = x ∗ w + b in one or more dimensions, in any number of groups.
 
     Raises `ModelError` if groups don't keep equally many channels, or the size of the map varies.
     """

@@ -84,68 +84,68 @@ def _where(g: Graph, condition: str, dy: str) -> str:
     return g.emit("Where", condition, dy, g.scalar(0))
 
 
-_smooth("Sigmoid", "Dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y)))
-_smooth("Tanh", "Dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y)))
-_smooth("Exp", "Dx = dy · y.", lambda g, x, y: y)
-_smooth("Softplus", "Dx = dy · sigmoid(x).", lambda g, x, y: g.emit("Sigmoid", x))
-_smooth("Abs", "Dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x))
-_smooth("Sin", "Dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x))
-_smooth("Cos", "Dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x)))
-_smooth("Tan", "Dx = dy · (1 + y²).", lambda g, x, y: _more(g, _squared(g, y)))
-_smooth("Atan", "Dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _more(g, _squared(g, x))))
-_smooth("Asin", "Dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x)))))
-_smooth("Acos", "Dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _inverse(g, _root(g, _rest(g, _squared(g, x))))))
-_smooth("Sinh", "Dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x))
-_smooth("Cosh", "Dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x))
-_smooth("Asinh", "Dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
-_smooth("Atanh", "Dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _rest(g, _squared(g, x))))
+_smooth("Sigmoid", "dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y)))
+_smooth("Tanh", "dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y)))
+_smooth("Exp", "dx = dy · y.", lambda g, x, y: y)
+_smooth("Softplus", "dx = dy · sigmoid(x).", lambda g, x, y: g.emit("Sigmoid", x))
+_smooth("Abs", "dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x))
+_smooth("Sin", "dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x))
+_smooth("Cos", "dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x)))
+_smooth("Tan", "dx = dy · (1 + y²).", lambda g, x, y: _more(g, _squared(g, y)))
+_smooth("Atan", "dx = dy / (1 + x²).", lambda g, x, y: _inverse(g, _more(g, _squared(g, x))))
+_smooth("Asin", "dx = dy / √(1 − x²).", lambda g, x, y: _inverse(g, _root(g, _rest(g, _squared(g, x)))))
+_smooth("Acos", "dx = −dy / √(1 − x²).", lambda g, x, y: g.emit("Neg", _inverse(g, _root(g, _rest(g, _squared(g, x))))))
+_smooth("Sinh", "dx = dy · cosh(x).", lambda g, x, y: g.emit("Cosh", x))
+_smooth("Cosh", "dx = dy · sinh(x).", lambda g, x, y: g.emit("Sinh", x))
+_smooth("Asinh", "dx = dy / √(1 + x²).", lambda g, x, y: _inverse(g, _root(g, _more(g, _squared(g, x)))))
+_smooth("Atanh", "dx = dy / (1 − x²).", lambda g, x, y: _inverse(g, _rest(g, _squared(g, x))))
 _smooth(
-    "Acosh", "Dx = dy / √(x² − 1).", lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1))))
+    "Acosh", "dx = dy / √(x² − 1).", lambda g, x, y: _inverse(g, _root(g, g.emit("Sub", _squared(g, x), g.scalar(1))))
 )
-_smooth("Reciprocal", "Dx = −dy · y².", lambda g, x, y: g.emit("Neg", _squared(g, y)))
+_smooth("Reciprocal", "dx = −dy · y².", lambda g, x, y: g.emit("Neg", _squared(g, y)))
 _smooth(
     "Erf",
-    "Dx = dy · 2/√π · e^(−x²).",
+    "dx = dy · 2/√π · e^(−x²).",
     lambda g, x, y: _times(g, g.emit("Exp", g.emit("Neg", _squared(g, x))), 2 / math.sqrt(math.pi)),
 )
-_smooth("Softsign", "Dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
+_smooth("Softsign", "dx = dy / (1 + |x|)².", lambda g, x, y: _inverse(g, _squared(g, _more(g, g.emit("Abs", x)))))
 
 
 @_unary("Log")
 def _logarithm(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """Dx = dy / x."""
+    """dx = dy / x."""
     return g.emit("Div", dy, x)
 
 
 @_unary("Neg")
 def _negation(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """Dx = −dy."""
+    """dx = −dy."""
     return g.emit("Neg", dy)
 
 
 @_unary("Sqrt")
 def _square_root(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """Dx = dy / (2 · y), and 0 where y is: so torch has it of the standard deviation of equal numbers."""
+    """dx = dy / (2 · y), and 0 where y is: so torch has it of the standard deviation of equal numbers."""
     slope = g.emit("Where", g.emit("Equal", y, g.scalar(0)), g.scalar(0), g.emit("Div", g.scalar(0.5), y))
     return g.emit("Mul", dy, slope)
 
 
 @_unary("LeakyRelu")
 def _leaky_relu(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """Dx = dy where x > 0, else alpha · dy."""
+    """dx = dy where x > 0, else alpha · dy."""
     scaled = _times(g, dy, _number(node, "alpha", 0.01))
     return g.emit("Where", g.emit("Greater", x, g.scalar(0)), dy, scaled)
 
 
 @_unary("ThresholdedRelu")
 def _thresholded_relu(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """Dx = dy where x > alpha."""
+    """dx = dy where x > alpha."""
     return _where(g, g.emit("Greater", x, g.scalar(_number(node, "alpha", 1.0))), dy)
 
 
 @_unary("Shrink")
 def _shrink(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """Dx = dy where |x| > lambd."""
+    """dx = dy where |x| > lambd."""
     return _where(g, g.emit("Greater", g.emit("Abs", x), g.scalar(_number(node, "lambd", 0.5))), dy)
 
 
@@ -164,14 +164,14 @@ def _exponential_units(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
 
 @_unary("HardSigmoid")
 def _hard_sigmoid(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """Dx = alpha · dy where 0 < y < 1."""
+    """dx = alpha · dy where 0 < y < 1."""
     inside = g.emit("And", g.emit("Greater", y, g.scalar(0)), g.emit("Less", y, g.scalar(1)))
     return _where(g, inside, _times(g, dy, _number(node, "alpha", 0.2)))
 
 
 @_unary("HardSwish")
 def _hard_swish(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """Y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 up to −3, 1 from 3 on, x/3 + 1/2 between)."""
+    """y = x · clip(x/6 + 1/2, 0, 1); dx = dy · (0 up to −3, 1 from 3 on, x/3 + 1/2 between)."""
     slope = g.emit("Add", _times(g, x, 1 / 3), g.scalar(0.5))
     slope = g.emit("Where", g.emit("LessOrEqual", x, g.scalar(-3)), g.scalar(0), slope)
     slope = g.emit("Where", g.emit("GreaterOrEqual", x, g.scalar(3)), g.scalar(1), slope)
@@ -204,7 +204,7 @@ def cast(tape: Tape, node: Node) -> Pull | None:
 
 @rule("Relu")
 def relu(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where y > 0."""
+    """dx = dy where y > 0."""
     _, y = _emit_unary(tape, node)
     return lambda dy: tape.add(node.inputs[0], where_positive(tape, dy, y))
 
@@ -226,7 +226,7 @@ def where_positive(tape: Tape, dy: str, y: str) -> str:
 
 @rule("PRelu")
 def parametric_relu(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where x > 0, else slope · dy; dslope = Σ dy · x where x ≤ 0."""
+    """dx = dy where x > 0, else slope · dy; dslope = Σ dy · x where x ≤ 0."""
     left, right = node.inputs
     x, slope, shape = tape.value(left), tape.value(right), tape.shape(left)
     g = tape.graph
@@ -246,7 +246,7 @@ def parametric_relu(tape: Tape, node: Node) -> Pull:
 
 @rule("Gelu")
 def gelu(tape: Tape, node: Node) -> Pull:
-    """Y = x · Φ(x), exact by the error function or approximated by tanh; dx = dy · (Φ + x · Φ′)."""
+    """y = x · Φ(x), exact by the error function or approximated by tanh; dx = dy · (Φ + x · Φ′)."""
     name = node.inputs[0]
     x, g = tape.value(name), tape.graph
     if str(node.attrs.get("approximate", "none")) == "tanh":
@@ -263,7 +263,7 @@ def gelu(tape: Tape, node: Node) -> Pull:
 
 
 def _tanh_gelu(tape: Tape, node: Node, x: str) -> Pull:
-    """Y = x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2, with 1 + tanh(u) = 2 · sigmoid(2u)."""
+    """y = x · (1 + tanh(√(2/π) · (x + 0.044715 · x³))) / 2, with 1 + tanh(u) = 2 · sigmoid(2u)."""
     g, c = tape.graph, 2 * math.sqrt(2 / math.pi)
     square = _squared(g, x)
     inner = g.emit("Mul", x, g.emit("Add", _times(g, square, c * GELU_CUBE), g.scalar(c)))
@@ -280,7 +280,7 @@ def _tanh_gelu(tape: Tape, node: Node, x: str) -> Pull:
 
 @rule("Mish")
 def mish(tape: Tape, node: Node) -> Pull:
-    """Y = x · t with t = tanh(softplus(x)); dx = dy · (t + x · (1 − t²) · sigmoid(x))."""
+    """y = x · t with t = tanh(softplus(x)); dx = dy · (t + x · (1 − t²) · sigmoid(x))."""
     name = node.inputs[0]
     x, g = tape.value(name), tape.graph
     t = g.emit("Tanh", g.emit("Softplus", x))
@@ -295,7 +295,7 @@ def mish(tape: Tape, node: Node) -> Pull:
 
 @rule("Clip")
 def clip(tape: Tape, node: Node) -> Pull:
-    """Dx = dy where low < x < high, torch's hardtanh (ReLU6); one bound alone is torch's clamp, dy at the bound, too.
+    """dx = dy where low < x < high, torch's hardtanh (ReLU6); one bound alone is torch's clamp, dy at the bound, too.
 
     With two bounds ONNX doesn't record which of torch's operators it was. Only at exactly a bound do the two differ.
     """

@@ -16,7 +16,7 @@ from fedprune_export.ir.graph import Node
 
 @rule("Softmax")
 def softmax(tape: Tape, node: Node) -> Pull:
-    """Dx = y · (dy − Σ dy · y) along the axis."""
+    """dx = y · (dy − Σ dy · y) along the axis."""
     name, axis, y = _along(tape, node)
     g = tape.graph
 
@@ -30,7 +30,7 @@ def softmax(tape: Tape, node: Node) -> Pull:
 
 @rule("LogSoftmax")
 def log_softmax(tape: Tape, node: Node) -> Pull:
-    """Dx = dy − e^y · Σ dy along the axis."""
+    """dx = dy − e^y · Σ dy along the axis."""
     name, axis, y = _along(tape, node)
     g = tape.graph
 
@@ -177,7 +177,7 @@ def standardised(tape: Tape, node: Node) -> Pull:
 
 @rule("LRN")
 def local_response(tape: Tape, node: Node) -> Pull:
-    """X · s^−β with s from squares of neighbouring channels; dx = dy · s^−β − 2αβ/n · x · Σ dy·x·s^(−β−1)."""
+    """x · s^−β with s from squares of neighbouring channels; dx = dy · s^−β − 2αβ/n · x · Σ dy·x·s^(−β−1)."""
     name, g = node.inputs[0], tape.graph
     x, shape = tape.value(name), tape.shape(name)
     size = int(node.attrs["size"])

@@ -138,7 +138,7 @@ def average_pool(tape: Tape, node: Node) -> Pull:
 
 @rule("LpPool")
 def lp_pool(tape: Tape, node: Node) -> Pull:
-    """Y = (Σ |x|ᵖ)^(1/p) over each window; dx = sign(x) · |x|ᵖ⁻¹ · Σ dy / yᵖ⁻¹ over the windows, 0 where y is 0."""
+    """y = (Σ |x|ᵖ)^(1/p) over each window; dx = sign(x) · |x|ᵖ⁻¹ · Σ dy / yᵖ⁻¹ over the windows, 0 where y is 0."""
     name = node.inputs[0]
     x, shape = tape.value(name), tape.shape(name)
     w = window(tape, node, _kernel(node))

@@ -11,7 +11,7 @@ from fedprune_export.ir.graph import Node
 
 @rule("Gemm")
 def gemm(tape: Tape, node: Node) -> Pull:
-    """Y = alpha · A' · B' + beta · C, where ' may transpose."""
+    """y = alpha · A' · B' + beta · C, where ' may transpose."""
     left, right = node.inputs[:2]
     bias = node.inputs[2] if len(node.inputs) > 2 else ""
     alpha, beta = float(node.attrs.get("alpha", 1.0)), float(node.attrs.get("beta", 1.0))
@@ -39,7 +39,7 @@ def gemm(tape: Tape, node: Node) -> Pull:
 
 @rule("MatMul")
 def matmul(tape: Tape, node: Node) -> Pull:
-    """Y = A · B over broadcast batch axes; a vector is a row on the left and a column on the right."""
+    """y = A · B over broadcast batch axes; a vector is a row on the left and a column on the right."""
     left, right = node.inputs
     a, b = tape.value(left), tape.value(right)
     sa, sb = tape.shape(left), tape.shape(right)
