@@ -1,7 +1,7 @@
 """Tasks on real data: boards with `fedprune` at half of FedAvg's bytes, FedAvg at full width, and torch on all data.
 
 `python -m benchmarks.tasks` runs what has no result yet: each task, method and seed. Results are in
-`benchmarks/results/tasks.json`, and the page is `tasks.md` there.
+`benchmarks/results/tasks.json`, and the page is `tasks.md` there; the tables of `docs/tasks` are written, too.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -39,7 +40,7 @@ from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 from fedprune_server.simulation.results.run_folder import simulate
 from fedprune_server.simulation.simulation import Simulation
 
-RESULTS = Path("benchmarks/results")
+RESULTS, DOCS = Path("benchmarks/results"), Path("docs/tasks")
 DENSITIES = (1.0, 0.7, 0.5, 0.3)
 """Widths of the boards in turn, whose submodels weigh half of the whole model's on average."""
 
@@ -245,35 +246,66 @@ def page(results: dict[str, Any]) -> str:
         "global model's in the last round on data that no board has: mean and, with more than one seed, range."), "",
     ]  # fmt: skip
     for name, task in TASKS.items():
-        rows = results["runs"].get(name, {})
-        if not rows:
-            continue
-        metric = METRICS[task.recipe.judged_by]
-        shown = [metric.name, *(n for n in ("accuracy", "loss") if n != metric.name)]
-        noted: list[str] = []
-        lines += [f"## {task.title}", "", *([task.note, ""] if task.note else [])]
-        lines += [f"| | seeds | {' | '.join(METRICS[n].title for n in shown)} | MB down | MB up |",
-                  f"|---|---|{'---|' * len(shown)}---|---|"]  # fmt: skip
-        for method in (*METHODS, *VARIANTS):
-            runs = rows.get(method, {})
-            if not runs:
-                continue
-            last = [run["curve"][-1] for run in runs.values()]
-            cells = [_spread([m[n] for m in last if n in m], n) for n in shown]
-            moved = [[run["bytes"][i] / 1e6 for run in runs.values() if "bytes" in run] for i in (0, 1)]
-            cells += [f"{statistics.fmean(m):,.1f}" if m else "–" for m in moved]
-            lines.append(f"| {method} | {', '.join(sorted(runs))} | {' | '.join(cells)} |")
-            found = [run["detected"] for run in runs.values() if "detected" in run]
-            if found:
-                noted.append(f"{method} {statistics.fmean(found):.3f}")
-        if noted:
-            said = "Area under the ROC curve by which the error tells the unseen activity from the others"
-            lines += ["", f"{said}: {', '.join(noted)}."]
-        if task.net is adapters.Speaker and "torch" in rows:
-            before = _spread([run["before"][metric.name] for run in rows["torch"].values()], metric.name)
-            lines += ["", f"Without adapters: {before}."]
-        lines.append("")
+        if rows := results["runs"].get(name, {}):
+            lines += [f"## {task.title}", "", *([task.note, ""] if task.note else []), *table(task, rows), ""]
     return "\n".join(lines)
+
+
+def table(task: Task, rows: dict[str, Any]) -> list[str]:
+    """A task's results by method, and what else was measured."""
+    metric = METRICS[task.recipe.judged_by]
+    shown = [metric.name, *(n for n in ("accuracy", "loss") if n != metric.name)]
+    noted: list[str] = []
+    lines = [f"| | seeds | {' | '.join(METRICS[n].title for n in shown)} | MB down | MB up |",
+             f"|---|---|{'---|' * len(shown)}---|---|"]  # fmt: skip
+    for method in (*METHODS, *VARIANTS):
+        runs = rows.get(method, {})
+        if not runs:
+            continue
+        last = [run["curve"][-1] for run in runs.values()]
+        cells = [_spread([m[n] for m in last if n in m], n) for n in shown]
+        moved = [[run["bytes"][i] / 1e6 for run in runs.values() if "bytes" in run] for i in (0, 1)]
+        cells += [f"{statistics.fmean(m):,.1f}" if m else "–" for m in moved]
+        lines.append(f"| {method} | {', '.join(sorted(runs))} | {' | '.join(cells)} |")
+        found = [run["detected"] for run in runs.values() if "detected" in run]
+        if found:
+            noted.append(f"{method} {statistics.fmean(found):.3f}")
+    if noted:
+        said = "Area under the ROC curve by which the error tells the unseen activity from the others"
+        lines += ["", f"{said}: {', '.join(noted)}."]
+    if task.net is adapters.Speaker and "torch" in rows:
+        before = _spread([run["before"][metric.name] for run in rows["torch"].values()], metric.name)
+        lines += ["", f"Without adapters: {before}."]
+    return lines
+
+
+def summary(runs: dict[str, Any], pages: dict[str, str]) -> list[str]:
+    """A line for each task; `pages` are their files."""
+    lines = ["| | score | torch | FedAvg | `fedprune` | MB, FedAvg | MB, `fedprune` |", "|---|---|---|---|---|---|---|"]
+    for name, task in TASKS.items():
+        metric = METRICS[task.recipe.judged_by]
+        found = [list(runs[name][method].values()) for method in METHODS]
+        cells = [metric.shown(statistics.fmean(run["curve"][-1][metric.name] for run in some)) for some in found]
+        cells += [f"{statistics.fmean(sum(run['bytes']) / 1e6 for run in some):,.0f}" for some in found[1:]]
+        title = task.title.partition(": the language")[0]
+        lines.append(f"| [{title}]({pages[name]}) | {metric.title} | {' | '.join(cells)} |")
+    return lines
+
+
+def docs_pages(results: dict[str, Any], folder: Path) -> dict[Path, str]:
+    """The pages of a folder with the tables of these results between their marks."""
+    texts = {path: path.read_text() for path in sorted(folder.glob("*.md"))}
+    pages = {
+        name: path.name for path, text in texts.items() for name in re.findall(r"<!-- figures of ([\w-]+) -->", text)
+    }
+    tables = {f" of {name}": table(TASKS[name], results["runs"][name]) for name in pages}
+    tables[""] = summary(results["runs"], pages)
+
+    def filled(mark: re.Match[str]) -> str:
+        return "\n".join([f"<!-- figures{mark[1]} -->", *tables[mark[1]], "<!-- end -->"])
+
+    marks = re.compile(r"<!-- figures((?: of [\w-]+)?) -->\n.*?<!-- end -->", re.DOTALL)
+    return {path: marks.sub(filled, text) for path, text in texts.items()}
 
 
 def _spread(values: list[float], name: str) -> str:
@@ -326,6 +358,8 @@ def main() -> int:
                 results |= {n: version(n) for n in ("fedprune", "onnxruntime", "torch")}
                 path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
                 (RESULTS / "tasks.md").write_text(page(results))
+    for file, text in docs_pages(json.loads(path.read_text()), DOCS).items():
+        file.write_text(text)
     return 0
 
 
