@@ -151,6 +151,37 @@ def test_frozen_tensors_and_numbers_give_the_same_models(
     assert not kept.intersection(moved)
 
 
+class Wide(nn.Module):
+    """Linear layers, of which adapters are a small part."""
+
+    input_shape = (1, 8, 8)
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [nn.Flatten(), nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("base", ["float16", pytest.param("int8", marks=pytest.mark.soak), None])
+def test_the_simulator_counts_as_many_bytes_as_the_daemon_sends(tmp_path: Path, base: str | None) -> None:
+    torch.manual_seed(SEED)
+    model = fx.load(Wide(), lora="8", base=base)
+    job = replace(plain_job(epochs=1), byte_budget=0, density=0.5)
+    record, simulation = run_both(tmp_path, job, model.graph.to_bytes(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
+    sent, counted = (
+        [run.rounds[0].down, run.rounds[1].down - run.rounds[0].down] for run in (record, simulation.record())
+    )
+    frozen = len(model.base_file or b"") or sum(v.nbytes for n, v in model.tensors.items() if ".lora_" not in n)
+    assert counted[0] > len(DEMO_BOARDS) * frozen
+    assert counted[1] < len(DEMO_BOARDS) * frozen / 3, "the base is sent once"
+    for real, virtual in zip(sent, counted, strict=True):
+        # Messages, and what a slow machine sends twice; a base that one board was sent again would be more.
+        assert virtual <= real < virtual + frozen / 2, (sent, counted)
+
+
 class Halves(nn.Module):
     """The halves of an image as two inputs; its class, and its rows' means, as two outputs."""
 

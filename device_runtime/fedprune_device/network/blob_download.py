@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from fedprune.blobs.blob_ref import DIGEST, BlobRef
+from fedprune.blobs.blob_ref import BlobRef, digests
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core import tensorfile
@@ -33,10 +33,10 @@ class LeafReuse:
 
     def lend(self, partial: PartialBlob) -> int:
         """Copy what a blob lacks and another one has; returns the number of leaves."""
-        table, missing = partial.table or b"", dict[bytes, list[int]]()
-        for index, present in enumerate(partial.present):
-            if not present:
-                missing.setdefault(table[index * DIGEST : (index + 1) * DIGEST], []).append(index)
+        missing = dict[bytes, list[int]]()
+        for index, digest in enumerate(digests(partial.table or b"")):
+            if not partial.present[index]:
+                missing.setdefault(digest, []).append(index)
         before = partial.count
         for name in self._store.names() if missing else ():
             self._from(name, partial, missing)
@@ -51,8 +51,7 @@ class LeafReuse:
             table = self._store.table(donor)
         except StorageError:
             return  # deleted, or damaged
-        for number in range(len(table) // DIGEST):
-            digest = table[number * DIGEST : (number + 1) * DIGEST]
+        for number, digest in enumerate(digests(table)):
             indices = missing.get(digest)
             if indices is None:
                 continue

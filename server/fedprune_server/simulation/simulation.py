@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from fedprune.blobs.blob_ref import BlobRef
+from fedprune.blobs.blob_ref import BlobRef, digests
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State, SynchronousCoordinator, coordinate
 from fedprune.coordination import commands as do
@@ -334,6 +334,7 @@ class Simulation:
         device, held = self._devices[name], run.held.get(name, [])
         pulled = pulls(command.offer, held)
         size = sum(n for sha256, n in pulled.items() if sha256 not in held)
+        size -= self._reused(name, BlobRef.from_dict(command.offer["weights"]), pulled, held)
         run.held[name] = list(pulled)
         run.down += size
         self._spent(name)[0] += size
@@ -352,6 +353,15 @@ class Simulation:
         else:
             self._reports(command, ready, took, ready + took)
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
+
+    def _reused(self, name: str, weights: BlobRef, pulled: Mapping[str, int], held: Sequence[str]) -> int:
+        """Bytes of leaves that a device's new weights share with its last ones, which a board copies."""
+        if weights.sha256 in held or pulled[weights.sha256] != weights.size:
+            return 0
+        before, table = self._run.tables.get(name), self.store.table(weights.sha256)
+        self._run.tables[name] = self.store.put(table).sha256
+        known = set() if before is None else set(digests(self.store.read(before)))
+        return sum(weights.leaf_size(i) for i, digest in enumerate(digests(table)) if digest in known)
 
     def _reports(self, command: do.SendOffer, begun: float, took: float, until: float) -> None:
         """Schedule a board's progress reports, where the job's pace uses them."""

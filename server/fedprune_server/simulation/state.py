@@ -27,7 +27,7 @@ from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.measure import RoundNotes
 
-FORMAT = "fedprune.simulation/2"
+FORMAT = "fedprune.simulation/3"
 FILE = "simulation.json"
 ROUNDS = "rounds.jsonl"
 
@@ -69,7 +69,7 @@ _ITEMS: dict[str, type[Any]] = {
 _WORK = (Trained, on.Progressed, on.UpdateAnnounced, on.UpdateStored)
 """Items that belong to a device's part in a round."""
 
-_PLAIN = ("clock", "sequence", "sessions", "leaves", "held", "sizes", "bounds", "boards", "free", "refusal")
+_PLAIN = ("clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free", "refusal")
 """Attributes that are saved as they are."""
 
 
@@ -85,6 +85,7 @@ class SimulationState:
         online: Connected devices.
         leaves: End of each device's window of time.
         held: Digests of the blobs that each device holds.
+        tables: Digest of the leaf table of the weights that each device was sent last.
         unsent: Announced updates that the server doesn't have yet, by device.
         sizes: Bytes of the update last requested from each device.
         bounds: Maximum bytes of that update in the offered codec.
@@ -104,6 +105,7 @@ class SimulationState:
     online: set[str] = field(default_factory=set)
     leaves: dict[str, float] = field(default_factory=dict)
     held: dict[str, list[str]] = field(default_factory=dict)
+    tables: dict[str, str] = field(default_factory=dict)
     unsent: dict[str, on.UpdateAnnounced] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     bounds: dict[str, int] = field(default_factory=dict)
@@ -168,7 +170,7 @@ class SimulationState:
 
     def references(self) -> set[str]:
         """All strings of queued items: any of them may be the digest of a blob."""
-        found: set[str] = set(self.boards.values())
+        found: set[str] = {*self.boards.values(), *self.tables.values()}
         for _, item in self.queue.values():
             if not isinstance(item, (on.DeviceBorn, on.DeviceDied, on.Ticked, Left)):
                 found |= all_strings(vars(item))

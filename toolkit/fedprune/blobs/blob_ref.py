@@ -92,3 +92,8 @@ def leaf_table(data: bytes | memoryview) -> bytes:
     """Digests of the leaves of `data`, one after the other."""
     view = memoryview(data)
     return b"".join(hashlib.sha256(view[at : at + LEAF]).digest() for at in range(0, len(view), LEAF))
+
+
+def digests(table: bytes) -> list[bytes]:
+    """The digests of a leaf table."""
+    return [table[at : at + DIGEST] for at in range(0, len(table), DIGEST)]
