@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
@@ -42,6 +43,7 @@ __all__ = ["MEASURED", "DamagedBlobError", "RoundResult", "RoundRunner", "Traine
 
 _LOG = logging.getLogger("fedprune.device")
 
+_Bytes = TypeVar("_Bytes", bytes, memoryview)
 Report = Callable[[str, int, int], None]  # takes the phase, units done and units in all
 
 
@@ -221,8 +223,11 @@ class RoundRunner:
         return self._read(ref.sha256)
 
     def _read(self, sha256: str) -> bytes:
+        return self._intact(self._blobs.read, sha256)
+
+    def _intact(self, read: Callable[[str], _Bytes], sha256: str) -> _Bytes:
         try:
-            return self._blobs.read(sha256)
+            return read(sha256)
         except StorageError as error:
             damaged = DamagedBlobError(str(error))
             damaged.sha256 = sha256
@@ -246,7 +251,10 @@ class RoundRunner:
 
     def _base(self, offer: Offer) -> Path | None:
         """The file of the frozen base, which is mapped and never read as a whole."""
-        return None if offer.base is None else self._blobs.path(offer.base.sha256)
+        if offer.base is None:
+            return None
+        self._intact(self._blobs.map, offer.base.sha256)
+        return self._blobs.path(offer.base.sha256)
 
 
 NICENESS = 19  # everything else on the board, predictions above all, has priority over training
