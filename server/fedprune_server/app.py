@@ -106,11 +106,7 @@ class App:
     until_finished: bool
 
     def run(self) -> None:
-        """Run the server until it is stopped.
-
-        Raises:
-            FedpruneError: As `Server.run`; or another server has taken over.
-        """
+        """Run the server until it is stopped. Raises `FedpruneError` as `Server.run`; or another server has taken over."""
         self.server.run(until_finished=self.until_finished)
         for folder in self.folders:
             folder.lease.confirm()

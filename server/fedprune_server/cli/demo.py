@@ -150,11 +150,8 @@ class DemoFolder:
 
     @classmethod
     def prepare(cls, root: Path, seed: int) -> DemoFolder:
-        """Clear the folder of an earlier demo and write what a new one needs.
-
-        Raises:
-            ConfigError: The folder holds something that is not a demo's.
-        """
+        """Clear the folder of an earlier demo and write what a new one needs. Raises `ConfigError` if the folder holds
+        something that is not a demo's."""
         if root.exists() and (not root.is_dir() or (any(root.iterdir()) and not (root / MARK).is_file())):
             raise ConfigError(
                 f"{root} holds something that is not a demo's",

@@ -52,12 +52,9 @@ def variables() -> dict[str, tuple[tuple[str, ...], bool]]:
 
 
 def environment_layer(environment: Mapping[str, str]) -> Layer:
-    """The settings of the environment, with relative paths from the current folder.
-
-    Raises:
-        ConfigError: A variable of one of the tables, or of what looks like one, is no setting, has no value that TOML
-            knows, or names a file that can't be used.
-    """
+    """The settings of the environment, with relative paths from the current folder. Raises `ConfigError` if a variable
+    of one of the tables, or of what looks like one, is no setting, has no value that TOML knows, or names a file that
+    can't be used."""
     known = variables()
     places: dict[tuple[str | int, ...], str] = {}
     layer = Layer("the environment", {}, places)

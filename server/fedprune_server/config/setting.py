@@ -48,11 +48,8 @@ def setting(
 def check_settings(settings: Any, table: str) -> None:
     """Check the settings that are declared as numbers within limits, choices, switches, texts or paths.
 
-    A path may be given as a text, and is made a `Path`.
-
-    Raises:
-        ConfigError: A value is wrong; the message begins with the table and the key.
-    """
+    A path may be given as a text, and is made a `Path`. Raises `ConfigError` if a value is wrong; the message begins
+    with the table and the key."""
     check_fields(settings, f"{table}: {{}}")
     for f in fields(settings):
         value, kind = getattr(settings, f.name), str(f.type)
@@ -64,11 +61,8 @@ def check_settings(settings: Any, table: str) -> None:
 
 
 def read_table(kind: type[_Settings], body: object, where: str) -> _Settings:
-    """Settings from their table, which `where` names in errors.
-
-    Raises:
-        ConfigError: It is no table, or a key is unknown or has a wrong value.
-    """
+    """Settings from their table, which `where` names in errors. Raises `ConfigError` if it is no table, or a key is
+    unknown or has a wrong value."""
     if not isinstance(body, Mapping):
         raise ConfigError(where, expected="a table", got=shown(body))
     try:

@@ -269,11 +269,7 @@ class JobRunner:
         self._handle(on.Paused(paused))
 
     def connection_changed(self, up: bool) -> None:
-        """The server's connection to the broker is up, or is lost.
-
-        Raises:
-            StorageError: The disk fails or is full.
-        """
+        """The server's connection to the broker is up, or is lost. Raises `StorageError` if the disk fails or is full."""
         if up:
             self._uploads.interrupted(self._monotonic())
         if self._rollouts is not None:

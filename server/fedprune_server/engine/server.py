@@ -105,12 +105,9 @@ class Server:
         self._stopping.set()
 
     def run(self, *, until_finished: bool = False) -> None:
-        """Run until `stop` is called or, with `until_finished`, until all jobs are done and devices know it.
-
-        Raises:
-            FedpruneError: A command of a job failed for another reason than a device's update, or the disk fails. Every
-                job's state on the disk is that of its last complete transaction.
-        """
+        """Run until `stop` is called or, with `until_finished`, until all jobs are done and devices know it. Raises
+        `FedpruneError` if a command of a job failed for another reason than a device's update, or the disk fails. Every
+        job's state on the disk is that of its last complete transaction."""
         try:
             for runner in self.runners.values():
                 runner.open()

@@ -122,12 +122,9 @@ class Archive:
 
 
 def parts(update: Mapping[str, npt.NDArray[Any]], mask: ElementMask | None) -> tuple[Tensors, Tensors]:
-    """The trained tensors of an update, and its squared gradients, both as large as the submodel.
-
-    Raises:
-        BundleError: An update of a masked submodel has another number of values than the mask has active elements, or
-            values of another type than float32.
-    """
+    """The trained tensors of an update, and its squared gradients, both as large as the submodel. Raises `BundleError`
+    if an update of a masked submodel has another number of values than the mask has active elements, or values of
+    another type than float32."""
     trained = {n: v for n, v in update.items() if not n.endswith(_SQUARES)}
     squares = {n.removesuffix(_SQUARES): v for n, v in update.items() if n.endswith(_SQUARES)}
     if mask is None:

@@ -63,11 +63,7 @@ class BackgroundExecutor:
         self._orders.put(command)
 
     def collect(self) -> on.Event | None:
-        """The next result, if there is one.
-
-        Raises:
-            FedpruneError: A command failed, and not because of a device.
-        """
+        """The next result, if there is one. Raises `FedpruneError` if a command failed, and not because of a device."""
         try:
             result = self._results.get_nowait()
         except queue.Empty:

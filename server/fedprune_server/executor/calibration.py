@@ -62,11 +62,8 @@ class Calibration:
         self._session = Session(training_graph(replace(model, graph=graph), kept).to_bytes(), training=True)
 
     def __call__(self, tensors: Tensors) -> Tensors:
-        """The same model with statistics of these samples; weights stay as they are, bit for bit.
-
-        Raises:
-            ModelError: An operator fails.
-        """
+        """The same model with statistics of these samples; weights stay as they are, bit for bit. Raises `ModelError`
+        if an operator fails."""
         names = self._statistics
         if not names:
             return tensors

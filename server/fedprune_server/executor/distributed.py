@@ -82,11 +82,7 @@ class DistributedWorker:
                 self._expected[_key(command)] = (command, self._pool.submit(pool_tasks.check, command), 0)
 
     def execute(self, command: Work) -> on.Event:
-        """Carry out one command.
-
-        Raises:
-            FedpruneError: It can't be done.
-        """
+        """Carry out one command. Raises `FedpruneError` if it can't be done."""
         if isinstance(command, do.Extract):
             return self._extract(command)
         if self._shared is not None and isinstance(command, do.Fold):

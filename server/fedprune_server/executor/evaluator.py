@@ -29,11 +29,7 @@ _BATCH = 256
 
 
 def check_samples(samples: Evaluation) -> None:
-    """Whether models can be measured on these.
-
-    Raises:
-        ConfigError: There are none, or not as many labels as inputs.
-    """
+    """Whether models can be measured on these. Raises `ConfigError` if there are none, or not as many labels as inputs."""
     x, y = samples
     if not 0 < len(x) == len(y):
         raise ConfigError(

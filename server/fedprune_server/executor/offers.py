@@ -210,11 +210,8 @@ class Offers:
         return found
 
     def withheld(self, recipe: Recipe) -> frozenset[str]:
-        """Tensors that no update carries: those that are frozen, and those that stay on the board.
-
-        Raises:
-            ConfigError: A pattern matches no tensor, or no tensor is left to train.
-        """
+        """Tensors that no update carries: those that are frozen, and those that stay on the board. Raises `ConfigError`
+        if a pattern matches no tensor, or no tensor is left to train."""
         features = recipe.features
         key = (features.key, *recipe.personal)
         if key not in self._withheld:

@@ -53,11 +53,7 @@ class WorkerSpec:
         return cls(worker.job, worker.model, store)
 
     def worker(self) -> Worker:
-        """A worker on the same blobs.
-
-        Raises:
-            StorageError: The folder isn't there.
-        """
+        """A worker on the same blobs. Raises `StorageError` if the folder isn't there."""
         store, folder = self.store, self.store.root
         if not folder.is_dir():
             raise StorageError(f"there is no folder {folder} on this machine")
@@ -122,11 +118,8 @@ class CheckedUpdate:
 
 
 def check(worker: Worker, command: do.Fold) -> CheckedUpdate | on.UpdateRejected:
-    """Check an update, as far as that can be done without adding it to any sums.
-
-    Raises:
-        StorageError: It can't be read.
-    """
+    """Check an update, as far as that can be done without adding it to any sums. Raises `StorageError` if it can't be
+    read."""
     found = command.contribution
     device, round_, attempt = found.part.device, found.basis.round, found.part.attempt
     try:
@@ -139,11 +132,8 @@ def check(worker: Worker, command: do.Fold) -> CheckedUpdate | on.UpdateRejected
 
 
 def add_up(worker: Worker, addition: Addition) -> PartialSums:
-    """Add up some tensors of some updates.
-
-    Raises:
-        FedpruneError: An update can't be added; the server's own worker then finds out which, and why.
-    """
+    """Add up some tensors of some updates. Raises `FedpruneError` if an update can't be added; the server's own worker
+    then finds out which, and why."""
     command = addition.command
     round_ = worker.round_of(command)
     fold = round_.fold.narrowed(addition.names)

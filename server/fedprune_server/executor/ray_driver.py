@@ -132,11 +132,7 @@ class _Cluster:
         _send_result(self._connection, result)
 
     def _update_size(self, now: float) -> None:
-        """Report the cluster's size if it has changed.
-
-        Raises:
-            FedpruneError: It has had no processors for long.
-        """
+        """Report the cluster's size if it has changed. Raises `FedpruneError` if it has had no processors for long."""
         self._updated_at = now
         size = int(self._ray.cluster_resources().get("CPU", 0))
         if size:
@@ -148,11 +144,7 @@ class _Cluster:
             self._connection.send(("size", size))
 
     def _probe(self, settings: WorkerSpec, probe: str) -> None:
-        """Check that every machine of the cluster can help.
-
-        Raises:
-            FedpruneError: One can't, or there is none.
-        """
+        """Check that every machine of the cluster can help. Raises `FedpruneError` if one can't, or there is none."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         nodes = [n for n in self._ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0)]

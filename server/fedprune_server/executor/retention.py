@@ -92,11 +92,8 @@ def kept_models(state: State, keep: int | None) -> set[str]:
 def sweep(store: BlobStore, state: State, keep: int | None) -> None:
     """Delete all blobs, whole and partial, that nothing refers to, such as a crash leaves behind.
 
-    Graphs are made again when they are needed. Whole blobs stay if `keep` is None.
-
-    Raises:
-        StorageError: The disk fails.
-    """
+    Graphs are made again when they are needed. Whole blobs stay if `keep` is None. Raises `StorageError` if the disk
+    fails."""
     updates = {t.update["sha256"] for t in state.tasks.values() if t.update}
     kept = state.references() | kept_models(state, keep) | updates
     for digest in store.names() if keep is not None else ():

@@ -90,11 +90,8 @@ class StoredUpdates:
         return RoundUpdate(part.device, key, found.weight, found.steps, part.samples, read, found.shares)
 
     def report(self, found: do.Contribution) -> Report:
-        """A stored update, whole. What doesn't travel is the server's own, whatever a device sent.
-
-        Raises:
-            FedpruneError: It can't be read, or holds squared gradients that were not asked for or are none.
-        """
+        """A stored update, whole. What doesn't travel is the server's own, whatever a device sent. Raises
+        `FedpruneError` if it can't be read, or holds squared gradients that were not asked for or are none."""
         cut = self.cut(found.basis, found.part)
         selection = self._selection(found)
         mask = self.archive.mask(found.mask, selection)

@@ -113,12 +113,8 @@ class Worker:
         return self.store.put(tensorfile.encode(model)).sha256
 
     def execute(self, command: Work) -> on.Event:
-        """Carry out one command and return what came of it.
-
-        Raises:
-            FedpruneError: It can't be done. A `Fold` whose update is at fault is answered by `UpdateRejected` instead,
-                and a `Close` leaves such updates out.
-        """
+        """Carry out one command and return what came of it. Raises `FedpruneError` if it can't be done. A `Fold` whose
+        update is at fault is answered by `UpdateRejected` instead, and a `Close` leaves such updates out."""
         match command:
             case do.Score():
                 return self._score(command)

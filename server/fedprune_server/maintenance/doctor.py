@@ -88,11 +88,8 @@ class Site:
 
 
 def examined(folder: Path, timeout: float = 5.0) -> list[Finding]:
-    """All findings about a server and its fleet, the worst first.
-
-    Raises:
-        StorageError: It is no server's state folder.
-    """
+    """All findings about a server and its fleet, the worst first. Raises `StorageError` if it is no server's state
+    folder."""
     found = list(_examine(folder, timeout))
     return [a for a in found if a.wrong] + [a for a in found if not a.wrong]
 

@@ -174,11 +174,7 @@ def _key(event: on.Event) -> tuple[Any, ...]:
 
 
 def event_of(number: int, kind: str, body: dict[str, Any]) -> on.Event:
-    """A row of the log as the event that it was.
-
-    Raises:
-        StorageError: This version knows no such event.
-    """
+    """A row of the log as the event that it was. Raises `StorageError` if this version knows no such event."""
     try:
         return _KINDS[kind](**body)
     except (KeyError, TypeError) as error:

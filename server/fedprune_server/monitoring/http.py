@@ -97,11 +97,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def served(place: tuple[str, int], metrics: Metrics, checks: Checks) -> Iterator[int]:
-    """Serve metrics and health, on a free port if the port is 0; yields the port.
-
-    Raises:
-        ConfigError: The address can't be listened on.
-    """
+    """Serve metrics and health, on a free port if the port is 0; yields the port. Raises `ConfigError` if the address
+    can't be listened on."""
     host, port = place
     try:
         server = _Server(place, metrics, checks)

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from email.message import EmailMessage
 from email.utils import formatdate, make_msgid
+from pathlib import Path
 from typing import Any, Protocol
 
 from fedprune.core.errors import ExitCode, FedpruneError, reason
@@ -193,20 +194,15 @@ def channels(settings: AlertSettings) -> list[Channel]:
     """The configured channels; raises `ConfigError` if a secret's file can't be used."""
     found: list[Channel] = []
     if settings.webhook != OFF:
-        secret = (
-            None
-            if settings.webhook_secret is None
-            else file_text(settings.webhook_secret, "[alerts] webhook_secret").strip()
-        )
+        secret = _secret(settings.webhook_secret, "webhook_secret")
         found.append(Webhook(settings.webhook, None if secret is None else secret.encode()))
     if settings.recipients:
-        password = (
-            None
-            if settings.mail_password is None
-            else file_text(settings.mail_password, "[alerts] mail_password").strip()
-        )
-        found.append(Mail(settings, password))
+        found.append(Mail(settings, _secret(settings.mail_password, "mail_password")))
     return found
+
+
+def _secret(path: Path | None, name: str) -> str | None:
+    return None if path is None else file_text(path, f"[alerts] {name}").strip()
 
 
 class NotificationSchedule:

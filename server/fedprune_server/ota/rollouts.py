@@ -108,11 +108,8 @@ def start_rollout(
 
 
 def order(store: RolloutStore, action: str, why: str) -> str:
-    """Ask for the rollout that is under way to `pause`, `resume` or `stop`; returns a message.
-
-    Raises:
-        ConfigError: None is under way, or the action doesn't fit its state.
-    """
+    """Ask for the rollout that is under way to `pause`, `resume` or `stop`; returns a message. Raises `ConfigError` if
+    none is under way, or the action doesn't fit its state."""
     if action == "pause":
         return (
             f"rollout {store.pause(why)} is paused: no further boards get the release; those that are updating finish"

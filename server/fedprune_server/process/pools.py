@@ -72,11 +72,7 @@ class ProcessPool(TaskPool[W]):
         return self._size
 
     def submit(self, task: Callable[..., R], *arguments: Any) -> Future[R]:
-        """Have a task done.
-
-        Raises:
-            BrokenExecutor: A process was killed, and the pool doesn't restart.
-        """
+        """Have a task done. Raises `BrokenExecutor` if a process was killed, and the pool doesn't restart."""
         try:
             return self._processes.submit(_done, task, arguments)
         except BrokenExecutor:

@@ -183,11 +183,8 @@ class Settings:
 
 
 def read_weather(body: Mapping[str, object], path: Path) -> tuple[Weather, tuple[LinkSettings, ...]]:
-    """The table [weather], and links for devices that have none of their own.
-
-    Raises:
-        ConfigError: A key is unknown or a value wrong; the message names it.
-    """
+    """The table [weather], and links for devices that have none of their own. Raises `ConfigError` if a key is unknown
+    or a value wrong; the message names it."""
     where, given = f"{path}: [weather]", body.get("weather", {})
     if not isinstance(given, Mapping):
         raise ConfigError(where, expected="a table", got=shown(given))

@@ -34,11 +34,7 @@ _REPORT_S = 0.5
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One run.
-
-    Raises:
-        ConfigError: The name is not valid for a folder.
-    """
+    """One run. Raises `ConfigError` if the name is not valid for a folder."""
 
     name: str
     settings: Mapping[str, Any] = field(default_factory=dict)

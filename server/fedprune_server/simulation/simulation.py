@@ -61,11 +61,7 @@ class StallDetector:
         self._offers_without_update.clear()
 
     def connected(self, state: State) -> None:
-        """A device has connected.
-
-        Raises:
-            PlanError: Devices connected too often since one trained.
-        """
+        """A device has connected. Raises `PlanError` if devices connected too often since one trained."""
         self._births += 1
         if self._births > MAX_BIRTHS * self._devices:
             raise PlanError("devices connect and disconnect, and none of them ever trains", hint=standstill(state))

@@ -131,11 +131,7 @@ class SimulationState:
             self._work.setdefault(item.device, set()).add(number)
 
     def pop(self) -> Item:
-        """Advance to the next item and return it.
-
-        Raises:
-            IndexError: The queue is empty.
-        """
+        """Advance to the next item and return it. Raises `IndexError` if the queue is empty."""
         while True:
             at, number = heapq.heappop(self._order)
             if number in self.queue:
@@ -209,11 +205,8 @@ class SavedRun:
         """Finished rounds in their file, and its bytes."""
 
     def load(self) -> tuple[SimulationState, State] | None:
-        """The saved state and the coordinator's, or None.
-
-        Raises:
-            StorageError: It is damaged, of another format, of a run with another fingerprint, or further than `rounds`.
-        """
+        """The saved state and the coordinator's, or None. Raises `StorageError` if it is damaged, of another format, of
+        a run with another fingerprint, or further than `rounds`."""
         if self._folder is None:
             return None
         self._stamp = _stamp(self._folder)

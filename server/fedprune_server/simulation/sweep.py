@@ -46,11 +46,8 @@ _LONGEST_PATH = 1000
 
 
 def read_sweep(path: Path) -> list[RunSpec]:
-    """The runs of a sweep's file: each variant with each seed.
-
-    Raises:
-        ConfigError: It can't be read, or a key is missing, unknown or wrong, also in a variant's tables.
-    """
+    """The runs of a sweep's file: each variant with each seed. Raises `ConfigError` if it can't be read, or a key is
+    missing, unknown or wrong, also in a variant's tables."""
     body = read_toml(path, ConfigError)
     validation.only(_KEYS, body, str(path))
     config = body.get("config")
@@ -106,11 +103,8 @@ class _Inputs:
         self._digests: dict[Path, str] = {}
 
     def digest(self, changes: Mapping[str, Any]) -> str:
-        """Digest of the file, and of every file and folder that it or the changes name.
-
-        Raises:
-            StorageError: One can't be read.
-        """
+        """Digest of the file, and of every file and folder that it or the changes name. Raises `StorageError` if one
+        can't be read."""
         digest = hashlib.sha256(self._file_digest(self.config).encode())
         for key, text in sorted({*_texts(self._tables), *_texts(changes)}):
             for path in self._files_named(key, text):
@@ -166,11 +160,8 @@ def _seeds(value: object, where: str) -> list[int]:
 
 
 def simulate_run(run: RunSpec, folder: Path, report: Progress) -> dict[str, Any]:
-    """Simulate one run of a sweep from its last saved state, and write its report.
-
-    Raises:
-        FedpruneError: As `simulated_fleet.read_plan` and `run_folder.simulate`.
-    """
+    """Simulate one run of a sweep from its last saved state, and write its report. Raises `FedpruneError` as
+    `simulated_fleet.read_plan` and `run_folder.simulate`."""
     logging.getLogger("fedprune").addHandler(logging.NullHandler())  # other runs' bars are on the terminal
     settings = run.settings
     plan = read_plan(Path(settings["config"]), seed=settings["seed"], changes=settings["changes"], title=run.name)

@@ -1,33 +1,11 @@
-"""Plans come as any JSON: what isn't a plan is left out."""
+"""What pages show: plans, figures, rounds, times and sizes, in words."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from fedprune_server.web.views.formatting import action_text, ago, seconds, size
 from fedprune_server.web.views.presentation import charts, device_charts, figures, local_measure, plan
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(
-            st.sampled_from(["name", "value", "limit", "unit", "limits", "prediction", "x"]), inner, max_size=5
-        )
-    ),
-    max_leaves=12,
-)
-
-
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.sampled_from(["density", "binding", "bound", "limits", "prediction", "x"]), JSON))
-def test_whatever_a_plan_says_can_be_shown(body: dict[str, Any]) -> None:
-    shown = plan(body)
-    assert shown is not None
-    assert all(0 <= limit["used"] <= 1 for limit in shown["limits"])
 
 
 def test_the_limit_that_binds_is_marked() -> None:

@@ -94,11 +94,7 @@ class Federation:
         return len(self.holdings[name].train)
 
     def load(self, name: str) -> LocalData:
-        """Load a device's data.
-
-        Raises:
-            DataError: Samples can't be prepared, or are not usable.
-        """
+        """Load a device's data. Raises `DataError` if samples can't be prepared, or are not usable."""
         holding = self.holdings[name]
         validation = self._pair(holding.validation) if len(holding.validation) else ()
         return LocalData(*self._pair(holding.train), *self._pair(holding.test), *validation)
@@ -296,11 +292,7 @@ class DataPlan:
 
     @classmethod
     def from_dict(cls, body: object, where: str = "[data]", folder: Path | None = None) -> DataPlan:
-        """Read and check the table.
-
-        Raises:
-            ConfigError: An unknown key or a wrong value; the message names it.
-        """
+        """Read and check the table. Raises `ConfigError` for an unknown key or a wrong value; the message names it."""
         if folder is not None and isinstance(body, Mapping):
             source = body.get("source")
             if isinstance(source, str) and source and is_there(folder / source):
@@ -308,11 +300,7 @@ class DataPlan:
         return read_table(cls, body, where)
 
     def read(self, seed: int = 0) -> Federation:
-        """Read the data set and split it.
-
-        Raises:
-            DataError: The source can't be read, or can't be split like this.
-        """
+        """Read the data set and split it. Raises `DataError` if the source can't be read, or can't be split like this."""
         size = (self.size[0], self.size[1]) if self.size else None
         return self.deal(read_samples(self.source, size=size, colour=self.colour), seed)
 

@@ -103,11 +103,7 @@ class Samples:
         return digest.hexdigest()
 
     def take(self, rows: npt.ArrayLike) -> Array:
-        """Copy inputs as the files have them.
-
-        Raises:
-            DataError: A row does not exist.
-        """
+        """Copy inputs as the files have them. Raises `DataError` if a row does not exist."""
         wanted = np.asarray(rows, np.int64)
         if len(wanted) and not (int(wanted.min()) >= 0 and int(wanted.max()) < len(self)):
             raise DataError("rows", expected=f"0 to {len(self) - 1}", got=(int(wanted.min()), int(wanted.max())))
@@ -150,12 +146,8 @@ class Preparation:
             )
 
     def __call__(self, raw: Array) -> Array:
-        """Convert inputs as the files have them, [n, ...].
-
-        Raises:
-            DataError: They are not images where images are needed, can't be divided into squares, or have another
-                number of channels than `mean`.
-        """
+        """Convert inputs as the files have them, [n, ...]. Raises `DataError` if they are not images where images are
+        needed, can't be divided into squares, or have another number of channels than `mean`."""
         if raw.dtype.kind in "iu" and raw.dtype != np.uint8:
             return raw.astype(np.int64)
         x = _images(raw) if raw.dtype == np.uint8 else np.ascontiguousarray(raw, np.float32)
@@ -172,10 +164,7 @@ class Preparation:
 
     def standardised(self, samples: Samples, rows: Sequence[int] | Rows | None = None) -> Preparation:
         """This preparation with mean and deviation measured per channel, by default not on the data set's test samples.
-
-        Raises:
-            DataError: Inputs are token ids, or a channel is constant.
-        """
+        Raises `DataError` if inputs are token ids, or a channel is constant."""
         plain = replace(self, mean=(), deviation=())
         looked = np.flatnonzero(~samples.testing) if rows is None else np.asarray(rows, np.int64)
         count, total, squares = 0, np.zeros(0), np.zeros(0)

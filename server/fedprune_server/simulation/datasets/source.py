@@ -40,10 +40,7 @@ _FILES = {"train": "train", "test": "t10k"}
 
 def read_idx_folder(folder: Path) -> Samples:
     """Read `train-images-idx3-ubyte`, `train-labels-idx1-ubyte` and the two `t10k-` files, each plain or as `.gz`.
-
-    Raises:
-        DataError: A file is missing, damaged, or labels and images don't fit each other.
-    """
+    Raises `DataError` if a file is missing, damaged, or labels and images don't fit each other."""
     splits = []
     for split, prefix in _FILES.items():
         images, labels = (_file(folder, f"{prefix}-{kind}") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"))
@@ -61,11 +58,8 @@ def has_idx(folder: Path) -> bool:
 
 
 def read_idx(path: Path) -> npt.NDArray[Any]:
-    """Read one idx file, gzipped if its name ends in `.gz`.
-
-    Raises:
-        DataError: It can't be read, or its header doesn't fit its length.
-    """
+    """Read one idx file, gzipped if its name ends in `.gz`. Raises `DataError` if it can't be read, or its header
+    doesn't fit its length."""
     try:
         with cast("IO[bytes]", gzip.open(path) if path.suffix == ".gz" else path.open("rb")) as file:
             head = file.read(4)
@@ -138,11 +132,8 @@ def has_cifar(folder: Path) -> bool:
 
 
 def read_cifar(folder: Path) -> Samples:
-    """Map the training batches in order, then the test batch. CIFAR-100's fine labels are used.
-
-    Raises:
-        DataError: Files are missing, damaged, or of the Python version.
-    """
+    """Map the training batches in order, then the test batch. CIFAR-100's fine labels are used. Raises `DataError` if
+    files are missing, damaged, or of the Python version."""
     layout = _layout(folder)
     if layout is None:
         raise DataError(
@@ -467,11 +458,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def found(source: str | Path) -> Path:
-    """The path of a source.
-
-    Raises:
-        DataError: It doesn't exist; the message names the searched places.
-    """
+    """The path of a source. Raises `DataError` if it doesn't exist; the message names the searched places."""
     named = Path(source)
     places = [named]
     if not named.is_absolute() and (root := os.environ.get(VARIABLE)):

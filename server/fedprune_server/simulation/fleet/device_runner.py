@@ -127,12 +127,8 @@ class DeviceRunner:
         self._ready = {key: result for key, result in self._ready.items() if key in under_way}
 
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
-        """Carry out an offer as a board does.
-
-        Raises:
-            FedpruneError: As on a board: the offer's parts don't fit each other or the data, numbers are not finite, or
-                the new model fails its check.
-        """
+        """Carry out an offer as a board does. Raises `FedpruneError` as on a board: the offer's parts don't fit each
+        other or the data, numbers are not finite, or the new model fails its check."""
         if self._local is not None:
             outcome, board = self._local.train(device, offer, number, self.boards.get(device.name))
         else:

@@ -61,11 +61,8 @@ class DemoBoard:
     bytes_per_round: int | None = None
 
     def profile(self) -> HardwareProfile:
-        """The shipped profile with this board's link.
-
-        Raises:
-            ProfileError: The shipped profile is missing or damaged.
-        """
+        """The shipped profile with this board's link. Raises `ProfileError` if the shipped profile is missing or
+        damaged."""
         shipped = find(self.kind)
         if self.bytes_per_round is None:
             return shipped

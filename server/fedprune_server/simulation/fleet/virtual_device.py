@@ -57,11 +57,7 @@ class StoredData:
 
     @classmethod
     def of(cls, load: Callable[[], LocalData]) -> StoredData:
-        """Read the samples once, for their number and fingerprint.
-
-        Raises:
-            DataError: It can't be read.
-        """
+        """Read the samples once, for their number and fingerprint. Raises `DataError` if it can't be read."""
         data = load()
         return cls(data.samples, fingerprint(data), load)
 
@@ -83,11 +79,7 @@ class VirtualDevice:
         return self.data.fingerprint if isinstance(self.data, StoredData) else fingerprint(self.data)
 
     def load(self) -> LocalData:
-        """Its samples.
-
-        Raises:
-            DataError: They can't be read.
-        """
+        """Its samples. Raises `DataError` if they can't be read."""
         return self.data.load() if isinstance(self.data, StoredData) else self.data
 
     def train_s(self, architecture: Architecture, widths: tuple[int, ...], recipe: Recipe) -> float:

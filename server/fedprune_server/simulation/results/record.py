@@ -161,11 +161,7 @@ class Record:
 
     @property
     def last(self) -> RoundRow:
-        """The last round.
-
-        Raises:
-            StorageError: No round has ended.
-        """
+        """The last round. Raises `StorageError` if no round has ended."""
         if not self.rounds:
             raise StorageError(f"run {self.title!r} has no finished round")
         return self.rounds[-1]
@@ -230,11 +226,7 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str, where: str = "record") -> Record:
-        """Read the output of `to_json`.
-
-        Raises:
-            StorageError: It is damaged or of another format.
-        """
+        """Read the output of `to_json`. Raises `StorageError` if it is damaged or of another format."""
         try:
             body = json.loads(text)
             if body.pop("format") != FORMAT:
@@ -253,20 +245,12 @@ class Record:
             raise StorageError(f"{where} is damaged ({type(error).__name__}: {error})") from error
 
     def save(self, path: Path) -> None:
-        """Write the record to a file.
-
-        Raises:
-            StorageError: The disk fails; an older file is untouched.
-        """
+        """Write the record to a file. Raises `StorageError` if the disk fails; an older file is untouched."""
         write_whole(path, (self.to_json() + "\n").encode())
 
     @classmethod
     def load(cls, path: Path) -> Record:
-        """Read a record's file.
-
-        Raises:
-            StorageError: It can't be read or is damaged; the message names it.
-        """
+        """Read a record's file. Raises `StorageError` if it can't be read or is damaged; the message names it."""
         with storage_errors(f"can't read {path}"):
             text = path.read_text(encoding="utf-8", errors="replace")  # JSON has none of what is replaced
         return cls.from_json(text, str(path))

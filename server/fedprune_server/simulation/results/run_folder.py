@@ -133,11 +133,8 @@ def write_metrics(folder: Path, record: Record, suffix: str = "") -> None:
 
     `metrics.parquet` has round, simulated time, bytes down and up since the start, device (null for the global model),
     metric and value. `rounds.parquet` has a row per round with the global model's numbers, the devices' mean latest
-    measurements (`mean_...`), bytes and MACs. Both have title and job as metadata.
-
-    Raises:
-        StorageError: The disk fails.
-    """
+    measurements (`mean_...`), bytes and MACs. Both have title and job as metadata. Raises `StorageError` if the disk
+    fails."""
     about = {"fedprune.title": record.title, "fedprune.job": json.dumps(record.job)}
     path = folder / METRICS.format(suffix)
     schema = _LONG.with_metadata(about)

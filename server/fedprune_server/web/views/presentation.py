@@ -1,7 +1,4 @@
-"""What pages show of the model, in the order and the words in which they show it.
-
-Plans come as the server wrote them, with no more than JSON checked; whatever isn't what a plan has is left out here.
-"""
+"""What pages show of the model, in the order and the words in which they show it."""
 
 from __future__ import annotations
 
@@ -10,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedprune.core.metrics import ACCURACY, METRICS, Metric
-from fedprune.core.validation import is_number
 from fedprune.output.chart import Chart, Strip, chart, strip
 from fedprune_server.web.state.status import MAX_SIZE, FleetView
 from fedprune_server.web.views import formatting as phrases
@@ -53,12 +49,24 @@ def job_rows(jobs: Sequence[Row]) -> list[Row]:
     return rows
 
 
-def plan(body: Mapping[str, Any] | None) -> Row | None:
+def plan(body: Row | None) -> Row | None:
     """A plan's density, its binding limit, and each limit's need, value and used share."""
-    if not isinstance(body, Mapping):
+    if body is None:
         return None
-    bound = _text(body.get("bound", body.get("binding"))) or "nothing"
-    return {"density": _number(body.get("density")), "bound": bound, "limits": _limits(body.get("limits"), bound)}
+    limits = []
+    for limit in body["limits"].values():
+        said = phrases.seconds if limit["unit"] == "s" else phrases.size
+        used = limit["value"] / limit["limit"] if limit["limit"] > 0 else 1.0
+        limits.append(
+            {
+                "name": limit["name"],
+                "used": min(max(used, 0.0), 1.0),
+                "need": said(limit["value"]),
+                "limit": said(limit["limit"]),
+                "binds": limit["name"] == body["binding"],
+            }
+        )
+    return {"density": body["density"], "bound": body["binding"] or "nothing", "limits": limits}
 
 
 def figures(details: Row | None) -> list[Row]:
@@ -247,30 +255,3 @@ def _runs(which: str, of: int) -> Iterator[tuple[int, int]]:
 
 def _path(runs: list[tuple[int, int]]) -> str:
     return "".join(f"M{at} 0h{n}v1h-{n}z" for at, n in runs)
-
-
-def _limits(found: object, bound: str) -> list[Row]:
-    rows = []
-    if isinstance(found, Mapping):
-        found = list(found.values())
-    for limit in found if isinstance(found, (list, tuple)) else ():
-        if not isinstance(limit, Mapping):
-            continue
-        name, value, most = _text(limit.get("name")), _number(limit.get("value")), _number(limit.get("limit"))
-        if not name or value is None or most is None:
-            continue
-        said = phrases.seconds if limit.get("unit") == "s" else phrases.size
-        used = value / most if most > 0 else 1.0
-        rows.append(
-            {"name": name, "used": min(max(used, 0.0), 1.0), "need": said(value), "limit": said(most),
-             "binds": name == bound}
-        )  # fmt: skip
-    return rows
-
-
-def _number(value: object) -> float | None:
-    return float(value) if is_number(value) else None
-
-
-def _text(value: object) -> str:
-    return value[:200] if isinstance(value, str) else ""
