@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fedprune.core.errors import ConfigError, shape_text
+from fedprune.core.metrics import METRICS
 from fedprune.model.recipe import CUSTOM, Features
 from fedprune.model.step_contract import LOGITS, SUMS, VALUE, Y
 from fedprune_export.ir.graph import Graph, Port
@@ -35,7 +36,7 @@ def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
     outputs = model.architecture.output_shape
     g = Graph(name="metric")
     g.inputs = [Port(LOGITS, np.dtype(np.float32), ("N", *outputs)), Port(Y, labels.dtype, ("N", *labels.shape[1:]))]
-    write, whole = _METRICS[features.metric]
+    whole = "classes" in METRICS[features.metric].labels
     expected = outputs[1:] if whole else outputs
     if (labels.dtype.kind == "i") != whole or tuple(labels.shape[1:]) != expected:
         raise ConfigError(
@@ -43,7 +44,7 @@ def metric_graph(model: Model, labels: Port, features: Features) -> Graph:
             expected=f"{'classes' if whole else 'numbers'} {shape_text('n', *expected)} as labels",
             got=f"{labels.dtype} {shape_text('n', *labels.shape[1:])}",
         )
-    write(g, outputs, features)
+    _METRICS[features.metric](g, outputs, features)
     g.outputs = [Port(SUMS, np.dtype(np.float32), ("K",)), Port(VALUE, np.dtype(np.float32), ())]
     return g
 
@@ -163,11 +164,10 @@ def _mean_of_present(g: Graph, each: str, size: str) -> None:
     g.emit("Div", g.emit("ReduceSum", each, attrs={"keepdims": 0}), number, out=VALUE)
 
 
-_METRICS: dict[str, tuple[Callable[[Graph, tuple[int, ...], Features], None], bool]] = {
-    "miou": (_miou, True),
-    "perplexity": (_perplexity, True),
-    "ap": (_ap, False),
-    "rmse": (_rmse, False),
-    "mae": (_mae, False),
+_METRICS: dict[str, Callable[[Graph, tuple[int, ...], Features], None]] = {
+    "miou": _miou,
+    "perplexity": _perplexity,
+    "ap": _ap,
+    "rmse": _rmse,
+    "mae": _mae,
 }
-"""What writes each metric, and whether its labels are classes."""

@@ -22,12 +22,14 @@ class Metric:
         title: Its name for people.
         higher: Whether more is better.
         share: Whether it is a share from 0 to 1, shown in percent.
+        labels: The kinds of labels (`fedprune.model.recipe.LABELS_OF`) that a recipe may ask for it with.
     """
 
     name: str
     title: str
     higher: bool
     share: bool
+    labels: tuple[str, ...] = ()
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -53,11 +55,11 @@ METRICS = {
     m.name: m
     for m in (
         Metric(SCORE, SCORE, higher=True, share=False),
-        Metric("miou", "mean IoU", higher=True, share=True),
-        Metric("ap", "average precision", higher=True, share=True),
-        Metric("perplexity", "perplexity", higher=False, share=False),
-        Metric("rmse", "RMSE", higher=False, share=False),
-        Metric("mae", "MAE", higher=False, share=False),
+        Metric("miou", "mean IoU", higher=True, share=True, labels=("classes", "own")),
+        Metric("ap", "average precision", higher=True, share=True, labels=("multi", "own")),
+        Metric("perplexity", "perplexity", higher=False, share=False, labels=("classes", "own")),
+        Metric("rmse", "RMSE", higher=False, share=False, labels=("values", "own")),
+        Metric("mae", "MAE", higher=False, share=False, labels=("values", "own")),
         ACCURACY,
         LOSS,
     )

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, shown
-from fedprune.core.metrics import ACCURACY, LOSS, SCORE
+from fedprune.core.metrics import ACCURACY, LOSS, METRICS, SCORE
 from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.core.validation import is_number
 from fedprune.model import augmentation
@@ -170,11 +170,8 @@ def labels_of(loss: str) -> str:
 
 
 METRICS_OF = {
-    "classes": ("miou", "perplexity", CUSTOM),
-    MULTI: ("ap", CUSTOM),
-    "values": ("rmse", "mae", CUSTOM),
-    **dict.fromkeys(("identities", "sequence"), (CUSTOM,)),
-    "own": ("miou", "perplexity", "ap", "rmse", "mae", CUSTOM),
+    kind: (*(name for name, metric in METRICS.items() if kind in metric.labels), CUSTOM)
+    for kind in dict.fromkeys(LABELS_OF.values())
 }
 """Metrics besides accuracy and loss, by kind of labels; `custom` for the model's own."""
 
