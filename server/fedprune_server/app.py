@@ -95,7 +95,6 @@ class App:
     Attributes:
         folders: The state folders of its jobs.
         leader: Its claim to be the one that serves its site; None without an identity.
-        connection: Its connection.
         until_finished: End when all jobs are done.
     """
 
@@ -106,7 +105,7 @@ class App:
     until_finished: bool
 
     def run(self) -> None:
-        """Run the server until it is stopped. Raises `FedpruneError` as `Server.run`; or another server has taken over."""
+        """Run the server until it is stopped. Raises as `Server.run`, and if another server has taken over."""
         self.server.run(until_finished=self.until_finished)
         for folder in self.folders:
             folder.lease.confirm()
@@ -133,7 +132,6 @@ def build_app(
 
     Args:
         config: The configuration of the server and its first job.
-        options: How it is started.
         stopping: Ends the server's loop when set: by a signal, or since another server has taken over.
         folder: The state folder, if it is held already.
         pulse: Reports that the loop turns.

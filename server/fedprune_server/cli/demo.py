@@ -225,7 +225,6 @@ def run_job(title: str, job: Job, folder: DemoFolder) -> Record:
 
     Args:
         title: For people.
-        job: The job.
         folder: What the processes read; what they write goes into a folder of the job's name.
 
     Raises:

@@ -99,7 +99,6 @@ def check_wheels(wheels: Sequence[Path], python: str, machine: str, system: Sequ
     """Make sure that wheels run on the boards, include fedprune, and lack nothing; else the first board would find out.
 
     Args:
-        wheels: The files.
         python: The boards' Python, such as cp311.
         machine: Their processor, as `uname -m` prints it.
         system: Modules that are taken from the boards' own Python.

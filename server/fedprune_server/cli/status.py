@@ -75,7 +75,6 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
     """A job as it is stored; a server may be running on it.
 
     Args:
-        folder: The job's folder.
         identity: The state folder of the server's identity, where that is another one.
 
     Returns:

@@ -30,7 +30,6 @@ def setting(
     """A field of a class of settings.
 
     Args:
-        default: Its default.
         text: Its description, in the documentation and in `--help`.
         metavar: The value's name in `--help`, if the setting is also an option of `run`; `SWITCH` if it takes no
             value.

@@ -39,7 +39,6 @@ def parse_config(body: Mapping[str, Any], where: str, folder: Path) -> ServerCon
     """Check the tables of a `fleet.toml`.
 
     Args:
-        body: The tables.
         where: The file's name, for errors.
         folder: What relative paths count from.
 

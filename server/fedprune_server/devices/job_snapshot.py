@@ -13,12 +13,10 @@ class DeviceRow:
     Attributes:
         profile: Its hardware profile's name.
         density: Kept share of its channels; None before it is planned for.
-        parameters: Parameters of its submodel.
         bytes_down: Payload bytes to it so far.
         bytes_up: Payload bytes from it so far.
         seconds: From its last offer to the arrival of its update, None before the first.
         metrics: Of the model that it serves, on its own test samples, as last reported.
-        state: What it is doing.
     """
 
     device: str

@@ -36,7 +36,6 @@ class DeviceTraffic:
 
     Attributes:
         state: The coordinator's; read, never changed.
-        uploads: Updates that are being received.
     """
 
     job: Job

@@ -269,7 +269,7 @@ class JobRunner:
         self._handle(on.Paused(paused))
 
     def connection_changed(self, up: bool) -> None:
-        """The server's connection to the broker is up, or is lost. Raises `StorageError` if the disk fails or is full."""
+        """The connection to the broker is up, or is lost. Raises `StorageError` if the disk fails or is full."""
         if up:
             self._uploads.interrupted(self._monotonic())
         if self._rollouts is not None:
@@ -287,7 +287,6 @@ class JobRunner:
         """Handle what a device's birth means apart from jobs: its name, its log, a release for it.
 
         Args:
-            birth: The device's message.
             connected: Whether the device was connected before.
 
         Raises:

@@ -11,9 +11,6 @@ class SteadyClock:
 
     Deadlines are kept as times since 1970, so that they mean something after a restart. With the system's clock itself,
     setting it by an hour would close a round at once, or keep it open for an hour.
-
-    Args:
-        wall: The system's clock.
     """
 
     def __init__(self, wall: Callable[[], float] = time.time, monotonic: Callable[[], float] = time.monotonic) -> None:

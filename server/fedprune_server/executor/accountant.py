@@ -26,9 +26,6 @@ EPSILON = "epsilon"
 class Accountant:
     """Works out a job's ε.
 
-    Args:
-        privacy: The job's settings, with noise.
-
     Raises:
         ConfigError: Not even the first round is within the budget.
         MissingExtraError: dp-accounting is not installed.

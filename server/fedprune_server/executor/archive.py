@@ -31,12 +31,7 @@ _SQUARES = step_contract.squares("")
 
 
 class Archive:
-    """Reads what a job has stored, and keeps the last few models, rankings and selections in memory.
-
-    Args:
-        architecture: The model's architecture.
-        store: The blob store.
-    """
+    """Reads what a job has stored, and keeps the last few models, rankings and selections in memory."""
 
     def __init__(self, architecture: Architecture, store: BlobStore) -> None:
         self._architecture = architecture
@@ -66,7 +61,6 @@ class Archive:
         """A device's update, decoded.
 
         Args:
-            digest: The update.
             codec: The codec that was offered; a device may send its update plainly all the same.
             sent: Digest of the weights that the device was sent; needed with a codec.
 
@@ -106,7 +100,6 @@ class Archive:
         """A device's last counted update.
 
         Args:
-            past: Its digests.
             withheld: Gives the tensors of a submodel that don't travel.
         """
         if past is None:

@@ -31,9 +31,6 @@ class BackgroundExecutor:
 
     Results come in the order of the commands, and each is there before the next command begins. The daemon deletes what
     earlier rounds needed when a round's last result is here, and so relies on it that no earlier command still runs.
-
-    Args:
-        worker: Carries them out.
     """
 
     def __init__(self, worker: CommandExecutor) -> None:

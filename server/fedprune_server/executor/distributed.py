@@ -54,9 +54,7 @@ class DistributedWorker:
 
     Args:
         worker: Does everything else, and what a helper fails at, so that errors are its own.
-        pool: The helpers.
         block: Numbers of a model that are worth a task, where helpers sum updates.
-        batch: Updates that are summed together.
     """
 
     def __init__(self, worker: Worker, pool: TaskPool[Worker], *, block: int = BLOCK, batch: int = BATCH) -> None:
@@ -162,7 +160,6 @@ def helped(
     """A worker, with helpers if there are to be several processes.
 
     Args:
-        worker: The worker.
         helpers: How many processes of this machine there are to be.
         url: The cluster that is to help instead.
 

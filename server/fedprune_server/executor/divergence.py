@@ -58,7 +58,6 @@ def warn(event: on.UpdateRejected, job: Job, prefix: str, reasons: Iterable[str]
     """Log that an update doesn't count, and what to change if training diverged on most of the round's devices.
 
     Args:
-        event: What became of the update.
         job: The job that it is for.
         prefix: What lines of this job begin with.
         reasons: Why devices of the round, this one included, don't count so far; empty for each of the others.

@@ -29,7 +29,7 @@ _BATCH = 256
 
 
 def check_samples(samples: Evaluation) -> None:
-    """Whether models can be measured on these. Raises `ConfigError` if there are none, or not as many labels as inputs."""
+    """Refuse samples that nothing can be measured on. Raises `ConfigError` if there are none, or other labels."""
     x, y = samples
     if not 0 < len(x) == len(y):
         raise ConfigError(
@@ -70,9 +70,7 @@ class Evaluator:
     """Measures models of one architecture, and their submodels, on samples.
 
     Args:
-        sessions: The architecture's.
         recipe: The job's, for its loss.
-        samples: Inputs and labels.
 
     Raises:
         ConfigError: There are no samples, or not as many labels.
@@ -93,7 +91,6 @@ class Evaluator:
 
         Args:
             weights: The tensors of a model or submodel.
-            widths: Its widths.
         """
         session, found = self._sessions.at(widths), list[Measure]()
         with np.errstate(over="ignore", invalid="ignore"):  # a diverged model has no loss, and that is no error
@@ -110,7 +107,6 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
     Args:
         source: A `.npz` file or `package.module:function`, as devices' data.
         model: The model that will be measured.
-        recipe: How it is trained.
 
     Raises:
         DataError: The data can't be read or doesn't fit the model.
@@ -129,11 +125,6 @@ def load_evaluation(source: str, model: Model, recipe: Recipe) -> Evaluation:
 
 def check_data(data: LocalData, model: Model, recipe: Recipe) -> LocalData:
     """Check samples and labels against a model; returns them as it takes them.
-
-    Args:
-        data: The samples.
-        model: The model.
-        recipe: How it is trained.
 
     Raises:
         DataError: Labels don't fit the loss or the number of classes, or samples have another shape or type.

@@ -109,8 +109,6 @@ class Offers:
     """Puts what offers name into a store.
 
     Args:
-        model: The imported model.
-        store: Where blobs are put.
         precisions: At which lower precisions boards may serve, too.
     """
 
@@ -136,7 +134,6 @@ class Offers:
         Args:
             submodel: What it is sent.
             recipe: How it trains.
-            round_: The offer's round.
             coding: What of it travels encoded.
             before: The selection of what the device continues from; None where nothing is known.
 

@@ -33,13 +33,7 @@ Task = Callable[..., Any]
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What a helper process makes its worker from.
-
-    Attributes:
-        job: The job.
-        model: The imported model.
-        store: The blobs.
-    """
+    """What a helper process makes its worker from."""
 
     job: Job
     model: Model
@@ -81,7 +75,6 @@ class Addition:
 
     Attributes:
         command: The round's; its contributions are the updates.
-        names: The tensors.
         refs: Of the updates' blobs, so that no more of them is read than these tensors; None where all is needed.
     """
 

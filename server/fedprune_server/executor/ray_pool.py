@@ -161,10 +161,8 @@ class DriverProcess:
     """The process that is the cluster's driver.
 
     Args:
-        url: The cluster.
         settings: Makes the workers of its processes.
         probe: A blob that all its machines must see.
-        on_lost: Called when it is lost.
         is_closed: Whether the pool was closed meanwhile.
 
     Attributes:

@@ -20,7 +20,6 @@ class BlobCollector:
     refers to; the others stay candidates.
 
     Args:
-        store: The blob store.
         keep: How many of the latest global models stay; None for everything.
     """
 

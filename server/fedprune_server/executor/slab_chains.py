@@ -59,7 +59,6 @@ class SlabChains:
 
     Args:
         strategy: Says whether devices are sent the same.
-        store: Where slabs are put.
         make: Makes a submodel.
         least: Bytes of a round's largest submodel from which on slabs are made.
     """
@@ -90,7 +89,6 @@ class SlabChains:
         """The entry of an offer with the slabs that make a device's weights, in ascending order, if there are any.
 
         Args:
-            command: What the device is sent.
             weights: Digest of its weights.
 
         Raises:

@@ -26,10 +26,6 @@ class StoredUpdates:
     """Reads the scenes, submodels and updates that commands name.
 
     Args:
-        job: The job's settings.
-        architecture: The model's.
-        strategy: The job's.
-        store: Where blobs are stored.
         withheld: By recipe, the tensors that no update carries.
     """
 
@@ -111,13 +107,7 @@ class StoredUpdates:
         return Report(cut, trained, found.weight, found.steps, sent, squares)
 
     def some(self, found: do.Contribution, refs: Mapping[str, BlobRef], names: Collection[str]) -> Report:
-        """A stored update without a mask and without a codec, with some of its tensors; nothing else of it is read.
-
-        Args:
-            found: The update.
-            refs: Of its blobs.
-            names: The tensors.
-        """
+        """A stored update without a mask and without a codec, with some of its tensors; nothing else of it is read."""
         scene = self.scene(found.basis.round, found.basis.model, found.basis.memory)
         turn, selection = self.turn(found.basis, found.part), self._selection(found)
         whole = self.archive.selection(found.basis.ranking, found.part.widths)

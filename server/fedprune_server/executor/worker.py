@@ -43,7 +43,6 @@ class Worker:
     """Carries out commands of one job.
 
     Args:
-        job: The job's settings.
         model: The imported model; its weights are where the job starts.
         store: Where blobs are read and put.
         evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out, and

@@ -25,7 +25,6 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
 
     Args:
         folder: The state folder, on which no server runs: the caller holds its lock.
-        findings: What a check found.
         backup: The folder of a backup that may have missing blobs.
     """
     bucket = bucket_of(folder, Storage.settings_in(folder))

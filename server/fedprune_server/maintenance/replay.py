@@ -46,7 +46,6 @@ class Step:
     """A round that was worked out again.
 
     Attributes:
-        round: Its number.
         model: Digest of its model, the same as in the log.
         devices: Whose updates entered it.
     """
@@ -189,8 +188,6 @@ def replayed_events(folder: Path, storage: Storage, needs: Inventory) -> Iterato
 
     Args:
         folder: The state folder; no server runs on it.
-        storage: Its database.
-        needs: What the job needs.
     """
     log = storage.log.events()
     first = next(log, None)

@@ -33,9 +33,6 @@ Read = Callable[[str, int], bytes]
 class Backup:
     """A backup that is read from.
 
-    Attributes:
-        manifest: What it has.
-
     Raises:
         StorageError: It is no backup, or damaged.
     """

@@ -51,7 +51,6 @@ def check(folder: Path, advance: Advance, *, running: bool) -> Iterator[Finding]
     """Check a state folder; yields findings as they are found.
 
     Args:
-        folder: The folder.
         advance: Told how many bytes of blobs were read.
         running: Whether a server runs on it.
 

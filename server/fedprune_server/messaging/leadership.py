@@ -93,7 +93,6 @@ class Leadership:
 
     Args:
         link: Its connection, not started.
-        key: The server's signing key.
         stopping: Set once another server has taken the site over.
         clock: Monotonic clock.
     """
@@ -314,7 +313,6 @@ def leadership(
     """A server's leadership over a connection of its own, which ends with the context.
 
     Args:
-        identity: The server's.
         ca: Who vouches for the broker; the server's own authority by default.
         server, stopping: As in `Leadership`.
 

@@ -50,7 +50,6 @@ class AlertBook:
         shorter than the delay changes nothing. A change of severity must last as long, too.
 
         Args:
-            alerts: Alerts that hold now.
             now: The monotonic clock.
             at: Seconds since 1970.
         """

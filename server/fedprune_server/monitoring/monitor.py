@@ -124,9 +124,7 @@ class Monitor(Observer):
     """Evaluates a server's alerts once a second.
 
     Args:
-        folder: The server's state folder.
         server: Settings of the table [server].
-        views: The jobs and their folders.
         here: Counts the boards that can take part; None to count those of the only job.
         others: Other servers of this identity that were heard.
         book: Open alerts; None for what the last run left open.

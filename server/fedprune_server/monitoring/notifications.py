@@ -222,7 +222,6 @@ class NotificationSchedule:
         """Messages that are due now.
 
         Args:
-            opened: All open alerts.
             now: The monotonic clock.
             at: Seconds since 1970.
             last: Whether nothing can wait for a later message, because the server ends.
@@ -316,8 +315,6 @@ class Notifier:
     """Sends notifications of a server's alerts.
 
     Args:
-        settings: The settings of notifications.
-        site: The server's site.
         opened: Returns the open alerts; called on the notifier's thread.
         works: Whether the server's loop turns; called on the notifier's thread.
         notified: Alerts of which an earlier run sent a notification.

@@ -27,7 +27,6 @@ def site_facts(folder: Path, server: Mapping[str, Any], *, members: bool = True)
     """Facts of a state folder.
 
     Args:
-        folder: The state folder.
         server: Settings of the table [server].
         members: Whether the identity can be read.
     """

@@ -36,7 +36,6 @@ class ChildProcess(Generic[Message]):
     """One run of a child process, in a session of its own: Ctrl-C in the terminal is for this process, which ends it.
 
     Args:
-        command: Program and arguments.
         name: Its name in the log, such as `the console`.
         read: Reads its next message; None at the end.
         max_unread: Maximum number of unread messages; with more it is ended. 0 for no limit.
@@ -138,7 +137,6 @@ class RestartedProcess(Generic[Message]):
     """A child process that is started again when it ends. Only `stop` waits for it, for a few seconds.
 
     Args:
-        start: Starts a child process.
         name: Its name in the log, such as `the console`.
         stop_s: Seconds that it has for ending when asked to.
     """

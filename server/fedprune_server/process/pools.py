@@ -58,7 +58,6 @@ class ProcessPool(TaskPool[W]):
     """Processes that last, each with a worker.
 
     Args:
-        size: Number of processes.
         make: Makes a process's worker; picklable.
         restarts: Whether others take the place of processes that were killed; if not, a killed one breaks the pool.
     """

@@ -63,7 +63,6 @@ class RunStatus:
     Attributes:
         state: `waiting`, `running`, `done` or `failed`.
         share: Finished share, from 0 to 1.
-        note: A note for the display.
     """
 
     name: str
@@ -95,7 +94,6 @@ def carry_out(
     Args:
         out: Folder of the runs' folders. On a cluster all machines must share it.
         workers: Number of processes; on an existing Ray cluster its cores decide.
-        ray: Whether to use Ray.
         watch: Called periodically with the status of all runs.
 
     Returns:

@@ -82,7 +82,6 @@ class SimulationState:
         sequence: Number of the last queued item; it orders items of the same time.
         queue: Queued items with their times, by number.
         sessions: Number of each device's latest connection.
-        online: Connected devices.
         leaves: End of each device's window of time.
         held: Digests of the blobs that each device holds.
         tables: Digest of the leaf table of the weights that each device was sent last.
@@ -91,8 +90,6 @@ class SimulationState:
         bounds: Maximum bytes of that update in the offered codec.
         boards: Digest of each board's state between rounds.
         free: Times at which the server's link is free, for sending and for receiving.
-        down: Bytes sent to devices.
-        up: Bytes sent by devices.
         now: Notes of the current round.
         rounds: Notes of finished rounds, by number.
         refusal: Reason of the last refused offer.

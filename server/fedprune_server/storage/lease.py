@@ -52,8 +52,6 @@ class Lease:
     """A server's lease on a database, for the server that holds the lock of the state folder `folder`.
 
     Args:
-        url: The database.
-        folder: The state folder.
         stopping: Set if another server has taken over.
 
     Attributes:
@@ -118,8 +116,7 @@ class Lease:
 
     def trouble(self) -> str:
         """Why this server can't write to its database; empty if it can. May be called often and from any thread: it
-        locks nothing, and asks the database once a second at most.
-        """
+        locks nothing, and asks the database once a second at most."""
         with self._looking:
             now = time.monotonic()
             if self._looked is None or now - self._looked[0] >= _LOOK_S:

@@ -22,7 +22,6 @@ class SqliteFile(Closing):
     Its methods raise `StorageError` if it is damaged, or the disk fails or is full.
 
     Args:
-        path: The file.
         tables: Statements that make its tables if they don't exist.
         version: Of its tables; a file of another version is refused.
         hint: What to do if it is damaged.

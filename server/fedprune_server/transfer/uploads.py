@@ -66,7 +66,6 @@ class Uploads:
     """Pulls of all devices; one per device. Does no network I/O: it says what to ask whom for.
 
     Args:
-        store: Where updates end up.
         concurrent: How many are pulled at a time, which bounds what the broker and the server's memory hold.
         max_packet: Bytes of an MQTT packet that the broker lets through, as far as is known.
     """

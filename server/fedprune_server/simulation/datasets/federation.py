@@ -300,7 +300,7 @@ class DataPlan:
         return read_table(cls, body, where)
 
     def read(self, seed: int = 0) -> Federation:
-        """Read the data set and split it. Raises `DataError` if the source can't be read, or can't be split like this."""
+        """Read the data set and split it. Raises `DataError` if it can't be read, or can't be split like this."""
         size = (self.size[0], self.size[1]) if self.size else None
         return self.deal(read_samples(self.source, size=size, colour=self.colour), seed)
 

@@ -32,7 +32,6 @@ class Samples:
         testing: Marks of the data set's own test samples, bool [n].
         owners: Index of each sample's owner (a person, a writer, a domain) in `owner_names`, int64 [n]; None without
             owners.
-        owner_names: Names of the owners.
         class_names: Names of the classes; numbers as text if the files have no names.
 
     Raises:
@@ -198,7 +197,6 @@ def assembled(
     Args:
         splits: Inputs, labels and whether they are test samples.
         owners: Owners per split, as whole numbers or texts.
-        class_names: Names of the classes.
 
     Raises:
         DataError: As `Samples`; or a split has another number of labels than inputs.

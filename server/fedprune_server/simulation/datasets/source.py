@@ -190,7 +190,6 @@ def read_image_folder(folder: Path, *, size: tuple[int, int] | None = None, colo
     every machine.
 
     Args:
-        folder: The folder.
         size: Height and width to which images are scaled (bilinear, antialiased); None if all have the same size.
         colour: Three channels, else grey.
 
@@ -344,7 +343,6 @@ def npz_arrays(path: Path, names: Collection[str] | None = None) -> dict[str, Ar
     """Arrays of a file, memory-mapped read-only where they are not compressed. Nothing is unpickled.
 
     Args:
-        path: The file.
         names: Arrays to read, if present; None for all. Others are not unpacked.
 
     Raises:

@@ -37,7 +37,6 @@ def pulls(offer: Mapping[str, Any], held: Collection[str]) -> dict[str, int]:
     """Bytes that a board downloads for an offer, by the digest of each blob.
 
     Args:
-        offer: The offer's entries.
         held: Digests that the board holds already; weights that it can decode with them travel encoded.
     """
     refs = [offer[k] for k in (*_BLOBS, "mask", "moved") if offer.get(k)]

@@ -46,7 +46,6 @@ class DeviceRow:
         widths: Kept channels per group.
         density: Planned share of the model; 1 for the whole model.
         bound: The limit that binds its width; empty without a plan.
-        parameters: Parameters of its model.
         excluded: Reason of its exclusion; empty if it takes part.
         compared: Predicted and measured values per metric, see `devices.plan_vs_actual`.
         missed: Rounds in which it was asked and delivered nothing that counts.
@@ -76,7 +75,6 @@ class RoundRow:
         model: Digest of the global model.
         metrics: Measurements of the global model on the server's data, such as accuracy and loss.
         local: What the run is judged by, of each delivering device's served model on its own test data.
-        asked: Number of devices asked.
         down: Bytes from server to devices since the start.
         up: Bytes from devices to server since the start.
         own: Other measurements of delivering devices, per metric and device.

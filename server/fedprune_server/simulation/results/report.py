@@ -40,12 +40,7 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class Claim:
-    """A statement about two runs and its verdict.
-
-    Attributes:
-        measured: The measured values.
-        held: Whether it holds.
-    """
+    """A statement about two runs and its verdict."""
 
     text: str
     measured: str
@@ -214,7 +209,6 @@ def run_document(run: Record, reference: Record | None = None, *, judged: bool =
     """A run's report.
 
     Args:
-        reference: A run to compare with.
         judged: Whether the comparison tests the claims.
 
     Raises:

@@ -122,7 +122,6 @@ class UploadWorkers(Uploads):
     Args:
         store: Store of updates, in a folder that the workers share.
         begin: Makes the first message to a worker with a tag.
-        count: Number of workers.
         wake: Called from another thread when there is something to collect.
         clock: A monotonic clock, in seconds, as is every `now` here.
         concurrent: Number of devices from which the server itself, and each worker, pulls at a time.

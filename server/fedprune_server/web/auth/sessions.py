@@ -60,7 +60,6 @@ class Sessions:
         """The session of a token; None if it doesn't exist or has ended.
 
         Args:
-            token: What the browser sent.
             used: Whether the operator uses the session now; an open stream doesn't count.
         """
         if not token or len(token) > 100:

@@ -41,7 +41,6 @@ class AdminExecutor:
     """Carries out orders of these kinds.
 
     Args:
-        state: The state folder.
         releases: A folder whose subfolders are releases that can be rolled out; None for no releases.
         clock: Seconds since 1970.
     """

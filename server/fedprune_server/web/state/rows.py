@@ -45,10 +45,8 @@ def device_row(
 
     Args:
         view: The job that has the device, or had it last.
-        name: The device.
         job: That job's name, if the device takes part in it.
         here: Whether the device is connected, at whatever job.
-        member: Its membership.
         traffic: Bytes to it and from it, of all jobs.
         now: When it was last heard, in seconds since 1970.
         update: Its last report about the latest rollout's release.

@@ -227,9 +227,6 @@ def channels(group: str, kept: int, of: int, which: str | None) -> ChannelMap:
     """Lay out the channels of a group.
 
     Args:
-        group: The group.
-        kept: Channels that it holds.
-        of: Channels that there are.
         which: A bit for each, the first one highest, as hex; None, or what contradicts the numbers, if unknown.
     """
     found = None if which is None else list(_runs(which, of))
