@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from fedprune.core.imports import lazy_attributes
 
 if TYPE_CHECKING:  # a command that only parses its options doesn't load numpy
-    from fedprune_device.data.dataset import LocalData, load_data
+    from fedprune_device.data.array_source import load_data
+    from fedprune_device.data.dataset import LocalData
     from fedprune_device.data.labels import log_prior
     from fedprune_device.serving.predictor import Predictor
     from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
@@ -28,7 +29,7 @@ _MODULES = {
     "TrainingControl": "fedprune_device.training.trainer",
     "TrainingResult": "fedprune_device.training.trainer",
     "TrainingTask": "fedprune_device.training.trainer",
-    "load_data": "fedprune_device.data.dataset",
+    "load_data": "fedprune_device.data.array_source",
     "log_prior": "fedprune_device.data.labels",
 }
 

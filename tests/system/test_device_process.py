@@ -14,7 +14,7 @@ from fedprune.core import tensorfile
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Birth, Death, Progress, Update
-from fedprune_device.data.dataset import load_data
+from fedprune_device.data.array_source import load_data
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from support.fakes.agent_fleet import MemoryServer
 from support.paths import GRAPHS

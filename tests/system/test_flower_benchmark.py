@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fedprune_device.data.dataset import load_data
+from fedprune_device.data.array_source import load_data
 from support.fakes.opened_job import read_config
 from support.paths import ROOT
 

@@ -25,7 +25,7 @@ from fedprune_device.collection.camera import Camera
 from fedprune_device.collection.collector import UNFIT, Collector
 from fedprune_device.collection.frames import frames
 from fedprune_device.collection.sensor_topic import SCHEMES, SensorOptions, SensorTopic
-from fedprune_device.data.dataset import read_arrays
+from fedprune_device.data.array_source import read_arrays
 from fedprune_device.data.image_decoding import ENDINGS, MAX_BYTES
 
 Sample = tuple[str, Any, "int | str | None"]

@@ -20,7 +20,8 @@ from fedprune.model.recipe import JUDGED, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.cli.options import options_of
-from fedprune_device.data.dataset import arrays_of, checked_inputs, checked_samples, load_data, why_unreadable
+from fedprune_device.data.array_source import arrays_of, load_data, why_unreadable
+from fedprune_device.data.dataset import checked_inputs, checked_samples
 from fedprune_device.data.labels import LogitAdjustment, Targets
 from fedprune_device.data.layouts import IGNORED, Unlabelled, layout_of
 from fedprune_device.data.sequences import LENGTHS

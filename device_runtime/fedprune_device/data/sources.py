@@ -6,8 +6,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedprune_device.data.array_source import load_data
 from fedprune_device.data.audio_decoding import Audio
-from fedprune_device.data.dataset import SampleSource, load_data
+from fedprune_device.data.dataset import SampleSource
 from fedprune_device.data.image_decoding import Pixels
 from fedprune_device.data.reservoir import Limits
 from fedprune_device.data.sample_folder import SampleFolder

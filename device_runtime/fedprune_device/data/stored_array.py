@@ -171,6 +171,21 @@ def select(x: Inputs, rows: Rows) -> Inputs:
     return x.select(rows) if isinstance(x, StoredArray) else x[rows]
 
 
+def select_pairs(x: Inputs, y: Inputs, rows: Rows) -> tuple[Inputs, Inputs]:
+    """Some samples and their labels; one object where samples are their own labels."""
+    some = select(x, rows)
+    return some, some if y is x else select(y, rows)
+
+
+def as_inputs(found: object) -> Inputs:
+    return found if isinstance(found, StoredArray) else np.asarray(found)
+
+
+def described(array: Inputs) -> str:
+    """Type and shape, for messages."""
+    return f"{array.dtype} [{', '.join(['n', *map(str, array.shape[1:])])}]"
+
+
 def chunks(x: Inputs) -> Iterator[Array]:
     """All samples in order: an array in memory at once, a stored one a few samples at a time."""
     return x.chunks() if isinstance(x, StoredArray) else iter((x,))

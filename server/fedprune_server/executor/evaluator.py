@@ -14,7 +14,8 @@ from fedprune.model.lengths import Shape, with_lengths
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.session import Session
-from fedprune_device.data.dataset import LocalData, load_data, load_inputs
+from fedprune_device.data.array_source import load_data, load_inputs
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
 from fedprune_device.training.objective import Measure, Objective
 from fedprune_export.ir.graph import Port

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
-from fedprune_device.data.dataset import LocalData, load_data, load_inputs
+from fedprune_device.data.array_source import load_data, load_inputs
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets, class_presence, class_weights, log_prior
 
 pytestmark = pytest.mark.board

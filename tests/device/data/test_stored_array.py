@@ -19,7 +19,7 @@ from fedprune.core.errors import DataError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.planning.costs import HELD_BYTES
-from fedprune_device.data.dataset import load_data, load_inputs
+from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_device.training.trainer import Trainer, TrainingTask

@@ -21,7 +21,8 @@ from fedprune.model.lengths import PADDING, Lengths, lengths_of, padded
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
-from fedprune_device.data.dataset import LocalData, load_data, load_inputs
+from fedprune_device.data.array_source import load_data, load_inputs
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing.torch_export import quiet
@@ -204,7 +205,7 @@ def SESSION() -> Session:  # noqa: N802
 
 def load_arrays(arrays: dict[str, Array], folder: Path | None = None) -> LocalData:
     """A board's data from arrays, all of it for training."""
-    from fedprune_device.data.dataset import _assemble
+    from fedprune_device.data.array_source import _assemble
 
     empty = {"x_test": arrays["x"][:0], "y_test": arrays["y"][:0], "lengths_test": OWN[:0]}
     return _assemble({f"{n}_train": v for n, v in arrays.items()} | empty, 0, "", folder)

@@ -15,7 +15,7 @@ from fedprune.core.errors import DataError, ModelError
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.runtime.session import Session
-from fedprune_device.data.dataset import load_data, load_inputs
+from fedprune_device.data.array_source import load_data, load_inputs
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.cut import cut

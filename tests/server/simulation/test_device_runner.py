@@ -22,7 +22,8 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection
 from fedprune.planning.profile_store import find
 from fedprune.wire.messages import Offer
-from fedprune_device.data.dataset import LocalData, load_data
+from fedprune_device.data.array_source import load_data
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.model_slots import ModelSlots
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_device.training.objective import Objective

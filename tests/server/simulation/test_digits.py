@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedprune.core.errors import DataError
-from fedprune_device.data.dataset import load_data
+from fedprune_device.data.array_source import load_data
 from fedprune_server.simulation.digits import CLASSES, deal, digits_model, load_digits, write_hand
 from support.paths import ROOT
 

@@ -15,9 +15,10 @@ from fedprune.core.errors import FedpruneError
 from fedprune_device.cli.predict import _samples as samples_to_predict
 from fedprune_device.collection.frames import frames
 from fedprune_device.collection.windows import Message, Windows, label_of
+from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.audio_decoding import Audio
 from fedprune_device.data.boxes import coco_boxes, yolo_boxes
-from fedprune_device.data.dataset import LocalData, load_data, read_arrays
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.file_index import FileIndex
 from fedprune_device.data.image_decoding import Pixels, mask
 from fedprune_device.data.labels import Targets

@@ -9,7 +9,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordD
 from flwr.clientapp import ClientApp
 
 from fedprune.model.recipe import Recipe
-from fedprune_device.data.dataset import load_data
+from fedprune_device.data.array_source import load_data
 from fedprune_device.training.trainer import Trainer, TrainingTask
 
 app = ClientApp()

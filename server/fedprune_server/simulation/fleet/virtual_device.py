@@ -25,7 +25,8 @@ from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import predict
 from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.topics import check_device
-from fedprune_device.data.dataset import LocalData, load_data
+from fedprune_device.data.array_source import load_data
+from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.stored_array import StoredArray
 from fedprune_server.simulation.datasets.federation import Federation
 
