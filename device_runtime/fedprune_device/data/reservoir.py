@@ -12,10 +12,13 @@ never.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedprune.core.rng import keyed
+from fedprune_device.data.splits import SplitShares
 
 UNLABELLED = -1
 _ANY_CLASS = 0  # all labelled samples have one limit
@@ -190,3 +193,32 @@ class Reservoir:
     def _evicted(self, label: int, newcomer: str, evicted: list[str]) -> str:
         left = [n for n in self._classes[label].ids if n not in evicted]
         return left[int(keyed(self._seed, "room", newcomer, len(evicted)).integers(len(left)))]
+
+
+def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
+    """Samples by class (kept, and ever seen) and by part, and the room that they take.
+
+    Samples that wait for a label are in no part.
+    """
+    kept = reservoir.kept()
+    parts = Counter(
+        shares.part(n) for c, names in kept.items() if c != UNLABELLED or not reservoir.waiting for n in names
+    )
+    classes = {
+        str(c): {"kept": len(kept.get(c, ())), "seen": seen}
+        for c, seen in reservoir.seen.items()
+        if c != UNLABELLED and seen
+    }
+    room = {}
+    for unlabelled in (False, True):
+        most, most_bytes = reservoir.most(unlabelled=unlabelled)
+        held, held_bytes = reservoir.held(unlabelled=unlabelled)
+        side = {"samples": held, "samples_most": most, "bytes": held_bytes, "bytes_most": most_bytes}
+        room["unlabelled" if unlabelled else "labelled"] = side
+    return {
+        "classes": classes,
+        "unlabelled": len(kept.get(UNLABELLED, ())),
+        "unlabelled_dropped": reservoir.seen.get(UNLABELLED, 0) - len(kept.get(UNLABELLED, ())),
+        "parts": {p: parts[p] for p in ("train", "val", "test")},
+        "room": room,
+    }

@@ -10,13 +10,9 @@ name and by nothing else, so that a sample never moves from one part to another.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import struct
 import threading
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,25 +23,46 @@ import numpy.typing as npt
 from fedprune.core import atomic_file
 from fedprune.core.closing import Closing
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError, shape_text
+from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
 from fedprune.core.validation import whole
-from fedprune.model.lengths import Shape, at_most, fits, free_axis, padded, written
+from fedprune.model.lengths import Shape, written
 from fedprune.model.lengths import read as read_shape
-from fedprune.planning.costs import HELD_BYTES
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import Targets
-from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict
-from fedprune_device.data.segment_log import HEAD_BYTES, Kind, LogRecord, RecordPosition, SegmentLog, digest
+from fedprune_device.data.reservoir import UNLABELLED, Limits, Reservoir, Verdict, census
+from fedprune_device.data.segment_log import (
+    HEAD_BYTES,
+    Kind,
+    LogRecord,
+    RecordPosition,
+    SegmentLog,
+    digest,
+    record_of,
+    seen_in,
+)
 from fedprune_device.data.splits import SplitShares, claimed
-from fedprune_device.data.stored_array import FILE, Copy, StoredArray, gathered
+from fedprune_device.data.stored_array import FILE
+from fedprune_device.data.stored_samples import StoredSample, encoded, local_data, of_one_kind, outline, reproduces
 
 Array = npt.NDArray[Any]
-Row = tuple[str, int, Array]  # a sample's name, its label and its numbers
 
 MAX_LABEL = 2**24 - 1
 
-_FLOATS, _TOKENS = 0, 1
-_RANK = 8
+_LOG = logging.getLogger("fedprune.device")
+
+_MODEL = "model.json"
+
+_SEGMENTS = 16  # segments that the room on the disk is divided into
+_LIVE = 5 / 8  # share of the room that samples take; the rest is for what no longer counts, and for cleaning
+
+_PIECE = 256 * 1024
+"""Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small ones is fast."""
+
+_LABELS = 1000
+"""Different labels that there may be at least; as many as samples otherwise. What is counted of each is kept."""
+
+_NOTED = 64
+"""Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
 
 
 class SampleConflictError(DataError):
@@ -72,116 +89,6 @@ def checked_label(label: int | None) -> int:
     if label is None:
         return UNLABELLED
     return whole("label", label, 0, MAX_LABEL, error=DataError)
-
-
-def encoded(x: Array) -> bytes:
-    """Type, shape and numbers of a sample as bytes; equal samples have equal bytes. Raises `DataError` if invalid."""
-    if x.dtype not in (np.float32, np.int64) or not 1 <= x.ndim <= _RANK:
-        kind = f"{x.dtype} {shape_text(*x.shape)}"
-        raise DataError("a sample", expected="float32 or int64 of 1 to 8 dimensions", got=kind)
-    if x.dtype == np.float32:
-        if not np.isfinite(x).all():
-            raise DataError("a sample holds numbers that are not finite")
-        return _head(_FLOATS, x) + x.astype("<f4").tobytes()
-    if x.size and int(x.min()) < 0:
-        raise DataError("a sample holds a negative token id", expected="0 or more", got=int(x.min()))
-    return _head(_TOKENS, x) + x.astype("<i8").tobytes()
-
-
-def outline(payload: bytes) -> Array:
-    """An array of a sample's type and shape that takes no memory; its numbers are the last bytes of the payload."""
-    rank = payload[1]
-    kind = np.dtype("<f4" if payload[0] == _FLOATS else "<i8")
-    return np.broadcast_to(np.zeros((), kind), struct.unpack_from(f"<{rank}I", payload, 2))
-
-
-def _head(code: int, x: Array) -> bytes:
-    return struct.pack(f"<BB{x.ndim}I", code, x.ndim, *x.shape)
-
-
-def of_one_kind(rows: list[Row], shape: Shape | None) -> list[Row]:
-    """The samples that fit the model's shape, and of those the ones of the most frequent shape and type.
-
-    Where the length of samples may vary, all that fit are of one shape.
-    """
-    rows = [r for r in rows if shape is None or fits(r[2].shape, shape)]
-    varies = shape is not None and free_axis(shape) is not None
-
-    def kind(x: Array) -> tuple[str, tuple[int, ...]]:
-        return x.dtype.kind, () if varies else x.shape
-
-    kinds = Counter(kind(x) for _, _, x in rows)
-    if not kinds:
-        return []
-    most = max(sorted(kinds, key=repr), key=lambda k: kinds[k])
-    return [r for r in rows if kind(r[2]) == most]
-
-
-def census(reservoir: Reservoir, shares: SplitShares) -> dict[str, Any]:
-    """Samples by class (kept, and ever seen) and by part, and the room that they take.
-
-    Samples that wait for a label are in no part.
-    """
-    kept = reservoir.kept()
-    parts = Counter(
-        shares.part(n) for c, names in kept.items() if c != UNLABELLED or not reservoir.waiting for n in names
-    )
-    classes = {
-        str(c): {"kept": len(kept.get(c, ())), "seen": seen}
-        for c, seen in reservoir.seen.items()
-        if c != UNLABELLED and seen
-    }
-    room = {}
-    for unlabelled in (False, True):
-        most, most_bytes = reservoir.most(unlabelled=unlabelled)
-        held, held_bytes = reservoir.held(unlabelled=unlabelled)
-        side = {"samples": held, "samples_most": most, "bytes": held_bytes, "bytes_most": most_bytes}
-        room["unlabelled" if unlabelled else "labelled"] = side
-    return {
-        "classes": classes,
-        "unlabelled": len(kept.get(UNLABELLED, ())),
-        "unlabelled_dropped": reservoir.seen.get(UNLABELLED, 0) - len(kept.get(UNLABELLED, ())),
-        "parts": {p: parts[p] for p in ("train", "val", "test")},
-        "room": room,
-    }
-
-
-def record_of(seen: Mapping[int, int]) -> LogRecord:
-    """A record of how many samples of each class were ever seen."""
-    payload = json.dumps({str(c): n for c, n in seen.items()}).encode()
-    return LogRecord(Kind.COUNTS, digest(payload), payload=payload)
-
-
-def seen_in(record: LogRecord) -> dict[int, int]:
-    """How many samples of each class were seen, as a log has it; raises `ValueError` if the record is damaged."""
-    if digest(record.payload) != record.name:
-        raise ValueError("the digest is another")
-    try:
-        return {int(label): int(seen) for label, seen in json.loads(record.payload).items()}
-    except (AttributeError, TypeError) as error:
-        raise ValueError(str(error)) from error
-
-
-def _reproduces(targets: Targets, shape: Shape) -> bool:
-    """Whether a model's outputs are compared with its inputs, so that its samples need no labels."""
-    return not targets.takes_whole and tuple(targets.shape) == tuple(shape)
-
-
-_LOG = logging.getLogger("fedprune.device")
-
-_MODEL = "model.json"
-
-_SEGMENTS = 16  # segments that the room on the disk is divided into
-_LIVE = 5 / 8  # share of the room that samples take; the rest is for what no longer counts, and for cleaning
-
-_PIECE = 256 * 1024
-"""Bytes of samples that are rewritten with one sync, so that reclaiming a segment of many small ones is fast."""
-
-_LABELS = 1000
-"""Different labels that there may be at least; as many as samples otherwise. What is counted of each is kept."""
-
-_NOTED = 64
-"""Declined samples (or a hundredth of all) after which it is noted how many were seen: a flood wears no card."""
 
 
 class SampleStore(Closing):
@@ -296,7 +203,7 @@ class SampleStore(Closing):
 
         A model whose outputs are compared with its inputs takes all samples, without their labels.
         """
-        itself = targets is not None and shape is not None and _reproduces(targets, shape)
+        itself = targets is not None and shape is not None and reproduces(targets, shape)
         with self._lock:
             if targets is not None and shape is not None:
                 self._remember(tuple(shape), itself)
@@ -305,7 +212,7 @@ class SampleStore(Closing):
             places = {n: self._places[n] for n, _ in rows}
             segments = sorted({place.segment for place in places.values()})
             files = self._log.opened(segments)  # what is cleared away meanwhile doesn't matter
-        found, begins = [], {}
+        found = []
         for n, c in rows:
             place = places[n]
             number = segments.index(place.segment)
@@ -315,50 +222,22 @@ class SampleStore(Closing):
                 with self._lock:
                     self._forget(n)
                 continue
-            x = outline(payload)
-            found.append((n, c, x))
-            begins[n] = FILE * number + place.at + place.size - x.size * x.itemsize
-        fitting = of_one_kind(found, shape)
-        if len(fitting) < len(found):
-            _LOG.warning(
-                "%d samples have another shape than the rest, or the model: left out", len(found) - len(fitting)
-            )
-        parts: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
-        for name, label, _ in fitting:
-            parts[self._shares.part(name)].append((label, begins[name]))
+            like = outline(payload)
+            found.append(StoredSample(n, c, like, FILE * number + place.at + place.size - like.size * like.itemsize))
+        parts: dict[str, list[StoredSample]] = {"train": [], "test": [], "val": []}
+        for one in of_one_kind(found, shape):
+            parts[self._shares.part(one.name)].append(one)
+        fitting = sum(map(len, parts.values()))
+        if fitting < len(found):
+            _LOG.warning("%d samples have another shape than the rest, or the model: left out", len(found) - fitting)
         if not parts["train"]:
             raise DataError(
                 "there is nothing to train on yet",
                 expected="samples" if itself else "samples with labels",
-                got=f"{len(fitting)}, none of them for training",
+                got=f"{fitting}, none of them for training",
                 hint="Add some: POST /v1/samples" + ("" if itself else "?label=..., or label those that wait."),
             )
-        if shape is not None and free_axis(shape) is not None:
-            return self._padded(fitting, shape, files, begins)
-        one = fitting[0][2]
-        held = one.size * 4 * len(fitting) <= HELD_BYTES
-        arrays: list[Any] = []
-        for part in ("train", "test", "val"):
-            at = np.array([p for _, p in parts[part]], np.int64)
-            stored = StoredArray(files, None, 0, one.dtype, (len(at), *one.shape), checked=True, places=at)
-            inputs = stored[:] if held else stored
-            arrays += [inputs, inputs if itself else np.array([c for c, _ in parts[part]], np.int64)]
-        return LocalData(*arrays)
-
-    def _padded(self, rows: list[Row], shape: Shape, files: Copy, begins: Mapping[str, int]) -> LocalData:
-        """Samples of different lengths."""
-        dtype = rows[0][2].dtype
-        arrays: list[Any] = []
-        for part in ("train", "test", "val"):
-            own = [row for row in rows if self._shares.part(row[0]) == part]
-            some = (
-                padded(StoredArray(files, None, 0, dtype, (1, *x.shape), places=np.array([begins[n]]))[:], shape)
-                for n, _, x in own
-            )
-            sizes = tuple(int(size) for size in at_most(shape) if isinstance(size, int))
-            arrays.append(gathered(some, (len(own), *sizes), dtype, self._root))
-            arrays.append(np.array([c for _, c, _ in own], np.int64))
-        return LocalData(*arrays)
+        return local_data(list(parts.values()), files, shape, itself=itself, spool=self._root)
 
     def close(self) -> None:
         """Note what was seen, and close the files."""

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -73,6 +74,22 @@ class LogRecord:
 
 def digest(payload: bytes) -> bytes:
     return hashlib.sha256(payload).digest()[:NAME_BYTES]
+
+
+def record_of(seen: Mapping[int, int]) -> LogRecord:
+    """A record of how many samples of each class were ever seen."""
+    payload = json.dumps({str(c): n for c, n in seen.items()}).encode()
+    return LogRecord(Kind.COUNTS, digest(payload), payload=payload)
+
+
+def seen_in(record: LogRecord) -> dict[int, int]:
+    """How many samples of each class were seen, as a log has it; raises `ValueError` if the record is damaged."""
+    if digest(record.payload) != record.name:
+        raise ValueError("the digest is another")
+    try:
+        return {int(label): int(seen) for label, seen in json.loads(record.payload).items()}
+    except (AttributeError, TypeError) as error:
+        raise ValueError(str(error)) from error
 
 
 class SegmentLog:

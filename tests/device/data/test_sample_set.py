@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 
 from fedprune.core.errors import ConfigError, DataError, StorageError, StorageFullError
 from fedprune.model.lengths import Lengths, padded
-from fedprune_device.data import sample_store
+from fedprune_device.data import sample_store, stored_samples
 from fedprune_device.data.labels import Targets
 from fedprune_device.data.reservoir import Limits
-from fedprune_device.data.sample_store import NoSampleError, SampleConflictError, SampleStore, encoded, outline
+from fedprune_device.data.sample_store import NoSampleError, SampleConflictError, SampleStore
 from fedprune_device.data.segment_log import LogRecord, digest
 from fedprune_device.data.splits import SplitShares
+from fedprune_device.data.stored_samples import encoded, outline
 from support.faults.failing_disk import Crash, fault
 
 pytestmark = pytest.mark.board
@@ -277,7 +278,7 @@ def test_a_flood_of_samples_that_are_declined_is_counted_and_hardly_written(tmp_
 @pytest.mark.parametrize("held", [0, 2**30])
 def test_a_snapshot_stays_as_it_is(samples: SampleStore, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
     """Also where it is read from segments that are cleared away meanwhile."""
-    monkeypatch.setattr("fedprune_device.data.sample_store.HELD_BYTES", held)
+    monkeypatch.setattr("fedprune_device.data.stored_samples.HELD_BYTES", held)
     for n in range(10):
         samples.add(x_of(n), 0)
     data = samples.snapshot()
@@ -303,7 +304,7 @@ def test_samples_of_another_shape_than_the_models_are_left_out(samples: SampleSt
 
 def test_samples_of_any_length_within_the_bounds_are_padded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = (1, Lengths(2, 6))
-    for held in (sample_store.HELD_BYTES, 0):
+    for held in (stored_samples.HELD_BYTES, 0):
         monkeypatch.setattr("fedprune_device.data.stored_array.HELD_BYTES", held)
         with opened(tmp_path / str(held), shares=SplitShares(0.2, 0.2, seed=3)) as found:
             given = [np.full((1, 1 + n % 7), n, np.float32) for n in range(1, 30)]

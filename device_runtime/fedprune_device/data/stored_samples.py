@@ -1,0 +1,112 @@
+"""Samples as a set keeps them, and as a model takes them: bytes with type and shape, and arrays on the disk."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DataError, shape_text
+from fedprune.model.lengths import Shape, at_most, fits, free_axis, padded
+from fedprune.planning.costs import HELD_BYTES
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.data.labels import Targets
+from fedprune_device.data.stored_array import Copy, StoredArray, gathered
+
+Array = npt.NDArray[Any]
+
+_FLOATS, _TOKENS = 0, 1
+_RANK = 8
+
+
+@dataclass(frozen=True, eq=False)
+class StoredSample:
+    """A sample on the disk: `like` is an array of its type and shape, `begin` the place of its numbers."""
+
+    name: str
+    label: int
+    like: Array
+    begin: int
+
+
+def encoded(x: Array) -> bytes:
+    """Type, shape and numbers of a sample as bytes; equal samples have equal bytes. Raises `DataError` if invalid."""
+    if x.dtype not in (np.float32, np.int64) or not 1 <= x.ndim <= _RANK:
+        kind = f"{x.dtype} {shape_text(*x.shape)}"
+        raise DataError("a sample", expected="float32 or int64 of 1 to 8 dimensions", got=kind)
+    if x.dtype == np.float32:
+        if not np.isfinite(x).all():
+            raise DataError("a sample holds numbers that are not finite")
+        return _head(_FLOATS, x) + x.astype("<f4").tobytes()
+    if x.size and int(x.min()) < 0:
+        raise DataError("a sample holds a negative token id", expected="0 or more", got=int(x.min()))
+    return _head(_TOKENS, x) + x.astype("<i8").tobytes()
+
+
+def outline(payload: bytes) -> Array:
+    """An array of a sample's type and shape that takes no memory; its numbers are the last bytes of the payload."""
+    rank = payload[1]
+    kind = np.dtype("<f4" if payload[0] == _FLOATS else "<i8")
+    return np.broadcast_to(np.zeros((), kind), struct.unpack_from(f"<{rank}I", payload, 2))
+
+
+def _head(code: int, x: Array) -> bytes:
+    return struct.pack(f"<BB{x.ndim}I", code, x.ndim, *x.shape)
+
+
+def of_one_kind(samples: list[StoredSample], shape: Shape | None) -> list[StoredSample]:
+    """The samples that fit the model's shape, and of those the ones of the most frequent shape and type.
+
+    Where the length of samples may vary, all that fit are of one shape.
+    """
+    samples = [one for one in samples if shape is None or fits(one.like.shape, shape)]
+    varies = shape is not None and free_axis(shape) is not None
+
+    def kind(x: Array) -> tuple[str, tuple[int, ...]]:
+        return x.dtype.kind, () if varies else x.shape
+
+    kinds = Counter(kind(one.like) for one in samples)
+    if not kinds:
+        return []
+    most = max(sorted(kinds, key=repr), key=lambda k: kinds[k])
+    return [one for one in samples if kind(one.like) == most]
+
+
+def reproduces(targets: Targets, shape: Shape) -> bool:
+    """Whether a model's outputs are compared with its inputs, so that its samples need no labels."""
+    return not targets.takes_whole and tuple(targets.shape) == tuple(shape)
+
+
+def local_data(
+    parts: Sequence[Sequence[StoredSample]], files: Copy, shape: Shape | None, *, itself: bool, spool: Path
+) -> LocalData:
+    """Samples of one kind for training, testing and validation, with labels unless they are their own (`itself`).
+
+    Large ones stay in `files`; those of different lengths are padded, in a file in `spool` if they are large.
+    """
+    one = parts[0][0].like
+    held = one.size * 4 * sum(map(len, parts)) <= HELD_BYTES
+    arrays: list[Any] = []
+    for some in parts:
+        places = np.array([sample.begin for sample in some], np.int64)
+        labels = np.array([sample.label for sample in some], np.int64)
+        if shape is not None and free_axis(shape) is not None:
+            sizes = tuple(int(size) for size in at_most(shape) if isinstance(size, int))
+            rows = (padded(_stored(files, sample.like, places[n : n + 1])[:], shape) for n, sample in enumerate(some))
+            arrays += [gathered(rows, (len(some), *sizes), one.dtype, spool), labels]
+        else:
+            stored = _stored(files, one, places)
+            inputs = stored[:] if held else stored
+            arrays += [inputs, inputs if itself else labels]
+    return LocalData(*arrays)
+
+
+def _stored(files: Copy, like: Array, places: npt.NDArray[np.int64]) -> StoredArray:
+    """Samples of a type and shape, at these places."""
+    return StoredArray(files, None, 0, like.dtype, (len(places), *like.shape), checked=True, places=places)
