@@ -51,10 +51,8 @@ class CloneDetector:
 
     def born(self, device: str, session: int, what: Description, online: bool, now: float) -> str:
         """Note an announcement of a device. Only call it for known devices, so that strangers can't fill the memory.
-
-        Returns:
-            Why two boards seem to use the name; empty if there is no sign, or if the name was reported within the hour.
-        """
+        Returns why two boards seem to use the name; empty if there is no sign, or if the name was reported within the
+        hour."""
         seen = self._seen.setdefault(device, _Seen(session, what))
         if session == seen.session:
             seen.current = what

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from fedprune.coordination.device_scheduler import FairScheduler, JobDemand
+from fedprune.coordination.fair_scheduler import FairScheduler, JobDemand
 from fedprune.wire.messages import Birth
 from fedprune_server.engine.job_runner import JobRunner
 

@@ -19,7 +19,7 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import Phase, State, coordinate
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
-from fedprune.coordination.device_scheduler import JobDemand
+from fedprune.coordination.fair_scheduler import JobDemand
 from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.job import Job
@@ -228,12 +228,8 @@ class JobRunner:
         self._begin()
 
     def receive(self, envelope: Envelope) -> None:
-        """Handle a device's message or chunk.
-
-        Raises:
-            ProtocolError: A device doesn't send such messages.
-            StorageError: The disk fails.
-        """
+        """Handle a device's message or chunk. Raises `ProtocolError` if a device doesn't send such messages, and
+        `StorageError` if the disk fails."""
         with self._log_context(envelope.device):
             event = self._messages.receive(envelope)
             self._collect_uploads()
@@ -300,11 +296,8 @@ class JobRunner:
         self._messages.request_log(birth)
 
     def assign(self, births: Iterable[Birth]) -> set[str]:
-        """Assign devices to the job, all at once; the coordinator decides which of them get work.
-
-        Returns:
-            Names of the devices that can take part.
-        """
+        """Assign devices to the job, all at once; the coordinator decides which of them get work. Returns names of the
+        devices that can take part."""
         self._begin()
         events = []
         for birth in births:

@@ -96,12 +96,8 @@ class MessageHandler:
         self._known_profiles: dict[str, tuple[float, dict[str, Any] | None]] = {}
 
     def receive(self, envelope: Envelope) -> on.Event | None:
-        """Handle a message or chunk; returns what happened to the job, if anything did.
-
-        Raises:
-            ProtocolError: Devices must not send this kind of message.
-            StorageError: The disk fails.
-        """
+        """Handle a message or chunk; returns what happened to the job, if anything did. Raises `ProtocolError` if
+        devices must not send this kind of message, and `StorageError` if the disk fails."""
         device, now = envelope.device, self._monotonic()
         self._registry.received(device, envelope.size)
         match envelope.body:

@@ -70,12 +70,8 @@ class EnrollmentService:
         return certificate
 
     def _may(self, request: JoinRequest, digest: str) -> bool:
-        """Whether a device is approved; False if it must wait.
-
-        Raises:
-            JoinError: It is refused.
-            IdentityError: The authority would issue no certificate; no claim is used.
-        """
+        """Whether a device is approved; False if it must wait. Raises `JoinError` if it is refused, and `IdentityError`
+        if the authority would issue no certificate; no claim is used."""
         if request.site != self._identity.site:
             raise ForeignClaimError(f"this server's site is {self._identity.site}", got=request.site)
         if request.device == SERVER:

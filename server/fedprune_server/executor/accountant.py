@@ -24,12 +24,8 @@ EPSILON = "epsilon"
 
 
 class Accountant:
-    """Works out a job's ε.
-
-    Raises:
-        ConfigError: Not even the first round is within the budget.
-        MissingExtraError: dp-accounting is not installed.
-    """
+    """Works out a job's ε. Raises `ConfigError` if not even the first round is within the budget, and
+    `MissingExtraError` if dp-accounting is not installed."""
 
     def __init__(self, privacy: Privacy) -> None:
         try:
@@ -66,12 +62,9 @@ class Accountant:
 
 
 def costs(privacy: Privacy, state: State | None) -> dict[str, Any]:
-    """The privacy that a job has spent, as JSON; empty if the job promises none.
-
-    Returns:
-        `epsilon` by device, at `delta`, with the job's `noise`, `clip`, `noise_multiplier` and `epsilon_budget`. Where
-        dp-accounting is not installed, ε are None.
-    """
+    """The privacy that a job has spent, as JSON; empty if the job promises none. Returns `epsilon` by device, at
+    `delta`, with the job's `noise`, `clip`, `noise_multiplier` and `epsilon_budget`. Where dp-accounting is not
+    installed, ε are None."""
     if state is None or not state.private or not privacy.on:
         return {}
     known: dict[str, float | None] = {}

@@ -41,12 +41,8 @@ class Archive:
         self._rankings: OrderedDict[str, dict[tuple[int, ...], Selection]] = OrderedDict()
 
     def model(self, digest: str) -> Tensors:
-        """A global model.
-
-        Raises:
-            StorageError: The blob isn't there or is damaged.
-            BundleError: It isn't a tensor file.
-        """
+        """A global model. Raises `StorageError` if the blob isn't there or is damaged, and `BundleError` if it isn't a
+        tensor file."""
         return _kept(self._models, digest, _MODELS, self.tensors)
 
     def order(self, digest: str | None) -> Tensors | None:
@@ -77,12 +73,8 @@ class Archive:
         return dict(decode(chosen, raw, self.tensors(sent), trained))
 
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
-        """The first channels of a ranking; boards of equal width share one, with its maps.
-
-        Raises:
-            StorageError: The blob isn't there or is damaged.
-            BundleError: It isn't a ranking, or the widths don't fit.
-        """
+        """The first channels of a ranking; boards of equal width share one, with its maps. Raises `StorageError` if the
+        blob isn't there or is damaged; and `BundleError` if it isn't a ranking, or the widths don't fit."""
         known = _kept(self._rankings, ranking, _RANKINGS, self._ranked)
         if widths not in known:
             known[widths] = known[self._architecture.sizes].narrowed(widths)

@@ -56,11 +56,8 @@ class LatestGraphs:
         self._last |= dict.fromkeys(graphs, self._round)
 
     def let_go(self, round_: int) -> set[str]:
-        """Let go of graphs that no offer has named for `GRAPH_ROUNDS` rounds, now that this round is reached.
-
-        Returns:
-            Their digests.
-        """
+        """Let go of graphs that no offer has named for `GRAPH_ROUNDS` rounds, now that this round is reached. Returns
+        their digests."""
         self._round = max(self._round, round_)
         gone = {g for g, last in self._last.items() if last < self._round - GRAPH_ROUNDS}
         for digest in gone:
@@ -175,12 +172,8 @@ class Offers:
         return self._graph(widths, round_, lambda: inference_model(self._model, widths))
 
     def lowered(self, widths: tuple[int, ...], round_: int) -> dict[str, dict[str, Any]]:
-        """The graphs of lower precisions at some widths, named in a round.
-
-        Raises:
-            ModelError: Nothing of the model can be computed with 8 bits, where that is asked for.
-            StorageError: The disk fails or is full.
-        """
+        """The graphs of lower precisions at some widths, named in a round. Raises `ModelError` if nothing of the model
+        can be computed with 8 bits, where that is asked for; and `StorageError` if the disk fails or is full."""
         return {p: self._graph(f"{p} {widths}", round_, partial(self._kit, widths, p)) for p in self._precisions}
 
     def _kit(self, widths: tuple[int, ...], precision: str) -> bytes:

@@ -83,12 +83,9 @@ class Worker:
 
     @cached_property
     def accountant(self) -> Accountant | None:
-        """What works out the job's cost of privacy; None where nothing is promised. Helpers have no need of it.
-
-        Raises:
-            ConfigError: The job's budget of privacy is not enough for a round.
-            MissingExtraError: dp-accounting is not installed.
-        """
+        """What works out the job's cost of privacy; None where nothing is promised. Helpers have no need of it. Raises
+        `ConfigError` if the job's budget of privacy is not enough for a round, and `MissingExtraError` if dp-accounting
+        is not installed."""
         privacy = self.job.privacy
         return Accountant(privacy) if privacy.on and privacy.noise_multiplier else None
 

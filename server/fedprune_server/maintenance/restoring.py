@@ -31,11 +31,7 @@ Read = Callable[[str, int], bytes]
 
 
 class Backup:
-    """A backup that is read from.
-
-    Raises:
-        StorageError: It is no backup, or damaged.
-    """
+    """A backup that is read from. Raises `StorageError` if it is no backup, or damaged."""
 
     def __init__(self, path: Path, read: Read) -> None:
         self._path, self._read_file = path, read

@@ -212,11 +212,8 @@ class AuthenticatedLink(Relay):
     def _answer_join(self, joins: Link) -> bool:
         """Answer the next request to join, if the rate allows one; report a client that sends too many.
 
-        Of a client that has filled the inbox all waiting requests are dropped: others would wait behind them.
-
-        Returns:
-            Whether there was one.
-        """
+        Of a client that has filled the inbox all waiting requests are dropped: others would wait behind them. Returns
+        whether there was one."""
         if joins.dropped != self._dropped:
             self._dropped, self._flooder = joins.dropped, joins.overflowed
             self._quarantine.crowded(joins.overflowed.rpartition("/")[2])

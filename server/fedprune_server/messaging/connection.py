@@ -105,12 +105,9 @@ def connection(config: ServerConfig, identity: IdentityFolder | None) -> Iterato
 
 @contextmanager
 def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFolder | None]:
-    """The server's identity; None if it does without, on this machine alone.
-
-    Raises:
-        ConfigError: It would leave this machine without TLS and identity, or the site doesn't fit.
-        IdentityError: There is none, or it is damaged.
-    """
+    """The server's identity; None if it does without, on this machine alone. Raises `ConfigError` if it would leave
+    this machine without TLS and identity, or the site doesn't fit; and `IdentityError` if there is none, or it is
+    damaged."""
     url = None if config.embedded else BrokerUrl.parse(config.broker)
     if insecure or (url is not None and not url.tls):
         insecure_allowed(config.host if url is None else url.host)

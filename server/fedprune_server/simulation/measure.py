@@ -141,15 +141,9 @@ class Measure:
         self._evaluators: dict[str, Evaluator] = {}
 
     def __call__(self, moment: Moment) -> dict[str, float]:
-        """Accuracy and loss as `global`, `sub@0.5` and so on; of a further set as `global/name`.
-
-        Returns:
-            What models are judged by (but for losses) under the name itself, mean loss under `..._loss`. Values that
-            are not finite are omitted.
-
-        Raises:
-            FedpruneError: The samples don't fit the model.
-        """
+        """Accuracy and loss as `global`, `sub@0.5` and so on; of a further set as `global/name`. Returns what models
+        are judged by (but for losses) under the name itself, mean loss under `..._loss`. Values that are not finite are
+        omitted. Raises `FedpruneError` if the samples don't fit the model."""
         if moment.round % self.every and moment.round < moment.job.rounds:
             return {}
         self._begin(moment.imported, moment.job.recipe)

@@ -278,12 +278,8 @@ class SavedRun:
         return since >= max(_INTERVAL_S, _SHARE * self._save_s)
 
     def save(self, run: SimulationState, coordinator: State) -> None:
-        """Save the state together with the coordinator's.
-
-        Raises:
-            StorageFullError: The disk is full; the previous state is untouched.
-            StorageError: The disk fails.
-        """
+        """Save the state together with the coordinator's. Raises `StorageFullError` if the disk is full; the previous
+        state is untouched, and `StorageError` if the disk fails."""
         if self._folder is None:
             return
         began = time.monotonic()
@@ -321,12 +317,8 @@ class SavedRun:
         return len(history), size + len(data)
 
     def write_checkpoint(self, model: Model, number: int, weights: bytes) -> None:
-        """Write a global model as `checkpoints/round-000010/model.onnx` and `weights.safetensors`.
-
-        Raises:
-            StorageFullError: There is no room.
-            StorageError: The disk fails.
-        """
+        """Write a global model as `checkpoints/round-000010/model.onnx` and `weights.safetensors`. Raises
+        `StorageFullError` if there is no room, and `StorageError` if the disk fails."""
         if self._folder is None:
             return
         folder = self._folder / _CHECKPOINTS / f"round-{number:06d}"

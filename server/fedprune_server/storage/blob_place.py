@@ -47,12 +47,8 @@ def reader(folder: Path, settings: Mapping[str, Any] | None) -> BlobStore:
 
 
 def opened(folder: Path, place: str, cache: int, settings: Mapping[str, Any] | None) -> BlobStore:
-    """The store of a server; `cache` is how many bytes of a bucket's blobs the folder may hold.
-
-    Raises:
-        ConfigError: The bucket has another job's blobs.
-        MissingExtraError: boto3 isn't installed.
-    """
+    """The store of a server; `cache` is how many bytes of a bucket's blobs the folder may hold. Raises `ConfigError` if
+    the bucket has another job's blobs, and `MissingExtraError` if boto3 isn't installed."""
     if place == FOLDER:
         return BlobStore(folder / BLOBS)
     store = BucketStore(folder / BLOBS, place, cache=cache)

@@ -87,12 +87,9 @@ class ConsoleObserver(Observer):
 
 
 def check_console(config: ServerConfig) -> None:
-    """Check the console's settings; its port may still be in use.
-
-    Raises:
-        MissingExtraError: The packages of the extra `console` are missing.
-        ConfigError: The address is not this machine's, or the certificate can't be used.
-    """
+    """Check the console's settings; its port may still be in use. Raises `MissingExtraError` if the packages of the
+    extra `console` are missing; and `ConfigError` if the address is not this machine's, or the certificate can't be
+    used."""
     if config.console_place is None:
         return
     if missing := [name for name in _PACKAGES if importlib.util.find_spec(name) is None]:

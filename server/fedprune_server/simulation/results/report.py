@@ -408,11 +408,8 @@ def _comparison_tables(runs: Sequence[Record], targets: Sequence[float]) -> dict
 
 
 def write_comparison(folder: Path, runs: Sequence[Record], targets: Sequence[float] = ()) -> Path:
-    """Write `comparison.html`, a self-contained page, and `comparison.md`; the first run is the baseline.
-
-    Returns:
-        The page.
-    """
+    """Write `comparison.html`, a self-contained page, and `comparison.md`; the first run is the baseline. Returns the
+    page."""
     kind = runs[0].measure
     intro = (
         f"{quantity(len(runs), 'run')}. Figures of {runs[0].metric.title} in the table are means over "

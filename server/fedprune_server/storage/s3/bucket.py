@@ -98,12 +98,8 @@ class Owner:
 class Bucket:
     """The objects under a prefix, `s3://bucket/prefix`. Methods raise `BucketError` if the bucket can't be used.
 
-    They may be called from several threads. None retries for longer than a hiccup: that is up to the caller.
-
-    Raises:
-        ConfigError: The URL is invalid.
-        MissingExtraError: boto3 isn't installed.
-    """
+    They may be called from several threads. None retries for longer than a hiccup: that is up to the caller. Raises
+    `ConfigError` if the URL is invalid, and `MissingExtraError` if boto3 isn't installed."""
 
     def __init__(self, url: str) -> None:
         self._name, self._prefix = parse(url)
@@ -244,12 +240,8 @@ class RetryPolicy:
 
     def __call__(self, kind: str, work: Callable[[], _Result]) -> _Result:
         """Call a function, again with growing pauses while the bucket can't be used; each kind of work is logged as
-        waiting once.
-
-        Raises:
-            BucketError: It failed, and the policy isn't endless.
-            StoppedError: `stop` was called meanwhile.
-        """
+        waiting once. Raises `BucketError` if it failed, and the policy isn't endless; and `StoppedError` if `stop` was
+        called meanwhile."""
         pause = PAUSE_S
         while True:
             try:

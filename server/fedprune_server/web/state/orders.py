@@ -74,12 +74,8 @@ class OrderService:
         self._open = {r["number"] for r in database.rows("SELECT number FROM orders WHERE state != 'done'")}
 
     def give(self, session: Session, address: str, body: object) -> int:
-        """Add an order; returns its number.
-
-        Raises:
-            RefusedError: The order is invalid, this operator may not give it, or too many are waiting.
-            StorageError: The disk fails or is full.
-        """
+        """Add an order; returns its number. Raises `RefusedError` if the order is invalid, this operator may not give
+        it, or too many are waiting; and `StorageError` if the disk fails or is full."""
         if not isinstance(body, Mapping) or not set(body) <= {"order", *FIELDS}:
             raise RefusedError(422, f"expected an object with order, and of {', '.join(FIELDS)} what that needs")
         kind = body.get("order")

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedprune.coordination.device_scheduler import FairScheduler, JobDemand
+from fedprune.coordination.fair_scheduler import FairScheduler, JobDemand
 
 pytestmark = pytest.mark.board
 
