@@ -70,13 +70,14 @@ def check_fields(settings: Any, where: str, error: type[FedpruneError] = ConfigE
             validation.truth(what, value, error=error)
         elif declared.limits is not None and not (value is None and declared.optional):
             for entry in value if isinstance(value, tuple) else (value,):
-                declared.limits.check(what, entry, whole=declared.kind is int, error=error)
+                declared.limits.check(what, entry, whole=declared.whole, error=error)
 
 
 class _Declared(NamedTuple):
     """What a field may be, by its annotation and its metadata."""
 
     kind: Any
+    whole: bool
     optional: bool
     limits: Limits | None
     words: tuple[str, ...]
@@ -90,5 +91,5 @@ def _declared(cls: Any) -> Mapping[str, _Declared]:
         if get_origin(kind) in (Union, UnionType) and type(None) in get_args(kind):
             kind, optional = get_args(kind)[0], True
         words = get_args(kind) if get_origin(kind) is Literal else f.metadata.get(_CHOICES, ())
-        found[f.name] = _Declared(kind, optional, f.metadata.get(_LIMITS), words)
+        found[f.name] = _Declared(kind, int in (kind, *get_args(kind)), optional, f.metadata.get(_LIMITS), words)
     return found

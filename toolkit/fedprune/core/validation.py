@@ -173,8 +173,10 @@ def only(
             )
 
 
-def known(kind: type[Any], body: Mapping[str, Any], where: str) -> dict[str, Any]:
+def known(kind: type[Any], body: object, where: str) -> dict[str, Any]:
     """A copy of a table whose keys are all fields of a dataclass. Raises `ConfigError`, which names another key."""
+    if not isinstance(body, Mapping):
+        raise ConfigError(where, expected="a table of settings", got=shown(body))
     only((f.name for f in fields(kind)), body, where)
     return dict(body)
 

@@ -114,24 +114,22 @@ class Job:
 
     def __post_init__(self) -> None:
         check_fields(self, "job: {}")
-        if not isinstance(self.schedule, Mapping) or not all(isinstance(k, str) for k in self.schedule):
-            raise ConfigError("job: schedule", expected="a table of settings, such as kind", got=shown(self.schedule))
+        for name in ("schedule", "options", "compression_of"):
+            value = getattr(self, name)
+            if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
+                raise ConfigError(f"job: {name}", expected="a table of settings", got=shown(value))
         try:
             check_job(self.name)
         except ProtocolError as error:
             raise ConfigError("job: name", expected=error.expected, got=error.got) from error
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
-        if not isinstance(self.options, Mapping) or not all(isinstance(k, str) for k in self.options):
-            raise ConfigError("job: options", expected="a table of settings", got=shown(self.options))
         if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(SERVED):
             raise ConfigError(
                 "job: precision", expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
             )
         object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
         Codec.parse(self.compression)
-        if not isinstance(self.compression_of, Mapping) or not all(isinstance(k, str) for k in self.compression_of):
-            raise ConfigError("job: compression_of", expected="a table by profile", got=shown(self.compression_of))
         for profile, setting in self.compression_of.items():
             Codec.parse(setting, f"job: compression_of {shown(profile)}")
         for name in WRITTEN:
@@ -192,9 +190,7 @@ class Job:
         of range."""
         values = validation.known(cls, body, "job")
         if "recipe" in values:
-            if not isinstance(values["recipe"], Mapping):
-                raise ConfigError("job: recipe", expected="a table of settings", got=repr(values["recipe"]))
-            values["recipe"] = Recipe.from_dict(values["recipe"])
+            values["recipe"] = Recipe.from_dict(validation.table("job: recipe", values["recipe"]))
         if "privacy" in values:
             values["privacy"] = Privacy.from_dict(values["privacy"])
         return cls(**values)

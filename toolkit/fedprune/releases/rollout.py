@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field
 from enum import Enum
 from typing import Any
 
 from fedprune.core import validation
 from fedprune.core.errors import ConfigError, StorageError, shown
+from fedprune.core.settings import bounded, check_fields
 from fedprune.core.text import one_line, quantity
 
 FORMAT = "fedprune.rollout/1"
@@ -35,16 +36,13 @@ class Stage:
         seconds: After which boards of the stage that said nothing have failed.
     """
 
-    share: float
-    success: float = 1.0
-    errors: float = 0.0
-    seconds: float = 86_400.0
+    share: float = bounded(MISSING, 0, 1, above=True)
+    success: float = bounded(1.0, 0, 1, above=True)
+    errors: float = bounded(0.0, 0, 1, below=True)
+    seconds: float = bounded(86_400.0, 0, MAX_SECONDS, above=True)
 
     def __post_init__(self) -> None:
-        validation.number("share of a stage", self.share, 0, 1, above=True)
-        validation.number("success of a stage", self.success, 0, 1, above=True)
-        validation.number("errors of a stage", self.errors, 0, 1, below=True)
-        validation.number("seconds of a stage", self.seconds, 0, MAX_SECONDS, above=True)
+        check_fields(self, "{} of a stage")
         if self.success + self.errors > 1 + 1e-9:
             raise ConfigError("a stage's success and errors", expected="at most 1 together", got=self)
 
@@ -68,12 +66,12 @@ class RolloutPlan:
     kind: str
     subject: str
     stages: tuple[Stage, ...] = CAREFUL
-    board_seconds: float = 3600.0
+    board_seconds: float = bounded(3600.0, 0, MAX_SECONDS, above=True)
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, "{} of a rollout")
         validation.word("kind of a rollout", self.kind, KINDS)
-        validation.number("seconds of a board", self.board_seconds, 0, MAX_SECONDS, above=True)
         shares = [s.share for s in self.stages]
         if not 1 <= len(shares) <= MAX_STAGES or shares != sorted(set(shares)) or shares[-1] != 1:
             raise ConfigError("stages of a rollout", expected="shares that grow, the last one 1", got=shown(shares))

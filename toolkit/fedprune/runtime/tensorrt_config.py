@@ -13,6 +13,7 @@ from typing import Any
 
 from fedprune.core import validation as check
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.core.tensorfile import digest
 
 FORMAT = "fedprune.engine/1"
@@ -50,27 +51,21 @@ class EnginePlan:
     """
 
     graph: str = "inference.onnx"
-    precision: str = "float32"
-    batch: tuple[int, int, int] = (1, 1, 64)
-    pool_bytes: int = 256 * _MIB
-    timeout_s: float = 1800.0
-    level: int = 3
+    precision: str = one_of("float32", TOLERANCES)
+    batch: tuple[int, int, int] = bounded((1, 1, 64), 1, MOST_BATCH)
+    pool_bytes: int = bounded(256 * _MIB, _MIB, 64 * 2**30)
+    timeout_s: float = bounded(1800.0, 1, 86_400)
+    level: int = bounded(3, 0, 5)
     refit: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.graph, str) or not _GRAPH.fullmatch(self.graph):
             raise ConfigError("graph", expected="the name of an .onnx file beside the weights", got=shown(self.graph))
-        check.word("precision", self.precision, tuple(TOLERANCES))
         if not isinstance(self.batch, tuple) or len(self.batch) != 3:
             raise ConfigError("batch", expected="the least, the usual and the most samples", got=shown(self.batch))
-        for number in self.batch:
-            check.whole("batch", number, 1, MOST_BATCH)
+        check_fields(self, "{}")
         if sorted(self.batch) != list(self.batch):
             raise ConfigError("batch", expected="ascending numbers", got=", ".join(map(str, self.batch)))
-        check.whole("pool_bytes", self.pool_bytes, _MIB, 64 * 2**30)
-        check.number("timeout_s", self.timeout_s, 1, 86_400)
-        check.whole("level", self.level, 0, 5)
-        check.truth("refit", self.refit)
 
     @property
     def tolerance(self) -> float:

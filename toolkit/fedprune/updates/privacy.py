@@ -124,8 +124,6 @@ class Privacy:
     def from_dict(cls, body: object) -> Privacy:
         """Read and check. Raises `ConfigError`, which names the key, for an unknown key, a wrong type or a number out
         of range."""
-        if not isinstance(body, Mapping):
-            raise ConfigError("job: privacy", expected="a table of settings, such as clip", got=repr(body))
         return cls(**validation.known(cls, body, "job: privacy"))
 
 

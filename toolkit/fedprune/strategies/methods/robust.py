@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -65,9 +65,7 @@ class Robustness:
     @classmethod
     def from_dict(cls, body: object) -> Robustness:
         """Read what a job says. Raises `ConfigError` for an unknown key or a wrong value."""
-        if not isinstance(body, Mapping):
-            raise ConfigError("job: option robust", expected="a table of settings", got=shown(body))
-        return cls(**validation.known(cls, body, "robust"))
+        return cls(**validation.known(cls, body, "job: option robust"))
 
 
 @dataclass(frozen=True)
