@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 
 from fedprune.core.errors import ModelError, shown
 from fedprune_export.importing.sequences import inferred
@@ -280,6 +279,8 @@ class _Writer:
         order = self._arithmetic(name)
         if order is None:
             return None
+        from onnx.reference import ReferenceEvaluator  # 12 MB: servers, too, import this module
+
         values: dict[str, Array] = {}
         for node in order:
             constant = _constant_of(node)
