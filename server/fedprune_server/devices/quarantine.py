@@ -16,7 +16,6 @@ from __future__ import annotations
 import heapq
 import json
 import logging
-import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -28,6 +27,7 @@ from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.messages import MAX_REQUEST
 
 log = logging.getLogger("fedprune.server")
@@ -75,14 +75,6 @@ CROWDED_S = 60.0
 """Seconds for which requests to join count as flooded after some were dropped."""
 
 _SAVE_S, _TELL_S = 10.0, 600.0
-
-_NO_BOARDS = re.compile(
-    r"got a number that is not finite|arrived damaged|don't make up the blob|contradicts itself|tensor file"
-    r"|expected variances|^update (lacks|holds|can't be read)|^(type|shape) of .* in an update|^size of the update"
-)
-"""Reasons of rejections that an honest board never causes, since it checks its weights before it announces them.
-Weights that are far too large are not among them, because diverged training makes such, nor is an update that the board
-no longer has."""
 
 
 @dataclass(frozen=True)
@@ -255,10 +247,13 @@ class Quarantine:
             return self._crowd[0]
         return "" if now < self._crowded_at + CROWDED_S else None
 
-    def refused(self, device: str, reason: str) -> None:
-        """A device's update was rejected."""
+    def refused(self, device: str, kind: str, reason: str) -> None:
+        """Note that a device's update was rejected, with its `FailureKind`; malformed ones count.
+
+        Diverged training makes weights that are far too large, and a device may no longer have its update.
+        """
         ledger = self._ledgers.get(device)
-        if ledger is None or not _NO_BOARDS.search(reason):
+        if ledger is None or kind != FailureKind.MALFORMED:
             return
         ledger.counts.refused += 1
         ledger.strikes += 1

@@ -13,6 +13,7 @@ from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
 from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Progress as Part
 from fedprune.wire.messages import Accepted, Cancelled, Finished, Offer
@@ -85,7 +86,9 @@ class CommandDispatcher:
         """Offer a device its part of the round, `again` if it has shown nothing of an earlier offer."""
         body, job = sent(command.offer), self._job.name
         if command.device in self.revoked:  # while its offer was made
-            return [on.OfferRefused(command.device, command.round, command.attempt, "it was shut out")]
+            return [
+                on.OfferRefused(command.device, command.round, command.attempt, "it was shut out", FailureKind.REVOKED)
+            ]
         try:
             blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}
             body |= {**blobs, "widths": tuple(body["widths"]), "blobs_at": self._blobs_at}
@@ -137,7 +140,7 @@ class CommandDispatcher:
                 self._registry.delivered(device, self._monotonic())
                 events.append(on.UpdateStored(device, round_, attempt, outcome.weights))
             else:
-                events.append(on.UpdateRejected(device, round_, attempt, one_line(outcome.reason)))
+                events.append(on.UpdateRejected(device, round_, attempt, one_line(outcome.reason), outcome.kind))
         return events
 
     def _pull(self, command: do.PullUpdate) -> list[on.Event]:
@@ -146,6 +149,7 @@ class CommandDispatcher:
             return []  # the server has gone on meanwhile, which is no fault of the device
         ref = BlobRef.from_dict(command.weights)
         if reason := misfit(task.offer, ref):
-            return [on.UpdateRejected(command.device, command.round, command.attempt, reason)]
+            part = command.device, command.round, command.attempt
+            return [on.UpdateRejected(*part, reason, FailureKind.MALFORMED)]
         self._outbox.ask(self._uploads.add(command.device, command.round, command.attempt, ref, self._monotonic()))
         return self.collect_uploads()

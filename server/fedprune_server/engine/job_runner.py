@@ -22,6 +22,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.fair_scheduler import JobDemand
 from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.schedule import SYNCHRONOUS
 from fedprune.jobs.state import Progress
@@ -326,10 +327,10 @@ class JobRunner:
         if known is not None and known.online:
             self._handle(event)
 
-    def drop_part(self, device: str, reason: str) -> None:
+    def drop_part(self, device: str, failure: Failure) -> None:
         """Void a device's part in the round: the server doesn't listen to it any more."""
         self._begin()
-        for event in self._messages.removed(device, reason):
+        for event in self._messages.removed(device, failure):
             self._handle(event)
 
     def remove_member(self, device: str) -> None:
@@ -339,7 +340,7 @@ class JobRunner:
         log.warning("%sdevice %s was shut out", self.registry.prefix, device)
         self.registry.clones.forget(device)
         self._dispatcher.revoked.add(device)
-        self.drop_part(device, "it was shut out")
+        self.drop_part(device, Failure(FailureKind.REVOKED, "it was shut out"))
 
     def readmit(self, device: str) -> None:
         """A device has announced itself: if it was revoked, it is a member again."""
@@ -440,8 +441,8 @@ class JobRunner:
         self._messages.judged(event)
         self._journal.heard(event)
         if isinstance(event, on.UpdateRejected):
-            reasons = [task.reason for task in self.state.tasks.values()]
-            divergence.warn(event, self.job, self.registry.prefix, reasons)
+            kinds = [task.kind for task in self.state.tasks.values()]
+            divergence.warn(event, self.job, self.registry.prefix, kinds)
 
     def _collect_uploads(self) -> None:
         for event in self._dispatcher.collect_uploads():

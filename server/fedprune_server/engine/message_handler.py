@@ -11,9 +11,10 @@ from typing import Any
 
 from fedprune.coordination import events as on
 from fedprune.coordination.stragglers import news, share_of
-from fedprune.core.errors import ProfileError, ProtocolError
+from fedprune.core.errors import ProfileError, ProtocolError, UnknownProfileError
 from fedprune.core.metrics import all_served, believable
 from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import Failure, of_exit_code
 from fedprune.jobs.state import Progress as Part
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import NAME
@@ -137,18 +138,18 @@ class MessageHandler:
     def judged(self, event: on.Event) -> None:
         """Tell the quarantine whether a device's update counted."""
         if isinstance(event, on.UpdateRejected):
-            self._quarantine.refused(event.device, event.reason)
+            self._quarantine.refused(event.device, event.kind, event.reason)
         elif isinstance(event, on.Folded):
             self._quarantine.counted(event.device)
 
-    def removed(self, device: str, reason: str) -> list[on.Event]:
+    def removed(self, device: str, failure: Failure) -> list[on.Event]:
         """Events that void a device's part in the round, because the server no longer listens to it."""
         known, task = self._state.devices.get(device), self._state.tasks.get(device)
         if known is None:
             return []
         events: list[on.Event] = [self.ended(device, known.session)]
         if task is not None:
-            part = device, self._state.round_of(task), task.attempt, reason
+            part = device, self._state.round_of(task), task.attempt, failure.reason, failure.kind
             if task.progress is Part.OFFERED:
                 events.append(on.OfferRefused(*part))
             if task.progress is Part.PULLING:
@@ -215,7 +216,8 @@ class MessageHandler:
         if isinstance(message, Refusal):
             reason = one_line(message.reason)
             log.warning("%sdevice %s refuses round %d: %s", self._registry.prefix, device, message.round, reason)
-            return on.OfferRefused(device, message.round, message.attempt, reason)
+            kind = of_exit_code(message.exit_code)
+            return on.OfferRefused(device, message.round, message.attempt, reason, kind)
         contact = self._registry[device]
         metrics = believable(message.metrics)
         contact.metrics = all_served(metrics) or contact.metrics
@@ -259,7 +261,7 @@ class MessageHandler:
 
 def _advice(error: ProfileError) -> str:
     """Why a profile can't be used, and what the server's operator can do."""
-    if not error.what.startswith("there is no hardware profile"):
+    if not isinstance(error, UnknownProfileError):
         return one_line(str(error))
     return one_line(
         f"{error.what}. Give the server the board's profile file, too: --profiles FOLDER (docs/add-a-board.md)"

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Sequence
 
 from fedprune.core.errors import ConfigError, ProtocolError, UnknownMessageError
+from fedprune.jobs.failure_kind import Failure, FailureKind
 from fedprune.output.log_lines import log_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Alive, Birth, BlobNotFound, BlobRequest, Death, Hello, RejectedMessageLog
@@ -184,7 +185,9 @@ class Server:
                 self._gone(item.device)
             case Quarantined():
                 for runner in self.runners.values():
-                    runner.drop_part(item.device, f"it is in quarantine: {item.reason}")
+                    runner.drop_part(
+                        item.device, Failure(FailureKind.QUARANTINED, f"it is in quarantine: {item.reason}")
+                    )
                 self._gone(item.device)
             case Released():
                 self._ask(item.device)

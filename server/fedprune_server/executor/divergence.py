@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedprune.coordination import events as on
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.output.log_lines import log_context
 
@@ -15,9 +16,6 @@ log = logging.getLogger("fedprune.server")
 
 _RISE = 1.1
 """The last loss over the first from which training counts as diverged; a smaller rise may be chance."""
-
-_SIGNS = ("not finite", "finite numbers of magnitude")
-"""Reasons of diverged training: a board's refusal, and the server's rejection of weights that are far too large."""
 
 
 def of_history(history: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) -> str:
@@ -28,20 +26,20 @@ def of_history(history: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any]) 
         recipe: The job's recipe, as JSON.
     """
     measured = [row["metrics"] for row in history if row["metrics"].get("samples")]
-    reasons = [str(part.get("reason", "")) for row in history[-1:] for part in row["devices"].values()]
-    return advice([m.get("loss") for m in measured], reasons, recipe)
+    kinds = [str(part.get("kind", "")) for row in history[-1:] for part in row["devices"].values()]
+    return advice([m.get("loss") for m in measured], kinds, recipe)
 
 
-def advice(losses: Sequence[float | None], reasons: Iterable[str], recipe: Mapping[str, Any]) -> str:
+def advice(losses: Sequence[float | None], kinds: Iterable[str], recipe: Mapping[str, Any]) -> str:
     """What to say of these losses; empty where nothing is wrong.
 
     Args:
         losses: Of the global model after every round that measured it; None where it was not finite.
-        reasons: Why boards took no part in the last round; empty for each that did.
+        kinds: Kinds of failure of boards that took no part in the last round; empty for each that did.
         recipe: The job's recipe, as JSON.
     """
-    parts = list(reasons)
-    failed = sum(map(ran_away, parts))
+    parts = list(kinds)
+    failed = parts.count(FailureKind.DIVERGED)
     first, last = (losses[0], losses[-1]) if losses else (0.0, 0.0)
     if last is None or not math.isfinite(last):
         what = "the global model's loss is no longer finite"
@@ -54,28 +52,23 @@ def advice(losses: Sequence[float | None], reasons: Iterable[str], recipe: Mappi
     return f"training diverged: {what}. {remedy(recipe)}"
 
 
-def warn(event: on.UpdateRejected, job: Job, prefix: str, reasons: Iterable[str]) -> None:
+def warn(event: on.UpdateRejected, job: Job, prefix: str, kinds: Iterable[str]) -> None:
     """Log that an update doesn't count, and what to change if training diverged on most of the round's devices.
 
     Args:
         job: The job that it is for.
         prefix: What lines of this job begin with.
-        reasons: Why devices of the round, this one included, don't count so far; empty for each of the others.
+        kinds: Kinds of failure of the round's devices so far, this one included; empty for each of the others.
     """
     with log_context(job=job.name, round=event.round, device=event.device):
         log.warning("%supdate of %s in round %d doesn't count: %s", prefix, event.device, event.round, event.reason)
-        if ran_away(event.reason) and _most(list(reasons)):
+        if event.kind == FailureKind.DIVERGED and _most(list(kinds)):
             log.warning("%s%s", prefix, remedy(job.recipe.to_dict()))
 
 
-def ran_away(reason: str) -> bool:
-    """Whether an update doesn't count because training diverged."""
-    return any(sign in reason for sign in _SIGNS)
-
-
-def _most(reasons: Sequence[str]) -> bool:
+def _most(kinds: Sequence[str]) -> bool:
     """Whether training diverged on at least half of the devices; if on fewer, the cause is with those devices."""
-    return 2 * sum(map(ran_away, reasons)) >= len(reasons)
+    return 2 * kinds.count(FailureKind.DIVERGED) >= len(kinds)
 
 
 def remedy(recipe: Mapping[str, Any]) -> str:

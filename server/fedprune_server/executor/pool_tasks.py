@@ -20,6 +20,7 @@ from fedprune.coordination import events as on
 from fedprune.coordination.limits import Lengths, lengths
 from fedprune.core.errors import FedpruneError, StorageError
 from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import of_update
 from fedprune.jobs.job import Job
 from fedprune_export.pruning.model import Model
 from fedprune_server.executor.worker import Worker
@@ -120,7 +121,7 @@ def check(worker: Worker, command: do.Fold) -> CheckedUpdate | on.UpdateRejected
     except StorageError:
         raise
     except FedpruneError as error:
-        return on.UpdateRejected(device, round_, attempt, one_line(str(error)))
+        return on.UpdateRejected(device, round_, attempt, one_line(str(error)), of_update(error))
     return CheckedUpdate(on.Folded(device, round_, attempt), lengths(report))
 
 

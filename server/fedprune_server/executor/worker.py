@@ -198,9 +198,10 @@ class Worker:
 
     def _add(self, command: do.Fold) -> on.Folded | on.UpdateRejected:
         found = command.contribution
-        reason = self.round_of(command).receive(self.updates.update(found))
-        if reason:
-            return on.UpdateRejected(found.part.device, found.basis.round, found.part.attempt, reason)
+        failure = self.round_of(command).receive(self.updates.update(found))
+        if failure is not None:
+            part = found.part.device, found.basis.round, found.part.attempt
+            return on.UpdateRejected(*part, failure.reason, failure.kind)
         return on.Folded(found.part.device, found.basis.round, found.part.attempt)
 
     def _close(self, command: do.Close) -> on.Closed:
@@ -210,11 +211,13 @@ class Worker:
         self._log(command.round, result)
         model = self._put_model(command, result)
         memory = self._remembered(command.memory, result.memories)
-        return on.Closed(command.round, model, memory, dict(result.rejected), dict(result.limited))
+        reasons = {device: failure.reason for device, failure in result.rejected.items()}
+        kinds: dict[str, str] = {device: failure.kind for device, failure in result.rejected.items()}
+        return on.Closed(command.round, model, memory, reasons, dict(result.limited), kinds)
 
     def _log(self, round_: int, result: RoundResult) -> None:
-        for device, reason in result.rejected.items():
-            log.warning("%sthe update of %s doesn't count in round %d: %s", self.prefix, device, round_, reason)
+        for device, failure in result.rejected.items():
+            log.warning("%sthe update of %s doesn't count in round %d: %s", self.prefix, device, round_, failure.reason)
         for device, reason in result.limited.items():
             # The samples that a board reports stay as they are: once is enough.
             level = logging.DEBUG if reason in self._told else logging.WARNING

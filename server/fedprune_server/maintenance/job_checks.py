@@ -11,12 +11,12 @@ from typing import Any
 
 from fedprune.coordination import Phase, State
 from fedprune.core.text import one_line, quantity, some
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.executor.divergence import of_history
 from fedprune_server.maintenance.finding import Finding, note, wrong
 from fedprune_server.monitoring.alerts import SHOWN, JobStatus, at, command
 from fedprune_server.monitoring.monitor import off_by_far
-from fedprune_server.monitoring.round_parts import kind_of
 
 _ROUNDS = 3
 """Rounds that are looked back at."""
@@ -145,12 +145,12 @@ def _refused(case: Case) -> Iterator[Finding]:
     parts = [p for r in rows for p in r["devices"].values()]
     if not parts:
         refused = (t for t in case.state.tasks.values() if t.progress is Progress.REFUSED)
-        parts = [{"progress": t.progress.value, "reason": t.reason} for t in refused]
+        parts = [{"progress": t.progress.value, "reason": t.reason, "kind": t.kind} for t in refused]
     if not parts or any(p["progress"] == Progress.FOLDED.value for p in parts):
         return
     if all(_is_late(p) for p in parts):
         return  # as the check of the deadline reports
-    counts = Counter(kind_of(p["reason"]) for p in parts if p["reason"])
+    counts = Counter(p.get("kind") or FailureKind.OTHER.value for p in parts if p["reason"])
     example = next((p["reason"] for p in reversed(parts) if p["reason"]), "")
     kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
     yield wrong(
@@ -169,7 +169,7 @@ def _outlying(case: Case) -> Iterator[Finding]:
     for row in rows:
         for name, part in sorted(row["devices"].items()):
             folded = part["progress"] == Progress.FOLDED.value
-            if part["reason"] and (folded or kind_of(part["reason"]) == "outlier"):
+            if part["reason"] and (folded or part.get("kind") == FailureKind.OUTLIER):
                 found.setdefault(name, []).append(part["reason"])
     for name, reasons in sorted(found.items(), key=lambda item: -len(item[1]))[:SHOWN]:
         yield note(
@@ -222,7 +222,7 @@ def _foreseen(plan: Mapping[str, Any] | None) -> float | None:
 def _is_late(part: Mapping[str, Any]) -> bool:
     if part["progress"] == Progress.FOLDED.value:
         return False
-    return kind_of(part["reason"]) == "late" or not part["reason"]
+    return part.get("kind") == FailureKind.LATE or not part["reason"]
 
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:

@@ -15,9 +15,10 @@ from fedprune import __version__
 from fedprune.coordination import Phase
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress
 from fedprune_server.monitoring.observer import Observer
-from fedprune_server.monitoring.round_parts import KINDS, OF_DEVICES, PARTS, begun, ended, kind_of
+from fedprune_server.monitoring.round_parts import OF_DEVICES, PARTS, begun, ended
 from fedprune_server.monitoring.view import Facts, JobView
 
 STATES = ("working", "idle", "excluded", "offline")
@@ -106,7 +107,7 @@ class JobMetrics(Observer):
         self._facts_at = 0.0
         for part in PARTS:
             metrics.seconds.labels(job, part)
-        for reason in KINDS:
+        for reason in (kind.value for kind in FailureKind):
             metrics.refused.labels(job, reason)
         for made in (metrics.counted, metrics.closed, metrics.stale, metrics.save, metrics.turn):
             made.labels(job)
@@ -139,9 +140,9 @@ class JobMetrics(Observer):
                 all_.counted.labels(job).inc()
                 all_.stale.labels(job).observe(float(part.get("staleness", 0)))
             elif part["reason"]:
-                all_.refused.labels(job, kind_of(part["reason"])).inc()
+                all_.refused.labels(job, part.get("kind") or FailureKind.OTHER.value).inc()
             else:
-                all_.refused.labels(job, "late").inc()
+                all_.refused.labels(job, FailureKind.LATE.value).inc()
         for name, value in summary["metrics"].items():
             if isinstance(value, (int, float)):
                 all_.metric.labels(job, name).set(value)

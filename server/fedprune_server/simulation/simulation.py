@@ -23,6 +23,7 @@ from fedprune.coordination.stragglers import PARTS
 from fedprune.core.errors import ConfigError, FedpruneError, PlanError, StorageError
 from fedprune.core.rng import keyed
 from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import FailureKind, of_exit_code
 from fedprune.model.recipe import Recipe
 from fedprune.updates import CODECS
 from fedprune_server.executor.distributed import DistributedWorker, helped
@@ -99,7 +100,7 @@ def standstill(state: State, recipe: Recipe | None = None) -> str:
     reasons = sorted({d.excluded for d in state.devices.values() if d.excluded})
     if not reasons:
         return "Fewer devices can take part than job.devices asks for."
-    advised = advice([], [d.excluded for d in state.devices.values()], recipe.to_dict()) if recipe else ""
+    advised = advice([], [d.excluded_by for d in state.devices.values()], recipe.to_dict()) if recipe else ""
     return f"{reasons[0]}. {advised[:1].upper()}{advised[1:]}" if advised else reasons[0]
 
 
@@ -308,7 +309,7 @@ class Simulation:
         run, device, ref = self._run, command.device, BlobRef.from_dict(command.weights)
         expected = {UPDATE_SIZE: run.sizes.get(device, ref.size), UPDATE_BOUND: run.bounds.get(device)}
         if reason := misfit(expected, ref):
-            run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason))
+            run.push(now, on.UpdateRejected(device, command.round, command.attempt, reason, FailureKind.MALFORMED))
             return
         run.up += ref.size
         self._spent(device)[1] += ref.size
@@ -377,7 +378,7 @@ class Simulation:
             reason = one_line(str(error))
             log.warning("device %s refuses round %d: %s", item.device, item.round, reason)
             self._run.refusal = f"{item.device}: {reason}"
-            return on.OfferRefused(item.device, item.round, item.attempt, reason)
+            return on.OfferRefused(item.device, item.round, item.attempt, reason, of_exit_code(error.exit_code))
         self._spent(item.device)[2] += self._recorder.macs(
             item.device, item.round, item.offer, out.steps, device.samples
         )

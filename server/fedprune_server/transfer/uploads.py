@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.transfer import Pull, ResponseTime
@@ -38,6 +39,7 @@ class FailedUpload:
     round: int
     attempt: int
     reason: str
+    kind: str = FailureKind.MALFORMED
 
 
 Outcome = Arrived | FailedUpload
@@ -122,7 +124,7 @@ class Uploads:
         if upload is None or upload.ref.sha256 != sha256:
             return []
         reason = "the device no longer has the update that it announced"
-        return self._end(device, FailedUpload(device, upload.round, upload.attempt, reason), now)
+        return self._end(device, FailedUpload(device, upload.round, upload.attempt, reason, FailureKind.GONE), now)
 
     def tick(self, now: float) -> Wants:
         """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""

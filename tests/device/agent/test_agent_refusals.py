@@ -31,7 +31,7 @@ pytestmark = pytest.mark.board
         ({"recipe": {"epochs": 0}}, ExitCode.CONFIG),
         ({"recipe": {"colour": 1}}, ExitCode.CONFIG),
         ({"recipe": {"proximal": 1.0}}, ExitCode.TRAINING),
-        ({"recipe": {"lr": 1000.0, "epochs": 300, "weight_decay": 1000.0}}, ExitCode.TRAINING),
+        ({"recipe": {"lr": 1000.0, "epochs": 300, "weight_decay": 1000.0}}, ExitCode.DIVERGED),
         ({"classes": 2}, ExitCode.DATA),
         ({"weights": BlobRef("0" * 64, 2**40, "1" * 64)}, ExitCode.STORAGE_FULL),
     ],

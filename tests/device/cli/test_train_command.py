@@ -120,7 +120,7 @@ def test_an_interrupted_training_keeps_what_was_trained(
     [
         (("--set", "optimizer=adam"), ExitCode.USAGE, "needs another training graph"),
         (("--set", "rate=1"), ExitCode.CONFIG, "rate"),
-        (("--lr", "1e3", "--epochs", "9", "--set", "weight_decay=1000"), ExitCode.TRAINING, "not finite"),
+        (("--lr", "1e3", "--epochs", "9", "--set", "weight_decay=1000"), ExitCode.DIVERGED, "not finite"),
         (("--data", "nothing.npz"), ExitCode.DATA, "nothing.npz"),
         (("--data", "local"), ExitCode.DATA, "local"),
     ],

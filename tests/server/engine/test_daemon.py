@@ -146,6 +146,7 @@ def test_a_refusal_leaves_the_round_to_the_others(fleet: Fleet) -> None:
     state = fleet.run()
     assert folded(state) == [["a", "b"]] * 3
     assert state.history[0]["devices"]["c"]["reason"] == "no room"
+    assert state.history[0]["devices"]["c"]["kind"] == "no room"
     assert fleet.air.now < JOB.deadline_s
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedprune.coordination import events as on
 from fedprune.core.errors import PlanError
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune_server.executor.divergence import advice, of_history, warn
@@ -43,22 +44,23 @@ def test_a_loss_that_is_no_number_is_told(last: float | None) -> None:
 
 
 def test_a_history_without_evaluation_is_judged_by_its_devices() -> None:
-    part = {"progress": "refused", "reason": "the loss is not finite at step 3: got nan"}
+    part = {"progress": "refused", "reason": "x", "kind": "diverged"}
     rows = [{"metrics": {}, "devices": {"a": part, "b": {"progress": "folded", "reason": ""}}}]
     assert "1 of the devices" in of_history(rows, RECIPE)
     assert of_history([{"metrics": {}, "devices": {}}], RECIPE) == of_history([], RECIPE) == ""
 
 
 def test_one_board_of_ten_whose_numbers_are_not_finite_is_no_divergence(caplog: pytest.LogCaptureFixture) -> None:
-    bad = "finite numbers of magnitude up to 8 expected in conv1.weight, got nan"
     parts = {f"d{i}": {"progress": "folded", "reason": ""} for i in range(9)}
-    rows = [{"metrics": {}, "devices": {**parts, "bad": {"progress": "refused", "reason": bad}}}]
+    rows = [{"metrics": {}, "devices": {**parts, "bad": {"progress": "refused", "reason": "x", "kind": "diverged"}}}]
     assert of_history(rows, RECIPE) == ""
-    event = on.UpdateRejected("bad", 1, 1, bad)
-    warn(event, Job(), "", [*[""] * 9, bad])
+    event = on.UpdateRejected("bad", 1, 1, "x", FailureKind.DIVERGED)
+    warn(event, Job(), "", [*[""] * 9, "diverged"])
     assert "bad" in caplog.text
     assert "learning rate" not in caplog.text
-    warn(event, Job(), "", [bad, bad, ""])
+    warn(replace(event, kind=FailureKind.MALFORMED), Job(), "", ["diverged", "diverged", "malformed"])
+    assert "learning rate" not in caplog.text
+    warn(event, Job(), "", ["diverged", "diverged", ""])
     assert "learning rate" in caplog.text
 
 

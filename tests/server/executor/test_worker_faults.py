@@ -166,6 +166,7 @@ def test_a_kept_update_that_no_longer_fits_is_left_out(model: Model, tmp_path: P
     assert isinstance(alone, on.Closed)
     assert set(closed.rejected) == {"old"}
     assert "conv1.weight" in closed.rejected["old"]
+    assert closed.kinds == {"old": "diverged"}
     assert (closed.model, closed.memory) == (alone.model, alone.memory)
     again = worker(model, tmp_path, densities=[1.0], importance="size")
     assert again.execute(do.Close(2, second, {}, ("fresh",), (fresh, old))) == closed
@@ -259,6 +260,7 @@ def test_an_explorer_that_stands_out_leaves_no_guidance(model: Model, tmp_path: 
     assert isinstance(closed, on.Closed)
     assert closed.model == w.initial(), "exploring moves no model"
     assert set(closed.rejected) == {"far"}
+    assert closed.kinds == {"far": "outlier"}
     assert set(closed.memory) == {MEMORY, *(f"guidance/{n}" for n in "abcd")}
 
 

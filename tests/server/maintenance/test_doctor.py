@@ -52,8 +52,8 @@ def board(**values: Any) -> Device:
     return Device(**{**usual, **values})
 
 
-def row(number: int, parts: dict[str, tuple[str, str]], **metrics: float) -> dict[str, Any]:
-    devices = {n: {"progress": p, "reason": r, "metrics": {}} for n, (p, r) in parts.items()}
+def row(number: int, parts: dict[str, tuple[str, str, str]], **metrics: float) -> dict[str, Any]:
+    devices = {n: {"progress": p, "reason": r, "kind": k, "metrics": {}} for n, (p, r, k) in parts.items()}
     return {"round": number, "at": NOW, "model": "0" * 64, "metrics": metrics, "devices": devices}
 
 
@@ -65,7 +65,7 @@ HEALTHY = Case(
         round=3,
         phase=Phase.TRAINING,
         devices={"a": board(), "b": board()},
-        history=[row(n, {"a": ("folded", ""), "b": ("folded", "")}, loss=1.0 / n, samples=9) for n in (1, 2)],
+        history=[row(n, {"a": ("folded", "", ""), "b": ("folded", "", "")}, loss=1.0 / n, samples=9) for n in (1, 2)],
     ),
     {},
     running=True,
@@ -89,13 +89,11 @@ SICK: dict[str, Case] = {
     "too-few-devices": with_state(phase=Phase.WAITING, devices={"a": board(), "b": board(online=False)}),
     "excluded-devices": replace(HEALTHY, outsiders={"odd": {"excluded": "no profile"}}),
     "deadline-too-short": with_state(devices={"a": board(plan=plan(5000.0)), "b": board()}),
-    "all-updates-refused": with_state(history=[row(1, {"a": ("refused", "tensor w has a wrong shape")})]),
-    "outlying-device": with_state(
-        history=[row(1, {"a": ("folded", "its update stands out: it moved 40 times as far"), "b": ("folded", "")})]
-    ),
+    "all-updates-refused": with_state(history=[row(1, {"a": ("refused", "tensor w has a wrong shape", "malformed")})]),
+    "outlying-device": with_state(history=[row(1, {"a": ("folded", "x", ""), "b": ("folded", "", "")})]),
     "uncovered-channels": with_state(devices={"a": board(widths=(5,)), "b": board(widths=(6,))}),
     "training-diverges": with_state(
-        history=[row(n, {"a": ("folded", "")}, loss=float(n), samples=9) for n in (1, 2, 3)]
+        history=[row(n, {"a": ("folded", "", "")}, loss=float(n), samples=9) for n in (1, 2, 3)]
     ),
 }
 
@@ -135,7 +133,7 @@ def test_a_board_that_was_shut_out_is_not_called_away() -> None:
 
 
 def test_a_round_for_which_half_was_late_had_too_short_a_deadline() -> None:
-    late = with_state(history=[row(1, {"a": ("folded", ""), "b": ("refused", "missed the deadline")})])
+    late = with_state(history=[row(1, {"a": ("folded", "", ""), "b": ("refused", "x", "late")})])
     assert kinds(found_in(late)) == {"deadline-too-short"}
 
 
@@ -347,7 +345,7 @@ def test_a_damaged_database_is_a_finding(folder: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("progress", ["folded", "refused"])
 def test_a_boards_reason_is_told_to_its_end(progress: str) -> None:
     reason = "its update stands out: tensor bn3.weight: it moved 6.85 times as far as is usual; 0.48 of that counted"
-    case = with_state(history=[row(1, {"a": (progress, reason)})])
+    case = with_state(history=[row(1, {"a": (progress, reason, "" if progress == "folded" else "outlier")})])
     assert any(f.what.endswith(f": {reason}") for f in findings(case))
 
 

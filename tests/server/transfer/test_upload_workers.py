@@ -225,7 +225,7 @@ def test_wants_name_the_upload_worker(pair: tuple[UploadWorkers, Played, BlobRef
     "word",
     [
         Stored("a", 1, 2, DIGEST), Stored("a", 2, 1, DIGEST), Stored("b", 1, 1, DIGEST), Stored("a", 1, 1, DIGEST),
-        Failed("a", 1, 2, "no"), Failed("b", 1, 1, "no"), Asks("a", DIGEST, "data", 0, 1, None),
+        Failed("a", 1, 2, "no", "gone"), Failed("b", 1, 1, "no", "gone"), Asks("a", DIGEST, "data", 0, 1, None),
     ],
     ids=lambda w: str(w)[:60],
 )  # fmt: skip
@@ -243,7 +243,7 @@ def test_what_another_upload_worker_says_of_it_is_dropped(
 ) -> None:
     uploads, _, _ = pair
     uploads.collect(0.0)
-    helped.air.workers[1].said.append(line(Failed("a", 1, 1, "no")))
+    helped.air.workers[1].said.append(line(Failed("a", 1, 1, "no", "gone")))
     uploads.collect(0.0)
     assert uploads.outcomes() == []
 
@@ -337,7 +337,7 @@ def test_who_floods_a_upload_worker_is_put_into_quarantine_and_the_others_go_on(
 WORDS = [
     Begin("mqtt://h", "s", "0" * 16, "/b", 4, 131072, None, None, None, 0, 1),
     Fetch("a", 1, 2, BlobRef(DIGEST, 9, DIGEST), None, 0.5),
-    Asks("a", DIGEST, "data", 0, 3, None), Stored("a", 1, 2, DIGEST), Failed("a", 1, 2, "because"),
+    Asks("a", DIGEST, "data", 0, 3, None), Stored("a", 1, 2, DIGEST), Failed("a", 1, 2, "because", "malformed"),
     Took("a", 7, 1), Beat(0),
 ]  # fmt: skip
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.aggregation import compiled_kernels
-from fedprune.core.errors import ProtocolError
+from fedprune.core.errors import OutOfRangeError, ProtocolError
 
 MAX_WEIGHT = 2**24
 """The largest total weight of a sum."""
@@ -131,7 +131,8 @@ def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
 def _check_block(name: str, block: npt.NDArray[Any], bound: float) -> None:
     top = magnitude(block)
     if not top <= bound:
-        raise ProtocolError(
+        kind = OutOfRangeError if math.isfinite(top) else ProtocolError
+        raise kind(
             f"values of {name}",
             expected=f"finite numbers of magnitude up to {bound:g}",
             got="a number that is not finite" if not math.isfinite(top) else f"{top:g}",

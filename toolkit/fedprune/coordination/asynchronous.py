@@ -21,6 +21,7 @@ from fedprune.coordination.stragglers import LATE
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import TrackedDict
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
@@ -124,7 +125,8 @@ class AsynchronousCoordinator(Coordinator):
             if task.progress is not Progress.REFUSED and not self.schedule.fits(state.round - state.round_of(task)):
                 if task.progress in (Progress.OFFERED, Progress.PULLING):
                     commands.append(do.Cancel(name, state.round_of(task), task.attempt, self._stale))
-                task.progress, task.reason, task.deadline = Progress.REFUSED, self._stale, None
+                task.refuse(self._stale, FailureKind.STALE)
+                task.deadline = None
         return commands + self._folds() + self._offers(now) + self._close_if_due(now)
 
     @property
@@ -212,13 +214,13 @@ class AsynchronousCoordinator(Coordinator):
 
     def _rejected(self, event: on.UpdateRejected, now: float) -> Commands:
         task = self._task(event, Progress.PULLING) or self._task(event, Progress.STORED)
-        return self._give_up(event.device, task, event.reason, now)
+        return self._give_up(task, event, now)
 
-    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
+    def _give_up(self, task: Task | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
         """A device that can't do its part is asked again when its deadline has passed, not at once."""
         if task is not None:
             task.deadline = task.deadline or now + self.deadline_s
-        return super()._give_up(name, task, reason, now)
+        return super()._give_up(task, event, now)
 
     def _go_on(self, now: float) -> Commands:
         return self._close_if_due(now) + self._offers(now)
@@ -238,7 +240,7 @@ class AsynchronousCoordinator(Coordinator):
             task.deadline = None
             if task.progress is not Progress.REFUSED:
                 late[name] = (state.round_of(task), task.attempt)
-                task.progress, task.reason = Progress.REFUSED, LATE
+                task.refuse(LATE, FailureKind.LATE)
         commands = self._go_on(now)
         # A device that is asked for the same again gets an offer instead of a cancellation: it continues.
         again = {c.part.device for c in commands if isinstance(c, do.Extract)}
@@ -298,7 +300,7 @@ class AsynchronousCoordinator(Coordinator):
         for name, weight in state.closing["weights"].items():
             fresh = name in new
             if name in event.rejected and fresh:
-                state.tasks[name].reject(event.rejected[name])
+                state.tasks[name].reject(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
             elif name in event.rejected:
                 state.devices[name].buffer = None
             elif fresh:

@@ -90,7 +90,7 @@ class Coordinator(ABC):
             case on.UpdateRejected():
                 return self._rejected(event, now)
             case on.OfferRefused():
-                return self._give_up(event.device, self._task(event, Progress.OFFERED), event.reason, now)
+                return self._give_up(self._task(event, Progress.OFFERED), event, now)
             case on.Folded():
                 return self._folded(event, now)
             case on.Closed():
@@ -205,11 +205,11 @@ class Coordinator(ABC):
             return []
         return self._end(dict(event.metrics), now)
 
-    def _give_up(self, name: str, task: Task | None, reason: str, now: float) -> Commands:
+    def _give_up(self, task: Task | None, event: on.UpdateRejected | on.OfferRefused, now: float) -> Commands:
         """A device's part has failed, if it is one that was awaited: the others go on."""
         if task is None:
             return []
-        self._fail(name, task, reason)
+        self._fail(task, event)
         return self._go_on(now)
 
     def _task(
@@ -256,7 +256,7 @@ class Coordinator(ABC):
     def _mark_all_offline(self) -> None:
         """After a restart: devices are offline until they announce themselves, and settings may have changed."""
         for name, device in self.state.devices.items():
-            device.online, device.excluded = False, ""
+            device.online, device.excluded, device.excluded_by = False, "", ""
             self.allocator.admit(self.fleet, name, None)
 
     def _ready(self) -> list[str]:
@@ -310,13 +310,14 @@ class Coordinator(ABC):
             past = do.Past(sent.basis.round, task.weights, ranking, widths, sent.mask, sent.codec, base)
             self.state.devices[name].past = vars(past) | {"widths": list(past.widths)}
 
-    def _fail(self, name: str, task: Task, reason: str) -> None:
+    def _fail(self, task: Task, event: on.UpdateRejected | on.OfferRefused) -> None:
         """A device's part came to nothing by its own fault."""
-        task.progress, task.reason = Progress.REFUSED, reason
-        device = self.state.devices[name]
+        task.refuse(event.reason, event.kind)
+        device = self.state.devices[event.device]
         device.failures += 1
         if device.failures >= MAX_FAILURES:
-            device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {reason}"
+            device.excluded_by = task.kind
+            device.excluded = f"{device.failures} rounds in a row without an update that counts, lastly: {event.reason}"
 
     def _finish_budget_spent(self, number: int) -> Commands:
         """The end of a job of which no device may be asked once more: it stays with the model of its last round."""

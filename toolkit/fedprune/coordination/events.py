@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedprune.jobs.failure_kind import FailureKind
+
 
 @dataclass(frozen=True)
 class DeviceBorn:
@@ -90,22 +92,24 @@ class UpdateStored:
 
 @dataclass(frozen=True)
 class UpdateRejected:
-    """A stored update failed its checks and must not count."""
+    """A stored update failed its checks and must not count. `kind` is a `FailureKind`."""
 
     device: str
     round: int
     attempt: int
     reason: str
+    kind: str = FailureKind.OTHER
 
 
 @dataclass(frozen=True)
 class OfferRefused:
-    """A device can't carry out its offer."""
+    """A device can't carry out its offer. `kind` is a `FailureKind`."""
 
     device: str
     round: int
     attempt: int
     reason: str
+    kind: str = FailureKind.OTHER
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ class Closed:
         rejected: Devices whose updates didn't count after all, since they stand out among the others or can't be
             used, and why. Where nobody else is left, model and memory are what they were.
         limited: Devices of whose update much less counted than they sent, and why.
+        kinds: The `FailureKind` of each rejection.
     """
 
     round: int
@@ -134,6 +139,7 @@ class Closed:
     memory: dict[str, str] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     limited: dict[str, str] = field(default_factory=dict)
+    kinds: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fedprune.aggregation.update_sums import PartialSums
 from fedprune.coordination.limits import LimitedUpdates, RoundUpdate, UpdateLimits
 from fedprune.core.errors import BundleError, FedpruneError, StorageError, StrategyError
 from fedprune.core.text import one_line
+from fedprune.jobs.failure_kind import Failure, FailureKind, of_update
 from fedprune.model.selection import Tensors
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.values import Memories, Report, Scene, Submodel
@@ -33,14 +34,14 @@ class RoundResult:
         model: The next global model; None where it stays as it is.
         memories: What the job remembers from now on; an empty collection is forgotten.
         updates: The updates that the sums were made of, with the shares of them that count.
-        rejected: By device, why its update doesn't count.
+        rejected: By device, why its update doesn't count, and the kind of failure.
         limited: By device, why much less of its update counts than it sent.
     """
 
     model: Tensors | None = None
     memories: Memories = field(default_factory=dict)
     updates: tuple[RoundUpdate, ...] = ()
-    rejected: Mapping[str, str] = field(default_factory=dict)
+    rejected: Mapping[str, Failure] = field(default_factory=dict)
     limited: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -63,8 +64,8 @@ class Round:
     def reset(self) -> None:
         self._fold, self.included = None, {}
 
-    def receive(self, update: RoundUpdate) -> str:
-        """Read, check and add an update; returns why it can't count, empty if it was added or its device's was before.
+    def receive(self, update: RoundUpdate) -> Failure | None:
+        """Read, check and add an update; returns why it can't count, None if it was added or its device's was before.
         Raises `StorageError` if it can't be read from the disk."""
         self._make_room(update.weight)
         return self._add(update)
@@ -108,21 +109,21 @@ class Round:
         depends on the updates alone, whatever was added before and in whatever order. `rate` is the share of the way to
         the sums' mean. Raises `StrategyError` if no update is left because the strategy fails on several of them.
         """
-        at_fault: dict[str, str] = {}
+        at_fault: dict[str, Failure] = {}
         by_strategy = 0
         while True:
             limited = self.limited([u for u in updates if u.device not in at_fault])
-            found = limited.rejected or self._include_exactly(limited.updates)
+            found = _outliers(limited.rejected) or self._include_exactly(limited.updates)
             if not found:
                 try:
                     result = self._finish(limited, replace(self.scene, participants=participants), rate)
                     break
                 except _AtFaultError as error:
-                    found = {error.device: error.reason}
+                    found = {error.device: error.failure}
                     by_strategy += error.read
             at_fault |= found
             if by_strategy > 1 and len(at_fault) == len(updates):
-                reason = next(reversed(at_fault.values()))
+                reason = next(reversed(at_fault.values())).reason
                 raise StrategyError(f"the strategy fails on every update of round {self.scene.round}: {reason}")
         self.reset()
         rejected = dict(sorted((at_fault | dict(result.rejected)).items()))
@@ -138,30 +139,30 @@ class Round:
         if self._fold is not None and self._fold.weight + weight > MAX_WEIGHT:
             self.reset()
 
-    def _include_exactly(self, updates: Sequence[RoundUpdate]) -> dict[str, str]:
+    def _include_exactly(self, updates: Sequence[RoundUpdate]) -> dict[str, Failure]:
         """Make the sums those of exactly these updates; returns by device why one can't be added."""
         wanted = {u.device: u for u in updates}
         if any(wanted.get(device) != update for device, update in self.included.items()):
             self.reset()
-        reasons = {u.device: self._add(u) for u in updates}
-        return {device: reason for device, reason in reasons.items() if reason}
+        found = {u.device: self._add(u) for u in updates}
+        return {device: failure for device, failure in found.items() if failure}
 
-    def _add(self, update: RoundUpdate) -> str:
+    def _add(self, update: RoundUpdate) -> Failure | None:
         if update.device in self.included:
-            return ""
+            return None
         try:
             report = self.check(update)
             self._limits.learn(update, report)
             self._strategy.aggregator.add(self.fold, report, self.lifted(report))
         except Exception as error:  # noqa: BLE001 - what our checks overlooked must cost this update only
-            return self._reason(update.device, error)
+            return self._failure(update.device, error)
         self.included[update.device] = update
-        return ""
+        return None
 
     def _finish(self, limited: LimitedUpdates, scene: Scene, rate: float) -> RoundResult:
         if not limited.updates:
             return RoundResult()
-        strategy, rejected = self._strategy, dict[str, str]()
+        strategy, rejected = self._strategy, dict[str, Failure]()
 
         def reports(current: _Current) -> Iterator[Report]:
             for update in limited.updates:
@@ -174,7 +175,7 @@ class Round:
 
         with self._blaming() as folded:
             closing = strategy.close(self.fold, scene, rate, lambda: ((r, self.lifted(r)) for r in reports(folded)))
-        rejected |= closing.rejected
+        rejected |= _outliers(closing.rejected)
         with self._blaming() as observed:  # after the rejections, so that a scorer learns only from what counts
             learnt = strategy.learn(scene, self.fold, lambda: reports(observed))
         if scene.round <= strategy.explores and not strategy.explorers_count:
@@ -191,11 +192,11 @@ class Round:
         except Exception as error:
             if not current.device:
                 raise
-            reason = self._reason(current.device, error)
+            failure = self._failure(current.device, error)
             self.reset()
-            raise _AtFaultError(current.device, reason, read=current.read) from error
+            raise _AtFaultError(current.device, failure, read=current.read) from error
 
-    def _reason(self, device: str, error: Exception) -> str:
+    def _failure(self, device: str, error: Exception) -> Failure:
         """Why an update can't count; errors of this machine are raised again.
 
         After an unexpected error the sums start again: part of the update may be in them.
@@ -203,12 +204,17 @@ class Round:
         if isinstance(error, (StorageError, MemoryError)):
             raise error
         if isinstance(error, FedpruneError) and not isinstance(error, StrategyError):
-            return one_line(str(error))
+            return Failure(of_update(error), one_line(str(error)))
         _LOG.warning("update of %s in round %d: an unexpected error", device, self.scene.round, exc_info=error)
         self.reset()
         if isinstance(error, StrategyError):
-            return one_line(str(error))
-        return one_line(f"update can't be read ({type(error).__name__}: {error})")
+            return Failure(FailureKind.OTHER, one_line(str(error)))
+        reason = one_line(f"update can't be read ({type(error).__name__}: {error})")
+        return Failure(FailureKind.MALFORMED, reason)
+
+
+def _outliers(rejected: Mapping[str, str]) -> dict[str, Failure]:
+    return {device: Failure(FailureKind.OUTLIER, reason) for device, reason in rejected.items()}
 
 
 @dataclass
@@ -222,8 +228,8 @@ class _Current:
 class _AtFaultError(Exception):
     """An update that can't count after all; `read` if the strategy fails on it, and not its reading."""
 
-    def __init__(self, device: str, reason: str, *, read: bool) -> None:
-        super().__init__(device, reason)
+    def __init__(self, device: str, failure: Failure, *, read: bool) -> None:
+        super().__init__(device, failure.reason)
         self.device = device
-        self.reason = reason
+        self.failure = failure
         self.read = read

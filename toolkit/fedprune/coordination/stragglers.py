@@ -29,6 +29,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.state import Progress, State, Task
 
 MAX_CUTS = 3
@@ -179,7 +180,7 @@ class Stragglers:
             device.missed_rounds = 0  # it had all the time that anybody has
         elif device.online and task.progress not in TO_COME:
             device.missed_rounds += 1
-        task.progress, task.reason = Progress.REFUSED, reason
+        task.refuse(reason, FailureKind.LATE)
 
     def _owed(self, name: str) -> bool:
         """Whether a round waits for a device because others closed without it too often."""

@@ -20,6 +20,7 @@ from fedprune.coordination.stragglers import ENOUGH, LOOKS, TO_COME, Pace, Strag
 from fedprune.core.metrics import believable
 from fedprune.core.rng import keyed
 from fedprune.jobs.change_tracking import TrackedDict
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.jobs.job import Job
 from fedprune.jobs.state import Phase, Progress, State, Task
 from fedprune.model.architecture import Architecture
@@ -278,7 +279,7 @@ class SynchronousCoordinator(Coordinator):
             or self._task(event, Progress.FOLDED)
             or self._task(event, Progress.PULLING)
         )
-        return self._give_up(event.device, task, event.reason, now)
+        return self._give_up(task, event, now)
 
     # A round ends.
 
@@ -373,7 +374,7 @@ class SynchronousCoordinator(Coordinator):
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
-            state.tasks[name].reject(event.rejected[name])
+            state.tasks[name].reject(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
             return self._restart_after_unusable_updates(now)

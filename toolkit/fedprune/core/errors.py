@@ -52,6 +52,7 @@ class ExitCode(IntEnum):
     TRAINING = 50
     RUNTIME = 51
     ENGINE = 52
+    DIVERGED = 53
     KIT = 60
     IMAGE = 61
     CARD = 62
@@ -195,6 +196,10 @@ class ProfileError(FedpruneError):
     exit_code = ExitCode.PROFILE
 
 
+class UnknownProfileError(ProfileError):
+    """There is no hardware profile of that name."""
+
+
 class DataError(FedpruneError):
     """Training or prediction data can't be used."""
 
@@ -221,6 +226,10 @@ class ProtocolError(FedpruneError):
     """A message or blob from the network violates the protocol."""
 
     exit_code = ExitCode.PROTOCOL
+
+
+class OutOfRangeError(ProtocolError):
+    """Weights are finite, but far too large: training may have diverged."""
 
 
 class UnknownMessageError(ProtocolError):
@@ -284,6 +293,8 @@ class TrainingError(FedpruneError):
 
 class DivergedError(TrainingError):
     """Local training ended in numbers that are not finite."""
+
+    exit_code = ExitCode.DIVERGED
 
 
 class RuntimeUnavailableError(FedpruneError):

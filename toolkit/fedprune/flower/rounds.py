@@ -174,7 +174,7 @@ class Rounds:
         weighted = [replace(received[node], weight=weights[node]) for node in sorted(received)]
         result = round_.close(weighted, 1.0, scene.participants)
         self._tasks, self._scene = {}, None
-        refused |= result.rejected
+        refused |= {node: failure.reason for node, failure in result.rejected.items()}
         for node, reason in sorted(refused.items()):
             _LOG.warning("round %d: the update of node %s is refused: %s", scene.round, node, reason)
         for node, reason in sorted(result.limited.items()):

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict, TrackedEntry
+from fedprune.jobs.failure_kind import FailureKind
 
 FORMAT = "fedprune.state/2"
 
@@ -56,6 +57,7 @@ class Device(TrackedEntry):
         plan: The plan's JSON, or None where none fits.
         widths: Kept channels per group; empty without a plan.
         excluded: Why it takes no part; empty if it does.
+        excluded_by: The kind of the failure behind that; empty if there was none.
         failures: Offers in a row that it refused, or that brought an update that didn't count.
         correction: What its rounds taught about its predicted times (`fedprune.planning.cost_prediction.Correction`).
         density: Share of the model that it was given; where the planner chose widths group by group, the share of all
@@ -83,6 +85,7 @@ class Device(TrackedEntry):
     plan: dict[str, Any] | None = None
     widths: tuple[int, ...] = ()
     excluded: str = ""
+    excluded_by: str = ""
     failures: int = 0
     correction: dict[str, float] = field(default_factory=dict)
     density: float = 1.0
@@ -135,6 +138,7 @@ class Task(TrackedEntry):
         steps: Optimiser steps behind the update.
         metrics: What the device measured.
         reason: Why it was refused.
+        kind: The `FailureKind` of that.
         past: The device's last counted update when the part began.
         last_counted_round: The round of the offer behind that; 0 for none.
         basis: Asynchronous jobs: the model and ranking it was cut from (`fedprune.coordination.commands.Basis`); None
@@ -174,6 +178,7 @@ class Task(TrackedEntry):
     deadline: float | None = None
     in_summary: bool = False
     accumulate: int = 1
+    kind: str = ""
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Task:
@@ -190,13 +195,16 @@ class Task(TrackedEntry):
         found |= _named(self.past) | _cut_from(self.basis) | named_in(self.offer or {})
         return {d for d in found if d}
 
-    def reject(self, reason: str) -> None:
+    def reject(self, reason: str, kind: str) -> None:
         """Note that its update doesn't count, though it was in the sums: it stood out, or couldn't be used.
 
         That doesn't count as a failure, and the device is asked again as usual: its data may be unusual, or the model
         may have changed meanwhile.
         """
-        self.progress, self.reason = Progress.REFUSED, reason
+        self.refuse(reason, kind)
+
+    def refuse(self, reason: str, kind: str) -> None:
+        self.progress, self.reason, self.kind = Progress.REFUSED, reason, str(FailureKind(kind).value)
 
     def summary(self) -> dict[str, Any]:
         """What a finished round keeps of it, as JSON."""
@@ -208,6 +216,7 @@ class Task(TrackedEntry):
             "samples": self.samples,
             "metrics": dict(self.metrics),
             "reason": self.reason,
+            "kind": self.kind,
         }
 
 
@@ -309,7 +318,8 @@ class State:
             device.past = device.buffer = device.held = None
         if any(t.basis is not None for t in self.tasks.values()):
             for task in self.tasks.values():
-                task.progress, task.reason, task.past, task.deadline = Progress.REFUSED, "ranked again", None, None
+                task.refuse("ranked again", FailureKind.STALE)
+                task.past = task.deadline = None
             if self.phase in (Phase.TRAINING, Phase.CLOSING):
                 self.phase, self.deadline = Phase.SCORING, None
         elif self.phase in (Phase.SCORING, Phase.TRAINING, Phase.CLOSING):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fedprune.core.disk import is_there, read_file
-from fedprune.core.errors import ProfileError, meant, remedy
+from fedprune.core.errors import ProfileError, UnknownProfileError, meant, remedy
 from fedprune.planning.profile import HardwareProfile
 
 _SUFFIXES = (".toml", ".json")
@@ -66,7 +66,7 @@ def find(name_or_path: str | Path, folders: Sequence[Path] = ()) -> HardwareProf
                     )
                 return profile
     known = names(folders)
-    raise ProfileError(
+    raise UnknownProfileError(
         f"there is no hardware profile called {text!r}{meant(text, known)}",
         expected=f"one of {', '.join(known)}, or a path",
         hint="docs/add-a-board.md shows how to write one, and where to put it.",

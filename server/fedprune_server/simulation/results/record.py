@@ -50,6 +50,7 @@ class DeviceRow:
         compared: Predicted and measured values per metric, see `devices.plan_vs_actual`.
         missed: Rounds in which it was asked and delivered nothing that counts.
         why: Reason in the last of them.
+        kind: The `FailureKind` of that.
     """
 
     name: str
@@ -63,6 +64,7 @@ class DeviceRow:
     compared: Compared = field(default_factory=dict)
     missed: int = 0
     why: str = ""
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -292,7 +294,8 @@ def record_of(
             excluded=device.excluded,
             compared=compared(name, state, predicted(name, device, job, architecture)),
             missed=len(missed.get(name, [])),
-            why=missed[name][-1] if name in missed else "",
+            why=missed[name][-1][0] if name in missed else "",
+            kind=missed[name][-1][1] if name in missed else "",
         )
         for name, device in sorted(state.devices.items())
     )
@@ -330,13 +333,13 @@ def shown(value: float | None, kind: str) -> str:
     return METRICS[kind].shown(value)
 
 
-def _missed(state: State) -> dict[str, list[str]]:
-    """Reasons of refusals per device, one for each finished round."""
-    found: dict[str, list[str]] = {}
+def _missed(state: State) -> dict[str, list[tuple[str, str]]]:
+    """Reasons of refusals per device and their kinds, one for each finished round."""
+    found: dict[str, list[tuple[str, str]]] = {}
     for row in state.history:
         for name, part in row["devices"].items():
             if part["progress"] == Progress.REFUSED.value:
-                found.setdefault(name, []).append(str(part.get("reason", "")))
+                found.setdefault(name, []).append((str(part.get("reason", "")), str(part.get("kind", ""))))
     return found
 
 

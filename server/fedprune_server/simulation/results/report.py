@@ -166,7 +166,7 @@ def absences(run: Record) -> list[str]:
 def diverged(run: Record) -> str:
     """Whether training diverged, with advice; empty if it didn't."""
     measured = [r.metrics.get("loss") for r in run.rounds if r.metrics]
-    return advice(measured, [d.why for d in run.devices], run.job.get("recipe", {}))
+    return advice(measured, [d.kind for d in run.devices], run.job.get("recipe", {}))
 
 
 def _absence(run: Record, device: DeviceRow) -> str:

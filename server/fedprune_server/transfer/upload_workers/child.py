@@ -148,7 +148,7 @@ class Receiving:
             if isinstance(outcome, Arrived):
                 self._say(Stored(*part, outcome.weights))
             else:
-                self._say(Failed(*part, one_line(outcome.reason, MAX_REASON)))
+                self._say(Failed(*part, one_line(outcome.reason, MAX_REASON), outcome.kind))
 
 
 def _context(begin: Begin) -> Callable[[], ssl.SSLContext] | None:

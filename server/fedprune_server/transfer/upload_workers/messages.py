@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO, get_args
 
 from fedprune.core.errors import ProtocolError, shown
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.fields import (
     Attempt,
     Blob,
@@ -130,6 +131,7 @@ class Failed(CheckedMessage, kind="failed"):
     round: Round
     attempt: Attempt
     reason: Annotated[str, text(MAX_REASON)]
+    failure: Annotated[str, choice(*(kind.value for kind in FailureKind))]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
+from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.messages import TO, BlobRequest
 from fedprune_server.process.child_process import ChildProcess, RestartedProcess
@@ -195,7 +196,7 @@ class UploadWorkers(Uploads):
             return super().gone(device, sha256, now)
         self.drop(device)
         reason = "the device no longer has the update that it announced"
-        self._ended.append(FailedUpload(device, given.round, given.attempt, reason))
+        self._ended.append(FailedUpload(device, given.round, given.attempt, reason, FailureKind.GONE))
         return []
 
     def interrupted(self, now: float) -> None:
@@ -319,7 +320,7 @@ class UploadWorkers(Uploads):
         part = message.device, message.round, message.attempt
         if isinstance(message, Failed):
             self._take_back(message.device)
-            self._ended.append(FailedUpload(*part, message.reason))
+            self._ended.append(FailedUpload(*part, message.reason, message.failure))
         elif message.sha256 == given.ref.sha256:
             self._take_back(message.device)
             if self._blobs.has(message.sha256) and self._blobs.size(message.sha256) == given.ref.size:

@@ -1,0 +1,56 @@
+"""Kinds of failure: why a device's part of a round came to nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from fedprune.core.errors import BundleError, ExitCode, FedpruneError, OutOfRangeError, ProtocolError
+
+
+class FailureKind(str, Enum):
+    """Why a device's part of a round came to nothing; the reason next to it is a text for people."""
+
+    DIVERGED = "diverged"
+    """Training ended in numbers that are not finite, or far too large."""
+    LATE = "late"
+    OUTLIER = "outlier"
+    """The update stands out among those of the round."""
+    QUARANTINED = "quarantined"
+    REVOKED = "shut out"
+    GONE = "gone"
+    """The device no longer has the update that it announced."""
+    MALFORMED = "malformed"
+    """No honest board sends such an update, since it checks its weights before it announces them."""
+    NO_ROOM = "no room"
+    DATA = "data"
+    STALE = "stale"
+    """The model or its ranking changed in the meantime."""
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A kind of failure, and the reason."""
+
+    kind: FailureKind
+    reason: str
+
+
+_OF_CODE = {
+    ExitCode.DIVERGED: FailureKind.DIVERGED,
+    ExitCode.STORAGE_FULL: FailureKind.NO_ROOM,
+    ExitCode.DATA: FailureKind.DATA,
+}
+
+
+def of_exit_code(code: int) -> FailureKind:
+    """The kind of a failure on a board, by the exit code of its error."""
+    return next((kind for known, kind in _OF_CODE.items() if known == code), FailureKind.OTHER)
+
+
+def of_update(error: FedpruneError) -> FailureKind:
+    """The kind of an error that reading or checking an update has raised."""
+    if isinstance(error, OutOfRangeError):
+        return FailureKind.DIVERGED
+    return FailureKind.MALFORMED if isinstance(error, (ProtocolError, BundleError)) else FailureKind.OTHER
