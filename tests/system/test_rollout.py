@@ -209,7 +209,7 @@ def test_a_download_goes_on_after_the_broker_and_the_server_restart(site: Update
     at_first = site.bytes_down()
     site.line.most = site.line.passed + int(0.6 * size)  # else all of it may be there before anybody looks
     site.command_line("rollout", "start", release, "--devices", "north", "--groups", "100%")
-    pulled = site.folder / "north-home" / "incoming" / "pulled" / "partial"
+    pulled = site.folder / "north-home" / "incoming" / "partial"
 
     def most() -> bool:
         with suppress(OSError):

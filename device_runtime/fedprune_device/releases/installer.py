@@ -1,14 +1,13 @@
 """The installer of releases: unpacks one into the slot that doesn't run, and marks it for its trial.
 
-The running slot is never touched. The other slot counts as empty until its record is written last. Files that have
-arrived are kept, so that an interrupted installation continues where it was.
+The running slot is never touched. The other slot counts as empty until its record is written last. Wheels are unpacked
+from where they are: a folder, or the store of downloaded files, which survive until the release is staged.
 """
 
 from __future__ import annotations
 
 import io
 import logging
-import os
 import platform
 import shutil
 import subprocess  # nosec B404  # lists of words, never a shell
@@ -16,15 +15,13 @@ import sys
 import zipfile
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.atomic_file import place
-from fedprune.core.disk import locked, storage_errors, sync_folder, write_all
+from fedprune.core.disk import locked, read_file, storage_errors
 from fedprune.core.errors import ReleaseError, StorageError, StorageFullError
 from fedprune.releases.release import FILES, MANIFEST, MAX_FILE, SIGNATURE, Release, ReleaseFile, opened
-from fedprune.security.keys import SIGNATURE as SIGNATURE_BYTES
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.succession import kept_successions
 from fedprune.wire.fleet_messages import MAX_MANIFEST
@@ -32,37 +29,26 @@ from fedprune_device import launcher
 from fedprune_device.launcher.launcher import VERSION
 from fedprune_device.launcher.slot_store import KEY, SlotRecord, SlotStore, digest, files_digest, successors, write_file
 from fedprune_device.launcher.state import LONGEST_S, SLOTS, STABLE, STAGED, TRIAL, DamagedError, LauncherState
-from fedprune_device.releases.wheel import Wheel, check_distinct, empty, install_wheels
+from fedprune_device.releases.wheel import Wheel, check_distinct, install_wheels
 
 
+@dataclass(frozen=True)
 class ReleaseSource:
-    """A release that is read piece by piece, so that an interrupted installation continues where it was.
+    """A release's files. `manifest` is as it was signed; `path` gives the path of a file by its sha256."""
 
-    `manifest` is as it was signed; `path` gives the path of a file by its sha256.
-    """
-
-    def __init__(self, manifest: bytes, signature: bytes, path: Callable[[str], Path]) -> None:
-        self.manifest, self.signature, self.path = manifest, signature, path
+    manifest: bytes
+    signature: bytes
+    path: Callable[[str], Path]
 
     @classmethod
     def of_folder(cls, folder: Path) -> ReleaseSource:
         """A folder on a stick or a share, as `fedprune.releases.release.write_release` makes it."""
-        manifest = _read(folder / MANIFEST, 0, MAX_MANIFEST + 1)
-        signature = _read(folder / SIGNATURE, 0, SIGNATURE_BYTES + 1)
-        return cls(manifest, signature, lambda sha256: folder / FILES / sha256)
-
-    def read(self, sha256: str, at: int, limit: int) -> bytes:
-        """Bytes of a file, at most `limit`, from offset `at`; empty only at its end."""
-        return _read(self.path(sha256), at, limit)
+        return cls(_read(folder / MANIFEST), _read(folder / SIGNATURE), lambda sha256: folder / FILES / sha256)
 
 
-def _read(path: Path, at: int, limit: int) -> bytes:
+def _read(path: Path) -> bytes:
     with storage_errors(f"can't read {path}"):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return os.pread(descriptor, limit, at)
-        finally:
-            os.close(descriptor)
+        return read_file(path, MAX_MANIFEST)
 
 
 _LOG = logging.getLogger("fedprune.device")
@@ -74,11 +60,7 @@ ATTEMPTS, SECONDS = 3, 600.0  # of a trial, and of each attempt
 KEPT = ("cv2", "numpy", "onnxruntime", "tensorrt", "torch")
 """Packages of JetPack, built for its GPU and for each other; a wheel must not hide them."""
 
-PULLED = "pulled"  # folder within `incoming` of downloaded files, as a blob store
-
 _MARGIN = 32 * 2**20
-_PIECE = 2**18
-_AGAIN = "It is downloaded again the next time."
 
 
 class ReleaseInstaller:
@@ -122,7 +104,6 @@ class ReleaseInstaller:
             release = self._bring(source, LauncherState(SLOTS[1]))
             write_launcher(root / LAUNCHER)
             self.home.save(LauncherState(SLOTS[0], highest=release.number))
-            self._clear_incoming(None)
         return release
 
     def _starts_of_another(self) -> bool:
@@ -132,14 +113,10 @@ class ReleaseInstaller:
             return self.home.key() not in (None, self._key.raw)
         return False
 
-    def pulled(self) -> BlobStore:
-        return BlobStore(self._incoming / PULLED, max_size=MAX_FILE)
-
-    def take(self, release: Release) -> None:
-        """Hand a release's downloaded files to `stage`, by links where the disk has them."""
-        store = self.pulled()
-        for file in release.files:
-            place(store.path(file.sha256), self._incoming / file.sha256)
+    @property
+    def downloads(self) -> BlobStore:
+        """The files of the next release that have arrived over the network."""
+        return BlobStore(self._incoming, max_size=MAX_FILE)
 
     def examine(self, source: ReleaseSource) -> Release:
         """A release that this board would install, by its manifest alone; nothing is changed. Raises `ReleaseError`.
@@ -150,14 +127,10 @@ class ReleaseInstaller:
         self._check_launcher()
         check_release(release, state.highest)
         with storage_errors(f"can't read {self.home.root}"):
-            need, free, old = self._room(release, state.other)
-        if need > free + old:
-            raise _no_room(release, need, free + old)
+            names = {f.sha256 for f in release.files}
+            here = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in names and p.is_file())
+        self._check_room(release, state.other, max(release.size - here, 0))
         return release
-
-    def clear(self) -> None:
-        with self._alone(), storage_errors(f"can't write {self._incoming}"):
-            self._clear_incoming(None)
 
     def drop(self, number: int, reason: str) -> None:
         """Give up a staged release of this number; one on trial is left alone."""
@@ -176,14 +149,12 @@ class ReleaseInstaller:
             if state.phase != STABLE:
                 release = self._opened(source)
                 if release.number == state.highest:
-                    self._clear_incoming(None)  # a power cut may have prevented it
                     return release
                 if state.phase == TRIAL:
                     raise StorageError(f"release {state.highest} is on trial", hint="Wait until it is over.")
                 state = self._change(lambda s: replace(s, phase=STABLE, left=0))
             release = self._bring(source, state)
             self._change(lambda s: s.stage(release.number, STARTS))
-            self._clear_incoming(None)
         _LOG.info("release %d (%s) is staged in slot %s", release.number, release.version, state.other)
         return release
 
@@ -220,7 +191,7 @@ class ReleaseInstaller:
             return state
 
     def _opened(self, source: ReleaseSource) -> Release:
-        return opened(source.manifest[: MAX_MANIFEST + 1], source.signature, self._key)
+        return opened(source.manifest, source.signature, self._key)
 
     def _check_launcher(self) -> None:
         """Make sure that the launcher would start what the server's key has signed."""
@@ -237,19 +208,15 @@ class ReleaseInstaller:
             )
 
     def _bring(self, source: ReleaseSource, state: LauncherState) -> Release:
-        manifest, signature, slot = source.manifest[: MAX_MANIFEST + 1], source.signature, state.other
-        release = opened(manifest, signature, self._key)
+        release, slot = self._opened(source), state.other
         self._check_launcher()
         check_release(release, state.highest)
         check_packages_on_board(release)
         _LOG.info(
             "release %d (%s): %d files, %d bytes", release.number, release.version, len(release.files), release.size
         )
-        self._clear_incoming(release)
-        self._make_room(release, slot)
-        for file in release.files:
-            self._pull(source, file)
-        wheels = [Wheel(self._incoming / f.sha256, f.name) for f in release.files]
+        self._check_room(release, slot)
+        wheels = [self._wheel(source, file) for file in release.files]
         self._check_wheels(release, wheels)
 
         def recorded(files: dict[str, tuple[str, int]]) -> SlotRecord:
@@ -257,60 +224,31 @@ class ReleaseInstaller:
                 raise ReleaseError(
                     "the unpacked files are not those of the release's manifest", hint="Have the release made again."
                 )
-            proof = manifest.decode(), signature.hex(), *self._successions()
+            proof = source.manifest.decode(), source.signature.hex(), *self._successions()
             return SlotRecord(release.number, release.version, release.entry, files, release.system, *proof)
 
         install_wheels(self.home, slot, wheels, recorded)
         return release
 
-    def _room(self, release: Release, slot: str) -> tuple[int, int, int]:
-        """Bytes that a release needs, free bytes, and bytes of the slot's old content."""
-        wanted = {f.sha256 for f in release.files}
-        here = sum(p.stat().st_size for p in self._incoming.rglob("*") if p.name in wanted and p.is_file())
-        old = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
-        return max(release.size - here, 0) + release.unpacked + _MARGIN, shutil.disk_usage(self.home.root).free, old
-
-    def _make_room(self, release: Release, slot: str) -> None:
-        need, free, old = self._room(release, slot)
-        if need > free + old:
-            raise _no_room(release, need, free + old)
+    def _check_room(self, release: Release, slot: str, coming: int = 0) -> None:
+        """Raise `StorageFullError` if `coming` bytes of downloads and the unpacked release don't fit, in place of what
+        the slot has."""
+        with storage_errors(f"can't read {self.home.root}"):
+            old = sum(p.lstat().st_size for p in (self.home.root / slot).rglob("*"))
+            need, free = coming + release.unpacked + _MARGIN, shutil.disk_usage(self.home.root).free + old
         if need > free:
-            self.home.drop_record(slot)
-            empty(self.home.root / slot)
+            raise StorageFullError(
+                f"no room for release {release.number}",
+                expected=f"{need / 1e6:.0f} MB",
+                got=f"{free / 1e6:.0f} MB",
+                hint="Free some space; what runs is untouched.",
+            )
 
-    def _pull(self, source: ReleaseSource, file: ReleaseFile) -> None:
-        path = self._incoming / file.sha256
-        begun = path.exists()
-        if begun and digest(path) == (file.sha256, file.size):
-            return
-        self._pull_rest(source, file, path)
-        if digest(path) == (file.sha256, file.size):
-            return
-        path.unlink()
-        if begun:  # a power cut may have left its last bytes unwritten
-            self._pull_rest(source, file, path)
-            if digest(path) == (file.sha256, file.size):
-                return
-            path.unlink()
-        raise ReleaseError(f"{file.name} is not what the release says it is", hint=_AGAIN)
-
-    def _pull_rest(self, source: ReleaseSource, file: ReleaseFile, path: Path) -> None:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            have = os.fstat(descriptor).st_size
-            if have > file.size:
-                os.ftruncate(descriptor, 0)
-                have = 0
-            while have < file.size:
-                piece = source.read(file.sha256, have, min(_PIECE, file.size - have))
-                if not 0 < len(piece) <= file.size - have:
-                    raise ReleaseError(f"{file.name}", expected=f"{file.size} bytes", got=have + len(piece))
-                write_all(descriptor, piece, have)
-                have += len(piece)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        sync_folder(path.parent)
+    def _wheel(self, source: ReleaseSource, file: ReleaseFile) -> Wheel:
+        path = source.path(file.sha256)
+        if digest(path) != (file.sha256, file.size):
+            raise ReleaseError(f"{file.name} is not what the release says it is", hint="Copy or download it again.")
+        return Wheel(path, file.name)
 
     def _check_wheels(self, release: Release, wheels: list[Wheel]) -> None:
         size = sum(w.size for w in wheels)
@@ -325,23 +263,6 @@ class ReleaseInstaller:
                     f"{wheel.name} would hide the board's own {', '.join(hidden)}",
                     hint="Leave it out of the release and name it in `system`.",
                 )
-
-    def _clear_incoming(self, release: Release | None) -> None:
-        wanted = set() if release is None else {f.sha256 for f in release.files}
-        old = [path for path in self._incoming.iterdir() if path.name not in wanted and not path.is_dir()]
-        for path in old:
-            path.unlink()
-        if old:
-            sync_folder(self._incoming)
-
-
-def _no_room(release: Release, need: int, there: int) -> StorageFullError:
-    return StorageFullError(
-        f"no room for release {release.number}",
-        expected=f"{need / 1e6:.0f} MB",
-        got=f"{there / 1e6:.0f} MB",
-        hint="Free some space; what runs is untouched.",
-    )
 
 
 def write_launcher(path: Path) -> None:

@@ -292,7 +292,7 @@ class ReleaseDownload:
     """
 
     def __init__(self, updater: ReleaseInstaller, offer: ReleaseOffer) -> None:
-        self._store = updater.pulled()
+        self._store = updater.downloads
         self.source = ReleaseSource(offer.manifest.encode(), bytes.fromhex(offer.signature), self._store.path)
         self.release = release = updater.examine(self.source)
         if release.number != offer.number or len(release.files) != len(offer.leaves):
@@ -360,7 +360,6 @@ class StagingThread:
 
     def _run(self) -> None:
         try:
-            self._updater.take(self._pulled.release)
             self._updater.stage(self._pulled.source)
             self.error = None
         except FedpruneError as error:
@@ -370,11 +369,9 @@ class StagingThread:
 
 
 def delete_downloads(updater: ReleaseInstaller, keep: Release | None = None) -> None:
-    store = updater.pulled()
+    store = updater.downloads
     kept = set() if keep is None else {f.sha256 for f in keep.files}
     for name in store.names():
         if name not in kept:
             store.delete(name)
     store.drop_partials(kept)
-    if keep is None:
-        updater.clear()

@@ -307,33 +307,8 @@ def _parts(wanted: FirstBoot) -> str:
 
 
 def _yaml(value: Mapping[str, object]) -> str:
-    """YAML in blocks with JSON's scalars."""
-    return "".join(_yaml_lines(value, 0))
-
-
-def _yaml_lines(value: object, depth: int) -> list[str]:
-    space = "  " * depth
-    lines = []
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            name = key if str(key).replace("-", "").replace("_", "").isalnum() and str(key).isascii() else ""
-            head = f"{space}{name if name and name[0].isalpha() else _scalar(key)}:"
-            if isinstance(item, Mapping) or (isinstance(item, list) and item and isinstance(item[0], Mapping)):
-                lines += [f"{head}\n", *_yaml_lines(item, depth + 1)]
-            elif isinstance(item, list):
-                lines += [f"{head}\n", *(f"{space}- {_scalar(i)}\n" for i in item)]
-            else:
-                lines.append(f"{head} {_scalar(item)}\n")
-    elif isinstance(value, list):
-        for item in value:
-            first, *rest = _yaml_lines(item, depth + 1)
-            lines += [f"{space}- {first.lstrip()}", *rest]
-    return lines
-
-
-def _scalar(value: object) -> str:
-    """A JSON scalar, which YAML takes unless JSON escapes characters beyond ASCII as pairs."""
-    return json.dumps(value, ensure_ascii=False)
+    """YAML, of which JSON is a part unless it escapes characters beyond ASCII as pairs."""
+    return json.dumps(value, ensure_ascii=False, indent=1) + "\n"
 
 
 def _toml(tables: Mapping[str, Mapping[str, object]]) -> str:
