@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 
 from fedprune.blobs.blob_ref import BlobRef, digests
 from fedprune.blobs.blob_store import BlobStore
@@ -19,48 +21,36 @@ from fedprune.wire.transfer import PATIENCE, Pull, ResponseTime
 _LOG = logging.getLogger("fedprune.device")
 
 
-class LeafReuse:
-    """Copies leaves that a blob shares with stored blobs, instead of requesting them.
+def reuse_leaves(store: BlobStore, partial: PartialBlob) -> int:
+    """Copy leaves that a blob lacks from stored blobs, instead of requesting them; returns their number.
 
     The next round's weights with frozen tensors differ from the last round's in a part only, and where both files have
     the same layout their leaves are equal. When a blob's leaf table comes, the tables of the stored blobs, 32 bytes for
     every 32 KiB, are searched for what it lacks. What is copied is hashed like a leaf from the network, so that a donor
     may be damaged, or deleted meanwhile. Only equal bytes at a leaf's borders are found.
     """
-
-    def __init__(self, store: BlobStore) -> None:
-        self._store = store
-
-    def lend(self, partial: PartialBlob) -> int:
-        """Copy what a blob lacks and another one has; returns the number of leaves."""
-        missing = dict[bytes, list[int]]()
-        for index, digest in enumerate(digests(partial.table or b"")):
-            if not partial.present[index]:
-                missing.setdefault(digest, []).append(index)
-        before = partial.count
-        for name in self._store.names() if missing else ():
-            self._from(name, partial, missing)
-            if not missing:
-                break
-        if count := partial.count - before:
-            _LOG.info("%d of %d leaves of blob %s were here", count, partial.ref.leaf_count, partial.ref.sha256[:12])
-        return partial.count - before
-
-    def _from(self, donor: str, partial: PartialBlob, missing: dict[bytes, list[int]]) -> None:
-        try:
-            table = self._store.table(donor)
-        except StorageError:
-            return  # deleted, or damaged
-        for number, digest in enumerate(digests(table)):
-            indices = missing.get(digest)
-            if indices is None:
-                continue
-            try:
-                leaf = self._store.read_leaves(donor, number, 1)
-            except StorageError:
-                return
-            if all(partial.write(index, leaf) for index in indices):  # all or none: their bytes are the same
+    missing = dict[bytes, list[int]]()
+    for index, digest in enumerate(digests(partial.table or b"")):
+        if not partial.present[index]:
+            missing.setdefault(digest, []).append(index)
+    before = partial.count
+    for name in store.names() if missing else ():
+        for digest, leaf in _leaves(store, name, missing):
+            if all(partial.write(index, leaf) for index in missing[digest]):  # all or none: their bytes are the same
                 del missing[digest]
+        if not missing:
+            break
+    if count := partial.count - before:
+        _LOG.info("%d of %d leaves of blob %s were here", count, partial.ref.leaf_count, partial.ref.sha256[:12])
+    return partial.count - before
+
+
+def _leaves(store: BlobStore, donor: str, missing: Collection[bytes]) -> Iterator[tuple[bytes, bytes]]:
+    """Leaves of a stored blob that are missing elsewhere, with their digests."""
+    with suppress(StorageError):  # deleted, or damaged
+        for number, digest in enumerate(digests(store.table(donor))):
+            if digest in missing:
+                yield digest, store.read_leaves(donor, number, 1)
 
 
 _SHARED_LEAVES = 8  # leaves of a shared blob per request: many boards request them, and one answer serves all
@@ -97,7 +87,6 @@ class BlobDownloads:
         self._store = store
         self._limit = limit or ChunkLimit()
         self._answers = answers or ResponseTime()
-        self._leaves = LeafReuse(store)
         lacking = not store.has(offer.weights.sha256)
         coded = offer.coded is not None and not plainly and offer.coded in offer.shorter(store.has)
         self._coded: tuple[BlobRef, ...] = (offer.coded,) if coded and offer.coded else ()
@@ -114,7 +103,7 @@ class BlobDownloads:
         slabs = self.offer.slabs or ()
         own = ref in (self.offer.weights, self.offer.coded, self.offer.moved) and ref not in slabs
         partial = self._store.partial(ref, vouched=True)  # the server has named and signed both of its digests
-        lend = self._leaves.lend
+        lend = functools.partial(reuse_leaves, self._store)
         if own or not self._shared:
             return Pull(ref, partial, limit=self._limit, answers=self._answers, lend=lend)
         return Pull(

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
 from fedprune.wire.link import tls_context
 from fedprune.wire.messages import BlobRequest, Offer
+from fedprune.wire.urls import BlobUrl
 from fedprune_device.network.blob_download import BlobDownloads
 from fedprune_device.network.connection import Connection
-from fedprune_device.network.http_download import HttpDownload
+from fedprune_device.network.http_download import HttpFetch
 from fedprune_device.network.offer_checks import slabs_fit
 from fedprune_device.network.uplink import Uplink
 from fedprune_device.storage.state_directory import DeviceStore
@@ -28,8 +29,9 @@ class Downloader:
         context: Callable[[], ssl.SSLContext] = tls_context,
     ) -> None:
         self._store, self._connection, self._uplink = store, connection, uplink
-        self._limit = ChunkLimit(max_packet)
-        self._web = HttpDownload(store.blobs, context)
+        self._limit, self._context = ChunkLimit(max_packet), context
+        self._web: HttpFetch | None = None
+        self._last_web: HttpFetch | None = None
         self._downloads: BlobDownloads | None = None
         self._plainly = False
         self._listening: frozenset[str] = frozenset()
@@ -41,18 +43,22 @@ class Downloader:
 
     @property
     def fetching(self) -> bool:
-        return self._web.fetching
+        return self._web is not None
 
     @property
     def progress(self) -> tuple[int, int]:
-        part = self._web if self._web.fetching else self._downloads
+        part = self._web or self._downloads
         return (0, 0) if part is None else part.progress
 
     def begin(self, offer: Offer, now: float, *, plainly: bool = False, asks: bool = True) -> None:
         """Begin with another offer; `plainly`: with weights as they are; `asks`: the server can be asked."""
         self._plainly = plainly
         downloads = self._downloads = self._to_pull(offer, now)
-        if not self._web.begin(offer, downloads.lacking) and asks:
+        self._stop_web()
+        if offer.blobs_at is not None and downloads.lacking:
+            base = BlobUrl.parse(offer.blobs_at)
+            self._web = self._last_web = HttpFetch(self._store.blobs, base, downloads.lacking, self._context)
+        elif asks:
             self._ask(downloads, downloads.start(now))
 
     def renumber(self, offer: Offer) -> None:
@@ -62,12 +68,12 @@ class Downloader:
 
     def connected(self, now: float) -> None:
         self._deaf = False
-        if self._downloads is not None and not self._web.fetching:
+        if self._downloads is not None and self._web is None:
             self._ask(self._downloads, self._downloads.start(now))
 
     def remind(self, now: float) -> None:
         """Repeat all requests: the server has announced itself, and may be a new one."""
-        if self._downloads is not None and not self._web.fetching:
+        if self._downloads is not None and self._web is None:
             self._ask(self._downloads, self._downloads.remind(now))
 
     def chunk(self, chunk: Chunk, now: float, *, shared: bool) -> None:
@@ -79,26 +85,33 @@ class Downloader:
     def turn(self, now: float) -> float | None:
         """Go on with what is being downloaded; returns the seconds that it took, once it is complete."""
         took = None
-        if self._downloads is not None and self._web.over():
+        if self._downloads is not None and self._web is not None and self._web.over():
+            self._web = None
             self._pull_rest(self._downloads, now)
-        if self._downloads is not None and not self._web.fetching:
+        if self._downloads is not None and self._web is None:
             if self._downloads.done:
                 took = now - self._downloads.began
                 self._downloads = None
             else:
                 self._deaf = self._deaf or self._downloads.deaf
                 self._pull(lambda downloads: downloads.tick(now))
-        if self._downloads is None or self._web.fetching:
+        if self._downloads is None or self._web is not None:
             self._listen(frozenset())
         return took
 
     def stop(self) -> None:
         self._downloads = None
-        self._web.stop()
+        self._stop_web()
 
     def join(self, timeout: float) -> None:
         """Wait for the web's thread, but no longer than `timeout` seconds."""
-        self._web.join(timeout)
+        if self._last_web is not None:
+            self._last_web.join(timeout)
+
+    def _stop_web(self) -> None:
+        if self._web is not None:
+            self._web.stop()
+            self._web = None
 
     def _pull_rest(self, before: BlobDownloads, now: float) -> None:
         """Pull over MQTT what the web server didn't give."""
@@ -121,7 +134,7 @@ class Downloader:
 
     def _pull(self, step: Callable[[BlobDownloads], list[BlobRequest]]) -> None:
         downloads = self._downloads
-        if downloads is not None and not self._web.fetching:  # what comes meanwhile was asked for before
+        if downloads is not None and self._web is None:  # what comes meanwhile was asked for before
             self._ask(downloads, step(downloads))
 
     def _ask(self, downloads: BlobDownloads, wants: list[BlobRequest]) -> None:

@@ -22,10 +22,11 @@ from fedprune.blobs.blob_store import BlobStore
 from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.core.errors import FedpruneError
 from fedprune.core.text import one_line
-from fedprune.wire.link import failure, tls_context
-from fedprune.wire.messages import Offer
+from fedprune.wire.link import failure
 from fedprune.wire.urls import BlobUrl
-from fedprune_device.network.blob_download import LeafReuse
+from fedprune_device.network.blob_download import reuse_leaves
+
+_LOG = logging.getLogger("fedprune.device")
 
 SILENT_S = 10.0  # how long the server may take to connect, and to send nothing
 STALL_S = 30.0  # how long a leaf may take, or an answer to begin; who looks at `stalled` ends it then
@@ -61,7 +62,6 @@ class HttpFetch:
         self.done, self.total = 0, sum(r.leaf_count for r in refs)
         self.bytes = 0
         self._store, self._refs = store, tuple(refs)
-        self._shared = LeafReuse(store)
         self._clock = clock
         self._moved_at = clock()
         self._behind = 0.0
@@ -76,9 +76,31 @@ class HttpFetch:
         return self._thread.is_alive() and not self._ending.is_set()
 
     @property
+    def progress(self) -> tuple[int, int]:
+        return self.done, self.total
+
+    @property
     def stalled(self) -> bool:
         """Whether nothing has come for too long, or too little."""
         return self._behind + self._clock() - self._moved_at > STALL_S
+
+    def over(self) -> bool:
+        """Whether it has ended, which is logged; a stalled one is stopped. What is lacking then is for MQTT."""
+        if self.alive and self.stalled:
+            least = f"{LEAST_BYTES_PER_S / 1024:g} KiB a second"
+            self.stop(f"nothing more has come for {STALL_S:g} s, or it is as far behind {least}")
+        if self.alive:
+            return False
+        if self.failure:
+            _LOG.warning(
+                "blobs at %s: %s; what is lacking comes over MQTT, %d bytes came from there",
+                self.base,
+                self.failure,
+                self.bytes,
+            )
+        else:
+            _LOG.info("%d bytes came from %s", self.bytes, self.base)
+        return True
 
     def stop(self, why: str = "") -> None:
         if self._thread.is_alive() and not self._ending.is_set():
@@ -116,7 +138,7 @@ class HttpFetch:
             if partial.table is None:
                 self._table(partial)
             with self._at_the_disk():
-                self.done += self._shared.lend(partial)
+                self.done += reuse_leaves(self._store, partial)
             while partial.count < ref.leaf_count:
                 self._missing(partial)
             self._check()
@@ -271,69 +293,3 @@ def _gaps(present: bytearray) -> Iterator[tuple[int, int]]:
         end = len(present) if end < 0 else end
         yield first, end
         first = present.find(0, end)
-
-
-_LOG = logging.getLogger("fedprune.device")
-
-
-class HttpDownload:
-    """One download at a time, for the current offer. Every call is quick: a thread does the work."""
-
-    def __init__(
-        self,
-        store: BlobStore,
-        context: Callable[[], ssl.SSLContext] = tls_context,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._store, self._context, self._clock = store, context, clock
-        self._fetch: HttpFetch | None = None
-        self._last: HttpFetch | None = None
-
-    def begin(self, offer: Offer, refs: Sequence[BlobRef]) -> bool:
-        """Begin to download what an offer lacks, from the web server that it names; False without either."""
-        self.stop()
-        if offer.blobs_at is None or not refs:
-            return False
-        self._fetch = self._last = HttpFetch(
-            self._store, BlobUrl.parse(offer.blobs_at), refs, self._context, self._clock
-        )
-        return True
-
-    @property
-    def fetching(self) -> bool:
-        return self._fetch is not None
-
-    @property
-    def progress(self) -> tuple[int, int]:
-        return (0, 0) if self._fetch is None else (self._fetch.done, self._fetch.total)
-
-    def over(self) -> bool:
-        """Whether what was begun has just ended; what is lacking then is for MQTT."""
-        fetch = self._fetch
-        if fetch is None:
-            return False
-        if fetch.alive and fetch.stalled:
-            least = f"{LEAST_BYTES_PER_S / 1024:g} KiB a second"
-            fetch.stop(f"nothing more has come for {STALL_S:g} s, or it is as far behind {least}")
-        if fetch.alive:
-            return False
-        self._fetch = None
-        if fetch.failure:
-            _LOG.warning(
-                "blobs at %s: %s; what is lacking comes over MQTT, %d bytes came from there",
-                fetch.base,
-                fetch.failure,
-                fetch.bytes,
-            )
-        else:
-            _LOG.info("%d bytes came from %s", fetch.bytes, fetch.base)
-        return True
-
-    def stop(self) -> None:
-        if self._fetch is not None:
-            self._fetch.stop()
-            self._fetch = None
-
-    def join(self, timeout: float) -> None:
-        if self._last is not None:
-            self._last.join(timeout)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,7 @@ from fedprune.core.errors import StorageError
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Offer
 from fedprune.wire.transfer import BlobSender, Pull
-from fedprune_device.network.blob_download import LeafReuse
+from fedprune_device.network.blob_download import reuse_leaves
 from fedprune_device.storage.state_directory import DeviceStore
 
 pytestmark = pytest.mark.board
@@ -34,7 +35,7 @@ def blob(text: str, tail: str = "") -> bytes:
 
 def pulled(source: BlobStore, target: BlobStore, ref: BlobRef, lend: Any = None) -> list[int]:
     """Leaves that had to travel, in the order in which they came."""
-    pull, travelled = Pull(ref, target.partial(ref), lend=lend or LeafReuse(target).lend), list[int]()
+    pull, travelled = Pull(ref, target.partial(ref), lend=lend or partial(reuse_leaves, target)), list[int]()
     wants = pull.start(0.0)
     while not pull.done:
         answers = [BlobSender(source).answer(want) for want in wants]
@@ -114,7 +115,7 @@ def test_what_was_lent_is_there_after_a_restart_and_more_is_looked_for(stores: t
     source, target = stores
     donor = target.put(blob("ab")).sha256
     ref = source.put(blob("abcdefgh"))
-    first = Pull(ref, target.partial(ref), lend=LeafReuse(target).lend)
+    first = Pull(ref, target.partial(ref), lend=partial(reuse_leaves, target))
     (want,) = first.start(0.0)
     answer = BlobSender(source).answer(want)
     assert isinstance(answer, Iterator)
@@ -173,8 +174,8 @@ def test_a_disk_that_fails_ends_the_pull_and_a_donor_that_can_t_be_read_doesn_t(
         patch.setattr(target, "table", broken)
         partial = target.partial(ref)
         assert partial.set_table(source.table(ref.sha256))
-        assert LeafReuse(target).lend(partial) == 0
+        assert reuse_leaves(target, partial) == 0
         patch.undo()
         patch.setattr("fedprune.blobs.partial_blob.write_all", broken)
         with pytest.raises(StorageError, match="the disk fails"):
-            LeafReuse(target).lend(partial)
+            reuse_leaves(target, partial)
