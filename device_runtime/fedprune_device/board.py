@@ -29,7 +29,6 @@ from fedprune_device.api.http_server import answering
 from fedprune_device.data.dataset import LocalData, SampleSource
 from fedprune_device.data.sources import LOCAL, SampleOptions
 from fedprune_device.engines.engine_selector import accelerator_of
-from fedprune_device.enrollment.membership import MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.hardware.probe import process_memory, table_summaries
 from fedprune_device.hardware.readings import condition, facts
 from fedprune_device.hardware.runtime_process import RuntimeProcess
@@ -37,6 +36,7 @@ from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.launcher.sd_notify import starting
 from fedprune_device.network.connection import Connection
 from fedprune_device.network.downloader import Downloader
+from fedprune_device.network.membership import MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.network.uplink import BoardStatus, Uplink
 from fedprune_device.privacy.budget import read_policy
 from fedprune_device.releases.installer import ReleaseInstaller

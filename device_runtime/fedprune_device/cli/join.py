@@ -9,7 +9,7 @@ import shutil
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ExitCode, UsageError
 from fedprune_device.cli.options import options_of
-from fedprune_device.enrollment.membership import IDENTITY, MembershipOptions, checked_urls, join_first, membership
+from fedprune_device.network.membership import IDENTITY, MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore
 

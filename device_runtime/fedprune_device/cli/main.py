@@ -346,7 +346,7 @@ def _command(module: str, name: str) -> Callable[[argparse.Namespace], int]:
 def _run(arguments: argparse.Namespace) -> int:
     from fedprune_device.board import BoardConfig, run_board
     from fedprune_device.data.sources import SampleOptions
-    from fedprune_device.enrollment.membership import MembershipOptions
+    from fedprune_device.network.membership import MembershipOptions
 
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[log_handler()])
     member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)

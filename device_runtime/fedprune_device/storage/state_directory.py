@@ -1,8 +1,8 @@
 """A device's state directory: what survives a power cut.
 
 lock            one process at a time
-identity/       keys and certificate (`enrollment.membership`)
-claim           a claim that is not used yet (`enrollment.membership`)
+identity/       keys and certificate (`network.membership`)
+claim           a claim that is not used yet (`network.membership`)
 device.json     whose directory it is (`storage.directory_owner`)
 session.json    number of the last connection
 offer.json      the last offer that was accepted, and whether it is done

@@ -24,9 +24,9 @@ from fedprune.security.keys import grouped
 from fedprune.wire.link import Link
 from fedprune_device.cli.main import main
 from fedprune_device.cli.options import add_membership, options_of
-from fedprune_device.enrollment import enrollment
-from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls
-from fedprune_device.enrollment.membership import MembershipOptions, join_first, membership
+from fedprune_device.network import enrollment
+from fedprune_device.network.enrollment import Renewal, enrol, join_urls
+from fedprune_device.network.membership import MembershipOptions, join_first, membership
 from fedprune_device.storage.state_directory import DeviceStore
 from fedprune_server.config.server_config import ServerConfig
 from fedprune_server.enrollment.pki import IdentityFolder

@@ -29,7 +29,7 @@ from fedprune.security.tls import BUILT, pinned_context, unpinned_context
 from fedprune.wire.fleet_messages import JoinAnswer
 from fedprune.wire.messages import parse
 from fedprune.wire.topics import Topics
-from fedprune_device.enrollment.enrollment import Renewal
+from fedprune_device.network.enrollment import Renewal
 from fedprune_server.cli.broker_files import (
     ACL,
     CONFIG,

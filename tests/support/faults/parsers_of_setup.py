@@ -17,7 +17,7 @@ from pathlib import Path
 from fedprune.core.errors import BoardError
 from fedprune.security.authority import Authority
 from fedprune.security.joining import Claim
-from fedprune_device.enrollment.enrollment import one_claim
+from fedprune_device.network.enrollment import one_claim
 from fedprune_flash.card.drives import disk_names, from_diskutil, from_lsblk
 from fedprune_flash.image.boot_image import unpack
 from fedprune_flash.image.ext4 import Ext4

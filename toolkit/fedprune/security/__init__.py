@@ -1,4 +1,4 @@
 """Identity: keys, certificates, signed envelopes, join tokens, replay protection, TLS.
 
-Not here: who is let in (the server's `enrollment`) and how a board asks (the board's `enrollment`).
+Not here: who is let in (the server's `enrollment`) and how a board asks (the board's `network`).
 """

@@ -89,7 +89,7 @@ def unpinned_context() -> ssl.SSLContext:
     """A context without authentication, for a board that joins with a claim alone.
 
     Only for joining: a request holds no secret, and its answer is authenticated by the claim. The peer must get no user
-    name and password (`fedprune_device.enrollment.enrollment`).
+    name and password (`fedprune_device.network.enrollment`).
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2

@@ -17,8 +17,8 @@ from fedprune.security.joining import Claim
 from fedprune.security.tls import SYSTEM, insecure_allowed
 from fedprune.wire.link import Link, tls_context
 from fedprune.wire.urls import BrokerUrl
-from fedprune_device.enrollment.enrollment import Renewal, enrol, join_urls, one_claim, read_claim
 from fedprune_device.network.connection import Channel, Connection
+from fedprune_device.network.enrollment import Renewal, enrol, join_urls, one_claim, read_claim
 from fedprune_device.network.signed_channel import SignedChannel
 
 IDENTITY, CLAIM = "identity", "claim"  # folder of a board's identity, and file of its claim, in its state folder
