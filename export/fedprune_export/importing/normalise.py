@@ -27,6 +27,7 @@ from fedprune_export.importing.patterns import find_activations, find_norms
 from fedprune_export.importing.simplification import (
     bypass,
     drop_idle,
+    guard_lengths,
     merge_transpositions,
     narrow_constants,
     part_fills,
@@ -116,6 +117,7 @@ def normalise(
             if composites == 1
             else f"{composites} norms and activations that were written out in primitives are one operator each."
         )
+    guard_lengths(graph, constants)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
     if parameters is None:
         untie(graph, constants, notes)

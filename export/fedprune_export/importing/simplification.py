@@ -129,6 +129,26 @@ def part_fills(graph: Graph, constants: Collection[str]) -> None:
     graph.nodes = nodes[::-1]
 
 
+def guard_lengths(graph: Graph, constants: Container[str]) -> None:
+    """Divide by 1 where a parameter's length is 0, as the length of a direction (weight norm) under a mask can be.
+
+    0 / 0 is NaN, also in torch. Value and gradient stay what they are wherever a length is not 0.
+    """
+    makers = graph.producers()
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        length = makers.get(node.inputs[1]) if node.op == "Div" and not node.domain else None
+        if length is not None and length.op == "ReduceL2" and not length.domain:
+            source, divisor = length.inputs[0], node.inputs[1]
+            if source in graph.initializers and source not in constants:
+                empty, node.inputs[1] = graph.fresh("Equal"), graph.fresh("Where")
+                nodes.append(Node("Equal", [divisor, graph.scalar(0)], [empty], {}, empty))
+                choice = [empty, graph.scalar(1), divisor]
+                nodes.append(Node("Where", choice, [node.inputs[1]], {}, node.inputs[1]))
+        nodes.append(node)
+    graph.nodes = nodes
+
+
 def narrow_constants(graph: Graph, seen: Trace, constants: set[str]) -> None:
     """Shorten constants along axes on which they are all equal, where another operand gives the length of the axis.
 

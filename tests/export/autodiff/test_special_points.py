@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
 from fedprune_export.importing import export_torch, import_onnx
 from support.oracles.gradient_distance import Trained, torchs_gradients
@@ -156,3 +157,27 @@ def test_gradients_at_special_points_are_torchs(name: str) -> None:
         assert finite.any()
         bound = 1e-5 * np.abs(want[finite]) + 1e-6 * np.abs(want[finite]).max() + TINY
         assert (np.abs(got[finite] - want[finite]) <= bound).all(), (tensor, got, want)
+
+
+def test_a_masked_direction_of_weight_norm_is_a_weight_of_nothing() -> None:
+    """A mask may leave a row of v empty, whose weights torch computes as 0 / 0. It is treated as a row of length 1."""
+    torch.manual_seed(0)
+    net = nn.Sequential(parametrizations.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, CLASSES)).eval()
+    net.input_shape = (3,)  # type: ignore[assignment]
+    model = import_onnx(export_torch(net), "normed")
+    g, v = (f"0.parametrizations.weight.original{i}" for i in (0, 1))
+    x, y = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32), np.arange(4)
+    masked = {n: np.array(a) for n, a in model.tensors.items()}
+    masked[v][1] = 0
+    alike = {n: np.array(a) for n, a in masked.items()}  # torch's other way to a row of weights that are 0
+    alike[v][1], alike[g][1] = (1, 0, 0), 0
+    trained = Trained(model)
+    exact = torchs_gradients(net, alike, trained.names, x, y, torch.float64)
+
+    got = trained.gradients(masked, x, y)
+
+    for name in trained.names:
+        rest = [0, 2, 3] if name in (v, g) else slice(None)
+        np.testing.assert_allclose(got[name][rest], exact[name][rest], rtol=1e-4, atol=1e-7)
+    assert got[g][1] == 0
+    assert np.abs(got[v][1]).max() > 0  # the row can be learnt again
