@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ class Field:
         """The local interface of a process with `local` data."""
         return Board(f"unix:{self.root / 'state' / 'local.sock'}")
 
-    def start(self, *python: str, local: bool = False) -> subprocess.Popen[str]:
+    def start(self, *python: str, local: bool = False, options: Sequence[str] = ()) -> subprocess.Popen[str]:
         command = [
             sys.executable,
             *python,
@@ -67,7 +67,7 @@ class Field:
         ]
         command += ["--broker", self.url, "--site", "site", "--device", "d", "--threads", "1"]
         data = ["--data", "local", "--local"] if local else ["--data", str(self.root / "data.npz")]
-        return self.run(*command, *data, "--state", str(self.root / "state"))
+        return self.run(*command, *data, "--state", str(self.root / "state"), *options)
 
     def collect(self, *arguments: str, **options: Any) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "fedprune_device.cli.main", "collect", "--state", str(self.root / "state")]
