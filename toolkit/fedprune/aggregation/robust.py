@@ -167,12 +167,10 @@ def centre(values: npt.NDArray[np.float32], kind: Centre, trim: float = 0.0) -> 
     for start in range(0, flat.shape[1], step):
         block = np.ascontiguousarray(flat[:, start : start + step].T)
         block.sort(axis=1)
-        # Where a device doesn't hold a coordinate it has come last.
-        whole = bool(block[:, -1].max() < np.inf)
-        held = np.full(len(block), devices) if whole else np.count_nonzero(np.isfinite(block), axis=1)
+        held = np.count_nonzero(np.isfinite(block), axis=1)
         into = out[start : start + step]
-        for count in np.unique(held).tolist():
-            at: Any = ... if whole else np.flatnonzero(held == count)
+        for count in np.flatnonzero(np.bincount(held)).tolist():
+            at = np.flatnonzero(held == count)
             into[at] = np.inf if not count else _middle([block[at, i] for i in _counted(count, kind, trim)])
     return out.reshape(values.shape[1:])
 
