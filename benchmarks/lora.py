@@ -13,6 +13,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 import fedprune_export as fx
 from fedprune.model.recipe import Recipe
 from fedprune.planning.cost_prediction import memory_use
-from fedprune.planning.costs import costs_at
+from fedprune.planning.costs import AGENT_BYTES, costs_at
 
 LAYERS, WIDTH, HEADS, WORDS, LENGTH = 12, 768, 12, 8000, 32
 RANK, BATCH, STEPS = 8, 2, 4
@@ -77,6 +78,13 @@ class LanguageModel(nn.Module):
         return made
 
 
+def write_samples(folder: Path) -> None:
+    """Write random samples for all steps."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.integers(0, WORDS, (BATCH * STEPS, LENGTH)) for _ in range(2))
+    np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+
+
 def measure(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
     """One precision's row."""
     model = fx.load(module, lora=fx.Lora(RANK), base=base)
@@ -110,6 +118,9 @@ def measure(module: nn.Module, base: str, folder: Path) -> dict[str, Any]:
         "training_graph_bytes": files["training.onnx"],
         "peak_bytes": peak,
         "predicted_bytes": predicted.total,
+        "costs": asdict(costs),
+        "batch": BATCH,
+        "samples": samples,
         "trained": next(line for line in lines if line.startswith("trained")),
     }
 
@@ -125,7 +136,8 @@ def report(rows: list[dict[str, Any]], machine: str) -> str:
 A decoder of {rows[0]["parameters"] / 1e6:.1f} million parameters ({LAYERS} layers of {WIDTH}, {WORDS} words, {LENGTH}
 tokens), adapters of rank {RANK} in all linear layers but the last, {STEPS} steps of {BATCH} samples on one thread. The
 peak is VmHWM of `fedprune-device train`, which predicts before and after training and writes the new bundle. The
-prediction is the planner's, of a process that has the agent, too. The file that is sent in every round holds the
+prediction is the planner's, of a process that has the agent, too
+({AGENT_BYTES / 1e6:.1f} MB). The file that is sent in every round holds the
 adapters alone. (As float32 weights the same model needs 1,036 MB and 790 MB per round by the planner, and a Raspberry
 Pi 5's profile refuses it.)
 
@@ -144,12 +156,10 @@ Limit: 1.5 times the weights at float16 plus 150 MB, {limit / 1e6:.0f} MB.
 def main() -> None:
     torch.manual_seed(0)
     module = LanguageModel()
-    rng = np.random.default_rng(0)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        x, y = (rng.integers(0, WORDS, (BATCH * STEPS, LENGTH)) for _ in range(2))
-        np.savez(folder / "data.npz", x_train=x, y_train=y, x_test=x[:2], y_test=y[:2])
+        write_samples(folder)
         for base in ("float16", "int8"):
             rows.append(measure(module, base, folder))
             print(rows[-1], flush=True)

@@ -193,9 +193,10 @@ class _Reads:
         if free:
             zeros = self._graph.emit("Mul", gate(self._graph, free[0]), self._graph.ints(*[0] * rank))
             low = self._graph.emit("Reshape", low, zeros)
-        if order == tuple(range(rank)):
-            return self._whole(name, low, axis)
-        return self._graph.emit("Transpose", self._whole(name, low, axis), attrs={"perm": list(order)})
+        if order != tuple(range(rank)):
+            # As it is stored, an array is half or a quarter as large as its float32 numbers.
+            low = self._graph.emit("Transpose", low, attrs={"perm": list(order)})
+        return self._whole(name, low, None if axis is None else order.index(axis))
 
     def _whole(self, name: str, low: str, axis: int | None, out: str | None = None) -> str:
         """Dequantise numbers whose scales are along `axis`."""

@@ -44,11 +44,15 @@ and after the step, and what remains of gradients and temporaries of the update.
 FROZEN_COPIES = 2
 """The same of weights that aren't trained: as received, and as the step reads them."""
 
-DEQUANTISED_COPIES = 2
-"""Arrays of the size of the largest frozen weight while a layer reads it: dequantised, and transposed."""
+DEQUANTISED_COPIES = 1.5
+"""Arrays of the size of the largest frozen weight while a layer reads it: transposed as stored, and dequantised."""
 
 ACTIVATION_COPIES = 0.69
 """Memory over size of all activations: the backward pass doesn't need all of them, and the allocator leaves gaps."""
+
+KEPT_COPIES = 1.5
+"""Memory of activations over size of those that the backward pass needs, where a base is frozen. Next to a frozen
+layer's output are an adapter's and their sum, of which only the sum stays, and no nodes make a weight's gradient."""
 
 UNROLLED_COPIES = 1.26
 """The same of the lines that depthwise and grouped convolutions read (`unrolled_elements`)."""
@@ -151,7 +155,7 @@ class Costs:
         unrolled_bytes: Lines that depthwise and grouped convolutions read, written out (`unrolled_elements`).
         inference_activation_bytes: Activations that live at once in a forward pass.
         kernel_bytes: Weights of convolutions and recurrent layers.
-        values: How many activations the model has.
+        values: How many activations the model has; `kept_values` how many of them the backward pass needs.
         base_bytes: The frozen base as it is stored; it is sent once, and not counted in `wire_bytes`.
         dequantised_bytes: Its largest array as float32, which a layer reads.
     """
@@ -170,6 +174,7 @@ class Costs:
     values: int
     base_bytes: int = 0
     dequantised_bytes: int = 0
+    kept_values: int = 0
 
     @property
     def parameter_bytes(self) -> int:
@@ -197,12 +202,14 @@ class Costs:
         more += 2 * (len(step.states(features.optimizer)) - 1)
         more += features.gradients + features.accumulate
         copies = own + FROZEN_COPIES + trained * (WEIGHT_COPIES - FROZEN_COPIES + more)
-        sample = ACTIVATION_COPIES * self.activation_bytes + UNROLLED_COPIES * self.unrolled_bytes
-        sample += TRANSIENTS * self.largest_bytes
+        frozen = self.base_bytes > 0
+        sample = KEPT_COPIES * self.kept_bytes if frozen else ACTIVATION_COPIES * self.activation_bytes
+        sample += UNROLLED_COPIES * self.unrolled_bytes + TRANSIENTS * self.largest_bytes
+        base = self.base_bytes + int(DEQUANTISED_COPIES * self.dequantised_bytes)
         return MemoryBreakdown(
             process=(PROCESS_BYTES if process is None else process) + ROUND_BYTES,
-            graph=VALUE_BYTES * self.values,
-            weights=int(copies * self.parameter_bytes) + self.base_bytes + DEQUANTISED_COPIES * self.dequantised_bytes,
+            graph=VALUE_BYTES * (self.kept_values if frozen else self.values),
+            weights=int(copies * self.parameter_bytes) + base,
             activations=int(batch * (GAPS_OF_PARTS if features.accumulate else 1.0) * sample),
             samples=min(samples * self.sample_bytes, HELD_BYTES),
         )
@@ -212,7 +219,7 @@ class Costs:
         fixed = max(0, (PROCESS_BYTES if process is None else process) - AGENT_BYTES)
         weights = INFERENCE_COPIES * (self.parameter_bytes - self.kernel_bytes)
         weights += INFERENCE_KERNEL_COPIES * self.kernel_bytes
-        weights += self.base_bytes + self.dequantised_bytes
+        weights += self.base_bytes + DEQUANTISED_COPIES * self.dequantised_bytes
         return int(fixed + weights + batch * (self.inference_activation_bytes + self.sample_bytes))
 
     @property
@@ -242,7 +249,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
     macs = [layer_macs(architecture, layer, checked, shapes) for layer in architecture.layers]
     forward = sum(macs)
     values = [_bytes(v, checked, architecture) for v in architecture.activations]
-    kept = sum(b for v, b in zip(architecture.activations, values, strict=True) if v.kept)
+    kept = [b for v, b in zip(architecture.activations, values, strict=True) if v.kept]
     parameters = sum(prod(shape) for shape in shapes.values())
     kernels = {r.weight for r in architecture.layers if r.op in _LAID_OUT and r.weight}
     head = tensorfile.header((name, "F32", shape) for name, shape in shapes.items())
@@ -253,7 +260,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         training_macs=3 * forward - next(filter(None, macs), 0),
         wire_bytes=len(head) + FLOAT * parameters,
         activation_bytes=sum(values),
-        kept_bytes=kept,
+        kept_bytes=sum(kept),
         largest_bytes=max(values, default=0),
         unrolled_bytes=sum(
             _unrolled_bytes(r, checked, architecture, shapes[r.weight][2:] if r.weight else ())
@@ -265,6 +272,7 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
         values=len(values),
         base_bytes=architecture.base_bytes,
         dequantised_bytes=FLOAT * max((prod(b.shape) for b in architecture.base), default=0),
+        kept_values=len(kept),
     )
 
 
