@@ -11,7 +11,7 @@ from typing import Any
 
 from fedprune.core.cli import ended_by_signals
 from fedprune.core.disk import file_digest, storage_errors
-from fedprune.core.errors import EngineError, ExitCode, UsageError
+from fedprune.core.errors import EngineError, UsageError
 from fedprune.runtime.bundle import files_folder, open_bundle
 from fedprune.runtime.tensorrt_config import EnginePlan
 from fedprune_device.engines.engine_selector import ENGINES, EngineRequest, EngineSelector, here, read_plan
@@ -21,7 +21,7 @@ from fedprune_device.serving.predictor import WEIGHTS, Predictor
 _LOOK_S = 0.2
 
 
-def build_engine(arguments: argparse.Namespace) -> int:
+def build_engine(arguments: argparse.Namespace) -> None:
     from fedprune_device.engines import bindings
 
     if (arguments.bundle is None) != (arguments.out is None):
@@ -47,12 +47,11 @@ def build_engine(arguments: argparse.Namespace) -> int:
         facts = made_engine(selector, wanted, anew=arguments.anew, tell=sys.stderr.isatty())
     if arguments.json:
         print(json.dumps({"board": asdict(place), "status": selector.status, **facts}, sort_keys=True))
-        return int(ExitCode.OK)
+        return
     print(f"made: {facts['way']} in {facts['seconds']:.1f} s")
     print(f"check: deviation {facts['deviation']:.2g} from onnxruntime, {selector.plan.tolerance:g} allowed")
     print(f"one sample: {1e3 * facts['latency_s']:.3g} ms")
     print(f"engine: {selector.cache.root}")
-    return int(ExitCode.OK)
 
 
 def made_engine(

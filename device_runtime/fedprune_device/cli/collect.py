@@ -39,7 +39,7 @@ _PIPE = "-"
 _AGAIN_S = 5.0  # until a camera that is gone is opened again
 
 
-def collect(arguments: argparse.Namespace) -> int:
+def collect(arguments: argparse.Namespace) -> int | None:
     address = arguments.local or f"unix:{arguments.state.absolute() / SOCKET}"
     Address.parse(address)
     sources = arguments.sources or list(filter(None, [os.environ.get(SOURCE)]))
@@ -49,7 +49,8 @@ def collect(arguments: argparse.Namespace) -> int:
     if live:
         if len(sources) > 1:
             raise UsageError(f"{live[0].rpartition('@')[2]} goes on, and must be the only source")
-        return _follow(live[0], address, arguments)
+        _follow(live[0], address, arguments)
+        return None
     return _add_all([Path(source) for source in sources], Board(address), arguments)
 
 
@@ -64,7 +65,7 @@ def _is_live(source: str) -> bool:
     return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
 
 
-def _follow(source: str, address: str, arguments: argparse.Namespace) -> int:
+def _follow(source: str, address: str, arguments: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[log_handler()])
     collector = Collector(Board(address, tries=1), arguments.every)
     try:
@@ -81,7 +82,6 @@ def _follow(source: str, address: str, arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         pass  # the end of what goes on
     print(collector.summary)
-    return int(ExitCode.OK)
 
 
 def _watch_pipe(file: int, collector: Collector) -> None:

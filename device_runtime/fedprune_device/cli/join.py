@@ -7,7 +7,7 @@ import re
 import shutil
 
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ExitCode, UsageError
+from fedprune.core.errors import UsageError
 from fedprune_device.cli.options import options_of
 from fedprune_device.network.membership import IDENTITY, MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.storage.directory_owner import DirectoryOwner
@@ -16,7 +16,7 @@ from fedprune_device.storage.state_directory import DeviceStore
 _OLD_IDENTITY = "identity.old"  # the identity of a board that is about to join with a new key
 
 
-def join(arguments: argparse.Namespace) -> int:
+def join(arguments: argparse.Namespace) -> None:
     owner = DirectoryOwner(arguments.device, arguments.site)
     owner.check(arguments.state)
     options = options_of(MembershipOptions, arguments)
@@ -42,7 +42,6 @@ def join(arguments: argparse.Namespace) -> int:
             if old.exists():
                 shutil.rmtree(old)
         owner.claim(arguments.state)
-    return int(ExitCode.OK)
 
 
 def _pin(text: str | None) -> bytes | None:

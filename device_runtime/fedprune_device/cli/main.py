@@ -5,15 +5,15 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.cli import recipe_setting, run_command, seconds, whole_number
-from fedprune.core.errors import ExitCode, ProtocolError
+from fedprune.core.cli import Command, recipe_setting, run_command, seconds, whole_number
+from fedprune.core.errors import ProtocolError
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
 from fedprune.wire.topics import check_job
@@ -334,16 +334,17 @@ def _add_unit(commands: Any) -> None:
     unit.set_defaults(run=_command("runtime", "unit"))
 
 
-def _command(module: str, name: str) -> Callable[[argparse.Namespace], int]:
+def _command(module: str, name: str) -> Command:
     """A command of a module next to this one, which is loaded when it runs."""
 
-    def run(arguments: argparse.Namespace) -> int:
-        return int(getattr(import_module(f"fedprune_device.cli.{module}"), name)(arguments))
+    def run(arguments: argparse.Namespace) -> int | None:
+        command: Command = getattr(import_module(f"fedprune_device.cli.{module}"), name)
+        return command(arguments)
 
     return run
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
     from fedprune_device.board import BoardConfig, run_board
     from fedprune_device.data.sources import SampleOptions
     from fedprune_device.network.membership import MembershipOptions
@@ -351,7 +352,6 @@ def _run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[log_handler()])
     member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)
     run_board(options_of(BoardConfig, arguments, membership=member, samples=samples))
-    return int(ExitCode.OK)
 
 
 def _hours(text: str) -> float:

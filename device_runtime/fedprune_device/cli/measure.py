@@ -7,14 +7,13 @@ import json
 import sys
 from dataclasses import asdict, fields
 
-from fedprune.core.errors import ExitCode
 from fedprune.planning.identification import identify
 from fedprune_device.hardware.probe import probe, table_summaries
 from fedprune_device.hardware.readings import facts
 from fedprune_device.hardware.runtime_process import check_runtime
 
 
-def identify_board(arguments: argparse.Namespace) -> int:
+def identify_board(arguments: argparse.Namespace) -> None:
 
     read = facts()
     found = identify(read)
@@ -22,16 +21,15 @@ def identify_board(arguments: argparse.Namespace) -> int:
         print(json.dumps({"board": asdict(read), **found.to_dict()}, sort_keys=True))
     else:
         print(found.describe())
-    return int(ExitCode.OK)
 
 
-def probe_board(arguments: argparse.Namespace) -> int:
+def probe_board(arguments: argparse.Namespace) -> None:
 
     check_runtime()
     report = probe(arguments.threads, begin=_begin)
     if arguments.json:
         print(json.dumps(report.to_dict(), sort_keys=True))
-        return int(ExitCode.OK)
+        return
     tables = table_summaries(report)
     for field in fields(report):
         value = getattr(report, field.name)
@@ -45,7 +43,6 @@ def probe_board(arguments: argparse.Namespace) -> int:
             value = tables[field.name]
         if value not in (None, ""):
             print(f"{field.name}: {value}")
-    return int(ExitCode.OK)
 
 
 def _begin(what: str, seconds: float) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.disk import is_there, storage_errors
-from fedprune.core.errors import BundleError, DataError, ExitCode, StorageError, UsageError, remedy
+from fedprune.core.errors import BundleError, DataError, StorageError, UsageError, remedy
 from fedprune.core.zip_limits import check_members
 from fedprune.model.lengths import Lengths, Shape, at_most, fits, free_axis, padded
 from fedprune.model.recipe import JUDGED, labels_of
@@ -35,7 +35,7 @@ from fedprune_device.storage.directory_owner import FILE
 _MOST_NAMED = 10  # folders of boards that an error names
 
 
-def predict(arguments: argparse.Namespace) -> int:
+def predict(arguments: argparse.Namespace) -> None:
     own = LogitAdjustment()
     class_names: tuple[str, ...] = ()
     if arguments.bundle is not None:
@@ -73,7 +73,6 @@ def predict(arguments: argparse.Namespace) -> int:
             print(line)
     if chosen.y is not None and len(chosen.y) and judges:
         print(judged(logits, chosen.y, loss), file=sys.stderr)
-    return int(ExitCode.OK)
 
 
 def _graph(bundle: Bundle, precision: str | None) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, ExitCode, ProtocolError, StorageError, shown
+from fedprune.core.errors import ConfigError, ProtocolError, StorageError, shown
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.unit import ServiceUnit
@@ -19,15 +19,14 @@ from fedprune_device.releases.unit import ServiceUnit
 _LARGEST_KEY_FILE = 200
 
 
-def install(arguments: argparse.Namespace) -> int:
+def install(arguments: argparse.Namespace) -> None:
     from fedprune_device.releases.installer import ReleaseSource
 
     release = _updater(arguments).install(ReleaseSource.of_folder(arguments.release))
     print(f"release {release.number} ({release.version}) is installed in {arguments.root}")
-    return int(ExitCode.OK)
 
 
-def update(arguments: argparse.Namespace) -> int:
+def update(arguments: argparse.Namespace) -> None:
     from fedprune_device.releases.installer import ReleaseSource
 
     updater = _updater(arguments)
@@ -37,7 +36,6 @@ def update(arguments: argparse.Namespace) -> int:
     else:
         updater.arm(arguments.attempts, arguments.deadline)
         print(f"release {release.number} ({release.version}) is tried when the service starts the next time")
-    return int(ExitCode.OK)
 
 
 def _updater(arguments: argparse.Namespace) -> Any:
@@ -68,7 +66,7 @@ def _server_key(given: str) -> Any:
         raise ConfigError(error.what, expected=error.expected, got=error.got) from error
 
 
-def slots(arguments: argparse.Namespace) -> int:
+def slots(arguments: argparse.Namespace) -> None:
     home = SlotStore(arguments.root)
     state = home.load()
     if state is None:
@@ -81,7 +79,6 @@ def slots(arguments: argparse.Namespace) -> int:
         print(json.dumps({**asdict(state), "slots": held}, sort_keys=True))
     else:
         sys.stdout.writelines(f"{line}\n" for line in _described(state, held))
-    return int(ExitCode.OK)
 
 
 def _held(home: SlotStore, slot: str) -> tuple[int, str] | str:
@@ -108,7 +105,7 @@ def _described(state: LauncherState, held: dict[str, tuple[int, str] | str]) -> 
     return lines
 
 
-def unit(arguments: argparse.Namespace) -> int:
+def unit(arguments: argparse.Namespace) -> None:
     service = ServiceUnit(
         jetson=arguments.jetson,
         arguments=tuple(arguments.arguments) or ServiceUnit().arguments,
@@ -119,4 +116,3 @@ def unit(arguments: argparse.Namespace) -> int:
         cpu_quota=arguments.cpu_quota,
     )
     print(service.text(), end="")
-    return int(ExitCode.OK)

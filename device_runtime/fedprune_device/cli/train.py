@@ -15,7 +15,7 @@ from typing import Any
 
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import DataError, ExitCode, FedpruneError, ModelError, UsageError
+from fedprune.core.errors import DataError, FedpruneError, ModelError, UsageError
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import quantity
 from fedprune.model.recipe import Recipe
@@ -37,7 +37,7 @@ _EVERY_S = 1.0  # seconds between two updates of the progress line on a terminal
 _EVERY_LINE_S = 10.0  # seconds between two progress lines, elsewhere
 
 
-def train(arguments: argparse.Namespace) -> int:
+def train(arguments: argparse.Namespace) -> None:
     bundle = open_bundle(arguments.bundle)
     recipe = _recipe(bundle, arguments)
     check_folder(arguments.out, bundle.target)
@@ -46,10 +46,10 @@ def train(arguments: argparse.Namespace) -> int:
     with storage_errors(f"can't write to {place}"):
         folder = tempfile.TemporaryDirectory(prefix=".fedprune-", dir=place, ignore_cleanup_errors=True)
     with folder as spool:
-        return _train(bundle, recipe, arguments, Path(spool))
+        _train(bundle, recipe, arguments, Path(spool))
 
 
-def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool: Path) -> int:
+def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool: Path) -> None:
     samples = options_of(SampleOptions, arguments).fixed(bundle.class_names, spool)
     number = arguments.threads or threads()
     trainer = Trainer(bundle.path(TRAINING), threads=number, base=bundle.base)
@@ -76,7 +76,6 @@ def _train(bundle: Bundle, recipe: Recipe, arguments: argparse.Namespace, spool:
             f"after {result.steps} of {quantity(recipe.steps(data.samples), 'step')}; "
             f"{arguments.out} holds what was trained until then"
         )
-    return int(ExitCode.OK)
 
 
 def _recipe(bundle: Bundle, arguments: argparse.Namespace) -> Recipe:

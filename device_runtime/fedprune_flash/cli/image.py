@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.core.cli import with_extra
-from fedprune.core.errors import CardError, ConfigError, ExitCode, UsageError
+from fedprune.core.errors import CardError, ConfigError, UsageError
 from fedprune_flash.cli.kit import NO_CLAIM, read_bytes
 from fedprune_flash.image.board_setup import FirstBoot, Wifi, ssh_keys
 
@@ -46,7 +46,7 @@ def add_image_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     image.set_defaults(run=with_extra("flash", _image))
 
 
-def _image(arguments: argparse.Namespace) -> int:
+def _image(arguments: argparse.Namespace) -> None:
     from fedprune_flash.card import drives
     from fedprune_flash.image import boot_image as image
     from fedprune_flash.image.boot_image import PlanStep, described
@@ -81,7 +81,6 @@ def _image(arguments: argparse.Namespace) -> int:
             print(NO_CLAIM)
         if card is not None:
             _write_card(out, card.path, arguments.yes)
-    return int(ExitCode.OK)
 
 
 def _write_card(image: Path, device: str, yes: str | None) -> None:

@@ -20,7 +20,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedprune.core.errors import ConfigError, ExitCode, meant, shown
+from fedprune.core.errors import ConfigError, meant, shown
 from fedprune.planning.identification import jetpack
 
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
@@ -103,8 +103,7 @@ def add_jetson_command(commands: argparse._SubParsersAction[argparse.ArgumentPar
     jetson.set_defaults(run=_jetson)
 
 
-def _jetson(arguments: argparse.Namespace) -> int:
+def _jetson(arguments: argparse.Namespace) -> None:
     lines = commands(arguments.board, arguments.release, arguments.storage, arguments.user)
     print("# On an x86-64 Ubuntu, the board on its USB in recovery mode; all that is on its storage will be lost.")
     print("\n".join(lines))
-    return int(ExitCode.OK)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from fedprune.core.cli import with_extra
-from fedprune.core.errors import ConfigError, ExitCode, remedy
+from fedprune.core.errors import ConfigError, remedy
 from fedprune.core.text import quantity
 from fedprune_flash.kit.board_settings import SAMPLES, BoardSettings
 
@@ -44,7 +44,7 @@ def add_kit_command(commands: argparse._SubParsersAction[argparse.ArgumentParser
     kit.set_defaults(run=with_extra("flash", _kit))
 
 
-def _kit(arguments: argparse.Namespace) -> int:
+def _kit(arguments: argparse.Namespace) -> None:
     from fedprune.security.keys import VerifyingKey
     from fedprune_flash.kit.kit import Signer, build_kit
     from fedprune_flash.kit.target import Target
@@ -76,7 +76,6 @@ def _kit(arguments: argparse.Namespace) -> int:
     else:
         print("It is not signed: a board can't tell who made it (--signing-key).")
     print(f"On the board: sudo python3 {kit.folder.name}/install.pyz{'' if kit.key else ' --unsigned'}")
-    return int(ExitCode.OK)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core.cli import whole_number
-from fedprune.core.errors import ExitCode, UsageError
+from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity
 from fedprune.output import tables
 from fedprune.planning import profile_store
@@ -38,7 +38,7 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(function=bench)
 
 
-def bench(arguments: argparse.Namespace) -> int:
+def bench(arguments: argparse.Namespace) -> None:
     """Print what was measured."""
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     probe = read_probe(arguments)
@@ -64,7 +64,6 @@ def bench(arguments: argparse.Namespace) -> int:
         tables.print_json(found.to_dict())
     else:
         found.table().print()
-    return int(ExitCode.OK)
 
 
 def _numbers(text: str) -> tuple[int, ...]:

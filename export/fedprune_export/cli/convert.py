@@ -9,7 +9,7 @@ from typing import Any
 import fedprune_export as fx
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
-from fedprune.core.errors import ExitCode, UsageError
+from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity
 from fedprune.output import tables
 from fedprune.runtime.bundle import FILES, MANIFEST
@@ -55,7 +55,7 @@ def register(subparsers: Any) -> None:
         add_model_options(parser)
 
 
-def to_onnx(arguments: argparse.Namespace) -> int:
+def to_onnx(arguments: argparse.Namespace) -> None:
     """Write an ONNX file."""
     from fedprune_export.bundles import conversion
 
@@ -66,10 +66,9 @@ def to_onnx(arguments: argparse.Namespace) -> int:
     error = conversion.onnx_parity(raw, source.graph)
     write_whole(arguments.out, raw)
     print(f"{arguments.out}: {len(raw):,} bytes, {source.title}; {conversion.agreement(error)}")
-    return int(ExitCode.OK)
 
 
-def to_torch(arguments: argparse.Namespace) -> int:
+def to_torch(arguments: argparse.Namespace) -> None:
     """Write a state dict."""
     from fedprune_export.bundles import conversion
     from fedprune_export.importing import torch_module
@@ -99,7 +98,6 @@ def to_torch(arguments: argparse.Namespace) -> int:
         compared = f"; {conversion.agreement(error)}{'' if module is None else ' in torch'}"
     size = conversion.write_state_dict(arguments.out, state)
     print(f"{arguments.out}: {quantity(len(state), 'tensor')}, {size:,} bytes, {source.title}{compared}")
-    return int(ExitCode.OK)
 
 
 def _check_out(arguments: argparse.Namespace, *endings: str) -> None:

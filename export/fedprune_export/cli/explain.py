@@ -9,7 +9,7 @@ from typing import Any
 import fedprune_export as fx
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
-from fedprune.core.errors import ExitCode, UsageError
+from fedprune.core.errors import UsageError
 from fedprune.model.architecture import widths_at
 from fedprune.output import tables
 from fedprune.planning import profile_store
@@ -49,7 +49,7 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(function=explain)
 
 
-def explain(arguments: argparse.Namespace) -> int:
+def explain(arguments: argparse.Namespace) -> None:
     """Print an explanation."""
     profile = profile_store.chosen(arguments.target, arguments.profiles) if arguments.target else None
     if arguments.page is not None and arguments.page.suffix.lower() not in (".html", ".htm"):
@@ -79,4 +79,3 @@ def explain(arguments: argparse.Namespace) -> int:
         tables.print_json(found.to_dict())
     else:
         print_explanation(found)
-    return int(ExitCode.OK)

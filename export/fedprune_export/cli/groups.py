@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fedprune.core.errors import ExitCode
 from fedprune.output import tables
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
 
@@ -22,7 +21,7 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(function=groups)
 
 
-def groups(arguments: argparse.Namespace) -> int:
+def groups(arguments: argparse.Namespace) -> None:
     """Print a model's channel groups."""
     with tables.progress() as tell:
         tell(f"importing {arguments.model}")
@@ -31,4 +30,3 @@ def groups(arguments: argparse.Namespace) -> int:
         tables.print_json(model.groups.to_dict())
     else:
         print(model.groups)
-    return int(ExitCode.OK)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fedprune import __version__
-from fedprune.core.cli import check_command, run_command, with_extra
+from fedprune.core.cli import Command, check_command, run_command, with_extra
 
 COMMANDS = {
     "groups": ("cli.groups", "the channel groups of a model, and what stays"),
@@ -64,6 +64,6 @@ def _command_parser(name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    function: Callable[[argparse.Namespace], int] = arguments.function
+def _run(arguments: argparse.Namespace) -> int | None:
+    function: Command = arguments.function
     return function(arguments)

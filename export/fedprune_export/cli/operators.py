@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fedprune.core.errors import ExitCode
 from fedprune.output import tables
 from fedprune.output.tables import Column
 
@@ -31,16 +30,15 @@ _COLUMNS = (
 )
 
 
-def operators(arguments: argparse.Namespace) -> int:
+def operators(arguments: argparse.Namespace) -> None:
     """Print the table."""
     rows = table()
     if arguments.json:
         tables.print_json(rows)
-        return int(ExitCode.OK)
+        return
     tables.print_table(
         _COLUMNS, [(r["operator"], r["channels"] or "–", r["gradient"] or "–", r["forms"] or "") for r in rows]
     )
-    return int(ExitCode.OK)
 
 
 def table() -> list[dict[str, Any]]:

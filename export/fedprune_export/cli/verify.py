@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ExitCode, FedpruneError
+from fedprune.core.errors import FedpruneError
 from fedprune.output import tables
 from fedprune.runtime.bundle import open_bundle
 from fedprune_export.cli.options import MODEL_HELP, add_model_options, read_model
@@ -25,7 +25,7 @@ def register(subparsers: Any) -> None:
     parser.set_defaults(function=verify)
 
 
-def verify(arguments: argparse.Namespace) -> int:
+def verify(arguments: argparse.Namespace) -> None:
     """Print every check that is passed."""
     from fedprune_export.bundles import verification
 
@@ -47,4 +47,3 @@ def verify(arguments: argparse.Namespace) -> int:
         raise
     if arguments.json:
         tables.print_json({"ok": True, "passed": passed})
-    return int(ExitCode.OK)

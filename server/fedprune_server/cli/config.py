@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ExitCode
 from fedprune_server.cli.run import configured, run_options
 from fedprune_server.config.alert_settings import shown_url
 from fedprune_server.config.layers import brief, masked, origin
@@ -33,14 +32,14 @@ def add_config(config: argparse.ArgumentParser) -> None:
         action.set_defaults(function=_show)
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def _show(arguments: argparse.Namespace) -> None:
     if arguments.action == "check":
         arguments.config = arguments.file
     found = configured(arguments)
     rows = [row for row in _rows(found) if arguments.all or arguments.json or row["from"] != _DEFAULT]
     if arguments.json:
         print(json.dumps(rows, indent=2, sort_keys=True))
-        return int(ExitCode.OK)
+        return
 
     table = ""
     for row in rows:
@@ -51,7 +50,6 @@ def _show(arguments: argparse.Namespace) -> int:
         print(f"{line:<48} # {row['from']}")
     if not rows:
         print("# every setting is as by default; --all shows them")
-    return int(ExitCode.OK)
 
 
 _DEFAULT = "default"

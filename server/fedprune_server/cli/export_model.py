@@ -8,7 +8,7 @@ from pathlib import Path
 from fedprune.core import tensorfile
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.cli import whole_number
-from fedprune.core.errors import ExitCode, UsageError
+from fedprune.core.errors import UsageError
 from fedprune.core.text import amount
 from fedprune_export.bundles import conversion
 from fedprune_server.cli.state_option import add_state
@@ -29,7 +29,7 @@ def add_export_model(export: argparse.ArgumentParser) -> None:
     export.set_defaults(function=_export_model)
 
 
-def _export_model(arguments: argparse.Namespace) -> int:
+def _export_model(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     if out.suffix not in (".onnx", ".safetensors", ".pt", ".pth"):
         raise UsageError("--out", expected="a file name that ends in .onnx, .safetensors, .pt or .pth", got=str(out))
@@ -49,4 +49,3 @@ def _export_model(arguments: argparse.Namespace) -> int:
         compared = f"; {conversion.agreement(conversion.state_parity(state, model.graph, model.graph))}"
         size = conversion.write_state_dict(out, state)
     print(f"{out}: {amount(size, 'bytes')}{compared}")
-    return int(ExitCode.OK)

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from fedprune.core.cli import seconds
-from fedprune.core.errors import ExitCode, UsageError
+from fedprune.core.errors import UsageError
 from fedprune_server.monitoring.health import FILE as _PULSE
 from fedprune_server.monitoring.health import check_pulse
 
@@ -19,9 +19,8 @@ def add_health(health: argparse.ArgumentParser) -> None:
     health.set_defaults(function=_health)
 
 
-def _health(arguments: argparse.Namespace) -> int:
+def _health(arguments: argparse.Namespace) -> None:
     path = arguments.pulse or (Path(os.environ[_PULSE]) if os.environ.get(_PULSE) else None)
     if path is None:
         raise UsageError("health", expected=f"--pulse FILE, or {_PULSE} in the environment", got="neither")
     print(check_pulse(path, arguments.within, running=arguments.ready))
-    return int(ExitCode.OK)

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from fedprune.core.cli import whole_number
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ExitCode, ProtocolError, UsageError
+from fedprune.core.errors import ProtocolError, UsageError
 from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey, grouped
 from fedprune_device.storage.directory_owner import check_unowned
@@ -129,15 +129,14 @@ def name_of(what: str) -> Callable[[str], str]:
     return checked
 
 
-def _init(arguments: argparse.Namespace) -> int:
+def _init(arguments: argparse.Namespace) -> None:
     check_unowned(arguments.state)
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
         print(f"identity of site {identity.site} in {identity.path}: back it up, and keep it private")
         _describe(identity)
-    return int(ExitCode.OK)
 
 
-def _identity(arguments: argparse.Namespace) -> int:
+def _identity(arguments: argparse.Namespace) -> None:
     action: str = arguments.action
     if arguments.force and action != _RETIRE_CA:
         raise UsageError("--force", expected=f"with {_RETIRE_CA}", got=f"with {action}")
@@ -161,7 +160,6 @@ def _identity(arguments: argparse.Namespace) -> int:
         print(f"earlier keys that boards can follow to it: {len(identity.successions)}")
     if action in _NEXT:
         print(_NEXT[action])
-    return int(ExitCode.OK)
 
 
 def _describe(identity: IdentityFolder) -> None:
@@ -169,7 +167,7 @@ def _describe(identity: IdentityFolder) -> None:
     print(f"the server's key:     {identity.key.verifying.fingerprint}")
 
 
-def _claim(arguments: argparse.Namespace) -> int:
+def _claim(arguments: argparse.Namespace) -> None:
     _check_hours(arguments.hours)
     if arguments.count > _MAX_CLAIMS:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
@@ -179,7 +177,6 @@ def _claim(arguments: argparse.Namespace) -> int:
         for _ in range(arguments.count):
             print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
     _print_claims(arguments, arguments.device or "any name that is free", arguments.count)
-    return int(ExitCode.OK)
 
 
 def _print_claims(arguments: argparse.Namespace, names: str, count: int = 1) -> None:
@@ -211,22 +208,19 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
             raise
 
 
-def _devices(arguments: argparse.Namespace) -> int:
+def _devices(arguments: argparse.Namespace) -> None:
     with IdentityFolder(arguments.state) as identity:
         if arguments.action == "list":
             _list(identity, arguments)
-            return int(ExitCode.OK)
-        if arguments.device is None:
+        elif arguments.device is None:
             raise UsageError(f"devices {arguments.action}", expected="the name of a device", got="none")
-        if arguments.action == "approve":
+        elif arguments.action == "approve":
             _approve(identity, arguments)
-            return int(ExitCode.OK)
-        _check_hours(arguments.hours)
-        if arguments.action == "replace":
+        elif arguments.action == "replace":
+            _check_hours(arguments.hours)
             _replace(identity, arguments)
-            return int(ExitCode.OK)
-        print(revoke(identity, arguments.device))
-    return int(ExitCode.OK)
+        else:
+            print(revoke(identity, arguments.device))
 
 
 def _replace(identity: Any, arguments: argparse.Namespace) -> None:
@@ -271,7 +265,7 @@ def _approve(identity: Any, arguments: argparse.Namespace) -> None:
     print(approve(identity, arguments.device, arguments.key))
 
 
-def _broker_config(arguments: argparse.Namespace) -> int:
+def _broker_config(arguments: argparse.Namespace) -> None:
     given = {} if arguments.plugin is None else {"plugin": arguments.plugin}
     broker = Broker(
         tuple(arguments.host),
@@ -286,7 +280,6 @@ def _broker_config(arguments: argparse.Namespace) -> int:
         for name in write_broker(identity, arguments.kind, broker, arguments.out):
             print(arguments.out / name)
     print(f"the broker's user must be able to read them, and {KEY} no other user")
-    return int(ExitCode.OK)
 
 
 def _check_hours(hours: int) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fedprune import __version__
-from fedprune.core.cli import run_command, with_extra
+from fedprune.core.cli import Command, run_command, with_extra
 
 COMMANDS = {
     "run": ("run", "run a job, or continue with one after a stop or crash"),
@@ -63,17 +63,16 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def _filler(name: str, parser: argparse.ArgumentParser) -> Callable[[argparse.Namespace], int]:
-    def fill(_: argparse.Namespace) -> int:
+def _filler(name: str, parser: argparse.ArgumentParser) -> Command:
+    def fill(_: argparse.Namespace) -> None:
         module = importlib.import_module(f"fedprune_server.cli.{COMMANDS[name][0]}")
         getattr(module, f"add_{name.replace('-', '_')}")(parser)
-        return 0
 
     return fill
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    function: Callable[[argparse.Namespace], int] = arguments.function
+def _run(arguments: argparse.Namespace) -> int | None:
+    function: Command = arguments.function
     return function(arguments)
 
 

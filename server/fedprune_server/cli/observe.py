@@ -39,7 +39,7 @@ def add_doctor(doctor: argparse.ArgumentParser) -> None:
     doctor.set_defaults(function=_doctor)
 
 
-def _logs(arguments: argparse.Namespace) -> int:
+def _logs(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
     if not folder.is_dir():
         raise StorageError(f"{folder} is no server's state folder", hint="Give the folder of `run --state`.")
@@ -54,7 +54,6 @@ def _logs(arguments: argparse.Namespace) -> int:
         rows = read_logs(folder, arguments.device, after)
         _show(rows, as_json=arguments.json)
         after = rows[-1].id if rows else after
-    return int(ExitCode.OK)
 
 
 def _show(rows: Sequence[BoardReport], *, as_json: bool) -> None:

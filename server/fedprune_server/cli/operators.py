@@ -10,7 +10,7 @@ import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
-from fedprune.core.errors import ExitCode, StorageError, UsageError
+from fedprune.core.errors import StorageError, UsageError
 from fedprune_server.cli.state_option import add_state
 from fedprune_server.web.auth.accounts import Accounts
 from fedprune_server.web.auth.roles import ROLES
@@ -34,48 +34,44 @@ def add_operators(operators: argparse.ArgumentParser) -> None:
         action.set_defaults(function=run)
 
 
-def _add(arguments: argparse.Namespace) -> int:
+def _add(arguments: argparse.Namespace) -> None:
     opened = _Opened(arguments.state)
     with opened as accounts:
         accounts.check_new(arguments.name, arguments.role)
         accounts.add(arguments.name, arguments.role, _read_password())
         opened.note("operator_add", operator=arguments.name, role=arguments.role)
     print(f"{arguments.name} may use the console as {arguments.role}")
-    return int(ExitCode.OK)
 
 
-def _password(arguments: argparse.Namespace) -> int:
+def _password(arguments: argparse.Namespace) -> None:
     opened = _Opened(arguments.state)
     with opened as accounts:
         accounts.check_known(arguments.name)
         accounts.set_password(arguments.name, _read_password())
         opened.note("operator_password", operator=arguments.name)
     print(f"{arguments.name} has another password, and is logged out everywhere")
-    return int(ExitCode.OK)
 
 
-def _remove(arguments: argparse.Namespace) -> int:
+def _remove(arguments: argparse.Namespace) -> None:
     opened = _Opened(arguments.state)
     with opened as accounts:
         accounts.remove(arguments.name)
         opened.note("operator_remove", operator=arguments.name)
     print(f"{arguments.name} may not use the console any more")
-    return int(ExitCode.OK)
 
 
-def _list(arguments: argparse.Namespace) -> int:
+def _list(arguments: argparse.Namespace) -> None:
     with _Opened(arguments.state) as accounts:
         found = accounts.list()
     if arguments.json:
         rows = [{"name": o.name, "role": o.role, "made": o.made_at, "changed": o.changed_at} for o in found]
         print(json.dumps(rows, indent=2))
-        return int(ExitCode.OK)
+        return
     for operator in found:
         made = datetime.fromtimestamp(operator.made_at, timezone.utc)
         print(f"{operator.name:<24} {operator.role:<9} since {made:%Y-%m-%d}")
     if not found:
         print("the console has no accounts yet: fedprune-server operators add NAME --role admin")
-    return int(ExitCode.OK)
 
 
 class _Opened:

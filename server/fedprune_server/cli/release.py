@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ExitCode, ReleaseError
+from fedprune.core.errors import ReleaseError
 from fedprune.core.text import amount
 from fedprune.releases.release import MANIFEST, Release, ReleaseFile, write_again, write_release
 from fedprune.releases.wheels import OWN, environment, parsed, supported, unmet
@@ -52,7 +52,7 @@ def add_release(release: argparse.ArgumentParser) -> None:
     release.set_defaults(function=_release)
 
 
-def _release(arguments: argparse.Namespace) -> int:
+def _release(arguments: argparse.Namespace) -> None:
     if (arguments.out / MANIFEST).exists():
         raise ReleaseError(f"{arguments.out} holds a release already", hint="Name another folder with --out.")
     with IdentityFolder(arguments.state) as identity:
@@ -60,7 +60,6 @@ def _release(arguments: argparse.Namespace) -> int:
     release = _again(arguments, key) if arguments.again is not None else _of_wheels(arguments, key)
     print(f"release {release.number} ({release.version}): {len(release.files)} wheels, {amount(release.size, 'bytes')}")
     print(f"signed with key {key.verifying.hex}")
-    return int(ExitCode.OK)
 
 
 def _again(arguments: argparse.Namespace, key: SigningKey) -> Release:

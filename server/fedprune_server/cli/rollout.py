@@ -16,7 +16,7 @@ from typing import Any
 
 from fedprune.core.cli import whole_number
 from fedprune.core.disk import held
-from fedprune.core.errors import ExitCode, UsageError
+from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity, some
 from fedprune.output.tables import Column, print_table
 from fedprune.releases.rollout import CAREFUL, Fate
@@ -114,7 +114,7 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
         add_state(action)
 
 
-def _start(arguments: argparse.Namespace) -> int:
+def _start(arguments: argparse.Namespace) -> None:
     if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
     begun = start_rollout(arguments.state, arguments.release, _terms(arguments), _named_boards(arguments.devices))
@@ -128,7 +128,6 @@ def _start(arguments: argparse.Namespace) -> int:
     print(f"a board that sends nothing for {arguments.patience:g} minutes in its stage, or has no launcher, counts as")
     print("failed; --devices chooses the boards")
     _note_without_server(arguments.state, "begins")
-    return int(ExitCode.OK)
 
 
 def _note_without_server(state: Path, action: str) -> None:
@@ -153,7 +152,7 @@ def _terms(arguments: argparse.Namespace) -> RolloutTerms:
     )
 
 
-def _status(arguments: argparse.Namespace) -> int:
+def _status(arguments: argparse.Namespace) -> None:
     entry = next(reversed(_entries(arguments.state)), None)
     if arguments.json:
         print(json.dumps(None if entry is None else _body(entry), indent=2, sort_keys=True))
@@ -163,14 +162,13 @@ def _status(arguments: argparse.Namespace) -> int:
         print(describe(entry))
         if entry.rollout.phase.under_way:
             _note_without_server(arguments.state, "continues")
-    return int(ExitCode.OK)
 
 
-def _list(arguments: argparse.Namespace) -> int:
+def _list(arguments: argparse.Namespace) -> None:
     entries = _entries(arguments.state)[::-1]
     if arguments.json:
         print(json.dumps([_body(e) for e in entries], indent=2, sort_keys=True))
-        return int(ExitCode.OK)
+        return
     rows = []
     for entry in entries:
         release = entry.release
@@ -181,24 +179,21 @@ def _list(arguments: argparse.Namespace) -> int:
         rows.append((str(entry.number), f"{release.number} ({release.version})", state, boards, failed, begun))
     print_table([Column("rollout", right=True), Column("release"), Column("state"), Column("updated", right=True),
                  Column("failed", right=True, drop=1), Column("begun (UTC)", drop=2)], rows)  # fmt: skip
-    return int(ExitCode.OK)
 
 
-def _order(arguments: argparse.Namespace) -> int:
+def _order(arguments: argparse.Namespace) -> None:
     _entries(arguments.state)
     with RolloutStore(arguments.state) as store:
         print(order(store, arguments.action, arguments.reason))
     _note_without_server(arguments.state, {"pause": "pauses", "resume": "continues", "stop": "stops"}[arguments.action])
-    return int(ExitCode.OK)
 
 
-def _back(arguments: argparse.Namespace) -> int:
+def _back(arguments: argparse.Namespace) -> None:
     _entries(arguments.state)
     terms = replace(ALL_AT_ONCE, shares=arguments.groups or ALL_AT_ONCE.shares)
     begun = take_back(arguments.state, arguments.reason, number=arguments.number, terms=terms)
     print(begun.told_back())
     _note_without_server(arguments.state, "begins")
-    return int(ExitCode.OK)
 
 
 def _entries(state: Path) -> list[RolloutEntry]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, ExitCode, StorageError, UsageError, reason, shown
+from fedprune.core.errors import ConfigError, StorageError, UsageError, reason, shown
 from fedprune_device.releases.unit import quoted
 from fedprune_server.config.environment import variables
 
@@ -179,7 +179,7 @@ def add_service(service: argparse.ArgumentParser) -> None:
     )
 
 
-def _service(arguments: argparse.Namespace) -> int:
+def _service(arguments: argparse.Namespace) -> None:
     credentials = [tuple(text.partition("=")[::2]) for text in arguments.credential]
     unit = ServerUnit(
         arguments.program or str(program_of(Path(sys.argv[0]), Path(sys.prefix))),
@@ -195,7 +195,6 @@ def _service(arguments: argparse.Namespace) -> int:
         print(unit.text(), end="")
     else:
         _install(unit, arguments.units)
-    return int(ExitCode.OK)
 
 
 def _install(unit: Any, folder: Path) -> None:

@@ -93,7 +93,7 @@ def build_sweep_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     with progress("reading the fleet"):
         from fedprune_server.simulation.api import simulate
         from fedprune_server.simulation.fleet.simulated_fleet import demo_plan, read_plan, too_few_rounds
@@ -116,10 +116,9 @@ def _run(options: argparse.Namespace) -> int:
     if unjudged:
         print(f"\n{unjudged}")
     print(f"\nReport: {report.html}")
-    return int(ExitCode.OK)
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> None:
     with progress("reading the runs"):
         from fedprune_server.simulation.results.report import print_comparison, read_runs, write_comparison
 
@@ -128,7 +127,6 @@ def _compare(options: argparse.Namespace) -> int:
         page = write_comparison(out, runs, targets)
     print_comparison(runs, targets)
     print(f"\nReport: {page}")
-    return int(ExitCode.OK)
 
 
 def _sweep(options: argparse.Namespace) -> int:

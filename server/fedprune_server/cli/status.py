@@ -12,7 +12,7 @@ from typing import Any
 from fedprune.coordination import Phase, State
 from fedprune.core.cli import whole_number
 from fedprune.core.disk import held
-from fedprune.core.errors import ConfigError, ExitCode
+from fedprune.core.errors import ConfigError
 from fedprune.core.text import amount, quantity
 from fedprune.jobs.state import Progress
 from fedprune.updates.privacy import Privacy
@@ -42,7 +42,7 @@ def add_status(status: argparse.ArgumentParser) -> None:
     status.set_defaults(function=_status)
 
 
-def _status(arguments: argparse.Namespace) -> int:
+def _status(arguments: argparse.Namespace) -> None:
     body = status_of_all(arguments.state)
     if arguments.json:
         for job in (body, *body.get("jobs", [])):
@@ -50,7 +50,6 @@ def _status(arguments: argparse.Namespace) -> int:
         print(json.dumps(body, indent=2, sort_keys=True))
     else:
         print(describe(body, arguments.rounds or LATEST))
-    return int(ExitCode.OK)
 
 
 def status_of_all(state: Path) -> dict[str, Any]:

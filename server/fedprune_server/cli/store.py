@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedprune.core.cli import ended_by_signals
 from fedprune.core.disk import held
-from fedprune.core.errors import ExitCode, StorageError, UsageError
+from fedprune.core.errors import StorageError, UsageError
 from fedprune.core.text import amount, quantity
 from fedprune.output.tables import byte_progress
 from fedprune_server.cli.state_option import add_state
@@ -58,7 +58,7 @@ def add_replay(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(function=_replay)
 
 
-def _check(arguments: argparse.Namespace) -> int:
+def _check(arguments: argparse.Namespace) -> None:
     folder: Path = arguments.state
     if arguments.backup is not None and not arguments.repair:
         raise UsageError("--from without --repair", hint="A check alone changes nothing.")
@@ -94,10 +94,9 @@ def _check(arguments: argparse.Namespace) -> int:
             hint="See above; docs/back-up.md explains what to do.",
         )
     print(f"{folder}: all that its job needs is there and whole")
-    return int(ExitCode.OK)
 
 
-def _backup(arguments: argparse.Namespace) -> int:
+def _backup(arguments: argparse.Namespace) -> None:
     state: Path = arguments.state
     further = folders(state)
     if further and arguments.to.suffix == ".tar":
@@ -118,10 +117,9 @@ def _backup(arguments: argparse.Namespace) -> int:
         has_identity = has_identity or made.has_identity
     if has_identity:
         print("it has the server's private keys, with which anyone can pose as the server: keep it private")
-    return int(ExitCode.OK)
 
 
-def _restore(arguments: argparse.Namespace) -> int:
+def _restore(arguments: argparse.Namespace) -> None:
     target: Path = arguments.state
     backup: Path = arguments.backup
     parts = [backup, *folders(backup)]
@@ -137,7 +135,7 @@ def _restore(arguments: argparse.Namespace) -> int:
             f"{part} is whole: job {manifest.job} in round {manifest.round}, {quantity(len(manifest.entries), 'file')}"
         )
     if arguments.dry_run:
-        return int(ExitCode.OK)
+        return
     for part in parts:
         database = arguments.database if part == backup else None
         with ended_by_signals(), opened(part) as source:
@@ -156,13 +154,11 @@ def _restore(arguments: argparse.Namespace) -> int:
             "first revoke again what was revoked since the backup (docs/identity.md#a-backup-that-is-restored), "
             "and see that the old server doesn't run any more"
         )
-    return int(ExitCode.OK)
 
 
-def _replay(arguments: argparse.Namespace) -> int:
+def _replay(arguments: argparse.Namespace) -> None:
     rounds = 0
     for step in replay(arguments.state):
         rounds += 1
         print(f"round {step.round}: {step.model} ({quantity(len(step.devices), 'device')}: {', '.join(step.devices)})")
     print(f"{quantity(rounds, 'round')}, every model the same to the bit" if rounds else "no round has ended yet")
-    return int(ExitCode.OK)

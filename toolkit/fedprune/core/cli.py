@@ -1,6 +1,6 @@
 """What all commands share: errors become one line and an exit code, never a traceback.
 
-A command's parser gives every subcommand a default `run`: a function of the parsed arguments that returns an exit code.
+A command's parser gives every subcommand a default `run`, which is a `Command`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from fedprune.output.spinner import spinner
 DEBUG = "FEDPRUNE_DEBUG"
 """Environment variable that shows tracebacks, too."""
 
+Command = Callable[[argparse.Namespace], int | None]
+"""Does what the parsed arguments ask for, and returns its exit code; None is 0."""
+
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
 """argparse's message for an invalid choice."""
 
@@ -49,7 +52,7 @@ def run_command(
         _check_options(parser, sys.argv[1:] if argv is None else argv)
         arguments = parser.parse_args(argv)
         with spinner(" ".join([prog, *_command_of(arguments)])):
-            code = int(arguments.run(arguments))
+            code = int(arguments.run(arguments) or ExitCode.OK)
         sys.stdout.flush()
         return code
     except BrokenPipeError as error:
@@ -113,10 +116,10 @@ def _command_of(arguments: argparse.Namespace) -> list[str]:
     return [command] if isinstance(command, str) else []
 
 
-def with_extra(extra: str, run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def with_extra(extra: str, run: Command) -> Command:
     """A command that names the extra to install where a package is missing; `run` imports it when it is called."""
 
-    def checked(arguments: argparse.Namespace) -> int:
+    def checked(arguments: argparse.Namespace) -> int | None:
         try:
             return run(arguments)
         except ModuleNotFoundError as error:
