@@ -181,13 +181,18 @@ def _feeds(architecture: Architecture, widths: tuple[int, ...], batch: int) -> T
     )
 
 
-def median_seconds(run: Callable[[], object], clock: Clock, enough: float = _ENOUGH) -> float:
-    """Seconds of a run, without the first, which allocates; slow boards run only once more."""
+def median_seconds(
+    run: Callable[[], object], clock: Clock = time.perf_counter, enough: float = _ENOUGH, most: float = _MAX_RUNS
+) -> float:
+    """Seconds of a run, without the first, which allocates; slow boards run only once more.
+
+    Others run for `enough` seconds, but no more than `most` times.
+    """
     began = clock()
     run()
     least = 1 if clock() - began > _LONG else _MIN_RUNS
     times: list[float] = []
-    while len(times) < least or (sum(times) < enough and len(times) < _MAX_RUNS):
+    while len(times) < least or (sum(times) < enough and len(times) < most):
         began = clock()
         run()
         times.append(clock() - began)

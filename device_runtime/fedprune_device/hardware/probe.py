@@ -7,10 +7,12 @@ round would run: graphs made by the compiler, two seconds of a reference net and
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,16 @@ from fedprune import __version__
 from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model import step_contract
+from fedprune.model.selection import Tensors
 from fedprune.planning.latency_model import LatencyTable
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import Session
 from fedprune.runtime.session import version as onnxruntime_version
-from fedprune_device.hardware.layer_timing import measure_table, remembered_table
+from fedprune_device.hardware.layer_timing import measure_table, median_seconds, remembered_table
 from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
-_MIN_RUNS = 3
+_ASSETS = resources.files("fedprune_device") / "assets"
 
 
 def probe(
@@ -85,8 +88,7 @@ def process_memory() -> int | None:
 
     Much of a library is only paged in once it is used, so a small training graph is loaded first.
     """
-    graph = resources.files("fedprune_device") / "assets" / "probe_training.onnx"
-    Session(graph.read_bytes(), training=True)
+    Session((_ASSETS / "probe_training.onnx").read_bytes(), training=True)
     return resident_memory()
 
 
@@ -101,10 +103,25 @@ def table_summaries(report: ProbeReport) -> dict[str, str]:
     return found
 
 
+def reference_net() -> dict[str, Any]:
+    """What the reference net is: shapes of its tensors, classes, operations."""
+    found: dict[str, Any] = json.loads((_ASSETS / "probe.json").read_text())
+    return found
+
+
+@contextmanager
+def reference_predictor(tensors: Tensors, threads: int = 1) -> Iterator[Predictor]:
+    """The reference net with these weights."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / GRAPH).write_bytes((_ASSETS / "probe_inference.onnx").read_bytes())
+        (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
+        yield Predictor(folder, threads=threads)
+
+
 def _rates(threads: int, seconds: float) -> tuple[float, float]:
     """FLOP/s of the reference net's training step and forward pass."""
-    assets = resources.files("fedprune_device") / "assets"
-    reference: dict[str, Any] = json.loads((assets / "probe.json").read_text())
+    reference = reference_net()
     rng = keyed(0, "probe")
     tensors = {n: (0.1 * rng.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
     batch = reference["batch"]
@@ -114,21 +131,8 @@ def _rates(threads: int, seconds: float) -> tuple[float, float]:
         n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
     }
     feeds |= tensors | {step_contract.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
-    session = Session((assets / "probe_training.onnx").read_bytes(), threads=threads, training=True)
-    train = _median_seconds(lambda: session.run(feeds), seconds / 2)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / GRAPH).write_bytes((assets / "probe_inference.onnx").read_bytes())
-        (Path(folder) / WEIGHTS).write_bytes(tensorfile.encode(tensors))
-        predictor = Predictor(Path(folder), threads=threads)
-        infer = _median_seconds(lambda: predictor.predict(x), seconds / 2)
+    session = Session((_ASSETS / "probe_training.onnx").read_bytes(), threads=threads, training=True)
+    train = median_seconds(lambda: session.run(feeds), enough=seconds / 2, most=math.inf)
+    with reference_predictor(tensors, threads) as predictor:
+        infer = median_seconds(lambda: predictor.predict(x), enough=seconds / 2, most=math.inf)
     return 2 * batch * reference["training_macs"] / train, 2 * batch * reference["forward_macs"] / infer
-
-
-def _median_seconds(run: Callable[[], object], seconds: float) -> float:
-    run()  # the first run allocates
-    times: list[float] = []
-    while len(times) < _MIN_RUNS or sum(times) < seconds:
-        at = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - at)
-    return max(float(np.median(times)), 1e-9)

@@ -73,13 +73,8 @@ def temperature_c(root: Path = Path("/")) -> float | None:
 
 def throttled(root: Path = Path("/")) -> bool:
     """Whether the kernel reports that heat or low voltage slows the board down now."""
-    firmware = _text(root / "sys/devices/platform/soc/soc:firmware/get_throttled").removeprefix("0x")
-    try:
-        # Bits 0 to 3 of a Raspberry Pi's firmware: low voltage, clock capped, throttled, soft temperature limit.
-        if firmware and int(firmware, 16) & 0xF:
-            return True
-    except ValueError:
-        pass
+    if firmware_flags(root) & 0xF:
+        return True
     for cooler in (root / "sys/class/thermal").glob("cooling_device*"):
         state = _text(cooler / "cur_state")
         if "cpufreq" in _text(cooler / "type") and state.isdigit() and int(state) > 0:

@@ -16,21 +16,18 @@ import tempfile
 import time
 from contextlib import suppress
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from fedprune.core import tensorfile
 from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, MissingExtraError, RuntimeUnavailableError
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version
-from fedprune_device.hardware.probe import probe
+from fedprune_device.hardware.probe import probe, reference_net, reference_predictor
 from fedprune_device.hardware.readings import memory, own_memory
 from fedprune_device.serving.model_slots import ModelSlots
-from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
 _START_S = 120.0
 _CHECK_S = 300.0
@@ -216,13 +213,9 @@ def _print(answer: dict[str, Any]) -> None:
 
 
 def _check_model(serving: str | None) -> None:
-    assets = resources.files("fedprune_device") / "assets"
-    reference = json.loads((assets / "probe.json").read_text())
-    tensors = {name: np.full(shape, 0.01, np.float32) for name, shape in reference["tensors"].items()}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / GRAPH).write_bytes((assets / "probe_inference.onnx").read_bytes())
-        (Path(folder) / WEIGHTS).write_bytes(tensorfile.encode(tensors))
-        Predictor(Path(folder)).check(reference["classes"])
+    reference = reference_net()
+    with reference_predictor({n: np.full(s, 0.01, np.float32) for n, s in reference["tensors"].items()}) as predictor:
+        predictor.check(reference["classes"])
     if serving is not None:
         slots = ModelSlots(Path(serving))
         if slots.current() is not None:
