@@ -57,11 +57,13 @@ _LOG = logging.getLogger("fedprune.device")
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """How a board takes part.
+    """How a board takes part, and what its agent has in addition to its work for the server.
 
     Without `profile` only the disk limits what is accepted. `train_alone_s` are the seconds after which the board
     trains without its server, 0 for never. `serve_job` is the job whose models may serve, empty for any. `max_packet`
-    is the size in bytes of the MQTT packets that the broker accepts, as far as is known.
+    is the size in bytes of the MQTT packets that the broker accepts, as far as is known. `updater` installs releases,
+    or is the reason why none can be installed. By default `log` and `crashes` are those of the state directory.
+    `status` is what other threads see of the agent; `stopping` ends it.
     """
 
     profile: HardwareProfile | None = None
@@ -76,16 +78,6 @@ class AgentSettings:
     max_packet: int = MAX_PACKET
     engine: Callable[[], str] = lambda: ""
     web: Callable[[], ssl.SSLContext] = tls_context
-
-
-@dataclass(frozen=True)
-class Services:
-    """What an agent has in addition to its work for the server.
-
-    `updater` installs releases, or is the reason why none can be installed. By default `log` and `crashes` are those of
-    the state directory. `status` is what other threads see of the agent; `stopping` ends it.
-    """
-
     updater: ReleaseInstaller | str = NO_LAUNCHER
     trial: ReleaseTrial | None = None
     log: LogBuffer | None = None
@@ -99,14 +91,13 @@ def build_agent(
     store: DeviceStore,
     data: SampleSource,
     settings: AgentSettings,
-    services: Services,
     *,
     clock: Callable[[], float] = time.monotonic,
 ) -> Agent:
     """Make an agent; `clock` is monotonic, in seconds."""
     device, profile = connection.device, settings.profile
     store.slots.job = settings.serve_job
-    uplink = Uplink(connection, BlobSender(store.blobs), settings.max_packet, services.status)
+    uplink = Uplink(connection, BlobSender(store.blobs), settings.max_packet, settings.status)
     trainer = TrainerCache(settings.threads, cuda=settings.cuda)
     lowering = ReducedPrecision(settings.precision, settings.threads)
     runner = RoundRunner(device, store.blobs, store.slots, data, trainer, store.own, lowering, store.privacy.draw)
@@ -121,17 +112,17 @@ def build_agent(
         guard=settings.guard,
     )
     name = settings.profile_name or ("" if profile is None else profile.name)
-    log = services.log or LogBuffer(store.root, device)
+    log = settings.log or LogBuffer(store.root, device)
     return Agent(
         connection,
         store,
         BirthBuilder(connection, data, name, settings.probe, settings.engine),
         uplink,
         offers,
-        releases=ReleaseAgent(connection, services.updater),
-        logs=LogReporter(connection, log, services.crashes or CrashReports(store.root)),
-        watchdog=Watchdog(services.trial),
-        stopping=services.stopping or threading.Event(),
+        releases=ReleaseAgent(connection, settings.updater),
+        logs=LogReporter(connection, log, settings.crashes or CrashReports(store.root)),
+        watchdog=Watchdog(settings.trial),
+        stopping=settings.stopping or threading.Event(),
         clock=clock,
     )
 
@@ -207,7 +198,7 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess) -> None:
         if config.no_probe or (member.identity is not None and not member.identity.joined):
             runtime.close()  # to join may take days
         with starting("waiting to join the fleet"):
-            if not join_first(member, member_options, patient=config.patient, stopped=stopping):
+            if not join_first(member, patient=config.patient, stopped=stopping):
                 return
         if member.identity is not None:
             owner.claim(state)
@@ -227,9 +218,14 @@ def _run_board(config: BoardConfig, runtime: RuntimeProcess) -> None:
             max_packet=config.max_packet,
             engine=lambda: "" if selector is None else selector.status,
             web=member.web_context,
+            updater=board_installer(member.identity),
+            trial=trial,
+            log=log,
+            crashes=crashes,
+            status=status,
+            stopping=stopping,
         )
-        services = Services(board_installer(member.identity), trial, log, crashes, status, stopping)
-        agent = build_agent(connection, store, data, settings, services)
+        agent = build_agent(connection, store, data, settings)
         if stopping.is_set():
             return
         connection.link.start(patient=config.patient)

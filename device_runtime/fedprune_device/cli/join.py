@@ -29,10 +29,10 @@ def join(arguments: argparse.Namespace) -> None:
                 folder.rename(old)
         member = membership(options)
         if member.identity is not None and member.identity.joined:
-            print(f"{member.device} is a member already, with key {member.identity.key.verifying.fingerprint}")
+            print(f"{options.device} is a member already, with key {member.identity.key.verifying.fingerprint}")
         else:
             try:
-                join_first(member, options, pin=pin, patient=arguments.patient)
+                join_first(member, pin=pin, patient=arguments.patient)
             except BaseException:
                 if old.exists():  # what it was is better than nothing
                     shutil.rmtree(folder, ignore_errors=True)

@@ -42,35 +42,33 @@ class MembershipOptions:
 
 @dataclass(frozen=True)
 class Membership:
-    """A board's place in a fleet. `identity` is None where the board works without one, on its server's machine."""
+    """A board's place in a fleet. `urls` are where it asks to join; `identity` is None where the board works without
+    one, on its server's machine."""
 
-    site: str
-    device: str
-    broker: str
+    options: MembershipOptions
     urls: tuple[str, ...]
-    authority: Path | None
     identity: DeviceIdentity | None
 
     def connection(self, next_session: Callable[[], int]) -> Connection:
-        identity = self.identity
+        identity, broker, authority = self.identity, self.options.broker or "", self.options.ca
+        site, device = self.options.site, self.options.device
         if identity is None:
-            channel = Channel(self.device, self.site)
-            name = f"fedprune-{self.site}-{self.device}"
-            link = Link(self.broker, name, will=lambda: channel.will(next_session()))
+            channel = Channel(device, site)
+            link = Link(broker, f"fedprune-{site}-{device}", will=lambda: channel.will(next_session()))
         else:
-            identity.context(self.authority)  # an error in it is reported better now than when the board connects
+            identity.context(authority)  # an error in it is reported better now than when the board connects
             channel = SignedChannel(identity)
             link = Link(
-                self.broker,
+                broker,
                 f"fedprune-{secrets.token_hex(12)}",
                 will=lambda: channel.will(next_session()),
-                tls=lambda: identity.context(self.authority),
+                tls=lambda: identity.context(authority),
             )
-        link.subscribe(channel.topics.device_subscriptions(self.device))
+        link.subscribe(channel.topics.device_subscriptions(device))
         return Connection(link, channel)
 
     def web_context(self) -> ssl.SSLContext:
-        """TLS with web servers that have blobs, by the system's authorities, the fleet's authority and `authority`.
+        """TLS with web servers that have blobs, by the system's authorities, the fleet's authority and that of `--ca`.
 
         A board presents its certificate if they request one.
         """
@@ -78,26 +76,26 @@ class Membership:
             return tls_context()
         context = self.identity.context()
         context.load_default_certs()
-        if self.authority not in (None, SYSTEM):
+        if self.options.ca not in (None, SYSTEM):
             try:
-                context.load_verify_locations(cafile=str(self.authority))
+                context.load_verify_locations(cafile=str(self.options.ca))
             except OSError as error:
-                raise ConfigError(f"can't use the CA file {self.authority}: {error}") from error
+                raise ConfigError(f"can't use the CA file {self.options.ca}: {error}") from error
         return context
 
     def renewal(self, link: Link) -> Renewal | None:
         """What keeps the board's certificate fresh while it is connected by `link`."""
         if self.identity is None:
             return None
-        return Renewal(self.identity, self.urls, lambda: link.connected, self.authority)
+        return Renewal(self.identity, self.urls, lambda: link.connected, self.options.ca)
 
 
 def membership(options: MembershipOptions) -> Membership:
     """The place in a fleet that the options name; raises as `checked_urls`."""
     urls = checked_urls(options)
-    state, site, device = options.state, options.site, options.device
-    identity = None if options.insecure else DeviceIdentity(state / IDENTITY, site, device)
-    return Membership(site, device, options.broker or "", urls, options.ca, identity)
+    folder = options.state / IDENTITY
+    identity = None if options.insecure else DeviceIdentity(folder, options.site, options.device)
+    return Membership(options, urls, identity)
 
 
 def checked_urls(options: MembershipOptions) -> tuple[str, ...]:
@@ -128,7 +126,6 @@ def checked_urls(options: MembershipOptions) -> tuple[str, ...]:
 
 def join_first(
     member: Membership,
-    options: MembershipOptions,
     *,
     pin: bytes | None = None,
     patient: bool,
@@ -138,34 +135,34 @@ def join_first(
 
     `pin` is that of the server's authority, where there is no claim. Raises as `enrol` does.
     """
-    identity, kept = member.identity, options.state / CLAIM
+    identity, options, kept = member.identity, member.options, member.options.state / CLAIM
     if identity is None:
         return True
     if not identity.joined:
         claim = _claim(options.claim, kept)
         if claim is None and pin is None:
             raise IdentityError(
-                f"{member.device} isn't a member of site {member.site} yet",
+                f"{options.device} isn't a member of site {options.site} yet",
                 hint="Let it join with a claim of `fedprune-server claim` (--claim FILE), or without one: "
                 "`fedprune-device join --pin HEX`, with the pin that `fedprune-server init` showed, and the operator's "
                 "approval. For a trial on the server's machine: --insecure on both sides.",
             )
         stopped = stopped or threading.Event()
         patience = None if patient else _PATIENCE_S
-        _tell(f"{member.device} asks to join site {member.site}")
+        _tell(f"{options.device} asks to join site {options.site}")
         try:
             enrol(
                 identity, member.urls, claim, pin,
-                authority=member.authority, patience_s=patience, stopped=stopped, tell=_tell,
+                authority=options.ca, patience_s=patience, stopped=stopped, tell=_tell,
             )  # fmt: skip
         except BrokerError:
             if stopped.is_set():
                 return False
             raise
-        _tell(f"{member.device} is a member of site {member.site}, with key {identity.key.verifying.fingerprint}")
+        _tell(f"{options.device} is a member of site {options.site}, with key {identity.key.verifying.fingerprint}")
     elif options.claim is not None:
         _tell(
-            f"{member.device} is a member already, so that --claim {options.claim} is ignored. If it was revoked, "
+            f"{options.device} is a member already, so that --claim {options.claim} is ignored. If it was revoked, "
             "let it join again: fedprune-device join --new-key --claim FILE, with the same --broker and --state"
         )
     with storage_errors(f"can't delete {kept}"):

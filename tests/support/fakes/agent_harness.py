@@ -12,7 +12,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.wire.messages import Progress
 from fedprune_device.agent.agent import Agent
-from fedprune_device.board import AgentSettings, Services, build_agent
+from fedprune_device.board import AgentSettings, build_agent
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.network.connection import Channel, Connection
 from fedprune_device.privacy.budget import PrivacyPolicy
@@ -35,7 +35,7 @@ def agent_on(
 ) -> Agent:
     """An agent on a link of a test, without signatures."""
     connection = Connection(link, Channel(device, site))
-    return build_agent(connection, store, data, AgentSettings(**settings), Services(), clock=clock)
+    return build_agent(connection, store, data, AgentSettings(**settings), clock=clock)
 
 
 class Bench:
