@@ -328,7 +328,9 @@ def _add_unit(commands: Any) -> None:
         metavar="FILE",
         help="with FEDPRUNE_BROKER (default: %(default)s)",
     )
-    unit.add_argument("--memory", default=ServiceUnit.memory_max, metavar="MOST", help="default: %(default)s")
+    unit.add_argument(
+        "--memory", dest="memory_max", default=ServiceUnit.memory_max, metavar="MOST", help="default: %(default)s"
+    )
     unit.add_argument("--cpu-quota", type=int, default=0, metavar="PERCENT", help="of one core (default: no limit)")
     unit.add_argument("arguments", nargs="*", metavar="-- ARGUMENT", help="what the service is started with: run ...")
     unit.set_defaults(run=_command("runtime", "unit"))

@@ -30,7 +30,7 @@ SAMPLES_MOST = 10_000
 Options = TypeVar("Options")
 
 
-def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, **more: Any) -> Options:
+def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, /, **more: Any) -> Options:
     """The fields of a dataclass that the command line has options for."""
     known = {field.name for field in fields(cast(Any, kind))}
     return kind(**{**{name: value for name, value in vars(arguments).items() if name in known}, **more})

@@ -12,6 +12,7 @@ from typing import Any
 
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ProtocolError, StorageError, shown
+from fedprune_device.cli.options import options_of
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.unit import ServiceUnit
@@ -106,13 +107,5 @@ def _described(state: LauncherState, held: dict[str, tuple[int, str] | str]) -> 
 
 
 def unit(arguments: argparse.Namespace) -> None:
-    service = ServiceUnit(
-        jetson=arguments.jetson,
-        arguments=tuple(arguments.arguments) or ServiceUnit().arguments,
-        root=arguments.root,
-        user=arguments.user,
-        environment=arguments.environment,
-        memory_max=arguments.memory,
-        cpu_quota=arguments.cpu_quota,
-    )
-    print(service.text(), end="")
+    command = tuple(arguments.arguments) or ServiceUnit().arguments
+    print(options_of(ServiceUnit, arguments, arguments=command).text(), end="")

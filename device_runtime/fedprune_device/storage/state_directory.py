@@ -23,13 +23,12 @@ crash.json      how the last run ended, if the server hasn't heard of it (`telem
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ from typing import Any
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import atomic_file
 from fedprune.core.closing import Closing
-from fedprune.core.disk import storage_errors
+from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import FedpruneError, PrivacyError, ProtocolError, StorageError
 from fedprune.core.validation import is_whole
 from fedprune.model.recipe import Recipe
@@ -72,17 +71,11 @@ class DeviceStore(Closing):
             owner.check(root)  # before anything is written into another device's
         with storage_errors(f"can't write {root}"):
             root.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise StorageError(
-                f"another fedprune-device uses {root}", hint="Stop it, or give this one a --state of its own."
-            ) from error
         self.root = root
         self._clock = clock
-        try:
+        with ExitStack() as stack:
+            hint = "Stop it, or give this one a --state of its own."
+            stack.enter_context(locked(root / "lock", f"another fedprune-device uses {root}", hint))
             atomic_file.sweep(root)
             self.blobs = BlobStore(root / "blobs")
             self.slots = ModelSlots(root / "serving")
@@ -94,14 +87,10 @@ class DeviceStore(Closing):
             self.task = self._load_task()
             self._turn_to_job()
             self.pending = self._load_pending()
-        except BaseException:
-            os.close(self._lock)
-            raise
+            self._held = stack.pop_all()
 
     def close(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._held.close()
 
     def hold_to(self, floor: PrivacyPolicy | None) -> None:
         """Apply the owner's privacy policy to every job, and drop a pending update that doesn't meet it."""

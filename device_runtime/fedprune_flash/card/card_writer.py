@@ -6,28 +6,26 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from fedprune.core.disk import write_all
 from fedprune.core.errors import CardError
+from fedprune.output.tables import Advance
 
 _PIECE = 4 * 2**20
 _HEAD = 4096  # bytes with the partition table, which are written last, so that a half-written card doesn't boot
 
-Progress = Callable[[int, int], None]
 
-
-def write_card(image: Path, card: Path, progress: Progress) -> str:
+def write_card(image: Path, card: Path, advance: Advance) -> str:
     """Write an image to a card's device, which no other program may use, and read it back; returns its sha256.
 
-    `progress` takes bytes written and read back, and bytes in all.
+    `advance` takes how many more bytes were written or read back: twice the image's in all.
     """
     size = image.stat().st_size
     try:
-        wanted = _write(image, card, size, progress)
-        found = _digest(card, size, progress)
+        wanted = _write(image, card, advance)
+        found = _digest(card, size, advance)
     except OSError as error:
         hint = {
             errno.EACCES: "Run it as a user who may write to drives, with sudo for example.",
@@ -45,7 +43,7 @@ def write_card(image: Path, card: Path, progress: Progress) -> str:
     return wanted
 
 
-def _write(image: Path, card: Path, size: int, progress: Progress) -> str:
+def _write(image: Path, card: Path, advance: Advance) -> str:
     found = hashlib.sha256()
     with image.open("rb") as source:
         # Linux refuses to open a block device that is in use.
@@ -56,11 +54,12 @@ def _write(image: Path, card: Path, size: int, progress: Progress) -> str:
             found.update(head)
             write_all(descriptor, bytes(len(head)))
             at = len(head)
+            advance(at)
             while piece := source.read(_PIECE):
                 found.update(piece)
                 write_all(descriptor, piece, at)
                 at += len(piece)
-                progress(at, 2 * size)
+                advance(len(piece))
             os.fsync(descriptor)
             write_all(descriptor, head)
             os.fsync(descriptor)
@@ -69,7 +68,7 @@ def _write(image: Path, card: Path, size: int, progress: Progress) -> str:
     return found.hexdigest()
 
 
-def _digest(card: Path, size: int, progress: Progress) -> str:
+def _digest(card: Path, size: int, advance: Advance) -> str:
     found = hashlib.sha256()
     with card.open("rb", buffering=0) as file:
         # Otherwise the page cache would be read instead of the card.
@@ -82,5 +81,5 @@ def _digest(card: Path, size: int, progress: Progress) -> str:
                 break
             found.update(piece)
             left -= len(piece)
-            progress(2 * size - left, 2 * size)
+            advance(len(piece))
     return found.hexdigest()

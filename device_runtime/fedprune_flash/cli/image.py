@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from fedprune.core.cli import with_extra
+from fedprune.core.disk import is_there
 from fedprune.core.errors import CardError, ConfigError, UsageError
+from fedprune.output.tables import byte_progress
 from fedprune_flash.cli.kit import NO_CLAIM, read_bytes
 from fedprune_flash.image.board_setup import FirstBoot, Wifi, ssh_keys
 
@@ -60,10 +60,11 @@ def _image(arguments: argparse.Namespace) -> None:
     wanted = _first_boot(arguments, kit.board.device)
     scheme = Scheme(arguments.scheme) if arguments.scheme else None
     out = None if arguments.dry_run else arguments.out
+    packed = arguments.source.stat().st_size if is_there(arguments.source, file=True) else 0
     secret = kit.claimed or wanted.wifi is not None
     with (
-        _progress_bar(f"Unpacking {arguments.source.name}") as told,
-        image.opened_image(arguments.source, out, told, private=secret) as file,
+        byte_progress(f"Unpacking {arguments.source.name}", packed) as advance,
+        image.opened_image(arguments.source, out, advance, private=secret) as file,
     ):
         contents = image.examine(file, scheme, str(arguments.source))
         image.check(contents, kit)
@@ -99,8 +100,8 @@ def _write_card(image: Path, device: str, yes: str | None) -> None:
             raise CardError(
                 f"{drive.path} is another drive now", expected=str(drive), got=str(now), hint=f"{image} is kept."
             )
-    with _progress_bar(f"Writing {drive.path} and reading it back") as told:
-        digest = write_card(image, Path(drive.path), told)
+    with byte_progress(f"Writing {drive.path} and reading it back", 2 * image.stat().st_size) as advance:
+        digest = write_card(image, Path(drive.path), advance)
     print(f"{drive.path} holds the image, sha256 {digest}.")
 
 
@@ -117,15 +118,3 @@ def _first_boot(arguments: argparse.Namespace, device: str) -> FirstBoot:
             )
         wifi = Wifi.of(arguments.wifi, passphrase, arguments.wifi_country or "", hidden=arguments.wifi_hidden)
     return FirstBoot(arguments.hostname or device, arguments.user, keys, wifi)
-
-
-@contextmanager
-def _progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal; yields a function that takes bytes done and bytes in all."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

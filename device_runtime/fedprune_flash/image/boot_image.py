@@ -9,7 +9,7 @@ import re
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import BinaryIO, cast
 from fedprune.core.atomic_file import appearing
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ImageError, KitError, UsageError, reason, remedy
+from fedprune.output.tables import Advance, silent
 from fedprune_flash.image.board_setup import FirstBoot
 from fedprune_flash.image.ext4 import Ext4
 from fedprune_flash.image.fat import MAX_FILE, Fat
@@ -38,8 +39,6 @@ _OTHERS = {
     b"QFI\xfb": ("an image for QEMU", "Convert it with `qemu-img convert -O raw`."),
 }
 
-Progress = Callable[[int, int], None]  # takes bytes of the source read, and bytes in all
-
 
 def packing(source: Path) -> str:
     """How an image is packed: `xz`, `gzip`, or empty. Raises `ImageError` if it isn't an image."""
@@ -58,14 +57,14 @@ def packing(source: Path) -> str:
     return next((name for magic, name in _SUFFIXES.items() if head.startswith(magic)), "")
 
 
-def unpack(source: Path, out: BinaryIO, progress: Progress | None = None) -> int:
+def unpack(source: Path, out: BinaryIO, advance: Advance = silent) -> int:
     """Copy an image, unpacked, into an empty file; runs of zeros take no space. Returns its size in bytes.
 
-    Raises `ImageError` if it isn't an image, or is damaged or cut short.
+    `advance` takes how many more bytes of the source were read. Raises `ImageError` if it isn't an image, or is damaged
+    or cut short.
     """
     kind = packing(source)
-    total = source.stat().st_size
-    size = 0
+    size = read = 0
     with source.open("rb") as raw:
         opened = _opened(raw, kind)
         while piece := _next(opened, source):
@@ -77,8 +76,8 @@ def unpack(source: Path, out: BinaryIO, progress: Progress | None = None) -> int
                     out.seek(len(piece), os.SEEK_CUR)
                 else:
                     out.write(piece)
-            if progress is not None:
-                progress(raw.tell(), total)
+            advance(raw.tell() - read)
+            read = raw.tell()
     with storage_errors(f"can't write {out.name}"):
         out.truncate(size)
         out.flush()
@@ -150,7 +149,7 @@ class ImageContents:
 
 @contextmanager
 def opened_image(
-    source: Path, out: Path | None, progress: Progress | None = None, *, private: bool = False
+    source: Path, out: Path | None, advance: Advance = silent, *, private: bool = False
 ) -> Iterator[BinaryIO]:
     """An image's bytes, unpacked: in a new file that gets its name at the end, or for reading alone without `out`.
 
@@ -162,14 +161,14 @@ def opened_image(
                 yield file
             return
         with tempfile.TemporaryFile() as file:
-            unpack(source, file, progress)
+            unpack(source, file, advance)
             yield file
         return
     if out.exists():
         raise UsageError(f"{out} is there already", hint="Name another file, or remove it.")
     packing(source)
     with appearing(out, private=private) as partial, partial.open("w+b") as file:
-        unpack(source, file, progress)
+        unpack(source, file, advance)
         yield file
 
 

@@ -169,7 +169,9 @@ def build_kit(
                 (new / CLAIM).touch(mode=0o600)  # before anything is in it
                 (new / CLAIM).write_text(checked_claim(claim), encoding="ascii")
             contents = contents_digest(Wheel(path, path.name) for path in sorted(wheels.iterdir()))
-            (new / MANIFEST).write_text(_manifest(new, target, board, contents, signer), encoding="utf-8")
+            paths = [p for p in new.rglob("*") if p.is_file()]
+            files = [KitFile(str(p.relative_to(new)), p.stat().st_size, file_digest(p)) for p in paths]
+            (new / MANIFEST).write_text(_manifest(files, target, board, contents, signer), encoding="utf-8")
             new.rename(out)
     return open_kit(out)
 
@@ -186,10 +188,9 @@ def files_for_board(
     made = {name: text.encode() for name, text in _told(board, kit.target).items()}
     if claim is not None:
         made[CLAIM] = checked_claim(claim).encode("ascii")
-    rows = {f.path: asdict(f) for f in kit.files if f.path != CLAIM}
-    for name, data in made.items():
-        rows[name] = {"path": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return {**made, MANIFEST: _manifest_text(rows, kit.target, board, kit.contents, signer, kit.fedprune).encode()}
+    files = [f for f in kit.files if f.path not in (CLAIM, *made)]
+    files += [KitFile(name, len(data), hashlib.sha256(data).hexdigest()) for name, data in made.items()]
+    return {**made, MANIFEST: _manifest(files, kit.target, board, kit.contents, signer, kit.fedprune).encode()}
 
 
 def _told(board: BoardSettings, target: Target) -> dict[str, str]:
@@ -227,27 +228,15 @@ def open_kit(folder: Path, signer: Signer | None = None) -> Kit:
     return kit
 
 
-def _manifest(folder: Path, target: Target, board: BoardSettings, contents: str, signer: Signer | None) -> str:
-    rows = {
-        str(p.relative_to(folder)): {
-            "path": str(p.relative_to(folder)),
-            "bytes": p.stat().st_size,
-            "sha256": file_digest(p),
-        }
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
-    return _manifest_text(rows, target, board, contents, signer)
-
-
-def _manifest_text(
-    rows: dict[str, dict[str, Any]],
+def _manifest(
+    files: Sequence[KitFile],
     target: Target,
     board: BoardSettings,
     contents: str,
     signer: Signer | None,
     version: str = __version__,
 ) -> str:
+    rows = {f.path: asdict(f) for f in sorted(files, key=lambda f: f.path)}
     claim = rows.pop(CLAIM, None)
     body: dict[str, Any] = {
         "version": VERSION,
@@ -258,7 +247,7 @@ def _manifest_text(
         "data": board.data,
         "imports": dict(target.imports),
         "claim": claim,
-        "files": [rows[path] for path in sorted(rows)],
+        "files": [*rows.values()],
         "number": NUMBER,
         "entry": ENTRY,
         "contents": contents,

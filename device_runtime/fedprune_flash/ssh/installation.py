@@ -27,7 +27,6 @@ from fedprune_flash.ssh.connection import INSTALL_S, BoardLink
 from fedprune_flash.ssh.inventory import BoardRow
 from fedprune_flash.ssh.journal import BEGUN, DONE, REMOVED, Claims, Journal
 
-_HEAD = ("board", "state", "reason", "what to do")
 _PLANNED = "planned"
 _TRIES = 3
 _SPARE = 64 * 2**20  # bytes that must stay free after a kit has been copied; the installer checks again what it unpacks
@@ -327,19 +326,8 @@ def _whole(value: object) -> int:
 
 
 def print_outcomes(outcomes: Sequence[BoardOutcome]) -> None:
-    """Print a table on a terminal, and lines elsewhere."""
-    if not sys.stdout.isatty():
-        print(table(outcomes))
-        return
     rows = [(str(o.row), (o.state, GOOD if o.good else BAD), o.reason, o.remedy) for o in outcomes]
-    print_table([Column(_HEAD[0]), Column(_HEAD[1]), *(Column(title, wrap=20) for title in _HEAD[2:])], rows)
-
-
-def table(outcomes: Sequence[BoardOutcome]) -> str:
-    rows = [_HEAD, *((str(o.row), o.state, o.reason, o.remedy) for o in outcomes)]
-    wide = [max(len(row[i]) for row in rows) for i in range(2)]
-    lines = [f"{r[0]:<{wide[0]}}  {r[1]:<{wide[1]}}  {r[2]}{' -> ' if r[3] else ''}{r[3]}" for r in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    print_table([Column("board"), Column("state"), Column("reason", wrap=20), Column("what to do", wrap=20)], rows)
 
 
 _FAILURES = {JoinError: "no claim", KitError: "no kit", ConfigError: "stopped", StorageError: "stopped"}

@@ -165,12 +165,12 @@ def card(tmp_path: Path) -> Path:
 
 
 def test_a_card_holds_what_was_written_and_its_digest_is_told(image: Path, card: Path) -> None:
-    told: list[tuple[int, int]] = []
-    digest = write_card(image, card, lambda done, total: told.append((done, total)))
+    told: list[int] = []
+    digest = write_card(image, card, told.append)
     assert card.read_bytes() == image.read_bytes() + b"\xff" * 999_999
     assert digest == hashlib.sha256(image.read_bytes()).hexdigest()
-    assert told == sorted(told)
-    assert told[-1] == (18_000_002, 18_000_002)
+    assert sum(told) == 18_000_002
+    assert all(more > 0 for more in told)
 
 
 def test_a_card_that_gives_back_something_else_is_noticed(
