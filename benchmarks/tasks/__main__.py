@@ -247,17 +247,18 @@ def page(results: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, task in TASKS.items():
         if rows := results["runs"].get(name, {}):
-            lines += [f"## {task.title}", "", *([task.note, ""] if task.note else []), *table(task, rows), ""]
+            lines += [f"## {task.title}", "", *table(task, rows), ""]
     return "\n".join(lines)
 
 
 def table(task: Task, rows: dict[str, Any]) -> list[str]:
-    """A task's results by method, and what else was measured."""
+    """A task's note, its results by method, and what else was measured."""
     metric = METRICS[task.recipe.judged_by]
     shown = [metric.name, *(n for n in ("accuracy", "loss") if n != metric.name)]
     noted: list[str] = []
-    lines = [f"| | seeds | {' | '.join(METRICS[n].title for n in shown)} | MB down | MB up |",
-             f"|---|---|{'---|' * len(shown)}---|---|"]  # fmt: skip
+    lines = [task.note, ""] if task.note else []
+    lines += [f"| | seeds | {' | '.join(METRICS[n].title for n in shown)} | MB down | MB up |",
+              f"|---|---|{'---|' * len(shown)}---|---|"]  # fmt: skip
     for method in (*METHODS, *VARIANTS):
         runs = rows.get(method, {})
         if not runs:
