@@ -36,12 +36,14 @@ def transposed_convolution(channels: Channels, node: Node) -> None:
 
 
 def _produce(channels: Channels, node: Node, produced: AtomRow) -> None:
-    """Tie the bias, fix the kernel's places, set the output."""
+    """Tie the bias, fix the kernel's places and those that it moves over, set the output."""
+    x = channels.of(node, 0)
     if channels.has(node, 2):
         channels.atoms.tie(channels.of(node, 2)[0], produced)
-    channels.fix(channels.of(node, 1)[2:])
-    shape = channels.shape(node.outputs[0])
-    channels.out(node, [still(shape[0]), produced, *(still(n) for n in shape[2:])])
+    if any(row.any() for row in x[2:]):
+        channels.notes.append(f"{node.op} {node.name} takes channels for places: they stay.")
+    channels.fix([*x[2:], *channels.of(node, 1)[2:]])
+    channels.out(node, [x[0], produced, *(still(n) for n in channels.shape(node.outputs[0])[2:])])
 
 
 def _grouped(

@@ -174,7 +174,7 @@ def _with_choices(
         _choose(proto, output, parameters, prefer)
         raw = proto.SerializeToString(deterministic=True)
     if loss is not None or metric is not None:
-        model = _imported(raw, "model", pack=loss is not None)
+        model = _imported(raw, "model", own_loss=loss is not None)
         outputs = model.architecture.output_shape
         parts = pieces(model.graph.metadata, OUTPUTS_KEY)
         if loss is not None:
@@ -228,7 +228,7 @@ def import_onnx(
         ) from error
 
 
-def _imported(raw: bytes, name: str, *, pack: bool = False) -> Model:
+def _imported(raw: bytes, name: str, *, own_loss: bool = False) -> Model:
     given = parse(raw, whole=False)
     proto = prepared(given)
     check(raw if proto is given else proto)
@@ -237,8 +237,8 @@ def _imported(raw: bytes, name: str, *, pack: bool = False) -> Model:
     frozen = metadata.names(texts, metadata.FROZEN_KEY, held) or ()
     chosen = _preferred(texts.get(metadata.PREFER_KEY, "coarse"))
     same = proto is given and len(proto.graph.output) == len(proto.graph.input) == 1 and INPUT_KEY not in texts
-    packs = pack or LOSS_KEY in texts
-    normal = normalise(proto, None if listed is None else frozenset(listed), raw if same else None, pack=packs)
+    given_names = None if listed is None else frozenset(listed)
+    normal = normalise(proto, given_names, raw if same else None, own_loss=own_loss or LOSS_KEY in texts)
     still = tuple(n for n in (normal.names.get(f, f) for f in frozen) if n in normal.parameters)
     precision = texts.get(metadata.BASE_KEY)
     uncut = kept(normal.parameters, still) if precision is None else frozenset(still)

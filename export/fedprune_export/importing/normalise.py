@@ -66,7 +66,7 @@ def normalise(
     parameters: frozenset[str] | None = None,
     raw: bytes | None = None,
     *,
-    pack: bool = False,
+    own_loss: bool = False,
 ) -> Normalised:
     """Bring a model into the compiler's form and check that it still computes the same.
 
@@ -78,7 +78,8 @@ def normalise(
         parameters: Names of the trainable initialisers where the source knows them; then initialisers shared by several
             nodes are truly tied. Otherwise parameters are recognised by their use.
         raw: The model's bytes, where they are at hand.
-        pack: Whether several outputs become parts of one, instead of being refused.
+        own_loss: Whether the model has a loss of its own, which takes outputs as they are: several become parts of one,
+            instead of being refused, and a softmax at the end stays.
     """
     if not model.graph.node:
         raise ModelError("the model has no operators")
@@ -88,7 +89,7 @@ def normalise(
     check_nodes(graph)
     compute_lengths(graph, notes)
     pack_inputs(graph, notes)
-    if pack:
+    if own_loss:
         pack_outputs(graph, notes)
     _check_ports(graph)
     constants |= {n for n in graph.initializers if n.startswith(CONSTANT_PREFIX)}
@@ -105,10 +106,10 @@ def normalise(
         constants = {n for n in graph.initializers if n not in parameters}
     names = _rename(graph, constants, notes)
     listed = set(graph.initializers) - constants if parameters is not None else None
-    softmax = _drop_output_softmax(graph, notes)
     graph.prune()
     seen = trace(graph)  # before anything is run: sizes in a file are bounded here
     check_indices(graph, seen)
+    softmax = "" if own_loss else _drop_output_softmax(graph, len(seen.shapes[LOGITS]), notes)
     before = Session(raw if raw is not None and usable else reference.to_bytes())
     composites = _simplified(graph, seen, constants, notes, LOGITS)
     if composites:
@@ -237,7 +238,7 @@ def _rename(graph: Graph, constants: set[str], notes: list[str]) -> dict[str, st
     return names
 
 
-def _drop_output_softmax(graph: Graph, notes: list[str]) -> str:
+def _drop_output_softmax(graph: Graph, rank: int, notes: list[str]) -> str:
     """A softmax over classes at the end belongs to the loss; it doesn't change which class wins.
 
     Returns the operator that was removed, empty if none.
@@ -247,7 +248,7 @@ def _drop_output_softmax(graph: Graph, notes: list[str]) -> str:
         return ""
     if last.inputs[0] not in graph.producers() or LOGITS in graph.consumers():
         return ""
-    if last.attrs.get("axis", -1) not in (-1, len(graph.outputs[0].shape) - 1):
+    if rank != 2 or last.attrs.get("axis", -1) not in (-1, 1):
         return ""
     notes.append(f"The {last.op} at the end was removed: the output is logits.")
     bypass(graph, last, {LOGITS})

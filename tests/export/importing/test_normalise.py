@@ -90,6 +90,12 @@ def test_a_softmax_at_the_end_goes(op: str) -> None:
     np.testing.assert_array_equal(outputs(model.graph, x).argmax(1), old.argmax(1))
 
 
+def test_a_softmax_over_places_stays() -> None:
+    model, graph = model_of(lambda g: g.emit("Softmax", linear(g, "image", 3, 4), attrs={"axis": -1}), 2, 3)
+    assert [n.op for n in model.graph.nodes] == ["MatMul", "Softmax"]
+    assert same(model, graph)
+
+
 def test_shape_arithmetic_becomes_a_flatten() -> None:
     def build(graph: Graph) -> str:
         batch = graph.emit("Gather", graph.emit("Shape", "image"), graph.ints(0), attrs={"axis": 0})

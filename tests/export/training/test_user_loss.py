@@ -20,6 +20,7 @@ from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import export_torch, import_onnx, read_source
 from fedprune_export.importing.user_graphs import read_loss
 from fedprune_export.training.step_graph import training_graph
+from support.oracles.cutting import outputs
 from support.oracles.torch_losses import absolute, dice, focal
 
 pytestmark = pytest.mark.torch
@@ -112,6 +113,23 @@ def by_torch(
     mean = loss(net(torch.tensor(data.x_train, dtype=dtype)), torch.tensor(np.asarray(data.y_train), dtype=kind)).mean()
     mean.backward()
     return float(mean.detach()), {n: p.grad.numpy().copy() for n, p in net.named_parameters() if p.grad is not None}
+
+
+class Likely(Pixels):
+    """One distribution per picture, as torch's losses of log-probabilities take it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).mean((2, 3)).log_softmax(1)
+
+
+def test_a_softmax_at_the_end_stays_if_a_loss_of_ones_own_takes_its_outputs() -> None:
+    torch.manual_seed(3)
+    net, x = Likely(), torch.randn(5, *Pixels.input_shape)
+    own, usual = fx.load(net, loss=lambda outputs, labels: -(outputs * labels).sum(1)), fx.load(net)
+    with torch.no_grad():
+        whole, logits = net(x).numpy(), Pixels.forward(net, x).mean((2, 3)).numpy()
+    np.testing.assert_allclose(outputs(own.graph, x.numpy()), whole, atol=1e-6)
+    np.testing.assert_allclose(outputs(usual.graph, x.numpy()), logits, atol=1e-6)
 
 
 BUILT_IN: dict[str, Any] = {"focal": focal, "dice": dice, "l1": absolute}

@@ -72,6 +72,25 @@ class Yolo(nn.Module):
         return torch.cat([at, (size * 2) ** 2 * self.anchors * 2**scale, rest], 4).reshape(n, -1, 5 + self.kinds)
 
 
+class BoxDistributions(nn.Module):
+    """YOLOv8's boxes: each side a distribution over distances, whose mean a frozen convolution takes over the bins."""
+
+    input_shape, bins = (3, 16, 16), 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.box = block(3, 12, 3, 2), nn.Sequential(block(12, 16), nn.Conv2d(16, 4 * self.bins, 1))
+        self.kind = nn.Sequential(block(12, 12, 3, 1, 12), block(12, 10, 1), nn.Conv2d(10, 3, 1))
+        self.mean = nn.Conv2d(self.bins, 1, 1, bias=False).requires_grad_(False)
+        self.mean.weight.copy_(torch.arange(float(self.bins)).view(1, -1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        sides = self.box(x).flatten(2).unflatten(1, (4, self.bins))
+        sides = self.mean(sides.transpose(1, 2).softmax(1)).flatten(1, 2)
+        return torch.cat([sides, self.kind(x).flatten(2)], 1)
+
+
 class Ssd(nn.Module):
     """Boxes and classes from three depths; the first is normalised across channels, with a gain per channel."""
 
@@ -407,6 +426,21 @@ class FaceNet(nn.Module):
         x = x + self.project(self.act2(self.depth(self.act1(self.expand(x)))))
         x = self.places(self.act3(self.wide(x))).flatten(1)
         return functional.normalize(self.norm(self.code(x)), dim=1)
+
+
+class Twins(nn.Module):
+    """Two pictures through one encoder with batch normalisations: how far apart they are, and whether they match."""
+
+    input_shape = {"left": (1, 12, 12), "right": (1, 12, 12)}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(block(1, 8, 3, 2), block(8, 12, 3, 2), nn.Flatten(), nn.Linear(12 * 9, 10))
+        self.norm, self.head = nn.BatchNorm1d(10), nn.Linear(10, 1)
+
+    def forward(self, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+        left, right = self.norm(self.encoder(left)), self.norm(self.encoder(right))
+        return functional.pairwise_distance(left, right).unsqueeze(1), torch.sigmoid(self.head((left - right).abs()))
 
 
 class PowerMeans(nn.Module):

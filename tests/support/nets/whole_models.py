@@ -146,6 +146,9 @@ OURS: dict[str, Whole] = {
 
 TASKS: dict[str, Whole] = {
     "yolo": Whole(_ours(task_cnns.Yolo), 32, 0.29, values=True),
+    "box_distributions": Whole(
+        _ours(task_cnns.BoxDistributions), 3, 0.4, values=True, places=("box.1.weight", "kind.2.weight", "mean.weight")
+    ),
     "ssd": Whole(_ours(task_cnns.Ssd), 6, 0.38, values=True),
     "fcos": Whole(_ours(task_cnns.Fcos), 10, 0.28, values=True, places=("box.weight", "kind.weight")),
     "center_net": Whole(
@@ -160,6 +163,7 @@ TASKS: dict[str, Whole] = {
     "auto_encoder": Whole(_ours(task_cnns.AutoEncoder), 5, 0.28, values=True),
     "vae": Whole(_ours(task_cnns.Vae), 4, 0.36, values=True, places=("mean.weight", "spread.weight")),
     "face_net": Whole(_ours(task_cnns.FaceNet), 3, 0.47, values=True),
+    "twins": Whole(_ours(task_cnns.Twins), 3, 0.3, values=True),
     "power_means": Whole(_ours(task_cnns.PowerMeans), 3, 0.31),
     "crnn": Whole(_ours(task_sequences.Crnn), 3, 0.29),
     "tc_resnet": Whole(_ours(task_sequences.TcResNet), 5, 0.28),
@@ -237,7 +241,7 @@ def samples(name: str, batch: int, seed: int = 5) -> np.ndarray[Any, Any]:
     if not parts:
         shape = (batch, *model.architecture.input_shape)
         return rng.integers(0, whole.vocabulary, shape) if whole.vocabulary else normal(rng, shape)
-    kinds = whole.make().input_dtype
+    kinds = getattr(whole.make(), "input_dtype", {})
     rows = [
         rng.integers(0, whole.vocabulary, (batch, part.size)) if part.name in kinds else normal(rng, (batch, part.size))
         for part in parts

@@ -24,7 +24,8 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
 
     Where the statistics are frozen, normalise by them, as torch does in evaluation mode.
 
-    The node's momentum is the share of the old statistics that is kept (torch's is the share that is replaced).
+    A layer that is called several times moves its statistics in each call, from what the call before left. The node's
+    momentum is the share of the old statistics that is kept (torch's is the share that is replaced).
 
     With c = x − mean, s = 1/√(var + ε) and n elements per channel:
     dγ = s · Σ dy·c, dβ = Σ dy, dx = γ · s · (dy − Σdy/n − c · s² · Σ dy·c / n). Sums are taken of centred values, so
@@ -42,8 +43,6 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     if tape.frozen(mean_name):
         return _still(tape, node)
     g = tape.graph
-    if any(o.name == step_contract.following(mean_name) for o in g.outputs):
-        raise ModelError(f"{describe(node)} shares its statistics with another node", got=mean_name)
     x, shape = tape.value(name), tape.shape(name)
     scale, shift = _vector(tape, node, 1, mean_name), _vector(tape, node, 2, var_name)
     eps = float(node.attrs.get("epsilon", 1e-5))
@@ -54,10 +53,17 @@ def batch_norm(tape: Tape, node: Node) -> Pull:
     others = g.emit("Max", g.emit("Sub", count, g.scalar(1)), g.scalar(1))
     unbiased = g.emit("Mul", normal.variance, g.emit("Div", count, others))
     for statistic, value in ((mean_name, normal.mean), (var_name, unbiased)):
-        old = g.emit("Mul", tape.value(statistic), g.scalar(keep))
+        following = step_contract.following(statistic)
+        before = tape.value(statistic)
+        if any(o.name == following for o in g.outputs):  # a layer that is called again, such as a twin's
+            before = g.fresh(statistic)
+            made = g.producers()[following]
+            made.name, made.outputs = before, [before]
+        else:
+            g.outputs.append(port(following, tape.shape(statistic)))
+        old = g.emit("Mul", before, g.scalar(keep))
         new = g.emit("Mul", value, g.scalar(1 - keep))
-        g.emit("Add", old, new, out=step_contract.following(statistic))
-        g.outputs.append(port(step_contract.following(statistic), tape.shape(statistic)))
+        g.emit("Add", old, new, out=following)
 
     def pull(dy: str) -> None:
         dgamma, dbeta = normal.pulled_vectors(dy)
@@ -85,7 +91,11 @@ class Normal:
         self._centred = g.emit("Sub", x, rough)
         # onnxruntime writes the batch's statistics into the arrays that come in as running ones unless those outputs
         # leave the graph, so it gets scratch arrays. Nothing else may compute the same: equal nodes are merged.
-        scratch = g.emit("Sub", scale, scale), g.emit("Sub", shift, shift)
+        sources = scale, shift
+        if any(n.op == "Sub" and n.inputs in ([scale, scale], [shift, shift]) for n in g.nodes):
+            mean = g.emit("Squeeze", rough, g.ints(*channels.others))
+            sources = mean, g.emit("Neg", mean)
+        scratch = [g.emit("Sub", source, source) for source in sources]
         self.y, self._rest, self.variance = g.emit_many(
             "BatchNormalization",
             self._centred,
