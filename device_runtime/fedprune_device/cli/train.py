@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import tempfile
@@ -42,8 +43,9 @@ def train(arguments: argparse.Namespace) -> None:
     recipe = _recipe(bundle, arguments)
     check_folder(arguments.out, bundle.target)
     # Copies of samples are kept on the result's disk: the system's temporary folder may be in memory.
-    place = next(folder for folder in arguments.out.absolute().parents if folder.exists())
-    with storage_errors(f"can't write to {place}"):
+    above = arguments.out.absolute().parents
+    place = next((folder for folder in above if os.access(folder, os.W_OK | os.X_OK)), None)
+    with storage_errors("can't make a folder for copies of samples"):
         folder = tempfile.TemporaryDirectory(prefix=".fedprune-", dir=place, ignore_cleanup_errors=True)
     with folder as spool:
         _train(bundle, recipe, arguments, Path(spool))

@@ -42,6 +42,24 @@ def accuracy(folder: Path, data: LocalData) -> float:
     return float(np.mean(np.argmax(Predictor(folder).predict(data.x_test), axis=1) == data.y_test))
 
 
+def test_copies_of_samples_are_on_the_disk_of_the_result_and_disappear(
+    tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+
+    def load(*_: object, spool: Path) -> LocalData:
+        assert spool.is_dir()
+        places.append(spool)
+        return LocalData(np.zeros((4, 6), np.float32), np.zeros(4, np.int64), np.zeros((0, 6)), np.zeros(0, np.int64))
+
+    monkeypatch.setattr("fedprune_device.data.sources.load_data", load)
+    (tmp_path / "some.npz").touch()
+    assert train(bundle, tmp_path / "some.npz", tmp_path / "not" / "yet" / "out", "--epochs", "1") == ExitCode.OK
+    [spool] = places
+    assert spool.parent == tmp_path
+    assert not spool.exists()
+
+
 def test_a_trained_bundle_has_the_weights_that_training_gives(
     tmp_path: Path, bundle: Path, samples: Path, data: LocalData, weights: Tensors, capsys: Capture
 ) -> None:
