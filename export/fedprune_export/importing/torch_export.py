@@ -13,6 +13,7 @@ import inspect
 import io
 import json
 import logging
+import math
 import sys
 import threading
 import warnings
@@ -26,6 +27,8 @@ from fedprune.core.imports import own_module
 from fedprune.model.lengths import Shape, at_most
 from fedprune_export.importing import metadata
 from fedprune_export.importing.lengths import INPUT_KEY, LENGTHS, MASK, free_input, read_shape
+
+_TINY = 2.0**-126  # the smallest normal number of float32
 
 _TORCH_HINT = "First pip install torch --index-url https://download.pytorch.org/whl/cpu (a small CPU wheel), then"
 
@@ -293,7 +296,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     lack means of a volume's parts: where parts are not equally large, they are products with a matrix along each axis.
 
     A clamp is a maximum and a minimum: a Clip would look like a hardtanh, whose gradient at a bound is 0.
-    The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0.
+    The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0, and so is that of a sum of two
+    exponentials next to the larger one. `log1p` and `expm1` are right near 0, where 1 + x rounds x away.
     """
     torch = torch_package()
     ops: Any = importlib.import_module("onnxscript").opset18
@@ -347,6 +351,30 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     def log_sigmoid(self: Any) -> Any:
         return ops.Neg(ops.Softplus(ops.Neg(self)))
 
+    def log1p(self: Any) -> Any:
+        one = ops.CastLike(1.0, self)
+        more = ops.Add(one, self)
+        rounded = ops.Sub(self, ops.Sub(more, one))  # what 1 + x lacks, by which log(1 + x) grows to first order
+        return ops.Add(ops.Log(more), ops.Div(rounded, ops.Max(more, ops.CastLike(_TINY, self))))
+
+    def expm1(self: Any) -> Any:
+        half, one = ops.CastLike(0.5, self), ops.CastLike(1.0, self)
+        power = ops.Exp(self)
+        near = ops.Mul(ops.Tanh(ops.Mul(half, self)), ops.Add(power, one))
+        return ops.Where(ops.Less(ops.Abs(self), half), near, ops.Sub(power, one))
+
+    def log_add(base: float) -> Callable[[Any, Any], Any]:
+        def log_add_exp(self: Any, other: Any) -> Any:
+            """The larger number and log(1 + e^-distance); of equal numbers, also infinite ones, mean and log 2."""
+            scale = ops.CastLike(math.log(base), self)
+            distance = ops.Mul(scale, ops.Abs(ops.Sub(self, other)))
+            apart = ops.Add(ops.Max(self, other), ops.Div(ops.Softplus(ops.Neg(distance)), scale))
+            mean = ops.Mul(ops.CastLike(0.5, self), ops.Add(self, other))
+            equal = ops.Add(mean, ops.CastLike(math.log(2, base), self))
+            return ops.Where(ops.Equal(self, other), equal, apart)
+
+        return log_add_exp
+
     aten = torch.ops.aten
     return {
         aten.as_strided.default: as_strided,
@@ -355,6 +383,10 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         aten.clamp_min.default: lambda self, low: clamp(self, low),
         aten.clamp_max.default: lambda self, high: clamp(self, None, high),
         aten.log_sigmoid.default: log_sigmoid,
+        aten.log1p.default: log1p,
+        aten.expm1.default: expm1,
+        aten.logaddexp.default: log_add(math.e),
+        aten.logaddexp2.default: log_add(2),
         aten._cdist_forward.default: cdist,
         aten._adaptive_avg_pool3d.default: parts_3d,
     }

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from fedprune.model.recipe import Features
 from fedprune_export.importing import export_torch, import_onnx
+from support.oracles.cutting import outputs
 from support.oracles.gradient_distance import Trained, torchs_gradients
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.slow]
@@ -157,6 +159,52 @@ def test_gradients_at_special_points_are_torchs(name: str) -> None:
         assert finite.any()
         bound = 1e-5 * np.abs(want[finite]) + 1e-6 * np.abs(want[finite]).max() + TINY
         assert (np.abs(got[finite] - want[finite]) <= bound).all(), (tensor, got, want)
+
+
+NEAR_0 = (0.0, 1e-10, -1e-10, 1e-7, -1e-7, 1e-4, -1e-4, 0.1, -0.1)
+FAR = (1.0, -1.0, 5.0, -5.0, 20.0, -20.0, 60.0, -60.0)
+
+EXACT: dict[str, tuple[Function, tuple[float, ...]]] = {
+    "log1p": (torch.log1p, (*NEAR_0, -0.9, 1.0, 20.0, 1e6, 1e30)),
+    "expm1": (torch.expm1, (*NEAR_0, 1.0, -1.0, 5.0, -5.0, 20.0, 60.0)),
+    "softplus": (F.softplus, (*NEAR_0, *FAR, 1e30, -1e30)),
+    "softplus_steep": (lambda x: F.softplus(x, beta=2, threshold=5), (*NEAR_0, *FAR[:6], 1e30, -1e30)),
+    "log_sigmoid": (F.logsigmoid, (*NEAR_0, *FAR, 1e30, -1e30)),
+    "logaddexp": (lambda x: torch.logaddexp(x, 1 - x), (*NEAR_0, 0.5, *FAR[:6], 500.0, -500.0, 1e30)),
+    "logaddexp2": (lambda x: torch.logaddexp2(x, 1 - x), (*NEAR_0, 0.5, *FAR[:6], 500.0, -500.0, 1e30)),
+    "logsumexp": (lambda x: torch.stack((x, -x, x / 2)).logsumexp(0), (*NEAR_0, *FAR, 1e30)),
+}
+"""Logarithms and exponentials, and the points at which simpler formulas round away or overflow."""
+
+
+class Curve(nn.Module):
+    """A function at its points."""
+
+    input_shape = (1,)
+
+    def __init__(self, function: Function, points: tuple[float, ...]) -> None:
+        super().__init__()
+        self.function, self.points = function, nn.Parameter(torch.tensor(points))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.points + 0 * x)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_values_and_slopes_are_exact_near_0_and_far_away(name: str) -> None:
+    net = Curve(*EXACT[name]).eval()
+    model = import_onnx(export_torch(net), name)
+    x, low = np.zeros((1, 1), np.float32), np.full((1, len(net.points)), -3e38, np.float32)
+    trained = Trained(model, Features(loss="l1"), F.l1_loss)  # far above its labels the slope is the function's
+    tensors = dict(model.tensors)
+    exact = torchs_gradients(net, tensors, trained.names, x, low, torch.float64, F.l1_loss)
+    value = net.double()(torch.zeros(1, 1)).detach().numpy()
+
+    for got, want in (
+        (outputs(model.graph, x), value),
+        (trained.gradients(tensors, x, low)["points"], exact["points"]),
+    ):
+        np.testing.assert_allclose(got, want, rtol=3e-6, atol=TINY)
 
 
 def test_a_masked_direction_of_weight_norm_is_a_weight_of_nothing() -> None:

@@ -87,7 +87,8 @@ def _where(g: Graph, condition: str, dy: str) -> str:
 _smooth("Sigmoid", "dx = dy · y · (1 − y).", lambda g, x, y: g.emit("Mul", y, _rest(g, y)))
 _smooth("Tanh", "dx = dy · (1 − y²).", lambda g, x, y: _rest(g, _squared(g, y)))
 _smooth("Exp", "dx = dy · y.", lambda g, x, y: y)
-_smooth("Softplus", "dx = dy · sigmoid(x).", lambda g, x, y: g.emit("Sigmoid", x))
+# onnxruntime's Sigmoid rounds what is below 1e-7 to multiples of 6e-8.
+_smooth("Softplus", "dx = dy / (1 + e^(−x)).", lambda g, x, y: _inverse(g, _more(g, g.emit("Exp", g.emit("Neg", x)))))
 _smooth("Abs", "dx = dy · sign(x).", lambda g, x, y: g.emit("Sign", x))
 _smooth("Sin", "dx = dy · cos(x).", lambda g, x, y: g.emit("Cos", x))
 _smooth("Cos", "dx = −dy · sin(x).", lambda g, x, y: g.emit("Neg", g.emit("Sin", x)))
