@@ -8,21 +8,17 @@ takes is neither kept by this process nor counted in its peak memory.
 from __future__ import annotations
 
 import json
-import select
 import signal
-import subprocess  # nosec B404  # lists of words, never a shell
 import sys
-import tempfile
-import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, MissingExtraError, RuntimeUnavailableError
+from fedprune.core.line_process import MARK, LineProcess
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version
 from fedprune_device.hardware.probe import probe, reference_net, reference_predictor
@@ -32,7 +28,6 @@ from fedprune_device.serving.model_slots import ModelSlots
 _START_S = 120.0
 _CHECK_S = 300.0
 _PROBE_S = 1800.0
-_END_S = 5.0
 _NO_PROBE = "Start without the probe (`--no-probe`): the profile's figures are believed then."
 
 
@@ -41,8 +36,7 @@ class RuntimeProcess(Closing):
 
     def __init__(self, python: str = sys.executable) -> None:
         self._python = python
-        self._process: subprocess.Popen[bytes] | None = None
-        self._errors: IO[bytes] | None = None
+        self._process: LineProcess | None = None
         self._version = ""
         self._memory = 0, 0
 
@@ -72,112 +66,58 @@ class RuntimeProcess(Closing):
 
     def close(self) -> None:
         process, self._process = self._process, None
-        if process is None:
-            return
-        if process.stdin is not None:
-            with suppress(BrokenPipeError):  # a request that a dead process never read
-                process.stdin.close()
-        try:
-            process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
-        if self._errors is not None:
-            self._errors.close()
+        if process is not None:
+            process.close()
 
-    def _start(self) -> None:
+    def _start(self) -> LineProcess:
         command = [self._python, "-c", "from fedprune_device.hardware.runtime_process import serve; serve()"]
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         try:
-            self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # our own code, in this Python
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
-            )
+            process = self._process = LineProcess(command)
         except OSError as error:
-            self._errors.close()
             raise RuntimeUnavailableError(f"can't start {self._python}: {error.strerror}") from error
         try:
-            answer = self._answer(_START_S)
-        except TimeoutError as error:
-            self._kill()
-            raise RuntimeUnavailableError(f"onnxruntime doesn't load within {_START_S:g} s") from error
-        if answer is None:
-            code, reason = self._ended()
+            self._version = str(process.answer(_START_S).get("version", ""))[:200]
+        except EOFError as error:
+            code, reason = self._ended(process)
+            if process.late:
+                raise RuntimeUnavailableError(f"onnxruntime doesn't load within {_START_S:g} s") from error
             if code == MissingExtraError.exit_code:
                 raise MissingExtraError(
                     "onnxruntime is not installed", hint="On a Jetson it is JetPack's onnxruntime-gpu.", extra="board"
-                )
+                ) from error
             if code < 0:
                 raise RuntimeUnavailableError(
                     f"onnxruntime kills the process that loads it (signal {-code})",
                     hint="This version uses instructions that this processor lacks. Install another one; on a "
                     "Raspberry Pi 4 anything but 1.21: pip install 'onnxruntime!=1.21.*'.",
-                )
-            raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({reason})")
-        self._version = str(answer.get("version", ""))[:200]
+                ) from error
+            raise RuntimeUnavailableError(f"onnxruntime can't be loaded ({reason})") from error
+        return process
 
     def _ask(self, request: dict[str, Any], seconds: float, what: str, hint: str = "") -> Any:
         self.check()
-        process = self._process
+        process = self._process or self._start()
         try:
-            if process is not None and process.stdin is not None:
-                process.stdin.write(json.dumps(request).encode() + b"\n")
-                process.stdin.flush()
-            answer = self._answer(seconds)
-        except BrokenPipeError:
-            answer = None
-        except TimeoutError as error:
-            self._kill()
-            raise RuntimeUnavailableError(f"{what} isn't done within {seconds:g} s", hint=hint) from error
-        if answer is None:
-            code, reason = self._ended()
+            process.send(json.dumps(request).encode() + b"\n", seconds)
+            answer = process.answer(seconds)
+        except (OSError, EOFError) as error:
+            code, reason = self._ended(process)
+            if process.late:
+                raise RuntimeUnavailableError(f"{what} isn't done within {seconds:g} s", hint=hint) from error
             if code < 0:
                 reason = f"killed by signal {-code}"
                 if -code == signal.SIGILL:
                     hint = "This version of onnxruntime uses instructions that this processor lacks."
-            raise RuntimeUnavailableError(f"{what} failed ({reason})", hint=hint)
+            raise RuntimeUnavailableError(f"{what} failed ({reason})", hint=hint) from error
         if "error" in answer:
             raise RuntimeUnavailableError(f"{what} failed ({answer['error']})", hint=hint)
         return answer.get("answer")
 
-    def _answer(self, seconds: float) -> dict[str, Any] | None:
-        """The next answer, None if the process has ended; raises `TimeoutError`."""
-        until, pending = time.monotonic() + seconds, b""
-        pipe = None if self._process is None else self._process.stdout
-        while pipe is not None:
-            ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            piece = pipe.read1(65536)  # type: ignore[attr-defined]
-            if not piece:
-                return None
-            pending += piece
-            while b"\n" in pending:
-                line, _, pending = pending.partition(b"\n")
-                if line.startswith(b"{"):
-                    found: dict[str, Any] = json.loads(line)
-                    return found
-        return None
-
-    def _ended(self) -> tuple[int, str]:
+    def _ended(self, process: LineProcess) -> tuple[int, str]:
         """The exit status, and the last line of the error output."""
-        process, errors = self._process, self._errors
-        code, text = 1, ""
-        if process is not None and errors is not None:
-            try:
-                code = process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            errors.seek(0)
-            text = errors.read()[-10_000:].decode(errors="replace").strip()
+        code, text = process.end()
         self.close()
-        return code, (text.splitlines() or ["no message"])[-1][:300]
-
-    def _kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-        self.close()
+        return code, (text.strip().splitlines() or ["no message"])[-1][:300]
 
 
 def check_runtime(python: str = sys.executable) -> str:
@@ -209,7 +149,7 @@ def serve() -> None:
 
 
 def _print(answer: dict[str, Any]) -> None:
-    print(json.dumps(answer), flush=True)
+    print(MARK + json.dumps(answer), flush=True)
 
 
 def _check_model(serving: str | None) -> None:

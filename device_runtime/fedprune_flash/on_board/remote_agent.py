@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-MARK = "fedprune: "
+MARK = "fedprune: "  # as in `fedprune.core.line_process`
 _PIECE = 2**18
 _WAIT_S = 60.0
 _LOCK = ".lock"

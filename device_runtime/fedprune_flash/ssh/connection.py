@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess  # nosec B404  # lists of words, never a shell
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedprune.core.errors import BoardError, shown
+from fedprune.core.line_process import LineProcess, StrayLinesError
 from fedprune.core.text import one_line
 from fedprune_flash.on_board import remote_agent
 from fedprune_flash.ssh.inventory import BoardRow
@@ -29,11 +26,7 @@ INSTALL_S = 1800.0  # limit of an installer, without the wait for the service
 
 _CONNECT_S = 20
 _ANSWER_S = 180.0
-_CLOSE_S = 5.0
-_KEPT = 2**16
 _PIECE = 2**18
-_LONGEST_LINE = 2**20
-_STRAY_LINES = 1000
 _HINT = "Is it on, and is the address right?"
 
 
@@ -74,18 +67,11 @@ class BoardLink:
 
     def __init__(self, row: BoardRow, *, accept_new: bool) -> None:
         self._root = row.root
-        self._said = bytearray()
-        self._slow = ""
         source = Path(remote_agent.__file__).read_bytes()
         try:
-            self._process = subprocess.Popen(  # noqa: S603  # nosec B603  # ssh with words that the inventory's checks let through
-                ssh_command(row, accept_new=accept_new, length=len(source)),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
+            self._process = LineProcess(ssh_command(row, accept_new=accept_new, length=len(source)))
         except OSError as error:
             raise BoardError(f"can't run ssh: {error.strerror}", hint="Install OpenSSH's client here.") from error
-        self._listener = threading.Thread(target=self._listen, daemon=True)
-        self._listener.start()
         try:
             found = self._heard(_ANSWER_S)
             if not isinstance(found, list) or len(found) != 2 or not all(isinstance(n, int) for n in found):
@@ -137,31 +123,16 @@ class BoardLink:
             told(one_line(str(body["line"])))
 
     def close(self) -> None:
-        with suppress(OSError), self._within(_CLOSE_S):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        try:
-            self._process.wait(timeout=_CLOSE_S)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._listener.join(_CLOSE_S)
+        self._process.close()
 
     def kill(self) -> None:
         self._process.kill()
 
     def _send(self, data: bytes) -> None:
-        out = self._process.stdin
         try:
-            if out is None:
-                raise BrokenPipeError
-            with self._within(_ANSWER_S):
-                out.write(data)
-                out.flush()
+            self._process.send(data, _ANSWER_S)
         except OSError as error:
-            raise self._lost() from error
+            raise self._lost(_ANSWER_S) from error
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         body = self._heard(seconds)
@@ -172,56 +143,22 @@ class BoardLink:
         return body
 
     def _heard(self, seconds: float) -> Any:
-        """The next line of the remote agent; other lines, such as a login shell's, are skipped."""
         try:
-            with self._within(seconds):
-                source = self._process.stdout
-                for _ in range(_STRAY_LINES):
-                    raw = b"" if source is None else source.readline(_LONGEST_LINE)
-                    if not raw:
-                        raise self._lost()
-                    line = raw.decode("utf-8", "replace")
-                    if line.startswith(remote_agent.MARK):
-                        return json.loads(line[len(remote_agent.MARK) :])
+            return self._process.answer(seconds)
+        except EOFError as error:
+            raise self._lost(seconds) from error
+        except StrayLinesError as error:
+            raise BoardError(
+                "the board's login prints too much", hint="Its shell must not print where there is no terminal."
+            ) from error
         except (ValueError, RecursionError) as error:
             raise BoardError("the board's answer can't be read") from error
-        raise BoardError(
-            "the board's login prints too much", hint="Its shell must not print where there is no terminal."
-        )
 
-    @contextmanager
-    def _within(self, seconds: float) -> Iterator[None]:
-        """Close the connection if the block takes longer, so that a stuck board doesn't hold up the others."""
-        timer = threading.Timer(max(seconds, 0.0), self._late, [seconds])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
-    def _late(self, seconds: float) -> None:
-        self._slow = f"it neither reads nor answers for {seconds:.0f} s"
-        self.kill()
-
-    def _listen(self) -> None:
-        """Keep the end of the error output of ssh and the board's login, of any length."""
-        source = self._process.stderr
-        if source is None:
-            return
-        with source:
-            while piece := os.read(source.fileno(), _PIECE):
-                self._said += piece
-                del self._said[:-_KEPT]
-
-    def _lost(self) -> BoardError:
+    def _lost(self, seconds: float) -> BoardError:
         """The error for a closed connection, by what ssh reported."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=_CLOSE_S)
-        self._listener.join(_CLOSE_S)
-        if self._slow:
-            return BoardError(f"no connection: {self._slow}", hint=_HINT)
-        text = bytes(self._said).decode("utf-8", "replace")
+        code, text = self._process.end()
+        if self._process.late:
+            return BoardError(f"no connection: it neither reads nor answers for {seconds:.0f} s", hint=_HINT)
         line = one_line(([part for part in text.splitlines() if part.strip()] or ["the connection broke"])[-1])
         if "HOST IDENTIFICATION HAS CHANGED" in text:
             return BoardError(
@@ -234,6 +171,6 @@ class BoardLink:
             )
         if "Permission denied" in text:
             return BoardError(f"it refuses the login: {line}", hint="See `user` and `key` in the inventory.")
-        if self._process.returncode in (126, 127):
+        if code in (126, 127):
             return BoardError("it has no python3", hint="sudo apt install python3")
         return BoardError(f"no connection: {line}", hint=_HINT)

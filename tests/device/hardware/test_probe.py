@@ -84,7 +84,7 @@ def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
         assert runtime.check() == onnxruntime.__version__
         runtime.check_model()
         assert runtime.probe(seconds=0.05, layer_seconds=0).onnxruntime == onnxruntime.__version__
-        process = runtime._process
+        process = runtime._process.process
     assert started.read_text().splitlines() == ["one"]
     assert process.poll() == 0, "it ends with its standard input"
 
@@ -94,11 +94,11 @@ def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
     [
         ("kill -KILL $$", "the probe failed.*signal 9.*--no-probe"),
         ("echo odd >&2; exit 1", "the probe failed.*odd.*--no-probe"),
-        ("""echo '{"error": "no room"}'""", "the probe failed.*no room.*--no-probe"),
+        ("""echo 'fedprune: {"error": "no room"}'""", "the probe failed.*no room.*--no-probe"),
     ],
 )
 def test_a_probe_apart_that_fails_says_why(tmp_path: Path, script: str, says: str) -> None:
-    started = """echo 'a line of a library'; echo '{"version": "1"}'; read line; """
+    started = """echo 'a line of a library'; echo 'fedprune: {"version": "1"}'; read line; """
     runtime = RuntimeProcess(python(tmp_path, started + script))
     with runtime, pytest.raises(RuntimeUnavailableError, match=says):
         runtime.probe()
@@ -107,7 +107,7 @@ def test_a_probe_apart_that_fails_says_why(tmp_path: Path, script: str, says: st
 def test_a_process_that_was_killed_between_two_requests_is_an_error_of_the_runtime() -> None:
     with RuntimeProcess() as runtime:
         runtime.check()
-        process = runtime._process
+        process = runtime._process.process
         process.kill()
         process.wait()
         with pytest.raises(RuntimeUnavailableError, match="killed by signal 9"):

@@ -130,7 +130,7 @@ def test_a_model_that_served_and_cannot_any_more_fails_the_check(model: Path, tm
 
 def test_an_interpreter_that_dies_of_an_illegal_instruction_is_said_to(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho \'{"version": "1.23"}\'\nread line\nkill -ILL $$\n')
+    python.write_text('#!/bin/sh\necho \'fedprune: {"version": "1.23"}\'\nread line\nkill -ILL $$\n')
     python.chmod(0o755)
     with pytest.raises(RuntimeUnavailableError, match=r"a small graph failed .*signal 4.*lacks"):
         check_model(None, str(python))

@@ -11,10 +11,12 @@ import plistlib
 import shutil
 import struct
 import subprocess
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
 from fedprune.core.errors import BoardError
+from fedprune.core.line_process import LineProcess
 from fedprune.security.authority import Authority
 from fedprune.security.joining import Claim
 from fedprune_device.network.enrollment import one_claim
@@ -108,20 +110,13 @@ board = "raspberry-pi-5"
 
 def _answered(raw: bytes) -> object:
     """What a board says to its installer, without ssh."""
+    process = LineProcess.__new__(LineProcess)
+    process.late, process._out = False, io.BytesIO(raw)
+    process._within = lambda _: nullcontext()  # type: ignore[method-assign, assignment, return-value]
     link = BoardLink.__new__(BoardLink)
-    link._process = type("Process", (), {"stdout": io.BytesIO(raw), "poll": lambda _: 0, "returncode": 0})()  # type: ignore[assignment]
-    link._slow = ""
-    link._within = _nothing  # type: ignore[method-assign, assignment]
-    link._lost = lambda: BoardError("it is gone")  # type: ignore[method-assign]
+    link._process = process
+    link._lost = lambda _: BoardError("it is gone")  # type: ignore[method-assign]
     return link._answer(1.0)
-
-
-class _nothing:  # noqa: N801 - stands in for a method
-    def __init__(self, _: float) -> None: ...
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def _kits() -> tuple[Target, ...]:

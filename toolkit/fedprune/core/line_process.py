@@ -1,0 +1,102 @@
+"""A program that answers lines of JSON with lines of JSON on its standard streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess  # nosec B404  # lists of words, never a shell
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, Any, cast
+
+from fedprune.core.closing import Closing
+
+MARK = "fedprune: "
+"""The beginning of an answer, since libraries and login shells print lines of their own."""
+
+_CLOSE_S = 5.0
+_KEPT = 2**16
+_PIECE = 2**18
+_LONGEST_LINE = 2**20
+_STRAY_LINES = 1000
+
+
+class StrayLinesError(Exception):
+    """The program prints too much that is not an answer."""
+
+
+class LineProcess(Closing):
+    """A started program, which is killed when a call takes longer than its seconds: `late` is true from then on.
+
+    Raises `OSError` if it can't be started. One thread at a time may call it; any may call `kill`.
+    """
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.late = False
+        self._said = bytearray()
+        self.process = subprocess.Popen(  # noqa: S603  # nosec B603  # words of the caller's own
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        self._in, self._out = cast(IO[bytes], self.process.stdin), cast(IO[bytes], self.process.stdout)
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def send(self, data: bytes, seconds: float) -> None:
+        """Write to the program; raises `OSError` if it has ended."""
+        with self._within(seconds):
+            self._in.write(data)
+            self._in.flush()
+
+    def answer(self, seconds: float) -> Any:
+        """The next answer. Raises `EOFError` if the program has ended, `StrayLinesError`, or `ValueError` or
+        `RecursionError` if the answer is not JSON."""
+        with self._within(seconds):
+            for _ in range(_STRAY_LINES):
+                raw = self._out.readline(_LONGEST_LINE)
+                if not raw:
+                    raise EOFError
+                line = raw.decode("utf-8", "replace")
+                if line.startswith(MARK):
+                    return json.loads(line[len(MARK) :])
+        raise StrayLinesError
+
+    def end(self) -> tuple[int, str]:
+        """The exit status of a program that has ended, or is killed after 5 s; the end of its error output."""
+        try:
+            code = self.process.wait(_CLOSE_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = self.process.wait()
+        self._listener.join(_CLOSE_S)
+        return code, self._said.decode("utf-8", "replace")
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def close(self) -> None:
+        with suppress(OSError), self._within(_CLOSE_S):  # what it never read may be left
+            self._in.close()
+        self.end()
+        self._out.close()
+
+    @contextmanager
+    def _within(self, seconds: float) -> Iterator[None]:
+        timer = threading.Timer(max(seconds, 0.0), self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        self.late = True
+        self.kill()
+
+    def _listen(self) -> None:
+        """Keep the end of the error output, of any length."""
+        with cast(IO[bytes], self.process.stderr) as source:
+            while piece := os.read(source.fileno(), _PIECE):
+                self._said += piece
+                del self._said[:-_KEPT]
