@@ -42,6 +42,85 @@ HIDDEN = ("/home", "/root", "/run/user", "/tmp", "/var/tmp")  # noqa: S108  # no
 """Folders that the service doesn't see, or sees empty (ProtectHome, PrivateTmp)."""
 
 
+_UNIT = """\
+[Unit]
+Description=fedprune: federated learning on this board
+Wants=network-online.target
+After=network-online.target
+# Half an hour of restarts in a row, then it stays down; passing troubles are over by then.
+StartLimitIntervalSec=3600
+StartLimitBurst=60
+{needs}
+[Service]
+Type=notify
+NotifyAccess=all
+WatchdogSec=180
+TimeoutStartSec={start}
+TimeoutStopSec=45
+Restart=always
+RestartSec=30
+User={unit.user}
+StateDirectory={unit.state}
+EnvironmentFile=-{unit.environment}
+ExecStart={command}
+# The application has priority; training gets the rest.
+CPUWeight=20
+{quota}Nice=10
+IOSchedulingClass=idle
+IOWeight=20
+MemoryMax={unit.memory_max}
+MemorySwapMax=0
+OOMScoreAdjust=500
+OOMPolicy=continue
+TasksMax=256
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+ProtectSystem=strict
+ReadWritePaths={unit.root}/a {unit.root}/b {unit.root}/incoming {unit.root}/state
+ProtectHome=yes
+PrivateTmp=yes
+ProtectClock=yes
+ProtectHostname=yes
+ProtectControlGroups=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectProc=invisible
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+RemoveIPC=yes
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+UMask=0027
+{kind}
+[Install]
+WantedBy=multi-user.target
+"""
+"""OOMPolicy: if a child that builds an engine takes too much memory, the agent continues."""
+
+_CPU = """\
+PrivateDevices=yes
+PrivateUsers=yes
+ProtectKernelTunables=yes
+MemoryDenyWriteExecute=yes
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources @obsolete
+SystemCallFilter=setpriority sched_setaffinity sched_setscheduler
+"""
+
+_DEVICES = "".join(f"DeviceAllow={name} rw\n" for name in (*JETSON_CLASSES, *JETSON_DEVICES))
+_JETSON = f"""\
+# CUDA generates code, uses the GPU's device files, and sets its clocks through sysfs.
+SupplementaryGroups=video render
+DevicePolicy=closed
+{_DEVICES}SystemCallFilter=@system-service
+SystemCallFilter=~@obsolete
+"""
+
+
 @dataclass(frozen=True)
 class ServiceUnit:
     """The settings of a unit.
@@ -80,97 +159,14 @@ class ServiceUnit:
 
     def text(self) -> str:
         command = " ".join(map(quoted, ("/usr/bin/python3", "-I", f"{self.root}/launcher.pyz", *self.arguments)))
-        sections = {
-            "Unit": [
-                "Description=fedprune: federated learning on this board",
-                "Wants=network-online.target",
-                "After=network-online.target",
-                "# Half an hour of restarts in a row, then it stays down; passing troubles are over by then.",
-                "StartLimitIntervalSec=3600",
-                "StartLimitBurst=60",
-                *([f"ConditionPathExists={self.needs}"] if self.needs else []),
-            ],
-            "Service": [
-                "Type=notify",
-                "NotifyAccess=all",
-                "WatchdogSec=180",
-                f"TimeoutStartSec={START_S}",
-                "TimeoutStopSec=45",
-                "Restart=always",
-                "RestartSec=30",
-                f"User={self.user}",
-                f"StateDirectory={self.state}",
-                f"EnvironmentFile=-{self.environment}",
-                f"ExecStart={command}",
-                *self._shares(),
-                *self._sandbox(),
-            ],
-            "Install": ["WantedBy=multi-user.target"],
-        }
-        return "\n\n".join("\n".join([f"[{name}]", *lines]) for name, lines in sections.items()) + "\n"
-
-    def _shares(self) -> list[str]:
-        quota = [f"CPUQuota={self.cpu_quota}%"] if self.cpu_quota else []
-        return [
-            "# The application has priority; training gets the rest.",
-            "CPUWeight=20",
-            *quota,
-            "Nice=10",
-            "IOSchedulingClass=idle",
-            "IOWeight=20",
-            f"MemoryMax={self.memory_max}",
-            "MemorySwapMax=0",
-            "OOMScoreAdjust=500",
-            "OOMPolicy=continue",  # if a child that builds an engine takes too much, the agent continues
-            "TasksMax=256",
-        ]
-
-    def _sandbox(self) -> list[str]:
-        slots = " ".join(f"{self.root}/{name}" for name in ("a", "b", "incoming", "state"))
-        lines = [
-            "NoNewPrivileges=yes",
-            "CapabilityBoundingSet=",
-            "AmbientCapabilities=",
-            "ProtectSystem=strict",
-            f"ReadWritePaths={slots}",
-            "ProtectHome=yes",
-            "PrivateTmp=yes",
-            "ProtectClock=yes",
-            "ProtectHostname=yes",
-            "ProtectControlGroups=yes",
-            "ProtectKernelLogs=yes",
-            "ProtectKernelModules=yes",
-            "ProtectProc=invisible",
-            "RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK",
-            "RestrictNamespaces=yes",
-            "RestrictRealtime=yes",
-            "RestrictSUIDSGID=yes",
-            "LockPersonality=yes",
-            "RemoveIPC=yes",
-            "SystemCallArchitectures=native",
-            "SystemCallErrorNumber=EPERM",
-            "UMask=0027",
-        ]
-        if not self.jetson:
-            return [
-                *lines,
-                "PrivateDevices=yes",
-                "PrivateUsers=yes",
-                "ProtectKernelTunables=yes",
-                "MemoryDenyWriteExecute=yes",
-                "SystemCallFilter=@system-service",
-                "SystemCallFilter=~@privileged @resources @obsolete",
-                "SystemCallFilter=setpriority sched_setaffinity sched_setscheduler",
-            ]
-        return [
-            *lines,
-            "# CUDA generates code, uses the GPU's device files, and sets its clocks through sysfs.",
-            "SupplementaryGroups=video render",
-            "DevicePolicy=closed",
-            *(f"DeviceAllow={name} rw" for name in (*JETSON_CLASSES, *JETSON_DEVICES)),
-            "SystemCallFilter=@system-service",
-            "SystemCallFilter=~@obsolete",
-        ]
+        return _UNIT.format(
+            unit=self,
+            start=START_S,
+            needs=f"ConditionPathExists={self.needs}\n" if self.needs else "",
+            command=command,
+            quota=f"CPUQuota={self.cpu_quota}%\n" if self.cpu_quota else "",
+            kind=_JETSON if self.jetson else _CPU,
+        )
 
 
 def quoted(word: str) -> str:

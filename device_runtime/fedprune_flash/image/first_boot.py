@@ -258,35 +258,32 @@ def _netplan(wifi: Wifi) -> dict[str, object]:
 
 
 def _preseed(wanted: FirstBoot, mount: str) -> str:
-    tables: dict[str, dict[str, object]] = {"system": {"hostname": wanted.hostname}}
-    if wanted.user is not None:
-        tables["user"] = {"name": wanted.user, "passwordless_sudo": True}
-        tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}  # nosec B105  # a switch, no password
-    if wanted.wifi is not None:
-        tables["wlan"] = {**_wlan(wanted.wifi), "key_mgmt": "wpa-psk"}
+    tables = _tables(wanted, {"passwordless_sudo": True}, {"key_mgmt": "wpa-psk"})
     # The installer needs neither network nor time.
     tables["runcmd"] = {"late": [f"sh {mount}/{STARTER}"], "late_require_time_sync": False}
     return 'config_version = "1.1"\n' + _toml(tables)
 
 
 def _custom_toml(wanted: FirstBoot) -> str:
+    return "config_version = 1\n" + _toml(_tables(wanted, {}, {}))
+
+
+def _tables(wanted: FirstBoot, user: dict[str, object], wlan: dict[str, object]) -> dict[str, dict[str, object]]:
+    """The tables that both forms of TOML have; `user` and `wlan` are what one of them has in addition."""
     tables: dict[str, dict[str, object]] = {"system": {"hostname": wanted.hostname}}
     if wanted.user is not None:
-        tables["user"] = {"name": wanted.user}
+        tables["user"] = {"name": wanted.user, **user}
         tables["ssh"] = {"enabled": True, "password_authentication": False, "authorized_keys": list(wanted.ssh_keys)}  # nosec B105  # a switch, no password
     if wanted.wifi is not None:
-        tables["wlan"] = _wlan(wanted.wifi)
-    return "config_version = 1\n" + _toml(tables)
-
-
-def _wlan(wifi: Wifi) -> dict[str, object]:
-    return {
-        "ssid": wifi.ssid,
-        "password": wifi.key,
-        "password_encrypted": True,  # nosec B105  # a switch, no password
-        "hidden": wifi.hidden,
-        "country": wifi.country,
-    }
+        tables["wlan"] = {
+            "ssid": wanted.wifi.ssid,
+            "password": wanted.wifi.key,
+            "password_encrypted": True,  # nosec B105  # a switch, no password
+            "hidden": wanted.wifi.hidden,
+            "country": wanted.wifi.country,
+            **wlan,
+        }
+    return tables
 
 
 def _parts(wanted: FirstBoot) -> str:
