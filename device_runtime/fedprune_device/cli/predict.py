@@ -13,14 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedprune.core.disk import is_there, storage_errors
-from fedprune.core.errors import BundleError, DataError, StorageError, UsageError, remedy
-from fedprune.core.zip_limits import check_members
+from fedprune.core.errors import BundleError, DataError, StorageError, UsageError
 from fedprune.model.lengths import Lengths, Shape, at_most, fits, free_axis, padded
 from fedprune.model.recipe import JUDGED, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
 from fedprune_device.cli.options import options_of
-from fedprune_device.data.array_source import arrays_of, load_data, why_unreadable
+from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.dataset import checked_inputs, checked_samples
 from fedprune_device.data.labels import LogitAdjustment, Targets
 from fedprune_device.data.layouts import IGNORED, Unlabelled, layout_of
@@ -119,7 +118,7 @@ def _samples(
     source, split = str(arguments.input), arguments.split
     files = arguments.input.is_dir() or is_table(arguments.input)
     if not files and (is_there(arguments.input, file=True) or ":" not in source):
-        found = _arrays(arguments.input)
+        found = read_arrays(arguments.input, single=True)
         chosen = _named_part(found, split)
         if chosen is not None:
             return _marked(_checked(chosen, source), shape)
@@ -174,22 +173,3 @@ def _marked(chosen: _Chosen, shape: Shape) -> _Chosen:
     if y is not None and y.dtype.kind == "i" and y.shape == (len(x), own):
         y = np.where(np.arange(own) < lengths[:, None], y, -1)
     return replace(chosen, x=x, y=y)
-
-
-def _arrays(path: Path) -> dict[str, Inputs]:
-    """The arrays of a file by name; a single one is called x."""
-    try:
-        with path.open("rb") as raw:
-            check_members(raw, str(path), DataError)
-            found = np.load(raw, allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                return {"x": found}
-            return arrays_of(path, found)
-    except OSError as error:
-        raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
-    except DataError:
-        raise
-    except Exception as error:  # what is damaged makes zipfile, zlib, numpy and its parser of headers raise anything
-        raise DataError(
-            f"{path} can't be read as arrays{why_unreadable(error)}", expected="a .npy array, or an .npz file with x"
-        ) from error

@@ -16,21 +16,20 @@ from typing import Any
 
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import DataError, FedpruneError, ModelError, UsageError
+from fedprune.core.errors import DataError, FedpruneError, UsageError
 from fedprune.core.metrics import METRICS
 from fedprune.core.text import quantity
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
-from fedprune.runtime.precision import CALIBRATION_SAMPLES, lowered_weights
-from fedprune.runtime.precision_files import files_of, graph_file, weights_file
+from fedprune.runtime.precision_files import files_of, weights_file
 from fedprune_device.cli.options import options_of, threads
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.data.sources import SampleOptions
 from fedprune_device.serving.predictor import Predictor
-from fedprune_device.serving.reduced_precision import PrecisionCheck
+from fedprune_device.serving.reduced_precision import PrecisionCheck, lowered
 from fedprune_device.training.evaluation import PROBE_SAMPLES, Evaluation
 from fedprune_device.training.trainer import Trainer, TrainingControl, TrainingResult, TrainingTask
 
@@ -150,15 +149,9 @@ class _LocalTraining:
         for file in files_of(precision):
             (folder / file).write_bytes(files[file])
         try:
-            files[weights_file(precision)] = lowered_weights(
-                folder, precision, tensors, self._data.x_train[:CALIBRATION_SAMPLES]
-            )
-            (folder / weights_file(precision)).write_bytes(files[weights_file(precision)])
-            found = PrecisionCheck(whole, self._data, self._recipe, self._targets).hear(
-                Predictor(folder / graph_file(precision))
-            )
-            if found.refusal:
-                raise ModelError(found.refusal)
+            judge = PrecisionCheck(whole, self._data, self._recipe, self._targets)
+            lowered(folder, precision, tensors, self._data, judge)
+            files[weights_file(precision)] = (folder / weights_file(precision)).read_bytes()
         except FedpruneError as error:  # a failed conversion must not lose a finished training
             print(f"{precision} is left out: {error}", file=sys.stderr)
             for file in files_of(precision):

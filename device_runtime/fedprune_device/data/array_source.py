@@ -80,31 +80,35 @@ def load_inputs(source: str, shape: Shape | None = None, *, token_ids: bool = Fa
     return x
 
 
-def read_arrays(path: Path, spool: Path | None = None) -> dict[str, Inputs]:
+def read_arrays(path: Path, spool: Path | None = None, *, single: bool = False) -> dict[str, Inputs]:
     """The arrays of an `.npz` file by name; objects in it are refused, not unpickled.
 
-    Large uncompressed arrays stay in the file; compressed ones are copied to the folder `spool`, or held in memory
-    without one. Raises `DataError` if it isn't such a file.
+    With `single` it may also be a `.npy` file, whose array is called x. Large uncompressed arrays stay in the file;
+    compressed ones are copied to the folder `spool`, or held in memory without one. Raises `DataError` if it isn't such
+    a file.
     """
     try:
         with path.open("rb") as raw:
             check_members(raw, str(path), DataError)
-            with np.load(raw, allow_pickle=False) as file:
-                if not hasattr(file, "files"):
-                    raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
-                return arrays_of(path, file, spool)
+            found = np.load(raw, allow_pickle=False)
+            if not isinstance(found, np.ndarray):
+                with found:
+                    return _members(path, found, spool)
+            if not single:
+                raise DataError(f"{path} is a single array", expected="an .npz file with x and y")
+            return {"x": found}
     except (DataError, StorageError):
         raise
     except OSError as error:
         raise DataError(f"can't read {path}: {error.strerror or error}", hint=remedy(error)) from error
     except Exception as error:  # what is damaged makes zipfile, numpy and its parser of headers raise anything
         raise DataError(
-            f"{path} is not an .npz file of plain arrays{why_unreadable(error)}",
+            f"{path} is not {'a .npy or' if single else 'an'} .npz file of plain arrays{why_unreadable(error)}",
             hint="Write it with numpy.savez(path, x=..., y=...).",
         ) from error
 
 
-def arrays_of(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
+def _members(path: Path, file: Any, spool: Path | None = None) -> dict[str, Inputs]:
     entries = {info.filename.removesuffix(".npy"): info for info in file.zip.infolist()}
     return {
         name: member(path, file.zip, entries[name], spool, any_type=name.partition("_")[0] != "x")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -76,14 +77,7 @@ class ReducedPrecision:
         try:
             for name, raw in unpacked(kit, precision).items():
                 atomic_file.write_whole(folder / name, raw, private=True)
-            raw = lowered_weights(
-                folder, precision, tensorfile.load(folder / WEIGHTS), data.x_train[:CALIBRATION_SAMPLES]
-            )
-            atomic_file.write_whole(folder / weights_file(precision), raw, private=True)
-            model = Predictor(folder / graph_file(precision), threads=self._threads)
-            found = judge.hear(model)
-            if found.refusal:
-                raise ModelError(found.refusal)
+            model, found = lowered(folder, precision, tensorfile.load(folder / WEIGHTS), data, judge, self._threads)
         except FedpruneError as error:  # a failure here must not lose a finished round
             _LOG.warning("the model doesn't serve with %s: %s", precision, error)
             clear(folder, precision)
@@ -121,6 +115,22 @@ class PrecisionCheck:
     def hear(self, model: Predictor) -> Agreement:
         """How a model's predictions compare with float32's."""
         return agreement(self._loss, self._reference, model.predict(self._x, self._at_once), self._y)
+
+
+def lowered(
+    folder: Path, precision: str, tensors: Mapping[str, Any], data: LocalData, judge: PrecisionCheck, threads: int = 1
+) -> tuple[Predictor, Agreement]:
+    """Write float32's `tensors` at a precision next to its graphs; returns their model, and how it compares.
+
+    Raises `ModelError` if its predictions differ too much from float32's.
+    """
+    raw = lowered_weights(folder, precision, tensors, data.x_train[:CALIBRATION_SAMPLES])
+    atomic_file.write_whole(folder / weights_file(precision), raw, private=True)
+    model = Predictor(folder / graph_file(precision), threads=threads)
+    found = judge.hear(model)
+    if found.refusal:
+        raise ModelError(found.refusal)
+    return model, found
 
 
 def clear(folder: Path, precision: str, *, made: bool = True) -> None:
