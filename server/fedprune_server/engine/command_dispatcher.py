@@ -140,7 +140,7 @@ class CommandDispatcher:
                 self._registry.delivered(device, self._monotonic())
                 events.append(on.UpdateStored(device, round_, attempt, outcome.weights))
             else:
-                events.append(on.UpdateRejected(device, round_, attempt, one_line(outcome.reason), outcome.kind))
+                events.append(on.UpdateRejected(device, round_, attempt, outcome.reason, outcome.failure))
         return events
 
     def _pull(self, command: do.PullUpdate) -> list[on.Event]:

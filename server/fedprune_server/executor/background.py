@@ -94,11 +94,13 @@ def round_of(command: Work) -> int:
     return command.basis.round if isinstance(command, do.Extract) else command.round
 
 
-def device_of(command: Work) -> str | None:
+def device_of(command: do.Command) -> str | None:
     """The device whose part a command is about, if it is one device's."""
     match command:
         case do.Extract():
             return command.part.device
         case do.Fold():
             return command.contribution.part.device
+        case do.SendOffer() | do.PullUpdate():
+            return command.device
     return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune_server.executor.background import device_of
 
 OF_DEVICES = ("extract", "train", "pull", "aggregate")
 """Parts of one device; `train` is from an offer to the announcement of its update."""
@@ -11,41 +14,23 @@ OF_DEVICES = ("extract", "train", "pull", "aggregate")
 PARTS = ("score", *OF_DEVICES, "close", "evaluate", "round")
 
 
+_BEGINS: dict[type[Any], str] = {
+    do.Score: "score", do.Extract: "extract", do.SendOffer: "train", do.PullUpdate: "pull", do.Fold: "aggregate",
+    do.Close: "close", do.Evaluate: "evaluate",
+}  # fmt: skip
+_ENDS: dict[type[Any], str] = {
+    on.Scored: "score", on.Extracted: "extract", on.UpdateAnnounced: "train", on.UpdateStored: "pull",
+    on.Folded: "aggregate", on.Closed: "close", on.Evaluated: "evaluate",
+}  # fmt: skip
+
+
 def begun(command: do.Command) -> tuple[str, str] | None:
     """The part that a command begins, and its device (empty if it is the whole round's); None for no part."""
-    match command:
-        case do.Score():
-            return "score", ""
-        case do.Extract():
-            return "extract", command.part.device
-        case do.SendOffer():
-            return "train", command.device
-        case do.PullUpdate():
-            return "pull", command.device
-        case do.Fold():
-            return "aggregate", command.contribution.part.device
-        case do.Close():
-            return "close", ""
-        case do.Evaluate():
-            return "evaluate", ""
-    return None
+    part = _BEGINS.get(type(command))
+    return None if part is None else (part, device_of(command) or "")
 
 
 def ended(event: on.Event) -> tuple[str, str] | None:
     """The part that an event ends, and its device; None for no part."""
-    match event:
-        case on.Scored():
-            return "score", ""
-        case on.Extracted():
-            return "extract", event.device
-        case on.UpdateAnnounced():
-            return "train", event.device
-        case on.UpdateStored():
-            return "pull", event.device
-        case on.Folded():
-            return "aggregate", event.device
-        case on.Closed():
-            return "close", ""
-        case on.Evaluated():
-            return "evaluate", ""
-    return None
+    part = _ENDS.get(type(event))
+    return None if part is None else (part, getattr(event, "device", ""))

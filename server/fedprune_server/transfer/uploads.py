@@ -5,12 +5,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Annotated
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import ProtocolError
+from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
+from fedprune.wire.fields import Attempt, CheckedMessage, Device, Digest, Round, choice, text
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.transfer import Pull, ResponseTime
 
@@ -21,25 +24,28 @@ LEAST_BYTES_S = 8192
 """A pull that has got less than this on average since it began gives up its place, too, once it had `STALLED_S`."""
 
 
-@dataclass(frozen=True)
-class Arrived:
-    """An update's weights are in the store."""
-
-    device: str
-    round: int
-    attempt: int
-    weights: str
+LOST = "the device no longer has the update that it announced"
 
 
 @dataclass(frozen=True)
-class FailedUpload:
+class Arrived(CheckedMessage, kind="arrived"):
+    """An update's weights are whole, verified and in the store."""
+
+    device: Device
+    round: Round
+    attempt: Attempt
+    weights: Digest
+
+
+@dataclass(frozen=True)
+class FailedUpload(CheckedMessage, kind="failed"):
     """An update can't be had."""
 
-    device: str
-    round: int
-    attempt: int
-    reason: str
-    kind: str = FailureKind.MALFORMED
+    device: Device
+    round: Round
+    attempt: Attempt
+    reason: Annotated[str, text(500)]
+    failure: Annotated[str, choice(*(kind.value for kind in FailureKind))]
 
 
 Outcome = Arrived | FailedUpload
@@ -110,7 +116,7 @@ class Uploads:
         try:
             wants = upload.pull.on_chunk(chunk, now)
         except ProtocolError as error:
-            return self._end(device, FailedUpload(device, upload.round, upload.attempt, str(error)), now)
+            return self._fail(device, str(error), now)
         if upload.pull.done:
             return self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)
         leaves = upload.pull.progress[0]
@@ -123,8 +129,7 @@ class Uploads:
         upload = self._uploads.get(device)
         if upload is None or upload.ref.sha256 != sha256:
             return []
-        reason = "the device no longer has the update that it announced"
-        return self._end(device, FailedUpload(device, upload.round, upload.attempt, reason, FailureKind.GONE), now)
+        return self._fail(device, LOST, now, FailureKind.GONE)
 
     def tick(self, now: float) -> Wants:
         """Ask again for what is overdue, and let those that wait pass those that are stuck or slow."""
@@ -141,7 +146,7 @@ class Uploads:
             try:
                 wants += [(device, w) for w in upload.pull.on_tick(now)]
             except ProtocolError as error:
-                wants += self._end(device, FailedUpload(device, upload.round, upload.attempt, str(error)), now)
+                wants += self._fail(device, str(error), now)
         return wants + self._start(now)
 
     def interrupted(self, now: float) -> None:
@@ -237,6 +242,10 @@ class Uploads:
         """Devices, and bytes of chunks that other processes have taken in from them since the last call."""
         return []
 
+    def _fail(self, device: str, reason: str, now: float, kind: FailureKind = FailureKind.MALFORMED) -> Wants:
+        upload, said = self._uploads[device], one_line(reason, 400)
+        return self._end(device, FailedUpload(device, upload.round, upload.attempt, said, kind.value), now)
+
     def _end(self, device: str, outcome: Outcome, now: float) -> Wants:
         self.drop(device)
         self._outcomes.append(outcome)
@@ -283,7 +292,7 @@ class Uploads:
                 upload.leaves = upload.began_with = upload.pull.progress[0]
                 first = upload.pull.start(now)
             except ProtocolError as error:
-                wants += self._end(device, FailedUpload(device, upload.round, upload.attempt, str(error)), now)
+                wants += self._fail(device, str(error), now)
                 continue
             if upload.pull.done:  # it was already here
                 wants += self._end(device, Arrived(device, upload.round, upload.attempt, upload.ref.sha256), now)

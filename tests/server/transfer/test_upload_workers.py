@@ -34,9 +34,7 @@ from fedprune_server.transfer.upload_workers.messages import (
     Asks,
     Beat,
     Begin,
-    Failed,
     Fetch,
-    Stored,
     Took,
     ToServer,
     ToWorker,
@@ -139,8 +137,8 @@ class Helped:
         with self.uploads:
             return self.fleet.run(uploads=self.uploads)
 
-    def stored(self) -> list[Stored]:
-        return [w for r in self.air.workers for w in r.all_said if isinstance(w, Stored)]
+    def stored(self) -> list[Arrived]:
+        return [w for r in self.air.workers for w in r.all_said if isinstance(w, Arrived)]
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +222,9 @@ def test_wants_name_the_upload_worker(pair: tuple[UploadWorkers, Played, BlobRef
 @pytest.mark.parametrize(
     "word",
     [
-        Stored("a", 1, 2, DIGEST), Stored("a", 2, 1, DIGEST), Stored("b", 1, 1, DIGEST), Stored("a", 1, 1, DIGEST),
-        Failed("a", 1, 2, "no", "gone"), Failed("b", 1, 1, "no", "gone"), Asks("a", DIGEST, "data", 0, 1, None),
+        Arrived("a", 1, 2, DIGEST), Arrived("a", 2, 1, DIGEST), Arrived("b", 1, 1, DIGEST), Arrived("a", 1, 1, DIGEST),
+        FailedUpload("a", 1, 2, "no", "gone"), FailedUpload("b", 1, 1, "no", "gone"),
+        Asks("a", DIGEST, "data", 0, 1, None),
     ],
     ids=lambda w: str(w)[:60],
 )  # fmt: skip
@@ -243,7 +242,7 @@ def test_what_another_upload_worker_says_of_it_is_dropped(
 ) -> None:
     uploads, _, _ = pair
     uploads.collect(0.0)
-    helped.air.workers[1].said.append(line(Failed("a", 1, 1, "no", "gone")))
+    helped.air.workers[1].said.append(line(FailedUpload("a", 1, 1, "no", "gone")))
     uploads.collect(0.0)
     assert uploads.outcomes() == []
 
@@ -251,7 +250,7 @@ def test_what_another_upload_worker_says_of_it_is_dropped(
 def test_an_update_that_isn_t_there_is_fetched_by_the_server(pair: tuple[UploadWorkers, Played, BlobRef]) -> None:
     uploads, worker, ref = pair
     uploads.collect(0.0)
-    worker.said.append(line(Stored("a", 1, 1, ref.sha256)))
+    worker.said.append(line(Arrived("a", 1, 1, ref.sha256)))
     wants = uploads.collect(0.0)
     assert [(d, w.sha256, w.to) for d, w in wants] == [("a", ref.sha256, None)]
     assert uploads.outcomes() == []
@@ -337,7 +336,7 @@ def test_who_floods_a_upload_worker_is_put_into_quarantine_and_the_others_go_on(
 WORDS = [
     Begin("mqtt://h", "s", "0" * 16, "/b", 4, 131072, None, None, None, 0, 1),
     Fetch("a", 1, 2, BlobRef(DIGEST, 9, DIGEST), None, 0.5),
-    Asks("a", DIGEST, "data", 0, 3, None), Stored("a", 1, 2, DIGEST), Failed("a", 1, 2, "because", "malformed"),
+    Asks("a", DIGEST, "data", 0, 3, None), Arrived("a", 1, 2, DIGEST), FailedUpload("a", 1, 2, "because", "malformed"),
     Took("a", 7, 1), Beat(0),
 ]  # fmt: skip
 

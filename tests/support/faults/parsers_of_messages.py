@@ -179,7 +179,7 @@ def _words() -> tuple[bytes, ...]:
         messages.Begin("mqtt://h", "s", "0" * 16, "/b", 4, 131072, None, None, None, 0, 1),
         messages.Fetch("a", 1, 2, REF, None, 0.5),
         messages.Asks("a", ZERO, "data", 0, 3, None),
-        messages.Failed("a", 1, 2, "because", "gone"),
+        messages.FailedUpload("a", 1, 2, "because", "gone"),
         messages.Took("a", 7, 1),
     )
     return tuple(messages.line(word)[:-1] for word in told)

@@ -21,7 +21,6 @@ from typing import BinaryIO
 
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.errors import FedpruneError, ProtocolError
-from fedprune.core.text import one_line
 from fedprune.security.tls import pinned_context
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.link import Link
@@ -29,16 +28,13 @@ from fedprune.wire.messages import RejectedMessageLog
 from fedprune.wire.topics import Topics
 from fedprune_server.process.child_side import end_with_parent, reply_stream
 from fedprune_server.transfer.upload_workers.messages import (
-    MAX_REASON,
     Asks,
     Beat,
     Begin,
     Born,
     Drop,
-    Failed,
     Fetch,
     Interrupted,
-    Stored,
     There,
     Took,
     ToServer,
@@ -46,7 +42,7 @@ from fedprune_server.transfer.upload_workers.messages import (
     line,
     read,
 )
-from fedprune_server.transfer.uploads import Arrived, Uploads, Wants
+from fedprune_server.transfer.uploads import Uploads, Wants
 
 log = logging.getLogger("fedprune.server")
 
@@ -142,13 +138,9 @@ class Receiving:
 
     def _tell(self) -> None:
         for outcome in self._uploads.outcomes():
-            part = outcome.device, outcome.round, outcome.attempt
             self._fetched.discard(outcome.device)
             self._count(outcome.device)
-            if isinstance(outcome, Arrived):
-                self._say(Stored(*part, outcome.weights))
-            else:
-                self._say(Failed(*part, one_line(outcome.reason, MAX_REASON), outcome.kind))
+            self._say(outcome)
 
 
 def _context(begin: Begin) -> Callable[[], ssl.SSLContext] | None:

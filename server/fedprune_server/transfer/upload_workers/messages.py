@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, BinaryIO, get_args
 
 from fedprune.core.errors import ProtocolError, shown
-from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.fields import (
     Attempt,
     Blob,
@@ -24,11 +23,10 @@ from fedprune.wire.fields import (
     whole,
 )
 from fedprune.wire.messages import MAX_REQUEST, PARTS
+from fedprune_server.transfer.uploads import Arrived, FailedUpload
 
 MAX_LINE = 4096
 """Bytes that no line may exceed."""
-
-MAX_REASON = 500
 
 PathText = Annotated[str, text(512)]
 
@@ -114,27 +112,6 @@ class Asks(CheckedMessage, kind="asks"):
 
 
 @dataclass(frozen=True)
-class Stored(CheckedMessage, kind="stored"):
-    """An update is whole, verified and on the disk."""
-
-    device: Device
-    round: Round
-    attempt: Attempt
-    sha256: Digest
-
-
-@dataclass(frozen=True)
-class Failed(CheckedMessage, kind="failed"):
-    """An update can't be had."""
-
-    device: Device
-    round: Round
-    attempt: Attempt
-    reason: Annotated[str, text(MAX_REASON)]
-    failure: Annotated[str, choice(*(kind.value for kind in FailureKind))]
-
-
-@dataclass(frozen=True)
 class Took(CheckedMessage, kind="took"):
     """So many bytes have come from a device since that was last said, and so many leaves of its update are here."""
 
@@ -151,7 +128,7 @@ class Beat(CheckedMessage, kind="beat"):
 
 
 ToWorker = Begin | Fetch | Drop | There | Born | Interrupted
-ToServer = Asks | Stored | Failed | Took | Beat
+ToServer = Asks | Arrived | FailedUpload | Took | Beat
 
 _TYPES: dict[str, type[Any]] = {c.kind: c for c in get_args(ToWorker | ToServer)}
 

@@ -27,10 +27,8 @@ from fedprune_server.transfer.upload_workers.messages import (
     Begin,
     Born,
     Drop,
-    Failed,
     Fetch,
     Interrupted,
-    Stored,
     There,
     Took,
     ToServer,
@@ -38,7 +36,7 @@ from fedprune_server.transfer.upload_workers.messages import (
     line,
     read,
 )
-from fedprune_server.transfer.uploads import Arrived, FailedUpload, Outcome, Uploads, Wants
+from fedprune_server.transfer.uploads import LOST, Arrived, FailedUpload, Outcome, Uploads, Wants
 
 log = logging.getLogger("fedprune.server")
 
@@ -171,7 +169,6 @@ class UploadWorkers(Uploads):
         log.info("upload workers took in %d updates", self._stored)
 
     def add(self, device: str, round_: int, attempt: int, ref: BlobRef, now: float) -> Wants:
-        """Fetch an update; asking again for the one under way changes nothing."""
         if not self.fetching(device, round_, attempt, ref):
             self.drop(device)
             worker = self._choose(device, ref)
@@ -182,7 +179,6 @@ class UploadWorkers(Uploads):
         return super().add(device, round_, attempt, ref, now)
 
     def heard(self, device: str, now: float) -> Wants:
-        """A device announces its update, so that it is there to be asked."""
         given = self._given.get(device)
         if given is not None and device not in self._told:
             given.worker.send(There(device))
@@ -190,17 +186,14 @@ class UploadWorkers(Uploads):
         return super().heard(device, now)
 
     def gone(self, device: str, sha256: str, now: float) -> Wants:
-        """The device no longer has what it announced."""
         given = self._given.get(device)
         if given is None or given.ref.sha256 != sha256:
             return super().gone(device, sha256, now)
         self.drop(device)
-        reason = "the device no longer has the update that it announced"
-        self._ended.append(FailedUpload(device, given.round, given.attempt, reason, FailureKind.GONE))
+        self._ended.append(FailedUpload(device, given.round, given.attempt, LOST, FailureKind.GONE.value))
         return []
 
     def interrupted(self, now: float) -> None:
-        """After a reconnection: what was on the way is lost."""
         super().interrupted(now)
         self._told.clear()
         for worker in self._workers:
@@ -223,7 +216,6 @@ class UploadWorkers(Uploads):
         return wants + super().add(device, given.round, given.attempt, given.ref, now)
 
     def drop(self, device: str) -> list[str]:
-        """Stop fetching from a device; what has arrived stays on the disk."""
         given = self._take_back(device)
         if given is None:
             return super().drop(device)
@@ -231,39 +223,32 @@ class UploadWorkers(Uploads):
         return [given.ref.sha256]
 
     def keep(self, device: str, round_: int, attempt: int) -> list[str]:
-        """Stop fetching from a device unless it is for this part."""
         given = self._given.get(device)
         if given is None:
             return super().keep(device, round_, attempt)
         return [] if (given.round, given.attempt) == (round_, attempt) else self.drop(device)
 
     def fetching(self, device: str, round_: int, attempt: int, ref: BlobRef) -> bool:
-        """Whether this very update is being fetched, or waits to be."""
         given = self._given.get(device)
         if given is None:
             return super().fetching(device, round_, attempt, ref)
         return (given.round, given.attempt, given.ref) == (round_, attempt, ref)
 
     def devices(self) -> list[str]:
-        """From whom something is being fetched, or waits to be."""
         return [*super().devices(), *self._given]
 
     def digests(self) -> set[str]:
-        """What is being fetched, or waits to be."""
         return super().digests() | {g.ref.sha256 for g in self._given.values()}
 
     def outcomes(self) -> list[Outcome]:
-        """What has come to an end since the last call."""
         ended, self._ended = self._ended, []
         return ended + super().outcomes()
 
     def progress(self, device: str) -> tuple[int, int] | None:
-        """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
         given = self._given.get(device)
         return super().progress(device) if given is None else (given.leaves, given.ref.leaf_count)
 
     def taken(self) -> list[tuple[str, int]]:
-        """Devices, and bytes of chunks that workers have taken in from them since the last call."""
         taken, self._taken = self._taken, []
         return taken
 
@@ -290,45 +275,33 @@ class UploadWorkers(Uploads):
             self._wake()
 
     def _hear(self, worker: UploadWorker, tag: str, message: ToWorker | ToServer, now: float) -> Wants:
-        if isinstance(message, Beat):
-            return []
         if isinstance(message, Took):
             self._taken.append((message.device, message.size))
             given = self._given.get(message.device)
             if given is not None and given.worker is worker:
                 given.leaves = min(message.leaves, given.ref.leaf_count)
             return []
-        given = self._given.get(message.device) if isinstance(message, (Asks, Stored, Failed)) else None
+        if not isinstance(message, (Asks, Arrived, FailedUpload)):
+            return []
+        device, given = message.device, self._given.get(message.device)
         if given is None or given.worker is not worker:
             return []  # it was dropped meanwhile, or is another's
+        sha256 = given.ref.sha256
         if isinstance(message, Asks):
-            if message.sha256 != given.ref.sha256:
-                return []
-            return [
-                (
-                    message.device,
-                    BlobRequest(
-                        message.sha256, message.part, message.first, message.count, None, message.most, None, tag
-                    ),
-                )
-            ]
-        if not isinstance(message, (Stored, Failed)) or (message.round, message.attempt) != (
-            given.round,
-            given.attempt,
-        ):
+            ask = BlobRequest(sha256, message.part, message.first, message.count, None, message.most, None, tag)
+            return [(device, ask)] if message.sha256 == sha256 else []
+        if (message.round, message.attempt) != (given.round, given.attempt):
             return []
-        part = message.device, message.round, message.attempt
-        if isinstance(message, Failed):
-            self._take_back(message.device)
-            self._ended.append(FailedUpload(*part, message.reason, message.failure))
-        elif message.sha256 == given.ref.sha256:
-            self._take_back(message.device)
-            if self._blobs.has(message.sha256) and self._blobs.size(message.sha256) == given.ref.size:
-                self._stored += 1
-                self._ended.append(Arrived(*part, message.sha256))
-            else:
-                log.error("an upload worker says that it stored %s, which isn't there: fetched again", message.sha256)
-                return super().add(*part, given.ref, now)
+        if isinstance(message, Arrived):
+            if message.weights != sha256:
+                return []
+            if not self._blobs.has(sha256) or self._blobs.size(sha256) != given.ref.size:
+                log.error("an upload worker says that it stored %s, which isn't there: fetched again", sha256)
+                self._take_back(device)
+                return super().add(device, given.round, given.attempt, given.ref, now)
+            self._stored += 1
+        self._take_back(device)
+        self._ended.append(message)
         return []
 
     def _choose(self, device: str, ref: BlobRef) -> UploadWorker | None:
