@@ -249,8 +249,7 @@ class DeviceRegistry:
             return DeviceRow(name, profile, None, 0, contact.down, contact.up, None, {}, doing)
         density = float(device.plan["density"]) if device.plan else device.density if device.widths else None
         if device.widths != contact.parameters[0]:
-            count = parameters(self._architecture, device.widths) if device.widths else 0
-            contact.parameters = device.widths, count
+            contact.parameters = device.widths, parameters(self._architecture, device.widths) if device.widths else 0
         if device.excluded:
             doing = f"excluded: {device.excluded}"
         elif not device.online:
@@ -280,10 +279,4 @@ class DeviceRegistry:
 
 
 def parameters(architecture: Architecture, widths: tuple[int, ...]) -> int:
-    total = 0
-    for spec in architecture.trainable:
-        size = 1
-        for d in architecture.shape(spec.name, widths):
-            size *= d
-        total += size
-    return total
+    return sum(math.prod(architecture.shape(spec.name, widths)) for spec in architecture.trainable)

@@ -350,11 +350,9 @@ def _packets(link: Link, site: Site, url: str, name: str) -> Iterator[Finding]:
     size = int(site.server.get("max_packet", MAX_PACKET))
     topic = Topics(name).down_blob(f"doctor-{secrets.token_hex(4)}")  # without subscribers
     link.start(site.timeout)
-    try:
+    with link:
         link.publish(topic, bytes(max(1, size - PACKET_OVERHEAD)))
         through = link.flush(site.timeout) and link.connected
-    finally:
-        link.close()
     if not through:
         yield wrong(
             "broker-packets",

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sql
 
 from fedprune.core.atomic_file import appearing
+from fedprune.core.closing import Closing
 from fedprune.core.errors import ConfigError, MissingExtraError, StorageError, StorageFullError
 from fedprune_server.storage.tables import META, put_meta
 
@@ -51,7 +52,7 @@ class LostConnectionError(StorageError):
     """The database can't be reached."""
 
 
-class Database:
+class Database(Closing):
     """A database connection. Its methods raise `LostConnectionError` if the database is away, `StorageFullError` if it
     has no room, and `StorageError` if it can't be used.
 
@@ -143,14 +144,6 @@ class Database:
                     log.info("the database is back")
                 return result
 
-    def copy(self, target: Path) -> None:
-        """Copy SQLite's file, completely or not at all; only its owner can read the copy. Raises `StorageError` if it
-        can't be read or written.
-        """
-        if self.file is None:
-            raise StorageError(f"{self.url} has no file to copy")
-        copy_sqlite(self.file, target)
-
     @contextmanager
     def _connection(self) -> Iterator[sql.Connection]:
         try:
@@ -192,7 +185,7 @@ def shown(url: sql.URL) -> str:
 
 def copy_sqlite(source: Path, target: Path) -> None:
     """Copy a SQLite database that may be in use; only the owner can read the copy, which is complete and on the disk,
-    or missing.
+    or missing. Raises `StorageError` if it can't be read or written.
     """
     with appearing(target, private=True) as partial, translated(str(source)):
         _copy_pages(source, partial)

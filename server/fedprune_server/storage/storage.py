@@ -25,7 +25,7 @@ from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Task
 from fedprune_device.storage.directory_owner import check_unowned
-from fedprune_server.storage.database import MARK, Database, mark
+from fedprune_server.storage.database import MARK, Database, copy_sqlite, mark
 from fedprune_server.storage.schema_migration import latest, migrate, revision
 from fedprune_server.storage.state_folder import FILE, PLACE, has_database, url_of
 from fedprune_server.storage.tables import (
@@ -193,14 +193,10 @@ class Storage(Closing):
         url = url_of(folder, database)
         if url == _sqlite(folder) and not (folder / FILE).is_file():
             return None
-        opened = Database(url, read_only=True)
-        try:
-            with opened.transaction() as connection:
-                if revision(connection, opened.url) is None:
-                    return None
-                text = meta(connection, "settings")
-        finally:
-            opened.close()
+        with Database(url, read_only=True) as opened, opened.transaction() as connection:
+            if revision(connection, opened.url) is None:
+                return None
+            text = meta(connection, "settings")
         return None if text is None else dict(decoded(text, opened.url))
 
     @staticmethod
@@ -349,7 +345,7 @@ class Storage(Closing):
         file = self.database.file
         if found is not None and file is not None:
             copy = file.with_name(f"{file.name}.revision-{found}")
-            self.database.copy(copy)
+            copy_sqlite(file, copy)
             log.warning("%s is migrated from revision %s to %s; %s is as it was", self.url, found, latest(), copy)
         elif found is not None:
             log.warning("%s is migrated from revision %s to %s", self.url, found, latest())

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.coordination import Phase, State
+from fedprune.core.closing import Closing
 from fedprune.core.disk import locked
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.job import Job
@@ -236,7 +237,7 @@ def test_a_broker_that_is_not_there_and_one_that_does_not_answer(tmp_path: Path)
 
 
 def test_a_broker_that_takes_no_large_packets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Small:
+    class Small(Closing):
         connected = True
 
         def __init__(self, *_: object, **__: object) -> None:
