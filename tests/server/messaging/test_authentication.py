@@ -26,7 +26,7 @@ from fedprune.security.signed_channel import seal
 from fedprune.security.succession import SUCCESSIONS, Succession, kept_successions
 from fedprune.security.tls import BUILT
 from fedprune.wire.chunk import Chunk
-from fedprune.wire.fleet_messages import APPROVED, JoinAnswer, ReleaseOffer
+from fedprune.wire.fleet_messages import APPROVED, JoinAnswer, JoinRequest, ReleaseOffer
 from fedprune.wire.messages import Birth, Death, Finished, Hello, Progress, parse
 from fedprune.wire.queues import ConnectionUp, Event
 from fedprune.wire.topics import Topics
@@ -139,12 +139,18 @@ class Lab:
     def let_in(self, name: str, folder: str) -> Board:
         claim = Claim.parse(self.identity.claim(name, DAY).text)
         device = DeviceIdentity(self.folder / folder, "lab", name, clock=lambda: float(BUILT))
-        request = device.request(claim)
-        assert self.server.hears((TOPICS.join(request.nonce), request.to_bytes())) == []
-        answer = parse(self.server.end.sent[-1][1])
-        assert isinstance(answer, JoinAnswer)
+        answer = self.answer(device.request(claim))
         assert device.admit(answer, claim.pin) is not None
         return Board(device, lambda: self.now)
+
+    def answer(self, request: JoinRequest) -> JoinAnswer:
+        """What the server says to a request to join."""
+        assert self.server.hears(asking(request)) == []
+        topic, raw = self.server.end.sent.pop()
+        answer = parse(raw)
+        assert isinstance(answer, JoinAnswer)
+        assert topic == TOPICS.joined(request.nonce)
+        return answer
 
     def new_server(self) -> Server:
         self.server = Server(self.identity, lambda: self.now)
@@ -165,6 +171,10 @@ class Lab:
 def lab(tmp_path: Path) -> Iterator[Lab]:
     with IdentityFolder.make(tmp_path / "state", "lab", clock=lambda: float(BUILT + 30 * DAY)) as identity:
         yield Lab(tmp_path, identity)
+
+
+def asking(request: JoinRequest) -> Sent:
+    return TOPICS.join(request.nonce), request.to_bytes()
 
 
 def birth(name: str, session: int = 1) -> Birth:
@@ -307,8 +317,7 @@ def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is
 def test_so_many_requests_to_join_a_second_are_looked_at(lab: Lab) -> None:
     claim = Claim.parse(lab.identity.claim(None, DAY).text)
     device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
-    request = device.request(claim)
-    asked = (TOPICS.join(request.nonce), request.to_bytes())
+    asked = asking(device.request(claim))
     lab.now = 100.0
     before = len(lab.server.end.sent)
     lab.server.hears(*[asked] * 300)
@@ -347,7 +356,7 @@ def test_strangers_that_flood_the_topic_for_joining_cost_members_nothing_and_are
     request = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT)).request(
         Claim.parse(lab.identity.claim("pi-9", DAY).text)
     )
-    joining.inbox.append((TOPICS.join(request.nonce), request.to_bytes()))
+    joining.inbox.append(asking(request))
     server.link.get()
     answer = parse(server.end.sent[-1][1])
     assert isinstance(answer, JoinAnswer)
@@ -364,7 +373,7 @@ def test_many_boards_that_join_at_once_are_all_answered_and_none_is_blamed(
     )
     device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
     requests = [device.request() for _ in range(40)]
-    joining.inbox.extend((TOPICS.join(r.nonce), r.to_bytes()) for r in requests)
+    joining.inbox.extend(map(asking, requests))
     joining.dropped = 1
     for _ in range(2):
         server.hears()
@@ -378,8 +387,7 @@ def test_requests_to_join_that_approve_nobody_do_not_read_the_members_again(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = DeviceIdentity(lab.folder / "new", "lab", "pi-9", clock=lambda: float(BUILT))
-    request = device.request()
-    asked = (TOPICS.join(request.nonce), request.to_bytes())
+    asked = asking(device.request())
     lab.server.hears()
     reads: list[int] = []
     members = lab.identity.store.members
@@ -408,7 +416,7 @@ def test_a_board_that_speaks_right_after_it_was_let_in_is_heard(lab: Lab, monkey
         device.admit(answer, claim.pin)
         return Board(device, lambda: lab.now).say(birth("pi-9"))
 
-    joining.inbox.append((TOPICS.join(request.nonce), request.to_bytes()))
+    joining.inbox.append(asking(request))
     monkeypatch.setattr(server.end, "get", soon)
     heard = server.link.get()
     assert isinstance(heard, tuple)
@@ -529,12 +537,7 @@ def test_a_board_learns_the_time_from_its_server_alone(lab: Lab) -> None:
 def test_requests_to_join_are_answered_while_a_job_runs(lab: Lab) -> None:
     claim = Claim.parse(lab.identity.claim(None, DAY).text)
     device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
-    request = device.request(claim)
-    assert lab.server.hears((TOPICS.join(request.nonce), request.to_bytes())) == []
-    topic, raw = lab.server.end.sent[-1]
-    answer = parse(raw)
-    assert (topic, isinstance(answer, JoinAnswer)) == (TOPICS.joined(request.nonce), True)
-    assert isinstance(answer, JoinAnswer)
+    answer = lab.answer(device.request(claim))
     assert answer.status == APPROVED
     assert device.admit(answer, claim.pin) is not None
     pi = Board(device, lambda: lab.now)
@@ -707,13 +710,10 @@ def answered_again(lab: Lab, rotate: Callable[[], None]) -> DeviceIdentity:
     claim = Claim.parse(lab.identity.claim("pi-3", DAY).text)
     device = DeviceIdentity(lab.folder / "pi-3", "lab", "pi-3", clock=lambda: float(BUILT))
     request = device.request(claim)
-    asked = TOPICS.join(request.nonce), request.to_bytes()
-    lab.server.hears(asked)
+    lab.answer(request)
     rotate()
-    lab.new_server().hears(asked)
-    answer = parse(lab.server.end.sent[-1][1])
-    assert isinstance(answer, JoinAnswer)
-    assert device.admit(answer, claim.pin) is not None
+    lab.new_server()
+    assert device.admit(lab.answer(request), claim.pin) is not None
     return device
 
 
@@ -721,7 +721,25 @@ def test_an_answer_that_was_kept_from_before_takes_no_board_back(lab: Lab) -> No
     assert answered_again(lab, lab.identity.rotate).server == lab.identity.key.verifying
 
 
-def torn(broken: Callable[[Callable[..., object]], Callable[..., object]]) -> Callable[[Path, Path], None]:
+Breaking = Callable[[Callable[..., object]], Callable[..., object]]
+
+
+def crash_after(calls: int) -> Breaking:
+    """Makes functions of which, all together, so many calls succeed before one is interrupted."""
+    left = iter(range(calls))
+
+    def broken(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object, **words: object) -> object:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            return function(*given, **words)
+
+        return call
+
+    return broken
+
+
+def torn(broken: Breaking) -> Callable[[Path, Path], None]:
     """A durable rename that may break off before it, and before it is on the disk."""
 
     def move(source: Path, path: Path) -> None:
@@ -735,19 +753,7 @@ def torn(broken: Callable[[Callable[..., object]], Callable[..., object]]) -> Ca
 def test_a_rotation_that_a_crash_breaks_off_leaves_a_server_that_every_board_hears(
     lab: Lab, writes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = 0
-
-    def broken(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*given: object, **words: object) -> object:
-            nonlocal done
-            if done == writes:
-                raise KeyboardInterrupt
-            done += 1
-            return function(*given, **words)
-
-        return call
-
-    before = lab.identity.key.verifying
+    before, broken = lab.identity.key.verifying, crash_after(writes)
     with monkeypatch.context() as patch:
         patch.setattr(folder_module, "write_public", broken(folder_module.write_public))
         patch.setattr(SigningKey, "save", broken(SigningKey.save))
@@ -788,17 +794,21 @@ def test_a_damaged_file_of_successions_is_refused(lab: Lab, text: str) -> None:
         IdentityFolder(lab.folder / "state", read_only=True)
 
 
+def signature_of(offer: ReleaseOffer, lab: Lab) -> str:
+    """The signature with which an offer reaches a board."""
+    assert lab.server.link.publish(TOPICS.down("pi-1"), offer.to_bytes())
+    [(_, raw)] = lab.boards["pi-1"].hears(lab.server.end.sent[-1])
+    found = parse(raw)
+    assert isinstance(found, ReleaseOffer)
+    return found.signature
+
+
 def test_a_release_from_before_is_offered_with_the_new_key_s_signature(lab: Lab) -> None:
     offer = ReleaseOffer(7, "{}", signed(b"{}", lab.identity.key).hex(), ("ab" * 32,), 3, 600.0)
     lab.identity.rotate()
     lab.new_server()
-    pi = lab.boards["pi-1"]
-    meet(lab.server, pi)
-    assert lab.server.link.publish(TOPICS.down("pi-1"), offer.to_bytes())
-    [(_, raw)] = pi.hears(lab.server.end.sent[-1])
-    found = parse(raw)
-    assert isinstance(found, ReleaseOffer)
-    assert found.signature == signed(b"{}", lab.identity.key).hex() != offer.signature
+    meet(lab.server, lab.boards["pi-1"])
+    assert signature_of(offer, lab) == signed(b"{}", lab.identity.key).hex() != offer.signature
 
 
 def test_a_stored_release_that_no_key_of_the_server_signed_is_not_signed_anew(
@@ -808,16 +818,10 @@ def test_a_stored_release_that_no_key_of_the_server_signed_is_not_signed_anew(
     lab.identity.rotate()
     lab.identity.rotate()
     lab.new_server()
-    pi = lab.boards["pi-1"]
-    meet(lab.server, pi)
+    meet(lab.server, lab.boards["pi-1"])
 
     def arrives(manifest: str, signature: str) -> str:
-        offer = ReleaseOffer(7, manifest, signature, ("ab" * 32,), 3, 600.0)
-        assert lab.server.link.publish(TOPICS.down("pi-1"), offer.to_bytes())
-        [(_, raw)] = pi.hears(lab.server.end.sent[-1])
-        found = parse(raw)
-        assert isinstance(found, ReleaseOffer)
-        return found.signature
+        return signature_of(ReleaseOffer(7, manifest, signature, ("ab" * 32,), 3, 600.0), lab)
 
     assert arrives("{}", good) == arrives("{}", signed(b"{}", lab.identity.key).hex())
     assert caplog.text == ""
@@ -849,10 +853,7 @@ def test_messages_by_a_foreign_key_cause_ever_fewer_births(lab: Lab) -> None:
 
 def renew(lab: Lab, board: Board) -> None:
     """A board asks for a new certificate, and meets its server again."""
-    request = board.identity.request()
-    lab.server.hears((TOPICS.join(request.nonce), request.to_bytes()))
-    answer = parse(lab.server.end.sent.pop()[1])
-    assert isinstance(answer, JoinAnswer)
+    answer = lab.answer(board.identity.request())
     assert board.identity.admit(answer, board.identity.pins[0]) is not None
     lab.now += 60
     meet(lab.server, board)
@@ -887,10 +888,7 @@ def test_a_renewal_and_a_retired_authority_at_once_leave_the_renewal_s_authoriti
     lab.identity.retire_authority(force=True)
     lab.identity.rotate_authority()
     lab.new_server()
-    request = board.request()
-    lab.server.hears((TOPICS.join(request.nonce), request.to_bytes()))
-    answer = parse(lab.server.end.sent.pop()[1])
-    assert isinstance(answer, JoinAnswer)
+    answer = lab.answer(board.request())
     renewal = threading.Thread(target=board.admit, args=(answer, board.pins[0]))
     load = device_identity.load_authorities
 
@@ -961,10 +959,7 @@ def test_a_board_that_was_left_behind_joins_again_with_a_claim(lab: Lab) -> None
     lab.identity.rotate_authority()
     lab.identity.retire_authority(force=True)
     lab.new_server()
-    request = pi.identity.request()
-    lab.server.hears((TOPICS.join(request.nonce), request.to_bytes()))
-    answer = parse(lab.server.end.sent[-1][1])
-    assert isinstance(answer, JoinAnswer)
+    answer = lab.answer(pi.identity.request())
     with pytest.raises(SignatureError, match="another server"):
         pi.identity.admit(answer, pi.identity.pins[0])
     lab.identity.revoke("pi-1")
@@ -990,18 +985,6 @@ def test_a_board_keeps_its_authority_where_a_server_names_none_that_it_knows(lab
 def test_a_rotation_of_the_authority_that_a_crash_breaks_off_can_go_on(
     lab: Lab, writes: int, end: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = 0
-
-    def broken(function: Callable[..., object]) -> Callable[..., object]:
-        def call(*given: object, **words: object) -> object:
-            nonlocal done
-            if done == writes:
-                raise KeyboardInterrupt
-            done += 1
-            return function(*given, **words)
-
-        return call
-
     def boards_come() -> None:
         lab.new_server()
         for board in lab.boards.values():
@@ -1014,7 +997,7 @@ def test_a_rotation_of_the_authority_that_a_crash_breaks_off_can_go_on(
     if end:
         lab.identity.rotate_authority()
         boards_come()
-    old = lab.identity.authority.pin
+    old, broken = lab.identity.authority.pin, crash_after(writes)
     with monkeypatch.context() as patch:
         for name in ("write_public", "save_tls_key"):
             patch.setattr(authority_module, name, broken(getattr(authority_module, name)))
