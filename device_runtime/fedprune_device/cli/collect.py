@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from fedprune.core.cli import ended_by_signals
+from fedprune.core.cli import ended_by_signals, options_of
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import BrokerError, DataError, ExitCode, StorageFullError, UsageError
 from fedprune_device.api.address import SOCKET, Address
-from fedprune_device.cli.options import log_handler, options_of
+from fedprune_device.cli.options import log_handler
 from fedprune_device.client import Board, BoardError
 from fedprune_device.collection.camera import Camera
 from fedprune_device.collection.collector import UNFIT, Collector

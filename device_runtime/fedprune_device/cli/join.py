@@ -6,9 +6,9 @@ import argparse
 import re
 import shutil
 
+from fedprune.core.cli import options_of
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import UsageError
-from fedprune_device.cli.options import options_of
 from fedprune_device.network.membership import IDENTITY, MembershipOptions, checked_urls, join_first, membership
 from fedprune_device.storage.directory_owner import DirectoryOwner
 from fedprune_device.storage.state_directory import DeviceStore

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.cli import Command, recipe_setting, run_command, seconds, whole_number
+from fedprune.core.cli import Command, options_of, recipe_setting, run_command, seconds, whole_number
 from fedprune.core.errors import ProtocolError
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
@@ -25,7 +25,6 @@ from fedprune_device.cli.options import (
     add_policy_option,
     add_sample_options,
     log_handler,
-    options_of,
     threads,
 )
 from fedprune_device.hardware.readings import TEGRA

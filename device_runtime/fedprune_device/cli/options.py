@@ -9,9 +9,7 @@ import re
 import socket
 import sys
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar, cast
 
 from fedprune.core.cli import whole_number
 from fedprune.core.errors import ProtocolError
@@ -25,15 +23,6 @@ PRIVACY = "FEDPRUNE_PRIVACY"
 
 SAMPLES_BYTES = 64 * 2**20
 SAMPLES_MOST = 10_000
-
-
-Options = TypeVar("Options")
-
-
-def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, /, **more: Any) -> Options:
-    """The fields of a dataclass that the command line has options for."""
-    known = {field.name for field in fields(cast(Any, kind))}
-    return kind(**{**{name: value for name, value in vars(arguments).items() if name in known}, **more})
 
 
 def log_handler() -> logging.Handler:

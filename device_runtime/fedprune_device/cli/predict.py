@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.cli import options_of
 from fedprune.core.disk import is_there, storage_errors
 from fedprune.core.errors import BundleError, DataError, StorageError, UsageError
 from fedprune.model.lengths import Lengths, Shape, at_most, fits, free_axis, padded
 from fedprune.model.recipe import JUDGED, labels_of
 from fedprune.runtime.bundle import Bundle, open_bundle
 from fedprune.runtime.precision_files import graph_file
-from fedprune_device.cli.options import options_of
 from fedprune_device.data.array_source import load_data, read_arrays
 from fedprune_device.data.dataset import checked_inputs, checked_samples
 from fedprune_device.data.labels import LogitAdjustment, Targets

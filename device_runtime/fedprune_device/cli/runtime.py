@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fedprune.core.cli import options_of
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, ProtocolError, StorageError, shown
-from fedprune_device.cli.options import options_of
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.unit import ServiceUnit

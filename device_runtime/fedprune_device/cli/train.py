@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import atomic_file, tensorfile
+from fedprune.core.cli import options_of
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import DataError, FedpruneError, UsageError
 from fedprune.core.metrics import METRICS
@@ -24,7 +25,7 @@ from fedprune.model.selection import Tensors
 from fedprune.runtime.bundle import BASE, INFERENCE, TRAINING, WEIGHTS, Bundle, open_bundle
 from fedprune.runtime.bundle_folder import check_folder, read_files, write_bundle
 from fedprune.runtime.precision_files import files_of, weights_file
-from fedprune_device.cli.options import options_of, threads
+from fedprune_device.cli.options import threads
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment
 from fedprune_device.data.sources import SampleOptions

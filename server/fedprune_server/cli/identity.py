@@ -12,7 +12,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
-from fedprune.core.cli import whole_number
+from fedprune.core.cli import options_of, whole_number
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ProtocolError, UsageError
 from fedprune.core.text import quantity
@@ -97,14 +97,21 @@ def add_broker_config(broker: argparse.ArgumentParser) -> None:
     broker.add_argument("kind", choices=("mosquitto", "emqx"), metavar="BROKER", help="which one it is")
     broker.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     broker.add_argument(
-        "--host", action="append", required=True, metavar="HOST", help="by which boards reach it; may be repeated"
+        "--host",
+        dest="hosts",
+        action="append",
+        required=True,
+        metavar="HOST",
+        help="by which boards reach it; may be repeated",
     )
     broker.add_argument("--port", type=_port, default=8883, metavar="N", help="for members (default: 8883)")
     broker.add_argument("--join-port", type=_port, default=8884, metavar="N", help="for joining (default: 8884)")
     broker.add_argument("--bind", default="", metavar="ADDRESS", help="address to listen on (default: all)")
     broker.add_argument("--at", type=Path, metavar="DIR", help="where the broker finds the files (default: --out)")
     broker.add_argument("--form", choices=("2.0", "2.1"), default="2.0", help="of Mosquitto's file (default: 2.0)")
-    broker.add_argument("--plugin", type=Path, metavar="FILE", help="Mosquitto's acl-file plugin, of form 2.1")
+    broker.add_argument(
+        "--plugin", type=Path, default=Broker.plugin, metavar="FILE", help="Mosquitto's acl-file plugin, of form 2.1"
+    )
     broker.set_defaults(function=_broker_config)
 
 
@@ -266,16 +273,8 @@ def _approve(identity: Any, arguments: argparse.Namespace) -> None:
 
 
 def _broker_config(arguments: argparse.Namespace) -> None:
-    given = {} if arguments.plugin is None else {"plugin": arguments.plugin}
-    broker = Broker(
-        tuple(arguments.host),
-        arguments.port,
-        arguments.join_port,
-        arguments.at or arguments.out.resolve(),
-        arguments.form,
-        bind=arguments.bind,
-        **given,
-    )
+    folder = arguments.at or arguments.out.resolve()
+    broker = options_of(Broker, arguments, hosts=tuple(arguments.hosts), folder=folder)
     with IdentityFolder(arguments.state) as identity:
         for name in write_broker(identity, arguments.kind, broker, arguments.out):
             print(arguments.out / name)

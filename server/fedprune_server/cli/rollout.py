@@ -14,7 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.cli import whole_number
+from fedprune.core.cli import options_of, whole_number
 from fedprune.core.disk import held
 from fedprune.core.errors import UsageError
 from fedprune.core.text import quantity, some
@@ -140,16 +140,8 @@ def _named_boards(given: str | None) -> list[str] | None:
 
 
 def _terms(arguments: argparse.Namespace) -> RolloutTerms:
-    return RolloutTerms(
-        shares=arguments.groups or (),
-        success=arguments.success,
-        errors=arguments.errors,
-        board_seconds=60 * arguments.patience,
-        stage_seconds=3600 * arguments.hours,
-        attempts=arguments.attempts,
-        deadline_s=arguments.deadline,
-        seed=arguments.seed,
-    )
+    seconds = {"board_seconds": 60 * arguments.patience, "stage_seconds": 3600 * arguments.hours}
+    return options_of(RolloutTerms, arguments, shares=arguments.groups or (), deadline_s=arguments.deadline, **seconds)
 
 
 def _status(arguments: argparse.Namespace) -> None:

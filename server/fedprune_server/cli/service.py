@@ -10,9 +10,9 @@ import subprocess  # nosec B404  # lists of words, never a shell
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from fedprune.core.atomic_file import write_whole
+from fedprune.core.cli import options_of
 from fedprune.core.disk import storage_errors
 from fedprune.core.errors import ConfigError, StorageError, UsageError, reason, shown
 from fedprune_device.releases.unit import quoted
@@ -160,16 +160,22 @@ def add_service(service: argparse.ArgumentParser) -> None:
     actions = service.add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, text in (("print", "print the unit"), ("install", "write the unit, and let systemd read it")):
         action = actions.add_parser(name, help=text)
-        action.add_argument("--config", default="/etc/fedprune/fleet.toml", metavar="FILE", help="default: %(default)s")
+        action.add_argument("--config", default=ServerUnit.config, metavar="FILE", help="default: %(default)s")
         action.add_argument(
-            "--environment", default="/etc/fedprune/server.env", metavar="FILE", help="default: %(default)s"
+            "--environment", default=ServerUnit.environment, metavar="FILE", help="default: %(default)s"
         )
-        action.add_argument("--user", default="fedprune", metavar="NAME", help="its user (default: %(default)s)")
-        action.add_argument("--state", default="/var/lib/fedprune", metavar="DIR", help="default: %(default)s")
-        action.add_argument("--memory", default="90%", metavar="MOST", help="such as 8G (default: 90%%)")
+        action.add_argument("--user", default=ServerUnit.user, metavar="NAME", help="its user (default: %(default)s)")
+        action.add_argument("--state", default=ServerUnit.state, metavar="DIR", help="default: %(default)s")
+        action.add_argument(
+            "--memory",
+            dest="memory_max",
+            default=ServerUnit.memory_max,
+            metavar="MOST",
+            help="such as 8G (default: 90%%)",
+        )
         action.add_argument("--program", metavar="FILE", help="default: the fedprune-server of this environment")
         action.add_argument(
-            "--credential", action="append", default=[], metavar="TABLE.KEY=FILE",
+            "--credential", action="append", default=[], dest="credentials", metavar="TABLE.KEY=FILE",
             help="a setting in a file that root owns, such as server.database=/etc/fedprune/database",
         )  # fmt: skip
         action.add_argument("arguments", nargs="*", metavar="-- OPTION", help="further options of `run`")
@@ -180,16 +186,12 @@ def add_service(service: argparse.ArgumentParser) -> None:
 
 
 def _service(arguments: argparse.Namespace) -> None:
-    credentials = [tuple(text.partition("=")[::2]) for text in arguments.credential]
-    unit = ServerUnit(
-        arguments.program or str(program_of(Path(sys.argv[0]), Path(sys.prefix))),
-        arguments.config,
-        arguments.environment,
-        arguments.user,
-        arguments.state,
-        tuple(arguments.arguments),
-        tuple((str(a), str(b)) for a, b in credentials),
-        arguments.memory,
+    unit = options_of(
+        ServerUnit,
+        arguments,
+        program=arguments.program or str(program_of(Path(sys.argv[0]), Path(sys.prefix))),
+        arguments=tuple(arguments.arguments),
+        credentials=tuple(text.partition("=")[::2] for text in arguments.credentials),
     )
     if arguments.action == "print":
         print(unit.text(), end="")
@@ -197,7 +199,7 @@ def _service(arguments: argparse.Namespace) -> None:
         _install(unit, arguments.units)
 
 
-def _install(unit: Any, folder: Path) -> None:
+def _install(unit: ServerUnit, folder: Path) -> None:
     try:
         pwd.getpwnam(unit.user)
     except KeyError:
@@ -205,9 +207,9 @@ def _install(unit: Any, folder: Path) -> None:
             "--user", expected="a user of this machine", got=unit.user,
             hint=f"Make one: useradd --system --home-dir {unit.state} --shell /usr/sbin/nologin {unit.user}",
         ) from None  # fmt: skip
-    for path in (unit.program, unit.config, *(p for _, p in unit.credentials)):
-        if not Path(path).is_file():
-            raise UsageError(path, expected="a file that exists", got="none")
+    for needed in (unit.program, unit.config, *(p for _, p in unit.credentials)):
+        if not Path(needed).is_file():
+            raise UsageError(needed, expected="a file that exists", got="none")
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}", hint="Name that of systemd's units with --units.")
     path = folder / NAME

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from fedprune.core.cli import options_of
 from fedprune.core.errors import BrokerError, ConfigError, ExitCode, IdentityError, JoinError
 from fedprune.security.certificates import read_certificate
 from fedprune.security.device_identity import DeviceIdentity
@@ -23,7 +24,7 @@ from fedprune.security.joining import Claim
 from fedprune.security.keys import grouped
 from fedprune.wire.link import Link
 from fedprune_device.cli.main import main
-from fedprune_device.cli.options import add_membership, options_of
+from fedprune_device.cli.options import add_membership
 from fedprune_device.network import enrollment
 from fedprune_device.network.enrollment import Renewal, enrol, join_urls
 from fedprune_device.network.membership import MembershipOptions, join_first, membership

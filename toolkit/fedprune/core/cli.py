@@ -18,8 +18,9 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 from fedprune.core.errors import ExitCode, FedpruneError, MissingExtraError, UsageError, meant, remedy
 from fedprune.output.examples import add_examples
@@ -30,6 +31,8 @@ DEBUG = "FEDPRUNE_DEBUG"
 
 Command = Callable[[argparse.Namespace], int | None]
 """Does what the parsed arguments ask for, and returns its exit code; None is 0."""
+
+Options = TypeVar("Options")
 
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from ([^()]*)\)$")
 """argparse's message for an invalid choice."""
@@ -128,6 +131,12 @@ def with_extra(extra: str, run: Command) -> Command:
             raise MissingExtraError(f"this command needs {error.name}, which is not installed", extra=extra) from error
 
     return checked
+
+
+def options_of(kind: Callable[..., Options], arguments: argparse.Namespace, /, **more: Any) -> Options:
+    """A dataclass of its fields that the command line has options for, and of `more`."""
+    known = {field.name for field in fields(cast(Any, kind))}
+    return kind(**{**{name: value for name, value in vars(arguments).items() if name in known}, **more})
 
 
 def whole_number(text: str) -> int:
