@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,16 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from fedprune.core import atomic_file
-from fedprune.core import validation as check
 from fedprune.core.disk import file_digest, locked, storage_errors
-from fedprune.core.errors import BusyError, ConfigError, EngineError, FedpruneError, StorageError, shown
+from fedprune.core.errors import BusyError, EngineError, FedpruneError, StorageError
+from fedprune.core.validation import restored
 
 _LOG = logging.getLogger("fedprune.device")
 
 ENGINE, BASE, TIMINGS = "engine", "base", "timing"
 _FILES = {ENGINE: "engine.plan", BASE: "base.plan", TIMINGS: "timing.cache"}
 RECORD = "record.json"
-_MOST_COUNTED = 10**9
 
 
 @dataclass(frozen=True)
@@ -127,8 +125,8 @@ class EngineCache:
         """What is known of making engines for a key; what can't be read is not known."""
         try:
             body = atomic_file.read_document(self.root / RECORD)
-            found = CachedEngine(key) if body is None else _checked(CachedEngine(**body))
-        except (FedpruneError, TypeError) as error:
+            found = CachedEngine(key) if body is None else restored(CachedEngine, body)
+        except (FedpruneError, KeyError, ValueError) as error:
             _LOG.warning("what is known of making engines can't be read, going on without it: %s", error)
             found = CachedEngine(key)
         return found if found.key == key else CachedEngine(key)
@@ -174,17 +172,6 @@ class EngineCache:
 
     def _note(self, what: str) -> Path:
         return self.root / f"{what}.json"
-
-
-def _checked(record: CachedEngine) -> CachedEngine:
-    for name in ("refit_s", "rebuild_s"):
-        if getattr(record, name) is not None:
-            check.number(name, getattr(record, name), 0, math.inf)
-    check.whole("failures", record.failures, 0, _MOST_COUNTED)
-    for name, kind in (("refits", bool), ("reason", str)):
-        if not isinstance(getattr(record, name), kind):
-            raise ConfigError(name, expected=kind.__name__, got=shown(getattr(record, name)))
-    return record
 
 
 def _digest(body: dict[str, Any]) -> str:

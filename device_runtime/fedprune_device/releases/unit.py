@@ -10,11 +10,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from fedprune.core.errors import ConfigError, shown
+from fedprune.core.errors import ConfigError
+from fedprune.core.validation import matching, whole
 from fedprune_device.launcher.sd_notify import START_S
 
 _NAME = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
-_PATH = re.compile(r"/[A-Za-z0-9_./@+-]{0,200}")
+_PATH = re.compile(r"(?!.*/\.\.(/|$))/[A-Za-z0-9_./@+-]{0,200}")
+_MEMORY = re.compile(r"[1-9][0-9]{0,11}[KMG]?|[1-9][0-9]?%|100%")
 
 JETSON_DEVICES = (
     "/dev/nvmap",
@@ -142,18 +144,11 @@ class ServiceUnit:
 
     def __post_init__(self) -> None:
         for name in ("state", "user"):
-            if not _NAME.fullmatch(getattr(self, name)):
-                raise ConfigError(name, expected="small letters, digits, - and _", got=shown(getattr(self, name)))
-        for name in ("root", "environment", "needs"):
-            value = getattr(self, name)
-            if name == "needs" and not value:
-                continue
-            if not _PATH.fullmatch(value) or ".." in value.split("/"):
-                raise ConfigError(name, expected="an absolute path of letters, digits and _./@+-", got=shown(value))
-        if not re.fullmatch(r"[1-9][0-9]{0,11}[KMG]?|[1-9][0-9]?%|100%", self.memory_max):
-            raise ConfigError("memory limit", expected="such as 75% or 512M", got=shown(self.memory_max))
-        if not 0 <= self.cpu_quota <= 100_000:
-            raise ConfigError("processor limit", expected="per cent, 0 for none", got=self.cpu_quota)
+            matching(name, getattr(self, name), _NAME, "small letters, digits, - and _")
+        for name in ("root", "environment", *(["needs"] if self.needs else [])):
+            matching(name, getattr(self, name), _PATH, "an absolute path of letters, digits and _./@+-, without ..")
+        matching("memory limit", self.memory_max, _MEMORY, "such as 75% or 512M")
+        whole("processor limit in per cent, 0 for none", self.cpu_quota, 0, 100_000)
         if any("\n" in a or "\0" in a for a in self.arguments):
             raise ConfigError("arguments of a service", expected="one line each")
 

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedprune.core.errors import ConfigError, meant, shown
+from fedprune.core.validation import matching, word
 from fedprune.planning.identification import jetpack
 
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
@@ -78,10 +79,8 @@ def commands(board: str, release: str, storage: str | None = None, user: str = "
         raise ConfigError(f"release of Jetson Linux for {board}", expected=expected, got=release)
     flash = kit.flash[number[0]]
     storage = storage or next(iter(flash))
-    if storage not in flash:
-        raise ConfigError(f"storage of {board} with {release}", expected=" or ".join(flash), got=shown(storage))
-    if not _USER.fullmatch(user):
-        raise ConfigError("user", expected="small letters, digits, _ and -", got=shown(user))
+    word(f"storage of {board} with {release}", storage, tuple(flash))
+    matching("user", user, _USER, "small letters, digits, _ and -")
     return [
         f"tar xf Jetson_Linux_R{release}_aarch64.tbz2",
         f"sudo tar xpf Tegra_Linux_Sample-Root-Filesystem_R{release}_aarch64.tbz2 -C Linux_for_Tegra/rootfs",

@@ -10,9 +10,10 @@ import struct
 from dataclasses import dataclass
 
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.validation import matching
 
 _HOST_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
-_USER = re.compile(r"[a-z_][a-z0-9_-]{0,30}")
+_USER = re.compile(r"(?!(?:root|fedprune)$)[a-z_][a-z0-9_-]{0,30}")
 _COUNTRY = re.compile(r"[A-Z]{2}")
 _KEY = re.compile(r"[0-9A-Fa-f]{64}")
 _PHRASE = re.compile(r"[\x20-\x7e]{8,63}")
@@ -27,7 +28,6 @@ _KINDS = (
     "sk-ecdsa-sha2-nistp256@openssh.com",
 )
 _MAX_KEYS = 20
-_RESERVED = ("root", "fedprune")
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,7 @@ class Wifi:
         raw = ssid.encode("utf-8", "surrogatepass")
         if not 1 <= len(raw) <= 32 or not ssid.isprintable():
             raise ConfigError("name of the wireless network", expected="1 to 32 printable bytes", got=shown(ssid))
-        if not _COUNTRY.fullmatch(country):
-            raise ConfigError(
-                "--wifi-country, the country of the network", expected="two capital letters", got=shown(country)
-            )
+        matching("--wifi-country, the country of the network", country, _COUNTRY, "two capital letters")
         if _KEY.fullmatch(passphrase):
             return cls(ssid, passphrase.lower(), country, hidden)
         if not _PHRASE.fullmatch(passphrase):
@@ -75,17 +72,11 @@ class FirstBoot:
     wifi: Wifi | None = None
 
     def __post_init__(self) -> None:
-        if not _HOST_NAME.fullmatch(self.hostname):
-            raise ConfigError(
-                "host name",
-                expected="1 to 63 letters, digits and dashes",
-                got=shown(self.hostname),
-                hint="See --hostname.",
-            )
+        matching("host name (--hostname)", self.hostname, _HOST_NAME, "1 to 63 letters, digits and dashes")
         if bool(self.user) != bool(self.ssh_keys):
             raise ConfigError("user and SSH key", expected="both or neither", got=self.user or "a key alone")
-        if self.user is not None and (not _USER.fullmatch(self.user) or self.user in _RESERVED):
-            raise ConfigError("user", expected="small letters, digits, _ and -", got=shown(self.user))
+        if self.user is not None:
+            matching("user", self.user, _USER, "small letters, digits, _ and -; not root or fedprune")
 
 
 def ssh_keys(text: str) -> tuple[str, ...]:

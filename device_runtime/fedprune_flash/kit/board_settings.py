@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedprune.core.errors import ConfigError, JoinError, ProtocolError, shown
-from fedprune.core.validation import known, whole
+from fedprune.core.validation import known, truth, whole
 from fedprune.security.joining import Claim
 from fedprune.security.tls import insecure_allowed
 from fedprune.wire.topics import check_device, check_name
@@ -70,8 +70,7 @@ class BoardSettings:
                 got=f"one in {hidden}, which is hidden from it",
                 hint=f"Take another one, such as {SAMPLES}.",
             )
-        if not isinstance(self.authority, bool):
-            raise ConfigError("authority", expected="true or false", got=shown(self.authority))
+        truth("authority", self.authority)
         if self.authority and not self.server.startswith("mqtts://"):
             raise ConfigError("a certificate for a server without TLS", expected="mqtts://", got=shown(self.server))
 

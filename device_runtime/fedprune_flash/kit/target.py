@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fedprune.core.errors import ConfigError, shown
+from fedprune.core.validation import word
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")  # JetPack 6, Raspberry Pi OS 12, JetPack 7 and Raspberry Pi OS 13
 
@@ -35,8 +36,7 @@ class Target:
     jetson: bool = False
 
     def __post_init__(self) -> None:
-        if self.python not in PYTHONS:
-            raise ConfigError("Python of the board", expected=" or ".join(PYTHONS), got=shown(self.python))
+        word("Python of the board", self.python, PYTHONS)
         if self.architecture not in ARCHITECTURES:
             hint = ""
             if self.architecture in ("armv6l", "armv7l", "armhf"):

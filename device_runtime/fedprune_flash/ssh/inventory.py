@@ -21,7 +21,7 @@ from typing import Any
 from fedprune.core.errors import ConfigError, ProfileError, ProtocolError, shown
 from fedprune.core.toml_file import read_toml_text
 from fedprune.core.toml_positions import key_places
-from fedprune.core.validation import only, whole
+from fedprune.core.validation import matching, only, whole
 from fedprune.planning import profile_store
 from fedprune.wire.topics import check_device
 from fedprune_flash.kit.board_settings import BoardSettings
@@ -31,7 +31,7 @@ MAX_BOARDS = 1000
 _HOST = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}[A-Za-z0-9])?|[0-9A-Fa-f:]{2,45}(?:%[A-Za-z0-9._-]{1,15})?")
 _USER = re.compile(r"[A-Za-z_][A-Za-z0-9._-]{0,31}")
 _FILE = re.compile(r"[^-\x00-\x1f\x7f\"%][^\x00-\x1f\x7f\"%]{0,300}")
-_ROOT = re.compile(r"/|(/[A-Za-z0-9_.+-]{1,100}){1,20}")
+_ROOT = re.compile(r"/|(/(?!\.\.(?:/|$))[A-Za-z0-9_.+-]{1,100}){1,20}")
 _SETTING = re.compile(r"(?:port of )?(\w*)")  # the beginning of an error of a row: the key, in most cases
 _OWN = ("device", "host")  # keys that no two boards share, and which have no default
 
@@ -76,11 +76,8 @@ class BoardRow:
             ("known_hosts", _FILE, "a file's name"),
             ("root", _ROOT, "an absolute path"),
         ):
-            value = getattr(self, name)
-            if (value or name in ("host", "root")) and not pattern.fullmatch(value):
-                raise ConfigError(f"{where}: {name}", expected=expected, got=shown(value))
-        if ".." in self.root.split("/"):
-            raise ConfigError(f"{where}: root", expected="an absolute path", got=shown(self.root))
+            if getattr(self, name) or name in ("host", "root"):
+                matching(f"{where}: {name}", getattr(self, name), pattern, expected)
         try:
             profile_store.find(self.board)
         except ProfileError as error:

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import locked, storage_errors
 from fedprune.core.errors import JoinError, StorageError, reason, remedy, shown
+from fedprune.core.validation import restored
 from fedprune.security.joining import Claim
 
 DONE, BEGUN, REMOVED = "done", "begun", "removed"
@@ -213,10 +214,4 @@ def _used_rows(body: Any) -> dict[str, str]:
 def _journal_rows(body: Any) -> dict[str, JournalEntry]:
     if body["version"] != _VERSION:
         raise ValueError(f"version {shown(body['version'])}")
-    entries = {}
-    for name, row in body["boards"].items():
-        entry = JournalEntry(**{**row, "used": tuple(row["used"])})
-        if not all(isinstance(v, str) for v in (entry.state, entry.work, entry.claim, *entry.used)):
-            raise ValueError(f"the entry of {shown(name)}")
-        entries[str(name)] = entry
-    return entries
+    return {str(name): restored(JournalEntry, row) for name, row in body["boards"].items()}

@@ -193,7 +193,7 @@ def restored(kind: Any, value: Any) -> Any:
     if is_dataclass(kind) and isinstance(value, Mapping):
         hints, make = get_type_hints(kind), cast("Callable[..., Any]", kind)
         return make(**{f.name: restored(hints[f.name], value[f.name]) for f in fields(kind)})
-    plain = {float: is_number(value), int: is_whole(value, -MAX_INT), str: isinstance(value, str)}
-    if plain.get(kind):
+    plain = {float: is_number(value), int: is_whole(value, -MAX_INT)}
+    if plain.get(kind, kind in (str, bool) and isinstance(value, kind)):
         return value
     raise ValueError(f"{shown(value)} is no {getattr(kind, '__name__', kind)}")
