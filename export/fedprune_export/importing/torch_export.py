@@ -184,7 +184,11 @@ def _dtype(given: Any, allowed: Sequence[str], name: str) -> Any:
 
 def _separate_names(graph: Any) -> None:
     """Rename values that the exporter calls as it calls a tensor or an earlier value, such as a buffer `index`."""
-    taken = {*graph.initializers, *(i.name for i in graph.inputs)}
+    taken = set(graph.initializers)
+    for value in graph.inputs:
+        while value.name in taken:
+            value.name += "_"
+        taken.add(value.name)
     for node in graph:
         for value in node.outputs:
             while value.name in taken:
@@ -298,6 +302,8 @@ def _translations() -> dict[Any, Callable[..., Any]]:
     A clamp is a maximum and a minimum: a Clip would look like a hardtanh, whose gradient at a bound is 0.
     The logarithm of a sigmoid is a softplus, which stays finite where the sigmoid is 0, and so is that of a sum of two
     exponentials next to the larger one. `log1p` and `expm1` are right near 0, where 1 + x rounds x away.
+
+    `detach` is a Shrink by nothing, whose values are its input's and whose gradient is 0: the exporter would drop it.
     """
     torch = torch_package()
     ops: Any = importlib.import_module("onnxscript").opset18
@@ -375,6 +381,9 @@ def _translations() -> dict[Any, Callable[..., Any]]:
 
         return log_add_exp
 
+    def detach(self: Any) -> Any:
+        return ops.Shrink(self, bias=0.0, lambd=0.0) if self.dtype.is_floating_point() else ops.Identity(self)
+
     aten = torch.ops.aten
     return {
         aten.as_strided.default: as_strided,
@@ -382,6 +391,7 @@ def _translations() -> dict[Any, Callable[..., Any]]:
         aten.clamp.default: clamp,
         aten.clamp_min.default: lambda self, low: clamp(self, low),
         aten.clamp_max.default: lambda self, high: clamp(self, None, high),
+        aten.detach.default: detach,
         aten.log_sigmoid.default: log_sigmoid,
         aten.log1p.default: log1p,
         aten.expm1.default: expm1,

@@ -114,6 +114,12 @@ for _op in ("Floor", "Ceil", "Round", "Sign"):
     _nodes = [node(_op, "x", out="s"), node("Add", "s", "x")]
     row(f"no gradient through {_op}", _nodes, lambda x, f=_step: f(x).detach() + x, {"x": 3 * normal(4, 5)})
 row(
+    "no gradient through a shrinkage by nothing",
+    [node("Shrink", "x", out="s", bias=0.0, lambd=0.0), node("Mul", "s", "x")],
+    lambda x: x.detach() * x,
+    {"x": 3 * normal(4, 5)},
+)
+row(
     "casts between floats",
     [node("Cast", "x", out="d", to=11), node("Mul", "d", "k", out="m"), node("Cast", "m", to=1)],
     lambda x: x * 0.3,

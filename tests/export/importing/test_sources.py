@@ -272,3 +272,22 @@ def test_a_buffer_that_is_called_as_an_operator_names_its_result() -> None:
     x = inputs(model, 7)
     with torch.no_grad():
         assert distance(outputs(model.graph, x), module(torch.from_numpy(x)).numpy()) < 1e-5
+
+
+def test_an_argument_that_is_called_as_a_parameter_is_another_value() -> None:
+    class Scaled(nn.Module):
+        input_shape = (6,)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.last = nn.Parameter(torch.randn(6)), nn.Linear(6, 2)
+
+        def forward(self, scale: torch.Tensor) -> torch.Tensor:
+            return self.last(scale * self.scale)
+
+    module = Scaled()
+    model = import_onnx(export_torch(module), "net")
+    x = inputs(model, 7)
+    assert set(model.tensors) == set(module.state_dict())
+    with torch.no_grad():
+        assert distance(outputs(model.graph, x), module(torch.from_numpy(x)).numpy()) < 1e-5

@@ -70,6 +70,12 @@ def of_means(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return ((means[:, :2] - labels) ** 2).sum(1) + (means[:, 2:] - 1).abs().mean(1)
 
 
+def detached(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Weights that follow the outputs and aren't learnt."""
+    far = (outputs > labels).detach()
+    return ((outputs - labels).abs().detach() * (outputs - labels) ** 2 + far * outputs).flatten(1).mean(1)
+
+
 class Scaled(nn.Module):
     """A module with numbers of its own, which are not trained."""
 
@@ -82,7 +88,7 @@ class Scaled(nn.Module):
 
 
 LOSSES: dict[str, Any] = {
-    **{f.__name__: f for f in (dice, focal, likelihood, weighted, of_means)},
+    **{f.__name__: f for f in (dice, focal, likelihood, weighted, of_means, detached)},
     "module": Scaled(),
 }
 

@@ -407,6 +407,27 @@ class Vae(nn.Module):
         return torch.sigmoid(functional.pixel_shuffle(self.out(x), 2)), mean, spread
 
 
+class Codebook(nn.Module):
+    """A VQ-VAE: the nearest of ten learnt codes for each place; gradients pass it straight through to the encoder."""
+
+    input_shape = (1, 12, 12)
+
+    def __init__(self, codes: int = 10, width: int = 6) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(1, 12, 4, 2, 1), nn.SiLU(), nn.Conv2d(12, width, 3, padding=1))
+        self.codes = nn.Embedding(codes, width)
+        self.decoder = nn.Sequential(nn.ConvTranspose2d(width, 12, 4, 2, 1), nn.SiLU(), nn.Conv2d(12, 1, 3, padding=1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        code = self.encoder(x).permute(0, 2, 3, 1)
+        rows = code.flatten(0, 2)
+        far = rows.pow(2).sum(1, keepdim=True) - 2 * rows @ self.codes.weight.T + self.codes.weight.pow(2).sum(1)
+        near = self.codes(far.argmin(1)).view(code.shape)
+        straight = code + (near - code).detach()
+        moved, bound = (near - code.detach()).flatten(1), (near.detach() - code).flatten(1)
+        return self.decoder(straight.permute(0, 3, 1, 2)), moved, bound
+
+
 class FaceNet(nn.Module):
     """MobileFaceNet: bottlenecks with PReLU, a depthwise convolution over all places, a direction of length 1."""
 

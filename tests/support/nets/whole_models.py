@@ -162,6 +162,7 @@ TASKS: dict[str, Whole] = {
     "voxel_unet": Whole(_ours(task_cnns.VoxelUNet), 4, 0.28, places=("fine.weight",)),
     "auto_encoder": Whole(_ours(task_cnns.AutoEncoder), 5, 0.28, values=True),
     "vae": Whole(_ours(task_cnns.Vae), 4, 0.36, values=True, places=("mean.weight", "spread.weight")),
+    "codebook": Whole(_ours(task_cnns.Codebook), 2, 0.6, values=True, places=("encoder.2.weight",)),
     "face_net": Whole(_ours(task_cnns.FaceNet), 3, 0.47, values=True),
     "twins": Whole(_ours(task_cnns.Twins), 3, 0.3, values=True),
     "power_means": Whole(_ours(task_cnns.PowerMeans), 3, 0.31),

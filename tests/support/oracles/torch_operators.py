@@ -121,6 +121,18 @@ def _elu(a: Mapping[str, Any], x: Tensor) -> Tensor:
     return functional.elu(x, a.get("alpha", 1.0))
 
 
+@operator("Shrink")
+def _shrink(a: Mapping[str, Any], x: Tensor) -> Tensor:
+    """By nothing, it is `detach`."""
+    threshold = a.get("lambd", 0.5)
+    return x.detach() if threshold == 0 else functional.softshrink(x, threshold)
+
+
+@operator("ArgMin")
+def _argmin(a: Mapping[str, Any], x: Tensor) -> Tensor:
+    return torch.argmin(x, int(a.get("axis", 0)), bool(a.get("keepdims", 1)))
+
+
 @operator("Celu")
 def _celu(a: Mapping[str, Any], x: Tensor) -> Tensor:
     return functional.celu(x, a.get("alpha", 1.0))

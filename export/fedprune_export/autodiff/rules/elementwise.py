@@ -144,10 +144,19 @@ def _thresholded_relu(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
     return _where(g, g.emit("Greater", x, g.scalar(_number(node, "alpha", 1.0))), dy)
 
 
-@_unary("Shrink")
-def _shrink(g: Graph, node: Node, x: str, y: str, dy: str) -> str:
-    """dx = dy where |x| > lambd."""
-    return _where(g, g.emit("Greater", g.emit("Abs", x), g.scalar(_number(node, "lambd", 0.5))), dy)
+@rule("Shrink")
+def shrink(tape: Tape, node: Node) -> Pull | None:
+    """dx = dy where |x| > lambd; 0 where lambd and bias are 0, which is how torch's `detach` is exported."""
+    name, g, threshold = node.inputs[0], tape.graph, _number(node, "lambd", 0.5)
+    if threshold == 0 == _number(node, "bias", 0.0):
+        tape.enter(node.outputs[0], tape.value(name), tape.shape(name))
+        return None
+    x, _ = _emit_unary(tape, node)
+
+    def pull(dy: str) -> None:
+        tape.add(name, _where(g, g.emit("Greater", g.emit("Abs", x), g.scalar(threshold)), dy))
+
+    return pull
 
 
 @_unary("Elu", "Selu", "Celu")
