@@ -12,7 +12,7 @@ from typing import Any
 
 from fedprune.core.cli import options_of
 from fedprune.core.disk import storage_errors
-from fedprune.core.errors import ConfigError, ProtocolError, StorageError, shown
+from fedprune.core.errors import ConfigError, StorageError, shown
 from fedprune_device.launcher.slot_store import SlotStore
 from fedprune_device.launcher.state import SLOTS, STABLE, TRIAL, DamagedError, LauncherState
 from fedprune_device.releases.unit import ServiceUnit
@@ -61,10 +61,7 @@ def _server_key(given: str) -> Any:
             )
         with storage_errors(f"can't read the server's key {path}"), path.open("rb") as file:
             text, what = file.read(_LARGEST_KEY_FILE).decode("ascii", "replace").strip(), f"the server's key {path}"
-    try:
-        return VerifyingKey.from_hex(text, what)
-    except ProtocolError as error:
-        raise ConfigError(error.what, expected=error.expected, got=error.got) from error
+    return VerifyingKey.from_hex(text, what, error=ConfigError)
 
 
 def slots(arguments: argparse.Namespace) -> None:

@@ -8,14 +8,14 @@ before serves again.
 from __future__ import annotations
 
 import logging
-import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedprune.core import atomic_file, tensorfile
 from fedprune.core.disk import file_digest, storage_errors
 from fedprune.core.errors import ConfigError, ModelError, StorageError
+from fedprune.core.validation import restored
 from fedprune.model.recipe import labels_of
 from fedprune.runtime.bundle import BASE
 from fedprune.runtime.precision_files import FLOAT32, PRECISIONS, graph_file, served_files
@@ -65,22 +65,17 @@ class Serving:
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Serving:
         try:
-            values = {"base": ""} | body
-            values = {f.name: values[f.name] for f in fields(cls)}
-            values["lowered"] = tuple(map(str, values["lowered"]))
-            if values["precision"] not in (FLOAT32, *PRECISIONS):
-                raise ValueError(values["precision"])
-            if len(values["lowered"]) != (0 if values["precision"] == FLOAT32 else 2):
-                raise ValueError("lowered")
-            labels_of(values["loss"])
-            if values["slot"] not in _NAMES:
-                raise ValueError(values["slot"])
-            for name in ("offset", "present"):
-                if values[name] is not None:
-                    values[name] = tuple(float(v) for v in values[name])
-                    if len(values[name]) != values["classes"] or not all(map(math.isfinite, values[name])):
-                        raise ValueError(name)
-            return cls(**values)
+            made: Serving = restored(cls, {"base": ""} | body)
+            labels_of(made.loss)
+            lengths = {len(values) for values in (made.offset, made.present) if values is not None}
+            if (
+                made.precision not in (FLOAT32, *PRECISIONS)
+                or len(made.lowered) != (0 if made.precision == FLOAT32 else 2)
+                or made.slot not in _NAMES
+                or not lengths <= {made.classes}
+            ):
+                raise ValueError("a value is out of range")
+            return made
         except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
             raise StorageError(f"the record of the serving model is not one ({error!r})") from error
 

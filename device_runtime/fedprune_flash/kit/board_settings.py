@@ -16,7 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedprune.core.errors import ConfigError, JoinError, ProtocolError, shown
+from fedprune.core.errors import ConfigError, JoinError, shown
 from fedprune.core.validation import known, truth, whole
 from fedprune.security.joining import Claim
 from fedprune.security.tls import insecure_allowed
@@ -54,11 +54,8 @@ class BoardSettings:
         _check_server("server", self.server)
         if self.join != "":
             _check_server("join", self.join)
-        try:
-            check_device(self.device)
-            check_name(self.site, "site")
-        except ProtocolError as error:
-            raise ConfigError(error.what, expected=error.expected, got=error.got) from error
+        check_device(self.device, error=ConfigError)
+        check_name(self.site, "site", error=ConfigError)
         if not isinstance(self.data, str) or not (_is_path(self.data) or _FUNCTION.fullmatch(self.data)):
             raise ConfigError(
                 "data of the board", expected="an absolute path or package.module:function", got=shown(self.data)

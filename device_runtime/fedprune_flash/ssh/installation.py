@@ -338,12 +338,7 @@ def _state(error: FedpruneError) -> str:
 
 
 def _reason(error: FedpruneError) -> str:
-    parts = [error.what]
-    if error.expected is not None:
-        parts.append(f"expected {error.expected}")
-    if error.got is not None:
-        parts.append(f"got {error.got}")
-    return " ".join(": ".join([parts[0], ", ".join(parts[1:])]).strip(": ").split())
+    return " ".join(str(error).removesuffix(f". {error.hint}").split())
 
 
 @contextmanager

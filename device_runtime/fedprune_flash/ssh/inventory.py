@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fedprune.core.errors import ConfigError, ProfileError, ProtocolError, shown
+from fedprune.core.errors import ConfigError, ProfileError, shown
 from fedprune.core.toml_file import read_toml_text
 from fedprune.core.toml_positions import key_places
 from fedprune.core.validation import matching, only, whole
@@ -63,10 +63,7 @@ class BoardRow:
         for name in (f.name for f in fields(self)):
             if name != "port" and not isinstance(getattr(self, name), str):
                 raise ConfigError(f"{where}: {name}", expected="a text", got=shown(getattr(self, name)))
-        try:
-            check_device(self.device)
-        except ProtocolError as error:
-            raise ConfigError(f"{where}: device", expected=error.expected, got=error.got) from error
+        check_device(self.device, f"{where}: device", error=ConfigError)
         if self.port is not None:
             whole(f"{where}: port", self.port, 1, 65_535)
         for name, pattern, expected in (

@@ -211,10 +211,7 @@ class ServerConfig:
             words = []
         if not words or not self.on_revocation.isprintable():
             raise ConfigError("server: on_revocation", expected=f"a command, or {OFF!r}", got=shown(self.on_revocation))
-        try:
-            check_name(self.site, "site")
-        except FedpruneError as error:
-            raise ConfigError("server: site", expected=error.expected, got=error.got) from error
+        check_name(self.site, "server: site", error=ConfigError)
 
     @property
     def kept(self) -> int | None:

@@ -40,10 +40,7 @@ class RunSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        try:
-            check_name(self.name, "name of a run")
-        except FedpruneError as error:
-            raise ConfigError("name of a run", expected=error.expected, got=shown(self.name)) from error
+        check_name(self.name, "name of a run", error=ConfigError)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from fedprune.aggregation.fold import Rule
 from fedprune.core import validation
-from fedprune.core.errors import ConfigError, ProtocolError, shown
+from fedprune.core.errors import ConfigError, shown
 from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import SERVED
@@ -118,10 +118,7 @@ class Job:
             value = getattr(self, name)
             if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
                 raise ConfigError(f"job: {name}", expected="a table of settings", got=shown(value))
-        try:
-            check_job(self.name)
-        except ProtocolError as error:
-            raise ConfigError("job: name", expected=error.expected, got=error.got) from error
+        check_job(self.name, "job: name", error=ConfigError)
         if not isinstance(self.strategy, str) or not 0 < len(self.strategy) <= 200:
             raise ConfigError("job: strategy", expected="a name", got=shown(self.strategy))
         if not isinstance(self.precision, (list, tuple)) or not set(map(str, self.precision)) <= set(SERVED):

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from fedprune.core.errors import IdentityError, ProtocolError, SignatureError, shown
+from fedprune.core.validation import Error
 from fedprune.security.private_file import read_private, write_private
 
 KEY = 32
@@ -35,10 +36,10 @@ class VerifyingKey:
             raise ProtocolError("verifying key", expected=f"{KEY} bytes", got=len(self.raw))
 
     @classmethod
-    def from_hex(cls, text: object, what: str = "verifying key") -> VerifyingKey:
-        """Read 64 lower-case hex digits; raises `ProtocolError`, which names `what`, for anything else."""
+    def from_hex(cls, text: object, what: str = "verifying key", *, error: Error = ProtocolError) -> VerifyingKey:
+        """Read 64 lower-case hex digits; raises `error`, which names `what`, for anything else."""
         if not isinstance(text, str) or len(text) != 2 * KEY or set(text) - set("0123456789abcdef"):
-            raise ProtocolError(what, expected="64 hex digits", got=shown(text))
+            raise error(what, expected="64 hex digits", got=shown(text))
         return cls(bytes.fromhex(text))
 
     @property

@@ -15,6 +15,7 @@ import re
 from typing import NamedTuple
 
 from fedprune.core.errors import ProtocolError
+from fedprune.core.validation import Error
 
 PREFIX = "fedprune/1"
 """First levels of every topic; the number is the protocol's version."""
@@ -145,25 +146,23 @@ def check_tag(value: object, what: str = "tag of an upload worker") -> str:
     return value
 
 
-def check_name(value: object, what: str) -> str:
-    """`value`, if it is a name: 1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`. Raises
-    `ProtocolError`, which names `what`."""
+def check_name(value: object, what: str, *, error: Error = ProtocolError) -> str:
+    """`value`, if it is a name: 1 to 64 letters, digits, `_`, `.` or `-`, but neither `.` nor `..`. Raises `error`,
+    which names `what`."""
     if not isinstance(value, str) or not _NAME.fullmatch(value) or value in (".", ".."):
-        raise ProtocolError(what, expected="a name of 1 to 64 letters, digits, _ . or -", got=repr(value)[:80])
+        raise error(what, expected="a name of 1 to 64 letters, digits, _ . or -", got=repr(value)[:80])
     return value
 
 
-def check_device(value: object, what: str = "device") -> str:
-    """`value`, if it is a name that a device may have: any but `all`. Raises `ProtocolError` if it is not."""
+def check_device(value: object, what: str = "device", *, error: Error = ProtocolError) -> str:
+    """`value`, if it is a name that a device may have: any but `all`. Raises `error` if it is not."""
     if value == EVERYONE:
-        raise ProtocolError(what, expected="a device's own name", got=repr(value))
-    return check_name(value, what)
+        raise error(what, expected="a device's own name", got=repr(value))
+    return check_name(value, what, error=error)
 
 
-def check_job(value: object, what: str = "job") -> str:
-    """`value`, if it is a name that a job may have: any but `-`. Raises `ProtocolError` if it is not."""
+def check_job(value: object, what: str = "job", *, error: Error = ProtocolError) -> str:
+    """`value`, if it is a name that a job may have: any but `-`. Raises `error` if it is not."""
     if value == NO_JOB:
-        raise ProtocolError(
-            what, expected="a name of 1 to 64 letters, digits, _ . or -, other than '-'", got=repr(value)
-        )
-    return check_name(value, what)
+        raise error(what, expected="a name of 1 to 64 letters, digits, _ . or -, other than '-'", got=repr(value))
+    return check_name(value, what, error=error)

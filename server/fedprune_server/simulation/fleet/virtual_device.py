@@ -221,18 +221,11 @@ def _names(
         return federation.names[started:][: count if count is not None else None]
     name = _text(row["name"], f"{where}: name")
     if count is None:
-        return (_own_name(name, f"{where}: name"),)
+        return (check_device(name, f"{where}: name", error=ConfigError),)
     digits = max(3, len(str(count)))
     names = tuple(f"{name}-{i:0{digits}}" for i in range(1, count + 1))
-    _own_name(names[-1], f"{where}: name")
+    check_device(names[-1], f"{where}: name", error=ConfigError)
     return names
-
-
-def _own_name(name: str, where: str) -> str:
-    try:
-        return check_device(name)
-    except FedpruneError as error:
-        raise ConfigError(where, expected=error.expected, got=error.got) from error
 
 
 def _links(value: object, where: str) -> list[LinkSettings]:

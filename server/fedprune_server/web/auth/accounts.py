@@ -10,7 +10,7 @@ from typing import Any
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from fedprune.core.errors import ConfigError, ProtocolError, StorageError
+from fedprune.core.errors import ConfigError, StorageError
 from fedprune.wire.topics import check_name
 from fedprune_server.web.auth.roles import ROLES
 from fedprune_server.web.database import ConsoleDatabase
@@ -68,10 +68,7 @@ class Accounts:
 
     def check_new(self, name: str, role: str) -> None:
         """Check that an account of this name and role could be added. Raises `ConfigError` if it couldn't."""
-        try:
-            check_name(name, "operator")
-        except ProtocolError as error:
-            raise ConfigError(error.what, expected=error.expected, got=error.got) from error
+        check_name(name, "operator", error=ConfigError)
         if role not in ROLES:
             raise ConfigError("role of an operator", expected=", ".join(ROLES), got=role)
         if self.get(name) is not None:
