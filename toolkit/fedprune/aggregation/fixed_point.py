@@ -34,12 +34,8 @@ _HEADROOM = 3
 
 _BLOCK = 262_144  # float64s of all rows together, 2 MiB: they stay in the cache, and hide what numpy costs per call
 _LONGEST = 32_768  # numbers of one row at once
-# Adding 1.5·2^52 to a whole number of magnitude up to 2^51 in float64 leaves it in the low bits of the mantissa:
-# cheaper than a conversion, which has no vector instruction on most CPUs.
-_MAGIC = 1.5 * 2.0**52
-_MAGIC_BITS = int(np.array(_MAGIC).view(np.int64))
-_LIGHT = 2 ** (51 - VALUE_BITS)
-"""The largest weight of several rows that are added by one product in float64 and the magic number."""
+_LIGHT = 2 ** (53 - VALUE_BITS)
+"""The largest weight of several rows that are added by one product in float64."""
 
 _CHECKED = 131_072  # squares added at once at most: many hide what a call costs
 _CHECKED_LEAST = 8_192  # few enough that the squares of usual weights don't add up to the bound's
@@ -107,9 +103,6 @@ def check_range(name: str, values: npt.NDArray[Any], bound: float) -> None:
     if compiled is not None and compiled <= bound:
         return
     flat = values.reshape(-1)
-    if flat.dtype != np.float32:
-        _check_block(name, flat, bound)
-        return
     # The sum of squares bounds every square and costs half of what minimum and maximum do; only where it is large (or
     # not finite) do we look closer, and take fewer at a time from there on. The tenth leaves room for its own rounding.
     limit = 0.9 * bound * bound
@@ -291,10 +284,9 @@ def _weighted(whole: npt.NDArray[np.float64], weights: npt.NDArray[np.float64]) 
         np.multiply(whole[0], weights[0], out=total)
     else:
         np.dot(weights, whole, out=total)
-    total += _MAGIC
-    bits = total.view(np.int64)
-    bits -= _MAGIC_BITS
-    return bits
+    counts = total.view(np.int64)
+    np.copyto(counts, total, casting="unsafe")  # in its own memory, which is in the cache
+    return counts
 
 
 class _Scratch:
