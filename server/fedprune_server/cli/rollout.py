@@ -117,7 +117,8 @@ def add_rollout(rollout: argparse.ArgumentParser) -> None:
 def _start(arguments: argparse.Namespace) -> None:
     if arguments.attempts > MAX_ATTEMPTS or not 1 <= arguments.deadline <= MAX_SECONDS:
         raise UsageError("a trial", expected=f"up to {MAX_ATTEMPTS} attempts of 1 to {MAX_SECONDS:g} s each")
-    begun = start_rollout(arguments.state, arguments.release, _terms(arguments), _named_boards(arguments.devices))
+    names = None if arguments.devices is None else [n.strip() for n in arguments.devices.split(",") if n.strip()]
+    begun = start_rollout(arguments.state, arguments.release, _terms(arguments), names)
     number, release, rollout = begun.number, begun.release, begun.rollout
     which = "all members" if arguments.devices is None else "those that were named"
     count = quantity(len(rollout.boards), "board")
@@ -133,10 +134,6 @@ def _start(arguments: argparse.Namespace) -> None:
 def _note_without_server(state: Path, action: str) -> None:
     if not held(state / LOCK):
         print(f"no server is running on this folder: it {action} when one is started")
-
-
-def _named_boards(given: str | None) -> list[str] | None:
-    return None if given is None else [n.strip() for n in given.split(",") if n.strip()]
 
 
 def _terms(arguments: argparse.Namespace) -> RolloutTerms:

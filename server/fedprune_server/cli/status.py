@@ -17,7 +17,7 @@ from fedprune.core.text import amount, quantity
 from fedprune.jobs.state import Progress
 from fedprune.updates.privacy import Privacy
 from fedprune_server.cli.state_option import add_state
-from fedprune_server.devices.plan_vs_actual import Compared, compared, described, planned
+from fedprune_server.devices.plan_vs_actual import compared, described, planned
 from fedprune_server.devices.quarantine import read_rows
 from fedprune_server.executor.accountant import costs
 from fedprune_server.maintenance.identity_check import revoked
@@ -99,7 +99,7 @@ def status(folder: Path, identity: Path | None = None) -> dict[str, Any]:
         row
         | _last_part(row["name"], state)
         | {
-            "compared": _compared(row, state),
+            "compared": compared(row["name"], state, planned(row["plan"]) if row["plan"] else None),
             "online": row["online"] and running and row["name"] not in shut_out,
             "revoked": row["name"] in shut_out,
             "quarantine": misbehaved.get(row["name"]),
@@ -245,10 +245,6 @@ def _misbehaved(row: dict[str, Any]) -> str:
     elif row["times"]:
         parts.insert(0, f"was in quarantine {row['times']} times, lastly: {row['reason']}")
     return "; ".join(parts)
-
-
-def _compared(row: dict[str, Any], state: State | None) -> Compared:
-    return compared(row["name"], state, planned(row["plan"]) if row["plan"] else None)
 
 
 def _outsider(name: str, body: dict[str, Any]) -> dict[str, Any]:

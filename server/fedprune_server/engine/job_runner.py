@@ -252,7 +252,7 @@ class JobRunner:
                 self._handle(on.Ticked())  # while the bucket is away, updates would be late only because of that
             self._commit()
             self.outbox.send_chunks()
-            self.observers.turned(self._turn_seconds, self.view)
+            self.observers.turned(lambda: self._monotonic() - self._begun, self.view)
 
     def close(self) -> None:
         """Stop; what is not saved is done again by the next process."""
@@ -274,9 +274,6 @@ class JobRunner:
 
     def _log_context(self, device: str | None = None) -> AbstractContextManager[None]:
         return log_context(job=self.job.name, round=self.state.round, trace_id=self.observers.trace_id, device=device)
-
-    def _turn_seconds(self) -> float:
-        return self._monotonic() - self._begun
 
     # Devices.
 

@@ -149,7 +149,7 @@ class Worker:
 
     def _extract(self, command: do.Extract) -> on.Extracted:
         part, cut = command.part, self.updates.cut(command.basis, command.part)
-        submodel = self._made(cut)
+        submodel = self.strategy.extract(cut)
         recipe = _masked(self.updates.recipe(cut.turn).in_parts(command.accumulate), submodel)
         held = command.coding.held
         known = held is not None and self.store.has(held.ranking)
@@ -172,10 +172,7 @@ class Worker:
         return replace(event, offer=event.offer | self._slabs.named(command, event.offer["weights"]["sha256"]))
 
     def _submodel(self, command: do.Extract) -> Submodel:
-        return self._made(self.updates.cut(command.basis, command.part))
-
-    def _made(self, cut: Cut) -> Submodel:
-        return self.strategy.extract(cut)
+        return self.strategy.extract(self.updates.cut(command.basis, command.part))
 
     def _ranking(self, basis: do.Basis, cut: Cut, sent: Selection) -> str:
         """The ranking that a submodel's channels are the first of: the round's or, by the extractor's choice, its own.

@@ -43,15 +43,12 @@ def repair(folder: Path, findings: Iterable[Finding], backup: Path | None) -> It
             for path in finding.paths:
                 yield f"moved {path} to {_set_aside(folder, path)}"
         if finding.repair in (Repair.SET_ASIDE, Repair.FETCH):
-            home = BlobStore(_root(folder, finding)) if bucket is None or finding.paths else bucket
+            root = finding.paths[0].parent.parent if finding.paths else folder / BLOBS
+            home = BlobStore(root) if bucket is None or finding.paths else bucket
             for source in sources:
                 with suppress(StorageError):
                     home.put(source.read(finding.blob))
                     yield f"took blob {finding.blob} from {source.root}"
-
-
-def _root(folder: Path, finding: Finding) -> Path:
-    return finding.paths[0].parent.parent if finding.paths else folder / BLOBS
 
 
 def _delete(paths: Iterable[Path]) -> None:

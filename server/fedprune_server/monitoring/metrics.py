@@ -95,7 +95,7 @@ class Metrics:
         """Bytes of blobs, measured once a minute at most."""
         now = self.clock()
         if now - self._blobs_at >= _BLOBS_S:
-            self._blobs_at, self._blobs = now, _size(folder / "blobs")
+            self._blobs_at, self._blobs = now, sum(map(_bytes, (folder / "blobs").rglob("*")))
         return float(self._blobs)
 
 
@@ -209,10 +209,6 @@ class _Alerts(Collector):
         for (kind, severity), count in self._alerts().items():
             found.add_metric([kind, severity], count)
         return [found]
-
-
-def _size(folder: Path) -> int:
-    return sum(map(_bytes, folder.rglob("*")))
 
 
 def _bytes(path: Path) -> int:

@@ -182,7 +182,8 @@ def take_back(
             )
         old = before.release
         highest = max(above, *(e.offer.number for e in entries))
-        made = replace(old, number=_number(number, highest), created=_day(clock()))
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(clock()))
+        made = replace(old, number=_number(number, highest), created=created)
         leaves = _leaves(store, old)
         manifest = made.to_bytes()
         offer = ReleaseOffer(
@@ -234,10 +235,6 @@ def _leaves(store: RolloutStore, release: Release) -> tuple[str, ...]:
     except StorageError as error:
         name = f"release {release.number} ({release.version})"
         raise ReleaseError(f"{name}, which boards had before, is not here any more", hint=_BY_HAND) from error
-
-
-def _day(now: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now))
 
 
 def earlier_rollout(entries: Sequence[RolloutEntry], release: Release, boards: Collection[str]) -> RolloutEntry | None:

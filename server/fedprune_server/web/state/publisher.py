@@ -181,7 +181,8 @@ class StatusPublisher:
                 self._add_changed("rollouts", Rollouts(self._rollouts, seen.releases))
 
     def _collect_records(self) -> None:
-        self._add_changed("site", self._site_record())
+        site = Site(**self._site, jobs=tuple(self._views), connected=self._first.link.connected)
+        self._add_changed("site", site)
         for name, view in self._views.items():
             self.changed(view.registry.moved)
             self._add_changed(f"job {name}", _job(view))
@@ -255,9 +256,6 @@ class StatusPublisher:
             now=before[1] or None,
             update=self._poller.update(name),
         )
-
-    def _site_record(self) -> Site:
-        return Site(**self._site, jobs=tuple(self._views), connected=self._first.link.connected)
 
 
 def _traffic(view: JobView) -> tuple[int, int]:

@@ -16,15 +16,6 @@ from fedprune_server.monitoring.view import JobView
 from fedprune_server.web.state.records import FinishedRound
 from fedprune_server.web.state.surroundings import Member
 
-_STATE = {
-    Progress.QUEUED: "queued",
-    Progress.EXTRACTING: "extracting",
-    Progress.OFFERED: "offered",
-    Progress.PULLING: "pulling",
-    Progress.STORED: "stored",
-    Progress.FOLDED: "folded",
-    Progress.REFUSED: "refused",
-}
 _SLOT = re.compile(r"\bslot ([ab])\b(?: with release (\d{1,10})\b)?")
 _VERSION = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,39})[ /]v?(\d[A-Za-z0-9.+_-]{0,39})")
 _MOST_VERSIONS = 8
@@ -59,6 +50,7 @@ def device_row(
     doing = shown.state if not (shown.state == "offline" and here) else "not at this job"
     held = view.quarantine.held(name)
     last_counted = 0 if device is None else device.last_counted_round
+    ended = int(state.history[-1]["round"]) if state.history else 0  # no board is late in the current round yet
     excluded = contact.problem if device is None else device.excluded
     slot, release = running(contact.software)
     if release is None and update is not None and update["state"] == COMMITTED:
@@ -97,7 +89,7 @@ def device_row(
         "seconds": number(shown.seconds, 0.0, 1e12),
         "metrics": dict(shown.metrics),
         "measured": None if judged is None else judged[1],
-        "staleness": max(0, _ended(state) - last_counted) if last_counted else None,
+        "staleness": max(0, ended - last_counted) if last_counted else None,
         "quarantine": None if held is None else {"until": held[0], "reason": one_line(held[1], 500)},
         "status": status,
         "key": member.key,
@@ -119,12 +111,7 @@ def _state(
         return "revoked" if status == "revoked" else ("elsewhere" if here else "offline")
     if task is None or not state.awaits(task):
         return "ready"
-    return "training" if task.progress is Progress.OFFERED and training else _STATE[task.progress]
-
-
-def _ended(state: State) -> int:
-    """The last round that has ended: no board is late in the current one yet."""
-    return int(state.history[-1]["round"]) if state.history else 0
+    return "training" if task.progress is Progress.OFFERED and training else task.progress.value
 
 
 def versions(software: str) -> dict[str, str]:
