@@ -165,7 +165,7 @@ class Dimensions:
         if dim not in self._sizes:
             found = self._read(dim)
             if found is None:
-                found = self._solved(dim, pending) if dim in self._extents else self._computed(dim, pending)
+                found = self._solved(dim, pending) if dim in self._extents else self._sum(self._forms[dim], pending)
             if found is None:
                 return None
             self._sizes[dim] = found
@@ -178,10 +178,6 @@ class Dimensions:
             return None
         value, axis = source
         return self._graph.emit("Shape", value, attrs={"start": axis, "end": axis + 1})
-
-    def _computed(self, dim: str, pending: set[str]) -> str | None:
-        """The size as the polynomial of the sizes of its symbols."""
-        return self._sum(self._forms[dim], pending)
 
     def _sum(self, form: Form, pending: set[str]) -> str | None:
         g = self._graph

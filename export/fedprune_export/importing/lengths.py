@@ -64,7 +64,11 @@ def bind(proto: onnx.ModelProto, shape: Shape) -> None:
     held = {t.name for t in proto.graph.initializer}
     given = [i for i in proto.graph.input if i.name not in held]
     axis, wanted = free_axis(shape), [i for i in given if i.name not in (MASK, LENGTHS)]
-    free = [i for i in wanted if len(i.type.tensor_type.shape.dim) == len(shape) + 1 and _free(i, (axis or 0) + 1)]
+    free = [
+        i
+        for i in wanted
+        if len(i.type.tensor_type.shape.dim) == len(shape) + 1 and not isinstance(_dims(i)[(axis or 0) + 1], int)
+    ]
     sizes = at_most(shape)
     if axis is None or len(free) != 1:
         raise ModelError(
@@ -153,7 +157,3 @@ def _named(graph: Graph, text: str) -> tuple[Port, int, int]:
 def _dims(value: onnx.ValueInfoProto) -> list[Any]:
     dims = value.type.tensor_type.shape.dim
     return [d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in dims]
-
-
-def _free(value: onnx.ValueInfoProto, axis: int) -> bool:
-    return not isinstance(_dims(value)[axis], int)

@@ -17,7 +17,7 @@ import math
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -198,7 +198,9 @@ def _separate_names(graph: Any) -> None:
 
 def _list_tensors(torch: Any, module: Any, samples: tuple[Any, ...], proto: onnx.ModelProto, name: str) -> None:
     """Give tensors their first name, and list what can be trained, what is frozen and what has several names."""
-    firsts = _first_names([*module.named_parameters(remove_duplicate=False), *_buffers(module)])
+    by_id: dict[int, str] = {}
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    firsts = {n: by_id.setdefault(id(tensor), n) for n, tensor in tensors}
     _rename(proto, firsts)
     parameters = dict(module.named_parameters())
     held = {t.name for t in proto.graph.initializer}
@@ -252,17 +254,6 @@ def _reached(torch: Any, module: Any, samples: tuple[Any, ...], parameters: dict
         for name, value in parameters.items():
             value.requires_grad_(before[name])
     return [n for n, gradient in zip(parameters, given, strict=True) if gradient is not None]
-
-
-def _buffers(module: Any) -> Iterable[tuple[str, Any]]:
-    found: Iterable[tuple[str, Any]] = module.named_buffers(remove_duplicate=False)
-    return found
-
-
-def _first_names(named: Iterable[tuple[str, Any]]) -> dict[str, str]:
-    """The first name of the same tensor, by name."""
-    firsts: dict[int, str] = {}
-    return {n: firsts.setdefault(id(tensor), n) for n, tensor in named}
 
 
 def _rename(proto: onnx.ModelProto, names: dict[str, str]) -> None:

@@ -184,14 +184,11 @@ def _split(state: Translation, node: Node) -> None:
         axis = int(node.attrs.get("axis", 0))
         if any(state.seen.batched(o)[axis] for o in node.outputs if o):
             raise ModelError(f"operator Split ({node.name}) splits the batch", hint="Split another axis.")
-        node.inputs = [node.inputs[0], state.graph.ints(*_sizes(state.seen, node, axis))]
+        total, parts = state.seen.shapes[node.inputs[0]][axis], len(node.outputs)
+        each = -(-total // parts)
+        sizes = [each] * (parts - 1) + [total - each * (parts - 1)]
+        node.inputs = [node.inputs[0], state.graph.ints(*sizes)]
     state.keep(node)
-
-
-def _sizes(seen: Trace, node: Node, axis: int) -> list[int]:
-    total, parts = seen.shapes[node.inputs[0]][axis], len(node.outputs)
-    each = -(-total // parts)
-    return [each] * (parts - 1) + [total - each * (parts - 1)]
 
 
 def _swish(state: Translation, node: Node) -> None:

@@ -272,30 +272,6 @@ def _plain(function: Callable[..., Any]) -> _Number:
     return lambda node, reads, shape, dtype: function(*reads)
 
 
-def _shaped(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    return reads[0].reshape(shape)
-
-
-def _filled(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    return np.full(shape, np.asarray(node.attrs.get("value", np.zeros(1, np.float32))).reshape(-1)[0])
-
-
-def _gather(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    return np.take(reads[0], reads[1], axis=int(node.attrs.get("axis", 0)))
-
-
-def _concat(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    return np.concatenate(reads, axis=int(node.attrs["axis"]))
-
-
-def _transposed(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    return np.transpose(reads[0], node.attrs.get("perm"))
-
-
-def _range(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    return reads[0] + np.arange(shape[0]) * reads[2]
-
-
 def _many(function: Callable[..., Any]) -> _Number:
     def rule(node: Node, reads: list[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
         value = reads[0]
@@ -307,7 +283,10 @@ def _many(function: Callable[..., Any]) -> _Number:
 
 
 _NUMBERS: dict[str, _Number] = {
-    **dict.fromkeys(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"), _shaped),
+    **dict.fromkeys(
+        ("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"),
+        lambda node, reads, shape, dtype: reads[0].reshape(shape),
+    ),
     **dict.fromkeys(("Cast", "CastLike"), _cast),
     **{op: _plain(getattr(np, op.lower())) for op in ("Abs", "Floor", "Ceil", "Sqrt", "Exp", "Log", "Sign")},
     **{op: _plain(getattr(np, op.lower())) for op in ("Equal", "Less", "Greater", "Where")},
@@ -329,15 +308,17 @@ _NUMBERS: dict[str, _Number] = {
     "ReduceSum": _reduce(np.sum),
     "ReduceMax": _reduce(np.max),
     "ReduceMin": _reduce(np.min),
-    "Concat": _concat,
-    "ConstantOfShape": _filled,
+    "Concat": lambda node, reads, shape, dtype: np.concatenate(reads, axis=int(node.attrs["axis"])),
+    "ConstantOfShape": lambda node, reads, shape, dtype: np.full(
+        shape, np.asarray(node.attrs.get("value", np.zeros(1, np.float32))).reshape(-1)[0]
+    ),
     "Div": _divide,
     "Expand": lambda node, reads, shape, dtype: np.broadcast_to(reads[0], shape),
-    "Gather": _gather,
+    "Gather": lambda node, reads, shape, dtype: np.take(reads[0], reads[1], axis=int(node.attrs.get("axis", 0))),
     "Mod": _modulo,
-    "Range": _range,
+    "Range": lambda node, reads, shape, dtype: reads[0] + np.arange(shape[0]) * reads[2],
     "Slice": _slice,
     "Tile": lambda node, reads, shape, dtype: np.tile(reads[0], reads[1]),
-    "Transpose": _transposed,
+    "Transpose": lambda node, reads, shape, dtype: np.transpose(reads[0], node.attrs.get("perm")),
 }
 """How few numbers are computed: by node, inputs, and shape and type of the output."""

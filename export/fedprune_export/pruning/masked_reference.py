@@ -89,47 +89,33 @@ class _Masks:
         return self.graph.constant(mask.reshape(shape), np.float32)
 
 
-_Change = Callable[[_Masks, Node], bool]
+_Change = Callable[[_Masks, Node], bool | None]
 
 
-def _contract(masks: _Masks, node: Node) -> bool:
+def _contract(masks: _Masks, node: Node) -> None:
     masks.apply(node, 0, [1])
-    return False
 
 
-def _gemm(masks: _Masks, node: Node) -> bool:
-    masks.apply(node, 0, [0 if node.attrs.get("transA") else 1])
-    return False
-
-
-def _matmul(masks: _Masks, node: Node) -> bool:
-    masks.apply(node, 0, [-1])
-    return False
-
-
-def _einsum(masks: _Masks, node: Node) -> bool:
+def _einsum(masks: _Masks, node: Node) -> None:
     found = einsum_terms(str(node.attrs["equation"]), len(node.inputs))
     if found is not None:
         terms, right = found
         for i, term in enumerate(terms):
             masks.apply(node, i, [axis for axis, letter in enumerate(term) if letter not in right])
-    return False
 
 
-def _recurrent(masks: _Masks, node: Node) -> bool:
+def _recurrent(masks: _Masks, node: Node) -> None:
     """The input's channels, and the hidden units that the recurrence reads."""
     masks.apply(node, 0, [2])
     masks.apply(node, 2, [2])
-    return False
 
 
-def _sum(masks: _Masks, node: Node) -> bool:
+def _sum(masks: _Masks, node: Node) -> None:
     rank = masks.rank(node.inputs[0])
     axes = node.attrs.get("axes")
     if axes is None and len(node.inputs) > 1 and node.inputs[1]:
         axes = masks.graph.initializers[node.inputs[1]].reshape(-1).tolist()
     masks.apply(node, 0, [int(a) % rank for a in (axes or range(rank))])
-    return False
 
 
 def _mean(masks: _Masks, node: Node) -> bool:
@@ -232,12 +218,12 @@ _CHANGES: dict[str, _Change] = {
     "ConvTranspose": _contract,
     "Einsum": _einsum,
     "GRU": _recurrent,
-    "Gemm": _gemm,
+    "Gemm": lambda masks, node: masks.apply(node, 0, [0 if node.attrs.get("transA") else 1]),
     "GroupNormalization": _group_norm,
     "InstanceNormalization": _instance_norm,
     "LSTM": _recurrent,
     "LayerNormalization": _layer_norm,
-    "MatMul": _matmul,
+    "MatMul": lambda masks, node: masks.apply(node, 0, [-1]),
     "RMSNormalization": _layer_norm,
     "RNN": _recurrent,
     "ReduceMean": _mean,

@@ -237,18 +237,13 @@ def _below(g: Graph, u: str, bound: int | str) -> str:
     return g.emit("Floor", g.emit("Mul", u, g.scalar(bound) if isinstance(bound, int) else bound))
 
 
-def _each(g: Graph, value: str, step: _Step) -> str:
-    """[N, 1] as [N, 1, ...], which goes with the samples."""
-    return g.emit("Reshape", value, g.ints(-1, *[1] * len(step.piece.shape)))
-
-
 def _mean(g: Graph, value: str, step: _Step) -> str:
     return g.emit("ReduceMean", value, attrs={"axes": list(range(1, len(step.piece.shape) + 1)), "keepdims": 1})
 
 
 def _factor(g: Graph, step: _Step) -> str:
     """A random number from -SHARE to SHARE for every sample."""
-    u = _each(g, _number(g, step.first), step)
+    u = g.emit("Reshape", _number(g, step.first), g.ints(-1, *[1] * len(step.piece.shape)))
     return g.emit("Mul", g.emit("Sub", u, g.scalar(0.5)), g.scalar(2 * step.values[0]))
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 from fedprune.model.architecture import Architecture
 from fedprune.model.step_contract import X
-from fedprune_export.ir.drafts import Dim, Node
+from fedprune_export.ir.drafts import Node
 from fedprune_export.ir.graph import Graph
 from fedprune_export.ir.liveness import execution_order, gate, last_reads, live_bytes, reads
 from fedprune_export.ir.operators import VIEWS
@@ -54,7 +54,7 @@ def value_sizes(graph: Graph, architecture: Architecture, widths: tuple[int, ...
         out.shapes[port.name] = (
             shapes[owner]
             if owner in shapes and len(port.shape) == len(shapes[owner])
-            else tuple(_size(d, batch) for d in port.shape)
+            else tuple(d if isinstance(d, int) else batch for d in port.shape)
         )
         out.dtypes[port.name] = port.dtype
     if X in out.shapes:
@@ -64,10 +64,6 @@ def value_sizes(graph: Graph, architecture: Architecture, widths: tuple[int, ...
     for node in graph.nodes:
         follow(graph, out, node, [o for o in node.outputs if o and o not in out.shapes])
     return ValueSizes(out.shapes, {n: math.prod(s) * out.dtypes[n].itemsize for n, s in out.shapes.items()})
-
-
-def _size(dim: Dim, batch: int) -> int:
-    return dim if isinstance(dim, int) else batch
 
 
 _NEVER = frozenset({"If", "Loop", "Scan", "Bernoulli", "Dropout", "Multinomial", "RandomNormal", "RandomUniform"})

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -107,16 +107,14 @@ class FairScheduler:
             wanted = min(max(0 if borrower.holds else borrower.least, share, 0), borrower.most)
             if not wanted:
                 continue
-            fit = self._by_need(job, (d for d in left if fits(job, d)))
+            # Those that have worked least for a job come first: it is to learn from all devices.
+            fitting = (d for d in left if fits(job, d))
+            fit = sorted(fitting, key=lambda d: (self._worked[job, d], self._turns[job, d], d))
             if len(fit) >= borrower.least:
                 found[job] = fit[:wanted]
                 self._turns.update((job, d) for d in found[job])
             left.difference_update(fit[:wanted])
         return {job: devices for job, devices in found.items() if devices}
-
-    def _by_need(self, job: str, devices: Iterable[str]) -> list[str]:
-        """Devices, beginning with those that have worked least for a job: it is to learn from all of them."""
-        return sorted(devices, key=lambda d: (self._worked[job, d], self._turns[job, d], d))
 
     def _enter(self, able: Sequence[JobDemand]) -> None:
         """Who was away from the line, or is new, has no claim on the time that the others have had meanwhile."""

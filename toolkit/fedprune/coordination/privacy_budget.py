@@ -71,7 +71,10 @@ class PrivacyBudget:
         """
         if not self._keeps or self._privacy.local:
             return True
-        devices, told = self._state.devices, self._shared(tasks)
+        # The multiplier at which a round's sums tell of each device.
+        whole, boards = self._privacy.noise_multiplier, self._privacy.boards
+        told = {n: whole * math.sqrt(max(1, holders - 1) / boards) for n, holders in holding(tasks).items()}
+        devices = self._state.devices
         if self._most is not None and any(spent(devices[n].releases) + z**-2 > self._most for n, z in told.items()):
             return False
         for name, multiplier in told.items():
@@ -90,11 +93,6 @@ class PrivacyBudget:
             return None
         least = min((float(z) for d in self._state.devices.values() for z in d.releases), default=None)
         return (self.spent() or 0.0) + float(least or self._privacy.noise_multiplier) ** -2
-
-    def _shared(self, tasks: Mapping[str, Task]) -> dict[str, float]:
-        """By device the multiplier at which a round's sums tell of it."""
-        whole, boards = self._privacy.noise_multiplier, self._privacy.boards
-        return {n: whole * math.sqrt(max(1, holders - 1) / boards) for n, holders in holding(tasks).items()}
 
     def _add(self, device: str, multiplier: float) -> None:
         found, key = self._state.devices[device], repr(multiplier)

@@ -57,7 +57,7 @@ class Allocation:
             self._allocator = strategy.allocator
         elif isinstance(wishes, str):
             if wishes != ASK:
-                self._by_node = _constant(wishes)
+                self._by_node = lambda node: wishes
                 self.of(wishes, 1)
         elif isinstance(wishes, Mapping):
             self._by_node = _named(dict(wishes))
@@ -129,10 +129,6 @@ class Allocation:
     def _recipe(self, name: str, samples: int, widths: tuple[int, ...]) -> Recipe:
         """What a node would train by with these widths."""
         return self._strategy.planned_recipe(self._job, name, widths, kept_share(self._architecture, widths), samples)
-
-
-def _constant(wish: DensityOrProfile) -> Callable[[int], DensityOrProfile]:
-    return lambda node: wish
 
 
 def _named(wishes: dict[int, DensityOrProfile]) -> Callable[[int], DensityOrProfile]:

@@ -110,7 +110,9 @@ class Part:
 
     def _said(self, records: dict[str, Any], samples: int, metrics: Mapping[str, float]) -> Message:
         weight = str(self.message.content[RECORD]["weight"])
-        said = MetricRecord({weight: int(samples), **{k: _number(v) for k, v in metrics.items()}})
+        said = MetricRecord(
+            {weight: int(samples), **{k: v.item() if hasattr(v, "item") else v for k, v in metrics.items()}}
+        )
         return Message(RecordDict({**records, "metrics": said}), reply_to=self.message)
 
 
@@ -138,8 +140,3 @@ def _array(value: Any) -> npt.NDArray[np.float32]:
     if hasattr(value, "detach"):
         value = value.detach().cpu().numpy()
     return np.ascontiguousarray(value, dtype=np.float32)
-
-
-def _number(value: Any) -> Any:
-    """A number as Flower takes it: Python's own."""
-    return value.item() if hasattr(value, "item") else value

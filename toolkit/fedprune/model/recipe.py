@@ -99,13 +99,10 @@ class Features:
             value = getattr(self, field.name)
             if value == field.default:
                 continue
-            parts.append(field.name if value is True else f"{field.name}={_text(value)}")
+            # As JSON, because a pattern may have a comma or a plus sign.
+            text = json.dumps(value) if isinstance(value, tuple) else str(value)
+            parts.append(field.name if value is True else f"{field.name}={text}")
         return "+".join(parts) or "plain"
-
-
-def _text(value: object) -> str:
-    # As JSON, because a pattern may have a comma or a plus sign.
-    return json.dumps(value) if isinstance(value, tuple) else str(value)
 
 
 CUSTOM = "custom"

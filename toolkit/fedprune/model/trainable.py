@@ -96,8 +96,4 @@ def matching(architecture: Architecture, patterns: Collection[str], what: str) -
                 expected="a pattern that matches some of " + ", ".join(names[:8]) + (", ..." * (len(names) > 8)),
                 hint="'*' stands for any letters: 'layer1.*', '*.bias'.",
             )
-    return frozenset(n for n in names if _matches(n, patterns))
-
-
-def _matches(name: str, patterns: Collection[str]) -> bool:
-    return any(fnmatchcase(name, p) for p in patterns)
+    return frozenset(n for n in names if any(fnmatchcase(n, p) for p in patterns))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from fedprune.core import tensorfile
 from fedprune.model import step_contract as step
-from fedprune.model.architecture import Activation, Architecture, Layer
+from fedprune.model.architecture import Architecture, Layer
 from fedprune.model.recipe import Features
 from fedprune.planning.kernel_workload import workload
 
@@ -248,7 +248,8 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
     shapes = architecture.shapes(checked)
     macs = [layer_macs(architecture, layer, checked, shapes) for layer in architecture.layers]
     forward = sum(macs)
-    values = [_bytes(v, checked, architecture) for v in architecture.activations]
+    sizes = architecture.sizes
+    values = [FLOAT * v.positions * v.channels.size(checked, sizes) for v in architecture.activations]
     kept = [b for v, b in zip(architecture.activations, values, strict=True) if v.kept]
     parameters = sum(prod(shape) for shape in shapes.values())
     kernels = {r.weight for r in architecture.layers if r.op in _LAID_OUT and r.weight}
@@ -324,7 +325,3 @@ def _unrolled_bytes(layer: Layer, widths: Sequence[int], architecture: Architect
         return 0
     channels = layer.reads.size(widths, architecture.sizes) // layer.reads.positions
     return FLOAT * unrolled_elements(layer, channels, kernel)
-
-
-def _bytes(value: Activation, widths: Sequence[int], architecture: Architecture) -> int:
-    return FLOAT * value.positions * value.channels.size(widths, architecture.sizes)

@@ -152,7 +152,7 @@ def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
         longest = max(length for length, _, _ in named)
         fitting = [p for length, p, _ in named if length == longest]
         evidence = [f"device tree: {next(t for length, _, t in named if length == longest)}"]
-    elif fitting := [p for p in profiles if p.soc and any(_is_soc(p.soc, c) for c in facts.compatible)]:
+    elif fitting := [p for p in profiles if p.soc and any(c.rpartition(",")[2] == p.soc for c in facts.compatible)]:
         evidence = [f"processor: {fitting[0].soc}"]
     else:
         fitting = [_generic(facts, folders)]
@@ -166,11 +166,6 @@ def identify(facts: Facts, folders: Sequence[Path] = ()) -> Identification:
     if facts.l4t:
         evidence.append(f"L4T {facts.l4t}" + (f": JetPack {known.name}" if known else ", which is not known here"))
     return Identification(profile, tuple(evidence), tuple(_differences(profile, facts, known)), known)
-
-
-def _is_soc(soc: str, entry: str) -> bool:
-    """Entries are "maker,name"; a profile gives the name."""
-    return entry.rpartition(",")[2] == soc
 
 
 def _generic(facts: Facts, folders: Sequence[Path]) -> HardwareProfile:

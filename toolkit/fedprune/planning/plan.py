@@ -141,7 +141,8 @@ class Plan:
             mark = "  <- binds" if limit.name == self.bound else ""
             lines.append(f"  {limit.describe()}{mark}")
             if limit.name == MEMORY:
-                lines.append(f"    {_shares(self.prediction.memory, limit)}")
+                left = amount(limit.limit - limit.value, "bytes")
+                lines.append(f"    {_terms(self.prediction.memory)}, {left} left")
         if unbound := self.unbound():
             lines.append(f"  {unbound}")
         return "\n".join([*lines, *self.notes])
@@ -501,11 +502,6 @@ def normalises(architecture: Architecture, recipe: Recipe, frozen: Collection[st
     """Whether a batch norm of the model takes its statistics from the samples that are worked on at once."""
     statistics = {t.name for t in architecture.statistics}
     return bool(statistics) and not statistics <= frozen_tensors(architecture, recipe.features, frozen)
-
-
-def _shares(use: MemoryBreakdown, limit: Limit) -> str:
-    """A process's memory by what takes it, the largest first, and what is left of the limit."""
-    return f"{_terms(use)}, {amount(limit.limit - limit.value, 'bytes')} left"
 
 
 def _terms(use: MemoryBreakdown) -> str:

@@ -66,7 +66,11 @@ def check_folder(folder: Path, target: str) -> None:
     if not place.is_dir():
         raise BundleError(f"{place} is not a folder", hint="Give another --out.")
     with storage_errors(f"can't read {folder}"):
-        if folder.is_dir() and not is_bundle(folder) and not _left_over(folder):
+        if (
+            folder.is_dir()
+            and not is_bundle(folder)
+            and {p.name for p in folder.iterdir()} - {_LOCK, PARTIAL, COMPLETE}
+        ):
             raise BundleError(f"{folder} is not empty and holds no bundle", hint="Empty it, or give another --out.")
     if not os.access(place, os.W_OK | os.X_OK):  # better known before hours of training than after
         refused = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -218,11 +222,6 @@ def _sweep(folder: Path) -> None:
         complete.rename(partial)  # it goes in one piece: a reader must never find a part of it
         sync_folder(folder)
         shutil.rmtree(partial)
-
-
-def _left_over(folder: Path) -> bool:
-    """Whether nothing is in a folder but what an export that was cut off has left."""
-    return {path.name for path in folder.iterdir()} <= {_LOCK, PARTIAL, COMPLETE}
 
 
 def _target(path: Path) -> str:

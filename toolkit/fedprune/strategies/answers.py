@@ -16,10 +16,12 @@ from fedprune.model.selection import Selection
 from fedprune.strategies.aggregators import Aggregator
 from fedprune.strategies.allocation import Allocator, Fleet
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Closing, Cut, Ranking, Report, Scene, Submodel
+from fedprune.strategies.values import Closing, Ranking, Scene, Submodel
 
 Check = Callable[[Any, Sequence[Any]], None]
 """Looks at an answer and at what was asked with."""
+
+_TRUTH = (bool, np.bool_)
 
 _STORED = "fiub"
 """Kinds of numbers that a collection of tensors may hold."""
@@ -57,10 +59,6 @@ def _ranked(answer: Any, asked: Sequence[Any]) -> None:
         _tensors(answer.order, whole, ".order", missing=True, exact=False)
 
 
-def _remembered(answer: Any, asked: Sequence[Any]) -> None:
-    _memories(answer, "")
-
-
 def _memories(answer: Any, part: str) -> None:
     _of(Mapping, answer, part, "a dict of named collections of tensors")
     for name, collection in answer.items():
@@ -72,16 +70,6 @@ def _memories(answer: Any, part: str) -> None:
             stored = isinstance(value, np.ndarray) and value.dtype.kind in _STORED
             if not isinstance(key, str) or not stored:
                 raise UnfitError(f"{where}[{shown(key)}]", "an array of numbers, by a text", _kind(value))
-
-
-def _sent(answer: Any, asked: Sequence[Any]) -> None:
-    cut: Cut = asked[0]
-    _submodel(answer, cut.scene.architecture, missing=False)
-
-
-def _lifted(answer: Any, asked: Sequence[Any]) -> None:
-    report: Report = asked[0]
-    _submodel(answer, report.cut.scene.architecture, missing=True)
 
 
 def _submodel(answer: Any, architecture: Architecture, *, missing: bool) -> None:
@@ -98,18 +86,6 @@ def _submodel(answer: Any, architecture: Architecture, *, missing: bool) -> None
         if not isinstance(active, np.ndarray) or active.dtype != np.bool_ or active.shape != shapes.get(name):
             expected = f"an array of bool {shape_text(*shapes[name])}" if name in shapes else "no such tensor"
             raise UnfitError(f".mask of {shown(name)}", expected, _kind(active))
-
-
-def _written(answer: Any, asked: Sequence[Any]) -> None:
-    _of(Recipe, answer)
-
-
-def _sums(answer: Any, asked: Sequence[Any]) -> None:
-    _of(Fold, answer)
-
-
-def _begun(answer: Any, asked: Sequence[Any]) -> None:
-    _model(answer, asked[0], "")
 
 
 def _closed(answer: Any, asked: Sequence[Any]) -> None:
@@ -140,26 +116,26 @@ def _admitted(answer: Any, asked: Sequence[Any]) -> None:
         raise UnfitError(f": widths of {asked[1]}", "channels per group of the model", str(error)) from error
 
 
-def _decided(answer: Any, asked: Sequence[Any]) -> None:
-    _of((bool, np.bool_), answer, "", "true or false")
-
-
-def _anything(answer: Any, asked: Sequence[Any]) -> None:
-    """What it answers isn't looked at."""
-
-
 CHECKS: dict[type, dict[str, Check]] = {
     Strategy: {
-        "begin": _begun,
+        "begin": lambda answer, asked: _model(answer, asked[0], ""),
         "rank": _ranked,
-        "learn": _remembered,
-        "extract": _sent,
-        "reconstruct": _lifted,
-        "recipe": _written,
+        "learn": lambda answer, asked: _memories(answer, ""),
+        "extract": lambda answer, asked: _submodel(answer, asked[0].scene.architecture, missing=False),
+        "reconstruct": lambda answer, asked: _submodel(answer, asked[0].cut.scene.architecture, missing=True),
+        "recipe": lambda answer, asked: _of(Recipe, answer),
         "close": _closed,
     },
-    Aggregator: {"fold": _sums, "add": _anything, "close": _closed},
-    Allocator: {"admit": _admitted, "open": _decided, "learn": _anything, "review": _decided, "done": _decided},
+    Aggregator: {
+        "fold": lambda answer, asked: _of(Fold, answer),
+        "add": lambda answer, asked: None,
+        "close": _closed,
+    },
+    Allocator: {
+        "admit": _admitted,
+        **dict.fromkeys(("open", "review", "done"), lambda answer, asked: _of(_TRUTH, answer, "", "true or false")),
+        "learn": lambda answer, asked: None,
+    },
 }
 """The methods that a user may write, each with the check of its answer."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, TypeVar
 
 from fedprune.core.errors import ConfigError, meant, shown
@@ -40,14 +40,12 @@ def read_options(job: Job, kind: type[T]) -> T:
                 f"job: strategy {job.strategy!r} has no option {shown(name)}{meant(name, known)}",
                 expected=", ".join(sorted(known)) or "none",
             )
-        values[name] = _checked(job.strategy, name, value, _default(known[name]))
+        f = known[name]
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        values[name] = _checked(job.strategy, name, value, default)
     made = kind(**values)
     check_fields(made, f"job: option {{}} of {job.strategy}")
     return made
-
-
-def _default(field: Field[Any]) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def _checked(strategy: str, name: str, value: object, default: object) -> object:

@@ -132,7 +132,8 @@ class _Origin:
 def _checked(found: T, what: str, checks: Mapping[str, Check], origin: _Origin) -> T:
     """A copy, of a subclass in which the methods that its user wrote are checked."""
     kind = type(found)
-    own = {method for method in checks if not _shipped(_definer(kind, method).__module__)}
+    definers = {method: next(k for k in kind.__mro__ if method in vars(k)) for method in checks}
+    own = {method for method, definer in definers.items() if not _shipped(definer.__module__)}
     if not own:
         return found
     origin = origin.also(kind)
@@ -143,10 +144,6 @@ def _checked(found: T, what: str, checks: Mapping[str, Check], origin: _Origin) 
     checked: type = type(kind.__name__, (kind,), body)
     object.__setattr__(made, "__class__", checked)
     return made
-
-
-def _definer(kind: type, method: str) -> type:
-    return next(k for k in kind.__mro__ if method in vars(k))
 
 
 def _calling(kind: type, method: str, what: str, check: Check, origin: _Origin) -> Callable[..., Any]:

@@ -73,7 +73,9 @@ def encode(
             parts[name] = value
             continue
         if codec.name == "zlib":
-            parts[name + _BITS] = _zigzag(_integers(value) - _integers(sent[name]))
+            moved = _integers(value) - _integers(sent[name])
+            # Small numbers of either sign become small unsigned ones, whose high bytes are all 0.
+            parts[name + _BITS] = (moved << 1) ^ (moved >> 31)
             continue
         with np.errstate(over="ignore", invalid="ignore"):
             difference = value - sent[name]
@@ -115,8 +117,9 @@ def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32
         if name in names:
             out[name] = _part(parts, name, np.float32, start.shape)
         elif codec.name == "zlib":
-            moved = _integers(start) + _unzigzag(_part(parts, name + _BITS, np.int32, start.shape))
-            out[name] = moved.view(np.float32).reshape(start.shape)
+            bits = _part(parts, name + _BITS, np.int32, start.shape)
+            moved = ((bits >> 1) & np.int32(2**31 - 1)) ^ -(bits & 1)
+            out[name] = (_integers(start) + moved).view(np.float32).reshape(start.shape)
         else:
             with np.errstate(over="ignore"):  # what is not finite then is refused by the fold
                 out[name] = start + _difference(codec, name, parts, start.shape)
@@ -248,14 +251,3 @@ def _part(parts: Mapping[str, Array], name: str, kind: type[Any], shape: Shape |
 def _integers(value: Float32) -> npt.NDArray[np.int32]:
     """The bits of floats, as whole numbers."""
     return np.ascontiguousarray(value, np.float32).reshape(-1).view(np.int32).reshape(value.shape)
-
-
-def _zigzag(numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Small numbers of either sign as small unsigned ones, whose high bytes are all 0."""
-    out: npt.NDArray[np.int32] = (numbers << 1) ^ (numbers >> 31)
-    return out
-
-
-def _unzigzag(numbers: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    out: npt.NDArray[np.int32] = ((numbers >> 1) & np.int32(2**31 - 1)) ^ -(numbers & 1)
-    return out

@@ -172,10 +172,6 @@ def _defined(name: str, check: Callable[[str, Any], Any], description: str = "")
     return FieldType(check, {**({"description": description} if description else {}), "$ref": f"#/$defs/{name}"})
 
 
-def _check_digest(where: str, value: object) -> str:
-    return validation.digest(where, value, error=ProtocolError)
-
-
 def _check_blob(where: str, value: object) -> BlobRef:
     if isinstance(value, BlobRef):
         return value
@@ -265,7 +261,7 @@ Name = Annotated[str, _defined("name", lambda where, value: check_name(value, wh
 Tag = Annotated[
     str, FieldType(lambda where, value: check_tag(value, where), {"type": "string", "pattern": "^[0-9a-f]{16}$"})
 ]
-Digest = Annotated[str, _defined("digest", _check_digest)]
+Digest = Annotated[str, _defined("digest", lambda where, value: validation.digest(where, value, error=ProtocolError))]
 Count = Annotated[int, whole()]
 Round = Annotated[int, _defined("count", whole().check, "The round.")]
 Attempt = Annotated[int, _defined("count", whole().check, "The attempt.")]

@@ -274,8 +274,9 @@ def concat(tape: Tape, node: Node) -> Pull:
     out = list(shapes[0])
     out[axis] = tape.total([s[axis] for s in shapes])
     for i in range(len(out)):
-        if i != axis:
-            _same(node, [s[i] for s in shapes])
+        if i != axis and len({s[i] for s in shapes}) > 1:
+            sizes = [s[i] for s in shapes]
+            raise ModelError(f"{describe(node)}: sizes don't fit each other at every width", got=sizes)
     tape.enter(node.outputs[0], g.emit("Concat", *values, attrs={"axis": axis}), tuple(out))
 
     def pull(dy: str) -> None:
@@ -286,11 +287,6 @@ def concat(tape: Tape, node: Node) -> Pull:
                 tape.add(name, part)
 
     return pull
-
-
-def _same(node: Node, dims: Sequence[Dim]) -> None:
-    if len(set(dims)) > 1:
-        raise ModelError(f"{describe(node)}: sizes don't fit each other at every width", got=list(dims))
 
 
 @rule("Split")

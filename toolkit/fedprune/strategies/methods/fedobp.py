@@ -117,7 +117,9 @@ class FedObp(Strategy):
     def scores(self, cut: Cut, submodel: Submodel) -> dict[str, _Compared]:
         """Scores of what may stay the device's own, averaged over its visits if so asked."""
         architecture, options = cut.scene.architecture, self.options
-        names = list(head_axes(architecture)) if options.scope == "classifier" else _names(architecture)
+        # Batch-norm statistics are always the global model's.
+        trained = [t.name for t in architecture.trainable]
+        names = list(head_axes(architecture)) if options.scope == "classifier" else trained
         before = cut.scene.memory.get(_SCORES + cut.turn.device) if options.average else None
         out = {}
         for name in names:
@@ -163,11 +165,6 @@ def fedobp(job: Job) -> Strategy:
         allocator=dealt(job, options.densities),
         keeps_past=True,
     )
-
-
-def _names(architecture: Architecture) -> list[str]:
-    """All that is trained; batch-norm statistics are always the global model's."""
-    return [t.name for t in architecture.trainable]
 
 
 def _own(cut: Cut, submodel: Submodel, name: str) -> tuple[npt.NDArray[np.float32], Bits]:

@@ -150,7 +150,7 @@ class Importance:
         order = size = magnitudes(scene.model, prunable(scene.architecture))
         if self.kind != "size":
             known = self._importance(scene)
-            least = _least(known)
+            least = min((float(v[v > 0].min()) for v in known.values() if (v > 0).any()), default=1.0)
             order = {n: _filled(v, known.get(n), least) for n, v in size.items()}
         return with_floors(order, scene.model, self.floor)
 
@@ -179,12 +179,6 @@ def _filled(size: Floats, known: Floats | None, least: float) -> Floats:
     positive = known[known > 0]
     unit = positive.min() if positive.size else np.float32(least)
     return np.where(known > 0, known, size * unit).astype(np.float32)
-
-
-def _least(store: Tensors) -> float:
-    """The least importance above 0 of all; 1 where there is none."""
-    found = [float(v[v > 0].min()) for v in store.values() if (v > 0).any()]
-    return min(found, default=1.0)
 
 
 def _gathered(scene: Scene, reports: Iterator[Report]) -> tuple[Tensors, Tensors, dict[str, npt.NDArray[np.int64]]]:
