@@ -184,14 +184,10 @@ def test_a_schedule_survives_json(schedule: Schedule) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"kind": "sometimes"}, "kind"),
         ({"kind": "asynchronous"}, "neither"),
         ({"kind": "asynchronous", "arrivals": 1, "window_s": 2}, "both"),
         ({"kind": "asynchronous", "arrivals": 4, "concurrent": 3}, "at most concurrent"),
         ({"kind": "asynchronous", "arrivals": 4, "mixing": "unbiased"}, "window_s above 0"),
-        ({"rate": -1}, "rate"),
-        ({"least": 0}, "least"),
-        ({"keep": 1}, "keep"),
         ({"staleness": {"decay": "never"}}, "decay"),
         ({"staleness": {"c": 1}}, "unknown key 'c'"),
         ({"speed": 1}, "unknown key 'speed'"),

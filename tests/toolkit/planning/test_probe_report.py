@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import Field, fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,18 +50,7 @@ def test_a_missing_measurement_is_named(name: str) -> None:
         ProbeReport.from_dict(body)
 
 
-def refused(field: Field[Any]) -> list[Any]:
-    """Values on the other side of each limit of a measurement."""
-    limits = field.metadata["limits"]
-    wrong = [limits.low - 1, 2 * limits.high + 1, math.nan, math.inf, 10**400, "much", True, [1]]
-    return wrong + ([limits.low + 0.5] if "int" in str(field.type) else []) + ([None] if field.default else [])
-
-
-BAD: list[tuple[str, Any]] = [
-    (field.name, value) for field in fields(ProbeReport) if field.metadata for value in refused(field)
-]
-BAD += [("memory_available", 2_000_000_000), ("throttled", 1), ("onnxruntime", 1.31), ("board", None)]
-BAD += [("board", "x" * 201)]
+BAD = [("memory_available", 2_000_000_000), ("onnxruntime", 1.31), ("board", None), ("board", "x" * 201)]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: str(value)[:20])

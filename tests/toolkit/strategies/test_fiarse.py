@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Tensors
@@ -101,9 +100,3 @@ def test_boards_train_through_the_threshold_or_a_hard_mask() -> None:
     turn = Turn(0, 1, "a", NET.sizes)
     assert fiarse().recipe(Recipe(), turn) == Recipe(mask="threshold")
     assert fiarse(mask="hard").recipe(Recipe(), turn) == Recipe(mask="hard")
-
-
-@pytest.mark.parametrize("options", [{"mask": "none"}, {"weighting": "all"}, {"densities": [0.0]}, {"k": 1}], ids=str)
-def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        fiarse(**options)

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedprune.core.errors import ConfigError
 from fedprune.core.rng import keyed
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.selection import Tensors, mesh
@@ -178,9 +177,3 @@ def test_every_layer_keeps_its_floor(seed: int, floor: float, density: float) ->
             assert active.sum() >= max(1, int(floor * active.size))
             weights = np.abs(play.reports["a"].cut.scene.model[n])
             assert active.ravel()[weights.argmax()]
-
-
-@pytest.mark.parametrize("wrong", [{"kind": "fisher"}, {"interval": 0}, {"floor": -0.1}, {"floor": 1.5}], ids=str)
-def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
-        Importance(**wrong)

@@ -172,24 +172,6 @@ def test_options_reach_the_strategy() -> None:
     assert subflot(sar=0).recipe(recipe, turn(0.5)) == recipe
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"alpha": 1.1},
-        {"sar": -1},
-        {"ota_fuse": 2},
-        {"maps": "soft"},
-        {"plans": "none"},
-        {"weighting": "loss"},
-        {"x": 1},
-    ],
-    ids=str,
-)
-def test_options_out_of_range_are_named(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(options))):
-        subflot(**options)
-
-
 @pytest.mark.parametrize("key", ["frozen", "trainable", "personal"])
 def test_tensors_that_must_stay_apart_are_refused(key: str) -> None:
     with pytest.raises(ConfigError, match=key):

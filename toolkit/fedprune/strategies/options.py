@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from fedprune.core.errors import ConfigError, meant, shown
 from fedprune.core.settings import check_fields
+from fedprune.core.validation import is_number
 from fedprune.jobs.job import Job
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ def read_options(job: Job, kind: type[T]) -> T:
 
 def _checked(strategy: str, name: str, value: object, default: object) -> object:
     kind = type(default)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and is_number(value):
         return float(value)
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(value)

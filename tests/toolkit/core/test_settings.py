@@ -1,0 +1,109 @@
+"""Settings: ranges and words that a field declares are kept everywhere, and the error names the field."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import pytest
+
+from fedprune.core.errors import ConfigError, FedpruneError, ProfileError
+from fedprune.core.settings import _declared
+from fedprune.jobs.job import Job
+from fedprune.jobs.schedule import Schedule, Staleness
+from fedprune.model.recipe import Recipe
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.releases.rollout import RolloutPlan, Stage
+from fedprune.runtime.tensorrt_config import EnginePlan
+from fedprune.strategies import compose
+from fedprune.strategies.allocation import Tiers
+from fedprune.strategies.growth import Recovery, TimeDriven
+from fedprune.strategies.methods import (
+    asynchronous,
+    autoflip,
+    ca_hfp,
+    fedavg,
+    fedobp,
+    fedper,
+    fedprune,
+    fiarse,
+    heterofl,
+    pr_fl,
+    robust,
+    subflot,
+)
+from fedprune.updates.privacy import Privacy
+
+pytestmark = pytest.mark.board
+
+PLAIN: dict[type[Any], Callable[..., Any]] = {
+    **{kind: kind for kind in (Recipe, Job, Schedule, Staleness, Privacy, EnginePlan, Recovery, TimeDriven)},
+    **{kind: kind for kind in (pr_fl.Importance, robust.Robustness)},
+    Tiers: partial(Tiers, (1.0,)),
+    Stage: partial(Stage, share=1.0),
+    RolloutPlan: partial(RolloutPlan, "model", "1"),
+    ProbeReport: partial(ProbeReport, cores=4, memory_total=2**30, memory_available=2**29, seconds=1.0),
+}
+OPTIONS = {
+    "autoflip": autoflip.Options,
+    "ca-hfp": ca_hfp.Options,
+    "fedasync": asynchronous.OneByOne,
+    "fedavg": fedavg.Options,
+    "fedbuff": asynchronous.Buffers,
+    "fedfix": asynchronous.Windows,
+    "fedobp": fedobp.Options,
+    "fedper": fedper.Options,
+    "fedprox": fedavg.ProximalOptions,
+    "fedprune": fedprune.Options,
+    "fedrolex": heterofl.RollingOptions,
+    "fiarse": fiarse.Options,
+    "heterofl": heterofl.Options,
+    "history": fedper.HistoryOptions,
+    "local": fedper.LocalOptions,
+    "pr-fl": pr_fl.Options,
+    "subflot": subflot.Options,
+}
+
+
+def wrong(kind: type[Any], name: str) -> Iterator[Any]:
+    """Values on the other side of all that a field declares."""
+    declared = _declared(kind)[name]
+    if declared.words or declared.kind is bool:
+        yield from ("nonsense", 3, None)
+    if declared.limits is None:
+        return
+    limits = declared.limits
+    numbers: list[Any] = [2 * limits.high + 1, min(limits.low, 0) - 1, math.nan, math.inf, 10**400, "much", True]
+    numbers += [limits.low] * limits.above + [limits.high] * limits.below + [limits.low / 2] * limits.or_zero
+    numbers += [] if declared.optional else [None]
+    for number in numbers + [limits.low + 0.5] * declared.whole:
+        if not isinstance(number, float) or number != limits.high or not math.isinf(number):
+            yield number
+
+
+CASES = [(kind, f.name) for kind in PLAIN for f in fields(kind) if [*wrong(kind, f.name)]]
+OF_PRESETS = [(name, f.name) for name, kind in OPTIONS.items() for f in fields(kind) if [*wrong(kind, f.name)]]
+
+
+def given(kind: type[Any], name: str) -> list[Any]:
+    """The wrong values, as the only entry of a list where the field is one."""
+    listed = "tuple" in str(_declared(kind)[name].kind)
+    return [(value,) if listed else value for value in wrong(kind, name)]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_a_wrong_value_is_refused_by_the_name_of_its_field(kind: type[Any], name: str) -> None:
+    error: type[FedpruneError] = ProfileError if kind is ProbeReport else ConfigError
+    for value in given(kind, name):
+        with pytest.raises(error, match=name):
+            PLAIN[kind](**{name: value})
+
+
+@pytest.mark.parametrize(("strategy", "name"), OF_PRESETS)
+def test_a_wrong_option_is_refused_by_its_name(strategy: str, name: str) -> None:
+    for value in given(OPTIONS[strategy], name):
+        with pytest.raises(ConfigError, match=f"option {name} of {strategy}"):
+            compose(Job(strategy=strategy, options={name: value}))
