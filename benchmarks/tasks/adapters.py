@@ -1,4 +1,4 @@
-"""A language model that was trained on other roles, and is frozen, with adapters as PEFT has them."""
+"""A language model that was trained on plays, and is frozen, with adapters as PEFT has them."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Speaker(nn.Module):
 
 
 def trained_base() -> Characters:
-    """The base, trained on what all roles say that no board has; its weights are kept for later runs."""
+    """The base, trained on what all roles of the plays say; its weights are kept for later runs."""
     place = Path("build/tasks/base.pt")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ def trained_base() -> Characters:
         if place.exists():
             net.load_state_dict(torch.load(place, weights_only=True))
             return net
-        rows = torch.tensor(data.other_roles())
+        rows = torch.tensor(data.all_plays())
         optimizer = torch.optim.Adam(net.parameters(), lr=_RATE)
         steps = _EPOCHS * -(-len(rows) // _BATCH)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

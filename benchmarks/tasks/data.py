@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -184,25 +185,47 @@ MOST_SAID = 12
 """Roles with most text: a board each."""
 
 
+def _play_text() -> str:
+    return bytes(arrays("shakespeare")["text"]).decode("latin-1")
+
+
+def _rows(text: str) -> Array:
+    """65 characters after each other [n, 65], as numbers of the plays' characters; others are left out."""
+    number = {c: i for i, c in enumerate(sorted(set(_play_text())))}
+    tokens = np.array([number[c] for c in text if c in number], np.int64)
+    rows = [tokens[i : i + 65] for i in range(0, len(tokens) - 65, 64)]
+    return np.stack(rows) if rows else np.zeros((0, 65), np.int64)
+
+
 def _roles() -> list[tuple[str, Array]]:
     """Roles, those with most text first, and 65 characters after each other of what they say [n, 65]."""
-    text = bytes(arrays("shakespeare")["text"]).decode("latin-1")
-    number = {c: i for i, c in enumerate(sorted(set(text)))}
     roles: dict[str, str] = {}
-    for name, said in re.findall(r"(?:^|\n\n)([A-Z][A-Za-z ]+):\n((?:.+\n?)+)", text):
+    for name, said in re.findall(r"(?:^|\n\n)([A-Z][A-Za-z ]+):\n((?:.+\n?)+)", _play_text()):
         roles[name] = roles.get(name, "") + said
-    out = []
-    for name in sorted(roles, key=lambda r: -len(roles[r])):
-        tokens = np.array([number[c] for c in roles[name]], np.int64)
-        rows = [tokens[i : i + 65] for i in range(0, len(tokens) - 65, 64)]
-        out.append((name.lower().replace(" ", "-"), np.stack(rows) if rows else np.zeros((0, 65), np.int64)))
-    return out
+    return [(n.lower().replace(" ", "-"), _rows(roles[n])) for n in sorted(roles, key=lambda r: -len(roles[r]))]
 
 
 def plays(seed: int) -> Dealt:
-    """A board for each of twelve roles; the last fifth of every role is the server's."""
+    """A board for each of twelve roles."""
+    return _texts(dict(_roles()[:MOST_SAID]))
+
+
+def chapters(seed: int) -> Dealt:
+    """A board for each of the twelve longest chapters of Python's own manual, without what an earlier one says, too."""
+    seen: set[str] = set()
+    found = {}
+    for name in sorted(topics, key=lambda t: (-len(topics[t]), t)):
+        own = dict.fromkeys(p for p in topics[name].split("\n\n") if p not in seen)
+        seen |= own.keys()
+        found[name] = _rows("\n\n".join(own))
+    most = sorted(found, key=lambda t: (-len(found[t]), t))[:MOST_SAID]
+    return _texts({name: found[name] for name in most})
+
+
+def _texts(found: dict[str, Array]) -> Dealt:
+    """A board for each text; the last fifth of every text is the server's."""
     parts, tests = {}, []
-    for name, rows in _roles()[:MOST_SAID]:
+    for name, rows in found.items():
         cut = len(rows) - len(rows) // 5
         parts[name] = rows[:cut, :-1], rows[:cut, 1:]
         tests.append(rows[cut:])
@@ -210,6 +233,6 @@ def plays(seed: int) -> Dealt:
     return dealt(parts, whole[:, :-1], whole[:, 1:])
 
 
-def other_roles() -> Array:
-    """What all roles say that are on no board [n, 65]."""
-    return np.concatenate([rows for _, rows in _roles()[MOST_SAID:]])
+def all_plays() -> Array:
+    """What all roles say [n, 65]."""
+    return np.concatenate([rows for _, rows in _roles()])

@@ -29,9 +29,8 @@ on the side on which the engine had it, our distance was 0.89 of torch's (median
 def trained_task(name: str) -> Trained:
     torch.set_num_threads(1)
     features = replace(TASKS[name].recipe.features, optimizer="sgd")  # on which gradients don't depend
-    return Trained(
-        benchmark_tasks.imported(name), features, lambda outputs, labels: torch_loss(TASKS[name], outputs, labels)
-    )
+    model = benchmark_tasks.imported(name, base=None)  # a float32 one, as torch's
+    return Trained(model, features, lambda outputs, labels: torch_loss(TASKS[name], outputs, labels))
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != FLIPPING])

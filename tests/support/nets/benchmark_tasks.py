@@ -30,8 +30,8 @@ def module(name: str) -> torch.nn.Module:
 
 
 @functools.cache
-def imported(name: str) -> Model:
-    return fx.load(module(name), **TASKS[name].own)
+def imported(name: str, **changes: Any) -> Model:
+    return fx.load(module(name), **{**TASKS[name].own, **changes})
 
 
 def samples(name: str, count: int, seed: int) -> tuple[Array, Array]:
