@@ -66,8 +66,11 @@ def layer_norm(channels: Channels, node: Node) -> None:
 
 @rule("GroupNormalization")
 def group_norm(channels: Channels, node: Node) -> None:
-    """Whole norm groups are cut, or the same positions of every group."""
+    """Whole norm groups are cut, or the same positions of every group; places, over which it averages, too, stay."""
     x = channels.of(node, 0)
+    if any(r.any() for r in x[2:]):
+        channels.notes.append(f"{node.op} {node.name} takes channels for places: they stay.")
+    channels.fix(x[2:])
     row = x[1]
     groups = int(node.attrs["num_groups"])
     blocks = row.reshape(groups, -1)
@@ -86,7 +89,7 @@ def group_norm(channels: Channels, node: Node) -> None:
         if len(options) > 1 and option is not None:
             channels.choices.watch(node.outputs[0], option, [row])
     _vectors(channels, node, (1, 2), [row])
-    channels.out(node, [x[0], row, *x[2:]])
+    channels.out(node, [x[0], row, *(np.zeros_like(r) for r in x[2:])])
 
 
 @rule("LRN")

@@ -661,3 +661,17 @@ class Overlaps(Images):
         whole = functional.fold(changed, (8, 8), 3, stride=2, padding=1)
         waves = torch.view_as_real(torch.fft.rfft(whole)) * self.waves[:, None]
         return torch.relu(self.b(torch.fft.irfft(torch.view_as_complex(waves), n=8)))
+
+
+@hard(1)
+class ChannelsAsPlaces(Images):
+    """A map whose channels become lines, over which a group normalisation averages and a convolution moves."""
+
+    def build(self) -> None:
+        self.a, self.b, self.c, self.d = conv(8, 6), conv(8, 6), conv(6, 8), conv(6, 8)
+        self.norm, self.across = nn.GroupNorm(2, 8), conv(8, 8)
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        one = self.norm(torch.relu(self.a(x)).transpose(1, 2))
+        two = self.across(torch.relu(self.b(x)).transpose(1, 2))
+        return torch.relu(self.c(one.transpose(1, 2)) + self.d(two.transpose(1, 2)))
