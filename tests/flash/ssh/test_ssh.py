@@ -70,7 +70,7 @@ def command(inventory: Path, kit: Path, *options: str) -> list[str]:
 
 def states(said: str) -> dict[str, str]:
     """Board and state, of the table."""
-    rows = [re.split(r"\s{2,}", line) for line in said.splitlines()[1:]]
+    rows = [line.split("\t") for line in said.splitlines()[1:]]
     return {row[0].partition(" ")[0]: row[1] for row in rows}
 
 
@@ -243,9 +243,9 @@ def test_each_board_says_what_is_wrong_with_it_and_the_others_are_done(
         said = capsys.readouterr()
         assert code == ExitCode.BOARD
         lines = {line.split()[0]: line for line in said.out.splitlines()}
-        assert " done " in lines["good"]
+        assert "\tdone\t" in lines["good"]
         assert f"model is another board: expected raspberry-pi-5, got {PROFILE}" in lines["model"]
-        assert "-> Correct its host or its board in the inventory." in lines["model"]
+        assert "\tCorrect its host or its board in the inventory." in lines["model"]
         assert "the service ends" in lines["broken"]
         assert "waits for its samples" in lines["empty"]
         assert "no connection" in lines["gone"]
