@@ -130,7 +130,7 @@ def _add_run(commands: Any) -> None:
         type=_hours,
         default=0.0,
         metavar="HOURS",
-        help="train on while the server is away, so often (default: wait for it)",
+        help="while the server is away, train every HOURS hours (default: wait for it)",
     )
     run.add_argument(
         "--max-packet",

@@ -15,7 +15,7 @@ _MOST_JOBS = 64
 
 
 def add_ssh_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    ssh = commands.add_parser("ssh", help="install on boards that run, over SSH, many at once; or remove")
+    ssh = commands.add_parser("ssh", help="install on many running boards over SSH, or remove an installation")
     ssh.add_argument("inventory", type=Path, metavar="INVENTORY", help="a TOML file with a table for each board")
     ssh.add_argument("--only", action="append", default=[], metavar="DEVICE", help="of the inventory; repeatable")
     ssh.add_argument(

@@ -12,11 +12,9 @@ from fedprune_server.monitoring.notifications import Channel, Message, Notificat
 
 def add_alerts(alerts: argparse.ArgumentParser) -> None:
     actions = alerts.add_subparsers(dest="action", required=True, metavar="ACTION")
-    text = "send a test notification by every way that `run` with the same options would use"
     test = actions.add_parser(
         "test",
-        help=text,
-        description=f"{text[0].upper()}{text[1:]}.",
+        help="send a test notification by every way that `run` with the same options would use",
         parents=[run_options()],
     )
     test.set_defaults(function=_test)

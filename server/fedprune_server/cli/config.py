@@ -22,9 +22,7 @@ def add_config(config: argparse.ArgumentParser) -> None:
         ("check", "check a fleet.toml together with the environment, and show what a server would use"),
         ("show", "show what `run` with the same options would use"),
     ):
-        action = actions.add_parser(
-            name, help=text, description=f"{text[0].upper()}{text[1:]}.", parents=[run_options()]
-        )
+        action = actions.add_parser(name, help=text, parents=[run_options()])
         if name == "check":
             action.add_argument("file", type=Path, metavar="FILE", help="the fleet.toml")
         action.add_argument("--json", action="store_true", help="as JSON, for programs")

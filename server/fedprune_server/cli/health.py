@@ -13,9 +13,11 @@ from fedprune_server.monitoring.health import check_pulse
 
 
 def add_health(health: argparse.ArgumentParser) -> None:
-    health.add_argument("--pulse", type=Path, metavar="FILE", help=f"the file that it touches (default: {_PULSE})")
-    health.add_argument("--within", type=seconds, default=120.0, metavar="S", help="how long ago (default: 120)")
-    health.add_argument("--ready", action="store_true", help="it must run, too, not only stand by")
+    health.add_argument("--pulse", type=Path, metavar="FILE", help=f"file that the server touches (default: ${_PULSE})")
+    health.add_argument(
+        "--within", type=seconds, default=120.0, metavar="S", help="seconds since then, at most (default: 120)"
+    )
+    health.add_argument("--ready", action="store_true", help="a server on standby doesn't count")
     health.set_defaults(function=_health)
 
 

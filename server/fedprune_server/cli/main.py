@@ -29,9 +29,9 @@ COMMANDS = {
     "config": ("config", "check settings, and show where each comes from"),
     "alerts": ("alerts", "try the notifications of alerts"),
     "service": ("service", "print or install the systemd unit of this server"),
-    "health": ("health", "whether the server lives that has FEDPRUNE_PULSE in its environment"),
+    "health": ("health", "check that a server is alive, by the file that it touches (FEDPRUNE_PULSE)"),
     "logs": ("observe", "show warnings, errors and crashes that boards have sent"),
-    "doctor": ("observe", "say in words what is wrong with a fleet, and what to do"),
+    "doctor": ("observe", "explain what is wrong with a fleet, and what to do"),
     "operators": ("operators", "manage the accounts of the console"),
 }
 """Commands: the module with their options, and their help text."""

@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--strategy", metavar="NAME", help="instead of the job's, as in `fedprune-server run`")
     parser.add_argument("--seed", type=int, metavar="N", help="instead of the job's")
     parser.add_argument("--rounds", type=whole_number, metavar="N", help="instead of the job's")
-    parser.add_argument("--workers", type=whole_number, metavar="N", help="train in so many processes")
+    parser.add_argument("--workers", type=whole_number, metavar="N", help="processes that train side by side")
     parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU, if that works")
     parser.set_defaults(run=with_extra("server", _run))
     return parser
@@ -81,13 +81,13 @@ def build_compare_parser() -> argparse.ArgumentParser:
 
 def build_sweep_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=f"{PROG} {SWEEP}", description="Simulate a fleet again and again, with other settings each time."
+        prog=f"{PROG} {SWEEP}", description="Simulate a fleet several times, with other settings each time."
     )
     parser.add_argument("file", type=Path, metavar="FILE", help="a TOML file: config, seeds, and [[runs]]")
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder of the runs' folders; finished runs are kept"
     )
-    parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="so many runs at a time")
+    parser.add_argument("--workers", type=whole_number, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--ray", action="store_true", help="on a Ray cluster, which must see DIR and the data")
     parser.set_defaults(run=with_extra("server", _sweep))
     return parser

@@ -130,6 +130,25 @@ def test_a_usage_error_is_one_line(words: list[str], said: str, capsys: pytest.C
     assert capsys.readouterr().err == f"error: {said}"
 
 
+def test_help_of_a_command_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    def build() -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(prog="tool")
+        commands = parser.add_subparsers(dest="command", required=True)
+        commands.add_parser("look", help="look at a board")
+        inner = commands.add_parser("make", help="make things").add_subparsers(required=True)
+        inner.add_parser("kit", help="make a kit", description="Make a folder of wheels.")
+        return parser
+
+    def help_of(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            run_command("tool", build, [*words, "--help"])
+        return capsys.readouterr().out
+
+    assert "\n\nLook at a board.\n\n" in help_of("look")
+    assert "\n\nMake things.\n\n" in help_of("make")
+    assert "\n\nMake a folder of wheels.\n\n" in help_of("make", "kit")
+
+
 def test_what_the_system_refuses_comes_with_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert command(failing(PermissionError(errno.EACCES, "Permission denied", "x"))) == ExitCode.STORAGE
     assert capsys.readouterr().err.startswith("error: Permission denied: x. Let this user")

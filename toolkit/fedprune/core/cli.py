@@ -50,6 +50,7 @@ def run_command(
     `SystemExit`."""
     try:
         parser = build_parser()
+        _describe(parser)
         add_examples(parser)
         _shorten(parser)
         _check_options(parser, sys.argv[1:] if argv is None else argv)
@@ -195,6 +196,17 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _describe(parser: argparse.ArgumentParser) -> None:
+    """Let the help of each subcommand begin with its line in the list of commands, unless it has a description."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            lines = {choice.dest: choice.help for choice in action._choices_actions}
+            for name, inner in action.choices.items():
+                if (line := lines.get(name)) and not inner.description:
+                    inner.description = f"{line[0].upper()}{line[1:]}."
+                _describe(inner)
 
 
 def _shorten(parser: argparse.ArgumentParser) -> None:
