@@ -145,12 +145,20 @@ def import_loss(raw: bytes, outputs: Sequence[int]) -> Model:
     """A loss as a graph of `logits` and `y` that gives `loss` [n], of operators that can be differentiated. Raises
     `ModelError` if it is damaged, has other inputs or outputs, or uses what can't be handled."""
     graph = _read(raw, outputs, "loss", (LOSS,), "one number per sample")
-    seen = trace(graph)
+    try:
+        seen = trace(graph)
+    except ModelError as error:
+        labels = graph.inputs[1]
+        raise ModelError(
+            f"the model's own loss: {error}",
+            hint=f"Its labels are {labels.dtype} {shape_text('n', *labels.shape[1:])}. If they should be numbers of "
+            'classes, set the attributes target_dtype = "int64" and target_shape of the loss (docs/export.md).',
+        ) from error
     if (dims := seen.dims(LOSS)) != (None,):
         raise ModelError(
             "what a loss returns",
             expected="one number per sample [n]",
-            got=shape_text(*("n" if d is None else d for d in dims)),
+            got=shape_text(*("n" if d is None else d for d in dims)) if dims else "one number for the whole batch",
             hint="Sum or average over all axes but the first: reduction='none', then .flatten(1).mean(1).",
         )
     simplified(graph, set(graph.initializers), [], output=LOSS)

@@ -129,7 +129,10 @@ def _of_graph(g: Graph, logits: str, loss: Model) -> _Parts:
         raise ModelError(f"the model's own loss: {error}") from error
     row = tape.value(step_contract.LOSS)
     if not tape.wants(step_contract.LOSS):
-        raise ModelError("the model's own loss doesn't depend on its outputs, or not in a way that can be trained")
+        raise ModelError(
+            "the model's own loss doesn't depend on its outputs in a way that can be trained",
+            hint="No gradient passes argmax, comparisons, rounding, whole numbers or detach().",
+        )
 
     def gradient(share: str) -> str:
         tape.add(step_contract.LOSS, g.emit("Expand", share, tape.shape_of(row)))

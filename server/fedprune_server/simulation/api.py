@@ -150,11 +150,17 @@ def simulate(
             raise ConfigError("fleet", expected=f"a file or tables, to set {', '.join(given)}", got="a plan")
         plan = fleet
     else:
-        if isinstance(strategy, FunctionType):
+        if isinstance(strategy, FunctionType) and strategy.__qualname__.isidentifier():
             strategy = f"{strategy.__module__}:{strategy.__qualname__}"
         elif strategy is not None and not isinstance(strategy, str):
             expected = "a name, or a module's function that composes one"
-            raise ConfigError("strategy", expected=expected, got=type(strategy).__name__)
+            raise ConfigError(
+                "strategy",
+                expected=expected,
+                got=getattr(strategy, "__qualname__", type(strategy).__name__),
+                hint="Write a function that takes the job and returns your strategy, at the top of a module "
+                "(docs/write-a-strategy.md).",
+            )
         path, tables = (Path("settings"), fleet) if isinstance(fleet, Mapping) else (Path(fleet), None)
         plan = read_plan(
             path,

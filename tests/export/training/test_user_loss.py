@@ -216,13 +216,21 @@ def averaged(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(outputs, labels) + outputs.mean((1, 2, 3))
 
 
+def counted(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(outputs, labels, reduction="none").flatten(1).mean(1)
+
+
 @pytest.mark.parametrize(
     ("loss", "text"),
     [
-        (scalar, r"what a loss returns: expected one number per sample \[n\], got \[\].*flatten\(1\)\.mean\(1\)"),
+        (counted, r"own loss: .*Its labels are float32 \[n, 4, 6, 6\].*target_dtype"),
+        (
+            scalar,
+            r"what a loss returns: expected one number per sample \[n\], got one number for the.*flatten\(1\)\.mean",
+        ),
         (blind, r"blind: torch can't export this loss .*takes outputs \[n, 4, 6, 6\] and labels"),
         (three, r"three: torch can't export this loss .*missing 1 .*A loss takes outputs"),
-        (flat, "doesn't depend on its outputs"),
+        (flat, "doesn't depend on its outputs .*argmax"),
         (ruleless, r"own loss: .*\(Det\) has no gradient rule"),
         (odd, "target_shape and target_dtype: expected .*float16"),
         (averaged, r"makes one number of the whole batch: expected reduction 'none'"),

@@ -137,7 +137,7 @@ def test_settings_that_a_plan_has_already_are_refused(fleet: dict[str, Any]) -> 
             simulate(plan, **{name: value})
 
 
-@pytest.mark.parametrize("strategy", [partial(compose), Strategy(inputs="sum"), 5])
+@pytest.mark.parametrize("strategy", [partial(compose), Strategy(inputs="sum"), Strategy, lambda job: compose(job), 5])
 def test_a_strategy_of_another_kind_is_named(fleet: dict[str, Any], strategy: Any) -> None:
     with pytest.raises(ConfigError, match="strategy: expected a name, or a module's function"):
         simulate(fleet, strategy=strategy)
