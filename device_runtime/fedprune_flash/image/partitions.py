@@ -72,7 +72,11 @@ def read_partitions(file: BinaryIO, size: int, name: str = "the image") -> Parti
     file.seek(0)
     head = file.read(2 * SECTOR)
     if len(head) < 2 * SECTOR or head[510:512] != b"\x55\xaa":
-        raise ImageError(f"{name} has no partition table", expected="a master boot record")
+        raise ImageError(
+            f"{name} has no partition table",
+            expected="a master boot record",
+            hint="Give an image of Raspberry Pi OS (.img, .img.xz or .img.gz); download it again if it is one.",
+        )
     found = []
     for number in range(1, 5):
         entry = head[_ENTRIES + 16 * (number - 1) :][:16]
