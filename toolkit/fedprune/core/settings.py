@@ -64,12 +64,15 @@ def check_fields(settings: Any, where: str, error: type[FedpruneError] = ConfigE
     field's name. Raises `error`, which names the field."""
     for name, declared in _declared(settings.__class__).items():
         value, what = getattr(settings, name), where.format(name)
+        if value is None and declared.optional:
+            continue
         if declared.words:
             validation.word(what, value, declared.words, error=error)
         elif declared.kind is bool:
             validation.truth(what, value, error=error)
-        elif declared.limits is not None and not (value is None and declared.optional):
-            for entry in value if isinstance(value, tuple) else (value,):
+        elif declared.limits is not None:
+            several = get_origin(declared.kind) is tuple and isinstance(value, tuple)
+            for entry in value if several else (value,):
                 declared.limits.check(what, entry, whole=declared.whole, error=error)
 
 
