@@ -18,7 +18,7 @@ import numpy as np
 
 from fedprune.core.closing import Closing
 from fedprune.core.errors import FedpruneError, MissingExtraError, RuntimeUnavailableError
-from fedprune.core.line_process import MARK, LineProcess
+from fedprune.core.line_process import MARK, LineProcess, StrayLinesError
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.session import version
 from fedprune_device.hardware.probe import probe, reference_net, reference_predictor
@@ -76,7 +76,7 @@ class RuntimeProcess(Closing):
         except OSError as error:
             raise RuntimeUnavailableError(f"can't start {self._python}: {error.strerror}") from error
         try:
-            self._version = str(process.answer(_START_S).get("version", ""))[:200]
+            self._version = str(self._answer(process, _START_S).get("version", ""))[:200]
         except EOFError as error:
             code, reason = self._ended(process)
             if process.late:
@@ -99,7 +99,7 @@ class RuntimeProcess(Closing):
         process = self._process or self._start()
         try:
             process.send(json.dumps(request).encode() + b"\n", seconds)
-            answer = process.answer(seconds)
+            answer = self._answer(process, seconds)
         except (OSError, EOFError) as error:
             code, reason = self._ended(process)
             if process.late:
@@ -112,6 +112,13 @@ class RuntimeProcess(Closing):
         if "error" in answer:
             raise RuntimeUnavailableError(f"{what} failed ({answer['error']})", hint=hint)
         return answer.get("answer")
+
+    def _answer(self, process: LineProcess, seconds: float) -> Any:
+        try:
+            return process.answer(seconds)
+        except StrayLinesError as error:
+            self.close()
+            raise RuntimeUnavailableError("onnxruntime's process prints too much that is no answer") from error
 
     def _ended(self, process: LineProcess) -> tuple[int, str]:
         """The exit status, and the last line of the error output."""

@@ -95,6 +95,7 @@ def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
         ("kill -KILL $$", "the probe failed.*signal 9.*--no-probe"),
         ("echo odd >&2; exit 1", "the probe failed.*odd.*--no-probe"),
         ("""echo 'fedprune: {"error": "no room"}'""", "the probe failed.*no room.*--no-probe"),
+        ("yes | head -n 2000", "prints too much"),
     ],
 )
 def test_a_probe_apart_that_fails_says_why(tmp_path: Path, script: str, says: str) -> None:
