@@ -127,8 +127,9 @@ def configured(arguments: argparse.Namespace, environment: Mapping[str, str] = o
     """The configuration of `run` with these options: command line over environment over file.
 
     Without a file, of the command line or the environment, the settings of the state folder's last start count instead.
-    Raises `ConfigError` if a setting is unknown or has a wrong value; the message says where it is set, and
-    `StorageError` if the state folder is damaged."""
+    Raises `ConfigError`, which says where it is set, if a setting is unknown or has a wrong value, and `StorageError`
+    if the state folder is damaged.
+    """
     command, above = _command_line(arguments), environment_layer(environment)
     path = arguments.config or (Path(environment[CONFIG]) if environment.get(CONFIG) else None)
     if path is not None:

@@ -278,8 +278,8 @@ class SavedRun:
         return since >= max(_INTERVAL_S, _SHARE * self._save_s)
 
     def save(self, run: SimulationState, coordinator: State) -> None:
-        """Save the state together with the coordinator's. Raises `StorageFullError` if the disk is full; the previous
-        state is untouched, and `StorageError` if the disk fails."""
+        """Save the state together with the coordinator's. Raises `StorageFullError` if the disk is full, and
+        `StorageError` if it fails; the previous state is untouched."""
         if self._folder is None:
             return
         began = time.monotonic()
