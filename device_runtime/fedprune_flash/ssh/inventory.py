@@ -187,7 +187,10 @@ def _board(row: object, defaults: Mapping[str, Any], names: tuple[str, ...], pla
     places.only(names, own, ("board", number), who)
     for name in (*_OWN, "board"):
         if name not in made:
-            raise ConfigError(f"{places.at('board', number)}: {who} has no {name}")
+            raise ConfigError(
+                f"{places.at('board', number)}: {who} has no {name}",
+                hint="Its table needs device, host and board, a hardware profile; [defaults] may have board instead.",
+            )
     for name in ("key", "known_hosts"):
         if isinstance(made.get(name), str) and made[name]:
             made[name] = str(places.path.parent / Path(made[name]).expanduser())
