@@ -187,7 +187,8 @@ class Job:
         of range."""
         values = validation.known(cls, body, "job")
         if "recipe" in values:
-            values["recipe"] = Recipe.from_dict(validation.table("job: recipe", values["recipe"]))
+            validation.instance("job: recipe", values["recipe"], Mapping, "a table of settings")
+            values["recipe"] = Recipe.from_dict(values["recipe"])
         if "privacy" in values:
             values["privacy"] = Privacy.from_dict(values["privacy"])
         return cls(**values)

@@ -280,7 +280,8 @@ class DataPlan:
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
-            raise ConfigError("data: source", expected=f"a file or folder, also one under {VARIABLE}", got=self.source)
+            expected = f"a file or folder, also one under {VARIABLE}"
+            raise ConfigError("data: source", expected=expected, got=shown(self.source))
         check_settings(self, "data")
         object.__setattr__(self, "size", tuple(self.size) if isinstance(self.size, (list, tuple)) else self.size)
         if not isinstance(self.size, tuple) or (
