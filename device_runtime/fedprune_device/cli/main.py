@@ -137,7 +137,8 @@ def _add_run(commands: Any) -> None:
         type=_packet,
         default=MAX_PACKET,
         metavar="BYTES",
-        help="what the broker lets through; less is found out, too, at the price of a pause (default: %(default)s)",
+        help="largest packet that the broker accepts; a smaller limit is found at run time, after a reconnection "
+        "(default: %(default)s)",
     )
     run.set_defaults(run=_run)
 

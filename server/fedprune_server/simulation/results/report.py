@@ -309,7 +309,7 @@ def _difference(run: Record, worse: float) -> str:
     if not math.isfinite(worse):
         return "not measured"
     change = -worse if run.metric.higher else worse
-    return f"{0 + 100 * change:+.1f} points" if run.metric.share else f"{change:+.1%}"
+    return f"{round(100 * change, 1) + 0:+.1f} points" if run.metric.share else f"{change:+.1%}"
 
 
 PAGE = "comparison.html"
