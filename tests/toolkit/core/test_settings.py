@@ -120,3 +120,48 @@ def test_a_wrong_option_is_refused_by_its_name(strategy: str, name: str) -> None
     for value in given(OPTIONS[strategy], name):
         with pytest.raises(ConfigError, match=f"option {name} of {strategy}"):
             compose(Job(strategy=strategy, options={name: value}))
+
+
+def plain_numbers(kind: type[Any]) -> list[str]:
+    """Fields that hold one number, whether they declare a range or leave it to what they are passed to."""
+    return [f.name for f in fields(kind) if _declared(kind)[f.name].kind in (int, float)]
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_every_number_has_a_range(kind: type[Any]) -> None:
+    for name in plain_numbers(kind):
+        if (kind, name) == (RolloutPlan, "seed"):
+            continue  # any number
+        with pytest.raises(FedpruneError, match=name):
+            PLAIN[kind](**{name: -(10**18)})
+
+
+@pytest.mark.parametrize("strategy", OPTIONS)
+def test_every_number_among_a_presets_options_has_a_range(strategy: str) -> None:
+    for name in plain_numbers(OPTIONS[strategy]):
+        with pytest.raises(ConfigError):
+            compose(Job(strategy=strategy, options={name: -(10**18)}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "refused", "taken"),
+    [
+        *((Recipe, name, 1, 0) for name in ("momentum", "beta1", "beta2", "average")),
+        (Recipe, "epochs", 0, 1),
+        (Recipe, "mixup", 1e-4, 0),
+        (Job, "rounds", 0, 1),
+        (Job, "participation", 0, 1),
+        (Job, "deadline_s", 0, 1e-9),
+        (Job, "weight_limit", 0.5, 0),
+        (Schedule, "rate", 0, 1e-9),
+        (Privacy, "delta", 1, 0.5),
+        (EnginePlan, "level", 6, 5),
+        (EnginePlan, "pool_bytes", 2**40, 2**20),
+        (Stage, "share", 0, 1),
+        (Stage, "errors", 1, 0),
+    ],
+)
+def test_ends_of_ranges(kind: type[Any], name: str, refused: float, taken: float) -> None:
+    assert getattr(PLAIN[kind](**{name: taken}), name) == taken
+    with pytest.raises(ConfigError, match=name):
+        PLAIN[kind](**{name: refused})
