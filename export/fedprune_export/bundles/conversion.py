@@ -145,7 +145,7 @@ def state_dict(tensors: Mapping[str, Array], graph: Graph) -> dict[str, Array]:
 
 def agreement(error: float) -> str:
     """How near a file's outputs are to those of its source, for people."""
-    return f"the source's outputs {f'to within {error:.1e}' if error else 'exactly'}"
+    return f"its outputs equal the source's {f'to within {error:.1e}' if error else 'exactly'}"
 
 
 def onnx_parity(raw: bytes, graph: Graph) -> float:
