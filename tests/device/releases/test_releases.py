@@ -333,7 +333,7 @@ def test_a_file_that_is_not_what_was_signed_is_refused(board: ReleaseInstaller, 
     whole = victim.read_bytes()
     for damage in (whole[:-1], whole + b"x", bytes(len(whole)), None):
         victim.unlink() if damage is None else victim.write_bytes(damage)
-        with pytest.raises(ReleaseError):
+        with pytest.raises(ReleaseError, match="is not what the release says it is"):
             board.stage(source(folder))
         assert unchanged(board)
     victim.write_bytes(whole)
