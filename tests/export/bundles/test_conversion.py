@@ -153,7 +153,8 @@ def test_what_a_board_serves_goes_out(
     state = tensorfile.load(tmp_path / "s.safetensors")
     for name, value in tensorfile.load(folder / "weights.safetensors").items():
         np.testing.assert_array_equal(state[name], value)
-    assert capsys.readouterr().out.count("the board's model after round 7 of job job; its outputs equal the source's ") == 2
+    said = "the board's model after round 7 of job job; its outputs equal the source's "
+    assert capsys.readouterr().out.count(said) == 2
     assert main(["to-torch", str(board), str(tmp_path / "w.pt"), "--into", str(digits)]) == ExitCode.USAGE
     assert "A board doesn't know which channels" in capsys.readouterr().err
     (folder / "weights.safetensors").write_bytes(b"damaged")
