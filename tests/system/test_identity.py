@@ -1,4 +1,4 @@
-"""Server and boards with identities, as processes: what a hostile broker or a shut out board can do to a run."""
+"""Server and boards with identities, as processes: what a hostile broker or a revoked board can do to a run."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_claim_lets_one_board_in_and_a_revoked_one_is_out_at_once(site: Site, 
     ]
     subprocess.run(revoke, check=True, capture_output=True)
 
-    site.wait_for(lambda: "device north was shut out" in (site.folder / "server.log").read_text(), "north is out")
+    site.wait_for(lambda: "device north was revoked" in (site.folder / "server.log").read_text(), "north is out")
     state = site.saved()
     assert state is not None
     out = state.round + 1  # the round that was under way may still wait for it

@@ -87,7 +87,7 @@ class CommandDispatcher:
         body, job = sent(command.offer), self._job.name
         if command.device in self.revoked:  # while its offer was made
             return [
-                on.OfferRefused(command.device, command.round, command.attempt, "it was shut out", FailureKind.REVOKED)
+                on.OfferRefused(command.device, command.round, command.attempt, "it was revoked", FailureKind.REVOKED)
             ]
         try:
             blobs = {k: BlobRef.from_dict(body[k]) for k in ("weights", "training", "inference")}

@@ -334,10 +334,10 @@ class JobRunner:
         """Forget a device that is no longer a member."""
         if self._rollouts is not None:
             self._rollouts.without([device])
-        log.warning("%sdevice %s was shut out", self.registry.prefix, device)
+        log.warning("%sdevice %s was revoked", self.registry.prefix, device)
         self.registry.clones.forget(device)
         self._dispatcher.revoked.add(device)
-        self.drop_part(device, Failure(FailureKind.REVOKED, "it was shut out"))
+        self.drop_part(device, Failure(FailureKind.REVOKED, "it was revoked"))
 
     def readmit(self, device: str) -> None:
         """A device has announced itself: if it was revoked, it is a member again."""

@@ -309,7 +309,7 @@ class AuthenticatedLink(Relay):
         self._complaints.about(self._topics.up(device), error)
 
     def _look(self) -> dict[str, str]:
-        """The members' keys by name; a member that is gone or has another key now is reported as shut out."""
+        """The members' keys by name; a member that is gone or has another key now is reported as revoked."""
         now = self._clock()
         if self._version is None or now >= self._look_at:
             self._look_at = now + _LOOK_S

@@ -300,7 +300,7 @@ class AsynchronousCoordinator(Coordinator):
         for name, weight in state.closing["weights"].items():
             fresh = name in new
             if name in event.rejected and fresh:
-                state.tasks[name].reject(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
+                state.tasks[name].refuse(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
             elif name in event.rejected:
                 state.devices[name].buffer = None
             elif fresh:

@@ -374,7 +374,7 @@ class SynchronousCoordinator(Coordinator):
         for name in event.limited.keys() & state.tasks.keys():
             state.tasks[name].reason = event.limited[name]
         for name in event.rejected.keys() & state.tasks.keys():
-            state.tasks[name].reject(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
+            state.tasks[name].refuse(event.rejected[name], event.kinds.get(name, FailureKind.OTHER))
         folded = {n: t for n, t in state.tasks.items() if t.progress is Progress.FOLDED}
         if not folded:
             return self._restart_after_unusable_updates(now)

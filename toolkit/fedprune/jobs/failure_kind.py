@@ -17,7 +17,7 @@ class FailureKind(str, Enum):
     OUTLIER = "outlier"
     """The update stands out among those of the round."""
     QUARANTINED = "quarantined"
-    REVOKED = "shut out"
+    REVOKED = "revoked"
     GONE = "gone"
     """The device no longer has the update that it announced."""
     MALFORMED = "malformed"

@@ -195,15 +195,12 @@ class Task(TrackedEntry):
         found |= _named(self.past) | _cut_from(self.basis) | named_in(self.offer or {})
         return {d for d in found if d}
 
-    def reject(self, reason: str, kind: str) -> None:
-        """Note that its update doesn't count, though it was in the sums: it stood out, or couldn't be used.
-
-        That doesn't count as a failure, and the device is asked again as usual: its data may be unusual, or the model
-        may have changed meanwhile.
-        """
-        self.refuse(reason, kind)
-
     def refuse(self, reason: str, kind: str) -> None:
+        """Note that its update doesn't count.
+
+        An update that stood out among the others, or couldn't be used once it was in the sums, isn't a failure: the
+        coordinator asks the device again as usual, since its data may be unusual, or the model may have changed.
+        """
         self.progress, self.reason, self.kind = Progress.REFUSED, reason, str(FailureKind(kind).value)
 
     def summary(self) -> dict[str, Any]:
