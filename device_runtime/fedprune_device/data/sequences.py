@@ -1,4 +1,10 @@
-"""Samples of different lengths: as files have them, padded with a length each, and as a model takes them."""
+"""Samples of different lengths, from the form of a file to the form that a model takes.
+
+A file has samples that are padded to one shape, and an array `lengths` with the length of each. Until the model is
+known, both are kept together as rows [n, numbers and length]: the numbers of a sample in C order, then its length.
+`rows_of` finds out what such rows hold (`Rows`). `fitted` makes samples of them that are padded to the model's upper
+bound, and `fitted_labels` makes labels in which padded places count for nothing.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +31,7 @@ LENGTHS = "lengths"
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in which a length follows the numbers of each sample: one sample's shape, and the range of lengths."""
+    """What rows [n, numbers and length] hold: the padded shape of one sample, and the range of the lengths."""
 
     shape: tuple[int, ...]
     shortest: int
@@ -50,9 +56,15 @@ def rows_of(arrays: Sequence[tuple[Inputs, Inputs]]) -> Rows:
 
 
 def fitted(x: Inputs, rows: Rows | None, shape: Shape) -> Inputs:
-    """Samples as a model takes them, padded to the upper bound; those on the disk when they are read.
+    """Samples as a model takes them, padded to its upper bound. Samples on the disk are padded when they are read.
 
-    Raises `DataError` if they don't fit the model.
+    Args:
+        x: Rows, or samples that all have one length.
+        rows: What the rows hold; None for samples of one length.
+        shape: The model's input.
+
+    Raises:
+        DataError: The samples don't fit the model.
     """
     axis = free_axis(shape)
     bounds = None if axis is None else shape[axis]
@@ -85,10 +97,10 @@ def _read(before: Any, dtype: np.dtype[Any], convert: Any, raw: Array) -> Array:
 
 
 def fitted_labels(y: Inputs, x: Inputs, shape: Shape, targets: Targets | None, spool: Path | None) -> Inputs:
-    """Labels of the places of padded samples `x`: those of padded places count for nothing.
+    """Labels of the places of padded samples `x`: padded places get the label that counts for nothing.
 
-    Large ones are written to a file in `spool`. Raises `DataError` if the recipe names no such label, though there are
-    padded places.
+    Large arrays are written to a file in `spool`. Raises `DataError` if there are padded places, but the recipe has no
+    such label.
     """
     axis = free_axis(shape)
     bounds = None if axis is None else shape[axis]

@@ -1,4 +1,13 @@
-"""The slabs of a round: what its submodels add to each other, made once and named by the offers of all its devices."""
+"""The slabs of a round, from which its devices put their submodels together.
+
+A *chain* is a series of submodels from narrow to wide in which each holds the one before. A *slab* is what a submodel
+of a chain has and the one before has not (the first slab is the narrowest submodel itself), so that slabs 1 to j make
+up the j-th submodel. `fedprune.updates.width_deltas` has the format. Every slab is made and stored once, and the offers
+of all devices that need it name it.
+
+`SlabChains.expect` takes in a round's commands to extract submodels; `SlabChains.named` makes the slabs when the first
+offer needs them, and returns an offer's entry with the references to its slabs.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +28,7 @@ from fedprune.updates import Codec
 from fedprune.updates.width_deltas import chains, own_share, places, slab
 
 LEAST = 256 * 1024
-"""Bytes of a round's largest submodel below which every device is sent its own: what is saved isn't worth the words."""
+"""Bytes of a round's largest submodel below which no slabs are made: the saving isn't worth the longer offers."""
 
 MOST_OWN = 0.5
 """A submodel of which its slab would hold more than this share as whole tensors begins a chain of its own."""
@@ -51,11 +60,11 @@ class _Below:
 class SlabChains:
     """Makes slabs of what a round's devices are sent.
 
-    What devices are sent must not depend on who they are, but on widths and density alone; and who else is in the round
-    must be known before the first submodel is made, since narrower ones are what a wider one is made of. Where it
-    isn't, as after a restart in the middle of a round, the remaining devices get slabs of their own, or none: offers
-    without slabs are as good as any. Devices whose weights lose something in their codec, each by what it holds, get
-    none.
+    Slabs need two things. What a device is sent may depend on its widths and density alone, not on the device. And all
+    submodels of the round must be known before the first is made, because a wider one is made of narrower ones. If they
+    are not known, as after a restart in the middle of a round, the remaining devices get slabs of their own or none; an
+    offer without slabs is as good as one with them. Devices get none if their weights are encoded with a loss, because
+    that loss depends on what each device holds.
 
     Args:
         strategy: Says whether devices are sent the same.

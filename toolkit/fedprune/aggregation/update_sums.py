@@ -1,7 +1,13 @@
-"""Sums of a round's updates, in fixed point and in the layout of the first update's ranks; and parts of such sums.
+"""The sums of a round's updates, and parts of such sums that other processes have made.
 
-Whole numbers add up exactly in any grouping. So a fold's work can be split by tensors, by updates, or by both, over as
-many processes and machines as there are, and what comes together has the bits of one fold that did it all.
+A fold (`fedprune.aggregation.fold`) checks each update and hands it to `UpdateSums`, which adds the update's tensors,
+multiplied by its weight, and records in `coverage` which coordinates it holds. `UpdateSums.means` makes the means of
+both. On request the movement per step and its square are summed, too.
+
+Sums are in fixed point (`fedprune.aggregation.fixed_point`), and in the order of the first update's channels, its
+*layout* (`fedprune.aggregation.layout`). Whole numbers add up exactly in any grouping. So a fold's work can be split
+by tensors, by updates, or by both, over any number of processes and machines: each returns `PartialSums`, and
+`UpdateSums.take` adds these to the same bits as one fold that did it all.
 """
 
 from __future__ import annotations
@@ -36,13 +42,20 @@ from fedprune.model.selection import Selection, mesh
 Whole = npt.NDArray[np.int64]
 
 Key = tuple[str, str, int]
-"""Which sums: their kind, the tensor, the limb."""
+"""Which array: the kind of sum (`value`, `moved` or `square`), the tensor, and the limb (`fixed_point`)."""
 
 
 @dataclass(frozen=True, eq=False)
 class PartialSums:
-    """What one fold has summed, in its layout, of the tensors that it was made of; `shares` is the weight of all
-    updates by selection."""
+    """The sums of one fold.
+
+    Attributes:
+        names: The tensors that it summed.
+        layout: The order of channels in its arrays.
+        shares: For each selection of channels, the weight of all updates with it.
+        updates: Number of updates.
+        arrays: The sums.
+    """
 
     names: frozenset[str]
     layout: Selection
@@ -118,7 +131,7 @@ class UpdateSums:
     Args:
         base: The model that the round began with.
         specs: The tensors that are summed.
-        spans: By tensor, the magnitudes that it may have.
+        spans: By tensor, the range of magnitudes that its sum accepts.
         evidence: Also sum gradient moments: u_k = Δ_k / steps_k and its square, per coordinate of trainable tensors.
 
     Attributes:
