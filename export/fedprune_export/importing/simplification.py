@@ -1,13 +1,20 @@
-"""Operators that can be written in several ways, brought into one; those that do nothing, taken out.
+"""Rewrites of an imported graph: one form for operators that can be written in several ways, and none that do nothing.
 
-Transpositions in disguise are axes merged by a reshape, transposed, and split again. torch writes the keys of an
-attention so: (batch, heads, places, dims) as (batch × heads, places, dims), these transposed, and back. As one
-transposition no axis of heads is ever merged with the batch, so that heads can be cut.
+Each function changes the graph in place; its outputs stay the same. The module `normalise` calls them in this order:
 
-Filled values are constants that are larger than what they say, such as the first state of a recurrent layer. Exporters
-make one for several readers. Every reader gets its own, so that the hidden units of two layers can be cut on their
-own although both begin with zeros. A constant with equal numbers for all channels is stored once, so that it fits any
-number of channels.
+- `drop_idle` removes operators that do nothing.
+- `simplify` brings reshapes, squeezes and reductions into one form each, and removes products with one, sums with zero
+  and other operators that return their input.
+- `merge_transpositions` finds transpositions in disguise: axes that a reshape merges, that are transposed, and that a
+  reshape splits again. torch writes the keys of an attention in this way: it merges (batch, heads, places, dims) to
+  (batch × heads, places, dims), transposes that, and splits it. In one transposition no axis of heads is merged with
+  the batch, so that heads can be cut.
+- `guard_lengths` divides by 1 where the length of a direction (weight norm) is 0, which would give NaN.
+- `part_fills` gives each reader of a filled value a copy of its own. A filled value is a number that is repeated to a
+  computed size, such as the zeros with which a recurrent layer begins. Exporters make one value for several layers,
+  whose hidden units could then only be cut together.
+- `narrow_constants` stores a constant with equal numbers for all channels as one number, which fits any number of
+  channels.
 """
 
 from __future__ import annotations

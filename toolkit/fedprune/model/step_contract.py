@@ -1,14 +1,19 @@
-"""The names by which a training graph's inputs and outputs are known.
+"""The contract of training graphs: the name, type and shape of each input and output.
 
-The exporter writes graphs to this contract and the trainer feeds them by it; neither knows the other. A graph has
-what its recipe's features ask for, and nothing else.
+The exporter writes graphs by this contract and the trainer feeds them by it; neither knows the other. A graph has the
+inputs and outputs that its recipe's features need, and no others. N is the number of samples, K that of a sample's
+outputs (of each place), such as classes.
 
 Inputs:
     `x` [N, ...]: float32, or int64 where the model reads token ids.
-    `y`: the labels. For outputs [N, K, ...] int64 [N, ...] with `cross_entropy` (classes); int64 [N] with `infonce` and
-        `triplet` (identities); int64 [N, steps] with `ctc` (classes from 1, then zeros); the model's own with `custom`;
-        with the other losses float32 of the outputs' own shape, from 0 to 1 with `bce`, `focal` and `dice`, a
-        teacher's outputs with `distill`. With a sum of losses those of each.
+    `y`: the labels, for outputs [N, K, ...]. Their form depends on the loss, and must suit each loss of a sum:
+        `cross_entropy`: int64 [N, ...], classes;
+        `infonce`, `triplet`: int64 [N], identities;
+        `ctc`: int64 [N, steps], classes from 1, then zeros;
+        `bce`, `focal`, `dice`: float32 of the outputs' shape, from 0 to 1;
+        `distill`: float32 of the outputs' shape, a teacher's outputs;
+        `custom`: the form that the model's own loss takes;
+        other losses: float32 of the outputs' shape.
     `y_partner` (with mixup): int64 [N, ...], the labels of the sample that was mixed into each: `y` in another order;
         `y_share` (shape []): λ, how much `y` counts next to it. Where nothing is mixed, `y_partner` is `y` and λ is 1.
     Scalars (shape []): `lr`, `weight_decay`; with SGD `momentum`; with Adam, AdamW and Lion `beta1` and `beta2`
