@@ -1,4 +1,4 @@
-"""Hands in the samples of a source that goes on: paced, counted, and whatever happens to the board."""
+"""Hands the samples of a live source to the board at a limited rate, and counts what becomes of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """The child process that builds an engine and tests it: `python -m fedprune_device.engines`, with a request on stdin.
 
-TensorRT's crashes, leaks and use of memory end only this process. The result is in the request's folder; the last line
-of stdout has the outcome, the last line of stderr an error. It ends with its parent.
+TensorRT's crashes, leaks and use of memory end only this process. It reads graph, weights and `x.npy` from the
+request's folder, and writes `engine.plan`, `answers.npy` (the engine's outputs for `x.npy`) and, after a build,
+`timing.cache` to it. The last line of stdout has the duration and the engine's latency as JSON, the last line of stderr
+an error. The process ends with its parent.
 """
 
 from __future__ import annotations

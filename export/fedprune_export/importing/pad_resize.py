@@ -92,7 +92,7 @@ def emit_resize(graph: Graph, node: Node, seen: Trace) -> None:
 
 
 def _emit_products(graph: Graph, node: Node, seen: Trace) -> None:
-    """A form of resizing that opset 17 lacks as products with the matrices of the last two axes.
+    """Write a form of resizing that opset 17 lacks as products with one matrix for each of the last two axes.
 
     Raises `ModelError` if other axes are resized, or sizes are computed.
     """

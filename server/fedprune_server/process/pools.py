@@ -1,7 +1,7 @@
 """Pools that carry out tasks in other processes: each task is a function of a worker and further arguments.
 
-A worker, such as a loaded model, is made once in each process. What a task meets is in its future, and another process
-can repeat it.
+A worker, such as a loaded model, is made once in each process. An error of a task is in its future, and another process
+can repeat the task.
 """
 
 from __future__ import annotations

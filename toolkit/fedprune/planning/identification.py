@@ -1,7 +1,7 @@
 """Which hardware profile fits a board: by its device tree, then its memory and clock; and what its L4T release brings.
 
 Names alone don't suffice: modules sit on other makers' carriers with names of their own, and boards of one name come
-with other memory or a slower processor. So the evidence is kept and said.
+with other memory or a slower processor. So the evidence is kept and shown.
 """
 
 from __future__ import annotations

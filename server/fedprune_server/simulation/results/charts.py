@@ -46,7 +46,7 @@ Values = Callable[[Record], "Sequence[float | None]"]
 
 
 def curves(runs: Sequence[Record]) -> str:
-    """What the global and the local models are judged by by rounds, bytes and time.
+    """Curves of the leading metric of the global and the local models, by rounds, by bytes and by time.
 
     Args:
         runs: Runs laid over each other; their titles tell them apart.
@@ -61,7 +61,7 @@ def curves(runs: Sequence[Record]) -> str:
 
 
 def devices(run: Record, reference: Record | None) -> str:
-    """What every device is judged by: by rounds, as a distribution, and as measured last."""
+    """The leading metric of every device: by rounds, as a distribution, and as measured last."""
     rounds = [float(r.round) for r in run.rounds]
     local = [r.local for r in run.rounds]
     kind = run.measure
