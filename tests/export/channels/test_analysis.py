@@ -51,6 +51,7 @@ def test_kinds_follow_use(imported: Imported) -> None:
     assert kinds["fc.bias"] is TensorKind.BIAS
 
 
+@pytest.mark.slow
 def test_input_and_classes_stay(imported: Imported) -> None:
     for name in zoo.NETS:
         architecture = imported(name).architecture

@@ -73,6 +73,7 @@ def test_rows_of_a_small_net_by_hand(imported: Imported) -> None:
     assert pool.makes.size((3, *sizes[1:]), sizes) == 3 * 12 * 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "gates", "kept"), [(nn.GRU, 3, 4), (nn.LSTM, 4, 6)])
 def test_what_a_recurrent_layer_keeps_of_every_step_is_counted(kind: type[nn.RNNBase], gates: int, kept: int) -> None:
     found = import_onnx(export_torch(Sequences(kind, both=False)), "sequences").architecture

@@ -23,10 +23,10 @@ from support.oracles.torch_graph import run
 pytestmark = pytest.mark.torch
 
 LARGE = ("resnet18", "mobilenetv3_small_100", "vit_tiny_patch16_224")
+HEAVY = ("encoder", "gru", "lstm", "swin", "vision_transformer")
 QUICK = (
-    *OURS,
-    *(pytest.param(name, marks=pytest.mark.slow) for name in TASKS),
-    "convnext_atto",
+    *(name for name in OURS if name not in HEAVY),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (*HEAVY, "convnext_atto", *TASKS)),
     *(pytest.param(name, marks=pytest.mark.soak) for name in LARGE),
 )
 BOUND = 1e-5

@@ -368,6 +368,7 @@ def test_the_power_may_fail_while_the_first_boots_script_ends(
         assert done == ["sync", "sed", "sync", "mv", "sync", "rm", "sync"]
 
 
+@pytest.mark.slow
 def test_the_kit_in_an_image_installs(
     make_source: MakeSource, make_kit: Callable[..., Kit], key: Path, tmp_path: Path
 ) -> None:

@@ -62,6 +62,7 @@ def test_a_kit_lists_every_file_with_its_digest(make_kit: MakeKit) -> None:
     assert (body["python"], body["architecture"], body["jetson"]) == (HERE, platform.machine(), False)
 
 
+@pytest.mark.slow
 def test_a_kit_is_the_same_whenever_it_is_made(make_kit: MakeKit) -> None:
     assert make_kit("a").digest == make_kit("b").digest
 

@@ -88,6 +88,7 @@ def test_a_buffer_of_everybody_is_fedavg_bit_for_bit(run: Build) -> None:
     assert run("fedbuff", rounds=2, options=fresh).models == uniform.models
 
 
+@pytest.mark.slow
 def test_fedasync_mixes_one_update_at_a_time(run: Build) -> None:
     """w ← (1 − α·s(k))·w + α·s(k)·w_k."""
     found = run("fedasync", rounds=8, options={"rate": 0.6, "a": 0.5})
@@ -279,6 +280,7 @@ def scheduled(tmp_path: Path) -> Simulate:
     return build
 
 
+@pytest.mark.slow
 def test_devices_work_on_several_rounds_at_a_time(scheduled: Simulate, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds: list[set[int]] = []
     pushed: list[tuple[str, int]] = []
@@ -300,6 +302,7 @@ def test_devices_work_on_several_rounds_at_a_time(scheduled: Simulate, monkeypat
     assert len({row["model"] for row in history}) == 12
 
 
+@pytest.mark.slow
 def test_fast_devices_do_not_wait_for_slow_ones(scheduled: Simulate) -> None:
     simulation = scheduled(ONE_AT_A_TIME, weather=Weather(compute_spread=1.0), rounds=15)
     counts: dict[str, int] = {}
@@ -326,6 +329,7 @@ def test_notes_are_of_what_entered_the_model(scheduled: Simulate) -> None:
     assert last["global"] == pytest.approx(history[-1]["metrics"]["accuracy"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbuff"])
 def test_learning_rates_fall_with_the_rounds_of_offers(
     run: Build, strategy: str, monkeypatch: pytest.MonkeyPatch

@@ -159,6 +159,7 @@ def _metrics(row: Any) -> dict[str, dict[str, float]]:
     return {d: {k: v[d] for k, v in row.own.items() if d in v} for d in names}
 
 
+@pytest.mark.slow
 def test_rows_of_absent_labels_are_left_to_those_that_have_them(build: Build) -> None:
     """Rows of labels that nobody has keep their bits; a row of one device's own label is what that one made of it."""
     own = [only(d, labels) for d, labels in zip(boards(), ([0, 1, 2], [1, 2, 3], [4, 5, 6]), strict=True)]
@@ -179,6 +180,7 @@ def test_rows_of_absent_labels_are_left_to_those_that_have_them(build: Build) ->
         assert all(got[n].tobytes() == everyone[n].tobytes() for n in body)
 
 
+@pytest.mark.slow
 def test_a_device_that_stands_out_is_left_out_and_the_history_says_why(build: Build) -> None:
     """Five boards with data, and one that calls everything 0."""
     members = boards(tuple(f"d{i}" for i in range(6)), KINDS[0])
@@ -217,6 +219,7 @@ def elements(tmp_path: Path) -> Build:
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("densities", [[1.0], [1.0, 0.2]])
 def test_what_is_measured_is_masked_as_what_is_sent_whoever_takes_part(elements: Build, densities: list[float]) -> None:
     """Also in a round in which everybody holds the whole model."""
