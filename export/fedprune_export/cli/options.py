@@ -12,7 +12,7 @@ from typing import Any
 import fedprune_export as fx
 from fedprune.core.cli import recipe_setting, whole_number
 from fedprune.core.disk import read_file
-from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, remedy
+from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageError, meant, remedy
 from fedprune.model.recipe import CUSTOM, LABELS_OF, LOSSES, METRICS_OF, Recipe, labels_of
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
@@ -188,10 +188,11 @@ def own_graph(arguments: argparse.Namespace, name: str) -> str | None:
     if ":" not in text and not text.endswith(".onnx"):
         if name == "loss" and set("+*") & set(text):
             return None  # a sum
+        sums = "a sum such as '0.5*bce + 0.5*dice', " if name == "loss" else ""
         raise UsageError(
             f"--{name}",
-            expected=f"{', '.join(built_in)}, package.module:function, or a file .onnx",
-            got=repr(text),
+            expected=f"{', '.join(built_in)}, {sums}package.module:function, or a file .onnx",
+            got=repr(text) + meant(text, built_in),
         )
     return text
 

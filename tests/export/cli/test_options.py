@@ -191,6 +191,7 @@ def test_parameters_that_can_not_be_used(
         (("--freeze", "nothing.*"), ExitCode.CONFIG, "no tensor is called 'nothing.*'"),
         (("--freeze", "*"), ExitCode.CONFIG, "every tensor is frozen"),
         (("--loss", "mse", "--label-smoothing", "0.1"), ExitCode.CONFIG, "label_smoothing"),
+        (("--loss", "crossentropy"), ExitCode.USAGE, "did you mean 'cross_entropy'?"),
         (("--loss", "bce", "--labels", "classes"), ExitCode.USAGE, "labels of another kind"),
         (("--loss", "bce + dice", "--labels", "classes"), ExitCode.USAGE, "labels of another kind"),
         (("--loss", "bce + mse"), ExitCode.CONFIG, "labels of the same kind"),
