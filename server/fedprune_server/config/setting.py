@@ -36,12 +36,12 @@ def setting(
         within: The least and the greatest value of a number; `above` and `below` exclude these ends.
         choices: The values of a text that has few.
     """
-    declared = field(default=default)
+    metadata = {"text": text, "metavar": metavar}
     if within is not None:
-        declared = bounded(default, *within, above=above, below=below)
-    elif choices:
-        declared = one_of(default, choices)
-    return field(default=default, metadata={**declared.metadata, "text": text, "metavar": metavar})
+        return bounded(default, *within, above=above, below=below, metadata=metadata)
+    if choices:
+        return one_of(default, choices, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def check_settings(settings: Any, table: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from types import UnionType
+from types import MappingProxyType, UnionType
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from fedprune.core import validation
@@ -45,18 +45,25 @@ class Limits:
 
 
 def bounded(
-    default: Any, low: float, high: float, *, above: bool = False, below: bool = False, or_zero: bool = False
+    default: Any,
+    low: float,
+    high: float,
+    *,
+    above: bool = False,
+    below: bool = False,
+    or_zero: bool = False,
+    metadata: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """A number from `low` to `high`, or a tuple of such; a field may be None where its type allows it.
 
-    `dataclasses.MISSING` for a field without a default.
+    `dataclasses.MISSING` for a field without a default; `metadata` is the field's further metadata.
     """
-    return field(default=default, metadata={_LIMITS: Limits(low, high, above, below, or_zero)})
+    return field(default=default, metadata={**metadata, _LIMITS: Limits(low, high, above, below, or_zero)})
 
 
-def one_of(default: str, choices: Iterable[str]) -> Any:
-    """One of a few words."""
-    return field(default=default, metadata={_CHOICES: tuple(choices)})
+def one_of(default: str, choices: Iterable[str], *, metadata: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """One of a few words; `metadata` is the field's further metadata."""
+    return field(default=default, metadata={**metadata, _CHOICES: tuple(choices)})
 
 
 def check_fields(settings: Any, where: str, error: type[FedpruneError] = ConfigError) -> None:

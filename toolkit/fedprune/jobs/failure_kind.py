@@ -37,7 +37,7 @@ class Failure:
     reason: str
 
 
-_OF_CODE = {
+_OF_CODE: dict[int, FailureKind] = {
     ExitCode.DIVERGED: FailureKind.DIVERGED,
     ExitCode.STORAGE_FULL: FailureKind.NO_ROOM,
     ExitCode.DATA: FailureKind.DATA,
@@ -46,7 +46,7 @@ _OF_CODE = {
 
 def of_exit_code(code: int) -> FailureKind:
     """The kind of a failure on a board, by the exit code of its error."""
-    return next((kind for known, kind in _OF_CODE.items() if known == code), FailureKind.OTHER)
+    return _OF_CODE.get(code, FailureKind.OTHER)
 
 
 def of_update(error: FedpruneError) -> FailureKind:

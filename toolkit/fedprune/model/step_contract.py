@@ -55,7 +55,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedprune.model import step_contract
 from fedprune.model.recipe import DISTILL, OPTIMIZERS, Recipe, terms
 
 X = "x"
@@ -194,22 +193,22 @@ Array = npt.NDArray[Any]
 def numbers(recipe: Recipe) -> dict[str, Array]:
     """The scalars that a recipe sets, the same in every step except for the share of labels where samples are mixed."""
     out = {
-        step_contract.LR: np.array(recipe.lr, np.float32),
-        step_contract.WEIGHT_DECAY: np.array(recipe.weight_decay, np.float32),
+        LR: np.array(recipe.lr, np.float32),
+        WEIGHT_DECAY: np.array(recipe.weight_decay, np.float32),
     }
     if recipe.optimizer == "sgd":
-        out[step_contract.MOMENTUM] = np.array(recipe.momentum, np.float32)
+        out[MOMENTUM] = np.array(recipe.momentum, np.float32)
     else:
-        out[step_contract.BETA1] = np.array(recipe.beta1, np.float64)
-        out[step_contract.BETA2] = np.array(recipe.beta2, np.float64)
+        out[BETA1] = np.array(recipe.beta1, np.float64)
+        out[BETA2] = np.array(recipe.beta2, np.float64)
     if recipe.optimizer in ("adam", "adamw"):
-        out[step_contract.EPSILON] = np.array(recipe.epsilon, np.float32)
+        out[EPSILON] = np.array(recipe.epsilon, np.float32)
     if recipe.features.clip:
-        out[step_contract.CLIP_NORM] = np.array(recipe.clip_norm, np.float32)
+        out[CLIP_NORM] = np.array(recipe.clip_norm, np.float32)
     if recipe.features.scale:
-        out[step_contract.OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
+        out[OUTPUT_SCALE] = np.array(recipe.scale, np.float32)
     if recipe.features.mixup:
-        out[step_contract.Y_SHARE] = np.array(1, np.float32)
+        out[Y_SHARE] = np.array(1, np.float32)
     return out | loss_numbers(recipe)
 
 
@@ -217,12 +216,12 @@ def loss_numbers(recipe: Recipe) -> dict[str, Array]:
     """Those of `numbers` that the loss depends on."""
     out: dict[str, Array] = {}
     if recipe.label_smoothing:
-        out[step_contract.LABEL_SMOOTHING] = np.array(recipe.label_smoothing, np.float32)
+        out[LABEL_SMOOTHING] = np.array(recipe.label_smoothing, np.float32)
     named = dict(terms(recipe.loss))
     if "huber" in named:
-        out[step_contract.HUBER_DELTA] = np.array(recipe.huber_delta, np.float32)
+        out[HUBER_DELTA] = np.array(recipe.huber_delta, np.float32)
     if DISTILL in named:
-        out[step_contract.TEMPERATURE] = np.array(recipe.distill_temperature, np.float32)
+        out[TEMPERATURE] = np.array(recipe.distill_temperature, np.float32)
     return out
 
 
@@ -230,8 +229,8 @@ def anchors(recipe: Recipe, tensors: Mapping[str, Array], trained: Collection[st
     """What the proximal term pulls towards, if the recipe has one: the trained tensors as they are now."""
     if not recipe.features.proximal:
         return {}
-    out: dict[str, Array] = {step_contract.anchor(n): np.asarray(tensors[n], order="C") for n in trained}
-    return out | {step_contract.strength(n): np.array(recipe.proximal, np.float32) for n in trained}
+    out: dict[str, Array] = {anchor(n): np.asarray(tensors[n], order="C") for n in trained}
+    return out | {strength(n): np.array(recipe.proximal, np.float32) for n in trained}
 
 
 def weight_of(y: Array, ignored: int | None = None, class_weight: Array | None = None) -> float:
@@ -248,18 +247,18 @@ def first_step(
 ) -> dict[str, Array]:
     """Everything but samples and labels that the first step of a round on labels `y` is fed, where classes count alike;
     only what `inputs` name."""
-    trained = [n for n in tensors if step_contract.buffer(n) in inputs]
+    trained = [n for n in tensors if buffer(n) in inputs]
     out: dict[str, Array] = {n: np.asarray(v, order="C") for n, v in tensors.items()}
     out |= numbers(recipe) | anchors(recipe, tensors, trained)
-    out[step_contract.STEP_NUMBER] = np.array(1, np.int64)
-    out[step_contract.OUTPUT_SCALE] = out[step_contract.Y_SHARE] = np.array(1, np.float32)
+    out[STEP_NUMBER] = np.array(1, np.int64)
+    out[OUTPUT_SCALE] = out[Y_SHARE] = np.array(1, np.float32)
     weight = weight_of(y, recipe.ignore_label) if recipe.features.scores else len(y)
-    out[step_contract.DIVISOR] = np.array(weight, np.float32)
-    out[step_contract.LOGIT_OFFSET] = np.zeros(classes, np.float32)
-    out[step_contract.CLASS_WEIGHT] = out[step_contract.CLASS_MASK] = np.ones(classes, np.float32)
+    out[DIVISOR] = np.array(weight, np.float32)
+    out[LOGIT_OFFSET] = np.zeros(classes, np.float32)
+    out[CLASS_WEIGHT] = out[CLASS_MASK] = np.ones(classes, np.float32)
     for name in trained:
-        out[step_contract.mask(name)] = np.ones_like(out[name])
-        out[step_contract.threshold(name)] = np.array(0, np.float32)
-        for array in (*step_contract.states(recipe.optimizer), step_contract.total):
+        out[mask(name)] = np.ones_like(out[name])
+        out[threshold(name)] = np.array(0, np.float32)
+        for array in (*states(recipe.optimizer), total):
             out[array(name)] = np.zeros_like(out[name])
     return {n: v for n, v in out.items() if n in inputs}
