@@ -294,7 +294,6 @@ FEDOBP_SMALL = replace(
     "visit.",
     data={**FEDOBP_FULL.data, "most": 12_000, "pool": 2},
     rounds=50,
-    methods=tuple(m for m in FEDOBP_FULL.methods if m.options.get("q", 0.99) in (0.99, 0.997)),
     seeds=(0, 1),
     every=10,
     every_global=10,
