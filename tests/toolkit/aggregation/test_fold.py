@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tracemalloc
 from collections.abc import Callable, Sequence
@@ -124,19 +125,20 @@ def test_server_momentum_follows_fedavgm(case: tuple[Architecture, Tensors, list
         )
 
 
-@given(rounds())
+@given(rounds(), st.sampled_from([0.0, 0.5, 0.9]))
 def test_movement_is_what_those_that_trained_a_coordinate_did_per_step(
-    case: tuple[Architecture, Tensors, list[Update]],
+    case: tuple[Architecture, Tensors, list[Update]], momentum: float
 ) -> None:
     architecture, base, updates = case
-    fold = folded(architecture, base, updates, evidence=True)
+    fold = folded(architecture, base, updates, evidence=True, momentum=momentum)
     for spec in architecture.trainable:
         first, second, mass = np.zeros(spec.shape), np.zeros(spec.shape), sums(spec, updates)[1]
         for selection, part, weight, steps in updates:
             at = np.ix_(*selection.maps(spec.name)) if spec.axes else ...
-            step = np.clip((part[spec.name].astype(np.float64) - base[spec.name][at]) / steps, -0.25, 0.25)
-            first[at] += weight * step
-            second[at] += weight * step**2
+            free = sum(1 - momentum**j for j in range(1, steps + 1))
+            step = (part[spec.name].astype(np.float64) - base[spec.name][at]) / free
+            first[at] += weight * np.clip(step, -0.25, 0.25)
+            second[at] += weight * np.clip(step * math.sqrt(steps), -0.25, 0.25) ** 2
         mean, square, held = fold.movement(spec.name)
         assert np.array_equal(held, mass > 0)
         assert np.allclose(mean, first / np.maximum(mass, 1), rtol=1e-9, atol=1e-11)
@@ -263,6 +265,7 @@ def test_a_base_that_does_not_fit_is_refused(base: Any) -> None:
     "call",
     [
         lambda: Fold(NORM, model(NORM, 0), rule="mean"),  # type: ignore[arg-type]
+        lambda: Fold(NORM, model(NORM, 0), momentum=1.0),
         lambda: Fold(NORM, model(NORM, 0)).close(1.0),
         lambda: Fold(NORM, model(NORM, 0)).close(0.5, {"weight": np.zeros(2, np.float32)}),
         lambda: Fold(NORM, model(NORM, 0)).movement("weight"),

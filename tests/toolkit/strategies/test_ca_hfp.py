@@ -179,14 +179,16 @@ def test_delta_w_ranks_by_how_far_weights_moved() -> None:
     "job", [Job(strategy="ca-hfp"), Job(scorer="curvature"), Job(strategy="ca-hfp", options={"score": "delta_w"})]
 )
 def test_a_gradient_is_a_step_s_move_over_the_rate_that_momentum_makes_of_lr(job: Job) -> None:
-    """g = −Δ / (steps·η_eff) with η_eff = lr / (1 − momentum), which is 0.2 / 0.25 here; h = g² of one device."""
+    """g = −Δ / (f·η_eff): η_eff = lr / (1 − momentum) is 0.2 / 0.25, and three steps from a standstill move f = Σ (1 −
+    0.75^j) = 1.265625 times as far. h = s·g² of one device, of s = 3·16/2 samples."""
     base, whole, scorer = model(ARCHITECTURE, 0), Selection.full(ARCHITECTURE), compose(job)
-    at = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75))
+    at = scene(ARCHITECTURE, base, recipe=Recipe(lr=0.2, momentum=0.75, batch_size=16, epochs=2))
     made = report(at, whole, {n: v - np.float32(0.06) for n, v in base.items()}, steps=3)
     _, fold = close_fold(strategy().aggregator, at, [made], evidence=scorer.observes)
     got = Evidence.from_tensors(ARCHITECTURE, scorer.learn(at, fold, lambda: iter([made]))[EVIDENCE])
-    assert all(np.allclose(v, 0.02 / 0.8, rtol=1e-4) for v in got.gradient.values())
-    assert all(np.allclose(v, (0.02 / 0.8) ** 2, rtol=1e-4) for v in got.curvature.values())
+    slope = 0.06 / 1.265625 / 0.8
+    assert all(np.allclose(v, slope, rtol=1e-4) for v in got.gradient.values())
+    assert all(np.allclose(v, 24 * slope**2, rtol=1e-4) for v in got.curvature.values())
 
 
 def test_another_estimator_begins_without_evidence() -> None:

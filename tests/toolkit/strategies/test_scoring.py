@@ -75,7 +75,7 @@ def by_channel(architecture: Architecture, parts: dict[str, Any]) -> list[Any]:
 
 
 def one_round(base: Tensors, selection: Selection, seed: int = 1, **options: Any) -> Fold:
-    fold = Fold(selection.architecture, base, evidence=True, **options)
+    fold = Fold(selection.architecture, base, evidence=True, momentum=MOMENTUM, **options)
     fold.add(selection, trained(selection, base, seed), 10, 4)
     return fold
 
@@ -213,14 +213,19 @@ def test_the_first_round_gives_the_mean_gradient(data: st.DataObject, seed: int)
     architecture = data.draw(architectures())
     base, whole = model(architecture, seed), Selection.full(architecture)
     parts = [(trained(whole, base, seed + k), 10 * k, k + 2) for k in (1, 2)]
-    fold, evidence = Fold(architecture, base, evidence=True), Evidence.empty(architecture)
+    fold, evidence = Fold(architecture, base, evidence=True, momentum=MOMENTUM), Evidence.empty(architecture)
     for part, weight, steps in parts:
         fold.add(whole, part, weight, steps)
-    evidence.update(fold, LR, MOMENTUM)
+    evidence.update(fold, LR, samples=8)
     for spec in architecture.trainable:
-        slopes = [-(p[spec.name].astype(np.float64) - base[spec.name]) / (RATE * s) for p, _, s in parts]
+        free = [sum(1 - MOMENTUM**j for j in range(1, s + 1)) for _, _, s in parts]
+        moves = [
+            (p[spec.name].astype(np.float64) - base[spec.name]) / f for (p, _, _), f in zip(parts, free, strict=True)
+        ]
+        slopes = [-np.clip(m, -0.25, 0.25) / RATE for m in moves]
+        spreads = [np.clip(m * np.sqrt(s), -0.25, 0.25) / RATE for m, (_, _, s) in zip(moves, parts, strict=True)]
         mean = sum(n * g for g, (_, n, _) in zip(slopes, parts, strict=True)) / 30
-        square = sum(n * g * g for g, (_, n, _) in zip(slopes, parts, strict=True)) / 30
+        square = sum(n * 8 * g * g for g, (_, n, _) in zip(spreads, parts, strict=True)) / 30
         assert np.allclose(evidence.gradient[spec.name], mean, rtol=1e-5, atol=1e-8)
         assert np.allclose(evidence.curvature[spec.name], square, rtol=1e-5, atol=1e-8)
 
@@ -228,10 +233,10 @@ def test_the_first_round_gives_the_mean_gradient(data: st.DataObject, seed: int)
 def test_later_rounds_are_averaged_in() -> None:
     base, whole = model(NET, 0), Selection.full(NET)
     first, second, both = Evidence.empty(NET), Evidence.empty(NET), Evidence.empty(NET)
-    first.update(one_round(base, whole, 1), LR, MOMENTUM)
-    second.update(one_round(base, whole, 2), LR, MOMENTUM)
+    first.update(one_round(base, whole, 1), LR)
+    second.update(one_round(base, whole, 2), LR)
     for seed in (1, 2):
-        both.update(one_round(base, whole, seed), LR, MOMENTUM)
+        both.update(one_round(base, whole, seed), LR)
     expected = 0.9 * first.gradient["conv"] + 0.1 * second.gradient["conv"]
     assert np.allclose(both.gradient["conv"], expected, rtol=1e-5, atol=1e-8)
 
@@ -333,7 +338,9 @@ def test_evidence_of_another_architecture_is_refused() -> None:
         Evidence.empty(other).update(one_round(model(NET, 0), Selection.full(NET)), LR)
 
 
-@pytest.mark.parametrize(("lr", "momentum"), [(0.1, 1.0), (0.1, -0.1), (-1.0, 0.0), (float("nan"), 0.0)])
-def test_rates_out_of_range_are_refused(lr: float, momentum: float) -> None:
+@pytest.mark.parametrize(
+    ("lr", "samples", "decay"), [(-1.0, 1.0, 0.9), (float("nan"), 1.0, 0.9), (0.1, 0.0, 0.9), (0.1, 1.0, 1.0)]
+)
+def test_rates_out_of_range_are_refused(lr: float, samples: float, decay: float) -> None:
     with pytest.raises(BundleError, match="rates"):
-        Evidence.empty(NET).update(one_round(model(NET, 0), Selection.full(NET)), lr, momentum)
+        Evidence.empty(NET).update(one_round(model(NET, 0), Selection.full(NET)), lr, samples, decay)

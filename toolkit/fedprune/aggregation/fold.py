@@ -54,12 +54,14 @@ class Fold:
     are. Which coordinates an update covers is kept as its selection; only masks of single elements take an int64 per
     coordinate of their tensors. Up to eight checked updates wait until they are added together, which reads and writes
     the sums once for all: their arrays are held, not copied, and must stay as they are until the fold is closed. Raises
-    `BundleError` if the base is not a finite float32 model of this architecture, or there is no such rule or tensor.
+    `BundleError` if the base is not a finite float32 model of this architecture, there is no such rule or tensor, or
+    momentum is out of range.
 
     Args:
         base: The global model w_t that devices' submodels were cut from.
         rule: `coverage`, `fill` or `zero`, as described above.
         evidence: Also sum movements per step and their squares, which curvature scores are made from.
+        momentum: Of the devices' SGD, for evidence, from 0 to below 1.
         excluded: Names of tensors that are not shared (FedPer's personal layers): they keep their bits, and updates
             need not have them.
     """
@@ -71,17 +73,20 @@ class Fold:
         *,
         rule: Rule = "coverage",
         evidence: bool = False,
+        momentum: float = 0.0,
         excluded: Collection[str] = (),
     ) -> None:
         if rule not in get_args(Rule):
             raise BundleError("aggregation rule", expected=" or ".join(get_args(Rule)), got=repr(rule))
+        if not 0 <= momentum < 1:
+            raise BundleError("momentum of the devices' SGD", expected="from 0 to below 1", got=momentum)
         unknown = sorted(set(excluded) - set(architecture.by_name))
         if unknown:
             raise BundleError(f"the model has no tensor {unknown[0]!r} to exclude")
         self.architecture = architecture
         self.base = check_model(architecture, base)
         self.rule: Rule = rule
-        self.evidence = evidence
+        self.evidence, self.momentum = evidence, momentum
         self.excluded = frozenset(excluded)
         self.change: Change | None = None
         self._collected: list[ClientUpdate] | None = None
@@ -91,7 +96,14 @@ class Fold:
 
     def clear(self) -> None:
         self.updates = 0
-        self._sums = UpdateSums(self.architecture, self.base, self._shared, self._spans, evidence=self.evidence)
+        self._sums = UpdateSums(
+            self.architecture,
+            self.base,
+            self._shared,
+            self._spans,
+            evidence=self.evidence,
+            momentum=self.momentum,
+        )
 
     @contextmanager
     def collecting(self) -> Iterator[list[ClientUpdate]]:
@@ -261,8 +273,8 @@ class Fold:
         summed.
 
         Returns:
-            Per coordinate Σ n_k·u_k / M and Σ n_k·u_k² / M with u_k = Δ_k / steps_k (saturated at ±1/4), and whether
-            any device trained it.
+            Per coordinate Σ n_k·u_k / M and Σ n_k·steps_k·u_k² / M with u_k = Δ_k / `free_steps` (saturated: u_k and
+            √steps_k·u_k at ±1/4), and whether any device trained it.
         """
         spec = self.architecture.by_name.get(name)
         if not self.evidence or spec is None or not spec.kind.trainable:

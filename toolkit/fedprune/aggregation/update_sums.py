@@ -117,6 +117,14 @@ _MOVE_RANGE = Range(-2)
 _SQUARED_MOVE_RANGE = Range(-4)
 
 
+def free_steps(steps: int, momentum: float) -> float:
+    """How far a constant gradient of 1 moves in some steps from a standstill, in units of lr / (1 − momentum).
+
+    The j-th step moves 1 − momentum^j of it: ten steps with momentum 0.9 move 4.1, not 10.
+    """
+    return steps - momentum * (1 - momentum**steps) / (1 - momentum)
+
+
 class _Waiting(NamedTuple):
     """A checked update that is not in the sums yet."""
 
@@ -132,12 +140,13 @@ class UpdateSums:
         base: The model that the round began with.
         specs: The tensors that are summed.
         spans: By tensor, the range of magnitudes that its sum accepts.
-        evidence: Also sum gradient moments: u_k = Δ_k / steps_k and its square, per coordinate of trainable tensors.
+        evidence: Also sum gradient moments, per coordinate of trainable tensors.
+        momentum: Of the devices' SGD; only evidence needs it.
 
     Attributes:
         coverage: Which updates hold what.
-        moved: Σ n_k·u_k by tensor, in the layout; empty without `evidence`.
-        squared: Σ n_k·u_k², the same way.
+        moved: Σ n_k·u_k by tensor with u_k = Δ_k / `free_steps`, in the layout; empty without `evidence`.
+        squared: Σ n_k·steps_k·u_k², the same way.
     """
 
     def __init__(
@@ -148,7 +157,9 @@ class UpdateSums:
         spans: Mapping[str, Range],
         *,
         evidence: bool,
+        momentum: float = 0.0,
     ) -> None:
+        self._momentum = momentum
         self.coverage = Coverage(architecture)
         self._architecture, self._base, self._specs = architecture, base, specs
         self._values = {t.name: FixedSum(t.shape, spans[t.name]) for t in specs}
@@ -267,11 +278,12 @@ class UpdateSums:
         moved -= self._base[spec.name][mesh(one.selection.maps(spec.name))]
         if spec.name in active:
             moved *= active[spec.name]
-        moved /= steps
-        np.clip(moved, -_MOVE_RANGE.bound, _MOVE_RANGE.bound, out=moved)
+        moved /= free_steps(steps, self._momentum)
+        spread = np.multiply(moved, math.sqrt(steps), out=np.empty_like(moved))
+        for values in (moved, spread):
+            np.clip(values, -_MOVE_RANGE.bound, _MOVE_RANGE.bound, out=values)
+        spread *= spread
         pairs = list(places(self.coverage.expect_layout, spec, one.selection))
         for at, part in pairs:
             self.moved[spec.name].add(moved[part], one.weight, at)
-        moved *= moved
-        for at, part in pairs:
-            self.squared[spec.name].add(moved[part], one.weight, at)
+            self.squared[spec.name].add(spread[part], one.weight, at)

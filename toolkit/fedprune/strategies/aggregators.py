@@ -94,6 +94,7 @@ class Mean(Aggregator):
             scene.model,
             rule=self.rule,
             evidence=evidence,
+            momentum=scene.recipe.momentum,
             excluded=matching(scene.architecture, self.excluded, "excluded"),
         )
 

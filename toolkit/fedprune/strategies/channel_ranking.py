@@ -68,7 +68,9 @@ class Ranked(Strategy):
         if not self.observes:
             return {}
         evidence = self._evidence(scene)
-        evidence.update(fold, scene.recipe.rate(scene.round, 0.5), scene.recipe.momentum, self.decay)
+        recipe = scene.recipe
+        samples = recipe.batch_size / (1 if recipe.max_steps else recipe.epochs)
+        evidence.update(fold, recipe.rate(scene.round, 0.5), samples, self.decay)
         return {EVIDENCE: evidence.to_tensors()}
 
     def _scores(self, scene: Scene, evidence: Evidence | None) -> Scores:

@@ -1,13 +1,17 @@
 """What the server knows of gradient and curvature, from nothing but the updates it receives anyway.
 
 CA-HFP (arXiv 2603.12591, Sec. III-A) scores with g and h "approximated from local model variations" and gives no
-formula. Ours, per coordinate i and over the devices k that trained it, with u_k = Δ_k / steps_k and η_eff = lr / (1 −
-momentum):
+formula. Ours, per coordinate i and over the devices k that trained it, with η_eff = lr / (1 − momentum) and the mean
+gradient of a device's round ĝ_k = −Δ_k / (η_eff · f_k), where f_k are its steps less those that momentum takes to build
+up (`fedprune.aggregation.update_sums.free_steps`):
 
-- gradient: ĝ_i = −Σ n_k u_{k,i} / (η_eff · Σ n_k);
-- curvature, `fisher` (default): ĥ_i = Σ n_k (u_{k,i}/η_eff)² / Σ n_k, never negative;
+- gradient: ĝ_i = Σ n_k ĝ_{k,i} / Σ n_k;
+- curvature, `fisher` (default): ĥ_i = Σ n_k s_k ĝ_{k,i}² / Σ n_k, the diagonal of the empirical Fisher information.
+  s_k is the number of different samples behind ĝ_k: of s_k samples the mean gradient scatters by 1/s_k of what single
+  ones do, so that s_k · ĝ_k² is, near a minimum, the mean of the samples' own squared gradients, which the Hessian's
+  diagonal approaches there. Without the factor it is hundreds of times too small;
 - curvature, `secant`: ĥ_i = |ĝ_i(t) − ĝ_i(t−1)| / |w_i(t) − w_i(t−1)|, at most 2/η_eff, above which SGD would have
-  diverged.
+  diverged. Where weights move together or gradients are noisy, it mostly measures these.
 
 Each estimate is an exponential moving average (0.9) that begins with its first observation. If no device trained a
 coordinate, its estimates keep their values. So a pruned channel is not mistaken for one whose gradient is 0, and can
@@ -71,26 +75,26 @@ class Evidence:
                 out.last[spec.name] = (np.zeros(spec.shape, np.float32), np.zeros(spec.shape, np.float32))
         return out
 
-    def update(self, fold: Fold, lr: float, momentum: float = 0.0, decay: float = DECAY) -> None:
+    def update(self, fold: Fold, lr: float, samples: float = 1.0, decay: float = DECAY) -> None:
         """Take in one round (the formulas are the module's).
 
         Raises `BundleError` if the fold is of another architecture or without evidence, or the rates are out of range.
 
         Args:
-            fold: The round's fold, made with `evidence=True`; open or closed.
+            fold: The round's fold, made with `evidence=True` and the devices' momentum; open or closed.
             lr: The devices' learning rate, in the middle of the round where it changes.
-            momentum: The devices' momentum.
+            samples: Different samples per step: the batch size, divided by the number of epochs.
             decay: Weight of the old estimate in the moving average, from 0 to below 1.
         """
         if fold.architecture.digest != self.architecture.digest:
             raise BundleError("evidence and fold belong to different architectures")
-        if not 0 <= momentum < 1 or not 0 <= decay < 1 or not lr >= 0:
+        if not 0 <= decay < 1 or not lr >= 0 or not samples > 0:
             raise BundleError(
                 "rates of evidence",
-                expected="lr from 0 up, momentum and decay below 1",
-                got=(lr, momentum, decay),
+                expected="lr from 0 up, decay below 1, samples above 0",
+                got=(lr, decay, samples),
             )
-        rate = lr / (1 - momentum)
+        rate = lr / (1 - fold.momentum)
         if rate == 0:
             return  # nothing moved because of a gradient
         for spec in self.architecture.trainable:
@@ -98,7 +102,7 @@ class Evidence:
             step, square, held = fold.movement(name)
             slope = (-step / rate).astype(np.float32)
             if self.estimator == "fisher":
-                bend, seen = (square / rate**2).astype(np.float32), held
+                bend, seen = (samples * square / rate**2).astype(np.float32), held
             else:
                 bend, seen = self._secant(name, slope, fold.base[name], held, 2 / rate)
             self.gradient[name] = _average(self.gradient[name], slope, self.trained[name], held, decay)

@@ -1,0 +1,117 @@
+"""The curvature that CA-HFP's server estimates, beside the Hessian's diagonal that torch computes.
+
+A small network learns digits in federated rounds, whose updates are all that the estimates see.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from torch import nn
+from torch.func import functional_call, grad, jacrev
+
+from fedprune.aggregation.fold import Fold
+from fedprune.model.architecture import Architecture, Axis, ChannelGroup, Layer, Segment, TensorKind, TensorSpec
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.importance.gradient_stats import Estimator, Evidence
+from fedprune.strategies.importance.scoring import curvature
+from fedprune_server.simulation.digits import load_digits
+
+DEVICES, HIDDEN, ROUNDS, BATCH, LR, MOMENTUM = 8, 16, 20, 16, 0.1, 0.9
+CHANNELS = Axis((Segment(0, 0, HIDDEN),))
+NET = Architecture(
+    "digits-mlp",
+    (ChannelGroup("hidden", HIDDEN),),
+    (
+        TensorSpec("0.weight", TensorKind.WEIGHT, (CHANNELS, Axis.fixed(64))),
+        TensorSpec("0.bias", TensorKind.BIAS, (CHANNELS,)),
+        TensorSpec("2.weight", TensorKind.WEIGHT, (Axis.fixed(10), CHANNELS)),
+        TensorSpec("2.bias", TensorKind.BIAS, (Axis.fixed(10),)),
+    ),
+    (Layer("0", "Gemm", "0.weight", 1), Layer("2", "Gemm", "2.weight", 1)),
+    (),
+    (64,),
+    (10,),
+)
+
+
+class Trained(NamedTuple):
+    model: Tensors
+    evidence: Evidence
+    hessian: Tensors
+
+
+@cache
+def trained(estimator: Estimator) -> Trained:
+    """Twenty rounds of one epoch on eight devices, and the Hessian's diagonal of the loss on all their samples."""
+    torch.manual_seed(0)
+    x, y = (torch.from_numpy(v) for v in load_digits())
+    x = x.reshape(-1, 64)
+    shares = torch.randperm(len(x)).tensor_split(DEVICES)
+    net, loss = nn.Sequential(nn.Linear(64, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 10)), nn.CrossEntropyLoss()
+    model = arrays(net.state_dict())
+    evidence, whole = Evidence.empty(NET, estimator), Selection.full(NET)
+    for _ in range(ROUNDS):
+        fold = Fold(NET, model, evidence=True, momentum=MOMENTUM)
+        for share in shares:
+            net.load_state_dict({n: torch.from_numpy(v) for n, v in model.items()})
+            sgd = torch.optim.SGD(net.parameters(), LR, MOMENTUM)
+            batches = share[torch.randperm(len(share))].split(BATCH)
+            for batch in batches:
+                sgd.zero_grad()
+                loss(net(x[batch]), y[batch]).backward()
+                sgd.step()
+            fold.add(whole, arrays(net.state_dict()), len(share), len(batches))
+        evidence.update(fold, LR, BATCH)
+        model = fold.close()[0]
+    return Trained(model, evidence, hessian_diagonal(net, model, x, y))
+
+
+def hessian_diagonal(net: nn.Module, model: Tensors, x: torch.Tensor, y: torch.Tensor) -> Tensors:
+    out: Tensors = {}
+    for name, value in model.items():
+        rest = {n: torch.from_numpy(v) for n, v in model.items() if n != name}
+
+        def loss(v: torch.Tensor, name: str = name, rest: Any = rest) -> torch.Tensor:
+            return nn.functional.cross_entropy(functional_call(net, {**rest, name: v}, (x,)), y)
+
+        hessian = jacrev(grad(loss), chunk_size=64)(torch.from_numpy(value)).reshape(value.size, value.size)
+        out[name] = hessian.diagonal().reshape(value.shape).numpy().copy()
+    return out
+
+
+def arrays(tensors: dict[str, torch.Tensor]) -> Tensors:
+    return {n: v.detach().numpy().copy() for n, v in tensors.items()}
+
+
+@pytest.mark.slow
+def test_estimated_curvature_is_of_the_hessians_size_and_order() -> None:
+    model, evidence, hessian = trained("fisher")
+    for name in ("0.weight", "2.weight"):
+        found, exact = evidence.curvature[name], hessian[name]
+        assert spearmanr(found.ravel(), exact.ravel()).statistic > 0.75
+        assert 1 / 3 < found.sum() / exact.sum() < 3
+    exact = Evidence(NET, gradient=evidence.gradient, curvature=hessian)
+    ours, theirs = (curvature(NET, model, e, "hw2")[0] for e in (evidence, exact))
+    assert spearmanr(ours, theirs).statistic > 0.8
+
+
+@pytest.mark.slow
+def test_curvature_carries_at_least_half_of_the_variance_of_scores() -> None:
+    model, evidence, _ = trained("fisher")
+    whole, second = curvature(NET, model, evidence)[0], curvature(NET, model, evidence, "hw2")[0] / 2
+    share = np.cov(second, whole)[0, 1] / whole.var(ddof=1)
+    assert 0.5 < share <= 1
+
+
+@pytest.mark.slow
+def test_the_secant_is_far_above_the_hessian_on_a_trained_network() -> None:
+    """Which is why it is not the default."""
+    _, evidence, hessian = trained("secant")
+    found, exact = evidence.curvature["0.weight"], hessian["0.weight"]
+    assert found.sum() > 10 * exact.sum()
