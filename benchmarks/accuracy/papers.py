@@ -98,6 +98,7 @@ CA_HFP = Protocol(
     40,
     (
         *_SCORES,
+        Method("curvature signed", "ca-hfp", {"form": "signed"}, note="eq. 15 to the letter"),
         Method(
             "fedavg", "fedavg", {}, {"evaluate_every": 1}, densities=False, paper="73.57 / 92.66 / 92.92 (Table I)"
         ),
