@@ -259,8 +259,23 @@ ABLATION = replace(
     paper="",
 )
 
+SAR = replace(
+    FASHION,
+    name="subflot-sar",
+    title="SubFLOT's pull at a larger learning rate",
+    methods=(
+        Method("subflot", "subflot", note="λ = 1 at the paper's pull per step"),
+        Method("literal pull", "subflot", {"sar_scale": "literal"}, note="λ = 1, whatever the learning rate"),
+        Method("no pull", "subflot", {"sar": 0.0}),
+        *_some("history"),
+    ),
+    reference="literal pull",
+    seeds=(0, 1),
+    minutes=2,
+)
+
 TABLES = (
-    CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, RESNET, TRAINED, PARTIAL, ABLATION,
+    CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, RESNET, TRAINED, PARTIAL, ABLATION, SAR,
 )  # fmt: skip
 
 PROTOCOLS = {p.name: p for p in (*TABLES, *PAPERS)}

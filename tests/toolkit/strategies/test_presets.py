@@ -120,7 +120,7 @@ def test_a_weighting_that_nobody_knows_is_refused_before_it_counts() -> None:
 def test_the_widest_settings_that_a_preset_takes_make_recipes_that_boards_take() -> None:
     """Recipes check themselves against the limits that boards keep; at these the limits are just reached."""
     scaled = compose(job("heterofl", densities=[0.001])).recipe(Recipe(), turn(0.001))
-    pulled = compose(job("subflot", sar=5e5)).recipe(Recipe(), turn(0.001))
+    pulled = compose(job("subflot", sar=5e5, sar_scale="literal")).recipe(Recipe(), turn(0.001))
     assert scaled.scale == pytest.approx(1000)
     assert pulled.proximal == pytest.approx(999_000)
 

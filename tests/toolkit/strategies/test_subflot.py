@@ -45,10 +45,26 @@ def turn(density: float) -> Turn:
 def test_the_recipe_s_pull_is_twice_lambda_rho(sar: float, density: float) -> None:
     """A step's pull is µ·(w − w_sent), which tests of optimisers show: µ must be 2·λ·ρ."""
     recipe = Recipe(lr=0.1)
-    got = subflot(sar=sar).recipe(recipe, turn(density))
+    literal = subflot(sar=sar, sar_scale="literal")
+    got = literal.recipe(recipe, turn(density))
     assert got.proximal == pytest.approx(2 * sar * (1 - density))
-    assert subflot(sar=sar).recipe(recipe, turn(1.0)) == recipe
+    assert literal.recipe(recipe, turn(1.0)) == subflot(sar=sar).recipe(recipe, turn(1.0)) == recipe
     assert got.weight_decay == recipe.weight_decay
+
+
+@given(st.floats(0, 10), st.floats(0.01, 1), st.floats(0, 2), st.floats(0, 0.99))
+def test_a_step_pulls_no_further_than_in_the_paper(sar: float, density: float, lr: float, momentum: float) -> None:
+    """What SGD takes back of the way per step, µ·lr / (1 − momentum), is that of plain SGD at 0.001, or of the literal
+    λ where that is less."""
+    recipe = Recipe(lr=lr, momentum=momentum)
+    literal = 2 * sar * (1 - density)
+    back = subflot(sar=sar).recipe(recipe, turn(density)).proximal * lr / (1 - momentum)
+    assert back == pytest.approx(min(literal * lr / (1 - momentum), literal * 0.001))
+
+
+@pytest.mark.parametrize("recipe", [Recipe(lr=0.001, momentum=0.0), Recipe(lr=0.1, optimizer="adam", momentum=0.0)])
+def test_at_the_paper_s_rate_and_without_sgd_lambda_is_literal(recipe: Recipe) -> None:
+    assert subflot().recipe(recipe, turn(0.25)).proximal == 1.5
 
 
 def test_a_device_s_first_submodel_is_a_slice_and_later_ones_are_led_onto_its_last() -> None:

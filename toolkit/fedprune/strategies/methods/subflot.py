@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from fedprune.core.errors import ConfigError
 from fedprune.core.settings import bounded, one_of
@@ -27,6 +27,11 @@ from fedprune.strategies.values import Cut, Past, Report, Submodel, Turn
 RATES = (1.0, 0.75, 0.5, 0.25)
 """The paper's widths: pruning rates 0, 1/4, 1/2 and 3/4 of every layer's channels."""
 
+PAPER_LR = 1e-3
+"""The learning rate of the paper's plain SGD."""
+
+SarScale = Literal["step", "literal"]
+
 
 @dataclass(frozen=True)
 class Options:
@@ -34,6 +39,7 @@ class Options:
 
     alpha: float = bounded(0.5, 0, 1)
     sar: float = bounded(1.0, 0, 5e5)  # 2·λ is the most that boards are asked to pull with
+    sar_scale: SarScale = "step"
     maps: Maps = "literal"
     plans: Plans = "layer"
     ota_fuse: float = bounded(1.0, 0, 1)
@@ -54,12 +60,14 @@ class SubFlot(Strategy):
         alpha: α of Eq. 6.
         fuse: The same on the way back, where the paper's figure has it and its Eq. 9 has not; 1 for none.
         sar: λ of the pull (SAR, Eqs. 7 and 8); 0 leaves it to the job's recipe.
+        sar_scale: `literal`: λ as it is. `step`: SGD pulls at most as far in a step as with the paper's learning rate.
     """
 
     transport: Transport = field(default_factory=Transport)
     alpha: float = 0.5
     fuse: float = 1.0
     sar: float = 1.0
+    sar_scale: SarScale = "step"
 
     def extract(self, cut: Cut) -> Submodel:
         """OTP; a slice of the global model until the device has a history."""
@@ -75,8 +83,18 @@ class SubFlot(Strategy):
         return Submodel(Selection.full(trained.selection.architecture), lifted)
 
     def recipe(self, recipe: Recipe, turn: Turn) -> Recipe:
-        """λ·ρ·‖w − w_sent‖² is µ/2·‖w − w_sent‖² with µ = 2·λ·ρ: a device that holds the whole model is not pulled."""
-        return replace(recipe, proximal=2 * self.sar * turn.pruning_rate) if self.sar else recipe
+        """λ·ρ·‖w − w_sent‖² is µ/2·‖w − w_sent‖² with µ = 2·λ·ρ: a device that holds the whole model is not pulled.
+
+        A step of SGD takes back µ·lr / (1 − momentum) of the way from w_sent, 0.0015 at most with the paper's λ and
+        learning rate. With λ = 1, a learning rate of 0.05 and momentum 0.9 it would be 0.75, and the weights would stay
+        where they are. With `step`, λ shrinks as lr / (1 − momentum) grows.
+        """
+        if not self.sar:
+            return recipe
+        rate = recipe.lr / (1 - recipe.momentum)
+        scaled = self.sar_scale == "step" and recipe.optimizer == "sgd" and rate > PAPER_LR
+        sar = self.sar * PAPER_LR / rate if scaled else self.sar
+        return replace(recipe, proximal=2 * sar * turn.pruning_rate)
 
     def resized(self, past: Past, cut: Cut) -> Tensors:
         """A device's last model at the widths that it has now.
@@ -112,6 +130,7 @@ def subflot(job: Job) -> Strategy:
         alpha=options.alpha,
         fuse=options.ota_fuse,
         sar=options.sar,
+        sar_scale=options.sar_scale,
         aggregator=Mean(weighting=options.weighting),
         inputs="updates",
         allocator=dealt(job, densities, options.shares, options.by, options.every),
