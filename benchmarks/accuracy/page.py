@@ -70,7 +70,7 @@ def _changed(protocol: Protocol) -> str:
 
 def in_short(protocol: Protocol, runs: Sequence[Run], date: str) -> list[str]:
     """A few columns of the table, for a page that has many of them."""
-    kept = ("serves", "average", "before", "global", "MB a device", "TMAC")
+    kept = ("serves", "average", "before", "global", "MB a device", "TMAC", "active")
     columns = _at_equal_rounds(protocol)
     shown = [
         c for place, c in enumerate(columns)
@@ -90,6 +90,12 @@ _EQUAL_BYTES = (
     "Methods that send more than {reference} in as many rounds, at the round in which they have sent what it sends "
     "in all; the same shares of those rounds are averaged."
 )
+
+
+def active_tmacs(row: dict[str, Any]) -> float | None:
+    """TMACs of the weights that element masks left active until a round; None where that is all of them, or unknown."""
+    found = row.get("active_macs", row["macs"])
+    return None if found == row["macs"] else found / 1e12
 
 
 def figure(protocol: Protocol, run: Run, read: Callable[[dict[str, Any]], float | None], last: int = 0) -> float | None:
@@ -202,6 +208,7 @@ def _columns(protocol: Protocol, last: Callable[[Run], int]) -> Columns:
         ("best global", best(measured("global")), 1),
         ("MB a device", share, 2),
         ("TMAC", lambda run: cut(run)["macs"] / 1e12, 2),
+        ("active", lambda run: active_tmacs(cut(run)), 2),
         ("rounds", lambda run: float(cut(run)["round"]), 0),
     ]
     if protocol.target:
@@ -301,7 +308,7 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
         "are measured again, alike for all: on a device's own training data for *after* and *average*, on 512 "
         "training samples of all for *global* and *sub*. Δ: difference to "
         f"{protocol.reference}, seed by seed. MB: both ways, all rounds, mean per device, graphs included. TMAC: "
-        "MACs of all training. "
+        "MACs of all training; active: of weights that element masks leave, where there are some. "
     )
     if protocol.target:
         often = "every round" if protocol.every_global == 1 else f"every {protocol.every_global} rounds"

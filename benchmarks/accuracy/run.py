@@ -253,12 +253,12 @@ def rounds_of(record: Record) -> list[dict[str, Any]]:
     """A run's rounds in short: means over devices of each device's latest measurement, bytes, work, time."""
     latest: dict[str, dict[str, float]] = {}
     density: dict[str, float] = {}
-    macs, out = 0.0, []
+    macs, active, out = 0.0, 0.0, []
     for row in record.rounds:
         for metric, values in row.own.items():
             latest.setdefault(metric, {}).update({k: v for k, v in values.items() if math.isfinite(v)})
         density.update(row.density)
-        macs += sum(spent[2] for spent in row.spent.values())
+        macs, active = macs + row.macs, active + row.active_macs
         if not row.measured and row is not record.rounds[-1]:
             continue
         out.append(
@@ -268,6 +268,7 @@ def rounds_of(record: Record) -> list[dict[str, Any]]:
                 "down": row.down,
                 "up": row.up,
                 "macs": macs,
+                "active_macs": active,
                 "measured": {k: round(v, 5) for k, v in row.measured.items()},
                 "own": {m: _means(v, density) for m, v in latest.items()},
             }

@@ -17,15 +17,17 @@ import numpy.typing as npt
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.coordination import commands as do
 from fedprune.coordination import events as on
+from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError
 from fedprune.core.metrics import LOSS, leading
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.element_mask import ElementMask
 from fedprune.model.nested_widths import TensorAxes, axes_json
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
-from fedprune.planning.costs import costs_at
+from fedprune.planning.costs import active_macs_share, costs_at
 from fedprune.strategies import compose
 from fedprune.strategies.values import Cut, Memory, Scene, Submodel, Turn
 from fedprune_export.pruning.model import Model
@@ -189,7 +191,8 @@ class RoundNotes:
     Attributes:
         down: Bytes sent to devices since the start.
         up: Bytes sent by devices since the start.
-        devices: Bytes down, bytes up and training MACs of each device since the previous round.
+        devices: Bytes down, bytes up, training MACs and those of active weights of each device since the previous
+            round.
         measured: Measurements of the global model.
         updates: Number of aggregated updates.
         coverage: Number of updates that held each channel, per group; empty if not recorded.
@@ -213,9 +216,11 @@ class RoundRecorder:
     def __init__(self, job: Job, model: Model, store: BlobStore, measure: Hook | None) -> None:
         self._job = job
         self._model = model
+        self._store = store
         self._archive = Archive(model.architecture, store)
         self._measure = measure
         self._macs: dict[tuple[int, ...], int] = {}
+        self._shares: dict[tuple[str, tuple[int, ...]], float] = {}
 
     def close(
         self, notes: RoundNotes, command: do.Close, event: on.Closed, basis: do.Basis, clock: float, before: float
@@ -268,6 +273,18 @@ class RoundRecorder:
             begun = (step - 1) % per_epoch * recipe.batch_size
             total += self._per_sample(plans[chosen]) * min(recipe.batch_size, samples - begun)
         return total
+
+    def active_share(self, offer: Mapping[str, Any]) -> float:
+        """Share of a training's MACs whose weight is active in the offer's mask; 1 without one."""
+        if not offer.get("mask"):
+            return 1.0
+        widths, architecture = tuple(offer["widths"]), self._model.architecture
+        key = offer["mask"]["sha256"], widths
+        if key not in self._shares:
+            bits = tensorfile.decode(self._store.read(key[0]))
+            mask = ElementMask.from_tensors(bits, architecture.shapes(widths))
+            self._shares = {key: active_macs_share(architecture, widths, mask)}  # a round's masks are mostly alike
+        return self._shares[key]
 
     def _per_sample(self, widths: tuple[int, ...]) -> int:
         if widths not in self._macs:

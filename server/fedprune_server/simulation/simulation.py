@@ -379,9 +379,10 @@ class Simulation:
             log.warning("device %s refuses round %d: %s", item.device, item.round, reason)
             self._run.refusal = f"{item.device}: {reason}"
             return on.OfferRefused(item.device, item.round, item.attempt, reason, of_exit_code(error.exit_code))
-        self._spent(item.device)[2] += self._recorder.macs(
-            item.device, item.round, item.offer, out.steps, device.samples
-        )
+        macs = self._recorder.macs(item.device, item.round, item.offer, out.steps, device.samples)
+        spent = self._spent(item.device)
+        spent[2] += macs
+        spent[3] += round(macs * self._recorder.active_share(item.offer))
         event = on.UpdateAnnounced(
             item.device,
             item.round,
@@ -403,7 +404,7 @@ class Simulation:
         self._runner.prepare([(self._devices[w.device], w.offer, w.round) for w in together])
 
     def _spent(self, device: str) -> list[int]:
-        return self._run.now.devices.setdefault(device, [0, 0, 0])
+        return self._run.now.devices.setdefault(device, [0, 0, 0, 0])
 
     def _birth(self, name: str, at: float) -> None:
         """Connect a device as soon as its window is open."""

@@ -288,6 +288,9 @@ def test_a_board_gets_a_narrower_model_where_masks_leave_no_weights(elements: Bu
         bits = tensorfile.decode(run.store.read(offer["mask"]["sha256"]))
         shapes = run.model.architecture.shapes(offer["widths"])
         assert 0 < ElementMask.from_tensors(bits, shapes).density < 1
+    explored, masked = run.record().rounds[0], run.record().rounds[-1]
+    assert explored.active_macs == explored.macs
+    assert 0 < masked.active_macs < masked.macs
 
 
 @pytest.mark.parametrize("strategy", ["others", "emergent"])

@@ -182,7 +182,7 @@ def test_boards_train_unequal_ranks_of_adapters_and_nothing_else(tmp_path: Path)
     assert [sorted(ranks, reverse=True) for ranks in record.last.coverage] == [holders] * 3
     adapters = sum(value.nbytes for name, value in model.tensors.items() if ".lora_" in name)
     held = {name: adapters * share for name, share in zip(names, (1, 0.5, 0.25, 0.125), strict=True)}
-    assert all(0 <= up - held[name] < 1000 for name, (_, up, _) in record.last.spent.items()), record.last.spent
+    assert all(0 <= up - held[name] < 1000 for name, (_, up, *_) in record.last.spent.items()), record.last.spent
 
 
 def test_a_low_base_travels_once_and_adapters_in_every_round(tmp_path: Path) -> None:
@@ -200,10 +200,10 @@ def test_a_low_base_travels_once_and_adapters_in_every_round(tmp_path: Path) -> 
     adapters = sum(value.nbytes for value in model.tensors.values())
     first, second, third = run.record().rounds
     for share, name in ((1, "a"), (0.5, "b")):
-        down, up, _ = first.spent[name]
+        down, up, *_ = first.spent[name]
         assert down > adapters * share + len(model.base_file or b"")
         assert 0 <= up - adapters * share < 1000
         for later in (second, third):
-            down, up, _ = later.spent[name]
+            down, up, *_ = later.spent[name]
             assert 0 <= down - adapters * share < 1000, later.spent
             assert 0 <= up - adapters * share < 1000, later.spent

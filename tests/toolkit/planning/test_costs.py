@@ -24,8 +24,18 @@ from fedprune.model.architecture import (
     TensorSpec,
     widths_at,
 )
+from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Features
-from fedprune.planning.costs import FROZEN_COPIES, HELD_BYTES, PROCESS_BYTES, WEIGHT_COPIES, costs_at, memory_seconds
+from fedprune.model.selection import Selection
+from fedprune.planning.costs import (
+    FROZEN_COPIES,
+    HELD_BYTES,
+    PROCESS_BYTES,
+    WEIGHT_COPIES,
+    active_macs_share,
+    costs_at,
+    memory_seconds,
+)
 from fedprune.planning.kernel_workload import workload
 
 PLAIN = Features()
@@ -217,3 +227,18 @@ def test_local_data_takes_memory_until_it_stays_on_the_disk() -> None:
 def test_widths_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BundleError, match="conv0"):
         costs_at(NET, (9, 1))
+
+
+@BRIEF
+@given(nets(), st.data())
+def test_masking_all_weights_of_some_channels_leaves_the_macs_of_the_narrower_model(
+    net: Architecture, data: st.DataObject
+) -> None:
+    widths = [data.draw(st.integers(1, n)) for n in net.sizes]
+    held = Selection.of(net, widths)
+    mask = ElementMask({layer.weight: held.covered(layer.weight) for layer in net.layers})
+    whole, narrow = costs_at(net, net.sizes).training_macs, costs_at(net, widths).training_macs
+    assert active_macs_share(net, net.sizes, mask) == pytest.approx(narrow / whole)
+    assert active_macs_share(net, net.sizes, ElementMask({})) == 1
+    with pytest.raises(BundleError):
+        active_macs_share(net, net.sizes, ElementMask({"fc.weight": np.ones((1, 1), np.bool_)}))

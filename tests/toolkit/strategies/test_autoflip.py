@@ -29,7 +29,8 @@ RANKED = ("first.weight", "second.weight", "second.bias", "head.weight", "head.b
 
 
 def autoflip(**options: Any) -> Strategy:
-    return compose(Job(strategy="autoflip", options=options))
+    """With masks of elements alone, unless a test asks for structure."""
+    return compose(Job(strategy="autoflip", options={"structured": False, **options}))
 
 
 def guidance(play: Play, devices: tuple[str, ...], start: Tensors) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
@@ -271,11 +272,14 @@ def dead_rows(submodel: Any, device: str, round_: int) -> Tensors:
     return out
 
 
-def test_channels_without_weights_are_cut_and_come_back_as_they_were_sent() -> None:
+def test_channels_without_weights_are_cut_by_default_and_come_back_as_they_were_sent() -> None:
     start = model(NET, 1)
     cut, whole = (
-        Play(autoflip(structured=s, pruned_share=0.5), start, {"a": Device(), "b": Device()}, move=dead_rows)
-        for s in (True, False)
+        Play(strategy, start, {"a": Device(), "b": Device()}, move=dead_rows)
+        for strategy in (
+            compose(Job(strategy="autoflip", options={"pruned_share": 0.5})),
+            autoflip(pruned_share=0.5),
+        )
     )
     for play in (cut, whole):
         play.play()

@@ -82,7 +82,8 @@ class RoundRow:
         own: Other measurements of delivering devices, per metric and device.
         density: Share of the model of each delivering device.
         measured: A simulation's measurements of the global model, by name; of a private job also its `epsilon`.
-        spent: Bytes down, bytes up and training MACs of each device since the previous round; in simulations.
+        spent: Bytes down, bytes up, training MACs and, of these, the MACs of active weights of each device since the
+            previous round; in simulations.
         updates: Number of aggregated updates; in simulations.
         coverage: Number of updates that held each channel, per group; empty if not recorded.
     """
@@ -115,7 +116,12 @@ class RoundRow:
     @property
     def macs(self) -> int:
         """Training MACs since the previous round."""
-        return sum(macs for _, _, macs in self.spent.values())
+        return sum(spent[2] for spent in self.spent.values())
+
+    @property
+    def active_macs(self) -> int:
+        """Training MACs whose weight an element mask leaves active, since the previous round."""
+        return sum(spent[3] for spent in self.spent.values())
 
 
 @dataclass(frozen=True)

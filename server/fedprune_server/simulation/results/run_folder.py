@@ -110,7 +110,7 @@ METRICS = "metrics{}.parquet"
 ROUNDS = "rounds{}.parquet"
 """Wide format: a row per round."""
 
-SPENT = ("bytes_down", "bytes_up", "training_macs")
+SPENT = ("bytes_down", "bytes_up", "training_macs", "active_macs")
 """Costs of a device since the previous round."""
 
 _PIECE = 50_000
@@ -188,6 +188,7 @@ def _wide(record: Record) -> list[dict[str, Any]]:
             "total_bytes_down": r.down,
             "total_bytes_up": r.up,
             "training_macs": r.macs,
+            "active_macs": r.active_macs,
             "asked": r.asked,
             "updates": r.updates,
             "model": r.model,

@@ -55,7 +55,7 @@ class Options:
     pruned: Pruned = "decay"
     prune_start: bool = True
     warm_start: Start = "init"
-    structured: bool = False
+    structured: bool = True
     masked_share: float = bounded(1.0, 1e-3, 1)
     densities: tuple[float, ...] = bounded((), 0, 1, above=True)
 
