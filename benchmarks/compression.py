@@ -42,12 +42,18 @@ SETTINGS = (
     ("zlib", "zlib"),
     ("float16", "none"),
     ("int8", "none"),
+    ("int4", "none"),
+    ("ternary", "none"),
     ("top-k:0.2", "none"),
     ("top-k:0.05", "none"),
     ("top-k:0.01", "none"),
     ("none", "float16"),
     ("none", "int8"),
+    ("none", "int4"),
+    ("none", "ternary"),
     ("int8", "int8"),
+    ("int4", "int4"),
+    ("ternary", "ternary"),
     ("top-k:0.05", "int8"),
 )
 """Codecs of updates and of weights."""

@@ -83,7 +83,7 @@ def test_noise_is_another_one_each_time_and_not_in_what_serves(board: HiddenBoar
     assert 0.4 < noise.std() / math.sqrt(2) < 0.6  # of 91 elements
 
 
-@pytest.mark.parametrize("text", ["zlib", "float16", "int8", "top-k:0.25"])
+@pytest.mark.parametrize("text", ["zlib", "float16", "int8", "int4", "ternary", "top-k:0.25"])
 def test_codecs_see_what_is_noised_alone(board: HiddenBoard, text: str) -> None:
     recipe = replace(PLAIN, update_clip=1e-6, update_noise=0.5)
     raw, _, own = carry_out(board, board.offer(1, recipe, SENT, graph="kept", codec=text))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.board
 
 PLAIN = Recipe(epochs=1, batch_size=16)
 STATISTICS = {"mean", "var"}
-CODED = ("zlib", "float16", "int8", "top-k:0.25")
+CODED = ("zlib", "float16", "int8", "int4", "ternary", "top-k:0.25")
 
 
 def carry_out(board: HiddenBoard, offer: Offer) -> tuple[bytes, Tensors, LocalState | None]:
@@ -63,10 +63,13 @@ def test_an_update_is_encoded_as_offered_and_what_was_trained_serves(board: Hidd
     for name, value in trained.items():
         assert serves_coded[name].tobytes() == serves[name].tobytes() == value.tobytes()
         left = own.residual.get(name, 0) if own else 0
+        if name in STATISTICS and text in ("int4", "ternary"):
+            assert found[name] == pytest.approx(value, rel=2.0**-11)
+            continue
         assert found[name] + left == pytest.approx(value, abs=1e-6 if own else 1e-3)
         if name in STATISTICS or text == "zlib":
             assert found[name].tobytes() == value.tobytes()
-    assert (own is not None) == (text in ("int8", "top-k:0.25"))
+    assert (own is not None) == (text not in ("zlib", "float16"))
 
 
 def test_what_is_left_out_is_sent_with_the_next_update(board: HiddenBoard) -> None:
@@ -160,7 +163,9 @@ def coded(board: HiddenBoard, text: str, held: Tensors | None, **other: Any) -> 
         return replace(offer, coded=store.blobs.put(other.get("raw", raw)), held=base), there
 
 
-@pytest.mark.parametrize(("text", "based"), [("zlib", False), ("float16", False), ("zlib", True), ("int8", True)])
+@pytest.mark.parametrize(
+    ("text", "based"), [("zlib", False), ("float16", False), ("zlib", True), ("int8", True), ("int4", True)]
+)
 def test_training_goes_on_from_weights_that_were_decoded(board: HiddenBoard, text: str, based: bool) -> None:
     offer, there = coded(board, text, hidden_weights(seed=3) if based else None)
     update = tensorfile.decode(carry_out(board, offer)[0])

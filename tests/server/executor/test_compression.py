@@ -34,7 +34,7 @@ from fedprune_server.simulation.simulation import Simulation
 from support.fakes.digits_simulation import boards, digits_simulation
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b")
-SETTINGS = ("zlib", "float16", "int8", "top-k:0.05")
+SETTINGS = ("zlib", "float16", "int8", "int4", "ternary", "top-k:0.05")
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_every_codec_saves_bytes_and_every_update_counts(simulate: Callable[...,
         assert uploaded(run) < before
         before = uploaded(run) if setting != "zlib" else before
         assert (run.state.model == plain.state.model) == (setting == "zlib")
-        assert bool(run._run.boards) == (setting in ("int8", "top-k:0.05"))
+        assert bool(run._run.boards) == (setting not in ("zlib", "float16"))
 
 
 def test_without_a_codec_nothing_is_another(simulate: Callable[..., Simulation], model: Model, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_kill_between_rounds_changes_no_bit(simulate: Callable[..., Simulation
 
 @pytest.mark.slow
 def test_an_update_that_a_strategy_goes_on_from_is_read_in_its_codec(simulate: Callable[..., Simulation]) -> None:
-    for setting in ("int8", "top-k:0.05"):
+    for setting in ("int8", "int4", "top-k:0.05"):
         run = simulate(setting, strategy="fedobp", compression=setting, density=0.0, rounds=3)
         run.run()
         assert {p["progress"] for p in run.state.history[-1]["devices"].values()} == {"folded"}

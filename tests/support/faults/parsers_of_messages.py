@@ -42,6 +42,7 @@ from fedprune.security.certificates import make_request as make_csr
 from fedprune.security.joining import Claim, answer_text, check_answer, check_request, digest_of, make_request
 from fedprune.security.keys import VerifyingKey
 from fedprune.security.signed_channel import Envelope, Opener, seal
+from fedprune.updates import Codec, decode, encode
 from fedprune.wire import messages as m
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.fleet_messages import (
@@ -406,7 +407,18 @@ def _blobs() -> tuple[Target, ...]:
         Target("blob.lowered graphs", lambda raw: unpacked(raw, INT8), (graphs,)),
         Target("blob.mask", lambda raw: ElementMask.from_tensors(tensorfile.decode(raw), shapes), (bits,)),
         Target("blob.weights of an offer", lambda raw: _offered(raw, recipe), (weights, masked)),
+        *map(_coded, ("zlib", "float16", "int8", "int4", "ternary", "top-k:0.25")),
     )
+
+
+def _coded(text: str) -> Target:
+    """An update in a codec."""
+    codec = Codec.parse(text)
+    assert codec is not None
+    sent = {"w": np.zeros((30, 10), np.float32), "b": np.zeros(7, np.float32), "mean": np.ones(7, np.float32)}
+    trained = {n: v + np.linspace(-1, 1, v.size, dtype=np.float32).reshape(v.shape) for n, v in sent.items()}
+    seed, _ = encode(codec, trained, sent, {"w", "b"})
+    return Target(f"blob.update in {text}", lambda raw: decode(codec, raw, sent, {"w", "b"}), (seed,), share=0.5)
 
 
 def _some(raw: bytes) -> object:

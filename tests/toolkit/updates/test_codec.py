@@ -15,16 +15,17 @@ from hypothesis.extra import numpy as nst
 
 from fedprune.core import tensorfile
 from fedprune.core.errors import ConfigError, ProtocolError
-from fedprune.updates import CODECS, Codec, agreed, bound, decode, encode, is_packed, packing, weights
+from fedprune.updates import CODECS, DOWN, Codec, agreed, bound, decode, encode, is_packed, packing, weights
 from fedprune.updates.remap import relocated, relocation
-from fedprune.updates.update import ROW, STEPS
+from fedprune.updates.update import ROW
 from support.nets.drawn_models import architectures, selections
 
 Tensors = dict[str, np.ndarray[Any, Any]]
 
 SHAPES = {"w": (20, 70), "c": (8, 4, 3, 3), "b": (20,), "one": (), "mean": (20,), "none": (0, 3)}
 TRAINED = frozenset({"w", "c", "b", "one", "none"})
-ALL = ("zlib", "float16", "int8", "top-k:0.05", "top-k:0.4", "top-k:1.0")
+STEPS = {"int8": 127, "int4": 7}
+ALL = ("zlib", "float16", "int8", "int4", "ternary", "top-k:0.05", "top-k:0.4", "top-k:1.0")
 
 
 def codec(text: str) -> Codec:
@@ -51,16 +52,88 @@ same_size = st.integers(1, 60).flatmap(
 )
 
 
-@given(same_size)
-def test_int8_is_off_by_half_a_step_at_most(both: tuple[Any, Any]) -> None:
+@pytest.mark.parametrize("text", STEPS)
+@given(both=same_size)
+def test_codes_are_off_by_half_a_step_at_most(text: str, both: tuple[Any, Any]) -> None:
     sent, trained = ({"w": v} for v in both)
-    raw, left = encode(codec("int8"), trained, sent, {"w"})
+    raw, left = encode(codec(text), trained, sent, {"w"})
     difference = trained["w"] - sent["w"]
-    step = float(np.abs(difference).max()) / STEPS
-    assert np.abs(left["w"]).max() <= 0.5 * step * (1 + 1e-5) + 1e-38
-    assert np.abs(decode(codec("int8"), raw, sent, {"w"})["w"] - trained["w"]).max() <= 0.5 * step + 1e-6 * (
+    step = float(np.abs(difference).max()) / STEPS[text]
+    assert np.abs(left["w"]).max() <= 0.5 * step * (1 + 1e-5) + 1e-37
+    assert np.abs(decode(codec(text), raw, sent, {"w"})["w"] - trained["w"]).max() <= 0.5 * step + 1e-6 * (
         np.abs(both).max() + step
     )
+
+
+@given(nst.arrays(np.float32, st.integers(1, 40), elements=st.floats(-1e6, 1e6, width=32)))
+def test_no_other_level_of_a_ternary_code_is_nearer(values: Any) -> None:
+    """The level that leaves the least squared error is among the means of the largest elements."""
+    _, left = encode(codec("ternary"), {"w": values}, {"w": np.zeros_like(values)}, {"w"})
+    exact = values.astype(np.float64)
+    size = -np.sort(-np.abs(exact))
+    levels = np.cumsum(size) / np.arange(1, size.size + 1)
+    errors = [np.square(exact - n * np.clip(np.rint(exact / n), -1, 1)).sum() for n in levels if n > 0]
+    # Levels have 8 significant bits.
+    assert (
+        np.square(left["w"].astype(np.float64)).sum()
+        <= (1 + 1e-4) * min(errors, default=0.0) + 2.0**-14 * (np.square(exact).sum()) + 1e-70
+    )
+
+
+@given(st.data(), st.sampled_from([1, 2, 3, 7]))
+def test_codes_share_bytes(data: st.DataObject, steps: int) -> None:
+    codes = data.draw(nst.arrays(np.int8, st.integers(1, 50), elements=st.integers(-steps, steps)))
+    packed = packing.to_digits(codes, steps)
+    assert packed.size == -(-codes.size // packing.digits_per_byte(steps))
+    assert packing.from_digits(packed, steps, codes.size, "w").tobytes() == codes.tobytes()
+    # A number is read from these bytes alone.
+    base, per = 2 * steps + 1, packing.digits_per_byte(steps)
+    assert base**per <= 256 < base ** (per + 1)
+    whole = sum((int(c) + steps) * base ** (per - 1 - n) for n, c in enumerate(codes[:per]))
+    assert int(packed[0]) == whole
+
+
+@given(nst.arrays(np.uint8, 3), st.sampled_from([1, 2, 3, 7]), st.integers(0, 4))
+def test_bytes_of_codes_are_refused_or_read_as_what_makes_them(packed: Any, steps: int, missing: int) -> None:
+    per = packing.digits_per_byte(steps)
+    size = 3 * per - min(missing, per - 1)
+    try:
+        codes = packing.from_digits(packed, steps, size, "w")
+    except ProtocolError:
+        assert packed.max() >= (2 * steps + 1) ** per or packed[-1] % (2 * steps + 1) ** (3 * per - size)
+        return
+    assert np.abs(codes.astype(int)).max() <= steps
+    assert packing.to_digits(codes, steps).tobytes() == packed.tobytes()
+
+
+@pytest.mark.parametrize("text", ["int8", "int4", "ternary"])
+def test_the_same_update_is_the_same_bytes(text: str) -> None:
+    sent, trained = pair(3)
+    first, again = (encode(codec(text), trained, sent, TRAINED) for _ in range(2))
+    assert first[0] == again[0]
+    assert all(v.tobytes() == again[1][n].tobytes() for n, v in first[1].items())
+
+
+def test_fewer_steps_are_fewer_bytes_in_fact_and_at_most() -> None:
+    sent, trained = pair(4)
+    names = ("float16", "int8", "int4", "ternary")
+    sizes = [len(encode(codec(n), trained, sent, TRAINED)[0]) for n in names]
+    bounds = [bound(codec(n), SHAPES, TRAINED) for n in names]
+    assert sizes == sorted(sizes, reverse=True)
+    assert bounds == sorted(bounds, reverse=True)
+    wide = {"w": (1000, 1000)}
+    for name, share in (("int8", 1), ("int4", 1 / 2), ("ternary", 1 / 5)):
+        assert bound(codec(name), wide, {"w"}) == pytest.approx(share * 1e6, rel=0.03)
+
+
+@given(nst.arrays(np.float32, 20, elements=st.floats(width=32, allow_nan=False, allow_infinity=False)))
+def test_statistics_beside_few_steps_keep_12_bits(mean: Any) -> None:
+    sent, trained = pair(5)
+    for text in ("int4", "ternary"):
+        raw, _ = encode(codec(text), trained | {"mean": mean}, sent, TRAINED)
+        found = decode(codec(text), raw, sent, TRAINED)["mean"].astype(np.float64)
+        assert (np.abs(found - mean) <= 2.0**-11 * np.abs(mean.astype(np.float64)) + 2.0**-137).all()
+        assert (np.sign(found) * np.sign(mean) >= 0).all()  # a variance stays one
 
 
 def test_long_rows_have_steps_of_their_own() -> None:
@@ -100,7 +173,9 @@ def test_what_arrives_and_what_is_left_are_what_was_trained(seed: int, text: str
     assert {n: v.shape for n, v in found.items()} == SHAPES
     assert len(raw) <= bound(codec(text), SHAPES, TRAINED)
     for name, value in found.items():
-        if name not in TRAINED:
+        if name not in TRAINED and text in ("int4", "ternary"):
+            assert value == pytest.approx(trained[name], rel=2.0**-11)
+        elif name not in TRAINED:
             assert value.tobytes() == trained[name].tobytes()
         elif text != "float16" and value.size:
             assert value + left.get(name, 0) == pytest.approx(trained[name], abs=1e-6)
@@ -201,6 +276,12 @@ HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "a negative scale": ("top-k:0.05", lambda p: p | {"w::scales": np.float32([-1])}, "scales"),
     "too many scales": ("int8", lambda p: p | {"b::scales": np.ones(20, np.float32)}, "b::scales"),
     "a code out of range": ("int8", lambda p: p | {"b::codes": np.full(20, -128, np.int8)}, "from -127 to 127"),
+    "an int4 code out of range": ("int4", lambda p: p | {"b::codes": np.full(10, 225, np.uint8)}, "from -7 to 7"),
+    "a ternary code out of range": ("ternary", lambda p: p | {"b::codes": np.full(4, 243, np.uint8)}, "from -1 to 1"),
+    "digits behind the last code": ("ternary", lambda p: p | {"one::codes": np.uint8([82])}, "1 from -1 to 1"),
+    "a byte per int4 code": ("int4", lambda p: p | {"b::codes": np.zeros(20, np.uint8)}, "b::codes"),
+    "signed codes": ("int4", lambda p: p | {"b::codes": np.zeros(10, np.int8)}, "b::codes"),
+    "an infinite int4 scale": ("int4", lambda p: p | {"b::scales": np.float32([np.inf])}, "scales"),
     "codes of another shape": ("int8", lambda p: p | {"w::codes": np.zeros((70, 20), np.int8)}, "w::codes"),
     "more codes than the share": ("top-k:0.05", lambda p: p | {"w::codes": np.zeros(99, np.int8)}, "w::codes"),
     "codes of another type": ("int8", lambda p: p | {"b::codes": np.zeros(20, np.int16)}, "b::codes"),
@@ -270,7 +351,7 @@ def test_bytes_that_were_changed_are_refused_or_read(at: int, other: bytes, text
 def test_differences_that_cannot_be_coded_are_an_error_and_no_warning() -> None:
     most = np.finfo(np.float32).max
     sent, trained = {"w": np.full(3, -most)}, {"w": np.full(3, most)}
-    for text in ("float16", "int8", "top-k:0.05"):
+    for text in ("float16", "int8", "int4", "ternary", "top-k:0.05"):
         with pytest.raises(ProtocolError, match="difference of w"):
             encode(codec(text), trained, sent, {"w"})
 
@@ -278,10 +359,10 @@ def test_differences_that_cannot_be_coded_are_an_error_and_no_warning() -> None:
 # -- weights that devices are sent ------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 50), st.sampled_from(["zlib", "float16", "int8"]), st.booleans())
+@given(st.integers(0, 50), st.sampled_from(DOWN), st.booleans())
 def test_weights_are_read_in_the_order_of_their_file(seed: int, text: str, based: bool) -> None:
     base, new = pair(seed)
-    if text == "int8" and not based:
+    if codec(text).feedback and not based:
         with pytest.raises(ProtocolError, match="whole weights"):
             weights.encode(codec(text), new, None, TRAINED)
         return
@@ -290,21 +371,22 @@ def test_weights_are_read_in_the_order_of_their_file(seed: int, text: str, based
     found = weights.decode(codec(text), raw, held, len(tensorfile.encode(new)))
     assert list(found) == list(new)
     for name, value in new.items():
-        if text == "zlib" or name not in TRAINED:
+        if text == "zlib" or (name not in TRAINED and text not in ("int4", "ternary")):
             assert found[name].tobytes() == value.tobytes()
-        assert found[name] == pytest.approx(value, abs=1e-3 if based else 1e-2)
+        assert found[name] == pytest.approx(value, abs=0.05 if text == "ternary" else 5e-3 if based else 1e-2)
 
 
-def test_what_a_codec_leaves_out_of_weights_never_adds_up() -> None:
+@pytest.mark.parametrize(("text", "most"), [("int8", 0.5 * 0.08 / 127), ("int4", 0.5 * 0.08 / 7), ("ternary", 0.08)])
+def test_what_a_codec_leaves_out_of_weights_never_adds_up(text: str, most: float) -> None:
     """However many versions a device gets as differences, it is off by half a step of the last one."""
     held, new = pair(0)
     for seed in range(20):
         new = {
             n: (v + d).astype(np.float32) for (n, v), d in zip(new.items(), tensors(seed, 0.01).values(), strict=True)
         }
-        raw = weights.encode(codec("int8"), new, held, TRAINED)
-        held = weights.decode(codec("int8"), raw, held, 10**5)
-        assert max(np.abs(held[n] - new[n]).max() for n in ("w", "c", "b")) < 0.5 * 0.08 / STEPS
+        raw = weights.encode(codec(text), new, held, TRAINED)
+        held = weights.decode(codec(text), raw, held, 10**5)
+        assert max(np.abs(held[n] - new[n]).max() for n in ("w", "c", "b")) < most
 
 
 @given(st.data())
@@ -348,7 +430,7 @@ def test_a_setting_is_read_back_as_itself(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "zstd", "int8:0.5", "top-k:", "top-k:0", "top-k:1.5", "top-k:nan", "x" * 99, 8, None]
+    "text", ["", "zstd", "int8:0.5", "top-k:", "top-k:0", "top-k:1.5", "top-k:nan", "x" * 99, 8, None, "int2", "int4:4"]
 )
 def test_another_setting_is_refused(text: object) -> None:
     with pytest.raises(ConfigError, match="job: compression"):

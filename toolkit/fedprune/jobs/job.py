@@ -71,10 +71,11 @@ class Job:
         server_momentum: Momentum of the global model's moves, 0 for none.
         recipe: Local training.
         precision: Lower precisions that boards may serve at, too: offers bring the graphs.
-        compression: The codec of updates: `none`, `zlib`, `float16`, `int8` or `top-k:SHARE`. A device that doesn't
-            know it sends its updates plainly.
+        compression: The codec of updates: `none`, `zlib`, `float16`, `int8`, `int4`, `ternary` or `top-k:SHARE`. A
+            device that doesn't know it sends its updates plainly.
         compression_of: The same for single hardware profiles, by name.
-        compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16` or `int8`.
+        compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16`, `int8`,
+            `int4` or `ternary`.
         privacy: Whether and how what boards hand in is clipped and noised.
         weight_limit: The most samples that a device counts for, and the most steps for which it may move further
             than others, in multiples of the round's median; 0 for no limit.

@@ -10,10 +10,13 @@ from fedprune.core.errors import ConfigError, shown
 PLAIN = "none"
 """No codec: a tensor file of float32."""
 
-CODECS = ("zlib", "float16", "int8", "top-k")
+_STEPS = {"int8": 127, "int4": 7, "ternary": 1, "top-k": 127}
+"""For codecs whose differences are whole codes times a scale: the largest code."""
+
+CODECS = ("zlib", "float16", *_STEPS)
 """What this version can encode and decode, updates and weights; a device announces it in its birth."""
 
-DOWN = ("zlib", "float16", "int8")
+DOWN = tuple(n for n in CODECS if n != "top-k")
 """Those for the weights that devices are sent. With `top-k` devices would train on from what most of the model once
 was, and an average of their weights would forget what has moved since."""
 
@@ -30,7 +33,8 @@ class Codec:
 
     Attributes:
         name: `zlib`: the very bits. `float16`: differences to the weights that were sent, with 11 significant bits.
-            `int8`: differences in 255 steps per row or tensor. `top-k`: the largest differences alone, in such steps.
+            `int8`, `int4`, `ternary`: differences in 255, 15 or 3 steps per row or tensor. `top-k`: the largest
+            differences alone, in 255 steps.
         share: With `top-k`, the share of each tensor's elements that travel.
     """
 
@@ -58,7 +62,12 @@ class Codec:
     @property
     def feedback(self) -> bool:
         """Whether what it leaves out is worth keeping for the next update (error feedback)."""
-        return self.name in ("int8", "top-k")
+        return self.steps > 0
+
+    @property
+    def steps(self) -> int:
+        """The largest code of a difference, a whole number; 0 where differences aren't coded in steps."""
+        return _STEPS.get(self.name, 0)
 
     def __str__(self) -> str:
         return f"{self.name}:{self.share!r}" if self.share else self.name

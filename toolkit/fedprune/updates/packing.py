@@ -17,10 +17,13 @@ A tensor file begins with the length of its header, at most 16 MiB, which no env
 Sparse tensors have the indices of their elements as a bitmap or as gaps, whichever is smaller: for each index the
 number of elements skipped since the one before, in bytes that are added up; after 255 the next byte belongs to the same
 gap. However the bytes are chosen, indices that are read rise and none comes twice.
+
+Small codes share bytes: as digits of a number, as many as fit, the first in the highest place.
 """
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -89,6 +92,37 @@ def bitmap_bytes(size: int) -> int:
     return -(-size // 8)
 
 
+def digits_per_byte(steps: int) -> int:
+    """How many codes from −steps to steps a byte holds."""
+    return int(math.log(256, 2 * steps + 1))
+
+
+def to_digits(codes: npt.NDArray[np.int8], steps: int) -> Bytes:
+    """Codes as bytes that hold several; behind the last code the digits are 0."""
+    ranks = _ranks(steps)
+    digits = np.zeros(-(-codes.size // ranks.size) * ranks.size, np.uint8)
+    digits[: codes.size] = codes + np.int8(steps)
+    found: Bytes = digits.reshape(-1, ranks.size) @ ranks
+    return found
+
+
+def from_digits(packed: Bytes, steps: int, size: int, what: str) -> npt.NDArray[np.int8]:
+    """The `size` codes that `to_digits` packed. Raises `ProtocolError` if a byte holds something else."""
+    ranks = _ranks(steps)
+    base = 2 * steps + 1
+    digits = (packed[:, None] // ranks % np.uint8(base)).reshape(-1)
+    if int(packed.max()) >= base**ranks.size or digits[size:].any():
+        raise ProtocolError(f"codes of {what}", expected=f"{size} from {-steps} to {steps}", got="other bytes")
+    codes: npt.NDArray[np.int8] = digits[:size].astype(np.int8) - np.int8(steps)
+    return codes
+
+
+def _ranks(steps: int) -> Bytes:
+    """What 1 counts as each digit of a byte."""
+    base = 2 * steps + 1
+    return np.array([base**n for n in reversed(range(digits_per_byte(steps)))], np.uint8)
+
+
 Array = npt.NDArray[Any]
 
 HEAD = 16
@@ -104,7 +138,8 @@ def is_packed(raw: bytes | memoryview) -> bool:
 def pack(parts: Mapping[str, Array]) -> bytes:
     """Tensors in an envelope, smaller where zlib can make them so. Raises `BundleError` if a tensor's type has no
     safetensors code."""
-    squeezer = zlib.compressobj(_LEVEL)
+    # Numbers repeat themselves by chance; what is gained by that is less than what Huffman codes make of them.
+    squeezer = zlib.compressobj(_LEVEL, strategy=zlib.Z_FILTERED)
     header = tensorfile.header_of(parts)
     pieces, size = [squeezer.compress(header)], len(header)
     for value in parts.values():

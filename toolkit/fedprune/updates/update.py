@@ -1,13 +1,15 @@
 """An update in fewer bytes: each trained tensor as its difference to the weights that were sent, in a codec.
 
-What wasn't trained (batch-norm statistics), and squared gradients, travel as they are. Inside the envelope
-(`fedprune.updates.packing`) is a tensor file with, for a trained tensor `n`:
+What wasn't trained (batch-norm statistics), and squared gradients, travel as they are; beside codes of less than 8
+bits, statistics have 12 significant bits. Inside the envelope (`fedprune.updates.packing`) is a tensor file with, for a
+trained tensor `n`:
 
 | part | type | codec | |
 |---|---|---|---|
 | `n::bits` | I32, as `n` | `zlib` | d = difference of the bits of both floats, modulo 2³², as 2·d or −2·d − 1 |
 | `n::half` | F16, as `n` | `float16`; `top-k` for small tensors | the difference |
 | `n::codes`, `n::scales` | I8, as `n`; F32 | `int8` | difference = code · scale, with a scale per row or for all |
+| `n::codes`, `n::scales` | U8; F32 | `int4`, `ternary` | the same, with several codes per byte |
 | `n::codes`, `n::scales`, `n::gaps` or `n::bitmap` | I8, `[k]`; F32, `[1]`; U8 | `top-k` | the same for k places |
 
 What a codec leaves out (error feedback: Seide et al. 2014; Stich et al. 2018, "Sparsified SGD with memory") is given
@@ -17,7 +19,7 @@ back to be added to the next difference. With `n::squares` absolute values are m
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,9 +36,7 @@ Float32 = npt.NDArray[np.float32]
 Tensors = dict[str, Float32]
 Parts = dict[str, Array]
 Shape = tuple[int, ...]
-
-STEPS = 127
-"""Codes go from −127 to 127."""
+Form = dict[str, tuple[str, Shape | None]]
 
 ROW = 64
 """Rows of so many elements have scales of their own; with shorter ones these would weigh too much."""
@@ -45,6 +45,9 @@ SMALL = 256
 """Smaller tensors are sent whole by `top-k`: there is little to be had."""
 
 _BITS, _HALF, _CODES, _SCALES, _GAPS, _BITMAP = "::bits", "::half", "::codes", "::scales", "::gaps", "::bitmap"
+_TYPES = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "I8": np.int8, "U8": np.uint8}
+_FEW = 7
+"""Beside codes of so many steps or fewer, the last bits of other numbers would be a sizeable share of a file."""
 
 PARTS = {"zlib": _BITS, "float16": _HALF}
 """Where a codec has a single part of the tensor's shape: how its name ends."""
@@ -70,7 +73,7 @@ def encode(
     left: Tensors = {}
     for name, value in tensors.items():
         if name not in trained or not value.size:
-            parts[name] = value
+            parts[name] = _cut(value, 12) if 0 < codec.steps <= _FEW and name in sent else value
             continue
         if codec.name == "zlib":
             moved = _integers(value) - _integers(sent[name])
@@ -83,9 +86,11 @@ def encode(
                 difference += residual[name]
         if not np.isfinite(difference).all():
             raise ProtocolError(f"difference of {name} in an update", expected="finite numbers")
-        parts |= _coded(codec, name, difference)
+        coded = _coded(codec, name, difference)
         if codec.feedback:
-            left[name] = difference - _difference(codec, name, parts, value.shape)
+            form = _form(codec, name, value.shape, trained)
+            left[name] = difference - _difference(codec, name, form, coded, value.shape)
+        parts |= coded
     return packing.pack(parts), left
 
 
@@ -110,19 +115,20 @@ def read(codec: Codec, parts: Mapping[str, Array], allowed: Mapping[str, Float32
     unread = set(parts)
     out: Tensors = {}
     for name, start in allowed.items():
-        names = {n for n in _names(codec, name, start, trained) if n in parts}
+        form = _form(codec, name, start.shape, trained)
+        names = form.keys() & parts.keys()
         if not names:
             continue
         unread -= names
         if name in names:
-            out[name] = _part(parts, name, np.float32, start.shape)
+            out[name] = _part(parts, form, name)
         elif codec.name == "zlib":
-            bits = _part(parts, name + _BITS, np.int32, start.shape)
+            bits = _part(parts, form, name + _BITS)
             moved = ((bits >> 1) & np.int32(2**31 - 1)) ^ -(bits & 1)
             out[name] = (_integers(start) + moved).view(np.float32).reshape(start.shape)
         else:
             with np.errstate(over="ignore"):  # what is not finite then is refused by the fold
-                out[name] = start + _difference(codec, name, parts, start.shape)
+                out[name] = start + _difference(codec, name, form, parts, start.shape)
     if unread:
         raise ProtocolError(f"update holds something that codec {codec} doesn't have: {shown(min(unread))}")
     return out
@@ -134,31 +140,32 @@ def bound(codec: Codec, shapes: Mapping[str, Shape], trained: Collection[str]) -
 
 
 def _inner_bound(codec: Codec, shapes: Mapping[str, Shape], trained: Collection[str]) -> int:
-    rows = [row for name, shape in shapes.items() for row in _largest(codec, name, shape, name in trained)]
-    sizes = (math.prod(shape) * (1 if code in ("I8", "U8") else 2 if code == "F16" else 4) for _, code, shape in rows)
-    return len(tensorfile.header(rows)) + sum(sizes)
+    rows = [
+        (part, code, largest)
+        for name, shape in shapes.items()
+        for part, (code, largest) in _form(codec, name, shape, trained).items()
+        if largest is not None
+    ]
+    return len(tensorfile.header(rows)) + sum(math.prod(s) * np.dtype(_TYPES[code]).itemsize for _, code, s in rows)
 
 
-def _largest(codec: Codec, name: str, shape: Shape, coded: bool) -> Iterator[tuple[str, str, Shape]]:
-    """Name, type and largest shape of a tensor's parts."""
+def _form(codec: Codec, name: str, shape: Shape, trained: Collection[str]) -> Form:
+    """A tensor's parts by their names: type, and shape. Gaps, which are as long as it happens but shorter than a
+    bitmap, have None."""
     size = math.prod(shape)
-    if not coded or not size:
-        yield name, "F32", shape
-    elif codec.name == "zlib":
-        yield name + _BITS, "I32", shape
-    elif _halved(codec, size):
-        yield name + _HALF, "F16", shape
-    else:
-        kept = codec.name == "top-k"
-        yield name + _CODES, "I8", (_count(codec, size),) if kept else shape
-        yield name + _SCALES, "F32", (_scales(codec, shape),)
-        if kept:
-            yield name + _BITMAP, "U8", (packing.bitmap_bytes(size),)
-
-
-def _names(codec: Codec, name: str, start: Array, trained: Collection[str]) -> set[str]:
-    found = {n for n, _, _ in _largest(codec, name, start.shape, name in trained)}
-    return found | {name + _GAPS} if name + _BITMAP in found else found
+    if name not in trained or not size:
+        return {name: ("F32", shape)}
+    if codec.name == "zlib":
+        return {name + _BITS: ("I32", shape)}
+    if _halved(codec, size):
+        return {name + _HALF: ("F16", shape)}
+    scales: Form = {name + _SCALES: ("F32", (_rows(codec, shape),))}
+    if codec.name == "top-k":
+        where: Form = {name + _BITMAP: ("U8", (packing.bitmap_bytes(size),)), name + _GAPS: ("U8", None)}
+        return {name + _CODES: ("I8", (_count(codec, size),)), **scales, **where}
+    together = packing.digits_per_byte(codec.steps)
+    codes = ("I8", shape) if together == 1 else ("U8", (-(-size // together),))
+    return {name + _CODES: codes, **scales}
 
 
 def _halved(codec: Codec, size: int) -> bool:
@@ -170,8 +177,9 @@ def _count(codec: Codec, size: int) -> int:
     return min(size, math.ceil(codec.share * size))
 
 
-def _scales(codec: Codec, shape: Shape) -> int:
-    rows = shape[0] if codec.name == "int8" and len(shape) > 1 else 1
+def _rows(codec: Codec, shape: Shape) -> int:
+    """How many rows of a tensor have scales of their own."""
+    rows = shape[0] if codec.name != "top-k" and len(shape) > 1 else 1
     return rows if math.prod(shape) >= ROW * rows else 1
 
 
@@ -182,68 +190,91 @@ def _coded(codec: Codec, name: str, difference: Float32) -> Parts:
         if not np.isfinite(half).all():
             raise ProtocolError(f"difference of {name} in an update", expected="numbers that float16 can hold")
         return {name + _HALF: half}
-    if codec.name == "int8":
-        rows = _scales(codec, difference.shape)
-        codes, scales = _quantised(difference.reshape(rows, -1))
-        return {name + _CODES: codes.reshape(difference.shape), name + _SCALES: scales}
     flat = difference.reshape(-1)
-    kept = packing.largest(flat, _count(codec, flat.size))
-    codes, scales = _quantised(flat[kept][None])
-    gaps, bitmap = packing.to_gaps(kept), packing.to_bitmap(kept, flat.size)
-    where = {name + _GAPS: gaps} if gaps.size < bitmap.size else {name + _BITMAP: bitmap}
-    return {name + _CODES: codes[0], name + _SCALES: scales, **where}
+    where: Parts = {}
+    if codec.name == "top-k":
+        kept = packing.largest(flat, _count(codec, flat.size))
+        gaps, bitmap = packing.to_gaps(kept), packing.to_bitmap(kept, flat.size)
+        where = {name + _GAPS: gaps} if gaps.size < bitmap.size else {name + _BITMAP: bitmap}
+        flat = flat[kept]
+    codes, scales = _quantised(flat.reshape(_rows(codec, difference.shape), -1), codec.steps)
+    if packing.digits_per_byte(codec.steps) > 1:
+        codes = packing.to_digits(codes, codec.steps)
+    elif not where:
+        codes = codes.reshape(difference.shape)
+    return {name + _CODES: codes, name + _SCALES: scales, **where}
 
 
-def _quantised(rows: Float32) -> tuple[npt.NDArray[np.int8], Float32]:
+def _quantised(rows: Float32, steps: int) -> tuple[Array, Float32]:
     """Nearest codes, and the scale of each row."""
-    scales = (np.abs(rows).max(axis=1) / np.float32(STEPS)).astype(np.float32)
+    scales = _levels(rows) if steps == 1 else (np.abs(rows).max(axis=1) / np.float32(steps)).astype(np.float32)
+    if steps <= _FEW:
+        scales = _cut(scales, 8)
     divisors = np.where(scales > 0, scales, np.float32(1))[:, None]
-    # Where a scale is so small that it has lost digits itself, codes could leave their range.
-    codes = np.clip(np.rint(rows / divisors), -STEPS, STEPS)
-    return np.where(scales[:, None] > 0, codes, 0).astype(np.int8), scales
+    # Where a scale has lost digits, codes could leave their range.
+    codes = np.clip(np.rint(rows / divisors), -steps, steps)
+    return np.where(scales[:, None] > 0, codes, 0).astype(np.int8).reshape(-1), scales
 
 
-def _difference(codec: Codec, name: str, parts: Mapping[str, Array], shape: Shape) -> Float32:
+def _levels(rows: Float32) -> Float32:
+    """For each row the number that, with its negative and 0, is nearest to its elements by squared error: the mean of
+    the largest, of so many as take most of the error away."""
+    sums = np.cumsum(-np.sort(-np.abs(rows), axis=1), axis=1, dtype=np.float64)
+    means = sums / np.arange(1, rows.shape[1] + 1)
+    best = np.argmax(sums * means, axis=1)
+    levels: Float32 = means[np.arange(len(rows)), best].astype(np.float32)
+    return levels
+
+
+def _cut(values: Float32, bits: int) -> Float32:
+    """Numbers with their first significant bits: the others are 0, of which zlib makes next to nothing."""
+    kept = _integers(values) & np.int32(-(1 << (24 - bits)))
+    found: Float32 = kept.reshape(-1).view(np.float32).reshape(values.shape)
+    return found
+
+
+def _difference(codec: Codec, name: str, form: Form, parts: Mapping[str, Array], shape: Shape) -> Float32:
     """A tensor's difference as its parts say it. Raises `ProtocolError` if they are missing, of another type or
     shape, or out of range."""
     size = math.prod(shape)
     if _halved(codec, size):
-        half = _part(parts, name + _HALF, np.float16, shape)
+        half = _part(parts, form, name + _HALF)
         if not np.isfinite(half).all():
             raise ProtocolError(f"values of {shown(name + _HALF)} in an update", expected="finite numbers")
         return half.astype(np.float32)
-    kept = codec.name == "top-k"
-    count = _count(codec, size)
-    codes = _part(parts, name + _CODES, np.int8, (count,) if kept else shape)
-    if int(codes.min()) < -STEPS:
-        raise ProtocolError(f"values of {shown(name + _CODES)} in an update", expected=f"from {-STEPS} to {STEPS}")
-    scales = _part(parts, name + _SCALES, np.float32, (_scales(codec, shape),))
+    steps = codec.steps
+    codes = _part(parts, form, name + _CODES)
+    if codes.dtype == np.uint8:
+        codes = packing.from_digits(codes, steps, size, f"{shown(name)} in an update")
+    elif int(codes.min()) < -steps:
+        raise ProtocolError(f"values of {shown(name + _CODES)} in an update", expected=f"from {-steps} to {steps}")
+    scales = _part(parts, form, name + _SCALES)
     if not np.isfinite(scales).all() or float(scales.min()) < 0:
         raise ProtocolError(f"values of {shown(name + _SCALES)} in an update", expected="finite numbers from 0 up")
     values: Float32 = codes.reshape(scales.size, -1).astype(np.float32) * scales[:, None]
-    if not kept:
+    if codec.name != "top-k":
         return values.reshape(shape)
     out = np.zeros(size, np.float32)
-    out[_places(name, parts, count, size)] = values[0]
+    out[_places(name, form, parts, codes.size, size)] = values[0]
     return out.reshape(shape)
 
 
-def _places(name: str, parts: Mapping[str, Array], count: int, size: int) -> npt.NDArray[np.int64]:
+def _places(name: str, form: Form, parts: Mapping[str, Array], count: int, size: int) -> npt.NDArray[np.int64]:
     gaps, bitmap = name + _GAPS, name + _BITMAP
     if (gaps in parts) == (bitmap in parts):
         raise ProtocolError(f"indices of {shown(name)} in an update", expected="gaps or a bitmap", got="both or none")
     if bitmap in parts:
-        found = _part(parts, bitmap, np.uint8, (packing.bitmap_bytes(size),))
-        return packing.from_bitmap(found, count, size, f"{shown(name)} in an update")
-    return packing.from_gaps(_part(parts, gaps, np.uint8, None), count, size, f"{shown(name)} in an update")
+        return packing.from_bitmap(_part(parts, form, bitmap), count, size, f"{shown(name)} in an update")
+    return packing.from_gaps(_part(parts, form, gaps), count, size, f"{shown(name)} in an update")
 
 
-def _part(parts: Mapping[str, Array], name: str, kind: type[Any], shape: Shape | None) -> Array:
+def _part(parts: Mapping[str, Array], form: Form, name: str) -> Array:
     value = parts.get(name)
     if value is None:
         raise ProtocolError(f"update lacks {shown(name)}")
-    if value.dtype != kind or shape not in (None, value.shape):
-        wanted = f"{np.dtype(kind)} {'' if shape is None else shape}".strip()
+    code, shape = form[name]
+    if value.dtype != _TYPES[code] or shape not in (None, value.shape):
+        wanted = f"{np.dtype(_TYPES[code])} {'' if shape is None else shape}".strip()
         raise ProtocolError(f"{shown(name)} in an update", expected=wanted, got=f"{value.dtype} {value.shape}")
     return value
 
