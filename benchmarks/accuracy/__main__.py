@@ -3,7 +3,8 @@
 Every run (a method and a seed) is a process of its own. A run that was killed continues from where it was,
 and a finished one is not repeated unless its settings or its network have changed; its numbers lie under
 `build/accuracy`. The page and the numbers of all finished runs are written to `benchmarks/results/accuracy` after
-every run; in another checkout the runs of that file count as finished.
+every run; in another checkout the runs of that file count as finished. A run whose code or settings have changed since
+stays on the page, marked, until it was run again. `summary` puts the verdicts of `EIGHT` on one page.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
@@ -25,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.page import page
-from benchmarks.accuracy.protocol import Method, Protocol
+from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Method, Protocol
+from benchmarks.accuracy.verdicts import summary
 from fedprune.core.cli import run_command, with_extra
 from fedprune.core.errors import ConfigError, TrainingError
 
@@ -51,16 +54,19 @@ def table(options: argparse.Namespace) -> int:
         DataError: The data set isn't there.
         MissingExtraError: What makes the networks isn't installed.
     """
-    from benchmarks.accuracy.protocols import PROTOCOLS
+    from benchmarks.accuracy.protocols import EIGHT, PROTOCOLS
 
     if options.table == "list":
         for protocol in PROTOCOLS.values():
-            rows = len(protocol.methods) * len(protocol.seeds)
-            budget = f"{rows} runs of {protocol.minutes:g} CPU minutes"
-            print(f"{protocol.name:28} {'for a GPU' if protocol.full else budget}: {protocol.title}")
+            print(f"{protocol.name:28} {'for a GPU' if protocol.full else _budget([protocol])}: {protocol.title}")
+        print(f"\n{f'the {len(EIGHT)} of the summary':28} {_budget(EIGHT)}")
+        return 0
+    if options.table == "summary":
+        print(summarised(EIGHT, options))
         return 0
     if options.table not in PROTOCOLS:
-        raise ConfigError("table", expected=f"list or one of {', '.join(PROTOCOLS)}", got=options.table)
+        names = ", ".join(PROTOCOLS)
+        raise ConfigError("table", expected=f"list, summary or one of {names}", got=options.table)
     protocol = changed(PROTOCOLS[options.table], options)
     methods = [m for m in protocol.methods if not options.methods or m.name in options.methods.split(",")]
     if unknown := set(filter(None, options.methods.split(","))) - {m.name for m in methods}:
@@ -82,10 +88,40 @@ def table(options: argparse.Namespace) -> int:
     return 0
 
 
+def _budget(protocols: Sequence[Protocol]) -> str:
+    """What tables cost: as their runs took, whatever code they were of, or else as rows like them."""
+    runs = [len(p.methods) * len(p.seeds) for p in protocols]
+    minutes = sum(len(p.seeds) * _minutes(p, m) for p in protocols for m in p.methods)
+    return f"{sum(runs)} runs, {f'{minutes / 60:.1f} CPU hours' if minutes > 300 else f'{minutes:.0f} CPU minutes'}"
+
+
+def _minutes(protocol: Protocol, method: Method) -> float:
+    """CPU minutes of one run of a row, by the committed results."""
+    runs = stored(protocol)["runs"]
+    like = (method.name, "fedavg" if method.name in (FULL, SAME_LOSS) else "")
+    found = next(filter(None, ([r["cpu_s"] / 60 for r in runs if r["method"] == name] for name in like)), None)
+    return sum(found) / len(found) if found else protocol.minutes
+
+
+def summarised(protocols: Sequence[Protocol], options: argparse.Namespace) -> str:
+    """The page of several tables' verdicts, which is written, too."""
+    from benchmarks.accuracy.run import commit
+
+    tables = {}
+    for protocol in protocols:
+        restore(protocol, options)
+        tables[protocol.name] = (protocol, results(protocol, options))
+    text = summary(tables, f"{time.strftime('%Y-%m-%d')}, code: {commit()}")
+    folder = options.output or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "summary.md").write_text(text)
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy", description=__doc__.splitlines()[0])
-    parser.add_argument("table", help="a table's name, or `list`")
+    parser.add_argument("table", help="a table's name, `list`, or `summary`")
     parser.add_argument("--methods", default="", help="only these rows, separated by commas")
     parser.add_argument("--seeds", type=seeds, default=(), help="run only these, separated by commas")
     parser.add_argument("--rounds", type=int, default=0, help="instead of the table's")
@@ -213,38 +249,51 @@ def finished(protocol: Protocol, method: Method, seed: int, options: argparse.Na
 
 
 def results(protocol: Protocol, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All finished runs of the table as it is now."""
-    return [
-        json.loads(result_of(protocol, m, s, options).read_text())
-        for m in protocol.methods
-        for s in protocol.seeds
-        if finished(protocol, m, s, options)
-    ]
+    """All finished runs of the table's rows and seeds; those of other code or settings are marked `stale`."""
+    found = []
+    for method in protocol.methods:
+        for seed in protocol.seeds:
+            path = result_of(protocol, method, seed, options)
+            if path.exists():
+                run = json.loads(path.read_text())
+                run.pop("stale", None)
+                same = run["key"] == protocol.key(method, seed, cuda=options.cuda)
+                found.append(run if same else {**run, "stale": True})
+    return found
+
+
+def stored(protocol: Protocol) -> dict[str, Any]:
+    """The committed results of a table."""
+    path = RESULTS / f"{protocol.name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"runs": [], "machine": ""}
+    return found
 
 
 def restore(protocol: Protocol, options: argparse.Namespace) -> None:
-    """Put finished runs of the committed results where this checkout has none of that row and seed."""
-    path = RESULTS / f"{protocol.name}.json"
-    stored = json.loads(path.read_text()) if path.exists() else {"runs": [], "machine": ""}
+    """Put runs of the committed results where this checkout has none of that row and seed, or has a stale one."""
+    committed = stored(protocol)
     rows = {m.name: m for m in protocol.methods}
-    for run in whole(stored["runs"]):
-        run.setdefault("machine", stored["machine"])
+    for run in whole(committed["runs"]):
+        run.setdefault("machine", committed["machine"])
         method, seed = rows.get(run["method"]), run["seed"]
-        if method is None or run["key"] != protocol.key(method, seed, cuda=options.cuda):
+        if method is None:
             continue
-        if not finished(protocol, method, seed, options):
-            target = result_of(protocol, method, seed, options)
+        target = result_of(protocol, method, seed, options)
+        fresh = run["key"] == protocol.key(method, seed, cuda=options.cuda)
+        if not target.exists() or (fresh and not finished(protocol, method, seed, options)):
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(json.dumps(run))
 
 
 def report(protocol: Protocol, options: argparse.Namespace, *, quiet: bool = False) -> None:
     """Write the page of what there is, if there is anything."""
+    from benchmarks.accuracy.run import commit
+
     runs = results(protocol, options)
     if not runs:
         return
     machines = " and ".join(sorted({r["machine"] for r in runs}))
-    header = {"date": time.strftime("%Y-%m-%d"), "machine": machines, "versions": versions()}
+    header = {"date": time.strftime("%Y-%m-%d"), "machine": machines, "versions": versions(), "code": commit()}
     options.output.mkdir(parents=True, exist_ok=True)
     text = page(protocol, runs, header)
     (options.output / f"{protocol.name}.md").write_text(text)

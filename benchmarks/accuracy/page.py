@@ -7,10 +7,23 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.accuracy.protocol import Method, Protocol
-
-Run = dict[str, Any]
-Value = Callable[[Run], "float | None"]
+from benchmarks.accuracy.figures import (
+    Run,
+    Value,
+    cost,
+    current,
+    figure,
+    measured,
+    of,
+    own,
+    paired,
+    served,
+    share,
+    target_time,
+    wrapped,
+)
+from benchmarks.accuracy.protocol import FULL, Method, Protocol
+from benchmarks.accuracy.verdicts import verdict_lines
 
 
 def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str:
@@ -18,9 +31,10 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
 
     Args:
         protocol: The table's settings.
-        runs: Finished runs, of any methods and seeds.
-        header: Date, machine, versions.
+        runs: Finished runs, of any methods and seeds; those of other code or settings are marked `stale`.
+        header: Date, machine, versions, and the commit whose code made all runs that aren't stale.
     """
+    finished, runs = runs, current(protocol, runs)
     versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
     minutes = sum(r["cpu_s"] for r in runs) / 60
     seeds = sorted({r["seed"] for r in runs})
@@ -30,29 +44,30 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
         "",
         f"{header['date']}, {header['machine']};",
         f"{versions}; trained by {', '.join(sorted({r['trainer'] for r in runs})) or 'nobody'}.",
-        f"`{command}`: {len(runs)} runs, {minutes:.0f} CPU minutes; code:",
-        f"{', '.join(sorted({r['code'] for r in runs})) or '-'}.",
+        f"`{command}`: {len(runs)} runs, {minutes:.0f} CPU minutes; code: {header.get('code') or '-'}.",
+        *_stale(protocol, finished),
         "",
-        *_wrapped(_changed(protocol) + protocol.keeps + _net(protocol, runs)),
+        *wrapped(_changed(protocol) + protocol.keeps + _net(protocol, runs)),
         "",
         *_reading(protocol, seeds),
         "",
-        *_table(protocol, runs, _at_equal_rounds(protocol)),
+        *_table(protocol, runs, _at_equal_rounds(protocol, runs)),
+        *verdict_lines(protocol, runs),
     ]
     costly = [m.name for m in protocol.methods if _costlier(protocol, m, runs)]
     if costly:
-        lines += ["", "## At equal bytes", "", *_wrapped(_EQUAL_BYTES.format(reference=protocol.reference)), ""]
+        lines += ["", "## At equal bytes", "", *wrapped(_EQUAL_BYTES.format(reference=protocol.reference)), ""]
         lines += _table(protocol, runs, _at_equal_bytes(protocol, runs), only=[protocol.reference, *costly])
     lines += _tiers(protocol, runs)
     papers = [(m.name, m.paper) for m in protocol.methods if m.paper]
     if papers or protocol.paper:
         lines += ["", "## The papers' figures", ""]
         lines += [f"- {name}: {figure}" for name, figure in papers]
-        lines += ["", *_wrapped(protocol.paper)] if protocol.paper else []
+        lines += ["", *wrapped(protocol.paper)] if protocol.paper else []
     notes = [(m.name, m.note) for m in protocol.methods if m.note]
     if notes:
         lines += ["", "## Rows", "", *(f"- {name}: {note}" for name, note in notes)]
-    missing = _missing(protocol, runs)
+    missing = _missing(protocol, finished)
     if missing:
         lines += ["", f"Not run yet (seeds): {', '.join(missing)}."]
     return "\n".join(lines) + "\n"
@@ -60,8 +75,25 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
 
 def _missing(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
     """Rows that lack runs, each with the seeds that it lacks."""
-    lacking = {m.name: [s for s in protocol.seeds if not _of(runs, m.name, s)] for m in protocol.methods}
-    return [f"{name} ({', '.join(map(str, seeds))})" for name, seeds in lacking.items() if seeds]
+    lacking = {m.name: [s for s in protocol.seeds if not of(runs, m.name, s)] for m in protocol.methods}
+    return _listed(lacking)
+
+
+def _listed(rows: dict[str, list[int]]) -> list[str]:
+    return [f"{name} ({', '.join(map(str, seeds))})" for name, seeds in rows.items() if seeds]
+
+
+def _stale(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
+    """A paragraph about runs of other code or settings than the page's."""
+    rows = {
+        m.name: sorted(r["seed"] for r in runs if r["method"] == m.name and r.get("stale")) for m in protocol.methods
+    }
+    if not any(rows.values()):
+        return []
+    code = ", ".join(sorted({r["code"] for r in runs if r.get("stale") and r.get("code")})) or "unknown"
+    text = f"**To be run again (seeds): {', '.join(_listed(rows))}.** Their code or settings have changed since they "
+    text += f"ran (commits: {code}). Rows of such runs alone are marked †; no verdict counts them."
+    return ["", *wrapped(text)]
 
 
 def _changed(protocol: Protocol) -> str:
@@ -70,8 +102,9 @@ def _changed(protocol: Protocol) -> str:
 
 def in_short(protocol: Protocol, runs: Sequence[Run], date: str) -> list[str]:
     """A few columns of the table, for a page that has many of them."""
-    kept = ("serves", "average", "before", "global", "MB a device", "TMAC", "active")
-    columns = _at_equal_rounds(protocol)
+    kept = ("serves", "average", "before", "global", "MB a device", "% bytes", "TMAC", "% MACs", "active")
+    finished, runs = runs, current(protocol, runs)
+    columns = _at_equal_rounds(protocol, runs)
     shown = [
         c for place, c in enumerate(columns)
         if c[0] in kept or c[0].startswith("s to") or (c[2] < 0 and columns[place - 1][0] in kept)
@@ -81,9 +114,9 @@ def in_short(protocol: Protocol, runs: Sequence[Run], date: str) -> list[str]:
     said = (
         f"{link}, {date}, seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}; Δ to {protocol.reference}:"
     )
-    missing = _missing(protocol, runs)
+    missing = _missing(protocol, finished)
     open_ = ["", f"Not run yet (seeds): {', '.join(missing)}."] if missing else []
-    return ["", said, "", *_table(protocol, runs, shown), *open_, ""]
+    return ["", said, *_stale(protocol, finished), "", *_table(protocol, runs, shown), *open_, ""]
 
 
 _EQUAL_BYTES = (
@@ -98,80 +131,25 @@ def active_tmacs(row: dict[str, Any]) -> float | None:
     return None if found == row["macs"] else found / 1e12
 
 
-def figure(protocol: Protocol, run: Run, read: Callable[[dict[str, Any]], float | None], last: int = 0) -> float | None:
-    """A run's figure: the mean over what the protocol reads, of the first `last` rounds (0: all).
-
-    Shares are of the run's rounds; of simulated time where that ends the runs, so that the same times are read of all.
-    """
-    rounds = run["rounds"][: last or None]
-    timed = bool(protocol.until_s)
-    end = rounds[-1]["at"] if timed else rounds[-1]["round"]
-    if timed and not last:
-        end = max(end, protocol.until_s)  # a run that ended by itself stays what it was
-    found = []
-    for share in protocol.reads:
-        # The last round at or before that share in which it was measured.
-        upto = [r for r in rounds if (r["at"] <= share * end if timed else r["round"] <= round(share * end))]
-        upto = upto or rounds[:1]
-        value = next((v for v in map(read, reversed(upto)) if v is not None), None)
-        if value is None:
-            return None
-        found.append(value)
-    return statistics.fmean(found)
-
-
-def own(metric: str) -> Callable[[dict[str, Any]], float | None]:
-    """Reads the mean over devices of what they measured, in percent."""
-
-    def read(row: dict[str, Any]) -> float | None:
-        value = row["own"].get(metric, {}).get("mean")
-        return None if value is None else 100 * value
-
-    return read
-
-
-def measured(name: str) -> Callable[[dict[str, Any]], float | None]:
-    """Reads what was measured of the global model, in percent."""
-
-    def read(row: dict[str, Any]) -> float | None:
-        value = row["measured"].get(name)
-        return None if value is None else 100 * value
-
-    return read
-
-
-def target_time(protocol: Protocol, run: Run) -> float | None:
-    """Simulated seconds until the global model reached the target; infinity if it never did."""
-    if not protocol.target:
-        return None
-    return next((r["at"] for r in run["rounds"] if r["measured"].get("global", 0) >= protocol.target), math.inf)
-
-
-def bytes_of(run: Run) -> float:
-    """Bytes down and up, of all devices and rounds."""
-    last = run["rounds"][-1]
-    return float(last["down"] + last["up"])
-
-
 Columns = list[tuple[str, Value, int]]
-"""Heading, what it shows of a run, and decimals; -1 shows the difference to the reference instead, seed by seed."""
+"""Heading, what it shows of a run, and decimals; -1 shows the difference to the reference instead."""
 
 
-def _at_equal_rounds(protocol: Protocol) -> Columns:
-    return _columns(protocol, lambda run: 0)
+def _at_equal_rounds(protocol: Protocol, runs: Sequence[Run]) -> Columns:
+    return _columns(protocol, runs, lambda run: 0)
 
 
 def _at_equal_bytes(protocol: Protocol, runs: Sequence[Run]) -> Columns:
     def last(run: Run) -> int:
-        same = _of(runs, protocol.reference, run["seed"])
-        budget = bytes_of(same[0]) if same else math.inf
+        same = of(runs, protocol.reference, run["seed"])
+        budget = cost(same[0])[0] if same else math.inf
         count = sum(r["down"] + r["up"] <= budget * 1.005 for r in run["rounds"])
         return max(1, count)
 
-    return _columns(protocol, last)
+    return _columns(protocol, runs, last)
 
 
-def _columns(protocol: Protocol, last: Callable[[Run], int]) -> Columns:
+def _columns(protocol: Protocol, runs: Sequence[Run], last: Callable[[Run], int]) -> Columns:
     def mean(read: Callable[[dict[str, Any]], float | None]) -> Value:
         return lambda run: figure(protocol, run, read, last(run))
 
@@ -185,15 +163,9 @@ def _columns(protocol: Protocol, last: Callable[[Run], int]) -> Columns:
     def cut(run: Run) -> dict[str, Any]:
         return run["rounds"][: last(run) or None][-1]
 
-    def share(run: Run) -> float:
-        return (cut(run)["down"] + cut(run)["up"]) / max(1, len(run["devices"])) / 1e6
-
-    def serves(run: Run) -> float | None:
-        return mean(own(f"accuracy_{protocol.method(run['method']).serves}"))(run)
-
     columns: Columns = [
-        ("serves", serves, 1),
-        ("Δ", serves, -1),
+        ("serves", lambda run: served(protocol, run, last(run)), 1),
+        ("Δ", lambda run: served(protocol, run, last(run)), -1),
         ("after", mean(own("accuracy_after")), 1),
         ("average", mean(own("accuracy_average")), 1),
         ("Δ", mean(own("accuracy_average")), -1),
@@ -206,9 +178,11 @@ def _columns(protocol: Protocol, last: Callable[[Run], int]) -> Columns:
     columns += [
         ("best average", best(own("accuracy_average")), 1),
         ("best global", best(measured("global")), 1),
-        ("MB a device", share, 2),
-        ("TMAC", lambda run: cut(run)["macs"] / 1e12, 2),
-        ("active", lambda run: active_tmacs(cut(run)), 2),
+        ("MB a device", lambda run: cost(run, last(run))[0] / max(1, len(run["devices"])) / 1e6, 2),
+        ("% bytes", lambda run: share(runs, run, 0, last(run)), 1),
+        ("TMAC", lambda run: cost(run, last(run))[1] / 1e12, 2),
+        ("active", lambda run: active_tmacs(run["rounds"][: last(run) or None][-1]), 2),
+        ("% MACs", lambda run: share(runs, run, 1, last(run)), 1),
         ("rounds", lambda run: float(cut(run)["round"]), 0),
     ]
     if protocol.target:
@@ -224,15 +198,18 @@ def _table(protocol: Protocol, runs: Sequence[Run], columns: Columns, only: Iter
         rows = [r for r in runs if r["method"] == name]
         if rows:
             cells = [_cell(protocol, runs, rows, value, decimals) for _, value, decimals in shown]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            lines.append(f"| {name}{_mark(rows)} | {' | '.join(cells)} |")
     return lines
+
+
+def _mark(rows: Sequence[Run]) -> str:
+    return " †" if any(r.get("stale") for r in rows) else ""
 
 
 def _cell(protocol: Protocol, runs: Sequence[Run], rows: Sequence[Run], value: Value, decimals: int) -> str:
     if decimals < 0:
-        pairs = [(value(r), _of(runs, protocol.reference, r["seed"])) for r in sorted(rows, key=lambda r: r["seed"])]
-        gaps = [v - w for v, same in pairs if v is not None and same and (w := value(same[0])) is not None]
-        return " ".join(f"{g:+.1f}" for g in gaps).replace("-", "−") or "–"
+        name = rows[0]["method"]
+        return "–" if name == protocol.reference else str(paired(runs, name, protocol.reference, value) or "–")
     found = [v for v in map(value, rows) if v is not None]
     if not found:
         return "–"
@@ -254,7 +231,7 @@ def _tiers(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
         found = [[figure(protocol, r, _tier(method, place)) for r in rows] for place in range(len(protocol.densities))]
         if rows and all(v is not None for values in found for v in values):
             cells = [f"{100 * statistics.fmean(v for v in values if v is not None):.1f}" for values in found]
-            lines.append(f"| {method.name} | {' | '.join(cells)} |")
+            lines.append(f"| {method.name}{_mark(rows)} | {' | '.join(cells)} |")
     return lines if len(lines) > 5 else []
 
 
@@ -270,12 +247,8 @@ def _tier(method: Method, place: int) -> Callable[[dict[str, Any]], float | None
 
 
 def _costlier(protocol: Protocol, method: Method, runs: Sequence[Run]) -> bool:
-    pairs = [(r, _of(runs, protocol.reference, r["seed"])) for r in runs if r["method"] == method.name]
-    return any(same and bytes_of(r) > 1.05 * bytes_of(same[0]) for r, same in pairs)
-
-
-def _of(runs: Sequence[Run], method: str, seed: int) -> list[Run]:
-    return [r for r in runs if r["method"] == method and r["seed"] == seed]
+    pairs = [(r, of(runs, protocol.reference, r["seed"])) for r in runs if r["method"] == method.name]
+    return any(same and cost(r)[0] > 1.05 * cost(same[0])[0] for r, same in pairs)
 
 
 def _net(protocol: Protocol, runs: Sequence[Run]) -> str:
@@ -306,24 +279,18 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
         "*before*: what the device was sent, on its own test data, as it was sent; *global*: the full global "
         f"model on {tested}; *sub*: what the strategy cuts out of it. Batch-norm statistics "
         "are measured again, alike for all: on a device's own training data for *after* and *average*, on 512 "
-        "training samples of all for *global* and *sub*. Δ: difference to "
-        f"{protocol.reference}, seed by seed. MB: both ways, all rounds, mean per device, graphs included. TMAC: "
-        "MACs of all training; active: of weights that element masks leave, where there are some. "
+        "training samples of all for *global* and *sub*. Δ: mean of "
+        f"the seeds' differences to {protocol.reference} ± half of its 95 % interval (Student's t). MB: both ways, all "
+        "rounds, mean per device, graphs included. TMAC: MACs of all training; active: of weights that "
+        "element masks leave, where there are some. "
     )
+    if any(m.name == FULL for m in protocol.methods):
+        text += f"% bytes and % MACs: of those of {FULL}. "
+    if protocol.job.get("compression_down"):
+        text += "Updates and weights travel as int8 differences, unless it is otherwise in the notes on rows. "
     if protocol.target:
         often = "every round" if protocol.every_global == 1 else f"every {protocol.every_global} rounds"
         if protocol.every_s:
             often = f"every {protocol.every_s:g} simulated seconds"
         text += f"s: simulated seconds at which *global*, measured {often}, was first found at the target. "
-    return _wrapped(text.strip())
-
-
-def _wrapped(text: str, width: int = 118) -> list[str]:
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, line] if line else lines
+    return wrapped(text.strip())

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from benchmarks.accuracy.code_digest import code_digest
 from benchmarks.accuracy.nets import definition
 from fedprune.model.recipe import Recipe
+from fedprune.planning.profile_store import find
 
 AVERAGE = 0.85
 """Decay of the moving average that every device keeps of its own trained weights, whatever the method: it is measured
@@ -17,6 +19,12 @@ beside the last weights, and costs no bytes."""
 
 CALIBRATION = 512
 """Training samples of all devices together, without labels, on which batch-norm statistics are measured again."""
+
+FULL = "fedavg float32"
+"""The row by whose bytes and multiplications all are counted: the whole model on every board, without a codec."""
+
+SAME_LOSS = "fedavg same loss"
+"""The row of `fedprune`'s local training on the whole model: what its widths and its ordered dropout cost."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Method:
         paper: The paper's figure, where it has one for this row.
         note: What to know about the row.
         serves: What a board predicts with by this method: `after`, the model that it trained last, or `average`.
+        samples: Whether the server has the `CALIBRATION` samples, as one with the table `[calibration]`.
     """
 
     name: str
@@ -47,6 +56,12 @@ class Method:
     paper: str = ""
     note: str = ""
     serves: str = "after"
+    samples: bool = False
+
+    @property
+    def published(self) -> bool:
+        """Whether it is a method of others, or one of their parts."""
+        return self.strategy != "fedprune"
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,7 @@ class Protocol:
         return next(m for m in self.methods if m.name == name)
 
     def key(self, method: Method, seed: int, *, cuda: bool = False) -> str:
-        """Digest of all that decides a run's numbers but the code of strategies: results of others are not mixed in."""
+        """Digest of all that decides a run's numbers, code included: results of others are not mixed in."""
         parts = asdict(self)
         for name in (
             "title",
@@ -158,5 +173,8 @@ class Protocol:
         row = asdict(method)
         for name in ("paper", "note", "name", "serves"):
             row.pop(name)
-        what = [parts, row, seed, "cuda" if cuda else "onnxruntime", definition(self.net), AVERAGE, CALIBRATION]
+        boards = [{k: v for k, v in find(b.profile).to_dict().items() if k != "sources"} for b in self.boards]
+        trainer = "cuda" if cuda else "onnxruntime"
+        code = [definition(self.net), code_digest(method.strategy)]
+        what = [parts, row, seed, trainer, boards, code, AVERAGE, CALIBRATION]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -7,13 +7,21 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.accuracy.papers import PAPERS
-from benchmarks.accuracy.protocol import Method, Protocol
+from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Method, Protocol
 from fedprune.model.recipe import Recipe
 
 SLICES = "benchmarks.accuracy.compositions:slices"
 
 ONE_WIDTH = [0.68]
 """One width for all, whose submodel weighs what those of 1, .75, .5 and .25 weigh on average."""
+
+INT8 = {"compression": "int8", "compression_down": "int8"}
+"""What every row travels in, unless it can't."""
+
+MASKED = {"compression_down": "float16"}
+"""Where single weights are masked, boards get no differences, and whole weights in 255 steps are too coarse."""
+
+FLOAT32 = {"compression": "none", "compression_down": "none"}
 
 SMALL = Recipe(epochs=2, batch_size=64, lr=0.05, momentum=0.9, evaluate_every=5)
 """Boards measure themselves in the rounds that tables read; what they train is the same without."""
@@ -29,7 +37,7 @@ _KEEPS = (
     "what a device has is its test data, a tenth of the rest its validation data. {net}. SGD, learning rate .05, "
     "momentum .9, batches of 64, 2 local epochs, {asked} in every round, {rounds} rounds. Densities 1, .75, .5 and "
     ".25, {each} devices each; methods whose submodels are made of elements get the shares of elements whose values, "
-    "both ways, and mask, to the device, weigh what the submodel weighs. "
+    "both ways, and mask, to the device, weigh what the submodel weighs, as float32. "
     "Of SubFLOT's protocol this keeps the number of devices, the split, the densities and the metric; images, "
     "networks, learning rate and number of rounds are smaller or other, so figures can't be compared with the "
     "papers', only with each other."
@@ -57,14 +65,23 @@ def _keeps(data: Mapping[str, Any], **settings: Any) -> str:
     return _KEEPS.format(**said, **{**usual, **settings})
 
 
+def _ours(name: str, options: Mapping[str, Any] | None = None, note: str = "", **settings: Any) -> Method:
+    """A row of fedprune's, with some of its options."""
+    return Method(name, "fedprune", options or {}, note=note, serves="average", samples=True, **settings)
+
+
+FEDPRUNE = _ours("fedprune")
+
+
 def _all() -> tuple[Method, ...]:
     always = {"evaluate_every": 1}  # what sends more is also read at the rounds in which it has sent no more
+    masked = "single weights are masked: weights for boards travel as float16 instead of int8 differences"
     return (
         Method("local", "local", note="every device for itself at its density; nothing is sent after the first model"),
         Method("heterofl", "heterofl"),
         Method("slices", SLICES, note="prefix slices averaged by samples: HeteroFL without scaler and masked classes"),
         Method("fedrolex", "fedrolex"),
-        Method("fiarse", "fiarse", elements=True),
+        Method("fiarse", "fiarse", {}, always, MASKED, elements=True, note=masked),
         Method("subflot", "subflot"),
         Method("ca-hfp", "ca-hfp"),
         Method("history", "history", note="a device's own last model mixed in by halves, without transport"),
@@ -73,13 +90,30 @@ def _all() -> tuple[Method, ...]:
             "pr-fl",
             {"stage1": False, "recovery": False, "synchronous": True, "interval": 5, "layer_floor": 0.02},
             always,
+            MASKED,
             elements=True,
-            note="at fixed densities and synchronous, as the others; masks anew every 5 rounds",
+            note=f"at fixed densities and synchronous, as the others; new masks every 5 rounds; {masked}",
         ),
         Method("fedobp", "fedobp", note="on submodels"),
-        Method("fedprune", "fedprune", serves="average"),
+        FEDPRUNE,
+        _ours(
+            SAME_LOSS,
+            {"densities": [1.0], "dropout": []},
+            "full width on every board, with fedprune's local training (adjusted logits, mixup, clipping), server "
+            "momentum and moving average: fedprune without narrower widths and ordered dropout",
+            recipe=always,
+        ),
         Method("fedavg .68", "fedavg", {"densities": ONE_WIDTH}, note="one width for all, at the bytes of the others"),
         Method("fedavg", "fedavg", {}, always, densities=False, note="full width"),
+        Method(
+            FULL,
+            "fedavg",
+            {},
+            always,
+            FLOAT32,
+            densities=False,
+            note="full width without a codec: its bytes and multiplications are the 100 % of all rows",
+        ),
         Method("fedprox", "fedprox", {}, always, densities=False, note="full width"),
         Method("fedper", "fedper", {}, always, densities=False, note="full width"),
         Method(
@@ -87,8 +121,9 @@ def _all() -> tuple[Method, ...]:
             "autoflip",
             {"exploration_epochs": 20},
             always,
+            MASKED,
             densities=False,
-            note="full width, 20 epochs of exploration",
+            note=f"full width, 20 epochs of exploration; {masked}",
         ),
     )
 
@@ -97,7 +132,8 @@ def _some(*names: str) -> tuple[Method, ...]:
     return tuple(m for m in _all() if m.name in names)
 
 
-FINALISTS = _some("local", "heterofl", "subflot", "ca-hfp", "fedprune", "fedavg")
+FINALISTS = _some("local", "heterofl", "subflot", "ca-hfp", "fedprune", SAME_LOSS, "fedavg", FULL, "fedper", "autoflip")
+"""For tables that show other data, nets and fleets: those that were best or are asked for most."""
 
 CIFAR = Protocol(
     "cifar10-dirichlet",
@@ -109,6 +145,7 @@ CIFAR = Protocol(
     SMALL,
     20,
     _all(),
+    job=INT8,
     target=0.30,
     minutes=3,
     paper="SubFLOT's Table 1, CIFAR-10 Dirichlet .1, VGG11, learning rate .001, 200 rounds: SubFLOT 83.78, HeteroFL "
@@ -154,7 +191,6 @@ HAR = replace(
     data={"partition": "owners", "test": 0.25, "validation": 0.1, "standardise": True},
     net="motion_net",
     methods=FINALISTS,
-    seeds=(0, 1),
     target=0.90,
     minutes=5,
     paper="SubFLOT's Table 1, HAR: SubFLOT 79.72, HeteroFL 69.80, FedRolex 68.96. Many repositories scramble this "
@@ -171,7 +207,6 @@ RESNET = replace(
     recipe=replace(SMALL, evaluate_every=3),
     rounds=12,
     methods=FINALISTS,
-    seeds=(0, 1),
     every=3,
     minutes=4,
     target=0.25,
@@ -188,16 +223,9 @@ TRAINED = replace(
     recipe=replace(SMALL, evaluate_every=1),
     rounds=10,
     methods=(
-        *_some("local", "heterofl", "slices", "fiarse", "subflot", "ca-hfp", "fedprune"),
-        Method(
-            "fedprune ordered",
-            "fedprune",
-            {"ranking": "ordered"},
-            note="ranks are channels' places in the net",
-            serves="average",
-        ),
+        *FINALISTS,
+        _ours("fedprune ordered", {"ranking": "ordered"}, "ranks are channels' places in the net"),
     ),
-    seeds=(0, 1),
     every=1,
     minutes=1,
     paper="",
@@ -210,10 +238,9 @@ PARTIAL = replace(
     keeps=_keeps(FIFTY, asked="a fifth of the devices", rounds=50, each="twelve or thirteen"),
     data=FIFTY,
     rounds=50,
-    job={"participation": 0.2},
+    job={**INT8, "participation": 0.2},
     recipe=replace(SMALL, evaluate_every=1),
     methods=FINALISTS,
-    seeds=(0, 1),
     every=10,
     every_global=2,
     paper="",
@@ -224,38 +251,19 @@ ABLATION = replace(
     name="fedprune-ablation",
     title="fedprune, each ingredient left out",
     methods=(
-        Method("fedprune", "fedprune", serves="average"),
-        Method(
-            "given start",
-            "fedprune",
-            {"ranking": "ordered"},
-            note="the model begins as it was made, not nested",
-            serves="average",
-        ),
-        Method("no adjustment", "fedprune", {"adjust": False}, serves="average"),
-        Method("no dropout", "fedprune", {"dropout": []}, serves="average"),
-        Method(
-            "coverage",
-            "fedprune",
-            {"rule": "coverage"},
-            note="each coordinate's mean over those that hold it",
-            serves="average",
-        ),
-        Method("no momentum", "fedprune", {"server_momentum": 0.0}, serves="average"),
-        Method("no mixup", "fedprune", {"mixup": 0.0}, serves="average"),
-        Method("no clipping", "fedprune", {"clip_norm": 0.0}, serves="average"),
-        Method("no blend", "fedprune", {"blend": 0.0}, note="a board's own average serves alone", serves="average"),
-        Method(
-            "one width",
-            "fedprune",
-            {"densities": ONE_WIDTH, "dropout": []},
-            note="equal bytes, one width for all",
-            serves="average",
-        ),
+        FEDPRUNE,
+        _ours("given start", {"ranking": "ordered"}, "the model begins as it was made, not nested"),
+        _ours("no adjustment", {"adjust": False}),
+        _ours("no dropout", {"dropout": []}),
+        _ours("coverage", {"rule": "coverage"}, "each coordinate's mean over those that hold it"),
+        _ours("no momentum", {"server_momentum": 0.0}),
+        _ours("no mixup", {"mixup": 0.0}),
+        _ours("no clipping", {"clip_norm": 0.0}),
+        _ours("no blend", {"blend": 0.0}, "a board's own average serves alone"),
+        _ours("one width", {"densities": ONE_WIDTH, "dropout": []}, "equal bytes, one width for all"),
         Method("slices", SLICES),
     ),
     reference="fedprune",
-    seeds=(0, 1),
     paper="",
 )
 
@@ -270,12 +278,12 @@ SAR = replace(
         *_some("history"),
     ),
     reference="literal pull",
+    job={},
     seeds=(0, 1),
     minutes=2,
 )
 
-TABLES = (
-    CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, RESNET, TRAINED, PARTIAL, ABLATION, SAR,
-)  # fmt: skip
+EIGHT = (CIFAR, CIFAR_PATHOLOGICAL, FASHION, FASHION_PATHOLOGICAL, HAR, RESNET, TRAINED, PARTIAL)
+"""Tables of the summary."""
 
-PROTOCOLS = {p.name: p for p in (*TABLES, *PAPERS)}
+PROTOCOLS = {p.name: p for p in (*EIGHT, ABLATION, SAR, *PAPERS)}

@@ -82,6 +82,7 @@ def experiment_of(protocol: Protocol, method: Method, seed: int, *, workers: int
         job,
         model,
         fleet(federation, protocol.boards),
+        calibration=calibration_of(federation, seed) if method.samples else None,
         measure=Scales(protocol, federation, seed),
         weather=Weather(**protocol.weather),
         workers=workers,
@@ -307,8 +308,13 @@ def _profile(board: Board) -> HardwareProfile:
 
 
 def commit() -> str:
-    """The commit of the code that runs, with a mark where files differ from it; empty outside of a repository."""
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    """The commit of the code that runs, with a mark where code differs from it; empty outside of a repository."""
+    found = _git("describe", "--always")
+    return f"{found}-dirty" if found and _git("status", "--porcelain", "-uno", "--", "*.py") else found
+
+
+def _git(*arguments: str) -> str:
+    found = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
     return found.stdout.strip()
 
 

@@ -141,8 +141,8 @@ def test_the_same_run_gives_the_same_numbers_and_a_page(accuracy, tmp_path, monk
     rows = [line for line in text.splitlines() if line.startswith("| slices |")]
     assert "+10.0" in rows[0]
     assert len(rows) >= 2  # it is among the costlier ones, too
-    assert "Not run yet (seeds): fedprune (1), given start (0, 1)," in text
-    assert text.endswith("slices (1).\n")
+    assert "Not run yet (seeds): fedprune (1, 2), given start (0, 1, 2)," in text
+    assert text.endswith("slices (1, 2).\n")
 
 
 class KilledError(Exception):
@@ -190,8 +190,10 @@ def test_a_run_s_key_holds_its_constants_and_its_network(accuracy, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(protocol, name, 1)
             assert key != table.key(table.methods[0], 0)
-    monkeypatch.setattr(protocol, "definition", lambda _: "another network")
-    assert key != table.key(table.methods[0], 0)
+    for name in ("definition", "code_digest"):
+        with monkeypatch.context() as patch:
+            patch.setattr(protocol, name, lambda _: "another")
+            assert key != table.key(table.methods[0], 0)
     assert len({nets.definition(n) for n in nets.NETS}) == len(nets.NETS)
 
 
@@ -338,7 +340,7 @@ def test_the_page_about_papers_names_tables_that_there_are(accuracy, tmp_path, m
     named = set(re.findall(r"<!-- results: (\S+) -->", text)) | set(
         re.findall(r"benchmarks\.accuracy ([a-z][\w-]+)", text)
     )
-    assert named - {"list"} <= TABLES.keys()
+    assert named - {"list", "summary"} <= TABLES.keys()
     assert {n for n, p in TABLES.items() if p.full} <= named
     rounds = [{"round": 1, "at": 1.0, "down": 9, "up": 9, "macs": 1e12, "measured": {"global": 0.5}, "own": {}}]
     runs = [{"method": "subflot", "seed": 0, "rounds": rounds, "devices": {"a": [1.0, 1, 1]}}]
@@ -379,7 +381,7 @@ def command(*arguments, **environment):
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("no-such-table",), 14, "error: table: expected list or one of cifar10-dirichlet"),
+        (("no-such-table",), 14, "error: table: expected list, summary or one of cifar10-dirichlet"),
         (("har", "--methods", "nothing"), 14, "error: rows of har: expected local"),
         (("har", "--seeds", "x"), 2, "expected whole numbers separated by commas, got 'x'"),
         (("har", "--rounds", "1"), 13, "error: data 'har': expected a .npz file or a folder that exists"),
@@ -413,7 +415,8 @@ def test_finished_runs_are_taken_from_committed_results(accuracy, tmp_path, monk
     method, seed = protocol.methods[0], protocol.seeds[0]
     rows = [{"round": r, "own": {"accuracy_after": {"mean": 0.5, "n": 3}}, "measured": {"global": 0.1}} for r in (1, 2)]
     run = {"method": method.name, "seed": seed, "rounds": rows, "key": protocol.key(method, seed)}
-    others = [{**run, "key": "of another net", "seed": protocol.seeds[1]}, {**run, "method": "nobody's"}]
+    stale = {**run, "key": "of other code", "seed": protocol.seeds[1]}
+    others = [stale, {**run, "method": "nobody's"}]
     stored = {"runs": command.slim([run, *others]), "machine": "theirs"}
     monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
     options = command.parser().parse_args(["har", "--runs", str(tmp_path / "runs")])
@@ -423,8 +426,217 @@ def test_finished_runs_are_taken_from_committed_results(accuracy, tmp_path, monk
     (tmp_path / "results").mkdir()
     (tmp_path / "results/har.json").write_text(json.dumps(stored))
     command.restore(protocol, options)
-    assert command.results(protocol, options) == [{**run, "machine": "theirs"}]
+    theirs = [{**run, "machine": "theirs"}, {**stale, "machine": "theirs", "stale": True}]
+    assert command.results(protocol, options) == theirs, "a stale run doesn't vanish"
     here = command.result_of(protocol, method, seed, options)
     here.write_text(json.dumps({**run, "machine": "here"}))
     command.restore(protocol, options)
     assert command.results(protocol, options)[0]["machine"] == "here", "what was run here stays"
+    here.write_text(json.dumps({**run, "machine": "here", "key": "of older code"}))
+    command.restore(protocol, options)
+    assert command.results(protocol, options) == theirs, "a committed run that counts takes the place of a stale one"
+
+
+def test_a_stale_run_is_shown_marked_until_its_row_was_run_again(accuracy):
+    from benchmarks.accuracy import page
+
+    protocol = replace(CIFAR, reads=(1.0,), submodels=False)
+    header = {"date": "today", "machine": "here", "versions": {}, "code": "c2"}
+    kept = {"cpu_s": 1.0, "trainer": "onnxruntime"}
+    fresh = {**by_hand("heterofl", 10, [0.2]), **kept, "code": "c2"}
+    old = {**by_hand("subflot", 10, [0.5]), **kept, "code": "c1", "stale": True}
+    text = " ".join(page.page(protocol, [fresh, old], header).split())
+    assert "2 runs, 0 CPU minutes; code: c2." in text
+    assert (
+        "**To be run again (seeds): subflot (0).** Their code or settings have changed since they ran (commits: c1)."
+        in text
+    )
+    assert "| subflot † | 50.0 | +30.0 |" in text
+    again = {**fresh, **by_hand("subflot", 10, [0.4]), "seed": 1}
+    text = " ".join(page.page(protocol, [fresh, old, again], header).split())
+    assert "| subflot | 40.0 |" in text, "a row never mixes runs of two codes"
+    assert "**To be run again (seeds): subflot (0).**" in text
+    assert "To be run again" not in page.page(protocol, [fresh, again], header)
+
+
+def test_an_interval_is_student_s(accuracy):
+    from scipy.stats import ttest_1samp
+
+    from benchmarks.accuracy.figures import Difference
+
+    gaps = [1.5, -0.25, 3.0]
+    found, oracle = Difference.of(gaps), ttest_1samp(gaps, 0).confidence_interval(0.95)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx(tuple(oracle))
+    assert str(Difference.of([-1.0])) == "−1.0"
+    assert Difference.of([]) is None
+
+
+def rows_by_hand(protocol, found, served=None):
+    """Runs of all seeds whose global models and boards are so good, a row's bytes being those of its place."""
+    runs = []
+    for place, (name, values) in enumerate(found.items(), 1):
+        for seed, value in zip(protocol.seeds, values, strict=False):
+            run = by_hand(name, 10 * place, [value])
+            run["seed"], run["rounds"][0]["macs"] = seed, float(place)
+            for metric in ("after", "average"):
+                run["rounds"][0]["own"][f"accuracy_{metric}"] = {"mean": (served or found)[name][seed]}
+            runs.append(run)
+    return runs
+
+
+def test_verdicts_are_computed_from_paired_runs(accuracy):
+    from benchmarks.accuracy import verdicts
+    from benchmarks.accuracy.protocol import FULL, SAME_LOSS
+
+    rows = tuple(m for m in CIFAR.methods if m.name in ("fedprune", "heterofl", SAME_LOSS, FULL))
+    protocol = replace(CIFAR, reads=(1.0,), methods=rows)
+    # Rows weigh 1, 2, 3 and 4 parts of the float32 row's 4.
+    found = {
+        "fedprune": [0.50, 0.52, 0.54],
+        "heterofl": [0.40, 0.42, 0.44],
+        SAME_LOSS: [0.53, 0.55, 0.57],
+        FULL: [0.51, 0.55, 0.53],
+    }
+    served = {**found, FULL: [0.20, 0.20, 0.20], SAME_LOSS: [0.50, 0.51, 0.58]}
+    runs = rows_by_hand(protocol, found, served)
+    by_name = {v.promise: v for v in verdicts.verdicts(protocol, runs)}
+    assert by_name["served, published"].miss == pytest.approx(-10)  # heterofl, 10 behind in each seed
+    assert by_name["served, same loss"].miss == pytest.approx(1.0 - np.std([0, 1, -4], ddof=1) / 3**0.5)
+    assert by_name["served, same loss"].word == "true"
+    assert by_name["global, published"].miss == pytest.approx(1.0)  # float32: −1, −3, +1
+    assert by_name["global, published"].word == "false, by 1.0"
+    assert by_name["global, same loss"].miss == pytest.approx(3 - verdicts.NEAR)
+    assert by_name["bytes"].miss == pytest.approx(25 - 15)
+    assert by_name["MACs"].miss == pytest.approx(25 - 80)
+    words = [v.word for v in verdicts.verdicts(protocol, runs[1:])]  # a seed of fedprune's is missing
+    assert words == ["open"] * 6
+    stale = [{**r, "stale": r["method"] == "heterofl"} for r in runs]
+    assert {v.promise for v in verdicts.verdicts(protocol, stale) if v.word == "open"} == {
+        "served, published",
+        "global, published",
+    }
+    text = verdicts.summary({"a": (protocol, runs), "b": (protocol, [])}, "today")
+    assert "| [a](a.md) | true: 52.0, heterofl 42.0: +10.0 ± 0.0 |" in text
+    assert "| [b](b.md) | open: – |" in text
+    assert "kept in 0 of 2 tables" in text
+    assert verdicts.verdicts(TABLES["har"], []) != []
+    assert verdicts.verdicts(TABLES["ca-hfp-scores"], []) == []
+
+
+def test_tables_of_the_summary_have_what_verdicts_need(accuracy):
+    protocols, run = accuracy
+    from benchmarks.accuracy.protocol import CALIBRATION, FULL, SAME_LOSS
+    from fedprune.strategies.values import Turn
+
+    assert len(protocols.EIGHT) == 8
+    for protocol in protocols.EIGHT:
+        assert len(protocol.seeds) == 3
+        jobs = {m.name: run.job_of(protocol, m, 20, 0, protocol.densities) for m in protocol.methods}
+        for name, job in jobs.items():
+            masked = job.strategy in ("fiarse", "pr-fl", "autoflip")
+            codecs = ("none", "none") if name == FULL else ("int8", "float16" if masked else "int8")
+            assert (job.compression, job.compression_down) == codecs, name
+        same = compose(jobs[SAME_LOSS])
+        turn = Turn(0, 1, "board", (32,), 1.0)
+        assert same.recipe(jobs[SAME_LOSS].recipe, turn) == replace(
+            compose(jobs["fedprune"]).recipe(jobs["fedprune"].recipe, turn), ordered_dropout=(),
+            evaluate_every=jobs[SAME_LOSS].recipe.evaluate_every,
+        )  # fmt: skip
+        assert same.widths == ()
+    found = {
+        n: run.experiment_of(TABLES["har"], TABLES["har"].method(n), 0).calibration for n in ("fedprune", "fedavg")
+    }
+    assert len(found["fedprune"]) == CALIBRATION
+    assert found["fedavg"] is None
+
+
+CODE = '''
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedprune.jobs.job import Job
+
+log = logging.getLogger("x")
+
+
+def halved(value: float) -> float:
+    """Half of it."""
+    if value < 0:
+        raise ValueError("negative")
+    log.warning("halving %s", value)
+    return value / 2
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "changed"),
+    [
+        ("Half of it.", "A half.", False),
+        ("value / 2", "value / 2  # exactly", False),
+        ('"negative"', '"below 0"', False),
+        ("halving %s", "now %s", False),
+        ("value: float", "value: int", False),
+        ("jobs.job import Job", "jobs.schedule import Schedule", False),
+        ("value / 2", "value / 3", True),
+        ("value < 0", "value <= 0", True),
+        ("def halved", "def half", True),
+        ("import logging\n", "import logging\nimport math\n", True),
+    ],
+)
+def test_a_digest_of_code_is_of_what_it_computes(accuracy, tmp_path, old, new, changed):
+    from benchmarks.accuracy import code_digest
+
+    paths = tmp_path / "before.py", tmp_path / "after.py"
+    for path, text in zip(paths, (CODE, CODE.replace(old, new)), strict=True):
+        path.write_text(text)
+    before, after = map(code_digest._essence, paths)
+    assert CODE.count(old) == 1
+    assert (before != after) is changed
+
+
+def test_a_changed_strategy_changes_its_own_rows(accuracy):
+    from benchmarks.accuracy import code_digest
+    from fedprune.strategies import PRESETS
+
+    methods = "fedprune.strategies.methods"
+    modules = {name: {m for m in code_digest.closure(name) if m.startswith(f"{methods}.")} for name in PRESETS}
+    everybody = {f"{methods}.robust"}
+    assert modules["subflot"] == everybody | {f"{methods}.subflot"}
+    assert modules["fedbuff"] == everybody | {f"{methods}.asynchronous", f"{methods}.fedavg"}
+    assert modules["history"] == everybody | {f"{methods}.fedper"}
+    own = code_digest.closure("benchmarks.accuracy.compositions:slices")
+    assert {"benchmarks.accuracy.compositions", "fedprune.strategies.channel_ranking"} <= own.keys()
+    digests = {name: code_digest.code_digest(name) for name in ("subflot", "heterofl", "ca-hfp", "pr-fl")}
+    assert len(set(digests.values())) == len(digests)
+    for module in ("fedprune.coordination.round", "fedprune.aggregation.fold", "fedprune_device.training.trainer"):
+        assert module in own
+        assert module not in code_digest.BY_VALUE
+        assert not code_digest._within(module, code_digest.UNDECIDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ["fedprune", "pr-fl"])
+def test_all_that_a_run_loads_is_in_the_digest_of_its_code(tmp_path, row):
+    """Modules that were imported in a process of its own; those of other strategies are imported, but not used."""
+    code = f"""
+import sys
+from pathlib import Path
+from importlib.util import module_from_spec, spec_from_file_location
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+spec = spec_from_file_location("tables", {__file__!r})
+tables = module_from_spec(spec)
+spec.loader.exec_module(tables)
+from benchmarks.accuracy import code_digest, run, sets
+sets.samples = tables.noise
+protocol = tables.small(tables.CIFAR)
+run.run(protocol, protocol.method({row!r}), 0, Path({str(tmp_path)!r}), quiet=True)
+strategy = protocol.method({row!r}).strategy
+own = code_digest.closure(strategy)
+ours = {{m: f for m, f in sys.modules.items() if m.partition(".")[0] in code_digest._OURS}}
+loaded = {{m for m, found in ours.items() if getattr(found, "__file__", None)}}
+print(*sorted(m for m in loaded - own.keys() if not m.startswith(("fedprune.strategies.", "benchmarks."))))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split() == []

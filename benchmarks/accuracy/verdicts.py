@@ -1,0 +1,124 @@
+"""Whether `fedprune` keeps what it promises: verdicts that are computed from a table's runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from benchmarks.accuracy.figures import Run, Value, current, figure, measured, of, paired, served, share, wrapped
+from benchmarks.accuracy.protocol import FULL, SAME_LOSS, Protocol
+
+OURS = "fedprune"
+
+NEAR = 2.0
+"""Points by which the global model may be behind that of the same loss at full width."""
+
+MOST = (15.0, 80.0)
+"""Percent of full-width float32 FedAvg's bytes, and of its multiplications."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One promise.
+
+    Attributes:
+        promise: What is promised, a column's heading on the summary.
+        found: The figures.
+        miss: By how much it is missed: 0 or less where it is kept; None while runs are missing.
+    """
+
+    promise: str
+    found: str
+    miss: float | None
+
+    @property
+    def word(self) -> str:
+        if self.miss is None:
+            return "open"
+        return "true" if self.miss <= 0 else f"false, by {self.miss:.1f}"
+
+
+def verdicts(protocol: Protocol, runs: Sequence[Run]) -> list[Verdict]:
+    """All promises of a table; none of a table without their rows."""
+    runs = [r for r in current(protocol, runs) if not r.get("stale")]
+    names = [m.name for m in protocol.methods]
+    if not {OURS, FULL, SAME_LOSS} <= set(names):
+        return []
+    published = [m.name for m in protocol.methods if m.published]
+    values: dict[str, Value] = {
+        "served": partial(served, protocol),
+        "global": partial(figure, protocol, read=measured("global")),
+    }
+    margins: tuple[tuple[str, list[str], float | None], ...] = (
+        ("served", published, None),
+        ("served", [SAME_LOSS], None),
+        ("global", published, 0.0),
+        ("global", [SAME_LOSS], NEAR),
+    )
+    found = [_against(protocol, runs, what, values[what], rivals, margin) for what, rivals, margin in margins]
+    return [*found, *(_cost(protocol, runs, which) for which in (0, 1))]
+
+
+def _against(
+    protocol: Protocol, runs: Sequence[Run], what: str, value: Value, rivals: Sequence[str], margin: float | None
+) -> Verdict:
+    """fedprune beside the best of some rows; by default it may be behind by the standard error of the difference."""
+    whom = "published" if len(rivals) > 1 else "same loss"
+    promise = f"{what}, {whom}"
+    means = {name: found for name in (OURS, *rivals) if (found := _mean(runs, name, value)) is not None}
+    best = max((n for n in rivals if n in means), key=lambda n: means[n], default=None)
+    if best is None or OURS not in means or (gap := paired(runs, OURS, best, value)) is None:
+        return Verdict(promise, "–", None)
+    allowed = (gap.error or 0.0) if margin is None else margin
+    beyond = f"; may be behind by {allowed:.1f}" if allowed else ""
+    found = f"{means[OURS]:.1f}, {best} {means[best]:.1f}: {gap}{beyond}"
+    whole = all(of(runs, name, seed) for name in (OURS, *rivals) for seed in protocol.seeds)
+    return Verdict(promise, found, -gap.mean - allowed if whole else None)
+
+
+def _cost(protocol: Protocol, runs: Sequence[Run], which: int) -> Verdict:
+    name, most = ("bytes", "MACs")[which], MOST[which]
+    found = _mean(runs, OURS, lambda run: share(runs, run, which))
+    if found is None:
+        return Verdict(name, "–", None)
+    whole = all(of(runs, row, seed) for row in (OURS, FULL) for seed in protocol.seeds)
+    return Verdict(name, f"{found:.1f} % of {FULL}'s; at most {most:g} %", found - most if whole else None)
+
+
+def _mean(runs: Sequence[Run], name: str, value: Value) -> float | None:
+    found = [v for r in runs if r["method"] == name and (v := value(r)) is not None]
+    return statistics.fmean(found) if found else None
+
+
+def verdict_lines(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
+    """A table's verdicts, for its page."""
+    found = verdicts(protocol, runs)
+    if not found:
+        return []
+    lines = ["", f"## Whether {OURS} keeps its promises", ""]
+    return [*lines, *(f"- {v.promise}: {v.found}: **{v.word}**" for v in found)]
+
+
+def summary(tables: Mapping[str, tuple[Protocol, Sequence[Run]]], made: str) -> str:
+    """The verdicts of several tables, as a page.
+
+    Args:
+        tables: Protocols and their finished runs, by name.
+        made: When, and the commit whose code made all runs that aren't stale.
+    """
+    found = {name: verdicts(protocol, runs) for name, (protocol, runs) in tables.items()}
+    promises = [v.promise for v in next(iter(found.values()))]
+    said = (
+        f"{made}. Made by `python -m benchmarks.accuracy summary` from the tables' runs. *Published*: the best row of "
+        f"others; *same loss*: {SAME_LOSS}. *Served* may be behind by the standard error of the paired difference, the "
+        f"global model behind the same loss by {NEAR:g} points, behind a published row not at all. Bytes and MACs: at "
+        f"most {MOST[0]:g} and {MOST[1]:g} % of {FULL}'s. Differences are means of the seeds' ± half of the 95 % "
+        "interval. *Open*: runs are missing, or are of other code or settings."
+    )
+    head = f"| table | {' | '.join(promises)} |"
+    lines = ["# What fedprune promises, and keeps", "", *wrapped(said), "", head, f"|---|{'---|' * len(promises)}"]
+    lines += [f"| [{n}]({n}.md) | {' | '.join(f'{v.word}: {v.found}' for v in row)} |" for n, row in found.items()]
+    kept = sum(all(v.miss is not None and v.miss <= 0 for v in row) for row in found.values())
+    return "\n".join([*lines, "", f"All promises are kept in {kept} of {len(found)} tables."]) + "\n"
