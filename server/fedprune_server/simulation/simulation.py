@@ -37,6 +37,7 @@ from fedprune_server.simulation.measure import RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
 from fedprune_server.simulation.state import Item, Left, SavedRun, SimulationState, Trained
+from fedprune_server.transfer.multicast import shareable
 
 MAX_ATTEMPTS = 20
 """Attempts after which a round that no device has finished is given up."""
@@ -132,7 +133,8 @@ class Simulation:
             raise ConfigError(
                 "simulation: job.devices", expected=f"at most the {len(devices)} there are", got=job.devices
             )
-        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration)
+        shared = experiment.weather.multicast
+        worker = Worker(job, model, store, experiment.evaluation, experiment.calibration, slabs=shared)
         worker.prefix = f"{experiment.title}: "
         _ = worker.accountant  # raises now rather than at the first round's end
         self._worker: Worker | DistributedWorker = worker
@@ -329,17 +331,22 @@ class Simulation:
         if UPDATE_BOUND in command.offer:
             run.bounds[name] = int(command.offer[UPDATE_BOUND])
         device, held = self._devices[name], run.held.get(name, [])
-        pulled = pulls(command.offer, held)
-        size = sum(n for sha256, n in pulled.items() if sha256 not in held)
-        size -= self._reused(name, BlobRef.from_dict(command.offer["weights"]), pulled, held)
-        run.held[name] = list(pulled)
-        run.down += size
-        self._spent(name)[0] += size
-        key = (seed, command.round, name)
-        ready, run.free[0] = self.experiment.weather.arrives(*key, device.profile.link, "down", size, now, run.free[0])
+        pulled, weights = pulls(command.offer, held), BlobRef.from_dict(command.offer["weights"])
+        lacking = {sha256: n for sha256, n in pulled.items() if sha256 not in held}
+        if reused := self._reused(name, weights, pulled, held):
+            lacking[weights.sha256] -= reused
+        run.held[name] = list(pulls({k: v for k, v in command.offer.items() if k != "slabs"}, held))
+        run.down += sum(lacking.values())
+        self._spent(name)[0] += sum(lacking.values())
+        key, weather, link = (seed, command.round, name), self.experiment.weather, device.profile.link
+        if weather.multicast:
+            shared = shareable(command.offer)
+            ready, run.free[0] = weather.delivers(*key, link, lacking, shared, run.published, now, run.free[0])
+        else:
+            ready, run.free[0] = weather.arrives(*key, link, "down", sum(lacking.values()), now, run.free[0])
         took = device.train_s(
             self.model.architecture, tuple(command.offer["widths"]), Recipe.from_dict(command.offer["recipe"])
-        ) / self.experiment.weather.compute(seed, command.round, name)
+        ) / weather.compute(seed, command.round, name)
         chance = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if chance.random() < self.experiment.dropouts.probability:
             gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
@@ -353,7 +360,7 @@ class Simulation:
 
     def _reused(self, name: str, weights: BlobRef, pulled: Mapping[str, int], held: Sequence[str]) -> int:
         """Bytes of leaves that a device's new weights share with its last ones, which a board copies."""
-        if weights.sha256 in held or pulled[weights.sha256] != weights.size:
+        if weights.sha256 in held or pulled.get(weights.sha256) != weights.size:
             return 0
         before, table = self._run.tables.get(name), self.store.table(weights.sha256)
         self._run.tables[name] = self.store.put(table).sha256

@@ -27,7 +27,7 @@ from fedprune_export.bundles.inference import WEIGHTS_FILE, inference_model
 from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.measure import RoundNotes
 
-FORMAT = "fedprune.simulation/3"
+FORMAT = "fedprune.simulation/4"
 FILE = "simulation.json"
 ROUNDS = "rounds.jsonl"
 
@@ -69,7 +69,10 @@ _ITEMS: dict[str, type[Any]] = {
 _WORK = (Trained, on.Progressed, on.UpdateAnnounced, on.UpdateStored)
 """Items that belong to a device's part in a round."""
 
-_PLAIN = ("clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free", "refusal")
+_PLAIN = (
+    "clock", "sequence", "sessions", "leaves", "held", "tables", "sizes", "bounds", "boards", "free", "published",
+    "refusal",
+)  # fmt: skip
 """Attributes that are saved as they are."""
 
 
@@ -90,6 +93,7 @@ class SimulationState:
         bounds: Maximum bytes of that update in the offered codec.
         boards: Digest of each board's state between rounds.
         free: Times at which the server's link is free, for sending and for receiving.
+        published: Times at which the server's link has carried the present round's blobs, by digest (multicast).
         now: Notes of the current round.
         rounds: Notes of finished rounds, by number.
         refusal: Reason of the last refused offer.
@@ -108,6 +112,7 @@ class SimulationState:
     bounds: dict[str, int] = field(default_factory=dict)
     boards: dict[str, str] = field(default_factory=dict)
     free: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    published: dict[str, float] = field(default_factory=dict)
     down: int = 0
     up: int = 0
     now: RoundNotes = field(default_factory=RoundNotes)
@@ -160,6 +165,7 @@ class SimulationState:
         self.now.down, self.now.up = self.down, self.up
         self.rounds[number] = self.now
         self.now = RoundNotes()
+        self.published = {}
 
     def references(self) -> set[str]:
         """All strings of queued items: any of them may be the digest of a blob."""
