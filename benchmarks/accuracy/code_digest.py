@@ -114,7 +114,8 @@ def _imports(path: Path) -> frozenset[str]:
             if node.level:
                 raise ValueError(f"{path}: a relative import, which this digest doesn't follow")
             found |= {str(node.module), *(f"{node.module}.{a.name}" for a in node.names)}
-        left += [n for n in ast.iter_child_nodes(node) if not _for_types_alone(node)]
+        if not _for_types_alone(node):  # no expression has an import in it
+            left += [n for n in ast.iter_child_nodes(node) if not isinstance(n, ast.expr)]
     return frozenset(found)
 
 

@@ -79,6 +79,7 @@ class StepGraph:
         self._given = session
         self._session = session or Session(graph, threads=threads, training=True, cuda=cuda)
         self._forward: dict[tuple[str, ...], Session] = {}
+        self._objective: tuple[Recipe, int, Objective] | None = None
         inputs, outputs = self._session.inputs, set(self._session.outputs)
         optimizer = "adam" if step_contract.EPSILON in inputs else "lion" if step_contract.BETA1 in inputs else "sgd"
         required = {step_contract.X, step_contract.Y, step_contract.LR, step_contract.WEIGHT_DECAY}
@@ -199,8 +200,11 @@ class StepGraph:
         return Augmentation(self._session.metadata, self._threads) if recipe.augment else None
 
     def objective(self, recipe: Recipe, classes: int) -> Objective:
-        """What of the graph follows the model's outputs."""
-        return Objective(self._bytes(), recipe, classes, scores=self.scores)
+        """What of the graph follows the model's outputs; the last one is kept, as loading it takes some hundredths of a
+        second."""
+        if self._objective is None or self._objective[:2] != (recipe, classes):
+            self._objective = (recipe, classes, Objective(self._bytes(), recipe, classes, scores=self.scores))
+        return self._objective[2]
 
     def divisor(self, y: Array, feeds: Mapping[str, Array]) -> float:
         """A batch part's share of the loss's divisor."""

@@ -70,3 +70,11 @@ def test_a_model_is_checked_against_its_training_graph(
     predictor.check(3, data.x_train[:32], (loss, lambda z: objective(z, data.y_train[:32], terms).loss))
     with pytest.raises(ModelError, match="contradict"):
         predictor.check(3, data.x_train[:32], (loss + 0.1, lambda z: objective(z, data.y_train[:32], terms).loss))
+
+
+def test_an_objective_is_loaded_once_for_a_recipe(graphs: Path) -> None:
+    trainer, recipe = Trainer(graphs / "plain.onnx"), Recipe()
+    objective = trainer.objective(recipe, 3)
+    assert trainer.objective(Recipe(), 3) is objective
+    assert trainer.objective(recipe, 4) is not objective
+    assert trainer.objective(Recipe(loss="mse", metric="mae"), 4) is not trainer.objective(recipe, 4)
