@@ -25,6 +25,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 import fedprune_export as fx
+from benchmarks.accuracy.protocol import SAME_LOSS
 from benchmarks.accuracy.run import commit, machine
 from benchmarks.tasks import adapters, data, losses, nets, pictures
 from fedprune.core import tensorfile
@@ -45,9 +46,15 @@ DENSITIES = (1.0, 0.7, 0.5, 0.3)
 """Widths of the boards in turn, whose submodels weigh half of the whole model's on average."""
 
 METHODS = ("torch", "fedavg", "fedprune")
+INT8 = "fedprune int8"
+"""`fedprune` whose updates and weights travel as int8 differences; all other rows travel as float32."""
+
+FURTHER = (INT8, SAME_LOSS)
+"""Rows that pages show where they were run."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "fedprune, each step at the board's width": {"dropout": []},
-    "the same, all boards at full width": {"dropout": [], "densities": [1.0]},
+    SAME_LOSS: {"dropout": [], "densities": [1.0]},
 }
 """Options of `fedprune` that show which of its ingredients a task's distance from FedAvg comes from."""
 
@@ -141,9 +148,11 @@ def federated(task: Task, method: str, seed: int) -> dict[str, Any]:
     names = list(found.boards)
     options = {} if method == "fedavg" else {"densities": list(task.densities), **VARIANTS.get(method, {})}
     strategy = "fedavg" if method == "fedavg" else "fedprune"
+    codec = "int8" if method == INT8 else "none"
     job = Job(
         name="task", seed=seed, devices=len(names), rounds=task.rounds, strategy=strategy, options=options,
         recipe=replace(task.recipe, evaluate_every=task.rounds), deadline_s=1e7, move_limit=0.0, weight_limit=0.0,
+        compression=codec, compression_down=codec,
     )  # fmt: skip
     fleet = tuple(VirtualDevice(n, find(BOARD), found.boards[n]) for n in names)
     last: list[bytes] = []
@@ -243,7 +252,8 @@ def page(results: dict[str, Any]) -> str:
         (f"`python -m benchmarks.tasks`, {results['date']}, {results['machine']}, fedprune {results['fedprune']}, "
         f"onnxruntime {results['onnxruntime']}, torch {results['torch']}. A simulated fleet whose boards train with "
         f"onnxruntime; `fedprune` gives its boards widths of {', '.join(map(str, DENSITIES))} in turn, FedAvg trains "
-        "the whole model on all, torch trains on all boards' samples together for as many epochs. Figures are the "
+        "the whole model on all, torch trains on all boards' samples together for as many epochs. "
+        f"*{SAME_LOSS}* is `fedprune` with the whole model on all boards. Figures are the "
         "global model's in the last round on data that no board has: mean and, with more than one seed, range."), "",
     ]  # fmt: skip
     for name, task in TASKS.items():
@@ -260,7 +270,7 @@ def table(task: Task, rows: dict[str, Any]) -> list[str]:
     lines = [task.note, ""] if task.note else []
     lines += [f"| | seeds | {' | '.join(METRICS[n].title for n in shown)} | MB down | MB up |",
               f"|---|---|{'---|' * len(shown)}---|---|"]  # fmt: skip
-    for method in (*METHODS, *VARIANTS):
+    for method in dict.fromkeys((*METHODS, *FURTHER, *VARIANTS)):
         runs = rows.get(method, {})
         if not runs:
             continue
@@ -323,7 +333,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tasks", description=__doc__)
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], help="by default all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *FURTHER), default=[*METHODS, *FURTHER])
     parser.add_argument("--variants", action="store_true", help="run the variants of fedprune on the tasks explained")
     parser.add_argument("--rounds", type=int, help="fewer rounds, for a look; nothing is written")
     parser.add_argument("--pictures", action="store_true", help="draw what the first seed's models make of samples")
