@@ -121,7 +121,7 @@ class RoundRow:
     @property
     def active_macs(self) -> int:
         """Training MACs whose weight an element mask leaves active, since the previous round."""
-        return sum(spent[3] for spent in self.spent.values())
+        return sum(spent[-1] for spent in self.spent.values())  # earlier records end with all MACs
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ def _metrics(row: RoundRow) -> Iterator[tuple[str | None, str, float]]:
     for device, density in row.density.items():
         yield device, "density", density
     for device, spent in row.spent.items():
-        for metric, count in zip(SPENT, spent, strict=True):
+        for metric, count in zip(SPENT, spent, strict=False):
             yield device, metric, float(count)
 
 
