@@ -523,6 +523,27 @@ def test_verdicts_are_computed_from_paired_runs(accuracy):
     assert verdicts.verdicts(TABLES["ca-hfp-scores"], []) == []
 
 
+def test_the_list_says_what_tables_cost_and_the_summary_is_written(accuracy, tmp_path, monkeypatch, capsys):
+    protocols, _ = accuracy
+    from benchmarks.accuracy import __main__ as command
+
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    took = [{"method": "fedavg", "cpu_s": 60.0 * minutes} for minutes in (100, 200)]
+    (tmp_path / "results/har.json").write_text(json.dumps({"runs": took}))
+    har = TABLES["har"]
+    assert command._minutes(har, har.method("fedavg")) == 150
+    assert command._minutes(har, har.method("fedavg same loss")) == 150  # as a row like it
+    assert command._minutes(har, har.method("heterofl")) == har.minutes
+    (tmp_path / "results/har.json").unlink()
+    command.table(command.parser().parse_args(["list"]))
+    listed = capsys.readouterr().out
+    runs = sum(3 * len(p.methods) for p in protocols.EIGHT)
+    assert f"the 8 of the summary         {runs} runs, " in listed
+    command.table(command.parser().parse_args(["summary", "--runs", str(tmp_path / "runs")]))
+    assert capsys.readouterr().out.strip() == (tmp_path / "results/summary.md").read_text().strip()
+
+
 def test_tables_of_the_summary_have_what_verdicts_need(accuracy):
     protocols, run = accuracy
     from benchmarks.accuracy.protocol import CALIBRATION, FULL, SAME_LOSS
