@@ -59,6 +59,7 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
         lines += ["", "## At equal bytes", "", *wrapped(_EQUAL_BYTES.format(reference=protocol.reference)), ""]
         lines += _table(protocol, runs, _at_equal_bytes(protocol, runs), only=[protocol.reference, *costly])
     lines += _tiers(protocol, runs)
+    lines += _densities(protocol, runs)
     papers = [(m.name, m.paper) for m in protocol.methods if m.paper]
     if papers or protocol.paper:
         lines += ["", "## The papers' figures", ""]
@@ -235,6 +236,20 @@ def _tiers(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
     return lines if len(lines) > 5 else []
 
 
+def _densities(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
+    """The devices' mean density in the course of the runs, of rows in which it changes."""
+    shares = (0.0, 0.25, 0.5, 0.75, 1.0)
+    lines = ["", "## Mean density, by share of a run", ""]
+    lines += [f"| method | {' | '.join(f'{s:g}' for s in shares)} |", f"|---|{'---:|' * len(shares)}"]
+    for method in protocol.methods:
+        rows = [r for r in runs if r["method"] == method.name and all("density" in row for row in r["rounds"])]
+        found = [[r["rounds"][round(s * (len(r["rounds"]) - 1))]["density"] for s in shares] for r in rows]
+        if any(len(set(values)) > 1 for values in found):
+            cells = [f"{statistics.fmean(values):.2f}" for values in zip(*found, strict=True)]
+            lines.append(f"| {method.name}{_mark(rows)} | {' | '.join(cells)} |")
+    return lines if len(lines) > 5 else []
+
+
 def _tier(method: Method, place: int) -> Callable[[dict[str, Any]], float | None]:
     """Reads the mean of what the devices of one tier serve, the widest being the first."""
 
@@ -264,6 +279,8 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
     if protocol.until_s:
         reads = ", ".join(f"{s * protocol.until_s:,.0f}" for s in protocol.reads)
         means = f"means of what was measured last by {reads} simulated seconds"
+        if protocol.ends_at_target:
+            means = "as the run ended, means"
     else:
         reads = ", ".join(dict.fromkeys(str(max(1, round(s * protocol.rounds))) for s in protocol.reads))
         means = f"means of rounds {reads} (of the shares of all rounds, where a method has more)"

@@ -154,7 +154,7 @@ def _links(scale: float) -> tuple[Board, ...]:
 def _weather(scale: float) -> dict[str, float]:
     return {
         "links_sigma": 0.3, "draws": 20, "server_sigma": 0.1,
-        "server_up_bytes_s": 10e6 * scale, "server_down_bytes_s": 50e6 * scale,
+        "server_up_bytes_s": 10e6 * scale, "server_down_bytes_s": 50e6 * scale, "multicast": True,
     }  # fmt: skip
 
 
@@ -162,6 +162,15 @@ _SCALE = 0.584 / 9.75
 """Links shrink with the network, so that sending it takes as long as in the paper."""
 
 _FIXED = {"densities": TIERS, "shares": SHARES, "stage1": False, "recovery": False}
+_INT8_UP = {"compression": "int8"}
+_INT8 = {**_INT8_UP, "compression_down": "int8"}
+_CODED = "updates as int8 differences"
+
+SCARCE_UPLINK = {
+    "densities": [0.5], "arrivals": 2, "dropout": [], "mixup": 0.0, "clip_norm": 0.0, "ranking": "nested",
+}  # fmt: skip
+"""Options that `docs/strategies/fedprune.md` recommends where links are what takes time."""
+
 _STALE = {"mixing": "share", "staleness": "polynomial", "a": 0.6}
 
 
@@ -190,11 +199,15 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method("fedasync α .6", "fedasync", {"a": 0.5}, note="Xie et al.'s own mixing, α s(k)"),
         Method("fedbuff", "fedbuff", {"buffer": 4}),
         Method("fedavg", "fedavg", paper="202,200 / 210,900 s; 84 % never"),
+        Method("pr-fl int8", "pr-fl", ours, job=_INT8_UP, note=f"{_CODED}; masked weights travel as slabs"),
+        Method("fedasync int8", "fedasync", {**_STALE, "rate": 1.0}, job=_INT8, note=f"{_CODED}, and weights"),
         Method(
             "fedprune",
             "fedprune",
-            {"densities": TIERS, "arrivals": 4, "ranking": "nested"},
-            note="two or three devices of each width; nested by option, as a net without normalisations doesn't tell",
+            SCARCE_UPLINK,
+            job=_INT8,
+            note="half of the channels, two updates a move, int8 both ways; nested by option, as a net without "
+            "normalisations doesn't tell",
             serves="average",
         ),
     )
@@ -226,7 +239,7 @@ PR_FL_FULL = Protocol(
     full=True,
 )  # fmt: skip
 
-_LEFT_OUT = ("pr-fl synchronous", "pr-fl without recovery", "fedasync α .6", "fedbuff")
+_LEFT_OUT = ("fedasync α .6", "fedbuff")
 
 PR_FL_SMALL = replace(
     PR_FL_FULL,
@@ -237,7 +250,8 @@ PR_FL_SMALL = replace(
     "units. Links shrink with the network, so that sending it takes as long as in the paper. "
     "Learning rate .02, momentum .9 and cross-entropy, where theirs is .25 with a mean of binary cross-entropies. "
     "Masks, densities and early stopping are looked at every 20 rounds (theirs: 50), with a patience of 3 (10). "
-    "Every run ends after 4,000 simulated seconds, whatever its rounds.",
+    "What several devices of a round download crosses the server's link once. Every run ends at 40 %, or after 4,000 "
+    "simulated seconds.",
     data={**PR_FL_FULL.data, "most": 12_000, "pool": 2},
     net="two_cnn",
     recipe=replace(PR_FL_FULL.recipe, lr=0.02, momentum=0.9),
@@ -246,11 +260,22 @@ PR_FL_SMALL = replace(
     boards=_links(_SCALE),
     weather=_weather(_SCALE),
     target=0.40,
-    seeds=(0,),
+    seeds=(0, 1, 2),
     until_s=4_000,
-    every_s=100,
-    minutes=6,
+    ends_at_target=True,
+    every_s=25,
+    reads=(1.0,),
+    minutes=3,
     full=False,
+)
+
+PR_FL_IID = replace(
+    PR_FL_SMALL,
+    name="pr-fl-time-iid",
+    title="PR-FL's time to accuracy, scaled down, equal data",
+    keeps="As `pr-fl-time`, but every device has an equal share of the data, drawn at random.",
+    data={k: v for k, v in PR_FL_SMALL.data.items() if k not in ("alpha", "ascending")} | {"partition": "iid"},
+    methods=tuple(m for m in PR_FL_SMALL.methods if m.name in ("pr-fl", "fedasync", "fedprune")),
 )
 
 # --- FedOBP (arXiv 2604.16574)
@@ -363,6 +388,6 @@ AUTOFLIP_SMALL = replace(
 )
 
 PAPERS = (
-    SUBFLOT_SMALL, CA_HFP, CA_HFP_SKEWED, PR_FL_SMALL, FEDOBP_SMALL, AUTOFLIP_SMALL,
+    SUBFLOT_SMALL, CA_HFP, CA_HFP_SKEWED, PR_FL_SMALL, PR_FL_IID, FEDOBP_SMALL, AUTOFLIP_SMALL,
     SUBFLOT_FULL, CA_HFP_FULL, PR_FL_FULL, FEDOBP_FULL, AUTOFLIP_FULL,
 )  # fmt: skip

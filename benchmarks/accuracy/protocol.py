@@ -112,6 +112,7 @@ class Protocol:
         every: Submodels are measured every so many rounds; the global model `every_global`.
         every_global: See `every`.
         until_s: The run ends at this simulated time instead of after `rounds`; 0 for never.
+        ends_at_target: A run ends as soon as the global model is found at the target.
         every_s: Measured whenever so many simulated seconds have passed, instead of every so many rounds; 0 for rounds.
         weather: Settings of `Weather`.
         minutes: CPU minutes of one run, roughly, on the machine of the results.
@@ -140,6 +141,7 @@ class Protocol:
     every: int = 5
     every_global: int = 1
     until_s: float = 0.0
+    ends_at_target: bool = False
     every_s: float = 0.0
     weather: Mapping[str, Any] = field(default_factory=dict)
     minutes: float = 4.0
@@ -169,6 +171,8 @@ class Protocol:
             "changes",
         ):
             parts.pop(name)
+        if not self.ends_at_target:
+            parts.pop("ends_at_target")
         parts["recipe"] = self.recipe.to_dict()
         row = asdict(method)
         for name in ("paper", "note", "name", "serves"):

@@ -193,7 +193,11 @@ def run(
 
     def timed(simulation: Simulation) -> None:
         progress(simulation)
-        if protocol.until_s and simulation.state.history and simulation.clock >= protocol.until_s:
+        history = simulation.state.history
+        if protocol.until_s and history and simulation.clock >= protocol.until_s:
+            raise _TimeIsUpError
+        found = simulation.measured.get(len(history), {}).get("global", 0.0)
+        if protocol.ends_at_target and found >= protocol.target:
             raise _TimeIsUpError
 
     try:
@@ -247,7 +251,7 @@ def parameters(model: Model) -> list[int]:
 
 
 class _TimeIsUpError(Exception):
-    """The simulated time that a protocol gives its runs is over."""
+    """The simulated time that a protocol gives its runs is over, or the target is reached."""
 
 
 def rounds_of(record: Record) -> list[dict[str, Any]]:
@@ -269,6 +273,7 @@ def rounds_of(record: Record) -> list[dict[str, Any]]:
                 "down": row.down,
                 "up": row.up,
                 "macs": macs,
+                "density": round(statistics.fmean(density.values()), 4) if density else 1.0,
                 "active_macs": active,
                 "measured": {k: round(v, 5) for k, v in row.measured.items()},
                 "own": {m: _means(v, density) for m, v in latest.items()},

@@ -242,7 +242,7 @@ def test_shares_of_elements_weigh_what_submodels_weigh(accuracy):
 def test_runs_that_end_by_time_are_read_by_time(accuracy):
     from benchmarks.accuracy import page
 
-    protocol = replace(TABLES["pr-fl-time"], until_s=100.0, reads=(0.5, 1.0))
+    protocol = replace(TABLES["pr-fl-time"], until_s=100.0, every_s=100, reads=(0.5, 1.0), ends_at_target=False)
 
     def made(*times):
         rows = [(at, {"global": at / 1000}) for at in times]
@@ -304,10 +304,33 @@ def test_figures_of_runs_made_by_hand(accuracy):
     assert "1,234 parameters and 5 batch-norm statistics" in " ".join(text.split())
 
 
+@pytest.mark.slow
+def test_a_run_ends_at_its_target(accuracy, tmp_path):
+    _, run = accuracy
+    protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=0, target=1e-9)
+    result = check(run, protocol, tmp_path / "reached")
+    assert result["rounds"][0]["density"] == 1
+    assert len(run.run(replace(protocol, target=1.1, rounds=2), protocol.method("fedasync"), 0, tmp_path)["rounds"]) > 1
+    assert protocol.key(protocol.methods[0], 0) != replace(protocol, ends_at_target=False).key(protocol.methods[0], 0)
+
+
+def test_densities_that_change_are_on_the_page(accuracy):
+    from benchmarks.accuracy import page
+
+    def run_with(method, *densities):
+        run = by_hand(method, 10, [0.1] * len(densities))
+        return {**run, "rounds": [row | {"density": d} for row, d in zip(run["rounds"], densities, strict=True)]}
+
+    runs = [run_with("pr-fl", 0.4, 0.2, 0.3, 0.6, 1.0), run_with("fedasync", 1.0, 1.0)]
+    lines = page._densities(TABLES["pr-fl-time"], runs)
+    assert lines[-1] == "| pr-fl | 0.40 | 0.20 | 0.30 | 0.60 | 1.00 |"
+    assert page._densities(TABLES["pr-fl-time"], runs[1:]) == []
+
+
 @pytest.mark.soak
 def test_a_run_by_simulated_time_that_is_killed_is_measured_in_the_same_rounds(accuracy, tmp_path, monkeypatch):
     _, run = accuracy
-    protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=20, until_s=0)
+    protocol = replace(small(TABLES["pr-fl-time"]), rounds=9, every_s=20, until_s=0, ends_at_target=False)
     whole = check(run, protocol, tmp_path / "whole", rounds=None)
     simulate = run.simulate
     for rounds in (2, 5):
