@@ -166,10 +166,8 @@ _INT8_UP = {"compression": "int8"}
 _INT8 = {**_INT8_UP, "compression_down": "int8"}
 _CODED = "updates as int8 differences"
 
-SCARCE_UPLINK = {
-    "densities": [0.5], "arrivals": 2, "dropout": [], "mixup": 0.0, "clip_norm": 0.0, "ranking": "nested",
-}  # fmt: skip
-"""Options that `docs/strategies/fedprune.md` recommends where links are what takes time."""
+SCARCE_LINKS = {"densities": [0.5], "arrivals": 2}
+"""What `docs/strategies/fedprune.md` recommends where links are what takes time."""
 
 _STALE = {"mixing": "share", "staleness": "polynomial", "a": 0.6}
 
@@ -204,7 +202,7 @@ def _pr_fl(interval: int, patience: int) -> tuple[Method, ...]:
         Method(
             "fedprune",
             "fedprune",
-            SCARCE_UPLINK,
+            {**SCARCE_LINKS, "ranking": "nested"},
             job=_INT8,
             note="half of the channels, two updates a move, int8 both ways; nested by option, as a net without "
             "normalisations doesn't tell",
