@@ -280,7 +280,7 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
         reads = ", ".join(f"{s * protocol.until_s:,.0f}" for s in protocol.reads)
         means = f"means of what was measured last by {reads} simulated seconds"
         if protocol.ends_at_target:
-            means = "as the run ended, means"
+            means = "means of what was measured last in a run"
     else:
         reads = ", ".join(dict.fromkeys(str(max(1, round(s * protocol.rounds))) for s in protocol.reads))
         means = f"means of rounds {reads} (of the shares of all rounds, where a method has more)"
