@@ -193,7 +193,14 @@ PR_FL_LINKS = (
 )  # fmt: skip
 """Down and up, in MB/s, of the ten clients of PR-FL's simulation (arXiv:2403.15439, public code)."""
 
-PR_FL = Weather(links_sigma=0.3, draws=20, server_up_bytes_s=10e6, server_down_bytes_s=50e6, server_sigma=0.1)
+PR_FL = Weather(
+    links_sigma=0.3,
+    draws=20,
+    server_up_bytes_s=10e6,
+    server_down_bytes_s=50e6,
+    server_sigma=0.1,
+    multicast=True,
+)
 """Variation of the same simulation's devices and server."""
 
 
