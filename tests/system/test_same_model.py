@@ -34,7 +34,7 @@ SEED = 11
 
 def measures(own: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """Accuracies, losses and scores; the rest tells of the machine."""
-    return {k: v for k, v in own.items() if k.startswith(("accuracy", "loss", "score"))}
+    return {k: v for k, v in own.items() if k.startswith(("accuracy", "loss", "score", "blend"))}
 
 
 def plain_job(**recipe: Any) -> Job:
@@ -50,7 +50,11 @@ def run_both(root: Path, job: Job, raw: bytes, data: Digits) -> tuple[Record, Si
     np.savez(folder.evaluation, x=data.x, y=data.y)
     np.savez(folder.calibration, x=data.calibration)
     for board in DEMO_BOARDS:
-        write_hand(folder.data(board.name), data.devices[board.name])
+        hand = data.devices[board.name]
+        write_hand(folder.data(board.name), hand)
+        if len(hand.y_val):
+            with np.load(folder.data(board.name)) as arrays:
+                np.savez(folder.data(board.name), **arrays, x_val=hand.x_val, y_val=hand.y_val)
     record = run_job("real", job, folder)
 
     devices = [VirtualDevice(b.name, b.profile(), data.devices[b.name]) for b in DEMO_BOARDS]
@@ -82,6 +86,14 @@ def test_the_demo_and_its_simulation_judge_what_boards_serve(tmp_path):
     record, _ = run_both(tmp_path, job, digits_model(), deal([b.name for b in DEMO_BOARDS], seed=SEED))
     last = record.rounds[-1]
     assert last.local == last.own["accuracy_average"] != last.own["accuracy_after"]
+
+
+def test_a_validated_blend_gives_the_same_models(tmp_path):
+    """Its choice is measured alike, and reported by both."""
+    data = deal([b.name for b in DEMO_BOARDS], seed=SEED)
+    hands = {name: d.with_validation(0.3, SEED, name) for name, d in data.devices.items()}
+    record, _ = run_both(tmp_path, demo_job(SEED, rounds=3), digits_model(), replace(data, devices=hands))
+    assert {share for row in record.rounds for share in row.own["blend"].values()} <= {0.0, 0.5}
 
 
 def frozen_by_its_author() -> bytes:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from fedprune.core.errors import ExitCode, FedpruneError
-from fedprune.core.metrics import all_served
+from fedprune.core.metrics import BLEND, all_served
 from fedprune.wire.chunk import MAX_PACKET
 from fedprune.wire.messages import Alive, BlobNotFound, BlobRequest, Message, Offer, Progress, Refusal, Update
 from fedprune.wire.queues import HIGH_WATER
@@ -54,7 +54,8 @@ class BoardStatus:
 
     def announcing(self, update: Update) -> None:
         self._at(update, "announce")
-        self._measured = all_served(update.metrics)
+        shares = {n: v for n, v in update.metrics.items() if n == BLEND}
+        self._measured = all_served(update.metrics) | shares
 
     def idle(self) -> None:
         if self._work["phase"] != "idle":

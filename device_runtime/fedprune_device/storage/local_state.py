@@ -45,7 +45,8 @@ class LocalState:
     `ranking` is the digest of the order of channels that the selection begins, None where that is unknown; `widths` are
     kept channels per group. `average` is empty without one; `mask` tells which of its elements are active, None for
     all. `residual` is what the encoded update left out of its tensors. `moments` is the state of `optimizer`, by the
-    names of `fedprune.model.step_contract`, after `steps` steps since it was zero.
+    names of `fedprune.model.step_contract`, after `steps` steps since it was zero. `alone`: the average
+    serves without the received weights that the recipe blends in.
     """
 
     job: str
@@ -62,6 +63,7 @@ class LocalState:
     moments: Tensors = field(default_factory=dict)
     optimizer: str = ""
     steps: int = 0
+    alone: bool = False
 
     @classmethod
     def of(
@@ -91,6 +93,7 @@ class LocalState:
         if self.mask is not None:
             arrays |= {f"mask/{n}": v for n, v in self.mask.to_tensors().items() if n in self.average}
         head = {n: getattr(self, n) for n in _FIELDS} | {"format": _FORMAT, "masked": self.mask is not None}
+        head |= {"alone": True} if self.alone else {}  # earlier versions refuse a name that they don't know
         text = json.dumps(head, sort_keys=True).encode()
         digest = np.frombuffer(_digest(text, arrays), np.uint8)
         return tensorfile.encode({_HEAD: np.frombuffer(text, np.uint8), _DIGEST: digest, **arrays})

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedprune.core.metrics import LOSS, METRICS
 from fedprune.model.recipe import Recipe
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.data.labels import LogitAdjustment, Terms, loss_terms
@@ -23,6 +24,9 @@ _MOST_AT_ONCE = 64
 """Samples that are predicted at once, where a training step takes as many: the planner counts a step's memory."""
 
 _PREDICTIONS = 7  # predictions of one sample that are timed in a round
+
+_OF_SETS = ("ap", "perplexity")
+"""Metrics whose mean over samples is not that of the set."""
 
 MEASURED = frozenset(
     {"download_seconds", "evaluate_seconds", "train_seconds", "step_seconds", "latency_seconds", "peak_memory_bytes"}
@@ -53,6 +57,20 @@ class Evaluation:
             self.metrics["evaluate_seconds"] = time.monotonic() - began
         if when != "average":
             self._add(model, "val", "validation" if when == "after" else f"validation_{when}")
+
+    def of_each(self, model: Predictor) -> npt.NDArray[np.float64]:
+        """The recipe's metric of every validation sample on its own, signed so that more is better; NaN where a sample
+        has none. The loss takes the place of a metric that judges sets."""
+        judge = METRICS[self._recipe.judged_by]
+        judge = LOSS if judge.name in _OF_SETS else judge
+        y, found = self._objective.targets(self._data.y_val), []
+        for at in range(0, len(y), self._at_once):
+            outputs = self._own(model.predict(self._data.x_val[at : at + self._at_once], self._at_once))
+            labels = np.asarray(y[at : at + self._at_once])
+            for i in range(len(outputs)):
+                one = self._objective(outputs[i : i + 1], labels[i : i + 1])
+                found.append(self._objective.metrics(one).get(judge.name, math.nan))
+        return np.array(found, np.float64) * (1 if judge.higher else -1)
 
     def check(self, model: Predictor, loss: float | None) -> None:
         """Check that a model may serve. `loss` is the training graph's for it on the first training samples; None where
@@ -94,6 +112,17 @@ class Evaluation:
         """What the objective says of outputs, taken a few at a time."""
         some = [slice(s, s + self._at_once) for s in range(0, len(y), self._at_once)]
         return Measure.of([self._objective(outputs[s], y[s], terms) for s in some])
+
+
+def clearly_better(values: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> bool:
+    """Whether one model's values of samples are better than another's by more than one standard error.
+
+    That of a sum of differences whose mean is 0 is the root of the sum of their squares. So one sample alone decides
+    nothing; of the samples that one model gets right and the other wrong, it takes 2 to 0 or 4 to 1.
+    """
+    found = values - others
+    found = found[np.isfinite(found)]
+    return float(found.sum()) > math.sqrt(float(np.square(found).sum()))
 
 
 def training_metrics(result: TrainingResult) -> dict[str, float]:

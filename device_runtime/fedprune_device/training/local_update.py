@@ -77,17 +77,27 @@ _LOG = logging.getLogger("fedprune.device")
 
 
 @dataclass(frozen=True)
+class Average:
+    """The board's own average as it predicts, with a share `blend` of the received weights; `loss` as in
+    `UpdateFiles`."""
+
+    tensors: Tensors
+    blend: float
+    loss: float | None
+
+
+@dataclass(frozen=True)
 class UpdateFiles:
     """The files that training leaves, in memory that outlives its graph.
 
-    `after` is the model as it predicts, None where that is the file `sent`; `average` the board's own, with what is
-    blended into it. `own` is what the board keeps. `loss` is the training graph's for the model that is to serve, where
-    it computes the same as inference.
+    `after` is the model as it predicts, None where that is the file `sent`. The first of `averages` serves, unless
+    validation samples prefer the second; without any the trained model serves. `own` is what the board keeps. `loss` is
+    the training graph's for the trained model that is to serve, where it computes the same as inference.
     """
 
     sent: BlobRef
     after: Tensors | None
-    average: Tensors | None
+    averages: tuple[Average, ...]
     own: LocalState | None
     loss: float | None
 
@@ -147,12 +157,18 @@ class LocalUpdate:
         return found
 
     def made(
-        self, result: TrainingResult, put: Callable[[bytes], BlobRef], read: Callable[[BlobRef], bytes]
+        self,
+        result: TrainingResult,
+        put: Callable[[bytes], BlobRef],
+        read: Callable[[BlobRef], bytes],
+        *,
+        evaluates: bool = True,
     ) -> UpdateFiles:
         """The files that follow from a training.
 
         `put` takes the file that the server gets; `read` gives the received weights once more, where the update is
-        their difference to the trained ones. Raises `TrainingError` if the update is not finite.
+        their difference to the trained ones. `evaluates`: the board measures models in this round. Raises
+        `TrainingError` if the update is not finite.
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
         other = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
@@ -163,9 +179,11 @@ class LocalUpdate:
         sent = put(update)
         del update
         average: Tensors = {}
+        shares: list[float] = []
         if recipe.average:
             base = None if self.kept is None else self.kept.base
             average = averaged(base, self._offer, trained, recipe.average, axes=trainer.axes, mask=self.mask)
+            shares = self._shares(base, evaluates=evaluates)
             del base
         own = None
         if self.kept is not None:
@@ -174,17 +192,32 @@ class LocalUpdate:
                 self._offer, average, personal, self.mask if average else None, residual=residual, **self._left(result)
             )
             self.kept.release()
-        served = average
-        if recipe.blend:
-            served, self._received = blended(average, self._received, recipe.blend, mask=self.mask), {}
-        loss = None
-        if not trainer.normalised:
-            model = self._effective(served or trained)
-            loss = trainer.loss(model, self._data, recipe, self._offer.classes, PROBE_SAMPLES)
+        averages = tuple(self._average(average, share) for share in shares)
+        self._received = {}
+        loss = None if averages else self._loss(trained)
         kept = None
         if after is not trained:  # most of these arrays are in the memory of the training graph
             kept = {n: np.array(v) if v is trained[n] else v for n, v in after.items()}
-        return UpdateFiles(sent, kept, self._predicting(served) if served else None, own, loss)
+        return UpdateFiles(sent, kept, averages, own, loss)
+
+    def _shares(self, base: LocalState | None, *, evaluates: bool) -> list[float]:
+        """The shares of the received weights in the averages that may serve, that of the round before first."""
+        blend = self._recipe.blend
+        if not self._recipe.validate_blend or not len(self._data.y_val):
+            return [blend]
+        found = [0.0, blend] if base is not None and base.alone else [blend, 0.0]
+        return found if evaluates else found[:1]
+
+    def _average(self, average: Tensors, share: float) -> Average:
+        tensors = blended(average, self._received, share, mask=self.mask) if share else average
+        loss = self._loss(tensors)
+        return Average(self._predicting(tensors), share, loss)
+
+    def _loss(self, tensors: Tensors) -> float | None:
+        if self._trainer.normalised:
+            return None
+        model, classes = self._effective(tensors), self._offer.classes
+        return self._trainer.loss(model, self._data, self._recipe, classes, PROBE_SAMPLES)
 
     def _left(self, result: TrainingResult) -> dict[str, Any]:
         """What a local state has of the optimiser; nothing of one that has overflowed, which would never move again."""

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +17,7 @@ from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.core.errors import DivergedError, StorageError
+from fedprune.core.metrics import BLEND
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import FLOAT32
 from fedprune.updates.privacy import GaussianNoise
@@ -29,8 +30,8 @@ from fedprune_device.serving.model_slots import ModelSlots, Serving
 from fedprune_device.serving.predictor import Predictor
 from fedprune_device.serving.reduced_precision import ReducedPrecision
 from fedprune_device.storage.local_state import MemoryStateStore, RoundState, StateStore
-from fedprune_device.training.evaluation import MEASURED, Evaluation, training_metrics
-from fedprune_device.training.local_update import LocalUpdate, decoded
+from fedprune_device.training.evaluation import MEASURED, Evaluation, clearly_better, training_metrics
+from fedprune_device.training.local_update import Average, LocalUpdate, decoded
 from fedprune_device.training.trainer import (
     TrainerCache,
     TrainingControl,
@@ -168,21 +169,27 @@ class RoundRunner:
         report("evaluate", 1, 2)
         # From here on there is memory for the new ones alone, besides the loaded model and what is blended in.
         work.tensors = {}
-        made, kept = work.made(result, self._blobs.put, self._blob), work.kept
+        made, kept = work.made(result, self._blobs.put, self._blob, evaluates=evaluates), work.kept
         # Those of tensors and squares are in the loaded graph's memory.
         result = replace(result, tensors={}, last_squares={}, moments={})
         del work, trainer
         self._trainer.release()
         serves: BlobRef | bytes = made.sent if made.after is None else tensorfile.encode(made.after)
-        made = replace(made, after=None)
+        made, loss = replace(made, after=None), made.loss
         when = "after"
-        if made.average is not None:
+        if made.averages:
             if evaluates:
                 evaluation.add(self._candidate(offer, serves), when)
-            serves, when = tensorfile.encode(made.average), "average"
-            made = replace(made, average=None)
-        model = self._candidate(offer, serves)
-        evaluation.check(model, made.loss)
+            (average, serves, model), when = self._chosen(offer, made.averages, evaluation), "average"
+            made, loss = replace(made, averages=()), average.loss
+            if recipe.validate_blend:
+                evaluation.metrics[BLEND] = average.blend
+                if made.own is not None:
+                    made = replace(made, own=replace(made.own, alone=average.blend < recipe.blend))
+            del average
+        else:
+            model = self._candidate(offer, serves)
+        evaluation.check(model, loss)
         if evaluates:
             evaluation.add(model, when)
         evaluation.latency(model)
@@ -218,6 +225,21 @@ class RoundRunner:
             lowered=() if lowered is None else (lowered.graph, lowered.weights),
         )
         return RoundResult(update, serving, metrics, kept)
+
+    def _chosen(
+        self, offer: Offer, averages: Sequence[Average], evaluation: Evaluation
+    ) -> tuple[Average, bytes, Predictor]:
+        """The average that serves, its file, and its model, staged: the first, unless the second is clearly better."""
+        first, *others = averages
+        other = None if not others else evaluation.of_each(self._candidate(offer, tensorfile.encode(others[0].tensors)))
+        raw = tensorfile.encode(first.tensors)
+        model = self._candidate(offer, raw)
+        if other is None or not clearly_better(other, evaluation.of_each(model)):
+            return first, raw, model
+        _LOG.info("job %s: the average serves with %g of the received weights", offer.job, others[0].blend)
+        del raw, model
+        raw = tensorfile.encode(others[0].tensors)
+        return others[0], raw, self._candidate(offer, raw)
 
     def _blob(self, ref: BlobRef) -> bytes:
         return self._read(ref.sha256)

@@ -132,6 +132,7 @@ def test_data_that_a_board_refuses_is_refused(store, offer, tmp_path):
 KEEPING = {
     "average": Recipe(batch_size=16, average=0.8),
     "calibrated": Recipe(batch_size=16, average=0.8, calibrate=True, patience=2, epochs=3),
+    "validated blend": Recipe(batch_size=16, average=0.8, blend=0.9, validate_blend=True),
     "personal": Recipe(batch_size=16, personal=("w2", "b2", "mean", "var")),
     "masked": Recipe(batch_size=16, average=0.8, mask="hard", report_squares=True),
     "optimizer's state": Recipe(batch_size=16, keep_optimizer_state=True),

@@ -128,7 +128,8 @@ def simulation(tmp_path: Path, strategy: str, options: dict[str, Any], task: str
     fleet = []
     for number, name in enumerate(KINDS):
         x, y = drawn(task, TRAINED + HELD, number)
-        fleet.append(VirtualDevice(name, find(name), LocalData(x[:TRAINED], y[:TRAINED], x[TRAINED:], y[TRAINED:])))
+        held = LocalData(x[:TRAINED], y[:TRAINED], x[TRAINED:], y[TRAINED:])
+        fleet.append(VirtualDevice(name, find(name), held.with_validation(0.2 if strategy == "fedprune" else 0.0)))
     evaluation = drawn(task, HELD, 9)
     return digits_simulation(
         tmp_path, model=model_of(task), fleet=fleet, evaluation=evaluation, calibration=evaluation[0], rounds=2,

@@ -10,6 +10,9 @@ TRAINED, AVERAGED = "after", "average"
 """Endings of `accuracy_...`, `loss_...` and the like: measured on the device's own test samples, with the model that it
 has just trained, or with its own average of models where it keeps one."""
 
+BLEND = "blend"
+"""The share of received weights in the model that a device serves, reported where validation samples decide on it."""
+
 MAX_LOSS = 1e6
 """The largest loss, of either sign, that counts as a measurement."""
 

@@ -196,6 +196,7 @@ _FIRST = (
 
 _LATER = (
     "blend",
+    "validate_blend",
     "mixup",
     "ignore_label",
     "metric",
@@ -269,6 +270,8 @@ class Recipe:
         blend: Share of the received weights in the model that serves where the board keeps an average: it is
             (1 − blend) · average + blend · received, but for tensors that are personal or frozen. The average that
             is kept has none of it.
+        validate_blend: With `blend` the board compares its average with and without the received weights on its
+            validation samples, and serves the average alone where that is clearly better.
         mixup: α of mixup (Zhang et al. 2018, eq. 1 and 2): every step trains on λ·x + (1 − λ)·x', λ ~ Beta(α, α), where
             x' are its samples in another order, and on labels that are mixed alike; 0 for samples as they are. Token
             ids can't be mixed: where a model reads them, training continues without.
@@ -337,6 +340,7 @@ class Recipe:
     evaluate_every: int = bounded(1, 1, 10**6)
     best_epoch: bool = True
     blend: float = bounded(0.0, 0, 1)
+    validate_blend: bool = False
     mixup: float = bounded(0.0, LEAST_MIXUP, 10, or_zero=True)
     ignore_label: int | None = bounded(None, -(2**31), 2**31 - 1)
     metric: str = ""
@@ -405,6 +409,8 @@ class Recipe:
                 got=repr(self.blend),
                 hint="What the received weights are blended with is the board's own moving average.",
             )
+        if self.validate_blend and not self.blend:
+            raise ConfigError("recipe: validate_blend without blend", expected="blend above 0", got=repr(self.blend))
         if self.update_noise and not self.update_clip:
             raise ConfigError("recipe: update_noise without update_clip", expected="update_clip above 0")
         for name, tells in (

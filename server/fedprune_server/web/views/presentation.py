@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedprune.core.metrics import ACCURACY, METRICS, Metric
+from fedprune.core.metrics import ACCURACY, BLEND, METRICS, Metric
 from fedprune.output.chart import Chart, Strip, chart, strip
 from fedprune_server.web.state.status import MAX_SIZE, FleetView
 from fedprune_server.web.views import formatting as phrases
@@ -193,6 +193,7 @@ def _local(metric: Metric) -> tuple[str, str, dict[str, str], Any, str]:
 
 _DEVICE_CHARTS: tuple[tuple[str, str, dict[str, str], Any, str], ...] = (
     *map(_local, METRICS.values()),
+    (BLEND, "Received weights in the served model", {"share": BLEND}, phrases.share, "share"),
     ("times", "Time of a round's training", {"training": "train_seconds"}, phrases.seconds, "s"),
     ("step", "Time of a step and of a prediction", {"step": "step_seconds", "prediction": "latency_seconds"},
      phrases.seconds, "s"),

@@ -14,7 +14,8 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
 - mixup (Zhang et al. 2018) and clipped gradients, as a board has few samples and sees them many times;
 - on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
-  serves, the other half being the received weights, which know of other boards' data.
+  serves, the other half being the received weights, which know of other boards' data. A board whose validation
+  samples show that its average alone is better serves that.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class Options:
     server_momentum: float = bounded(0.5, 0, 0.999)
     average: float = bounded(0.85, 0, 1, below=True)
     blend: float = bounded(0.5, 0, 1)
+    validate_blend: bool = True
     calibrate: bool = True
     clip_norm: float = bounded(1.0, 0, 1e6)
     mixup: float = bounded(0.2, LEAST_MIXUP, 10, or_zero=True)
@@ -109,13 +111,15 @@ class FedPrune(Strategy):
         strategy's."""
         options = self.options
         average = recipe.average or options.average
+        blend = recipe.blend or (options.blend if average else 0.0)
         return replace(
             recipe,
             lr=recipe.lr * options.lr_decay ** (turn.round - 1),
             logit_adjustment=recipe.logit_adjustment or (options.adjust and _adjusts(recipe)),
             ordered_dropout=recipe.ordered_dropout or options.dropout,
             average=average,
-            blend=recipe.blend or (options.blend if average else 0.0),
+            blend=blend,
+            validate_blend=recipe.validate_blend or (options.validate_blend and blend > 0),
             calibrate=recipe.calibrate or options.calibrate,
             clip_norm=recipe.clip_norm or options.clip_norm,
             mixup=recipe.mixup or (options.mixup if recipe.mixes else 0.0),
