@@ -236,8 +236,9 @@ class Offers:
             found = relocated(found, moved, 2**40) if moved else found
             if {n: v.shape for n, v in found.items()} == {n: v.shape for n, v in packed.items()}:
                 held, base = coding.held.weights, found
-        if base is None and chosen.feedback:
-            return packed, says  # whole weights in 255 steps would be too coarse to train from
+        if base is None:
+            chosen = chosen.whole
+            says["weights_codec"] = str(chosen)
         try:
             raw = updates.weights.encode(chosen, packed, base, self._trained)
             there = updates.weights.decode(chosen, raw, base, sum(v.nbytes for v in packed.values()))

@@ -169,6 +169,4 @@ def _kind(command: do.Extract) -> _Kind:
 def _whole(coding: do.Coding) -> bool:
     """Whether a device has the very weights that were made for it once it has decoded them."""
     codec = None if coding.weights is None else Codec.parse(coding.weights)
-    if codec is None or codec.name == "zlib":
-        return True
-    return codec.feedback and (coding.held is None or coding.held.weights is None)  # it is sent them as they are
+    return codec is None or codec.name == "zlib"

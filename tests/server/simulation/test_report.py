@@ -234,9 +234,9 @@ def test_loss_claim_looks_at_the_share_by_which_it_is_worse(local, held):
         ({"local": 0.95, "accuracy": 0.95}, (True, False)),
         ({"local": 0.875}, (False, False)),
         ({"accuracy": 0.775}, (False, False)),
-        ({"down": 500_000, "up": 450_000}, (True, True)),
-        ({"down": 510_000, "up": 400_000}, (True, False)),
-        ({"down": 400_000, "up": 460_000}, (True, False)),
+        ({"down": 150_000, "up": 135_000}, (True, True)),
+        ({"down": 153_000, "up": 120_000}, (True, False)),
+        ({"down": 120_000, "up": 138_000}, (True, False)),
     ],
 )
 def test_claims_look_at_both_accuracies_and_at_both_ways(change, held):

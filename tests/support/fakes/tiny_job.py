@@ -33,6 +33,20 @@ ARCHITECTURE = Architecture(
     (4,),
     (3,),
 )
+WIDE_A, WIDE_B = Axis((Segment(0, 0, 600),)), Axis((Segment(1, 0, 400),))
+WIDE = Architecture(
+    "a megabyte of weights",
+    (ChannelGroup("a", 600), ChannelGroup("b", 400)),
+    (
+        TensorSpec("first.weight", TensorKind.WEIGHT, (WIDE_A, Axis.fixed(3))),
+        TensorSpec("second.weight", TensorKind.WEIGHT, (WIDE_B, WIDE_A)),
+        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), WIDE_B)),
+    ),
+    tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
+    (),
+    (3,),
+    (3,),
+)
 JOB = Job(name="toy", rounds=3, devices=3, density=0.5, deadline_s=100)
 NAMES = ("a", "b", "c")
 

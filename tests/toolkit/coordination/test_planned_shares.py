@@ -15,12 +15,6 @@ from fedprune.jobs.job import Job
 from fedprune.model.architecture import (
     Activation,
     Architecture,
-    Axis,
-    ChannelGroup,
-    Layer,
-    Segment,
-    TensorKind,
-    TensorSpec,
     kept_share,
     widths_at,
 )
@@ -32,28 +26,13 @@ from fedprune.planning.profile import HardwareProfile
 from fedprune.strategies import compose
 from fedprune.strategies.values import Turn
 from support.fakes.strategy_rounds import NET
-from support.fakes.tiny_job import ARCHITECTURE
+from support.fakes.tiny_job import ARCHITECTURE, WIDE, WIDE_B
 
 pytestmark = pytest.mark.board
 
 PI = profile_store.find("raspberry-pi-5")
 HALF = predict(NET, widths_at(NET, 0.5), PI, Recipe(), 10).round_bytes
 """What a round at half the channels moves."""
-
-A, B = Axis((Segment(0, 0, 600),)), Axis((Segment(1, 0, 400),))
-WIDE = Architecture(
-    "a megabyte of weights",
-    (ChannelGroup("a", 600), ChannelGroup("b", 400)),
-    (
-        TensorSpec("first.weight", TensorKind.WEIGHT, (A, Axis.fixed(3))),
-        TensorSpec("second.weight", TensorKind.WEIGHT, (B, A)),
-        TensorSpec("head.weight", TensorKind.WEIGHT, (Axis.fixed(3), B)),
-    ),
-    tuple(Layer(n, "Gemm", f"{n}.weight", 1) for n in ("first", "second", "head")),
-    (),
-    (3,),
-    (3,),
-)
 
 
 def turn_in(job: Job, profile: HardwareProfile = PI, net: Architecture = NET) -> tuple[Plan, Turn]:
@@ -83,7 +62,7 @@ def limited(memory: int, storage: int) -> HardwareProfile:
 
 
 def test_each_board_gets_as_many_parts_of_a_batch_as_its_memory_needs() -> None:
-    net = replace(WIDE, activations=(Activation("second", B, 2**10, True),))
+    net = replace(WIDE, activations=(Activation("second", WIDE_B, 2**10, True),))
     job = Job(devices=2, rounds=2, recipe=Recipe(batch_size=16, accumulate=2))
     needs = {n: predict(net, net.sizes, PI, replace(job.recipe, accumulate=n), 100).memory_bytes for n in (2, 8)}
     coordinator = SynchronousCoordinator(job, net, State(model="m0"))
@@ -142,7 +121,7 @@ def test_a_job_whose_recipe_does_not_go_with_its_strategy_ends_before_anything_i
         turn_in(job)
 
 
-@pytest.mark.parametrize("options", [("subflot", {"planned": True}), ("history", {"mu": 2.0})])
+@pytest.mark.parametrize("options", [("subflot", {"planned": True, "sar_scale": "literal"}), ("history", {"mu": 2.0})])
 def test_a_planned_devices_pull_goes_by_what_was_pruned(options: tuple[str, dict[str, Any]]) -> None:
     job, turn = turn_of(*options, budget=HALF)
     objective = compose(job)

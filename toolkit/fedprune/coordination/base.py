@@ -20,7 +20,6 @@ from fedprune.model.architecture import Architecture
 from fedprune.model.recipe import Recipe
 from fedprune.strategies import compose
 from fedprune.strategies.allocation import Allocator, Fleet
-from fedprune.updates import agreed
 
 Commands = list[do.Command]
 
@@ -270,9 +269,8 @@ class Coordinator(ABC):
 
     def _extract(self, name: str, task: Task) -> do.Extract:
         device = self.state.devices[name]
-        codec = self.job.codec(device.profile.get("name"), device.codecs)
         held = None if device.held is None else do.Held.from_dict(device.held)
-        coding = do.Coding(codec, agreed(self.job.compression_down, device.codecs), held)
+        coding = do.Coding(*self.strategy.codecs(self.job, device.profile.get("name"), device.codecs), held)
         part = part_of(name, task)
         return do.Extract(self._basis_of(task), part, coding, task.accumulate)
 

@@ -52,8 +52,9 @@ class WidthPlanner:
         """Plan a device that announced itself, with what still holds of what was known of it."""
         if known is not None and known.profile == device.profile and _layer_times(known) == _layer_times(device):
             device.correction = known.correction
-        said = (device.profile, device.probe, device.samples)
-        if known is not None and known.widths and (known.profile, known.probe, known.samples) == said:
+        said = (device.profile, device.probe, device.samples, device.codecs)
+        before = None if known is None else (known.profile, known.probe, known.samples, known.codecs)
+        if known is not None and known.widths and before == said:
             device.plan, device.widths, device.density = known.plan, known.widths, known.density
         else:
             self.plan(name, device)
@@ -107,6 +108,7 @@ class WidthPlanner:
             probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
             correction=correction,
             frozen=self.frozen,
+            codecs=self.strategy.codecs(self.job, device.profile.get("name"), device.codecs),
         )
 
 

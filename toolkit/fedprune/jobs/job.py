@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args
 
@@ -12,7 +12,7 @@ from fedprune.core.errors import ConfigError, shown
 from fedprune.core.settings import bounded, check_fields, one_of
 from fedprune.model.recipe import Recipe
 from fedprune.runtime.precision_files import SERVED
-from fedprune.updates.codecs import DOWN, PLAIN, Codec, agreed
+from fedprune.updates.codecs import AUTO, DOWN, PLAIN, Codec
 from fedprune.updates.privacy import WRITTEN, Privacy
 from fedprune.wire.topics import check_job
 
@@ -71,11 +71,11 @@ class Job:
         server_momentum: Momentum of the global model's moves, 0 for none.
         recipe: Local training.
         precision: Lower precisions that boards may serve at, too: offers bring the graphs.
-        compression: The codec of updates: `none`, `zlib`, `float16`, `int8`, `int4`, `ternary` or `top-k:SHARE`. A
-            device that doesn't know it sends its updates plainly.
+        compression: The codec of updates: `auto` for the strategy's own, `none`, `zlib`, `float16`, `int8`, `int4`,
+            `ternary` or `top-k:SHARE`. A device that doesn't know it sends its updates plainly.
         compression_of: The same for single hardware profiles, by name.
-        compression_down: The codec of the weights that devices are sent: `none`, `zlib`, `float16`, `int8`,
-            `int4` or `ternary`.
+        compression_down: The codec of the weights that devices are sent: `auto` for the strategy's own, `none`, `zlib`,
+            `float16`, `int8`, `int4` or `ternary`.
         privacy: Whether and how what boards hand in is clipped and noised.
         weight_limit: The most samples that a device counts for, and the most steps for which it may move further
             than others, in multiples of the round's median; 0 for no limit.
@@ -105,9 +105,9 @@ class Job:
     server_momentum: float = bounded(0.0, 0, 0.999)
     recipe: Recipe = field(default_factory=Recipe)
     precision: tuple[str, ...] = ()
-    compression: str = PLAIN
+    compression: str = AUTO
     compression_of: dict[str, str] = field(default_factory=dict)
-    compression_down: str = one_of(PLAIN, (PLAIN, *DOWN))
+    compression_down: str = one_of(AUTO, (AUTO, PLAIN, *DOWN))
     privacy: Privacy = field(default_factory=Privacy)
     weight_limit: float = bounded(4.0, 1, 1e6, or_zero=True)
     most_samples: int = bounded(0, 0, 2**62)
@@ -127,7 +127,8 @@ class Job:
                 "job: precision", expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
             )
         object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
-        Codec.parse(self.compression)
+        if self.compression != AUTO:
+            Codec.parse(self.compression)
         for profile, setting in self.compression_of.items():
             Codec.parse(setting, f"job: compression_of {shown(profile)}")
         for name in WRITTEN:
@@ -177,10 +178,6 @@ class Job:
         body["privacy"] = self.privacy.to_dict()
         usual = {f.name: f.default for f in fields(self)} | {"privacy": {}, "precision": []}
         return {k: v for k, v in body.items() if k not in _LATER or v not in (usual[k], {})}
-
-    def codec(self, profile: object, known: Collection[str]) -> str | None:
-        """The codec of a device's updates, as text; None for none."""
-        return agreed(self.compression_of.get(str(profile), self.compression), known)
 
     @classmethod
     def from_dict(cls, body: Mapping[str, Any]) -> Job:

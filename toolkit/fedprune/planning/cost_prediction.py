@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.nested_widths import TensorAxes
 from fedprune.model.recipe import Recipe, labels_of, terms
@@ -21,11 +22,13 @@ from fedprune.planning.costs import (
     Costs,
     MemoryBreakdown,
     costs_at,
+    file_bytes,
     memory_seconds,
 )
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
+from fedprune.updates import Codec, bound
 
 BOUNDS = 0.2, 5.0
 """How far a measured time may correct a predicted one: beyond that something else is wrong."""
@@ -34,6 +37,11 @@ MEMORY_BOUNDS = 0.75, 2.0
 """Limits of the correction of memory. The first: the smallest corrected prediction, as a share of the uncorrected one.
 The second: the largest measurement that counts, as a multiple of the prediction or of the board's memory, whichever is
 more."""
+
+Codecs = tuple[str | None, str | None]
+"""Codecs of updates and of weights, as text (`fedprune.updates.codecs`)."""
+
+NO_CODECS: Codecs = (None, None)
 
 OFF = 1.25
 """How far a measured time may be from the predicted one before a device is planned for again."""
@@ -51,7 +59,11 @@ class Prediction:
 
     Attributes:
         forward_macs: MACs of one sample's forward pass; `training_macs` those of its training step.
-        wire_bytes: Size of its weights file: what travels, once each way.
+        wire_bytes: Size of its weights file.
+        first_bytes: The most bytes of the weights that the board is sent when it has none to which they could be coded
+            as a difference.
+        down_bytes: The same in every other round.
+        up_bytes: The most bytes of its update.
         memory_bytes: Peak memory of the training process, local data included; `memory` is the same by what takes it.
         inference_bytes: Peak memory of a process that predicts one sample at a time.
         storage_bytes: What the board's disk must hold.
@@ -78,6 +90,9 @@ class Prediction:
     latency_s: float
     step_j: float | None = None
     latency_j: float | None = None
+    first_bytes: int = 0
+    down_bytes: int = 0
+    up_bytes: int = 0
 
     @property
     def round_s(self) -> float:
@@ -85,8 +100,8 @@ class Prediction:
 
     @property
     def round_bytes(self) -> int:
-        """Bytes of a round, down plus up."""
-        return 2 * self.wire_bytes
+        """The most bytes of a round, down plus up; graphs, which are sent once, are not counted."""
+        return max(self.first_bytes, self.down_bytes) + self.up_bytes
 
 
 @dataclass(frozen=True)
@@ -181,6 +196,7 @@ def predict(
     probe: ProbeReport | None = None,
     correction: Correction = NO_CORRECTION,
     frozen: Collection[str] = (),
+    codecs: Codecs = NO_CODECS,
 ) -> Prediction:
     """What a round at these widths is expected to cost a board.
 
@@ -188,6 +204,7 @@ def predict(
         probe: What the board measured of itself; it takes precedence over the profile.
         correction: What its rounds taught.
         frozen: Tensors that the model's author froze.
+        codecs: Those of the board's updates, and of the weights that it is sent; None for plain files.
     """
     costs: Costs = costs_at(architecture, widths)
     steps = recipe.steps(samples)
@@ -204,8 +221,9 @@ def predict(
     latency_s = float(table.latency_seconds(architecture, widths)[0])
     step_s, latency_s = step_s * correction.step, latency_s * correction.latency
     link, power = profile.link, profile.power
+    first, down, up = _travels(architecture, widths, recipe, codecs)
     # Two transfers, each announced and acknowledged: a round trip before, one after.
-    transfer_s = costs.wire_bytes / link.down_bytes_s + costs.wire_bytes / link.up_bytes_s + 4 * link.latency_s
+    transfer_s = down / link.down_bytes_s + up / link.up_bytes_s + 4 * link.latency_s
     watts = None
     if power is not None and power.load_w is not None and power.idle_w is not None:
         watts = power.load_w - power.idle_w
@@ -226,7 +244,24 @@ def predict(
         step_j=None if watts is None else watts * step_s,
         latency_j=None if watts is None else watts * latency_s,
         memory=memory,
+        first_bytes=first,
+        down_bytes=down,
+        up_bytes=up,
     )
+
+
+def _travels(architecture: Architecture, widths: Sequence[int], recipe: Recipe, codecs: Codecs) -> tuple[int, int, int]:
+    """The most bytes of whole weights, of weights that are coded as a difference, and of an update."""
+    trained = {t.name for t in architecture.trainable}
+    weights = architecture.shapes(widths)
+    squares = {step_contract.squares(n): s for n, s in weights.items() if recipe.report_squares and n in trained}
+    up, down = (None if text is None else Codec.parse(text) for text in codecs)
+    whole = None if down is None else down.whole
+    sent = ((whole, weights), (down, weights), (up, weights | squares))
+    first, later, update = (
+        file_bytes(shapes) if codec is None else bound(codec, shapes, trained) for codec, shapes in sent
+    )
+    return first, later, update
 
 
 def _trained_widths(architecture: Architecture, widths: Sequence[int], recipe: Recipe) -> list[tuple[int, ...]]:

@@ -234,6 +234,12 @@ class Costs:
         return storage_bytes(self.wire_bytes, *graphs, own) + self.base_bytes
 
 
+def file_bytes(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Exact size of a plain file of float32 tensors."""
+    head = tensorfile.header((name, "F32", shape) for name, shape in shapes.items())
+    return len(head) + FLOAT * sum(map(prod, shapes.values()))
+
+
 def storage_bytes(weights: int, training: int, inference: int, own: int = 0) -> int:
     """Most bytes that a board's state directory takes for a submodel, from the sizes of its three files.
 
@@ -254,13 +260,12 @@ def costs_at(architecture: Architecture, widths: Sequence[int]) -> Costs:
     kept = [b for v, b in zip(architecture.activations, values, strict=True) if v.kept]
     parameters = sum(prod(shape) for shape in shapes.values())
     kernels = {r.weight for r in architecture.layers if r.op in _LAID_OUT and r.weight}
-    head = tensorfile.header((name, "F32", shape) for name, shape in shapes.items())
     return Costs(
         parameters=parameters,
         forward_macs=forward,
         # Forward, weight gradient and input gradient cost the same; the gradient of the model's input isn't needed.
         training_macs=3 * forward - next(filter(None, macs), 0),
-        wire_bytes=len(head) + FLOAT * parameters,
+        wire_bytes=file_bytes(shapes),
         activation_bytes=sum(values),
         kept_bytes=sum(kept),
         largest_bytes=max(values, default=0),

@@ -14,7 +14,9 @@ from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.cost_prediction import (
+    NO_CODECS,
     NO_CORRECTION,
+    Codecs,
     Correction,
     Prediction,
     bandwidth,
@@ -228,6 +230,7 @@ def plan(
     correction: Correction = NO_CORRECTION,
     frozen: Collection[str] = (),
     margin: float = 0.0,
+    codecs: Codecs = NO_CODECS,
 ) -> Plan:
     """The widest submodel of `architecture` that a board can train.
 
@@ -239,7 +242,7 @@ def plan(
 
     Args:
         recipe: The local training of a round; or what makes it of a submodel's widths, where it depends on those.
-        byte_budget: Bytes per round, down plus up, that the job allows.
+        byte_budget: Bytes per round, down plus up, that the job allows, as the codecs make them.
         deadline_s: Seconds that a round may take on the board, transfers included.
         probe: What the board measured of itself; it takes precedence over the profile.
         densities: Candidate shares of every group.
@@ -247,13 +250,25 @@ def plan(
             fits for that reason alone, the plan is the narrowest candidate, with a warning.
         frozen: Tensors that the model's author froze.
         margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
+        codecs: As in `predict`.
     """
     for name, value in (("samples", samples), ("byte_budget", byte_budget), ("deadline_s", deadline_s)):
         if value is not None and (not math.isfinite(value) or value <= 0):
             raise PlanError(name, expected="a number above 0", got=value)
     room = round(training_memory(profile, probe) * (1 - margin))
     search = _Search(
-        architecture, profile, recipe, samples, room, byte_budget, deadline_s, probe, densities, correction, frozen
+        architecture,
+        profile,
+        recipe,
+        samples,
+        room,
+        byte_budget,
+        deadline_s,
+        probe,
+        densities,
+        correction,
+        frozen,
+        codecs,
     )
     return search.plan()
 
@@ -289,6 +304,7 @@ class _Search:
     densities: Sequence[float]
     correction: Correction
     frozen: Collection[str]
+    codecs: Codecs
 
     def plan(self) -> Plan:
         candidates = self._candidates()
@@ -366,6 +382,7 @@ class _Search:
             probe=self.probe,
             correction=self.correction,
             frozen=self.frozen,
+            codecs=self.codecs,
         )
 
     def _predicted(self, widths: tuple[int, ...]) -> _Candidate:

@@ -26,7 +26,7 @@ from fedprune.strategies.methods.robust import robust
 from fedprune.strategies.methods.subflot import subflot
 from fedprune.strategies.strategy import Strategy
 from fedprune.strategies.user_strategies import own_strategy
-from fedprune.updates.codecs import PLAIN
+from fedprune.updates.codecs import AUTO, PLAIN
 from fedprune.updates.privacy import LOCAL, SHARED
 
 ROBUST = "robust"
@@ -207,7 +207,7 @@ def check_private(job: Job, strategy: Strategy) -> Strategy:
 
 def _looks(job: Job, strategy: Strategy) -> str:
     """What of a job looks at single updates, or is no function of their sum; empty where nothing does."""
-    codecs = {job.compression, *job.compression_of.values()} - set(_LOSSLESS)
+    codecs = {job.compression, *job.compression_of.values()} - {AUTO, *_LOSSLESS}
     found = {
         "a composition of somebody's own, which may look at anything": ":" in job.strategy,
         "a strategy that uses single updates": strategy.inputs != "sum",

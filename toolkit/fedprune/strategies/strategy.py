@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -17,6 +17,7 @@ from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, Mean
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
+from fedprune.updates import AUTO, PLAIN, Codec, agreed
 
 Inputs = Literal["sum", "updates", "measurements"]
 """What the server needs of boards: a round's sum of updates, single updates, or measurements on samples as well."""
@@ -41,6 +42,8 @@ class Strategy:
         explorers_count: Whether the model becomes the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept (`Cut.past`).
         masks: Whether submodels have element masks, for which plans must leave room on boards.
+        compression: The codec, both ways, of jobs whose own is `auto`. Where noise is shared, which a codec would round
+            away, it is `none`.
     """
 
     name: str = ""
@@ -52,11 +55,13 @@ class Strategy:
     explorers_count: bool = False
     keeps_past: bool = False
     masks: bool = False
+    compression: str = PLAIN
 
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", type(self).__name__)
         validation.word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
+        Codec.parse(self.compression, f"strategy {self.name}: compression")
         weighting = self.aggregator.weighting
         validation.word(f"strategy {self.name}: weighting of its aggregator", weighting, WEIGHTINGS)
 
@@ -116,6 +121,18 @@ class Strategy:
     def as_trained(self) -> bool:
         """Whether updates enter the sums as they were trained, so that sums can be made tensor by tensor."""
         return type(self).reconstruct is Strategy.reconstruct
+
+    def codecs(self, job: Job, profile: object, known: Collection[str]) -> tuple[str | None, str | None]:
+        """The codecs of a device's updates, and of the weights that it is sent; None for plain files.
+
+        Args:
+            profile: The name of its hardware profile.
+            known: The codecs that it knows.
+        """
+        own = PLAIN if job.privacy.on and not job.privacy.local else self.compression
+        asked = job.compression_of.get(str(profile), job.compression), job.compression_down
+        up, down = (agreed(own if setting == AUTO else setting, known) for setting in asked)
+        return up, down
 
     def planned_recipe(self, job: Job, device: str, widths: tuple[int, ...], density: float, samples: int) -> Recipe:
         """The recipe by which a device's costs are predicted.

@@ -10,6 +10,9 @@ from fedprune.core.errors import ConfigError, shown
 PLAIN = "none"
 """No codec: a tensor file of float32."""
 
+AUTO = "auto"
+"""The strategy's own codec (`fedprune.strategies.strategy.Strategy.compression`)."""
+
 _STEPS = {"int8": 127, "int4": 7, "ternary": 1, "top-k": 127}
 """For codecs whose differences are whole codes times a scale: the largest code."""
 
@@ -68,6 +71,12 @@ class Codec:
     def steps(self) -> int:
         """The largest code of a difference, a whole number; 0 where differences aren't coded in steps."""
         return _STEPS.get(self.name, 0)
+
+    @property
+    def whole(self) -> Codec:
+        """The codec for weights that are no difference to others: coded in steps, they would be too coarse to train
+        from."""
+        return Codec("float16") if self.feedback else self
 
     def __str__(self) -> str:
         return f"{self.name}:{self.share!r}" if self.share else self.name

@@ -40,7 +40,7 @@ from fedprune_server.simulation.network_model import (
 
 DEMO_ROUNDS = 24
 DEMO_QUICK_ROUNDS = 2
-DEMO_BYTE_BUDGET = 430_000
+DEMO_BYTE_BUDGET = 195_000
 """Bytes per device and round, both ways, that the fleet's job allows."""
 
 _DEADLINE_S = 60.0
@@ -75,9 +75,9 @@ class DemoBoard:
 
 
 DEMO_BOARDS = (
-    DemoBoard("attic-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
-    DemoBoard("barn-zero", "raspberry-pi-zero-2w", "metered-modem", 290_000),
-    DemoBoard("yard-pi4", "raspberry-pi-4b", "shared-uplink", 350_000),
+    DemoBoard("attic-zero", "raspberry-pi-zero-2w", "metered-modem", 120_000),
+    DemoBoard("barn-zero", "raspberry-pi-zero-2w", "metered-modem", 120_000),
+    DemoBoard("yard-pi4", "raspberry-pi-4b", "shared-uplink", 142_000),
     DemoBoard("hall-pi5", "raspberry-pi-5"),
     DemoBoard("dock-orin", "jetson-orin-nano"),
     DemoBoard("desk-x86", "generic-x86-64"),

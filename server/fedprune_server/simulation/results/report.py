@@ -34,7 +34,7 @@ ROWS = 1000
 _NAMED = 10
 """Devices without updates that the terminal lists, at most."""
 
-SHARE = 0.5
+SHARE = 0.15
 """Share of the reference's bytes that the fleet may use, each way."""
 
 

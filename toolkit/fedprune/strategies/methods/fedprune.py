@@ -145,6 +145,7 @@ def fedprune(job: Job) -> Strategy:
         widths=_nested_widths(job, options),
         aggregator=kind(rule=options.rule, server_momentum=options.server_momentum),
         inputs="sum",
+        compression="int8",
         allocator=dealt(job, options.densities),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
     )

@@ -1,0 +1,93 @@
+"""What travels in codecs counts in plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedprune.core import tensorfile
+from fedprune.jobs.job import Job
+from fedprune.model.architecture import Architecture, widths_at
+from fedprune.model.recipe import Recipe
+from fedprune.planning import profile_store
+from fedprune.planning.cost_prediction import Codecs, predict
+from fedprune.planning.plan import LINK, plan
+from fedprune.strategies import compose
+from fedprune.updates import CODECS, DOWN, Codec, encode, weights
+from fedprune.updates.privacy import Privacy
+from support.fakes.strategy_rounds import NET
+from support.fakes.tiny_job import WIDE
+
+pytestmark = pytest.mark.board
+
+PI = profile_store.find("raspberry-pi-zero-2w")
+RECIPE = Recipe(batch_size=8)
+SHARED = Privacy(clip=1.0, noise_multiplier=1.0, noise="shared", boards=9)
+
+
+def tensors(net: Architecture, widths: tuple[int, ...], seed: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return {n: random.standard_normal(s).astype(np.float32) for n, s in net.shapes(widths).items()}
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5])
+@pytest.mark.parametrize("up", ["none", *CODECS])
+def test_no_update_is_larger_than_planned(up: str, density: float) -> None:
+    widths = widths_at(NET, density)
+    codec = None if up == "none" else up
+    foreseen = predict(NET, widths, PI, RECIPE, 10, codecs=(codec, None)).up_bytes
+    before, after = tensors(NET, widths, 0), tensors(NET, widths, 1)
+    trained = {t.name for t in NET.trainable}
+    if codec is None:
+        assert len(tensorfile.encode(after)) == foreseen
+    else:
+        assert len(encode(Codec.parse(codec), after, before, trained)[0]) <= foreseen
+
+
+@pytest.mark.parametrize("down", DOWN)
+def test_no_weights_are_larger_than_planned(down: str) -> None:
+    foreseen = predict(NET, NET.sizes, PI, RECIPE, 10, codecs=(None, down))
+    before, after = tensors(NET, NET.sizes, 0), tensors(NET, NET.sizes, 1)
+    trained, codec = {t.name for t in NET.trainable}, Codec.parse(down)
+    assert codec is not None
+    assert len(weights.encode(codec, after, before, trained)) <= foreseen.down_bytes
+    assert len(weights.encode(codec.whole, after, None, trained)) <= foreseen.first_bytes
+    assert foreseen.round_bytes == max(foreseen.first_bytes, foreseen.down_bytes) + foreseen.up_bytes
+
+
+def test_a_codec_widens_the_model_of_a_board_with_a_tight_link() -> None:
+    tight = replace(
+        PI, link=replace(PI.link, bytes_per_round=predict(WIDE, WIDE.sizes, PI, RECIPE, 10).round_bytes // 2)
+    )
+    made = {c: plan(WIDE, tight, RECIPE, 10, codecs=c) for c in [(None, None), ("int8", "int8")]}
+    plain, coded = made[None, None], made["int8", "int8"]
+    assert plain.bound == LINK
+    assert coded.prediction.parameters > plain.prediction.parameters
+    assert coded.prediction.round_bytes <= tight.link.bytes_per_round
+
+
+def test_squared_gradients_travel_too() -> None:
+    without, with_them = (predict(NET, NET.sizes, PI, replace(RECIPE, report_squares=s), 10) for s in (False, True))
+    assert with_them.up_bytes > without.up_bytes == with_them.down_bytes
+
+
+@pytest.mark.parametrize(
+    ("job", "known", "codecs"),
+    [
+        (Job(strategy="fedprune"), CODECS, ("int8", "int8")),
+        (Job(strategy="fedprune"), (), (None, None)),
+        (Job(strategy="fedprune", compression="none"), CODECS, (None, "int8")),
+        (Job(strategy="fedprune", compression_of={"pi": "top-k:0.1"}), CODECS, ("top-k:0.1", "int8")),
+        (
+            Job(strategy="fedprune", privacy=SHARED),
+            CODECS,
+            (None, None),
+        ),
+        (Job(strategy="fedavg"), CODECS, (None, None)),
+        (Job(strategy="fedavg", compression_down="zlib"), CODECS, (None, "zlib")),
+    ],
+)
+def test_a_strategy_has_a_codec_that_the_job_may_change(job: Job, known: tuple[str, ...], codecs: Codecs) -> None:
+    assert compose(job).codecs(job, "pi", known) == codecs
