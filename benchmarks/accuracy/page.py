@@ -287,7 +287,8 @@ def _reading(protocol: Protocol, seeds: Sequence[int]) -> list[str]:
     pooled = protocol.data.get("pooled", True)
     tested = "all devices' test data together" if pooled else "the data set's own test data, which no device has"
     blends = any(m.serves == "average" for m in protocol.methods)
-    blended = ", and by fedprune it is half such an average and half the received weights" if blends else ""
+    blended = ", and by fedprune it is what boards serve: half such an average and half the received weights, or "
+    blended = blended + "(`validate_blend`) the average alone where validation samples prefer it" if blends else ""
     text = (
         f"Accuracy in percent, {means} and of seeds {', '.join(map(str, seeds))}. "
         "*serves*: what devices predict with by that method, on their own test data, their mean: *after* local "
