@@ -158,7 +158,7 @@ def changed(protocol: Protocol, options: argparse.Namespace) -> Protocol:
     changes = [f"--{name} {getattr(options, name)}" for name in ("rounds", "most", "steps") if getattr(options, name)]
     if options.rounds:
         recipe = replace(protocol.recipe, evaluate_every=1)  # shares of so few rounds need not be measured ones
-        protocol = replace(protocol, rounds=options.rounds, recipe=recipe)
+        protocol = replace(protocol, recipe=recipe).lasting(options.rounds)
     if options.most:
         protocol = replace(protocol, data={**protocol.data, "most": options.most})
     if options.steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from benchmarks.accuracy.code_digest import code_digest
@@ -153,6 +153,11 @@ class Protocol:
     def method(self, name: str) -> Method:
         """A row by its name."""
         return next(m for m in self.methods if m.name == name)
+
+    def lasting(self, rounds: int) -> Protocol:
+        """The protocol with as many rounds, the same for all rows."""
+        methods = tuple(replace(m, job={k: v for k, v in m.job.items() if k != "rounds"}) for m in self.methods)
+        return replace(self, rounds=rounds, methods=methods)
 
     def key(self, method: Method, seed: int, *, cuda: bool = False) -> str:
         """Digest of all that decides a run's numbers, code included: results of others are not mixed in."""

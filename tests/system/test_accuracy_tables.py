@@ -82,7 +82,7 @@ def small(protocol):
     if protocol.source != "har":
         data["most"] = 1200
     recipe = replace(protocol.recipe, max_steps=1, batch_size=16, evaluate_every=1)
-    return replace(protocol, rounds=1, recipe=recipe, data=data, every=1, every_global=1)
+    return replace(protocol, recipe=recipe, data=data, every=1, every_global=1).lasting(1)
 
 
 def check(run, protocol, folder, rounds=1):
@@ -424,6 +424,8 @@ def test_a_changed_protocol_is_called_a_look_and_is_no_result(accuracy):
     options = command.parser().parse_args(["har", "--rounds", "3", "--steps", "2"])
     protocol = command.changed(TABLES["har"], options)
     assert (protocol.rounds, protocol.recipe.max_steps, protocol.recipe.evaluate_every) == (3, 2, 1)
+    assert not any("rounds" in m.job for m in protocol.methods), "a row of more rounds has as many, too"
+    assert TABLES["har"].method("fedprune").job["rounds"] > TABLES["har"].rounds
     text = " ".join(page(protocol, [], {"date": "today", "machine": "here", "versions": {}}).split())
     assert "`python -m benchmarks.accuracy har --rounds 3 --steps 2`" in text
     assert "A first look, with --rounds 3 --steps 2 instead of what is said here." in text
