@@ -50,8 +50,10 @@ def predicted(name: str, device: Device, job: Job, architecture: Architecture) -
     try:
         probe = None if device.probe is None else ProbeReport.from_dict(device.probe)
         profile = HardwareProfile.from_dict(device.profile)
-        recipe = compose(job).planned_recipe(job, name, device.widths, device.density, device.samples)
-        return vars(predict(architecture, device.widths, profile, recipe, device.samples, probe=probe))
+        strategy = compose(job)
+        recipe = strategy.planned_recipe(job, name, device.widths, device.density, device.samples)
+        codecs = strategy.codecs(job, profile.name, device.codecs)
+        return vars(predict(architecture, device.widths, profile, recipe, device.samples, probe=probe, codecs=codecs))
     except FedpruneError:
         return None
 

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from fedprune.core import tensorfile
+from fedprune.core.errors import ConfigError
 from fedprune.jobs.job import Job
 from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.planning import profile_store
 from fedprune.planning.cost_prediction import Codecs, predict
 from fedprune.planning.plan import LINK, plan
-from fedprune.strategies import compose
+from fedprune.strategies import Strategy, compose
 from fedprune.updates import CODECS, DOWN, Codec, encode, weights
 from fedprune.updates.privacy import Privacy
 from support.fakes.strategy_rounds import NET
@@ -80,6 +81,7 @@ def test_squared_gradients_travel_too() -> None:
         (Job(strategy="fedprune"), (), (None, None)),
         (Job(strategy="fedprune", compression="none"), CODECS, (None, "int8")),
         (Job(strategy="fedprune", compression_of={"pi": "top-k:0.1"}), CODECS, ("top-k:0.1", "int8")),
+        (Job(strategy="fedprune", compression="none", compression_of={"pi": "auto"}), CODECS, ("int8", "int8")),
         (
             Job(strategy="fedprune", privacy=SHARED),
             CODECS,
@@ -91,3 +93,17 @@ def test_squared_gradients_travel_too() -> None:
 )
 def test_a_strategy_has_a_codec_that_the_job_may_change(job: Job, known: tuple[str, ...], codecs: Codecs) -> None:
     assert compose(job).codecs(job, "pi", known) == codecs
+
+
+def test_a_strategys_codec_yields_to_element_masks_and_a_jobs_does_not() -> None:
+    masked = Strategy(inputs="sum", masks=True, compression="int8")
+    assert masked.codecs(Job(), "pi", CODECS) == (None, None)
+    assert masked.codecs(Job(compression="int8"), "pi", CODECS) == ("int8", None)
+
+
+@pytest.mark.parametrize("setting", ["top-k:0.05", "auto", "zip"])
+def test_a_strategys_codec_goes_both_ways(setting: str) -> None:
+    """With `top-k` boards would train on from what most of the model once was."""
+    with pytest.raises(ConfigError) as error:
+        Strategy(inputs="sum", compression=setting)
+    assert "compression" in error.value.what

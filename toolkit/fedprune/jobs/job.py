@@ -130,7 +130,8 @@ class Job:
         if self.compression != AUTO:
             Codec.parse(self.compression)
         for profile, setting in self.compression_of.items():
-            Codec.parse(setting, f"job: compression_of {shown(profile)}")
+            if setting != AUTO:
+                Codec.parse(setting, f"job: compression_of {shown(profile)}")
         for name in WRITTEN:
             if getattr(self.recipe, name):
                 raise ConfigError(

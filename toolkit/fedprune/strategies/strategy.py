@@ -17,7 +17,7 @@ from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, Mean
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
-from fedprune.updates import AUTO, PLAIN, Codec, agreed
+from fedprune.updates import AUTO, DOWN, PLAIN, agreed
 
 Inputs = Literal["sum", "updates", "measurements"]
 """What the server needs of boards: a round's sum of updates, single updates, or measurements on samples as well."""
@@ -42,8 +42,8 @@ class Strategy:
         explorers_count: Whether the model becomes the aggregate of those rounds all the same.
         keeps_past: Whether a device's last counted update is kept (`Cut.past`).
         masks: Whether submodels have element masks, for which plans must leave room on boards.
-        compression: The codec, both ways, of jobs whose own is `auto`. Where noise is shared, which a codec would round
-            away, it is `none`.
+        compression: The codec, both ways, of jobs whose own is `auto`: `none` or one of `fedprune.updates.DOWN`. With
+            element masks, and where noise is shared, which a codec would round away, files travel plainly.
     """
 
     name: str = ""
@@ -61,7 +61,7 @@ class Strategy:
         if not self.name:
             object.__setattr__(self, "name", type(self).__name__)
         validation.word(f"strategy {self.name}: inputs", self.inputs, get_args(Inputs))
-        Codec.parse(self.compression, f"strategy {self.name}: compression")
+        validation.word(f"strategy {self.name}: compression", self.compression, (PLAIN, *DOWN))
         weighting = self.aggregator.weighting
         validation.word(f"strategy {self.name}: weighting of its aggregator", weighting, WEIGHTINGS)
 
@@ -129,7 +129,8 @@ class Strategy:
             profile: The name of its hardware profile.
             known: The codecs that it knows.
         """
-        own = PLAIN if job.privacy.on and not job.privacy.local else self.compression
+        plain = self.masks or (job.privacy.on and not job.privacy.local)
+        own = PLAIN if plain else self.compression
         asked = job.compression_of.get(str(profile), job.compression), job.compression_down
         up, down = (agreed(own if setting == AUTO else setting, known) for setting in asked)
         return up, down
