@@ -69,7 +69,10 @@ class ServerConfig:
         None, "The server's own samples: a `.npz` file with x and y, or `package.module:function`.", "DATA"
     )
     calibration: str | None = setting(
-        None, "Samples (labels aren't needed) on which batch-norm statistics are measured again.", "DATA"
+        None,
+        "Samples (labels aren't needed) on which batch-norm statistics are measured again, and on which `fedprune` "
+        "can distil the global model.",
+        "DATA",
     )
     state: Path = setting(Path("fedprune-state"), "The folder of everything that must survive a crash.", "DIR")
     database: str | None = setting(

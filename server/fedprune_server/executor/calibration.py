@@ -35,6 +35,9 @@ class Calibration:
         x: Samples, as the model takes them, in any order; of more than 512 as many are used.
         features: What of the model is frozen: such statistics stay as they are.
 
+    Attributes:
+        samples: Those that are used.
+
     Raises:
         DataError: There are fewer than two samples, or they have another shape than the model's input.
     """
@@ -46,7 +49,7 @@ class Calibration:
         # The order decides the last bits of a mean, so it must not depend on how a file was read.
         rows = np.array(sorted(range(len(x)), key=lambda i: x[i].tobytes()))
         chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), MAX_SAMPLES)).astype(np.int64)]
-        self._x = np.ascontiguousarray(x[chosen])
+        self.samples = np.ascontiguousarray(x[chosen])
         features = features or Features()
         kept = Features(frozen=features.frozen, trainable=features.trainable)
         self._y: npt.NDArray[Any] = np.zeros(
@@ -71,7 +74,7 @@ class Calibration:
         feeds |= {
             k: np.array(0, np.float32) for k in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
         }
-        feeds |= {step_contract.X: self._x, step_contract.Y: self._y}
+        feeds |= {step_contract.X: self.samples, step_contract.Y: self._y}
         feeds |= {n: np.zeros_like(tensors[n]) for n in names}
         measured = self._session.run(feeds, [step_contract.following(n) for n in names])
         return dict(tensors) | {n: measured[step_contract.following(n)] for n in names}

@@ -31,6 +31,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.executor.accountant import Accountant
 from fedprune_server.executor.background import Work
 from fedprune_server.executor.calibration import Calibration
+from fedprune_server.executor.distillation import Distiller
 from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
 from fedprune_server.executor.offers import Offers, graphs_of
 from fedprune_server.executor.slab_chains import SlabChains
@@ -47,7 +48,8 @@ class Worker:
         store: Where blobs are read and put.
         evaluation: The server's set; without it `Evaluated` carries no metrics. One that isn't finite is left out, and
             there is no accuracy where numbers are predicted.
-        calibration: Samples on which every global model's batch-norm statistics are measured again, if any.
+        calibration: Samples on which every global model is distilled, if the strategy asks for it, and its batch-norm
+            statistics are measured again; None for neither.
         slabs: Whether offers name slabs, of which many devices can make what they are sent.
 
     Raises:
@@ -74,6 +76,9 @@ class Worker:
         self.store = store
         self._evaluator = None if evaluation is None else Evaluator(Sessions(model, 1), job.recipe, evaluation)
         self._calibration = None if calibration is None else Calibration(model, calibration, job.recipe.features)
+        asked, self._distiller = self.strategy.distillation, None
+        if self._calibration is not None and asked is not None and model.base is None:
+            self._distiller = Distiller(model, self._calibration, asked, job.recipe, job.seed)
         self._offers = Offers(model, store, job.precision)
         self.updates = StoredUpdates(job, model.architecture, self.strategy, store, self._offers.withheld)
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
@@ -234,6 +239,9 @@ class Worker:
             if found.part.device in counted:
                 kept |= self.updates.withheld(found.basis, found.part)
         tensors = result.model | {n: before[n] for n in kept}
+        if self._distiller is not None:
+            scene = self.updates.scene(command.round, command.model, command.memory)
+            tensors = self._distiller(tensors, self.strategy.rank(scene).ranks, command.round)
         if self._calibration is not None:
             tensors = self._calibration(tensors)
         return self.store.put(tensorfile.encode(tensors)).sha256

@@ -26,6 +26,7 @@ from fedprune.strategies.importance.scoring import random_ranks
 from fedprune_device.training.trainer import Trainer, TrainingTask
 from fedprune_export.importing import import_onnx
 from fedprune_export.pruning.model import Model
+from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.digits import Digits, deal, digits_model
 
@@ -319,3 +320,29 @@ def test_what_stays_frozen_is_started_as_it_was_given(model: Model, tmp_path: Pa
 
     assert all(np.array_equal(start[n], model.tensors[n]) for n in ("fc.weight", "conv2.weight"))
     assert not np.array_equal(start["conv3.weight"], model.tensors["conv3.weight"])
+
+
+@pytest.mark.slow
+def test_a_round_ends_with_self_distillation_where_strategy_and_samples_allow_it(
+    model: Model, federation: Digits, tmp_path: Path
+) -> None:
+    plain = worker(model, tmp_path)
+    end = close(contributions(plain, model, rank(plain), federation))
+
+    def closed(*, samples: bool, **options: object) -> str:
+        settings = {"name": "t", "recipe": RECIPE.to_dict(), "strategy": "fedprune", "options": options}
+        calibration = federation.calibration if samples else None
+        found = Worker(Job.from_dict(settings), model, plain.store, None, calibration).execute(end)
+        assert isinstance(found, on.Closed)
+        return found.model
+
+    distilled, measured = closed(samples=True, distill=40), closed(samples=True)
+    mean = closed(samples=False)
+    assert closed(samples=True, distill=40) == distilled  # in a worker of its own
+    assert closed(samples=False, distill=40) == mean
+    assert len({distilled, measured, mean}) == 3
+
+    new, old = (tensorfile.decode(plain.store.read(digest)) for digest in (distilled, measured))
+    norm = Calibration(model, federation.calibration)(new)
+    assert tensorfile.encode(norm) == tensorfile.encode(new)  # with its own statistics
+    assert any((new[t.name] != old[t.name]).any() for t in model.architecture.trainable)

@@ -19,7 +19,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.strategies import compose
 from fedprune.strategies.importance.scoring import magnitude, ranks
-from fedprune.strategies.values import Scene, Turn
+from fedprune.strategies.values import Scene, SelfDistillation, Turn
 from support.nets.drawn_models import architectures, model, seeds
 
 pytestmark = pytest.mark.board
@@ -128,6 +128,19 @@ def test_the_learning_rate_of_round_t_is_lr_times_the_decay_to_the_t_minus_1() -
     assert rates == [0.4, 0.2, 0.1, 0.05]
 
 
+def test_the_server_is_asked_to_distil_at_the_widths_of_steps() -> None:
+    def asked(recipe: Recipe | None = None, **options: Any) -> SelfDistillation | None:
+        return compose(job(options, recipe=recipe or Recipe())).distillation
+
+    assert asked() is None
+    assert asked(distill=40) == SelfDistillation(40, (0.25, 0.5, 0.75))
+    assert asked(distill=7, dropout=[0.5]) == SelfDistillation(7, (0.5,))
+    assert asked(Recipe(ordered_dropout=(0.3, 1.0)), distill=40) == SelfDistillation(40, (0.3,))
+    assert asked(distill=40, dropout=[], densities=[1, 0.5]) == SelfDistillation(40, (0.5,))
+    assert asked(distill=40, dropout=[]) is None  # there is no narrower width
+    assert asked(Recipe(personal=("@head",)), distill=40) is None  # the server's own head answers to nothing
+
+
 @pytest.mark.parametrize("loss", ["cross_entropy", "bce", "huber"])
 def test_samples_are_mixed_with_any_loss(loss: str) -> None:
     def made(own: float, option: float) -> float:
@@ -157,6 +170,7 @@ def test_what_is_switched_off_is_off() -> None:
         ({"dropout": [0.5, 2.0]}, "dropout"),
         ({"dropout": ["half"]}, "dropout"),
         ({"rule": "sum"}, "rule"),
+        ({"distill": -1}, "distill"),
         ({"ranking": "nested", "dropout": []}, "ranking"),
     ],
 )

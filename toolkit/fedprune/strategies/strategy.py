@@ -16,7 +16,7 @@ from fedprune.model.selection import Tensors
 from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, Mean
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.importance.scoring import ordered, ranks
-from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, Submodel, Turn
+from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, SelfDistillation, Submodel, Turn
 from fedprune.updates import AUTO, DOWN, PLAIN, agreed
 
 Inputs = Literal["sum", "updates", "measurements"]
@@ -44,6 +44,8 @@ class Strategy:
         masks: Whether submodels have element masks, for which plans must leave room on boards.
         compression: The codec, both ways, of jobs whose own is `auto`: `none` or one of `fedprune.updates.DOWN`. With
             element masks, and where noise is shared, which a codec would round away, files travel plainly.
+        distillation: How the server trains each new global model on unlabelled samples, if it has any; None for not at
+            all.
     """
 
     name: str = ""
@@ -56,6 +58,7 @@ class Strategy:
     keeps_past: bool = False
     masks: bool = False
     compression: str = PLAIN
+    distillation: SelfDistillation | None = None
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -172,3 +172,19 @@ class Closing:
     model: Tensors
     memories: Memories = field(default_factory=dict)
     rejected: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SelfDistillation:
+    """What the server is asked to do with each new global model, where it has unlabelled samples: to train it towards
+    the mean of the outputs of its own narrower widths.
+
+    Attributes:
+        steps: Steps of Adam per round, each at a random width.
+        densities: The narrower widths, as shares of every group's channels.
+        lr: The learning rate.
+    """
+
+    steps: int
+    densities: tuple[float, ...]
+    lr: float = 3e-4

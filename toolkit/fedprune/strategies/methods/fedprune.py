@@ -11,6 +11,9 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - ordered dropout over the fleet's densities, so that wide boards train the narrow models, too (FjORD, Horvath et al.
   2021, Alg. 1);
 - filling from w_t, by which few devices move a coordinate less than many (CA-HFP, Sec. II-A, eq. 4);
+- on demand, self-distillation on unlabelled samples of the server: every width learns from the mean of
+  the narrower ones' outputs (Universally slimmable networks, Yu and Huang, ICCV 2019, on FedDF's terms, Lin et al.,
+  NeurIPS 2020), which is better than each, and the wide ones have been trained by few boards;
 - server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
 - mixup (Zhang et al. 2018) and clipped gradients, as a board has few samples and sees them many times;
 - on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
@@ -41,7 +44,7 @@ from fedprune.strategies.channel_ranking import places_of
 from fedprune.strategies.importance.scoring import ranks, score
 from fedprune.strategies.options import read_options
 from fedprune.strategies.strategy import Strategy
-from fedprune.strategies.values import Memories, Ranking, Report, Scene, Turn
+from fedprune.strategies.values import Memories, Ranking, Report, Scene, SelfDistillation, Turn
 
 RANKS = "ranks"
 """Memory: the ranks that were settled, by the architecture's digest and the group's number."""
@@ -65,6 +68,7 @@ class Options:
     mixup: float = bounded(0.2, LEAST_MIXUP, 10, or_zero=True)
     lr_decay: float = bounded(1.0, 1e-3, 1)
     arrivals: int = bounded(0, 0, 10**6)
+    distill: int = bounded(0, 0, 10_000)
 
 
 @dataclass(frozen=True)
@@ -147,8 +151,18 @@ def fedprune(job: Job) -> Strategy:
         inputs="sum",
         compression="int8",
         allocator=dealt(job, options.densities),
+        distillation=_distillation(job, options),
         schedule=_buffered(options.arrivals) if options.arrivals else None,
     )
+
+
+def _distillation(job: Job, options: Options) -> SelfDistillation | None:
+    """The server's own training; None where it is switched off, or where boards keep a part of the model that the
+    server's lacks."""
+    densities = tuple(d for d in job.recipe.ordered_dropout or options.dropout or options.densities if d < 1)
+    if not options.distill or not densities or job.recipe.personal:
+        return None
+    return SelfDistillation(options.distill, densities)
 
 
 def _nested_widths(job: Job, options: Options) -> tuple[float, ...]:

@@ -1,0 +1,110 @@
+"""Self-distillation: every width of the global model learns from all of them, on the server's unlabelled samples.
+
+Where boards have several widths, few of them train the channels that only wide models have, so that the whole model
+lags behind its submodels. The mean of the outputs of all widths is better than most of them, and learning it takes no
+labels and no bytes. Widths that learn from one another: Yu and Huang, "Universally slimmable networks and improved
+training techniques", ICCV 2019; distillation on the server's samples: Lin et al., "FedDF", NeurIPS 2020.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from fedprune.core.errors import DivergedError
+from fedprune.model import step_contract
+from fedprune.model.recipe import DISTILL, Recipe, labels_of
+from fedprune.model.selection import Selection, Tensors
+from fedprune.planning.costs import costs_at
+from fedprune.strategies.values import SelfDistillation
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_step
+from fedprune_server.executor.calibration import Calibration
+from fedprune_server.executor.evaluator import Sessions
+
+log = logging.getLogger("fedprune.server")
+
+_BATCH = 128
+
+_EPSILON = 1e-3
+"""Large for Adam: a gradient that is nothing but rounding moves no weight."""
+
+
+class Distiller:
+    """Trains global models towards the mean of the outputs of their narrower widths, a random width in every step.
+
+    It is the board's own trainer, with ordered dropout: teachers' outputs are the labels.
+
+    Args:
+        model: The model; its architecture and graph are used, not its weights.
+        calibration: Measures the statistics of every width, and has the samples.
+        asked: What the strategy asks for.
+        recipe: The job's local training: what it freezes, and whether its loss takes classes.
+        seed: The job's.
+    """
+
+    def __init__(
+        self, model: Model, calibration: Calibration, asked: SelfDistillation, recipe: Recipe, seed: int
+    ) -> None:
+        self._architecture, self._calibration, self._seed = model.architecture, calibration, seed
+        classes = labels_of(recipe.loss) in ("classes", "sequence") and self._architecture.classes > 1
+        self._recipe = Recipe(
+            loss=DISTILL if classes else "mse",
+            distill_temperature=1.0,
+            optimizer="adam",
+            lr=asked.lr,
+            epsilon=_EPSILON,
+            batch_size=_BATCH,
+            epochs=asked.steps,
+            max_steps=asked.steps,
+            ordered_dropout=asked.densities,
+            frozen=recipe.frozen,
+            trainable=recipe.trainable,
+        )
+        self._trainer = Trainer(training_step(model, self._recipe.features).to_bytes())
+        axes, sizes = self._trainer.axes, self._architecture.sizes
+        plans = [sizes] if axes is None else axes.plans(sizes, asked.densities)
+        self._widths = plans[1:]
+        self._sessions = Sessions(model, len(self._widths))
+        a_sample = sum(costs_at(self._architecture, p).training_macs for p in plans) / len(plans)
+        self._macs = asked.steps * min(_BATCH, len(calibration.samples)) * a_sample
+
+    def __call__(self, tensors: Tensors, ranks: Sequence[npt.ArrayLike], round_: int) -> Tensors:
+        """The model after a round's steps. Its statistics have to be measured again; a model that diverges, or has no
+        narrower width, stays as it is.
+
+        Args:
+            ranks: Per group its channels, best first.
+        """
+        if not self._widths:
+            return tensors
+        whole = Selection.of(self._architecture, self._architecture.sizes, ranks)
+        x, aim = self._calibration.samples, self._aim(tensors, whole)
+        if not np.isfinite(aim).all():
+            log.warning("round %d: no self-distillation, because outputs are not finite", round_)
+            return tensors
+        task = TrainingTask(self._recipe, self._architecture.classes, self._seed, "", round_, whole.widths)
+        try:
+            result = self._trainer.train(whole.gather(tensors), LocalData(x, aim, x[:0], aim[:0]), task)
+        except DivergedError as error:
+            log.warning("round %d: no self-distillation: %s", round_, error)
+            return tensors
+        log.info(
+            "round %d: self-distillation took %.1f s, %d steps and about %.2g MACs; its loss fell from %.3g to %.3g",
+            round_, result.seconds, result.steps, self._macs, result.loss_first, result.loss_last,
+        )  # fmt: skip
+        return whole.scatter(result.tensors, tensors)
+
+    def _aim(self, tensors: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
+        """The mean of the outputs of all narrower widths, each with its own statistics."""
+        outputs = []
+        for widths in self._widths:
+            part = self._calibration(whole.narrowed(widths).gather(tensors))
+            feeds = {step_contract.X: self._calibration.samples, **part}
+            outputs.append(self._sessions.at(widths).run(feeds, [step_contract.LOGITS])[step_contract.LOGITS])
+        return np.asarray(np.mean(outputs, axis=0), np.float32)

@@ -1,0 +1,197 @@
+"""Self-distillation: against torch, in whom it moves and in whom it doesn't, and as a part of a round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fedprune_export as fx
+from fedprune.core.rng import keyed
+from fedprune.core.tensorfile import encode
+from fedprune.model.architecture import widths_at
+from fedprune.model.nested_widths import nested
+from fedprune.model.recipe import Recipe
+from fedprune.model.selection import Selection, Tensors
+from fedprune.strategies.importance.scoring import ordered, ranks
+from fedprune.strategies.values import SelfDistillation
+from fedprune_device.data.dataset import LocalData
+from fedprune_device.training.trainer import Trainer, TrainingTask
+from fedprune_export.importing import import_onnx
+from fedprune_export.pruning.model import Model
+from fedprune_export.training.step_graph import training_step
+from fedprune_server.executor.calibration import Calibration
+from fedprune_server.executor.distillation import Distiller
+from fedprune_server.executor.evaluator import Evaluator, Sessions
+from fedprune_server.simulation.digits import digits_model, load_digits
+
+ASKED = SelfDistillation(20, (0.25, 0.5, 0.75))
+X, Y = load_digits()
+
+
+@pytest.fixture(scope="module")
+def digits() -> Model:
+    return import_onnx(digits_model(), "digits")
+
+
+class Net(nn.Module):
+    """Two layers whose hidden channels can be cut."""
+
+    input_shape = (6,)
+
+    def __init__(self, outputs: int = 3, *, normalised: bool = False) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(6, 8), nn.Linear(8, outputs)
+        self.norm = nn.BatchNorm1d(8) if normalised else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.two(torch.relu(self.norm(self.one(x))))
+        return out
+
+
+def small(outputs: int = 3, *, normalised: bool = False) -> Model:
+    torch.manual_seed(1)
+    return fx.load(Net(outputs, normalised=normalised))
+
+
+def inputs(count: int = 40) -> np.ndarray[Any, Any]:
+    return keyed(0, "inputs").standard_normal((count, 6)).astype(np.float32)
+
+
+def distiller(model: Model, x: Any, asked: SelfDistillation = ASKED, recipe: Recipe | None = None) -> Distiller:
+    recipe = recipe or Recipe()
+    return Distiller(model, Calibration(model, x, recipe.features), asked, recipe, 0)
+
+
+def own_order(model: Model) -> Any:
+    return ranks(ordered(model.architecture))
+
+
+def same(one: Tensors, other: Tensors) -> bool:
+    return encode(one) == encode(other)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("width", [4, 8])
+def test_a_step_is_torchs(width: int, *, normalised: bool) -> None:
+    """At half and at full width: the mean of two narrower widths' outputs as labels, and Adam."""
+    model, x = small(normalised=normalised), inputs()
+    order = np.array([3, 1, 7, 5, 0, 2, 4, 6])
+    asked = SelfDistillation(1, (0.25, 0.5), 0.01)
+    round_ = next(n for n in range(1, 100) if (8, 2, 4)[int(keyed(0, n, "", "widths", 1).integers(3))] == width)
+    found = distiller(model, x, asked)(model.tensors, [order], round_)
+
+    held = {n: torch.from_numpy(v.copy()).requires_grad_("running" not in n) for n, v in model.tensors.items()}
+    samples = torch.from_numpy(x)
+
+    def outputs(channels: int, *, unbiased: bool) -> torch.Tensor:
+        kept = torch.from_numpy(order[:channels])
+        hidden = samples @ held["one.weight"][kept].T + held["one.bias"][kept]
+        if normalised:
+            spread = hidden.var(0, unbiased=unbiased)
+            hidden = (hidden - hidden.mean(0)) / (spread + 1e-5).sqrt() * held["norm.weight"][kept]
+            hidden = hidden + held["norm.bias"][kept]
+        return torch.relu(hidden) @ held["two.weight"][:, kept].T + held["two.bias"]
+
+    with torch.no_grad():
+        aim = ((outputs(2, unbiased=True) + outputs(4, unbiased=True)) / 2).softmax(1)
+    trained = [v for v in held.values() if v.requires_grad]
+    loss = nn.functional.cross_entropy(outputs(width, unbiased=False), aim)
+    optimizer = torch.optim.Adam(trained, lr=0.01, eps=1e-3)
+    loss.backward()
+    optimizer.step()
+    for name, value in held.items():
+        if value.requires_grad and (name != "one.bias" or not normalised):  # whose gradient is 0, up to rounding
+            np.testing.assert_allclose(found[name], value.detach().numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_widths_that_agree_stay_as_they_are() -> None:
+    """In a nested start all widths answer alike: there is nothing to learn."""
+    model = small()
+    start = nested(model.architecture, model.tensors, ASKED.densities)
+    found = distiller(model, inputs())(start, own_order(model), 1)
+    moved = max(float(np.abs(found[n] - start[n]).max()) for n in start)
+    assert moved < 1e-5
+    assert not same(distiller(model, inputs())(model.tensors, own_order(model), 1), model.tensors)
+
+
+def lagging(model: Model) -> Tensors:
+    """A model whose half width has learnt, and whose other channels have not."""
+    whole = Selection.full(model.architecture)
+    half = whole.narrowed(widths_at(model.architecture, 0.5))
+    recipe = Recipe(epochs=6, batch_size=64, ordered_dropout=(0.25,), evaluate_every=1)
+    graph = training_step(model, recipe.features).to_bytes()
+    task = TrainingTask(recipe, model.architecture.classes, 0, "server", 1, half.widths)
+    data = LocalData(X[:800], Y[:800], X[:0], Y[:0])
+    return half.scatter(Trainer(graph).train(half.gather(model.tensors), data, task).tensors, model.tensors)
+
+
+@pytest.mark.slow
+def test_a_full_width_that_lags_behind_learns_from_its_submodels(digits: Model) -> None:
+    start, unlabelled = lagging(digits), X[800:1200]
+    measure = Calibration(digits, unlabelled)
+    evaluate = Evaluator(Sessions(digits, 1), Recipe(), (X[1200:], Y[1200:]))
+    asked = SelfDistillation(40, (0.25, 0.5))
+    found = distiller(digits, unlabelled, asked)(start, own_order(digits), 1)
+    before, after = (evaluate(measure(t), digits.architecture.sizes) for t in (start, found))
+    assert after["loss"] < before["loss"]
+    assert after["accuracy"] > before["accuracy"] + 0.02
+
+
+def test_bits_depend_on_seed_and_round_alone(digits: Model) -> None:
+    x, asked = X[:100], SelfDistillation(3, (0.5,))
+    order = own_order(digits)
+    first = distiller(digits, x, asked)
+    one = first(digits.tensors, order, 1)
+    assert not same(first(digits.tensors, order, 2), one)
+    assert same(first(digits.tensors, order, 1), one)
+    assert same(distiller(digits, x[::-1], asked)(digits.tensors, order, 1), one)
+    other = Distiller(digits, Calibration(digits, x), asked, Recipe(), 1)
+    assert not same(other(digits.tensors, order, 1), one)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "moves"),
+    [
+        (Recipe(frozen=("one.*",)), ("two", "norm")),
+        (Recipe(frozen=("norm.*", "two.bias")), ("one", "two.weight")),
+        (Recipe(trainable=("two.*",)), ("two",)),
+    ],
+)
+def test_what_is_frozen_stays(recipe: Recipe, moves: tuple[str, ...]) -> None:
+    model = small(normalised=True)
+    found = distiller(model, inputs(), recipe=recipe)(model.tensors, own_order(model), 1)
+    for name, value in model.tensors.items():
+        assert np.array_equal(found[name], value) != name.startswith(moves), name
+
+
+@pytest.mark.parametrize(("loss", "outputs"), [("mse", 2), ("bce", 2), ("cross_entropy", 3), ("infonce", 4)])
+def test_other_outputs_than_classes_come_nearer_to_their_mean(loss: str, outputs: int) -> None:
+    model, x = small(outputs), inputs()
+    order, asked = own_order(model), SelfDistillation(60, (0.5,), 0.01)
+    found = distiller(model, x, asked, Recipe(loss=loss))(model.tensors, order, 1)
+
+    def apart(tensors: Tensors) -> float:
+        at = [widths_at(model.architecture, d) for d in (0.5, 1)]
+        part = Selection.full(model.architecture)
+        made = [Sessions(model, 1).at(w).run({"x": x, **part.narrowed(w).gather(tensors)})["logits"] for w in at]
+        return float(np.abs(made[0] - made[1]).mean())
+
+    assert apart(found) < 0.5 * apart(model.tensors)
+
+
+def test_a_model_that_diverges_stays_as_it_is() -> None:
+    model = small()
+    broken = {n: v * np.float32(1e30) for n, v in model.tensors.items()}
+    assert same(distiller(model, inputs())(broken, own_order(model), 1), broken)
+
+
+def test_a_model_without_channels_to_cut_stays_as_it_is() -> None:
+    module = nn.Linear(6, 3)
+    module.input_shape = (6,)
+    model = fx.load(module)
+    assert same(distiller(model, inputs())(model.tensors, own_order(model), 1), model.tensors)
