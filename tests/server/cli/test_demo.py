@@ -25,10 +25,10 @@ def run(accuracy=0.9, sent=100, rounds=DEMO_ROUNDS):
 @pytest.mark.parametrize(
     ("accuracy", "sent", "rounds", "code"),
     [
-        (0.9, 40, DEMO_ROUNDS, ExitCode.OK),
-        (0.8, 40, DEMO_ROUNDS, ExitCode.CLAIM),
-        (0.9, 60, DEMO_ROUNDS + 1, ExitCode.CLAIM),
-        (0.8, 60, DEMO_ROUNDS - 1, ExitCode.OK),
+        (0.9, 14, DEMO_ROUNDS, ExitCode.OK),
+        (0.8, 14, DEMO_ROUNDS, ExitCode.CLAIM),
+        (0.9, 16, DEMO_ROUNDS + 1, ExitCode.CLAIM),
+        (0.8, 16, DEMO_ROUNDS - 1, ExitCode.OK),
     ],
 )
 def test_a_claim_that_fails_is_the_exit_code_if_there_are_rounds_enough(accuracy, sent, rounds, code):
