@@ -134,7 +134,7 @@ def test_stale_moves_enter_the_server_s_velocity(
     run: Build, strategy: str, options: dict[str, Any], rate: float, beta: float
 ) -> None:
     """v ← β·v + η·Σ p_i·s(k_i)·(w_i − w_sent) / Σ p_i, w ← w + v."""
-    found = run(strategy, rounds=6, options=options)
+    found = run(strategy, rounds=6, options=options, compression="none", compression_down="none")
     velocity = {n: np.zeros(1) for n in trainable(found)}
     for close, before, after in found.steps():
         importance = [1 if strategy == "fedbuff" else c.part.samples for c in close.contributions]

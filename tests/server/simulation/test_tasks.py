@@ -169,7 +169,7 @@ def test_boards_train_unequal_ranks_of_adapters_and_nothing_else(tmp_path: Path)
     names = [f"board-{n}" for n in range(4)]
     run = digits_simulation(
         tmp_path, model=model, fleet=[VirtualDevice(n, find(KINDS[1]), sentences(i)) for i, n in enumerate(names)],
-        evaluation=(test.x_train, test.y_train), rounds=4, strategy="fedprune",
+        evaluation=(test.x_train, test.y_train), rounds=4, strategy="fedprune", compression="none",
         options={"densities": [1.0, 0.5, 0.25, 0.125]}, recipe=Recipe(epochs=4, batch_size=10, lr=0.02),
     )  # fmt: skip
     run.run()
@@ -192,7 +192,7 @@ def test_a_low_base_travels_once_and_adapters_in_every_round(tmp_path: Path) -> 
     model = fx.load(Reader(), lora="16:q.weight,v.weight,wide.weight", base="int8")
     run = digits_simulation(
         tmp_path, model=model, fleet=[VirtualDevice(n, find(KINDS[1]), data) for n in "ab"],
-        evaluation=(data.x_train, data.y_train), rounds=3,
+        evaluation=(data.x_train, data.y_train), rounds=3, compression="none", compression_down="none",
         strategy="fedprune", options={"densities": [1.0, 0.5]}, recipe=Recipe(epochs=1, batch_size=10, lr=0.02),
     )  # fmt: skip
     run.run()
