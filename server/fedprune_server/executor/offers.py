@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from fedprune.model import step_contract
 from fedprune.model.recipe import Recipe
 from fedprune.model.selection import Selection, Tensors
 from fedprune.model.trainable import frozen_tensors, matching
+from fedprune.planning.costs import file_bytes
 from fedprune.strategies.values import Submodel
 from fedprune.updates.remap import relocated, relocation
 from fedprune_export.bundles.inference import inference_model
@@ -149,8 +149,7 @@ class Offers:
             "recipe": recipe.to_offer(),
         }
         shapes = self._answer(packed, recipe)
-        header = tensorfile.header((n, "F32", shape) for n, shape in shapes.items())
-        body[UPDATE_SIZE] = len(header) + 4 * sum(map(math.prod, shapes.values()))
+        body[UPDATE_SIZE] = file_bytes(shapes)
         chosen = None if coding.update is None else updates.Codec.parse(coding.update)
         if chosen is not None:
             body |= {"codec": coding.update, UPDATE_BOUND: updates.bound(chosen, shapes, self._trained)}
@@ -229,7 +228,6 @@ class Offers:
         chosen = None if coding.weights is None else updates.Codec.parse(coding.weights)
         if chosen is None:
             return packed, says
-        says["weights_codec"] = str(chosen)
         held, base = None, None
         if before is not None and coding.held is not None and submodel.mask is None:
             found = self._held(coding.held.weights or "")
@@ -238,7 +236,7 @@ class Offers:
                 held, base = coding.held.weights, found
         if base is None:
             chosen = chosen.whole
-            says["weights_codec"] = str(chosen)
+        says["weights_codec"] = str(chosen)
         try:
             raw = updates.weights.encode(chosen, packed, base, self._trained)
             there = updates.weights.decode(chosen, raw, base, sum(v.nbytes for v in packed.values()))

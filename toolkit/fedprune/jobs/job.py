@@ -127,11 +127,10 @@ class Job:
                 "job: precision", expected=f"a list of some of {', '.join(SERVED)}", got=shown(self.precision)
             )
         object.__setattr__(self, "precision", tuple(dict.fromkeys(self.precision)))
-        if self.compression != AUTO:
-            Codec.parse(self.compression)
-        for profile, setting in self.compression_of.items():
+        of_profiles = {f"job: compression_of {shown(p)}": setting for p, setting in self.compression_of.items()}
+        for what, setting in {"job: compression": self.compression, **of_profiles}.items():
             if setting != AUTO:
-                Codec.parse(setting, f"job: compression_of {shown(profile)}")
+                Codec.parse(setting, what)
         for name in WRITTEN:
             if getattr(self.recipe, name):
                 raise ConfigError(

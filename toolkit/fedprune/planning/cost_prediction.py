@@ -28,7 +28,7 @@ from fedprune.planning.costs import (
 from fedprune.planning.latency_model import LatencyTable, typical_table
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
-from fedprune.updates import Codec, bound
+from fedprune.updates import NO_CODECS, Codec, Codecs, bound
 
 BOUNDS = 0.2, 5.0
 """How far a measured time may correct a predicted one: beyond that something else is wrong."""
@@ -37,11 +37,6 @@ MEMORY_BOUNDS = 0.75, 2.0
 """Limits of the correction of memory. The first: the smallest corrected prediction, as a share of the uncorrected one.
 The second: the largest measurement that counts, as a multiple of the prediction or of the board's memory, whichever is
 more."""
-
-Codecs = tuple[str | None, str | None]
-"""Codecs of updates and of weights, as text (`fedprune.updates.codecs`)."""
-
-NO_CODECS: Codecs = (None, None)
 
 OFF = 1.25
 """How far a measured time may be from the predicted one before a device is planned for again."""
@@ -221,7 +216,7 @@ def predict(
     latency_s = float(table.latency_seconds(architecture, widths)[0])
     step_s, latency_s = step_s * correction.step, latency_s * correction.latency
     link, power = profile.link, profile.power
-    first, down, up = _travels(architecture, widths, recipe, codecs)
+    first, down, up = _travels(architecture, widths, costs.wire_bytes, recipe, codecs)
     # Two transfers, each announced and acknowledged: a round trip before, one after.
     transfer_s = down / link.down_bytes_s + up / link.up_bytes_s + 4 * link.latency_s
     watts = None
@@ -250,18 +245,20 @@ def predict(
     )
 
 
-def _travels(architecture: Architecture, widths: Sequence[int], recipe: Recipe, codecs: Codecs) -> tuple[int, int, int]:
-    """The most bytes of whole weights, of weights that are coded as a difference, and of an update."""
-    trained = {t.name for t in architecture.trainable}
-    weights = architecture.shapes(widths)
-    squares = {step_contract.squares(n): s for n, s in weights.items() if recipe.report_squares and n in trained}
+def _travels(
+    architecture: Architecture, widths: Sequence[int], plain: int, recipe: Recipe, codecs: Codecs
+) -> tuple[int, int, int]:
+    """The most bytes of whole weights, of weights that are coded as a difference, and of an update; `plain` is the
+    size of the weights' own file."""
     up, down = (None if text is None else Codec.parse(text) for text in codecs)
     whole = None if down is None else down.whole
-    sent = ((whole, weights), (down, weights), (up, weights | squares))
-    first, later, update = (
-        file_bytes(shapes) if codec is None else bound(codec, shapes, trained) for codec, shapes in sent
-    )
-    return first, later, update
+    trained, weights = {t.name for t in architecture.trainable}, architecture.shapes(widths)
+    sizes = {c: plain if c is None else bound(c, weights, trained) for c in {whole, down, up}}
+    update = sizes[up]
+    if recipe.report_squares:
+        answer = weights | {step_contract.squares(n): s for n, s in weights.items() if n in trained}
+        update = file_bytes(answer) if up is None else bound(up, answer, trained)
+    return sizes[whole], sizes[down], update
 
 
 def _trained_widths(architecture: Architecture, widths: Sequence[int], recipe: Recipe) -> list[tuple[int, ...]]:

@@ -14,9 +14,7 @@ from fedprune.model.architecture import Architecture, widths_at
 from fedprune.model.recipe import Recipe
 from fedprune.model.trainable import frozen_tensors
 from fedprune.planning.cost_prediction import (
-    NO_CODECS,
     NO_CORRECTION,
-    Codecs,
     Correction,
     Prediction,
     bandwidth,
@@ -30,6 +28,7 @@ from fedprune.planning.latency_model import LatencyTable
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.planning.width_candidates import Rung, equal_work, rungs
+from fedprune.updates import NO_CODECS, Codecs
 
 DENSITIES: tuple[float, ...] = tuple(k / 64 for k in range(64, 3, -1))
 """Candidates, widest first: from the whole model down to a sixteenth of every group."""

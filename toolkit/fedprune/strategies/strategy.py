@@ -17,7 +17,7 @@ from fedprune.strategies.aggregators import WEIGHTINGS, Aggregator, Mean
 from fedprune.strategies.allocation import Allocator
 from fedprune.strategies.importance.scoring import ordered, ranks
 from fedprune.strategies.values import Closing, Cut, Memories, Ranking, Report, Scene, SelfDistillation, Submodel, Turn
-from fedprune.updates import AUTO, DOWN, PLAIN, agreed
+from fedprune.updates import AUTO, DOWN, PLAIN, Codecs, agreed
 
 Inputs = Literal["sum", "updates", "measurements"]
 """What the server needs of boards: a round's sum of updates, single updates, or measurements on samples as well."""
@@ -125,7 +125,7 @@ class Strategy:
         """Whether updates enter the sums as they were trained, so that sums can be made tensor by tensor."""
         return type(self).reconstruct is Strategy.reconstruct
 
-    def codecs(self, job: Job, profile: object, known: Collection[str]) -> tuple[str | None, str | None]:
+    def codecs(self, job: Job, profile: object, known: Collection[str]) -> Codecs:
         """The codecs of a device's updates, and of the weights that it is sent; None for plain files.
 
         Args:

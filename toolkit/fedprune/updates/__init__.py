@@ -4,8 +4,22 @@ Not here: messages and chunks (`wire`), and a board owner's own privacy rules (`
 """
 
 from fedprune.updates import weights
-from fedprune.updates.codecs import AUTO, CODECS, DOWN, PLAIN, Codec, agreed
+from fedprune.updates.codecs import AUTO, CODECS, DOWN, NO_CODECS, PLAIN, Codec, Codecs, agreed
 from fedprune.updates.packing import is_packed
 from fedprune.updates.update import bound, decode, encode
 
-__all__ = ["AUTO", "CODECS", "DOWN", "PLAIN", "Codec", "agreed", "bound", "decode", "encode", "is_packed", "weights"]
+__all__ = [
+    "AUTO",
+    "CODECS",
+    "DOWN",
+    "NO_CODECS",
+    "PLAIN",
+    "Codec",
+    "Codecs",
+    "agreed",
+    "bound",
+    "decode",
+    "encode",
+    "is_packed",
+    "weights",
+]

@@ -13,6 +13,11 @@ PLAIN = "none"
 AUTO = "auto"
 """The strategy's own codec (`fedprune.strategies.strategy.Strategy.compression`)."""
 
+Codecs = tuple[str | None, str | None]
+"""Codecs of a device's updates, and of the weights that it is sent, as text; None for plain files."""
+
+NO_CODECS: Codecs = (None, None)
+
 _STEPS = {"int8": 127, "int4": 7, "ternary": 1, "top-k": 127}
 """For codecs whose differences are whole codes times a scale: the largest code."""
 
