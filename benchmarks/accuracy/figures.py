@@ -1,11 +1,13 @@
-"""Figures of runs, and of rows beside each other, seed by seed."""
+"""Figures of runs, and paired differences of rows, seed by seed."""
 
 from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from scipy.stats import t
@@ -66,7 +68,7 @@ def target_time(protocol: Protocol, run: Run) -> float | None:
 
 
 def served(protocol: Protocol, run: Run, last: int = 0) -> float | None:
-    """What boards predict with, on their own test data, in percent."""
+    """Accuracy of the models that boards serve, on their own test data, in percent."""
     return figure(protocol, run, own(f"accuracy_{protocol.method(run['method']).serves}"), last)
 
 
@@ -133,13 +135,5 @@ def paired(runs: Sequence[Run], method: str, other: str, value: Value) -> Differ
     return Difference.of([v - w for v, same in pairs if v is not None and same and (w := value(same[0])) is not None])
 
 
-def wrapped(text: str, width: int = 118) -> list[str]:
-    """A paragraph in lines."""
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > width:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, line] if line else lines
+wrapped = partial(textwrap.wrap, width=118, break_long_words=False, break_on_hyphens=False)
+"""A paragraph in lines."""
