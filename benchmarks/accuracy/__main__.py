@@ -89,7 +89,7 @@ def table(options: argparse.Namespace) -> int:
 
 
 def _budget(protocols: Sequence[Protocol]) -> str:
-    """What tables cost: as their runs took, whatever code they were of, or else as rows like them."""
+    """Runs of tables and their CPU time, by recorded runs of any code, or else by those of similar rows."""
     runs = [len(p.methods) * len(p.seeds) for p in protocols]
     minutes = sum(len(p.seeds) * _minutes(p, m) for p in protocols for m in p.methods)
     return f"{sum(runs)} runs, {f'{minutes / 60:.1f} CPU hours' if minutes > 300 else f'{minutes:.0f} CPU minutes'}"

@@ -103,7 +103,7 @@ def _tree(path: Path) -> ast.Module:
 
 @cache
 def _imports(path: Path) -> frozenset[str]:
-    """What a file imports, wherever in it; names that it imports from a package may be modules."""
+    """Modules that a file imports anywhere; names that it imports from a package may be modules."""
     found: set[str] = set()
     left: list[ast.AST] = [_tree(path)]
     while left:

@@ -16,7 +16,7 @@ ONE_WIDTH = [0.68]
 """One width for all, whose submodel weighs what those of 1, .75, .5 and .25 weigh on average."""
 
 INT8 = {"compression": "int8", "compression_down": "int8"}
-"""What every row travels in, unless it can't."""
+"""Codecs of every row that can use them."""
 
 MASKED = {"compression_down": "float16"}
 """Where single weights are masked, boards get no differences, and whole weights in 255 steps are too coarse."""

@@ -64,7 +64,7 @@ def verdicts(protocol: Protocol, runs: Sequence[Run]) -> list[Verdict]:
 def _against(
     protocol: Protocol, runs: Sequence[Run], what: str, value: Value, rivals: Sequence[str], margin: float | None
 ) -> Verdict:
-    """fedprune beside the best of some rows; by default it may be behind by the standard error of the difference."""
+    """fedprune against the best of some rows; by default it may be behind by the standard error of the difference."""
     whom = "published" if len(rivals) > 1 else "same loss"
     promise = f"{what}, {whom}"
     means = {name: found for name in (OURS, *rivals) if (found := _mean(runs, name, value)) is not None}

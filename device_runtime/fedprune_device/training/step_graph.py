@@ -200,8 +200,8 @@ class StepGraph:
         return Augmentation(self._session.metadata, self._threads) if recipe.augment else None
 
     def objective(self, recipe: Recipe, classes: int) -> Objective:
-        """What of the graph follows the model's outputs; the last one is kept, as loading it takes some hundredths of a
-        second."""
+        """The part of the graph after the model's outputs; the last one is kept, as loading it takes some hundredths of
+        a second."""
         if self._objective is None or self._objective[:2] != (recipe, classes):
             self._objective = (recipe, classes, Objective(self._bytes(), recipe, classes, scores=self.scores))
         return self._objective[2]

@@ -1,8 +1,8 @@
-"""Self-distillation: every width of the global model learns from all of them, on the server's unlabelled samples.
+"""Self-distillation: all widths of the global model learn from its narrower ones, on the server's unlabelled samples.
 
 Where boards have several widths, few of them train the channels that only wide models have, so that the whole model
-lags behind its submodels. The mean of the outputs of all widths is better than most of them, and learning it takes no
-labels and no bytes. Widths that learn from one another: Yu and Huang, "Universally slimmable networks and improved
+lags behind its submodels. The mean of the narrower widths' outputs is better than most of them, and learning it takes
+no labels and no bytes. Widths that learn from one another: Yu and Huang, "Universally slimmable networks and improved
 training techniques", ICCV 2019; distillation on the server's samples: Lin et al., "FedDF", NeurIPS 2020.
 """
 
