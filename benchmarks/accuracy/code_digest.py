@@ -40,16 +40,21 @@ UNDECIDING = (
 )
 """Modules and packages that decide no number of a finished run: messages, files, settings that tables don't use."""
 
+ON_SAMPLES = ("fedprune_server.executor.distillation",)
+"""Modules that decide numbers only where the server has samples."""
+
 
 @cache
-def code_digest(strategy: str) -> str:
+def code_digest(strategy: str, *, samples: bool = False) -> str:
     """Digest of the code of a row.
 
     Args:
         strategy: The row's strategy, as in its job.
+        samples: Whether the server has samples.
     """
+    undeciding = UNDECIDING if samples else (*UNDECIDING, *ON_SAMPLES)
     found = {module: _essence(path, presets=module == _PRESETS) for module, path in closure(strategy).items()}
-    kept = {m: e for m, e in found.items() if m not in BY_VALUE and not _within(m, UNDECIDING)}
+    kept = {m: e for m, e in found.items() if m not in BY_VALUE and not _within(m, undeciding)}
     body = [kept, strategy_module(strategy)]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
 

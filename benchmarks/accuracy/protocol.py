@@ -184,6 +184,6 @@ class Protocol:
             row.pop(name)
         boards = [{k: v for k, v in find(b.profile).to_dict().items() if k != "sources"} for b in self.boards]
         trainer = "cuda" if cuda else "onnxruntime"
-        code = [definition(self.net), code_digest(method.strategy)]
+        code = [definition(self.net), code_digest(method.strategy, samples=method.samples)]
         what = [parts, row, seed, trainer, boards, code, AVERAGE, CALIBRATION]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -192,7 +192,7 @@ def test_a_run_s_key_holds_its_constants_and_its_network(accuracy, monkeypatch):
             assert key != table.key(table.methods[0], 0)
     for name in ("definition", "code_digest"):
         with monkeypatch.context() as patch:
-            patch.setattr(protocol, name, lambda _: "another")
+            patch.setattr(protocol, name, lambda *_, **__: "another")
             assert key != table.key(table.methods[0], 0)
     assert len({nets.definition(n) for n in nets.NETS}) == len(nets.NETS)
 
@@ -655,6 +655,7 @@ def test_a_changed_strategy_changes_its_own_rows(accuracy):
     assert {"benchmarks.accuracy.compositions", "fedprune.strategies.channel_ranking"} <= own.keys()
     digests = {name: code_digest.code_digest(name) for name in ("subflot", "heterofl", "ca-hfp", "pr-fl")}
     assert len(set(digests.values())) == len(digests)
+    assert code_digest.code_digest("heterofl", samples=True) != digests["heterofl"]
     for module in ("fedprune.coordination.round", "fedprune.aggregation.fold", "fedprune_device.training.trainer"):
         assert module in own
         assert module not in code_digest.BY_VALUE
