@@ -1,8 +1,8 @@
-"""Self-distillation: all widths of the global model learn from its narrower ones, on the server's unlabelled samples.
+"""Self-distillation: all widths of the global model learn from their mean, on the server's unlabelled samples.
 
 Where boards have several widths, few of them train the channels that only wide models have, so that the whole model
-lags behind its submodels. The mean of the narrower widths' outputs is better than most of them, and learning it takes
-no labels and no bytes. Widths that learn from one another: Yu and Huang, "Universally slimmable networks and improved
+lags behind its submodels. The mean of all widths' outputs is better than most of them, and learning it takes no labels
+and no bytes. Widths that learn from one another: Yu and Huang, "Universally slimmable networks and improved
 training techniques", ICCV 2019; distillation on the server's samples: Lin et al., "FedDF", NeurIPS 2020.
 """
 
@@ -36,7 +36,7 @@ _EPSILON = 1e-3
 
 
 class Distiller:
-    """Trains global models towards the mean of the outputs of their narrower widths, a random width in every step.
+    """Trains global models towards the mean of the outputs of all their widths, a random width in every step.
 
     It is the board's own trainer, with ordered dropout: teachers' outputs are the labels.
 
@@ -69,7 +69,7 @@ class Distiller:
         self._trainer = Trainer(training_step(model, self._recipe.features).to_bytes())
         axes, sizes = self._trainer.axes, self._architecture.sizes
         plans = [sizes] if axes is None else axes.plans(sizes, asked.densities)
-        self._widths = plans[1:]
+        self._widths = plans
         self._sessions = Sessions(model, len(self._widths))
         a_sample = sum(costs_at(self._architecture, p).training_macs for p in plans) / len(plans)
         self._macs = asked.steps * min(_BATCH, len(calibration.samples)) * a_sample
@@ -81,7 +81,7 @@ class Distiller:
         Args:
             ranks: Per group its channels, best first.
         """
-        if not self._widths:
+        if len(self._widths) == 1:
             return tensors
         whole = Selection.of(self._architecture, self._architecture.sizes, ranks)
         x, aim = self._calibration.samples, self._aim(tensors, whole)
@@ -101,7 +101,7 @@ class Distiller:
         return whole.scatter(result.tensors, tensors)
 
     def _aim(self, tensors: Tensors, whole: Selection) -> npt.NDArray[np.float32]:
-        """The mean of the outputs of all narrower widths, each with its own statistics."""
+        """The mean of the outputs of all widths, each with its own statistics."""
         outputs = []
         for widths in self._widths:
             part = self._calibration(whole.narrowed(widths).gather(tensors))

@@ -78,7 +78,7 @@ def same(one: Tensors, other: Tensors) -> bool:
 @pytest.mark.parametrize("normalised", [False, True])
 @pytest.mark.parametrize("width", [4, 8])
 def test_a_step_is_torchs(width: int, *, normalised: bool) -> None:
-    """At half and at full width: the mean of two narrower widths' outputs as labels, and Adam."""
+    """At half and at full width: the mean of three widths' outputs as labels, and Adam."""
     model, x = small(normalised=normalised), inputs()
     order = np.array([3, 1, 7, 5, 0, 2, 4, 6])
     asked = SelfDistillation(1, (0.25, 0.5), 0.01)
@@ -98,7 +98,7 @@ def test_a_step_is_torchs(width: int, *, normalised: bool) -> None:
         return torch.relu(hidden) @ held["two.weight"][:, kept].T + held["two.bias"]
 
     with torch.no_grad():
-        aim = ((outputs(2, unbiased=True) + outputs(4, unbiased=True)) / 2).softmax(1)
+        aim = (sum(outputs(channels, unbiased=True) for channels in (2, 4, 8)) / 3).softmax(1)
     trained = [v for v in held.values() if v.requires_grad]
     loss = nn.functional.cross_entropy(outputs(width, unbiased=False), aim)
     optimizer = torch.optim.Adam(trained, lr=0.01, eps=1e-3)

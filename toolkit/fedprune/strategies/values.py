@@ -177,7 +177,7 @@ class Closing:
 @dataclass(frozen=True)
 class SelfDistillation:
     """What the server is asked to do with each new global model, where it has unlabelled samples: to train it towards
-    the mean of the outputs of its own narrower widths.
+    the mean of the outputs of all its widths.
 
     Attributes:
         steps: Steps of Adam per round, each at a random width.
@@ -187,4 +187,4 @@ class SelfDistillation:
 
     steps: int
     densities: tuple[float, ...]
-    lr: float = 3e-4
+    lr: float = 1e-3

@@ -11,9 +11,9 @@ Its ingredients; `docs/reproduce-a-paper.md` compares it with what is left witho
 - ordered dropout over the fleet's densities, so that wide boards train the narrow models, too (FjORD, Horvath et al.
   2021, Alg. 1);
 - filling from w_t, by which few devices move a coordinate less than many (CA-HFP, Sec. II-A, eq. 4);
-- on demand, self-distillation on unlabelled samples of the server: every width learns from the mean of
-  the narrower ones' outputs (Universally slimmable networks, Yu and Huang, ICCV 2019, on FedDF's terms, Lin et al.,
-  NeurIPS 2020), which is better than each, and the wide ones have been trained by few boards;
+- self-distillation on unlabelled samples of the server, if it has any: every width learns from the mean of all widths'
+  outputs (Universally slimmable networks, Yu and Huang, ICCV 2019, on FedDF's terms, Lin et al., NeurIPS 2020), as the
+  channels of wide models have been trained by few boards;
 - server momentum (FedAvgM, Hsu et al. 2019, Sec. 4.3);
 - mixup (Zhang et al. 2018) and clipped gradients, as a board has few samples and sees them many times;
 - on the board, batch-norm statistics of its own data, and its own moving average of what it trained: half of what
@@ -59,16 +59,16 @@ class Options:
     adjust: bool = True
     dropout: tuple[Any, ...] = bounded((0.25, 0.5, 0.75), 1e-3, 1)
     rule: Literal["fill", "coverage"] = "fill"
-    server_momentum: float = bounded(0.5, 0, 0.999)
+    server_momentum: float = bounded(0.7, 0, 0.999)
     average: float = bounded(0.85, 0, 1, below=True)
     blend: float = bounded(0.5, 0, 1)
     validate_blend: bool = True
     calibrate: bool = True
     clip_norm: float = bounded(1.0, 0, 1e6)
-    mixup: float = bounded(0.2, LEAST_MIXUP, 10, or_zero=True)
+    mixup: float = bounded(0.4, LEAST_MIXUP, 10, or_zero=True)
     lr_decay: float = bounded(1.0, 1e-3, 1)
     arrivals: int = bounded(0, 0, 10**6)
-    distill: int = bounded(0, 0, 10_000)
+    distill: int = bounded(40, 0, 10_000)
 
 
 @dataclass(frozen=True)
