@@ -4,7 +4,8 @@ Every run (a method and a seed) is a process of its own. A run that was killed c
 and a finished one is not repeated unless its settings or its network have changed; its numbers lie under
 `build/accuracy`. The page and the numbers of all finished runs are written to `benchmarks/results/accuracy` after
 every run; in another checkout the runs of that file count as finished. A run whose code or settings have changed since
-stays on the page, marked, until it was run again. `summary` puts the verdicts of `EIGHT` on one page.
+stays on the page, marked, until it was run again. Where code alone has changed, `--replay 3` runs three rounds, and the
+run counts again if they are its own to the last digit. `summary` puts the verdicts of `EIGHT` on one page.
 """
 
 from __future__ import annotations
@@ -133,6 +134,13 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--page", action="store_true", help="run nothing, write the page of what there is")
     parser.add_argument("--again", action="store_true", help="run finished runs again")
     parser.add_argument(
+        "--replay",
+        type=int,
+        default=0,
+        metavar="N",
+        help="run only the first N rounds of runs of other code; where these are the same, the run counts",
+    )
+    parser.add_argument(
         "--output", type=Path, help=f"folder of the page; {RESULTS}, or with a changed protocol {RUNS}/changed"
     )
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of runs")
@@ -183,6 +191,8 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
         for method, seed in wanted:
             forget(protocol, method, seed, options)
     left = [(m, s) for m, s in wanted if not finished(protocol, m, s, options)]
+    if options.replay:
+        left = [(m, s) for m, s in left if result_of(protocol, m, s, options).exists()]
     done = [r["cpu_s"] / 60 for r in results(protocol, options)]
     each = sum(done) / len(done) if done else protocol.minutes
     basis = "as those that are finished took" if done else "a guess"
@@ -216,13 +226,18 @@ def start(protocol: Protocol, method: Method, seed: int, options: argparse.Names
     command = [sys.executable, "-m", "benchmarks.accuracy", protocol.name, "--one", "--methods", method.name]
     command += ["--seeds", str(seed), "--processes", str(options.processes)]
     command += ["--runs", str(options.runs), "--rounds", str(options.rounds), "--most", str(options.most)]
-    command += ["--steps", str(options.steps), *(["--cuda"] if options.cuda else [])]
+    command += ["--steps", str(options.steps), "--replay", str(options.replay), *(["--cuda"] if options.cuda else [])]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def one(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
+    from benchmarks.accuracy.replay import replay
     from benchmarks.accuracy.run import run
 
+    if options.replay:
+        found = replay(protocol, method, seed, options.runs / protocol.name, options.replay, cuda=options.cuda)
+        print(f"{method.name} seed {seed}: {found or 'the same'}", flush=True)
+        return
     run(protocol, method, seed, options.runs / protocol.name, workers=options.processes, cuda=options.cuda)
 
 

@@ -46,6 +46,7 @@ def page(protocol: Protocol, runs: Sequence[Run], header: dict[str, Any]) -> str
         f"{versions}; trained by {', '.join(sorted({r['trainer'] for r in runs})) or 'nobody'}.",
         f"`{command}`: {len(runs)} runs, {minutes:.0f} CPU minutes; code: {header.get('code') or '-'}.",
         *_stale(protocol, finished),
+        *_replayed(runs),
         "",
         *wrapped(_changed(protocol) + protocol.keeps + _net(protocol, runs)),
         "",
@@ -95,6 +96,16 @@ def _stale(protocol: Protocol, runs: Sequence[Run]) -> list[str]:
     text = f"**To be run again (seeds): {', '.join(_listed(rows))}.** Their code or settings have changed since they "
     text += f"ran (commits: {code}). Rows of such runs alone are marked †; no verdict counts them."
     return ["", *wrapped(text)]
+
+
+def _replayed(runs: Sequence[Run]) -> list[str]:
+    """A paragraph about runs of earlier code whose first rounds were run again."""
+    again = [r for r in runs if "replayed" in r]
+    if not again:
+        return []
+    rounds, code = min(r["replayed"]["rounds"] for r in again), ", ".join(sorted({r["code"] for r in again}))
+    text = f"{len(again)} runs are of earlier code (commits: {code}); the page's repeats their first {rounds} rounds "
+    return ["", *wrapped(f"{text}to the last digit.")]
 
 
 def _changed(protocol: Protocol) -> str:

@@ -166,9 +166,7 @@ _INT8_UP = {"compression": "int8"}
 _INT8 = {**_INT8_UP, "compression_down": "int8"}
 _CODED = "updates as int8 differences"
 
-SCARCE_LINKS = {
-    "densities": [0.5], "arrivals": 2, "dropout": [], "mixup": 0.0, "clip_norm": 0.0, "server_momentum": 0.5,
-}  # fmt: skip
+SCARCE_LINKS = {"densities": [0.5], "arrivals": 2, "dropout": [], "mixup": 0.0, "clip_norm": 0.0}
 """Settings that `docs/strategies/fedprune.md` recommends where links take most of the time."""
 
 _STALE = {"mixing": "share", "staleness": "polynomial", "a": 0.6}

@@ -67,7 +67,8 @@ def _keeps(data: Mapping[str, Any], **settings: Any) -> str:
 
 def _ours(name: str, options: Mapping[str, Any] | None = None, note: str = "", **settings: Any) -> Method:
     """A row of fedprune's, with some of its options."""
-    return Method(name, "fedprune", options or {}, note=note, serves="average", samples=True, **settings)
+    options = {"server_momentum": 0.7, **(options or {})}  # as for long jobs in docs/strategies/fedprune.md
+    return Method(name, "fedprune", options, note=note, serves="average", samples=True, **settings)
 
 
 FEDPRUNE = _ours("fedprune")

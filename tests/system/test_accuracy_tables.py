@@ -111,6 +111,33 @@ def test_a_table_runs(accuracy, table, tmp_path):
     check(run, small(TABLES[table]), tmp_path / "runs")
 
 
+@pytest.mark.slow
+def test_a_run_of_earlier_code_counts_if_its_first_rounds_are_repeated(accuracy, tmp_path):
+    from benchmarks.accuracy import page
+    from benchmarks.accuracy.replay import replay
+
+    _, run = accuracy
+    protocol = small(TABLES["fashion-pathological"]).lasting(2)
+    method = protocol.method("heterofl")
+    made = run.run(protocol, method, 0, tmp_path, quiet=True)
+    path = run.result_path(method, 0, tmp_path)
+
+    def replayed(**differing):
+        path.write_text(json.dumps({**made, "key": "of other code", **differing}))
+        return replay(protocol, method, 0, tmp_path, 1), json.loads(path.read_text())
+
+    said, found = replayed()
+    assert (said, found["key"], found["rounds"]) == ("", made["key"], made["rounds"])
+    assert "1 runs are of earlier code" in " ".join(page._replayed([found, made]))
+    assert page._replayed([made]) == []
+    for name in ("up", "macs"):
+        rounds = [{**made["rounds"][0], name: made["rounds"][0][name] + 1}, made["rounds"][1]]
+        said, found = replayed(rounds=rounds)
+        assert said.startswith(f"round 1: {name} was ")
+        assert found["key"] == "of other code"
+    assert replayed(fingerprint="other")[0] == "other settings, data or model"
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("table", sorted(TABLES.keys() - set(QUICK)))
 def test_every_other_table_runs(accuracy, table, tmp_path):

@@ -132,11 +132,11 @@ def test_the_server_is_asked_to_distil_at_the_widths_of_steps() -> None:
     def asked(recipe: Recipe | None = None, **options: Any) -> SelfDistillation | None:
         return compose(job(options, recipe=recipe or Recipe())).distillation
 
-    assert asked() == SelfDistillation(40, (0.25, 0.5, 0.75))
+    assert asked() == SelfDistillation(40, (0.25, 0.5, 0.75), 1e-3)
     assert asked(distill=0) is None
-    assert asked(distill=7, dropout=[0.5]) == SelfDistillation(7, (0.5,))
-    assert asked(Recipe(ordered_dropout=(0.3, 1.0))) == SelfDistillation(40, (0.3,))
-    assert asked(dropout=[], densities=[1, 0.5]) == SelfDistillation(40, (0.5,))
+    assert asked(distill=7, dropout=[0.5]) == SelfDistillation(7, (0.5,), 1e-3)
+    assert asked(Recipe(ordered_dropout=(0.3, 1.0))) == SelfDistillation(40, (0.3,), 1e-3)
+    assert asked(dropout=[], densities=[1, 0.5]) == SelfDistillation(40, (0.5,), 1e-3)
     assert asked(dropout=[]) is None  # there is no narrower width
     assert asked(Recipe(personal=("@head",))) is None  # the server's own head answers to nothing
 

@@ -59,7 +59,7 @@ class Options:
     adjust: bool = True
     dropout: tuple[Any, ...] = bounded((0.25, 0.5, 0.75), 1e-3, 1)
     rule: Literal["fill", "coverage"] = "fill"
-    server_momentum: float = bounded(0.7, 0, 0.999)
+    server_momentum: float = bounded(0.5, 0, 0.999)
     average: float = bounded(0.85, 0, 1, below=True)
     blend: float = bounded(0.5, 0, 1)
     validate_blend: bool = True
@@ -162,7 +162,7 @@ def _distillation(job: Job, options: Options) -> SelfDistillation | None:
     densities = tuple(d for d in job.recipe.ordered_dropout or options.dropout or options.densities if d < 1)
     if not options.distill or not densities or job.recipe.personal:
         return None
-    return SelfDistillation(options.distill, densities)
+    return SelfDistillation(options.distill, densities, lr=1e-3)
 
 
 def _nested_widths(job: Job, options: Options) -> tuple[float, ...]:

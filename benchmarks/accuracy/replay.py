@@ -1,0 +1,84 @@
+"""Whether runs of earlier code are this code's, too: their first rounds again, compared digit by digit.
+
+Coded differences are compressed, so that bytes that travel tell of the last bit of a weight.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.accuracy.figures import Run
+from benchmarks.accuracy.protocol import Method, Protocol
+from benchmarks.accuracy.run import commit, experiment_of, result_path, rounds_of
+from fedprune_server.simulation.results.run_folder import simulate
+from fedprune_server.simulation.simulation import Simulation
+
+_COMPARED = ("round", "at", "down", "up", "macs", "density", "active_macs")
+
+
+def replay(protocol: Protocol, method: Method, seed: int, folder: Path, rounds: int, *, cuda: bool = False) -> str:
+    """Run a row's first rounds again; where they are the stored run's, that counts as a run of this code.
+
+    Args:
+        protocol: The table.
+        method: The row.
+        seed: The seed.
+        folder: The table's folder of results.
+        rounds: How many rounds.
+        cuda: Whether the run was trained on an NVIDIA GPU.
+
+    Returns:
+        What differs; empty if nothing does.
+    """
+    path = result_path(method, seed, folder, cuda=cuda)
+    stored: Run = json.loads(path.read_text())
+    experiment = experiment_of(protocol, method, seed, cuda=cuda)
+    if experiment.fingerprint != stored["fingerprint"]:
+        return "other settings, data or model"
+    running: list[Simulation] = []
+
+    def progress(simulation: Simulation) -> None:
+        running[:] = [simulation]
+        if len(simulation.state.history) >= rounds:
+            raise _EnoughError
+
+    try:
+        with TemporaryDirectory(prefix="fedprune-replay-") as scratch:
+            simulate(experiment, Path(scratch), progress)
+    except _EnoughError:
+        pass
+    again = [row for row in rounds_of(running[0].record()) if row["measured"]]
+    if difference := first_difference(stored["rounds"], again):
+        return difference
+    stored |= {"key": protocol.key(method, seed, cuda=cuda), "replayed": {"rounds": rounds, "code": commit()}}
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(stored))
+    part.rename(path)
+    return ""
+
+
+def first_difference(stored: list[dict[str, Any]], again: list[dict[str, Any]]) -> str:
+    """The first number of some rounds that a stored run has otherwise; empty if there is none.
+
+    Args:
+        stored: The rounds of a run, as they are written.
+        again: The first of them, run again.
+    """
+    before = {row["round"]: row for row in stored}
+    if not again:
+        return "nothing was measured in these rounds"
+    for row in again:
+        found = before.get(row["round"], {})
+        numbers = {n: (row[n], found.get(n)) for n in _COMPARED}
+        numbers |= {n: (v, found.get("measured", {}).get(n)) for n, v in row["measured"].items() if "_loss" not in n}
+        for name, (now, then) in numbers.items():
+            if now != then:
+                return f"round {row['round']}: {name} was {then}, is {now}"
+    return ""
+
+
+class _EnoughError(Exception):
+    """The rounds that are compared are over."""
