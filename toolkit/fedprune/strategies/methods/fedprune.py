@@ -65,7 +65,7 @@ class Options:
     validate_blend: bool = True
     calibrate: bool = True
     clip_norm: float = bounded(1.0, 0, 1e6)
-    mixup: float = bounded(0.4, LEAST_MIXUP, 10, or_zero=True)
+    mixup: float = bounded(0.2, LEAST_MIXUP, 10, or_zero=True)
     lr_decay: float = bounded(1.0, 1e-3, 1)
     arrivals: int = bounded(0, 0, 10**6)
     distill: int = bounded(40, 0, 10_000)
