@@ -4,8 +4,8 @@ Every run (a method and a seed) is a process of its own. A run that was killed c
 and a finished one is not repeated unless its settings or its network have changed; its numbers lie under
 `build/accuracy`. The page and the numbers of all finished runs are written to `benchmarks/results/accuracy` after
 every run; in another checkout the runs of that file count as finished. A run whose code or settings have changed since
-stays on the page, marked, until it was run again. Where code alone has changed, `--replay 3` runs three rounds, and the
-run counts again if they are its own to the last digit. `summary` puts the verdicts of `EIGHT` on one page.
+stays on the page, marked, until it was run again. Where only code has changed, `--replay 3` repeats its first three
+rounds, and the run counts again if no digit differs. `summary` puts the verdicts of `EIGHT` on one page.
 """
 
 from __future__ import annotations
@@ -132,13 +132,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--processes", type=int, default=1, help="processes that train within a run")
     parser.add_argument("--cuda", action="store_true", help="train on an NVIDIA GPU")
     parser.add_argument("--page", action="store_true", help="run nothing, write the page of what there is")
-    parser.add_argument("--again", action="store_true", help="run finished runs again")
-    parser.add_argument(
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--again", action="store_true", help="run finished runs again")
+    again.add_argument(
         "--replay",
         type=int,
         default=0,
         metavar="N",
-        help="run only the first N rounds of runs of other code; where these are the same, the run counts",
+        help="repeat only the first N rounds of runs of other code; runs that they equal count again",
     )
     parser.add_argument(
         "--output", type=Path, help=f"folder of the page; {RESULTS}, or with a changed protocol {RUNS}/changed"
@@ -191,11 +192,12 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
         for method, seed in wanted:
             forget(protocol, method, seed, options)
     left = [(m, s) for m, s in wanted if not finished(protocol, m, s, options)]
-    if options.replay:
-        left = [(m, s) for m, s in left if result_of(protocol, m, s, options).exists()]
     done = [r["cpu_s"] / 60 for r in results(protocol, options)]
     each = sum(done) / len(done) if done else protocol.minutes
     basis = "as those that are finished took" if done else "a guess"
+    if options.replay:
+        left = [(m, s) for m, s in left if result_of(protocol, m, s, options).exists()]
+        each *= min(1.0, options.replay / protocol.rounds)
     print(
         f"{protocol.name}: {len(left)} of {len(wanted)} runs to do, about {len(left) * each:.0f} CPU minutes "
         f"({each:.1f} each, {basis}), {options.workers} at a time",
@@ -231,10 +233,11 @@ def start(protocol: Protocol, method: Method, seed: int, options: argparse.Names
 
 
 def one(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
-    from benchmarks.accuracy.replay import replay
     from benchmarks.accuracy.run import run
 
     if options.replay:
+        from benchmarks.accuracy.replay import replay
+
         found = replay(protocol, method, seed, options.runs / protocol.name, options.replay, cuda=options.cuda)
         print(f"{method.name} seed {seed}: {found or 'the same'}", flush=True)
         return

@@ -104,8 +104,8 @@ def _replayed(runs: Sequence[Run]) -> list[str]:
     if not again:
         return []
     rounds, code = min(r["replayed"]["rounds"] for r in again), ", ".join(sorted({r["code"] for r in again}))
-    text = f"{len(again)} runs are of earlier code (commits: {code}); the page's repeats their first {rounds} rounds "
-    return ["", *wrapped(f"{text}to the last digit.")]
+    text = f"{len(again)} runs are of earlier code (commits: {code}). "
+    return ["", *wrapped(f"{text}The code of this page repeats their first {rounds} rounds to the last digit.")]
 
 
 def _changed(protocol: Protocol) -> str:

@@ -1,6 +1,6 @@
-"""Whether runs of earlier code are this code's, too: their first rounds again, compared digit by digit.
+"""First rounds of stored runs, run again by today's code and compared digit by digit.
 
-Coded differences are compressed, so that bytes that travel tell of the last bit of a weight.
+Differences are compressed before they are sent, so a weight that differs in its last bit changes the number of bytes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.accuracy.figures import Run
 from benchmarks.accuracy.protocol import Method, Protocol
 from benchmarks.accuracy.run import commit, experiment_of, result_path, rounds_of
+from fedprune.core.atomic_file import write_whole
 from fedprune_server.simulation.results.run_folder import simulate
 from fedprune_server.simulation.simulation import Simulation
 
@@ -20,7 +21,7 @@ _COMPARED = ("round", "at", "down", "up", "macs", "density", "active_macs")
 
 
 def replay(protocol: Protocol, method: Method, seed: int, folder: Path, rounds: int, *, cuda: bool = False) -> str:
-    """Run a row's first rounds again; where they are the stored run's, that counts as a run of this code.
+    """Run the first rounds of a stored run again; if no number differs, the stored run counts as one of this code.
 
     Args:
         protocol: The table.
@@ -54,18 +55,16 @@ def replay(protocol: Protocol, method: Method, seed: int, folder: Path, rounds: 
     if difference := first_difference(stored["rounds"], again):
         return difference
     stored |= {"key": protocol.key(method, seed, cuda=cuda), "replayed": {"rounds": rounds, "code": commit()}}
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(stored))
-    part.rename(path)
+    write_whole(path, json.dumps(stored).encode())
     return ""
 
 
 def first_difference(stored: list[dict[str, Any]], again: list[dict[str, Any]]) -> str:
-    """The first number of some rounds that a stored run has otherwise; empty if there is none.
+    """The first number that differs between a stored run and its repeated rounds; empty if all are equal.
 
     Args:
         stored: The rounds of a run, as they are written.
-        again: The first of them, run again.
+        again: The repeated rounds.
     """
     before = {row["round"]: row for row in stored}
     if not again:

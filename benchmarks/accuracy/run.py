@@ -23,6 +23,7 @@ import numpy.typing as npt
 from benchmarks.accuracy import nets, sets
 from benchmarks.accuracy.protocol import AVERAGE, CALIBRATION, Board, Method, Protocol
 from benchmarks.accuracy.shares import shares
+from fedprune.core.atomic_file import write_whole
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
 from fedprune.planning.profile import HardwareProfile
@@ -221,9 +222,7 @@ def run(
         "rounds": rounds_of(record),
     }
     path = result_path(method, seed, folder, cuda=cuda)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(result))
-    part.rename(path)
+    write_whole(path, json.dumps(result).encode())
     shutil.rmtree(place)
     return result
 

@@ -68,10 +68,9 @@ class Distiller:
         )
         self._trainer = Trainer(training_step(model, self._recipe.features).to_bytes())
         axes, sizes = self._trainer.axes, self._architecture.sizes
-        plans = [sizes] if axes is None else axes.plans(sizes, asked.densities)
-        self._widths = plans
+        self._widths = [sizes] if axes is None else axes.plans(sizes, asked.densities)
         self._sessions = Sessions(model, len(self._widths))
-        a_sample = sum(costs_at(self._architecture, p).training_macs for p in plans) / len(plans)
+        a_sample = sum(costs_at(self._architecture, p).training_macs for p in self._widths) / len(self._widths)
         self._macs = asked.steps * min(_BATCH, len(calibration.samples)) * a_sample
 
     def __call__(self, tensors: Tensors, ranks: Sequence[npt.ArrayLike], round_: int) -> Tensors:

@@ -72,6 +72,18 @@ class Audience:
         self._look(now)
         return self._named.get(sha256, ())
 
+    def several(self, sha256: str, device: str, now: float) -> bool:
+        """Whether others than the device that asks for a blob have it in their offers, too.
+
+        A device that asks has its offer: if it isn't known here, the last look was before that, and so is what it says
+        of the others.
+        """
+        known = self.of(sha256, now)
+        if len(known) < 2 and device not in known:
+            self._look_at = now
+            known = self.of(sha256, now)
+        return len(known) > 1
+
     def complete(self, now: float) -> bool:
         """Whether no offer of the round is still to be made."""
         self._look(now)
@@ -156,7 +168,7 @@ class Multicast:
         Returns:
             What the device is to be answered alone.
         """
-        if not want.shared or len(self._audience.of(want.sha256, now)) < 2 or not self._store.has(want.sha256):
+        if not (want.shared and self._audience.several(want.sha256, device, now) and self._store.has(want.sha256)):
             return [want]
         share = self._share(want, now)
         end = min(want.first + want.count, share.total)

@@ -28,7 +28,7 @@ from fedprune_server.executor.distillation import Distiller
 from fedprune_server.executor.evaluator import Evaluator, Sessions
 from fedprune_server.simulation.digits import digits_model, load_digits
 
-ASKED = SelfDistillation(20, (0.25, 0.5, 0.75))
+ASKED = SelfDistillation(20, (0.25, 0.5, 0.75), 3e-4)
 X, Y = load_digits()
 
 
@@ -135,7 +135,7 @@ def test_a_full_width_that_lags_behind_learns_from_its_submodels(digits: Model) 
     start, unlabelled = lagging(digits), X[800:1200]
     measure = Calibration(digits, unlabelled)
     evaluate = Evaluator(Sessions(digits, 1), Recipe(), (X[1200:], Y[1200:]))
-    asked = SelfDistillation(40, (0.25, 0.5))
+    asked = SelfDistillation(40, (0.25, 0.5), 3e-4)
     found = distiller(digits, unlabelled, asked)(start, own_order(digits), 1)
     before, after = (evaluate(measure(t), digits.architecture.sizes) for t in (start, found))
     assert after["loss"] < before["loss"]
@@ -143,7 +143,7 @@ def test_a_full_width_that_lags_behind_learns_from_its_submodels(digits: Model) 
 
 
 def test_bits_depend_on_seed_and_round_alone(digits: Model) -> None:
-    x, asked = X[:100], SelfDistillation(3, (0.5,))
+    x, asked = X[:100], SelfDistillation(3, (0.5,), 3e-4)
     order = own_order(digits)
     first = distiller(digits, x, asked)
     one = first(digits.tensors, order, 1)

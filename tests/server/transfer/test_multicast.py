@@ -248,6 +248,17 @@ def test_leaves_wait_for_offers_that_are_still_being_made_and_leaf_tables_do_not
     assert site.published() == [0, 1, 2, 3]
 
 
+def test_offers_of_a_moment_ago_count(tmp_path: Path) -> None:
+    site = Site(tmp_path, 3)
+    offered = dict(site.state.tasks)
+    site.state.tasks.clear()
+    assert site.want("d0", 0, 1) != []  # nobody has an offer, and this is remembered for a moment
+    site.state.tasks |= offered
+    site.now = 0.01
+    assert [site.want(n, 0, LEAVES) for n in site.names] == [[], [], []]
+    assert site.published() == list(range(LEAVES))
+
+
 def test_the_first_do_not_wait_for_ever_for_the_last(tmp_path: Path) -> None:
     site = Site(tmp_path, 3)
     site.state.tasks["d2"].progress = Progress.EXTRACTING

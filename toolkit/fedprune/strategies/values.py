@@ -187,4 +187,4 @@ class SelfDistillation:
 
     steps: int
     densities: tuple[float, ...]
-    lr: float = 3e-4
+    lr: float
