@@ -45,12 +45,15 @@ def _show(arguments: argparse.Namespace) -> None:
             table = row["table"]
             print(f"[{table}]")
         line = f"{row['key']} = {brief(row['value'])}"
-        print(f"{line:<48} # {row['from']}")
+        print(f"{line:<48} # {row['from']}" + ("; no such file" if row["missing"] else ""))
     if not rows:
         print("# every setting is as by default; --all shows them")
 
 
 _DEFAULT = "default"
+
+_READ = (("model", "path"), ("evaluation", "data"), ("calibration", "data"))
+"""Settings that name files which a server reads when it starts, or functions as `package.module:function`."""
 
 
 def _rows(found: Any) -> Iterator[dict[str, Any]]:
@@ -62,9 +65,10 @@ def _rows(found: Any) -> Iterator[dict[str, Any]]:
         shown = masked(value) if isinstance(value, str) else value
         if path[0] == "alerts" and path[-1] in ("webhook", "heartbeat"):
             shown = shown_url(value)
-        if path[-1] in ("state", *PATHS):
+        if path in _READ or path[-1] in ("state", *PATHS):
             shown = os.path.normpath(value)
-        yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown, "from": came}
+        missing = path in _READ and ":" not in value and not Path(value).exists()
+        yield {"table": ".".join(path[:-1]), "key": path[-1], "value": shown, "from": came, "missing": missing}
 
 
 def _whole(tables: dict[str, Any], config: Any) -> dict[str, Any]:

@@ -95,6 +95,18 @@ def test_lines_show_what_is_not_as_by_default(file: Path, capsys: pytest.Capture
     assert "max_devices = 1000" in capsys.readouterr().out
 
 
+def test_a_file_that_is_not_there_is_marked(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file.write_text(
+        '[model]\npath = "net.onnx"\n[evaluation]\ndata = "my_data:samples"\n[calibration]\ndata = "samples.npz"\n'
+    )
+    (file.parent / "net.onnx").touch()
+    assert main(["config", "check", str(file)]) == ExitCode.OK
+    lines = capsys.readouterr().out.splitlines()
+    assert [(line.partition(" ")[0], line.endswith("; no such file")) for line in lines if "=" in line] == [
+        ("path", False), ("data", False), ("data", True),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("schedule", "kind", "found"),
     [
