@@ -20,10 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +205,8 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
         f"({each:.1f} each, {basis}), {options.workers} at a time",
         flush=True,
     )
+    if options.replay:
+        return replay_all(protocol, left, options)
     running: dict[subprocess.Popen[bytes], tuple[str, int]] = {}
     failed = []
     try:
@@ -224,23 +228,48 @@ def everything(protocol: Protocol, methods: list[Method], options: argparse.Name
     return failed
 
 
+def replay_all(
+    protocol: Protocol, runs: Sequence[tuple[Method, int]], options: argparse.Namespace
+) -> list[tuple[str, int]]:
+    """Repeat the first rounds of runs, many in one process: reading data and importing torch takes longer than they do.
+
+    Returns:
+        Row and seed of those that failed.
+    """
+    from benchmarks.accuracy.replay import replay
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the workers, which read it on import
+    folder = options.runs / protocol.name
+    failed = []
+    pool = ProcessPoolExecutor(options.workers, get_context("spawn"))
+    try:
+        waiting = {
+            pool.submit(replay, protocol, method, seed, folder, options.replay, cuda=options.cuda): (method.name, seed)
+            for method, seed in runs
+        }
+        for future in as_completed(waiting):
+            name, seed = waiting[future]
+            error = future.exception()
+            if error is not None:
+                failed.append((name, seed))
+            found = f"FAILED: {error}" if error is not None else future.result() or "the same"
+            print(f"{name} seed {seed}: {found}", flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
 def start(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "benchmarks.accuracy", protocol.name, "--one", "--methods", method.name]
     command += ["--seeds", str(seed), "--processes", str(options.processes)]
     command += ["--runs", str(options.runs), "--rounds", str(options.rounds), "--most", str(options.most)]
-    command += ["--steps", str(options.steps), "--replay", str(options.replay), *(["--cuda"] if options.cuda else [])]
+    command += ["--steps", str(options.steps), *(["--cuda"] if options.cuda else [])]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def one(protocol: Protocol, method: Method, seed: int, options: argparse.Namespace) -> None:
     from benchmarks.accuracy.run import run
 
-    if options.replay:
-        from benchmarks.accuracy.replay import replay
-
-        found = replay(protocol, method, seed, options.runs / protocol.name, options.replay, cuda=options.cuda)
-        print(f"{method.name} seed {seed}: {found or 'the same'}", flush=True)
-        return
     run(protocol, method, seed, options.runs / protocol.name, workers=options.processes, cuda=options.cuda)
 
 

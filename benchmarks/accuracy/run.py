@@ -26,7 +26,7 @@ from benchmarks.accuracy.shares import shares
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.rng import keyed
 from fedprune.jobs.job import Job
-from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.planning.profile_store import find
 from fedprune.strategies.allocation import natural
 from fedprune_export.pruning.model import Model
@@ -296,19 +296,18 @@ def _means(values: Mapping[str, float], density: Mapping[str, float]) -> dict[st
 
 
 def _profile(board: Board) -> HardwareProfile:
+    """A shipped board that trains on its processor, as these runs do. Nothing else of its profile decides a number."""
     shipped = find(board.profile)
+    processor = replace(shipped.software, tier=TIERS[0], tensorrt=None)
+    found = replace(shipped, accelerator=None, power=None, software=processor)
     if not board.down_mb_s:
-        return shipped
+        return found
     link = replace(
-        shipped.link, down_bytes_s=board.down_mb_s * 1e6, up_bytes_s=board.up_mb_s * 1e6, bytes_per_round=2**40
+        found.link, down_bytes_s=board.down_mb_s * 1e6, up_bytes_s=board.up_mb_s * 1e6, bytes_per_round=2**40
     )
     said = dict.fromkeys(("link.down_bytes_s", "link.up_bytes_s", "link.bytes_per_round"), "estimate: an experiment's")
-    return replace(
-        shipped,
-        name=f"{shipped.name}-{board.down_mb_s:g}-{board.up_mb_s:g}",
-        link=link,
-        sources={**shipped.sources, **said},
-    )
+    name = f"{found.name}-{board.down_mb_s:g}-{board.up_mb_s:g}"
+    return replace(found, name=name, link=link, sources={**found.sources, **said})
 
 
 def commit() -> str:

@@ -111,11 +111,14 @@ def summary(tables: Mapping[str, tuple[Protocol, Sequence[Run]]], made: str) -> 
     found = {name: verdicts(protocol, runs) for name, (protocol, runs) in tables.items()}
     promises = [v.promise for v in next(iter(found.values()))]
     said = (
-        f"{made}. Made by `python -m benchmarks.accuracy summary` from the tables' runs. *Published*: the best row of "
-        f"others; *same loss*: {SAME_LOSS}. *Served* may be behind by the standard error of the paired difference, the "
-        f"global model behind the same loss by {NEAR:g} points, behind a published row not at all. Bytes and MACs: at "
-        f"most {MOST[0]:g} and {MOST[1]:g} % of {FULL}'s. Differences are means of the seeds' ± half of the 95 % "
-        "interval. *Open*: runs are missing, or are of other code or settings."
+        f"{made}. Made by `python -m benchmarks.accuracy summary` from the tables' runs. fedprune promises six things "
+        "in every table: what boards serve is as accurate as the best other method's (*published*, training alone and "
+        f"FedAvg included) and as that of {SAME_LOSS} (*same loss*), up to the standard error of the paired "
+        "difference; the global model is at least as accurate as the best other method's, and at most "
+        f"{NEAR:g} points below that of the same loss; and it takes at most {MOST[0]:g} % of the bytes and "
+        f"{MOST[1]:g} % of the MACs of {FULL}. A cell has the verdict, fedprune's accuracy, the other's, and the "
+        "difference (mean of the seeds' ± half of the 95 % interval, rounded by itself). *Open*: runs are missing, or "
+        "are of other code or settings."
     )
     head = f"| table | {' | '.join(promises)} |"
     lines = ["# What fedprune promises, and keeps", "", *wrapped(said), "", head, f"|---|{'---|' * len(promises)}"]
