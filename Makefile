@@ -59,8 +59,8 @@ else
 		tests/toolkit tests/device
 endif
 
-# Boards with Arm processors, in an emulator: needs qemu-user-static, proot and mmdebstrap. Tests of a file run at once,
-# too: those of one take most of the time.
+# Boards with Arm processors, in an emulator: needs qemu-user-static, qemu-user, proot, mmdebstrap and gcc. Tests of a
+# file run at once, too: those of one take most of the time.
 test-arm64: $(DEV)/installed
 	$(DEV)/bin/pytest -n auto --dist loadgroup --no-loadscope-reorder -m arm64 tests/arm64 $(ARGS)
 

@@ -16,8 +16,11 @@ from pathlib import Path
 
 from support.processes.arm_userland import tool
 
-_PARTS = {"cortex-a53": "0xd03", "cortex-a72": "0xd08", "cortex-a76": "0xd0b"}
+_PARTS = {"cortex-a53": "0xd03", "cortex-a72": "0xd08", "cortex-a76": "0xd0b", "cortex-a78": "0xd41"}
 """What a processor's `CPU part` says in /proc/cpuinfo."""
+
+_STAND_INS = {"cortex-a78": "cortex-a76"}
+"""Whose instructions are emulated for processors that qemu 7.2 doesn't have."""
 
 _CORES = 4
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -31,11 +34,13 @@ class Board:
         root: Its file system, which programs change.
         processor: As qemu names it.
         environment: Of all its programs.
+        plugin: A TCG plugin that watches what they execute.
     """
 
     root: Path
     processor: str = "cortex-a72"
     environment: Mapping[str, str] = field(default_factory=dict)
+    plugin: Path | None = None
 
     def __post_init__(self) -> None:
         self._look_like_a_board()
@@ -47,7 +52,10 @@ class Board:
             words: The program and its arguments, as the board knows them.
             offline: In a network of its own, where there is nobody.
         """
-        emulator = f"{tool('qemu-aarch64-static', 'qemu-user-static')} -cpu {self.processor}"
+        emulator = tool("qemu-aarch64-static", "qemu-user-static")
+        if self.plugin is not None:  # the static emulator loads none; proot has this machine's files there
+            emulator = f"{tool('qemu-aarch64', 'qemu-user')} -plugin /host-rootfs{self.plugin}"
+        emulator += f" -cpu {_STAND_INS.get(self.processor, self.processor)}"
         command = [tool("proot", "proot"), "-0", "-q", emulator, "-r", str(self.root), "-w", "/"]
         hardware = self._hardware
         # onnxruntime reads both and crashes where a board's processor has the cores of a PC.

@@ -1,0 +1,274 @@
+"""Memory and first prediction of a board of 512 MB: `python benchmarks/small_board.py`.
+
+A real server, Mosquitto and one `fedprune-device run` with the profile of a Raspberry Pi Zero 2 W, in a control group
+with what that board leaves to programs (needs root and the memory controller of cgroup v1; without them the limit is
+compared, not enforced). Then the board "boots" and predicts: CPU time on this machine, and instructions on an emulated
+Cortex-A53 (needs what `make test-arm64` needs).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+BOARD = "raspberry-pi-zero-2w"
+NETS = {"lenet": (1, 28, 28), "mobilenetv2_100": (3, 96, 96)}
+"""The second is timm's."""
+BATCH = 8
+SAMPLES = 64
+ROUNDS = 3
+IDLE_S = 8.0
+CLOCK_HZ = 1e9
+PER_CYCLE = 0.5
+"""Instructions per cycle that a Cortex-A53 is taken to reach at least."""
+
+GROUP = Path("/sys/fs/cgroup/memory/fedprune-small-board")
+
+FLEET = """\
+[job]
+name = "small"
+rounds = {rounds}
+devices = 1
+strategy = "plain"
+scorer = "ordered"
+deadline_s = 3600
+
+[job.recipe]
+epochs = 1
+batch_size = {batch}
+lr = 0.01
+evaluate_every = {rounds}
+
+[model]
+path = "model.onnx"
+
+[evaluation]
+data = "samples.npz"
+
+[server]
+broker = "mqtt://127.0.0.1:{port}"
+state = "state"
+"""
+
+PREDICT = """\
+import os, sys
+from fedprune_device.cli.main import main
+code = main(sys.argv[1:])
+try:
+    os.lseek(-1, 1, os.SEEK_SET)
+except OSError:
+    pass
+sys.exit(code)
+"""
+
+
+def module(net: str) -> Any:
+    """A net by name."""
+    if net == "lenet":
+        from step_nets import network
+
+        return network(net)
+    from support.nets.published_nets import timm_model
+
+    return timm_model(net, NETS[net][-1])
+
+
+@contextmanager
+def control_group(limit: int) -> Iterator[list[str]]:
+    """The prefix of a command that runs within so much memory; empty without cgroup v1."""
+    try:
+        prefix = ["/bin/sh", "-c", f'echo $$ > {GROUP}/cgroup.procs && exec "$@"', "sh"]
+        try:
+            GROUP.mkdir(exist_ok=True)
+            (GROUP / "memory.limit_in_bytes").write_text(str(limit))
+        except OSError as error:
+            print(f"no control group ({error})", file=sys.stderr)
+            prefix = []
+        yield prefix
+    finally:
+        with suppress(OSError):
+            GROUP.rmdir()
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """Bytes of a process and those below it, shared pages in parts, and how many of them have loaded onnxruntime."""
+    from benchmarks.swarm.site import family
+
+    total = loaded = 0
+    for each in family(pid):
+        rows = Path(f"/proc/{each}/smaps_rollup").read_text().splitlines()
+        total += 1024 * int(next(r for r in rows if r.startswith("Pss:")).split()[1])
+        loaded += "onnxruntime_pybind11_state" in Path(f"/proc/{each}/maps").read_text()
+    return total, loaded
+
+
+def measure(net: str, shape: tuple[int, ...], folder: Path) -> dict[str, Any]:
+    """One job on one board, and the board afterwards."""
+    from benchmarks.swarm.site import find_mosquitto, site
+    from fedprune.planning.profile_store import find
+    from fedprune_export.importing import export_torch
+
+    (folder / "model.onnx").write_bytes(export_torch(module(net), input_shape=shape))
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((SAMPLES, *shape)).astype(np.float32), rng.integers(0, 10, SAMPLES)
+    np.savez(folder / "samples.npz", x=x, y=y)
+    np.save(folder / "one.npy", x[:1])
+    profile = find(BOARD)
+    limit = profile.memory.total_bytes - profile.memory.reserve_bytes
+    with site(folder) as place, control_group(limit) as within:
+        config = folder / "fleet.toml"
+        config.write_text(FLEET.format(rounds=ROUNDS, batch=BATCH, port=place.port))
+        place.broker(find_mosquitto())
+        run = [sys.executable, "-m", "fedprune_device.cli.main", "run", "--insecure", "--patient", "--no-probe"]
+        run += ["--profile", BOARD, "--threads", "1", "--broker", f"mqtt://127.0.0.1:{place.port}", "--device", "zero"]
+        board = place.start("zero", [*within, *run, "--data", folder / "samples.npz", "--state", folder / "zero"])
+        waited(lambda: "connected" in place.said("zero"), "the board's connection")
+        time.sleep(IDLE_S)
+        before, _ = memory(board.pid)
+        place.server(config)
+        loaded = 0
+        while "is finished" not in place.said("server"):
+            if board.poll() is not None:
+                raise SystemExit(f"{net}: the board's agent ended: {place.said('zero')[-3000:]}")
+            loaded = max(loaded, memory(board.pid)[1])
+            time.sleep(0.1)
+        time.sleep(IDLE_S)
+        after, _ = memory(board.pid)
+        place.look()
+        peak = place.watched["zero"].peak
+        failed = int((GROUP / "memory.failcnt").read_text()) if within else None
+        log = place.said("server").splitlines()
+        plan = [line for line in log if "memory:" in line or "density" in line]
+        place.stop("zero")
+    return {
+        "net": net, "shape": shape, "limit_bytes": limit, "training_bytes": profile.training_bytes,
+        "idle_before_bytes": before, "idle_after_bytes": after, "peak_bytes": peak, "loaded": loaded,
+        "reclaimed": failed, "plan": [" ".join(line.split()[1:]) for line in plan],
+    }  # fmt: skip
+
+
+def waited(condition: Callable[[], bool], what: str, most: float = 60.0) -> None:
+    until = time.monotonic() + most
+    while not condition():
+        if time.monotonic() > until:
+            raise SystemExit(f"{what}: not within {most:g} s")
+        time.sleep(0.1)
+
+
+def prediction(folder: str) -> list[str]:
+    """The arguments of Python that predict once with a board's serving model."""
+    return ["-c", PREDICT, "predict", "--state", f"{folder}/zero", "--input", f"{folder}/one.npy", "--threads", "1"]
+
+
+def first_prediction(folder: Path) -> dict[str, Any]:
+    """CPU seconds of a fresh process that predicts once, after another one has compiled the modules; and what it
+    imports: seconds by package."""
+    spent = 0.0
+    for _ in range(2):
+        before = os.times()
+        subprocess.run([sys.executable, *prediction(str(folder))], check=True, capture_output=True)
+        after = os.times()
+        spent = sum(after[2:4]) - sum(before[2:4])
+    command = [sys.executable, "-X", "importtime", *prediction(str(folder))]
+    told = subprocess.run(command, check=True, capture_output=True, text=True).stderr.splitlines()
+    packages: dict[str, float] = {}
+    for line in told:
+        if line.startswith("import time:") and "self" not in line:
+            own, _, name = line.removeprefix("import time:").split("|")
+            package = name.strip().partition(".")[0]
+            packages[package] = packages.get(package, 0.0) + int(own) * 1e-6
+    most = sorted(packages, key=lambda n: -packages[n])[:6]
+    return {"cpu_s": spent, "imports_s": sum(packages.values()), "packages": {n: packages[n] for n in most}}
+
+
+def counted_prediction(folder: Path) -> int:
+    """Instructions of the same on an emulated Cortex-A53, the interpreter's start included."""
+    from arm.counting import CACHE, SITE, board
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=CACHE, prefix=".small.") as place:
+        environment = {"PYTHONPATH": SITE}
+        machine = replace(board(Path(place), ()), processor="cortex-a53", environment=environment)
+        files = machine.root / "files"
+        files.mkdir()
+        shutil.copytree(folder / "zero", files / "zero", ignore=shutil.ignore_patterns("*.sock"))
+        shutil.copy(folder / "one.npy", files)
+        for _ in range(2):
+            done = machine.run("/usr/bin/python3", *prediction("/files"), timeout=600)
+    counts = [line.split()[2] for line in done.stderr.splitlines() if line.startswith("counted 1 ")]
+    if done.returncode or not counts:
+        raise SystemExit(f"the emulated board: {done.stderr[-2000:]}")
+    return int(counts[0])
+
+
+def page(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
+    """The table."""
+    lines = []
+    for row in rows:
+        mb = [f"{row[k] / 1e6:.0f}" for k in ("idle_before_bytes", "peak_bytes", "idle_after_bytes")]
+        within = "" if row["reclaimed"] is None else f"{row['reclaimed']:,}"
+        cells = [row["net"], "×".join(map(str, row["shape"])), *mb, f"{row['limit_bytes'] / 1e6:.0f}", within]
+        cells += [str(row["loaded"]), f"{row['first']['cpu_s']:.2f}", f"{row['arm'] / 1e9:.2f}"]
+        cells.append(f"{row['arm'] / CLOCK_HZ / PER_CYCLE:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    packages = rows[0]["first"]["packages"]
+    imports = ", ".join(f"{name} {1e3 * seconds:.0f} ms" for name, seconds in packages.items())
+    table, plans = "\n".join(lines), "\n".join(f"- {r['net']}: {'; '.join(r['plan'])}" for r in rows)
+    return f"""# A board of 512 MB
+
+{about["date"]}, {about["cpu"]}, Python {about["python"]}, onnxruntime {about["onnxruntime"]}, numpy {about["numpy"]}.
+`python benchmarks/small_board.py`
+
+`fedprune-device run` with the profile of a Raspberry Pi Zero 2 W, {ROUNDS} rounds of one epoch with {SAMPLES} samples
+in batches of {BATCH}, on this machine: libraries for Arm differ by some megabytes. Memory in MB: *idle* is the agent's
+(PSS, with all processes below it) when it is connected, and {IDLE_S:g} s after the job; *peak* its high-water mark
+(VmHWM). The control group's *limit* is the board's memory less what its system takes; *reached* is how often the kernel
+had to take back pages at it. *Loaded* is how many processes had onnxruntime loaded at most.
+
+*First prediction*: a fresh process that loads the serving model and predicts, as after a boot. CPU seconds here, and
+instructions (10⁹) on an emulated Cortex-A53; *A53* are the seconds that these take at 1 GHz and {PER_CYCLE}
+instructions per cycle, an estimate.
+
+| net | input | idle | peak | idle after | limit | reached | loaded | first prediction, s | instructions | A53, s |
+|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+{table}
+
+The plans:
+
+{plans}
+
+Imports of the first prediction ({1e3 * rows[0]["first"]["imports_s"]:.0f} ms here): {imports}.
+"""
+
+
+def main() -> None:
+    """The command."""
+    from synthetic_nets import setting, write
+
+    rows: list[dict[str, Any]] = []
+    for net, shape in NETS.items():
+        with TemporaryDirectory(prefix="fedprune-small-") as scratch:
+            row = measure(net, shape, Path(scratch))
+            rows.append(row | {"first": first_prediction(Path(scratch)), "arm": counted_prediction(Path(scratch))})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    about = setting("onnxruntime")
+    write("small_board", {**about, "rows": rows}, page(rows, about))
+
+
+if __name__ == "__main__":
+    main()
