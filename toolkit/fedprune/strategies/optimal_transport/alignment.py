@@ -191,8 +191,10 @@ class _Alignment:
         """Transport every tensor that isn't a layer's weight, by its channels' plan at its point of the graph.
 
         It is the plan of the last layer before it that writes to these channels or, after a sum, the stream's average.
+        Vectors with the same plans, such as those of a norm, are transported together.
         """
         recent: dict[int, Coupling] = {}
+        vectors: dict[tuple[Axis, tuple[Coupling, ...]], list[str]] = {}
         for spec in self.architecture.tensors:
             if spec.name in done:
                 recent.update(self.own.get(spec.name, {}))
@@ -200,11 +202,18 @@ class _Alignment:
             groups = sorted({g for axis in spec.axes for g in axis.groups})
             known = {**self.first, **recent, **self.streams.get(spec.name, {})}
             couplings = {g: known[g] if g in known else self._reader_plan(g) for g in groups}
+            if len(spec.axes) == 1 and groups:
+                vectors.setdefault((spec.axes[0], tuple(couplings.values())), []).append(spec.name)
+                continue
             value = self.source[spec.name]
             for i, axis in enumerate(spec.axes):
                 if axis.groups:
                     value = self._transport(value, i, axis, couplings, {})
             done[spec.name] = value if value is not self.source[spec.name] else value.copy()
+        for (axis, plans), names in vectors.items():
+            stacked = np.stack([self.source[name] for name in names])
+            rows = self._transport(stacked, 1, axis, dict(zip(axis.groups, plans, strict=True)), {})
+            done.update(zip(names, rows, strict=True))
 
     def _solve(self, step: Step) -> tuple[Floats, dict[int, Coupling]]:
         """Solve for the plans of a layer; returns its weight with transported inputs, and the plans."""

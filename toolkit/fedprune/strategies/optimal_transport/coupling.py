@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import gcd, prod
 from typing import Any, NamedTuple
 
@@ -140,6 +140,7 @@ class Coupling:
         return _gather(self.columns[order], self.rows[order], self.shares[order], self.sources, self.targets)
 
 
+@lru_cache(maxsize=256)
 def corner(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
     """The entries of the plan that keeps channels in order: sources, targets and mass, in units of 1/lcm(n, m)."""
     common = gcd(sources, targets)
@@ -147,7 +148,10 @@ def corner(sources: int, targets: int) -> tuple[Indices, Indices, Indices]:
     ends = np.sort(np.concatenate([np.arange(1, sources + 1) * send, np.arange(1, targets + 1) * take]))
     mass = np.diff(ends, prepend=0)
     ends, mass = ends[mass > 0], mass[mass > 0]
-    return (ends - 1) // send, (ends - 1) // take, mass
+    entries = (ends - 1) // send, (ends - 1) // take, mass
+    for array in entries:  # all callers share them
+        array.setflags(write=False)
+    return entries
 
 
 def _merged(keys: Indices, values: npt.NDArray[np.float64]) -> tuple[Indices, npt.NDArray[np.float64]]:
