@@ -11,7 +11,7 @@ from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model.architecture import widths_at
 from fedprune.model.recipe import Recipe
-from fedprune.model.selection import Selection, Tensors
+from fedprune.model.selection import Selection
 from fedprune.wire.messages import Offer, Update
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.serving.predictor import Predictor
@@ -22,7 +22,7 @@ from fedprune_export.bundles.inference import inference_model
 from fedprune_export.importing import load
 from fedprune_export.pruning.model import Model
 from fedprune_export.training.step_graph import training_graph
-from support.nets import small_nets as nets
+from support.nets import smooth_nets
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
@@ -40,34 +40,32 @@ def data() -> LocalData:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((33, 3, 32, 32)).astype(np.float32)
     y = rng.integers(0, 10, 33)
-    return LocalData(x[:25], y[:25], x[25:], y[25:])  # 25 = 3 · 8 + 1: a sample is left over
+    return LocalData(x[:25], y[:25], x[25:], y[25:])
 
 
-def oracle(model: Model, data: LocalData) -> Tensors:
-    """torch on the same batches: the leftover sample is left out."""
-    net = nets.resnet20_bn().train()
+def test_a_compiled_step_trains_as_torch_does() -> None:
+    """On a network without kinks: past one, six steps carry rounding as far as a wrong gradient would."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((25, 3, 8, 8)).astype(np.float32), rng.integers(0, 5, 25)  # 25 = 3 · 8 + 1
+    model = load("support.nets.smooth_nets:make")
+    trainer = Trainer(training_graph(model, RECIPE.features).to_bytes())
+    task = TrainingTask(RECIPE, seed=3, device="d", round=1, classes=5)
+    got = trainer.train(model.tensors, LocalData(x, y, x[:0], y[:0]), task)
+    assert trainer.normalised
+    assert got.steps == 6
+    net = smooth_nets.make().train()
     sgd = torch.optim.SGD(net.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay)
     for epoch in range(RECIPE.epochs):
         order = keyed(3, 1, "d", "batches", epoch).permutation(25)
-        for start in (0, 8, 16):
+        for start in (0, 8, 16):  # the leftover sample is left out
             rows = order[start : start + 8]
-            loss = torch.nn.functional.cross_entropy(
-                net(torch.from_numpy(data.x_train[rows])), torch.from_numpy(data.y_train[rows])
-            )
+            loss = torch.nn.functional.cross_entropy(net(torch.from_numpy(x[rows])), torch.from_numpy(y[rows]))
             sgd.zero_grad()
             loss.backward()
             sgd.step()
     state = net.state_dict()
-    return {n: state[n].numpy() for n in model.tensors}
-
-
-def test_a_compiled_step_trains_as_torch_does(model: Model, data: LocalData) -> None:
-    trainer = Trainer(training_graph(model, RECIPE.features).to_bytes())
-    got = trainer.train(model.tensors, data, TrainingTask(RECIPE, seed=3, device="d", round=1, classes=10))
-    assert trainer.normalised
-    assert got.steps == 6
-    for name, wanted in oracle(model, data).items():
-        np.testing.assert_allclose(got.tensors[name], wanted, rtol=2e-3, atol=2e-4, err_msg=name)
+    for name in model.tensors:
+        np.testing.assert_allclose(got.tensors[name], state[name].numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("density", [0.25, 0.6, 1.0])

@@ -182,9 +182,9 @@ def test_parts_need_the_memory_of_a_part(model: Model) -> None:
     session = Session(graph, training=True)
     run = session.run
 
-    def watched(feeds: Any, outputs: Any = None) -> Any:
+    def watched(feeds: Any, outputs: Any, into: Any) -> Any:
         seen.append(len(feeds["x"]))
-        return run(feeds, outputs)
+        return run(feeds, outputs, into)
 
     session.run = watched  # type: ignore[method-assign]
     trainer = Trainer(graph, session=session)

@@ -14,6 +14,7 @@ from fedprune.model.recipe import Recipe
 from fedprune.planning.profile import HardwareProfile
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import Accepted, BlobRequest, Cancelled, Finished, Offer, Update
+from fedprune_device.hardware import allocator
 from fedprune_device.hardware.thermal_guard import ThermalGuard
 from fedprune_device.network.downloader import Downloader
 from fedprune_device.network.offer_checks import attempt_of, check_offer, fits, place_of, same_work
@@ -179,6 +180,8 @@ class OfferHandler:
         if self._worker is not None and not self._worker.alive:
             worker, self._worker = self._worker, None
             self._settle(worker, now)
+            del worker  # frees the round's arrays before the heap is trimmed
+            allocator.trim_heap()
             self._collect()
         if self._worker is None:
             self._train(now, connected=connected)

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedprune import __version__
 from fedprune.blobs.blob_ref import LEAF
-from fedprune.core.cli import Command, options_of, recipe_setting, run_command, seconds, whole_number
+from fedprune.core.cli import Command, options_of, rate, recipe_setting, run_command, seconds, whole_number
 from fedprune.core.errors import ProtocolError
 from fedprune.runtime.precision_files import PRECISIONS, SERVE
 from fedprune.wire.chunk import MAX_PACKET, MAX_PAYLOAD, PACKET_OVERHEAD
@@ -24,6 +24,7 @@ from fedprune_device.cli.options import (
     add_membership,
     add_policy_option,
     add_sample_options,
+    add_tier_option,
     log_handler,
     threads,
 )
@@ -57,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="measure this board, which takes about fifteen seconds")
     probe.add_argument("--json", action="store_true", help="as JSON, for programs")
     probe.add_argument("--threads", type=whole_number, default=threads(), metavar="N", help="threads for the benchmark")
+    add_tier_option(probe)
     probe.set_defaults(run=_command("measure", "probe_board"))
     identify = commands.add_parser("identify", help="show which hardware profile fits this board, and why")
     identify.add_argument("--json", action="store_true", help="as JSON, for programs")
@@ -175,7 +177,7 @@ def _add_train(commands: Any) -> None:
     train.add_argument(
         "--epochs", type=whole_number, metavar="N", help="passes over the samples (default: the recipe's)"
     )
-    train.add_argument("--lr", type=float, metavar="RATE", help="learning rate (default: as exported)")
+    train.add_argument("--lr", type=rate, metavar="RATE", help="learning rate (default: as exported)")
     train.add_argument(
         "--set",
         action="append",
@@ -349,8 +351,10 @@ def _command(module: str, name: str) -> Command:
 def _run(arguments: argparse.Namespace) -> None:
     from fedprune_device.board import BoardConfig, run_board
     from fedprune_device.data.sources import SampleOptions
+    from fedprune_device.hardware.allocator import return_freed_blocks
     from fedprune_device.network.membership import MembershipOptions
 
+    return_freed_blocks()
     logging.basicConfig(level=arguments.log_level.upper(), handlers=[log_handler()])
     member, samples = options_of(MembershipOptions, arguments), options_of(SampleOptions, arguments)
     run_board(options_of(BoardConfig, arguments, membership=member, samples=samples))

@@ -7,7 +7,9 @@ import json
 import sys
 from dataclasses import asdict, fields
 
+from fedprune.core.errors import ProfileError
 from fedprune.planning.identification import identify
+from fedprune_device.engines.engine_selector import accelerator_of
 from fedprune_device.hardware.probe import probe, table_summaries
 from fedprune_device.hardware.readings import facts
 from fedprune_device.hardware.runtime_process import check_runtime
@@ -26,7 +28,11 @@ def identify_board(arguments: argparse.Namespace) -> None:
 def probe_board(arguments: argparse.Namespace) -> None:
 
     check_runtime()
-    report = probe(arguments.threads, begin=_begin)
+    try:
+        profile = identify(facts()).profile
+    except ProfileError:  # no profile fits this board
+        profile = None
+    report = probe(arguments.threads, cuda=accelerator_of(arguments.tier, None, profile).cuda, begin=_begin)
     if arguments.json:
         print(json.dumps(report.to_dict(), sort_keys=True))
         return

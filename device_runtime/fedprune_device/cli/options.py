@@ -129,10 +129,14 @@ def add_sample_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_accelerator_options(parser: argparse.ArgumentParser) -> None:
+def add_tier_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tier", choices=TIERS, help="what computes, if it works here: docs/jetson.md (default: as the profile says)"
     )
+
+
+def add_accelerator_options(parser: argparse.ArgumentParser) -> None:
+    add_tier_option(parser)
     parser.add_argument(
         "--engine-plan", type=Path, metavar="FILE", help="how TensorRT engines are built: an engine.json"
     )

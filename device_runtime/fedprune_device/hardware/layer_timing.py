@@ -29,7 +29,7 @@ from fedprune.core.rng import keyed
 from fedprune.model import step_contract
 from fedprune.model.architecture import Architecture
 from fedprune.model.selection import Tensors
-from fedprune.planning.latency_model import LatencyTable, Measurement, fitted
+from fedprune.planning.latency_model import LatencyTable, Measurement
 from fedprune.runtime.session import Session
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -81,25 +81,23 @@ class LayerNets:
         return self._files[f"{net}/inference-{point}.onnx"]
 
 
-def measure(threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_counter) -> list[Measurement]:
-    """Time the nets' training steps and predictions, at least one point per net, others while `seconds` last."""
+def measure(
+    threads: int = 1, seconds: float = 10.0, clock: Clock = time.perf_counter, *, cuda: bool = False
+) -> list[Measurement]:
+    """Time the nets' training steps and predictions, at least one point per net, others while `seconds` last.
+
+    `cuda` is that of `Session`.
+    """
     nets = LayerNets()
     began, found = clock(), list[Measurement]()
     end = began + seconds
     for place, (net, points) in enumerate(nets.points.items()):
         now = clock()
         share = (end - now) / (len(nets.points) - place)
-        found += _steps(nets, net, points, threads, _Time(clock, now + share * 0.65, end))
+        found += _steps(nets, net, points, threads, _Time(clock, now + share * 0.65, end), cuda)
         now = clock()
-        found += _predictions(nets, net, points, threads, _Time(clock, now + share * 0.35, end))
+        found += _predictions(nets, net, points, threads, _Time(clock, now + share * 0.35, end), cuda)
     return found
-
-
-def measure_table(
-    threads: int = 1, seconds: float = 10.0, rate: float | None = None, clock: Clock = time.perf_counter
-) -> LatencyTable:
-    measured = measure(threads, seconds, clock)
-    return fitted(measured, rate) if rate else fitted(measured)
 
 
 def remembered_table(path: Path, about: str, make: Callable[[], LatencyTable]) -> LatencyTable:
@@ -125,10 +123,10 @@ def _archive() -> bytes:
 
 
 def _steps(
-    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time
+    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time, cuda: bool
 ) -> list[Measurement]:
     architecture = nets.architecture(net)
-    session = Session(nets.training(net), threads=threads, training=True)
+    session = Session(nets.training(net), threads=threads, training=True, cuda=cuda)
     out: list[Measurement] = []
     for number, point in enumerate(points):
         if time_left.over(number):
@@ -141,7 +139,7 @@ def _steps(
 
 
 def _predictions(
-    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time
+    nets: LayerNets, net: str, points: list[dict[str, Any]], threads: int, time_left: _Time, cuda: bool
 ) -> list[Measurement]:
     architecture = nets.architecture(net)
     x = keyed(0, "layers").standard_normal((1, *architecture.input_shape)).astype(np.float32)
@@ -154,7 +152,7 @@ def _predictions(
             widths = tuple(point["widths"])
             (folder / GRAPH).write_bytes(nets.inference(net, number))
             (folder / WEIGHTS).write_bytes(tensorfile.encode(_tensors(architecture, widths)))
-            predictor = Predictor(folder, threads=threads)
+            predictor = Predictor(folder, threads=threads, cuda=cuda)
             taken = median_seconds(lambda p=predictor: p.predict(x), time_left.clock)  # type: ignore[misc]
             out.append(Measurement(architecture, widths, 1, taken, False))
     return out

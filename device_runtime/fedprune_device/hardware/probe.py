@@ -24,11 +24,11 @@ from fedprune.core import tensorfile
 from fedprune.core.rng import keyed
 from fedprune.model import step_contract
 from fedprune.model.selection import Tensors
-from fedprune.planning.latency_model import LatencyTable
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.latency_model import LatencyTable, fitted, typical_gpu_table, typical_table
+from fedprune.planning.probe_report import CUDA, ProbeReport
 from fedprune.runtime.session import Session
 from fedprune.runtime.session import version as onnxruntime_version
-from fedprune_device.hardware.layer_timing import measure_table, median_seconds, remembered_table
+from fedprune_device.hardware.layer_timing import measure, median_seconds, remembered_table
 from fedprune_device.hardware.readings import board, clock_hz, memory, resident_memory, temperature_c, throttled
 from fedprune_device.serving.predictor import GRAPH, WEIGHTS, Predictor
 
@@ -43,12 +43,14 @@ def probe(
     layer_seconds: float = 10.0,
     memory_file: Path | None = None,
     runtime: str = "",
+    cuda: bool = False,
     begin: Callable[[str, float], None] = lambda what, seconds: None,
 ) -> ProbeReport:
     """Measure this board: a reference net for `seconds`, half of them training, then layers for `layer_seconds`.
 
     `root` is where /proc and /sys are found. `memory_file` keeps the layers' times for the next start. `runtime` is
-    onnxruntime's version; by default that which is loaded. `begin` is called before each measurement with its name and
+    onnxruntime's version; by default that which is loaded. With `cuda` the GPU is measured if it works, else the
+    processor; the report's `unit` is what was measured. `begin` is called before each measurement with its name and
     its approximate duration in seconds.
 
     Raises `MissingExtraError` or `RuntimeUnavailableError` if onnxruntime is missing or can't be loaded.
@@ -57,13 +59,16 @@ def probe(
     runtime = runtime or onnxruntime_version()
     total, available = memory(root)
     begin("training and predicting", seconds)
-    train, infer = _rates(threads, seconds)
+    train, infer, unit = _rates(threads, seconds, cuda)
     about = f"fedprune {__version__}, onnxruntime {runtime}, {threads} threads, {board(root)}"
+    if unit == CUDA:
+        about += ", on its GPU"
     latency = None
 
     def of_layers() -> LatencyTable:
         begin("layers", layer_seconds)
-        return measure_table(threads, layer_seconds, train)
+        measured = measure(threads, layer_seconds, cuda=unit == CUDA)
+        return fitted(measured, typical_gpu_table() if unit == CUDA else typical_table(train))
 
     if layer_seconds:
         latency = of_layers() if memory_file is None else remembered_table(memory_file, about, of_layers)
@@ -80,6 +85,7 @@ def probe(
         temperature_c=temperature_c(root),
         throttled=throttled(root),
         latency=latency,
+        unit=unit,
     )
 
 
@@ -110,17 +116,17 @@ def reference_net() -> dict[str, Any]:
 
 
 @contextmanager
-def reference_predictor(tensors: Tensors, threads: int = 1) -> Iterator[Predictor]:
+def reference_predictor(tensors: Tensors, threads: int = 1, *, cuda: bool = False) -> Iterator[Predictor]:
     """The reference net with these weights."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / GRAPH).write_bytes((_ASSETS / "probe_inference.onnx").read_bytes())
         (folder / WEIGHTS).write_bytes(tensorfile.encode(tensors))
-        yield Predictor(folder, threads=threads)
+        yield Predictor(folder, threads=threads, cuda=cuda)
 
 
-def _rates(threads: int, seconds: float) -> tuple[float, float]:
-    """FLOP/s of the reference net's training step and forward pass."""
+def _rates(threads: int, seconds: float, cuda: bool) -> tuple[float, float, str]:
+    """FLOP/s of the reference net's training step and forward pass, and the unit that trained it."""
     reference = reference_net()
     rng = keyed(0, "probe")
     tensors = {n: (0.1 * rng.standard_normal(shape)).astype(np.float32) for n, shape in reference["tensors"].items()}
@@ -131,8 +137,9 @@ def _rates(threads: int, seconds: float) -> tuple[float, float]:
         n: np.array(0, np.float32) for n in (step_contract.LR, step_contract.MOMENTUM, step_contract.WEIGHT_DECAY)
     }
     feeds |= tensors | {step_contract.buffer(n): np.zeros_like(v) for n, v in tensors.items()}
-    session = Session((_ASSETS / "probe_training.onnx").read_bytes(), threads=threads, training=True)
+    session = Session((_ASSETS / "probe_training.onnx").read_bytes(), threads=threads, training=True, cuda=cuda)
     train = median_seconds(lambda: session.run(feeds), enough=seconds / 2, most=math.inf)
-    with reference_predictor(tensors, threads) as predictor:
+    with reference_predictor(tensors, threads, cuda=cuda) as predictor:
         infer = median_seconds(lambda: predictor.predict(x), enough=seconds / 2, most=math.inf)
-    return 2 * batch * reference["training_macs"] / train, 2 * batch * reference["forward_macs"] / infer
+    rates = (2 * batch * reference[macs] / s for macs, s in (("training_macs", train), ("forward_macs", infer)))
+    return (*rates, session.provider)

@@ -8,6 +8,7 @@ takes is neither kept by this process nor counted in its peak memory.
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 from dataclasses import replace
@@ -24,6 +25,8 @@ from fedprune.runtime.session import version
 from fedprune_device.hardware.probe import probe, reference_net, reference_predictor
 from fedprune_device.hardware.readings import memory, own_memory
 from fedprune_device.serving.model_slots import ModelSlots
+
+_LOG = logging.getLogger(__name__)
 
 _START_S = 120.0
 _CHECK_S = 300.0
@@ -52,15 +55,27 @@ class RuntimeProcess(Closing):
         self._ask({"check": None if serving is None else str(serving)}, _CHECK_S, "a small graph")
 
     def probe(
-        self, threads: int = 1, seconds: float = 2.0, *, layer_seconds: float = 10.0, memory_file: Path | None = None
+        self,
+        threads: int = 1,
+        seconds: float = 2.0,
+        *,
+        layer_seconds: float = 10.0,
+        memory_file: Path | None = None,
+        cuda: bool = False,
     ) -> ProbeReport:
         """Measure the board (`fedprune_device.hardware.probe.probe`).
 
         The available memory is what this process and the system had free when the other one was started.
         """
-        settings = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds}
+        settings = {"threads": threads, "seconds": seconds, "layer_seconds": layer_seconds, "cuda": cuda}
         file = None if memory_file is None else str(memory_file)
-        found = self._ask({"probe": settings, "memory_file": file}, _PROBE_S, "the probe", _NO_PROBE)
+        try:
+            found = self._ask({"probe": settings, "memory_file": file}, _PROBE_S, "the probe", _NO_PROBE)
+        except RuntimeUnavailableError as error:
+            if not cuda:
+                raise
+            _LOG.warning("the probe of the GPU has failed (%s): measuring the processor", error)
+            return self.probe(threads, seconds, layer_seconds=layer_seconds, memory_file=memory_file)
         total, available = self._memory
         return replace(ProbeReport.from_dict(found), memory_total=total, memory_available=min(available, total))
 

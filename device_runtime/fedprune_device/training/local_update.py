@@ -163,12 +163,13 @@ class LocalUpdate:
         read: Callable[[BlobRef], bytes],
         *,
         evaluates: bool = True,
+        compares: bool = True,
     ) -> UpdateFiles:
         """The files that follow from a training.
 
         `put` takes the file that the server gets; `read` gives the received weights once more, where the update is
-        their difference to the trained ones. `evaluates`: the board measures models in this round. Raises
-        `TrainingError` if the update is not finite.
+        their difference to the trained ones. `evaluates`: the board measures models in this round. `compares`: the
+        training graph's losses are wanted. Raises `TrainingError` if the update is not finite.
         """
         trained, recipe, trainer = result.tensors, self._recipe, self._trainer
         other = trainer.frozen or self._personal or recipe.report_squares or self._codec is not None
@@ -192,9 +193,9 @@ class LocalUpdate:
                 self._offer, average, personal, self.mask if average else None, residual=residual, **self._left(result)
             )
             self.kept.release()
-        averages = tuple(self._average(average, share) for share in shares)
+        averages = tuple(self._average(average, share, compares=compares) for share in shares)
         self._received = {}
-        loss = None if averages else self._loss(trained)
+        loss = self._loss(trained) if compares and not averages else None
         kept = None
         if after is not trained:  # most of these arrays are in the memory of the training graph
             kept = {n: np.array(v) if v is trained[n] else v for n, v in after.items()}
@@ -208,9 +209,9 @@ class LocalUpdate:
         found = [0.0, blend] if base is not None and base.alone else [blend, 0.0]
         return found if evaluates else found[:1]
 
-    def _average(self, average: Tensors, share: float) -> Average:
+    def _average(self, average: Tensors, share: float, *, compares: bool) -> Average:
         tensors = blended(average, self._received, share, mask=self.mask) if share else average
-        loss = self._loss(tensors)
+        loss = self._loss(tensors) if compares else None
         return Average(self._predicting(tensors), share, loss)
 
     def _loss(self, tensors: Tensors) -> float | None:

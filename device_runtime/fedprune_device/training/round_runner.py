@@ -77,6 +77,10 @@ class RoundRunner:
 
     By default states last as long as this runner, nothing is lowered, and the noise of private updates has a key that
     isn't kept; only simulations give another. `trainer` may be shared with other runners.
+
+    A model is checked before it may serve: its inference graph has the training graph's loss, its outputs are finite.
+    `agreeing` are pairs of the two graphs' digests whose agreement was seen, on other weights perhaps: there nothing is
+    checked again and no latency measured, since no simulated model serves. A board gives none.
     """
 
     def __init__(
@@ -89,7 +93,9 @@ class RoundRunner:
         states: StateStore | None = None,
         lowering: ReducedPrecision | None = None,
         noise: Callable[[Offer], GaussianNoise] | None = None,
+        agreeing: set[tuple[str, str]] | None = None,
     ) -> None:
+        self._agreeing = agreeing
         self._device = device
         self._blobs = blobs
         self._slots = slots
@@ -169,7 +175,9 @@ class RoundRunner:
         report("evaluate", 1, 2)
         # From here on there is memory for the new ones alone, besides the loaded model and what is blended in.
         work.tensors = {}
-        made, kept = work.made(result, self._blobs.put, self._blob, evaluates=evaluates), work.kept
+        graphs = offer.training.sha256, offer.inference.sha256
+        checks = self._agreeing is None or graphs not in self._agreeing
+        made, kept = work.made(result, self._blobs.put, self._blob, evaluates=evaluates, compares=checks), work.kept
         # Those of tensors and squares are in the loaded graph's memory.
         result = replace(result, tensors={}, last_squares={}, moments={})
         del work, trainer
@@ -180,21 +188,26 @@ class RoundRunner:
         if made.averages:
             if evaluates:
                 evaluation.add(self._candidate(offer, serves), when)
-            (average, serves, model), when = self._chosen(offer, made.averages, evaluation), "average"
+            (average, serves), when = self._chosen(offer, made.averages, evaluation), "average"
             made, loss = replace(made, averages=()), average.loss
             if recipe.validate_blend:
                 evaluation.metrics[BLEND] = average.blend
                 if made.own is not None:
                     made = replace(made, own=replace(made.own, alone=average.blend < recipe.blend))
             del average
-        else:
+        if checks or evaluates:
             model = self._candidate(offer, serves)
-        evaluation.check(model, loss)
-        if evaluates:
-            evaluation.add(model, when)
-        evaluation.latency(model)
-        graphs = {p: self._blob(kit) for p, kit in kits.items()}
-        lowered = self.lowering.staged(self._slots.staging, graphs, data, recipe, wanted)
+            if checks:
+                evaluation.check(model, loss)
+            if evaluates:
+                evaluation.add(model, when)
+            if checks:
+                evaluation.latency(model)
+            del model
+        if self._agreeing is not None:
+            self._agreeing.add(graphs)
+        lower = {p: self._blob(kit) for p, kit in kits.items()}
+        lowered = self.lowering.staged(self._slots.staging, lower, data, recipe, wanted)
         evaluation.metrics |= training_metrics(result)
         if kept is not None and made.own is not None:
             kept.stage(made.own)
@@ -226,20 +239,16 @@ class RoundRunner:
         )
         return RoundResult(update, serving, metrics, kept)
 
-    def _chosen(
-        self, offer: Offer, averages: Sequence[Average], evaluation: Evaluation
-    ) -> tuple[Average, bytes, Predictor]:
-        """The average that serves, its file, and its model, staged: the first, unless the second is clearly better."""
+    def _chosen(self, offer: Offer, averages: Sequence[Average], evaluation: Evaluation) -> tuple[Average, bytes]:
+        """The average that serves, and its file: the first, unless the second is clearly better."""
         first, *others = averages
         other = None if not others else evaluation.of_each(self._candidate(offer, tensorfile.encode(others[0].tensors)))
         raw = tensorfile.encode(first.tensors)
-        model = self._candidate(offer, raw)
-        if other is None or not clearly_better(other, evaluation.of_each(model)):
-            return first, raw, model
+        if other is None or not clearly_better(other, evaluation.of_each(self._candidate(offer, raw))):
+            return first, raw
         _LOG.info("job %s: the average serves with %g of the received weights", offer.job, others[0].blend)
-        del raw, model
-        raw = tensorfile.encode(others[0].tensors)
-        return others[0], raw, self._candidate(offer, raw)
+        del raw  # a small board has memory for one
+        return others[0], tensorfile.encode(others[0].tensors)
 
     def _blob(self, ref: BlobRef) -> bytes:
         return self._read(ref.sha256)

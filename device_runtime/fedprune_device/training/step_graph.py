@@ -58,7 +58,7 @@ class StepGraph:
     on an NVIDIA GPU.
 
     `trainable` tensors are moved by the optimiser, `statistics` measured by a step, `frozen` ones stay. `states` are
-    the optimiser's arrays. `scores`: whether it counts right samples. `token_ids`:
+    the optimiser's arrays, `moving` all that have a next value. `scores`: whether it counts right samples. `token_ids`:
     whether samples are whole numbers. `base` is the file of frozen weights that the graph reads in low precision.
 
     Raises `ModelError` if onnxruntime refuses the graph, `TrainingError` if it is not a training graph.
@@ -122,10 +122,10 @@ class StepGraph:
                 got=", ".join(sorted(set(inputs) - known)[:5]),
                 hint="Update fedprune on the device.",
             )
-        self._moving = [*self.trainable, *self.statistics, *self.states]
+        self.moving = [*self.trainable, *self.statistics, *self.states]
         ignored = self._session.metadata.get(step_contract.IGNORED)
         self._ignored = None if ignored is None else int(ignored)
-        lacking = {step_contract.following(n) for n in (*self._moving, *self._sums)} - outputs
+        lacking = {step_contract.following(n) for n in (*self.moving, *self._sums)} - outputs
         if lacking:
             raise TrainingError("the training graph lacks outputs", got=", ".join(sorted(lacking)[:5]))
 
@@ -170,8 +170,8 @@ class StepGraph:
         """
         feeds = numbers(recipe) | anchors(recipe, tensors, self.trainable) | loss_terms(y, recipe, classes)
         feeds |= self.masking(tensors, recipe, mask)
-        moving = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
-        wanted = set(self._session.inputs) - moving - {*self.names, *self.states, *self._sums}
+        of_steps = {*step_contract.OF_SAMPLES, step_contract.STEP_NUMBER, step_contract.DIVISOR}
+        wanted = set(self._session.inputs) - of_steps - {*self.names, *self.states, *self._sums}
         wanted -= self._base_names
         classifies = self._classifies if recipe.loss == CUSTOM else recipe.features.counts
         scores = recipe.features.scores
@@ -226,9 +226,15 @@ class StepGraph:
         return feeds
 
     def advance(
-        self, feeds: Mapping[str, Array], parts: Sequence[Part], number: int, gradients: Sequence[str] = ()
+        self,
+        feeds: Mapping[str, Array],
+        parts: Sequence[Part],
+        number: int,
+        gradients: Sequence[str] = (),
+        into: Mapping[str, Array] | None = None,
     ) -> Moved:
-        """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs."""
+        """Optimiser step `number`, from 1, on a batch in parts; `gradients` are further outputs. `into`: arrays that
+        the next values of all of `moving` are written into; none of them may be a feed."""
         feeds = dict(feeds)
         if step_contract.STEP_NUMBER in self._session.inputs:
             feeds[step_contract.STEP_NUMBER] = np.array(number, np.int64)
@@ -240,7 +246,7 @@ class StepGraph:
         asked: list[Array] = []
         for count, part in enumerate(parts, 1):
             last = count == len(parts)
-            names = self._moving if last else [*self.statistics, *self._sums]
+            names = self.moving if last else [*self.statistics, *self._sums]
             extra = list(gradients) if last else []
             labels = {step_contract.Y: part.y}
             if step_contract.Y_PARTNER in self._session.inputs:
@@ -248,6 +254,7 @@ class StepGraph:
             out = self._run(
                 {**feeds, **labels, step_contract.X: part.x},
                 [*self._results, *map(step_contract.following, names), *extra],
+                {step_contract.following(n): into[n] for n in names} if last and into else {},
             )
             loss += float(out[step_contract.LOSS])
             hits += int(out[step_contract.HITS]) if step_contract.HITS in out else 0
@@ -297,8 +304,8 @@ class StepGraph:
     def _bytes(self) -> bytes:
         return self._graph if isinstance(self._graph, bytes) else self._graph.read_bytes()
 
-    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+    def _run(self, feeds: Mapping[str, Array], outputs: Sequence[str], into: Mapping[str, Array]) -> dict[str, Array]:
         try:
-            return self._session.run({**feeds, **self._frozen()}, outputs)
+            return self._session.run({**feeds, **self._frozen()}, outputs, into)
         except ModelError as error:
             raise TrainingError(f"the training graph failed: {error}") from error

@@ -208,6 +208,8 @@ class Trainer:
             state[name] = np.zeros_like(state[name.partition("::")[0]])
         for name in task.moments.keys() & set(self._graph.states):
             np.copyto(state[name], task.moments[name])
+        # A step's outputs are written here: among the activations in onnxruntime's arena they would make it grow.
+        spare = {n: np.empty_like(state[n]) for n in self._graph.moving}
         plans, augmentation = self._plans(tensors, recipe, task.widths), self._graph.augmentation(recipe)
         batches = Batches(data.samples, recipe, normalised=self.normalised)
         validates = recipe.patience > 0 and self._can_validate(data)
@@ -231,22 +233,22 @@ class Trainer:
                 fed |= {step_contract.Y_SHARE: share} if recipe.features.mixup else {}
             if len(plans) > 1:
                 plan = plans[int(keyed(seed, round_, device, "widths", number).integers(len(plans)))]
-            if plan != plans[0] and self.axes is not None:
-                fed = self.axes.narrowed(fed, plans[0], plan)
+            narrower = None if plan == plans[0] else self.axes
+            if narrower is not None:
+                fed = narrower.narrowed(fed, plans[0], plan)
             ends = number == batches.steps or number % batches.per_epoch == 0
             asked = self._graph.gradients if recipe.report_squares and ends else []
-            loss, right, moved, gradients = self._graph.advance(fed, parts, task.taken + number, asked)
+            into = spare if narrower is None else None
+            loss, right, moved, gradients = self._graph.advance(fed, parts, task.taken + number, asked, into)
             if not math.isfinite(loss):
                 raise DivergedError(f"the loss is not finite at step {number}", got=loss, hint=_FAR)
-            if plan == plans[0] or self.axes is None:
-                # onnxruntime stores outputs among the activations in its arena: if they stayed, those of the next step
-                # would have to fit round them, and the arena would grow.
-                for name in moved:
-                    np.copyto(state[name], moved[name])
+            if narrower is None:
+                spare = {n: state[n] for n in moved}
+                state |= moved
             else:
                 # Statistics of narrower layers are those of other sums: only steps at the own width measure them.
                 moved = {n: v for n, v in moved.items() if n not in self._graph.statistics}
-                self.axes.write_back(state, moved, plans[0], plan)
+                narrower.write_back(state, moved, plans[0], plan)
             del moved
             losses.append(loss)
             if (number - 1) % batches.per_epoch == 0:

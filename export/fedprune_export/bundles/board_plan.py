@@ -64,6 +64,7 @@ def plan(
     density: float | None = None,
     bytes_per_round: int | None = None,
     deadline_s: float | None = None,
+    joules_per_round: float | None = None,
     probe: ProbeReport | None = None,
     profiles: Sequence[Path] = (),
 ) -> BoardPlan:
@@ -76,6 +77,7 @@ def plan(
         density: Kept share of every channel group; by default as much as fits the board.
         bytes_per_round: What a round may carry, down plus up.
         deadline_s: Seconds that a round may take, transfers included.
+        joules_per_round: Energy that its training may take beyond what the idle board takes.
         probe: What the board measured of itself; it beats the profile.
         profiles: Folders of own profiles, searched for a `target` given by name.
 
@@ -96,6 +98,8 @@ def plan(
         whole("bytes_per_round", bytes_per_round, 1)
     if deadline_s is not None:
         number("deadline_s", deadline_s, 0, above=True)
+    if joules_per_round is not None:
+        number("joules_per_round", joules_per_round, 0, above=True)
     profile = (
         target if isinstance(target, HardwareProfile) else profile_store.chosen(target, tuple(map(Path, profiles)))
     )
@@ -108,6 +112,7 @@ def plan(
         samples,
         byte_budget=bytes_per_round,
         deadline_s=deadline_s,
+        energy_budget=joules_per_round,
         probe=probe,
         densities=DENSITIES if density is None else (density,),
         frozen=model.frozen,

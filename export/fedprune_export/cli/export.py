@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fedprune_export as fx
-from fedprune.core.cli import seconds, whole_number
+from fedprune.core.cli import joules, seconds, whole_number
 from fedprune.core.errors import BundleError, ExitCode, FedpruneError, UsageError
 from fedprune.core.text import amount
 from fedprune.model.recipe import Recipe
@@ -63,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bytes-per-round", type=whole_number, metavar="N", help="what a round may carry, down plus up"
+    )
+    parser.add_argument(
+        "--joules-per-round", type=joules, metavar="J", help="what a round's training may take beyond the idle board's"
     )
     parser.add_argument("--deadline", type=seconds, metavar="SECONDS", help="what a round may take")
     parser.add_argument(
@@ -177,6 +180,7 @@ def _export(
         density=arguments.density,
         bytes_per_round=arguments.bytes_per_round,
         deadline_s=arguments.deadline,
+        joules_per_round=arguments.joules_per_round,
         probe=boards.probe,
     )
     return fx.export(

@@ -76,7 +76,7 @@ _LISTED = (
     Column("cores", drop=3),
     Column("memory", right=True),
     Column("for training", right=True),
-    Column("trains at", right=True, drop=2),
+    Column("CPU trains at", right=True, drop=2),
     Column("per round", right=True, drop=4),
 )
 _FIGURES = Column("figure"), Column("value", wrap=12), Column("source", wrap=20)

@@ -45,6 +45,7 @@ _FIGURES = (
     ("transfer_s", "transfers of a round, predicted", "s"),
     ("latency_s", "a prediction of one sample, predicted", "s"),
     ("step_j", "energy of a training step, predicted", "J"),
+    ("train_j", "energy of a round's training, predicted", "J"),
     ("latency_j", "energy of a prediction, predicted", "J"),
 )
 """Figures of `Costs` and `Prediction` by name, with title and unit."""

@@ -83,10 +83,12 @@ def add_inputs(g: Graph, tensors: Sequence[Trained], features: Features) -> None
 
 def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Features) -> None:
     """Write every tensor's next value and state from the gradients on the tape."""
-    gradients = [_objective(g, tape, tensor, features) for tensor in tensors]
+    fit = _Scalars(g)
+    gradients = [_objective(g, tape, tensor, features, fit) for tensor in tensors]
     if features.clip:
-        gradients = _clipped(g, gradients)
-    update = _UPDATES[features.optimizer](g)
+        share = _clip_share(g, gradients)
+        gradients = [g.emit("Mul", x, fit(share, tensor)) for x, tensor in zip(gradients, tensors, strict=True)]
+    update = _UPDATES[features.optimizer](g, fit)
     for tensor, gradient in zip(tensors, gradients, strict=True):
         name = tensor.name
         mask = step_contract.mask(name) if features.element_mask else ""
@@ -100,7 +102,25 @@ def write_updates(g: Graph, tape: Tape, tensors: Sequence[Trained], features: Fe
         g.outputs += [port(step_contract.following(n), tensor.shape) for n in arrays]
 
 
-def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features) -> str:
+class _Scalars:
+    """Scalars as a tensor takes them: in its rank where its last dimension is 1, since onnxruntime multiplies an array
+    of shape [n, m, 1, 1] by a scalar of shape [] element by element, fifty times slower than by one of shape
+    [1, 1, 1, 1]."""
+
+    def __init__(self, g: Graph) -> None:
+        self._g = g
+        self._made: dict[tuple[str, int], str] = {}
+
+    def __call__(self, scalar: str, tensor: Trained) -> str:
+        rank = len(tensor.shape)
+        if not rank or tensor.shape[-1] != 1:
+            return scalar
+        if (scalar, rank) not in self._made:
+            self._made[scalar, rank] = self._g.emit("Reshape", scalar, self._g.ints(*[1] * rank))
+        return self._made[scalar, rank]
+
+
+def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features, fit: _Scalars) -> str:
     """The gradient of the whole objective by a tensor; sums are of the data loss's alone."""
     name, shape = tensor.name, tensor.shape
     gradient = tape.gradient(name) or g.emit("ConstantOfShape", tape.shape_of(name))
@@ -110,7 +130,8 @@ def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features) -> str
         gradient = g.emit("Add", step_contract.total(name), gradient, out=so_far)
         g.outputs.append(port(so_far, shape))
     if features.proximal:
-        pull = g.emit("Mul", g.emit("Sub", name, step_contract.anchor(name)), step_contract.strength(name))
+        moved = g.emit("Sub", name, step_contract.anchor(name))
+        pull = g.emit("Mul", moved, fit(step_contract.strength(name), tensor))
         gradient = g.emit("Add", gradient, pull)
     if features.element_mask:
         gradient = g.emit("Mul", gradient, step_contract.mask(name))
@@ -120,13 +141,12 @@ def _objective(g: Graph, tape: Tape, tensor: Trained, features: Features) -> str
     return gradient
 
 
-def _clipped(g: Graph, gradients: Sequence[str]) -> list[str]:
-    """All gradients times min(1, clip_norm / (norm + 1e-6)), with the norm of all of them together."""
+def _clip_share(g: Graph, gradients: Sequence[str]) -> str:
+    """min(1, clip_norm / (norm + 1e-6)), with the norm of all gradients together."""
     squares = [g.emit("ReduceSumSquare", x, attrs={"keepdims": 0}) for x in gradients]
     norm = g.emit("Sqrt", g.emit("Sum", *squares))
     share = g.emit("Div", step_contract.CLIP_NORM, g.emit("Add", norm, g.scalar(_CLIP_EPSILON)))
-    share = g.emit("Min", share, g.scalar(1))
-    return [g.emit("Mul", x, share) for x in gradients]
+    return g.emit("Min", share, g.scalar(1))
 
 
 _Update = Callable[[Trained, str, str, "str | None"], str]
@@ -134,22 +154,22 @@ _Update = Callable[[Trained, str, str, "str | None"], str]
 name that is given."""
 
 
-def _sgd(g: Graph) -> _Update:
+def _sgd(g: Graph, fit: _Scalars) -> _Update:
     """g += wd · w; buf = m · buf + g; w −= lr · buf (torch.optim.SGD)."""
 
     def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
         name, state = tensor.name, step_contract.buffer(tensor.name)
-        gradient = g.emit("Add", gradient, g.emit("Mul", name, step_contract.WEIGHT_DECAY))
+        gradient = g.emit("Add", gradient, g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
         if mask:
             gradient = g.emit("Mul", gradient, mask)
-        old = g.emit("Mul", state, step_contract.MOMENTUM)
+        old = g.emit("Mul", state, fit(step_contract.MOMENTUM, tensor))
         moved = g.emit("Add", old, gradient, out=step_contract.following(state))
-        return g.emit("Sub", name, g.emit("Mul", moved, step_contract.LR), out=out)
+        return g.emit("Sub", name, g.emit("Mul", moved, fit(step_contract.LR, tensor)), out=out)
 
     return update
 
 
-def _adam(g: Graph, *, decoupled: bool) -> _Update:
+def _adam(g: Graph, fit: _Scalars, *, decoupled: bool) -> _Update:
     """torch.optim.Adam, with `decoupled` torch.optim.AdamW.
 
     g += wd · w (Adam only); m = β1·m + (1 − β1)·g; v = β2·v + (1 − β2)·g²;
@@ -168,33 +188,35 @@ def _adam(g: Graph, *, decoupled: bool) -> _Update:
     def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
         name = tensor.name
         if not decoupled:
-            gradient = g.emit("Add", gradient, g.emit("Mul", name, step_contract.WEIGHT_DECAY))
+            gradient = g.emit("Add", gradient, g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
             gradient = g.emit("Mul", gradient, mask) if mask else gradient
         first, second = step_contract.buffer(name), step_contract.second(name)
-        fresh = g.emit("Mul", gradient, take1)
-        mean = g.emit("Add", g.emit("Mul", first, keep1), fresh, out=step_contract.following(first))
-        fresh = g.emit("Mul", g.emit("Mul", gradient, gradient), take2)
-        square = g.emit("Add", g.emit("Mul", second, keep2), fresh, out=step_contract.following(second))
-        spread = g.emit("Add", g.emit("Div", g.emit("Sqrt", square), root), step_contract.EPSILON)
-        change = g.emit("Mul", g.emit("Div", mean, spread), pace)
-        change = g.emit("Add", change, g.emit("Mul", name, shrink)) if decoupled else change
+        fresh = g.emit("Mul", gradient, fit(take1, tensor))
+        mean = g.emit("Add", g.emit("Mul", first, fit(keep1, tensor)), fresh, out=step_contract.following(first))
+        fresh = g.emit("Mul", g.emit("Mul", gradient, gradient), fit(take2, tensor))
+        square = g.emit("Add", g.emit("Mul", second, fit(keep2, tensor)), fresh, out=step_contract.following(second))
+        spread = g.emit(
+            "Add", g.emit("Div", g.emit("Sqrt", square), fit(root, tensor)), fit(step_contract.EPSILON, tensor)
+        )
+        change = g.emit("Mul", g.emit("Div", mean, spread), fit(pace, tensor))
+        change = g.emit("Add", change, g.emit("Mul", name, fit(shrink, tensor))) if decoupled else change
         return g.emit("Sub", name, change, out=out)
 
     return update
 
 
-def _lion(g: Graph) -> _Update:
+def _lion(g: Graph, fit: _Scalars) -> _Update:
     """w −= lr · (sign(β1·m + (1 − β1)·g) + wd · w); m = β2·m + (1 − β2)·g (Chen et al., "Symbolic discovery of
     optimization algorithms", NeurIPS 2023, Alg. 2)."""
     (keep1, take1), (keep2, take2) = (_shares(g, beta) for beta in (step_contract.BETA1, step_contract.BETA2))
 
     def update(tensor: Trained, gradient: str, mask: str, out: str | None) -> str:
         name, state = tensor.name, step_contract.buffer(tensor.name)
-        meant = g.emit("Add", g.emit("Mul", state, keep1), g.emit("Mul", gradient, take1))
-        kept, fresh = g.emit("Mul", state, keep2), g.emit("Mul", gradient, take2)
+        meant = g.emit("Add", g.emit("Mul", state, fit(keep1, tensor)), g.emit("Mul", gradient, fit(take1, tensor)))
+        kept, fresh = g.emit("Mul", state, fit(keep2, tensor)), g.emit("Mul", gradient, fit(take2, tensor))
         g.emit("Add", kept, fresh, out=step_contract.following(state))
-        change = g.emit("Add", g.emit("Sign", meant), g.emit("Mul", name, step_contract.WEIGHT_DECAY))
-        return g.emit("Sub", name, g.emit("Mul", change, step_contract.LR), out=out)
+        change = g.emit("Add", g.emit("Sign", meant), g.emit("Mul", name, fit(step_contract.WEIGHT_DECAY, tensor)))
+        return g.emit("Sub", name, g.emit("Mul", change, fit(step_contract.LR, tensor)), out=out)
 
     return update
 
@@ -208,7 +230,7 @@ def _single(g: Graph, value: str) -> str:
     return g.emit("Cast", value, attrs={"to": 1})
 
 
-_UPDATES: dict[str, Callable[[Graph], _Update]] = {
+_UPDATES: dict[str, Callable[[Graph, _Scalars], _Update]] = {
     "sgd": _sgd,
     "adam": partial(_adam, decoupled=False),
     "adamw": partial(_adam, decoupled=True),

@@ -162,6 +162,7 @@ def fedavg(job: Job) -> Job:
         options={},
         density=1.0,
         byte_budget=0,
+        energy_budget=0.0,
         scorer="ordered",
         rule="coverage",
         server_momentum=0.0,

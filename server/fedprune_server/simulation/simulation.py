@@ -31,7 +31,7 @@ from fedprune_server.executor.divergence import advice
 from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.experiment import Experiment
-from fedprune_server.simulation.fleet.device_runner import DeviceRunner, key_of
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
 from fedprune_server.simulation.fleet.virtual_device import pulls
 from fedprune_server.simulation.measure import RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
@@ -184,6 +184,8 @@ class Simulation:
             else:
                 self._save()
             self._runner.boards = self._run.boards
+            for work in self._run.trainings():
+                self._runner.prepare(self._devices[work.device], work.offer, work.round)
             if begun is not None:
                 begun(self)
             if isinstance(self.coordinator, SynchronousCoordinator):
@@ -299,7 +301,7 @@ class Simulation:
         elif isinstance(command, do.PullUpdate):
             self._pull(command, now)
         elif isinstance(command, do.Cancel):
-            self._run.forget(command.device, command.round)
+            self._forget(command.device, command.round)
             unsent = self._run.unsent.get(command.device)
             if unsent is not None and unsent.round == command.round:
                 del self._run.unsent[command.device]
@@ -324,7 +326,7 @@ class Simulation:
         if name not in run.online:
             return  # it is offered again when the device is back
         self._stalls.offered(command, self.state, run.refusal)
-        run.forget(name)  # a newer offer replaces an older one
+        self._forget(name)  # a newer offer replaces an older one
         run.unsent.pop(name, None)
         run.sizes[name] = int(command.offer.get(UPDATE_SIZE, command.offer["weights"]["size"]))
         run.bounds.pop(name, None)
@@ -357,6 +359,7 @@ class Simulation:
         else:
             self._reports(command, ready, took, ready + took)
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
+            self._runner.prepare(device, command.offer, command.round)
 
     def _reused(self, name: str, weights: BlobRef, pulled: Mapping[str, int], held: Sequence[str]) -> int:
         """Bytes of leaves that a device's new weights share with its last ones, which a board copies."""
@@ -376,10 +379,9 @@ class Simulation:
 
     def _train(self, item: Trained) -> on.Event:
         device = self._devices[item.device]
-        self._train_ahead(item)
         try:
             out = self._runner.carry_out(device, item.offer, item.round)
-        except StorageError:
+        except (StorageError, WorkerKilledError):
             raise
         except FedpruneError as error:
             reason = one_line(str(error))
@@ -403,13 +405,6 @@ class Simulation:
         self._run.unsent[item.device] = event
         return event
 
-    def _train_ahead(self, item: Trained) -> None:
-        """Let the runner compute all trainings of a round that are under way, where it has several processes."""
-        if self._runner.is_ready(key_of(item.device, item.offer, item.round)):
-            return
-        together = [item, *(w for w in self._run.trainings() if w.round == item.round)]
-        self._runner.prepare([(self._devices[w.device], w.offer, w.round) for w in together])
-
     def _spent(self, device: str) -> list[int]:
         return self._run.now.devices.setdefault(device, [0, 0, 0, 0])
 
@@ -430,9 +425,14 @@ class Simulation:
         if name not in run.online or run.sessions[name] != item.session:
             return None
         run.online.discard(name)
-        run.forget(name)
+        self._forget(name)
         self._birth(name, run.clock)
         return on.DeviceDied(name, item.session)
+
+    def _forget(self, device: str, number: int | None = None) -> None:
+        """Drop a device's work, of one round or of any, and what was trained ahead for it."""
+        self._run.forget(device, number)
+        self._runner.cancel(device, number)
 
     def _finish(self, number: int) -> None:
         self._stalls.progressed()
@@ -452,9 +452,9 @@ class Simulation:
         self._folder.save(self._run, self.state)
 
     def _tidy(self) -> None:
-        """Delete superseded blobs, and what was trained ahead for offers that were cancelled."""
-        self._runner.forget_but({key_of(w.device, w.offer, w.round) for w in self._run.trainings()})
-        needed = self.state.references() | self._worker.graphs() | self._run.references() | self._runner.blobs
+        """Delete superseded blobs."""
+        ahead = self._runner.settle()
+        needed = self.state.references() | self._worker.graphs() | self._run.references() | ahead
         for name in list(self.store.names()):
             if name not in needed:
                 self.store.delete(name)

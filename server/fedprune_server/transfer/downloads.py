@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from fedprune.wire.chunk import MAX_PACKET
+from fedprune.blobs.blob_ref import LEAF
+from fedprune.wire.chunk import HEADER, MAX_PACKET
 from fedprune.wire.messages import BlobNotFound, BlobRequest
 from fedprune.wire.transfer import BlobSender
 
@@ -14,6 +16,30 @@ _TURNS = 32
 
 MAX_WAITING = 64
 """Queued requests of one device; those beyond are dropped, and the device sends them again."""
+
+
+@dataclass(eq=False)
+class _Answer:
+    """The answer to a request, of which `sent` leaves have been sent."""
+
+    request: BlobRequest
+    chunks: Iterator[bytes]
+    sent: int = 0
+
+    def next(self) -> bytes | None:
+        chunk = next(self.chunks, None)
+        if chunk is not None:
+            self.sent += -(-(len(chunk) - HEADER.size) // LEAF)
+        return chunk
+
+    def without_rest(self, request: BlobRequest) -> BlobRequest | None:
+        """The part of a request that this answer won't send; None if it sends all of it."""
+        own = self.request
+        first, end = own.first + self.sent, own.first + own.count
+        same = (own.sha256, own.part, own.most) == (request.sha256, request.part, request.most)
+        if not same or not first < request.first + request.count <= end:
+            return request
+        return replace(request, count=first - request.first) if request.first < first else None
 
 
 class Downloads:
@@ -27,17 +53,22 @@ class Downloads:
         self._serve = serve
         self._max_packet = max_packet
         self._wants: OrderedDict[str, deque[BlobRequest]] = OrderedDict()
-        self._running: OrderedDict[str, Iterator[bytes]] = OrderedDict()
+        self._running: OrderedDict[str, _Answer] = OrderedDict()
 
     def __bool__(self) -> bool:
         """Whether something is to be sent."""
         return bool(self._wants) or bool(self._running)
 
     def add(self, device: str, want: BlobRequest) -> None:
-        """Queue a request, unless it is queued already."""
+        """Queue a request, unless it is queued already. A device asks again while an answer waits for a slow
+        connection, too: what is still to be sent of that answer isn't queued a second time."""
+        running = self._running.get(device)
+        wanted = want if running is None else running.without_rest(want)
+        if wanted is None:
+            return
         waiting = self._wants.setdefault(device, deque())
-        if want not in waiting and len(waiting) < MAX_WAITING:
-            waiting.append(want)
+        if wanted not in waiting and len(waiting) < MAX_WAITING:
+            waiting.append(wanted)
 
     def leaves(self, sha256: str) -> int:
         """Leaves of a blob; 0 for one that isn't here."""
@@ -56,15 +87,16 @@ class Downloads:
                 device = next((n for n in self._wants if n not in self._running), None)
                 if device is None:
                     break
-                answer = self._serve.answer(self._want(device), self._max_packet)
+                want = self._want(device)
+                answer = self._serve.answer(want, self._max_packet)
                 if isinstance(answer, BlobNotFound):
                     return device, answer
-                self._running[device] = iter(answer)
+                self._running[device] = _Answer(want, iter(answer))
             if not self._running:
                 return None
             device, running = next(iter(self._running.items()))
             self._running.move_to_end(device)
-            chunk = next(running, None)
+            chunk = running.next()
             if chunk is not None:
                 return device, chunk
             del self._running[device]

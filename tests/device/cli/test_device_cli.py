@@ -211,13 +211,27 @@ def test_a_bundle_that_was_changed_does_not_predict(tmp_path: Path, bundle: Path
 
 def test_a_probe_is_printed_for_people_and_as_json(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=10.062659254999744)
-    monkeypatch.setattr("fedprune_device.cli.measure.probe", lambda threads, begin: report)
+    monkeypatch.setattr("fedprune_device.cli.measure.probe", lambda threads, cuda, begin: report)
     assert main.main(["probe"]) == ExitCode.OK
     lines = capsys.readouterr().out.splitlines()
     assert {"memory_total: 2000 MB", "memory_available: 500 MB", "seconds: 10.1"} <= set(lines)
     assert not [line for line in lines if line.endswith(": unknown")], "what wasn't measured tells a reader nothing"
     assert main.main(["probe", "--json"]) == ExitCode.OK
     assert ProbeReport.from_dict(json.loads(capsys.readouterr().out)) == report
+
+
+@pytest.mark.parametrize(("tier", "cuda"), [("onnxruntime-cpu", False), ("onnxruntime-cuda", True), ("tensorrt", True)])
+def test_a_probe_measures_the_unit_of_its_tier(monkeypatch: pytest.MonkeyPatch, tier: str, cuda: bool) -> None:
+    asked: list[bool] = []
+    report = ProbeReport(cores=4, memory_total=2_000_000_000, memory_available=500_400_000, seconds=1.0)
+
+    def probe(threads: int, *, cuda: bool, begin: object) -> ProbeReport:
+        asked.append(cuda)
+        return report
+
+    monkeypatch.setattr("fedprune_device.cli.measure.probe", probe)
+    assert main.main(["probe", "--tier", tier]) == ExitCode.OK
+    assert asked == [cuda]
 
 
 def run(tmp_path: Path, *, insecure: Sequence[str] = ("--insecure",), **changes: str) -> int:

@@ -153,6 +153,16 @@ def test_what_can_not_be_trained_is_one_line_and_leaves_no_bundle(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("more", [("--lr", "-1"), ("--lr", "nan"), ("--epochs", "0")])
+def test_numbers_that_no_training_can_have_are_wrong_usage(
+    tmp_path: Path, bundle: Path, samples: Path, more: tuple[str, ...], capsys: Capture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train(bundle, samples, tmp_path / "out", *more)
+    assert ended.value.code == ExitCode.USAGE
+    assert f"argument {more[0]}" in capsys.readouterr().err
+
+
 def test_samples_of_another_shape_are_refused_before_training(tmp_path: Path, bundle: Path, capsys: Capture) -> None:
     np.savez(tmp_path / "d.npz", x=np.zeros((10, 7), np.float32), y=np.zeros(10, np.int64))
     assert train(bundle, tmp_path / "d.npz", tmp_path / "out") == ExitCode.DATA

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import pytest
 
 from fedprune.core.errors import MissingExtraError, RuntimeUnavailableError
-from fedprune.planning.latency_model import LatencyTable, typical_table
+from fedprune.planning.latency_model import LatencyTable, Measurement, typical_table
 from fedprune.planning.probe_report import ProbeReport
+from fedprune.runtime.session import Session
 from fedprune_device.hardware import runtime_process
 from fedprune_device.hardware.layer_timing import LayerNets, measure, remembered_table
 from fedprune_device.hardware.probe import probe
@@ -72,6 +74,20 @@ def test_a_probe_apart_keeps_what_it_measured(tmp_path: Path) -> None:
         report = runtime.probe(seconds=0.05, layer_seconds=0.5, memory_file=file)
     assert report.latency == LatencyTable.from_dict(json.loads(file.read_text())["latency"])
     assert report.memory_total == memory()[0]
+
+
+def test_the_processor_is_measured_where_the_gpus_probe_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = RuntimeProcess._ask
+
+    def killed(runtime: RuntimeProcess, request: dict[str, Any], *more: Any) -> Any:
+        if request.get("probe", {}).get("cuda"):
+            runtime.check()
+            runtime._process.process.kill()
+        return ask(runtime, request, *more)
+
+    monkeypatch.setattr(RuntimeProcess, "_ask", killed)
+    with RuntimeProcess() as runtime:
+        assert runtime.probe(seconds=0.05, layer_seconds=0, cuda=True).unit == "cpu"
 
 
 def test_one_interpreter_loads_onnxruntime_checks_models_and_measures(
@@ -151,6 +167,32 @@ def test_a_slow_board_measures_every_net_and_is_done_soon_after_its_time(seconds
         assert len({m.architecture.digest for m in found if m.training is training}) == len(nets)
     # Beyond its time it measures what has begun, and one width of each net that is left, of eight ticks each.
     assert next(ticks) <= seconds + 8 * (1 + 2 * len(nets))
+
+
+def test_where_cuda_does_not_work_the_report_is_of_the_processor() -> None:
+    with RuntimeProcess() as runtime:
+        assert runtime.probe(seconds=0.05, layer_seconds=0, cuda=True).unit == "cpu"
+
+
+def test_a_gpus_times_are_kept_apart_from_the_processors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu(Session):
+        provider = "cuda"
+
+    asked = list[bool]()
+
+    def timed(threads: int, seconds: float, *, cuda: bool) -> list[Measurement]:
+        asked.append(cuda)
+        net = LayerNets().architecture("rows")
+        return [Measurement(net, net.sizes, 1, 0.001, training) for training in (True, False)]
+
+    monkeypatch.setattr("fedprune_device.hardware.probe.measure", timed)
+    file = tmp_path / "layer_times.json"
+    processor = probe(seconds=0.05, layer_seconds=0.1, memory_file=file)
+    monkeypatch.setattr("fedprune_device.hardware.probe.Session", OnGpu)
+    first, again = (probe(seconds=0.05, layer_seconds=0.1, memory_file=file, cuda=True) for _ in range(2))
+    assert (processor.unit, first.unit, again.unit) == ("cpu", "cuda", "cuda")
+    assert asked == [False, True], "each unit is measured once"
+    assert first.latency == again.latency != processor.latency
 
 
 def test_a_table_is_measured_again_only_where_something_changed(tmp_path: Path) -> None:

@@ -219,10 +219,10 @@ def test_no_output_of_a_part_stays_in_the_arena_while_the_next_part_runs(
     left: list[int] = []
     run = Session.run
 
-    def watched(session: Session, *arguments: Any) -> dict[str, Array]:
+    def watched(session: Session, feeds: Any, names: Any, into: Any) -> dict[str, Array]:
         left.append(sum(output() is not None for output in outputs))
-        found = {name: value.view() for name, value in run(session, *arguments).items()}
-        outputs[:] = [weakref.ref(value) for value in found.values()]
+        found = {n: v if n in into else v.view() for n, v in run(session, feeds, names, into).items()}
+        outputs[:] = [weakref.ref(v) for n, v in found.items() if n not in into]
         return found
 
     monkeypatch.setattr(Session, "run", watched)
@@ -621,9 +621,9 @@ def test_no_part_of_a_round_works_on_more_samples_than_a_step(
     """The planner's memory is that of a step; evaluations and the check of a new model must do with it."""
     run, sizes = Session.run, list[int]()
 
-    def counted(session: Session, feeds: Tensors, outputs: Any = None, **how: Any) -> Tensors:
+    def counted(session: Session, feeds: Tensors, *others: Any) -> Tensors:
         sizes.append(len(feeds[step_contract.X if step_contract.X in feeds else step_contract.LOGITS]))
-        return run(session, feeds, outputs, **how)
+        return run(session, feeds, *others)
 
     monkeypatch.setattr(Session, "run", counted)
     server = MemoryServer(tmp_path / "server", graphs, weights)

@@ -245,6 +245,7 @@ def test_int8_tensors_are_those_of_the_formulas(tmp_path: Path) -> None:
     assert {held[f"{stem}~weight"].dtype, held[f"{stem}~bias"].dtype} == {np.dtype(np.int8), np.dtype(np.int32)}
 
 
+@pytest.mark.exact_int8
 def test_a_dead_channel_keeps_its_bias(tmp_path: Path) -> None:
     """Weights of zero have no scale of their own: an int32 of a tiny one could not say the bias."""
     model = net("lenet")[1]

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import fedprune_export as fx
 from fedprune.model import step_contract
 from fedprune.model.recipe import OPTIMIZERS, Features, Recipe
+from fedprune.runtime import session as sessions
 from fedprune.runtime.session import Session
 from fedprune_device.data.dataset import LocalData
 from fedprune_device.training.trainer import Trainer, TrainingTask
@@ -28,7 +29,7 @@ from fedprune_export.training.step_graph import training_graph
 pytestmark = pytest.mark.torch
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-SHAPES = {"w": (3, 4), "b": (5,), "scale": ()}
+SHAPES = {"w": (3, 4), "b": (5,), "scale": (), "kernel": (3, 2, 1, 1)}
 
 
 class Lion(torch.optim.Optimizer):
@@ -295,12 +296,27 @@ class Linear(torch.nn.Linear):
     input_shape = (6,)
 
 
+class Scaled(Linear):
+    """With a parameter without dimensions."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before, after)
+        self.scale = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.scale
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(optimizer: str) -> None:
+@pytest.mark.parametrize("bound_from", [0, 1 << 20])
+def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(
+    optimizer: str, bound_from: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two rounds of three steps with all samples each; between them the weights become others, but not the state."""
+    monkeypatch.setattr(sessions, "_BOUND_FROM", bound_from)
     rng = np.random.default_rng(6)
     x, y = rng.standard_normal((12, 6)).astype(np.float32), rng.integers(0, 3, 12)
-    model = fx.load(Linear(6, 3))
+    model = fx.load(Scaled(6, 3))
     recipe = Recipe(epochs=3, batch_size=12, lr=0.02, weight_decay=0.01, beta2=0.5, optimizer=optimizer)
     starts = [{n: rng.standard_normal(v.shape).astype(np.float32) for n, v in model.tensors.items()} for _ in range(2)]
 
@@ -324,12 +340,13 @@ def test_a_kept_state_is_that_of_an_optimiser_that_goes_on(optimizer: str) -> No
                 leaf.copy_(torch.tensor(start[name]))
         for _ in range(3):
             torchs.zero_grad()
-            outputs = torch.tensor(x, dtype=torch.float64) @ leaves["weight"].T + leaves["bias"]
+            outputs = (torch.tensor(x, dtype=torch.float64) @ leaves["weight"].T + leaves["bias"]) * leaves["scale"]
             torch.nn.functional.cross_entropy(outputs, torch.tensor(y)).backward()
             torchs.step()
         result = trainer.train(start, LocalData(x, y, x[:0], y[:0]), task)
         wanted = {n: leaf.detach().numpy() for n, leaf in leaves.items()}
         assert error(result.tensors, wanted) < 1e-6
+        assert {n: v.shape for n, v in result.tensors.items()} == {n: v.shape for n, v in start.items()}
         task = TrainingTask(recipe, 3, 0, "a", 2, moments=result.moments, taken=result.taken)
     assert result.taken == 6
     fresh = trainer.train(starts[1], LocalData(x, y, x[:0], y[:0]), TrainingTask(recipe, 3, 0, "a", 2))

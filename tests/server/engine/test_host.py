@@ -57,13 +57,15 @@ def test_a_host_killed_anywhere_goes_on_to_the_same_models(tmp_path: Path, point
 
 
 @pytest.mark.slow
-def test_small_jobs_run_side_by_side_and_all_devices_work_for_both(tmp_path: Path) -> None:
+def test_small_jobs_run_side_by_side_each_with_its_share_and_no_device_stands_idle(tmp_path: Path) -> None:
     jobs = [named(JOB, "one", devices=1, rounds=10), named(JOB, "two", devices=1, rounds=10)]
     several = SeveralJobs(tmp_path, jobs, "abcdef")
     states = several.run()
     for state in states.values():
-        assert {n for names in folded(state) for n in names} == set("abcdef")
+        assert len(state.history) == 10
         assert max(map(len, folded(state)[:-1])) <= 3  # its share, until the other one is done
+    # Which devices a job gets depends on when the worker threads end: a job doesn't wait for one that is at work.
+    assert {n for s in states.values() for names in folded(s)[:2] for n in names} == set("abcdef")
     assert several.clashes == []
 
 

@@ -338,9 +338,9 @@ def test_learning_rates_fall_with_the_rounds_of_offers(
     rates: dict[int, set[float]] = {}
     advance = StepGraph.advance
 
-    def watched(self: StepGraph, feeds: Any, parts: Any, number: int, gradients: Any = ()) -> Any:
+    def watched(self: StepGraph, feeds: Any, *others: Any) -> Any:
         rates.setdefault(rounds[-1], set()).add(float(feeds["lr"]))
-        return advance(self, feeds, parts, number, gradients)
+        return advance(self, feeds, *others)
 
     rounds: list[int] = []
     train = Trainer.train

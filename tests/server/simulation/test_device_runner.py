@@ -5,17 +5,22 @@ from __future__ import annotations
 import json
 import os
 import signal
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
+from time import sleep
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fedprune_export as fx
+from fedprune.blobs.blob_ref import BlobRef
 from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
-from fedprune.core.errors import BundleError, DataError, ModelError, TrainingError
+from fedprune.core.errors import BundleError, DataError, ModelError
 from fedprune.model.architecture import widths_at
 from fedprune.model.element_mask import ElementMask
 from fedprune.model.recipe import Recipe
@@ -30,9 +35,10 @@ from fedprune_device.training.objective import Objective
 from fedprune_device.training.round_runner import MEASURED, RoundRunner
 from fedprune_export.bundles.inference import inference_model
 from fedprune_export.training.step_graph import training_graph
-from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, Work
-from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, pulls
-from support.fakes.digits_simulation import boards, boards_that_validate, digits_net
+from fedprune_server.simulation.fleet.device_runner import DeviceRunner, Outcome, Work, WorkerKilledError
+from fedprune_server.simulation.fleet.virtual_device import StoredData, VirtualDevice, pulls
+from fedprune_server.simulation.results.run_folder import simulate
+from support.fakes.digits_simulation import boards, boards_that_validate, digits_experiment, digits_net
 from support.fakes.hidden_board import HiddenBoard, hidden_weights
 from support.paths import GRAPHS
 
@@ -243,7 +249,8 @@ def offers(store: BlobStore, recipe: Recipe, fleet: list[VirtualDevice], number:
 
 
 def carried_out(tested: DeviceRunner, work: list[Work]) -> list[Outcome]:
-    tested.prepare(work)
+    for item in work:
+        tested.prepare(*item)
     return [tested.carry_out(*item) for item in work]
 
 
@@ -274,33 +281,110 @@ def test_a_killed_process_is_said(store: BlobStore, tmp_path: Path) -> None:
         carried_out(pooled, work)
         for process in pooled._pool._processes._processes.values():
             os.kill(process.pid, signal.SIGKILL)
-        with pytest.raises(TrainingError, match="killed"):
-            pooled.prepare(offers(store, Recipe(), boards()[:1], 2))
+        with pytest.raises(WorkerKilledError, match="killed"):
+            pooled.prepare(*offers(store, Recipe(), boards()[:1], 2)[0])
     finally:
         pooled.close()
 
 
-def test_few_samples_wait_for_a_process(store: BlobStore, tmp_path: Path) -> None:
-    """Those of devices that no process will work on soon are not read yet."""
-    pooled = DeviceRunner(store, tmp_path / "scratch", workers=2)
-    read: list[str] = []
-    found: list[int] = []
+class Slow:
+    """A pool whose tasks end when the test says so."""
 
-    class Answer:
-        def exception(self) -> None:
-            found.append(len(read))
+    def __init__(self) -> None:
+        self.futures: dict[str, Future[Any]] = {}
+        self.ends = False
 
-        def result(self) -> Any:
-            return None, None
+    def submit(self, _: object, device: VirtualDevice, *more: object) -> Future[Any]:
+        self.futures[device.name] = Future()
+        if self.ends:
+            self.end(device.name)
+        return self.futures[device.name]
 
-    class Slow:
-        def submit(self, _: object, device: VirtualDevice, *more: object) -> Answer:
-            read.append(device.name)
-            return Answer()
+    def end(self, device: str) -> None:
+        self.futures[device].set_result((Outcome(BlobRef("a" * 64, 1, "a" * 64), 1, 1, {}), device))
 
-    pooled.close()
-    pooled._pool = Slow()  # type: ignore[assignment]
-    work = offers(store, Recipe(), boards(tuple(f"d{i}" for i in range(12)), "raspberry-pi-4b"))
-    pooled.prepare(work)
-    assert read == [d.name for d, _, _ in work]
-    assert found[:3] == [4, 5, 6]
+
+@pytest.fixture
+def slow(store: BlobStore, tmp_path: Path) -> tuple[DeviceRunner, Slow, list[Work]]:
+    """A runner of two processes that are slow, and trainings of twelve devices, which it has been told of."""
+    runner, pool = DeviceRunner(store, tmp_path / "scratch", workers=2), Slow()
+    runner.close()
+    runner._pool = pool  # type: ignore[assignment]
+    work = offers(store, Recipe(), boards(tuple(f"d{i:02}" for i in range(12)), "raspberry-pi-4b"))
+    for item in work:
+        runner.prepare(*item)
+    return runner, pool, work
+
+
+def test_few_samples_wait_for_a_process(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
+    """Those of devices that no process will work on soon are not read yet; one that is asked for goes first."""
+    runner, pool, work = slow
+    assert list(pool.futures) == ["d00", "d01", "d02", "d03"]
+    pool.end("d00")
+    assert runner.carry_out(*work[0]).weights.sha256 == "a" * 64
+    assert list(pool.futures)[4:] == ["d04"]
+    asked = Thread(target=runner.carry_out, args=work[9])
+    asked.start()
+    while "d09" not in pool.futures:
+        sleep(0.001)
+    assert list(pool.futures)[5:] == ["d09"]
+    pool.end("d01")  # the one that was asked for takes its place
+    pool.end("d02")
+    while len(pool.futures) == 6 and asked.is_alive():
+        sleep(0.001)
+    pool.end("d09")
+    asked.join()
+    assert list(pool.futures)[6] == "d05"
+
+
+def test_cancelled_trainings_are_dropped(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
+    runner, pool, work = slow
+    runner.cancel("d04")
+    runner.cancel("d05", number=1)
+    runner.cancel("d06", number=7)  # of another round
+    for device in ("d00", "d01", "d02"):
+        pool.end(device)
+    runner.cancel("d00")
+    runner.cancel("d03")
+    assert pool.futures["d03"].cancelled()
+    assert runner.settle() == {"a" * 64, "d01", "d02"}
+    assert runner.carry_out(*work[2]).samples == 1
+    assert not pool.futures.keys() & {"d04", "d05"}
+    assert "d06" in pool.futures
+
+
+def test_a_newer_offer_takes_the_place_of_an_older_one(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
+    runner, pool, work = slow
+    before = pool.futures["d00"]
+    runner.prepare(*work[0])
+    assert before.cancelled()
+    pool.ends = True
+    assert runner.carry_out(*work[0]).samples == 1
+    assert pool.futures["d00"] is not before
+
+
+def test_a_killed_process_ends_a_simulation_and_is_no_boards_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Future[Any]()
+    broken.set_exception(BrokenProcessPool("killed"))
+
+    def begin(runner: DeviceRunner, work: Work) -> None:
+        runner._begun[work[0].name] = work[2], broken
+        runner._running.append(broken)
+
+    monkeypatch.setattr(DeviceRunner, "_begin", begin)
+    with pytest.raises(WorkerKilledError, match="killed"):
+        simulate(digits_experiment(rounds=1, workers=2))
+
+
+def test_samples_that_cannot_be_read_are_the_boards_refusal(slow: tuple[DeviceRunner, Slow, list[Work]]) -> None:
+    runner, pool, work = slow
+    for device in list(pool.futures):
+        pool.end(device)
+
+    def missing() -> LocalData:
+        raise DataError("the samples are gone")
+
+    broken = VirtualDevice("broken", work[0][0].profile, StoredData(20, "f" * 64, missing))
+    runner.prepare(broken, *work[0][1:])
+    with pytest.raises(DataError, match="gone"):
+        runner.carry_out(broken, *work[0][1:])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -75,6 +77,41 @@ def test_the_same_want_is_answered_once(store: BlobStore, downloads: Downloads) 
     for _ in range(5):
         downloads.add("a", BlobRequest(digest, "data", 0, 1))
     assert sent(downloads) == ["a"]
+
+
+@pytest.mark.parametrize(("first", "count", "more"), [(1, 7, 2), (0, 8, 3), (3, 5, 0), (5, 2, 0), (0, 3, 3), (0, 4, 3)])
+def test_what_is_asked_for_again_before_it_was_sent_is_sent_once(
+    store: BlobStore, downloads: Downloads, first: int, count: int, more: int
+) -> None:
+    digest = store.put(b"x" * (8 * LEAF)).sha256
+    downloads.add("a", BlobRequest(digest, "data", 0, 8))
+    assert [downloads.next() is not None for _ in range(3)] == [True] * 3
+    downloads.add("a", BlobRequest(digest, "data", first, count))
+    assert sent(downloads) == ["a"] * (5 + more), "those that were sent may be lost, the others aren't sent twice"
+
+
+@pytest.mark.parametrize("changed", [{"most": 2}, {"first": 8, "count": 3}, {"part": "leaves"}, {"count": 12}])
+def test_other_requests_are_answered_after_the_one_under_way(
+    store: BlobStore, downloads: Downloads, changed: dict[str, Any]
+) -> None:
+    digest = store.put(b"x" * (12 * LEAF)).sha256
+    asked = BlobRequest(digest, "data", 0, 8)
+    downloads.add("a", asked)
+    assert downloads.next() is not None
+    downloads.add("a", replace(asked, **changed))
+    number = {"leaves": 1}.get(str(changed.get("part")), changed.get("count", 8))
+    assert sent(downloads) == ["a"] * (7 + number)
+
+
+def test_a_device_that_asks_again_keeps_its_turn(store: BlobStore, downloads: Downloads) -> None:
+    digest = store.put(b"x" * (3 * LEAF)).sha256
+    for number in range(40):
+        downloads.add(f"d{number}", BlobRequest(digest, "data", 0, 3))
+    assert downloads.next() is not None
+    downloads.add("d0", BlobRequest(digest, "data", 0, 3))
+    order = sent(downloads)
+    assert order.index("d0") < 40
+    assert len(order) == 40 * 3 - 1 + 1
 
 
 def test_wants_beyond_the_limit_are_dropped(store: BlobStore, downloads: Downloads) -> None:

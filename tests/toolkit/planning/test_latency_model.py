@@ -155,7 +155,8 @@ def test_a_fit_finds_the_block() -> None:
 
 
 def test_kinds_that_were_not_seen_are_typical_for_the_board() -> None:
-    slow = fitted([replace(m, seconds=10 * m.seconds) for m in measured(typical_table(5e10), [NET])], 5e10)
+    typical = typical_table(5e10)
+    slow = fitted([replace(m, seconds=10 * m.seconds) for m in measured(typical, [NET])], typical)
     assert slow.training["recurrent"] == pytest.approx(typical_table(5e9).training["recurrent"], rel=0.05)
 
 

@@ -80,6 +80,7 @@ def test_a_small_net_fits_whole() -> None:
         ("memory", {"profile": memory_of(FULL.memory_bytes * 0.9)}),
         ("time", {"deadline_s": FULL.round_s * 0.5}),
         ("bytes", {"byte_budget": FULL.round_bytes // 2}),
+        ("energy", {"energy_budget": FULL.train_j / 2}),
         ("link", {"profile": board(link={"bytes_per_round": FULL.round_bytes // 2})}),
         ("storage", {"profile": board(storage={"budget_bytes": 4 * FULL.wire_bytes})}),
     ],
@@ -106,6 +107,7 @@ def situations(draw: st.DrawFn) -> dict[str, Any]:
         "recipe": RECIPE,
         "samples": 500,
         "byte_budget": draw(st.none() | share.map(lambda s: int(FULL.round_bytes * s))),
+        "energy_budget": draw(st.none() | share.map(lambda s: FULL.train_j * s)),
         "deadline_s": draw(st.none() | share.map(lambda s: FULL.round_s * s)),
     }
 
@@ -143,6 +145,7 @@ def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[st
         "time": need.train_s + need.transfer_s,
         "link": 2 * need.wire_bytes,
         "bytes": 2 * need.wire_bytes,
+        "energy": need.train_j,
         "storage": need.storage_bytes,
     }
     limits = {m.name: m.limit for m in made.limits}
@@ -151,7 +154,7 @@ def test_a_plan_fits_and_the_next_wider_breaks_what_bounds_it(situation: dict[st
     assert overshoot[made.bound] == pytest.approx(max(overshoot.values()))
 
 
-@given(situations(), st.sampled_from(["memory", "link", "byte_budget", "deadline_s"]), st.floats(1, 3))
+@given(situations(), st.sampled_from(["memory", "link", "byte_budget", "deadline_s", "energy_budget"]), st.floats(1, 3))
 @BRIEF
 def test_a_looser_limit_never_gives_a_narrower_plan(situation: dict[str, Any], which: str, more: float) -> None:
     made = made_or_none(situation)
@@ -647,4 +650,11 @@ def test_energy_is_power_beyond_idle_times_time() -> None:
     assert power.load_w is not None
     assert power.idle_w is not None
     assert FULL.step_j == pytest.approx((power.load_w - power.idle_w) * FULL.step_s)
+    assert FULL.train_j == pytest.approx(FULL.steps * FULL.step_j)
     assert predict(NET, NET.sizes, replace(BOARD, power=None), RECIPE, 500).step_j is None
+
+
+def test_energy_limits_only_boards_whose_power_is_known() -> None:
+    made = plan(NET, replace(BOARD, power=None), RECIPE, 500, energy_budget=1e-3)
+    assert made.density == 1
+    assert "energy" not in {limit.name for limit in made.limits}

@@ -37,6 +37,13 @@ def test_keys_of_newer_probes_are_ignored() -> None:
     assert ProbeReport.from_dict({**REPORT.to_dict(), "colour": "green"}) == REPORT
 
 
+def test_a_report_without_unit_is_of_a_processor() -> None:
+    body = REPORT.to_dict()
+    assert ProbeReport.from_dict({**body, "unit": "cuda"}).unit == "cuda"
+    del body["unit"]
+    assert ProbeReport.from_dict(body).unit == "cpu"
+
+
 @pytest.mark.parametrize("name", ["clock_hz", "train_rate", "infer_rate", "temperature_c"])
 def test_what_was_not_measured_is_none(name: str) -> None:
     assert getattr(ProbeReport.from_dict({**REPORT.to_dict(), name: None}), name) is None
@@ -50,7 +57,15 @@ def test_a_missing_measurement_is_named(name: str) -> None:
         ProbeReport.from_dict(body)
 
 
-BAD = [("memory_available", 2_000_000_000), ("onnxruntime", 1.31), ("board", None), ("board", "x" * 201)]
+BAD = [
+    ("memory_available", 2_000_000_000),
+    ("onnxruntime", 1.31),
+    ("board", None),
+    ("board", "x" * 201),
+    ("unit", "npu"),
+    ("unit", None),
+    ("unit", ["cuda"]),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: str(value)[:20])

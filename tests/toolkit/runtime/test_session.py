@@ -60,6 +60,46 @@ def test_feeds_that_do_not_fit_are_one_clear_error() -> None:
         Session(GRAPH).run({"x": np.zeros(3, np.float32)})
 
 
+@pytest.mark.parametrize(("on_cuda", "bound_from"), [(False, 0), (False, 1 << 20), (True, 0)])
+def test_outputs_are_written_into_given_arrays(
+    small: Path, monkeypatch: pytest.MonkeyPatch, on_cuda: bool, bound_from: int
+) -> None:
+    monkeypatch.setattr(sessions, "_BOUND_FROM", bound_from)
+    session = Session(small)
+    monkeypatch.setattr(sessions, "_on_cuda", lambda session: on_cuda)
+    feeds = {n: np.asfortranarray(v) if n == "x" else v for n, v in feeds_of(session).items()}
+    expected = session.run(feeds)
+    name = session.outputs[0]
+    given = np.empty_like(expected[name])
+
+    found = session.run(feeds, into={name: given})
+
+    assert found[name] is given
+    assert given.tobytes() == expected[name].tobytes()
+    assert {n: v.tobytes() for n, v in found.items()} == {n: v.tobytes() for n, v in expected.items()}
+
+
+@pytest.mark.parametrize(("on_cuda", "bound_from"), [(False, 0), (False, 1 << 20), (True, 0)])
+@pytest.mark.parametrize("change", ["shape", "type", "order", "read only", "name"])
+def test_an_array_that_an_output_does_not_fit_is_one_clear_error(
+    small: Path, monkeypatch: pytest.MonkeyPatch, on_cuda: bool, bound_from: int, change: str
+) -> None:
+    monkeypatch.setattr(sessions, "_BOUND_FROM", bound_from)
+    session = Session(small)
+    feeds, name = feeds_of(session), session.outputs[0]
+    right = session.run(feeds)[name]
+    monkeypatch.setattr(sessions, "_on_cuda", lambda session: on_cuda)
+    given = {
+        "shape": lambda: np.empty((*right.shape, 1), right.dtype),
+        "type": lambda: np.empty(right.shape, np.float64),
+        "order": lambda: np.empty((*right.shape[:-1], 2 * right.shape[-1]), right.dtype)[..., ::2],
+        "read only": lambda: np.broadcast_to(right[:1], right.shape),
+        "name": lambda: np.empty_like(right),
+    }[change]()
+    with pytest.raises(ModelError, match=r"array for output|couldn't run"):
+        session.run(feeds, into={"another" if change == "name" else name: given})
+
+
 def test_onnxruntime_leaves_no_trace_of_telemetry(tmp_path: Path) -> None:
     code = f"from pathlib import Path; from fedprune.runtime.session import Session; Session(Path({str(GRAPH)!r}))"
     kept = {k: v for k, v in os.environ.items() if k not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}

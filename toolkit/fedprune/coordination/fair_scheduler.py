@@ -2,9 +2,10 @@
 
 A device is free when nothing of a round is awaited of it. A job that could begin a round stands in line, and so does an
 asynchronous one that has fewer devices at work than its share. First in line is the job that has had the least of the
-devices' time for its weight. It gets the devices that have worked least for it: as many as its round needs at least,
-and at most its share of all that are there. Where too few are free, those that fit it wait for it: nobody behind it in
-the line takes one, so that no job starves. A job that needs more devices than are there stands aside and holds none.
+devices' time for its weight. It gets the free devices that have worked least for it: as many as its round needs at
+least, and at most its share of all that are there. It doesn't wait for a device at work for another job. Where too few
+are free, those that fit it wait for it: no job behind it in the line takes one, so that none starves. A job that needs
+more devices than are there is passed over and holds none.
 """
 
 from __future__ import annotations

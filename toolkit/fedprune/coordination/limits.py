@@ -89,8 +89,7 @@ def lengths(report: Report) -> Lengths:
         size, square = float(math.prod(spec.shape)), 0.0
         now, before = trained.tensors.get(spec.name), sent.get(spec.name)
         if now is not None and before is not None and now.shape == before.shape and now.size:
-            moved = now.astype(np.float64).reshape(-1)
-            moved -= before.reshape(-1)
+            moved = np.subtract(now.reshape(-1), before.reshape(-1), dtype=np.float64)
             if spec.name in active:
                 moved *= active[spec.name].reshape(-1)
                 size *= max(1, int(np.count_nonzero(active[spec.name]))) / moved.size

@@ -105,6 +105,7 @@ class WidthPlanner:
             device.samples,
             byte_budget=self.job.byte_budget or None,
             deadline_s=self.job.deadline_s,
+            energy_budget=self.job.energy_budget or None,
             probe=None if device.probe is None else ProbeReport.from_dict(device.probe),
             correction=correction,
             frozen=self.frozen,

@@ -171,12 +171,26 @@ def _json_or_text(text: str) -> Any:
 
 def seconds(text: str) -> float:
     """A time of an option: finite and above 0."""
+    return _above_zero(text, "seconds")
+
+
+def joules(text: str) -> float:
+    """An energy of an option: finite and above 0."""
+    return _above_zero(text, "joules")
+
+
+def rate(text: str) -> float:
+    """A learning rate of an option: finite and above 0."""
+    return _above_zero(text, "")
+
+
+def _above_zero(text: str, unit: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a number {f'of {unit} ' if unit else ''}above 0, got {text!r}")
     return value
 
 

@@ -159,7 +159,7 @@ def remedy(error: OSError | EOFError) -> str:
     known = _REMEDIES.get(getattr(error, "errno", None) or 0, "")
     path = getattr(error, "filename", None)
     if isinstance(error, FileNotFoundError) and isinstance(path, (str, Path)) and not Path(path).is_absolute():
-        return f"{known} It is relative to the current folder."
+        return f"{known} It was looked for at {Path(path).absolute()}."
     return known
 
 

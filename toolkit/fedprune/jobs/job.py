@@ -24,6 +24,7 @@ _PLAIN = ("scorer", "warmup_rounds", "rule", "server_momentum")
 """What only the plain strategy reads."""
 
 _LATER = (
+    "energy_budget",
     "precision",
     "over_selection",
     "fairness",
@@ -60,6 +61,8 @@ class Job:
         schedule: Another schedule than the strategy's: `kind` (`sync`, `semi-async` or `async`) and keys of
             `fedprune.jobs.schedule.Schedule`; empty for the strategy's own.
         byte_budget: Payload bytes that one device may cause per round, both ways; 0 for no limit of the job's own.
+        energy_budget: Joules that a round's training may take on a device beyond what it takes when idle; 0 for no
+            limit. Devices whose profile has no power figures aren't limited.
         strategy: A preset's name, or a composition of your own as `package.module:function`. `plain` is what the keys
             from `density` to `server_momentum` say.
         options: The strategy's own settings.
@@ -96,6 +99,7 @@ class Job:
     pace: float = bounded(0.0, 1, 1_000, or_zero=True)
     schedule: dict[str, Any] = field(default_factory=dict)
     byte_budget: int = bounded(0, 0, 2**50)
+    energy_budget: float = bounded(0.0, 0, 1e9)
     strategy: str = "plain"
     options: dict[str, Any] = field(default_factory=dict)
     density: float = bounded(0.0, 0, 1)

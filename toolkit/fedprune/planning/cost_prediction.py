@@ -25,8 +25,8 @@ from fedprune.planning.costs import (
     file_bytes,
     memory_seconds,
 )
-from fedprune.planning.latency_model import LatencyTable, typical_table
-from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.latency_model import LatencyTable, typical_gpu_table, typical_table
+from fedprune.planning.probe_report import CPU, CUDA, ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.updates import NO_CODECS, Codec, Codecs, bound
 
@@ -67,6 +67,7 @@ class Prediction:
         transfer_s: Time on the link, down and up.
         latency_s: Time of the prediction of one sample.
         step_j: Energy of a step beyond what the idle board takes, in joules; None where the profile doesn't say.
+        train_j: The same for all steps of a round.
         latency_j: The same for the prediction of one sample.
     """
 
@@ -84,6 +85,7 @@ class Prediction:
     transfer_s: float
     latency_s: float
     step_j: float | None = None
+    train_j: float | None = None
     latency_j: float | None = None
     first_bytes: int = 0
     down_bytes: int = 0
@@ -237,6 +239,7 @@ def predict(
         transfer_s=transfer_s,
         latency_s=latency_s,
         step_j=None if watts is None else watts * step_s,
+        train_j=None if watts is None else watts * steps * step_s,
         latency_j=None if watts is None else watts * latency_s,
         memory=memory,
         first_bytes=first,
@@ -315,23 +318,40 @@ def _trained(
     return sum(math.prod(architecture.shape(t.name, widths)) for t in moved) / max(1, parameters)
 
 
+def trains_on(profile: HardwareProfile, probe: ProbeReport | None) -> str:
+    """The unit that plans count: what the board measured, which is its processor where its GPU doesn't work, else what
+    the profile promises."""
+    if probe is not None:
+        return probe.unit
+    return CPU if profile.gpu is None else CUDA
+
+
 def latency_table(profile: HardwareProfile, probe: ProbeReport | None) -> LatencyTable:
-    """What the board's kernels take: measured, else what is typical at its rate."""
+    """Times of kernels on the unit that trains: measured, else typical of its rate."""
     if probe is not None and probe.latency is not None:
         return probe.latency
-    return typical_table(train_rate(profile, probe))
+    if trains_on(profile, probe) != CUDA:
+        return typical_table(train_rate(profile, probe))
+    gpu = profile.gpu
+    if gpu is None or gpu.peak_flops is None:  # a GPU that the board measured and its profile doesn't know
+        return typical_gpu_table()
+    return typical_gpu_table(gpu.peak_flops, bandwidth(profile, probe))
 
 
 def bandwidth(profile: HardwareProfile, probe: ProbeReport | None) -> float:
-    """Bytes per second of main memory that bound a step; infinite if measured layer times include it already."""
-    return math.inf if probe is not None and probe.latency is not None else profile.memory.bandwidth_bytes_s
+    """Bytes per second of the memory of the unit that trains, which bound a step; infinite if measured layer times
+    include it already."""
+    if probe is not None and probe.latency is not None:
+        return math.inf
+    gpu = profile.gpu if trains_on(profile, probe) == CUDA else None
+    return (gpu and gpu.bandwidth_bytes_s) or profile.memory.bandwidth_bytes_s
 
 
 def train_rate(profile: HardwareProfile, probe: ProbeReport | None) -> float:
-    """FLOP/s of training: measured, else promised, corrected by cores and clock that the board really has."""
+    """FLOP/s of training on the processor: measured, else promised, corrected by the cores and clock of the board."""
     if probe is None:
         return profile.train_rate
-    if probe.train_rate is not None:
+    if probe.train_rate is not None and probe.unit == CPU:
         return probe.train_rate
     clock = probe.clock_hz if probe.clock_hz is not None else profile.cpu.clock_hz
     return profile.train_rate * (probe.cores * clock) / (profile.cpu.cores * profile.cpu.clock_hz)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from fedprune.core.errors import ProfileError
 from fedprune.core.validation import is_number, is_whole
 from fedprune.model.architecture import Architecture
+from fedprune.planning.costs import ACTIVATION_PASSES, FLOAT, WEIGHT_PASSES
 from fedprune.planning.kernel_workload import BLOCKS, FEATURES, KINDS, workload
 
 Numbers = npt.NDArray[np.float64]
@@ -31,6 +32,19 @@ TYPICAL_INFERENCE = {"call": 2e-6, "part": 1e-6, "mac": 2e-11, "move": 3e-10, "w
 
 TYPICAL_RATE = 50e9
 """FLOP/s of the probe's training step on that machine: one thread of a server's processor."""
+
+GPU_LAUNCH = 1e-5
+"""Seconds that each operator takes on a GPU however small it is: an estimate of onnxruntime's dispatch and a kernel's
+launch on a Jetson."""
+
+GPU_SHARE = 1 / 3
+"""Share of a GPU's peak rate that products reach in float32: an estimate."""
+
+GPU_PEAK, GPU_BANDWIDTH = 1.31e12, 68e9
+"""FLOP/s and bytes per second of the smallest GPU that trains, a Jetson Orin Nano's."""
+
+_OPERATORS = 30
+"""Operators of a training step per row of the cost table: 27 to 32 in the probe's nets of convolutions."""
 
 _DEAR = {"depthwise": 4.0, "depthwise-small": 4.0, "norm": 3.0, "recurrent": 2.0}
 """Kinds of which training moves more elements than of others."""
@@ -124,7 +138,7 @@ class LatencyTable:
                 given = body[name]
                 if not isinstance(given, Mapping):
                     raise TypeError(f"{name} is a {type(given).__name__}")
-                typical = typical_rows(TYPICAL_RATE)[name == _PREDICTIONS]
+                typical = getattr(typical_table(), name)
                 parts[name] = {k: tuple(map(_number, given[k])) if k in given else typical[k] for k in KINDS}
             return cls(
                 block=_whole(body["block"]),
@@ -139,39 +153,43 @@ class LatencyTable:
         return json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
 
 
-def typical_rows(rate: float) -> tuple[Rows, Rows]:
-    """What training and inference typically take where the probe's training step reaches `rate` FLOP/s."""
+def typical_table(rate: float = TYPICAL_RATE) -> LatencyTable:
+    """The analytic model for a processor of which only the FLOP/s of the probe's training step are known."""
     slower = TYPICAL_RATE / rate
     training, inference = {}, {}
     for kind in KINDS:
         dear = _DEAR.get(kind, 1.0)
         training[kind] = tuple(slower * v * (dear if f == "move" else 1.0) for f, v in TYPICAL_TRAINING.items())
         inference[kind] = tuple(slower * v for v in TYPICAL_INFERENCE.values())
-    return training, inference
-
-
-def typical_table(rate: float) -> LatencyTable:
-    """The analytic model for a board of which only the FLOP/s of the probe's training step are known or promised."""
-    training, inference = typical_rows(rate)
     return LatencyTable(16, training, inference)
 
 
-def fitted(measured: Sequence[Measurement], rate: float = TYPICAL_RATE) -> LatencyTable:
+def typical_gpu_table(peak: float = GPU_PEAK, bandwidth: float = GPU_BANDWIDTH) -> LatencyTable:
+    """The analytic model for a GPU: launches, products at a share of its peak FLOP/s, and passes over its memory at
+    `bandwidth` bytes per second, one after the other."""
+    mac, number = 2 / (GPU_SHARE * peak), FLOAT / bandwidth
+    # What one row makes the next one reads, so that each activation is counted twice.
+    move, weight = ACTIVATION_PASSES / 2 * number, WEIGHT_PASSES * number
+    training = {k: (_OPERATORS * GPU_LAUNCH, 0.0, 3 * mac, _DEAR.get(k, 1.0) * move, weight) for k in KINDS}
+    return LatencyTable(1, training, dict.fromkeys(KINDS, (GPU_LAUNCH, 0.0, mac, number, number)))
+
+
+def fitted(measured: Sequence[Measurement], typical: LatencyTable | None = None) -> LatencyTable:
     """The table that explains measurements best (least squares of relative errors, no negative times).
 
-    Kinds that were not seen are guessed from `rate`, the FLOP/s of the probe's training step. Raises `ProfileError` if
-    there are no measurements of steps, or none of predictions.
+    Kinds that were not seen are guessed from the table `typical`, by default `typical_table()`, scaled. Raises
+    `ProfileError` if there are no measurements of steps, or none of predictions.
     """
     steps, predictions = ([m for m in measured if m.training is kind] for kind in (True, False))
     if not steps or not predictions:
         raise ProfileError("latency table: measurements", expected="training steps and predictions")
-    typical = typical_rows(rate)
+    typical = typical or typical_table()
     work = np.concatenate([workload(m.architecture).training(m.widths, m.batch) for m in steps])
-    training, wrong = _fit(work, steps, typical[0])
+    training, wrong = _fit(work, steps, typical.training)
     best: tuple[float, int, Numbers, Numbers] | None = None
     for block in BLOCKS:
         work = np.concatenate([workload(m.architecture).inference(m.widths, m.batch, block) for m in predictions])
-        found, errors = _fit(work, predictions, typical[1])
+        found, errors = _fit(work, predictions, typical.inference)
         score = float(np.sqrt(np.mean(errors**2)))
         # A smaller block must explain clearly more: without blocked kernels all of them say the same.
         if best is None or score < 0.98 * best[0]:

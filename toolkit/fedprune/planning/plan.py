@@ -22,11 +22,12 @@ from fedprune.planning.cost_prediction import (
     memory_use,
     predict,
     training_memory,
+    trains_on,
 )
 from fedprune.planning.costs import MemoryBreakdown, costs_at
 from fedprune.planning.latency_model import LatencyTable
-from fedprune.planning.probe_report import ProbeReport
-from fedprune.planning.profile import HardwareProfile
+from fedprune.planning.probe_report import CPU, ProbeReport
+from fedprune.planning.profile import TIERS, HardwareProfile
 from fedprune.planning.width_candidates import Rung, equal_work, rungs
 from fedprune.updates import NO_CODECS, Codecs
 
@@ -40,8 +41,9 @@ MEMORY = "memory"
 TIME = "time"
 LINK = "link"
 BYTES = "bytes"
+ENERGY = "energy"
 STORAGE = "storage"
-LIMITS = (MEMORY, TIME, LINK, BYTES, STORAGE)
+LIMITS = (MEMORY, TIME, LINK, BYTES, ENERGY, STORAGE)
 
 NORMALISED_SAMPLES = 8
 """Fewest samples in a part of a full batch where batch norm takes its statistics from each part. Smaller parts make
@@ -127,6 +129,7 @@ class Plan:
             latency_s=p.latency_s / c.latency,
             memory_bytes=p.memory.uncorrected,
             step_j=None if p.step_j is None else p.step_j / c.step,
+            train_j=None if p.train_j is None else p.train_j / c.step,
             latency_j=None if p.latency_j is None else p.latency_j / c.latency,
         )
 
@@ -192,9 +195,10 @@ class Plan:
 
     def _energy(self) -> str:
         p = self.prediction
-        if p.step_j is None or p.latency_j is None:
+        if p.step_j is None or p.train_j is None or p.latency_j is None:
             return ""
-        return f"; {amount(p.step_j, 'J')} per step, {amount(p.latency_j, 'J')} per prediction"
+        step, round_, latency = (amount(value, "J") for value in (p.step_j, p.train_j, p.latency_j))
+        return f"; {step} per step, {round_} per round, {latency} per prediction"
 
     def to_dict(self) -> dict[str, Any]:
         lists = {"widths": list(self.widths), "limits": [asdict(m) for m in self.limits], "notes": list(self.notes)}
@@ -208,7 +212,7 @@ class Plan:
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"this is not a plan ({type(error).__name__}: {error})") from error
         names, units = {limit.name for limit in plan.limits}, {limit.unit for limit in plan.limits}
-        if not names <= set(LIMITS) or not units <= {"bytes", "s"} or plan.bound not in (*LIMITS, NOTHING):
+        if not names <= set(LIMITS) or not units <= {"bytes", "s", "J"} or plan.bound not in (*LIMITS, NOTHING):
             raise PlanError("plan: an unknown limit or unit", got=(sorted(names), sorted(units), plan.bound))
         if not 0 < plan.density <= 1 or any(w < 1 for w in plan.widths) or plan.accumulate < 1:
             got = (plan.density, plan.widths, plan.accumulate)
@@ -224,6 +228,7 @@ def plan(
     *,
     byte_budget: int | None = None,
     deadline_s: float | None = None,
+    energy_budget: float | None = None,
     probe: ProbeReport | None = None,
     densities: Sequence[float] = DENSITIES,
     correction: Correction = NO_CORRECTION,
@@ -243,6 +248,8 @@ def plan(
         recipe: The local training of a round; or what makes it of a submodel's widths, where it depends on those.
         byte_budget: Bytes per round, down plus up, that the job allows, as the codecs make them.
         deadline_s: Seconds that a round may take on the board, transfers included.
+        energy_budget: Joules that a round's training may take beyond what the idle board takes. A board whose profile
+            has no power figures isn't limited.
         probe: What the board measured of itself; it takes precedence over the profile.
         densities: Candidate shares of every group.
         correction: What its earlier rounds taught. What they taught about memory never excludes the board: if nothing
@@ -251,7 +258,8 @@ def plan(
         margin: Share of the memory that stays free; `TOO_LOW` where no round will correct the plan.
         codecs: As in `predict`.
     """
-    for name, value in (("samples", samples), ("byte_budget", byte_budget), ("deadline_s", deadline_s)):
+    given = {"samples": samples, "byte_budget": byte_budget, "deadline_s": deadline_s, "energy_budget": energy_budget}
+    for name, value in given.items():
         if value is not None and (not math.isfinite(value) or value <= 0):
             raise PlanError(name, expected="a number above 0", got=value)
     room = round(training_memory(profile, probe) * (1 - margin))
@@ -263,6 +271,7 @@ def plan(
         room,
         byte_budget,
         deadline_s,
+        energy_budget,
         probe,
         densities,
         correction,
@@ -299,6 +308,7 @@ class _Search:
     room: int
     byte_budget: int | None
     deadline_s: float | None
+    energy_budget: float | None
     probe: ProbeReport | None
     densities: Sequence[float]
     correction: Correction
@@ -397,6 +407,8 @@ class _Search:
         limits.append(Limit(LINK, prediction.round_bytes, self.profile.link.bytes_per_round, "bytes"))
         if self.byte_budget is not None:
             limits.append(Limit(BYTES, prediction.round_bytes, self.byte_budget, "bytes"))
+        if self.energy_budget is not None and prediction.train_j is not None:
+            limits.append(Limit(ENERGY, prediction.train_j, self.energy_budget, "J"))
         limits.append(Limit(STORAGE, prediction.storage_bytes, self.profile.storage.budget_bytes, "bytes"))
         return tuple(limits)
 
@@ -442,9 +454,20 @@ class _Search:
             Uniform(other.density, seen.step_s, seen.latency_s),
             self.correction,
             found.recipe.accumulate,
-            (*self._notes(found), *notes),
+            (*self._unit(found), *self._notes(found), *notes),
             warning,
         )
+
+    def _unit(self, found: _Candidate) -> tuple[str, ...]:
+        """That the GPU trains, where it does, and whether the processor would take less time by the profile."""
+        if trains_on(self.profile, self.probe) == CPU:
+            return ()
+        profile = replace(self.profile, software=replace(self.profile.software, tier=TIERS[0]))
+        seen = predict(self.architecture, found.widths, profile, found.recipe, self.samples)
+        if seen.step_s >= found.prediction.step_s:
+            return ("trains on: GPU",)
+        step = f"{amount(seen.step_s, 's')} per step instead of {amount(found.prediction.step_s, 's')}"
+        return (f"trains on: GPU; its processor would take {step} (fedprune-device run --tier {TIERS[0]})",)
 
     def _notes(self, found: _Candidate) -> tuple[str, ...]:
         """Why a batch is worked through in more parts than the recipe asks for, and what that changes."""
@@ -540,6 +563,7 @@ _SETTINGS = {
     TIME: "a longer deadline (--deadline {0}, a job's deadline_s = {0})",
     LINK: "link.bytes_per_round = {} in the board's profile",
     BYTES: "more bytes per round (--bytes-per-round {0}, a job's byte_budget = {0})",
+    ENERGY: "more energy per round (--joules-per-round {0}, a job's energy_budget = {0})",
     STORAGE: "storage.budget_bytes = {} in the board's profile",
 }
 """Per limit the setting that raises it."""
@@ -549,5 +573,6 @@ _HINTS = {
     TIME: "Allow more time, or fewer epochs or steps.",
     LINK: "Raise link.bytes_per_round of the profile, or use a smaller model.",
     BYTES: "Raise the job's byte budget, or use a smaller model.",
+    ENERGY: "Allow more energy, or fewer epochs or steps.",
     STORAGE: "Raise storage.budget_bytes of the profile.",
 }

@@ -12,10 +12,15 @@ from fedprune.planning.latency_model import LatencyTable
 
 _MAX_TEXT = 200
 
+CPU, CUDA = UNITS = ("cpu", "cuda")
+"""Units that compute, by the names that `Session.provider` has for them."""
+
 
 @dataclass(frozen=True)
 class ProbeReport:
     """Measurements of a board, made before it is planned for.
+
+    Times are those of the unit that trains there: where a board's tier is a GPU that works, its GPU.
 
     Attributes:
         cores: Cores that the process may run on.
@@ -32,6 +37,7 @@ class ProbeReport:
         throttled: Whether the board slowed itself down (heat, low voltage) during the probe.
         latency: What kinds of layers take there; None if not measured.
         process_bytes: Memory of the board's process before it trains, without its samples; None if not measured.
+        unit: What the rates and `latency` were measured on, one of `UNITS`.
     """
 
     cores: int = bounded(MISSING, 1, 4096)
@@ -47,6 +53,7 @@ class ProbeReport:
     throttled: bool = False
     latency: LatencyTable | None = None
     process_bytes: int | None = bounded(None, 2**20, 2**40)
+    unit: str = CPU
 
     def __post_init__(self) -> None:
         check_fields(self, "probe report: {}", ProfileError)
@@ -58,6 +65,8 @@ class ProbeReport:
                 )
         if self.latency is not None and not isinstance(self.latency, LatencyTable):
             raise ProfileError("probe report: latency", expected="a latency table", got=type(self.latency).__name__)
+        if self.unit not in UNITS:
+            raise ProfileError("probe report: unit", expected=" or ".join(UNITS), got=repr(self.unit)[:80])
         if self.memory_available > self.memory_total:
             raise ProfileError(
                 "probe report: memory_available",

@@ -56,7 +56,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Compute:
-    """Speed of the unit that trains."""
+    """Speed of the processor."""
 
     peak_flops: float = _figure("Peak float32 rate of all cores.", "FLOP/s", 10**6, 10**16)
     efficiency: float = _figure("Share of the peak that the probe's training step reaches.", "0 to 1", 0.0001, 1)
@@ -64,12 +64,15 @@ class Compute:
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A graphics or neural unit in addition to the processor; it serves predictions."""
+    """A graphics or neural unit in addition to the processor."""
 
     kind: str = _text("Programming interface.", choices=("cuda", "other"))
     shared_memory: bool = _text("Whether it shares the main memory.", kind="flag")
     sm: str | None = _text("CUDA compute capability, such as 8.7.", optional=True)
     peak_flops: float | None = _figure("Peak float32 rate.", "FLOP/s", 10**6, 10**17, optional=True)
+    bandwidth_bytes_s: float | None = _figure(
+        "Rate at which it reads and writes its memory.", "bytes/s", 10**6, 10**14, optional=True
+    )
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,14 @@ class HardwareProfile:
     def train_rate(self) -> float:
         """Promised float32 rate of training, in FLOP/s."""
         return self.compute.peak_flops * self.compute.efficiency
+
+    @property
+    def gpu(self) -> Accelerator | None:
+        """The GPU on which boards of this tier train; None where the processor trains, or its peak rate is unknown."""
+        unit = self.accelerator
+        if unit is None or unit.kind != "cuda" or unit.peak_flops is None or self.software.tier == TIERS[0]:
+            return None
+        return unit
 
     def figures(self) -> dict[str, Any]:
         """Every figure that is set, by dotted name, in the order of the schema."""

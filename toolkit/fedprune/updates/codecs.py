@@ -31,7 +31,7 @@ was, and an average of their weights would forget what has moved since."""
 DEFAULT_SHARE = 0.05
 LEAST_SHARE = 1e-5
 
-_EXPECTED = f"{PLAIN}, {', '.join(CODECS)} or top-k with a share, such as top-k:{DEFAULT_SHARE}"
+_EXPECTED = f"{AUTO}, {PLAIN}, {', '.join(CODECS)} or top-k with a share, such as top-k:{DEFAULT_SHARE}"
 _LONGEST = 40
 
 

@@ -223,7 +223,7 @@ STEEP = 2.0**126  # the slope of a line that is a step from 0 to 1 for all but t
 
 
 def where_positive(tape: Tape, dy: str, y: str) -> str:
-    """Dy where y, which is never below 0, is above it, else 0.
+    """Dy where y is above 0, else 0.
 
     Where dy is finite its product with a mask is the same, and faster than a choice: the mask is a line so steep that
     it is 1 from the least normal number on.
@@ -324,12 +324,14 @@ def clip(tape: Tape, node: Node) -> Pull:
     tape.enter(node.outputs[0], y, tape.shape(name))
 
     def pull(dy: str) -> None:
-        both = all(b is not None for b in bounds)
-        value, form = (y, "") if both else (x, "OrEqual")
-        given = zip(("Greater", "Less"), names, strict=False)
-        inside = [g.emit(f"{op}{form}", value, bound) for op, bound in given if bound]
-        if both:
-            inside = [g.emit("And", *inside)]
+        if all(b is not None for b in bounds):
+            # The nearer bound's distance from y, which is above 0 between them; exact at the bounds themselves.
+            low, high = names
+            room = g.emit("Min", g.emit("Sub", y, low) if bounds[0] else y, g.emit("Sub", high, y))
+            tape.add(name, where_positive(tape, dy, room))
+            return
+        given = zip(("GreaterOrEqual", "LessOrEqual"), names, strict=False)
+        inside = [g.emit(op, x, bound) for op, bound in given if bound]
         tape.add(name, _where(g, inside[0], dy) if inside else dy)
 
     return pull

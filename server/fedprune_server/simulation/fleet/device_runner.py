@@ -6,10 +6,10 @@ So a round gives the same bits as on a board, in this process or in others.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
-from concurrent.futures import BrokenExecutor, Future
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,9 @@ from fedprune_server.executor.offers import sent
 from fedprune_server.process.pools import ProcessPool
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
 
-MOST_AHEAD = 64
-"""Offers that are trained together, so that no process waits for another one's device."""
-
 _SPARE = 2
-"""Devices, in addition to those that train, whose samples are in memory, so that no process waits for the next."""
+"""Devices, in addition to those that train, whose samples are in memory: the processes go on with them while this one
+folds an update."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +46,25 @@ class Outcome:
 Work = tuple[VirtualDevice, dict[str, Any], int]
 """A device, its offer, and the round."""
 
-Key = tuple[str, int, str]
-"""Identity of a training: device, round, and digest of the weights that were sent."""
-
 Done = tuple[Outcome, str | None]
 """An outcome, and the digest of the board's state from then on."""
 
 
-def key_of(device: str, offer: dict[str, Any], number: int) -> Key:
-    return device, number, offer["weights"]["sha256"]
+class WorkerKilledError(TrainingError):
+    """A process that trains devices was killed: no board's refusal, but the end of the simulation."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "a process that trains devices was killed",
+            hint="Did memory run out? Start again with fewer workers: a run with a folder continues from there.",
+        )
 
 
 class DeviceRunner:
     """Trains virtual devices: one by one in this process or, with several workers, side by side in others.
 
-    A training depends on its offer and the board's state alone. So all trainings that are under way can be computed
-    ahead; the boards' states change when `carry_out` returns an outcome.
+    A training depends on its offer and the board's state alone. So other processes can compute all trainings that are
+    under way while this one goes on; the boards' states change when `carry_out` returns an outcome.
 
     Args:
         cuda: Whether to train on an NVIDIA GPU, if that works.
@@ -75,7 +76,9 @@ class DeviceRunner:
     def __init__(self, store: BlobStore, folder: Path, *, workers: int = 1, cuda: bool = False) -> None:
         self.boards: dict[str, str] = {}
         self._workers = workers
-        self._ready: dict[Key, Done | FedpruneError] = {}
+        self._waiting: dict[str, Work] = {}
+        self._begun: dict[str, tuple[int, Future[Done]]] = {}
+        self._running: list[Future[Done]] = []
         self._local: _LocalRunner | None = None
         self._pool: ProcessPool[_LocalRunner] | None = None
         if workers == 1:
@@ -83,60 +86,43 @@ class DeviceRunner:
         else:
             self._pool = ProcessPool(workers, partial(_runner, store.root, folder, cuda=cuda))
 
-    @property
-    def blobs(self) -> set[str]:
-        """Blobs of outcomes that were computed ahead."""
-        done = [result for result in self._ready.values() if not isinstance(result, FedpruneError)]
-        return {blob for outcome, board in done for blob in (outcome.weights.sha256, board) if blob}
-
-    def prepare(self, work: Sequence[Work]) -> None:
-        """Train devices ahead, where other processes do it.
-
-        Args:
-            work: Trainings of different devices that are under way, most urgent first; at most `MOST_AHEAD` are done.
+    def prepare(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> None:
+        """Train a device ahead, where other processes do it, in place of whatever it was to train before.
 
         Raises:
-            TrainingError: A process was killed.
+            WorkerKilledError: A process was killed.
         """
-        if self._pool is None:
-            return
-        new = [item for item in work if key_of(item[0].name, *item[1:]) not in self._ready][:MOST_AHEAD]
-        futures: list[Future[Done]] = []
-        try:
-            for device, offer, number in new:
-                # Samples are read here, because their loader need not be picklable, and no sooner than they are needed:
-                # a training takes much longer than reading them.
-                if len(futures) >= self._workers + _SPARE:
-                    futures[len(futures) - self._workers - _SPARE].exception()
-                near = VirtualDevice(device.name, device.profile, device.load())
-                futures.append(self._pool.submit(_LocalRunner.train, near, offer, number, self.boards.get(device.name)))
-            for (device, offer, number), future in zip(new, futures, strict=True):
-                self._ready[key_of(device.name, offer, number)] = _result(future)
-        except BrokenExecutor as error:
-            raise TrainingError(
-                "a process that trains devices was killed",
-                hint="Did memory run out? Start again with fewer workers: a run with a folder continues from there.",
-            ) from error
+        if self._pool is not None:
+            self.cancel(device.name)
+            self._waiting[device.name] = device, offer, number
+            self._begin_next()
 
-    def is_ready(self, key: Key) -> bool:
-        """Whether a training needs no more preparation."""
-        return self._pool is None or key in self._ready
+    def cancel(self, device: str, number: int | None = None) -> None:
+        """Drop a device's training, of one round or of any. If a process has begun it, its outcome is dropped."""
+        if device in self._waiting and number in (None, self._waiting[device][2]):
+            del self._waiting[device]
+        if device in self._begun and number in (None, self._begun[device][0]):
+            self._begun.pop(device)[1].cancel()
 
-    def forget_but(self, under_way: Collection[Key]) -> None:
-        """Drop the outcomes of trainings that were cancelled."""
-        self._ready = {key: result for key, result in self._ready.items() if key in under_way}
+    def settle(self) -> set[str]:
+        """Wait for the trainings that have begun; returns the blobs of their outcomes."""
+        futures = [future for _, future in self._begun.values()]
+        wait(futures)
+        done = [future.result() for future in futures if future.exception() is None]
+        return {blob for outcome, board in done for blob in (outcome.weights.sha256, board) if blob}
 
     def carry_out(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Outcome:
-        """Carry out an offer as a board does. Raises `FedpruneError` as on a board: the offer's parts don't fit each
-        other or the data, numbers are not finite, or the new model fails its check."""
+        """Carry out an offer as a board does.
+
+        Raises:
+            FedpruneError: As on a board: the offer's parts don't fit each other or the data, numbers are not finite, or
+                the new model fails its check.
+            WorkerKilledError: A process was killed.
+        """
         if self._local is not None:
             outcome, board = self._local.train(device, offer, number, self.boards.get(device.name))
         else:
-            self.prepare([(device, offer, number)])
-            result = self._ready.pop(key_of(device.name, offer, number))
-            if isinstance(result, FedpruneError):
-                raise result
-            outcome, board = result
+            outcome, board = self._awaited(device, offer, number)
         if board is not None:
             self.boards[device.name] = board
         return outcome
@@ -145,6 +131,44 @@ class DeviceRunner:
         if self._pool is not None:
             self._pool.close(wait=True)  # they write into the folder
 
+    def _awaited(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> Done:
+        """A training's outcome, from a process that may have begun it already."""
+        self._waiting.pop(device.name, None)
+        if device.name not in self._begun:
+            self._begin((device, offer, number))
+        _, future = self._begun[device.name]
+        self._begin_next()
+        while not future.done():
+            wait(self._running, return_when=FIRST_COMPLETED)
+            self._begin_next()
+        del self._begun[device.name]
+        try:
+            return future.result()
+        except BrokenExecutor as error:
+            raise WorkerKilledError from error
+
+    def _begin_next(self) -> None:
+        """Begin trainings that wait, as long as processes are free for them."""
+        self._running = [future for future in self._running if not future.done()]
+        free = self._workers + _SPARE - len(self._running)
+        for device in list(islice(self._waiting, max(0, free))):
+            self._begin(self._waiting.pop(device))
+
+    def _begin(self, work: Work) -> None:
+        device, offer, number = work
+        future = Future[Done]()
+        try:
+            # Samples are read here, because their loader need not be picklable, and no sooner than they are needed.
+            near = VirtualDevice(device.name, device.profile, device.load())
+            if self._pool is not None:
+                future = self._pool.submit(_LocalRunner.train, near, offer, number, self.boards.get(device.name))
+        except BrokenExecutor as error:
+            raise WorkerKilledError from error
+        except FedpruneError as error:  # of the samples: the board's answer
+            future.set_exception(error)
+        self._begun[device.name] = number, future
+        self._running.append(future)
+
 
 class _LocalRunner:
     def __init__(self, store: BlobStore, folder: Path, *, cuda: bool) -> None:
@@ -152,6 +176,7 @@ class _LocalRunner:
         self._slots = ModelSlots(folder, lasting=False)
         self._slots.prepare()
         self._trainer = TrainerCache(keep=True, cuda=cuda)
+        self._agreeing: set[tuple[str, str]] = set()
 
     def train(self, device: VirtualDevice, offer: dict[str, Any], number: int, board: str | None) -> Done:
         state = _BlobState(self._store, board)
@@ -159,7 +184,16 @@ class _LocalRunner:
         def noise(offer: Offer) -> GaussianNoise:
             return GaussianNoise.keyed(offer.seed, offer.round, device.name, offer.weights.sha256)
 
-        runner = RoundRunner(device.name, self._store, self._slots, device.load(), self._trainer, state, noise=noise)
+        runner = RoundRunner(
+            device.name,
+            self._store,
+            self._slots,
+            device.load(),
+            self._trainer,
+            state,
+            noise=noise,
+            agreeing=self._agreeing,
+        )
         made = runner.make(Offer("simulation", number, 0, **sent(offer)))
         made.keep()
         update = made.update
@@ -200,11 +234,3 @@ class _BlobState:
 def _runner(blobs: Path, folder: Path, *, cuda: bool) -> _LocalRunner:
     """A helper process's runner, with a folder of its own."""
     return _LocalRunner(BlobStore(blobs, durable=False), folder / f"process-{os.getpid()}", cuda=cuda)
-
-
-def _result(future: Future[Done]) -> Done | FedpruneError:
-    """A training's result, or the error by which the board refuses it."""
-    try:
-        return future.result()
-    except FedpruneError as error:
-        return error

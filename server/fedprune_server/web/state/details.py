@@ -30,7 +30,7 @@ _FORESEEN = {
     "round": ("s", ""), "step": ("s", "step_s"), "train": ("s", "train_s"), "transfer": ("s", "transfer_s"),
     "latency": ("s", "latency_s"), "memory": ("bytes", "memory_bytes"), "serving_memory": ("bytes", "inference_bytes"),
     "storage": ("bytes", "storage_bytes"), "download": ("bytes", "down_bytes"), "upload": ("bytes", "up_bytes"),
-    "step_energy": ("J", "step_j"), "latency_energy": ("J", "latency_j"),
+    "step_energy": ("J", "step_j"), "round_energy": ("J", "train_j"), "latency_energy": ("J", "latency_j"),
 }  # fmt: skip
 """Unit of each figure, and the field of the prediction."""
 

@@ -22,7 +22,7 @@ _FIGURES = {
     "round": "An update", "step": "A training step", "train": "All its steps", "transfer": "Transfer",
     "latency": "A prediction", "memory": "Peak memory in training", "serving_memory": "Memory to predict",
     "storage": "Storage", "download": "Download", "upload": "Upload", "step_energy": "Energy of a step",
-    "latency_energy": "Energy of a prediction",
+    "round_energy": "Energy of a round", "latency_energy": "Energy of a prediction",
 }  # fmt: skip
 
 Row = dict[str, Any]

@@ -1,0 +1,179 @@
+"""Plans of boards whose GPU trains: by its figures or measurements; by the processor's where the GPU doesn't work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedprune.model.architecture import (
+    Activation,
+    Architecture,
+    Axis,
+    ChannelGroup,
+    Layer,
+    Segment,
+    TensorKind,
+    TensorSpec,
+)
+from fedprune.model.recipe import Recipe
+from fedprune.planning import profile_store
+from fedprune.planning.cost_prediction import bandwidth, latency_table, predict, train_rate, training_memory
+from fedprune.planning.costs import memory_seconds
+from fedprune.planning.latency_model import GPU_LAUNCH, LatencyTable, Measurement, fitted, typical_gpu_table
+from fedprune.planning.plan import plan
+from fedprune.planning.probe_report import ProbeReport
+from fedprune.planning.profile import TIERS, HardwareProfile
+
+pytestmark = pytest.mark.board
+
+NANO = profile_store.find("jetson-orin-nano")
+ORINS = [profile_store.find(f"jetson-{name}") for name in ("orin-nano", "orin-nx", "agx-orin", "thor")]
+RECIPE = Recipe(epochs=1, batch_size=16)
+PROBE = ProbeReport(cores=6, memory_total=7_600_000_000, memory_available=6_000_000_000, seconds=1.0)
+
+
+def net(channels: int, places: int) -> Architecture:
+    """Two convolutions of 3×3 on maps of that many places, and a linear layer."""
+    first, second = Axis((Segment(0, 0, channels),)), Axis((Segment(1, 0, channels),))
+    three, side = Axis.fixed(3), math.isqrt(places)
+    return Architecture(
+        f"net-{channels}-{places}",
+        (ChannelGroup("first", channels), ChannelGroup("second", channels)),
+        (
+            TensorSpec("a", TensorKind.WEIGHT, (first, three, three, three)),
+            TensorSpec("b", TensorKind.WEIGHT, (second, first, three, three)),
+            TensorSpec("head", TensorKind.WEIGHT, (Axis.fixed(10), second)),
+        ),
+        (Layer("a", "Conv", "a", places), Layer("b", "Conv", "b", places), Layer("head", "Gemm", "head", 1)),
+        (Activation("a", first, places, True), Activation("b", second, places, True)),
+        (3, side, side),
+        (10,),
+    )
+
+
+LARGE, TINY = net(256, 3136), net(4, 16)
+
+
+def on_processor(profile: HardwareProfile) -> HardwareProfile:
+    return replace(profile, software=replace(profile.software, tier=TIERS[0]))
+
+
+def step(architecture: Architecture, profile: HardwareProfile, probe: ProbeReport | None = None) -> float:
+    return predict(architecture, architecture.sizes, profile, RECIPE, 160, probe=probe).step_s
+
+
+@pytest.mark.parametrize("profile", ORINS, ids=lambda p: p.name)
+def test_a_large_net_takes_a_gpu_a_fraction_of_the_processors_time(profile: HardwareProfile) -> None:
+    assert step(LARGE, profile) < step(LARGE, on_processor(profile)) / 4
+    assert plan(LARGE, profile, RECIPE, 160).notes[0] == "trains on: GPU"
+
+
+@given(st.integers(1, 256), st.sampled_from([16, 196, 3136]), st.sampled_from(ORINS))
+@settings(max_examples=30, deadline=None)
+def test_no_step_is_predicted_below_the_gpus_roofline(channels: int, places: int, profile: HardwareProfile) -> None:
+    architecture, unit = net(channels, places), profile.gpu
+    found = predict(architecture, architecture.sizes, profile, RECIPE, 160)
+    assert found.step_s >= 2 * found.training_macs * RECIPE.batch_size / unit.peak_flops
+    assert found.step_s >= memory_seconds(architecture, architecture.sizes, RECIPE.batch_size, unit.bandwidth_bytes_s)
+    assert found.step_s >= GPU_LAUNCH * len(architecture.layers)
+
+
+def test_a_tiny_net_is_told_to_be_faster_on_the_processor() -> None:
+    assert step(TINY, NANO) > step(TINY, on_processor(NANO))
+    (note,) = plan(TINY, NANO, RECIPE, 160).notes
+    assert note.startswith("trains on: GPU; its processor would take ")
+    assert f"--tier {TIERS[0]}" in note
+
+
+def test_on_a_processor_a_plan_has_no_note_of_its_unit() -> None:
+    for profile, probe in ((on_processor(NANO), None), (NANO, PROBE), (profile_store.find("raspberry-pi-5"), None)):
+        assert plan(TINY, profile, RECIPE, 160, probe=probe).notes == ()
+
+
+@pytest.mark.parametrize("measured", [{}, {"train_rate": 2e10}, {"clock_hz": 10**9}])
+def test_a_board_whose_gpu_fell_back_is_planned_for_by_its_processor(measured: dict[str, float]) -> None:
+    probe = replace(PROBE, **measured)
+    assert step(LARGE, NANO, probe) == step(LARGE, on_processor(NANO), probe)
+
+
+def test_what_the_gpu_measured_replaces_the_profiles_figures() -> None:
+    table = typical_gpu_table(5e11, 2e10)
+    probe = replace(PROBE, unit="cuda", latency=table)
+    assert latency_table(NANO, probe) is table
+    assert math.isinf(bandwidth(NANO, probe))
+    assert plan(LARGE, NANO, RECIPE, 160, probe=probe).notes == ("trains on: GPU",)
+
+
+def test_a_gpus_rate_is_not_taken_for_its_processors() -> None:
+    probe = replace(PROBE, unit="cuda", train_rate=1e9, clock_hz=NANO.cpu.clock_hz)
+    assert train_rate(NANO, probe) == NANO.train_rate
+    assert step(LARGE, NANO, probe) == step(LARGE, NANO)
+
+
+def test_a_measured_gpu_that_the_profile_does_not_know_is_typical() -> None:
+    pi = profile_store.find("raspberry-pi-5")
+    assert latency_table(pi, replace(PROBE, unit="cuda", train_rate=5e12)) == typical_gpu_table()
+
+
+@pytest.mark.parametrize(
+    ("unit", "trains"),
+    [
+        ({}, True),
+        ({"kind": "other"}, False),
+        ({"peak_flops": None}, False),
+        ({"bandwidth_bytes_s": None}, True),
+    ],
+)
+def test_a_gpu_trains_if_it_speaks_cuda_and_its_rate_is_known(unit: dict[str, object], trains: bool) -> None:
+    profile = replace(NANO, accelerator=replace(NANO.accelerator, **unit))
+    assert (profile.gpu is not None) is trains
+    assert on_processor(profile).gpu is None
+    assert bandwidth(profile, None) == (
+        68e9 if trains and "bandwidth_bytes_s" not in unit else NANO.memory.bandwidth_bytes_s
+    )
+
+
+def test_shared_memory_is_counted_once() -> None:
+    for probe in (None, PROBE, replace(PROBE, unit="cuda")):
+        processor = replace(probe, unit="cpu") if probe is not None else None
+        assert training_memory(NANO, probe) == training_memory(on_processor(NANO), processor)
+        on_gpu, other = (
+            predict(LARGE, LARGE.sizes, profile, RECIPE, 160, probe=p)
+            for profile, p in ((NANO, probe), (on_processor(NANO), processor))
+        )
+        assert on_gpu.memory == other.memory
+
+
+@given(st.floats(1e11, 1e14), st.floats(1e10, 1e12))
+@settings(max_examples=20, deadline=None)
+def test_a_faster_gpu_never_takes_longer(peak: float, rate: float) -> None:
+    slow, faster = (typical_gpu_table(k * peak, k * rate) for k in (1, 2))
+    for architecture in (TINY, LARGE):
+        assert faster.step_seconds(architecture, architecture.sizes, 16) <= slow.step_seconds(
+            architecture, architecture.sizes, 16
+        )
+        assert faster.latency_seconds(architecture, architecture.sizes) <= slow.latency_seconds(
+            architecture, architecture.sizes
+        )
+
+
+def test_a_fit_of_a_gpus_times_finds_them_again() -> None:
+    board = typical_gpu_table(3e12, 2e11)
+    found: list[Measurement] = []
+    for channels, places in ((8, 64), (64, 196), (128, 784)):
+        architecture = net(channels, places)
+        for part in (1, 2, 4):
+            widths = tuple(max(1, n // part) for n in architecture.sizes)
+            times = board.step_seconds(architecture, widths, 8)[0], board.latency_seconds(architecture, widths)[0]
+            found.append(Measurement(architecture, widths, 8, float(times[0]), True))
+            found.append(Measurement(architecture, widths, 1, float(times[1]), False))
+    table = fitted(found, typical_gpu_table())
+    assert LatencyTable.from_dict(table.to_dict()) == table
+    other = net(96, 400)
+    assert table.step_seconds(other, other.sizes, 8) == pytest.approx(
+        board.step_seconds(other, other.sizes, 8), rel=0.15
+    )
