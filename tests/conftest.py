@@ -70,7 +70,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 # A test may be skipped for these reasons even where everything is meant to be there.
-_MAY_BE_MISSING = ("FEDPRUNE_DATA", "can be mounted here", "can't be had here", "no VNNI")
+_MAY_BE_MISSING = ("FEDPRUNE_DATA", "can be mounted here", "can't be had here")
 
 
 def _skips(reporter: pytest.TerminalReporter) -> Iterator[tuple[str, str]]:

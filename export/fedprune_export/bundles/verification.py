@@ -218,7 +218,7 @@ class _Trial:
                     hint="Export the bundle again.",
                 )
         whole = Session(bundle.path(INFERENCE)).run({step.X: self.x})[step.LOGITS]
-        logits = Session(bundle.path(graph_file(precision))).run({step.X: self.x})[step.LOGITS]
+        logits = Session(bundle.path(graph_file(precision)), exact=True).run({step.X: self.x})[step.LOGITS]
         if logits.shape != whole.shape or not np.isfinite(logits).all():
             raise ModelError(f"{graph_file(precision)}: logits of random samples are not finite numbers {whole.shape}")
         off = distance(logits, whole)

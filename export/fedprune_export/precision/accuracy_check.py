@@ -135,7 +135,7 @@ class Trials:
         if graph == INFERENCE:
             for file in (INFERENCE, WEIGHTS):
                 (folder / file).write_bytes(self._files[file])
-        session = Session(folder / graph)
+        session = Session(folder / graph, exact=True)
         x = self._x[:SAMPLES]
         return np.concatenate(
             [session.run({X: x[s : s + _AT_ONCE]}, [LOGITS])[LOGITS] for s in range(0, len(x), _AT_ONCE)]

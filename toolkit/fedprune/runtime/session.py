@@ -81,6 +81,8 @@ class Session:
         threads: Threads inside an operator; 0 takes one per core.
         cuda: Whether to compute on an NVIDIA GPU. Where that fails, now or while it runs, the CPU takes over: a graph
             keeps nothing from run to run, so that nothing is lost.
+        exact: Whether int8 operators are computed by their definition, in float32. Their kernels are faster, but on
+            x86 without VNNI they saturate, as boards' processors do not.
 
     Attributes:
         inputs: Type and shape by input name.
@@ -93,8 +95,16 @@ class Session:
         ModelError: onnxruntime doesn't accept the graph.
     """
 
-    def __init__(self, model: Path | bytes, *, threads: int = 1, training: bool = False, cuda: bool = False) -> None:
-        self._open = partial(_opened, model, threads, training)
+    def __init__(
+        self,
+        model: Path | bytes,
+        *,
+        threads: int = 1,
+        training: bool = False,
+        cuda: bool = False,
+        exact: bool = False,
+    ) -> None:
+        self._open = partial(_opened, model, threads, training, exact=exact)
         self.reason = ""
         self._lock = threading.Lock()
         self._session: Any = self._opened_on_cuda() if cuda else None
@@ -261,7 +271,9 @@ def kernel_times(
     )
 
 
-def _opened(model: Path | bytes, threads: int, training: bool, *providers: Any, profile: str = "") -> Any:
+def _opened(
+    model: Path | bytes, threads: int, training: bool, *providers: Any, exact: bool = False, profile: str = ""
+) -> Any:
     ort = _onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -273,6 +285,8 @@ def _opened(model: Path | bytes, threads: int, training: bool, *providers: Any, 
     spinning = training and threads != 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spinning else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if exact:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     if profile:
         options.enable_profiling, options.profile_file_prefix = True, profile
     if training:
