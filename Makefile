@@ -17,8 +17,9 @@ PYTHON310 := $(shell for p in python3.10 $(HOME)/.pyenv/versions/3.10*/bin/pytho
 	$$p -c '' 2>/dev/null && { echo $$p; break; }; done)
 
 # Tests run on all cores, those of a file one after the other, and the folder with the shortest (toolkit) comes last, so
-# that no core waits long for the others. ARGS="-n 0 -k name" runs a few without that.
-AT_ONCE := -n auto --dist loadfile --no-loadscope-reorder
+# that no core waits long for the others; as half of their time is waiting, three share two cores. ARGS="-n 0 -k name"
+# runs a few without that.
+AT_ONCE := -n $(shell expr $$(nproc) \* 3 / 2) --dist loadfile --no-loadscope-reorder
 
 # Tests kill processes, never a machine: where eatmydata is installed the processes that they start don't wait for the
 # disk either.
