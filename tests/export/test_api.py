@@ -93,6 +93,7 @@ WRONG: dict[str, tuple[str, str, dict[str, object]]] = {
     "density of text": ("plan", "density", {"density": "half"}),
     "density above 1": ("plan", "density", {"density": 2}),
     "bytes": ("plan", "bytes_per_round", {"bytes_per_round": "1MB"}),
+    "codec": ("plan", "compression", {"compression": 8}),
     "deadline": ("plan", "deadline_s", {"deadline_s": float("nan")}),
     "one folder of profiles": ("plan", "profiles", {"profiles": "profiles"}),
     "model that is no model": ("export", "model", {"model": OTHER}),

@@ -15,6 +15,7 @@ from fedprune.planning.plan import DENSITIES, Plan
 from fedprune.planning.plan import plan as plan_widths
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
+from fedprune.updates import DOWN, NO_CODECS, PLAIN, Codec
 from fedprune_export.pruning.model import Model
 
 
@@ -65,6 +66,7 @@ def plan(
     bytes_per_round: int | None = None,
     deadline_s: float | None = None,
     joules_per_round: float | None = None,
+    compression: str = PLAIN,
     probe: ProbeReport | None = None,
     profiles: Sequence[Path] = (),
 ) -> BoardPlan:
@@ -78,6 +80,8 @@ def plan(
         bytes_per_round: What a round may carry, down plus up.
         deadline_s: Seconds that a round may take, transfers included.
         joules_per_round: Energy that its training may take beyond what the idle board takes.
+        compression: Codec of the weights that the board is sent and of its updates, such as `int8`; with `top-k` of the
+            updates alone.
         probe: What the board measured of itself; it beats the profile.
         profiles: Folders of own profiles, searched for a `target` given by name.
 
@@ -104,6 +108,8 @@ def plan(
         target if isinstance(target, HardwareProfile) else profile_store.chosen(target, tuple(map(Path, profiles)))
     )
     recipe = recipe or Recipe()
+    codec = Codec.parse(compression, "compression")
+    codecs = NO_CODECS if codec is None else (str(codec), str(codec) if codec.name in DOWN else None)
     architecture = model.architecture
     chosen = plan_widths(
         architecture,
@@ -116,8 +122,11 @@ def plan(
         probe=probe,
         densities=DENSITIES if density is None else (density,),
         frozen=model.frozen,
+        codecs=codecs,
         margin=TOO_LOW if probe is None else 0.0,
     )
     recipe = recipe.in_parts(chosen.accumulate)
-    uncut = predict(architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen)
+    uncut = predict(
+        architecture, architecture.sizes, profile, recipe, samples, probe=probe, frozen=model.frozen, codecs=codecs
+    )
     return BoardPlan(profile, recipe, samples, probe, chosen, uncut)

@@ -21,6 +21,7 @@ from fedprune.planning.probe_report import ProbeReport
 from fedprune.planning.profile import HardwareProfile
 from fedprune.runtime.bundle_folder import check_folder, is_bundle
 from fedprune.runtime.precision_files import INT8
+from fedprune.updates import PLAIN
 from fedprune_export.cli.options import (
     MODEL_HELP,
     add_model_options,
@@ -29,6 +30,7 @@ from fedprune_export.cli.options import (
     add_profiles_option,
     add_recipe_options,
     byte_count,
+    codec,
     density,
     names,
     read_model,
@@ -63,6 +65,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bytes-per-round", type=whole_number, metavar="N", help="what a round may carry, down plus up"
+    )
+    parser.add_argument(
+        "--compression",
+        type=codec,
+        default=PLAIN,
+        metavar="CODEC",
+        help="codec of weights and updates whose bytes count, as the job's, such as int8 (default: none)",
     )
     parser.add_argument(
         "--joules-per-round", type=joules, metavar="J", help="what a round's training may take beyond the idle board's"
@@ -181,6 +190,7 @@ def _export(
         bytes_per_round=arguments.bytes_per_round,
         deadline_s=arguments.deadline,
         joules_per_round=arguments.joules_per_round,
+        compression=arguments.compression,
         probe=boards.probe,
     )
     return fx.export(

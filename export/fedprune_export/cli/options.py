@@ -16,6 +16,7 @@ from fedprune.core.errors import ConfigError, ModelError, ProfileError, UsageErr
 from fedprune.model.recipe import CUSTOM, LABELS_OF, LOSSES, METRICS_OF, Recipe, labels_of
 from fedprune.planning.probe_report import ProbeReport
 from fedprune.runtime.precision_files import PRECISIONS
+from fedprune.updates import Codec
 
 MODEL_HELP = "model.onnx, package.module:factory of a torch module, or timm:NAME"
 
@@ -290,6 +291,15 @@ def density(text: str) -> float | None:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number above 0 and at most 1, or auto, got {text!r}")
     return value
+
+
+def codec(text: str) -> str:
+    """A codec of weights and updates."""
+    try:
+        Codec.parse(text, "")
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(f"expected {error.expected}, got {text!r}") from error
+    return text
 
 
 def targets(texts: Sequence[str]) -> tuple[str, ...]:

@@ -105,6 +105,15 @@ def test_the_planner_cuts_until_a_round_fits(lenet_file: Path, tmp_path: Path) -
     assert report["parity"]["max_relative_error"] < 1e-5
 
 
+def test_what_is_compressed_may_be_wider(lenet_file: Path, tmp_path: Path) -> None:
+    densities = []
+    for number, codec in enumerate(("none", "int8", "top-k:0.1")):
+        options = ("--bytes-per-round", "100000", "--compression", codec)
+        assert export(lenet_file, tmp_path / str(number), *options) == ExitCode.OK
+        densities.append(json.loads((tmp_path / str(number) / "report.json").read_text())["plan"]["density"])
+    assert densities[0] < densities[2] < densities[1]  # top-k codes updates alone
+
+
 def small_board(folder: Path, memory: int) -> Path:
     """The file of a board whose training may take that many bytes."""
     board = profile_store.find("raspberry-pi-5")
@@ -227,6 +236,7 @@ def test_a_strange_recipe(lenet_file: Path, tmp_path: Path, capsys: pytest.Captu
         ("--samples", "-4", "above 0, got '-4'"),
         ("--bytes-per-round", "0", "above 0, got '0'"),
         ("--deadline", "-1", "above 0, got '-1'"),
+        ("--compression", "int9", "top-k:0.05, got 'int9'"),
         ("--input-shape", "3,a", "such as 3,32,32, got '3,a'"),
         ("--scorer", "curvature", "magnitude"),
     ],
