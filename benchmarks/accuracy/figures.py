@@ -130,9 +130,22 @@ class Difference:
 
 
 def paired(runs: Sequence[Run], method: str, other: str, value: Value) -> Difference | None:
-    """The difference of two rows over the seeds that both have; None without any."""
-    pairs = [(value(r), of(runs, other, r["seed"])) for r in runs if r["method"] == method]
-    return Difference.of([v - w for v, same in pairs if v is not None and same and (w := value(same[0])) is not None])
+    """The difference of two rows over the seeds in which both were run by the same code; None without any."""
+    found = []
+    for run in runs:
+        partner = next((r for r in of(runs, other, run["seed"]) if _comparable(r, run)), None)
+        if run["method"] == method and partner is not None:
+            pair = value(run), value(partner)
+            if pair[0] is not None and pair[1] is not None:
+                found.append(pair[0] - pair[1])
+    return Difference.of(found)
+
+
+def _comparable(run: Run, other: Run) -> bool:
+    """Whether two runs differ in nothing but their row: both are of the page's code, or of one commit and machine."""
+    if run.get("stale") or other.get("stale"):
+        return (run.get("code"), run.get("machine")) == (other.get("code"), other.get("machine"))
+    return True
 
 
 wrapped = partial(textwrap.wrap, width=118, break_long_words=False, break_on_hyphens=False)

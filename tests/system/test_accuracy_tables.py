@@ -503,7 +503,9 @@ def test_a_stale_run_is_shown_marked_until_its_row_was_run_again(accuracy):
         "**To be run again (seeds): subflot (0).** Their code or settings have changed since they ran (commits: c1)."
         in text
     )
-    assert "| subflot † | 50.0 | +30.0 |" in text
+    assert "| subflot † | 50.0 | – |" in text, "runs of two codes differ in more than their rows"
+    elder = [{**fresh, "code": "c1", "stale": True}, old]
+    assert "| subflot † | 50.0 | +30.0 |" in page.page(protocol, elder, header)
     again = {**fresh, **by_hand("subflot", 10, [0.4]), "seed": 1}
     text = " ".join(page.page(protocol, [fresh, old, again], header).split())
     assert "| subflot | 40.0 |" in text, "a row never mixes runs of two codes"
