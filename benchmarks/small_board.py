@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,7 @@ def page(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = []
     for row in rows:
         mb = [f"{row[k] / 1e6:.0f}" for k in ("idle_before_bytes", "peak_bytes", "idle_after_bytes")]
+        mb.insert(1, f"{float(re.findall(r'memory: ([0-9.]+) MB', ' '.join(row['plan']))[0]):.0f}")
         within = "" if row["reclaimed"] is None else f"{row['reclaimed']:,}"
         cells = [row["net"], "×".join(map(str, row["shape"])), *mb, f"{row['limit_bytes'] / 1e6:.0f}", within]
         cells += [str(row["loaded"]), f"{row['first']['cpu_s']:.2f}", f"{row['arm'] / 1e9:.2f}"]
@@ -237,15 +239,16 @@ def page(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 `fedprune-device run` with the profile of a Raspberry Pi Zero 2 W, {ROUNDS} rounds of one epoch with {SAMPLES} samples
 in batches of {BATCH}, on this machine: libraries for Arm differ by some megabytes. Memory in MB: *idle* is the agent's
 (PSS, with all processes below it) when it is connected, and {IDLE_S:g} s after the job; *peak* its high-water mark
-(VmHWM). The control group's *limit* is the board's memory less what its system takes; *reached* is how often the kernel
-had to take back pages at it. *Loaded* is how many processes had onnxruntime loaded at most.
+(VmHWM), next to what the plan expects. The control group's *limit* is the board's memory less what its system takes;
+*reached* is how often the kernel had to take back pages at it. *Loaded* is how many processes had onnxruntime loaded
+at most.
 
-*First prediction*: a fresh process that loads the serving model and predicts, as after a boot. CPU seconds here, and
+*First*: a fresh process that loads the serving model and predicts, as after a boot. CPU seconds here, and
 instructions (10⁹) on an emulated Cortex-A53; *A53* are the seconds that these take at 1 GHz and {PER_CYCLE}
 instructions per cycle, an estimate.
 
-| net | input | idle | peak | idle after | limit | reached | loaded | first prediction, s | instructions | A53, s |
-|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| net | input | idle | planned | peak | idle after | limit | reached | loaded | first, s | instructions | A53, s |
+|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 {table}
 
 The plans:

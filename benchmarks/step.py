@@ -254,7 +254,7 @@ Python {about["python"]}, onnxruntime {about["onnxruntime"]}, torch {about["torc
 
 SGD with momentum and weight decay, batch {BATCH}; medians of {TURNS} turns; *ratio* is the median ratio to torch's
 within a turn, below 1 where ours is faster. Ours is one graph for all widths. CPU time counts all threads. Peak memory:
-fresh processes, one thread.
+fresh processes, one thread. No board was timed: [instructions on Arm](arm.md) are counted.
 
 | threads | cases | geometric mean of the ratio | worst |
 |---|---|---|---|

@@ -130,7 +130,8 @@ numpy {about["numpy"]}, torch {about["torch"]} (wheels for 64-bit Arm). `python 
 Instructions of one thread, counted by an emulator: exact, and the same on any machine. One training step is SGD with
 momentum and weight decay on {BATCH} samples; ours is one graph for all widths, torch's is eager. A count isn't a time.
 Cores finish different numbers of instructions per cycle, and wait for memory; two libraries with the same count may
-differ in both. qemu has no Cortex-A78: its rows are the A76's instructions, with a /proc/cpuinfo that names an A78.
+differ in both; [times on x86](step.md) are no shorter than torch's. Ratios are ours to the other's: below 1 ours takes
+fewer. qemu has no Cortex-A78: its rows are the A76's instructions, with a /proc/cpuinfo that names an A78.
 
 ## A training step beside torch's
 
