@@ -30,7 +30,6 @@ from fedprune_server.engine.job_runner import NO_SERVICES, DeviceServices, JobRu
 from fedprune_server.engine.server import Server
 from fedprune_server.engine.state_directory import OpenJob, StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.enrollment.shared_identity import SharedIdentity
 from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor import divergence
 from fedprune_server.executor.background import CommandExecutor
@@ -48,6 +47,7 @@ from fedprune_server.monitoring.notifications import Notifier, channels
 from fedprune_server.monitoring.observer import Observer
 from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.storage import database_of
 from fedprune_server.transfer.http import web_blobs
 from fedprune_server.transfer.upload_workers.messages import Begin
 from fedprune_server.transfer.upload_workers.workers import UploadWorkers
@@ -144,6 +144,8 @@ def build_app(
         channels(config.alerts)
         identity = stack.enter_context(identity_of(config, insecure=options.insecure))
         folder = folder or stack.enter_context(StateFolder(config.state, config.database, stopping=stopping))
+        if identity is not None:
+            identity.serve(folder.storage.database)
         if copy := restored_from(config.state):
             log.info("%s was %s", config.state, copy)
         profiles = () if config.profiles is None else (config.profiles,)
@@ -159,10 +161,6 @@ def build_app(
         reached = stack.enter_context(connection(config, identity))
         if reached.broker is not None:
             log.info("embedded broker listens on %s:%d", config.host, reached.broker.port)
-        shared = None
-        if identity is not None and folder.lease.shared is not None:
-            shared = stack.enter_context(SharedIdentity(folder.database_url, folder.lease, identity, config.state))
-            shared.take_over()
         leader = rollouts = None
         if identity is not None:
             instance = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
@@ -203,8 +201,6 @@ def build_app(
         reached.start()
         for job in jobs:
             job.folder.keep(job.opened)  # a broker that can't be reached is not one to remember
-        if shared is not None:
-            server.first.observers.each_turn(shared.turn)
         if pulse is not None:
             server.first.observers.each_turn(pulse.beat)
             stack.callback(pulse.stop)
@@ -358,8 +354,9 @@ def _console(
     check_free(address, port)
     members = releases = executor = None
     if identity is not None:
-        store = stack.enter_context(IdentityStore(identity.path / "identity.db", read_only=True))
-        members, executor = Members(store, identity.behind), AdminExecutor(config.state, config.console_releases)
+        reader = IdentityStore(database_of(config.state, config.database, read_only=True))
+        members = Members(stack.enter_context(reader), identity.behind)
+        executor = AdminExecutor(config.state, config.console_releases)
         releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state, config.database, read_only=True)))
     poller = SurroundingsPoller(members, releases, tuple if executor is None else executor.names)
     stack.callback(poller.close)

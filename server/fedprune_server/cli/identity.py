@@ -19,10 +19,10 @@ from fedprune.core.text import quantity
 from fedprune.security.keys import VerifyingKey, grouped
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.cli.broker_files import KEY, Broker, write_broker
-from fedprune_server.cli.state_option import add_state
+from fedprune_server.cli.state_option import add_database, add_state, database_in
 from fedprune_server.enrollment.approval import approve, revoke, revoked
 from fedprune_server.enrollment.pki import IdentityFolder
-from fedprune_server.storage.state_folder import folder_lock
+from fedprune_server.storage.state_folder import folder_lock, keep, url_of
 
 _ROTATE, _ROTATE_CA, _RETIRE_CA = "rotate", "rotate-ca", "retire-ca"
 _FILES = (
@@ -43,6 +43,7 @@ _MAX_HOURS = 24 * 365
 
 def add_init(init: argparse.ArgumentParser) -> None:
     add_state(init)
+    add_database(init)
     init.add_argument(
         "--site", type=name_of("site"), default="default", metavar="NAME", help="the fleet's site (default: default)"
     )
@@ -51,6 +52,7 @@ def add_init(init: argparse.ArgumentParser) -> None:
 
 def add_identity(identity: argparse.ArgumentParser) -> None:
     add_state(identity)
+    add_database(identity)
     identity.add_argument(
         "action", nargs="?", default="show", choices=("show", _ROTATE, _ROTATE_CA, _RETIRE_CA), metavar="ACTION",
         help="show (default); of a stopped server, rotate: replace the signing key; rotate-ca: begin to replace the "
@@ -64,6 +66,7 @@ def add_identity(identity: argparse.ArgumentParser) -> None:
 
 def add_claim(claim: argparse.ArgumentParser) -> None:
     add_state(claim)
+    add_database(claim)
     claim.add_argument(
         "--device",
         type=name_of("device"),
@@ -78,6 +81,7 @@ def add_claim(claim: argparse.ArgumentParser) -> None:
 
 def add_devices(devices: argparse.ArgumentParser) -> None:
     add_state(devices)
+    add_database(devices)
     devices.add_argument("--json", action="store_true", help="the list as JSON, for programs")
     devices.add_argument(
         "action", nargs="?", default="list", choices=("list", "approve", "revoke", "replace"), metavar="ACTION",
@@ -94,6 +98,7 @@ def add_devices(devices: argparse.ArgumentParser) -> None:
 
 def add_broker_config(broker: argparse.ArgumentParser) -> None:
     add_state(broker)
+    add_database(broker)
     broker.add_argument("kind", choices=("mosquitto", "emqx"), metavar="BROKER", help="which one it is")
     broker.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to write")
     broker.add_argument(
@@ -138,7 +143,10 @@ def name_of(what: str) -> Callable[[str], str]:
 
 def _init(arguments: argparse.Namespace) -> None:
     check_unowned(arguments.state)
+    database = database_in(arguments)
     with IdentityFolder.make(arguments.state, arguments.site) as identity:
+        if database is not None:
+            keep(arguments.state, url_of(arguments.state, database))
         print(f"identity of site {identity.site} in {identity.path}: back it up, and keep it private")
         _describe(identity)
 
@@ -150,14 +158,14 @@ def _identity(arguments: argparse.Namespace) -> None:
     if action != "show":
         IdentityFolder(arguments.state, read_only=True).close()  # there is one
         # A server that runs would continue with the old key.
-        with folder_lock(arguments.state), IdentityFolder(arguments.state) as identity:
+        with folder_lock(arguments.state), _identity_of(arguments) as identity:
             if action == _ROTATE:
                 identity.rotate()
             elif action == _ROTATE_CA:
                 identity.rotate_authority()
             else:
                 identity.retire_authority(force=arguments.force)
-    with IdentityFolder(arguments.state, read_only=True) as identity:
+    with IdentityFolder(arguments.state, database=database_in(arguments), read_only=True) as identity:
         print(f"site:                 {identity.site}")
         _describe(identity)
         if identity.authority.rotating:
@@ -167,6 +175,10 @@ def _identity(arguments: argparse.Namespace) -> None:
         print(f"earlier keys that boards can follow to it: {len(identity.successions)}")
     if action in _NEXT:
         print(_NEXT[action])
+
+
+def _identity_of(arguments: argparse.Namespace) -> IdentityFolder:
+    return IdentityFolder(arguments.state, database=database_in(arguments))
 
 
 def _describe(identity: IdentityFolder) -> None:
@@ -180,7 +192,7 @@ def _claim(arguments: argparse.Namespace) -> None:
         raise UsageError("--count", expected=f"at most {_MAX_CLAIMS}", got=arguments.count)
     if arguments.count > 1 and arguments.device is not None:
         raise UsageError("--count and --device", expected="one of them", got="both", hint="A name is one device's.")
-    with IdentityFolder(arguments.state) as identity, _claims_file(arguments.out) as file:
+    with _identity_of(arguments) as identity, _claims_file(arguments.out) as file:
         for _ in range(arguments.count):
             print(identity.claim(arguments.device, 3600 * arguments.hours).text, file=file)
     _print_claims(arguments, arguments.device or "any name that is free", arguments.count)
@@ -216,7 +228,7 @@ def _claims_file(path: Path | None) -> Iterator[TextIO | None]:
 
 
 def _devices(arguments: argparse.Namespace) -> None:
-    with IdentityFolder(arguments.state) as identity:
+    with _identity_of(arguments) as identity:
         if arguments.action == "list":
             _list(identity, arguments)
         elif arguments.device is None:
@@ -275,7 +287,8 @@ def _approve(identity: Any, arguments: argparse.Namespace) -> None:
 def _broker_config(arguments: argparse.Namespace) -> None:
     folder = arguments.at or arguments.out.resolve()
     broker = options_of(Broker, arguments, hosts=tuple(arguments.hosts), folder=folder)
-    with IdentityFolder(arguments.state) as identity:
+    with _identity_of(arguments) as identity:
+        identity.update_revocations()
         for name in write_broker(identity, arguments.kind, broker, arguments.out):
             print(arguments.out / name)
     print(f"the broker's user must be able to read them, and {KEY} no other user")

@@ -1,4 +1,4 @@
-"""The option `--state` of commands for a state folder."""
+"""The options `--state` and `--database` of commands for a state folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-VARIABLE = "FEDPRUNE_SERVER_STATE"
+VARIABLE, DATABASE = "FEDPRUNE_SERVER_STATE", "FEDPRUNE_SERVER_DATABASE"
 _DEFAULT = "fedprune-state"
 _TEXT = "the folder of `run --state`"
 
@@ -16,10 +16,24 @@ def add_state(parser: argparse.ArgumentParser, text: str = _TEXT) -> None:
     parser.add_argument("--state", type=Path, default=_folder(), metavar="DIR", help=said)
 
 
+def add_database(parser: argparse.ArgumentParser) -> None:
+    text = f"the server's database (default: {DATABASE}, or the one that the state folder names)"
+    parser.add_argument("--database", metavar="URL", help=text)
+
+
+def database_in(arguments: argparse.Namespace) -> str | None:
+    """The chosen database; None for that of the state folder."""
+    return arguments.database or _from_environment(DATABASE)
+
+
 def _folder() -> Path:
-    found = {name: os.environ[name] for name in (VARIABLE, f"{VARIABLE}_FILE") if os.environ.get(name, "").strip()}
-    if list(found) in ([], [VARIABLE]):
-        return Path(found.get(VARIABLE, _DEFAULT))
+    return Path(_from_environment(VARIABLE) or _DEFAULT)
+
+
+def _from_environment(variable: str) -> str | None:
+    found = {name: os.environ[name] for name in (variable, f"{variable}_FILE") if os.environ.get(name, "").strip()}
+    if list(found) in ([], [variable]):
+        return found.get(variable)
     from fedprune_server.config.environment import environment_layer  # as rarely as it is needed: it takes a while
 
-    return Path(environment_layer(found).tables["server"]["state"])
+    return str(environment_layer(found).tables["server"][variable.rpartition("_")[2].lower()])

@@ -23,6 +23,7 @@ from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_export.importing import check_input, import_onnx, read_source, with_graphs_of
 from fedprune_export.pruning.model import Model
 from fedprune_server.config.server_config import ELSEWHERE, EMBEDDED, SERVER, ServerConfig, without_password
+from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.executor.evaluator import load_calibration, load_evaluation
 from fedprune_server.executor.retention import kept_models, sweep
 from fedprune_server.executor.worker import Worker
@@ -30,9 +31,9 @@ from fedprune_server.storage.blob_place import BLOBS, NUMBER, lay_down, move_in,
 from fedprune_server.storage.database import check_url, shown
 from fedprune_server.storage.lease import Lease
 from fedprune_server.storage.s3.store import BucketStore
-from fedprune_server.storage.state_folder import MODEL, folder_lock, url_of
+from fedprune_server.storage.state_folder import FILE, MODEL, folder_lock, has_database, url_of
 from fedprune_server.storage.state_folder import keep as keep_place
-from fedprune_server.storage.storage import Storage
+from fedprune_server.storage.storage import Storage, database_of
 
 log = logging.getLogger("fedprune.server")
 
@@ -182,13 +183,28 @@ class StateFolder(Closing):
     def _check_moved(self) -> None:
         """A database that knows nothing of the folder's job would begin another one."""
         before = url_of(self.path)
-        if before == self.database_url or Storage.settings_in(self.path) is None:
+        if before == self.database_url:
+            return
+        if Storage.settings_in(self.path) is None:
+            self._check_claims(shown(check_url(before)))
             return
         if Storage.settings_in(self.path, self.database_url) is None:
             raise ConfigError(
                 f"the job of {self.path} is in {shown(check_url(before))}, and the database that was given is empty",
                 hint="To move it there, use `fedprune-server backup`, and `restore --database` into a new folder.",
             )
+
+    def _check_claims(self, before: str) -> None:
+        """Claims from before the first start must be where the server looks for them."""
+        if not has_database(self.path):
+            return
+        with IdentityStore(database_of(self.path, read_only=True)) as store:
+            if store.empty:
+                return
+        raise ConfigError(
+            f"claims or members of {self.path} are in {before}, where a server with another database doesn't see them",
+            hint=f"Delete {self.path / FILE}, and make the claims again with `fedprune-server claim --database URL`.",
+        )
 
     def _check_name(self, config: ServerConfig, known: dict[str, Any], state: State | None) -> None:
         """A job of another name is another job."""

@@ -1,4 +1,4 @@
-"""A server's identity: its authority, its keys, and whom it has let in. `<state>/identity`, mode 0700.
+"""A server's identity: its authority and its keys in `<state>/identity`, mode 0700, and its members in the database.
 
     authority.key, authority.pem, register.jsonl, crl.pem    the certificate authority (`fedprune.security.authority`)
     authority.key.new    its successor's key, while that one replaces it
@@ -9,10 +9,11 @@
     server.key, server.pem    what it connects to the broker with
     broker.key, broker.pem    of the embedded broker, if there is one
     web.key, web.pem          of the web server of blobs, if there is one
-    identity.db     claims, devices and answers (`fedprune_server.enrollment.store`)
     site            the site's name; written last, so that a folder with it is whole
 
-Whoever has this folder is the server: back it up, and keep it to yourself.
+Whoever has this folder is the server: back it up, and keep it to yourself. Claims, devices and answers are in the
+server's database (`fedprune_server.enrollment.store`). A PostgreSQL database also has the register's lines, so that
+each of its servers can revoke what another one has issued.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 from cryptography import x509
 
+from fedprune.core.atomic_file import move
 from fedprune.core.closing import Closing
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError, remedy
 from fedprune.core.text import quantity, some
-from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, SERVER, Authority
+from fedprune.security.authority import CERTIFICATE, DEVICE_DAYS, KEY, SERVER, Authority
 from fedprune.security.certificates import (
     key_digest,
     load_certificate,
@@ -51,13 +52,16 @@ from fedprune.wire.messages import MAX_SUCCESSIONS
 from fedprune.wire.topics import check_device, check_name
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.enrollment.store import APPROVED, REVOKED, Device, IdentityStore
+from fedprune_server.storage.database import Database
+from fedprune_server.storage.state_folder import has_database
+from fedprune_server.storage.storage import database_of
 
 log = logging.getLogger("fedprune.server")
 
 FOLDER = "identity"
-_SIGNING, _EPOCH, _KEY, _CERTIFICATE, _STORE, _SITE = (
-    "signing.key", "epoch", "server.key", "server.pem", "identity.db", "site",
-)  # fmt: skip
+_SIGNING, _EPOCH, _KEY, _CERTIFICATE, _SITE = "signing.key", "epoch", "server.key", "server.pem", "site"
+_EARLIER_STORE = "identity.db"
+"""Claims, devices and answers of an earlier version."""
 _NEW_SIGNING = _SIGNING + NEW
 _BROKER_LASTS_S = 365 * 24 * 3600
 _SERVER_LASTS_S = DEVICE_DAYS * 24 * 3600 // 3
@@ -70,24 +74,31 @@ class IdentityFolder(Closing):
 
     Args:
         clock: Seconds since 1970.
+        database: URL of the database; None for the state folder's. It is opened when it is needed.
         read_only: Only look: nothing is made, mended or issued, and a disk that can't be written to will do.
 
     Attributes:
         key: What the server signs its messages with.
         successions: Of the signing key, the oldest first.
-        store: Claims, devices and answers.
 
     Raises:
         IdentityError: There is none, or a file of it is damaged or open to other users.
         StorageError: The folder is a device's.
     """
 
-    def __init__(self, state: Path, clock: Callable[[], float] = time.time, *, read_only: bool = False) -> None:
+    def __init__(
+        self,
+        state: Path,
+        clock: Callable[[], float] = time.time,
+        *,
+        database: str | None = None,
+        read_only: bool = False,
+    ) -> None:
         self.path = state / FOLDER
         try:
             self.site = check_name((self.path / _SITE).read_text().strip(), "site")
         except FileNotFoundError as error:
-            if (self.path / _STORE).exists():  # all that is made before the name
+            if all((self.path / name).exists() for name in (KEY, _SIGNING)):  # a device's folder has no authority
                 raise IdentityError(
                     f"{self.path / _SITE} is missing", hint="Write the site's name into it, or restore a backup of it."
                 ) from error
@@ -106,10 +117,84 @@ class IdentityFolder(Closing):
         self.successions = read_successions(self.path, self.site)
         self.key = load_signing_key(self.path / _SIGNING, self.successions, read_only=read_only)
         self.epochs = EpochFile(self.path / _EPOCH, clock)
-        self.store = IdentityStore(self.path / _STORE, read_only=read_only)
         self._issuing = threading.Lock()
-        if not read_only:
+        self._state, self._url, self._read_only = state, database, read_only
+        self._store: IdentityStore | None = None
+        self._shared = self._adopted = 0  # bytes of the register that were shared, and the last line of other servers
+
+    @property
+    def store(self) -> IdentityStore:
+        """Claims, devices and answers. Raises `StorageError` if the database can't be used."""
+        if self._store is None:
+            missing = self._read_only and self._url is None and not has_database(self._state)
+            database = None if missing else database_of(self._state, self._url, read_only=self._read_only)
+            return self._opened(IdentityStore(database))
+        return self._store
+
+    def serve(self, database: Database) -> None:
+        """Use the database of the server that serves with this identity from now on.
+
+        Raises:
+            IdentityError: A server of this database had a later signing key or authority.
+            StorageError: The database or the register is damaged.
+        """
+        store = self._opened(IdentityStore(database))
+        earlier = store.earlier_keys()
+        keys, authorities = (set(earlier.get(kind, ())) for kind in ("keys", "authorities"))
+        if self.key.verifying.id.hex() in keys:
+            raise IdentityError(
+                f"{self.path} has an earlier signing key than the server that had the job: boards would not hear it",
+                hint="Copy signing.key and successions.json of that server's identity into this one's.",
+            )
+        if self.authority.pins[-1].hex() in authorities:
+            raise IdentityError(
+                f"{self.path} has an earlier certificate authority than the server that had the job",
+                hint="Copy authority.* of that server's identity into this one's.",
+            )
+        keys |= {s.before.id.hex() for s in self.successions}
+        authorities |= {pin.hex() for pin in self.authority.pins[:-1]}
+        found = {"keys": sorted(keys), "authorities": sorted(authorities)}
+        if found != earlier:
+            store.note_earlier_keys(found)
+
+    def _opened(self, store: IdentityStore) -> IdentityStore:
+        self._store = store
+        if self._read_only:
+            return store
+        try:
+            earlier = self.path / _EARLIER_STORE
+            if earlier.exists():
+                done = (
+                    "are in the server's database now"
+                    if store.adopt(earlier)
+                    else "count no more: the database has some"
+                )
+                log.warning("the members in %s %s", earlier, done)
+                move(earlier, earlier.with_suffix(".db.earlier"))
+            self.exchange()
             self.revoke_again()
+        except BaseException:
+            self._store = None
+            store.close()
+            raise
+        return store
+
+    def update_revocations(self) -> None:
+        """Bring the list of revoked certificates up to date, if the identity has a database already."""
+        if self._url is not None or has_database(self._state):
+            self.exchange()
+
+    def exchange(self) -> None:
+        """Share the register of certificates with the other servers of a PostgreSQL database, and adopt what they have
+        issued and revoked."""
+        if not self.store.shared:
+            return
+        lines, end = self.authority.lines(self._shared)
+        found, last = self.store.exchange(lines, self._adopted)
+        if found:
+            self.authority.adopt(found)
+            end = self.authority.lines(end)[1]
+        self._shared, self._adopted = end, last
 
     def rotate(self) -> None:
         """Replace the signing key; boards follow by the succession that the old key signs.
@@ -195,13 +280,12 @@ class IdentityFolder(Closing):
         _issue_server(authority, path)
         if not (path / _EPOCH).exists():
             EpochFile.make(path / _EPOCH)
-        IdentityStore(path / _STORE).close()
         write_public(path / _SITE, site.encode())
         return cls(state, clock)
 
     def close(self) -> None:
-        with suppress(StorageError):
-            self.store.close()
+        if self._store is not None:
+            self._store.close()
 
     def claim(self, device: str | None, seconds: int) -> Claim:
         """A new one-time claim for a device, or for any; only its key is stored, and its text is only in the result.
@@ -218,7 +302,11 @@ class IdentityFolder(Closing):
         """Revoke a device's keys at once, its certificates as soon as the broker loads the list again; returns how many
         of both. After an error it can be done again.
         """
-        return self.store.revoke(check_device(device), self.authority.now()), self.authority.revoke_device(device)
+        keys = self.store.revoke(check_device(device), self.authority.now())
+        self.exchange()  # another server may have issued certificates since this one was opened
+        certificates = self.authority.revoke_device(device)
+        self.exchange()
+        return keys, certificates
 
     def broker(self, hosts: Iterable[str]) -> tuple[Path, Path, Path]:
         """Paths of an embedded broker's certificate, its key, and the authority's certificate.

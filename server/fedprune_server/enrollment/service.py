@@ -62,10 +62,12 @@ class EnrollmentService:
         """A certificate for an approved device. Raises `JoinError` if a command has revoked it meanwhile."""
         authority = self._identity.authority
         certificate = authority.issue_device(request.site, request.device, request.csr)
+        self._identity.exchange()
         # Whoever revokes takes the key's approval first and then looks for certificates. So a key that is still
         # approved now will have this one found; one that isn't may have had it overlooked.
         if self._identity.store.key_of(request.device) != request.key:
             authority.revoke(read_certificate(certificate, "certificate").serial_number)
+            self._identity.exchange()
             raise JoinError(f"{request.device} is approved no more")
         return certificate
 

@@ -1,17 +1,24 @@
-"""Claims, devices and answers of a server that lets devices in: a small SQLite database in its identity folder.
+"""Members, claims and answers of a server that lets devices in, in its database.
 
-It is apart from the job's database: it outlives jobs, and only the operator's user may read it. A transaction is on the
-disk before anything that follows from it is said.
+Commands, the console and other servers of the database use the same tables: each finds at once what another one has
+written. A transaction is durable before the server acts on it.
 """
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import sqlalchemy as sql
+from sqlalchemy.dialects import postgresql, sqlite
+
+from fedprune.core.closing import Closing
 from fedprune.core.errors import (
     ExpiredClaimError,
     ForeignClaimError,
@@ -23,7 +30,20 @@ from fedprune.core.errors import (
 )
 from fedprune.security.joining import Claim, holds_claim
 from fedprune.wire.fleet_messages import JoinRequest
-from fedprune_server.storage.sqlite_file import SqliteFile
+from fedprune_server.storage.database import Database, reading_uri, translated
+from fedprune_server.storage.tables import (
+    ANSWERS,
+    CLAIMS,
+    EPOCHS,
+    MEMBERS,
+    META,
+    REGISTER,
+    decoded,
+    encoded,
+    meta,
+    put_meta,
+    upsert,
+)
 
 APPROVED, WAITING, REVOKED = "approved", "waiting", "revoked"
 
@@ -40,24 +60,12 @@ it gets no second one, and is refused once that one has ended or was revoked."""
 KEPT_CLAIMS_S = 30 * 86_400
 """Seconds for which unused claims are kept after their end, so that a late board learns the reason."""
 
-_FORMAT = 2
-_TABLES = """
-CREATE TABLE IF NOT EXISTS claims (
-    id TEXT PRIMARY KEY, key BLOB NOT NULL, device TEXT, made INTEGER NOT NULL, expires INTEGER NOT NULL,
-    used TEXT, used_at INTEGER);
-CREATE TABLE IF NOT EXISTS devices (
-    device TEXT NOT NULL, key TEXT NOT NULL, status TEXT NOT NULL, asked INTEGER NOT NULL, decided INTEGER,
-    PRIMARY KEY (device, key));
-CREATE TABLE IF NOT EXISTS answers (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, request TEXT UNIQUE NOT NULL, device TEXT NOT NULL, answer BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS followed (key TEXT PRIMARY KEY, server_key TEXT, authority TEXT);
-CREATE TABLE IF NOT EXISTS heard (
-    key TEXT NOT NULL, stream TEXT NOT NULL, epoch INTEGER NOT NULL, PRIMARY KEY (key, stream));
-"""
+_VERSION, _FOLLOWED, _EARLIER = "members", "members-followed", "earlier-keys"
+"""Rows of `meta`: random texts that a change of the members, or of the server's keys that they know, replaces; and ids
+of keys that were replaced."""
 
-DEVICE_ROW, CLAIM_ROW, EPOCH_ROW = "device", "claim", "epoch"
-SharedRow = tuple[str, str, list[Any]]
-"""Kind, key, and values as JSON has them."""
+_M, _C = MEMBERS.c, CLAIMS.c
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -80,31 +88,43 @@ class Device:
     authority: str | None = None
 
 
-class IdentityStore(SqliteFile):
-    """The database. Every method raises `StorageError` if it is damaged, or the disk fails or is full.
+class IdentityStore(Closing):
+    """Members, claims, answers and epochs of senders. Every method raises `StorageError` if the database is damaged or
+    away, or the disk fails or is full.
 
     Args:
-        path: The file, made with mode 0600 if missing.
-        read_only: Only look: nothing is made or changed, and a disk that can't be written to will do.
-
-    Attributes:
-        also_hear: Stores epochs of senders elsewhere, too, before `hear` returns.
+        database: Where they are; None for an identity that has no database yet, of which nothing is known.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
-        self.also_hear: Callable[[Sequence[tuple[str, str, int]]], None] = lambda _begun: None
-        hint = "If it is damaged, restore the backup of the identity folder."
-        super().__init__(path, _TABLES, _FORMAT, hint, read_only=read_only)
+    def __init__(self, database: Database | None) -> None:
+        self._database = database
+
+    @property
+    def shared(self) -> bool:
+        """Whether servers on several machines may use the database."""
+        return self._database is not None and self._database.postgresql
+
+    def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+
+    @property
+    def empty(self) -> bool:
+        """Whether there are neither members nor claims."""
+        return self._database is None or self._read(_is_empty)
 
     def add_claim(self, claim: Claim, device: str | None, now: int, expires: int) -> None:
         """Store a claim's key, without its secret, for a device or for any (None); times are in seconds since 1970."""
-        with self.transaction() as connection:
-            connection.execute("DELETE FROM claims WHERE used IS NULL AND expires < ?", (now - KEPT_CLAIMS_S,))
-            row = (claim.id.hex(), claim.key, device, now, expires)
-            connection.execute("INSERT INTO claims (id, key, device, made, expires) VALUES (?, ?, ?, ?, ?)", row)
+
+        def add(connection: sql.Connection) -> None:
+            connection.execute(CLAIMS.delete().where(_C.used.is_(None), _C.expires < now - KEPT_CLAIMS_S))
+            row = {"id": claim.id.hex(), "key": claim.key, "device": device, "made": now, "expires": expires}
+            upsert(connection, CLAIMS, [row])
+
+        self._write(add)
 
     def use_claim(self, request: JoinRequest, digest: str, now: int) -> None:
-        """Use a claim for a device, which is approved by it: both or neither, on the disk when this returns.
+        """Use a claim for a device, which is approved by it: both or neither, durably.
 
         The very same request may use it again, whatever has become of the claim since.
 
@@ -115,218 +135,273 @@ class IdentityStore(SqliteFile):
             ForeignClaimError: It is for another device.
             JoinError: The name is another key's, or the key was revoked.
         """
-        with self.transaction() as connection:
-            query = "SELECT key, device, expires, used FROM claims WHERE id = ?"
-            row = connection.execute(query, (request.claim,)).fetchone()
-            known = holds_claim(request, row[0] if row else bytes(32))
-            if row is None or not known:
+
+        def use(connection: sql.Connection) -> None:
+            found = connection.execute(sql.select(CLAIMS).where(_C.id == request.claim)).first()
+            known = holds_claim(request, bytes(32) if found is None else bytes(found.key))
+            if found is None or not known:
                 raise UnknownClaimError("this server doesn't know the claim", hint="Have a new one made.")
-            _, device, expires, used = row
-            if used is not None and used != digest:
+            if found.used is not None and found.used != digest:
                 raise UsedClaimError("the claim was used by another request", hint="Have a new one made.")
-            if used is None:
-                if now >= expires:
+            if found.used is None:
+                if now >= found.expires:
                     raise ExpiredClaimError("the claim's time is over", hint="Have a new one made.")
-                if device is not None and device != request.device:
+                if found.device is not None and found.device != request.device:
                     raise ForeignClaimError(f"the claim is for another device than {request.device}")
-                self._let_in(connection, request.device, request.key, now)
-                connection.execute("UPDATE claims SET used = ?, used_at = ? WHERE id = ?", (digest, now, request.claim))
-            elif self._status(connection, request.device, request.key) != APPROVED:
+                _let_in(connection, request.device, request.key, now)
+                used = CLAIMS.update().where(_C.id == request.claim).values(used=digest, used_at=now)
+                connection.execute(used)
+            elif _status(connection, request.device, request.key) != APPROVED:
                 raise JoinError(f"{request.device} is approved no more")
+
+        self._change(use)
 
     def ask(self, device: str, key: str, now: int) -> str:
         """Store that a key asks to be a device, without a claim; returns its status. Raises `JoinError` if too many
         wait.
         """
-        with self.transaction() as connection:
-            status = self._status(connection, device, key)
-            if status is not None:
-                return status
-            count = "SELECT count(*) FROM devices WHERE status = ?"
-            waiting = connection.execute(count, (WAITING,)).fetchone()[0]
-            same = connection.execute(f"{count} AND device = ?", (WAITING, device)).fetchone()[0]
-            if waiting >= MAX_WAITING or same >= MAX_NAMESAKES:
-                raise JoinError("too many wait for the operator", hint="Have a claim made, or let the operator decide.")
-            row = (device, key, WAITING, now)
-            connection.execute("INSERT INTO devices (device, key, status, asked) VALUES (?, ?, ?, ?)", row)
-        return WAITING
+
+        def add(connection: sql.Connection) -> str:
+            known = _status(connection, device, key)
+            if known is None:
+                waiting = list(connection.execute(sql.select(_M.device).where(_M.status == WAITING)).scalars())
+                if len(waiting) >= MAX_WAITING or waiting.count(device) >= MAX_NAMESAKES:
+                    raise JoinError(
+                        "too many wait for the operator", hint="Have a claim made, or let the operator decide."
+                    )
+                connection.execute(MEMBERS.insert().values(device=device, key=key, status=WAITING, asked=now))
+            return known or WAITING
+
+        found = self._rows(sql.select(_M.status).where(_M.device == device, _M.key == key))
+        return str(found[0].status) if found else self._change(add)
 
     def approve(self, device: str, key: str, now: int) -> None:
         """Approve a waiting key. Raises `JoinError` if the name is another key's, or the key was revoked."""
-        with self.transaction() as connection:
-            self._let_in(connection, device, key, now)
+        self._change(lambda connection: _let_in(connection, device, key, now))
 
     def revoke(self, device: str, now: int) -> int:
         """Revoke all keys of a device, also those that wait; returns how many there were."""
-        with self.transaction() as connection:
-            # A revoked key is never approved again: its sender's sequence numbers are not needed.
-            connection.execute("DELETE FROM heard WHERE key IN (SELECT key FROM devices WHERE device = ?)", (device,))
-            change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND status != ?"
-            return connection.execute(change, (REVOKED, now, device, REVOKED)).rowcount
 
-    def deny(self, device: str, keys: Iterable[str], now: int) -> int:
+        def shut_out(connection: sql.Connection) -> int:
+            # A revoked key is never approved again: its sender's sequence numbers are not needed.
+            keys = sql.select(_M.key).where(_M.device == device)
+            connection.execute(EPOCHS.delete().where(EPOCHS.c.key.in_(keys)))
+            change = MEMBERS.update().where(_M.device == device, _M.status != REVOKED)
+            return int(connection.execute(change.values(status=REVOKED, decided=now)).rowcount)
+
+        return self._change(shut_out)
+
+    def deny(self, device: str, keys: Collection[str], now: int) -> int:
         """Turn away keys of a device that wait; one that was approved meanwhile stays. Returns how many there were."""
-        with self.transaction() as connection:
-            change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND key = ? AND status = ?"
-            rows = [(REVOKED, now, device, key, WAITING) for key in keys]
-            return sum(connection.execute(change, row).rowcount for row in rows)
+        change = MEMBERS.update().where(_M.device == device, _M.key.in_(list(keys)), _M.status == WAITING)
+        change = change.values(status=REVOKED, decided=now)
+        return self._change(lambda connection: int(connection.execute(change).rowcount))
 
     def devices(self) -> list[Device]:
         """All keys that asked or were approved, by name."""
-        with self.transaction() as connection:
-            rows = connection.execute(
-                "SELECT device, key, status, asked, server_key, authority FROM devices LEFT JOIN followed USING (key) "
-                "ORDER BY device, asked, key"
-            )
-            return [Device(*row) for row in rows]
+        query = sql.select(_M.device, _M.key, _M.status, _M.asked, _M.server_key, _M.authority)
+        found = [Device(*row) for row in self._rows(query.order_by(_M.device, _M.asked, _M.key))]
+        for device in found:
+            if device.status not in (APPROVED, WAITING, REVOKED):
+                raise StorageError(
+                    f"the database's row of the member {device.device} is damaged",
+                    got=shown(device.status),
+                    hint="Restore the server's backup.",
+                )
+        return found
 
     def key_of(self, device: str) -> str | None:
-        return self.members().get(device)
+        found = self._rows(sql.select(_M.key).where(_M.device == device, _M.status == APPROVED))
+        return str(found[0].key) if found else None
 
     def members(self) -> dict[str, str]:
-        return {d.device: d.key for d in self.devices() if d.status == APPROVED}
+        """Keys of the approved devices by name."""
+        query = sql.select(_M.device, _M.key).where(_M.status == APPROVED)
+        return {row.device: row.key for row in self._rows(query.order_by(_M.device))}
 
-    def heard(self, key: str) -> dict[str, int]:
-        """The latest epoch of a sender by stream (`fedprune.security.signed_channel`), as `hear` wrote it."""
-        with self.transaction() as connection:
-            return dict(connection.execute("SELECT stream, epoch FROM heard WHERE key = ?", (key,)))
+    def version(self, *, followed: bool = False) -> str:
+        """A text that changes with the members and, with `followed`, with the server's keys that they know."""
+        rows = self._rows(sql.select(META.c.value).where(META.c.key.in_((_VERSION, _FOLLOWED)[: 1 + followed])))
+        return " ".join(sorted(row.value for row in rows))
+
+    def heard(self) -> dict[str, dict[str, int]]:
+        """The latest epoch of each sender, by its key and by stream (`fedprune.security.signed_channel`), as `hear`
+        wrote it."""
+        found: dict[str, dict[str, int]] = {}
+        for key, stream, epoch in self._rows(sql.select(EPOCHS)):
+            found.setdefault(key, {})[stream] = int(epoch)
+        return found
 
     def hear(
         self, begun: Sequence[tuple[str, str, int]], followed: Iterable[tuple[str, str | None, str | None]] = ()
     ) -> None:
-        """Store which epochs of senders have begun, on the disk when this returns.
+        """Store durably which epochs of senders have begun.
 
         Args:
             begun: Verifying key, stream and epoch of each.
             followed: Verifying key of each device, and its `server_key` and `authority` as in `Device`.
         """
-        with self.transaction() as connection:
-            connection.executemany("INSERT OR REPLACE INTO followed VALUES (?, ?, ?)", followed)
-            connection.executemany("INSERT OR REPLACE INTO heard (key, stream, epoch) VALUES (?, ?, ?)", begun)
-        self.also_hear(begun)
+        known = [{"_key": key, "_server": server, "_pin": pin} for key, server, pin in followed]
 
-    def shared(self) -> list[SharedRow]:
-        """All that another server must know to continue in this one's place: devices, claims and epochs of senders."""
-        with self.transaction() as connection:
-            return [
-                *(
-                    (DEVICE_ROW, f"{device} {key}", [device, key, *rest])
-                    for device, key, *rest in connection.execute(
-                        "SELECT device, key, status, asked, decided FROM devices"
-                    )
-                ),
-                *(
-                    (CLAIM_ROW, row[0], [row[0], row[1].hex(), *row[2:]])
-                    for row in connection.execute("SELECT id, key, device, made, expires, used, used_at FROM claims")
-                ),
-                *(
-                    (EPOCH_ROW, f"{key} {stream}", [key, stream, epoch])
-                    for key, stream, epoch in connection.execute("SELECT key, stream, epoch FROM heard")
-                ),
-            ]
+        def write(connection: sql.Connection) -> None:
+            upsert(connection, EPOCHS, [{"key": key, "stream": stream, "epoch": epoch} for key, stream, epoch in begun])
+            if known:
+                change = MEMBERS.update().where(_M.key == sql.bindparam("_key"))
+                new: dict[str, Any] = {"server_key": sql.bindparam("_server"), "authority": sql.bindparam("_pin")}
+                connection.execute(change.values(new), known)
+                put_meta(connection, _FOLLOWED, secrets.token_hex(8))
 
-    def merge(self, rows: Iterable[SharedRow]) -> None:
-        """Merge another server's rows: what either side has revoked or used stays so, and the later epochs count.
-
-        As after a decision here, keys that wait under the name of an approved one and epochs of revoked keys go. Raises
-        `StorageError`, and merges nothing, if a row is damaged.
-        """
-        with self.transaction() as connection:
-            kind = ""
-            try:
-                for kind, _, row in rows:
-                    _MERGED[kind](connection, row)
-                connection.execute(
-                    "DELETE FROM devices AS d WHERE status = ? AND EXISTS "
-                    "(SELECT 1 FROM devices WHERE device = d.device AND status = ?)",
-                    (WAITING, APPROVED),
-                )
-                connection.execute(
-                    "DELETE FROM heard WHERE key IN (SELECT key FROM devices WHERE status = ?) "
-                    "AND key NOT IN (SELECT key FROM devices WHERE status = ?)",
-                    (REVOKED, APPROVED),
-                )
-            except (ValueError, TypeError, KeyError, sqlite3.ProgrammingError, sqlite3.IntegrityError) as error:
-                raise StorageError("a shared row of the identity is damaged", got=f"one of {shown(kind)}") from error
+        self._write(write)
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""
-        with self.transaction() as connection:
-            row = connection.execute("SELECT answer FROM answers WHERE request = ?", (request,)).fetchone()
-        return None if row is None else bytes(row[0])
+        found = self._rows(sql.select(ANSWERS.c.answer).where(ANSWERS.c.request == request))
+        return bytes(found[0].answer) if found else None
 
     def keep_answer(self, request: str, device: str, answer: bytes) -> None:
         """Keep an answer, so that the same request gets the same one."""
-        with self.transaction() as connection:
-            row = (request, device, answer)
-            connection.execute("INSERT OR IGNORE INTO answers (request, device, answer) VALUES (?, ?, ?)", row)
-            connection.execute(
-                "DELETE FROM answers WHERE device = ? AND number NOT IN "
-                "(SELECT number FROM answers WHERE device = ? ORDER BY number DESC LIMIT ?)",
-                (device, device, KEPT_ANSWERS),
-            )
 
-    def _let_in(self, connection: sqlite3.Connection, device: str, key: str, now: int) -> None:
-        query = "SELECT key FROM devices WHERE device = ? AND status = ? AND key != ?"
-        if connection.execute(query, (device, APPROVED, key)).fetchone() is not None:
-            raise JoinError(
-                f"another board is {device} already",
-                hint=f"Choose another name; if that board is gone, `fedprune-server devices replace {device}`.",
-            )
-        if self._status(connection, device, key) == REVOKED:
-            raise JoinError(f"this key of {device} was revoked", hint="Let the board make a new one.")
-        connection.execute(
-            "INSERT INTO devices (device, key, status, asked, decided) VALUES (?, ?, ?, ?, ?) "
-            "ON CONFLICT (device, key) DO UPDATE SET status = excluded.status, decided = excluded.decided",
-            (device, key, APPROVED, now, now),
+        def keep(connection: sql.Connection) -> None:
+            row = {"request": request, "device": device, "answer": answer}
+            connection.execute(_insert_new(connection, ANSWERS), [row])
+            numbers = sql.select(ANSWERS.c.number).where(ANSWERS.c.device == device)
+            kept = numbers.order_by(ANSWERS.c.number.desc()).limit(KEPT_ANSWERS)
+            connection.execute(ANSWERS.delete().where(ANSWERS.c.device == device, ANSWERS.c.number.not_in(kept)))
+
+        self._write(keep)
+
+    def exchange(self, lines: Sequence[str], after: int) -> tuple[list[str], int]:
+        """Share lines of the register of certificates with the other servers of a PostgreSQL database.
+
+        Args:
+            lines: Lines that this server has appended.
+            after: Number of the last line that it knows of others; 0 for none.
+
+        Returns:
+            The lines after that one, and the number of the last.
+        """
+
+        def share(connection: sql.Connection) -> tuple[list[str], int]:
+            query = sql.select(REGISTER.c.number, REGISTER.c.line).where(REGISTER.c.number > after)
+            found = connection.execute(query.order_by(REGISTER.c.number)).all()
+            there = [line for _, line in found]
+            last = int(found[-1][0]) if found else after
+            known = set(there)
+            if new := [line for line in lines if line not in known]:
+                rows = [{"digest": hashlib.sha256(line.encode()).hexdigest(), "line": line} for line in new]
+                connection.execute(_insert_new(connection, REGISTER), rows)
+                last = int(connection.execute(sql.select(sql.func.max(REGISTER.c.number))).scalar() or 0)
+            return there, last
+
+        # Writers wait for each other, so that no line gets a lower number than one that was read before it.
+        return self._change(share) if lines else self._read(share)
+
+    def earlier_keys(self) -> dict[str, list[str]]:
+        """Ids of signing keys (`keys`) and pins of authorities (`authorities`) that servers of this database have
+        replaced."""
+        if self._database is None:
+            return {}
+        database = self._database
+        found = decoded(self._read(lambda connection: meta(connection, _EARLIER)) or "{}", database.url)
+        if not isinstance(found, dict) or not all(isinstance(ids, list) for ids in found.values()):
+            raise StorageError(f"{database.url}: the row {_EARLIER} is damaged", hint="Restore the server's backup.")
+        return found
+
+    def note_earlier_keys(self, found: dict[str, list[str]]) -> None:
+        self._write(lambda connection: put_meta(connection, _EARLIER, encoded(found)))
+
+    def adopt(self, path: Path) -> bool:
+        """Take over the members of an earlier version's own file, unless the database has some; returns whether it
+        has taken them."""
+        with translated(str(path)), closing(sqlite3.connect(reading_uri(path), uri=True)) as file:
+            file.row_factory = sqlite3.Row
+            rows = {table: [dict(r) for r in file.execute(query)] for table, query in _EARLIER_FILE}
+
+        def insert(connection: sql.Connection) -> bool:
+            if not _is_empty(connection):
+                return False
+            for table, found in rows.items():
+                if found:
+                    connection.execute(table.insert(), found)
+            return True
+
+        return self._change(insert)
+
+    def _rows(self, query: sql.Select[Any]) -> list[Any]:
+        if self._database is None:
+            return []
+        return self._read(lambda connection: list(connection.execute(query)))
+
+    def _read(self, work: Callable[[sql.Connection], _Result]) -> _Result:
+        database = self._opened()
+
+        def read() -> _Result:
+            with database.transaction() as connection:
+                return work(connection)
+
+        return database.patiently(read)
+
+    def _change(self, work: Callable[[sql.Connection], _Result]) -> _Result:
+        """Run a transaction that changes the members, one after the other."""
+
+        def change(connection: sql.Connection) -> _Result:
+            put_meta(connection, _VERSION, secrets.token_hex(8))  # which holds the row's lock until the commit
+            return work(connection)
+
+        return self._write(change)
+
+    def _write(self, work: Callable[[sql.Connection], _Result]) -> _Result:
+        """Run a transaction, which may be repeated if the connection is lost: its effect is the same then."""
+        database = self._opened()
+
+        def write(connection: sql.Connection) -> _Result:
+            if database.fence is not None:
+                database.fence(connection)
+            return work(connection)
+
+        return self._read(write)
+
+    def _opened(self) -> Database:
+        if self._database is None:
+            raise StorageError("this identity has no database yet", hint="Start a server on it, or make a claim.")
+        return self._database
+
+
+_EARLIER_FILE: tuple[tuple[sql.Table, str], ...] = (
+    (MEMBERS, "SELECT * FROM devices LEFT JOIN followed USING (key)"),
+    (CLAIMS, "SELECT * FROM claims"),
+    (ANSWERS, "SELECT request, device, answer FROM answers ORDER BY number"),
+    (EPOCHS, "SELECT * FROM heard"),
+)
+"""By table, the query of an earlier version's file."""
+
+
+def _is_empty(connection: sql.Connection) -> bool:
+    return not any(connection.execute(sql.select(table).limit(1)).first() for table in (MEMBERS, CLAIMS))
+
+
+def _insert_new(connection: sql.Connection, table: sql.Table) -> Any:
+    """An insert that leaves out rows that exist."""
+    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
+    return insert(table).on_conflict_do_nothing()
+
+
+def _let_in(connection: sql.Connection, device: str, key: str, now: int) -> None:
+    others = sql.select(_M.key).where(_M.device == device, _M.status == APPROVED, _M.key != key)
+    if connection.execute(others).first() is not None:
+        raise JoinError(
+            f"another board is {device} already",
+            hint=f"Choose another name; if that board is gone, `fedprune-server devices replace {device}`.",
         )
-        connection.execute("DELETE FROM devices WHERE device = ? AND status = ?", (device, WAITING))
-
-    def _status(self, connection: sqlite3.Connection, device: str, key: str) -> str | None:
-        query = "SELECT status FROM devices WHERE device = ? AND key = ?"
-        row = connection.execute(query, (device, key)).fetchone()
-        return None if row is None else str(row[0])
-
-
-def _merge_device(connection: sqlite3.Connection, row: list[Any]) -> None:
-    device, key, status, asked, decided = row
-    if status not in (APPROVED, WAITING, REVOKED):
-        raise ValueError(status)
-    query = "SELECT status FROM devices WHERE device = ? AND key = ?"
-    known = connection.execute(query, (device, key)).fetchone()
-    if known is not None and known[0] == REVOKED:
-        return  # for good: an approval that the other side still has must not revoke the key that replaced this one
-    if status == APPROVED:
-        change = "UPDATE devices SET status = ?, decided = ? WHERE device = ? AND key != ? AND status = ?"
-        connection.execute(change, (REVOKED, decided, device, key, APPROVED))
-    connection.execute(
-        "INSERT INTO devices (device, key, status, asked, decided) VALUES (?, ?, ?, ?, ?) "
-        "ON CONFLICT (device, key) DO UPDATE SET status = excluded.status, decided = excluded.decided "
-        "WHERE excluded.status != ?",
-        (device, key, status, asked, decided, WAITING),
-    )
+    if _status(connection, device, key) == REVOKED:
+        raise JoinError(f"this key of {device} was revoked", hint="Let the board make a new one.")
+    change = MEMBERS.update().where(_M.device == device, _M.key == key).values(status=APPROVED, decided=now)
+    if not connection.execute(change).rowcount:
+        row = {"device": device, "key": key, "status": APPROVED, "asked": now, "decided": now}
+        connection.execute(MEMBERS.insert().values(row))
+    connection.execute(MEMBERS.delete().where(_M.device == device, _M.status == WAITING))
 
 
-def _merge_claim(connection: sqlite3.Connection, row: list[Any]) -> None:
-    number, key, *rest = row
-    connection.execute(
-        "INSERT INTO claims (id, key, device, made, expires, used, used_at) VALUES (?, ?, ?, ?, ?, ?, ?) "
-        "ON CONFLICT (id) DO UPDATE SET used = excluded.used, used_at = excluded.used_at WHERE used IS NULL",
-        (number, bytes.fromhex(key), *rest),
-    )
-
-
-def _merge_epoch(connection: sqlite3.Connection, row: list[Any]) -> None:
-    key, stream, epoch = row
-    connection.execute(
-        "INSERT INTO heard (key, stream, epoch) VALUES (?, ?, ?) "
-        "ON CONFLICT (key, stream) DO UPDATE SET epoch = max(epoch, excluded.epoch)",
-        (key, stream, epoch),
-    )
-
-
-_MERGED: dict[str, Callable[[sqlite3.Connection, list[Any]], None]] = {
-    DEVICE_ROW: _merge_device,
-    CLAIM_ROW: _merge_claim,
-    EPOCH_ROW: _merge_epoch,
-}
+def _status(connection: sql.Connection, device: str, key: str) -> str | None:
+    found = connection.execute(sql.select(_M.status).where(_M.device == device, _M.key == key)).scalar()
+    return None if found is None else str(found)

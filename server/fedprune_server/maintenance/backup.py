@@ -40,10 +40,10 @@ _ATTEMPTS = 5
 _AGAIN = "Try again; if it stays so, see `fedprune-server check`."
 _LOCK = "lock"
 _OURS = {NAME, "blobs", "files", FURTHER, _LOCK}
-_IDENTITY = (  # the register before the devices: a certificate that was issued is then known to be, or not yet
+_IDENTITY = (  # after the database: a certificate of a device that it has is in the register
     "authority.key", "authority.key.new", "authority.pem", "register.jsonl", "crl.pem", "signing.key",
     "signing.key.new", "successions.json", "epoch", "server.key", "server.pem", "broker.key", "broker.pem",
-    "identity.db", "site",
+    "site",
 )  # fmt: skip
 
 

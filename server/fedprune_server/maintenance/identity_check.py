@@ -27,13 +27,12 @@ _NEEDED = {
     "epoch": "Restore a backup of it; without one check this machine's clock: the next start continues from the time.",
     "server.key": _NEXT_START,
     "server.pem": _NEXT_START,
-    "identity.db": _RESTORE,
 }
 """What an identity consists of, and what to do where it is missing."""
 
 
 def check_identity(identity: Path) -> Iterator[Finding]:
-    """Check an identity folder; its database is checked elsewhere."""
+    """Check an identity folder; the members, in the database, are checked elsewhere."""
     missing = {name for name in _NEEDED if not (identity / name).exists()}
     for name, advice in _NEEDED.items():
         if name in missing:

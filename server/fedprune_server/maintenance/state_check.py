@@ -15,6 +15,7 @@ from fedprune.core.disk import read_file, storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.output.tables import Advance
 from fedprune_server.enrollment.pki import FOLDER as IDENTITY
+from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.maintenance.backup_manifest import CONSOLE
 from fedprune_server.maintenance.blob_checks import (
     check_bucket,
@@ -34,7 +35,7 @@ from fedprune_server.storage.blob_place import BLOBS, bucket_of
 from fedprune_server.storage.database import reading_uri
 from fedprune_server.storage.s3.store import BucketStore
 from fedprune_server.storage.state_folder import MODEL
-from fedprune_server.storage.storage import Storage
+from fedprune_server.storage.storage import Storage, database_of
 
 
 def size_of(folder: Path) -> int:
@@ -132,8 +133,11 @@ def _other_files(folder: Path, advance: Advance) -> Iterator[Finding]:
                 yield Finding(found.severity, found.what, advice, found.repair, found.paths, digest)
     yield from _console(folder / CONSOLE)
     if (folder / IDENTITY).is_dir():
-        if (folder / IDENTITY / "identity.db").exists():  # else it is named with all that is missing
-            yield from _sqlite(folder / IDENTITY / "identity.db", "Restore a backup of `identity/`.")
+        try:
+            with IdentityStore(database_of(folder, read_only=True)) as members:
+                members.devices()
+        except StorageError as error:
+            yield Finding(Severity.WRONG, error.what, "Restore the server's backup.")
         yield from check_identity(folder / IDENTITY)
 
 

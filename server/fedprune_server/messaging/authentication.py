@@ -1,6 +1,6 @@
 """The server's connection with signatures: the daemon sends and receives plain messages over it.
 
-The members are read from the identity's database, which `fedprune-server devices` changes while the server runs: a
+The members are read from the database, which `fedprune-server devices` changes while the server runs: a
 revoked device is cut off within a second. Requests to join are answered here, at a limited rate.
 
 Chunks of blobs pass unsigned: blobs are named by their digests, which signed messages carry.
@@ -86,7 +86,7 @@ class AuthenticatedLink(Relay):
         self._joining = joins
         self._quarantine = quarantine or Quarantine(clock)
         self._dropped, self._flooder = 0, ""
-        self._store = identity.store
+        self._identity, self._store = identity, identity.store
         self._time = identity.authority.now
         self._topics = Topics(identity.site)
         self._desk = EnrollmentService(identity)
@@ -100,8 +100,9 @@ class AuthenticatedLink(Relay):
         self._to_follow: dict[str, tuple[str | None, str | None]] = {}  # not yet on the disk
         self._earlier = {s.before.id.hex() for s in identity.successions}
         self._openers: dict[str, Opener] = {}
+        self._floors = identity.store.heard()
         self._members: dict[str, str] = {}
-        self._version: int | None = None
+        self._version: str | None = None
         self._look_at = 0.0
         self._hello_at: dict[str, float] = {}
         self._clock = clock
@@ -316,6 +317,7 @@ class AuthenticatedLink(Relay):
             version = self._store.version()
             if version != self._version:
                 before, self._version, self._members = self._members, version, self._store.members()
+                self._identity.exchange()
                 self._quarantine.know(self._members)
                 self._news.extend(DeviceRevoked(n) for n, key in before.items() if self._members.get(n) != key)
         return self._members
@@ -323,7 +325,7 @@ class AuthenticatedLink(Relay):
     def _opener(self, device: str) -> Opener:
         key, opener = self._members[device], self._openers.get(device)
         if opener is None or opener.key.hex != key:
-            opener = Opener(VerifyingKey.from_hex(key), self._store.heard(key), partial(self._begins, key))
+            opener = Opener(VerifyingKey.from_hex(key), self._floors.get(key, {}), partial(self._begins, key))
             self._openers[device] = opener
         return opener
 

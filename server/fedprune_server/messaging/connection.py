@@ -126,7 +126,7 @@ def identity_of(config: ServerConfig, *, insecure: bool) -> Iterator[IdentityFol
             hint=f"Make one: fedprune-server init --state {config.state} --site {config.site}. "
             "For a trial on this machine alone: --insecure.",
         )
-    with IdentityFolder(config.state) as identity:
+    with IdentityFolder(config.state, database=config.database) as identity:
         if config.site not in (identity.site, ServerConfig.site):
             expected = f"{identity.site}, as the identity in {config.state} says"
             raise ConfigError("site", expected=expected, got=config.site)

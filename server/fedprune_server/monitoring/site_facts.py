@@ -19,6 +19,7 @@ from fedprune_server.enrollment.store import WAITING, IdentityStore
 from fedprune_server.monitoring.alerts import CertificateDates, RolloutStatus, SiteFacts, at, command
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.state_folder import has_database
+from fedprune_server.storage.storage import database_of
 
 _CERTIFICATES = ("authority.pem", "server.pem", "broker.pem", "web.pem")
 
@@ -71,7 +72,9 @@ def _dates(path: Path, found: x509.Certificate, todo: str) -> CertificateDates:
 
 
 def _waiting(folder: Path) -> dict[str, str]:
-    with IdentityStore(folder / IDENTITY / "identity.db", read_only=True) as store:
+    if not has_database(folder):
+        return {}
+    with IdentityStore(database_of(folder, read_only=True)) as store:
         rows = [d for d in store.devices() if d.status == WAITING]
     return {d.device: VerifyingKey.from_hex(d.key).fingerprint for d in rows}
 

@@ -11,7 +11,7 @@ from fedprune_server.storage.database import MARK, Database, copy_sqlite, transl
 from fedprune_server.storage.lease import DATABASE_ID
 from fedprune_server.storage.lease import ROW as LEASE
 from fedprune_server.storage.storage import Storage
-from fedprune_server.storage.tables import EVENTS, IDENTITY, META, ROLLOUTS, TABLES, meta, put_meta
+from fedprune_server.storage.tables import ANSWERS, EVENTS, META, REGISTER, ROLLOUTS, TABLES, meta, put_meta
 
 RESTORED = "restored"
 """Row of `meta`: digest of the backup that a database was filled from."""
@@ -63,8 +63,8 @@ def _carry(source: Database, target: Database, more: dict[str, str] | None = Non
         with reader.begin(), writer.begin():
             for table in TABLES.sorted_tables:
                 writer.execute(table.delete())
-                if table is IDENTITY:
-                    continue  # a backup has the identity's own files
+                if table is REGISTER:
+                    continue  # a backup has the identity's own file
                 rows = reader.execution_options(yield_per=_ROWS).execute(sql.select(table))
                 for part in rows.mappings().partitions(_ROWS):
                     kept = [dict(r) for r in part if table is not META or r["key"] not in _OWN]
@@ -74,7 +74,7 @@ def _carry(source: Database, target: Database, more: dict[str, str] | None = Non
                 put_meta(writer, key, value)
             if target.postgresql:
                 put_meta(writer, MARK, "")
-                for table in (EVENTS, ROLLOUTS):
+                for table in (EVENTS, ROLLOUTS, ANSWERS):
                     last = writer.execute(sql.select(sql.func.max(table.c.number))).scalar()
                     if last is not None:
                         query = f"SELECT setval(pg_get_serial_sequence('{table.name}', 'number'), :last)"  # nosec B608  # ours

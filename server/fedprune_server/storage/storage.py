@@ -24,6 +24,7 @@ from fedprune.core.disk import storage_errors
 from fedprune.core.errors import StorageError
 from fedprune.jobs.change_tracking import TrackedDict
 from fedprune.jobs.state import Device, Task
+from fedprune.security.private_file import give_to_owner_of
 from fedprune_device.storage.directory_owner import check_unowned
 from fedprune_server.storage.database import MARK, Database, copy_sqlite, mark
 from fedprune_server.storage.schema_migration import latest, migrate, revision
@@ -376,6 +377,7 @@ def _private(folder: Path, database: str | None) -> str:
         with storage_errors(f"can't write {path}"):
             try:
                 os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+                give_to_owner_of(path, folder)  # root may have made a claim before the server's first start
             except FileExistsError:
                 if path.stat().st_mode & 0o077:
                     path.chmod(0o600)

@@ -76,14 +76,54 @@ ROLLOUTS = sql.Table(
 )
 """Rollouts of the whole site (`fedprune_server.ota.store`), in the database of a server's first job."""
 
-IDENTITY = sql.Table(
-    "identity",
+MEMBERS = sql.Table(
+    "members",
     TABLES,
-    sql.Column("kind", sql.String(16), primary_key=True),
-    sql.Column("key", sql.String(256), primary_key=True),
-    sql.Column("body", sql.Text, nullable=False),
+    sql.Column("device", sql.String(64), primary_key=True),
+    sql.Column("key", sql.String(64), primary_key=True, index=True),
+    sql.Column("status", sql.String(16), nullable=False),
+    sql.Column("asked", sql.BigInteger, nullable=False),
+    sql.Column("decided", sql.BigInteger),
+    sql.Column("server_key", sql.String(64)),
+    sql.Column("authority", sql.String(64)),
 )
-"""What servers of one PostgreSQL database share of their identity (`fedprune_server.enrollment.shared_identity`)."""
+"""Keys that asked to be devices of the site (`fedprune_server.enrollment.store`), in the database of a server's first
+job, as are the next four tables."""
+
+CLAIMS = sql.Table(
+    "claims",
+    TABLES,
+    sql.Column("id", sql.String(64), primary_key=True),
+    sql.Column("key", sql.LargeBinary, nullable=False),
+    sql.Column("device", sql.String(64)),
+    sql.Column("made", sql.BigInteger, nullable=False),
+    sql.Column("expires", sql.BigInteger, nullable=False),
+    sql.Column("used", sql.String(64)),
+    sql.Column("used_at", sql.BigInteger),
+)
+ANSWERS = sql.Table(
+    "answers",
+    TABLES,
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
+    sql.Column("request", sql.String(64), nullable=False, unique=True),
+    sql.Column("device", sql.String(64), nullable=False, index=True),
+    sql.Column("answer", sql.LargeBinary, nullable=False),
+)
+EPOCHS = sql.Table(
+    "epochs",
+    TABLES,
+    sql.Column("key", sql.String(64), primary_key=True),
+    sql.Column("stream", sql.String(512), primary_key=True),
+    sql.Column("epoch", sql.BigInteger, nullable=False),
+)
+REGISTER = sql.Table(
+    "register",
+    TABLES,
+    sql.Column("number", sql.Integer, primary_key=True, autoincrement=True),
+    sql.Column("digest", sql.String(64), nullable=False, unique=True),
+    sql.Column("line", sql.Text, nullable=False),
+)
+"""Lines of the register of certificates, for the other servers of a PostgreSQL database."""
 
 
 def device_row(name: str, device: Device) -> dict[str, Any]:

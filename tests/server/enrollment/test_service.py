@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sql
 from cryptography import x509
 
 from fedprune.core.errors import IdentityError, JoinError, ProtocolError, StorageError
@@ -31,9 +34,27 @@ from fedprune.wire.topics import Topics
 from fedprune_server.enrollment import store as identity_store
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
+from fedprune_server.storage.state_folder import FILE
+from fedprune_server.storage.storage import database_of
+from fedprune_server.storage.tables import CLAIMS, MEMBERS
 
 HOUR, DAY = 3600, 24 * 3600
+EARLIER = """
+CREATE TABLE claims (
+    id TEXT PRIMARY KEY, key BLOB, device TEXT, made INTEGER, expires INTEGER, used TEXT, used_at INTEGER);
+CREATE TABLE devices (device TEXT, key TEXT, status TEXT, asked INTEGER, decided INTEGER);
+CREATE TABLE answers (number INTEGER PRIMARY KEY, request TEXT, device TEXT, answer BLOB);
+CREATE TABLE followed (key TEXT PRIMARY KEY, server_key TEXT, authority TEXT);
+CREATE TABLE heard (key TEXT, stream TEXT, epoch INTEGER);
+"""
 NOW = [float(BUILT + 30 * DAY)]
+
+
+def dump(identity: IdentityFolder, table: sql.Table) -> list[tuple[object, ...]]:
+    """The rows of a table."""
+    with database_of(identity.path.parent, read_only=True) as database, database.transaction() as connection:
+        return [tuple(row) for row in connection.execute(sql.select(table))]
+
 
 Ask = Callable[[DeviceIdentity, Claim | None], JoinAnswer]
 
@@ -364,7 +385,7 @@ def test_the_folder_is_made_once_completed_after_a_crash_and_closed_to_others(
         assert (again.authority.pin, again.site) == (pin, "lab")
     folder = tmp_path / "identity"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    secret = ("authority.key", "signing.key", "server.key", "identity.db", "register.jsonl")
+    secret = ("authority.key", "signing.key", "server.key", "register.jsonl")
     assert {stat.S_IMODE((folder / n).stat().st_mode) for n in secret} == {0o600}
 
 
@@ -452,12 +473,77 @@ def test_a_claim_s_secret_is_not_in_the_server_s_folder(identity: IdentityFolder
             assert claim.secret not in path.read_bytes()
 
 
-def test_a_damaged_database_is_one_clear_error(identity: IdentityFolder, tmp_path: Path) -> None:
+def damage(file: Path) -> None:
+    file.write_bytes(b"x" * 5000)
+
+
+def grow_old(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0002'")
+
+
+def spoil(file: Path) -> None:
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("UPDATE members SET status = 'perhaps'")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (damage, r"server\.db: file is not a database"),
+        (grow_old, r"older version: expected revision 0003.*got 0002\. Start the server"),
+        (spoil, r"row of the member pi-1 is damaged: got 'perhaps'"),
+    ],
+)
+def test_a_database_that_can_t_be_used_is_one_clear_error(
+    identity: IdentityFolder, tmp_path: Path, change: Callable[[Path], None], said: str
+) -> None:
+    identity.store.ask("pi-1", "a" * 64, 1)
     identity.close()
-    path = tmp_path / "state" / "identity" / "identity.db"
-    path.write_bytes(b"x" * 5000)
-    with pytest.raises(StorageError, match=r"identity\.db"):
-        IdentityFolder(tmp_path / "state")
+    change(tmp_path / "state" / FILE)
+    with IdentityFolder(tmp_path / "state") as again, pytest.raises(StorageError, match=said):
+        again.store.devices()
+
+
+def test_the_members_of_an_earlier_version_are_taken_over_once(
+    identity: IdentityFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    identity.claim("pi-2", HOUR)
+    earlier = tmp_path / "state" / "identity" / "identity.db"
+    rows = {table: dump(identity, table) for table in (MEMBERS, CLAIMS)}
+    identity.close()
+    (tmp_path / "state" / FILE).unlink()
+    with closing(sqlite3.connect(earlier)) as connection, connection:
+        connection.executescript(EARLIER)
+        connection.execute("INSERT INTO claims VALUES (?, ?, ?, ?, ?, ?, ?)", rows[CLAIMS][0])
+        connection.execute(
+            "INSERT INTO devices VALUES ('pi-1', 'aa', 'approved', 1, 2), ('pi-0', 'bb', 'revoked', 1, 2)"
+        )
+        connection.execute("INSERT INTO followed VALUES ('aa', 'cc', 'dd')")
+        connection.execute("INSERT INTO heard VALUES ('aa', 'up', 7)")
+        connection.execute("INSERT INTO answers VALUES (3, 'ee', 'pi-1', x'01')")
+    raw = earlier.read_bytes()
+    for taken in ("are in the server's database now", "the database has some"):
+        earlier.write_bytes(raw)
+        caplog.clear()
+        with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
+            assert [(d.device, d.status, d.server_key) for d in again.store.devices()] == [
+                ("pi-0", "revoked", None), ("pi-1", "approved", "cc"),
+            ]  # fmt: skip
+            assert (again.store.heard(), again.store.answer("ee")) == ({"aa": {"up": 7}}, b"\1")
+            assert dump(again, CLAIMS) == rows[CLAIMS]
+            assert again.store.members() == {"pi-1": "aa"}
+        assert taken in caplog.text
+        assert not earlier.exists()
+
+
+def test_without_a_database_nothing_is_known_and_nothing_is_made(identity: IdentityFolder, tmp_path: Path) -> None:
+    with IdentityFolder(tmp_path / "state", read_only=True) as looking:
+        looking.update_revocations()
+        assert (looking.store.devices(), looking.store.version(), looking.store.empty) == ([], "", True)
+    assert not (tmp_path / "state" / FILE).exists()
+    identity.claim(None, HOUR)
+    assert stat.S_IMODE((tmp_path / "state" / FILE).stat().st_mode) == 0o600
 
 
 @pytest.mark.parametrize("lost", [["crl.pem"], ["register.jsonl", "crl.pem"]])
@@ -473,6 +559,7 @@ def test_a_revoked_device_s_certificates_stay_revoked_when_files_go_back(
         (identity.path / name).write_bytes(raw)
 
     with IdentityFolder(tmp_path / "state", clock=lambda: NOW[0]) as again:
+        again.update_revocations()
         revoked = {
             d: [again.authority.is_revoked(i.serial) for i in again.authority.of_device(d)] for d in ("pi-1", "pi-2")
         }
@@ -489,17 +576,13 @@ def test_what_nobody_needs_any_more_is_let_go_of(identity: IdentityFolder, ask: 
     identity.claim("pi-2", HOUR)
     key = identity.store.members()["pi-1"]
     identity.store.hear([(key, "up", 5), ("a" * 64, "up", 7)])
-    assert identity.store.heard(key) == {"up": 5}
-
-    def claims() -> int:
-        return int(identity.store.connection.execute("SELECT count(*) FROM claims").fetchone()[0])
+    assert identity.store.heard() == {key: {"up": 5}, "a" * 64: {"up": 7}}
 
     NOW[0] += HOUR + identity_store.KEPT_CLAIMS_S - 5
     identity.claim("pi-3", HOUR)
-    assert claims() == 3, "whoever comes too late is told that the time is over"
+    assert len(dump(identity, CLAIMS)) == 3, "whoever comes too late is told that the time is over"
     NOW[0] += 60
     identity.claim("pi-4", HOUR)
-    assert claims() == 3, "pi-2's is gone, and the used one stays"
+    assert len(dump(identity, CLAIMS)) == 3, "pi-2's is gone, and the used one stays"
     identity.revoke("pi-1")
-    assert identity.store.heard(key) == {}
-    assert identity.store.heard("a" * 64) == {"up": 7}
+    assert identity.store.heard() == {"a" * 64: {"up": 7}}

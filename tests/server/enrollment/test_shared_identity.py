@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -12,47 +12,49 @@ import pytest
 import sqlalchemy as sql
 from cryptography import x509
 
-from fedprune.core.errors import IdentityError, StorageError, UsedClaimError
+from fedprune.core.errors import ConfigError, IdentityError, StorageError, UsedClaimError
 from fedprune.security.certificates import make_request, make_tls_key
 from fedprune.security.joining import Claim
 from fedprune.security.joining import make_request as make_join_request
 from fedprune.security.keys import SigningKey
 from fedprune.wire.fleet_messages import APPROVED, JoinRequest
+from fedprune_server.cli.main import main
 from fedprune_server.engine.state_directory import StateFolder
 from fedprune_server.enrollment.pki import IdentityFolder
 from fedprune_server.enrollment.service import EnrollmentService
-from fedprune_server.enrollment.shared_identity import SharedIdentity
+from fedprune_server.enrollment.store import IdentityStore
+from fedprune_server.messaging.authentication import AuthenticatedLink
+from fedprune_server.messaging.transport import DeviceRevoked
+from fedprune_server.storage import lease
 from fedprune_server.storage.lease import ROW, LeaseLostError
-from fedprune_server.storage.tables import IDENTITY, META
+from fedprune_server.storage.tables import REGISTER, meta, put_meta
 from support.processes.postgres import Postgres
 
 pytestmark = pytest.mark.postgresql
 STREAM = "fedprune/1/lab/pi-1"
 
 
+class SilentWire:
+    """A connection on which nothing comes."""
+
+    connected, room, unsent = True, True, 0
+
+    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
+        return True
+
+    def get(self, timeout: float | None = 0.0) -> None:
+        return None
+
+    def flush(self, timeout: float) -> bool:
+        return True
+
+
 @contextmanager
 def serving(state: Path, url: str) -> Iterator[IdentityFolder]:
     """A server's identity as it is while the server runs."""
-    with sharing(state, url) as (identity, _):
+    with IdentityFolder(state, database=url) as identity, StateFolder(state, url) as folder:
+        identity.serve(folder.storage.database)
         yield identity
-
-
-@contextmanager
-def sharing(state: Path, url: str) -> Iterator[tuple[IdentityFolder, Callable[[], None]]]:
-    """The same, and what lets a second of its loop pass."""
-    now = 0.0
-    with ExitStack() as stack:
-        identity = stack.enter_context(IdentityFolder(state))
-        folder = stack.enter_context(StateFolder(state, url))
-        shared = stack.enter_context(SharedIdentity(url, folder.lease, identity, state, lambda: now))
-        shared.take_over()
-
-        def second() -> None:
-            nonlocal now
-            now += 1.0
-            shared.turn()
-
-        yield identity, second
 
 
 def request(claim: Claim, name: str) -> JoinRequest:
@@ -65,33 +67,85 @@ def join(identity: IdentityFolder, name: str) -> JoinRequest:
     return asked
 
 
-def test_a_stale_standby_knows_who_was_shut_out_and_heard_since(tmp_path: Path, postgres: Postgres) -> None:
+def listed(identity: IdentityFolder) -> set[int]:
+    """Certificates on the list that the broker gets."""
+    crl = x509.load_pem_x509_crl(identity.authority.crl_path.read_bytes())
+    return {r.serial_number for r in crl}
+
+
+def copied(first: Path, second: Path) -> None:
+    """Give another machine the identity, by hand."""
+    shutil.copytree(first / "identity", second / "identity")
+
+
+def hang(folder: StateFolder) -> None:
+    """Stop renewing the lease, as a process does that was killed."""
+    folder.lease._closed.set()
+    thread = folder.lease._thread
+    assert thread is not None
+    thread.join()
+
+
+@pytest.mark.slow
+def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
+    tmp_path: Path, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "LASTS_S", 2.0)
+    monkeypatch.setattr(lease, "RENEWED_S", 0.1)
     url = postgres.database()
     first, second = tmp_path / "first", tmp_path / "second"
-    with IdentityFolder.make(first, "lab") as identity:
+    IdentityFolder.make(first, "lab").close()
+    copied(first, second)  # long before any board joined
+    with ExitStack() as crashed:
+        identity = crashed.enter_context(IdentityFolder(first, database=url))
+        folder = crashed.enter_context(StateFolder(first, url))
+        identity.serve(folder.storage.database)
         lost, kept = join(identity, "pi-1"), join(identity, "pi-2")
         open_claim = Claim.parse(identity.claim(None, 3600).text)
-    shutil.copytree(first, second)  # as it was copied by hand, long ago
-
-    with serving(first, url) as identity:
         assert EnrollmentService(identity).answer(request(open_claim, "pi-3")).status == APPROVED
         identity.store.hear([(kept.key, STREAM, 77)])
-        with IdentityFolder(first) as command:  # an operator at a terminal
+        with IdentityFolder(first, database=url) as command:  # an operator at a terminal
             command.revoke("pi-1")
+        hang(folder)
 
-    with serving(second, url) as identity:
-        assert sorted(identity.store.members()) == ["pi-2", "pi-3"]
-        assert identity.store.heard(kept.key) == {STREAM: 77}
-        crl = x509.load_pem_x509_crl(identity.authority.crl_path.read_bytes())
-        assert {r.serial_number for r in crl} == {i.serial for i in identity.authority.of_device("pi-1")}
-        assert len(identity.authority.of_device("pi-3")) == 1
-        with pytest.raises(UsedClaimError):
-            identity.store.use_claim(request(open_claim, "pi-4"), "00" * 32, 0)
-        assert EnrollmentService(identity).answer(lost).status != APPROVED
-        identity.revoke("pi-2")
+        with IdentityFolder(second, database=url) as identity, StateFolder(second, url, standby=True) as folder:
+            identity.serve(folder.storage.database)
+            assert sorted(identity.store.members()) == ["pi-2", "pi-3"]
+            assert identity.store.heard() == {kept.key: {STREAM: 77}}
+            assert listed(identity) == {i.serial for i in identity.authority.of_device("pi-1")} != set()
+            assert len(identity.authority.of_device("pi-3")) == 1
+            with pytest.raises(UsedClaimError):
+                identity.store.use_claim(request(open_claim, "pi-4"), "00" * 32, 0)
+            assert EnrollmentService(identity).answer(lost).status != APPROVED
+
+
+def test_a_server_notices_what_another_machine_changes(
+    tmp_path: Path, postgres: Postgres, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = postgres.database()
+    first, second = tmp_path / "first", tmp_path / "second"
+    IdentityFolder.make(first, "lab").close()
+    copied(first, second)
+
+    def command(*words: str) -> str:
+        assert main([*words, "--state", str(second), "--database", url]) == 0
+        return capsys.readouterr().out
 
     with serving(first, url) as identity:
-        assert sorted(identity.store.members()) == ["pi-3"]
+        now = [0.0]
+        link = AuthenticatedLink(SilentWire(), identity, lambda: now[0])
+        claim = Claim.parse(command("claim", "--device", "pi-1").strip())
+        asked = request(claim, "pi-1")
+        assert EnrollmentService(identity).answer(asked).status == APPROVED
+        now[0] += 1.0
+        assert link.get() is None
+        assert command("devices").split()[:2] == ["pi-1", "approved"]
+        assert "1 key and 1 certificate revoked" in command("devices", "revoke", "pi-1")
+        now[0] += 0.5
+        assert link.get() is None, "it looks once a second"
+        now[0] += 0.5
+        assert link.get() == DeviceRevoked("pi-1")
+        assert listed(identity) == {i.serial for i in identity.authority.of_device("pi-1")} != set()
 
 
 def test_a_standby_with_an_earlier_signing_key_is_refused_until_it_has_the_present_one(
@@ -99,11 +153,10 @@ def test_a_standby_with_an_earlier_signing_key_is_refused_until_it_has_the_prese
 ) -> None:
     url = postgres.database()
     first, second = tmp_path / "first", tmp_path / "second"
-    with IdentityFolder.make(first, "lab") as identity:
+    IdentityFolder.make(first, "lab").close()
+    with serving(first, url) as identity:
         join(identity, "pi-1")
-    with serving(first, url):
-        pass
-    shutil.copytree(first / "identity", second / "identity")
+    copied(first, second)
     with serving(second, url):
         pass
     for _ in range(2):
@@ -135,7 +188,7 @@ def test_a_standby_with_an_earlier_authority_is_refused(tmp_path: Path, postgres
         pass
     with serving(first, url):
         pass
-    shutil.copytree(first / "identity", second / "identity")
+    copied(first, second)
     with IdentityFolder(first) as identity:
         identity.rotate_authority()
     with serving(first, url):
@@ -149,73 +202,9 @@ def test_a_standby_with_an_earlier_authority_is_refused(tmp_path: Path, postgres
     with pytest.raises(IdentityError, match="earlier certificate authority"), serving(second, url):
         pass
     shutil.rmtree(second / "identity")
-    shutil.copytree(first / "identity", second / "identity")
+    copied(first, second)
     with serving(second, url):
         pass
-
-
-def test_a_revocation_on_the_standby_s_machine_is_not_undone(tmp_path: Path, postgres: Postgres) -> None:
-    url = postgres.database()
-    first, second = tmp_path / "first", tmp_path / "second"
-    with IdentityFolder.make(first, "lab") as identity:
-        asked = join(identity, "pi-1")
-        identity.store.hear([(asked.key, STREAM, 5)])
-    shutil.copytree(first, second)
-    with serving(first, url):
-        pass
-    with IdentityFolder(second) as identity:
-        identity.revoke("pi-1")
-    with serving(second, url) as identity:
-        assert identity.store.members() == {}
-    with serving(first, url) as identity:
-        assert identity.store.members() == {}
-
-
-def test_a_revocation_reaches_the_database_while_the_server_runs(tmp_path: Path, postgres: Postgres) -> None:
-    url = postgres.database()
-    with IdentityFolder.make(tmp_path / "first", "lab") as identity:
-        join(identity, "pi-1")
-    engine = sql.create_engine(url)
-
-    def bodies() -> str:
-        with engine.connect() as connection:
-            return "".join(connection.execute(sql.select(IDENTITY.c.body)).scalars())
-
-    with sharing(tmp_path / "first", url) as (_, second), IdentityFolder(tmp_path / "first") as command:
-        assert '"approved"' in bodies()
-        command.revoke("pi-1")
-        second()
-        assert '"approved"' not in bodies()
-    engine.dispose()
-
-
-def test_the_database_forgets_what_its_server_forgets(tmp_path: Path, postgres: Postgres) -> None:
-    url, state, waits = postgres.database(), tmp_path / "first", "ab" * 32
-    engine = sql.create_engine(url)
-
-    def keys(kind: str) -> list[str]:
-        with engine.connect() as connection:
-            return sorted(connection.execute(sql.select(IDENTITY.c.key).where(IDENTITY.c.kind == kind)).scalars())
-
-    with IdentityFolder.make(state, "lab") as identity:
-        asked = join(identity, "pi-1")
-        ended = Claim.parse(identity.claim(None, 1).text)
-        identity.store.ask("pi-2", waits, 1)
-    with sharing(state, url) as (identity, second):
-        identity.store.hear([(asked.key, STREAM, 5)])
-        assert ended.id.hex() in keys("claim")
-        assert keys("epoch") == [f"{asked.key} {STREAM}"]
-        with IdentityFolder(state) as command:
-            command.store.approve("pi-2", "cd" * 32, 2)
-            command.revoke("pi-1")
-            command.store.add_claim(Claim.make(ended.pin), None, 2**40, 2**40 + 1)  # long after
-        second()
-        assert keys("device") == sorted([f"pi-1 {asked.key}", f"pi-2 {'cd' * 32}"])
-        assert keys("epoch") == []
-        assert ended.id.hex() not in keys("claim")
-    with serving(state, url) as identity:
-        assert {d.key for d in identity.store.devices()} == {asked.key, "cd" * 32}
-    engine.dispose()
 
 
 def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Postgres) -> None:
@@ -223,27 +212,48 @@ def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Pos
     IdentityFolder.make(tmp_path / "first", "lab").close()
     state = tmp_path / "first"
     with StateFolder(state, url) as folder, IdentityFolder(state) as identity:
-        shared = SharedIdentity(url, folder.lease, identity, state)
+        identity.serve(folder.storage.database)
         with folder.storage.database.transaction() as connection:
-            query = sql.select(META.c.value).where(META.c.key == ROW)
-            row = json.loads(connection.execute(query).scalar() or "")
-            changed = json.dumps(row | {"token": row["token"] + 1})
-            connection.execute(META.update().where(META.c.key == ROW).values(value=changed))
+            row = json.loads(meta(connection, ROW) or "")
+            put_meta(connection, ROW, json.dumps(row | {"token": row["token"] + 1}))
         with pytest.raises(LeaseLostError):
-            shared.hear([("ab" * 32, STREAM, 1)])
-        shared.close()
+            identity.store.hear([("ab" * 32, STREAM, 1)])
+        with pytest.raises(LeaseLostError):
+            identity.claim(None, 3600)
 
 
 def test_a_damaged_row_is_an_error(tmp_path: Path, postgres: Postgres) -> None:
     url = postgres.database()
     IdentityFolder.make(tmp_path / "first", "lab").close()
-    for row in (("device", "x", '["a"]'), ("nonsense", "x", "[]"), ("register", "x", '"{}"'), ("epoch", "x", "{")):
+
+    def spoil(connection: sql.Connection, line: str, earlier: str) -> None:
+        connection.execute(REGISTER.delete())
+        connection.execute(REGISTER.insert().values(digest="00", line=line))
+        put_meta(connection, "earlier-keys", earlier)
+
+    for line, earlier in (
+        ("{}", "{}"),
+        ("{", "{}"),
+        ('{"issued": {}}', "{}"),
+        ('{"revoked":{"at":1,"serial":"1"}}', "[]"),
+        ('{"revoked":{"at":1,"serial":"1"}}', '{"keys":1}'),
+    ):
         with StateFolder(tmp_path / "first", url) as folder, IdentityFolder(tmp_path / "first") as identity:
             with folder.storage.database.transaction() as connection:
-                connection.execute(IDENTITY.delete())
-                connection.execute(IDENTITY.insert().values(kind=row[0], key=row[1], body=row[2]))
-            shared = SharedIdentity(url, folder.lease, identity, tmp_path / "first")
-            with shared, pytest.raises(StorageError, match="damaged"):
-                shared.take_over()
-    with IdentityFolder(tmp_path / "first") as identity:  # its own files are as they were
-        assert identity.store.members() == {}
+                spoil(connection, line, earlier)
+            with pytest.raises(StorageError, match="damaged"):
+                identity.serve(folder.storage.database)
+
+
+def test_claims_in_another_database_are_not_lost_silently(tmp_path: Path, postgres: Postgres) -> None:
+    url, state = postgres.database(), tmp_path / "first"
+    with IdentityFolder.make(state, "lab") as identity:
+        identity.store.devices()
+        StateFolder(state, url).close()
+        identity.claim(None, 3600)
+    with pytest.raises(ConfigError, match=r"claims or members of .*first are in .*server\.db.*claim --database"):
+        StateFolder(state, url)
+    assert main(["init", "--state", str(tmp_path / "other"), "--database", url]) == 0
+    assert main(["claim", "--state", str(tmp_path / "other")]) == 0
+    with StateFolder(tmp_path / "other", url) as folder, IdentityStore(folder.storage.database) as store:
+        assert not store.empty

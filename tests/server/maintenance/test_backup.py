@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sql
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,8 @@ from fedprune_server.maintenance.finding import Severity
 from fedprune_server.maintenance.restoring import opened
 from fedprune_server.maintenance.state_check import check
 from fedprune_server.ota.store import RolloutStore
-from fedprune_server.storage.storage import FILE, Storage
+from fedprune_server.storage.storage import FILE, Storage, database_of
+from fedprune_server.storage.tables import CLAIMS
 from fedprune_server.web import database as console_database
 from fedprune_server.web.database import ConsoleDatabase
 from support.fakes.recorded_job import play_job
@@ -70,7 +72,7 @@ def test_a_lost_file_of_the_identity_keeps_nothing_else_of_it_out(state: Path, t
     (state / "identity" / "site").unlink()
     back_up(state, tmp_path / "backup", silent)
     new = restored(tmp_path / "backup", tmp_path / "new")
-    for name in ("signing.key", "authority.key", "register.jsonl", "identity.db"):
+    for name in ("signing.key", "authority.key", "register.jsonl"):
         assert (new / "identity" / name).exists()
 
 
@@ -151,7 +153,7 @@ def test_what_is_restored_is_what_was_there(state: Path, tmp_path: Path, name: s
         assert (new / path).read_bytes() == (state / path).read_bytes()
     with IdentityFolder(new) as identity, IdentityFolder(state) as before:
         assert identity.site == before.site == "default"
-        assert identity.store.connection.execute("SELECT id FROM claims").fetchall() != []
+        assert not identity.store.empty
     with RolloutStore(new) as rollouts, RolloutStore(state) as old:
         assert rollouts.blobs.names() == old.blobs.names() != []
     end = play_job(new)
@@ -457,9 +459,10 @@ def test_a_claim_that_was_made_before_the_backup_is_known_after_it(state: Path, 
     with IdentityFolder(state) as identity:
         claim: Claim = identity.claim("cellar", 3600)
     back_up(state, tmp_path / "backup", silent)
-    with IdentityFolder(restored(tmp_path / "backup", tmp_path / "new")) as identity:
-        known = identity.store.connection.execute("SELECT id FROM claims WHERE device = 'cellar'").fetchall()
-    assert known == [(claim.id.hex(),)]
+    new = restored(tmp_path / "backup", tmp_path / "new")
+    with database_of(new, read_only=True) as database, database.transaction() as connection:
+        known = connection.execute(sql.select(CLAIMS.c.id).where(CLAIMS.c.device == "cellar")).scalars().all()
+    assert known == [claim.id.hex()]
 
 
 # PostgreSQL.
@@ -470,15 +473,23 @@ def test_a_claim_that_was_made_before_the_backup_is_known_after_it(state: Path, 
 def test_a_job_moves_between_databases(tmp_path: Path, postgres: Postgres, finished: State) -> None:
     here = tmp_path / "state"
     play_job(here, events=7)
+    with IdentityFolder.make(here, "default") as identity:
+        identity.store.approve("attic", "ab" * 32, 1)
+        identity.store.keep_answer("aa", "attic", b"the first")
     back_up(here, tmp_path / "one", silent)
     url = postgres.database()
     there = restored(tmp_path / "one", tmp_path / "there", url)
     assert not (there / FILE).exists()
     assert rows(there) == rows(here)
+    with IdentityFolder(there) as identity:
+        identity.store.keep_answer("bb", "attic", b"the second")  # under a number that is free
     play_job(there, events=6)
     back_up(there, tmp_path / "two", silent)
     back = restored(tmp_path / "two", tmp_path / "back")
     assert rows(back) == rows(there)
+    with IdentityFolder(back) as identity:
+        assert identity.store.members() == {"attic": "ab" * 32}
+        assert [identity.store.answer(name) for name in ("aa", "bb")] == [b"the first", b"the second"]
     assert [r["model"] for r in play_job(back).history] == [r["model"] for r in finished.history]
     with pytest.raises(ConfigError, match="holds a job already"):
         restored(tmp_path / "two", tmp_path / "other", url)

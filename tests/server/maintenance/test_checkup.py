@@ -144,7 +144,10 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "rollout 1 is damaged",
     ),
-    "identity damaged": (lambda s: (s / "identity" / "identity.db").write_bytes(b"x" * 5000), "identity.db is damaged"),
+    "members damaged": (
+        lambda s: edit(s, "INSERT INTO members (device, key, status, asked) VALUES ('attic', 'aa', 'odd', 1)"),
+        "member attic is damaged",
+    ),
     "register missing": ((lambda s: (s / "identity" / "register.jsonl").unlink()), "register.jsonl is missing"),
     "list of revocations damaged": ((lambda s: flip(s / "identity" / "crl.pem")), "crl.pem is damaged.* devices list"),
     "server's key another one": (
@@ -170,7 +173,7 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     {
         "site": "Write the site's name", "authority.key": "Restore", "authority.pem": "Restore",
         "register.jsonl": "Restore", "crl.pem": "devices list", "signing.key": "Restore", "epoch": "machine's clock",
-        "server.key": "next start", "server.pem": "next start", "identity.db": "Restore",
+        "server.key": "next start", "server.pem": "next start",
     }.items(),
 )  # fmt: skip
 def test_what_an_identity_lacks_is_named_with_what_to_do(state: Path, name: str, advice: str) -> None:
@@ -208,7 +211,7 @@ def test_an_identity_whose_name_was_lost_keeps_its_keys(state: Path) -> None:
     (state / "identity" / "site").unlink()
     IdentityFolder.make(state, "default").close()
     after = contents(state / "identity")
-    assert {k for k in before if before[k] != after[k]} <= {"server.key", "server.pem", "register.jsonl", "identity.db"}
+    assert {k for k in before if before[k] != after[k]} <= {"server.key", "server.pem", "register.jsonl"}
 
 
 def _read_only(folder: Path, *command: object) -> subprocess.CompletedProcess[str]:

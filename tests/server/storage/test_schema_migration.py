@@ -19,10 +19,21 @@ from alembic.script import ScriptDirectory
 from fedprune.coordination import State
 from fedprune.core.errors import StorageError, StorageFullError
 from fedprune.jobs.state import Device, Task
+from fedprune_server.enrollment.store import IdentityStore
 from fedprune_server.storage import schema_migration
 from fedprune_server.storage.migrations import versions
 from fedprune_server.storage.storage import FILE, Storage
-from fedprune_server.storage.tables import DEVICES, META, TABLES, TASKS
+from fedprune_server.storage.tables import (
+    ANSWERS,
+    CLAIMS,
+    DEVICES,
+    EPOCHS,
+    MEMBERS,
+    META,
+    REGISTER,
+    TABLES,
+    TASKS,
+)
 
 STEP = """
 import sqlalchemy as sql
@@ -215,9 +226,13 @@ def test_a_state_of_the_first_revision_is_read(url: str) -> None:
                 for column in (DEVICES.c.body, TASKS.c.body, META.c.value):
                     older = sql.func.replace(column, f'"{new}":', f'"{old}":')
                     connection.execute(sql.update(column.table).values({column: older}))
+            for table in (MEMBERS, CLAIMS, ANSWERS, EPOCHS, REGISTER):
+                table.drop(connection)
+            connection.exec_driver_sql("CREATE TABLE identity (kind TEXT)")
             connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
     with Storage(url) as storage:
         assert storage.load() == state
+        assert IdentityStore(storage.database).empty
         assert storage.settings() == settings
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fedprune_server.monitoring.alerts import Snapshot, evaluate
 from fedprune_server.monitoring.site_facts import site_facts
 from fedprune_server.ota.coordinator import RolloutCoordinator
 from fedprune_server.ota.store import RolloutStore
+from fedprune_server.storage.storage import database_of
 from fedprune_server.web.state.admin_executor import MOST, AdminExecutor
 from fedprune_server.web.state.order_queue import EXPIRED, Answer, Order
 from fedprune_server.web.state.surroundings import Member, Members, ReleaseWatch, SurroundingsPoller
@@ -65,7 +65,7 @@ def test_a_board_is_let_in_by_the_fingerprint_that_it_shows_and_by_no_other(
     state: Path, executor: AdminExecutor
 ) -> None:
     key, other = asks(state, "attic"), asks(state, "attic")
-    with closing(IdentityStore(state / "identity" / "identity.db", read_only=True)) as store:
+    with IdentityStore(database_of(state, read_only=True)) as store:
         members = Members(store)
         assert members.look() == {"attic"}
         wrong = ordered(executor, "approve", device="attic", key="0000-0000-0000-0000")

@@ -276,17 +276,17 @@ class Authority:
             self._revoke(serials)
         return len(serials)
 
-    def lines(self) -> list[str]:
-        """The register's lines: all that was issued and revoked. Raises `StorageError` if the register is damaged or
-        can't be read."""
+    def lines(self, start: int = 0) -> tuple[list[str], int]:
+        """The register's lines from a byte on, and where the next one will begin: all that was issued and revoked.
+        Raises `StorageError` if the register is damaged or can't be read."""
         with self._register.held():
-            return self._register.lines()
+            return self._register.lines(start)
 
     def adopt(self, lines: Iterable[str]) -> None:
         """Add the lines of another copy of this authority's register, with their revocations. Raises `StorageError` and
         adds none if one is damaged."""
         with self._register.held():
-            known = set(self._register.lines())
+            known = set(self._register.lines()[0])
             entries = []
             for line in lines:
                 if line not in known:

@@ -84,10 +84,11 @@ class Register:
         for entry in entries:
             self._take(entry)
 
-    def lines(self) -> list[str]:
-        """The raw lines; complete while the register is held."""
-        with storage_errors(f"can't read {self._path}"):
-            return self._path.read_bytes()[: self._read].decode(errors="replace").splitlines()
+    def lines(self, start: int = 0) -> tuple[list[str], int]:
+        """The raw lines from a byte on, and where the next one will begin; complete while the register is held."""
+        with storage_errors(f"can't read {self._path}"), self._path.open("rb") as file:
+            file.seek(start)
+            return file.read(self._read - start).decode(errors="replace").splitlines(), self._read
 
     def _catch_up(self, descriptor: int) -> None:
         size = os.fstat(descriptor).st_size

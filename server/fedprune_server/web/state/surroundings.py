@@ -54,7 +54,7 @@ class Members:
 
     def __init__(self, store: IdentityStore, behind: Callable[[Device], Sequence[str]] = lambda _device: ()) -> None:
         self._store, self._behind = store, behind
-        self._version: int | None = None
+        self._version: str | None = None
         self._known: Mapping[str, Member] = {}
 
     @property
@@ -66,7 +66,7 @@ class Members:
 
     def look(self) -> set[str]:
         """Devices whose membership has changed since the last call."""
-        version = self._store.version()
+        version = self._store.version(followed=True)
         before = self._known
         if version != self._version:
             self._version, self._known = version, self._read()
