@@ -165,7 +165,7 @@ def build_app(
         if identity is not None:
             instance = ServerInstance(config.state, folder.lease.shared, embedded=reached.broker is not None)
             leader = stack.enter_context(leadership(reached.url, identity, config.ca, instance, stopping))
-            rollouts = stack.enter_context(RolloutStore(config.state, config.database, folder.lease.check))
+            rollouts = stack.enter_context(RolloutStore(config.state, folder.storage.database))
         services = DeviceServices(
             rollouts,
             None if identity is None else identity.store.members,
@@ -354,10 +354,10 @@ def _console(
     check_free(address, port)
     members = releases = executor = None
     if identity is not None:
-        reader = IdentityStore(database_of(config.state, config.database, read_only=True))
-        members = Members(stack.enter_context(reader), identity.behind)
+        reader = stack.enter_context(database_of(config.state, config.database, read_only=True))
+        members = Members(IdentityStore(reader), identity.behind)
         executor = AdminExecutor(config.state, config.console_releases)
-        releases = ReleaseWatch(stack.enter_context(RolloutStore(config.state, config.database, read_only=True)))
+        releases = ReleaseWatch(RolloutStore(config.state, reader, read_only=True))
     poller = SurroundingsPoller(members, releases, tuple if executor is None else executor.names)
     stack.callback(poller.close)
     poller.start()

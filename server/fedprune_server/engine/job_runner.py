@@ -452,6 +452,7 @@ class JobRunner:
             commands, self._commands = self._commands, []
             self._save(events)
             self._carry_out(commands)
+        self._journal.settle()
         self.outbox.deliver()
 
     def _save(self, events: Sequence[on.Event]) -> None:
@@ -500,6 +501,7 @@ class JobRunner:
         if self._rollouts is not None:
             self._rollouts.tick()
         self.registry.clones.expire(now)
+        self._journal.settle()  # logs have a file of their own
         self._messages.keep_logs()
         for event in self._dispatcher.repeat(now):
             self._handle(event)

@@ -235,7 +235,7 @@ class IdentityStore(Closing):
     def hear(
         self, begun: Sequence[tuple[str, str, int]], followed: Iterable[tuple[str, str | None, str | None]] = ()
     ) -> None:
-        """Store durably which epochs of senders have begun.
+        """Store which epochs of senders have begun, with the next transaction of the server, or by `save`.
 
         Args:
             begun: Verifying key, stream and epoch of each.
@@ -251,7 +251,11 @@ class IdentityStore(Closing):
                 connection.execute(change.values(new), known)
                 put_meta(connection, _FOLLOWED, secrets.token_hex(8))
 
-        self._write(write)
+        self._opened().defer(write)
+
+    def save(self) -> None:
+        """Store what `hear` has not stored yet."""
+        self._opened().flush()
 
     def answer(self, request: str) -> bytes | None:
         """The answer that a request got, by the request's digest."""

@@ -97,7 +97,7 @@ class AuthenticatedLink(Relay):
         authority = identity.authority
         self._authorities = tuple(p.hex() for p in authority.pins) if authority.ever_rotated else None
         self._followed = {d.key: (d.server_key, d.authority) for d in identity.store.devices()}
-        self._to_follow: dict[str, tuple[str | None, str | None]] = {}  # not yet on the disk
+        self._to_follow: dict[str, tuple[str | None, str | None]] = {}  # not yet stored
         self._earlier = {s.before.id.hex() for s in identity.successions}
         self._openers: dict[str, Opener] = {}
         self._floors = identity.store.heard()
@@ -111,7 +111,7 @@ class AuthenticatedLink(Relay):
         self._asked: dict[str, int] = {}
         self._births: dict[str, int] = {}
         self._joins, self._joins_at = JOINS_PER_S, clock()
-        self._begun: dict[tuple[str, str], int] = {}  # latest epochs by key and stream, not yet on the disk
+        self._begun: dict[tuple[str, str], int] = {}  # latest epochs by key and stream, not yet stored
         self._opened: deque[tuple[str, Item]] = deque()  # by device, empty for events
 
     def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
@@ -169,9 +169,10 @@ class AuthenticatedLink(Relay):
         return offer
 
     def _read(self, item: Item | DroppedMessage | None) -> None:
-        """Open the waiting messages, for a turn's time at most, and store the epochs they begin in one transaction.
+        """Open the waiting messages, for a turn's time at most.
 
-        A server whose boards all come back at once waits for the disk once, not once for each of them.
+        The epochs that they begin are stored with what they lead to, in the transaction that ends the loop's turn.
+        After a crash before it the server accepts the messages again: nothing has come of them.
         """
         until = self._clock() + TURN_S
         while item is not None:

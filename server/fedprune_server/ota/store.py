@@ -7,7 +7,7 @@ other's.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from fedprune.releases.release import MAX_FILE, Release
 from fedprune.releases.rollout import Rollout, RolloutPhase
 from fedprune.wire.fleet_messages import ReleaseOffer
 from fedprune.wire.messages import parse
+from fedprune_server.storage.database import Database
 from fedprune_server.storage.storage import database_of
 from fedprune_server.storage.tables import ROLLOUTS, encoded
 
@@ -85,8 +86,7 @@ class RolloutStore(Closing):
     or is full.
 
     Args:
-        database: The database's URL; None for the folder's.
-        fence: Called in each transaction that writes, before anything else; raises if this process may not.
+        database: Where they are; None for the folder's database.
         read_only: Change nothing, and don't wait for those who write.
 
     Attributes:
@@ -96,14 +96,12 @@ class RolloutStore(Closing):
     def __init__(
         self,
         state: Path,
-        database: str | None = None,
-        fence: Callable[[sql.Connection], None] | None = None,
+        database: Database | None = None,
         *,
         read_only: bool = False,
     ) -> None:
         self._lock = state / FOLDER / _LOCK
-        self._fence = fence
-        self._database = database_of(state, database, read_only=read_only)
+        self._database = database or database_of(state, read_only=read_only)
         if not read_only:
             self.blobs = BlobStore(state / FOLDER, max_size=MAX_FILE)
 
@@ -150,9 +148,7 @@ class RolloutStore(Closing):
         """Save a rollout's state and its boards' reports durably."""
 
         def write() -> None:
-            with self._database.transaction() as connection:
-                if self._fence is not None:
-                    self._fence(connection)
+            with self._database.writing() as connection:
                 _change(connection, _C.number == number, reports=encoded(reports), **_state(rollout))
 
         self._database.patiently(write)

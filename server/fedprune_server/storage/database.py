@@ -72,6 +72,7 @@ class Database(Closing):
         self.fence: Callable[[sql.Connection], None] | None = None
         self.patience_s = PATIENCE_S
         self._doubtful: str | None = None
+        self._deferred: list[Callable[[sql.Connection], None]] = []
         self.postgresql = parsed.get_backend_name() == "postgresql"
         with translated(self.url):
             if self.postgresql:
@@ -107,6 +108,8 @@ class Database(Closing):
             if self.fence is not None:
                 self.fence(connection)
             there = self._doubtful is not None and mark(connection) == self._doubtful
+            for work in self._deferred:
+                work(connection)
             yield connection
             if there:
                 transaction.rollback()
@@ -116,6 +119,21 @@ class Database(Closing):
                 self._doubtful = token
                 transaction.commit()
         self._doubtful = None
+        self._deferred.clear()
+
+    def defer(self, work: Callable[[sql.Connection], None]) -> None:
+        """Run `work` in the next transaction of `writing`, before anything else. If that one is repeated, so is it."""
+        self._deferred.append(work)
+
+    def flush(self) -> None:
+        """Run what was deferred in a transaction of its own, if no other one has run it."""
+
+        def write() -> None:
+            with self.writing():
+                pass
+
+        if self._deferred:
+            self.patiently(write)
 
     def patiently(self, work: Callable[[], _Result]) -> _Result:
         """Repeat one transaction until the database can be reached, for `patience_s` at most; its effects on memory

@@ -576,6 +576,8 @@ def test_what_nobody_needs_any_more_is_let_go_of(identity: IdentityFolder, ask: 
     identity.claim("pi-2", HOUR)
     key = identity.store.members()["pi-1"]
     identity.store.hear([(key, "up", 5), ("a" * 64, "up", 7)])
+    assert identity.store.heard() == {}
+    identity.store.save()
     assert identity.store.heard() == {key: {"up": 5}, "a" * 64: {"up": 7}}
 
     NOW[0] += HOUR + identity_store.KEPT_CLAIMS_S - 5

@@ -28,25 +28,11 @@ from fedprune_server.messaging.transport import DeviceRevoked
 from fedprune_server.storage import lease
 from fedprune_server.storage.lease import ROW, LeaseLostError
 from fedprune_server.storage.tables import REGISTER, meta, put_meta
+from support.fakes.inbox import Inbox
 from support.processes.postgres import Postgres
 
 pytestmark = pytest.mark.postgresql
 STREAM = "fedprune/1/lab/pi-1"
-
-
-class SilentWire:
-    """A connection on which nothing comes."""
-
-    connected, room, unsent = True, True, 0
-
-    def publish(self, topic: str, payload: bytes, qos: int = 1) -> bool:
-        return True
-
-    def get(self, timeout: float | None = 0.0) -> None:
-        return None
-
-    def flush(self, timeout: float) -> bool:
-        return True
 
 
 @contextmanager
@@ -104,6 +90,7 @@ def test_a_standby_knows_who_was_shut_out_and_heard_a_moment_ago(
         open_claim = Claim.parse(identity.claim(None, 3600).text)
         assert EnrollmentService(identity).answer(request(open_claim, "pi-3")).status == APPROVED
         identity.store.hear([(kept.key, STREAM, 77)])
+        identity.store.save()
         with IdentityFolder(first, database=url) as command:  # an operator at a terminal
             command.revoke("pi-1")
         hang(folder)
@@ -133,7 +120,7 @@ def test_a_server_notices_what_another_machine_changes(
 
     with serving(first, url) as identity:
         now = [0.0]
-        link = AuthenticatedLink(SilentWire(), identity, lambda: now[0])
+        link = AuthenticatedLink(Inbox(), identity, lambda: now[0])
         claim = Claim.parse(command("claim", "--device", "pi-1").strip())
         asked = request(claim, "pi-1")
         assert EnrollmentService(identity).answer(asked).status == APPROVED
@@ -216,8 +203,9 @@ def test_a_server_that_lost_the_job_writes_nothing(tmp_path: Path, postgres: Pos
         with folder.storage.database.transaction() as connection:
             row = json.loads(meta(connection, ROW) or "")
             put_meta(connection, ROW, json.dumps(row | {"token": row["token"] + 1}))
+        identity.store.hear([("ab" * 32, STREAM, 1)])
         with pytest.raises(LeaseLostError):
-            identity.store.hear([("ab" * 32, STREAM, 1)])
+            identity.store.save()
         with pytest.raises(LeaseLostError):
             identity.claim(None, 3600)
 

@@ -343,7 +343,7 @@ class Opener:
     Args:
         floors: By stream, the latest epoch that was on this side's disk when it started.
         begun: Called with stream and epoch before the first message of an epoch is returned. They must be on the disk
-            before any code acts on that message: the function writes them, or the caller does for many at once.
+            no later than what that message leads to: the function writes them, or the caller does for many at once.
     """
 
     def __init__(self, key: VerifyingKey, floors: Mapping[str, int], begun: Callable[[str, int], None]) -> None:

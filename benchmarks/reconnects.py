@@ -1,0 +1,143 @@
+"""What it costs a server when its whole fleet comes back: `python benchmarks/reconnects.py [--boards 10000] [--write]`.
+
+A server that was restarted reads the signed births of all boards, one after the other, as they would wait in its inbox.
+It stores their epochs, its coordinator's events and its state on the disk, and answers. What boards, broker and network
+do is not measured: the births are signed beforehand, and what the server sends is dropped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import sqlalchemy as sql  # noqa: E402
+from synthetic_nets import setting, write  # noqa: E402
+
+from benchmarks.swarm.fleet import probe_of  # noqa: E402
+from fedprune.coordination import State  # noqa: E402
+from fedprune.planning.profile_store import find  # noqa: E402
+from fedprune.security.keys import SigningKey  # noqa: E402
+from fedprune.security.signed_channel import seal  # noqa: E402
+from fedprune.wire.messages import TO, Birth  # noqa: E402
+from fedprune.wire.queues import ConnectionUp  # noqa: E402
+from fedprune.wire.topics import Topics  # noqa: E402
+from fedprune_server.devices.quarantine import Quarantine  # noqa: E402
+from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob  # noqa: E402
+from fedprune_server.engine.server import Server  # noqa: E402
+from fedprune_server.engine.state_directory import StateFolder  # noqa: E402
+from fedprune_server.enrollment.pki import IdentityFolder  # noqa: E402
+from fedprune_server.enrollment.store import APPROVED  # noqa: E402
+from fedprune_server.messaging.authentication import AuthenticatedLink  # noqa: E402
+from fedprune_server.messaging.rate_limit import RateLimitedLink  # noqa: E402
+from fedprune_server.messaging.transport import SiteLink  # noqa: E402
+from fedprune_server.storage.tables import MEMBERS  # noqa: E402
+from support.fakes.fleet import ToyWorker  # noqa: E402 - next to the tests
+from support.fakes.inbox import Inbox  # noqa: E402
+from support.fakes.tiny_job import ARCHITECTURE, JOB  # noqa: E402
+
+TOPICS = Topics("default")
+PROFILE = find("raspberry-pi-5")
+
+
+class Fleet:
+    """Boards that are members, and sign their births."""
+
+    def __init__(self, state: Path, boards: int) -> None:
+        self.state = state
+        self.keys = {f"board-{i:05d}": SigningKey.make() for i in range(boards)}
+        self._epoch = 0
+        with IdentityFolder.make(state, "default") as identity:
+            self._knows = identity.key.verifying.id.hex(), (identity.authority.pin.hex(),)
+        rows = [
+            {"device": name, "key": key.verifying.hex, "status": APPROVED, "asked": 1, "decided": 1}
+            for name, key in self.keys.items()
+        ]
+        with StateFolder(state) as folder, folder.storage.database.transaction() as connection:
+            connection.execute(MEMBERS.insert(), rows)
+
+    def births(self) -> list[tuple[str, bytes]]:
+        """A birth of each board, signed in a new epoch."""
+        self._epoch += 1
+        found = []
+        for i, (name, key) in enumerate(self.keys.items()):
+            probe, (server_key, authorities) = probe_of(PROFILE, i, 0).to_dict(), self._knows
+            birth = Birth(
+                name, 7, PROFILE.name, 600, "fedprune 0.1.0", probe, abilities=(TO,), server_key=server_key,
+                authorities=authorities,
+            )  # fmt: skip
+            found.append((TOPICS.up(name), seal(key, TOPICS.up(name), self._epoch, 0, birth.to_bytes())))
+        return found
+
+
+def measure(fleet: Fleet, births: list[tuple[str, bytes]]) -> dict[str, float]:
+    """Start a server, and let it read the births."""
+    inbox, quarantine, count = Inbox([ConnectionUp(), *births]), Quarantine(), Counter[str]()
+    with IdentityFolder(fleet.state) as identity, StateFolder(fleet.state) as folder:
+        storage = folder.storage
+        sql.event.listen(storage.database.engine, "commit", lambda _connection: count.update(["commits"]))
+        identity.serve(storage.database)
+        worker = ToyWorker(folder.store)
+        state = storage.load() or State(model=worker.initial())
+        job = RunnableJob(WAITING_JOB, ARCHITECTURE, state, storage, folder.store, worker)
+        link = AuthenticatedLink(RateLimitedLink(inbox, quarantine), identity, quarantine=quarantine)
+        site = SiteLink(link, TOPICS, quarantine)
+        services = DeviceServices(members=identity.store.members)
+        runner = JobRunner(job, site, services, max_devices=len(births), observers=())
+        server = Server([runner], site)
+        runner.open()
+        began, used = time.perf_counter(), time.process_time()
+        turns = 0
+        while server.count_connected() < len(births):
+            server._turn()
+            turns += 1
+        took = {"cpu_s": time.process_time() - used, "wall_s": time.perf_counter() - began}
+        runner.close()
+    return {**took, "turns": turns, "commits": count["commits"], "sent": len(inbox.sent)}
+
+
+WAITING_JOB = replace(JOB, devices=1_000_000)
+"""It waits for more boards than there are: no round begins."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--boards", type=int, default=10_000, metavar="N")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/results/reconnects")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        fleet = Fleet(Path(name) / "state", options.boards)
+        rows = [{"births": what, **measure(fleet, fleet.births())} for what in ("first", "after a restart")]
+    about = setting("SQLAlchemy")
+    table = "\n".join(
+        f"| {r['births']} | {r['cpu_s']:.1f} | {r['wall_s']:.1f} | {r['turns']:,} | {r['commits']:,} | {r['sent']:,} |"
+        for r in rows
+    )
+    page = PAGE.format(boards=options.boards, table=table, **about)
+    if options.write:
+        write("reconnects", {"setting": about, "rows": rows}, page)
+    else:
+        print(page)
+
+
+PAGE = """# Reconnections
+
+{date}, {cpu}, {cores} cores, Python {python}, SQLAlchemy {SQLAlchemy}. `python benchmarks/reconnects.py`.
+
+All {boards:,} boards of a fleet announce themselves to a server that has just started: CPU and wall time of its process
+from the first birth to the last, turns of its loop, transactions, messages to boards.
+
+| births | CPU s | wall s | turns | commits | sent |
+|---|---:|---:|---:|---:|---:|
+{table}
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What a server has heard is stored together with what it led to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sql
+
+from fedprune.coordination import State
+from fedprune.security.keys import SigningKey
+from fedprune.security.signed_channel import seal, stream_of
+from fedprune.wire.messages import Alive, Birth
+from fedprune.wire.queues import ConnectionUp
+from fedprune.wire.topics import Topics
+from fedprune_server.engine.job_runner import DeviceServices, JobRunner, RunnableJob
+from fedprune_server.engine.server import Server
+from fedprune_server.engine.state_directory import StateFolder
+from fedprune_server.enrollment.pki import IdentityFolder
+from fedprune_server.enrollment.store import IdentityStore
+from fedprune_server.messaging.authentication import AuthenticatedLink
+from fedprune_server.messaging.transport import SiteLink
+from fedprune_server.storage.storage import Storage
+from support.fakes.fleet import ToyWorker
+from support.fakes.inbox import Inbox
+from support.fakes.tiny_job import ARCHITECTURE, JOB
+
+TOPICS = Topics("default")
+KEY = SigningKey.make()
+UP = TOPICS.up("a")
+
+
+def signed(message: Birth | Alive, epoch: int) -> tuple[str, bytes]:
+    return UP, seal(KEY, UP, epoch, 0, message.to_bytes())
+
+
+class PowerCutError(Exception):
+    """The power fails."""
+
+
+@contextmanager
+def server(folder: Path, *sent: tuple[str, bytes], fails: bool = False) -> Iterator[Server]:
+    """A server that is about to read these messages; the power may fail as their epochs are committed."""
+    with ExitStack() as stack:
+        identity = stack.enter_context(IdentityFolder(folder))
+        state = stack.enter_context(StateFolder(folder))
+        storage, worker = state.storage, ToyWorker(state.store)
+        identity.serve(storage.database)
+        link = AuthenticatedLink(Inbox([ConnectionUp(), *sent]), identity)
+        site = SiteLink(link, TOPICS)
+        known = storage.load() or State(model=worker.initial())
+        job = RunnableJob(JOB, ARCHITECTURE, known, storage, state.store, worker)
+        runner = JobRunner(job, site, DeviceServices(members=identity.store.members), observers=())
+        runner.open()
+        stack.callback(runner.close)
+        told: list[str] = []
+
+        def cut(_connection: sql.Connection) -> None:
+            if any("INTO epochs" in statement for statement in told):
+                raise PowerCutError
+
+        if fails:
+            sql.event.listen(storage.database.engine, "before_cursor_execute", lambda *args: told.append(args[2]))
+            sql.event.listen(storage.database.engine, "commit", cut)
+        yield Server([runner], site)
+
+
+def saved(folder: Path) -> tuple[set[str], dict[str, int]]:
+    """Devices that the job knows, and the epochs of the board."""
+    with Storage.at(folder) as storage, IdentityStore(storage.database) as store:
+        state = storage.load()
+        return set(state.devices if state is not None else ()), store.heard().get(KEY.verifying.hex, {})
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    with IdentityFolder.make(tmp_path, "default") as identity:
+        identity.store.approve("a", KEY.verifying.hex, 1)
+    return tmp_path
+
+
+def test_an_epoch_is_stored_with_what_its_messages_led_to_or_not_at_all(folder: Path) -> None:
+    birth = signed(Birth("a", 7, "raspberry-pi-5", 10, "test"), 5)
+    with server(folder, birth, fails=True) as first, pytest.raises(PowerCutError):
+        first._turn()
+    assert saved(folder) == (set(), {})
+    with server(folder, birth) as second:
+        second._turn()
+        assert second.present("a")
+        second._turn()
+    assert saved(folder) == ({"a"}, {stream_of(UP): 5})
+    with server(folder, birth) as third:
+        third._turn()
+        assert not third.present("a"), "it is a repetition"
+
+
+def test_an_epoch_is_stored_where_nothing_else_is(folder: Path) -> None:
+    with server(folder, signed(Alive("a", 7), 6)) as made:
+        made._turn()
+    assert saved(folder) == (set(), {stream_of(UP): 6})
