@@ -1,4 +1,4 @@
-"""A small SQLite file, for what is not in the server's database: identity, console, logs of boards."""
+"""A small SQLite file, for what is not in the server's database: console, logs of boards."""
 
 from __future__ import annotations
 
@@ -22,30 +22,25 @@ class SqliteFile(Closing):
     Its methods raise `StorageError` if it is damaged, or the disk fails or is full.
 
     Args:
-        tables: Statements that make its tables if they don't exist.
-        version: Of its tables; a file of another version is refused.
+        tables: Statements that make its tables if they don't exist, and bring those of earlier versions along.
+        version: Of its tables; a file of a later version is refused.
         hint: What to do if it is damaged.
-        read_only: Only look: nothing is made or changed, and a disk that can't be written to will do.
         wal: Whether readers don't wait for writers.
     """
 
-    def __init__(
-        self, path: Path, tables: str, version: int, hint: str, *, read_only: bool = False, wal: bool = False
-    ) -> None:
+    def __init__(self, path: Path, tables: str, version: int, hint: str, *, wal: bool = False) -> None:
         self.path, self._hint = path, hint
-        self._begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
         with self.errors(), storage_errors(f"can't use {path}"):
             # Made with its mode, not changed to it: there is no moment in which others could open it.
-            flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
-            os.close(os.open(path, flags, 0o600))
-            self.connection = self.connect(read_only=read_only)
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            self.connection = self._connect("rw")
             try:
                 if wal:
                     self.connection.execute("PRAGMA journal_mode=WAL")
                 self.connection.execute("PRAGMA synchronous=FULL")
                 found = self.connection.execute("PRAGMA user_version").fetchone()[0]
-                if found not in ((version,) if read_only else (0, version)):
-                    raise StorageError(f"{path} was written by another version", expected=version, got=found)
+                if found > version:
+                    raise StorageError(f"{path} was written by a later version", expected=version, got=found)
                 if found != version:
                     script = f"BEGIN IMMEDIATE; {tables}; PRAGMA user_version={version}; COMMIT"
                     self.connection.executescript(script)
@@ -53,9 +48,12 @@ class SqliteFile(Closing):
                 self.connection.close()
                 raise
 
-    def connect(self, *, read_only: bool = True) -> sqlite3.Connection:
-        """A connection of one thread at a time, which needn't be this one."""
-        uri = f"{self.path.resolve().as_uri()}?mode={'ro' if read_only else 'rw'}"
+    def reader(self) -> sqlite3.Connection:
+        """A connection that only reads, of one thread at a time, which needn't be this one."""
+        return self._connect("ro")
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        uri = f"{self.path.resolve().as_uri()}?mode={mode}"
         return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
     def close(self) -> None:
@@ -64,13 +62,8 @@ class SqliteFile(Closing):
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
         with self.errors(), self.connection as connection:  # which commits, or rolls back
-            connection.execute(self._begin)
+            connection.execute("BEGIN IMMEDIATE")
             yield connection
-
-    def version(self) -> int:
-        """A number that is another one after another connection has changed anything."""
-        with self.errors():
-            return int(self.connection.execute("PRAGMA data_version").fetchone()[0])
 
     @contextmanager
     def errors(self) -> Iterator[None]:

@@ -1,4 +1,5 @@
-"""The audit log: who did what, from where, and what came of it. Lines are added, never changed or taken away."""
+"""The audit log: who did what, from where, and what came of it. Lines are added, never changed; only those
+before the latest `AUDIT_KEPT` are deleted."""
 
 from __future__ import annotations
 

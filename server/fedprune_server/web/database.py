@@ -21,7 +21,10 @@ from fedprune_server.storage.sqlite_file import BUSY_S, SqliteFile
 FILE = "console.db"
 """In the state folder."""
 
-VERSION = 1
+VERSION = 2
+
+AUDIT_KEPT = 500_000
+"""Lines of the audit log that are kept: some 150 MB. By number, not by time: a wrong clock must not delete any."""
 
 _TABLES = """
 CREATE TABLE IF NOT EXISTS operators (
@@ -46,11 +49,14 @@ CREATE TABLE IF NOT EXISTS orders (
 ) STRICT;
 CREATE INDEX IF NOT EXISTS orders_by_state ON orders (state, number);
 CREATE INDEX IF NOT EXISTS audit_by_order ON audit (json_extract(what, '$.order'));
-CREATE TRIGGER IF NOT EXISTS audit_stays BEFORE DELETE ON audit
+DROP TRIGGER IF EXISTS audit_stays;
+CREATE TRIGGER audit_stays BEFORE DELETE ON audit WHEN OLD.number > (SELECT max(number) FROM audit) - AUDIT_KEPT
     BEGIN SELECT RAISE(ABORT, 'the audit log is append only'); END;
+CREATE TRIGGER IF NOT EXISTS audit_ends AFTER INSERT ON audit
+    BEGIN DELETE FROM audit WHERE number <= NEW.number - AUDIT_KEPT; END;
 CREATE TRIGGER IF NOT EXISTS audit_is BEFORE UPDATE ON audit
     BEGIN SELECT RAISE(ABORT, 'the audit log is append only'); END;
-"""
+""".replace("AUDIT_KEPT", str(AUDIT_KEPT))
 
 
 class ConsoleDatabase(Closing):
@@ -73,7 +79,7 @@ class ConsoleDatabase(Closing):
         self._file = SqliteFile(path, _TABLES, VERSION, hint, wal=True)
         self._connection = self._file.connection
         # What reads has a connection of its own: on one that waits to write it would wait, too.
-        self._reader = self._file.connect()
+        self._reader = self._file.reader()
         self._connection.row_factory = self._reader.row_factory = sqlite3.Row
         self._writing = threading.RLock()
         self._writer = 0

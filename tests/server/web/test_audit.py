@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from fedprune.core.errors import StorageFullError
+from fedprune.core.errors import StorageError, StorageFullError
 from fedprune_server.web.audit import FAILED_EVERY_S, MOST_FAILED, Audit
-from fedprune_server.web.database import FILE, ConsoleDatabase
+from fedprune_server.web.database import AUDIT_KEPT, FILE, ConsoleDatabase
 
 
 def test_failed_logins_beyond_a_few_are_counted_and_not_listed(tmp_path: Path) -> None:
@@ -49,3 +51,33 @@ def test_a_full_disk_is_named_as_the_cause(tmp_path: Path, inserting: str) -> No
         with pytest.raises(StorageFullError, match="no room left"):
             write()
         assert Audit(database).page().total == 0
+
+
+def test_only_lines_before_the_latest_many_are_deleted(tmp_path: Path) -> None:
+    with ConsoleDatabase(tmp_path / FILE) as database:
+        audit = Audit(database)
+        audit.note("ann", "10.0.0.1", "login")
+        audit.note("bob", "10.0.0.1", "login")
+        last = "UPDATE sqlite_sequence SET seq = ? WHERE name = 'audit'"
+        database.do(last, AUDIT_KEPT)
+        audit.note("eve", "10.0.0.1", "login")
+        assert [r["operator"] for r in audit.page().items] == ["eve", "bob"]
+        with pytest.raises(StorageError, match="append only"):
+            database.do("DELETE FROM audit WHERE operator = 'bob'")
+
+
+def test_an_earlier_version_s_log_is_bounded_too(tmp_path: Path) -> None:
+    with ConsoleDatabase(tmp_path / FILE) as database:
+        Audit(database).note("ann", "10.0.0.1", "login")
+        database.do("DROP TRIGGER audit_ends")
+        database.do("DROP TRIGGER audit_stays")
+        database.do("CREATE TRIGGER audit_stays BEFORE DELETE ON audit BEGIN SELECT RAISE(ABORT, 'no'); END")
+        database.do("PRAGMA user_version=1")
+    with ConsoleDatabase(tmp_path / FILE) as database:
+        database.do("UPDATE sqlite_sequence SET seq = ? WHERE name = 'audit'", AUDIT_KEPT)
+        Audit(database).note("eve", "10.0.0.1", "login")
+        assert [r["operator"] for r in Audit(database).page().items] == ["eve"]
+    with closing(sqlite3.connect(tmp_path / FILE)) as connection:
+        connection.execute("PRAGMA user_version=3")
+    with pytest.raises(StorageError, match="written by a later version: expected 2, got 3"):
+        ConsoleDatabase(tmp_path / FILE)
