@@ -14,6 +14,7 @@ import pytest
 from fedprune.coordination import Phase, State
 from fedprune.core.errors import ExitCode
 from fedprune.jobs.state import Progress
+from fedprune_server.enrollment.pki import IdentityFolder
 from support.processes.postgres import Postgres
 from support.processes.real_site import Site, models, write_material
 from support.processes.s3 import S3
@@ -167,3 +168,45 @@ def test_a_standby_with_an_empty_folder_goes_on_with_the_database_and_the_bucket
     s3.go_on()
     ends_as(pair, undisturbed, pair.folder / "second")
     assert "taking over from" in pair.logs_in_full()
+
+
+@pytest.mark.postgresql
+def test_a_standby_keeps_a_revocation_that_was_made_a_second_before(
+    database: Postgres, material: Path, tmp_path: Path
+) -> None:
+    url, second = database.database(), tmp_path / "second"
+    (tmp_path / "blobs").mkdir()
+    for folder in (tmp_path / "server", second):
+        folder.mkdir()
+        (folder / "blobs").symlink_to(tmp_path / "blobs")
+    (tmp_path / "server" / "database").write_text(url)  # as `init --database` leaves it
+    config = CONFIG.replace("rounds = 3", "rounds = 100000").replace("devices = 2", "devices = 1")
+    with Pair(material, tmp_path, config, DEVICES, 120, mosquitto=True, secure=True) as pair:
+        pair.database = url
+
+        def round_now() -> int:
+            state = pair.saved()
+            return 0 if state is None else state.round
+
+        shutil.copytree(pair.state / "identity", second / "identity")  # before any board has joined
+        pair.start_all()
+        pair.wait_for(lambda: round_now() > 1, "rounds")
+        pair.start("second")
+        pair.wait_for(lambda: "standing by" in pair.logs_in_full(), "the second server waits")
+        command = [sys.executable, "-m", "fedprune_server.cli.main", "devices", "revoke", "north"]
+        subprocess.run([*command, "--state", str(second), "--database", url], check=True, capture_output=True)
+        time.sleep(1)
+        pair.processes["server"].kill()
+        pair.processes["server"].wait()
+        pair.processes["server"] = pair.processes.pop("second")
+        pair.wait_for(lambda: "taking over from" in pair.logs_in_full(), "the second server takes over")
+        out = round_now() + 1  # the round that was under way may have had it
+        pair.wait_for(lambda: round_now() > out + 3, "rounds without north")
+        state = pair.saved()
+        assert state is not None
+        assert all(r["devices"].keys() == {"south"} for r in state.history if r["round"] > out)
+        with IdentityFolder(second, read_only=True) as identity:
+            assert identity.store.members().keys() == {"south"}
+            serials = {i.serial for i in identity.authority.of_device("north")}
+            assert serials
+            assert all(map(identity.authority.is_revoked, serials))

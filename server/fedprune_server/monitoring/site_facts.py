@@ -74,8 +74,11 @@ def _dates(path: Path, found: x509.Certificate, todo: str) -> CertificateDates:
 def _waiting(folder: Path) -> dict[str, str]:
     if not has_database(folder):
         return {}
-    with IdentityStore(database_of(folder, read_only=True)) as store:
-        rows = [d for d in store.devices() if d.status == WAITING]
+    try:
+        with IdentityStore(database_of(folder, read_only=True)) as store:
+            rows = [d for d in store.devices() if d.status == WAITING]
+    except StorageError:  # as below
+        return {}
     return {d.device: VerifyingKey.from_hex(d.key).fingerprint for d in rows}
 
 

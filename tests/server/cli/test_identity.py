@@ -62,6 +62,32 @@ def test_claims_are_printed_one_a_line_and_let_boards_in(state: str, tmp_path: P
     assert listed(state, capsys) == {"attic": ["approved"], "pi-1": ["approved"]}
 
 
+@pytest.mark.parametrize("given", ["option", "variable", "file", "init"])
+def test_members_are_in_the_database_that_is_named(
+    state: str, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    url, words = f"sqlite:///{tmp_path / 'elsewhere.db'}", []
+    if given == "option":
+        words = ["--database", url]
+    elif given == "variable":
+        monkeypatch.setenv("FEDPRUNE_SERVER_DATABASE", url)
+    elif given == "file":
+        (tmp_path / "url").write_text(f"{url}\n")
+        monkeypatch.setenv("FEDPRUNE_SERVER_DATABASE_FILE", str(tmp_path / "url"))
+    else:
+        state = str(tmp_path / "new")
+        assert main(["init", "--state", state, "--database", url]) == ExitCode.OK
+    with IdentityFolder(Path(state), database=url) as identity:
+        identity.store.ask("attic", "ab" * 32, 1)
+    capsys.readouterr()
+    assert main(["devices", "--state", state, *words]) == ExitCode.OK
+    assert capsys.readouterr().out.startswith("attic")
+    assert main(["devices", "revoke", "attic", "--state", state, *words]) == ExitCode.OK
+    with IdentityFolder(Path(state), database=url) as identity:
+        assert [d.status for d in identity.store.devices()] == ["revoked"]
+    assert not (Path(state) / "server.db").exists()
+
+
 def test_a_name_that_is_none_is_a_wrong_command_line(state: str, tmp_path: Path) -> None:
     for words in (
         ["claim", "--state", state, "--device", "a b"],
