@@ -95,6 +95,8 @@ def _rows(storage: Storage, needs: Inventory) -> Iterator[Finding]:
     numbers = [r.get("round") for r in storage.rounds()]
     if numbers != list(range(1, len(numbers) + 1)):
         yield Finding(Severity.WRONG, f"{storage.url}: the rounds are not 1 to {len(numbers)}", "Restore a backup.")
+    if storage.incomplete_rounds():
+        yield Finding(Severity.WRONG, f"{storage.url}: participants of rounds are missing", "Restore a backup.")
     if {r["name"] for r in storage.devices()} != set(needs.state.devices):
         yield Finding(Severity.WRONG, f"{storage.url}: the devices are not those of the state", "Restore a backup.")
     last = 0

@@ -32,6 +32,7 @@ from fedprune_server.storage.state_folder import FILE, PLACE, has_database, url_
 from fedprune_server.storage.tables import (
     DEVICES,
     EVENTS,
+    PARTICIPANTS,
     ROUNDS,
     TASKS,
     TrackedTable,
@@ -39,6 +40,7 @@ from fedprune_server.storage.tables import (
     device_row,
     encoded,
     meta,
+    participant_rows,
     put_meta,
     round_row,
     task_row,
@@ -292,8 +294,11 @@ class Storage(Closing):
                 self._tasks.write(connection, tasks)
                 self._count(connection, {n: t for n, t in (traffic or {}).items() if n in state.devices})
                 if new_rounds:
-                    connection.execute(ROUNDS.delete().where(ROUNDS.c.round.in_([r["round"] for r in new_rounds])))
+                    for table in (ROUNDS, PARTICIPANTS):
+                        connection.execute(table.delete().where(table.c.round.in_([r["round"] for r in new_rounds])))
                     connection.execute(ROUNDS.insert(), [round_row(r) for r in new_rounds])
+                    if participants := [row for r in new_rounds for row in participant_rows(r)]:
+                        connection.execute(PARTICIPANTS.insert(), participants)
         self._devices.written(devices)
         self._tasks.written(tasks)
         self._saved, self._saved_state, self._saved_rounds = state, body, len(state.history)
@@ -328,6 +333,14 @@ class Storage(Closing):
         with self.database.transaction() as connection:
             return self._history(connection)
 
+    def incomplete_rounds(self) -> list[int]:
+        """Rounds whose participants are not as many as there were."""
+        counts = sql.select(PARTICIPANTS.c.round, sql.func.count().label("n")).group_by(PARTICIPANTS.c.round).subquery()
+        query = sql.select(ROUNDS.c.round).outerjoin(counts, counts.c.round == ROUNDS.c.round)
+        with self.database.transaction() as connection:
+            rows = connection.execute(query.where(ROUNDS.c.participants != sql.func.coalesce(counts.c.n, 0)))
+            return [int(row.round) for row in rows]
+
     def devices(self) -> list[dict[str, Any]]:
         """The devices' rows by name, with `widths` and `plan` decoded."""
         with self.database.transaction() as connection:
@@ -358,16 +371,21 @@ class Storage(Closing):
 
     def _history(self, connection: sql.Connection, parts: int | None = None) -> list[dict[str, Any]]:
         """Summaries of the finished rounds; only the latest include their devices, up to `parts` of them."""
-        found: list[dict[str, Any]] = []
-        query = sql.select(ROUNDS.c.summary).order_by(ROUNDS.c.round.desc())
-        for text in connection.execute(query).scalars():
-            summary = decoded(text, self.url)
+        found: dict[int, dict[str, Any]] = {}
+        first = None
+        query = sql.select(ROUNDS.c.round, ROUNDS.c.summary, ROUNDS.c.participants).order_by(ROUNDS.c.round.desc())
+        for number, text, count in connection.execute(query):
+            found[number] = {**decoded(text, self.url), "devices": {}}
             if parts is not None:
-                parts -= len(summary["devices"])
-                if parts < 0:
-                    summary["devices"] = {}
-            found.append(summary)
-        return found[::-1]
+                parts -= count
+            if parts is None or parts >= 0:
+                first = number
+        if first is not None:
+            rows = sql.select(PARTICIPANTS).where(PARTICIPANTS.c.round >= first)
+            for number, device, body in connection.execute(rows.order_by(PARTICIPANTS.c.round, PARTICIPANTS.c.device)):
+                if number in found:
+                    found[number]["devices"][device] = decoded(body, self.url)
+        return list(found.values())[::-1]
 
 
 def _sqlite(folder: Path) -> str:

@@ -56,7 +56,17 @@ ROUNDS = sql.Table(
     sql.Column("model", sql.String(64), nullable=False),
     sql.Column("metrics", sql.Text, nullable=False),
     sql.Column("summary", sql.Text, nullable=False),
+    sql.Column("participants", sql.Integer, nullable=False, server_default="0"),
 )
+PARTICIPANTS = sql.Table(
+    "participants",
+    TABLES,
+    sql.Column("round", sql.Integer, primary_key=True, autoincrement=False),
+    sql.Column("device", sql.String(64), primary_key=True),
+    sql.Column("body", sql.Text, nullable=False),
+)
+"""What became of each device in the finished rounds."""
+
 ROLLOUTS = sql.Table(
     "rollouts",
     TABLES,
@@ -145,14 +155,20 @@ def task_row(name: str, task: Task) -> dict[str, Any]:
 
 
 def round_row(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A finished round's row, from the coordinator's summary."""
+    """A finished round's row, from the coordinator's summary, without its participants."""
     return {
         "round": summary["round"],
         "at": summary["at"],
         "model": summary["model"],
         "metrics": encoded(summary["metrics"]),
-        "summary": encoded(summary),
+        "summary": encoded({key: value for key, value in summary.items() if key != "devices"}),
+        "participants": len(summary["devices"]),
     }
+
+
+def participant_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    parts = summary["devices"].items()
+    return [{"round": summary["round"], "device": name, "body": encoded(part)} for name, part in parts]
 
 
 def upsert(connection: sql.Connection, table: sql.Table, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -491,7 +491,7 @@ def spoil(file: Path) -> None:
     ("change", "said"),
     [
         (damage, r"server\.db: file is not a database"),
-        (grow_old, r"older version: expected revision 0003.*got 0002\. Start the server"),
+        (grow_old, r"older version: expected revision 0004.*got 0002\. Start the server"),
         (spoil, r"row of the member pi-1 is damaged: got 'perhaps'"),
     ],
 )

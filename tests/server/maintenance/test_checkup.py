@@ -124,6 +124,12 @@ SPOILS: dict[str, tuple[Callable[[Path], object], str]] = {
     "model blob damaged": (lambda s: flip(BlobStore(s / BLOBS).path(saved(s)[0])), "blob .* is damaged"),
     "model file damaged": (lambda s: flip(s / "model.onnx"), r"model\.onnx is damaged"),
     "model file gone": (lambda s: (s / "model.onnx").unlink(), r"can't read .*model\.onnx"),
+    "a participant gone": (
+        lambda s: edit(
+            s, "DELETE FROM participants WHERE round = 2 AND device = (SELECT max(device) FROM participants)"
+        ),
+        "participants of rounds are missing",
+    ),
     "a round gone": (lambda s: edit(s, "DELETE FROM rounds WHERE round = 1"), "rounds are not 1 to"),
     "a device gone": (lambda s: edit(s, "DELETE FROM devices"), "devices are not those of the state|log ends"),
     "an event gone": (lambda s: edit(s, "DELETE FROM events WHERE number = 7"), "log (ends in another|can't be)"),

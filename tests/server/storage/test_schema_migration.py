@@ -30,10 +30,14 @@ from fedprune_server.storage.tables import (
     EPOCHS,
     MEMBERS,
     META,
+    PARTICIPANTS,
     REGISTER,
+    ROUNDS,
     TABLES,
     TASKS,
+    encoded,
 )
+from support.fakes.stored_job import filled
 
 STEP = """
 import sqlalchemy as sql
@@ -216,7 +220,7 @@ def test_a_state_of_the_first_revision_is_read(url: str) -> None:
     device = Device(1, True, {"name": "pi"}, None, 5, buffer=kept, last_offered_round=4, missed_rounds=1)
     task = Task(1, (8,), last_counted_round=3, in_summary=True, first_report=[1.0, 0.0], latest_report=[2.0, 0.5])
     state = State("m" * 64, 4, target_updates=2, opened_at=1.0, wake_times=[9.0])
-    state.devices["pi"], state.tasks["pi"] = device, task
+    state.devices["pi"], state.tasks["pi"], state.history = device, task, filled().history
     settings = {"job": {"name": "job"}, "server": {"upload_workers": 2}}
     with Storage(url) as storage:
         storage.put_settings(settings)
@@ -226,12 +230,16 @@ def test_a_state_of_the_first_revision_is_read(url: str) -> None:
                 for column in (DEVICES.c.body, TASKS.c.body, META.c.value):
                     older = sql.func.replace(column, f'"{new}":', f'"{old}":')
                     connection.execute(sql.update(column.table).values({column: older}))
-            for table in (MEMBERS, CLAIMS, ANSWERS, EPOCHS, REGISTER):
+            for summary in state.history:
+                connection.execute(ROUNDS.update().values(summary=encoded(summary)))
+            connection.exec_driver_sql("ALTER TABLE rounds DROP COLUMN participants")
+            for table in (PARTICIPANTS, MEMBERS, CLAIMS, ANSWERS, EPOCHS, REGISTER):
                 table.drop(connection)
             connection.exec_driver_sql("CREATE TABLE identity (kind TEXT)")
             connection.exec_driver_sql("UPDATE alembic_version SET version_num = '0001'")
     with Storage(url) as storage:
         assert storage.load() == state
+        assert storage.incomplete_rounds() == []
         assert IdentityStore(storage.database).empty
         assert storage.settings() == settings
 

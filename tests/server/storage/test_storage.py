@@ -43,6 +43,7 @@ def test_a_state_comes_back_as_it_was(storage: Storage, url: str) -> None:
     with Storage(url, create=False) as other:
         assert other.load() == filled()
         assert other.rounds() == filled().history
+        assert other.incomplete_rounds() == []
         assert other.settings() == {"job": JOB.to_dict()}
         assert other.outsiders() == {"x": {"excluded": "no profile", "session": 2}}
         assert other.traffic()["a"] == (7, 8)
