@@ -83,6 +83,16 @@ def test_json_round_trip(recipe: Recipe) -> None:
     assert Recipe.from_dict(json.loads(recipe.to_json())) == recipe
 
 
+def test_settings_that_were_checked_before_let_no_others_pass() -> None:
+    for _ in range(2):
+        assert Recipe.from_dict({"frozen": ["a"], "loss": "1.0*bce + 2*dice"}) == Recipe(
+            frozen=("a",), loss="bce + 2*dice"
+        )
+        for wrong in ({"epochs": True}, {"epochs": 1.0}, {"frozen": "a"}, {"calibrate": 1}):
+            with pytest.raises(ConfigError, match=next(iter(wrong))):
+                Recipe.from_dict({"epochs": 1, "frozen": ["a"], "calibrate": True} | wrong)
+
+
 @given(recipes, st.integers(1, 10_000))
 def test_steps_are_the_batches_of_all_epochs_up_to_the_limit(recipe: Recipe, samples: int) -> None:
     batches = recipe.epochs * len(range(0, samples, recipe.batch_size))

@@ -218,6 +218,10 @@ _MOST = 1000
 _LONGEST = 1000
 """Entries of a list of patterns or densities, and letters of a pattern."""
 
+_CHECKED: dict[str, dict[str, Any]] = {}
+"""Settings as they were after their check, by what was given: every round repeats the recipes of the one before."""
+_MOST_CHECKED = 256
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -354,6 +358,16 @@ class Recipe:
     update_noise: float = bounded(0.0, 0, 1e10)
 
     def __post_init__(self) -> None:
+        given = repr(vars(self))
+        checked = _CHECKED.get(given)  # another thread may clear them
+        if checked is None:
+            self._check()
+            if len(_CHECKED) >= _MOST_CHECKED:
+                _CHECKED.clear()
+            checked = _CHECKED[given] = dict(vars(self))
+        vars(self).update(checked)
+
+    def _check(self) -> None:
         check_fields(self, "recipe: {}")
         if not isinstance(self.loss, str):
             raise ConfigError("recipe: loss", expected=f"{' or '.join(LOSSES)}, {_SUM}", got=shown(self.loss))
