@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedprune.coordination import limits as limit_settings
 from fedprune.coordination.limits import (
     MOST_REACH,
     REJECT_FACTOR,
@@ -60,6 +61,15 @@ def test_a_length_is_how_far_the_update_alone_would_move_the_whole_model(density
         assert found[name] == pytest.approx(float(np.sqrt(np.mean(change**2))), rel=1e-4)
     whole = np.concatenate([changes[n].reshape(-1) for n in TRAINED])
     assert found[WHOLE] == pytest.approx(float(np.sqrt(np.mean(whole**2))), rel=1e-4)
+
+
+def test_a_length_does_not_depend_on_the_blocks_that_it_is_computed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = NET.trainable[0].name
+    active = DICE.random(BASE[name].shape) < 0.5
+    found = [report(0.25), report(0.5, mask=ElementMask({name: active}))]
+    whole = [lengths(each) for each in found]
+    monkeypatch.setattr(limit_settings, "_BLOCK", 7)
+    assert [lengths(each) for each in found] == whole
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5])

@@ -64,6 +64,8 @@ _FALL = 2.0 ** (1 / 20)
 """Largest factor by which a trained tensor's reference falls in a round; for batch-norm statistics it is `_GROWTH`."""
 _LEAST = 2.0**-10
 """Lower end of a reference, as a multiple of its tensor's scale."""
+_BLOCK = 2**15
+"""Numbers of a tensor that are squared at once."""
 _DIGITS = 6
 """Significant digits of a length: the last bits of a sum of squares differ between machines, and models must not."""
 _NOTED = 0.5
@@ -89,15 +91,28 @@ def lengths(report: Report) -> Lengths:
         size, square = float(math.prod(spec.shape)), 0.0
         now, before = trained.tensors.get(spec.name), sent.get(spec.name)
         if now is not None and before is not None and now.shape == before.shape and now.size:
-            moved = np.subtract(now.reshape(-1), before.reshape(-1), dtype=np.float64)
-            if spec.name in active:
-                moved *= active[spec.name].reshape(-1)
-                size *= max(1, int(np.count_nonzero(active[spec.name]))) / moved.size
-            square = float(np.dot(moved, moved))
+            mask = active.get(spec.name)
+            if mask is not None:
+                size *= max(1, int(np.count_nonzero(mask))) / now.size
+            square = _squared(now.reshape(-1), before.reshape(-1), None if mask is None else mask.reshape(-1))
             found[spec.name] = _rounded(math.sqrt(square / size))
         if spec.kind.trainable:
             squares, count = squares + square, count + size
     return found | {WHOLE: _rounded(math.sqrt(squares / max(1.0, count)))}
+
+
+def _squared(
+    now: npt.NDArray[np.float32], before: npt.NDArray[np.float32], active: npt.NDArray[np.bool_] | None
+) -> float:
+    """Sum of squares of a change, block by block in the cache."""
+    square = 0.0
+    for start in range(0, now.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        moved = np.subtract(now[part], before[part], dtype=np.float64)
+        if active is not None:
+            moved *= active[part]
+        square += float(np.dot(moved, moved))
+    return square
 
 
 def reaches(steps: Mapping[str, int], most: float) -> dict[str, float]:
