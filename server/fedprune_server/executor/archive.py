@@ -38,6 +38,7 @@ class Archive:
         self._store = store
         self._models: OrderedDict[str, Tensors] = OrderedDict()
         self._orders: OrderedDict[str, Tensors] = OrderedDict()
+        self._sent: OrderedDict[str, Tensors] = OrderedDict()
         self._rankings: OrderedDict[str, dict[tuple[int, ...], Selection]] = OrderedDict()
 
     def model(self, digest: str) -> Tensors:
@@ -53,6 +54,10 @@ class Archive:
         """A tensor file, as views on it; errors are those of `model`."""
         return tensorfile.decode(self._store.map(digest))
 
+    def sent(self, digest: str) -> dict[str, npt.NDArray[Any]]:
+        """Weights that devices were sent, often several the same; errors are those of `model`."""
+        return _kept(self._sent, digest, _MODELS, self.tensors)
+
     def update(self, digest: str, codec: str | None, sent: str | None) -> dict[str, npt.NDArray[Any]]:
         """A device's update, decoded.
 
@@ -65,12 +70,12 @@ class Archive:
             BundleError: It isn't a tensor file.
             ProtocolError: It isn't what its codec makes of an update of these weights.
         """
-        raw = self._store.read(digest)
+        raw = self._store.map(digest)
         chosen = None if codec is None else Codec.parse(codec)
         if chosen is None or sent is None or not is_packed(raw):
             return tensorfile.decode(raw)
         trained = frozenset(t.name for t in self._architecture.trainable)
-        return dict(decode(chosen, raw, self.tensors(sent), trained))
+        return dict(decode(chosen, bytes(raw), self.sent(sent), trained))
 
     def selection(self, ranking: str, widths: tuple[int, ...]) -> Selection:
         """The first channels of a ranking; boards of equal width share one, with its maps. Raises `StorageError` if the

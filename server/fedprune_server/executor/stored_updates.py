@@ -62,7 +62,8 @@ class StoredUpdates:
 
     def recipe(self, turn: Turn) -> Recipe:
         recipe = self._job.privacy.asked_of(self._strategy.recipe(self._job.training, turn))
-        return replace(recipe, personal=spelt(recipe.personal, self._architecture))
+        personal = spelt(recipe.personal, self._architecture)
+        return recipe if personal == recipe.personal else replace(recipe, personal=personal)
 
     def withheld(self, basis: do.Basis, part: do.Part) -> frozenset[str]:
         """What no update of a device carries."""
@@ -97,7 +98,7 @@ class StoredUpdates:
         tensors, squares = parts(self.archive.update(found.weights, found.codec, found.sent), mask)
 
         def sent() -> Submodel:
-            offered, _ = parts(self.archive.tensors(found.sent), mask)
+            offered, _ = parts(self.archive.sent(found.sent), mask)
             return Submodel(selection, offered, mask)
 
         if squares:
