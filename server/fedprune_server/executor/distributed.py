@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as LateError
 from contextlib import closing, contextmanager
@@ -67,7 +67,8 @@ class DistributedWorker:
     def expect(self, commands: Sequence[do.Command]) -> None:
         """Let helpers begin with commands that will be carried out next."""
         self._worker.expect(commands)
-        extracts = [c for c in commands if isinstance(c, do.Extract) and _key(c) not in self._expected]
+        new = [c for c in commands if isinstance(c, do.Extract) and _key(c) not in self._expected]
+        extracts = list({self._offer_key(c): c for c in reversed(new)}.values())[::-1]  # the first of each key
         group = 1
         if self._pool.adds:
             group = max(1, min(_GROUP, math.ceil(len(extracts) / (_GROUPS * max(1, self._pool.size)))))
@@ -78,6 +79,13 @@ class DistributedWorker:
         for command in commands:
             if isinstance(command, do.Fold) and self._shared is not None and self._shared.takes(command):
                 self._expected[_key(command)] = (command, self._pool.submit(pool_tasks.check, command), 0)
+
+    def _offer_key(self, command: do.Extract) -> Hashable:
+        """Identifies an offer that helpers are to make; the worker itself gives it to further devices."""
+        try:
+            return self._worker.shared_key(command) or _key(command)
+        except Exception:  # noqa: BLE001 - raised again where the command is carried out
+            return _key(command)
 
     def execute(self, command: Work) -> on.Event:
         """Carry out one command. Raises `FedpruneError` if it can't be done."""
@@ -101,7 +109,7 @@ class DistributedWorker:
     def _extract(self, command: do.Extract) -> on.Event:
         events = self._result(command)
         if isinstance(events, on.Extracted) and self._arrived(command, events):
-            self._worker.note(events)
+            self._worker.note(command, events)
             return self._worker.sliced(command, events)
         return self._worker.execute(command)
 

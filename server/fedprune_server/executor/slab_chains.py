@@ -89,7 +89,7 @@ class SlabChains:
         rounds: dict[_Basis, list[do.Extract]] = {}
         for command in commands:
             if isinstance(command, do.Extract) and _whole(command.coding):
-                rounds.setdefault(_basis(command), []).append(command)
+                rounds.setdefault(basis_of(command), []).append(command)
         for basis, extracts in rounds.items():
             if len(extracts) > 1:
                 self._expected = dict([*self._expected.items(), (basis, extracts)][-_ROUNDS:])
@@ -103,15 +103,15 @@ class SlabChains:
         Raises:
             StorageError: The disk fails or is full.
         """
-        basis = _basis(command)
+        basis = basis_of(command)
         expected = self._expected.get(basis)
         if expected is None:
             return {}
         made = self._links.get(basis)
-        if made is None or made[0] is not expected or not self._kept(made[1].get(_kind(command))):
+        if made is None or made[0] is not expected or not self._kept(made[1].get(kind_of(command))):
             made = expected, self._made(expected)
             self._links = dict([*((b, m) for b, m in self._links.items() if b != basis), (basis, made)][-_ROUNDS:])
-        link = made[1].get(_kind(command))
+        link = made[1].get(kind_of(command))
         return {"slabs": list(link.slabs)} if link is not None and link.weights == weights else {}
 
     def _kept(self, link: _Link | None) -> bool:
@@ -119,13 +119,13 @@ class SlabChains:
         return link is None or all(self._store.has(ref["sha256"]) for ref in link.slabs)
 
     def _made(self, expected: Sequence[do.Extract]) -> dict[_Kind, _Link]:
-        kinds = {_kind(c): c for c in expected}
+        kinds = {kind_of(c): c for c in expected}
         shapes = self._make(expected[0]).selection.architecture.shapes
         sizes = {k: 4 * sum(math.prod(s) for s in shapes(k[0]).values()) for k in kinds}
         if max(sizes.values()) < self._least:
             return {}
         order = sorted(kinds, key=lambda k: (sizes[k], k[1], k[0]))
-        devices = Counter(_kind(c) for c in expected)
+        devices = Counter(kind_of(c) for c in expected)
         links: dict[_Kind, _Link] = {}
         for chain in chains([widths for widths, _ in order]):
             members = [order[i] for i in chain]
@@ -155,12 +155,13 @@ class SlabChains:
         return links
 
 
-def _basis(command: do.Extract) -> _Basis:
+def basis_of(command: do.Extract) -> _Basis:
+    """Identifies what the submodels of a round are cut from."""
     basis = command.basis
     return basis.round, basis.model, basis.ranking, basis.order
 
 
-def _kind(command: do.Extract) -> _Kind:
+def kind_of(command: do.Extract) -> _Kind:
     """What a device's submodel depends on; its density counts where single elements are masked alone."""
     part = command.part
     return part.widths, part.density if command.basis.order is not None else 1.0

@@ -7,9 +7,10 @@ any time, in another process, with the same bits. The job's strategy decides wha
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +34,14 @@ from fedprune_server.executor.background import Work
 from fedprune_server.executor.calibration import Calibration
 from fedprune_server.executor.distillation import Distiller
 from fedprune_server.executor.evaluator import Evaluation, Evaluator, Sessions
-from fedprune_server.executor.offers import Offers, graphs_of
-from fedprune_server.executor.slab_chains import SlabChains
+from fedprune_server.executor.offers import Offers, blobs_of, graphs_of
+from fedprune_server.executor.slab_chains import SlabChains, basis_of, kind_of
 from fedprune_server.executor.stored_updates import StoredUpdates
 
 log = logging.getLogger("fedprune.server")
+
+_SHARED = 64
+"""Offers that are kept for further devices."""
 
 
 class Worker:
@@ -84,6 +88,7 @@ class Worker:
         self._slabs = SlabChains(self.strategy, store, self._submodel) if slabs else None
         self.limits = UpdateLimits(job, uniform=self.strategy.aggregator.weighting == "uniform")
         self._round: tuple[object, Round] | None = None
+        self._shared: dict[Hashable, dict[str, Any]] = {}
         self._told: set[str] = set()
 
     @cached_property
@@ -137,9 +142,14 @@ class Worker:
         """Digests of the graphs that offers of the latest rounds named; they must outlive garbage collection."""
         return self._offers.graphs()
 
-    def note(self, event: on.Extracted) -> None:
-        """Note the graphs of an offer that a helper has made."""
+    def note(self, command: do.Extract, event: on.Extracted) -> None:
+        """Note an offer, which a helper may have made: its graphs, and that other devices may get the same."""
         self._offers.note(graphs_of(event.offer), event.round)
+        key = self.shared_key(command)
+        if key is not None and key not in self._shared:
+            while len(self._shared) >= _SHARED:
+                del self._shared[next(iter(self._shared))]
+            self._shared[key] = event.offer
 
     # A round begins.
 
@@ -152,14 +162,32 @@ class Worker:
         order = None if ranking.order is None else self.store.put(tensorfile.encode(ranking.order)).sha256
         return on.Scored(command.round, stored, order)
 
+    def shared_key(self, command: do.Extract) -> Hashable:
+        """Identifies an offer: devices of equal keys get the same one. None if it is made for its device alone."""
+        if not self.strategy.device_independent:
+            return None
+        return basis_of(command), kind_of(command), command.coding, self._recipe(command)
+
+    def _recipe(self, command: do.Extract) -> Recipe:
+        return self.updates.recipe(self.updates.turn(command.basis, command.part)).in_parts(command.accumulate)
+
     def _extract(self, command: do.Extract) -> on.Extracted:
-        part, cut = command.part, self.updates.cut(command.basis, command.part)
+        part, key = command.part, self.shared_key(command)
+        offer = self._shared.get(key)
+        if offer is None or not all(map(self.store.has, blobs_of(offer))):
+            offer = self._offer(command)
+        event = on.Extracted(command.basis.round, part.device, part.attempt, dict(offer))
+        self.note(command, event)
+        return self.sliced(command, event)
+
+    def _offer(self, command: do.Extract) -> dict[str, Any]:
+        cut = self.updates.cut(command.basis, command.part)
         submodel = self.strategy.extract(cut)
-        recipe = _masked(self.updates.recipe(cut.turn).in_parts(command.accumulate), submodel)
+        recipe = _masked(self._recipe(command), submodel)
         held = command.coding.held
         known = held is not None and self.store.has(held.ranking)
         before = self.updates.archive.selection(held.ranking, held.widths) if known and held is not None else None
-        offer = {
+        return {
             "seed": self.job.seed,
             "architecture": self.architecture.digest,
             "selection": submodel.selection.digest,
@@ -168,7 +196,6 @@ class Worker:
             "classes": self.architecture.classes,
             **self._offers.body(submodel, recipe, command.basis.round, command.coding, before),
         }
-        return self.sliced(command, on.Extracted(command.basis.round, part.device, part.attempt, offer))
 
     def sliced(self, command: do.Extract, event: on.Extracted) -> on.Extracted:
         """A device's offer, with the slabs that make its weights, if there are any."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,33 @@ def rank(w: Worker, round_: int = 1) -> str:
 
 def part(name: str, widths: tuple[int, ...], samples: int = 10) -> do.Part:
     return do.Part(name, 1, widths, 1.0, samples, None)
+
+
+def test_devices_of_one_width_share_an_offer(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made once, and again where a device trains otherwise or a blob was deleted."""
+    w, cuts = worker(model, tmp_path), list[str]()
+    extract = type(w.strategy).extract
+    monkeypatch.setattr(
+        type(w.strategy), "extract", lambda self, cut: cuts.append(cut.turn.device) or extract(self, cut)
+    )
+    monkeypatch.setattr(type(w.strategy), "device_independent", True)
+    basis = do.Basis(1, w.initial(), rank(w))
+    whole, half = model.architecture.sizes, widths_at(model.architecture, 0.5)
+
+    def offered(device: str, widths: tuple[int, ...], accumulate: int = 1) -> dict[str, Any]:
+        event = w.execute(do.Extract(basis, part(device, widths), accumulate=accumulate))
+        assert isinstance(event, on.Extracted)
+        assert event.device == device
+        return event.offer
+
+    first = offered("a", whole)
+    assert offered("b", whole) == first
+    assert offered("c", half)["weights"] != first["weights"]
+    assert offered("d", whole, accumulate=2)["recipe"]["accumulate"] == 2
+    assert cuts == ["a", "c", "d"]
+    w.store.delete(first["weights"]["sha256"])
+    assert offered("e", whole) == first
+    assert w.store.has(first["weights"]["sha256"])
 
 
 def contribution(
