@@ -32,7 +32,7 @@ from fedprune_server.executor.offers import UPDATE_BOUND, UPDATE_SIZE, misfit
 from fedprune_server.executor.worker import Worker
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.device_runner import DeviceRunner, WorkerKilledError
-from fedprune_server.simulation.fleet.virtual_device import pulls
+from fedprune_server.simulation.fleet.virtual_device import VirtualDevice, pulls
 from fedprune_server.simulation.measure import RoundRecorder
 from fedprune_server.simulation.network_model import ALWAYS
 from fedprune_server.simulation.results.record import Record, record_of
@@ -141,6 +141,7 @@ class Simulation:
         self._initial = worker.initial
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
+        self._seconds: dict[tuple[int, int, tuple[int, ...], Recipe], float] = {}
         self._folder = SavedRun(folder, experiment.fingerprint, job.rounds)
         self._begun = self._take_up()
 
@@ -346,9 +347,7 @@ class Simulation:
             ready, run.free[0] = weather.delivers(*key, link, lacking, shared, run.published, now, run.free[0])
         else:
             ready, run.free[0] = weather.arrives(*key, link, "down", sum(lacking.values()), now, run.free[0])
-        took = device.train_s(
-            self.model.architecture, tuple(command.offer["widths"]), Recipe.from_dict(command.offer["recipe"])
-        ) / weather.compute(seed, command.round, name)
+        took = self._train_s(device, command.offer) / weather.compute(seed, command.round, name)
         chance = keyed(seed, command.round, name, command.attempt, run.sessions[name], "drop-out")
         if chance.random() < self.experiment.dropouts.probability:
             gone = min(ready + chance.random() * took, run.leaves.get(name, ALWAYS))
@@ -360,6 +359,14 @@ class Simulation:
             self._reports(command, ready, took, ready + took)
             run.push(ready + took, Trained(name, command.round, command.attempt, command.offer))
             self._runner.prepare(device, command.offer, command.round)
+
+    def _train_s(self, device: VirtualDevice, offer: Mapping[str, Any]) -> float:
+        """Seconds that a training is expected to take, which devices of one kind share."""
+        widths, recipe = tuple(offer["widths"]), Recipe.from_dict(offer["recipe"])
+        key = id(device.profile), device.samples, widths, recipe
+        if key not in self._seconds:
+            self._seconds[key] = device.train_s(self.model.architecture, widths, recipe)
+        return self._seconds[key]
 
     def _reused(self, name: str, weights: BlobRef, pulled: Mapping[str, int], held: Sequence[str]) -> int:
         """Bytes of leaves that a device's new weights share with its last ones, which a board copies."""
@@ -436,6 +443,7 @@ class Simulation:
 
     def _finish(self, number: int) -> None:
         self._stalls.progressed()
+        self._seconds.clear()
         self._run.finish_round(number)
         every = self.experiment.checkpoints
         if every and number % every == 0:

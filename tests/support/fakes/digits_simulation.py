@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core import tensorfile
 from fedprune.jobs.job import Job
 from fedprune.model.selection import Tensors
@@ -21,6 +20,7 @@ from fedprune_export.pruning.model import Model
 from fedprune_server.simulation.digits import Digits, deal, digits_model
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.fleet.virtual_device import VirtualDevice
+from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 
 KINDS = ("raspberry-pi-zero-2w", "raspberry-pi-4b", "jetson-orin-nano")
@@ -65,7 +65,7 @@ def digits_experiment(fleet: Sequence[VirtualDevice] | None = None, **settings: 
 
 def digits_simulation(folder: Path, *, kept: bool = True, **settings: Any) -> Simulation:
     """A simulation with its blobs, and if `kept` its state, in a folder."""
-    store = BlobStore(folder / "blobs", durable=False)
+    store = ScratchStore(folder / "blobs")
     return Simulation(digits_experiment(**settings), store, folder=folder if kept else None)
 
 

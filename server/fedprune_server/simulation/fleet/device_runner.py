@@ -84,7 +84,7 @@ class DeviceRunner:
         if workers == 1:
             self._local = _LocalRunner(store, folder, cuda=cuda)
         else:
-            self._pool = ProcessPool(workers, partial(_runner, store.root, folder, cuda=cuda))
+            self._pool = ProcessPool(workers, partial(_runner, store, folder, cuda=cuda))
 
     def prepare(self, device: VirtualDevice, offer: dict[str, Any], number: int) -> None:
         """Train a device ahead, where other processes do it, in place of whatever it was to train before.
@@ -231,6 +231,6 @@ class _BlobState:
         self.digest = self._store.put(tensorfile.encode(kept)).sha256
 
 
-def _runner(blobs: Path, folder: Path, *, cuda: bool) -> _LocalRunner:
+def _runner(store: BlobStore, folder: Path, *, cuda: bool) -> _LocalRunner:
     """A helper process's runner, with a folder of its own."""
-    return _LocalRunner(BlobStore(blobs, durable=False), folder / f"process-{os.getpid()}", cuda=cuda)
+    return _LocalRunner(store, folder / f"process-{os.getpid()}", cuda=cuda)

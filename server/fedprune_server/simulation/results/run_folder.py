@@ -15,12 +15,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedprune.blobs.blob_store import BlobStore
 from fedprune.core.atomic_file import write_whole
 from fedprune.core.disk import storage_errors
 from fedprune_server.simulation.experiment import Experiment
 from fedprune_server.simulation.results.record import Record, RoundRow
 from fedprune_server.simulation.runs import differences
+from fedprune_server.simulation.scratch_store import ScratchStore
 from fedprune_server.simulation.simulation import Simulation
 from fedprune_server.simulation.state import OtherRunError
 
@@ -63,7 +63,7 @@ def simulate(
         if folder is not None and place is not None:
             with storage_errors(f"can't make {place}"):
                 place.mkdir(parents=True, exist_ok=True)
-        blobs = BlobStore((place or Path(str(scratch))) / "blobs", durable=False)
+        blobs = ScratchStore((place or Path(str(scratch))) / "blobs")
         try:
             simulation = Simulation(experiment, blobs, folder=place)
         except OtherRunError as error:
