@@ -45,7 +45,7 @@ class BlobFolder:
         """Where the blob is, or would be. Raises `StorageError` if `sha256` is no digest."""
         if not is_digest(sha256):
             raise StorageError("name of a blob", expected="64 hex digits", got=repr(sha256)[:80])
-        return self.root / sha256[:2] / sha256
+        return self.root.joinpath(sha256[:2], sha256)
 
     def check_size(self, size: int) -> None:
         """Make sure that a blob may be this large. Raises `StorageFullError` if it may not."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def header(specs: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[st
     for name, code, shape in specs:
         if name in table or name == "__metadata__":
             raise BundleError(f"tensor name {name!r} comes twice or is reserved")
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(_CODES[code]).itemsize
+        size = math.prod(shape) * np.dtype(_CODES[code]).itemsize
         table[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(table, separators=(",", ":")).encode()
