@@ -138,6 +138,8 @@ class Simulation:
         worker.prefix = f"{experiment.title}: "
         _ = worker.accountant  # raises now rather than at the first round's end
         self._worker: Worker | DistributedWorker = worker
+        # Where devices share their offers, these are so few that processes for them would take longer to start.
+        self._helpers = 1 if worker.strategy.device_independent else experiment.workers
         self._initial = worker.initial
         self._recorder = RoundRecorder(job, model, store, experiment.measure)
         self._profiles: dict[int, dict[str, Any]] = {}
@@ -254,7 +256,7 @@ class Simulation:
     def _helped(self) -> Iterator[None]:
         alone = self._worker
         try:
-            with helped(alone, self.experiment.workers) as self._worker:
+            with helped(alone, self._helpers) as self._worker:
                 yield
         finally:
             self._worker = alone

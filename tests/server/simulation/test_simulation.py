@@ -61,6 +61,15 @@ def test_a_finished_run_with_more_rounds_is_the_run_that_had_them_from_the_start
     assert set(extended.store.names()) == set(whole.store.names())
 
 
+def test_helpers_make_what_is_each_devices_own(build):
+    assert [build(s, strategy=s, workers=2)._helpers for s in ("plain", "fedprune", "fiarse", "subflot")] == [
+        1,
+        1,
+        1,
+        2,
+    ]
+
+
 def test_a_run_is_not_cut_to_fewer_rounds_than_it_has_come_to(build):
     run_killed(build(), 4)  # in the second round
     with pytest.raises(StorageError, match="has come to round 2"):
