@@ -22,7 +22,6 @@ _PARAMETERS = {
     "site": {"description": f"The site: {_NAME}."},
     "device": {"description": f"The device: {_NAME}, and not `{EVERYONE}`."},
     "job": {"description": f"The job: {_NAME}; `{NO_JOB}` for what concerns none."},
-    "worker": {"description": f"Tag of one of the server's upload workers: {_TAG}."},
     "blob": {"description": f"The first digits of the blob's sha256: {_TAG}."},
     "nonce": {"description": "The request's nonce: 32 hex digits."},
 }
@@ -36,7 +35,6 @@ def document() -> dict[str, Any]:
     channels = {
         "up": _channel("{device}/{job}/up", "What a device says to the server.", _kinds(up)),
         "upBlob": _channel("{device}/{job}/up/blob", "Chunks of a device's blobs for the server.", chunk),
-        "upWorker": _channel("{device}/{job}/up/{worker}", "The same, for one of the server's upload workers.", chunk),
         "down": _channel("{device}/{job}/down", "What the server says to a device.", _kinds(down)),
         "downBlob": _channel("{device}/{job}/down/blob", "Chunks of the server's blobs for a device.", chunk),
         "downAll": _channel(f"{EVERYONE}/{NO_JOB}/down", "What the server says to all devices.", _kinds([Hello])),
@@ -53,7 +51,7 @@ def document() -> dict[str, Any]:
             _kinds(list(get_args(BetweenServers))),
         ),
     }
-    heard = ("up", "upBlob", "upWorker", "join")
+    heard = ("up", "upBlob", "join")
     return {
         "asyncapi": "3.0.0",
         "info": {

@@ -29,7 +29,6 @@ def main() -> int:
     parser.add_argument("--scale", type=float, default=1.0, help="factor of predicted training times (default: 1)")
     parser.add_argument("--arrivals", type=float, default=500.0, help="devices that connect in a second (default: 500)")
     parser.add_argument("--pulls", type=int, default=4, metavar="N", help="the server's setting `pulls` (default: 4)")
-    parser.add_argument("--upload-workers", type=int, default=0, metavar="N", help="the server's setting (default: 0)")
     parser.add_argument("--limit", type=float, default=3600.0, metavar="S", help="give a size up after so long")
     parser.add_argument("--profile", type=Path, metavar="FILE", help="run the server under cProfile, and write FILE")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="work in this folder, and leave everything there")
@@ -46,7 +45,6 @@ def main() -> int:
             options.pulls,
             options.limit,
             profile=profile,
-            upload_workers=options.upload_workers,
         )
         if options.keep is not None:
             folder = (options.keep / str(devices)).resolve()

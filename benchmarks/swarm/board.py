@@ -17,7 +17,6 @@ from fedprune.blobs.partial_blob import PartialBlob
 from fedprune.wire.chunk import PACKET_OVERHEAD, Chunk
 from fedprune.wire.chunk import QOS as CHUNK_QOS
 from fedprune.wire.messages import (
-    TO,
     Accepted,
     Birth,
     BlobNotFound,
@@ -116,9 +115,7 @@ class Board:
         """Announce itself, and say again what the server may not have heard."""
         update = self._update
         held = None if update is None else {"job": update.job, "round": update.round, "attempt": update.attempt}
-        self._say(
-            Birth(self.name, self._session, self.profile, self.samples, "swarm", self.probe, held, abilities=(TO,))
-        )
+        self._say(Birth(self.name, self._session, self.profile, self.samples, "swarm", self.probe, held))
         self.hurry()
 
     def hurry(self) -> None:
@@ -228,7 +225,7 @@ class Board:
             self._say(BlobNotFound(want.sha256))
             return
         self._announce_at = max(self._announce_at, time.monotonic() + 5 * ANNOUNCE_S)
-        topic = self._works.topics.up_to(self.name, want.to, job)
+        topic = self._works.topics.up_blob(self.name, job)
         for raw in answer:
             self.link.publish(topic, raw, CHUNK_QOS)
 

@@ -44,7 +44,6 @@ broker = "mqtt://127.0.0.1:{port}"
 state = "state"
 max_devices = {devices}
 pulls = {pulls}
-upload_workers = {upload_workers}
 """
 
 
@@ -81,9 +80,7 @@ def small_cnn() -> bytes:
     return raw
 
 
-def write_job(
-    folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int, upload_workers: int = 0
-) -> Path:
+def write_job(folder: Path, devices: int, rounds: int, port: int, site: str, pulls: int) -> Path:
     """Write a job's files into a folder.
 
     Returns:
@@ -93,9 +90,7 @@ def write_job(
     hand = deal(["one"])
     np.savez(folder / "evaluation.npz", x=hand.x, y=hand.y)
     path = folder / "fleet.toml"
-    path.write_text(
-        FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls, upload_workers=upload_workers)
-    )
+    path.write_text(FLEET.format(rounds=rounds, devices=devices, port=port, site=site, pulls=pulls))
     return path
 
 

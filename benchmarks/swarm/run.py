@@ -36,7 +36,6 @@ class Size:
         scale: Factor of the predicted training times.
         arrivals: Devices that connect in a second.
         pulls: From how many devices the server fetches updates at a time.
-        upload_workers: Processes that take in updates beside the server's own.
         limit_s: Seconds after which the run is given up.
         seed: Keys the fleet and its noise.
         profile: A file for what cProfile finds in the server, or None.
@@ -50,7 +49,6 @@ class Size:
     limit_s: float = 3600.0
     seed: int = 0
     profile: Path | None = None
-    upload_workers: int = 0
 
 
 def measure(size: Size, folder: Path) -> dict[str, Any]:
@@ -60,7 +58,7 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
         FedpruneError: Broker or server don't come up.
     """
     with site(folder) as place:
-        config = write_job(folder, size.devices, size.rounds, place.port, "swarm", size.pulls, size.upload_workers)
+        config = write_job(folder, size.devices, size.rounds, place.port, "swarm", size.pulls)
         began = time.time()
         place.broker(find_mosquitto())
         place.server(config, size.profile)
@@ -85,7 +83,6 @@ def measure(size: Size, folder: Path) -> dict[str, Any]:
             "wall_s": time.time() - began,
             "watched": watched,
             "server_start_cpu_s": before,
-            "upload_workers": size.upload_workers,
             "traffic": {k: sum(r["traffic"][k] for r in results.values()) for k in ("sent", "received")},
             "lost_connections": sum(r["lost"] for r in results.values()),
             "audit": checked,

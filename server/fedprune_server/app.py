@@ -14,13 +14,11 @@ from itertools import chain
 from pathlib import Path
 
 from fedprune import __version__
-from fedprune.blobs.blob_store import BlobStore
-from fedprune.core.errors import ConfigError, MissingExtraError
+from fedprune.core.errors import MissingExtraError
 from fedprune.core.text import amount
 from fedprune.output.log_lines import JSON
 from fedprune.planning.profile_store import find as find_profile
 from fedprune.planning.profile_store import names as names_of_profiles
-from fedprune.security.tls import SYSTEM
 from fedprune.wire.topics import Topics
 from fedprune_server.config.alert_settings import OFF
 from fedprune_server.config.server_config import ServerConfig, without_password
@@ -49,8 +47,6 @@ from fedprune_server.monitoring.view import JobView
 from fedprune_server.ota.store import RolloutStore
 from fedprune_server.storage.storage import database_of
 from fedprune_server.transfer.http import web_blobs
-from fedprune_server.transfer.upload_workers.messages import Begin
-from fedprune_server.transfer.upload_workers.workers import UploadWorkers
 from fedprune_server.web.database import FILE as CONSOLE
 from fedprune_server.web.database import ConsoleDatabase
 from fedprune_server.web.observer import ConsoleObserver, check_console, check_free
@@ -171,7 +167,6 @@ def build_app(
             None if identity is None else identity.store.members,
             logs,
             stack.enter_context(web_blobs(config, identity, folder.store)),
-            stack.enter_context(upload_workers(config, reached, identity, folder.store, jobs=len(jobs))),
         )
         site = SiteLink(reached.wire, Topics(reached.site), reached.quarantine, config.max_packet)
         runners = [
@@ -402,35 +397,3 @@ def _console(
     logger = logging.getLogger("fedprune")
     logger.addHandler(publisher.tap)
     stack.callback(logger.removeHandler, publisher.tap)
-
-
-@contextmanager
-def upload_workers(
-    config: ServerConfig, reached: Connection, identity: IdentityFolder | None, store: BlobStore, *, jobs: int
-) -> Iterator[UploadWorkers | None]:
-    """The processes that receive updates; None where the server does it itself. Raises `ConfigError` if there are
-    several jobs."""
-    if not config.upload_workers:
-        yield None
-        return
-    if jobs > 1:
-        raise ConfigError(
-            "server: upload_workers", expected="0 where a server has several jobs", got=config.upload_workers,
-            hint="Leave out --job and [[jobs]], or --upload-workers.",
-        )  # fmt: skip
-
-    def begin(tag: str) -> Begin:
-        files = (None, None, None) if identity is None else identity.client(config.ca)
-        authority, certificate, key = (
-            None if path is None else str(path if path == SYSTEM else path.absolute()) for path in files
-        )
-        floor = 0 if identity is None else identity.authority.now()
-        return Begin(
-            reached.url, reached.site, tag, str(store.root.absolute()), config.pulls, config.max_packet,
-            authority, certificate, key, floor, os.getpid(),
-        )  # fmt: skip
-
-    with UploadWorkers(
-        store, begin, config.upload_workers, reached.link.wake, time.monotonic, config.pulls, config.max_packet
-    ) as workers:
-        yield workers

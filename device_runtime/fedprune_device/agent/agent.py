@@ -20,7 +20,6 @@ from fedprune.runtime.session import version as onnxruntime_version
 from fedprune.updates import CODECS
 from fedprune.wire.fleet_messages import LOG, LogRequest, ReleaseOffer, ReleaseWithdrawn
 from fedprune.wire.messages import (
-    TO,
     Accepted,
     Birth,
     BlobNotFound,
@@ -82,7 +81,7 @@ class BirthBuilder:
             None if held is None else {"job": held.job, "round": held.round, "attempt": held.attempt},
             CODECS,
             round(self._connection.answers.slowest, 3) or None,
-            (TO, LOG),
+            (LOG,),
         )
 
     def outdated(self, now: float) -> bool:

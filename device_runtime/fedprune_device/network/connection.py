@@ -89,9 +89,9 @@ class Connection:
         topic = self.topics.up(self.device, job)
         return self.link.publish(topic, self._channel.seal(topic, message), qos)
 
-    def send_chunk(self, chunk: bytes, job: str, worker: str | None) -> bool:
-        """Send a piece of a blob to one of the server's upload workers or the server itself; False if it can't be."""
-        return self.link.publish(self.topics.up_to(self.device, worker, job), chunk, CHUNK_QOS)
+    def send_chunk(self, chunk: bytes, job: str) -> bool:
+        """Send a piece of a blob; False if it can't be sent."""
+        return self.link.publish(self.topics.up_blob(self.device, job), chunk, CHUNK_QOS)
 
     def listen(self, topics: Collection[str]) -> None:
         """Listen to exactly these shared topics in addition to the board's own, without waiting."""

@@ -90,7 +90,6 @@ class Uplink:
         self._wanted: deque[tuple[Update, BlobRequest]] = deque()
         self._chunks: Iterator[bytes] = iter(())
         self._chunks_job = NO_JOB
-        self._chunks_to: str | None = None
         self._announce_at = 0.0
         self._announced = 0
         self._reported: tuple[str, int, int] | None = None
@@ -125,7 +124,7 @@ class Uplink:
         while self._connection.unsent < HIGH_WATER:
             chunk = next(self._chunks, None)
             if chunk is not None:
-                if not self._connection.send_chunk(chunk, self._chunks_job, self._chunks_to):
+                if not self._connection.send_chunk(chunk, self._chunks_job):
                     self.drop_chunks()  # what doesn't get through is asked for again
             elif self._wanted:
                 update, want = self._wanted.popleft()
@@ -133,7 +132,7 @@ class Uplink:
                 if isinstance(found, BlobNotFound):
                     self.send(found, update.job)
                 else:
-                    self._chunks, self._chunks_job, self._chunks_to = found, update.job, want.to
+                    self._chunks, self._chunks_job = found, update.job
             else:
                 return
 

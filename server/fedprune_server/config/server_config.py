@@ -125,9 +125,6 @@ class ServerConfig:
     )
     pulls: int = setting(4, "Devices from which updates are pulled at the same time.", within=(1, 1000))
     workers: int = setting(1, "Processes that make submodels, more than one if that is slow.", "N", within=(1, 1000))
-    upload_workers: int = setting(
-        0, "Processes that receive updates; 0 if the server does that itself.", "N", within=(0, 64)
-    )
     workers_url: str = setting(
         PROCESSES, "Where workers run: `processes`, or a Ray cluster as `ray:auto` or `ray://host:10001`.", "URL"
     )
@@ -182,11 +179,6 @@ class ServerConfig:
                 )  # fmt: skip
         if self.blobs != FOLDER:
             parse(self.blobs)
-            if self.upload_workers:
-                raise ConfigError(
-                    "server: upload_workers", expected=f"0, or blobs = {FOLDER!r}", got=self.upload_workers,
-                    hint="They write into the state folder; with a bucket the server takes in updates by itself.",
-                )  # fmt: skip
         check_url(self.workers_url)
         if self.profiles is not None and not self.profiles.is_dir():
             raise ConfigError("server: profiles", expected="a folder that exists", got=str(self.profiles))

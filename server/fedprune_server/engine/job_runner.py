@@ -100,14 +100,12 @@ class DeviceServices:
         rollouts: Releases for boards, if this server distributes any.
         members: Names of the fleet's members, where not every device may take part; others leave a rollout.
         logs: Stores boards' logs and crash reports; None to ask for none.
-        uploads: Receives updates, if upload workers do.
     """
 
     rollouts: RolloutStore | None = None
     members: Callable[[], Collection[str]] | None = None
     logs: BoardLogs | None = None
     blobs: WebBlobs = NO_BLOBS
-    uploads: Uploads | None = None
 
 
 NO_SERVICES = DeviceServices()
@@ -147,7 +145,7 @@ class JobRunner:
             self.registry.prefix = f"{job.job.name}: "
         self._shipping = BucketSync(job.store)
         near = self._shipping.near
-        self._uploads = services.uploads or Uploads(near, job.pulls, site.max_packet)
+        self._uploads = Uploads(near, job.pulls, site.max_packet)
         stores = [near] if services.rollouts is None else [near, services.rollouts.blobs]
         self.outbox = Outbox(
             site,
@@ -241,7 +239,6 @@ class JobRunner:
         """Save what the turn's messages led to, and only then act on it. Raises `FedpruneError` if a heavy command
         failed for another reason than a device's update, or the disk fails."""
         with self._log_context():
-            self._messages.gather()
             self._collect_uploads()
             while (result := self._executor.collect()) is not None:
                 self._handle(result)
@@ -304,9 +301,9 @@ class JobRunner:
             except ProtocolError as error:
                 log.warning("%s%s", self.registry.prefix, error)
                 continue
-            answer_s, abilities = birth.answer_s or 0.0, birth.abilities or ()
+            answer_s = birth.answer_s or 0.0
             with self._log_context(birth.device):
-                self.outbox.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic(), abilities))
+                self.outbox.ask(self._uploads.born(birth.device, birth.session, answer_s, self._monotonic()))
                 event = self._messages.described(birth)
             events += [event] if event is not None else []
         self._collect_uploads()

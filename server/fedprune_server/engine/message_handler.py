@@ -127,14 +127,6 @@ class MessageHandler:
                 raise ProtocolError("message of a device", got=message.kind)
         return None
 
-    def gather(self) -> None:
-        """Take in what upload workers report, and charge devices for what those received. Raises `StorageError` if the
-        disk fails."""
-        self._outbox.ask(self._uploads.collect(self._monotonic()))
-        for device, size in self._uploads.taken():
-            self._registry.received(device, size)
-            self._quarantine.hears(device, size, chunk=True)
-
     def judged(self, event: on.Event) -> None:
         """Tell the quarantine whether a device's update counted."""
         if isinstance(event, on.UpdateRejected):

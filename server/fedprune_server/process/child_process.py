@@ -41,7 +41,6 @@ class ChildProcess(Generic[Message]):
         max_unread: Maximum number of unread messages; with more it is ended. 0 for no limit.
         environment: Its environment variables; None for this process's.
         errors: File for its standard error; None for this process's.
-        wake: Called from another thread when it has sent a message or ended.
 
     Raises:
         OSError: It can't be started.
@@ -56,9 +55,8 @@ class ChildProcess(Generic[Message]):
         max_unread: int = 0,
         environment: Mapping[str, str] | None = None,
         errors: IO[bytes] | None = None,
-        wake: Callable[[], None] = lambda: None,
     ) -> None:
-        self._name, self._read_message, self._wake = name, read, wake
+        self._name, self._read_message = name, read
         self._lines: queue.Queue[bytes | None] = queue.Queue()
         self._messages: queue.Queue[Message | None] = queue.Queue(max_unread)
         self.ended = False
@@ -117,11 +115,9 @@ class ChildProcess(Generic[Message]):
             with stream:
                 while (message := self._read_message(stream)) is not None:
                     self._messages.put(message, timeout=_FULL_S)
-                    self._wake()
         except (OSError, ValueError, ProtocolError, queue.Full) as error:
             log.error("can't read what %s sends: %s", self._name, error)
         self._messages.put(None)
-        self._wake()
 
     def _write(self, stream: BinaryIO) -> None:
         with suppress(OSError, ValueError):

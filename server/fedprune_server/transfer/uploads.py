@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Annotated
 
 from fedprune.blobs.blob_ref import LEAF, BlobRef
 from fedprune.blobs.blob_store import BlobStore
@@ -13,7 +11,6 @@ from fedprune.core.errors import ProtocolError
 from fedprune.core.text import one_line
 from fedprune.jobs.failure_kind import FailureKind
 from fedprune.wire.chunk import MAX_PACKET, Chunk, ChunkLimit
-from fedprune.wire.fields import Attempt, CheckedMessage, Device, Digest, Round, choice, text
 from fedprune.wire.messages import BlobRequest
 from fedprune.wire.transfer import Pull, ResponseTime
 
@@ -28,24 +25,24 @@ LOST = "the device no longer has the update that it announced"
 
 
 @dataclass(frozen=True)
-class Arrived(CheckedMessage, kind="arrived"):
+class Arrived:
     """An update's weights are whole, verified and in the store."""
 
-    device: Device
-    round: Round
-    attempt: Attempt
-    weights: Digest
+    device: str
+    round: int
+    attempt: int
+    weights: str
 
 
 @dataclass(frozen=True)
-class FailedUpload(CheckedMessage, kind="failed"):
+class FailedUpload:
     """An update can't be had."""
 
-    device: Device
-    round: Round
-    attempt: Attempt
-    reason: Annotated[str, text(500)]
-    failure: Annotated[str, choice(*(kind.value for kind in FailureKind))]
+    device: str
+    round: int
+    attempt: int
+    reason: str
+    failure: str
 
 
 Outcome = Arrived | FailedUpload
@@ -168,13 +165,12 @@ class Uploads:
             self._wait(device)
         self._running.clear()
 
-    def born(self, device: str, session: int, answer_s: float, now: float, abilities: Collection[str] = ()) -> Wants:
+    def born(self, device: str, session: int, answer_s: float, now: float) -> Wants:
         """A device announces itself: on a new connection all that was on the way from it is lost, and asked for again.
 
         Args:
             session: The number of its connection.
             answer_s: How long answers take, as far as the device knows.
-            abilities: What it knows of the protocol; here nothing depends on that.
         """
         self._answers.setdefault(device, ResponseTime()).told(answer_s)
         before = self._there.get(device)
@@ -233,14 +229,6 @@ class Uploads:
         """Leaves that have arrived and leaves in all, or None where nothing is fetched from the device."""
         upload = self._uploads.get(device)
         return None if upload is None or upload.pull is None else upload.pull.progress
-
-    def collect(self, now: float) -> Wants:
-        """Take in what other processes say that help; without any there is nothing."""
-        return []
-
-    def taken(self) -> list[tuple[str, int]]:
-        """Devices, and bytes of chunks that other processes have taken in from them since the last call."""
-        return []
 
     def _fail(self, device: str, reason: str, now: float, kind: FailureKind = FailureKind.MALFORMED) -> Wants:
         upload, said = self._uploads[device], one_line(reason, 400)

@@ -157,12 +157,10 @@ def test_a_wrong_option_or_variable_is_named(
         assert main(["config", "check", str(file), option, value]) == ExitCode.CONFIG
         err = capsys.readouterr().err
         assert err.startswith(f"error: command line, {option}: [server] {option[2:]}: expected")
-    monkeypatch.setenv("FEDPRUNE_SERVER_UPLOAD_WORKERS", "99")
+    monkeypatch.setenv("FEDPRUNE_SERVER_WORKERS", "0")
     assert main(["run", "--config", str(file)]) == ExitCode.CONFIG
-    assert capsys.readouterr().err.startswith(
-        "error: environment variable FEDPRUNE_SERVER_UPLOAD_WORKERS: [server] upload_workers: "
-    )
-    assert main(["config", "check", str(file), "--upload-workers", "3"]) == ExitCode.OK  # it takes precedence
+    assert capsys.readouterr().err.startswith("error: environment variable FEDPRUNE_SERVER_WORKERS: [server] workers: ")
+    assert main(["config", "check", str(file), "--workers", "3"]) == ExitCode.OK  # it takes precedence
 
 
 @pytest.mark.parametrize("url", ["mysql://ann:secret@db/x", "postgresql://ann:secret@db:port/x", "ann:secret@db"])

@@ -358,7 +358,7 @@ def test_chunks_that_nobody_asked_for_end_in_quarantine(fleet: Fleet) -> None:
         birth()
         raw = Chunk("0" * 64, "data", 0, bytes(4 * LEAF)).to_bytes()
         for _ in range(500):
-            fleet.air.to_server(SITE.up_to("a", None), raw)
+            fleet.air.to_server(SITE.up_blob("a"), raw)
 
     device.birth = flood  # type: ignore[method-assign]
     daemon = fleet.daemon()

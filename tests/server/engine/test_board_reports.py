@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedprune.wire.fleet_messages import LOG, CrashReport, LogReport, LogRequest
-from fedprune.wire.messages import TO, Birth, parse
+from fedprune.wire.messages import Birth, parse
 from fedprune_server.devices.board_logs import BoardLogs, read_logs
 from fedprune_server.monitoring.metrics import Metrics
 from support.fakes.fleet import Fleet, ToyDevice
@@ -20,13 +20,13 @@ from support.fakes.tiny_job import JOB
 def talkative(board: ToyDevice) -> None:
     """Let a toy tell a crash and a line, twice each, when it is asked."""
     birth, hear = board.birth, board.hear
-    board.abilities = (TO, LOG)
+    board.abilities = (LOG,)
 
     def born() -> None:
         birth()
         said = board.air.inbox.pop()
         message: Any = parse(said[1])  # type: ignore[index]
-        body = {**vars(message), "abilities": (TO, LOG)}
+        body = {**vars(message), "abilities": (LOG,)}
         board.say(Birth(**body))
 
     def heard(topic: str, payload: bytes) -> None:
@@ -69,7 +69,7 @@ def test_boards_tell_those_that_ask_and_older_ones_say_nothing(tmp_path: Path, s
 def test_a_server_that_keeps_no_logs_asks_for_none_and_is_told_in_vain(tmp_path: Path) -> None:
     fleet = Fleet(tmp_path, JOB)
     board = fleet.air.devices["a"]
-    board.abilities = (TO, LOG)
+    board.abilities = (LOG,)
     board.say(CrashReport("a", 7, 1, "killed", "no memory", (), "fedprune", ""))
     fleet.run()
     assert wanted(board) == []

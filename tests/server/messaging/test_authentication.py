@@ -201,8 +201,8 @@ def test_what_is_overtaken_still_counts(lab: Lab) -> None:
 
 def test_chunks_pass_as_they_are(lab: Lab) -> None:
     pi = lab.boards["pi-1"]
-    up, down = (TOPICS.up_to("pi-1", None, "job"), CHUNK), (TOPICS.down_blob("pi-1", "job"), CHUNK)
-    pi.connection.send_chunk(CHUNK, "job", None)
+    up, down = (TOPICS.up_blob("pi-1", "job"), CHUNK), (TOPICS.down_blob("pi-1", "job"), CHUNK)
+    pi.connection.send_chunk(CHUNK, "job")
     lab.server.link.publish(*down)
     assert (pi.end.sent, lab.server.end.sent) == ([up], [down])
     assert (lab.server.hears(up), pi.hears(down)) == ([up], [down])
@@ -302,7 +302,7 @@ def test_a_revoked_board_is_heard_no_more_within_a_second_and_its_replacement_is
         elsewhere.revoke("pi-1")
     lab.now = 1.0
     assert server.hears(pi.say(birth("pi-1", 2))) == []
-    assert server.hears((TOPICS.up_to("pi-1", None, "job"), b"the rest of an update")) == []
+    assert server.hears((TOPICS.up_blob("pi-1", "job"), b"the rest of an update")) == []
     assert server.shut_out == ["pi-1"]
     for topic in (TOPICS.down("pi-1", "job"), TOPICS.down_blob("pi-1", "job")):
         assert not server.link.publish(topic, Finished("job").to_bytes())

@@ -202,7 +202,7 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(site: Site, pi_
         site.client(site.identity.context(), listening) as server,
         site.client(pi_1.context(), [*LAB.device_subscriptions("pi-1"), LAB.shared("ab" * 32, "job")]) as device,
     ):
-        up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_to("pi-1", None, "job")]
+        up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
         down = [LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast(), LAB.shared("ab" * 32, "job")]
         for topic in up:
             device.publish(topic, b"1")
@@ -233,7 +233,7 @@ def test_a_device_reaches_its_own_topics_only(site: Site, pi_1: DeviceIdentity, 
         site.client(pi_1.context(), everything) as rogue,
     ):
         for topic in (
-            LAB.up("pi-2"), LAB.up_to("pi-2", None, "job"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(),
+            LAB.up("pi-2"), LAB.up_blob("pi-2", "job"), LAB.down("pi-2"), LAB.down("pi-1"), LAB.broadcast(),
             LAB.join(nonce), LAB.joined(nonce), "elsewhere", Topics("other").up("pi-1"), LAB.shared("ab" * 32, "job"),
             LAB.servers(),
         ):  # fmt: skip
@@ -613,7 +613,7 @@ def test_emqx_lets_server_and_devices_do_what_they_do_and_nothing_else() -> None
     rules = EmqxRules(emqx("lab", Broker(("b",), 8883, 8884, Path("/etc/emqx")))[EMQX_ACL])
     nonce, other = "ab" * 16, "cd" * 16
     server, device = ("fedprune-server", "fedprune-" + "1" * 24), ("pi-1", nonce)
-    up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_to("pi-1", None, "job")]
+    up = [LAB.up("pi-1"), LAB.up("pi-1", "job"), LAB.up_blob("pi-1", "job")]
     down = [LAB.down("pi-1"), LAB.down("pi-1", "job"), LAB.down_blob("pi-1", "job")]
     listening = [*LAB.server_subscriptions(), LAB.join_subscription(), LAB.servers()]
     own = [*LAB.device_subscriptions("pi-1"), LAB.joined(nonce), LAB.shared("ab" * 32, "job")]

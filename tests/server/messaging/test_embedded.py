@@ -263,7 +263,7 @@ def test_nothing_is_printed_from_start_to_end() -> None:
     ("topic", "expected"),
     [
         (TOPICS.up("pi"), "up"),
-        (TOPICS.up_to("pi", None, "job"), "up/blob"),
+        (TOPICS.up_blob("pi", "job"), "up/blob"),
         (TOPICS.down("pi"), "down"),
         (TOPICS.down_blob("up"), "down/blob"),
         (TOPICS.broadcast(), "down"),

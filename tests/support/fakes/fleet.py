@@ -20,7 +20,6 @@ from fedprune.coordination import events as on
 from fedprune.jobs.job import Job
 from fedprune.wire.chunk import Chunk
 from fedprune.wire.messages import (
-    TO,
     Accepted,
     Birth,
     BlobNotFound,
@@ -127,7 +126,7 @@ class ToyDevice:
         self.pending: Update | None = None
         self.heard: list[object] = []
         self.silent = False
-        self.abilities: tuple[str, ...] | None = (TO,)
+        self.abilities: tuple[str, ...] | None = None
         self.profile = "raspberry-pi-5"
         self.lie: Callable[[Update], Update] = lambda update: update
 
@@ -161,7 +160,7 @@ class ToyDevice:
                 self.say(answer)
                 return
             for raw in answer:
-                self.air.to_server(self.topics.up_to(self.name, message.to), raw)
+                self.air.to_server(self.topics.up_blob(self.name), raw)
         elif isinstance(message, Accepted):
             if self.pending is not None and self.pending.weights.sha256 == message.weights:
                 self.pending = None
@@ -275,9 +274,7 @@ def server_of(jobs: list[tuple[RunnableJob, dict[str, Any]]], air: Any, clock: C
     site = SiteLink(link, Topics("default"), quarantine, clock=clock, monotonic=lambda: air.now, **packet)
     runners = []
     for job, own in jobs:
-        services = DeviceServices(
-            **{k: own[k] for k in ("rollouts", "members", "logs", "blobs", "uploads") if k in own}
-        )
+        services = DeviceServices(**{k: own[k] for k in ("rollouts", "members", "logs", "blobs") if k in own})
         kept = {k: own[k] for k in ("profiles", "max_devices", "observers") if k in own}
         runners.append(JobRunner(job, site, services, **kept))
     return Server(runners, site, options.get("broker"))

@@ -62,7 +62,6 @@ from fedprune.wire.transfer import Pull
 from fedprune.wire.urls import BlobUrl, BrokerUrl
 from fedprune_device.training.local_update import unpacked as offered
 from fedprune_server.transfer.http_server import BlobHandler
-from fedprune_server.transfer.upload_workers import messages
 from fedprune_server.web.state.order_queue import read_order
 from support.fakes.runtime_releases import KEY, PUBLIC
 from support.fakes.tiny_job import ARCHITECTURE, JOB
@@ -95,9 +94,6 @@ def wire_targets() -> tuple[Target, ...]:
     probe = ProbeReport.from_dict(PROBE).to_dict()
     return (
         Target("wire.message", m.parse, told, text=True, share=6),
-        Target(
-            "wire.word of an upload worker", lambda raw: messages.parse_line(raw + b"\n"), _words(), text=True, share=2
-        ),
         Target("wire.order", as_text(_order), _orders(), text=True, share=2),
         Target("wire.chunk", lambda raw: list(Chunk.parse(raw).leaves()), chunks, factor=8, share=4),
         Target("wire.pull", _pulled, chunks, factor=16, constant=4 * 2**20, share=0.2),
@@ -137,7 +133,7 @@ def _messages() -> list[Any]:
         blobs_at="https://models.example:8443/lab",
     )  # fmt: skip
     return [
-        m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}, abilities=(m.TO,)),
+        m.Birth("a", 1, "raspberry-pi-5", 10, "fedprune 1", PROBE, {**place}, abilities=("log",)),
         m.Death("a", 1),
         m.Alive("a", 1),
         m.Progress("a", **place, phase="train", done=1, total=2),
@@ -151,7 +147,6 @@ def _messages() -> list[Any]:
         m.Cancelled(**place, reason="the round is over"),
         m.Finished("toy"),
         m.BlobRequest(ZERO, "data", 0, 1024),
-        m.BlobRequest(ZERO, "data", 0, 3, to=ZERO[:16]),
         m.BlobNotFound(ZERO),
         ReleaseOffer(1, _release().to_bytes().decode(), "0" * 128, (ZERO,), 3, 300.0),
         ReleaseReport("a", 1, "downloading", "", 1, 2),
@@ -175,17 +170,6 @@ def _messages() -> list[Any]:
     ]
 
 
-def _words() -> tuple[bytes, ...]:
-    told = (
-        messages.Begin("mqtt://h", "s", "0" * 16, "/b", 4, 131072, None, None, None, 0, 1),
-        messages.Fetch("a", 1, 2, REF, None, 0.5),
-        messages.Asks("a", ZERO, "data", 0, 3, None),
-        messages.FailedUpload("a", 1, 2, "because", "gone"),
-        messages.Took("a", 7, 1),
-    )
-    return tuple(messages.line(word)[:-1] for word in told)
-
-
 def _orders() -> tuple[bytes, ...]:
     return (
         b'{"job": "toy"}',
@@ -207,9 +191,7 @@ def _release() -> Release:
 
 def _topics() -> tuple[bytes, ...]:
     site = Topics("lab")
-    return tuple(
-        t.encode() for t in (site.up("a"), site.up_to("b", None, "toy"), site.broadcast(), site.join("0" * 32))
-    )
+    return tuple(t.encode() for t in (site.up("a"), site.up_blob("b", "toy"), site.broadcast(), site.join("0" * 32)))
 
 
 def _topic(text: str) -> object:

@@ -43,7 +43,7 @@ def test_devices_and_server_reach_each_other_on_all_their_topics(url: str) -> No
         connected(url, "fedprune-server", LAB.server_subscriptions()) as server,
         connected(url, "pi-1", [*LAB.device_subscriptions("pi-1"), LAB.shared("ab" * 32, "job")]) as device,
     ):
-        for topic in (LAB.up("pi-1"), LAB.up_to("pi-1", None, "job")):
+        for topic in (LAB.up("pi-1"), LAB.up_blob("pi-1", "job")):
             device.publish(topic, b"1")
             assert server.get(5) == (topic, b"1")
         for topic in (LAB.down("pi-1"), LAB.down_blob("pi-1", "job"), LAB.broadcast(), LAB.shared("ab" * 32, "job")):
@@ -62,7 +62,7 @@ def test_a_device_can_t_speak_for_another_or_for_the_server_nor_listen_to_anothe
             LAB.down("pi-2"),
             LAB.down("pi-1"),
             LAB.broadcast(),
-            LAB.up_to("pi-2", None, "job"),
+            LAB.up_blob("pi-2", "job"),
         ):
             rogue.publish(topic, b"false")
         assert rogue.flush(5)

@@ -74,7 +74,7 @@ def test_what_older_peers_do_not_know_is_left_out_where_there_is_none() -> None:
     assert parse(altered(OFFER, **dict.fromkeys(newer))) == OFFER
     birth = Birth("d", 1, "p", 10, "s")
     assert not {"codecs", "abilities"} & json.loads(birth.to_bytes()).keys()
-    assert not {"shared", "most", "number", "to"} & json.loads(BlobRequest(DIGEST, "data", 0, 4).to_bytes()).keys()
+    assert not {"shared", "most", "number"} & json.loads(BlobRequest(DIGEST, "data", 0, 4).to_bytes()).keys()
 
 
 def test_a_hello_says_the_time_at_most() -> None:

@@ -44,16 +44,14 @@ def test_floods_leave_half_of_it_to_who_sends_little(floods: int, size: int, lit
     inbox = Inbox[str](LIMIT)
     for _ in range(2 * LIMIT // (MESSAGE_BYTES + size) // floods + 2):
         for number in range(floods):
-            inbox.offer(SITE.up_to(f"flood{number}", None), bytes(size))
+            inbox.offer(SITE.up_blob(f"flood{number}"), bytes(size))
 
     assert inbox.offer(SITE.up("honest"), bytes(little))
 
 
 def test_topics_and_channels_of_one_device_share() -> None:
     inbox = Inbox[str](LIMIT)
-    taken = [
-        inbox.offer(topic, bytes(10_000)) for _ in range(60) for topic in (SITE.up("a"), SITE.up_to("a", None, "job"))
-    ]
+    taken = [inbox.offer(topic, bytes(10_000)) for _ in range(60) for topic in (SITE.up("a"), SITE.up_blob("a", "job"))]
 
     assert inbox.size < LIMIT // 2 + 10_000 + MESSAGE_BYTES
     assert not all(taken)

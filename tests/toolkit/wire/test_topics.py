@@ -19,7 +19,7 @@ def test_every_topic_is_heard_by_the_right_side_only_and_read_back(site: str, de
     other = "y" if device == "x" else "x"
     for topic, channel in [
         (topics.up(device, job), "up"),
-        (topics.up_to(device, None, job), "up/blob"),
+        (topics.up_blob(device, job), "up/blob"),
         (topics.down(device, job), "down"),
         (topics.down_blob(device, job), "down/blob"),
     ]:
@@ -69,27 +69,6 @@ def test_names_that_mean_something_to_mqtt_or_to_a_file_system_are_refused(name:
     for make in (lambda: Topics(name), lambda: topics.up(name), lambda: topics.down("pi-1", name)):
         with pytest.raises(ProtocolError, match="a name of 1 to 64"):
             make()
-
-
-@given(names, names, names | st.just("-"), st.from_regex(r"[0-9a-f]{16}", fullmatch=True))
-def test_chunks_for_a_upload_worker_are_heard_by_it_alone(site: str, device: str, job: str, tag: str) -> None:
-    topics = Topics(site)
-    topic, other = topics.up_to(device, tag, job), f"{int(tag, 16) ^ 1:016x}"
-
-    assert topics.parse(topic) == Address(device, job, "up/blob")
-    assert topic_matches_sub(topics.upload_worker_subscription(tag), topic)
-    assert topic_matches_sub(f"fedprune/1/{site}/+/+/up/#", topic)  # what brokers' rules let through
-    for subscription in (*topics.server_subscriptions(), *topics.device_subscriptions(device)):
-        assert not topic_matches_sub(subscription, topic)
-    assert not topic_matches_sub(topics.upload_worker_subscription(other), topic)
-    assert not topic_matches_sub(topics.upload_worker_subscription(tag), topics.up_to(device, None, job))
-
-
-@pytest.mark.parametrize("tag", ["", "blob", "+", "#", "0" * 15, "0" * 17, "A" * 16, "a/b", 7])
-def test_a_tag_is_16_hex_digits(tag: object) -> None:
-    for make in (Topics("lab").upload_worker_subscription, lambda t: Topics("lab").up_to("pi-1", t)):
-        with pytest.raises(ProtocolError, match="16 hex digits"):
-            make(tag)  # type: ignore[arg-type]
 
 
 @given(names, names, st.from_regex(r"[0-9a-f]{64}", fullmatch=True))

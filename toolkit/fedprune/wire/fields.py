@@ -20,7 +20,7 @@ from fedprune.blobs.blob_ref import MAX_BLOB, BlobRef
 from fedprune.core import validation
 from fedprune.core.errors import ProtocolError, UnknownMessageError, shown
 from fedprune.core.validation import MAX_INT
-from fedprune.wire.topics import check_device, check_job, check_name, check_tag
+from fedprune.wire.topics import check_device, check_job, check_name
 from fedprune.wire.urls import MAX_URL, URL_PATTERN, BlobUrl
 
 Schema = dict[str, Any]
@@ -258,9 +258,6 @@ _TRUTH = FieldType(lambda where, value: validation.truth(where, value, error=Pro
 Device = Annotated[str, _defined("device", lambda where, value: check_device(value, where), "The device's name.")]
 Job = Annotated[str, _defined("job", lambda where, value: check_job(value, where), "The job.")]
 Name = Annotated[str, _defined("name", lambda where, value: check_name(value, where))]
-Tag = Annotated[
-    str, FieldType(lambda where, value: check_tag(value, where), {"type": "string", "pattern": "^[0-9a-f]{16}$"})
-]
 Digest = Annotated[str, _defined("digest", lambda where, value: validation.digest(where, value, error=ProtocolError))]
 Count = Annotated[int, whole()]
 Round = Annotated[int, _defined("count", whole().check, "The round.")]

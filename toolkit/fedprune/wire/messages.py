@@ -30,7 +30,6 @@ from fedprune.wire.fields import (
     Metrics,
     Name,
     Round,
-    Tag,
     TrueOrAbsent,
     WebAddress,
     choice,
@@ -173,9 +172,6 @@ MAX_SUCCESSIONS = 32
 
 _MOST_ABILITIES = 64
 
-TO = "to"
-"""Ability of a board: it sends chunks to the upload worker that a blob request names."""
-
 PHASES = ("download", "train", "evaluate")
 PARTS = ("data", "leaves")
 
@@ -214,7 +210,7 @@ class Birth(CheckedMessage, kind="birth"):
     answer_s: Annotated[float, number(0.0, 3600.0)] | None = newer(compare=False)
     """Its estimate of response times on its link, in seconds."""
     abilities: Annotated[tuple[Name, ...], Items(_MOST_ABILITIES, "names")] | None = newer()
-    """Optional parts of the protocol that it supports, such as `TO`."""
+    """Optional parts of the protocol that it supports, such as `LOG`."""
     server_key: Annotated[str, hexadecimal(16)] | None = newer(compare=False)
     """Id of the signing key by which it knows its server; None without an identity."""
     authorities: Pins | None = newer(compare=False)
@@ -356,9 +352,6 @@ class BlobRequest(CheckedMessage, kind="want"):
     """Leaves or pieces that a chunk may hold; None for the sender's own limit."""
     number: Annotated[int, whole(0, 2**31 - 1)] | None = newer(compare=False)
     """Random number of the request: another delivery with the same number is a duplicate."""
-    to: Tag | None = newer()
-    """Tag of the upload worker that the chunks are for; None for the server. Only for boards whose births name the
-    ability `TO`."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@
 - A board that is not yet a member asks on `join` and is answered on `joined`; the device is the nonce of its request.
 - Chunks of a blob that several devices fetch are sent on `down/` and the first 16 digits of the blob's digest. Devices
   subscribe to these topics only while they need them.
-- Chunks for one of a server's upload workers are sent on `up/` and the worker's tag of 16 hex digits.
 - Servers of one identity find each other on `servers`, which no device reads or writes.
 """
 
@@ -29,7 +28,6 @@ SERVERS = "servers"
 
 _NONCE = re.compile(r"[0-9a-f]{32}")
 _SHARED = re.compile(r"down/[0-9a-f]{16}")
-_UPLOAD_WORKER = re.compile(r"up/[0-9a-f]{16}")
 _TAG = 16
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 
@@ -53,12 +51,9 @@ class Topics:
         """Messages of a device to the server."""
         return self._topic(device, job, "up")
 
-    def up_to(self, device: str, tag: str | None, job: str = NO_JOB) -> str:
-        """Chunks of a device to one of the server's upload workers, or, without a tag, to the server itself."""
-        return self._topic(device, job, "up/blob" if tag is None else f"up/{check_tag(tag)}")
-
-    def upload_worker_subscription(self, tag: str) -> str:
-        return f"{self._prefix}/+/+/up/{check_tag(tag)}"
+    def up_blob(self, device: str, job: str = NO_JOB) -> str:
+        """Chunks of a device to the server."""
+        return self._topic(device, job, "up/blob")
 
     def down(self, device: str, job: str = NO_JOB) -> str:
         """Messages of the server to a device."""
@@ -112,16 +107,14 @@ class Topics:
         return check_nonce(parts[3])
 
     def parse(self, topic: str) -> Address:
-        """Take a topic of this site apart; a shared blob has the channel `down/blob` of everyone, chunks for an upload
-        worker have `up/blob`. Raises `ProtocolError` if it is another topic."""
+        """Take a topic of this site apart; a shared blob has the channel `down/blob` of everyone. Raises
+        `ProtocolError` if it is another topic."""
         parts = topic.split("/", 5)
         if len(parts) != 6 or "/".join(parts[:3]) != self._prefix:
             raise ProtocolError("topic", expected=f"{self._prefix}/<device>/<job>/<channel>", got=repr(topic[:200]))
         device, job, channel = parts[3:]
         if device == EVERYONE and _SHARED.fullmatch(channel):
             channel = "down/blob"
-        elif _UPLOAD_WORKER.fullmatch(channel):
-            channel = "up/blob"
         if channel not in CHANNELS:
             raise ProtocolError("channel of a topic", expected=", ".join(CHANNELS), got=repr(channel[:80]))
         return Address(check_name(device, "device"), job if job == NO_JOB else check_job(job), channel)
@@ -136,13 +129,6 @@ def check_nonce(value: object) -> str:
     """`value`, if it is the nonce of a request to join: 32 hex digits. Raises `ProtocolError` if it is not."""
     if not isinstance(value, str) or not _NONCE.fullmatch(value):
         raise ProtocolError("nonce", expected="32 hex digits", got=repr(value)[:80])
-    return value
-
-
-def check_tag(value: object, what: str = "tag of an upload worker") -> str:
-    """`value`, if it is the tag of an upload worker: 16 hex digits. Raises `ProtocolError` if it is not."""
-    if not isinstance(value, str) or not _UPLOAD_WORKER.fullmatch(f"up/{value}"):
-        raise ProtocolError(what, expected="16 hex digits", got=repr(value)[:80])
     return value
 
 

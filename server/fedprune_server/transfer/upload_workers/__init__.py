@@ -1,1 +1,0 @@
-"""Worker processes that receive updates in the server's place."""
